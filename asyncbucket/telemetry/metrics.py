@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import ClassVar, Final, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from asyncbucket.core import events
 from asyncbucket.core.books import shown_name
@@ -143,10 +143,10 @@ class Metrics(ABC):
 
     def observe(self, event: Event) -> None:
         """Count an event."""
-        measure = _MEASURES.get(type(event))
-        if measure is not None:
+        measured = _measurements(event)
+        if measured:
             labels = self._paths.get(event.limiter) or self._path(event.limiter)
-            for metric, amount, values in measure(event):
+            for metric, amount, values in measured:
                 adders = self._adders.get((labels, metric, values))
                 if adders is None:
                     made = [self.adder(metric, label, values) for label in labels]
@@ -192,56 +192,34 @@ class Metrics(ABC):
         return name in self._labels
 
 
-def _admitted(event: events.Admitted) -> list[Measurement]:
-    measured: list[Measurement] = [
-        ("waited", event.waited, (ACQUIRED, event.bound_by or "none")),
-        ("asked", 1, (ACQUIRED,)),
-    ]
-    if event.cost.get("tokens"):
-        measured.append(("tokens", event.cost["tokens"], ("reserved",)))
+def _measurements(event: Event) -> list[Measurement]:
+    """Return what an event adds to which metrics."""
+    measured: list[Measurement] = []
+    match event:
+        case events.Admitted(cost=cost, waited=waited, bound_by=bound_by):
+            waits = ("waited", waited, (ACQUIRED, bound_by or "none"))
+            measured = [waits, ("asked", 1, (ACQUIRED,))]
+            if cost.get("tokens"):
+                measured.append(("tokens", cost["tokens"], ("reserved",)))
+        case events.Released(held=held, outcome=outcome):
+            measured = [("held", held, (outcome,)), ("ended", 1, (outcome,))]
+        case events.Refused(reason=reason):
+            measured = [("asked", 1, (reason,)), ("ended", 1, (reason,))]
+        case events.Cancelled(waited=waited):
+            waits = ("waited", waited, (CANCELED, "none"))
+            measured = [waits, ("asked", 1, (CANCELED,)), ("ended", 1, ("cancelled",))]
+        case events.Settled(reserved=reserved, used={"tokens": used}, corrects=corrects):
+            before = corrects.get("tokens")
+            booked = reserved.get("tokens", 0) if before is None else before
+            more, less = max(0, used - (before or 0)), max(0, booked - used)
+            measured = [("tokens", more, ("used",)), ("tokens", less, ("refunded",))]
+        case events.Paused(reason="429"):
+            measured = [("upstream_429", 1, ())]
+        case events.Retried():
+            measured = [("retries", 1, ())]
+        case _:
+            pass
     return measured
-
-
-def _refused(event: events.Refused) -> list[Measurement]:
-    return [("asked", 1, (event.reason,)), ("ended", 1, (event.reason,))]
-
-
-def _cancelled(event: events.Cancelled) -> list[Measurement]:
-    waited = ("waited", event.waited, (CANCELED, "none"))
-    return [waited, ("asked", 1, (CANCELED,)), ("ended", 1, ("cancelled",))]
-
-
-def _released(event: events.Released) -> list[Measurement]:
-    return [("held", event.held, (event.outcome,)), ("ended", 1, (event.outcome,))]
-
-
-def _settled(event: events.Settled) -> list[Measurement]:
-    used = event.used.get("tokens")
-    if used is None:
-        return []
-    before = event.corrects.get("tokens")
-    booked = event.reserved.get("tokens", 0) if before is None else before
-    more, less = max(0, used - (before or 0)), max(0, booked - used)
-    return [("tokens", more, ("used",)), ("tokens", less, ("refunded",))]
-
-
-def _paused(event: events.Paused) -> list[Measurement]:
-    return [("upstream_429", 1, ())] if event.reason == "429" else []
-
-
-def _retried(_: events.Retried) -> list[Measurement]:
-    return [("retries", 1, ())]
-
-
-_MEASURES: Final[Mapping[type[Event], Callable[[Any], list[Measurement]]]] = {
-    events.Admitted: _admitted,
-    events.Refused: _refused,
-    events.Cancelled: _cancelled,
-    events.Released: _released,
-    events.Settled: _settled,
-    events.Paused: _paused,
-    events.Retried: _retried,
-}
 
 
 def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
