@@ -17,7 +17,7 @@ such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from asyncbucket.telemetry.metrics import Source, check_source
+from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
 from asyncbucket.telemetry.stats import StatsServer, report, serve_stats
 from asyncbucket.telemetry.to_llama_index import llama_index
 from asyncbucket.telemetry.to_logging import logging
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def prometheus(
-    limiter: Source, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
+    limiter: WatchedLimiter, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
 ) -> Callable[[], None]:
     """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
@@ -74,7 +74,7 @@ def prometheus(
 
 
 def opentelemetry(
-    limiter: Source,
+    limiter: WatchedLimiter,
     *,
     meter_provider: "MeterProvider | None" = None,
     tracer_provider: "TracerProvider | None" = None,

@@ -1,4 +1,4 @@
-"""What metrics say of limiters, whoever shows them: measurements of events, and readings of gauges.
+"""What metrics say of limiters, whoever shows them: measurements of events, and the load that gauges show.
 
 A limiter's numbers include those of all limiters below it, as its statistics do: a call of
 ``openai/chat`` counts there and at ``openai``. So a sum is taken over limiters that are not below
@@ -31,7 +31,7 @@ Measurement: TypeAlias = tuple[str, float, tuple[str, ...]]
 
 
 @runtime_checkable
-class Source(Protocol):
+class WatchedLimiter(Protocol):
     """A limiter, as telemetry sees it."""
 
     @property
@@ -40,12 +40,12 @@ class Source(Protocol):
         ...
 
     @property
-    def parent(self) -> "Source | None":
+    def parent(self) -> "WatchedLimiter | None":
         """The limiter above."""
         ...
 
     @property
-    def children(self) -> "Mapping[str, Source]":
+    def children(self) -> "Mapping[str, WatchedLimiter]":
         """The limiters below, without those of tenants."""
         ...
 
@@ -58,7 +58,7 @@ class Source(Protocol):
         ...
 
 
-S = TypeVar("S", bound=Source)
+S = TypeVar("S", bound=WatchedLimiter)
 
 
 def check_source(limiter: object) -> None:
@@ -67,12 +67,12 @@ def check_source(limiter: object) -> None:
     Raises:
         TypeError: it is not a limiter.
     """
-    if not isinstance(limiter, Source):
+    if not isinstance(limiter, WatchedLimiter):
         raise TypeError(f"only a limiter can be watched, not {type(limiter).__name__}")
 
 
 @dataclass(slots=True)
-class Reading:
+class Load:
     """Say how full the limiters of one label are."""
 
     queued: int = 0
@@ -103,13 +103,13 @@ class Metrics(ABC):
         self._adders: dict[tuple[tuple[str, ...], str, tuple[str, ...]], tuple[Add, ...]] = {}
         self._labels: set[str] = set()
         #: The observed limiters, each by a key of its own.
-        self._sources: dict[object, Source] = {}
+        self._sources: dict[object, WatchedLimiter] = {}
 
     @abstractmethod
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         """Return what adds to a metric; None if it isn't shown."""
 
-    def watch(self, limiter: Source, where: str) -> Callable[[], None]:
+    def watch(self, limiter: WatchedLimiter, where: str) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
         Raises:
@@ -155,21 +155,21 @@ class Metrics(ABC):
                 for add in adders:
                     add(amount)
 
-    def readings(self) -> dict[str, Reading]:
+    def loads(self) -> dict[str, Load]:
         """Return how full each limiter is now, by label."""
-        readings: dict[str, Reading] = {}
+        loads: dict[str, Load] = {}
         for source in self._sources.values():
             for member in with_children(source):
                 now = member.statistics()
                 name = shown_name(now.name)
                 label = self._path(name)[-1]
                 if label == name or member is source:
-                    reading = readings.setdefault(label, Reading())
-                    reading.queued += now.waiting
-                    reading.in_flight += now.in_flight
+                    load = loads.setdefault(label, Load())
+                    load.queued += now.waiting
+                    load.in_flight += now.in_flight
                     for limit, share in shares_used(now).items():
-                        reading.used[limit] = max(share, reading.used.get(limit, 0.0))
-        return readings
+                        load.used[limit] = max(share, load.used.get(limit, 0.0))
+        return loads
 
     def _path(self, name: str) -> tuple[str, ...]:
         """Return the labels under which a limiter called ``name`` counts."""
@@ -241,8 +241,8 @@ def with_children(limiter: S) -> Iterator[S]:
         yield from with_children(cast("S", child))
 
 
-def _self_and_ancestors(limiter: Source) -> Iterator[Source]:
-    ancestor: Source | None = limiter
+def _self_and_ancestors(limiter: WatchedLimiter) -> Iterator[WatchedLimiter]:
+    ancestor: WatchedLimiter | None = limiter
     while ancestor is not None:
         yield ancestor
         ancestor = ancestor.parent

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from asyncbucket.core.events import Admitted, Event, Paused, Refused, Retried
-from asyncbucket.telemetry.metrics import Source, check_source
+from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
 
 
-def llama_index(limiter: Source) -> Callable[[], None]:
+def llama_index(limiter: WatchedLimiter) -> Callable[[], None]:
     """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
 
     They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for

@@ -24,7 +24,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
-from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, Source, as_given
+from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, WatchedLimiter, as_given
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -45,7 +45,7 @@ _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since",
 
 
 def watch(
-    limiter: Source,
+    limiter: WatchedLimiter,
     meter_provider: MeterProvider | None,
     tracer_provider: TracerProvider | None,
     *,
@@ -138,16 +138,16 @@ class Instruments(Metrics):
         return lambda amount: add(amount, attributes)
 
     def _observe_queued(self, _: CallbackOptions) -> Iterable[Observation]:
-        for label, reading in self.readings().items():
-            yield Observation(reading.queued, {_POLICY: label})
+        for label, load in self.loads().items():
+            yield Observation(load.queued, {_POLICY: label})
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
-        for label, reading in self.readings().items():
-            yield Observation(reading.in_flight, {_POLICY: label})
+        for label, load in self.loads().items():
+            yield Observation(load.in_flight, {_POLICY: label})
 
     def _observe_used(self, _: CallbackOptions) -> Iterator[Observation]:
-        for label, reading in self.readings().items():
-            for limit, share in reading.used.items():
+        for label, load in self.loads().items():
+            for limit, share in load.used.items():
                 yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
 
 

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from asyncbucket.core import events
 from asyncbucket.core.loops import reset_after_fork
-from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, Source
+from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, WatchedLimiter
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -32,7 +32,7 @@ _WRITE_LOCK: Final = threading.RLock()
 
 
 def watch(
-    limiter: Source, registry: CollectorRegistry | None, *, max_limiters: int
+    limiter: WatchedLimiter, registry: CollectorRegistry | None, *, max_limiters: int
 ) -> Callable[[], None]:
     """Count what happens in ``limiter`` into ``registry`` until the returned function is called."""
     registry = REGISTRY if registry is None else registry
@@ -136,10 +136,10 @@ class PrometheusMetrics(Metrics, Collector):
         """Read the limiters."""
         with _WRITE_LOCK:
             values: dict[tuple[Gauge, tuple[str, ...]], float] = {}
-            for label, reading in self.readings().items():
-                values[self._queued, (label,)] = reading.queued
-                values[self._in_flight, (label,)] = reading.in_flight
-                for limit, share in reading.used.items():
+            for label, load in self.loads().items():
+                values[self._queued, (label,)] = load.queued
+                values[self._in_flight, (label,)] = load.in_flight
+                for limit, share in load.used.items():
                     values[self._used, (label, limit)] = share
             for (gauge, labels), value in {**dict.fromkeys(self._set, 0), **values}.items():
                 gauge.labels(*labels).set(value)

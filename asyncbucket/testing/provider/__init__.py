@@ -9,7 +9,7 @@ fake model's text, the same every time.
 `python -m asyncbucket.testing.provider --rpm 500` in a terminal. Needs
 `pip install "asyncbucket[testing]"`.
 
-From the inside out: `policies` count, `admission` decides, `prompt` reads a request and answers it,
+From the inside out: `policies` count, `enforcer` decides, `prompt` reads a request and answers it,
 `replies` encodes that, `app` joins them, `running` runs it.
 """
 

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _obey(provider: RateLimitedProvider, command: str, arguments: dict[str, Any]) -> Any:
     """Return the answer to a command, and the kind and text of an error."""
     try:
-        return carry_out(provider.admission, command, arguments), None
+        return carry_out(provider.enforcer, command, arguments), None
     except (TypeError, ValueError) as exc:
         return None, (type(exc).__name__, str(exc))
 

@@ -17,13 +17,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from asyncbucket.testing.provider import replies
-from asyncbucket.testing.provider.admission import Admission, Refusal, is_refusal
+from asyncbucket.testing.provider.enforcer import Enforcer, RateRefusal, is_refusal
 from asyncbucket.testing.provider.options import NANOSECONDS, Failure
 from asyncbucket.testing.provider.prompt import (
+    Answer,
     InvalidRequestError,
     Json,
     Prompt,
-    Reply,
     answer,
     read_model,
     read_prompt,
@@ -61,10 +61,10 @@ class StreamBrokenError(Exception):
 
 
 class Api:
-    """Answer calls as `admission` decides."""
+    """Answer calls as `enforcer` decides."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, enforcer: Enforcer) -> None:
+        self._enforcer = enforcer
         self._numbers = count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +80,7 @@ class Api:
             StreamBrokenError: Its stream was scripted to break off.
             ClientDisconnect: The client went away.
         """
-        call = _Call(self._admission, Request(scope, receive), f"{next(self._numbers):08x}")
+        call = _Exchange(self._enforcer, Request(scope, receive), f"{next(self._numbers):08x}")
         try:
             response = await call.response()
             await response(scope, receive, send)
@@ -88,14 +88,14 @@ class Api:
             call.leave(disconnected=True)
 
 
-class _Call:
+class _Exchange:
     """One request and its reply. An admitted call holds a slot until its last bytes are sent."""
 
-    def __init__(self, admission: Admission, request: Request, number: str) -> None:
+    def __init__(self, enforcer: Enforcer, request: Request, number: str) -> None:
         path = request.url.path.rstrip("/")
         chat = path.endswith("/chat/completions")
         self.endpoint = "chat/completions" if chat else path.rsplit("/", 1)[-1]
-        self._admission = admission
+        self._enforcer = enforcer
         self._request = request
         self._number = number
         self._is_admitted = False
@@ -104,7 +104,7 @@ class _Call:
         """Give the slot back, once."""
         if self._is_admitted:
             self._is_admitted = False
-            self._admission.leave(disconnected=disconnected)
+            self._enforcer.leave(disconnected=disconnected)
 
     async def response(self) -> Response:
         """Return the reply."""
@@ -115,16 +115,16 @@ class _Call:
                 return JSONResponse(replies.models(), headers=self._headers())
             model, tokens, reply = await self._read()
         except InvalidRequestError as exc:
-            self._admission.count_invalid()
+            self._enforcer.count_invalid()
             return self._error(exc.status, str(exc), parameter=exc.parameter)
-        outcome = self._admission.enter(self.endpoint, tokens)
+        outcome = self._enforcer.enter(self.endpoint, tokens)
         self._is_admitted = not is_refusal(outcome)
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, RateRefusal):
             return self._refuse(outcome, model)
         if outcome is not None and (outcome.after_chunks is None or isinstance(reply, dict)):
             self.leave()
             return self._fail(outcome)
-        seconds = self._admission.draw_latency()
+        seconds = self._enforcer.draw_latency()
         if isinstance(reply, list):
             chunks = self._stream(reply, seconds / len(reply), outcome)
             return StreamingResponse(chunks, 200, self._headers(), "text/event-stream")
@@ -134,7 +134,7 @@ class _Call:
 
     async def _read(self) -> tuple[str, int, dict[str, Any] | list[bytes]]:
         """Return the model, what the call is charged, and the reply: whole or in chunks."""
-        request, options = self._request, self._admission.options
+        request, options = self._request, self._enforcer.options
         writer = replies.WRITERS.get(self.endpoint)
         if request.method != "POST" or not (writer or self.endpoint == "embeddings"):
             raise InvalidRequestError(
@@ -188,9 +188,7 @@ class _Call:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
 
-    # -- what is said about limits, and errors ---------------------------------------------------
-
-    def _refuse(self, refusal: Refusal, model: str) -> Response:
+    def _refuse(self, refusal: RateRefusal, model: str) -> Response:
         """Answer 429 for rate."""
         numbers = f"Limit {refusal.limit}, Used {refusal.used}, Requested {refusal.requested}."
         if refusal.wait is not None:
@@ -245,7 +243,7 @@ class _Call:
         is_anthropic = self.endpoint == "messages"
         if is_anthropic:
             headers = {"request-id": f"req_{self._number}"}
-        for name, limit, remaining, reset in self._admission.budget():
+        for name, limit, remaining, reset in self._enforcer.budget():
             if is_anthropic:
                 until = datetime.now(UTC) + timedelta(seconds=reset / NANOSECONDS)
                 full = until.isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -261,7 +259,7 @@ class _Call:
         return headers
 
 
-def charge(rule: str, prompt: Prompt, reply: Reply) -> int:
+def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
     """Return the tokens that a call costs when it is admitted, before its reply is known.
 
     OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of

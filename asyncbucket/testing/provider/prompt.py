@@ -69,7 +69,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Answer:
     """What the model says: text, or the call of a tool with its arguments as text."""
 
     text: str
@@ -153,14 +153,14 @@ def tokens_of(characters: int) -> int:
     return -(-characters // 4)
 
 
-def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Reply:
+def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Answer:
     """Answer `prompt`; texts are padded to `reply_tokens` and cut at the prompt's `max_tokens`."""
     prompt_tokens = tokens_of(prompt.characters)
     tool = _tool_to_call(prompt)
     if tool is not None:
         quoted = prompt.question[:QUOTE] or "text"
         text = json.dumps(smallest_instance(prompt.tools[tool], text=quoted))
-        return Reply(text, tool, False, prompt_tokens, tokens_of(len(tool + text)))
+        return Answer(text, tool, False, prompt_tokens, tokens_of(len(tool + text)))
     if prompt.schema is not None:
         text = json.dumps(smallest_instance(prompt.schema))
     else:
@@ -169,7 +169,7 @@ def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Reply:
             text = (text + FILLER * reply_tokens)[: reply_tokens * 4]
     most = len(text) if prompt.max_tokens is None else prompt.max_tokens * 4
     cut = text[:most]
-    return Reply(cut, None, len(text) > most, prompt_tokens, max(1, tokens_of(len(cut))))
+    return Answer(cut, None, len(text) > most, prompt_tokens, max(1, tokens_of(len(cut))))
 
 
 def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = None) -> Any:

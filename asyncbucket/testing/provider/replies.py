@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from asyncbucket.testing.provider.prompt import Json, Prompt, Reply, read_count
+from asyncbucket.testing.provider.prompt import Answer, Json, Prompt, read_count
 
-Event: TypeAlias = dict[str, Any]
+Chunk: TypeAlias = dict[str, Any]
 """What a stream sends; its type, if it has one, is also the name of the server-sent event."""
 
 CREATED = 1_735_689_600
@@ -25,7 +25,7 @@ DIRECTIONS = 1024
 MODELS = ("gpt-4o-mini", "gpt-4o", "text-embedding-3-small")
 
 
-def as_events(events: Sequence[Event]) -> list[bytes]:
+def as_events(events: Sequence[Chunk]) -> list[bytes]:
     """Write server-sent events; a chat's have no types, and end with [DONE]."""
     if "type" not in events[0]:
         return [*(b"data: %b\n\n" % _encode(event) for event in events), b"data: [DONE]\n\n"]
@@ -41,10 +41,7 @@ def _pieces(text: str) -> list[str]:
     return [text[start : start + step] for start in range(0, len(text), step)]
 
 
-# ------------------------------------------------------------------------------ chat completions
-
-
-def chat(prompt: Prompt, reply: Reply, call_id: str) -> Event:
+def chat(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
     """Return the reply of /chat/completions."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.tool is not None:
@@ -55,12 +52,12 @@ def chat(prompt: Prompt, reply: Reply, call_id: str) -> Event:
     return {**head, "choices": [choice], "usage": _chat_usage(reply)}
 
 
-def chat_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
+def chat_events(prompt: Prompt, reply: Answer, call_id: str) -> list[Chunk]:
     """Return the same as chunks."""
     head = _chat_head("chat.completion.chunk", prompt, call_id)
     usage = {"usage": None} if prompt.include_usage else {}
 
-    def chunk(delta: Json, finish_reason: str | None = None) -> Event:
+    def chunk(delta: Json, finish_reason: str | None = None) -> Chunk:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**head, "choices": [choice], **usage}
 
@@ -77,20 +74,20 @@ def chat_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
     return chunks
 
 
-def _chat_head(kind: str, prompt: Prompt, call_id: str) -> Event:
+def _chat_head(kind: str, prompt: Prompt, call_id: str) -> Chunk:
     return {"id": f"chatcmpl-{call_id}", "object": kind, "created": CREATED, "model": prompt.model}
 
 
-def _tool_call(name: str, arguments: str, call_id: str) -> Event:
+def _tool_call(name: str, arguments: str, call_id: str) -> Chunk:
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{call_id}", "type": "function", "function": function}
 
 
-def _finish(reply: Reply) -> str:
+def _finish(reply: Answer) -> str:
     return "tool_calls" if reply.tool is not None else "length" if reply.truncated else "stop"
 
 
-def _chat_usage(reply: Reply) -> Json:
+def _chat_usage(reply: Answer) -> Json:
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
@@ -100,10 +97,7 @@ def _chat_usage(reply: Reply) -> Json:
     }
 
 
-# ------------------------------------------------------------------------------------- responses
-
-
-def response(prompt: Prompt, reply: Reply, call_id: str) -> Event:
+def response(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
     """Return the reply of /responses: one output item, a message or a function call."""
     status = "incomplete" if reply.truncated else "completed"
     usage = {
@@ -113,22 +107,22 @@ def response(prompt: Prompt, reply: Reply, call_id: str) -> Event:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": reply.prompt_tokens + reply.completion_tokens,
     }
-    cut: Event = {"incomplete_details": {"reason": "max_output_tokens"}} if reply.truncated else {}
+    cut: Chunk = {"incomplete_details": {"reason": "max_output_tokens"}} if reply.truncated else {}
     item = _item(reply, call_id, status, reply.text)
     begun = _response_begun(prompt, call_id)
     return {**begun, "status": status, "output": [item], "usage": usage, **cut}
 
 
-def response_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
+def response_events(prompt: Prompt, reply: Answer, call_id: str) -> list[Chunk]:
     """Return the same as events."""
     begun, done = _response_begun(prompt, call_id), response(prompt, reply, call_id)
     item = done["output"][0]
-    place: Event = {"output_index": 0, "item_id": item["id"]}
+    place: Chunk = {"output_index": 0, "item_id": item["id"]}
     if reply.tool is not None:
         kind = "function_call_arguments"
         ending: dict[str, Json] = {f"{kind}.done": {"name": reply.tool, "arguments": reply.text}}
         beginning: dict[str, Json] = {}
-        more: Event = {}
+        more: Chunk = {}
     else:
         kind, place = "output_text", {**place, "content_index": 0}
         more = {"logprobs": []}
@@ -153,7 +147,7 @@ def response_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
     ]
 
 
-def _response_begun(prompt: Prompt, call_id: str) -> Event:
+def _response_begun(prompt: Prompt, call_id: str) -> Chunk:
     return {
         "id": f"resp_{call_id}",
         "object": "response",
@@ -172,26 +166,23 @@ def _response_begun(prompt: Prompt, call_id: str) -> Event:
     }
 
 
-def _item(reply: Reply, call_id: str, status: str, text: str | None = None) -> Event:
+def _item(reply: Answer, call_id: str, status: str, text: str | None = None) -> Chunk:
     if reply.tool is None:
         content = [] if text is None else [_part(text)]
-        item: Event = {"id": f"msg_{call_id}", "type": "message", "role": "assistant"}
+        item: Chunk = {"id": f"msg_{call_id}", "type": "message", "role": "assistant"}
         return {**item, "status": status, "content": content}
     call = {"call_id": f"call_{call_id}", "name": reply.tool, "arguments": text or ""}
     return {"id": f"fc_{call_id}", "type": "function_call", "status": status, **call}
 
 
-def _part(text: str) -> Event:
+def _part(text: str) -> Chunk:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-# -------------------------------------------------------------------------------------- messages
-
-
-def message(prompt: Prompt, reply: Reply, call_id: str) -> Event:
+def message(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
     """Return the reply of Anthropic's /messages: one block of content, a text or the use of a tool."""
     reason = "max_tokens" if reply.truncated else "end_turn"
-    content: Event = {"type": "text", "text": reply.text}
+    content: Chunk = {"type": "text", "text": reply.text}
     if reply.tool is not None:
         reason, content = "tool_use", _tool_use(reply.tool, json.loads(reply.text), call_id)
     begun = _message_begun(prompt, reply, call_id)
@@ -199,10 +190,10 @@ def message(prompt: Prompt, reply: Reply, call_id: str) -> Event:
     return {**begun, "content": [content], "stop_reason": reason, "usage": usage}
 
 
-def message_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
+def message_events(prompt: Prompt, reply: Answer, call_id: str) -> list[Chunk]:
     """Return the same as events."""
     done = message(prompt, reply, call_id)
-    block: Event = {"type": "text", "text": ""}
+    block: Chunk = {"type": "text", "text": ""}
     deltas = [{"type": "text_delta", "text": piece} for piece in _pieces(reply.text)]
     if reply.tool is not None:
         block = _tool_use(reply.tool, {}, call_id)
@@ -221,7 +212,7 @@ def message_events(prompt: Prompt, reply: Reply, call_id: str) -> list[Event]:
     ]
 
 
-def _message_begun(prompt: Prompt, reply: Reply, call_id: str) -> Event:
+def _message_begun(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
     return {
         "id": f"msg_{call_id}",
         "type": "message",
@@ -234,14 +225,11 @@ def _message_begun(prompt: Prompt, reply: Reply, call_id: str) -> Event:
     }
 
 
-def _tool_use(name: str, given: Json, call_id: str) -> Event:
+def _tool_use(name: str, given: Json, call_id: str) -> Chunk:
     return {"type": "tool_use", "id": f"toolu_{call_id}", "name": name, "input": given}
 
 
-# --------------------------------------------------------------------------- embeddings and models
-
-
-def embeddings(model: str, texts: Sequence[str], tokens: int, body: Json) -> Event:
+def embeddings(model: str, texts: Sequence[str], tokens: int, body: Json) -> Chunk:
     """Return the reply of /embeddings: equal texts get equal vectors of length 1."""
     size = read_count(body, "dimensions") or DIMENSIONS
     in_base64 = body.get("encoding_format") == "base64"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import uvicorn
 
-from asyncbucket.testing.provider.admission import Admission
 from asyncbucket.testing.provider.app import Api, StreamBrokenError
+from asyncbucket.testing.provider.enforcer import Enforcer
 from asyncbucket.testing.provider.options import Arrival, Failure, Options, ProviderStatistics
 
 if TYPE_CHECKING:
@@ -110,19 +110,19 @@ class Provider(Options, ABC):
         return f"<{type(self).__name__}{given} {self._url or 'not running'}>"
 
 
-def carry_out(admission: Admission, command: str, arguments: dict[str, Any]) -> Any:
+def carry_out(enforcer: Enforcer, command: str, arguments: dict[str, Any]) -> Any:
     """Do what a `Provider` was asked to do; return it in values that JSON can hold."""
     match command:
         case "arrivals":
-            return admission.arrivals()
+            return enforcer.arrivals()
         case "statistics":
-            return asdict(admission.statistics())
+            return asdict(enforcer.statistics())
         case "fail_next":
-            return admission.fail_next(arguments.pop("count"), Failure(**arguments))
+            return enforcer.fail_next(arguments.pop("count"), Failure(**arguments))
         case _:
             if isinstance(arguments.get("latency"), list):
                 arguments["latency"] = tuple(arguments["latency"])
-            return admission.reconfigure(**arguments)
+            return enforcer.reconfigure(**arguments)
 
 
 class RateLimitedProvider(Provider):
@@ -140,10 +140,10 @@ class RateLimitedProvider(Provider):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.admission = Admission(self)
-        self.app = Api(self.admission)
+        self.enforcer = Enforcer(self)
+        self.app = Api(self.enforcer)
         """The application itself, for frameworks' test clients; see `mock_transport` too."""
-        self._server: _Server | None = None
+        self._server: _ProviderServer | None = None
 
     def mock_transport(self, *, family: Family = "httpx", sync: bool = False) -> Any:
         """Return a transport with which this provider answers: no server, no sockets.
@@ -193,7 +193,7 @@ class RateLimitedProvider(Provider):
     def start(self) -> None:
         if self._server is not None:
             raise RuntimeError(f"the provider runs already, at {self.url}")
-        self._server = _Server(self.app, self.port)
+        self._server = _ProviderServer(self.app, self.port)
         try:
             self._server.start()
         except BaseException:
@@ -207,7 +207,7 @@ class RateLimitedProvider(Provider):
             server.stop()
 
     def _ask(self, command: str, **arguments: Any) -> Any:
-        return carry_out(self.admission, command, arguments)
+        return carry_out(self.enforcer, command, arguments)
 
 
 class ProviderProcess(Provider):
@@ -293,7 +293,7 @@ class ProviderProcess(Provider):
         return answer
 
 
-class _Server(uvicorn.Server):
+class _ProviderServer(uvicorn.Server):
     """uvicorn in a thread with a loop of its own; it is stopped by an event, and at once."""
 
     def __init__(self, app: "ASGIApp", port: int) -> None:

@@ -26,7 +26,7 @@ _ARRIVALS_KEPT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RateRefusal:
     """Why a call was refused for rate.
 
     Attributes:
@@ -44,7 +44,7 @@ class Refusal:
     wait: int | None
 
 
-class Admission:
+class Enforcer:
     """Decide about calls, and keep a record of them."""
 
     def __init__(self, options: Options) -> None:
@@ -60,7 +60,7 @@ class Admission:
         self._counts: Counter[str] = Counter()
         self._set_limits()
 
-    def enter(self, endpoint: str, tokens: int) -> Refusal | Failure | None:
+    def enter(self, endpoint: str, tokens: int) -> RateRefusal | Failure | None:
         """Admit a call or say why not; None means that it is in and must `leave`.
 
         A call with a `Failure` other than 429 is in as well, and must `leave`, too.
@@ -75,7 +75,7 @@ class Admission:
                 self._charge(tokens, now)
                 self._counts["errors"] += outcome is not None
             else:
-                reason = outcome.reason if isinstance(outcome, Refusal) else "scripted"
+                reason = outcome.reason if isinstance(outcome, RateRefusal) else "scripted"
                 self._refused[reason] += 1
             return outcome
 
@@ -153,7 +153,7 @@ class Admission:
                 minute = round(options.minute * NANOSECONDS)
                 self._policies[name] = make_policy(options.policy, limit, minute=minute, now=now)
 
-    def _decide(self, tokens: int, now: int) -> Refusal | Failure | None:
+    def _decide(self, tokens: int, now: int) -> RateRefusal | Failure | None:
         always, rate = self.options.always, self.options.error_rate
         failure = self._scripted[0] if self._scripted else always and Failure(always)
         if not failure or failure.status != TOO_MANY_REQUESTS:
@@ -164,10 +164,10 @@ class Admission:
             return self._scripted.popleft()
         return failure or (Failure(500) if rate and self._errors.random() < rate else None)
 
-    def _refusal(self, tokens: int, now: int) -> Refusal | None:
+    def _refusal(self, tokens: int, now: int) -> RateRefusal | None:
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]
         if slots is not None and in_flight >= slots:
-            return Refusal("concurrency", slots, in_flight, 1, None)
+            return RateRefusal("concurrency", slots, in_flight, 1, None)
         worst = None
         for name, policy in self._policies.items():
             amount = tokens if name == "tokens" else 1
@@ -175,7 +175,7 @@ class Admission:
             if wait == 0 or (worst and (worst.wait is None or (wait and wait <= worst.wait))):
                 continue
             used = policy.limit - policy.remaining(now)
-            worst = Refusal(name, policy.limit, used, amount, wait)
+            worst = RateRefusal(name, policy.limit, used, amount, wait)
         return worst
 
     def _charge(self, tokens: int, now: int) -> None:
@@ -188,7 +188,7 @@ class Admission:
         counts["peak_in_flight"] = max(counts["peak_in_flight"], counts["in_flight"])
 
 
-def is_refusal(outcome: Refusal | Failure | None) -> bool:
+def is_refusal(outcome: RateRefusal | Failure | None) -> bool:
     """Tell whether the call is not admitted."""
     if isinstance(outcome, Failure):
         return outcome.status == TOO_MANY_REQUESTS
