@@ -19,7 +19,7 @@ from asyncbucket.batch.pacing import PriceOf, admit_each, leave_admission_to
 from asyncbucket.batch.progress import Shown, progress_for
 from asyncbucket.batch.source import Source
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 
 T = TypeVar("T")
 R = TypeVar("R")

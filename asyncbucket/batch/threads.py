@@ -15,7 +15,7 @@ from asyncbucket.batch.item import Item
 from asyncbucket.batch.paced import acquires_itself
 from asyncbucket.batch.results import Results, amap, check_function, name_of
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 
 T = TypeVar("T")
 R = TypeVar("R")

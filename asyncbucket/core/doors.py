@@ -5,8 +5,7 @@ Each method loads its adapter when it is called, so the core needs none of them.
 
 import functools
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -19,8 +18,9 @@ from typing import (
     overload,
 )
 
-from asyncbucket.core.acquisition import Acquisition
-from asyncbucket.core.lease import Lease
+from asyncbucket.core.meters import Window
+from asyncbucket.core.node import Node, Sizer
+from asyncbucket.core.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
@@ -45,18 +45,10 @@ class Wrapping(TypedDict, total=False):
     cost: Any
 
 
-class Doors(ABC):
+class Doors:
     """Put things behind the limits of a `Limiter`, which inherits all of these methods."""
 
     __slots__ = ()
-
-    @abstractmethod
-    def acquire(self, **cost: Any) -> Acquisition:
-        """See `Limiter.acquire`."""
-
-    @abstractmethod
-    def acquire_sync(self, **cost: Any) -> Lease:
-        """See `Limiter.acquire_sync`."""
 
     @classmethod
     def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
@@ -88,10 +80,6 @@ class Doors(ABC):
         from asyncbucket.core.settings import from_toml
 
         return from_toml(cls, path, **options)
-
-    @property
-    def _limiter(self) -> "Limiter":
-        return cast("Limiter", self)
 
     @overload
     def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
@@ -125,14 +113,16 @@ class Doors(ABC):
                 f"acquire inside it, around what it iterates over"
             )
 
+        limiter = cast("Limiter", self)
+
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with self.acquire(**call_amounts(cost, *args, **kwargs)):
+            async with limiter.acquire(**call_amounts(cost, *args, **kwargs)):
                 return await function(*args, **kwargs)
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with self.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
+            with limiter.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # it has not started
                     result.close()
@@ -175,7 +165,7 @@ class Doors(ABC):
         """
         from asyncbucket.llama_index.wrap import wrap
 
-        return wrap(obj, self._limiter, **options)
+        return wrap(obj, cast("Limiter", self), **options)
 
     def transport(self, inner: Any = None, **options: Any) -> Any:
         """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
@@ -196,13 +186,13 @@ class Doors(ABC):
         """
         from asyncbucket.http.transport import transport
 
-        return transport(self._limiter, inner, **options)
+        return transport(cast("Limiter", self), inner, **options)
 
     def transport_sync(self, inner: Any = None, **options: Any) -> Any:
         """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
         from asyncbucket.http.transport import transport_sync
 
-        return transport_sync(self._limiter, inner, **options)
+        return transport_sync(cast("Limiter", self), inner, **options)
 
     def http_client(self, **options: Any) -> Any:
         """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
@@ -219,7 +209,7 @@ class Doors(ABC):
         """
         from asyncbucket.http.clients import http_client
 
-        return http_client(self._limiter, **options)
+        return http_client(cast("Limiter", self), **options)
 
     def amap(
         self,
@@ -242,7 +232,7 @@ class Doors(ABC):
         """
         from asyncbucket.batch import amap
 
-        return amap(self._limiter, fn, items, **options)
+        return amap(cast("Limiter", self), fn, items, **options)
 
     @overload
     def map(
@@ -259,7 +249,7 @@ class Doors(ABC):
         """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
         from asyncbucket.batch import map_sync
 
-        return map_sync(self._limiter, fn, items, **options)
+        return map_sync(cast("Limiter", self), fn, items, **options)
 
     def serve_stats(self, **options: Any) -> Any:
         """Serve the statistics of this limiter and its children, read-only, on this machine only.
@@ -277,7 +267,7 @@ class Doors(ABC):
         """
         from asyncbucket.telemetry.stats import serve_stats
 
-        return serve_stats(self._limiter, **options)
+        return serve_stats(cast("Limiter", self), **options)
 
     def trace(self, last: int = 10_000) -> Any:
         """Keep the latest events from now on, for a plot or a test; see `asyncbucket.telemetry.Trace`.
@@ -290,7 +280,7 @@ class Doors(ABC):
         """
         from asyncbucket.telemetry.trace import Trace
 
-        return Trace(self._limiter, last=last)
+        return Trace(cast("Limiter", self), last=last)
 
 
 def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -299,3 +289,56 @@ def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[
         name: amount(*args, **kwargs) if callable(amount) else amount
         for name, amount in cost.items()
     }
+
+
+def find_pause(node: Node) -> Any:
+    """Return the pause of a limiter; with the lock held."""
+    from asyncbucket.feedback.pause import Pause
+
+    for pause in pauses(node):
+        return pause
+    node.extra = ((Pause(), "concurrency"), *node.extra)  # each call takes one of it
+    node.pacer.limits_changed_locked(node)
+    return node.extra[0][0]
+
+
+def pauses(node: Node) -> Iterator[Any]:
+    """Yield the pause of a limiter, if there has been one."""
+    for meter, _ in node.extra:
+        if meter.bound_by == "paused":
+            yield meter
+
+
+def find_headroom(node: Node, window: Window, now: int) -> Any:
+    """Return what is known of what a provider says is left of a limit; with the lock held."""
+    from asyncbucket.feedback.headroom import Headroom
+
+    for meter, _ in node.extra:
+        if getattr(meter, "key", None) == window.limit.key:
+            return meter
+    left = window.used - window.lent(node.in_flight)  # what no open call can give back
+    ours = []
+    for date, units in window.entries(now):
+        if left > 0:
+            ours.append((date, min(units, left)))
+        left -= units
+    headroom = Headroom(window.limit, ours)
+    node.extra = (*node.extra, (headroom, window.limit.resource))
+    node.pacer.limits_changed_locked(node)
+    return headroom
+
+
+def make_sizer(bounds: tuple[int, int], earlier: Sizer | None) -> Sizer:
+    """Return what finds the number of slots, on from where an earlier search is."""
+    from asyncbucket.feedback.adaptive import Adaptive
+
+    start = {} if earlier is None else {"start": earlier.size}
+    return Adaptive(least=bounds[0], most=bounds[1], **start)
+
+
+def open_place(node: Node, store: Any, **options: Any) -> Place:
+    """Return what keeps the limits of a root in a store."""
+    from asyncbucket.stores.place import open_place
+
+    place: Place = open_place(node, store, **options)
+    return place

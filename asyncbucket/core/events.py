@@ -10,18 +10,16 @@ waiting (`Queued`, `Admitted`, `Refused`, `Cancelled`) come in the context of th
 the current span is the caller's. It is called in the thread where the event happens, and must not
 block. An exception that it raises is logged once and breaks nothing. While nobody observes, no
 event is made. A lease that nobody released is released by the garbage collector, which may
-interrupt an observer anywhere, even while it holds locks: such an event waits for the next one
-(`Observers.emit_later`).
+interrupt an observer anywhere, even while it holds locks: such an event waits for the next one.
 
 No event holds a prompt, a key, the password of a URL, the message of a foreign exception or the
 name of a tenant. A limiter is named by its path, ``"openai/chat"``; all its tenants share the name
 ``"openai/chat/*"``.
 """
 
-import collections
+import contextlib
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -198,15 +196,13 @@ class Observers:
     Every method may be called from any thread, even by an observer while it runs.
     """
 
-    __slots__ = ("_callbacks", "_deferred", "_lock")
+    __slots__ = ("_observers",)
 
     def __init__(self) -> None:
-        self._callbacks: tuple[_Observer, ...] = ()
-        self._deferred: collections.deque[Event] = collections.deque()
-        self._lock = threading.RLock()
+        self._observers: list[_Observer] = []
 
     def __bool__(self) -> bool:
-        return bool(self._callbacks)
+        return bool(self._observers)
 
     def add(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with every event from now on; the returned function ends that.
@@ -225,37 +221,17 @@ class Observers:
                 f"let it put the event into a queue"
             )
         observer = _Observer(callback)
-        with self._lock:
-            self._callbacks = (*self._callbacks, observer)
+        self._observers.append(observer)
 
         def remove() -> None:
-            with self._lock:
-                self._callbacks = tuple(each for each in self._callbacks if each is not observer)
+            with contextlib.suppress(ValueError):  # it was removed before
+                self._observers.remove(observer)
 
         return remove
 
     def emit(self, event: Event) -> None:
         """Call every observer. The first error of each is logged; it still gets later events."""
-        if self._deferred:
-            self.flush()
-        self._call_observers(event)
-
-    def emit_later(self, event: Event) -> None:
-        """Send the event with the next one, or at `flush`; for finalizers."""
-        if self._callbacks:
-            self._deferred.append(event)
-
-    def flush(self) -> None:
-        """Send the events that were postponed."""
-        while True:
-            try:
-                event = self._deferred.popleft()
-            except IndexError:
-                return
-            self._call_observers(event)
-
-    def _call_observers(self, event: Event) -> None:
-        for observer in self._callbacks:
+        for observer in tuple(self._observers):
             try:
                 observer.callback(event)
             except Exception as error:  # noqa: BLE001 - the call that caused the event goes on

@@ -3,13 +3,18 @@
 import collections
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from asyncbucket.core.account import Account
 from asyncbucket.core.cost import Cost
-from asyncbucket.core.gates import Gates
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.node import Meters, Node, latest
 from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+    from asyncbucket.core.place import Place
+    from asyncbucket.core.queue import Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +88,18 @@ class Explanation:
         return f"{rate.limiter}: {text}" if several else text
 
 
-def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> Explanation:
-    """Explain what would happen to a call of these amounts; called with the budget's lock held."""
-    now = account.budget.clock()
-    gates, ahead, when, waits = _simulate_line(account, now, priority)
-    if when < NEVER:
-        due, binds = gates.earliest(amounts, when)
-        waits[binds] += due - when
-        when = due
+def explain_locked(node: Node, amounts: dict[str, int], priority: int) -> Explanation:
+    """Explain what would happen to a call of these amounts; called with the lock held."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    meters, ahead, when, waits = _simulate_line(node, now, priority)
+    due, binds = latest(meters, amounts, when)
+    waits[binds] += due - when
+    when = due
     ((bound_by, _),) = waits.most_common(1)
-    due, binds, ahead_in_store = _in_store(account.path[-1], amounts, now)
+    if any(level.in_flight >= level.slots for level in node.bounded):
+        when, bound_by = NEVER, "concurrency"
+    due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
     if due > when:
         when, bound_by = due, binds
     return Explanation(
@@ -100,75 +107,75 @@ def explain_locked(account: Account, amounts: dict[str, int], priority: int) -> 
         wait=None if when >= NEVER else (when - now) * 1e-9,
         bound_by=bound_by if when > now else None,
         ahead=ahead + ahead_in_store,
-        rates=tuple(sorted(_rates(account, amounts), key=lambda rate: rate.calls)),
+        rates=tuple(sorted(_rates(node, amounts), key=lambda rate: rate.calls)),
     )
 
 
 def _simulate_line(
-    account: Account, now: int, priority: int
-) -> tuple[Gates, int, int, collections.Counter[str | None]]:
+    node: Node, now: int, priority: int
+) -> tuple[Meters, int, int, collections.Counter[str | None]]:
     """Book all calls ahead in copies of the meters, in order of arrival.
 
     Return the copies, how many calls there are, when the last one passes, and how long they wait for
-    what.
+    what. Slots do not count: nobody knows when one comes back, and those that are free now will.
     """
-    waiters = sorted(
-        waiter for pacer in account.budget.pacers.values() for waiter in pacer.queue.waiters()
-    )
+    pacer: Pacer = node.pacer
     copies: dict[int, object] = {}
-    first: dict[object, int] = {}  # when the first in each line became the first
+    first: dict[Line, int] = {}  # when the first in each line became the first
     # Lines whose first waits for limits that do not apply to the call.
-    held_lines: set[object] = set()
-    gates = copy.deepcopy(account.path_gates, copies)
+    held_lines: set[Line] = set()
+    meters = copy.deepcopy(node.meters, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
-    for waiter in waiters:
-        other_nodes = [node for node in waiter.node.path if node not in account.path]
-        since = waiter.line.since
-        if any(node.gates.earliest(waiter.amounts, since)[0] > now for node in other_nodes):
-            held_lines.add(waiter.line)
-        if waiter.line in held_lines or waiter.line.priority < priority:
+    for waiter in sorted(pacer.top.waiters()):
+        line, amounts = waiter.line, waiter.amounts
+        others = [level for level in line.node.path if level not in node.path]
+        if any(level.earliest(amounts, line.since)[0] > now for level in others):
+            held_lines.add(line)
+        if line in held_lines or line.priority < priority:
             continue
         ahead += 1
-        their_gates = copy.deepcopy(waiter.node.path_gates, copies)
-        due, binds = their_gates.earliest(waiter.amounts, first.get(waiter.line, since))
+        their_meters = copy.deepcopy(line.node.meters, copies)
+        due, binds = latest(their_meters, amounts, first.get(line, line.since))
         if due > when:
             waits[binds] += due - when
             when = due
-        if when < NEVER:
-            their_gates.book(waiter.amounts, when)
-            first[waiter.line] = when
-    return gates, ahead, when, waits
+        for meter, resource in their_meters:
+            if amounts.get(resource):
+                meter.book(amounts[resource], when)
+        first[line] = when
+    return meters, ahead, when, waits
 
 
-def _in_store(root: Account, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
+def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
     """Return when the store may admit such a call, what binds, and how many calls are ahead.
 
     It is `now` without a store. What is known is as last heard. `NEVER` means that it depends on
     the store, or on a slot being given back.
     """
-    if root.remote is None:
+    place: Place | None = root.pacer.place
+    if place is None:
         return now, None, 0
-    known, ahead = root.remote.held_up(), root.remote.waiting()
+    known, ahead = place.held_up(), place.waiting()
     if known is not None:
         bound_by, due = known
         return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
-    if root.slots is not None and root.in_flight >= root.slots.size:
+    if root.in_flight >= root.slots:
         return NEVER, "concurrency", ahead
     lacking = (
         use.limit.resource
-        for use in root.remote.use()
+        for use in place.use()
         if use.available < amounts.get(use.limit.resource, 0)
     )
     resource = next(lacking, None)
     return (now if resource is None else NEVER), resource, ahead
 
 
-def _rates(account: Account, amounts: Amounts) -> list[Rate]:
+def _rates(node: Node, amounts: Amounts) -> list[Rate]:
     return [
         Rate(level.name, limit, limit.amount / limit.per / amounts[limit.resource])
-        for level in account.path
-        for limit, *_ in level.limits.values()
+        for level in node.path
+        for limit in (window.limit for window in level.limits.values())
         if amounts.get(limit.resource)
     ]
 

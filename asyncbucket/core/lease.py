@@ -1,101 +1,309 @@
-"""What an admission gives: the lease that holds it.
+"""One call's admission: asked for, waiting, held, over.
 
-`settle` and `release` never wait for the lock. If it is held by another thread, or by this thread
-(when the garbage collector interrupts it to close a generator or a coroutine that holds a lease),
-the work is left to whoever holds the lock (`Budget.run_or_postpone`).
+`Limiter.acquire` gives a `Lease` that asks: await it or enter it, and it is held. `settle` and
+`release` never wait for the lock. If it is held by another thread, or by this one (interrupted by
+the garbage collector, which closes a generator or a coroutine that holds a lease), whoever holds it
+does the work: see `asyncbucket.core.pacer.Pacer.do`.
 """
 
-import functools
-from collections.abc import Collection, Mapping
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
-from asyncbucket.core.account import Account
+from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, too_late
 from asyncbucket.core.cost import Cost, rounded_up
-from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.core.events import Outcome, Released, Settled
-from asyncbucket.core.gates import Gates
-from asyncbucket.core.holders import Holder
-from asyncbucket.core.loops import OfThisProcess
-from asyncbucket.core.parts import Parts, add_debt, redate, take_back
+from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
+from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
+from asyncbucket.core.node import Meters, Node
+from asyncbucket.core.process import ATOMIC, OfThisProcess
+from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.core.seats import Seat, ThreadSeat
 
-#: The parts of tokens.
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+
+#: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
+ASKED, WAITING, HELD, LENT, OVER = range(5)
 _TOKENS: Final = ("input_tokens", "output_tokens")
+#: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
+#: reserved, so giving them back errs on the safe side.
+_PARTS: Final = 16
+
+#: Units that a call has booked of one resource, and when: first the reservation, then each debt.
+Parts: TypeAlias = list[tuple[int, int]]
 
 
-class Lease(OfThisProcess):
-    """Hold what one admission took, until it is released.
+class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
+    """Ask for an admission; hold what it took until it is released.
 
-    It is a context manager, plain and async, that releases on leaving. `settle` reports what the
-    call really used; `release` gives the slot back. Both are synchronous and may be called from any
-    thread, repeatedly, and in any order. A lease that is dropped releases itself.
+    ``await`` it, or enter it with ``async with``, which releases it on leaving. Nothing is taken
+    before that, and ``timeout`` counts from then. For ``asyncio.create_task`` and the like it is a
+    coroutine. A lease that is held is a plain context manager, too. It may be entered again after
+    it was left, but not by several tasks at a time.
 
-    If the limiter finds its concurrency by itself, it learns from whichever of `release`,
-    `overloaded` and `failed` comes first; leaving by an exception counts as one of the latter two.
+    `settle` reports what the call really used; `release` gives the slot back. Both are synchronous
+    and may be called from any thread, repeatedly, and in any order. A lease that is dropped
+    releases itself. If the limiter finds its concurrency by itself, it learns from whichever of
+    `release`, `overloaded` and `failed` comes first; leaving by an exception counts as one of the
+    latter two.
     """
 
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "_account",
-        "_admitted",
-        "_amounts",
-        "_cost",
-        "_epoch",
-        "_gates",
-        "_holder",
-        "_open",
-        "_parts",
-        "_priority",
-        "_when",
-        "bound_by",
-        "waited",
-    )
+    __name__ = "acquire"  # shown in the task's repr
+
+    # What most leases never set: they neither wait nor are settled.
+    #: Seconds between asking and admission.
+    waited: float = 0.0
+    #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
+    #: did not wait.
+    bound_by: str | None = None
+    _state = ASKED
+    _entered = False
+    _coroutine: Generator[Any, Any, Any] | None = None
+    #: The meters that it passed, if it waited; and the line where it stood, whose share paid.
+    _meters: Meters | None = None
+    _line: Line | None = None
+    #: For each settled resource, what is booked, and when.
+    _parts: dict[str, Parts] | None = None
+    #: The levels at which it still has its slot, if it gave some up.
+    _levels: tuple[Node, ...] | None = None
+    #: When it was admitted, if `sent` has moved ``_when``, the date of its cost.
+    _admitted: int | None = None
 
     def __init__(
         self,
-        account: Account,
-        gates: Gates,
+        node: Node,
         amounts: dict[str, int],
-        when: int,
-        holder: Holder,
-        priority: int | None = None,
+        deadline: Callable[[], int | None] | None = None,
+        priority: int = 0,
     ) -> None:
-        """Note a booking made at ``when``; called with the budget's lock held.
-
-        ``priority`` is that of a call that had to wait, so its share was charged for it.
-        """
-        self._account = account
-        self._gates = gates
+        self._node = node
         self._amounts = amounts
-        self._cost: Cost | None = None
-        #: When it was admitted; and the date of its cost, which `sent` moves to when the call left.
-        self._admitted = self._when = when
-        self._holder = holder
-        #: For each settled resource, units and dates: first the reservation, then each debt.
-        self._parts: dict[str, Parts] | None = None
-        self._open = True
-        self._epoch = account.budget.epoch
+        self._deadline = deadline
         self._priority = priority
-        #: Seconds between asking and admission.
-        self.waited = 0.0
-        #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...;
-        #: None if it did not wait.
-        self.bound_by: str | None = None
-        for level in account.path:
-            level.admitted += 1
-        holder.leases += 1
+
+    # --- asking ---
+
+    def _try_now(self) -> bool:
+        """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
+        if self._state != ASKED:
+            self._ask_again()
+        node = self._node
+        pacer: Pacer = node.pacer
+        pacer.lock.acquire()  # `with` would take twice the time
+        try:
+            now = pacer.clock()
+            if (pacer.waiting and not pacer.is_free_locked(node, now)) or pacer.place is not None:
+                return False
+            for level in node.bounded:  # as `Node.take`, without the call
+                if level.in_flight >= level.slots:
+                    return False
+            amounts = self._amounts
+            for take, resource in node.takes:
+                amount = amounts.get(resource)
+                if amount and not take(amount, now):
+                    node.untake(amounts, take, now)
+                    return False
+            for level in node.path:
+                level.in_flight += 1
+                level.admitted += 1
+            seat: Seat | None = pacer.by_thread.get(threading.get_ident())
+            if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
+                seat = pacer.seat_here_locked()
+            seat.leases += 1
+            self._seat = seat
+            self._when = now
+            self._state = HELD
+        finally:
+            pacer.lock.release()
+        if pacer.jobs or pacer.observed:
+            pacer.catch_up()
+            self._notify_admitted()
+        return True
+
+    def _ask_again(self) -> None:
+        """Forget an earlier admission that is over, of a lease that is entered again."""
+        if self._state != OVER:
+            raise RuntimeError("this lease is held already: call acquire() for another lease")
+        for name in ("_admitted", "_levels", "_line", "_meters", "_parts", "bound_by", "waited"):
+            self.__dict__.pop(name, None)
+
+    def hold_locked(
+        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
+    ) -> None:
+        """Note that it passed at ``now``, after it had waited as ``waiter``."""
+        seat, line = waiter.seat, waiter.line
+        seat.leases += 1
+        self._seat = seat
+        self._when = now
+        self._state = HELD
+        self._line = line
+        self._meters = line.node.meters if meters is None else meters
+        self.waited = (now - waiter.asked) * 1e-9
+        self.bound_by = bound_by
+
+    def hand_back_locked(self) -> None:
+        """Give everything back that it was just handed: the call gave up at that very moment."""
+        self._state = OVER
+        self._seat.leases -= 1
+        node = self._node
+        pacer: Pacer = node.pacer
+        node.unbook(self._meters or (), self._amounts, self._when)
+        if pacer.place is not None:
+            pacer.place.ended(self)
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        if not self._try_now():
+            yield from self._wait().__await__()
+        return self
+
+    async def _wait(self, seat: ThreadSeat | None = None) -> None:
+        """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
+        self._state = WAITING
+        node, amounts = self._node, self._amounts
+        pacer: Pacer = node.pacer
+        deadline = None if self._deadline is None else self._deadline()
+        waiter = Waiter() if seat is None else SyncWaiter()
+        waiter.lease = self
+        try:
+            asked = join(
+                waiter, node, amounts, deadline=deadline, priority=self._priority, seat=seat
+            )
+            try:
+                if pacer.observed:
+                    pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
+                if isinstance(waiter, Waiter):
+                    in_time = await waiter
+                else:
+                    assert seat is not None
+                    seat.block(waiter.done, pacer.clock)
+                    in_time = waiter.result()
+            except CostExceedsLimit:  # whoever raised it has taken the waiter out
+                raise
+            except BaseException as error:
+                give_up(waiter, asked, is_finalizer=isinstance(error, GeneratorExit))
+                raise
+            if not in_time:
+                raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+            waiter.lease = None  # the seat may remember a deadline for long
+        except BaseException as error:
+            self._state = OVER
+            if isinstance(error, REFUSALS):
+                count_refusal(node, amounts, error)
+            raise
+        finally:
+            del waiter  # else an error's traceback would keep it alive
+        if pacer.observed:
+            self._notify_admitted()
+
+    def _block(self) -> None:
+        """Wait for the admission, blocking this thread."""
+        pacer: Pacer = self._node.pacer
+        seat = ThreadSeat(pacer.look)
+        try:
+            self._wait(seat).send(None)
+        except StopIteration:
+            pass
+        finally:
+            pacer.do(partial(pacer.seats.pop, seat, None))
+
+    def _notify_admitted(self) -> None:
+        node = self._node
+        pacer: Pacer = node.pacer
+        if pacer.observed:
+            pacer.notify(
+                node,
+                Admitted,
+                self._when,
+                cost=self.cost,
+                waited=self.waited,
+                bound_by=self.bound_by,
+                waiting=node.waiting,
+                in_flight=node.in_flight,
+            )
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise RuntimeError("this lease is entered already: call acquire() for another lease")
+        self._entered = True
+        if self._state != HELD:
+            try:
+                if not self._try_now():
+                    await self._wait()
+            except BaseException:
+                self._entered = False
+                raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._entered = False
+        if error is None:
+            self.release()
+        else:
+            self.broken(error)
+
+    def __enter__(self) -> Self:
+        if self._state < HELD:
+            self.close()
+            raise TypeError(
+                "write `async with limiter.acquire():`, or `with limiter.acquire_sync():` where there "
+                "is no event loop"
+            )
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.release()
+        else:
+            self.broken(error)
+
+    def _open_coroutine(self) -> Generator[Any, Any, Self]:
+        if self._coroutine is None:
+            self._coroutine = self.__await__()
+        if inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
+            raise RuntimeError(
+                "this acquisition has been awaited: call acquire() for another lease"
+            )
+        return self._coroutine
+
+    def send(self, value: Any) -> Any:
+        """Run as a coroutine, for ``asyncio.create_task`` and the like."""
+        return self._open_coroutine().send(value)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise an exception inside, as in a coroutine."""
+        return self._open_coroutine().throw(*args)
+
+    def close(self) -> None:
+        """Close it, as a coroutine: it counts as awaited, so there is no warning."""
+        if self._coroutine is None:
+            self._coroutine = self.__await__()
+        self._coroutine.close()
+
+    # --- holding ---
 
     @property
     def cost(self) -> Cost:
         """What was reserved."""
-        if self._cost is None:
-            self._cost = Cost.of(self._amounts)
-        return self._cost
+        return Cost.of(self._amounts)
 
     @property
     def released(self) -> bool:
-        """Whether the lease has been released."""
-        return not self._open
+        """Whether it is over."""
+        return self._state == OVER
 
     def settle(
         self,
@@ -119,7 +327,7 @@ class Lease(OfThisProcess):
                 the resource; nothing is changed then.
         """
         if resources:
-            self._account.check_known(resources)
+            self._node.check_known(resources)
         named = {
             "requests": requests,
             "tokens": tokens,
@@ -131,38 +339,40 @@ class Lease(OfThisProcess):
         self._settle(used)
 
     def _settle(self, used: dict[str, int]) -> None:
-        account = self._account
-        if self._epoch != account.budget.epoch:  # a parent process's lease, counted there
-            return
-        if account.budget.run_or_postpone(functools.partial(self._settle_locked, used)):
-            account.flush()
+        if self._state < HELD:
+            raise RuntimeError("this call has not been admitted yet: await it, or enter it")
+        pacer: Pacer = self._node.pacer
+        pacer.do(partial(self._settle_locked, used))
+        if pacer.news:
+            pacer.catch_up()
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
-        account, booked = self._account, self._booked()
+        if self._seat.look is None:  # a parent process's lease, counted there
+            return
+        node, booked, reported = self._node, self._booked(), self._parts or {}
+        pacer: Pacer = node.pacer
         if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
-            used = used | {"tokens": self._total(booked | used, used.keys() | (self._parts or {}))}
-        if account.budget.observed:
-            corrects = {name: booked[name] for name in used if name in (self._parts or ())}
-            account.notify_later(Settled, reserved=self.cost, used=used, corrects=corrects)
-        refunds = changes = False
-        for name, amount in used.items():
-            delta = amount - booked.get(name, 0)
-            self._correct_locked(name, delta)
-            changes = changes or delta != 0
-            if delta < 0:
-                refunds = True
-                account.count_refund_locked(name, -delta)
-        if self._priority is not None:
-            account.correct(self._priority, booked, self._booked())
-        if refunds or (changes and account.is_below_child):
-            account.budget.ring_locked(account)
+            used = {
+                **used,
+                "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
+            }
+        if pacer.observed:
+            corrects = {name: booked[name] for name in used if name in reported}
+            pacer.notify_locked(node, Settled, reserved=self.cost, used=used, corrects=corrects)
+        deltas = {name: amount - booked.get(name, 0) for name, amount in used.items()}
+        for resource, delta in deltas.items():
+            self._correct(resource, delta)
+        if self._line is not None:
+            self._line.credit_flows(booked, self._booked())
+        if any(delta < 0 or (delta and node.parent is not None) for delta in deltas.values()):
+            pacer.ring_locked(node)  # a child in debt lets others go first, too
 
     def _total(self, booked: Mapping[str, int], reported: Collection[str]) -> int:
         """Return input and output tokens together, of which one may not be ``reported`` yet.
 
         If the split was unknown, each was reserved as the whole. Then one that is not reported yet
-        adds no delta than the other leaves of the whole.
+        adds no more than the other leaves of the whole.
         """
         total = sum(booked.get(name, 0) for name in _TOKENS)
         if all(name in reported for name in _TOKENS):
@@ -171,7 +381,7 @@ class Lease(OfThisProcess):
         beyond = sum(max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _TOKENS)
         return min(total, reserved.get("tokens", 0) + beyond)
 
-    def _correct_locked(self, resource: str, delta: int) -> None:
+    def _correct(self, resource: str, delta: int) -> None:
         """Book ``delta`` units of ``resource`` now.
 
         If it is negative, give that many back: the latest bookings first, each at its own date.
@@ -180,19 +390,20 @@ class Lease(OfThisProcess):
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
         if not delta:
             return
-        if not self._open:
-            for window, counts in self._gates.windows:
-                if counts == resource:
-                    window.lent -= delta
-        meters = [meter for meter, counts in self._gates.meters if counts == resource]
+        meters = self._meters or self._node.meters
+        counting = [meter for meter, counts in meters if counts == resource]
         if delta > 0:
-            now = self._account.budget.clock()
-            add_debt(parts, delta, now)
-            for meter in meters:
+            now = self._node.pacer.clock()
+            parts.append((delta, now))
+            if len(parts) > _PARTS:
+                (reserved, first), (debt, _) = parts[:2]
+                parts[:2] = [(reserved + debt, first)]
+            for meter in counting:
                 meter.owe(delta, now)
             return
-        for back, when, left in take_back(parts, -delta):
-            for meter in meters:
+        self._node.count_refund(resource, -delta)
+        for back, when, left in _take_back(parts, -delta):
+            for meter in counting:
                 meter.unbook(back, when, left=left)
 
     def _booked(self) -> dict[str, int]:
@@ -200,7 +411,7 @@ class Lease(OfThisProcess):
         if self._parts is None:
             return self._amounts
         settled = {name: sum(units for units, _ in parts) for name, parts in self._parts.items()}
-        return self._amounts | settled
+        return {**self._amounts, **settled}
 
     def sent(self) -> None:
         """Date the cost to now, because the call leaves only now.
@@ -208,19 +419,42 @@ class Lease(OfThisProcess):
         A client may work for a while between the admission and sending the request, and a provider
         counts from its arrival. Dating the booking likewise keeps windows true.
         """
-        budget = self._account.budget
-        with budget.lock:
-            now = budget.clock()
-            for resource, amount in self._booked().items():
-                settled = (self._parts or {}).get(resource)
-                for units, when in settled or [(amount, self._when)]:
-                    redate(self._gates, {resource: units}, when, now)
-                if settled:
-                    settled[:] = [(amount, now)]
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            now = pacer.clock()
+            for meter, resource in self._meters or node.meters:
+                if self._parts is not None and resource in self._parts:
+                    booked = self._parts[resource]
+                else:
+                    booked = [(self._amounts.get(resource, 0), self._when)]
+                for units, when in booked:
+                    if units:
+                        meter.redate(units, when, now)
+            for parts in (self._parts or {}).values():
+                parts[:] = [(sum(units for units, _ in parts), now)]
+            if self._admitted is None:
+                self._admitted = self._when
             self._when = now
+
+    # --- over ---
 
     def release(self) -> None:
         """Give the slot back; the cost stays counted, as reserved or as settled."""
+        node = self._node
+        pacer: Pacer = node.pacer
+        if (
+            ATOMIC
+            and self._state == HELD
+            and node.is_plain
+            and not (pacer.waiting or pacer.observed)
+        ):
+            # No call and no jump from the test to the last store, so no other thread interleaves;
+            # whoever is about to wait looks at the slots after having joined the line.
+            self._state = OVER
+            self._seat.leases -= 1
+            node.in_flight -= 1
+            return
         self._end("ok")
 
     def overloaded(self) -> None:
@@ -234,53 +468,6 @@ class Lease(OfThisProcess):
         """Release, and report that the call's duration says nothing about the server's load."""
         self._end("failed")
 
-    def _end(self, outcome: Outcome) -> None:
-        if not self._open:
-            return
-        account = self._account
-        budget = account.budget
-        if not budget.lock.acquire(False):  # a keyword argument would take twice the time
-            budget.run_or_postpone(functools.partial(self._drop_locked, outcome))
-            return
-        try:
-            ended = self._end_locked(outcome)
-        finally:
-            budget.lock.release()
-        if ended and budget.observed:
-            account.notify(Released, **self._released_fields(outcome))
-
-    def _end_locked(self, outcome: Outcome) -> bool:
-        """Close the booking, here and above; return whether it was open, in this process."""
-        account = self._account
-        budget = account.budget
-        if not self._open or self._epoch != budget.epoch:
-            return False
-        self._open = False
-        self._holder.leases -= 1
-        awaited = self._gates.close(self._amounts if self._parts is None else self._booked())
-        for level in account.path:
-            level.ended += 1
-            if level.early_calls and level.release_added_slot_locked(self._gates):
-                awaited = True
-            if level.adaptive is not None:
-                self._report_outcome_locked(level, outcome)
-        if awaited and budget.waiting:
-            budget.ring_locked(account)
-        return True
-
-    def _report_outcome_locked(self, account: Account, outcome: Outcome) -> None:
-        """Tell the search for the number of slots how the call ended."""
-        adaptive, slots, now = account.adaptive, account.slots, account.budget.clock()
-        assert adaptive is not None
-        assert slots is not None
-        if outcome == "ok":
-            full = slots.available(now) <= 1  # this call's own slot has just come back
-            waited = self.bound_by == "concurrency"
-            adaptive.succeeded(now - self._when, waited=waited, full=full)
-        elif outcome == "overloaded":
-            adaptive.overloaded(started=self._admitted, now=now)
-        account.resize_locked()
-
     def broken(self, error: BaseException) -> None:
         """Release on leaving a ``with`` block by an exception."""
         if isinstance(error, TimeoutError) and not isinstance(error, AsyncBucketError):
@@ -288,50 +475,116 @@ class Lease(OfThisProcess):
         else:
             self.failed()
 
-    def _drop_locked(self, outcome: Outcome = "failed") -> None:
-        """Release a lease that was collected, or that was released while the lock was held."""
-        if self._end_locked(outcome) and self._account.budget.observed:
-            self._account.notify_later(Released, **self._released_fields(outcome))
-
-    def _released_fields(self, outcome: Outcome) -> dict[str, Any]:
-        held = (self._account.budget.clock() - self._when) * 1e-9
-        return {"cost": self.cost, "held": held, "outcome": outcome}
-
     def undo(self) -> None:
         """Give everything back, as if the call had never been: for calls that were not made."""
-        nothing = {name: 0 for name in self._booked() if name != "concurrency"}
-        self._settle(nothing)
+        self._settle({name: 0 for name in self._booked() if name != "concurrency"})
         self.failed()
 
-    def __enter__(self) -> Self:
-        return self
+    def _give_up_slots(self, path: tuple[Node, ...]) -> None:
+        """Give back the slots, for good, that a call made inside this one needs at ``path``.
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.release()
+        This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
+        slots were held so, they would wait for ever.
+        """
+        self._node.pacer.do(partial(self._give_up_slots_locked, path))
+
+    def _give_up_slots_locked(self, path: tuple[Node, ...]) -> None:
+        held = self._node.path if self._levels is None else self._levels
+        given_up = [level for level in held if level in path]
+        if self._state not in (HELD, LENT) or self._seat.look is None or not given_up:
+            return
+        self._state = LENT
+        self._levels = tuple(level for level in held if level not in path)
+        pacer: Pacer = self._node.pacer
+        for level in given_up:
+            level.in_flight -= 1
+        if pacer.place is not None:
+            pacer.place.ended(self)
+        pacer.ring_locked(self._node)
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._state not in (HELD, LENT):
+            return
+        pacer: Pacer = self._node.pacer
+        if pacer.lock.acquire(False):  # a keyword argument would take twice the time
+            try:
+                self._end_locked(outcome)
+            finally:
+                pacer.lock.release()
         else:
-            self.broken(error)
+            pacer.jobs.append(partial(self._end_locked, outcome))
+        if pacer.jobs or pacer.news:
+            pacer.catch_up()
 
-    async def __aenter__(self) -> Self:
-        return self
+    def _end_locked(self, outcome: Outcome) -> None:
+        node, seat = self._node, self._seat
+        if self._state not in (HELD, LENT) or seat.look is None:
+            return
+        self._state = OVER
+        seat.leases -= 1
+        pacer: Pacer = node.pacer
+        for level in node.path if self._levels is None else self._levels:
+            if level.sizer is not None:
+                self._tell_sizer(level, outcome)
+            level.in_flight -= 1
+        if pacer.place is not None:
+            pacer.place.ended(self)
+        if pacer.waiting:
+            for level in node.bounded:
+                if level.in_flight + 1 >= level.slots:  # somebody may wait for this slot
+                    pacer.ring_locked(node)
+                    break
+        if pacer.observed:
+            held = (pacer.clock() - self._when) * 1e-9
+            pacer.notify_locked(node, Released, cost=self.cost, held=held, outcome=outcome)
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.__exit__(exc_type, error, traceback)
+    def _tell_sizer(self, level: Node, outcome: Outcome) -> None:
+        """Tell what finds the number of slots how the call ended."""
+        assert level.sizer is not None
+        level.sizer.ended(
+            outcome,
+            started=self._when if outcome == "ok" or self._admitted is None else self._admitted,
+            now=level.pacer.clock(),
+            waited=self.bound_by == "concurrency",
+            full=level.in_flight >= level.slots,
+        )
+        before, level.slots = level.slots, level.sizer.size
+        if level.slots > before:
+            level.pacer.ring_locked(self._node)
 
     def __del__(self) -> None:
-        if self._open:  # a finalizer may run anywhere, even inside the lock
-            self._account.budget.run_or_postpone(self._drop_locked)
+        if self._state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
+            self._node.pacer.do(partial(self._end_locked, "failed"))
 
     def __repr__(self) -> str:
-        state = "open" if self._open else "released"
+        state = ("asked", "waiting", "open", "open", "released")[self._state]
         return f"<Lease {state} {self.cost} waited={self.waited:.3f} s bound_by={self.bound_by}>"
+
+
+class FirstLease(Lease):
+    """Warn if it is never awaited.
+
+    Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
+    has used yet are watched.
+    """
+
+    def __del__(self) -> None:
+        super().__del__()
+        if self._state == ASKED and self._coroutine is None and not self._node.was_called:
+            warnings.warn(
+                "an acquisition was never awaited, so that nothing was paced: write "
+                "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int]]:
+    """Take ``units`` from ``parts``, the latest first; yield for each: units, date, what is left."""
+    while units > 0:
+        booked, when = parts.pop()
+        back = min(booked, units)
+        if booked > back:
+            parts.append((booked - back, when))
+        yield back, when, booked - back
+        units -= back

@@ -1,10 +1,16 @@
-"""A limiter and those above it: a call counts at each level, and one of them is the provider's."""
+"""What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from asyncbucket.core.context import inherited
+from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.node import shown_name as _shown_name
+
+# The face of the core's private parts.
+# ruff: noqa: SLF001
 
 
 def levels(limiter: Limiter) -> Iterator[Limiter]:
@@ -16,12 +22,8 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
 
 
 def is_under(limiter: Limiter, other: Limiter) -> bool:
-    """Tell whether what ``limiter`` admits also counts at ``other``.
-
-    A tenant that was put to rest and came back has several `Limiter` objects, so accounts are
-    compared.
-    """
-    return other._account in limiter._account.path  # noqa: SLF001 - its own kind
+    """Tell whether what ``limiter`` admits also counts at ``other``."""
+    return other._node in limiter._node.path
 
 
 def provider_of(limiter: Limiter) -> Limiter:
@@ -36,23 +38,47 @@ def provider_of(limiter: Limiter) -> Limiter:
 
 def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     """Return the limits that hold for calls here: its own, and those of the levels above."""
-    account = limiter._account  # noqa: SLF001 - its own kind
-    gates = account.cached_path_gates
-    if gates is None:
-        with account.budget.lock:
-            gates = account.path_gates
-    return gates.limits
+    return tuple(
+        window.limit for node in limiter._node.path for window in tuple(node.limits.values())
+    )
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
     """Tell whether this limiter, or one above, can answer a refusal by reducing its slots."""
-    path = limiter._account.path  # noqa: SLF001 - its own kind
-    return any(level.adaptive and level.adaptive.size > level.adaptive.least for level in path)
+    sizers = (node.sizer for node in limiter._node.path)
+    return any(sizer and sizer.size > sizer.least for sizer in sizers)
 
 
 def effective_limiter(limiter: Limiter) -> Limiter:
     """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
-    context = inherited.get()
-    if context is None or context.tenant is None or limiter._account.belongs_to_tenant:  # noqa: SLF001 - its own kind
-        return limiter
-    return limiter.key(context.tenant)
+    return limiter._limiter_for(None, inherited.get())
+
+
+def give_back(lease: Lease, limiter: Limiter) -> None:
+    """Have ``lease`` give up the slots that a call of ``limiter`` from this context may need.
+
+    A tool or a model that calls another model does nothing itself meanwhile, yet holds a slot. If
+    both pass the same limiter, be it only the root, the inner call may be waiting for that very
+    slot. So the outer call gives up its slots at the levels that both pass, for good. At the others
+    it keeps them.
+    """
+    lease._give_up_slots(effective_limiter(limiter)._node.path)
+
+
+def shown_name(limiter: Limiter) -> str:
+    """Return the name that others may see: with a star instead of a tenant."""
+    return _shown_name(limiter.name)
+
+
+def terms_of(limiter: Limiter) -> dict[str, Any]:
+    """Return what ``limiter`` was made with besides its name and limits."""
+    node, sizer = limiter._node, limiter._node.sizer
+    terms: dict[str, Any] = {
+        "concurrency": limiter.concurrency if sizer is None else (sizer.least, sizer.most),
+        "max_queue": limiter.max_queue,
+        "timeout": limiter._timeout,
+    }
+    if limiter.parent is not None:
+        return terms | {"weight": node.weight, "priority": limiter._priority}
+    place = node.pacer.place
+    return terms if place is None else terms | place.options()

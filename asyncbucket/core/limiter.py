@@ -1,42 +1,68 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
-import functools
+import math
+import threading
 import time
-from collections.abc import Callable, Mapping
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, Unpack
+from typing import Any, Final, NoReturn, TypeVar, Unpack
 
-from asyncbucket.core.account import Account
-from asyncbucket.core.acquisition import Acquisition, FirstAcquisition
-from asyncbucket.core.context import Inherited, Priority, inherited, read_tenant
+from asyncbucket.core import doors
+from asyncbucket.core.admission import refuse
+from asyncbucket.core.context import (
+    Inherited,
+    Priority,
+    deadline_of,
+    inherited,
+    nanoseconds,
+    read_priority,
+    read_tenant,
+    span_of,
+)
 from asyncbucket.core.cost import Cost, amounts_of
-from asyncbucket.core.door import Door
-from asyncbucket.core.doors import Doors
+from asyncbucket.core.errors import LimitSyntaxError
+from asyncbucket.core.events import Callback, Event, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.core.explain import Explanation, explain_locked
-from asyncbucket.core.keys import Keys
-from asyncbucket.core.lease import Lease
+from asyncbucket.core.lease import FirstLease, Lease
 from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.core.loops import OfThisProcess
-from asyncbucket.core.steering import Steering
+from asyncbucket.core.meters import NEVER
+from asyncbucket.core.node import EMPTY_MAPPING, Node
+from asyncbucket.core.pacer import Pacer
+from asyncbucket.core.process import OfThisProcess, reset_after_fork
+from asyncbucket.core.queue import reweigh
+from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.terms import (
+    Concurrency,
     Keywords,
+    LimitKeywords,
     OnOutage,
+    OtherResources,
     Terms,
-    read_count,
-    read_max_queue,
+    read_concurrency,
     read_name,
     read_on_outage,
     read_slot_ttl,
-    read_timeout,
+    read_weight,
 )
-from asyncbucket.core.wording import shown
-from asyncbucket.feedback.adaptive import Concurrency
+from asyncbucket.core.wording import is_integer, read_count, shown
 
-#: How many tenants' limiters are kept alive unless `per_key` says otherwise.
+T = TypeVar("T")
+# A limiter touches the private parts of its parent, of its tenants and of their leases.
+# ruff: noqa: SLF001
+
+#: How many tenants' limiters are kept alive unless `per_key` says otherwise; and how many of those
+#: unused for the longest time are looked at whenever one is made.
 _ALIVE: Final = 1_000
+_LOOKS: Final = 4
+#: After so many calls of which none paid for a limit, something is wrong with it.
+_MANY: Final = 100
 
 
-class Limiter(Doors, Steering, OfThisProcess):
+class Limiter(doors.Doors, OfThisProcess):
     """Pace calls under any number of limits, on any number of event loops and threads.
 
     For every limit of N per window W, the cost admitted in every window of length W is at most N.
@@ -79,10 +105,14 @@ class Limiter(Doors, Steering, OfThisProcess):
     __slots__ = (
         "__dict__",
         "__weakref__",
-        "_budget",
-        "_door",
+        "_children",
+        "_is_proven",
+        "_node",
         "_parent",
+        "_priority",
+        "_tenants",
         "_terms",
+        "_timeout",
     )
 
     def __init__(
@@ -96,25 +126,40 @@ class Limiter(Doors, Steering, OfThisProcess):
         on_outage: OnOutage = "share",
         slot_ttl: float = 30.0,
         clock: Callable[[], int] = time.monotonic_ns,
-        **limits_by_keyword: float | None,
+        **limits_by_keyword: Unpack[LimitKeywords],
     ) -> None:
-        given = read_limits(limits, limits_by_keyword)
+        given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
+        terms = Terms.read(limits, {**given, **limits_by_keyword})
         read_on_outage(on_outage)
         slot_ttl = read_slot_ttl(slot_ttl)
-        account = Account(read_name(name), clock=clock, max_queue=read_max_queue(max_queue))
-        self._set_up(Door(account, timeout=read_timeout(timeout)), None)
-        account.set_limits(given, concurrency)
+        self._set_up(Pacer(clock, read_name(name)).root, None, terms)
+        self._start(terms)
         if store is not None:
-            from asyncbucket.stores.shared import share
+            self._node.pacer.place = doors.open_place(
+                self._node, store, on_outage=on_outage, slot_ttl=slot_ttl
+            )
+            self._node.is_plain = False
 
-            share(account, store, on_outage=on_outage, slot_ttl=slot_ttl)
+    def _set_up(self, node: Node, parent: "Limiter | None", terms: Terms) -> None:
+        """Set up the public object in front of ``node``."""
+        self._node, self._parent, self._terms = node, parent, terms
+        self._timeout, self._priority = terms.timeout, terms.priority or 0
+        if parent is not None:
+            self._timeout = parent._timeout if terms.timeout is None else terms.timeout
+            self._priority = parent._priority if terms.priority is None else terms.priority
+        #: Whether calls have come this way, and have paid for all that is limited.
+        self._is_proven = False
+        self._children: dict[str, Limiter] = EMPTY_MAPPING
+        self._tenants: _Tenants | None = None
 
-    def _set_up(self, door: Door, parent: "Limiter | None", terms: Terms | None = None) -> None:
-        """Set up the public object in front of ``door``."""
-        self._door = door
-        self._budget = door.account.budget
-        self._parent = parent
-        self._terms = terms
+    def _start(self, terms: Terms) -> None:
+        """Put the terms of a new limiter in force."""
+        node = self._node
+        node.weight, node.max_queue = terms.weight, terms.max_queue
+        if terms.limits or terms.concurrency is not None:
+            self._put_in_force_locked(terms.limits, terms.concurrency)
+
+    # --- asking ---
 
     def acquire(  # noqa: PLR0913 - each says something else, and all but one by keyword
         self,
@@ -128,9 +173,9 @@ class Limiter(Doors, Steering, OfThisProcess):
         deadline: float | None = None,
         priority: Priority | None = None,
         tenant: str | None = None,
-        **resources: float,
-    ) -> Acquisition:
-        """Wait for an admission: ``await`` it for a `Lease`, or enter it with ``async with``.
+        **resources: Unpack[OtherResources],
+    ) -> Lease:
+        """Wait for an admission: ``await`` the lease, or enter it with ``async with``.
 
         Args:
             cost: the whole cost, instead of its parts.
@@ -153,25 +198,30 @@ class Limiter(Doors, Steering, OfThisProcess):
             StoreError: the store that keeps the limits cannot be used, or was closed meanwhile.
             TypeError, ValueError: an amount or a time is not a finite number from 0 on.
         """
-        context, door = inherited.get(), self._door
+        context, limiter = inherited.get(), self
         if tenant is not None or context is not None:
-            door = self._door_for(tenant, context)
+            limiter = self._limiter_for(tenant, context)
         if cost is None and not resources:  # the usual case: a short cut
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
-            amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        acquisition_type = Acquisition if door.called else FirstAcquisition
+            amounts = limiter._amounts(
+                cost, requests, tokens, input_tokens, output_tokens, resources
+            )
+        end, urgency = None, limiter._priority
         if (
-            context is None
-            and priority is None
-            and timeout is None
-            and deadline is None
-            and door.timeout is None
+            context is not None
+            or priority is not None
+            or timeout is not None
+            or deadline is not None
+            or limiter._timeout is not None
         ):
-            return acquisition_type(door, amounts, None, door.priority)
-        end = functools.partial(door.deadline_for, timeout, deadline, context)
-        end()  # report mistakes at once
-        return acquisition_type(door, amounts, end, door.priority_for(priority, context))
+            end = partial(limiter._deadline, timeout, deadline, context)
+            end()  # report mistakes at once
+            urgency = limiter._urgency(priority, context)
+        if limiter._is_proven:
+            return Lease(limiter._node, amounts, end, urgency)
+        limiter._prove()
+        return FirstLease(limiter._node, amounts, end, urgency)
 
     def acquire_nowait(
         self,
@@ -182,7 +232,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         input_tokens: float | None = None,
         output_tokens: float | None = None,
         tenant: str | None = None,
-        **resources: float,
+        **resources: Unpack[OtherResources],
     ) -> Lease:
         """Take a lease now, or refuse; see `acquire`.
 
@@ -193,9 +243,16 @@ class Limiter(Doors, Steering, OfThisProcess):
                 the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        door = self._door_for(tenant, inherited.get())
-        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        return door.take(amounts)
+        limiter = self._limiter_for(tenant, inherited.get())
+        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
+        node = limiter._node
+        lease = Lease(node, amounts)
+        if not lease._try_now():
+            with node.pacer:
+                buried = node.pacer.waiting and node.pacer.bury_locked()
+            if not (buried and lease._try_now()):
+                refuse(node, amounts)
+        return lease
 
     def acquire_sync(  # noqa: PLR0913 - as `acquire`
         self,
@@ -209,22 +266,20 @@ class Limiter(Doors, Steering, OfThisProcess):
         deadline: float | None = None,
         priority: Priority | None = None,
         tenant: str | None = None,
-        **resources: float,
+        **resources: Unpack[OtherResources],
     ) -> Lease:
         """Block this thread until an admission; the lease is a context manager. See `acquire`.
 
-        A call that has to wait does so on one background event loop, in the same line as all
-        others.
+        A call that has to wait stands in the same line as all others.
         """
         context = inherited.get()
-        door = self._door_for(tenant, context)
-        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        end = door.deadline_for(timeout, deadline, context)
-        urgency = door.priority_for(priority, context)
-        lease = door.try_now(amounts, on_loop=False)
-        if lease is None:
-            wait = functools.partial(door.wait, amounts, end, urgency, on_loop=False)
-            lease = self._budget.background.call(wait, Lease.undo)
+        limiter = self._limiter_for(tenant, context)
+        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
+        end = partial(limiter._deadline, timeout, deadline, context)
+        end()
+        lease = Lease(limiter._node, amounts, end, limiter._urgency(priority, context))
+        if not lease._try_now():
+            lease._block()
         return lease
 
     def explain(
@@ -235,7 +290,7 @@ class Limiter(Doors, Steering, OfThisProcess):
         tokens: float | None = None,
         input_tokens: float | None = None,
         output_tokens: float | None = None,
-        **resources: float,
+        **resources: Unpack[OtherResources],
     ) -> Explanation:
         """Say which limit binds such a call now, how long it would wait, and what would help.
 
@@ -251,12 +306,73 @@ class Limiter(Doors, Steering, OfThisProcess):
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         context = inherited.get()
-        door = self._door_for(None, context)
-        amounts = _amounts(door, cost, requests, tokens, input_tokens, output_tokens, resources)
-        account, urgency = door.account, door.priority_for(None, context)
-        with self._budget.lock:
-            account.check_locked(amounts)
-            return explain_locked(account, amounts, urgency)
+        limiter = self._limiter_for(None, context)
+        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
+        node = limiter._node
+        with node.pacer:
+            node.check(amounts)
+            return explain_locked(node, amounts, limiter._urgency(None, context))
+
+    def _amounts(
+        self,
+        cost: Cost | None,
+        requests: float,
+        tokens: float | None,
+        input_tokens: float | None,
+        output_tokens: float | None,
+        others: Mapping[str, Any],
+    ) -> dict[str, int]:
+        """Return the amounts of a call, the slot it takes included."""
+        named = others
+        if cost is None:
+            amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
+        elif isinstance(cost, Cost):
+            parts = (tokens, input_tokens, output_tokens)
+            if requests != 1 or others or any(part is not None for part in parts):
+                raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
+            amounts, named = {**cost, "concurrency": 1}, cost
+        else:
+            raise TypeError(
+                f"a cost must be a Cost or keywords such as tokens=500, not {shown(cost)}"
+            )
+        if named:
+            self._node.check_known(named)
+        return amounts
+
+    def _deadline(
+        self, timeout: float | None, deadline: float | None, context: Inherited | None
+    ) -> int | None:
+        """Return the earliest of all given deadlines, in ns of the limiter's clock."""
+        now = self._node.pacer.clock()
+        timeout = self._timeout if timeout is None else timeout
+        end = deadline_of(now, timeout=timeout, deadline=deadline)
+        left = None if context is None else context.seconds_left()
+        if left is None or math.isinf(left):
+            return end
+        inherited_end: int = now + round(left * 1_000_000_000)
+        return inherited_end if end is None else min(end, inherited_end)
+
+    def _urgency(self, priority: Priority | None, context: Inherited | None) -> int:
+        """Return the priority of a call: its own, the inherited one, or the limiter's."""
+        if priority is not None:
+            return read_priority(priority)
+        if context is None or context.priority is None:
+            return self._priority
+        return context.priority
+
+    def _prove(self) -> None:
+        """Look whether calls have come and have paid for each limit; warn if many have not."""
+        node = self._node
+        limits = [window for level in node.path for window in level.limits.values()]
+        unpaid = [str(window.limit) for window in limits if not window.was_used]
+        self._is_proven = node.was_called and (not unpaid or node.admitted >= _MANY)
+        if self._is_proven and unpaid:
+            warnings.warn(
+                f"{node.admitted} calls have passed limiter {self.name!r}, and none cost anything "
+                f"of its limit of {unpaid[0]}: give the amount with each call, or check the name",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     async def __aenter__(self) -> NoReturn:
         """Refuse, and say what to write: an acquisition is a context manager, a limiter is not.
@@ -272,11 +388,13 @@ class Limiter(Doors, Steering, OfThisProcess):
     async def __aexit__(self, *_: object) -> None:
         """Satisfy the protocol; never reached."""
 
+    # --- limiters below ---
+
     def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
         """Return the child with this name, made at the first call.
 
         A child's calls count here, too: once, in the same admission. If children want more than
-        there is, they share it by weight, measured in cost: see `asyncbucket.core.shares`. A child that
+        there is, they share it by weight, measured in cost. A child that
         has used up its own limits holds up nobody else.
 
         >>> acme = limiter.child("acme", rpm=100, weight=2)
@@ -298,15 +416,12 @@ class Limiter(Doors, Steering, OfThisProcess):
             raise ValueError(
                 f"a child's name must be a string without a slash or a leading star, not {name!r}"
             )
-        read_name(name)
-        given_terms = Terms.read(limits, terms)
-        with self._budget.lifecycle_lock:
-            account = self._account
-            child = account.limiters.get(name)
-            if child is None:
-                account.limiters = account.limiters or {}
-                child = account.limiters[name] = self._make_child(name, given_terms)
-        if (limits or terms) and given_terms != child._terms:  # noqa: SLF001 - another `Limiter`
+        given = Terms.read(limits, terms)
+        child = self._children.get(read_name(name))
+        if child is None:
+            self._children = self._children or {}
+            child = self._children.setdefault(name, self._make_child(name, given))
+        if (limits or terms) and given != child._terms:
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
@@ -316,8 +431,8 @@ class Limiter(Doors, Steering, OfThisProcess):
     def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
         """Return the limiter of a tenant under this one, made on demand.
 
-        There may be any number of tenants. Limiters that have not been used for a while are put to
-        rest: only what they used is remembered (see `per_key`). The returned object stays valid for
+        There may be any number of tenants. Limiters that have not been used for a while, and whose
+        limits are as good as new, are let go (see `per_key`). The returned object stays valid for
         ever. Its name shows a hash, never the tenant.
 
         Args:
@@ -328,8 +443,8 @@ class Limiter(Doors, Steering, OfThisProcess):
         Raises:
             LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
         """
-        read_tenant(tenant)
-        return self._tenants().get(tenant, Terms.read(limits, terms) if limits or terms else None)
+        given = Terms.read(limits, terms) if limits or terms else None
+        return self._all_tenants().get(self, read_tenant(tenant), given)
 
     def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
         """Set the terms for tenants that have none of their own; see `key`.
@@ -339,16 +454,41 @@ class Limiter(Doors, Steering, OfThisProcess):
 
         Args:
             limits: as for `child`.
-            alive: how many tenants' limiters are kept in full. Of the others, only what they used
-                is remembered, until their limits are as good as new. A limiter with calls waiting
-                or in flight stays, and so does one that was reconfigured.
+            alive: how many tenants' limiters are kept in any case. Beyond that, those unused for
+                the longest time go once they are as good as new: no calls in flight, windows empty.
             terms: as for `child`.
 
         Raises:
             LimitSyntaxError, ValueError: as for `child`.
         """
-        count = read_count(alive, "alive")
-        self._tenants().set_defaults(Terms.read(limits, terms), alive=count)
+        alive = read_count(alive, "alive")
+        tenants = self._all_tenants()
+        tenants.default_terms, tenants.alive = Terms.read(limits, terms), alive
+
+    def _all_tenants(self) -> "_Tenants":
+        if self._tenants is None:
+            self._tenants = _Tenants()
+        return self._tenants
+
+    def _busy_tenants(self) -> list["Limiter"]:
+        """Return the tenants' limiters with calls that wait or are in flight now."""
+        return [] if self._tenants is None else self._tenants.busy()
+
+    def _make_child(self, name: str, terms: Terms) -> "Limiter":
+        """Return a new limiter below this one."""
+        self._keep()
+        child = Limiter.__new__(Limiter)
+        with self._node.pacer:
+            node = Node(f"{self._node.name}/{name}", self._node)
+            child._set_up(node, self, terms)
+            child._start(terms)
+        return child
+
+    def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":
+        """Return the limiter of ``tenant`` or, unless this is a tenant's, of an inherited one."""
+        if tenant is None and context is not None and "/*" not in self._node.name:
+            tenant = context.tenant
+        return self if tenant is None else self.key(tenant)
 
     @property
     def parent(self) -> "Limiter | None":
@@ -358,72 +498,435 @@ class Limiter(Doors, Steering, OfThisProcess):
     @property
     def children(self) -> Mapping[str, "Limiter"]:
         """The children by name, as of now, without tenants."""
-        return MappingProxyType(dict(self._account.limiters))
+        return MappingProxyType(dict(self._children))
 
-    def _busy_tenants(self) -> list["Limiter"]:
-        """Return the tenants' limiters with calls that wait or are in flight now."""
-        keys = self._account.keys
-        return [] if keys is None else keys.busy()
+    # --- steering ---
 
-    def _tenants(self) -> Keys["Limiter"]:
-        with self._budget.lifecycle_lock:
-            account = self._account
-            if account.keys is None:
-                account.steered = True  # a `Rest` lacks what a tenant's own tenants used
-                account.keys = Keys(account, self._make_tenant, alive=_ALIVE)
-            return account.keys
+    def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
+        """Admit nobody for ``seconds`` from now; an earlier pause that ends later stays in force.
 
-    def _make_tenant(
-        self, name: str, terms: Terms, find_again: Callable[[], Account]
-    ) -> tuple["Limiter", Account]:
-        child = self._make_child(name, terms)
-        door = child._door  # noqa: SLF001 - another `Limiter`
-        door.find_again = find_again
-        return child, door.account
+        Args:
+            seconds: how long.
+            reason: why, for people; ``"429"`` counts as a refusal by the provider.
+            gradually: start slowly after the pause, so that its end causes no storm: one call at
+                first, then twice as many in each step of a 16th of the pause (at most 0.25 s), up
+                to 256.
 
-    def _make_child(self, name: str, terms: Terms) -> "Limiter":
-        above = self._door
-        with self._budget.lock:
-            account = above.account.add_child_locked(name, terms)
-        timeout = above.timeout if terms.timeout is None else terms.timeout
-        priority = above.priority if terms.priority is None else terms.priority
-        child = Limiter.__new__(Limiter)
-        door = Door(account, timeout=timeout, priority=priority)
-        child._set_up(door, self, terms)  # noqa: SLF001 - another `Limiter`
-        account.set_limits(list(terms.limits), terms.concurrency)
-        return child
+        Raises:
+            ValueError: ``seconds`` is not a finite number from 0 on.
+            TypeError: ``reason`` is not a string.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f'reason must be a string, such as "429", not {reason!r}')
+        span = span_of(seconds, "a pause", "it counts from now")
+        if span >= NEVER:
+            raise ValueError("a pause must end: give a finite number of seconds")
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            if reason == "429":
+                node.count("upstream_429")
+            now = pacer.clock()
+            pause = doors.find_pause(node)
+            pause.begin(now + span, now, gradually=gradually)
+            if pacer.place is not None and node.parent is None:
+                pacer.place.pause(span, gradually=gradually)
+            pacer.ring_locked(node, now)
+        pacer.notify(node, Paused, seconds=float(seconds), reason=reason)
 
-    def _door_for(self, tenant: str | None, context: Inherited | None) -> Door:
-        """Return the door of ``tenant`` or, unless this is a tenant's, of an inherited one."""
-        if tenant is None:
-            tenant = None if context is None or self._account.belongs_to_tenant else context.tenant
-        return self._door if tenant is None else self.key(tenant)._door  # noqa: SLF001 - its own kind
+    def observe_remaining(
+        self,
+        remaining: int,
+        *,
+        resource: str,
+        per: float,
+        limit: int | None = None,
+        since: float | None = None,
+        rounding: int = 0,
+    ) -> None:
+        """Take in what the provider says is left of a limit that others spend from, too.
+
+        It may lower what is available, but never raise it above this limiter's limits. It is
+        forgotten if nothing more is heard for a whole window. It is ignored if this limiter does
+        not limit that window, or if a store keeps the limits. Transports call this;
+        `asyncbucket.feedback.headroom` explains what happens then.
+
+        Args:
+            remaining: units left.
+            resource: what the units count, such as ``"tokens"``.
+            per: the window of the limit, in seconds.
+            limit: the provider's own limit, if it says.
+            since: when the call with this answer was sent, in seconds of the limiter's clock; calls
+                sent later may or may not be counted in ``remaining`` yet.
+            rounding: by how many units ``remaining`` may have been rounded down.
+
+        Raises:
+            ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
+        """
+        remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
+        limit = None if limit is None else read_count(limit, "limit")
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            now = pacer.clock()
+            sent = now if since is None else nanoseconds(since, "since")
+            window = node.limits.get((resource, per))
+            if window is None or (pacer.place is not None and node.parent is None):
+                return
+            doors.find_headroom(node, window, now).update(
+                remaining,
+                now,
+                amount=window.amount if limit is None else max(1, min(limit, window.amount)),
+                limit=limit,
+                booked_since=sum(units for date, units in window.entries(now) if date > sent),
+                lent=window.lent(node.in_flight),
+                rounding=rounding,
+            )
+            pacer.ring_locked(node, now)
+
+    def learn(self, limit: Limit) -> None:
+        """Adopt a limit that the provider announces, if this limiter was given none.
+
+        A learned limit follows later announcements; given limits stay as they are. It holds calls
+        back, but refuses none for good: a call above it goes out alone, and its reply may correct
+        the limit.
+
+        Raises:
+            TypeError: it is not a `Limit`.
+            ValueError: the store that keeps the limits cannot count that far.
+        """
+        if not isinstance(limit, Limit):
+            raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')
+        node = self._node
+        pacer: Pacer = node.pacer
+        self._check_place([limit], None)
+        with pacer:
+            known = node.limits.get(limit.key)
+            if node.limits.keys() - node.learned or (known and known.amount == limit.amount):
+                return
+            self._put_in_force_locked([limit], None, learned=True)
+            pacer.notify_locked(node, LimitLearned, limit=str(limit))
+
+    def reconfigure(
+        self,
+        *limits: str | Limit,
+        concurrency: Concurrency | None = None,
+        weight: float | None = None,
+        **limits_by_keyword: Unpack[LimitKeywords],
+    ) -> None:
+        """Change the named limits at once, while calls wait; the others stay.
+
+        ``concurrency`` may also change between a fixed number and ``"auto"``; ``weight`` applies to
+        a child. What was admitted stays counted, and calls in flight hold slots that are added (not
+        those of a store), so a lower limit is kept from the first moment. Waiting calls that can
+        never pass under the new limits fail with `CostExceedsLimit`.
+
+        Raises:
+            LimitSyntaxError, ValueError: as for `Limiter` and `child`.
+        """
+        given = read_limits(limits, dict(limits_by_keyword))  # type: ignore[arg-type]
+        read_concurrency(concurrency)
+        new_weight = None if weight is None else read_weight(weight)
+        node = self._node
+        pacer: Pacer = node.pacer
+        self._check_place(given, concurrency)
+        with pacer:
+            if new_weight is not None:
+                reweigh(node, new_weight)
+            self._put_in_force_locked(given, concurrency)
+            for limit in given:
+                pacer.notify_locked(node, LimitChanged, limit=str(limit))
+            if concurrency is not None:
+                pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots}")
+        self._keep()
+
+    def _keep(self) -> None:
+        """See to it that this limiter is not let go, if it is a tenant's."""
+        if self._parent is not None and "/*" in self._node.name and self._parent._tenants:
+            self._parent._tenants.keep(self)
+
+    def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
+        """Refuse what the store cannot keep, if one keeps these limits."""
+        if self._node.pacer.place is not None and self._parent is None:
+            self._node.pacer.place.check(limits, concurrency)
+
+    def _put_in_force_locked(
+        self, limits: Iterable[Limit], concurrency: Concurrency | None, *, learned: bool = False
+    ) -> None:
+        """Put limits in force, keeping what was booked under limits of the same window."""
+        node, bounds = self._node, read_concurrency(concurrency)
+        pacer: Pacer = node.pacer
+        node.set_limits(limits, pacer.clock(), learned=learned)
+        if bounds is not None:
+            fixed = is_integer(concurrency)
+            node.sizer = None if fixed else doors.make_sizer(bounds, node.sizer)
+            node.slots = bounds[0] if node.sizer is None else node.sizer.size
+            node.is_plain = node.is_plain and node.sizer is None
+        pacer.limits_changed_locked(node)
+        if pacer.place is not None and node.parent is None:
+            pacer.place.configure()
+
+    def observe(self, callback: Callback) -> Callable[[], None]:
+        """Call ``callback`` with each event here and below; the returned function ends that.
+
+        See `asyncbucket.core.events` for the events. The callback runs synchronously, in the thread
+        where the event happens. The first exception it raises is logged, and none does harm. While
+        nobody observes, no events are made.
+
+        Raises:
+            TypeError: ``callback`` cannot be called, or is a coroutine function.
+        """
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            node.observers = node.observers or Observers()
+            remove, watching = node.observers.add(callback), [1]
+            pacer.observed += 1
+
+        def unobserve() -> None:
+            remove()
+            with pacer:
+                pacer.observed -= watching.pop() if watching else 0
+
+        return unobserve
+
+    def emit(self, event: Event) -> None:
+        """Send an adapter's event to the observers."""
+        self._node.emit(event)
+
+    async def aclose(self) -> None:
+        """Leave the store, if one keeps the limits: what is booked ahead is given back.
+
+        Without a store it does nothing. Call it on the event loop that used the limiter. If only
+        calls without a loop used it, any loop will do, once none of them waits.
+        """
+        if self._node.pacer.place is not None and self._parent is None:
+            await self._node.pacer.place.aclose()
+
+    # --- watching ---
+
+    def now(self) -> float:
+        """Return the current time in seconds of the limiter's clock, as used by deadlines."""
+        now: int = self._node.pacer.clock()
+        return now * 1e-9
 
     @property
-    def _account(self) -> Account:
-        return self._door.account
+    def name(self) -> str:
+        """The name in statistics, events, logs and metrics: ``"openai"``, ``"openai/chat"``."""
+        return self._node.name
+
+    @property
+    def max_queue(self) -> int | None:
+        """The most calls that may wait."""
+        return self._node.max_queue
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """This limiter's own limits in force; those of the limiters above apply as well."""
+        return tuple(window.limit for window in self._node.limits.values())
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at once, as it is now; None if unbounded."""
+        return None if self._node.slots >= NEVER else self._node.slots
+
+    def statistics(self) -> Statistics:
+        """Return a frozen snapshot: what passed, what waits, and what for; children included."""
+        node = self._node
+        pacer: Pacer = node.pacer
+        pacer.catch_up()
+        with pacer:
+            pacer.run_jobs_locked()
+            pacer.bury_locked()
+            now = pacer.clock()
+            return Statistics(
+                name=node.name,
+                admitted=node.admitted,
+                refused=node.refused,
+                cancelled=node.cancelled,
+                waiting=node.waiting,
+                in_flight=node.in_flight,
+                concurrency=self.concurrency,
+                paused=max((0, *(pause.until - now for pause in doors.pauses(node)))) * 1e-9,
+                upstream_429=node.upstream_429,
+                overridden=pacer.overridden,
+                waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
+                refunded=dict(node.refunded),
+                limits=tuple(self._use_locked(now)),
+                bound_by=pacer.binding_locked(node),
+            )
+
+    def _use_locked(self, now: int) -> Iterable[LimitUse]:
+        """Yield how much of each limit is used."""
+        node = self._node
+        if node.pacer.place is not None and node.parent is None:
+            yield from node.pacer.place.use()
+            return
+        for key, window in node.limits.items():
+            beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+            left = min(meter.available(now) for meter in (window, *beside))
+            yield LimitUse(window.limit, used=window.used, available=left)
+
+    def _repr_html_(self) -> str:
+        return self.statistics()._repr_html_()
+
+    def __repr__(self) -> str:
+        node = self._node
+        parts = [f"Limiter {self.name!r}", *map(str, self.limits)]
+        if self.concurrency is not None:
+            sizer = node.sizer
+            found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
+            parts.append(f"concurrency {node.in_flight}/{node.slots}{found}")
+        return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
 
 
-def _amounts(
-    door: Door,
-    cost: Cost | None,
-    requests: float,
-    tokens: float | None,
-    input_tokens: float | None,
-    output_tokens: float | None,
-    others: Mapping[str, float],
-) -> dict[str, int]:
-    """Return the amounts of a call, the slot it takes included."""
-    named = others
-    if cost is None:
-        amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
-    elif isinstance(cost, Cost):
-        parts = (tokens, input_tokens, output_tokens)
-        if requests != 1 or others or any(part is not None for part in parts):
-            raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
-        amounts, named = {**cost, "concurrency": 1}, cost
-    else:
-        raise TypeError(f"a cost must be a Cost or keywords such as tokens=500, not {shown(cost)}")
-    if named:
-        door.account.check_known(named)
-    return amounts
+class _Tenants:
+    """Keep a limiter for each tenant, as long as it is used or not as good as new.
+
+    A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. Of
+    the limiters unused for the longest time, those beyond ``alive`` that are as good as new are let
+    go: one made anew would do the same. Whoever still holds one finds it again by name; if it was
+    used in the end, its node stays.
+    """
+
+    def __init__(self) -> None:
+        self.alive = _ALIVE
+        self.default_terms = Terms()
+        self._lock = threading.RLock()
+        self._own_terms: dict[str, Terms] = {}
+        self._interned: dict[Terms, Terms] = {}
+        #: All that are alive; in ``_recent`` in the order of their use, and kept alive by it.
+        self._limiters: weakref.WeakValueDictionary[str, Limiter] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[str, Limiter] = OrderedDict()
+        #: Nodes that leases hold, or that were used after they were let go.
+        self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
+        self._used: dict[str, Node] = {}
+        #: Those that were reconfigured, or have children, by the names of their nodes.
+        self._kept: dict[str, Limiter] = {}
+        reset_after_fork(self)
+
+    def get(self, above: Limiter, tenant: str, terms: Terms | None) -> Limiter:
+        """Return a tenant's limiter as it was left, or made on ``terms``.
+
+        Raises:
+            ValueError: it exists on other terms.
+        """
+        with self._lock:
+            if terms is not None and terms != self._own_terms.get(tenant):
+                if tenant in self._own_terms or tenant in self._nodes:
+                    raise ValueError(
+                        "this tenant exists on other terms: ask for it by name alone, and change it "
+                        "with key(...).reconfigure(...)"
+                    )
+                self._own_terms[tenant] = self._interned.setdefault(terms, terms)
+            limiter = self._find(above, tenant)
+            limiter._node.last_words = None
+            self._recent[tenant] = limiter
+            self._recent.move_to_end(tenant)
+            for used in tuple(self._used):  # to be looked at again
+                self._recent[used] = self._find(above, used)
+            self._let_go(above._node.pacer)
+            return limiter
+
+    def _find(self, above: Limiter, tenant: str) -> Limiter:
+        limiter = self._limiters.get(tenant)
+        if limiter is not None:
+            return limiter
+        terms = self._own_terms.get(tenant, self.default_terms)
+        node = self._used.pop(tenant, None) or self._nodes.get(tenant)
+        if node is None:
+            import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
+
+            text = tenant.encode(errors="surrogatepass")
+            name = f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}"
+            limiter = above._make_child(name, terms)
+        else:
+            limiter = Limiter.__new__(Limiter)
+            limiter._set_up(node, above, terms)
+        self._limiters[tenant], self._nodes[tenant] = limiter, limiter._node
+        return limiter
+
+    def _let_go(self, pacer: Pacer) -> None:
+        """Let go of those unused for the longest time; the last one used stays."""
+        for _ in range(min(_LOOKS, len(self._recent) - max(self.alive, 1))):
+            tenant, limiter = self._recent.popitem(last=False)
+            with pacer:
+                is_as_new = limiter._node.is_as_new(pacer.clock())
+            if is_as_new and limiter._node.name not in self._kept:
+                limiter._node.last_words = partial(self._look_after, tenant)
+            else:
+                self._recent[tenant] = limiter  # to the end: looked at again later
+
+    def _look_after(self, tenant: str, node: Node) -> None:
+        """Keep a node that was used after it was let go; nobody holds it any more."""
+
+        def keep_locked() -> None:
+            if not node.is_as_new(node.pacer.clock()):
+                self._used[tenant] = node
+
+        node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
+
+    def keep(self, limiter: Limiter) -> None:
+        """Never let go of ``limiter``: one made anew would be another, or lack what is below it."""
+        self._kept[limiter._node.name] = limiter
+
+    def busy(self) -> list[Limiter]:
+        """Return the limiters with calls that wait or are in flight now."""
+        with self._lock:
+            return [
+                each
+                for each in tuple(self._limiters.values())
+                if each._node.waiting or each._node.in_flight
+            ]
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held."""
+        self._lock = threading.RLock()
+
+
+def pace(
+    obj: T,
+    *limits: str | Limit,
+    concurrency: Concurrency | None = None,
+    name: str = "default",
+    max_queue: int | None = None,
+    timeout: float | None = None,
+    store: Any = None,
+    retry: Any = None,
+    estimator: Any = None,
+    **limits_by_keyword: Unpack[LimitKeywords],
+) -> T:
+    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
+
+    >>> llm = pace(OpenAI(model="gpt-4o-mini"), rpm=500, tpm=200_000, concurrency=20)
+
+    Args:
+        obj: see `Limiter.wrap`.
+        limits: see `Limiter`.
+        concurrency: see `Limiter`.
+        name: see `Limiter`.
+        max_queue: see `Limiter`.
+        timeout: see `Limiter`.
+        store: see `Limiter`.
+        retry: see `asyncbucket.llama_index.wrap`.
+        estimator: see `asyncbucket.llama_index.wrap`.
+        limits_by_keyword: see `Limiter`.
+
+    Raises:
+        LimitSyntaxError: a limit cannot be read, or there is none.
+        TypeError: ``obj`` cannot be wrapped.
+        ValueError: as for `Limiter`.
+    """
+    limiter = Limiter(
+        *limits,
+        concurrency=concurrency,
+        name=name,
+        max_queue=max_queue,
+        timeout=timeout,
+        store=store,
+        **limits_by_keyword,
+    )
+    if not limiter.limits and limiter.concurrency is None:
+        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
+    options = {"retry": retry, "estimator": estimator}
+    return limiter.wrap(obj, **{key: value for key, value in options.items() if value is not None})

@@ -17,16 +17,25 @@ _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot":
 #: Other words for resources. Without them, a limit of "request", or of "r" in "10r/s", would be a
 #: limit that no call counts against.
 _OTHER_WORDS: Final = {
-    **dict.fromkeys(("request", "req", "reqs", "r", "call", "calls"), "requests"),
-    "token": "tokens",
+    **dict.fromkeys(("requests", "request", "req", "reqs", "r", "call", "calls"), "requests"),
+    **dict.fromkeys(("tokens", "token"), "tokens"),
     "input_token": "input_tokens",
     "output_token": "output_tokens",
+}
+#: A name that is this similar (of 1) to one of these is taken for a typing error.
+_NEAR: Final = 0.8
+_OFTEN_MISSPELLED: Final = {"tok": "tokens"} | {
+    word: meant
+    for word, meant in _OTHER_WORDS.items()
+    if word.startswith(("request", "token", "input", "output"))
 }
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 #: Windows, in seconds.
 _SHORTEST: Final = 1e-3
 _LONGEST: Final = 400 * 86_400
+#: From this window on, limits of requests are not paced unless ``burst`` says so.
+_UNPACED_FROM: Final = 3_600
 #: The most units in one of them.
 _LARGEST: Final = 1e18
 
@@ -64,11 +73,11 @@ class Limit:
 
     The limit holds in *every* sliding window of that length. ``burst`` paces it as well: at most
     ``burst`` units at once, refilled at ``amount / per``. By default, requests are paced with a
-    burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves; other
-    resources are not paced. ``burst=amount`` switches pacing off.
+    burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves; windows of an
+    hour or more and other resources are not paced. ``burst=amount`` switches pacing off.
 
     Raises:
-        LimitSyntaxError: an amount or burst is not a whole number of units from 1 to 1e18, the
+        LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole number of units from 1 to 1e18, the
             window is not from 0.001 s to 400 days, or the burst is above the amount.
     """
 
@@ -85,7 +94,7 @@ class Limit:
             )
         if self.resource == "concurrency":
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
-        object.__setattr__(self, "resource", _OTHER_WORDS.get(self.resource, self.resource))
+        object.__setattr__(self, "resource", _read_resource(self.resource))
         object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
         if not is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
             raise LimitSyntaxError(
@@ -93,7 +102,7 @@ class Limit:
             )
         object.__setattr__(self, "per", plain(self.per))
         if self.burst is None:
-            if self.resource == "requests":
+            if self.resource == "requests" and self.per < _UNPACED_FROM:
                 object.__setattr__(self, "burst", max(1, self.amount // 10))
             return
         object.__setattr__(self, "burst", _units(self.burst, "burst"))
@@ -172,6 +181,21 @@ def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]
         if earlier is not limit:
             raise LimitSyntaxError(f"two limits for one window: {earlier} and {limit}; keep one")
     return found
+
+
+def _read_resource(name: str) -> str:
+    """Return the resource that is meant; refuse one that looks like a typing error."""
+    if name in _RESOURCES.values():
+        return name
+    meant = _OTHER_WORDS.get(name)
+    if meant is None:
+        import difflib  # only limits of other resources come here
+
+        for near in difflib.get_close_matches(name, _OFTEN_MISSPELLED, n=1, cutoff=_NEAR):
+            raise LimitSyntaxError(
+                f"nothing pays for a limit of {name!r}: did you mean {_OFTEN_MISSPELLED[near]}?"
+            )
+    return meant or name
 
 
 def read_amount(text: str) -> int:

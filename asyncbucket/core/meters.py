@@ -1,12 +1,14 @@
 """What may pass: the arithmetic of limits, without a clock of its own.
 
-A meter answers two questions and keeps one account. ``earliest(amount, now)`` says from when on
-``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it.
-``unbook`` gives back what a booking took, ``owe`` adds what a call used beyond its booking,
-``available`` says how much could pass now. Instants are integer nanoseconds of any monotonic clock;
-amounts are whole units. No method waits, reads a clock or knows asyncio, so the same arithmetic
-serves the live limiter, a plan on virtual time, and the tests of stores that keep these numbers
-elsewhere.
+A meter answers one question and keeps one account. ``earliest(amount, now)`` says from when on
+``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it, and
+``take`` does both if it may pass now. ``unbook`` gives back what a booking took, ``owe`` adds what
+a call used beyond its booking, ``available`` says how much could pass now. Instants are integer
+nanoseconds of any monotonic clock; amounts are whole units. Nothing here waits, reads a clock or
+knows asyncio, so the same arithmetic serves the live limiter, a plan on virtual time, and the tests
+of stores that keep these numbers elsewhere. Everything that can hold a call back is a meter: a
+limit, a pause, what a provider says is left. (A slot is not: it is an open call, and a
+`asyncbucket.core.node.Node` counts those.)
 
 ``Bucket`` is the generic cell rate algorithm (ITU-T I.371): instead of a level that must be
 refilled, it keeps the one instant ``tat`` at which the bucket will be full again. Taking n units
@@ -20,38 +22,45 @@ the lowest backlog (distance from full) since the booking. The bucket remembers 
 short list, ascending in time and in backlog. If the list gets too long it is halved: each pair
 becomes one entry with the lower low and the later time, so a refund errs on the safe side only.
 
-``Window`` is the sliding window itself: bookings by time, forgotten once the window has passed
-them. To bound its memory, bookings within W/512 of each other are kept as one, dated at the last.
-Each is kept 3W/512 longer than the window, to allow for network jitter: two calls admitted exactly
-W apart may arrive closer together. In total that is at most W/128, on the safe side.
+``Window`` is one limit: a sliding window, and a `Bucket` that paces it if the limit has a burst.
+Bookings are kept by time, and forgotten once the window has passed them. To bound its memory,
+bookings within W/512 of each other are kept as one, dated at the last. Each is kept 3W/512 longer
+than the window, to allow for network jitter: two calls admitted exactly W apart may arrive closer
+together. In total that is at most W/128, on the safe side.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
+
+from asyncbucket.core.limits import Limit
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
-
-#: A window is divided into this many grains,
+#: A window is divided into this many grains, and keeps bookings this many grains longer.
 _GRAINS: Final = 512
-#: and keeps bookings this many grains longer, to allow for network jitter.
 _JITTER: Final = 3
 #: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
+#: It remembers this many earlier bursts; a call that is open for longer errs on the safe side.
+_BURSTS: Final = 8
 
 #: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
+#: No list of its own for each of ten thousand idle limiters; never changed.
+_NOTHING: Final[list[int]] = []
 
 
 class Meter(Protocol):
-    """Say what may pass. Amounts are whole units, instants integer nanoseconds."""
+    """Say from when on an amount may pass: the one interface for limits, feedback and stores."""
 
-    #: What is reported as binding if this meter binds, if that is not the resource it counts.
-    bound_by: ClassVar[str | None]
-    #: Whether it stands for a meter in a store, which dates bookings itself.
-    remote: ClassVar[bool]
+    __slots__ = ()
+
+    #: What is reported as binding, if that is not the resource it counts.
+    bound_by: ClassVar[str | None] = None
+    #: Whether several calls at one instant count like one call of their total.
+    bulk: ClassVar[bool] = False
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
@@ -70,20 +79,29 @@ class Meter(Protocol):
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
         ...
 
+    def owe(self, amount: int, when: int) -> None:
+        """Take ``amount`` whether or not it may pass; later calls wait for it."""
+        ...
+
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
         ...
 
-    def owe(self, amount: int, when: int) -> None:
-        """Take ``amount`` whether or not it may pass; later calls wait for it."""
-        ...
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """Move a booking from ``when`` to ``now``, because the call leaves only now."""
+        self.unbook(amount, when)
+        self.owe(amount, now)
 
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
         ...
 
+    def spare(self, amount: int) -> int:  # noqa: ARG002 - for those that know better
+        """Return for how long (ns) nothing is lost if ``amount`` goes later than it could."""
+        return 0
 
-class Bucket:
+
+class Bucket(Meter):
     """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
 
     In any interval of t seconds at most ``burst + rate * t`` units pass. If the caller allows it,
@@ -91,10 +109,21 @@ class Bucket:
     in line.
     """
 
-    bound_by: ClassVar[str | None] = None
-    remote: ClassVar[bool] = False
+    bulk = True
 
-    __slots__ = ("_dates", "_lows", "burst", "depth", "full_at", "low", "p", "q", "slack", "tat")
+    __slots__ = (
+        "_dates",
+        "_earlier_bursts",
+        "_lows",
+        "burst",
+        "depth",
+        "full_at",
+        "low",
+        "p",
+        "q",
+        "slack",
+        "tat",
+    )
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
@@ -102,8 +131,8 @@ class Bucket:
         #: The last instant at which a booking found the bucket full, in the same unit.
         self.full_at = 0
         # The lows and their instants, both ascending, in q-ths of a nanosecond.
-        self._dates: list[int] = []
-        self._lows: list[int] = []
+        self._dates: list[int] = _NOTHING
+        self._lows: list[int] = _NOTHING
         #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
         #: next booking made here adds it to the others.
         self.low = NEVER
@@ -112,19 +141,26 @@ class Bucket:
         #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
+        #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
+        self._earlier_bursts: tuple[tuple[int, int], ...] = ()
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
+        earlier = [*self._earlier_bursts, (now * q, self.burst)] if self.burst else []
+        if len(earlier) > _BURSTS:
+            earlier[:2] = [(earlier[1][0], min(earlier[0][1], earlier[1][1]))]
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
         self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
         self.tat = now * self.q - -missing * self.p // p
         self.full_at = self.full_at * self.q // q
-        self._dates = [date * self.q // q for date in self._dates]
-        self._lows = [low * self.p // p for low in self._lows]
+        if self._dates:
+            self._dates = [date * self.q // q for date in self._dates]
+            self._lows = [low * self.p // p for low in self._lows]
+        self._earlier_bursts = tuple((until * self.q // q, old) for until, old in earlier)
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -169,14 +205,13 @@ class Bucket:
             return
         self.tat += cost
         dates, lows = self._dates, self._lows
-        if dates:
-            if dates[-1] == start:
-                return  # the first booking of this instant found the lower backlog
-            if dates[-1] <= self.full_at:
-                dates.clear()
-                lows.clear()
-            while lows and lows[-1] >= low:
-                del dates[-1], lows[-1]
+        if dates and dates[-1] == start:
+            return  # the first booking of this instant found the lower backlog
+        if not dates or dates[-1] <= self.full_at:
+            self._dates, self._lows = [start], [low]
+            return
+        while lows and lows[-1] >= low:
+            del dates[-1], lows[-1]
         dates.append(start)
         lows.append(low)
         if len(lows) > _LOWS:
@@ -192,9 +227,11 @@ class Bucket:
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        as_debt = self.full_at == start or found != self.depth
+        bursts = (old for until, old in self._earlier_bursts if start <= until)
+        burst = next(bursts, self.burst)
+        as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
-            amount = min(left + amount, self.burst) - min(left, self.burst)
+            amount = min(left + amount, burst) - min(left, burst)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
         self.low -= back
         lows = [low - back for low in self._lows[later:]]
@@ -212,20 +249,30 @@ class Bucket:
         else:
             self._add(amount * self.p, start, self.tat - start)
 
-    def remember(self, amount: int, when: int) -> None:
-        """Take ``amount`` that was missing at ``when`` in an earlier bucket; more is a debt."""
-        at_once = min(amount, self.burst)
-        self.book(at_once, when)
-        self.owe(amount - at_once, when)
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `Meter.redate`; the excess over a burst was earned by waiting, whenever it leaves."""
+        amount = min(amount, self.burst)
+        self.unbook(amount, when)
+        self.owe(amount, now)
 
     def available(self, now: int) -> int:
-        """See `Meter.available`; negative while a debt is paid off."""
+        """See `Meter.available`."""
         backlog = self.tat - now * self.q
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
 
-    def missing(self, now: int) -> int:
-        """Return how many units are missing from a full bucket, rounded up."""
-        return self.burst - self.available(now)
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        bursts = [list(each) for each in self._earlier_bursts]
+        return [self.tat, self.full_at, self._dates, self._lows, self.low, bursts]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a bucket of the same rate and burst did when it made ``state``."""
+        self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
+        self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
+
+    def spare(self, amount: int) -> int:
+        """See `Meter.spare`: until the bucket is full."""
+        return (self.burst - amount) * self.p // self.q
 
 
 def exact_rate(rate: float | Fraction) -> Fraction:
@@ -235,205 +282,212 @@ def exact_rate(rate: float | Fraction) -> Fraction:
     return simple if float(simple) == float(rate) else exact
 
 
-class Window:
-    """Admit at most ``amount`` units in every window of ``window`` nanoseconds.
+class Window(Meter):
+    """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
 
-    Bookings made elsewhere, up to ``began``, give nothing back here.
-    """
-
-    bound_by: ClassVar[str | None] = None
-    remote: ClassVar[bool] = False
+    bulk = True
 
     __slots__ = (
+        "_closed",
         "_closes",
         "_dates",
         "_forgotten",
-        "_grain",
-        "_hold",
+        "_largest",
         "_last",
-        "_recent",
         "_units",
         "amount",
-        "lent",
+        "grain",
+        "hold",
+        "limit",
+        "pace",
+        "refuses",
         "used",
         "window",
     )
 
-    def __init__(self, *, amount: int, window: int, began: int = -1) -> None:
-        self.amount = amount
-        self.window = window
+    def __init__(self, limit: Limit, *, began: int = -1) -> None:
+        """Keep ``limit``; calls booked up to ``began`` give nothing back."""
+        self.window = limit.window
+        #: Whether a call above the limit can never pass. A limit that a provider announced only
+        #: holds such a call back, until it goes out alone, and its reply corrects the limit.
+        self.refuses = True
         #: Units booked within the window, debts included.
         self.used = 0
-        #: Units that open calls may still give back; whoever ends a call subtracts its units.
-        self.lent = 0
-        self._grain = max(1, window // _GRAINS)
-        self._hold = window + _JITTER * window // _GRAINS
-        # Entries: the date of the last booking in each, and its units. The newest entry is kept
-        # apart: it takes more bookings until its grain has passed; 0 if there is none.
-        self._dates: list[int] = []
-        self._units: list[int] = []
-        self._last = 0
-        self._recent = 0
-        self._closes = 0
+        #: At least the most that one call has booked of them.
+        self._largest = 0
+        self.grain = max(1, self.window // _GRAINS)
+        self.hold = self.window + _JITTER * self.window // _GRAINS
+        # Entries that take no more bookings, oldest first: the date of the last booking in each,
+        # and its units; and the sum of those.
+        self._dates: list[int] = _NOTHING
+        self._units: list[int] = _NOTHING
+        self._closed = 0
+        #: The newest entry: its date, and until when it takes more bookings; 0 if there is none.
+        self._last = self._closes = 0
         #: The date of the last entry that was forgotten.
         self._forgotten = began
+        #: What paces it, if the limit has a burst.
+        self.pace: Bucket | None = None
+        self.reshape(limit, 0)
 
-    def reshape(self, *, amount: int) -> None:
-        """Change the amount; what was booked stays booked."""
-        self.amount = amount
+    def reshape(self, limit: Limit, now: int) -> None:
+        """Change the amount and the burst; what was booked stays booked."""
+        self.limit, self.amount = limit, limit.amount
+        rate = Fraction(limit.amount * 1_000_000_000, limit.window)
+        if limit.burst is None or limit.burst == limit.amount:
+            self.pace = None
+        elif self.pace is None:
+            self.pace = Bucket(rate=rate, burst=limit.burst)
+        else:
+            self.pace.reshape(rate=rate, burst=limit.burst, now=now)
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
+        if amount > self.amount and not self.refuses:
+            amount = self.amount
+        due = now if self.pace is None else self.pace.earliest(amount, now, back=back)
         over = self.used - back + amount - self.amount
         if over <= 0:
-            return now
+            return due
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
-                return max(now, date + self._hold)
-        return max(now, self._last + self._hold) if over <= self._recent else NEVER
+                return max(due, date + self.hold)
+        return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
 
     def take(self, amount: int, now: int) -> bool:
         """See `Meter.take`."""
-        if self.used + amount > self.amount and self.available(now) < amount:
+        if self.used + amount > self.amount and self._left(now) < amount:
+            return False
+        pace = self.pace
+        if pace is not None and not pace.take(amount, now):
             return False
         if now >= self._closes:
             self._open(now)
-        self.used += amount  # as `book` does, without the call: this is the hottest path
-        self.lent += amount
-        self._recent += amount
+        self.used += amount  # as `_book` does, without the call: this is the hottest path
         self._last = now
+        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
+            self._largest = amount
         return True
 
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
+        if self.pace is not None:
+            self.pace.book(amount, when)
+        self._book(amount, when)
+        self._largest = max(self._largest, amount)
+
+    def owe(self, amount: int, when: int) -> None:
+        """See `Meter.owe`."""
+        if self.pace is not None:
+            self.pace.owe(amount, when)
+        self._book(amount, when)
+        self._largest += amount  # a call may have booked so much before
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """See `Meter.unbook`; what the window has forgotten needs no giving back."""
+        if self.pace is not None:
+            self.pace.unbook(amount, when, left=left)
+        self._unbook(amount, when)
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `Meter.redate`."""
+        if self.pace is not None:
+            self.pace.redate(amount, when, now)
+        self._unbook(amount, when)
+        self._book(amount, now)
+
+    def available(self, now: int) -> int:
+        """See `Meter.available`."""
+        left = self._left(now)
+        return left if self.pace is None else min(left, self.pace.available(now))
+
+    def spare(self, amount: int) -> int:
+        """See `Meter.spare`: a window loses nothing, its pace may."""
+        return NEVER if self.pace is None else self.pace.spare(amount)
+
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        newest = [self._last, self._closes, self.used, self._largest, self._forgotten]
+        return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a window of the same limit did when it made ``state``."""
+        self._dates, self._units, newest, pace = state
+        self._closed = sum(self._units)
+        self._last, self._closes, self.used, self._largest, self._forgotten = newest
+        if self.pace is not None:
+            self.pace.restore(pace)
+
+    def lent(self, calls: int) -> int:
+        """Return at least what ``calls`` open calls may still give back."""
+        return min(self.used, calls * self._largest)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether anything was ever booked."""
+        return bool(self.used or self._last or self._forgotten >= 0)
+
+    def is_as_new(self, now: int) -> bool:
+        """Tell whether a limit made anew would allow no more."""
+        return self._left(now) == self.amount and (
+            self.pace is None or self.pace.tat <= now * self.pace.q
+        )
+
+    def entries(self, now: int) -> list[tuple[int, int]]:
+        """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""
+        self._forget(now)
+        newest = (self._last, self.used - self._closed)
+        return [
+            each for each in (*zip(self._dates, self._units, strict=True), newest) if each[1] > 0
+        ]
+
+    def _book(self, amount: int, when: int) -> None:
         if when >= self._closes:
             self._open(when)
         self.used += amount
-        self.lent += amount
-        self._recent += amount
         self._last = when
 
-    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - units are alike
-        """See `Meter.unbook`; what the window has forgotten needs no giving back."""
-        self.lent -= amount
+    def _unbook(self, amount: int, when: int) -> None:
         if when <= self._forgotten or when > self._last:
             return
         index = bisect.bisect_left(self._dates, when)
         if index < len(self._dates):
             back = min(amount, self._units[index])
             self._units[index] -= back
+            self._closed -= back
         else:
-            back = min(amount, self._recent)
-            self._recent -= back
+            back = min(amount, self.used - self._closed)
         self.used -= back
 
-    owe = book
-
-    def available(self, now: int) -> int:
-        """See `Meter.available`."""
+    def _left(self, now: int) -> int:
         self._forget(now)
         return self.amount - self.used
-
-    @property
-    def last(self) -> int:
-        """The date of the last booking."""
-        return self._last
-
-    def booked_since(self, when: int) -> int:
-        """Return the units booked after ``when``, or within a grain before it."""
-        recent = self._recent if self._last > when else 0
-        return recent + sum(self._units[bisect.bisect_right(self._dates, when) :])
-
-    def without_open_calls(self) -> "Window":
-        """Return another window with the bookings that no open call can give back: the oldest ones."""
-        result = Window(amount=self.amount, window=self.window)
-        left = self.used - self.lent
-        for date, units in self._entries():
-            if left > 0:
-                result.remember(min(units, left), date)
-            left -= units
-        return result
-
-    def entries(self, now: int) -> list[tuple[int, int]]:
-        """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""
-        self._forget(now)
-        return [(date, units) for date, units in self._entries() if units]
-
-    def remember(self, amount: int, when: int) -> None:
-        """Book ``amount`` at ``when`` for a call that has ended and gives nothing back."""
-        self.book(amount, when)
-        self.lent -= amount
-
-    def _entries(self) -> Iterator[tuple[int, int]]:
-        yield from zip(self._dates, self._units, strict=True)
-        yield self._last, self._recent
 
     def _open(self, when: int) -> None:
         """Close the newest entry, and begin another."""
         self._forget(when)
         if self._closes:
+            self._dates = self._dates or []
+            self._units = self._units or []
             self._dates.append(self._last)
-            self._units.append(self._recent)
-            self._recent = 0
-        self._closes = when + self._grain
+            self._units.append(self.used - self._closed)
+            self._closed = self.used
+        self._closes = when + self.grain
 
     def _forget(self, now: int) -> None:
         """Drop the entries that no window reaching to ``now`` contains."""
-        horizon = now - self._hold
+        horizon = now - self.hold
         gone = bisect.bisect_right(self._dates, horizon)
         if gone:
             self._forgotten = self._dates[gone - 1]
-            self.used -= sum(self._units[:gone])
+            units = sum(self._units[:gone])
+            self.used -= units
+            self._closed -= units
             del self._dates[:gone], self._units[:gone]
         if self._closes and self._last <= horizon:
             self._forgotten = self._last
-            self.used -= self._recent
-            self._recent = self._closes = 0
-
-
-class Slots:
-    """Admit at most ``size`` units until some are given back."""
-
-    bound_by: ClassVar[str | None] = None
-    remote: ClassVar[bool] = False
-
-    __slots__ = ("size", "used")
-
-    def __init__(self, *, size: int) -> None:
-        self.size = size
-        #: Slots taken.
-        self.used = 0
-
-    def reshape(self, *, size: int) -> None:
-        """Change the size; slots that are taken stay taken."""
-        self.size = size
-
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
-        """See `Meter.earliest`: now, or not before a slot is given back."""
-        return now if self.used - back + amount <= self.size else NEVER
-
-    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - slots know no time
-        """See `Meter.take`."""
-        if self.used + amount > self.size:
-            return False
-        self.used += amount
-        return True
-
-    def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - slots know no time
-        """See `Meter.book`."""
-        self.used += amount
-
-    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - slots know no time
-        """See `Meter.unbook`."""
-        self.used -= amount
-
-    owe = book
-
-    def give_back(self) -> None:
-        """Give back one slot."""
-        self.used -= 1
-
-    def available(self, now: int) -> int:  # noqa: ARG002 - slots know no time
-        """See `Meter.available`; negative after the size was cut."""
-        return self.size - self.used
+            self.used = self._closed
+            self._closes = 0
+            if not self.used:
+                self._largest = 0

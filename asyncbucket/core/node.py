@@ -1,123 +1,426 @@
-"""A limiter's place in the tree of limiters: what its calls pass, and its share of its parent."""
+"""A limiter's own state: its limits in force, what its calls have done, and its place in the tree.
 
-import itertools
-from typing import Self
+Limiters form a tree, and all of them are alike: a root, a child, a tenant. A call passes the meters
+of its own node and of all those above it at once, or none. A slot is no meter but an open call:
+every node counts its calls in flight, whether or not their number is bounded. So a bound that comes
+later counts them, too.
 
-from asyncbucket.core.gates import Gates
-from asyncbucket.core.meters import Amounts
-from asyncbucket.core.shares import Fairness, Prices, Share
+There may be thousands of idle children. What a call passes is therefore worked out when the first
+one comes (`Node.__getattr__`), and forgotten when limits change here or above.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any, Final, Protocol, Self, TypeAlias
+
+from asyncbucket.core.cost import COMMON
+from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.events import Event, Observers
+from asyncbucket.core.limits import Key, Limit
+from asyncbucket.core.meters import NEVER, Amounts, Meter, Window
+from asyncbucket.core.wording import counted
+
+#: An empty mapping: most of ten thousand idle limiters need no container of their own.
+EMPTY_MAPPING: Final[Any] = MappingProxyType({})
+#: Windows more than this many times longer than the shortest do not affect who goes next.
+_LONG: Final = 100
+#: What is worked out for the first call.
+_WORKED_OUT: Final = ("bounded", "most", "own", "meters", "prices", "takes")
+
+#: Each meter with the resource that it counts.
+Meters: TypeAlias = tuple[tuple[Meter, str], ...]
+
+
+class Sizer(Protocol):
+    """Find the number of slots from how calls end: the other half of the feedback interface."""
+
+    size: int
+    least: int
+    most: int
+
+    def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
+        """Take in the end of a call; ``size`` may change.
+
+        Args:
+            outcome: ``"ok"``, ``"overloaded"`` or ``"failed"``.
+            started: when the call was admitted.
+            now: when it ended.
+            waited: whether it had waited for a slot.
+            full: whether all slots were taken until then.
+        """
+        ...
 
 
 class Node:
-    """Know which meters the calls of one limiter pass, and what its share of its parent is."""
+    """Keep the limits of one limiter in force, count its calls, and know those above it.
+
+    Everything is read and written with the pacer's lock held, unless it says otherwise.
+    """
 
     __slots__ = (
-        "_fairness",
-        "_gates",
-        "_prices",
-        "below_root",
-        "cached_path_gates",
+        "__weakref__",
+        "admitted",
+        "bounded",
+        "branches",
+        "cancelled",
+        "children",
+        "extra",
+        "in_flight",
+        "is_plain",
+        "last_words",
+        "learned",
+        "limits",
+        "lines",
+        "max_queue",
+        "meters",
+        "most",
+        "name",
+        "observers",
+        "own",
+        "pacer",
         "parent",
         "path",
-        "waiting_below_root",
+        "prices",
+        "refunded",
+        "refused",
+        "sizer",
+        "slots",
+        "takes",
+        "upstream_429",
+        "waiting",
+        "waits",
         "weight",
     )
 
-    def __init__(
-        self,
-        parent: "Self | None" = None,
-        *,
-        weight: float = 1.0,
-        gates: Gates | None = None,
-    ) -> None:
-        self.parent = parent
-        self.weight = weight
-        #: This node and those above it, up to the root; and the same without the root.
-        self.path: tuple[Self, ...] = (self, *parent.path) if parent is not None else (self,)
-        self.below_root = self.path[:-1]
-        #: Calls that wait here or below, on all loops; not counted at the root.
-        self.waiting_below_root = 0
-        # There may be thousands of idle children, so what admits a call is made for the first one.
-        self._gates = gates
-        #: The value of `path_gates`, if it has been computed since the last change.
-        self.cached_path_gates: Gates | None = None
-        self._prices: Prices | None = None
-        self._fairness: Fairness | None = None
+    # Worked out when first asked for:
+    #: The meters of this limiter; and all that a call from here passes, up to the root's.
+    own: Meters
+    meters: Meters
+    #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
+    takes: tuple[tuple[Any, str], ...]
+    bounded: tuple[Any, ...]
+    #: The most that one call may cost of each resource.
+    most: dict[str, int]
+    #: How many seconds one unit takes of the fastest limit: see `price`.
+    prices: dict[str, float]
 
-    @property
-    def is_below_child(self) -> bool:
-        """Whether a limiter other than the root is above: this one's debts affect who is next there."""
-        return len(self.below_root) > 1
+    def __init__(self, name: str, parent: Self | None = None, *, pacer: Any = None) -> None:
+        self.name, self.parent, self.weight = name, parent, 1.0
+        #: This node and those above it, up to the root.
+        self.path: tuple[Self, ...] = (self,) if parent is None else (self, *parent.path)
+        self.children: weakref.WeakSet[Node] | None = None
+        #: The `asyncbucket.core.pacer.Pacer` of the tree, which stands on nodes.
+        self.pacer: Any = pacer if parent is None else parent.pacer
+        if parent is not None:
+            if parent.children is None:
+                parent.children = weakref.WeakSet()
+            parent.children.add(self)
+        self.limits: dict[Key, Window] = EMPTY_MAPPING
+        #: Limits that the provider announced and nobody gave.
+        self.learned: frozenset[Key] = frozenset()
+        #: The most calls in flight; and what finds that number, if it is not given.
+        self.slots = NEVER
+        self.sizer: Sizer | None = None
+        #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
+        self.extra: Meters = ()
+        #: Whether nobody has to be told when a call ends: a root that finds no number of slots, has
+        #: no store, and whose open calls were all made in this process.
+        self.is_plain = parent is None
+        self.max_queue: int | None = None
+        self.in_flight = self.admitted = self.waiting = 0
+        self.cancelled = self.refused = self.upstream_429 = 0
+        #: Units given back by settling, by resource.
+        self.refunded: dict[str, int] = EMPTY_MAPPING
+        #: How many calls waited, and how long (ns) in total, by what bound them.
+        self.waits: dict[str, list[int]] = EMPTY_MAPPING
+        self.observers: Observers | None = None
+        #: Called before it is forgotten, if it was let go.
+        self.last_words: Callable[[Node], object] | None = None
+        #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
+        self.lines: dict[int, Any] = EMPTY_MAPPING
+        self.branches: dict[int, Any] = EMPTY_MAPPING
 
-    @property
-    def gates(self) -> Gates:
-        """The meters of this limiter alone."""
-        if self._gates is None:
-            self._gates = self.make_gates()
-        return self._gates
+    def __getattr__(self, name: str) -> Any:
+        """Work out what is asked for the first time."""
+        if name not in _WORKED_OUT:
+            raise AttributeError(name)
+        self._work_out()
+        return getattr(self, name)
 
-    def make_gates(self) -> Gates:
-        """Return the meters of this limiter, side by side."""
-        return Gates(())
+    def _work_out(self) -> None:
+        parent = self.parent
+        self.own = (
+            *((window, window.limit.resource) for window in self.limits.values()),
+            *self.extra,
+        )
+        if parent is not None and not self.own:  # as its parent's
+            self.meters, self.takes = parent.meters, parent.takes
+            self.most, self.prices = parent.most, parent.prices
+        else:
+            self.meters = self.own if parent is None else (*self.own, *parent.meters)
+            self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+            self._work_out_limits()
+        bounded = () if parent is None else parent.bounded
+        is_kept_elsewhere = parent is None and self.pacer.place is not None
+        self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
 
-    def forget_gates(self) -> None:
-        """Rebuild the gates when next asked, because the meters have changed here."""
-        self._gates = None
-        self.forget_path_gates()
+    def _work_out_limits(self) -> None:
+        self.most, self.prices = {}, {}
+        limits = [
+            (window.limit, window.refuses) for node in self.path for window in node.limits.values()
+        ]
+        shortest = min((limit.per for limit, _ in limits), default=0)
+        for limit, refuses in limits:
+            resource, seconds = limit.resource, limit.per / limit.amount
+            if refuses:
+                self.most[resource] = min(limit.amount, self.most.get(resource, limit.amount))
+            if limit.per <= _LONG * shortest:
+                self.prices[resource] = min(seconds, self.prices.get(resource, seconds))
 
-    @property
-    def path_gates(self) -> Gates:
-        """All meters that a call from here passes, up to the root's."""
-        if self.cached_path_gates is None:
-            above = self.parent
-            self.cached_path_gates = (
-                self.gates if above is None else self.gates.plus(above.path_gates)
+    def forget(self) -> None:
+        """Work everything out again when next asked, here and below, because meters have changed."""
+        for name in _WORKED_OUT:
+            try:
+                delattr(self, name)
+            except AttributeError:  # nothing was worked out yet, so nothing below either
+                return
+        for child in self.children or ():
+            child.forget()
+
+    # --- what its calls pass ---
+
+    def take(self, amounts: Amounts, now: int) -> bool:
+        """Book a call here and above if it may pass now: all of it, or nothing."""
+        for node in self.bounded:
+            if node.in_flight >= node.slots:
+                return False
+        for take, resource in self.takes:
+            amount = amounts.get(resource)
+            if amount and not take(amount, now):
+                self.untake(amounts, take, now)
+                return False
+        for node in self.path:
+            node.in_flight += 1
+            node.admitted += 1
+        return True
+
+    def untake(self, amounts: Amounts, refused: Any, now: int) -> None:
+        """Give back what a newcomer took of the meters before the one whose ``take`` refused."""
+        for (meter, resource), (take, _) in zip(self.meters, self.takes, strict=True):
+            if take is refused:
+                return
+            if amounts.get(resource):
+                meter.unbook(amounts[resource], now)
+
+    def book(self, amounts: Amounts, when: int, calls: int = 1) -> None:
+        """Book ``calls`` calls here and above."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount * calls, when)
+        for node in self.path:
+            node.in_flight += calls
+            node.admitted += calls
+
+    def unbook(self, meters: Meters, amounts: Amounts, when: int) -> None:
+        """Undo the booking of a call at ``when``, as if it had never been admitted."""
+        for meter, resource in meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.unbook(amount, when)
+        for node in self.path:
+            node.in_flight -= 1
+            node.admitted -= 1
+
+    def earliest(self, amounts: Amounts, since: int, back: int = 0) -> tuple[int, str | None]:
+        """Return from when on a call may pass this node alone, and what binds.
+
+        ``back`` assumes that this many slots had been given back.
+        """
+        if self.in_flight - back >= self.slots and self in self.bounded:
+            return NEVER, "concurrency"
+        return latest(self.own, amounts, since)
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        """Return from when on a newcomer could pass, here and above, and what binds."""
+        for node in self.bounded:
+            if node.in_flight >= node.slots:
+                return NEVER, "concurrency"
+        return latest(self.meters, amounts, now)
+
+    def soonest(self, amounts: Amounts, now: int) -> int:
+        """Return a lower bound of when a call can pass: if open calls gave back all they may."""
+        soonest = now
+        since = 0 if self.waiting else now  # a head that gives up leaves what it has earned
+        for node in self.path:
+            for window in node.limits.values():
+                amount = amounts.get(window.limit.resource)
+                if amount:
+                    back = window.lent(node.in_flight)
+                    soonest = max(soonest, window.earliest(amount, since, back=back))
+            for meter, resource in node.extra:
+                if amounts.get(resource):
+                    soonest = max(soonest, meter.earliest(amounts[resource], now, back=NEVER))
+        return soonest
+
+    def room(self, amounts: Amounts, now: int, most: int) -> int:
+        """Return how many such calls are sure to pass now, one after the other, up to ``most``."""
+        for node in self.bounded:
+            most = min(most, node.slots - node.in_flight)
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                room = meter.available(now) // amount
+                if room < most:  # noqa: PLR1730 - `min` would be a call
+                    most = room
+                if most > 1 and not meter.bulk:
+                    most = 1
+        return most
+
+    def spare(self, amounts: Amounts) -> int:
+        """Return for how long (ns) nothing is lost if such a call goes later than it could."""
+        spares = (meter.spare(amounts[name]) for meter, name in self.meters if amounts.get(name))
+        return min(spares, default=NEVER)
+
+    def price(self, amounts: Amounts) -> float:
+        """Return what a call costs here: the largest part, in seconds, that it takes of any limit.
+
+        6,000 tokens of 60,000 a minute are six seconds. Of several limits of one resource, the
+        fastest counts, because it binds from call to call; limits over a day do not count beside
+        limits over a minute. Without any limit a call costs one.
+        """
+        prices, price = self.prices, 0.0
+        if not prices:
+            return 1.0
+        for resource, seconds in prices.items():
+            part = amounts.get(resource, 0) * seconds
+            if part > price:  # noqa: PLR1730 - `max` would be a call
+                price = part
+        return price
+
+    # --- limits in force ---
+
+    def set_limits(self, limits: Iterable[Limit], now: int, *, learned: bool = False) -> None:
+        """Put limits in force, with what was booked under limits of the same window."""
+        changed = dict(self.limits)
+        for limit in limits:
+            window = changed.get(limit.key)
+            if window is None:
+                window = changed[limit.key] = Window(limit)
+            else:
+                window.reshape(limit, now)
+            window.refuses = not learned
+            self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
+        self.limits = changed
+
+    def check(self, amounts: Amounts) -> None:
+        """Refuse a cost that can never pass, here or above.
+
+        Raises:
+            CostExceedsLimit: it costs more than a limit.
+        """
+        for resource, most in self.most.items():
+            if amounts.get(resource, 0) > most:
+                break
+        else:
+            return
+        for node in self.path:
+            for window in node.limits.values():
+                limit = window.limit
+                amount = amounts.get(limit.resource, 0)
+                if window.refuses and amount > limit.amount:
+                    raise CostExceedsLimit(
+                        f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and "
+                        f"can never pass; raise {limit.keyword or 'the limit'} or split the request"
+                    )
+
+    def resources(self) -> set[str]:
+        """Return the resources that are limited, here or above."""
+        return {resource for node in self.path for resource, _ in node.limits}
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Refuse resources that nothing counts, here or above.
+
+        Raises:
+            TypeError: there is one among ``names``.
+        """
+        known = COMMON | self.resources()
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise TypeError(
+                f"no limit counts {', '.join(unknown)}: this limiter counts "
+                f"{', '.join(sorted(known))}"
             )
-        return self.cached_path_gates
 
-    def forget_path_gates(self) -> None:
-        """Rebuild what depends on meters here and above when next asked, because some have changed."""
-        self.cached_path_gates = None
-        self._prices = None
+    # --- what happened ---
+
+    def count(self, counter: str) -> None:
+        """Count a call, here and above."""
+        for node in self.path:
+            setattr(node, counter, getattr(node, counter) + 1)
+
+    def count_waits(self, calls: int, waited: int, bound_by: str) -> None:
+        """Count ``calls`` calls that waited ``waited`` ns in all, here and above."""
+        for node in self.path:
+            sums = node.waits.get(bound_by)
+            if sums is None:
+                node.waits = {**node.waits, bound_by: [calls, waited]}
+            else:
+                sums[0] += calls
+                sums[1] += waited
+
+    def count_refund(self, resource: str, units: int) -> None:
+        """Count units that were given back, here and above."""
+        for node in self.path:
+            node.refunded = node.refunded or {}
+            node.refunded[resource] = node.refunded.get(resource, 0) + units
 
     @property
-    def prices(self) -> Prices:
-        """What calls cost here, by the limits here and above."""
-        if self._prices is None:
-            self._prices = Prices(self.path_gates.limits)
-        return self._prices
+    def was_called(self) -> bool:
+        """Whether any call has come this way; it may be asked anywhere, even by a finalizer."""
+        return bool(self.admitted or self.waiting or self.refused or self.cancelled)
+
+    def is_as_new(self, now: int) -> bool:
+        """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
+        return (
+            not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and all(window.is_as_new(now) for window in self.limits.values())
+            and all(meter.available(now) >= NEVER for meter, _ in self.extra)
+        )
+
+    def emit(self, event: Event) -> None:
+        """Tell observers, here and above; without the lock."""
+        for node in reversed(self.path):
+            if node.observers is not None:
+                node.observers.emit(event)
+
+    def __del__(self) -> None:
+        if self.last_words is not None:
+            self.last_words(self)
 
     def after_fork(self) -> None:
-        """Start afresh in a child process: those who waited are the parent's."""
-        self.waiting_below_root = 0
-        self._fairness = None
+        """Start afresh in a child process: calls that wait or are in flight are the parent's."""
+        self.in_flight = self.waiting = 0
+        self.is_plain = False
+        self.lines = self.branches = EMPTY_MAPPING
+        for child in self.children or ():
+            child.after_fork()
 
-    @property
-    def fairness(self) -> Fairness:
-        """Its shares and virtual clocks, made when somebody first has to wait."""
-        if self._fairness is None:
-            self._fairness = Fairness()
-        return self._fairness
 
-    def reweigh(self, weight: float) -> None:
-        """Change the weight."""
-        self.weight = weight
-        if self._fairness is not None:
-            for share in self._fairness.shares.values():
-                share.weight = weight
+def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:
+    """Return the first instant that suits all meters, and what binds."""
+    when, bound_by = since, None
+    for meter, resource in meters:
+        amount = amounts.get(resource)
+        if amount:
+            due = meter.earliest(amount, since)
+            if due > when:
+                when, bound_by = due, meter.bound_by or resource
+    return when, bound_by
 
-    def correct(self, priority: int, reserved: Amounts, used: Amounts | None) -> None:
-        """Credit the shares on the way to the root with what a call did not use.
 
-        ``used`` is None if the call was not made: then all that was reserved is credited.
-        """
-        root = self.path[-1]
-        # The shares that paid, by priority, and the node at which the call had that price.
-        paid: list[tuple[dict[int, Share], Node]]
-        paid = [(self.fairness.lines, self), (root.fairness.classes, root)]
-        paid += [(child.fairness.shares, above) for child, above in itertools.pairwise(self.path)]
-        for shares, node in paid:
-            share = shares.get(priority)
-            if share is not None:
-                spent = 0.0 if used is None else node.prices.of(used)
-                share.correct((node.prices.of(reserved) - spent) / share.weight)
+def shown_name(name: str) -> str:
+    """Return a limiter's name as others may see it: with a star instead of a tenant."""
+    return re.sub(r"/\*[^/]*", "/*", name) if "/*" in name else name

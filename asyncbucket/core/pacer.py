@@ -1,376 +1,632 @@
-"""When to look again: the only task that waits for limits.
+"""When to look again: one lock and one order for a tree of limiters.
 
-Every call that cannot pass at once stands in its loop's queue (a `Line`, or a `Tree` of lines once
-children or priorities wait) and awaits a future of its own. One task per loop, the pacer, serves
-that queue. It asks the meters from when on the head may pass, and sleeps on an `asyncio.Condition`
-until then or until the doorbell rings (something was given back, limits have changed, the head has
-gone). In one pass it admits every call that may go, and hands each admission over by resolving a
-future. It lives only while someone waits. (The timer's callback makes the pass itself, without the
-detour of waking the task; only the bell wakes the task.)
+All limiters of a tree share one `Pacer`. A *look* is a plain function under its lock: it admits
+every call that may go, in order, and finds out when the next may. Nothing else admits a call that
+has waited. Each call that waits sits on a `Seat`: its event loop, or its own blocked thread. A seat
+looks when its timer is due, and when the doorbell rings: whatever gives something back rings it
+(`Pacer.ring`), all rings of one turn of the loop together. See `asyncbucket.core.seats`.
 
-Why? Only the pacer waits on the Condition. So no notification is lost to a waiter that is being
-cancelled (CPython gh-112202), nobody is woken in vain, and nobody barges. Nothing is booked before
-it is handed over. A waiter that is cancelled at the instant of its handover gives the booking back,
-and rings. The usual way, sleep and recheck, wakes all for one and serves whoever is fastest; a
-timer for each waiter knows nothing of a refund.
+Why? Nothing is booked before it is handed over, and nobody but the look books for those who wait,
+so nobody is woken in vain and nobody barges. A call that is cancelled at the very instant of its
+handover gives the booking back, and rings. The usual way, sleep and recheck, wakes all for one and
+serves whoever is fastest; a timer for each waiter knows nothing of a refund.
 
-The doorbell is rung by synchronous code (`Lease.release`), which cannot await the Condition's lock.
-Within a loop's thread there is nothing to lock out: between two awaits the pacer runs alone. So the
-Condition has a lock that always says it is held (`_AlwaysHeldLock`), and ringing is one notify.
+All seats share one queue. A seat lets only its own calls go, so a call that is admitted runs in the
+next turn of its loop, and is not booked long before it leaves. If the head sits elsewhere, that
+seat is rung. If it does not come within a grace period, it is late: its calls stand aside until it
+does, and come back in their places. So a loop that is blocked, or dead, holds up nobody for longer
+than that.
 
-Several loops and threads share one `Budget`: its meters, under a plain lock that is never held
-across an await, and one order of arrival. Each loop has its own pacer. The head of a loop lets an
-older head of another loop go first, unless that loop is late for its own turn by more than a grace
-period. So a loop that is blocked, or dead, holds up nobody beyond the turn of its head.
+The lock is never held across an await, and no code of a user runs under it. Work that must not wait
+for it (a lease that is settled, released, or finalized by the garbage collector, which may
+interrupt the very thread that holds it) is left to its holder: `Pacer.do`. Every release of the lock
+runs what was left.
 """
 
 import asyncio
+import collections
 import contextlib
-import contextvars
-from typing import TYPE_CHECKING, Final, Literal
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import InvalidStateError
+from functools import partial
+from typing import Any, Final
 
-from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
+from asyncbucket.core.events import Event
 from asyncbucket.core.meters import NEVER, Amounts
-from asyncbucket.core.queue import EMPTY, Deadlines, Line, Passage, Waiter
-from asyncbucket.core.tree import Tree
+from asyncbucket.core.node import Meters, Node, shown_name
+from asyncbucket.core.place import Place
+from asyncbucket.core.process import reset_after_fork
+from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, line_of, rouse
+from asyncbucket.core.seats import EMPTY, NOWHERE, LoopSeat, Seat
 
-if TYPE_CHECKING:
-    from asyncbucket.core.budget import Budget
-
-#: The most admissions in one pass, before other tasks of the loop get their turn.
+#: The most admissions in one look, before other tasks of the loop get their turn.
 _BATCH: Final = 256
 #: Calls that become due within this time (ns) go together: waking up takes longer than admitting.
-_TIMER_SLACK: Final = 2_000_000
-#: How late (ns) another loop may be for its turn before a younger call of this one goes first.
+_SLACK: Final = 2_000_000
+#: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
 _GRACE: Final = 50_000_000
-#: The shortest sleep (s): timers may fire early, which must not make the pacer spin.
-NAP: Final = 20e-6
-#: The longest sleep (s) that the timers of every event loop accept.
-_LONGEST: Final = 86_400.0
+_PATIENCE: Final = 1_000_000_000
+#: A waiter may be cancelled between any two lines: by a signal handler.
+_DONE: Final = (asyncio.InvalidStateError, InvalidStateError)
+
+_log: Final = logging.getLogger("asyncbucket")
 
 
 class Pacer:
-    """Serve one loop's queue: one task, asleep until the head may pass or the bell rings."""
+    """Share a tree of limiters among all loops and threads; every method may be called anywhere.
 
-    def __init__(self, budget: "Budget", loop: asyncio.AbstractEventLoop, now: int) -> None:
-        self._budget = budget
-        self.loop = loop
-        self._bell = asyncio.Condition(_AlwaysHeldLock())
-        self._timer: asyncio.Handle | None = None
+    Methods whose names end in ``_locked`` are called with the lock held.
+    """
+
+    def __init__(self, clock: Callable[[], int], name: str) -> None:
+        if not callable(clock) or not isinstance(clock(), int):
+            raise TypeError(
+                f"clock must be a callable that returns integer nanoseconds, such as "
+                f"time.monotonic_ns, not {clock!r}"
+            )
+        self.clock = clock
+        self.root = Node(name, pacer=self)
+        self.lock = threading.Lock()
+        #: Work for whoever releases the lock; and what to tell observers and the log once it is
+        #: released, unless by a finalizer.
+        self.jobs: collections.deque[Callable[[], object]] = collections.deque()
+        self.news: collections.deque[Callable[[], object]] = collections.deque()
+        #: How many observers there are; while it is 0, no events are made.
+        self.observed = 0
+        #: Where all who wait compete: the priorities, above the root's own branches.
+        self.top = Branch(self.root, None, 1.0)
+        #: Calls that wait; how many have ever waited; and the number of the current look.
+        self.waiting = self.arrivals = self.looks = 0
         #: What last held up the head.
         self.bound_by: str | None = None
-        #: Whether another thread has rung and the loop has not noticed yet.
-        self._rung = False
-        self.queue: Line | Tree = Line(budget.root, self)
-        if budget.fair:
-            self.switch_to_tree_locked()
-        self._deadlines = Deadlines()
-        self._outlet = None if budget.outlet_for is None else budget.outlet_for(loop)
-        #: Calls that wait on this loop.
-        self.waiting = 0
-        #: When this pacer will look again; by it, other loops tell whether it is late.
-        self.due = now
-        self._start()
+        #: Calls that passed without a slot: see `_override`.
+        self.overridden = 0
+        #: What keeps the root's limits, if they are not kept here.
+        self.place: Place | None = None
+        self.threads = Seat(self.look)
+        self.seats: dict[object, Seat] = {}
+        self.by_thread: dict[int, LoopSeat] = {}
+        reset_after_fork(self)
 
-    def switch_to_tree_locked(self) -> None:
-        """Make the line part of a tree, because not all waiters are alike any more."""
-        assert isinstance(self.queue, Line)
-        self.queue = Tree(self._budget.root, self.queue, self._budget.rouse_locked)
+    # --- the lock ---
 
-    def watch_locked(self, waiter: Waiter, deadline: int) -> None:
-        """Resolve ``waiter`` when its deadline comes."""
-        self._deadlines.push(waiter, deadline)
-        self._deadlines.sweep(self.waiting)
-        if deadline < self.due:
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        if self.jobs or self.news:
+            self.catch_up()
+
+    def do(self, job: Callable[[], object]) -> None:
+        """Run ``job`` with the lock held: now, or when its holder is done; never wait for it."""
+        self.jobs.append(job)
+        self.catch_up(tell=False)
+
+    def catch_up(self, *, tell: bool = True) -> None:
+        """Run what was left to whoever releases the lock, in order, and tell the news."""
+        while self.jobs and self.lock.acquire(False):  # a keyword would take twice the time
+            try:
+                self.run_jobs_locked()
+            finally:
+                self.lock.release()
+        while tell and self.news:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                self.news.popleft()()
+
+    def run_jobs_locked(self) -> None:
+        """Run what was left to the holder of the lock."""
+        while self.jobs:
+            self.jobs.popleft()()
+
+    # --- events ---
+
+    def event(
+        self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
+    ) -> Event:
+        """Return an event of now, or of ``at``."""
+        at = self.clock() if at is None else at
+        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
+
+    def notify(
+        self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
+    ) -> None:
+        """Tell the observers of ``node`` and of those above; without the lock."""
+        if self.observed:
+            node.emit(self.event(node, event_type, at, **fields))
+
+    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
+        """Tell them when the lock is released."""
+        if self.observed:
+            self.news.append(partial(node.emit, self.event(node, event_type, **fields)))
+
+    # --- seats ---
+
+    def seat_here_locked(self) -> Seat:
+        """Return the seat of the running loop; that of plain threads if none runs.
+
+        asyncio makes a system call for each answer (to detect forks), so the answer is kept while
+        that loop runs.
+        """
+        thread = threading.get_ident()
+        known = self.by_thread.get(thread)
+        if known is not None and known.loop.is_running():
+            return known
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        if loop is None:
+            return self.threads
+        seat = self.seats.get(loop)
+        if not isinstance(seat, LoopSeat):
+            for key, each in list(self.seats.items()):
+                if each.is_closed() and not (each.leases or each.waiting):
+                    del self.seats[key]
+            here = self.by_thread
+            self.by_thread = {key: here[key] for key in here if not here[key].is_closed()}
+            seat = self.seats[loop] = LoopSeat(self.look, loop)
+        self.by_thread[thread] = seat
+        return seat
+
+    # --- standing in line ---
+
+    def join_locked(
+        self,
+        waiter: AnyWaiter,
+        node: Node,
+        amounts: Amounts,
+        seat: Seat,
+        now: int,
+        *,
+        deadline: int | None,
+        priority: int,
+    ) -> None:
+        """Let ``waiter`` stand in line at ``node``."""
+        waiter.amounts, waiter.seat, waiter.asked = amounts, seat, now
+        waiter.number = self.arrivals = self.arrivals + 1
+        alone = not self.waiting
+        self.waiting += 1
+        seat.waiting += 1
+        for each in node.path:
+            each.waiting += 1
+        line = line_of(node, priority)
+        line.join(waiter, now)
+        if deadline is not None:
+            seat.watch(waiter, deadline)
+        if alone and self.place is None and seat.loop is not None:  # nobody to look after but it
+            due, line.bound_by = node.earliest_of_all(amounts, now)
+            self.bound_by = line.bound_by
+            if now < due < NEVER or (due == NEVER and seat.leases):
+                seat.sleep(min(due, deadline or EMPTY), now)
+                return
+        if line.living == 1 or seat.looks_at >= EMPTY or (deadline or EMPTY) < seat.looks_at:
+            seat.ring(now)
+
+    def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
+        """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
+        line = waiter.line
+        stood_here = self.place is not None and self.place.leave(waiter)
+        first = stood_here or (bool(line.calls) and line.calls[0].number >= waiter.number)
+        if stood_here:
+            for each in line.node.path:
+                each.in_flight -= 1
+            line.credit_flows(waiter.amounts)
+        else:
+            line.depart()
+        self._count_out(line.node, waiter.seat)
+        if first or not line.living:
+            self.ring_locked(line.node, now)
+        return first or not line.living
+
+    def _count_out(self, node: Node, seat: Seat, calls: int = 1) -> None:
+        self.waiting -= calls
+        seat.waiting -= calls
+        for each in node.path:
+            each.waiting -= calls
+
+    def withdraw_locked(self, waiter: AnyWaiter, now: int) -> bool:
+        """Take a call that gives up out of the line, or give back what it was just handed.
+
+        Return whether it still counted: not if its loop was closed, or in a forked process.
+        """
+        seat, node = waiter.seat, waiter.line.node
+        if seat.look is None:
+            return False
+        if seat.is_closed():  # nothing can be resolved there any more
+            if waiter.done() and not self._passed(waiter):
+                waiter.line.depart()
+                self._count_out(node, seat)
+            self._bury(seat)
+            return True
+        if waiter.cancelled() or not waiter.done():
+            waiter.cancel()
+            self.gone_locked(waiter, now)
+        elif self._passed(waiter):
+            if waiter.lease is None:
+                node.unbook(node.meters, waiter.amounts, waiter.asked)
+            else:
+                waiter.lease.hand_back_locked()
+            waiter.line.credit_flows(waiter.amounts)
+            self.ring_locked(node, now)
+        return True
+
+    @staticmethod
+    def _passed(waiter: AnyWaiter) -> bool:
+        return not waiter.cancelled() and waiter.exception() is None and waiter.result()
+
+    def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
+        """Make ``waiter`` fail, because it can never pass; from any thread."""
+        loop = waiter.seat.loop
+        if loop is None or asyncio._get_running_loop() is loop:  # noqa: SLF001
+            self._fail(waiter, error)
+        else:
+            with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
+                loop.call_soon_threadsafe(self.do, lambda: self._fail(waiter, error))
+
+    def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
+        if not waiter.done():
+            waiter.set_exception(error)
+            now = self.clock()
+            self.gone_locked(waiter, now)
+            waiter.seat.ring(now)
+
+    def is_free_locked(self, node: Node, now: int) -> bool:
+        """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
+        for line in node.lines.values():  # `any` of a generator takes three times as long
+            if line.living:
+                return False
+        for each in node.path[:-1]:
+            if each.waiting:
+                return False
+        while True:
+            head, due = self.top.head(now)
+            if head is None:
+                return due != SOON
+            if not self._is_late(head.seat, now):
+                return False
+
+    def next_look_locked(self, now: int) -> int:
+        """Return when the first of those who wait will be looked at: then a place is free."""
+        looks = (seat.looks_at for seat in self.seats.values() if seat.waiting)
+        return max(now, min(looks, default=now))
+
+    def binding_locked(self, node: Node) -> str | None:
+        """Return what holds up the next call, if anybody waits at ``node`` or below."""
+        if not node.waiting:
+            return None
+        known = None if self.place is None else self.place.held_up()
+        lines = [line.bound_by for line in node.lines.values() if line.living]
+        below = (each.line.bound_by for each in self.top.waiters() if node in each.line.node.path)
+        store = None if known is None else known[0]
+        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+        first = (store, self.bound_by) if node.parent is None else ()
+        return next(filter(None, (*first, *lines, *below, store, self.bound_by)), None)
+
+    # --- the bell ---
+
+    def ring_locked(self, node: Node | None = None, now: int | None = None) -> None:
+        """Have all look again, because something has changed at ``node`` or above, or everywhere."""
+        if not self.waiting:
+            return
+        if node is None:
+            self.top.rouse_all()
+        else:
+            rouse(node)
+        now = self.clock() if now is None else now
+        for seat in list(self.seats.values()):
+            if seat.waiting and not seat.ring(now):
+                self._bury(seat)
+
+    def limits_changed_locked(self, node: Node) -> None:
+        """Send newcomers and those who wait through the meters of ``node`` as they are now."""
+        node.forget()
+        if self.waiting:
+            for waiter in list(self.top.waiters()):
+                try:
+                    waiter.line.node.check(waiter.amounts)
+                except CostExceedsLimit as error:
+                    self.fail_locked(waiter, error)
             self.ring_locked()
 
-    def leave_locked(self, waiter: Waiter) -> bool:
-        """Count ``waiter``, which is done, out of its line; return whether it was the head."""
-        self.count_out_locked(waiter)
-        self._deadlines.sweep(self.waiting)
-        return (waiter.outlet or waiter.line).leave(waiter)
+    # --- looking ---
 
-    def admit_locked(self, waiter: Waiter, passage: Passage) -> None:
-        """Let ``waiter`` go, which the outlet had taken over; on the loop's own thread."""
-        waiter.set_result(passage)
-        self.count_out_locked(waiter)
-        self.ring_locked()
+    def look(self, seat: Seat) -> None:
+        """Admit the calls of ``seat`` that may go, end those whose time is up, sleep until the next."""
+        with self:
+            self.run_jobs_locked()
+            now = self.clock()
+            if seat.is_late or seat.set_aside:
+                self._return_set_aside(seat)
+            seat.looks_at = now
+            self.looks += 1
+            due = self._admit(seat, now) if self.waiting else EMPTY
+            end, _ = seat.first_deadline()
+            if end <= now < due:  # else the head may still pass
+                if self._end_waits(seat, now):
+                    due = now
+                end, _ = seat.first_deadline()
+            seat.sleep(min(due, end) if seat.waiting else EMPTY, now)
 
-    def count_out_locked(self, waiter: Waiter) -> None:
-        """Count ``waiter``, done, out everywhere; at the root `reap_locked` may have been first."""
-        if self.waiting:
-            self.waiting -= 1
-            self._budget.waiting -= 1
-        for node in waiter.line.node.below_root:
-            node.waiting_below_root -= 1
+    def _end_waits(self, seat: Seat, now: int) -> bool:
+        """Resolve the waiters whose deadline has come; return whether another is next now."""
+        is_another_next = False
+        while True:
+            end, waiter = seat.first_deadline()
+            if end > now:
+                return is_another_next
+            with contextlib.suppress(*_DONE):
+                waiter.set_result(False)
+                is_another_next |= self.gone_locked(waiter, now)
 
-    def ring(self) -> None:
-        """Make the pacer look again, from its own loop."""
-        self._rung = False
-        self._bell.notify()
-
-    def ring_locked(self) -> None:
-        """Make the pacer look again, from any thread."""
-        self.due = min(self.due, self._budget.clock())
-        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
-            self._bell.notify()
-        elif not (self.reap_locked() or self._rung):  # a blocked loop needs only one
-            self._rung = True
-            with contextlib.suppress(RuntimeError):  # just closed: the next ring finds out
-                self.loop.call_soon_threadsafe(self.ring)
-
-    def reap_locked(self) -> bool:
-        """Return whether the loop is closed; if so, count out all who wait on it, for good."""
-        if not self.loop.is_closed():
-            return False
-        nowhere = Line(self._budget.root, self)
-        for waiter in self.queue.waiters():
-            self.count_out_locked(waiter)
-            waiter.line = nowhere  # a later cancel does not count it out again
-        self._budget.waiting -= self.waiting  # those that were cancelled, but never ran again
-        self.waiting = 0
-        self._retire_locked()
-        self.queue = nowhere
-        return True
-
-    def fail_locked(self, waiter: Waiter, error: AsyncBucketError) -> None:
-        """Make ``waiter`` fail, because it can never pass; from any thread."""
-        with contextlib.suppress(RuntimeError):  # just closed: nobody waits there any more
-            self.loop.call_soon_threadsafe(self.fail, waiter, error)
-
-    def fail(self, waiter: Waiter, error: AsyncBucketError) -> None:
-        """Make ``waiter`` fail, unless it is done; on the loop's own thread."""
-        budget = self._budget
-        with budget.lock:
-            if not waiter.done():
-                waiter.set_exception(error)
-                self.leave_locked(waiter)
-                budget.ring_locked(waiter.node)
-
-    def _start(self) -> None:
-        # Not loop.create_task: an eager factory would run it at once, with the lock held. The
-        # context is empty: the pacer serves everyone, not the call that happened to come first.
-        self._task = asyncio.Task(
-            self._serve(), loop=self.loop, name="asyncbucket pacer", context=contextvars.Context()
-        )
-
-    async def _serve(self) -> None:
-        try:
-            async with self._bell:
-                while self._look():
-                    await self._bell.wait()
-        except GeneratorExit:  # destroyed with its loop: the next ring finds out
-            raise
-        except BaseException:
-            self._end()
-            raise
-        self._end()
-
-    def _look(self) -> bool:
-        """Admit all calls that may pass, and set the timer; return whether anyone still waits."""
-        due = self._pass()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due is None:
-            return False
-        if due < NEVER:
-            delay = (due - self._budget.clock()) * 1e-9
-            if delay > 0:
-                self._timer = self.loop.call_later(min(max(delay, NAP), _LONGEST), self._tick)
-            else:  # in the next iteration of the loop
-                self._timer = self.loop.call_soon(self._tick)
-        return True
-
-    def _tick(self) -> None:
-        """Look again when the timer fires, without the detour of waking the task.
-
-        Waking it would take another iteration of the loop, which costs more than most passes. The
-        task is woken only when nothing is left to do, and ends.
-        """
-        self._timer = None
-        more = False
-        try:
-            more = self._look()
-        finally:
-            if not more:
-                self._bell.notify()
-
-    def _pass(self) -> int | None:
-        """Admit all that may pass, in order; return when to look again, None if nobody is left."""
-        budget, outlet = self._budget, self._outlet
-        with budget.lock:
-            budget.run_postponed_locked()
-            now = budget.clock()
-            passed, due = self._admit_locked(now)
-            if passed:
-                budget.blocked.stall.last_passed = now
-                if outlet is None:
-                    budget.waiting -= passed
-                    self.waiting -= passed
-                if len(budget.pacers) > 1:
-                    budget.ring_locked(budget.root)
-            end = self._deadlines.first()
-            if end <= now < due:  # else the head may still pass, in the next pass
-                if self._expire_locked(now):
-                    due = now  # the next in line may pass at once, here or on another loop
-                    budget.ring_locked(budget.root)
-                end = self._deadlines.first()
-            nobody = due == EMPTY
-            wake = self._wake_or_override_locked(now) if nobody else self.queue.wake
-            if wake < due or end < due:  # `min` of three would be a call
-                due = min(wake, end)
-            self.due = max(now, due)
-            gone = nobody and wake >= EMPTY and (outlet is None or not self.waiting)
-            return None if gone else self.due
-
-    def _admit_locked(self, now: int) -> tuple[int, int]:
-        """Admit all that may pass; return how many did, and when the next may, or `EMPTY`."""
-        queue, outlet = self.queue, self._outlet
-        alone = len(self._budget.pacers) == 1  # then only the meters decide
-        if alone and outlet is None and isinstance(queue, Line):
-            return self._admit_line_locked(queue, now)
-        passed = 0
-        if outlet is not None:
-            outlet.redate(now)
-        queue.begin_pass()
-        while (head := queue.head(now)) is not None:
-            if outlet is not None and not outlet.room():
-                return passed, NEVER
-            line = head.line
-            gates = line.node.path_gates
-            # An outlet decides itself when it has no room.
-            stop = (passed == _BATCH and outlet is None) or queue.expects_caller
-            if stop or not alone or not gates.take(head.amounts, now):
-                due = self._due_locked(head, now)
-                if stop or due > now:  # if it is now, the loop's next iteration goes on
-                    return passed, due
-                gates.book(head.amounts, now)
-            passage = Passage(gates, now, line.bound_by or queue.held_by or self.bound_by)
-            passed += 1
-            if outlet is not None:
-                outlet.push(head, passage)
+    def _admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
+        """Admit all that may go; return when this seat must look again."""
+        passed, place = 0, self.place
+        while place is None or place.room(seat):  # which dates what stands there to now
+            waiter, due = self.top.head(now)
+            if waiter is None:
+                return due if due != NEVER else self._override(seat, now)
+            alone = waiter.seat is seat and self._is_single_file()
+            if alone and place is None and passed < _BATCH:
+                served = self._serve_line(waiter.line, _BATCH - passed, now)
+                passed += served
+                if served:
+                    continue
+            due, bound_by = self.root.earliest(waiter.amounts, waiter.line.since)
+            if due > now:
+                self.bound_by = waiter.line.bound_by = bound_by
+            if waiter.seat is not seat:
+                if self._is_late(waiter.seat, now):
+                    continue
+                return self._leave_to(waiter.seat, due, now)
+            if due > now:
+                return self._override(seat, now) if due >= NEVER else self._wake(waiter, due, now)
+            if place is not None:
+                self._push(place, waiter, now)
+            elif passed < _BATCH:
+                passed += self._serve(waiter, now)
             else:
-                head.set_result(passage)
-                for below in line.node.below_root:
-                    below.waiting_below_root -= 1
-            queue.served(head, now)
-        return passed, EMPTY
+                return now
+        return NEVER
 
-    def _admit_line_locked(self, line: Line, now: int) -> tuple[int, int]:
-        """As `_admit_locked`, for one line on the only loop; equal calls are booked together."""
-        gates, passed, room = self._budget.root.path_gates, 0, 0
-        amounts: Amounts = {}
-        while (head := line.head()) is not None:
-            if head.amounts is not amounts:
-                amounts = head.amounts
-                room = gates.room(amounts, now, most=_BATCH - passed)
-            if room < 1:
-                due = self._due_locked(head, now)
-                if due > now or passed == _BATCH:
-                    return passed, due
-                room = 1  # above a burst, which `Gates.room` does not know of
-            alike = line.serve_alike(amounts, room, now)
-            gates.book(amounts, now, calls=len(alike))
-            passage = Passage(gates, now, self.bound_by)
-            for waiter in alike:
-                waiter.set_result(passage)
-            passed += len(alike)
-            room -= len(alike)
-        return passed, EMPTY
+    def _leave_to(self, other: Seat, due: int, now: int) -> int:
+        """Let another seat admit the head, due at ``due``; return when to see whether it has."""
+        if other.looks_at > max(due, now):
+            other.ring(now)
+        return due if due >= NEVER else max(due, now) + _GRACE
 
-    def _expire_locked(self, now: int) -> bool:
-        """Resolve the waiters whose deadline has come; return whether one was the head of its line."""
-        first = False
-        for waiter in self._deadlines.expired(now):
-            waiter.set_result(None)
-            first |= self.leave_locked(waiter)
-            self.queue.rouse(waiter.node)
-        return first
+    def _wake(self, head: AnyWaiter, due: int, now: int) -> int:
+        """Return when to look for ``head``, due at ``due``; later if then several are due at once.
 
-    def _due_locked(self, head: Waiter, now: int) -> int:
-        """Return from when on ``head`` may pass, taking other loops into account."""
-        budget, line = self._budget, head.line
-        gates, since = line.node.path_gates, line.since
-        due, bound_by = gates.earliest(head.amounts, since)
-        if due > now:
-            self.bound_by = line.bound_by = bound_by
-        slotless = due >= NEVER and bound_by == "concurrency"
-        if slotless:
-            due = budget.blocked.check(self.loop, now)
-            if due <= now:
-                due, _ = gates.slotless(budget.blocked.leases).earliest(head.amounts, since)
-        if len(budget.pacers) > 1:
-            due = max(due, self._turn_locked(head, now))
-        elif now < due < now + _TIMER_SLACK < self.queue.calm_until and len(self.queue) > 1:
-            # Wait for more calls to become due: nothing is lost.
-            due = min(now + _TIMER_SLACK, due + (gates.full_at(due) - due) // 8)
-        if slotless and due <= now:
-            budget.blocked.override(self.loop)
+        Waking up takes longer than admitting.
+        """
+        if due < now + _SLACK and self.waiting > 1 and self._is_single_file():
+            return min(now + _SLACK, due + head.line.node.spare(head.amounts) // 8)
         return due
 
-    def _turn_locked(self, head: Waiter, now: int) -> int:
-        """Return from when on ``head`` need not let another loop's head go first."""
-        turn, first = (self.queue.turn, head.number), self
-        for other in tuple(self._budget.pacers.values()):
-            if other is not self and now < other.due + _GRACE and not other.reap_locked():
-                elder = other.queue.head(now)
-                if elder is not None and (other.queue.turn, elder.number) < turn:
-                    turn, first, head = (other.queue.turn, elder.number), other, elder
-        if first is self:
-            return now
-        self.bound_by = self.bound_by or first.bound_by
-        due, _ = head.node.path_gates.earliest(head.amounts, head.line.since)
-        if first.due > max(now, due):  # that loop sleeps for a head whose turn it is no more
-            first.ring_locked()
-        return first.due + _GRACE
+    def _is_single_file(self) -> bool:
+        """Tell whether all who wait stand in one line, on one seat."""
+        if len(self.seats) > 1:
+            return False
+        flow: Flow | None = self.top
+        while isinstance(flow, Branch):
+            flow = flow.only_flow
+        return flow is not None
 
-    def _wake_or_override_locked(self, now: int) -> int:
-        """Return when to look again if all who wait are held up by limits below the root.
+    def _serve(self, waiter: AnyWaiter, now: int) -> int:
+        """Let the head of a line go; return 1 if it still waited, else 0."""
+        line = waiter.line
+        if waiter.done():
+            return 0
+        line.calls.popleft()
+        bound_by = line.bound_by or self.bound_by
+        if not self._let_go(waiter, now, bound_by):
+            return 0
+        line.node.book(waiter.amounts, now)
+        self._count_served(waiter, now, 1, 1.0, now - waiter.asked, bound_by)
+        return 1
 
-        If they wait only for slots, and the holders of all slots are blocked, let one pass without.
+    def _serve_line(self, line: Line, most: int, now: int) -> int:
+        """Let calls of the only line go, in order, as long as they fit; return how many did."""
+        node, calls, root = line.node, line.calls, self.root
+        bound_by = line.bound_by or self.bound_by
+        count, waited, price, total = 0, 0, 1.0, 0.0
+        last: AnyWaiter | None = None
+        while calls and count < most:
+            waiter = calls[0]
+            amounts = waiter.amounts
+            if waiter.done():
+                calls.popleft()
+                continue
+            if len(calls) > 1 and calls[1].amounts == amounts:
+                room = node.room(amounts, now, most - count)
+                group = self._let_alike_go(calls, room, now, bound_by)
+                if group:
+                    node.book(amounts, now, len(group))
+                elif room < 1:
+                    break
+            elif node.take(amounts, now):
+                group = self._let_alike_go(calls, 1, now, bound_by)
+                if not group:  # it has given up in this very moment
+                    node.unbook(node.meters, amounts, now)
+            else:
+                break
+            price = root.price(amounts)
+            total += len(group) * price
+            count += len(group)
+            waited += sum(group)
+            last = waiter
+        if last is not None:
+            worth = total / price if price else float(count)
+            self._count_served(last, now, count, worth, waited, bound_by)
+        return count
+
+    def _let_alike_go(
+        self, calls: "collections.deque[AnyWaiter]", most: int, now: int, bound_by: str | None
+    ) -> list[int]:
+        """Let the first call go and up to ``most`` that cost the same; return how long each waited."""
+        group: list[int] = []
+        amounts = calls[0].amounts
+        while calls and len(group) < most:
+            waiter = calls[0]
+            if waiter.amounts is not amounts and waiter.amounts != amounts:
+                break
+            calls.popleft()
+            waited = now - waiter.asked
+            if not waiter.done() and self._let_go(waiter, now, bound_by):
+                group.append(waited)
+        return group
+
+    def _let_go(self, waiter: AnyWaiter, now: int, bound_by: str | None) -> bool:
+        """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
+        try:
+            waiter.set_result(True)
+        except _DONE:  # cancelled since it was looked at, in a signal handler
+            return False
+        if waiter.lease is not None:
+            waiter.lease.hold_locked(now, waiter, bound_by)
+        else:
+            waiter.asked = now  # from now on when it passed
+        return True
+
+    def _count_served(
+        self,
+        last: AnyWaiter,
+        now: int,
+        calls: int,
+        worth: float,
+        waited: int,
+        bound_by: str | None,
+    ) -> None:
+        """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
+        line = last.line
+        node = line.node
+        line.since = now
+        if bound_by is not None:
+            node.count_waits(calls, waited, bound_by)
+        self._count_out(node, last.seat, calls)
+        self.top.serve(last, calls, worth)
+        if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
+            rouse(node)
+
+    def _push(self, place: Place, waiter: AnyWaiter, now: int) -> None:
+        """Hand ``waiter`` over to the store, booked below the root."""
+        line = waiter.line
+        line.calls.popleft()
+        line.since = now
+        node = line.node
+        for each in node.path[:-1]:
+            for meter, resource in each.own:
+                amount = waiter.amounts.get(resource)
+                if amount:
+                    meter.book(amount, now)
+        for each in node.path:
+            each.in_flight += 1
+        self.top.serve(waiter)
+        if len(node.path) > 2:  # noqa: PLR2004 - as in `_serve`
+            rouse(node)
+        place.push(waiter, now)
+
+    def pass_on_locked(
+        self, waiter: AnyWaiter, meters: Meters, now: int, bound_by: str | None
+    ) -> bool:
+        """Let a call go that the store has booked in ``meters``; return whether it still waited."""
+        line, seat = waiter.line, waiter.seat
+        try:
+            waiter.set_result(True)
+        except _DONE:  # its task gives back what it took
+            return False
+        waited = now - waiter.asked
+        waiter.lease.hold_locked(now, waiter, bound_by, meters)
+        for each in line.node.path:
+            each.admitted += 1
+        if bound_by is not None:
+            line.node.count_waits(1, waited, bound_by)
+        self._count_out(line.node, seat)
+        self.ring_locked(line.node, now)
+        return True
+
+    def _is_late(self, seat: Seat, now: int) -> bool:
+        """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
+        if seat.is_closed():
+            seat.is_late = True
+            self._bury(seat)
+        elif now > seat.looks_at + _GRACE:
+            seat.is_late = True
+        return seat.is_late
+
+    def _return_set_aside(self, seat: Seat) -> None:
+        """Put calls that stood aside back in their places."""
+        seat.is_late = False
+        waiters, seat.set_aside = seat.set_aside, []
+        for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
+            line.calls = collections.deque(sorted((*group, *line.calls)))
+            line.arrive()
+
+    def bury_locked(self) -> bool:
+        """Count out all who wait on loops that were closed; return whether there were any."""
+        closed = [seat for seat in self.seats.values() if seat.waiting and seat.is_closed()]
+        for seat in closed:
+            self._bury(seat)
+        return bool(closed)
+
+    def _bury(self, seat: Seat) -> None:
+        lines = set(self.top.lines()) | {waiter.line for waiter in seat.set_aside}
+        for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
+            if waiter.seat is seat and not waiter.done():
+                waiter.line.depart()
+                self._count_out(waiter.line.node, seat)
+                waiter.seat = NOWHERE
+        for line in lines:  # those that gave up before go, too: their tasks count them out
+            line.calls = collections.deque(
+                each for each in line.calls if each.seat not in (NOWHERE, seat)
+            )
+        seat.set_aside.clear()
+
+    def _override(self, seat: Seat, now: int) -> int:
+        """Let one call pass without a slot if every slot is held on loops that do not run.
+
+        Code may block its loop while it waits for a call on another loop (LlamaIndex's
+        ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
         """
-        budget, queue = self._budget, self.queue
-        if queue.wake != NEVER:
-            return queue.wake
-        due = budget.blocked.check(self.loop, now)
-        head = queue.head(now, slotless=budget.blocked.leases) if due <= now else None
-        if head is None:
-            return due if due > now else queue.wake
-        gates = head.node.path_gates
-        gates.book(head.amounts, now)
-        head.set_result(Passage(gates, now, head.line.bound_by))
-        queue.served(head, now)
-        self.count_out_locked(head)
-        budget.blocked.override(self.loop)
+        holders = [each for each in self.seats.values() if each.leases]
+        if not holders or seat.leases or self.threads.leases:
+            return NEVER
+        for each in holders:
+            each.ring(now)
+        heard = max(each.looks_at for each in holders)
+        if now < heard + _PATIENCE:
+            return heard + _PATIENCE
+        back = sum(each.leases for each in holders)
+        waiter, due = self.top.head(now, back)
+        if waiter is None or waiter.seat is not seat:
+            return due
+        due, _ = self.root.earliest(waiter.amounts, waiter.line.since, back)
+        if due > now:
+            return due
+        self._serve(waiter, now)
+        self.overridden += 1
+        if self.overridden == 1:
+            self.news.append(
+                partial(
+                    _log.warning,
+                    "a call passed without a slot: every slot is held on an event loop that has "
+                    "been blocked for over 1 s; await on that loop instead of blocking it",
+                )
+            )
         return now
 
-    def _end(self) -> None:
-        """End, unless something else cancelled the task while calls wait."""
-        with self._budget.lock:
-            if next(self.queue.waiters(), None) is not None and not self.loop.is_closed():
-                self._start()
-            else:
-                self._retire_locked()
-
-    def _retire_locked(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self.queue.disband()
-        budget = self._budget
-        budget.pacers.pop(self.loop, None)
-        budget.fair = budget.fair and bool(budget.pacers)
-        budget.update_lock_free_locked()
-
-
-class _AlwaysHeldLock(asyncio.Lock):
-    """A lock that is always held, by the loop's thread while it runs, and never contended."""
-
-    def locked(self) -> bool:
-        return True
-
-    async def acquire(self) -> Literal[True]:
-        return True
-
-    def release(self) -> None:
-        pass
+    def after_fork(self) -> None:
+        """Start afresh in a child process: the parent's loops, waiters and leases are not here."""
+        for seat in (self.threads, *self.seats.values()):
+            seat.look = None
+        self.lock = threading.Lock()
+        self.jobs.clear()
+        self.news.clear()
+        self.seats.clear()
+        self.by_thread.clear()
+        self.threads = Seat(self.look)
+        self.waiting = 0
+        self.top = Branch(self.root, None, 1.0)
+        self.root.after_fork()

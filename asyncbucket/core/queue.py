@@ -1,245 +1,424 @@
-"""Who goes next: the calls that wait, in order of arrival.
+"""Who goes next: lines of calls, and branches where several lines meet.
 
-A waiter is a future in a deque. A waiter that gives up is marked, and skipped later, so cancelling
-is O(1) anywhere in the line. Done entries are swept out once they outnumber those that still wait.
-If several lines compete, `asyncbucket.core.shares` chooses among them.
+A call waits as a `Waiter` in a `Line`: one for each limiter and priority, first come, first served.
+A waiter that gives up is marked, and skipped later, so cancelling is O(1) anywhere in a line. A
+`Branch` chooses among the lines and branches below it: at a limiter, among its own calls and its
+children; at the top, among priorities. Both are a `Flow`, and one rule holds for all flows.
+
+The rule is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each flow has a tag, the
+virtual time at which its next call may start. The lowest tag goes first, and grows by the call's
+price (`Node.price`) divided by the flow's weight. So flows are served in proportion to their
+weights, measured in cost, not in calls. What one does not want goes to the others at once; an idle
+child saves nothing up and loses nothing. The price is worked out from what was reserved; settling
+corrects the tag.
+
+A newcomer starts at the branch's virtual time: in the paper, the start tag of the call served last.
+But while newcomers keep coming, each would start at that same time, and go before the one just
+served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
+price, divided by the weights of all competitors, to a *potential*: the tag that each would have if
+all were served at once. Virtual time follows the potential at a distance: the prices of the
+competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
+distance of the largest price ever would stop virtual time for long after a costly call, while
+newcomers with small calls go before all who wait. Finish tags, as in self-clocked fair queueing,
+would be shorter; but a cheap newcomer would then pass a costly call that is next.)
+
+A flow held up by limits of its own is no candidate. It sleeps until its meters say when, and holds
+up nobody. When it wakes, it is treated as if it had been idle, except for one call: it keeps as
+much of its share as its last call cost, and so goes next. Otherwise a child that may call every few
+seconds would wait for its turn each time, and count the next seconds only from then: it would get
+far less than its own limit and than its share. The head may still have to wait for the limits of
+the node itself. Then only calls entitled to go before it may overtake, and virtual time bounds
+that.
+
+Many callers make one call after the other. When it has passed, their line is empty, but they are
+back in the loop's next iteration. A flow that a look has emptied, and that would be next if its
+caller came back, gets that iteration before a higher tag is served (`SOON`). Otherwise those that
+queue calls ahead would get its share.
+
+Above all this stand the priorities, which compete by the same rule, each with eight times the
+weight of the next below. So an urgent call that comes alone is next, up to eight in a row may be,
+and a priority that is always outbid still gets its share: beside n more urgent ones, at least
+1 / (1 + 8 + ... + 8^n) of the limit.
 """
 
 import asyncio
+import concurrent.futures
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.gates import Gates
-from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.meters import Amounts
+from asyncbucket.core.node import Node
+from asyncbucket.core.seats import EMPTY, SWEEP, Seat
 
-if TYPE_CHECKING:
-    from asyncbucket.core.branch import Branch
-    from asyncbucket.core.node import Node
-    from asyncbucket.core.pacer import Pacer
-
-#: "Nobody is left": later even than `NEVER`, which may still end when a slot is given back.
-EMPTY: Final = NEVER << 1
-#: Sweeping pays from this many done entries on.
-SWEEP: Final = 64
+#: "In the loop's next turn": a flow was emptied in this one, and would be next if it had a call.
+SOON: Final = 0
+#: The ratio of the weights of neighboring priorities among those that wait.
+_STEP: Final = 8.0
 
 
-class Passage(NamedTuple):
-    """Say how a call has passed; calls that passed together share one."""
+class _Waiting:
+    """What is known of a call that stands in a line."""
 
-    gates: Gates
-    #: When it was booked and let go; moved later while it still waits for a store.
-    when: int
-    #: What held it up.
-    bound_by: str | None
-
-
-class Waiter(asyncio.Future[Passage | None]):
-    """Wait in a line for ``amounts`` to pass all gates from its node up to the root.
-
-    It is resolved with its passage, or with None if the deadline came first. It holds as little as
-    possible, because the garbage collector visits each of 100,000 waiters again and again.
-    """
-
-    __slots__ = ("amounts", "deadline", "line", "number")
+    __slots__ = ()
 
     amounts: Amounts
-    #: The place in the order of arrival over all loops.
+    #: When it joined.
+    asked: int
+    #: What holds the booking once it has passed; a bucket's calls have none.
+    lease: Any
+    #: The place in the order of arrival.
     number: int
-    deadline: int | None
-    #: The line it stands or stood in; set by `Line.join`.
     line: "Line"
-    #: Where limits are kept elsewhere, who has taken it over. Not in a slot: few waiters have one,
-    #: and a future has a `__dict__` anyway.
-    outlet: "Outlet | None" = None
+    #: The loop or thread that it waits on: only that one lets it go.
+    seat: Seat
 
-    @property
-    def node(self) -> "Node":
-        """The limiter at which it waits."""
-        return self.line.node
-
-    def unbook(self, passage: Passage) -> None:
-        """Undo the booking of a call that was not made, and what its shares paid for it."""
-        passage.gates.unbook(self.amounts, passage.when)
-        self.node.correct(self.line.priority, self.amounts, None)
-
-    def __lt__(self, other: "Waiter") -> bool:
+    def __lt__(self, other: "_Waiting") -> bool:
         return self.number < other.number
 
 
-class Outlet(Protocol):
-    """Take over the waiters that go next, if the root's limits are kept elsewhere."""
+class Waiter(_Waiting, asyncio.Future[bool]):
+    """Wait in a line; resolved with whether it has passed, or else its time is up.
 
-    def room(self) -> bool:
-        """Tell whether it takes another waiter now; it rings the pacer when that changes."""
-        ...
-
-    def push(self, waiter: Waiter, passage: Passage) -> None:
-        """Take over ``waiter``, whose ``passage`` is booked; its pacer is told how that ends."""
-        ...
-
-    def redate(self, now: int) -> None:
-        """Date to ``now`` all waiters, of any loop, that were taken over and have not left yet.
-
-        Otherwise limits below the root would forget those that wait for long, and let too many
-        leave at once.
-        """
-        ...
-
-    def leave(self, waiter: Waiter) -> bool:
-        """Give back all that ``waiter``, done, has taken; return True, as `Line.leave` of a head."""
-        ...
-
-
-class Line:
-    """Hold the waiters of one node, one loop and one priority, in order of arrival.
-
-    Every operation is O(1), amortised. If only the root's own calls wait, a line is the whole
-    queue: it then stands in for a `Tree`, and has all the attributes that a pacer uses.
+    It holds as little as possible, because the garbage collector visits each of 100,000 waiters
+    again and again.
     """
 
-    __slots__ = ("_line", "_living", "above", "bound_by", "node", "pacer", "priority", "since")
+    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore[reportIncompatibleUnannotatedOverride, reportUninitializedInstanceVariable]
 
-    #: A line never sleeps: if it has no head, nobody is left.
-    wake: Final = EMPTY
-    #: Lines of several loops compete by order of arrival alone.
-    turn: Final = ()
-    #: A line never waits for callers to come back: they go to its end.
-    expects_caller: Final = False
-    #: No call in a line has limits that the others do not have.
-    calm_until: Final = EMPTY
-    #: There are no limits below a line.
-    held_by: Final = None
 
-    def __init__(self, node: "Node", pacer: "Pacer", priority: int = 0) -> None:
-        self.node = node
-        self.pacer = pacer
+class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):
+    """Wait in a line as a `Waiter` does, in a blocked thread."""
+
+
+AnyWaiter: TypeAlias = Waiter | SyncWaiter
+
+
+class Flow:
+    """Compete with others for the next place in the branch above."""
+
+    __slots__ = (
+        "above",
+        "asleep",
+        "competes",
+        "credit",
+        "living",
+        "look",
+        "node",
+        "price",
+        "rank",
+        "tag",
+        "weight",
+    )
+
+    def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
+        self.node, self.above, self.weight = node, above, weight
+        #: Who goes first among equals: the more urgent priority, or who came first.
+        self.rank = rank
+        #: The virtual time at which its next call may start; what its last call cost; and what came
+        #: back of that.
+        self.tag = self.price = self.credit = 0.0
+        #: Until when its own limits hold it up; 0 if they do not.
+        self.asleep = 0
+        #: In which look it was served last; how many wait here: calls in a line, flows in a branch.
+        self.look = self.living = 0
+        #: Whether its weight and price are in the sums of the branch above.
+        self.competes = False
+
+    def __lt__(self, other: "Flow") -> bool:
+        return self.rank < other.rank
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return who goes next here, as far as limits below the root are concerned; else when.
+
+        ``back`` assumes that this many slots had been given back.
+        """
+        raise NotImplementedError
+
+    def lines(self) -> Iterator["Line"]:
+        """Yield the lines here and below in which somebody waits."""
+        raise NotImplementedError
+
+    def waiters(self) -> Iterator[AnyWaiter]:
+        """Yield all who wait here and below."""
+        for line in self.lines():
+            yield from (waiter for waiter in line.calls if not waiter.done())
+
+
+class Line(Flow):
+    """Hold the calls of one limiter and priority that wait, in order of arrival."""
+
+    __slots__ = ("bound_by", "calls", "priority", "since")
+
+    def __init__(self, node: Node, above: "Branch", priority: int) -> None:
+        super().__init__(node, above, 1.0)
         self.priority = priority
-        self._line: deque[Waiter] = deque()
-        self._living = 0
+        self.calls: deque[AnyWaiter] = deque()
         #: Since when somebody has been first here without anyone being served.
         self.since = 0
-        #: The branches above, which count these waiters, too.
-        self.above: tuple[Branch, ...] = ()
         #: What last held up its head.
         self.bound_by: str | None = None
 
-    def __len__(self) -> int:
-        return self._living
+    def lines(self) -> Iterator["Line"]:
+        yield self
 
-    def waiters(self) -> Iterator[Waiter]:
-        """Yield all who wait, in order."""
-        return (waiter for waiter in self._line if not waiter.done())
-
-    def join(
-        self,
-        waiter: Waiter,
-        now: int,
-        node: "Node | None" = None,  # noqa: ARG002 - as `Tree.join`
-        priority: int = 0,  # noqa: ARG002 - as `Tree.join`
-    ) -> None:
-        """Append ``waiter`` to the line."""
-        if not self._living:
-            self.since = now
+    def join(self, waiter: AnyWaiter, now: int) -> None:
+        """Append ``waiter``."""
         waiter.line = self
-        self._line.append(waiter)
-        self._living += 1
-        for branch in self.above:
-            branch.living += 1
+        self.calls.append(waiter)
+        if not self.living:
+            self.since = now
+        if not self.competes:  # also if all who stood here have given up
+            self.arrive()
+        self.living += 1
 
-    def head(self, now: int = 0, *, slotless: int = 0) -> Waiter | None:  # noqa: ARG002 - as `Branch.head`
-        """Return the first that still waits."""
-        line = self._line
-        while line:
-            if not line[0].done():
-                return line[0]
-            line.popleft()
-        return None
+    def arrive(self) -> None:
+        """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
+        flow: Flow = self
+        is_new = not self.living
+        while (branch := flow.above) is not None:
+            was_empty = not branch.living
+            branch.living += is_new
+            is_new = is_new and was_empty
+            if not flow.competes:
+                branch.add(flow)
+            flow = branch
 
-    def served(self, head: Waiter, now: int) -> None:  # noqa: ARG002 - as `Tree.served`
-        """Remove ``head``, which passed; `Branch.served` counts it out above."""
-        self._line.popleft()
-        self._living -= 1
-        self.since = now
+    def depart(self, calls: int = 1) -> None:
+        """Count out ``calls`` calls that are done, wherever they stand."""
+        self.living -= calls
+        flow: Flow = self
+        while not flow.living and (branch := flow.above) is not None:
+            branch.leave(flow)
+            branch.living -= 1
+            flow = branch
+        if len(self.calls) > 2 * self.living + SWEEP:
+            self.calls = deque(self.waiters())
 
-    def serve_alike(self, amounts: Amounts, most: int, now: int) -> list[Waiter]:
-        """Remove, as `served` does, the head and those right behind it with the same ``amounts``."""
-        line = self._line
-        alike: list[Waiter] = []
-        while line and len(alike) < most:
-            head = line[0]
-            if not head.done():
-                if head.amounts is not amounts and head.amounts != amounts:
-                    break
-                alike.append(head)
-            line.popleft()
-        self._living -= len(alike)
-        self.since = now
-        return alike
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
+        """Return the first that waits on a seat that keeps up; `EMPTY` if there is none."""
+        calls = self.calls
+        while calls:
+            first = calls[0]
+            if first.done():
+                calls.popleft()
+            elif first.seat.is_late:
+                first.seat.set_aside.append(calls.popleft())
+            else:
+                return first, now
+        return None, EMPTY
 
-    def begin_pass(self) -> None:
-        """Do nothing: see `expects_caller`."""
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        """Credit the flows that paid for a call with what it did not use; all, if it was not made."""
+        flow: Flow = self
+        while (branch := flow.above) is not None:
+            node = branch.node
+            spent = 0.0 if used is None else node.price(used)
+            flow.credit += (node.price(reserved) - spent) / flow.weight
+            flow = branch
 
-    def is_free_for(self, node: "Node", now: int) -> bool:  # noqa: ARG002 - as `Tree.is_free_for`
-        """Tell whether a newcomer would overtake nobody."""
-        return self.head() is None
 
-    def binding(self, node: "Node") -> str | None:  # noqa: ARG002 - as `Tree.binding`
-        """Return what last held up its head."""
-        return self.bound_by
+class Branch(Flow):
+    """Choose among flows: the lowest tag of those that may go."""
 
-    def rouse(self, node: "Node") -> None:
-        """Do nothing: nobody sleeps in a line."""
+    __slots__ = (
+        "_asleep",
+        "_joined",
+        "_potential",
+        "_prices",
+        "_ready",
+        "_weights",
+        "clock",
+        "flows",
+    )
+
+    def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
+        super().__init__(node, above, weight, rank)
+        #: Those in which somebody waits: ready, in the order of their tags, or asleep.
+        self.flows: set[Flow] = set()
+        self._ready: list[tuple[float, Flow]] = []
+        self._asleep: list[tuple[int, Flow]] = []
+        #: The virtual time at which newcomers start; the tag that all would have if they were served
+        #: at once; the sums of those that compete.
+        self.clock = self._potential = self._weights = self._prices = 0.0
+        self._joined = 0
+
+    def lines(self) -> Iterator[Line]:
+        for flow in self.flows:
+            yield from flow.lines()
+
+    def add(self, flow: Flow) -> None:
+        """Let ``flow`` compete, in which somebody waits anew."""
+        if flow.asleep:
+            self.rouse(flow)
+        elif flow in self.flows:  # emptied, but not forgotten yet
+            self._enter(flow)
+        else:
+            self.flows.add(flow)
+            if self.above is not None:
+                self._joined = flow.rank = self._joined + 1
+            self._make_ready(flow, kept=0.0)
+
+    def _make_ready(self, flow: Flow, *, kept: float) -> None:
+        """Queue ``flow`` as if it had been idle until now, but for ``kept``."""
+        flow.asleep = 0
+        flow.tag = max(flow.tag - flow.credit, self.clock - kept)
+        flow.credit = 0.0
+        self._enter(flow)
+        heapq.heappush(self._ready, (flow.tag, flow))
+
+    def _enter(self, flow: Flow) -> None:
+        if not flow.competes:
+            flow.competes = True
+            self._weights += flow.weight
+            self._prices += flow.price
+
+    def leave(self, flow: Flow) -> None:
+        """Let ``flow`` compete no longer; it is forgotten when it would be next."""
+        if flow.competes:
+            flow.competes = False
+            self._weights -= flow.weight
+            self._prices -= flow.price
+
+    def rouse(self, flow: Flow) -> None:
+        """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
+        if flow.asleep:
+            self._make_ready(flow, kept=flow.price / flow.weight)
 
     def rouse_all(self) -> None:
-        """Do nothing: nobody sleeps in a line."""
+        """Ask all flows anew, here and below."""
+        for flow in self.flows:
+            self.rouse(flow)
+            if isinstance(flow, Branch):
+                flow.rouse_all()
 
-    def disband(self) -> None:
-        """Do nothing: nobody competes in a line."""
+    def reweigh(self, flow: Flow, weight: float) -> None:
+        """Change the weight of ``flow``."""
+        if flow.competes:
+            self._weights += weight - flow.weight
+        flow.weight = weight
 
-    def leave(self, waiter: Waiter) -> bool:
-        """Count out ``waiter``, which is done; return whether it was the head, or the last one.
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return who goes next here, as far as limits here and below are concerned; else when."""
+        asleep, ready = self._asleep, self._ready
+        while asleep and (asleep[0][0] <= now or back):
+            due, flow = heapq.heappop(asleep)
+            if flow.asleep == due:
+                self.rouse(flow)
+        while ready:
+            flow = ready[0][1]
+            waiter, due = flow.head(now, back)
+            if waiter is not None:
+                return self._own_limits(waiter, now, back)
+            if due == SOON or (due >= EMPTY and flow.look == self.node.pacer.looks):
+                return None, SOON  # its caller may be back in the loop's next turn
+            heapq.heappop(ready)
+            self.leave(flow)
+            if due >= EMPTY:
+                self.flows.discard(flow)
+            else:
+                self._put_to_sleep(flow, due)
+        return None, self._next_waking()
 
-        It may have been skipped already while looking for the head, and another line may have
-        taken this line's place.
+    def _own_limits(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
+        node = self.node
+        if self.above is None or node.parent is None:  # the pacer asks the root's
+            return waiter, now
+        due, bound_by = node.earliest(waiter.amounts, waiter.line.since, back)
+        if due <= now:
+            return waiter, now
+        waiter.line.bound_by = bound_by
+        return None, min(due, self._next_waking())  # another call may be the head by then
+
+    def _put_to_sleep(self, flow: Flow, due: int) -> None:
+        flow.asleep = due
+        heapq.heappush(self._asleep, (due, flow))
+        if len(self._asleep) > 2 * len(self.flows) + SWEEP:
+            self._asleep[:] = [(each.asleep, each) for each in self.flows if each.asleep]
+            heapq.heapify(self._asleep)
+
+    def _next_waking(self) -> int:
+        """Return when the first sleeper wakes; `EMPTY` if nobody sleeps."""
+        asleep = self._asleep
+        while asleep and asleep[0][1].asleep != asleep[0][0]:
+            heapq.heappop(asleep)
+        return asleep[0][0] if asleep else EMPTY
+
+    def serve(self, waiter: AnyWaiter, calls: int = 1, worth: float = 1.0) -> None:
+        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed.
+
+        They cost as much as ``worth`` calls like the last.
         """
-        self._living -= 1
-        for branch in self.above:
-            branch.living -= 1
-        line = self._line
-        first = line[0].number >= waiter.number if line else not self._living
-        if len(line) > 2 * self._living + SWEEP:
-            self._line = deque(self.waiters())
-        return first
+        line = waiter.line
+        flow: Flow = line
+        look = self.node.pacer.looks
+        while (branch := flow.above) is not None:
+            branch._charge_first(branch.node.price(waiter.amounts), worth)  # noqa: SLF001 - its own kind
+            flow.look = look
+            flow = branch
+        line.depart(calls)
+
+    def _charge_first(self, price: float, worth: float) -> None:
+        """Charge the flow that is first, and move virtual time."""
+        flow = self._ready[0][1]
+        if self.above is None:
+            self._weigh_priorities()
+        self._prices += price - flow.price
+        flow.price = price
+        if flow.tag > self.clock:
+            self.clock = self._potential = flow.tag
+        weights = max(self._weights, flow.weight)  # sums of floats drift
+        self._potential += worth * price / weights
+        self.clock = max(self.clock, self._potential - self._prices / weights)
+        step = worth * price / flow.weight - flow.credit
+        flow.credit = max(0.0, -step)
+        flow.tag += max(0.0, step)
+        heapq.heapreplace(self._ready, (flow.tag, flow))
+
+    def _weigh_priorities(self) -> None:
+        """Give each priority that waits eight times the weight of the next below."""
+        competing = sorted((flow for flow in self.flows if flow.competes), reverse=True)
+        for place, flow in enumerate(competing):
+            flow.weight = _STEP**place
+        self._weights = sum(flow.weight for flow in competing)
+
+    @property
+    def only_flow(self) -> Flow | None:
+        """The one flow in which somebody waits; None if there are several, or it sleeps."""
+        return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
 
 
-class Deadlines:
-    """Know which deadline comes first, so that one timer serves all."""
+def line_of(node: Node, priority: int) -> Line:
+    """Return the line for calls of a limiter and a priority."""
+    line = node.lines.get(priority)
+    if line is None:
+        line = Line(node, _branch_of(node, priority), priority)
+        node.lines = {**node.lines, priority: line}
+    found: Line = line
+    return found
 
-    __slots__ = ("_heap",)
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, Waiter]] = []
+def _branch_of(node: Node, priority: int) -> Branch:
+    """Return where the calls of one priority at a limiter and below it meet."""
+    branch = node.branches.get(priority)
+    if branch is None:
+        above = node.pacer.top if node.parent is None else _branch_of(node.parent, priority)
+        branch = Branch(node, above, node.weight, rank=-priority)
+        node.branches = {**node.branches, priority: branch}
+    found: Branch = branch
+    return found
 
-    def push(self, waiter: Waiter, deadline: int) -> None:
-        """Watch ``waiter``."""
-        heapq.heappush(self._heap, (deadline, waiter))
 
-    def first(self) -> int:
-        """Return the first deadline of those that still wait, or `NEVER`."""
-        heap = self._heap
-        while heap and heap[0][1].done():
-            heapq.heappop(heap)
-        return heap[0][0] if heap else NEVER
+def rouse(node: Node) -> None:
+    """Ask the flows of a limiter and of those above anew, because something has changed there."""
+    for each in node.path:
+        for branch in each.branches.values():
+            branch.above.rouse(branch)
 
-    def expired(self, now: int) -> Iterator[Waiter]:
-        """Yield the waiters whose deadline has come; the caller resolves them."""
-        while self.first() <= now:
-            yield self._heap[0][1]
 
-    def sweep(self, living: int) -> None:
-        """Forget waiters that are done, if they outnumber the ``living``."""
-        if len(self._heap) > 2 * living + SWEEP:
-            self._heap = [entry for entry in self._heap if not entry[1].done()]
-            heapq.heapify(self._heap)
+def reweigh(node: Node, weight: float) -> None:
+    """Change a limiter's share compared with its siblings'."""
+    for branch in node.branches.values():
+        branch.above.reweigh(branch, weight)
+    node.weight = weight

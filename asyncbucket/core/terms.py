@@ -1,4 +1,4 @@
-"""The terms of a limiter: which arguments are allowed."""
+"""What limiters are made on: which arguments are allowed, and what type checkers know of them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,16 +6,32 @@ from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 
 from asyncbucket.core.context import Priority, deadline_of, read_priority
 from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.core.wording import is_integer, is_number, plain
-from asyncbucket.feedback.adaptive import Concurrency, read_concurrency
+from asyncbucket.core.wording import is_integer, is_number, plain, read_count
 
-#: What to do while a store is gone: see `asyncbucket.stores.outage`.
+#: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
+Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
+#: What to do while a store is gone: see `asyncbucket.stores`.
 OnOutage: TypeAlias = Literal["share", "closed", "open"]
+#: The bounds of ``"auto"``.
+AUTO: Final = (1, 1_000)
 #: Bounds for a slot's seconds to live without a heartbeat; at least one heartbeat must fit in.
 _SLOT_TTL: Final = (0.1, 86_400)
 
 
-class Keywords(TypedDict, total=False):
+class LimitKeywords(TypedDict, total=False):
+    """Limits by keyword: ``rpm=500`` is ``"500 RPM"``."""
+
+    rps: float | None
+    rpm: float | None
+    rph: float | None
+    rpd: float | None
+    tpm: float | None
+    tpd: float | None
+    itpm: float | None
+    otpm: float | None
+
+
+class Keywords(LimitKeywords, total=False):
     """What `Limiter.child` and `Limiter.key` take by keyword."""
 
     #: The share compared with its siblings', any positive number; 1 by default.
@@ -28,19 +44,19 @@ class Keywords(TypedDict, total=False):
     priority: Priority | None
     #: The most seconds to wait, for calls that set none; by default the parent's.
     timeout: float | None
-    rps: float | None
-    rpm: float | None
-    rph: float | None
-    rpd: float | None
-    tpm: float | None
-    tpd: float | None
-    itpm: float | None
-    otpm: float | None
+
+
+class OtherResources(TypedDict, total=False):
+    """Amounts of resources with other names, such as ``images=3``.
+
+    They are taken if a limit counts them. No checker can tell such a name from a typing error, so
+    where a checker runs, give them in a `Cost`: ``acquire(Cost(images=3))``.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Hold the terms of a child."""
+    """What a limiter was made on."""
 
     limits: tuple[Limit, ...] = ()
     weight: float = 1.0
@@ -58,16 +74,17 @@ class Terms:
             ValueError: a number is out of range.
         """
         others = dict(keywords)
-        priority = others.pop("priority", None)
+        priority, max_queue = others.pop("priority", None), others.pop("max_queue", None)
         terms = cls(
             weight=read_weight(others.pop("weight", 1.0)),
             concurrency=others.pop("concurrency", None),
-            max_queue=read_max_queue(others.pop("max_queue", None)),
+            max_queue=None if max_queue is None else read_count(max_queue, "max_queue"),
             priority=None if priority is None else read_priority(priority),
-            timeout=read_timeout(others.pop("timeout", None)),
+            timeout=others.pop("timeout", None),
             limits=tuple(read_limits(limits, others)),
         )
         read_concurrency(terms.concurrency)
+        deadline_of(0, timeout=terms.timeout)
         return terms
 
 
@@ -100,34 +117,26 @@ def read_weight(weight: float) -> float:
     return float(weight)
 
 
-def read_timeout(timeout: float | None) -> float | None:
-    """Return the most seconds to wait.
+def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
+    """Return the bounds that ``concurrency=`` asks for; a fixed number is both bounds.
 
     Raises:
-        ValueError: it is not a number from 0 on.
+        ValueError: it is not a whole number of at least 1, not ``"auto"``, and not a pair of such numbers
+            in ascending order.
     """
-    deadline_of(0, timeout=timeout)
-    return timeout
-
-
-def read_count(value: int, name: str, *, least: int = 0) -> int:
-    """Return a number of calls, or of other units.
-
-    Raises:
-        ValueError: it is not a whole number from ``least`` on.
-    """
-    if not is_integer(value) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return int(value)
-
-
-def read_max_queue(value: int | None) -> int | None:
-    """Return the most calls that may wait; None for no bound.
-
-    Raises:
-        ValueError: it is not a whole number from 0 on.
-    """
-    return None if value is None else read_count(value, "max_queue")
+    if value is None:
+        return None
+    if value == "auto":
+        return AUTO
+    bounds = value if isinstance(value, tuple) else (value, value)
+    if len(bounds) != 2 or not all(is_integer(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
+        raise ValueError(
+            f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
+            f"not {value!r}"
+        )
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"concurrency={value!r} has its bounds in the wrong order")
+    return int(bounds[0]), int(bounds[1])
 
 
 def read_on_outage(value: OnOutage) -> OnOutage:

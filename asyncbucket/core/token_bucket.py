@@ -1,19 +1,17 @@
-"""The primitive: a single bucket, where `Limiter` has many meters."""
+"""The primitive: the same machine with one bucket, where a `Limiter` has many meters."""
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from asyncbucket.core.budget import NONE_AT_ALL, Budget
 from asyncbucket.core.context import deadline_of
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
-from asyncbucket.core.gates import Gates
-from asyncbucket.core.loops import OfThisProcess
 from asyncbucket.core.meters import Amounts, Bucket
-from asyncbucket.core.node import Node
+from asyncbucket.core.pacer import Pacer
+from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import Waiter
 from asyncbucket.core.wording import counted, in_seconds, is_integer, is_number, shown
 
@@ -60,9 +58,10 @@ class TokenBucket(OfThisProcess):
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_bucket",
-        "_budget",
         "_clock",
         "_node",
+        "_open",
+        "_pacer",
         "_rate",
     )
 
@@ -82,8 +81,11 @@ class TokenBucket(OfThisProcess):
         self._rate = float(rate)
         self._clock = clock
         self._bucket = Bucket(rate=self._rate, burst=int(burst))
-        self._node = Node(gates=Gates([(self._bucket, "units")]))
-        self._budget = Budget(clock, self._node)
+        self._pacer = Pacer(clock, "bucket")
+        self._node = self._pacer.root
+        self._node.extra = ((self._bucket, "units"),)
+        #: The amount that passes without the lock while nobody waits: 1, or none.
+        self._open: Any = 1 if ATOMIC else None
 
     async def acquire(self, amount: int = 1, timeout: float | None = None) -> None:
         """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
@@ -96,11 +98,11 @@ class TokenBucket(OfThisProcess):
         """
         # The fast path for one unit that the bucket holds: `Bucket.take`, inlined. Between reading
         # the clock and the last store there is no call and no backward jump, so no other thread can
-        # interleave. `lock_free_amount` equals no amount where that does not hold, and while anyone
-        # waits or changes the bucket. This takes a quarter of the time that a lock would.
+        # interleave. `_open` equals no amount where that does not hold, and while anyone changes
+        # the bucket. This takes a quarter of the time that a lock would.
         now = self._clock()
         bucket = self._bucket
-        if amount is self._budget.lock_free_amount and timeout is None:
+        if amount is self._open and timeout is None and not self._pacer.waiting:
             if bucket.q != 1:  # the test is cheaper than multiplying
                 now *= bucket.q
             if now >= bucket.tat:
@@ -118,10 +120,10 @@ class TokenBucket(OfThisProcess):
         if waiter is None:
             return
         try:
-            if await waiter is not None:
+            if await waiter:
                 return
         except BaseException:
-            self._budget.run_or_postpone(functools.partial(self._budget.withdraw_locked, waiter))
+            self._pacer.do(partial(self._withdraw_locked, waiter))
             del waiter  # else the error's traceback would keep it alive
             raise
         raise self._timeout_error(amount, timeout, self._wait_of(waiter.amounts))
@@ -135,8 +137,8 @@ class TokenBucket(OfThisProcess):
             CostExceedsLimit, ValueError: as for `acquire`.
         """
         amounts = self._amounts(amount)
-        with self._budget.lock:
-            taken = self._take_locked(amounts)
+        with self._pacer:
+            taken = self._take_locked(amounts, self._clock())
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
             raise WouldBlock(
@@ -170,9 +172,10 @@ class TokenBucket(OfThisProcess):
 
     def statistics(self) -> BucketStatistics:
         """Return a frozen snapshot."""
-        with self._budget.lock:
+        with self._pacer:
+            self._pacer.bury_locked()
             return BucketStatistics(
-                available=self._bucket.available(self._clock()), waiting=self._budget.waiting
+                available=self._bucket.available(self._clock()), waiting=self._pacer.waiting
             )
 
     def __repr__(self) -> str:
@@ -196,28 +199,39 @@ class TokenBucket(OfThisProcess):
 
     def _take_or_join(self, amount: int, timeout: float | None) -> Waiter | None:
         """Take ``amount`` now, or return a waiter in the queue."""
-        budget, now = self._budget, self._clock()
+        pacer, now = self._pacer, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
         deadline = None if timeout is None else deadline_of(now, timeout=timeout)
-        budget.lock.acquire()  # `with` would take twice the time
+        pacer.lock.acquire()  # `with` would take twice the time
         try:
-            if not budget.waiting and self._take_locked(amounts):
+            if not pacer.waiting and self._take_locked(amounts, now):
                 return None
             if deadline is not None:
-                due, _ = self._node.path_gates.earliest(amounts, now)
+                due = self._bucket.earliest(amounts["units"], now)
                 if due > deadline:
                     raise self._timeout_error(amount, timeout, due - now)
-            return budget.join_locked(self._node, amounts, now, deadline)
+            waiter, seat = Waiter(), pacer.seat_here_locked()
+            waiter.lease = None
+            pacer.join_locked(waiter, self._node, amounts, seat, now, deadline=deadline, priority=0)
+            return waiter
         finally:
-            budget.lock.release()
+            pacer.lock.release()
+            if pacer.jobs:
+                pacer.catch_up()
 
-    def _take_locked(self, amounts: Amounts) -> bool:
-        """Take ``amounts`` now if nobody has to wait longer; keep out lock-free callers."""
-        budget = self._budget
-        budget.lock_free_amount = NONE_AT_ALL
-        taken = budget.take_locked(self._node, amounts, self._clock()) is not None
-        budget.update_lock_free_locked()
+    def _take_locked(self, amounts: Amounts, now: int) -> bool:
+        """Take ``amounts`` now if nobody waits longer; keep out callers without the lock."""
+        before, self._open = self._open, None
+        taken = (
+            not self._pacer.waiting or self._pacer.is_free_locked(self._node, now)
+        ) and self._bucket.take(amounts["units"], now)
+        self._open = before
         return taken
+
+    def _withdraw_locked(self, waiter: Waiter) -> None:
+        before, self._open = self._open, None
+        self._pacer.withdraw_locked(waiter, self._clock())
+        self._open = before
 
     def _timeout_error(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
         assert timeout is not None
@@ -230,6 +244,7 @@ class TokenBucket(OfThisProcess):
 
     def _wait_of(self, amounts: Amounts) -> int:
         """Return for how long (ns) at least ``amounts`` cannot pass."""
-        with self._budget.lock:
+        with self._pacer:
             now = self._clock()
-            return self._budget.earliest_locked(self._node, amounts, now)[0] - now
+            due, bound_by = self._node.earliest_of_all(amounts, now)
+            return (due if bound_by else self._pacer.next_look_locked(now)) - now

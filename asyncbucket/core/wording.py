@@ -66,3 +66,14 @@ def plain(value: float) -> float:
     if type(value) in (int, float):
         return value
     return int(value) if is_integer(value) else float(value)
+
+
+def read_count(value: int, name: str, *, least: int = 0) -> int:
+    """Return a number of calls, or of other units.
+
+    Raises:
+        ValueError: it is not a whole number from ``least`` on.
+    """
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)

@@ -140,6 +140,13 @@ class Adaptive:
     def __repr__(self) -> str:
         return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
 
+    def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
+        """Take in the end of a call: see `asyncbucket.core.node.Sizer`."""
+        if outcome == "ok":
+            self.succeeded(now - started, waited=waited, full=full)
+        elif outcome == "overloaded":
+            self.overloaded(started=started, now=now)
+
     def succeeded(self, latency: int, *, waited: bool, full: bool = True) -> None:
         """Take in a call that ended well.
 

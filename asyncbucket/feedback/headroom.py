@@ -36,9 +36,11 @@ counts. The constants below were found by simulating buckets, logs, minutes of t
 with others at 0, 10, 40 and 60 %.
 """
 
+from collections.abc import Iterable
 from typing import ClassVar, Final
 
-from asyncbucket.core.meters import Window
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import Meter, Window
 from asyncbucket.feedback.others import Others, with_margin
 from asyncbucket.feedback.slices import SLICE_COUNTS, possible_slices
 
@@ -63,7 +65,7 @@ _LEAST: Final = 20
 _AT_ONCE: Final = 10
 
 
-class Headroom:
+class Headroom(Meter):
     """Admit what the provider says is left. Levels are in units times window, hence exact."""
 
     __slots__ = (
@@ -87,14 +89,16 @@ class Headroom:
         "_spread_until",
         "_unit_spacing",
         "amount",
+        "key",
         "window",
     )
 
     bound_by: ClassVar[str | None] = None
-    remote: ClassVar[bool] = False
 
-    def __init__(self, *, amount: int, window: int, ours: Window | None = None) -> None:
+    def __init__(self, limit: Limit, ours: Iterable[tuple[int, int]] = ()) -> None:
         """Know nothing yet except ``ours``: what we booked before the first report."""
+        amount, window = limit.amount, limit.window
+        self.key = limit.key
         self.amount = amount
         self.window = window
         #: What was left at ``_level_at``, as far as is known; None before the first report.
@@ -111,7 +115,9 @@ class Headroom:
         self._reported_left = 0
         self._most_left = 0
         #: Units that we booked, in the last window and ever.
-        self._ours = Window(amount=amount, window=window) if ours is None else ours
+        self._ours = Window(Limit("units", amount, per=limit.per, burst=amount))
+        for date, units in ours:
+            self._ours.book(units, date)
         self._booked = 0
         self._others = Others(amount=amount, window=window)
         #: Until when our bookings reach if spread evenly, and when we last booked.
@@ -154,7 +160,7 @@ class Headroom:
         """
         if self._level is None:
             self._first_report = now
-        self._adopt_limit(amount, limit)
+        self._adopt_limit(amount, limit, now)
         self._slices = tuple(slices for slices in self._slices if remaining <= slices.share)
         for slices in self._slices:
             slices.update(remaining, now)
@@ -168,12 +174,13 @@ class Headroom:
         self._is_alone = not (self._slices or self._others.estimate or self._margin)
         self._unit_spacing = self.window // amount
 
-    def _adopt_limit(self, amount: int, limit: int | None) -> None:
+    def _adopt_limit(self, amount: int, limit: int | None, now: int) -> None:
         """Adopt another limit; what was expected under the old one no longer counts."""
         changed = amount != self.amount
         if changed:
             self.amount = amount
-            self._ours.reshape(amount=amount)
+            old = self._ours.limit
+            self._ours.reshape(Limit("units", amount, per=old.per, burst=amount), now)
             self._level = None
             self._others = Others(amount=amount, window=self.window)
         if limit is None:

@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar, Final
 
-from asyncbucket.core.meters import NEVER
+from asyncbucket.core.meters import NEVER, Meter
 
 #: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
@@ -12,7 +12,7 @@ _LONGEST_STEP: Final = 250_000_000
 _CALLS: Final = 256
 
 
-class Pause:
+class Pause(Meter):
     """Let nobody pass before ``until``; a slow start after it lets calls in gradually.
 
     The n-th call of a slow start may pass log2(n) steps after the end of the pause: one call at
@@ -20,24 +20,31 @@ class Pause:
     instant.
     """
 
-    __slots__ = ("_calls", "_start", "_step", "until")
+    __slots__ = ("_calls", "_start", "step", "until")
 
     bound_by: ClassVar[str | None] = "paused"
-    remote: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.until = 0
         self._start = 0
-        #: The length of a step; 0 while there is no slow start.
-        self._step = 0
+        #: The length of a step (ns); 0 while there is no slow start.
+        self.step = 0
         self._calls = 1
 
     def begin(self, until: int, now: int, *, gradually: bool) -> None:
         """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
         if until > max(now, self.until):
             self.until = self._start = until
-            self._step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
+            self.step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1
+
+    def state(self) -> list[int]:
+        """Return all that it remembers, as plain data for `restore`."""
+        return [self.until, self._start, self.step, self._calls]
+
+    def restore(self, state: list[int]) -> None:
+        """Go on as the pause that made ``state``."""
+        self.until, self._start, self.step, self._calls = state
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.earliest`."""
@@ -52,12 +59,12 @@ class Pause:
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""
-        if self._step:
+        if self.step:
             self._advance(1)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.unbook`."""
-        if self._step:
+        if self.step:
             self._advance(-1)
 
     def owe(self, amount: int, when: int) -> None:
@@ -69,7 +76,10 @@ class Pause:
 
     def _advance(self, calls: int) -> None:
         if self._calls >= _CALLS:
-            self._step = 0
+            self.step = 0
             return
         self._calls = max(1, self._calls + calls)
-        self.until = self._start + int(self._step * math.log2(self._calls))
+        self.until = self._start + int(self.step * math.log2(self._calls))
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `asyncbucket.core.meters.Meter.redate`: instants do not move."""

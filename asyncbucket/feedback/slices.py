@@ -30,6 +30,7 @@ ten seconds, replies up to 80 ms on the way, others that come evenly or at rando
 import math
 from typing import Final
 
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Window
 from asyncbucket.feedback.others import with_margin
 
@@ -182,7 +183,8 @@ class Slices:
         self.share = share_of(amount, number)
         self._length = window // number
         self._transit = self._length // _TRANSIT
-        self._window = Window(amount=self.share, window=self._length + self._length // _ROOM)
+        per = (self._length + self._length // _ROOM) / 1_000_000_000
+        self._window = Window(Limit("units", self.share, per=per, burst=self.share))
         #: Until when larger calls have closed it.
         self._closed_until = 0
         #: Until when our bookings reach if spread evenly.

@@ -24,7 +24,7 @@ from typing import Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.lending import give_back
+from asyncbucket.core.levels import give_back
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.held import LeaseRef, held_leases
 

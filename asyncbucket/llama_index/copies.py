@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseComponent
 from pydantic import BaseModel
 
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.passports import Passport, Passports, is_shared
+from asyncbucket.llama_index.passports import Passport, Passports, is_shared
 
 if TYPE_CHECKING:
     from asyncbucket.llama_index.mixin import Paced

@@ -10,9 +10,9 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
-from asyncbucket.core.books import shown_name
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.node import shown_name
 from asyncbucket.http.running import give_up_slots
 from asyncbucket.llama_index.misuse import warn_of_time_out
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Final, TypeAlias
 
-from asyncbucket.core.terms import read_count
-from asyncbucket.core.wording import is_number, plain, shown
+from asyncbucket.core.wording import is_number, plain, read_count, shown
 
 #: The most calls of a plan: they take a minute or two and some gigabytes.
 MOST: Final = 10_000_000

@@ -7,8 +7,7 @@ from typing import Any
 
 from asyncbucket.core.cost import Cost, amounts_of, rounded_up
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.terms import read_count
-from asyncbucket.core.wording import named, shown
+from asyncbucket.core.wording import named, read_count, shown
 from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
 from asyncbucket.plan.drive import Call, Follow
 from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds

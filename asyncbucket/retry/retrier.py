@@ -6,11 +6,11 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from asyncbucket.core.books import shown_name
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
 from asyncbucket.core.levels import effective_limiter
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.node import shown_name
 from asyncbucket.http.failures import Verdict
 from asyncbucket.http.refusals import Refusals, doubled
 from asyncbucket.retry.policy import Retry

@@ -16,7 +16,7 @@ from typing import Any, Final
 from asyncbucket.core.account import Account
 from asyncbucket.core.events import LimitChanged
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.remote import Remote
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage

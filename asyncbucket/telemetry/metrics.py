@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 from asyncbucket.core import events
-from asyncbucket.core.books import shown_name
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Callback, Event
+from asyncbucket.core.node import shown_name
 from asyncbucket.core.statistics import Statistics, shares_used
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 
 #: The label of limiters beyond those that are told apart.
 OTHER: Final = "other"

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.registry import Collector
 
 from asyncbucket.core import events
-from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, WatchedLimiter
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 
 #: The most events that are kept; no machine would hold more.
 _MOST: Final = 1_000_000_000

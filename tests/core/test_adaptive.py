@@ -163,7 +163,6 @@ def test_queue_in_server_does_not_grow_from_one_anchor_to_the_next() -> None:
 
 @pytest.mark.heavy
 def test_at_most_1_percent_of_calls_are_refused() -> None:
-    """A server that refuses excess calls refuses under 1 % of them."""
     found = run(RefusingServer, always(40))
     assert found.refused <= 0.01 * len(found.served)
 
@@ -185,7 +184,6 @@ def test_size_follows_capacity_that_halves_and_doubles(kind: type[QueueingServer
 
 
 def test_size_recovers_after_all_calls_become_three_times_slower() -> None:
-    """When all calls take three times as long, the size is back within 100 calls in a row."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 5_000, lambda size: SECOND * max(size, 40) // 40)
     before = adaptive.size
@@ -215,7 +213,6 @@ def feed(
 
 
 def test_successful_calls_do_not_raise_size_while_slots_are_free() -> None:
-    """While slots are free, successful calls do not raise the size."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 1_000, lambda _: SECOND, waited=False)
     assert adaptive.size == 4
@@ -224,7 +221,6 @@ def test_successful_calls_do_not_raise_size_while_slots_are_free() -> None:
 
 
 def test_slow_calls_lower_size_even_while_slots_are_free() -> None:
-    """Calls that take too long lower the size, whether or not slots are free."""
     adaptive = Adaptive(least=1, most=1_000)
     feed(adaptive, 200, lambda _: SECOND)
     before = adaptive.size
@@ -233,7 +229,6 @@ def test_slow_calls_lower_size_even_while_slots_are_free() -> None:
 
 
 def test_refusals_of_one_wave_cut_size_once() -> None:
-    """Calls admitted before a cut do not cut again; the next wave halves the size."""
     adaptive = Adaptive(least=1, most=1_000, start=100)
     for _ in range(50):
         adaptive.overloaded(started=1, now=10)
@@ -254,7 +249,6 @@ def test_cut_takes_back_last_raise() -> None:
 
 
 def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
-    """The smaller size used to measure a new anchor is not what a refusal cuts."""
     adaptive = Adaptive(least=1, most=20, start=20)
     while adaptive.size == 20:
         feed(adaptive, 1, lambda _: SECOND)
@@ -274,7 +268,6 @@ def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
 def test_size_stays_within_its_bounds_for_any_history(
     least: int, more: int, events: list[tuple[int, bool, int]]
 ) -> None:
-    """The size stays within its bounds for any latencies, including 0, and any refusals."""
     adaptive = Adaptive(least=least, most=least + more)
     now = 0
     for latency, waited, calls in events:
@@ -293,43 +286,39 @@ def test_size_falls_no_lower_than_one_slot() -> None:
     assert not found.served
 
 
-def test_auto_concurrency_starts_with_four_slots_and_shows_them(virtual_time: VirtualTime) -> None:
+async def test_auto_concurrency_starts_with_four_slots_and_shows_them(
+    virtual_time: VirtualTime,
+) -> None:
     """Statistics and the repr show the present number; the repr shows its bounds, too."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
-        leases = [limiter.acquire_nowait() for _ in range(4)]
-        with pytest.raises(AcquireTimeout, match="all 4 slots are taken"):
-            await limiter.acquire(timeout=1)
-        assert limiter.statistics().concurrency == limiter.concurrency == 4
-        assert repr(limiter) == "<Limiter 'default', concurrency 4/4 of 1 to 1,000, 0 waiting>"
-        for lease in leases:
-            lease.release()
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
+    leases = [limiter.acquire_nowait() for _ in range(4)]
+    with pytest.raises(AcquireTimeout, match="all 4 slots are taken"):
+        await limiter.acquire(timeout=1)
+    assert limiter.statistics().concurrency == limiter.concurrency == 4
+    assert repr(limiter) == "<Limiter 'default', concurrency 4/4 of 1 to 1,000, 0 waiting>"
+    for lease in leases:
+        lease.release()
 
 
-def test_raised_concurrency_admits_waiting_calls(virtual_time: VirtualTime) -> None:
+async def test_raised_concurrency_admits_waiting_calls(virtual_time: VirtualTime) -> None:
     """A raise when a call ends admits two: one by the slot given back, one by the new slot."""
+    limiter = Limiter(concurrency=(1, 2), clock=virtual_time.clock)
+    limiter.reconfigure(concurrency=1)
+    limiter.reconfigure(concurrency=(1, 2))
 
-    async def main() -> None:
-        limiter = Limiter(concurrency=(1, 2), clock=virtual_time.clock)
-        limiter.reconfigure(concurrency=1)
-        limiter.reconfigure(concurrency=(1, 2))
+    async def call() -> None:
+        async with limiter.acquire():
+            await asyncio.sleep(1)
 
-        async def call() -> None:
-            async with limiter.acquire():
-                await asyncio.sleep(1)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(60):
-                group.create_task(call())
-        assert virtual_time.now < 60
-
-    virtual_time.run(main())
+    async with asyncio.TaskGroup() as group:
+        for _ in range(60):
+            group.create_task(call())
+    assert virtual_time.now < 60
 
 
-def test_waiting_for_child_slots_does_not_raise_size_of_parent(virtual_time: VirtualTime) -> None:
+async def test_waiting_for_child_slots_does_not_raise_size_of_parent(
+    virtual_time: VirtualTime,
+) -> None:
     """The limiter above has free slots, so it learns nothing about how many are too many."""
     limiter = Limiter(concurrency="auto", clock=virtual_time.clock)
     child = limiter.child("child", concurrency=2)
@@ -339,17 +328,14 @@ def test_waiting_for_child_slots_does_not_raise_size_of_parent(virtual_time: Vir
             async with child.acquire():
                 await asyncio.sleep(1)
 
-    async def main() -> None:
-        await asyncio.gather(*(agent() for _ in range(10)))
-
-    virtual_time.run(main())
+    await asyncio.gather(*(agent() for _ in range(10)))
     assert limiter.concurrency == 4
     assert limiter.statistics().waits["concurrency"].count > 380
 
 
-def test_only_timeout_raised_in_with_block_counts_as_overload(virtual_time: VirtualTime) -> None:
-    """A timeout in it means overload; AcquireTimeout, cancellation and other errors do not."""
-
+async def test_only_timeout_raised_in_with_block_counts_as_overload(
+    virtual_time: VirtualTime,
+) -> None:
     async def leave_by(limiter: Limiter, error: BaseException) -> int | None:
         await asyncio.sleep(1)
         with pytest.raises(type(error)):
@@ -359,15 +345,12 @@ def test_only_timeout_raised_in_with_block_counts_as_overload(virtual_time: Virt
             raise error
         return limiter.concurrency
 
-    async def main() -> None:
-        limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
-        assert await leave_by(limiter, ValueError()) == 4
-        assert await leave_by(limiter, asyncio.CancelledError()) == 4
-        assert await leave_by(limiter, AcquireTimeout("another limiter's")) == 4
-        assert await leave_by(limiter, TimeoutError()) == 3
-        assert limiter.statistics().in_flight == 0
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+    assert await leave_by(limiter, ValueError()) == 4
+    assert await leave_by(limiter, asyncio.CancelledError()) == 4
+    assert await leave_by(limiter, AcquireTimeout("another limiter's")) == 4
+    assert await leave_by(limiter, TimeoutError()) == 3
+    assert limiter.statistics().in_flight == 0
 
 
 def test_only_first_reported_outcome_of_call_counts(virtual_time: VirtualTime) -> None:
@@ -384,23 +367,19 @@ def test_only_first_reported_outcome_of_call_counts(virtual_time: VirtualTime) -
     assert plain.released
 
 
-def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(virtual_time: VirtualTime) -> None:
-    """Calls of one wave that are sent after the first refusal do not cut again."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
-        wave = [await limiter.acquire() for _ in range(4)]
-        for lease in wave:
-            await asyncio.sleep(0.01)
-            lease.sent()
-            lease.overloaded()
-        assert limiter.concurrency == 3
-
-    virtual_time.run(main())
+async def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
+    wave = [await limiter.acquire() for _ in range(4)]
+    for lease in wave:
+        await asyncio.sleep(0.01)
+        lease.sent()
+        lease.overloaded()
+    assert limiter.concurrency == 3
 
 
 def test_undone_failed_and_dropped_leases_do_not_change_size(virtual_time: VirtualTime) -> None:
-    """Leases that are undone, dropped or failed do not count."""
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     for _ in range(200):
         limiter.acquire_nowait().undo()
@@ -443,5 +422,4 @@ def test_concurrency_must_be_number_auto_or_pair_of_bounds() -> None:
 
 
 def test_adaptive_repr_shows_size_and_bounds() -> None:
-    """The repr shows the size and the bounds."""
     assert repr(Adaptive(least=1, most=1_000)) == "<Adaptive 4 of 1 to 1,000>"

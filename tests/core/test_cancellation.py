@@ -7,11 +7,11 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
-from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+from asyncbucket.core.meters import NEVER, Meter
+from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core.conftest import steps
 
 
 def nothing_is_left(limiter: Limiter) -> None:
@@ -22,72 +22,58 @@ def nothing_is_left(limiter: Limiter) -> None:
         assert lease.waited == 0
 
 
-async def steps(count: int) -> None:
-    """Let the loop run `count` times."""
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
 @pytest.mark.parametrize("cancel_first", [True, False])
 @pytest.mark.parametrize("after", range(8))
 @pytest.mark.parametrize("before", range(6))
-def test_waiter_cancelled_at_any_step_leaks_nothing(
+async def test_waiter_cancelled_at_any_step_leaks_nothing(
     virtual_time: VirtualTime, before: int, after: int, *, cancel_first: bool
 ) -> None:
     """Whether it waits, is being admitted or was just admitted: its slot comes back."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    served: list[str] = []
 
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        served: list[str] = []
+    async def call(name: str) -> None:
+        async with limiter.acquire():
+            served.append(name)
+            await asyncio.sleep(1)
 
-        async def call(name: str) -> None:
-            async with limiter.acquire():
-                served.append(name)
-                await asyncio.sleep(1)
-
-        first = asyncio.create_task(call("first"))
-        second = asyncio.create_task(call("second"))
-        await steps(before)
-        if cancel_first:
-            first.cancel()
-            await steps(after)
-            holder.release()
-        else:
-            holder.release()
-            await steps(after)
-            first.cancel()
-        await asyncio.gather(first, second, return_exceptions=True)
-        assert first.cancelled()
-        assert served[-1] == "second"
-        assert virtual_time.now == 1.0
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    first = asyncio.create_task(call("first"))
+    second = asyncio.create_task(call("second"))
+    await steps(before)
+    if cancel_first:
+        first.cancel()
+        await steps(after)
+        holder.release()
+    else:
+        holder.release()
+        await steps(after)
+        first.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert first.cancelled()
+    assert served[-1] == "second"
+    assert virtual_time.now == 1.0
+    nothing_is_left(limiter)
 
 
 @pytest.mark.parametrize("reach", range(10))
-def test_all_waiters_cancelled_at_any_step_leak_nothing(
+async def test_all_waiters_cancelled_at_any_step_leak_nothing(
     virtual_time: VirtualTime, reach: int
 ) -> None:
     """A slot is released, and at some step soon after that all waiting calls are cancelled."""
-
-    async def main() -> None:
-        limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire(tokens=10)
-        calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(3)]
-        await virtual_time.all_blocked()
-        holder.release()
-        await steps(reach)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        nothing_is_left(limiter)
-        if reach < 2:
-            assert limiter.statistics().limits[0].used == 10
-            assert limiter.statistics().cancelled == 3
-
-    virtual_time.run(main())
+    limiter = Limiter("1000 TPM", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire(tokens=10)
+    calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(3)]
+    await virtual_time.all_blocked()
+    holder.release()
+    await steps(reach)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    nothing_is_left(limiter)
+    if reach < 2:
+        assert limiter.statistics().limits[0].used == 10
+        assert limiter.statistics().cancelled == 3
 
 
 async def acquire_and_release(limiter: Limiter) -> None:
@@ -96,80 +82,66 @@ async def acquire_and_release(limiter: Limiter) -> None:
         pass
 
 
-def test_release_and_cancellation_in_same_step_leak_nothing(virtual_time: VirtualTime) -> None:
+async def test_release_and_cancellation_in_same_step_leak_nothing(
+    virtual_time: VirtualTime,
+) -> None:
     """The bell rings for a line that is empty by the time the pacer looks."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        call = asyncio.create_task(acquire_and_release(limiter))
-        await virtual_time.all_blocked()
-        holder.release()
-        call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    call = asyncio.create_task(acquire_and_release(limiter))
+    await virtual_time.all_blocked()
+    holder.release()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    nothing_is_left(limiter)
 
 
-def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
+async def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
     """If 90 of 100 tokens are handed over and given back, the next call passes at that instant."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        big = asyncio.ensure_future(limiter.acquire(tokens=90))
-        next_one = asyncio.ensure_future(limiter.acquire(tokens=90))
-        await virtual_time.all_blocked()
-        holder.release()
-        await asyncio.sleep(0)  # the pacer has handed it over; its task has not run yet
-        assert limiter.statistics().limits[0].used == 90
-        big.cancel()
-        lease = await next_one
-        assert lease.waited == virtual_time.now == 0.0
-        assert limiter.statistics().limits[0].used == 90
-        lease.release()
-
-    virtual_time.run(main())
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    big = asyncio.ensure_future(limiter.acquire(tokens=90))
+    next_one = asyncio.ensure_future(limiter.acquire(tokens=90))
+    await virtual_time.all_blocked()
+    holder.release()
+    await asyncio.sleep(0)  # the pacer has handed it over; its task has not run yet
+    assert limiter.statistics().limits[0].used == 90
+    big.cancel()
+    lease = await next_one
+    assert lease.waited == virtual_time.now == 0.0
+    assert limiter.statistics().limits[0].used == 90
+    lease.release()
 
 
-def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: VirtualTime) -> None:
+async def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: VirtualTime) -> None:
     """If a costly call leaves the line, the cheap one behind it passes at that instant."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
-        await bucket.acquire(9)
-        costly = asyncio.create_task(bucket.acquire(10))
-        cheap = asyncio.create_task(bucket.acquire(1))
-        await virtual_time.all_blocked()
-        assert bucket.statistics().waiting == 2
-        costly.cancel()
-        await cheap
-        assert virtual_time.now == 0.0
-        assert bucket.statistics().waiting == 0
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=1.0, burst=10, clock=virtual_time.clock)
+    await bucket.acquire(9)
+    costly = asyncio.create_task(bucket.acquire(10))
+    cheap = asyncio.create_task(bucket.acquire(1))
+    await virtual_time.all_blocked()
+    assert bucket.statistics().waiting == 2
+    costly.cancel()
+    await cheap
+    assert virtual_time.now == 0.0
+    assert bucket.statistics().waiting == 0
 
 
 @pytest.mark.parametrize("depth", range(5))
-def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
+async def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """Cancelled at any step around its own instant, it leaves its unit to the next call."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
-        await bucket.acquire()
-        first = asyncio.create_task(bucket.acquire())
-        second = asyncio.create_task(bucket.acquire())
-        loop = asyncio.get_running_loop()
-        await virtual_time.all_blocked()
-        loop.call_at(1.0, call_after, depth, first.cancel)
-        await second
-        assert virtual_time.now == (1.0 if first.cancelled() else 2.0)
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+    await bucket.acquire()
+    first = asyncio.create_task(bucket.acquire())
+    second = asyncio.create_task(bucket.acquire())
+    loop = asyncio.get_running_loop()
+    await virtual_time.all_blocked()
+    loop.call_at(1.0, call_after, depth, first.cancel)
+    await second
+    assert virtual_time.now == (1.0 if first.cancelled() else 2.0)
 
 
 def call_after(steps_left: int, function: Callable[[], object]) -> None:
@@ -181,80 +153,64 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("depth", range(4))
-def test_waiter_cancelled_at_its_deadline_takes_nothing(
+async def test_waiter_cancelled_at_its_deadline_takes_nothing(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     """If the deadline and the cancellation come at about the same step, the call is gone."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        late = asyncio.ensure_future(limiter.acquire(timeout=1))
-        loop = asyncio.get_running_loop()
-        await virtual_time.all_blocked()
-        loop.call_at(1.0, call_after, depth, late.cancel)
-        with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
-            await late
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    late = asyncio.ensure_future(limiter.acquire(timeout=1))
+    loop = asyncio.get_running_loop()
+    await virtual_time.all_blocked()
+    loop.call_at(1.0, call_after, depth, late.cancel)
+    with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
+        await late
+    holder.release()
+    nothing_is_left(limiter)
 
 
-def test_coroutine_closed_while_waiting_leaves_line(virtual_time: VirtualTime) -> None:
-    """A coroutine that is closed while it waits leaves the line like a cancelled one."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        acquisition = limiter.acquire()
-        acquisition.send(None)
-        assert limiter.statistics().waiting == 1
-        acquisition.close()
-        assert limiter.statistics().waiting == 0
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+async def test_coroutine_closed_while_waiting_leaves_line(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    acquisition = limiter.acquire()
+    acquisition.send(None)
+    assert limiter.statistics().waiting == 1
+    acquisition.close()
+    assert limiter.statistics().waiting == 0
+    holder.release()
+    nothing_is_left(limiter)
 
 
-def test_asyncio_wait_for_and_timeout_leave_nothing_behind(virtual_time: VirtualTime) -> None:
-    """Asyncio's own timeouts leave as little behind as `timeout=`."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(limiter.acquire(), 1)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1), limiter.acquire():
-                pass
-        with pytest.raises(AcquireTimeout):
-            await limiter.acquire(timeout=1)
-        assert virtual_time.now == 3.0
-        assert limiter.statistics().cancelled == 2
-        assert limiter.statistics().refused == 1
-        holder.release()
-        nothing_is_left(limiter)
-
-    virtual_time.run(main())
+async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(limiter.acquire(), 1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1), limiter.acquire():
+            pass
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(timeout=1)
+    assert virtual_time.now == 3.0
+    assert limiter.statistics().cancelled == 2
+    assert limiter.statistics().refused == 1
+    holder.release()
+    nothing_is_left(limiter)
 
 
 @pytest.mark.heavy
-def test_100_000_waiters_leave_line_when_cancelled_last_to_first(virtual_time: VirtualTime) -> None:
+async def test_100_000_waiters_leave_line_when_cancelled_last_to_first(
+    virtual_time: VirtualTime,
+) -> None:
     """A hundred thousand waiters leave from the back in about a second: each costs the same."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", clock=virtual_time.clock)
-        await limiter.acquire()
-        waiters = [Hand(limiter.acquire().__await__()) for _ in range(100_000)]
-        assert limiter.statistics().waiting == 100_000
-        for waiter in reversed(waiters):
-            waiter.cancel()
-        assert limiter.statistics().waiting == 0
-        assert limiter.statistics().cancelled == 100_000
-
-    virtual_time.run(main())
+    limiter = Limiter("1 RPM", clock=virtual_time.clock)
+    await limiter.acquire()
+    waiters = [Hand(limiter.acquire().__await__()) for _ in range(100_000)]
+    assert limiter.statistics().waiting == 100_000
+    for waiter in reversed(waiters):
+        waiter.cancel()
+    assert limiter.statistics().waiting == 0
+    assert limiter.statistics().cancelled == 100_000
 
 
 CANCELLED = asyncio.CancelledError
@@ -382,94 +338,7 @@ def test_600_000_cancellations_of_bucket_leak_nothing_and_keep_order() -> None:
         assert bucket.statistics().available == 100
 
 
-events = st.lists(
-    st.tuples(
-        st.sampled_from(["call", "call", "cancel", "release", "settle", "undo", "drop", "time"]),
-        st.integers(0, 200),
-        st.integers(0, 1000),
-    ),
-    max_size=80,
-)
-
-
-class Story:
-    """Play a history of calls, cancellations, refunds and dropped leases on one limiter."""
-
-    def __init__(self, time: VirtualTime, limiter: Limiter) -> None:
-        self._time = time
-        self._limiter = limiter
-        self._tasks: list[asyncio.Task[None]] = []
-        self._leases: dict[int, Lease] = {}
-        #: When each was admitted, and what it cost in the end. Calls of one instant need not run in
-        #: the order of their admissions: one that is handed a lease wakes an iteration of the loop
-        #: later than a newcomer that finds room after that.
-        self.costs: dict[int, tuple[int, int]] = {}
-
-    async def play(self, history: list[tuple[str, int, int]]) -> None:
-        """Do one thing after the other, and then let all remaining calls pass."""
-        for verb, amount, pick in history:
-            if verb == "call":
-                self._tasks.append(asyncio.create_task(self._call(len(self._tasks), amount)))
-            elif verb == "cancel" and self._tasks:
-                self._tasks[pick % len(self._tasks)].cancel()
-            elif verb == "time":
-                await asyncio.sleep(amount / 7)
-            elif self._leases:
-                self._end(verb, list(self._leases)[pick % len(self._leases)], amount)
-            await steps(pick % 3)
-        while not all(task.done() for task in self._tasks):
-            self._release_all()
-            await asyncio.sleep(1)
-        self._release_all()
-
-    async def _call(self, number: int, amount: int) -> None:
-        tokens = min(amount, 100)
-        self._leases[number] = await self._limiter.acquire(tokens=tokens)
-        self.costs[number] = (self._time.clock(), tokens)
-
-    def _end(self, verb: str, number: int, amount: int) -> None:
-        when, reserved = self.costs[number]
-        if verb == "settle":
-            self.costs[number] = (when, min(amount, reserved))
-            self._leases[number].settle(tokens=min(amount, reserved))
-        elif verb == "undo":
-            self.costs[number] = (when, 0)
-            self._leases.pop(number).undo()
-        elif verb == "release":
-            self._leases.pop(number).release()
-        else:
-            del self._leases[number]
-
-    def _release_all(self) -> None:
-        while self._leases:
-            self._leases.popitem()[1].release()
-
-
-@settings(deadline=None, max_examples=150)
-@given(events)
-@example([("call", 1, 0), ("call", 40, 1), ("call", 0, 0), ("settle", 0, 0)])
-def test_any_history_keeps_order_and_limits_and_leaks_nothing(
-    history: list[tuple[str, int, int]],
-) -> None:
-    """No limit is exceeded by the final costs of all calls, refunds included; nothing is lost."""
-    with virtual_time() as time:
-        limiter = Limiter(
-            "100 tokens/10s burst 40", "300 tokens/60s", concurrency=3, clock=time.clock
-        )
-        story = Story(time, limiter)
-        time.run(story.play(history))
-        in_order_of_arrival = [when for _, (when, _) in sorted(story.costs.items())]
-        assert in_order_of_arrival == sorted(in_order_of_arrival)
-        trace = [(when, actual) for when, actual in story.costs.values() if actual]
-        for limit in limiter.limits:
-            assert_never_over(trace, limit)
-        nothing_is_left(limiter)
-        time.advance(100)
-        assert [use.available for use in limiter.statistics().limits] == [40, 300]
-
-
 def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
-    """Calls that wait on a loop that is closed, cancelled or not, are counted out once."""
     held: list[object] = []
 
     async def forever(coroutine: Coroutine[Any, Any, object]) -> None:
@@ -492,3 +361,80 @@ def test_tasks_dropped_on_closed_loop_are_counted_out_once() -> None:
     held.clear()
     gc.collect()
     nothing_is_left(limiter)
+
+
+async def test_dropped_lease_that_waited_with_deadline_releases_itself(
+    virtual_time: VirtualTime,
+) -> None:
+    """Nothing that looks after deadlines keeps it alive."""
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    held = await limiter.acquire()
+    waiting = asyncio.create_task(limiter.acquire(timeout=1_000))
+    await virtual_time.all_blocked()
+    held.release()
+    await waiting
+    del waiting, held
+    await asyncio.sleep(0)  # until then the task is an argument of the callback that runs
+    limiter.acquire_nowait().release()
+    assert virtual_time.now == 0
+
+
+class Interrupting(Meter):
+    """Stand for Ctrl-C: call back when it is asked something for the n-th time within a look."""
+
+    def __init__(self, interrupt: Callable[[], object]) -> None:
+        self.interrupt = interrupt
+        self.left = 0
+
+    def _note(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.interrupt()
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002
+        self._note()
+        return now
+
+    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002
+        self._note()
+        return True
+
+    def book(self, amount: int, when: int) -> None:  # noqa: ARG002
+        self._note()
+
+    def owe(self, amount: int, when: int) -> None: ...
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None: ...
+
+    def available(self, now: int) -> int:  # noqa: ARG002
+        self._note()
+        return NEVER
+
+
+@pytest.mark.parametrize("question", range(1, 9))
+@pytest.mark.parametrize("path", [(), ("chat", "agent")])
+@pytest.mark.parametrize("others", [0, 2])
+async def test_call_cancelled_within_a_look_leaks_nothing(
+    virtual_time: VirtualTime, question: int, path: tuple[str, ...], others: int
+) -> None:
+    """Ctrl-C under ``asyncio.run`` cancels the main task between any two lines of Python."""
+    limiter = key = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    for name in path:
+        limiter = limiter.child(name)
+    holder = await limiter.acquire(tokens=10)
+    calls = [asyncio.create_task(acquire_and_release(limiter)) for _ in range(1 + others)]
+    meter = Interrupting(calls[0].cancel)
+    key._node.extra = ((meter, "tokens"),)
+    key._node.pacer.limits_changed_locked(key._node)
+    await virtual_time.all_blocked()
+    assert key.statistics().waiting == 1 + others
+    meter.left = question
+    holder.release()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert not any(call.cancelled() for call in calls[1:])
+    if question == 1:
+        assert calls[0].cancelled()
+    passed = sum(not call.cancelled() for call in calls)
+    assert key.statistics().limits[0].used == 10 * (1 + passed)
+    assert virtual_time.now == 0
+    nothing_is_left(key)

@@ -2,20 +2,15 @@
 
 import asyncio
 import collections
-import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limit, Limiter, WouldBlock
-from asyncbucket.core.node import Node
-from asyncbucket.core.queue import Waiter
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
 
 #: Tokens a minute of the key that tenants share, and its burst.
@@ -104,7 +99,6 @@ def middling(_: int, chance: random.Random) -> int:
     ids=["paced", "calls with latency", "with a request limit", "unpaced"],
 )
 def test_one_heavy_and_99_light_tenants_get_equal_shares(how: dict[str, Any]) -> None:
-    """A tenant with 200 callers and huge prompts gets no more than each other one; 99 % is used."""
     callers = how.pop("callers", 2)
     shared = share_a_key([1.0] * 100, [200] + [callers] * 99, huge_or_small, **how)
     assert jain([float(got) for got in shared.got]) >= 0.99
@@ -166,7 +160,7 @@ def test_share_of_idle_child_goes_to_its_sibling_at_once(virtual_time: VirtualTi
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("rpm", [5, 8, 9])
-def test_child_below_its_share_gets_what_its_own_limit_allows(
+async def test_child_below_its_share_gets_what_its_own_limit_allows(
     virtual_time: VirtualTime, rpm: int
 ) -> None:
     """A child that may call again waits for one call of the others at most, not for a round."""
@@ -178,14 +172,11 @@ def test_child_below_its_share_gets_what_its_own_limit_allows(
             await limiter.acquire()
             passed[limiter.name] += 1
 
-    async def main() -> None:
-        key = Limiter("50 RPM", name="key", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            for child in (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm)):
-                for _ in range(3):
-                    group.create_task(caller(child))
-
-    virtual_time.run(main())
+    key = Limiter("50 RPM", name="key", clock=virtual_time.clock)
+    async with asyncio.TaskGroup() as group:
+        for child in (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm)):
+            for _ in range(3):
+                group.create_task(caller(child))
     slow = passed.pop("key/slow")
     assert slow >= 0.97 * 60 / (60 / rpm + 60 / 50) * minutes
     assert max(passed.values()) - min(passed.values()) <= 6
@@ -218,7 +209,9 @@ def test_child_with_burst_of_one_loses_what_flows_in_while_key_is_busy(
         assert {late - early for early, late in itertools.pairwise(passed)} == {40_000_000}
 
 
-def test_child_held_up_long_is_only_one_call_ahead_of_sibling(virtual_time: VirtualTime) -> None:
+async def test_child_held_up_long_is_only_one_call_ahead_of_sibling(
+    virtual_time: VirtualTime,
+) -> None:
     """When its quota comes back all at once, it is not used up before others get their turns."""
     passed: list[tuple[float, str]] = []
 
@@ -227,15 +220,12 @@ def test_child_held_up_long_is_only_one_call_ahead_of_sibling(virtual_time: Virt
             await limiter.acquire()
             passed.append((virtual_time.now, limiter.name))
 
-    async def main() -> None:
-        key = Limiter("1 RPS burst 1", name="key", clock=virtual_time.clock)
-        quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
-        async with asyncio.TaskGroup() as group:
-            for child in (quota, key.child("free")):
-                for _ in range(5):
-                    group.create_task(caller(child))
-
-    virtual_time.run(main())
+    key = Limiter("1 RPS burst 1", name="key", clock=virtual_time.clock)
+    quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
+    async with asyncio.TaskGroup() as group:
+        for child in (quota, key.child("free")):
+            for _ in range(5):
+                group.create_task(caller(child))
     later = [name for when, name in passed if when > 500]
     first = later.index("key/quota")
     assert first > 400
@@ -245,10 +235,9 @@ def test_child_held_up_long_is_only_one_call_ahead_of_sibling(virtual_time: Virt
 
 
 @pytest.mark.parametrize(("tokens", "weight"), [(6_000, 1.0), (100, 0.01)])
-def test_costly_call_does_not_let_newcomers_overtake_waiting_child(
+async def test_costly_call_does_not_let_newcomers_overtake_waiting_child(
     virtual_time: VirtualTime, tokens: int, weight: float
 ) -> None:
-    """A child with many calls waiting has its turn within two rounds, whatever the call cost."""
     passed: list[str] = []
 
     async def call(child: Limiter, tokens: int = 100) -> None:
@@ -259,150 +248,125 @@ def test_costly_call_does_not_let_newcomers_overtake_waiting_child(
         for number in range(60):
             await call(key.child(f"{row}-{number}"))
 
-    async def main() -> None:
-        key = Limiter("60k TPM burst 100", name="key", clock=virtual_time.clock)
-        many, costly = key.child("many"), key.child("costly", weight=weight)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(60):
-                group.create_task(call(many))
-            for row in range(10):
-                group.create_task(newcomers(key, row))
-            await asyncio.sleep(5)
-            group.create_task(call(costly, tokens))
-
-    virtual_time.run(main())
+    key = Limiter("60k TPM burst 100", name="key", clock=virtual_time.clock)
+    many, costly = key.child("many"), key.child("costly", weight=weight)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(60):
+            group.create_task(call(many))
+        for row in range(10):
+            group.create_task(newcomers(key, row))
+        await asyncio.sleep(5)
+        group.create_task(call(costly, tokens))
     turns = [place for place, name in enumerate(passed) if name == "key/many"]
     assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 24
 
 
-def test_child_at_its_limit_holds_up_neither_sibling_nor_parent(virtual_time: VirtualTime) -> None:
-    """A sibling's newcomer passes at once, and so does one of the parent."""
-
-    async def main() -> None:
-        key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
-        poor, rich = key.child("poor", rpm=1), key.child("rich")
-        await poor.acquire()
-        queue = [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
-        await virtual_time.all_blocked()
-        rich.acquire_nowait()
-        key.acquire_nowait()
-        assert (await rich.acquire(timeout=0)).waited == 0
-        with pytest.raises(WouldBlock) as error:
-            poor.acquire_nowait()
-        assert error.value.bound_by == "requests"
-        assert virtual_time.now == 0
-        assert (poor.statistics().waiting, rich.statistics().waiting) == (50, 0)
-        assert key.statistics().waiting == 50
-        for call in queue:
-            call.cancel()
-
-    virtual_time.run(main())
+async def test_child_at_its_limit_holds_up_neither_sibling_nor_parent(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
+    poor, rich = key.child("poor", rpm=1), key.child("rich")
+    await poor.acquire()
+    queue = [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
+    await virtual_time.all_blocked()
+    rich.acquire_nowait()
+    key.acquire_nowait()
+    assert (await rich.acquire(timeout=0)).waited == 0
+    with pytest.raises(WouldBlock) as error:
+        poor.acquire_nowait()
+    assert error.value.bound_by == "requests"
+    assert virtual_time.now == 0
+    assert (poor.statistics().waiting, rich.statistics().waiting) == (50, 0)
+    assert key.statistics().waiting == 50
+    for call in queue:
+        call.cancel()
 
 
-def test_lease_of_child_names_limit_that_bound_it_last(virtual_time: VirtualTime) -> None:
+async def test_lease_of_child_names_limit_that_bound_it_last(virtual_time: VirtualTime) -> None:
     """The child's own pace binds every second call for a moment, the key's tokens the others."""
-
-    async def main() -> None:
-        key = Limiter(Limit("tokens", 100, per=10), clock=virtual_time.clock)
-        chat = key.child("chat", Limit("requests", 100, per=1, burst=1))
-        leases = await asyncio.gather(*(chat.acquire(tokens=50) for _ in range(6)))
-        assert [lease.bound_by for lease in leases] == [
-            None,
-            *["requests", "tokens"] * 2,
-            "requests",
-        ]
-
-    virtual_time.run(main())
+    key = Limiter(Limit("tokens", 100, per=10), clock=virtual_time.clock)
+    chat = key.child("chat", Limit("requests", 100, per=1, burst=1))
+    leases = await asyncio.gather(*(chat.acquire(tokens=50) for _ in range(6)))
+    assert [lease.bound_by for lease in leases] == [None, *["requests", "tokens"] * 2, "requests"]
 
 
-def test_call_behind_cousin_is_bound_by_same_resource(virtual_time: VirtualTime) -> None:
+async def test_call_behind_cousin_is_bound_by_same_resource(virtual_time: VirtualTime) -> None:
     """Its lease and the statistics say so, even though its own line was never first in line."""
-
-    async def main() -> None:
-        key = Limiter("1000 RPS burst 1000", clock=virtual_time.clock)
-        team = key.child("team", "10 tokens/10s")
-        team.acquire_nowait(tokens=10).release()
-        costly = asyncio.ensure_future(team.child("agent").acquire(tokens=5))
-        await asyncio.sleep(0)
-        free = [asyncio.ensure_future(each.acquire()) for each in (team, team.child("other"))]
-        await virtual_time.all_blocked()
-        for each in (key, team, *team.children.values()):
-            assert each.statistics().bound_by == "tokens"
-        for lease in await asyncio.gather(costly, *free):
-            assert (lease.waited, lease.bound_by) == (10 * 515 / 512, "tokens")
-        assert team.statistics().waits["tokens"].count == 3
-
-    virtual_time.run(main())
+    key = Limiter("1000 RPS burst 1000", clock=virtual_time.clock)
+    team = key.child("team", "10 tokens/10s")
+    team.acquire_nowait(tokens=10).release()
+    costly = asyncio.ensure_future(team.child("agent").acquire(tokens=5))
+    await asyncio.sleep(0)
+    free = [asyncio.ensure_future(each.acquire()) for each in (team, team.child("other"))]
+    await virtual_time.all_blocked()
+    for each in (key, team, *team.children.values()):
+        assert each.statistics().bound_by == "tokens"
+    for lease in await asyncio.gather(costly, *free):
+        assert (lease.waited, lease.bound_by) == (10 * 515 / 512, "tokens")
+    assert team.statistics().waits["tokens"].count == 3
 
 
-def test_statistics_of_each_child_name_what_binds_it(virtual_time: VirtualTime) -> None:
+async def test_statistics_of_each_child_name_what_binds_it(virtual_time: VirtualTime) -> None:
     """A child names its own limits or those above; the parent names what holds up its next call."""
+    key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+    poor, rich, late = key.child("poor", rpm=1), key.child("rich"), key.child("late")
 
-    async def main() -> None:
-        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
-        poor, rich, late = key.child("poor", rpm=1), key.child("rich"), key.child("late")
+    def binding() -> list[str | None]:
+        return [each.statistics().bound_by for each in (key, poor, rich, late)]
 
-        def binding() -> list[str | None]:
-            return [each.statistics().bound_by for each in (key, poor, rich, late)]
-
-        await poor.acquire()
-        calls = [asyncio.ensure_future(poor.acquire(priority=1)) for _ in range(2)]
-        await virtual_time.all_blocked()
-        assert binding() == ["requests", "requests", None, None]
-        await rich.acquire(tokens=100)
-        calls += [asyncio.ensure_future(each.acquire(tokens=100)) for each in (rich, late)]
-        await virtual_time.all_blocked()
-        assert binding() == ["tokens", "requests", "tokens", "tokens"]
-        for call in calls:
-            call.cancel()
-        await virtual_time.all_blocked()
-        assert binding() == [None] * 4
-
-    virtual_time.run(main())
+    await poor.acquire()
+    calls = [asyncio.ensure_future(poor.acquire(priority=1)) for _ in range(2)]
+    await virtual_time.all_blocked()
+    assert binding() == ["requests", "requests", None, None]
+    await rich.acquire(tokens=100)
+    calls += [asyncio.ensure_future(each.acquire(tokens=100)) for each in (rich, late)]
+    await virtual_time.all_blocked()
+    assert binding() == ["tokens", "requests", "tokens", "tokens"]
+    for call in calls:
+        call.cancel()
+    await virtual_time.all_blocked()
+    assert binding() == [None] * 4
 
 
-def test_newcomer_does_not_pass_cousin_waiting_for_same_limit(virtual_time: VirtualTime) -> None:
+async def test_newcomer_does_not_pass_cousin_waiting_for_same_limit(
+    virtual_time: VirtualTime,
+) -> None:
     """While a child's costly call is next at a shared limit, a cousin's cheap one must wait."""
-
-    async def main() -> None:
-        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
-        await key.acquire(tokens=50)
-        costly = asyncio.ensure_future(key.child("a").acquire(tokens=90))
-        await virtual_time.all_blocked()
-        with pytest.raises(WouldBlock):
-            key.child("b").acquire_nowait(tokens=1)
-        with pytest.raises(WouldBlock):
-            key.acquire_nowait(tokens=1)
-        model = key.child("model", "10 TPM")
-        await asyncio.sleep(1)
-        cheap = asyncio.ensure_future(model.child("c").acquire(tokens=5))
-        await virtual_time.all_blocked()
-        assert not cheap.done()
-        await costly
-        await cheap
-
-    virtual_time.run(main())
+    key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+    await key.acquire(tokens=50)
+    costly = asyncio.ensure_future(key.child("a").acquire(tokens=90))
+    await virtual_time.all_blocked()
+    with pytest.raises(WouldBlock):
+        key.child("b").acquire_nowait(tokens=1)
+    with pytest.raises(WouldBlock):
+        key.acquire_nowait(tokens=1)
+    model = key.child("model", "10 TPM")
+    await asyncio.sleep(1)
+    cheap = asyncio.ensure_future(model.child("c").acquire(tokens=5))
+    await virtual_time.all_blocked()
+    assert not cheap.done()
+    await costly
+    await cheap
 
 
-def test_newcomer_does_not_pass_cousin_waiting_at_middle_level(virtual_time: VirtualTime) -> None:
+async def test_newcomer_does_not_pass_cousin_waiting_at_middle_level(
+    virtual_time: VirtualTime,
+) -> None:
     """Nobody overtakes the call that is next at a limit in the middle, though the root is free."""
-
-    async def main() -> None:
-        model = Limiter(name="key", clock=virtual_time.clock).child("model", "100 TPM")
-        await model.acquire(tokens=50)
-        costly = asyncio.ensure_future(model.child("a").acquire(tokens=90))
-        await virtual_time.all_blocked()
-        with pytest.raises(WouldBlock):
-            model.child("b").acquire_nowait(tokens=1)
-        assert model.parent is not None
-        model.parent.acquire_nowait(tokens=1)
-        await costly
-
-    virtual_time.run(main())
+    model = Limiter(name="key", clock=virtual_time.clock).child("model", "100 TPM")
+    await model.acquire(tokens=50)
+    costly = asyncio.ensure_future(model.child("a").acquire(tokens=90))
+    await virtual_time.all_blocked()
+    with pytest.raises(WouldBlock):
+        model.child("b").acquire_nowait(tokens=1)
+    assert model.parent is not None
+    model.parent.acquire_nowait(tokens=1)
+    await costly
 
 
-def test_grandchild_keeps_its_pace_while_costly_sibling_waits(virtual_time: VirtualTime) -> None:
-    """A grandchild with a call every 30 s keeps its pace while a costly sibling waits 100 s."""
+async def test_grandchild_keeps_its_pace_while_costly_sibling_waits(
+    virtual_time: VirtualTime,
+) -> None:
     passed: list[float] = []
 
     async def caller(limiter: Limiter, tokens: int) -> None:
@@ -411,19 +375,16 @@ def test_grandchild_keeps_its_pace_while_costly_sibling_waits(virtual_time: Virt
                 if tokens == 10:
                     passed.append(virtual_time.now)
 
-    async def main() -> None:
-        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 1000, per=100))
-        slow = model.child("slow", Limit("requests", 1, per=30))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(3):
-                group.create_task(caller(model.child("costly"), 900))
-            group.create_task(caller(slow, 10))
-
-    virtual_time.run(main())
+    model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 1000, per=100))
+    slow = model.child("slow", Limit("requests", 1, per=30))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(caller(model.child("costly"), 900))
+        group.create_task(caller(slow, 10))
     assert len(passed) >= 25
 
 
-def test_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
+async def test_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualTime) -> None:
     """A call for 90 % of the window is admitted once the others have had as much."""
     waits: list[float] = []
 
@@ -436,21 +397,20 @@ def test_costly_call_does_not_starve_among_cheap_siblings(virtual_time: VirtualT
             lease = await limiter.acquire(tokens=900)
             waits.append(lease.waited)
 
-    async def main() -> None:
-        key = Limiter("1000 TPM", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(20):
-                group.create_task(cheap(key.child("cheap")))
-            group.create_task(costly(key.child("costly")))
-
-    virtual_time.run(main())
+    key = Limiter("1000 TPM", clock=virtual_time.clock)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(cheap(key.child("cheap")))
+        group.create_task(costly(key.child("costly")))
     assert len(waits) >= 7
     assert max(waits) <= 2 * 60 * 515 / 512 + 1
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("rate", [9, 10, 12, 20])
-def test_endless_new_children_do_not_starve_old_child(virtual_time: VirtualTime, rate: int) -> None:
+async def test_endless_new_children_do_not_starve_old_child(
+    virtual_time: VirtualTime, rate: int
+) -> None:
     """However many new tenants come, only a few of their calls overtake one that waits.
 
     Calls go in order of arrival, give or take one round: of those that came later, at most as many
@@ -472,22 +432,21 @@ def test_endless_new_children_do_not_starve_old_child(virtual_time: VirtualTime,
         await limiter.acquire()
         passed.append((came, virtual_time.now))
 
-    async def main() -> None:
-        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(old(key.child("old")))
-            for number in range(200 * rate):
-                group.create_task(new(key.child(f"new {number}")))
-                await asyncio.sleep(1 / rate)
-
-    virtual_time.run(main())
+    key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(old(key.child("old")))
+        for number in range(200 * rate):
+            group.create_task(new(key.child(f"new {number}")))
+            await asyncio.sleep(1 / rate)
     assert len(passed) == 200 * rate
     assert most <= 45
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
-def test_refunds_are_credited_to_limiter_that_reserved(virtual_time: VirtualTime, who: str) -> None:
+async def test_refunds_are_credited_to_limiter_that_reserved(
+    virtual_time: VirtualTime, who: str
+) -> None:
     """A tenant that uses a tenth of what it reserves gets its share of use, not of reservations."""
     got = {"thrifty": 0, "honest": 0}
 
@@ -497,53 +456,46 @@ def test_refunds_are_credited_to_limiter_that_reserved(virtual_time: VirtualTime
                 got[name] += used
                 lease.settle(tokens=used)
 
-    async def main() -> None:
-        key = Limiter(f"{TPM} TPM burst 1000", clock=virtual_time.clock)
-        thrifty = key if who == "the parent's own" else key.child("thrifty")
-        urgent = int(who == "a priority")
-        async with asyncio.TaskGroup() as group:
-            for _ in range(20):
-                group.create_task(caller(thrifty, "thrifty", 50, 0))
-                group.create_task(caller(key.child("honest"), "honest", 500, urgent))
-
-    virtual_time.run(main())
+    key = Limiter(f"{TPM} TPM burst 1000", clock=virtual_time.clock)
+    thrifty = key if who == "the parent's own" else key.child("thrifty")
+    urgent = int(who == "a priority")
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(caller(thrifty, "thrifty", 50, 0))
+            group.create_task(caller(key.child("honest"), "honest", 500, urgent))
     fair = 1 / 9 if who == "a priority" else 1 / 2
     assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.05)
 
 
-def test_call_cancelled_at_handover_does_not_count_against_its_share(
+async def test_call_cancelled_at_handover_does_not_count_against_its_share(
     virtual_time: VirtualTime,
 ) -> None:
     """If a costly call is taken back before it began, its child is served no less for it."""
+    key = Limiter("60 tokens/60s burst 10", clock=virtual_time.clock)
+    chat, tools = key.child("chat"), key.child("tools")
+    went: list[str] = []
 
-    async def main() -> None:
-        key = Limiter("60 tokens/60s burst 10", clock=virtual_time.clock)
-        chat, tools = key.child("chat"), key.child("tools")
-        went: list[str] = []
+    async def call(limiter: Limiter, tokens: int) -> None:
+        await limiter.acquire(tokens=tokens)
+        went.append(limiter.name)
 
-        async def call(limiter: Limiter, tokens: int) -> None:
-            await limiter.acquire(tokens=tokens)
-            went.append(limiter.name)
-
-        held = key.acquire_nowait(tokens=10)
-        costly = asyncio.ensure_future(call(chat, 10))
-        await asyncio.sleep(0)
-        calls = [asyncio.ensure_future(call(each, 1)) for each in (tools, chat) * 30]
-        await virtual_time.all_blocked()
-        held.settle(tokens=0)
-        await asyncio.sleep(0)  # it was admitted, but its task has not run yet
-        costly.cancel()
-        await asyncio.sleep(20.5)
-        assert key.statistics().cancelled == 1
-        assert went.count(chat.name) == went.count(tools.name) == 15
-        for each in calls:
-            each.cancel()
-
-    virtual_time.run(main())
+    held = key.acquire_nowait(tokens=10)
+    costly = asyncio.ensure_future(call(chat, 10))
+    await asyncio.sleep(0)
+    calls = [asyncio.ensure_future(call(each, 1)) for each in (tools, chat) * 30]
+    await virtual_time.all_blocked()
+    held.settle(tokens=0)
+    await asyncio.sleep(0)  # it was admitted, but its task has not run yet
+    costly.cancel()
+    await asyncio.sleep(20.5)
+    assert key.statistics().cancelled == 1
+    assert went.count(chat.name) == went.count(tools.name) == 15
+    for each in calls:
+        each.cancel()
 
 
 @pytest.mark.heavy
-def test_changed_weight_applies_while_calls_wait(virtual_time: VirtualTime) -> None:
+async def test_changed_weight_applies_while_calls_wait(virtual_time: VirtualTime) -> None:
     """Shares change from equal to 1 : 3, though no line was ever empty."""
     passed: dict[str, int] = {"a": 0, "b": 0}
 
@@ -552,83 +504,75 @@ def test_changed_weight_applies_while_calls_wait(virtual_time: VirtualTime) -> N
             await limiter.acquire()
             passed[name] += 1
 
-    async def main() -> None:
-        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        async with asyncio.TaskGroup() as group:
-            for name in passed:
-                for _ in range(20):
-                    group.create_task(caller(key.child(name), name))
-            await asyncio.sleep(200)
-            assert passed["a"] == pytest.approx(passed["b"], abs=3)
-            key.child("b").reconfigure(weight=3)
-            before = dict(passed)
-            await asyncio.sleep(190)
-            more = {name: passed[name] - before[name] for name in passed}
-            assert more["b"] == pytest.approx(3 * more["a"], rel=0.02)
-
-    virtual_time.run(main())
+    key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+    async with asyncio.TaskGroup() as group:
+        for name in passed:
+            for _ in range(20):
+                group.create_task(caller(key.child(name), name))
+        await asyncio.sleep(200)
+        assert passed["a"] == pytest.approx(passed["b"], abs=3)
+        key.child("b").reconfigure(weight=3)
+        before = dict(passed)
+        await asyncio.sleep(190)
+        more = {name: passed[name] - before[name] for name in passed}
+        assert more["b"] == pytest.approx(3 * more["a"], rel=0.02)
 
 
-def test_changed_limits_at_every_level_apply_to_waiting_calls(virtual_time: VirtualTime) -> None:
-    """A raised limit admits a call that waits; a lowered one fails a call that can never pass."""
-
-    async def main() -> None:
-        key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
-        child = key.child("child", tpm=10)
-        grandchild = child.child("grandchild")
-        first = asyncio.ensure_future(grandchild.acquire(tokens=10))
-        second = asyncio.ensure_future(grandchild.acquire(tokens=10))
-        await first
-        await virtual_time.all_blocked()
-        assert not second.done()
-        child.reconfigure(tpm=20)
-        assert (await second).waited == 0
-        third = asyncio.ensure_future(grandchild.acquire(tokens=20))
-        await virtual_time.all_blocked()
-        key.reconfigure(tpm=15)
-        with pytest.raises(CostExceedsLimit, match="20 tokens exceeds the limit of 15 tokens"):
-            await third
-        with pytest.raises(CostExceedsLimit, match="exceeds the limit of 15 tokens"):
-            await grandchild.acquire(tokens=16)
-        assert virtual_time.now == 0
-        now = key.statistics()
-        assert (now.admitted, now.waiting, now.refused) == (2, 0, 2)
-
-    virtual_time.run(main())
+async def test_changed_limits_at_every_level_apply_to_waiting_calls(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("100 TPM", name="key", clock=virtual_time.clock)
+    child = key.child("child", tpm=10)
+    grandchild = child.child("grandchild")
+    first = asyncio.ensure_future(grandchild.acquire(tokens=10))
+    second = asyncio.ensure_future(grandchild.acquire(tokens=10))
+    await first
+    await virtual_time.all_blocked()
+    assert not second.done()
+    child.reconfigure(tpm=20)
+    assert (await second).waited == 0
+    third = asyncio.ensure_future(grandchild.acquire(tokens=20))
+    await virtual_time.all_blocked()
+    key.reconfigure(tpm=15)
+    with pytest.raises(CostExceedsLimit, match="20 tokens exceeds the limit of 15 tokens"):
+        await third
+    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 15 tokens"):
+        await grandchild.acquire(tokens=16)
+    assert virtual_time.now == 0
+    now = key.statistics()
+    assert (now.admitted, now.waiting, now.refused) == (2, 0, 2)
 
 
-def test_calls_of_child_count_in_statistics_of_every_level_above(virtual_time: VirtualTime) -> None:
+async def test_calls_of_child_count_in_statistics_of_every_level_above(
+    virtual_time: VirtualTime,
+) -> None:
     """Admissions, refusals, cancellations, waiting, slots, refunds and 429s count at each level."""
-
-    async def main() -> None:
-        key = Limiter("100 TPM", concurrency=3, name="key", clock=virtual_time.clock)
-        child, other = key.child("child", concurrency=2), key.child("other")
-        leases = [await child.acquire(tokens=20), await child.acquire(tokens=20)]
-        waiting = asyncio.ensure_future(child.acquire(tokens=20))
-        await virtual_time.all_blocked()
-        with pytest.raises(WouldBlock):
-            child.acquire_nowait(tokens=20)
-        with pytest.raises(AcquireTimeout):
-            await child.acquire(tokens=20, timeout=1)
-        for limiter in (child, key):
-            now = limiter.statistics()
-            assert (now.admitted, now.in_flight, now.waiting, now.refused) == (2, 2, 1, 2)
-            assert now.limits == () or now.limits[0].used == 40
-        assert other.statistics().admitted == other.statistics().refused == 0
-        leases[0].settle(tokens=5)
-        waiting.cancel()
-        await virtual_time.all_blocked()
-        child.pause(1, reason="429")
-        for limiter in (child, key):
-            now = limiter.statistics()
-            assert (now.waiting, now.cancelled, now.upstream_429) == (0, 1, 1)
-            assert now.refunded == {"tokens": 15}
-        for lease in leases:
-            lease.release()
-        assert key.statistics().in_flight == child.statistics().in_flight == 0
-        assert repr(child) == "<Limiter 'key/child', concurrency 0/2, 0 waiting>"
-
-    virtual_time.run(main())
+    key = Limiter("100 TPM", concurrency=3, name="key", clock=virtual_time.clock)
+    child, other = key.child("child", concurrency=2), key.child("other")
+    leases = [await child.acquire(tokens=20), await child.acquire(tokens=20)]
+    waiting = asyncio.ensure_future(child.acquire(tokens=20))
+    await virtual_time.all_blocked()
+    with pytest.raises(WouldBlock):
+        child.acquire_nowait(tokens=20)
+    with pytest.raises(AcquireTimeout):
+        await child.acquire(tokens=20, timeout=1)
+    for limiter in (child, key):
+        now = limiter.statistics()
+        assert (now.admitted, now.in_flight, now.waiting, now.refused) == (2, 2, 1, 2)
+        assert now.limits == () or now.limits[0].used == 40
+    assert other.statistics().admitted == other.statistics().refused == 0
+    leases[0].settle(tokens=5)
+    waiting.cancel()
+    await virtual_time.all_blocked()
+    child.pause(1, reason="429")
+    for limiter in (child, key):
+        now = limiter.statistics()
+        assert (now.waiting, now.cancelled, now.upstream_429) == (0, 1, 1)
+        assert now.refunded == {"tokens": 15}
+    for lease in leases:
+        lease.release()
+    assert key.statistics().in_flight == child.statistics().in_flight == 0
+    assert repr(child) == "<Limiter 'key/child', concurrency 0/2, 0 waiting>"
 
 
 def test_child_is_made_once(virtual_time: VirtualTime) -> None:
@@ -648,7 +592,6 @@ def test_child_is_made_once(virtual_time: VirtualTime) -> None:
 
 
 def test_children_can_be_added_while_iterating_over_them(virtual_time: VirtualTime) -> None:
-    """Iterating over `children` is safe while children are added."""
     key = Limiter(clock=virtual_time.clock)
     key.child("a")
     for name in key.children:
@@ -679,253 +622,99 @@ def test_child_name_unfit_for_path_is_refused(name: Any) -> None:
     ],
 )
 def test_invalid_terms_leave_no_child_behind(terms: dict[str, Any], message: str) -> None:
-    """An invalid term leaves no child behind."""
     limiter = Limiter()
     with pytest.raises(ValueError, match=message):
         limiter.child("child", **terms)
     assert not limiter.children
 
 
-def test_pause_holds_for_limiters_below_but_not_for_siblings(virtual_time: VirtualTime) -> None:
-    """Pausing a child pauses its children; siblings and the parent go on."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        model, other = key.child("model"), key.child("other")
-        model.pause(5)
-        waiting = asyncio.ensure_future(model.child("tenant").acquire())
-        await virtual_time.all_blocked()
-        other.acquire_nowait()
-        key.acquire_nowait()
-        lease = await waiting
-        assert (lease.waited, lease.bound_by) == (5.0, "paused")
-        key.pause(5)
-        waiting = asyncio.ensure_future(other.acquire())
-        assert (await waiting).waited == 5.0
-
-    virtual_time.run(main())
-
-
-def test_waiter_gets_slot_released_under_its_own_parent_only(virtual_time: VirtualTime) -> None:
-    """A slot released under the same parent admits a cousin; one released elsewhere does not."""
-
-    async def main() -> None:
-        key = Limiter(concurrency=3, clock=virtual_time.clock)
-        model = key.child("model", concurrency=1)
-        uncle = await key.child("uncle").acquire()
-        held = await model.child("a").acquire()
-        waiting = asyncio.ensure_future(model.child("b").acquire())
-        await virtual_time.all_blocked()
-        uncle.release()
-        await virtual_time.all_blocked()
-        assert not waiting.done()
-        held.release()
-        lease = await waiting
-        assert lease.bound_by == "concurrency"
-        assert virtual_time.now == 0
-
-    virtual_time.run(main())
-
-
-def test_costly_call_stops_being_next_once_its_child_runs_out_of_units(
+async def test_pause_holds_for_limiters_below_but_not_for_siblings(
     virtual_time: VirtualTime,
 ) -> None:
-    """A costly call stops being next once another call takes what its own limiter had left."""
-
-    async def main() -> None:
-        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
-        tenant = model.child("tenant", tpm=40)
-        await model.acquire(tokens=60)
-        costly = asyncio.ensure_future(tenant.acquire(tokens=37))
-        await asyncio.sleep(0)
-        cheap = asyncio.ensure_future(model.acquire(tokens=3))
-        await asyncio.sleep(0)
-        async with tenant.acquire(tokens=10, priority=-1):
-            assert virtual_time.now == 2
-        await cheap
-        assert virtual_time.now == pytest.approx(2.6)
-        await costly
-        assert virtual_time.now > 60
-
-    virtual_time.run(main())
+    """Pausing a child pauses its children; siblings and the parent go on."""
+    key = Limiter(clock=virtual_time.clock)
+    model, other = key.child("model"), key.child("other")
+    model.pause(5)
+    waiting = asyncio.ensure_future(model.child("tenant").acquire())
+    await virtual_time.all_blocked()
+    other.acquire_nowait()
+    key.acquire_nowait()
+    lease = await waiting
+    assert (lease.waited, lease.bound_by) == (5.0, "paused")
+    key.pause(5)
+    waiting = asyncio.ensure_future(other.acquire())
+    assert (await waiting).waited == 5.0
 
 
-def test_costly_call_stops_being_next_once_its_child_is_in_debt(virtual_time: VirtualTime) -> None:
-    """A costly call stops being next once another's use puts its own limiter into debt."""
-
-    async def main() -> None:
-        model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
-        tenant = model.child("tenant", tpm=40)
-        lease = await tenant.acquire(tokens=1)
-        await model.acquire(tokens=59)
-        costly = asyncio.ensure_future(tenant.acquire(tokens=37))
-        await asyncio.sleep(0)
-        cheap = asyncio.ensure_future(model.acquire(tokens=3))
-        await asyncio.sleep(1)
-        lease.settle(tokens=10)
-        await cheap
-        assert virtual_time.now == pytest.approx(2.4)
-        await costly
-        assert virtual_time.now > 60
-
-    virtual_time.run(main())
+async def test_waiter_gets_slot_released_under_its_own_parent_only(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter(concurrency=3, clock=virtual_time.clock)
+    model = key.child("model", concurrency=1)
+    uncle = await key.child("uncle").acquire()
+    held = await model.child("a").acquire()
+    waiting = asyncio.ensure_future(model.child("b").acquire())
+    await virtual_time.all_blocked()
+    uncle.release()
+    await virtual_time.all_blocked()
+    assert not waiting.done()
+    held.release()
+    lease = await waiting
+    assert lease.bound_by == "concurrency"
+    assert virtual_time.now == 0
 
 
-@dataclass(frozen=True)
-class Plant:
-    """Describe a limiter under another: its parent, limits, slots and weight."""
-
-    above: int
-    limits: tuple[Limit, ...]
-    concurrency: int | None
-    weight: float
-
-
-LIMITS: list[tuple[Limit, ...]] = [
-    (),
-    (),
-    (Limit("tokens", 100),),
-    (Limit("tokens", 300, burst=60),),
-    (Limit("requests", 30),),
-    (Limit("requests", 4, per=5, burst=4), Limit("tokens", 200)),
-    (Limit("requests", 100, per=600), Limit("tokens", 40, per=10)),
-]
-plants = st.builds(
-    Plant,
-    above=st.integers(0, 6),
-    limits=st.sampled_from(LIMITS),
-    concurrency=st.sampled_from([None, None, 1, 2, 5]),
-    weight=st.sampled_from([1.0, 1.0, 0.5, 3.0]),
-)
+async def test_costly_call_stops_being_next_once_its_child_runs_out_of_units(
+    virtual_time: VirtualTime,
+) -> None:
+    model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
+    tenant = model.child("tenant", tpm=40)
+    await model.acquire(tokens=60)
+    costly = asyncio.ensure_future(tenant.acquire(tokens=37))
+    await asyncio.sleep(0)
+    cheap = asyncio.ensure_future(model.acquire(tokens=3))
+    await asyncio.sleep(0)
+    async with tenant.acquire(tokens=10, priority=-1):
+        assert virtual_time.now == 2
+    await cheap
+    assert virtual_time.now == pytest.approx(2.6)
+    await costly
+    assert virtual_time.now > 60
 
 
-def waiting_below(node: Node, heads: list[Waiter], now: int) -> tuple[list[Waiter], bool]:
-    """Return the calls that may be next below ``node``, and whether there must be one."""
-    may = [head for head in heads if head.node is node]
-    must = bool(may)
-    for child in {each for head in heads for each in head.node.path if each.parent is node}:
-        inside, some = waiting_below(child, heads, now)
-        passing = [
-            head for head in inside if child.gates.earliest(head.amounts, head.line.since)[0] <= now
-        ]
-        may += passing
-        must = must or (some and bool(passing) and len(passing) == len(inside))
-    return may, must
+async def test_costly_call_stops_being_next_once_its_child_is_in_debt(
+    virtual_time: VirtualTime,
+) -> None:
+    model = Limiter(clock=virtual_time.clock).child("model", Limit("tokens", 300, burst=60))
+    tenant = model.child("tenant", tpm=40)
+    lease = await tenant.acquire(tokens=1)
+    await model.acquire(tokens=59)
+    costly = asyncio.ensure_future(tenant.acquire(tokens=37))
+    await asyncio.sleep(0)
+    cheap = asyncio.ensure_future(model.acquire(tokens=3))
+    await asyncio.sleep(1)
+    lease.settle(tokens=10)
+    await cheap
+    assert virtual_time.now == pytest.approx(2.4)
+    await costly
+    assert virtual_time.now > 60
 
 
-def assert_nobody_is_stuck(root: Limiter) -> None:
-    """Assert, while all tasks are blocked, that no call waits that all limits would admit.
-
-    The call that is next at a limit may wait for it, and others behind it. So somebody is stuck
-    if every call that might be next, at each level, could pass.
-    """
-    budget = root._budget
-    heads: dict[int, Waiter] = {}
-    for pacer in budget.pacers.values():
-        for waiter in pacer.queue.waiters():
-            heads.setdefault(id(waiter.line), waiter)
-    now = budget.clock()
-    may, must = waiting_below(budget.root, list(heads.values()), now)
-    gates = budget.root.gates
-    passing = [h for h in may if gates.earliest(h.amounts, h.line.since)[0] <= now]
-    assert not (must and passing and len(passing) == len(may)), passing
-
-
-class Forest:
-    """Drive a random tree of limiters with calls that come, hold, settle and time out at random."""
-
-    def __init__(self, time: VirtualTime, plants: list[Plant], seed: int) -> None:
-        self.time = time
-        self.chance = random.Random(seed)
-        self.root = Limiter("200 TPM", "20 requests/10s burst 3", concurrency=4, clock=time.clock)
-        self.limiters = [self.root]
-        for number, plant in enumerate(plants):
-            above = self.limiters[plant.above % len(self.limiters)]
-            self.limiters.append(
-                above.child(
-                    str(number),
-                    *plant.limits,
-                    weight=plant.weight,
-                    concurrency=plant.concurrency,
-                )
-            )
-        self.traces: dict[str, list[tuple[int, Cost]]] = {each.name: [] for each in self.limiters}
-        self.flying = dict.fromkeys(self.traces, 0)
-
-    def above(self, limiter: Limiter | None) -> Iterator[Limiter]:
-        """Yield ``limiter`` and those above it."""
-        while limiter is not None:
-            yield limiter
-            limiter = limiter.parent
-
-    async def call(self, limiter: Limiter) -> None:
-        """Call once, and note at each level what was used, and how many calls are in flight."""
-        chance = self.chance
-        tokens = chance.randint(0, 40)
-        timeout = chance.choice([None, None, None, 30.0])
-        priority = chance.choice([None, None, 1, -1])
-        async with limiter.acquire(tokens=tokens, timeout=timeout, priority=priority) as lease:
-            used = chance.randint(0, tokens) if chance.random() < 0.3 else tokens
-            for each in self.above(limiter):
-                self.traces[each.name].append(
-                    (self.time.clock(), Cost(requests=1, tokens=used or None))
-                )
-                self.flying[each.name] += 1
-                assert each.concurrency is None or self.flying[each.name] <= each.concurrency
-            try:
-                await asyncio.sleep(chance.choice([0, 0, 0.5, 5]))
-                lease.settle(tokens=used)
-            finally:
-                for each in self.above(limiter):
-                    self.flying[each.name] -= 1
-
-    async def caller(self, limiter: Limiter) -> None:
-        """Call again and again."""
-        while self.time.now < 150:
-            with contextlib.suppress(AcquireTimeout, TimeoutError):
-                if self.chance.random() < 0.2:
-                    async with asyncio.timeout(self.chance.random() * 20):
-                        await self.call(limiter)
-                else:
-                    await self.call(limiter)
-            if self.chance.random() < 0.3:
-                await asyncio.sleep(self.chance.random() * 10)
-
-    async def run(self) -> None:
-        """Run all callers for some minutes, and check at random times that nobody is stuck."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self.caller(limiter))
-                for limiter in self.limiters
-                for _ in range(self.chance.randint(1, 4))
-            ]
-            while not all(task.done() for task in tasks):
-                await asyncio.sleep(self.chance.random() * 4)
-                await self.time.all_blocked()
-                assert_nobody_is_stuck(self.root)
-                assert self.time.now < 5_000
-
-    def check(self) -> None:
-        """Assert that every level kept its limits, and that nothing is left over."""
-        for limiter in self.limiters:
-            for limit in limiter.limits:
-                trace = [
-                    (at, cost.get(limit.resource, 0)) for at, cost in self.traces[limiter.name]
-                ]
-                assert_never_over([each for each in trace if each[1]], limit)
-            now = limiter.statistics()
-            assert (now.waiting, now.in_flight) == (0, 0)
-            account = limiter._account
-            assert account.slots is None or account.slots.used == 0
-            assert all(window.lent == 0 for _, window, _ in account.limits.values())
-
-
-@pytest.mark.heavy
-@settings(deadline=None, max_examples=100)
-@given(st.lists(plants, max_size=7), st.integers(0, 2**32))
-def test_random_trees_keep_all_limits_and_strand_no_waiter(trees: list[Plant], seed: int) -> None:
-    """Any depth, limits and slots at every level, random cancellations, refunds, priorities."""
-    with virtual_time() as time:
-        forest = Forest(time, trees, seed)
-        time.run(forest.run())
-    forest.check()
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_debt_of_one_child_lets_calls_of_others_go_at_once(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    """The child that was next is held up by its own limit now, and nobody waits for it."""
+    key = Limiter("10 tokens/h", clock=virtual_time.clock)
+    above = key if depth == 1 else key.child("team")
+    a, b = above.child("a", "5 requests/h burst 5"), above.child("b")
+    await b.acquire(tokens=10)
+    lease = await a.acquire()
+    first = asyncio.ensure_future(a.acquire(tokens=1))
+    await asyncio.sleep(1)
+    second = asyncio.ensure_future(b.acquire())
+    await asyncio.sleep(1)
+    assert not second.done()
+    lease.settle(requests=5)
+    assert (await second).waited == 1
+    first.cancel()

@@ -18,24 +18,18 @@ from asyncbucket.core.context import Inherited, inherited
 from asyncbucket.testing import VirtualTime
 
 
-def test_nested_contexts_combine_and_are_reset_on_exit(virtual_time: VirtualTime) -> None:
+async def test_nested_contexts_combine_and_are_reset_on_exit(virtual_time: VirtualTime) -> None:
     """The inner value of a kind holds inside, other kinds stay, and afterwards all is as before."""
-
-    async def main() -> None:
-        assert inherited.get() is None
-        with asyncbucket.priority("batch"), asyncbucket.tenant("acme"):
-            with asyncbucket.priority(7), asyncbucket.deadline(5):
-                assert inherited.get() == Inherited(
-                    priority=7, tenant="acme", deadline=asyncio.get_running_loop().time() + 5
-                )
-            assert inherited.get() == Inherited(priority=-1, tenant="acme")
-        assert inherited.get() is None
-
-    virtual_time.run(main())
+    assert inherited.get() is None
+    with asyncbucket.priority("batch"), asyncbucket.tenant("acme"):
+        with asyncbucket.priority(7), asyncbucket.deadline(5):
+            end = virtual_time.now + 5
+            assert inherited.get() == Inherited(priority=7, tenant="acme", deadline=end)
+        assert inherited.get() == Inherited(priority=-1, tenant="acme")
+    assert inherited.get() is None
 
 
 def test_context_is_reset_after_error() -> None:
-    """The error passes through, and the value is reset."""
     with pytest.raises(KeyError), asyncbucket.tenant("acme"):
         raise KeyError
     assert inherited.get() is None
@@ -64,8 +58,7 @@ def test_context_can_be_entered_only_once() -> None:
         pass
 
 
-def test_tasks_and_to_thread_inherit_context_but_threads_do_not(virtual_time: VirtualTime) -> None:
-    """Tasks, tasks of tasks and `asyncio.to_thread` inherit; plain threads do not."""
+async def test_tasks_and_to_thread_inherit_context_but_threads_do_not() -> None:
     seen: list[Any] = []
 
     def note() -> None:
@@ -79,45 +72,36 @@ def test_tasks_and_to_thread_inherit_context_but_threads_do_not(virtual_time: Vi
     async def deepest() -> None:
         note()
 
-    async def main() -> None:
-        with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"):
-            task = asyncio.create_task(deeper())
-            await asyncio.to_thread(note)
-            thread = threading.Thread(target=note)
-            thread.start()
-            thread.join()
-        await task
-
-    virtual_time.run(main())
+    with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"):
+        task = asyncio.create_task(deeper())
+        await asyncio.to_thread(note)
+        thread = threading.Thread(target=note)
+        thread.start()
+        thread.join()
+    await task
     assert sorted(seen, key=str) == [(1, "acme")] * 3 + [None]
 
 
-def test_task_keeps_context_it_was_started_with(virtual_time: VirtualTime) -> None:
-    """It keeps this after its starter has left the context and entered another."""
+async def test_task_keeps_context_it_was_started_with(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("100 RPM", name="key", clock=virtual_time.clock)
 
-    async def main() -> None:
-        limiter = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+    async def call() -> str:
+        await asyncio.sleep(1)
+        lease = await limiter.acquire()
+        return lease._node.name
 
-        async def call() -> str:
-            await asyncio.sleep(1)
-            lease = await limiter.acquire()
-            return lease._account.name
-
-        with asyncbucket.tenant("a"):
-            task = asyncio.create_task(call())
-        with asyncbucket.tenant("b"):
-            assert await task == limiter.key("a").name
-
-    virtual_time.run(main())
+    with asyncbucket.tenant("a"):
+        task = asyncio.create_task(call())
+    with asyncbucket.tenant("b"):
+        assert await task == limiter.key("a").name
 
 
 def test_acquire_sync_in_to_thread_inherits_tenant_and_deadline() -> None:
-    """`acquire_sync` in `asyncio.to_thread` inherits the tenant and the deadline."""
     limiter = Limiter(concurrency=1, name="key")
 
     def call() -> str:
         with limiter.acquire_sync() as lease:
-            return lease._account.name
+            return lease._node.name
 
     async def main() -> None:
         with asyncbucket.tenant("acme"), asyncbucket.deadline(20):
@@ -148,7 +132,7 @@ def test_generator_shares_context_with_its_caller(virtual_time: VirtualTime) -> 
     assert virtual_time.now == 0
 
 
-def test_generator_can_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
+async def test_generator_can_be_closed_in_another_context(virtual_time: VirtualTime) -> None:
     """If the loop closes it half-way, there is no error, and that context does not change."""
     errors: list[Any] = []
 
@@ -161,102 +145,84 @@ def test_generator_can_be_closed_in_another_context(virtual_time: VirtualTime) -
         async for _ in items():
             break
 
-    async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, what: errors.append(what))
-        await asyncio.create_task(leave_early())
-        gc.collect()
-        await virtual_time.all_blocked()
-        left = items()
-        await asyncio.create_task(anext(left), context=contextvars.copy_context())
-        await left.aclose()
-        assert inherited.get() is None
-
-    virtual_time.run(main())
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: errors.append(what))
+    await asyncio.create_task(leave_early())
+    gc.collect()
+    await virtual_time.all_blocked()
+    left = items()
+    await asyncio.create_task(anext(left), context=contextvars.copy_context())
+    await left.aclose()
+    assert inherited.get() is None
     assert errors == []
 
 
-def test_earliest_deadline_holds(virtual_time: VirtualTime) -> None:
+async def test_earliest_deadline_holds(virtual_time: VirtualTime) -> None:
     """The earlier one holds, whichever is inside; the limiter's and the call's own hold as well."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", timeout=50, clock=virtual_time.clock)
-        await limiter.acquire()
-        for outer, inner, own, expected in (
-            (10, 20, None, "10 s"),
-            (20, 10, None, "10 s"),
-            (20, 30, 5, "5 s"),
-            (math.inf, 40, None, "40 s"),
-            (math.inf, math.inf, None, "50 s"),
-            (30, math.inf, math.inf, "30 s"),
+    limiter = Limiter("1 RPM", timeout=50, clock=virtual_time.clock)
+    await limiter.acquire()
+    for outer, inner, own, expected in (
+        (10, 20, None, "10 s"),
+        (20, 10, None, "10 s"),
+        (20, 30, 5, "5 s"),
+        (math.inf, 40, None, "40 s"),
+        (math.inf, math.inf, None, "50 s"),
+        (30, math.inf, math.inf, "30 s"),
+    ):
+        with (
+            asyncbucket.deadline(outer),
+            asyncbucket.deadline(inner),
+            pytest.raises(AcquireTimeout, match=f"within {expected}: requests bind"),
         ):
-            with (
-                asyncbucket.deadline(outer),
-                asyncbucket.deadline(inner),
-                pytest.raises(AcquireTimeout, match=f"within {expected}: requests bind"),
-            ):
-                await limiter.acquire(timeout=own)
-        assert virtual_time.now == 0
-
-    virtual_time.run(main())
+            await limiter.acquire(timeout=own)
+    assert virtual_time.now == 0
 
 
-def test_call_that_would_miss_deadline_fails_at_once_with_reason(virtual_time: VirtualTime) -> None:
+async def test_call_that_would_miss_deadline_fails_at_once_with_reason(
+    virtual_time: VirtualTime,
+) -> None:
     """The error says what binds and when it would pass; later calls have less time left."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", clock=virtual_time.clock)
-        await limiter.acquire(tokens=100)
-        with asyncbucket.deadline(30):
-            with pytest.raises(AcquireTimeout) as error:
-                await limiter.acquire(tokens=50)
-            assert error.value.bound_by == "tokens"
-            assert error.value.retry_after == pytest.approx(60 * 515 / 512)
-            assert str(error.value) == (
-                "a call of 50 tokens cannot pass within 30 s: tokens bind for 60.4 s more; "
-                "raise the timeout or the limit"
-            )
-            assert virtual_time.now == 0
-            await asyncio.sleep(20)
-            with pytest.raises(AcquireTimeout, match=r"within 10 s: tokens bind for 40\.4 s more"):
-                await limiter.acquire(tokens=50)
-        with asyncbucket.deadline(50):
-            lease = await limiter.acquire(tokens=50)
-        assert virtual_time.now == pytest.approx(60 * 515 / 512)
-        assert lease.bound_by == "tokens"
-
-    virtual_time.run(main())
+    limiter = Limiter("100 TPM", clock=virtual_time.clock)
+    await limiter.acquire(tokens=100)
+    with asyncbucket.deadline(30):
+        with pytest.raises(AcquireTimeout) as error:
+            await limiter.acquire(tokens=50)
+        assert error.value.bound_by == "tokens"
+        assert error.value.retry_after == pytest.approx(60 * 515 / 512)
+        assert str(error.value) == (
+            "a call of 50 tokens cannot pass within 30 s: tokens bind for 60.4 s more; "
+            "raise the timeout or the limit"
+        )
+        assert virtual_time.now == 0
+        await asyncio.sleep(20)
+        with pytest.raises(AcquireTimeout, match=r"within 10 s: tokens bind for 40\.4 s more"):
+            await limiter.acquire(tokens=50)
+    with asyncbucket.deadline(50):
+        lease = await limiter.acquire(tokens=50)
+    assert virtual_time.now == pytest.approx(60 * 515 / 512)
+    assert lease.bound_by == "tokens"
 
 
-def test_past_deadline_refuses_only_calls_that_would_wait(virtual_time: VirtualTime) -> None:
+async def test_past_deadline_refuses_only_calls_that_would_wait(virtual_time: VirtualTime) -> None:
     """Calls that can pass at once still do."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", clock=virtual_time.clock)
-        with asyncbucket.deadline(1):
-            await asyncio.sleep(2)
+    limiter = Limiter("1 RPM", clock=virtual_time.clock)
+    with asyncbucket.deadline(1):
+        await asyncio.sleep(2)
+        await limiter.acquire()
+        with pytest.raises(AcquireTimeout, match="within 0 s"):
             await limiter.acquire()
-            with pytest.raises(AcquireTimeout, match="within 0 s"):
-                await limiter.acquire()
-
-    virtual_time.run(main())
 
 
-def test_waiting_call_fails_at_inherited_deadline(virtual_time: VirtualTime) -> None:
-    """A waiting call fails at its deadline, in a tree as in a line."""
-
-    async def main() -> None:
-        key = Limiter(concurrency=1, clock=virtual_time.clock)
-        held = await key.acquire()
-        late = pytest.raises(AcquireTimeout, match="within 3 s: the one slot is taken")
-        with asyncbucket.deadline(3), late:
-            await key.acquire()
-        assert virtual_time.now == 3
-        with asyncbucket.deadline(3), pytest.raises(AcquireTimeout):
-            await key.child("a").child("b").acquire()
-        assert virtual_time.now == 6
-        held.release()
-
-    virtual_time.run(main())
+async def test_waiting_call_fails_at_inherited_deadline(virtual_time: VirtualTime) -> None:
+    key = Limiter(concurrency=1, clock=virtual_time.clock)
+    held = await key.acquire()
+    late = pytest.raises(AcquireTimeout, match="within 3 s: the one slot is taken")
+    with asyncbucket.deadline(3), late:
+        await key.acquire()
+    assert virtual_time.now == 3
+    with asyncbucket.deadline(3), pytest.raises(AcquireTimeout):
+        await key.child("a").child("b").acquire()
+    assert virtual_time.now == 6
+    held.release()
 
 
 def test_deadline_holds_without_event_loop() -> None:
@@ -271,7 +237,6 @@ def test_deadline_holds_without_event_loop() -> None:
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "soon", True, None])
 def test_invalid_deadline_is_refused(seconds: Any) -> None:
-    """It is refused before the block runs."""
     ran = False
     with pytest.raises(ValueError, match=r"^a deadline must be "), asyncbucket.deadline(seconds):
         ran = True
@@ -292,51 +257,42 @@ def test_invalid_tenant_is_refused(name: Any) -> None:
             Limiter().acquire(tenant=name)
 
 
-def test_calls_inherit_tenant_from_context(virtual_time: VirtualTime) -> None:
+async def test_calls_inherit_tenant_from_context(virtual_time: VirtualTime) -> None:
     """This holds for every kind of acquire; a tenant asked for by name is not replaced."""
-
-    async def main() -> None:
-        key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
-        chat = key.child("chat")
-        with asyncbucket.tenant("acme"):
-            leases = [
-                await key.acquire(),
-                key.acquire_nowait(),
-                key.acquire_sync(),
-                await chat.acquire(),
-                await key.key("other").acquire(),
-                await key.key("other").child("tools").acquire(),
-                await key.acquire(tenant="third"),
-            ]
-        assert [lease._account.name for lease in leases] == [
-            key.key("acme").name,
-            key.key("acme").name,
-            key.key("acme").name,
-            chat.key("acme").name,
-            key.key("other").name,
-            key.key("other").name + "/tools",
-            key.key("third").name,
+    key = Limiter("100 RPM", name="key", clock=virtual_time.clock)
+    chat = key.child("chat")
+    with asyncbucket.tenant("acme"):
+        leases = [
+            await key.acquire(),
+            key.acquire_nowait(),
+            key.acquire_sync(),
+            await chat.acquire(),
+            await key.key("other").acquire(),
+            await key.key("other").child("tools").acquire(),
+            await key.acquire(tenant="third"),
         ]
+    assert [lease._node.name for lease in leases] == [
+        key.key("acme").name,
+        key.key("acme").name,
+        key.key("acme").name,
+        chat.key("acme").name,
+        key.key("other").name,
+        key.key("other").name + "/tools",
+        key.key("third").name,
+    ]
 
-    virtual_time.run(main())
 
-
-def test_deadlines_beyond_any_clock_are_compared_correctly(virtual_time: VirtualTime) -> None:
-    """Even values that no clock reaches are compared correctly."""
+async def test_deadlines_beyond_any_clock_are_compared_correctly(virtual_time: VirtualTime) -> None:
     limiter = Limiter("1/s", clock=virtual_time.clock)
-
-    async def main() -> None:
-        await limiter.acquire()
-        has_passed = r"by a deadline that has passed: .* is an instant of time\.monotonic\(\)"
-        for past in (-math.inf, -(10**400), -1e300):
-            with pytest.raises(AcquireTimeout, match=has_passed):
-                await limiter.acquire(deadline=past)
-        with pytest.raises(AcquireTimeout, match="cannot pass within 0 s"):
-            await limiter.acquire(deadline=0)
-        with asyncbucket.deadline(10**400):
-            await limiter.acquire(deadline=10**400, timeout=10**400)
-
-    virtual_time.run(main())
+    await limiter.acquire()
+    has_passed = r"by a deadline that has passed: .* is an instant of time\.monotonic\(\)"
+    for past in (-math.inf, -(10**400), -1e300):
+        with pytest.raises(AcquireTimeout, match=has_passed):
+            await limiter.acquire(deadline=past)
+    with pytest.raises(AcquireTimeout, match="cannot pass within 0 s"):
+        await limiter.acquire(deadline=0)
+    with asyncbucket.deadline(10**400):
+        await limiter.acquire(deadline=10**400, timeout=10**400)
 
 
 async def test_zero_timeout_is_not_reported_as_past_deadline() -> None:

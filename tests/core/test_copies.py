@@ -14,7 +14,6 @@ COPIES = pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 
 @COPIES
 def test_copied_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> None:
-    """Copying a request that contains the lease does not free two slots."""
     limiter = Limiter(concurrency=1)
     lease = limiter.acquire_nowait()
     twin = copied({"lease": lease})["lease"]
@@ -45,6 +44,5 @@ def test_copy_of_limiter_or_bucket_is_same_object(copied: Callable[[Any], Any]) 
     ],
 )
 def test_pickling_limiter_lease_or_bucket_fails_with_remedy(make: Callable[[], Any]) -> None:
-    """The message names the remedy: a limiter in each process, and a store."""
     with pytest.raises(TypeError, match=r"belongs to its process .* with store=\.\.\. if they"):
         pickle.dumps(make())

@@ -58,7 +58,6 @@ def test_tokens_default_to_sum_of_input_and_output_tokens() -> None:
 def test_amounts_of_cost_are_whole_positive_and_never_less_than_given(
     tokens: float | None, inputs: float | None, outputs: float | None
 ) -> None:
-    """All amounts are whole, positive, and never less than given."""
     cost = Cost(tokens=tokens, input_tokens=inputs, output_tokens=outputs)
     assert all(type(amount) is int and amount > 0 for amount in cost.values())
     assert cost.get("tokens", 0) >= (tokens if tokens is not None else (inputs or 0))
@@ -103,7 +102,6 @@ def test_error_does_not_show_text_given_in_place_of_number() -> None:
 
 
 def test_zero_cost_is_refused() -> None:
-    """A cost of zero is an error."""
     with pytest.raises(ValueError, match="a call must cost something: requests=1 is the usual"):
         Cost(requests=0)
     assert dict(Cost(requests=0, tokens=1))["tokens"] == 1

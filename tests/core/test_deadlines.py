@@ -6,221 +6,180 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
+from asyncbucket import AcquireTimeout, Cost, Lease, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
-def test_call_above_burst_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
-    """Unless another call was head before it, it has earned nothing above the burst yet."""
-
-    async def main() -> None:
-        limiter = Limiter("100 requests/s burst 10", clock=virtual_time.clock)
-        await asyncio.sleep(5)
-        with pytest.raises(AcquireTimeout) as error:
-            await limiter.acquire(requests=50, timeout=0.3)
-        assert virtual_time.now == 5
-        assert error.value.retry_after == pytest.approx(0.4)
-        assert (await limiter.acquire(requests=50, timeout=0.4)).waited == pytest.approx(0.4)
-
-    virtual_time.run(main())
+async def test_call_above_burst_that_would_be_late_is_refused_at_once(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("100 requests/s burst 10", clock=virtual_time.clock)
+    await asyncio.sleep(5)
+    with pytest.raises(AcquireTimeout) as error:
+        await limiter.acquire(requests=50, timeout=0.3)
+    assert virtual_time.now == 5
+    assert error.value.retry_after == pytest.approx(0.4)
+    assert (await limiter.acquire(requests=50, timeout=0.4)).waited == pytest.approx(0.4)
 
 
-def test_call_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
+async def test_call_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """This holds for `timeout` and `deadline`, and the message has both times."""
-
-    async def main() -> None:
-        limiter = Limiter("60 TPM", clock=virtual_time.clock)
-        (await limiter.acquire(tokens=60)).release()
-        for timeout, deadline in ((30.0, None), (None, 30.0), (99, 30)):
-            with pytest.raises(AcquireTimeout) as error:
-                await limiter.acquire(tokens=1, timeout=timeout, deadline=deadline)
-            assert str(error.value) == (
-                "a call of 1 token cannot pass within 30 s: tokens bind for 60.4 s more; "
-                "raise the timeout or the limit"
-            )
-            assert error.value.bound_by == "tokens"
-            assert error.value.retry_after == pytest.approx(60 * 515 / 512)
-        assert virtual_time.now == 0
-        assert limiter.statistics().refused == 3
-
-    virtual_time.run(main())
+    limiter = Limiter("60 TPM", clock=virtual_time.clock)
+    (await limiter.acquire(tokens=60)).release()
+    for timeout, deadline in ((30.0, None), (None, 30.0), (99, 30)):
+        with pytest.raises(AcquireTimeout) as error:
+            await limiter.acquire(tokens=1, timeout=timeout, deadline=deadline)
+        assert str(error.value) == (
+            "a call of 1 token cannot pass within 30 s: tokens bind for 60.4 s more; "
+            "raise the timeout or the limit"
+        )
+        assert error.value.bound_by == "tokens"
+        assert error.value.retry_after == pytest.approx(60 * 515 / 512)
+    assert virtual_time.now == 0
+    assert limiter.statistics().refused == 3
 
 
-def test_call_that_may_use_refund_of_open_call_is_not_refused(virtual_time: VirtualTime) -> None:
-    """The tokens of an open call may come back, so a call that waits for them is not refused."""
-
-    async def main() -> None:
-        limiter = Limiter("60 TPM", clock=virtual_time.clock)
-        lease = await limiter.acquire(tokens=60)
-        waiting = asyncio.ensure_future(limiter.acquire(tokens=50, timeout=10))
-        await asyncio.sleep(5)
-        lease.settle(tokens=10)
-        assert (await waiting).waited == 5.0
-        lease.settle(tokens=60)
-        with pytest.raises(AcquireTimeout, match=r"within .* s: tokens bind for 59\.4 s more"):
-            await limiter.acquire(
-                tokens=50, timeout=1
-            )  # it is still open, and may be settled again
-        assert virtual_time.now == 6.0
-        lease.release()
-        (await waiting).release()
-
-    virtual_time.run(main())
+async def test_call_that_may_use_refund_of_open_call_is_not_refused(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 TPM", clock=virtual_time.clock)
+    lease = await limiter.acquire(tokens=60)
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=50, timeout=10))
+    await asyncio.sleep(5)
+    lease.settle(tokens=10)
+    assert (await waiting).waited == 5.0
+    lease.settle(tokens=60)
+    with pytest.raises(AcquireTimeout, match=r"within .* s: tokens bind for 59\.4 s more"):
+        await limiter.acquire(tokens=50, timeout=1)  # it is still open, and may be settled again
+    assert virtual_time.now == 6.0
+    lease.release()
+    (await waiting).release()
 
 
-def test_open_call_of_sibling_does_not_help_call_at_own_limit(virtual_time: VirtualTime) -> None:
-    """A sibling's open call may give back to limits that both share, but not to the other's own."""
-
-    async def main() -> None:
-        key = Limiter("1k TPM", clock=virtual_time.clock)
-        open_calls = [await key.child("other").acquire(tokens=60)]
-        for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
-            (await acme.acquire(tokens=60)).release()
-            with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
-                await acme.acquire(tokens=60, timeout=5)
-        assert (virtual_time.now, len(open_calls)) == (0, 1)
-
-    virtual_time.run(main())
+async def test_open_call_of_sibling_does_not_help_call_at_own_limit(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("1k TPM", clock=virtual_time.clock)
+    open_calls = [await key.child("other").acquire(tokens=60)]
+    for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
+        (await acme.acquire(tokens=60)).release()
+        with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
+            await acme.acquire(tokens=60, timeout=5)
+    assert (virtual_time.now, len(open_calls)) == (0, 1)
 
 
-def test_call_that_may_use_units_just_handed_over_is_not_refused(virtual_time: VirtualTime) -> None:
+async def test_call_that_may_use_units_just_handed_over_is_not_refused(
+    virtual_time: VirtualTime,
+) -> None:
     """Between an admission and its lease, what was booked still counts as lent."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-        first = await limiter.acquire()
-        handed = asyncio.ensure_future(limiter.acquire(tokens=99))
-        await virtual_time.all_blocked()
-        first.release()
-        await asyncio.sleep(0)
-        assert limiter.statistics().limits[0].used == 99
-        assert not handed.done()
-        patient = limiter.acquire(tokens=50, timeout=2)
-        patient.send(None)  # waits in line, and is not refused
-        (await handed).undo()
-        await asyncio.sleep(0)
-        patient.close()
-        assert limiter.statistics().waiting == 0
-
-    virtual_time.run(main())
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    first = await limiter.acquire()
+    handed = asyncio.ensure_future(limiter.acquire(tokens=99))
+    await virtual_time.all_blocked()
+    first.release()
+    await asyncio.sleep(0)
+    assert limiter.statistics().limits[0].used == 99
+    assert not handed.done()
+    patient = limiter.acquire(tokens=50, timeout=2)
+    patient.send(None)  # waits in line, and is not refused
+    (await handed).undo()
+    await asyncio.sleep(0)
+    patient.close()
+    assert limiter.statistics().waiting == 0
 
 
-def test_call_above_burst_is_in_time_with_units_earned_by_head(virtual_time: VirtualTime) -> None:
-    """If the head gives up, a call above the burst behind it inherits what the head has earned."""
-
-    async def main() -> None:
-        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        first = asyncio.ensure_future(limiter.acquire(requests=30))
-        await asyncio.sleep(20)
-        second = asyncio.ensure_future(limiter.acquire(requests=30, timeout=15))
-        await virtual_time.all_blocked()
-        first.cancel()
-        assert (await second).waited == 9
-
-    virtual_time.run(main())
+async def test_call_above_burst_is_in_time_with_units_earned_by_head(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    first = asyncio.ensure_future(limiter.acquire(requests=30))
+    await asyncio.sleep(20)
+    second = asyncio.ensure_future(limiter.acquire(requests=30, timeout=15))
+    await virtual_time.all_blocked()
+    first.cancel()
+    assert (await second).waited == 9
 
 
-def test_token_debt_does_not_refuse_call_without_tokens(virtual_time: VirtualTime) -> None:
+async def test_token_debt_does_not_refuse_call_without_tokens(virtual_time: VirtualTime) -> None:
     """A call waits only for the limits of what it costs."""
-
-    async def main() -> None:
-        limiter = Limiter("1/s", "100 TPM burst 100", clock=virtual_time.clock)
-        with await limiter.acquire(tokens=10) as lease:
-            lease.settle(tokens=500)
-        assert (await limiter.acquire(timeout=5)).bound_by == "requests"
-
-    virtual_time.run(main())
+    limiter = Limiter("1/s", "100 TPM burst 100", clock=virtual_time.clock)
+    with await limiter.acquire(tokens=10) as lease:
+        lease.settle(tokens=500)
+    assert (await limiter.acquire(timeout=5)).bound_by == "requests"
 
 
-def test_call_passes_at_exact_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
+async def test_call_passes_at_exact_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
     """The bucket has its unit after one second, so a timeout of one second is enough."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
-        for second in range(5):
-            await bucket.acquire(timeout=1)
-            assert virtual_time.now == second
-        with pytest.raises(AcquireTimeout):
-            await bucket.acquire(timeout=0.999_999_999)
-        assert virtual_time.now == 4
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+    for second in range(5):
+        await bucket.acquire(timeout=1)
+        assert virtual_time.now == second
+    with pytest.raises(AcquireTimeout):
+        await bucket.acquire(timeout=0.999_999_999)
+    assert virtual_time.now == 4
 
 
-def test_late_loop_does_not_time_out_call_that_could_have_passed(virtual_time: VirtualTime) -> None:
-    """If a call could have passed in time, it does, even if the pacer looks after its deadline."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
-        await bucket.acquire()
-        first = asyncio.create_task(bucket.acquire(timeout=1.5))
-        second = asyncio.create_task(bucket.acquire(timeout=2.5))
-        await virtual_time.all_blocked()
-        virtual_time.advance(3.0)  # as blocking code would
-        await first
-        with pytest.raises(AcquireTimeout, match=r"2\.5 s at 1 a second"):
-            await second
-        assert virtual_time.now == 3.0
-
-    virtual_time.run(main())
+async def test_late_loop_does_not_time_out_call_that_could_have_passed(
+    virtual_time: VirtualTime,
+) -> None:
+    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+    await bucket.acquire()
+    first = asyncio.create_task(bucket.acquire(timeout=1.5))
+    second = asyncio.create_task(bucket.acquire(timeout=2.5))
+    await virtual_time.all_blocked()
+    virtual_time.advance(3.0)  # as blocking code would
+    await first
+    with pytest.raises(AcquireTimeout, match=r"2\.5 s at 1 a second"):
+        await second
+    assert virtual_time.now == 3.0
 
 
-def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime) -> None:
+async def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime) -> None:
     """Wherever a call is in line, it fails at its own instant, and the others move up."""
+    limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+    gone: list[tuple[float, float]] = []
 
-    async def main() -> None:
-        limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
-        holder = await limiter.acquire()
-        gone: list[tuple[float, float]] = []
+    async def call(timeout: float) -> None:
+        with pytest.raises(AcquireTimeout) as error:
+            await limiter.acquire(timeout=timeout)
+        assert "the one slot is taken" in str(error.value)
+        gone.append((virtual_time.now, timeout))
 
-        async def call(timeout: float) -> None:
-            with pytest.raises(AcquireTimeout) as error:
-                await limiter.acquire(timeout=timeout)
-            assert "the one slot is taken" in str(error.value)
-            gone.append((virtual_time.now, timeout))
-
-        async with asyncio.TaskGroup() as group:
-            for timeout in (5.0, 2.0, 0.0, 9.0, 2.0, 1.0):
-                group.create_task(call(timeout))
-        assert all(now == timeout for now, timeout in gone)
-        assert [now for now, _ in gone] == [0.0, 1.0, 2.0, 2.0, 5.0, 9.0]
-        holder.release()
-        assert limiter.statistics().refused == 6
-        assert limiter.statistics().waiting == 0
-
-    virtual_time.run(main())
+    async with asyncio.TaskGroup() as group:
+        for timeout in (5.0, 2.0, 0.0, 9.0, 2.0, 1.0):
+            group.create_task(call(timeout))
+    assert all(now == timeout for now, timeout in gone)
+    assert [now for now, _ in gone] == [0.0, 1.0, 2.0, 2.0, 5.0, 9.0]
+    holder.release()
+    assert limiter.statistics().refused == 6
+    assert limiter.statistics().waiting == 0
 
 
-def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> None:
+async def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> None:
     """It would sleep for the head's minute, but a call with a timeout of a second ends in time."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
-        await limiter.acquire(images=1)
-        head = asyncio.ensure_future(limiter.acquire())
-        await virtual_time.all_blocked()
-        with pytest.raises(AcquireTimeout):
-            await limiter.acquire(requests=0, images=1, timeout=1)
-        assert virtual_time.now == 1.0
-        await head
-
-    virtual_time.run(main())
+    limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
+    await limiter.acquire(Cost(images=1))
+    head = asyncio.ensure_future(limiter.acquire())
+    await virtual_time.all_blocked()
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(Cost(requests=0, images=1), timeout=1)
+    assert virtual_time.now == 1.0
+    await head
 
 
-def test_batch_larger_than_one_pass_is_admitted_by_its_deadline(virtual_time: VirtualTime) -> None:
+async def test_batch_larger_than_one_pass_is_admitted_by_its_deadline(
+    virtual_time: VirtualTime,
+) -> None:
     """All 900 calls that may pass at that instant do, though one pass admits fewer."""
-
-    async def main() -> None:
-        limiter = Limiter("1000 TPM", concurrency=1000, clock=virtual_time.clock)
-        holder = await limiter.acquire(tokens=1000)
-        calls = [asyncio.ensure_future(limiter.acquire(tokens=1, timeout=5)) for _ in range(900)]
-        await asyncio.sleep(4.9)
-        holder.settle(tokens=0)
-        leases = await asyncio.gather(*calls)
-        assert {lease.bound_by for lease in leases} == {"tokens"}
-        assert all(4.9 <= lease.waited <= 4.901 for lease in leases)
-
-    virtual_time.run(main())
+    limiter = Limiter("1000 TPM", concurrency=1000, clock=virtual_time.clock)
+    holder = await limiter.acquire(tokens=1000)
+    calls = [asyncio.ensure_future(limiter.acquire(tokens=1, timeout=5)) for _ in range(900)]
+    await asyncio.sleep(4.9)
+    holder.settle(tokens=0)
+    leases = await asyncio.gather(*calls)
+    assert {lease.bound_by for lease in leases} == {"tokens"}
+    assert all(4.9 <= lease.waited <= 4.901 for lease in leases)
 
 
 history = st.lists(
@@ -262,8 +221,6 @@ async def replay(
 def test_call_that_could_pass_in_time_is_never_refused(
     moves: list[tuple[str, int, float]], tokens: int, timeout: float
 ) -> None:
-    """If a call is refused at once, it would be late even if all open calls were undone now."""
-
     async def asked(time: VirtualTime) -> bool:
         limiter, _ = await replay(time, moves)
         before = time.now
@@ -288,35 +245,26 @@ def test_call_that_could_pass_in_time_is_never_refused(
             assert time.run(undone(time)) > timeout - 1e-6
 
 
-def test_1000_calls_due_exactly_at_their_deadline_all_pass(virtual_time: VirtualTime) -> None:
+async def test_1000_calls_due_exactly_at_their_deadline_all_pass(virtual_time: VirtualTime) -> None:
     """Calls behind the first are not late, however many passes it takes to admit all."""
-
-    async def main() -> None:
-        limiter = Limiter("1000/s burst 1000", clock=virtual_time.clock)
-        limiter.pause(10)
-        calls = [asyncio.ensure_future(limiter.acquire(timeout=10)) for _ in range(1_000)]
-        leases = await asyncio.gather(*calls)
-        assert {lease.waited for lease in leases} == {10.0}
-        assert virtual_time.now == 10.0
-
-    virtual_time.run(main())
+    limiter = Limiter("1000/s burst 1000", clock=virtual_time.clock)
+    limiter.pause(10)
+    calls = [asyncio.ensure_future(limiter.acquire(timeout=10)) for _ in range(1_000)]
+    leases = await asyncio.gather(*calls)
+    assert {lease.waited for lease in leases} == {10.0}
+    assert virtual_time.now == 10.0
 
 
-def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
+async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
     virtual_time: VirtualTime,
 ) -> None:
-    """Waiting an iteration for an emptied flow to come back costs no other call its deadline."""
-
-    async def main() -> None:
-        key = Limiter("1000 TPM", clock=virtual_time.clock)
-        costly, cheap = key.child("costly"), key.child("cheap")
-        key.pause(1)
-        calls = [
-            asyncio.ensure_future(costly.acquire(tokens=50)),
-            asyncio.ensure_future(costly.acquire(tokens=1, timeout=1)),
-            asyncio.ensure_future(cheap.acquire(tokens=1)),
-        ]
-        assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
-        assert virtual_time.now == 1.0
-
-    virtual_time.run(main())
+    key = Limiter("1000 TPM", clock=virtual_time.clock)
+    costly, cheap = key.child("costly"), key.child("cheap")
+    key.pause(1)
+    calls = [
+        asyncio.ensure_future(costly.acquire(tokens=50)),
+        asyncio.ensure_future(costly.acquire(tokens=1, timeout=1)),
+        asyncio.ensure_future(cheap.acquire(tokens=1)),
+    ]
+    assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
+    assert virtual_time.now == 1.0

@@ -10,6 +10,7 @@ import asyncbucket
 from asyncbucket import (
     AcquireTimeout,
     AsyncBucketError,
+    Cost,
     CostExceedsLimit,
     Limit,
     Limiter,
@@ -56,149 +57,125 @@ def test_errors_module_docstring_draws_every_error_once() -> None:
     )
 
 
-def test_cost_above_limit_fails_at_once(virtual_time: VirtualTime) -> None:
+async def test_cost_above_limit_fails_at_once(virtual_time: VirtualTime) -> None:
     """The message has the cost, the limit and the keyword to raise, in every kind of acquire."""
-
-    async def main() -> None:
-        limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=virtual_time.clock)
-        message = (
-            "cost of 36,055 tokens exceeds the limit of 30,000 tokens per 60 s and can never pass; "
-            "raise tpm or split the request"
-        )
-        with pytest.raises(CostExceedsLimit) as error:
-            await limiter.acquire(tokens=36_055)
-        assert str(error.value) == message
-        with pytest.raises(CostExceedsLimit) as error:
-            limiter.acquire_nowait(tokens=36_055)
-        assert str(error.value) == message
-        with pytest.raises(CostExceedsLimit) as error:
-            async with limiter.acquire(images=4):
-                pass
-        assert str(error.value) == (
-            "cost of 4 images exceeds the limit of 3 images per 10 s and can never pass; "
-            "raise the limit or split the request"
-        )
-        with pytest.raises(CostExceedsLimit, match=r"cost of over 1(,000){6} tokens exceeds"):
-            await limiter.acquire(tokens=10**5_000)  # Python itself would not print its digits
-        assert limiter.statistics().refused == 4
-        assert virtual_time.now == 0
-
-    virtual_time.run(main())
+    limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=virtual_time.clock)
+    message = (
+        "cost of 36,055 tokens exceeds the limit of 30,000 tokens per 60 s and can never pass; "
+        "raise tpm or split the request"
+    )
+    with pytest.raises(CostExceedsLimit) as error:
+        await limiter.acquire(tokens=36_055)
+    assert str(error.value) == message
+    with pytest.raises(CostExceedsLimit) as error:
+        limiter.acquire_nowait(tokens=36_055)
+    assert str(error.value) == message
+    with pytest.raises(CostExceedsLimit) as error:
+        async with limiter.acquire(Cost(images=4)):
+            pass
+    assert str(error.value) == (
+        "cost of 4 images exceeds the limit of 3 images per 10 s and can never pass; "
+        "raise the limit or split the request"
+    )
+    with pytest.raises(CostExceedsLimit, match=r"cost of over 1(,000){6} tokens exceeds"):
+        await limiter.acquire(tokens=10**5_000)  # Python itself would not print its digits
+    assert limiter.statistics().refused == 4
+    assert virtual_time.now == 0
 
 
-def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime) -> None:
+async def test_would_block_says_what_binds_and_for_how_long(virtual_time: VirtualTime) -> None:
     """It may be requests, tokens for most of a day, slots, a pause, or calls that came first."""
-
-    async def main() -> None:
-        clock = virtual_time.clock
-        limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, name="x", clock=clock)
-        held = limiter.acquire_nowait(tokens=60)
+    clock = virtual_time.clock
+    limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, name="x", clock=clock)
+    held = limiter.acquire_nowait(tokens=60)
+    with pytest.raises(WouldBlock) as error:
+        limiter.acquire_nowait()
+    assert str(error.value) == (
+        "a call of 1 request cannot pass without waiting: requests bind for 0.5 s more; "
+        "wait with acquire()"
+    )
+    assert (error.value.retry_after, error.value.bound_by) == (0.5, "requests")
+    with pytest.raises(WouldBlock) as error:
+        limiter.acquire_nowait(tokens=60)
+    assert str(error.value) == (
+        "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,906 s "
+        "more; wait with acquire()"
+    )
+    assert error.value.retry_after == pytest.approx(86_400 * 515 / 512)
+    limiter.pause(3, reason="429")
+    with pytest.raises(WouldBlock) as error:
+        limiter.acquire_nowait()
+    assert "the limiter is paused for 3 s more" in str(error.value)
+    assert (error.value.retry_after, error.value.bound_by) == (3.0, "paused")
+    await asyncio.sleep(3)
+    with limiter.acquire_nowait():
+        await asyncio.sleep(1)
         with pytest.raises(WouldBlock) as error:
             limiter.acquire_nowait()
-        assert str(error.value) == (
-            "a call of 1 request cannot pass without waiting: requests bind for 0.5 s more; "
-            "wait with acquire()"
-        )
-        assert (error.value.retry_after, error.value.bound_by) == (0.5, "requests")
-        with pytest.raises(WouldBlock) as error:
-            limiter.acquire_nowait(tokens=60)
-        assert str(error.value) == (
-            "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,906 s "
-            "more; wait with acquire()"
-        )
-        assert error.value.retry_after == pytest.approx(86_400 * 515 / 512)
-        limiter.pause(3, reason="429")
-        with pytest.raises(WouldBlock) as error:
-            limiter.acquire_nowait()
-        assert "the limiter is paused for 3 s more" in str(error.value)
-        assert (error.value.retry_after, error.value.bound_by) == (3.0, "paused")
-        await asyncio.sleep(3)
-        with limiter.acquire_nowait():
-            await asyncio.sleep(1)
-            with pytest.raises(WouldBlock) as error:
-                limiter.acquire_nowait()
-            assert "all 2 slots are taken" in str(error.value)
-            assert (error.value.retry_after, error.value.bound_by) == (None, "concurrency")
-            waiting = asyncio.ensure_future(limiter.acquire())
-            await virtual_time.all_blocked()
-            held.release()
-            with pytest.raises(WouldBlock, match="cannot pass without waiting: others came first"):
-                limiter.acquire_nowait()
-            (await waiting).release()
-
-    virtual_time.run(main())
-
-
-def test_would_block_tells_call_above_burst_to_wait_in_line(virtual_time: VirtualTime) -> None:
-    """It earns the rest only there, so trying again without waiting would never succeed."""
-
-    async def main() -> None:
-        key = Limiter("20 requests/20s burst 5", clock=virtual_time.clock)
-        child = key.child("chat", "100 RPM")
-        for _ in range(2):
-            with pytest.raises(WouldBlock) as error:
-                child.acquire_nowait(requests=10)
-            assert str(error.value) == (
-                "a call of 10 requests cannot pass without waiting: above a burst of 5 requests it "
-                "earns the rest while it is first in line; wait with acquire()"
-            )
-            assert (error.value.retry_after, error.value.bound_by) == (None, "requests")
-            await asyncio.sleep(10)
-        assert (await child.acquire(requests=10)).waited == 5.0
-
-    virtual_time.run(main())
-
-
-def test_queue_full_tells_how_many_wait_and_what_to_raise(virtual_time: VirtualTime) -> None:
-    """The error tells how many wait, and which number to raise."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPS", max_queue=2, clock=virtual_time.clock)
-        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+        assert "all 2 slots are taken" in str(error.value)
+        assert (error.value.retry_after, error.value.bound_by) == (None, "concurrency")
+        waiting = asyncio.ensure_future(limiter.acquire())
         await virtual_time.all_blocked()
-        with pytest.raises(QueueFull) as error:
-            await limiter.acquire()
+        held.release()
+        with pytest.raises(WouldBlock, match="cannot pass without waiting: others came first"):
+            limiter.acquire_nowait()
+        (await waiting).release()
+
+
+async def test_would_block_tells_call_above_burst_to_wait_in_line(
+    virtual_time: VirtualTime,
+) -> None:
+    """It earns the rest only there, so trying again without waiting would never succeed."""
+    key = Limiter("20 requests/20s burst 5", clock=virtual_time.clock)
+    child = key.child("chat", "100 RPM")
+    for _ in range(2):
+        with pytest.raises(WouldBlock) as error:
+            child.acquire_nowait(requests=10)
         assert str(error.value) == (
-            "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
-            "1.01 s more; try again later or raise max_queue=2"
+            "a call of 10 requests cannot pass without waiting: above a burst of 5 requests it "
+            "earns the rest while it is first in line; wait with acquire()"
         )
-        assert error.value.retry_after == 515 / 512
-        await asyncio.gather(*calls)
-        assert virtual_time.now == 2 * 515 / 512
-
-    virtual_time.run(main())
+        assert (error.value.retry_after, error.value.bound_by) == (None, "requests")
+        await asyncio.sleep(10)
+    assert (await child.acquire(requests=10)).waited == 5.0
 
 
-def test_max_queue_0_refuses_call_that_would_wait(virtual_time: VirtualTime) -> None:
-    """With `max_queue=0`, a call passes at once or is refused."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
+async def test_queue_full_tells_how_many_wait_and_what_to_raise(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1 RPS", max_queue=2, clock=virtual_time.clock)
+    calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+    await virtual_time.all_blocked()
+    with pytest.raises(QueueFull) as error:
         await limiter.acquire()
-        with pytest.raises(QueueFull, match="cannot pass without waiting: requests bind"):
-            await limiter.acquire()
+    assert str(error.value) == (
+        "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
+        "1.01 s more; try again later or raise max_queue=2"
+    )
+    assert error.value.retry_after == 515 / 512
+    await asyncio.gather(*calls)
+    assert virtual_time.now == 2 * 515 / 512
 
-    virtual_time.run(main())
+
+async def test_max_queue_0_refuses_call_that_would_wait(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
+    await limiter.acquire()
+    with pytest.raises(QueueFull, match="cannot pass without waiting: requests bind"):
+        await limiter.acquire()
 
 
-def test_hopeless_timeout_of_bucket_is_refused_at_once(virtual_time: VirtualTime) -> None:
+async def test_hopeless_timeout_of_bucket_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """The error shows the time that was given and the time that is needed."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPM", clock=virtual_time.clock)
-        await limiter.acquire()
-        bucket = TokenBucket(rate=0.5, burst=3, clock=virtual_time.clock)
-        await bucket.acquire(3)
-        with pytest.raises(AcquireTimeout) as error:
-            await bucket.acquire(2, timeout=3.5)
-        assert str(error.value) == (
-            "2 units cannot pass within 3.5 s at 0.5 a second; raise the timeout or the rate"
-        )
-        assert (error.value.retry_after, error.value.bound_by) == (4.0, "units")
-        assert virtual_time.now == 0
-        assert bucket.statistics().waiting == 0
-
-    virtual_time.run(main())
+    limiter = Limiter("1 RPM", clock=virtual_time.clock)
+    await limiter.acquire()
+    bucket = TokenBucket(rate=0.5, burst=3, clock=virtual_time.clock)
+    await bucket.acquire(3)
+    with pytest.raises(AcquireTimeout) as error:
+        await bucket.acquire(2, timeout=3.5)
+    assert str(error.value) == (
+        "2 units cannot pass within 3.5 s at 0.5 a second; raise the timeout or the rate"
+    )
+    assert (error.value.retry_after, error.value.bound_by) == (4.0, "units")
+    assert virtual_time.now == 0
+    assert bucket.statistics().waiting == 0
 
 
 @pytest.mark.parametrize("seconds", NO_TIMES)
@@ -218,7 +195,6 @@ def test_invalid_time_is_refused(seconds: float) -> None:
 
 
 def test_negative_times_are_refused_and_only_pause_must_be_finite() -> None:
-    """Minus one second is an error; infinity means no deadline; only a pause must be finite."""
     limiter = Limiter("5 RPM burst 5")
     with pytest.raises(ValueError, match="timeout must be at least 0 s, not -1; None waits for"):
         limiter.acquire(timeout=-1)
@@ -253,7 +229,6 @@ def test_bucket_refuses_amount_that_is_not_whole_number_of_units(amount: int) ->
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), True, "x", None, 1e-300])
 def test_bucket_refuses_invalid_rate_and_burst(value: float) -> None:
-    """Invalid values of either are refused, and the error shows the value."""
     with pytest.raises(ValueError) as error:
         TokenBucket(value)
     assert str(error.value) == f"rate must be from 1e-9 to 1e9 units a second, not {value!r}"
@@ -266,7 +241,6 @@ def test_bucket_refuses_invalid_rate_and_burst(value: float) -> None:
 
 
 def test_bucket_refuses_call_above_its_burst() -> None:
-    """A call above the burst could never pass."""
     with pytest.raises(CostExceedsLimit) as error:
         TokenBucket(rate=1.0, burst=1000).acquire_nowait(2000)
     assert str(error.value) == (
@@ -280,25 +254,26 @@ def test_bucket_refuses_call_above_its_burst() -> None:
 def test_unknown_resource_is_refused_with_list_of_known_ones() -> None:
     """The error lists the known names; the four common ones are always accepted."""
     limiter = Limiter("5 RPM", "3 images/s")
+    mistyped: Any = {"imges": 3, "token": 5}
     with pytest.raises(TypeError) as error:
-        limiter.acquire(imges=3, token=5)
+        limiter.acquire(**mistyped)
     assert str(error.value) == (
         "no limit counts imges, token: this limiter counts images, input_tokens, output_tokens, "
         "requests, tokens"
     )
+    slots: Any = {"concurrency": 2}
     with pytest.raises(TypeError, match="a call takes one slot: concurrency is no part"):
-        limiter.acquire(concurrency=2)
-    limiter.acquire_nowait(tokens=5, input_tokens=5, images=1).release()
+        limiter.acquire(**slots)
+    amounts: Any = {"tokens": 5, "input_tokens": 5, "images": 1}
+    limiter.acquire_nowait(**amounts).release()
 
 
 def test_number_in_place_of_cost_is_refused() -> None:
-    """A number in place of a `Cost` is refused."""
     with pytest.raises(TypeError, match=r"must be a Cost or keywords such as tokens=500, not 5"):
         Limiter("5 RPM").acquire(5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
 def test_pace_without_limit_is_refused() -> None:
-    """The error of `pace` without a limit says how to give one."""
     nothing: tuple[dict[str, Any], ...] = ({}, {"rpm": None}, {"on_outage": "open"})
     for keywords in nothing:
         with pytest.raises(LimitSyntaxError, match="pace\\(\\) without a limit would pace nothing"):
@@ -307,39 +282,31 @@ def test_pace_without_limit_is_refused() -> None:
         pace(object(), rpm=0)
 
 
-def test_messages_use_singular_for_one_and_no_underscores(virtual_time: VirtualTime) -> None:
+async def test_messages_use_singular_for_one_and_no_underscores(virtual_time: VirtualTime) -> None:
     """This shows in messages about one call in line, one slot, and input tokens."""
-
-    async def main() -> None:
-        clock = virtual_time.clock
-        limiter = Limiter("10 ITPM", max_queue=1, concurrency=1, clock=clock)
-        held = await limiter.acquire(input_tokens=10)
-        with pytest.raises(WouldBlock, match="without waiting: the one slot is taken; wait with"):
-            limiter.acquire_nowait()
-        held.release()
-        with pytest.raises(WouldBlock, match=r"input tokens bind for 60\.4 s more"):
-            limiter.acquire_nowait(input_tokens=1)
-        waiting = asyncio.ensure_future(limiter.acquire(input_tokens=1))
-        await virtual_time.all_blocked()
-        with pytest.raises(QueueFull, match="cannot pass behind 1 call waiting already: "):
-            await limiter.acquire()
-        waiting.cancel()
-
-    virtual_time.run(main())
+    clock = virtual_time.clock
+    limiter = Limiter("10 ITPM", max_queue=1, concurrency=1, clock=clock)
+    held = await limiter.acquire(input_tokens=10)
+    with pytest.raises(WouldBlock, match="without waiting: the one slot is taken; wait with"):
+        limiter.acquire_nowait()
+    held.release()
+    with pytest.raises(WouldBlock, match=r"input tokens bind for 60\.4 s more"):
+        limiter.acquire_nowait(input_tokens=1)
+    waiting = asyncio.ensure_future(limiter.acquire(input_tokens=1))
+    await virtual_time.all_blocked()
+    with pytest.raises(QueueFull, match="cannot pass behind 1 call waiting already: "):
+        await limiter.acquire()
+    waiting.cancel()
 
 
-def test_messages_show_long_times_without_exponent(virtual_time: VirtualTime) -> None:
+async def test_messages_show_long_times_without_exponent(virtual_time: VirtualTime) -> None:
     """Messages do not write 1,000 s, or the seconds of a month, as powers of ten."""
-
-    async def main() -> None:
-        bucket = TokenBucket(rate=0.001, clock=virtual_time.clock)
-        await bucket.acquire()
-        with pytest.raises(WouldBlock, match=r"cannot pass before 1,000 s from now at 0\.001 a"):
-            bucket.acquire_nowait()
-        with pytest.raises(AcquireTimeout, match=r"cannot pass within 900 s at 0\.001 a second"):
-            await bucket.acquire(timeout=900)
-
-    virtual_time.run(main())
+    bucket = TokenBucket(rate=0.001, clock=virtual_time.clock)
+    await bucket.acquire()
+    with pytest.raises(WouldBlock, match=r"cannot pass before 1,000 s from now at 0\.001 a"):
+        bucket.acquire_nowait()
+    with pytest.raises(AcquireTimeout, match=r"cannot pass within 900 s at 0\.001 a second"):
+        await bucket.acquire(timeout=900)
     assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2,592,000 s"
 
 
@@ -351,7 +318,6 @@ def test_unknown_name_in_package_raises_attribute_error() -> None:
 
 
 def test_foreign_text_is_shown_on_one_line_without_control_characters() -> None:
-    """It is shown on one line, and only with printable characters."""
     assert (
         one_line(" a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é ") == "a [2J  name of somebody é"
     )

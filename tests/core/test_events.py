@@ -47,13 +47,11 @@ def test_event_is_frozen_value_without_instance_dict(kind: type[Event]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_event_names_its_limiter_and_instant(kind: type[Event]) -> None:
-    """Every event names one limiter and one instant."""
     assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
     assert kind.__doc__
 
 
 def test_event_has_plain_values_and_survives_pickling() -> None:
-    """It consists of plain values only."""
     settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
 
     assert dataclasses.asdict(settled) == {
@@ -67,7 +65,6 @@ def test_event_has_plain_values_and_survives_pickling() -> None:
 
 
 def test_event_repr_shows_all_fields() -> None:
-    """Its repr shows all its fields."""
     assert repr(ADMITTED) == (
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
         "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
@@ -75,7 +72,6 @@ def test_event_repr_shows_all_fields() -> None:
 
 
 def test_observers_are_called_in_order_they_were_added() -> None:
-    """All of them get the same object, in the order in which they were added."""
     observers = Observers()
     seen: list[tuple[str, Event]] = []
     observers.add(lambda event: seen.append(("first", event)))
@@ -239,65 +235,11 @@ def test_coroutine_function_is_refused_as_observer() -> None:
 
 
 def test_object_with_async_call_is_refused_as_observer() -> None:
-    """Its `__call__` is a coroutine function."""
-
     class Watch:
         async def __call__(self, _: Event) -> None: ...
 
     with pytest.raises(TypeError, match=r"<locals>\.Watch is a coroutine function"):
         Observers().add(Watch())
-
-
-def test_postponed_event_comes_before_next_one() -> None:
-    """A finalizer may run inside an observer, so it only queues its event."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-
-    observers.emit_later(paused(1))
-    observers.emit_later(paused(2))
-    assert seen == []
-
-    observers.emit(paused(3))
-    assert seen == [paused(1), paused(2), paused(3)]
-
-
-def test_flush_delivers_postponed_event_once() -> None:
-    """Reading the statistics delivers everything that happened before."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-    observers.emit_later(ADMITTED)
-
-    observers.flush()
-    observers.flush()
-
-    assert seen == [ADMITTED]
-
-
-def test_postponed_event_is_dropped_while_no_observer_is_registered() -> None:
-    """Events do not pile up, and a new observer gets none from before."""
-    observers = Observers()
-    observers.emit_later(ADMITTED)
-    seen: list[Event] = []
-    observers.add(seen.append)
-
-    observers.flush()
-
-    assert seen == []
-
-
-def test_thousands_of_postponed_events_cause_no_deep_recursion() -> None:
-    """They are delivered one after the other."""
-    observers = Observers()
-    seen: list[Event] = []
-    observers.add(seen.append)
-    for _ in range(5_000):
-        observers.emit_later(ADMITTED)
-
-    observers.emit(ADMITTED)
-
-    assert len(seen) == 5_001
 
 
 def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:

@@ -12,31 +12,27 @@ from asyncbucket import Cost, CostExceedsLimit, Limit, Limiter
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
-def test_explanation_names_what_binds_now_and_in_the_long_run(virtual_time: VirtualTime) -> None:
-    """It says what binds now, behind how many calls, and what binds in the long run."""
-
-    async def main() -> None:
-        limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
-        assert str(limiter.explain(tokens=1_000)) == (
-            "a call would pass at once; tokens allow 200 such calls a minute "
-            "(200,000 tokens per 60 s); without that limit, requests would allow 500 a minute "
-            "(500 requests per 60 s)"
-        )
-        await limiter.acquire(tokens=200_000)
-        calls = [asyncio.ensure_future(limiter.acquire(tokens=1_000)) for _ in range(40)]
-        await asyncio.sleep(48)
-        assert str(limiter.explain(tokens=1_000)) == (
-            "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
-            "minute (200,000 tokens per 60 s); without that limit, requests would allow 500 a "
-            "minute (500 requests per 60 s)"
-        )
-        await asyncio.gather(*calls)
-
-    virtual_time.run(main())
+async def test_explanation_names_what_binds_now_and_in_the_long_run(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("500 RPM burst 500", "200k TPM", clock=virtual_time.clock)
+    assert str(limiter.explain(tokens=1_000)) == (
+        "a call would pass at once; tokens allow 200 such calls a minute "
+        "(200,000 tokens per 60 s); without that limit, requests would allow 500 a minute "
+        "(500 requests per 60 s)"
+    )
+    await limiter.acquire(tokens=200_000)
+    calls = [asyncio.ensure_future(limiter.acquire(tokens=1_000)) for _ in range(40)]
+    await asyncio.sleep(48)
+    assert str(limiter.explain(tokens=1_000)) == (
+        "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
+        "minute (200,000 tokens per 60 s); without that limit, requests would allow 500 a "
+        "minute (500 requests per 60 s)"
+    )
+    await asyncio.gather(*calls)
 
 
 def test_explanation_has_cost_and_rate_of_limits_tightest_first(virtual_time: VirtualTime) -> None:
-    """It has the cost and the calls that each limit allows, the tightest limit first."""
     key = Limiter("100 RPD", "60k TPM", name="key", clock=virtual_time.clock)
     chat = key.child("chat", "30 RPM")
     explanation = chat.explain(input_tokens=50, output_tokens=100)
@@ -49,7 +45,7 @@ def test_explanation_has_cost_and_rate_of_limits_tightest_first(virtual_time: Vi
     assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
     assert str(explanation) == (
         "a call would pass at once; requests allow 100 such calls a day (key: 100 requests per "
-        "86,400 s, burst 10); without that limit, requests would allow 43,200 a day (key/chat: 30 "
+        "86,400 s); without that limit, requests would allow 43,200 a day (key/chat: 30 "
         "requests per 60 s, burst 3)"
     )
     assert "tokens allow 2 such calls a minute" in str(Limiter("1k TPM").explain(tokens=500))
@@ -59,28 +55,24 @@ def test_explanation_has_cost_and_rate_of_limits_tightest_first(virtual_time: Vi
     assert "requests allow 5 such calls a day" in str(Limiter("5 RPD").explain())
 
 
-def test_explanation_gives_no_time_when_slots_bind(virtual_time: VirtualTime) -> None:
+async def test_explanation_gives_no_time_when_slots_bind(virtual_time: VirtualTime) -> None:
     """Nobody knows when a slot is given back, so calls behind get no time, either."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        held = await limiter.acquire()
-        explanation = limiter.explain()
-        assert (explanation.wait, explanation.bound_by) == (None, "concurrency")
-        assert str(explanation) == (
-            "a call would wait until a slot is given back; no limit over time binds such calls"
-        )
-        waiting = asyncio.ensure_future(limiter.acquire())
-        await virtual_time.all_blocked()
-        assert str(limiter.explain()).startswith(
-            "a call would wait behind 1 call until a slot is given back"
-        )
-        assert limiter.explain().ahead == 1
-        held.release()
-        (await waiting).release()
-        assert limiter.explain().wait == 0
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    held = await limiter.acquire()
+    explanation = limiter.explain()
+    assert (explanation.wait, explanation.bound_by) == (None, "concurrency")
+    assert str(explanation) == (
+        "a call would wait until a slot is given back; no limit over time binds such calls"
+    )
+    waiting = asyncio.ensure_future(limiter.acquire())
+    await virtual_time.all_blocked()
+    assert str(limiter.explain()).startswith(
+        "a call would wait behind 1 call until a slot is given back"
+    )
+    assert limiter.explain().ahead == 1
+    held.release()
+    (await waiting).release()
+    assert limiter.explain().wait == 0
 
 
 def test_explanation_names_pause_and_its_length(virtual_time: VirtualTime) -> None:
@@ -90,43 +82,35 @@ def test_explanation_names_pause_and_its_length(virtual_time: VirtualTime) -> No
     assert str(limiter.explain()).startswith("a call would wait 90 s: the limiter is paused;")
 
 
-def test_explanation_names_what_most_of_the_wait_is_for(virtual_time: VirtualTime) -> None:
+async def test_explanation_names_what_most_of_the_wait_is_for(virtual_time: VirtualTime) -> None:
     """Most of their wait is the pause, though the last one then waits for a second more."""
-
-    async def main() -> None:
-        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        await limiter.acquire()
-        calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
-        await virtual_time.all_blocked()
-        limiter.pause(30)
-        explanation = limiter.explain()
-        assert (explanation.wait, explanation.bound_by, explanation.ahead) == (33.0, "paused", 3)
-        assert str(explanation).startswith("a call would wait 33 s behind 3 calls: the limiter is ")
-        for call in calls:
-            call.cancel()
-
-    virtual_time.run(main())
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    await limiter.acquire()
+    calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+    await virtual_time.all_blocked()
+    limiter.pause(30)
+    explanation = limiter.explain()
+    assert (explanation.wait, explanation.bound_by, explanation.ahead) == (33.0, "paused", 3)
+    assert str(explanation).startswith("a call would wait 33 s behind 3 calls: the limiter is ")
+    for call in calls:
+        call.cancel()
 
 
-def test_explain_changes_nothing(virtual_time: VirtualTime) -> None:
+async def test_explain_changes_nothing(virtual_time: VirtualTime) -> None:
     """Nothing is booked, counted or awaited; a cost that can never pass is an error."""
-
-    async def main() -> None:
-        limiter = Limiter("60 RPM", "100 TPM", concurrency=2, clock=virtual_time.clock)
-        await limiter.acquire(tokens=50)
-        calls = [asyncio.ensure_future(limiter.acquire(tokens=30)) for _ in range(3)]
-        await virtual_time.all_blocked()
-        before = limiter.statistics()
-        for _ in range(3):
-            limiter.explain(tokens=60)
-        assert limiter.statistics() == before
-        for call in calls:
-            call.cancel()
-        with pytest.raises(CostExceedsLimit, match="101 tokens exceeds the limit of 100 tokens"):
-            limiter.explain(tokens=101)
-        assert limiter.statistics().refused == 0
-
-    virtual_time.run(main())
+    limiter = Limiter("60 RPM", "100 TPM", concurrency=2, clock=virtual_time.clock)
+    await limiter.acquire(tokens=50)
+    calls = [asyncio.ensure_future(limiter.acquire(tokens=30)) for _ in range(3)]
+    await virtual_time.all_blocked()
+    before = limiter.statistics()
+    for _ in range(3):
+        limiter.explain(tokens=60)
+    assert limiter.statistics() == before
+    for call in calls:
+        call.cancel()
+    with pytest.raises(CostExceedsLimit, match="101 tokens exceeds the limit of 100 tokens"):
+        limiter.explain(tokens=101)
+    assert limiter.statistics().refused == 0
 
 
 costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
@@ -154,30 +138,26 @@ def test_explained_wait_in_line_is_exact(ahead: list[int], tokens: int, pause: f
         time.run(main(time))
 
 
-def test_explained_wait_in_tree_is_upper_bound(virtual_time: VirtualTime) -> None:
+async def test_explained_wait_in_tree_is_upper_bound(virtual_time: VirtualTime) -> None:
     """A child out of its quota does not count; a call may pass earlier, never later."""
-
-    async def main() -> None:
-        chance = random.Random(8)
-        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        poor, rich, third = key.child("poor", rpm=1), key.child("rich"), key.child("third")
-        await poor.acquire()
-        calls = [asyncio.ensure_future(poor.acquire()) for _ in range(5)]
-        await asyncio.sleep(2)
-        assert rich.explain().wait == 0
-        assert rich.explain().bound_by is None
-        assert poor.explain().wait == pytest.approx(6 * 60 * 515 / 512 - 2)
-        calls += [asyncio.ensure_future(rich.acquire()) for _ in range(20)]
-        await virtual_time.all_blocked()
-        said = third.explain()
-        assert said.wait is not None
-        lease = await third.acquire()
-        assert lease.waited <= said.wait + 1e-9
-        assert said.wait <= 21
-        for call in chance.sample(calls, len(calls)):
-            call.cancel()
-
-    virtual_time.run(main())
+    chance = random.Random(8)
+    key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    poor, rich, third = key.child("poor", rpm=1), key.child("rich"), key.child("third")
+    await poor.acquire()
+    calls = [asyncio.ensure_future(poor.acquire()) for _ in range(5)]
+    await asyncio.sleep(2)
+    assert rich.explain().wait == 0
+    assert rich.explain().bound_by is None
+    assert poor.explain().wait == pytest.approx(6 * 60 * 515 / 512 - 2)
+    calls += [asyncio.ensure_future(rich.acquire()) for _ in range(20)]
+    await virtual_time.all_blocked()
+    said = third.explain()
+    assert said.wait is not None
+    lease = await third.acquire()
+    assert lease.waited <= said.wait + 1e-9
+    assert said.wait <= 21
+    for call in chance.sample(calls, len(calls)):
+        call.cancel()
 
 
 def test_explanation_names_limiter_of_each_limit(virtual_time: VirtualTime) -> None:
@@ -188,67 +168,55 @@ def test_explanation_names_limiter_of_each_limit(virtual_time: VirtualTime) -> N
     assert names == ["key", "key/chat"]
 
 
-def test_explanation_does_not_count_calls_that_go_later(virtual_time: VirtualTime) -> None:
+async def test_explanation_does_not_count_calls_that_go_later(virtual_time: VirtualTime) -> None:
     """These are less urgent calls, and those of a sibling that is out of its own quota."""
-
-    async def main() -> None:
-        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        calls = [asyncio.ensure_future(key.acquire(priority="batch")) for _ in range(100)]
-        calls += [asyncio.ensure_future(key.acquire()) for _ in range(10)]
-        poor = key.child("poor", rpm=1)
-        calls += [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
-        await asyncio.sleep(0.35)
-        assert key.explain().ahead == pytest.approx(10, abs=4)
-        with asyncbucket.priority("batch"):
-            said = key.explain()
-        assert said.ahead > 100
-        assert said.wait == pytest.approx(11, abs=1)
-        with asyncbucket.tenant("acme"), asyncbucket.priority("interactive"):
-            assert key.explain().ahead == 0
-        for call in calls:
-            call.cancel()
-
-    virtual_time.run(main())
+    key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+    calls = [asyncio.ensure_future(key.acquire(priority="batch")) for _ in range(100)]
+    calls += [asyncio.ensure_future(key.acquire()) for _ in range(10)]
+    poor = key.child("poor", rpm=1)
+    calls += [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
+    await asyncio.sleep(0.35)
+    assert key.explain().ahead == pytest.approx(10, abs=4)
+    with asyncbucket.priority("batch"):
+        said = key.explain()
+    assert said.ahead > 100
+    assert said.wait == pytest.approx(11, abs=1)
+    with asyncbucket.tenant("acme"), asyncbucket.priority("interactive"):
+        assert key.explain().ahead == 0
+    for call in calls:
+        call.cancel()
 
 
-def test_explanation_does_not_count_calls_behind_held_up_call_of_sibling(
+async def test_explanation_does_not_count_calls_behind_held_up_call_of_sibling(
     virtual_time: VirtualTime,
 ) -> None:
-    """A sibling's cheap calls would pass its own limits, but wait behind one that does not."""
-
-    async def main() -> None:
-        key = Limiter("100 TPM", clock=virtual_time.clock)
-        poor = key.child("poor", "50 TPM")
-        poor.acquire_nowait(tokens=30).release()
-        calls = [asyncio.ensure_future(poor.acquire(tokens=tokens)) for tokens in (25, 15, 5)]
-        await virtual_time.all_blocked()
-        explanation = key.child("rich").explain(tokens=60)
-        assert (explanation.ahead, explanation.wait) == (0, 0)
-        assert key.child("rich").acquire_nowait(tokens=60).waited == 0
-        for call in calls:
-            call.cancel()
-
-    virtual_time.run(main())
+    key = Limiter("100 TPM", clock=virtual_time.clock)
+    poor = key.child("poor", "50 TPM")
+    poor.acquire_nowait(tokens=30).release()
+    calls = [asyncio.ensure_future(poor.acquire(tokens=tokens)) for tokens in (25, 15, 5)]
+    await virtual_time.all_blocked()
+    explanation = key.child("rich").explain(tokens=60)
+    assert (explanation.ahead, explanation.wait) == (0, 0)
+    assert key.child("rich").acquire_nowait(tokens=60).waited == 0
+    for call in calls:
+        call.cancel()
 
 
-def test_explain_counts_call_above_burst_that_earned_its_turn(virtual_time: VirtualTime) -> None:
-    """A call above its child's burst that was head long enough waits only for the key."""
-
-    async def main() -> None:
-        key = Limiter("100 tokens/100s", clock=virtual_time.clock)
-        key.acquire_nowait(tokens=90).release()
-        costly = asyncio.ensure_future(key.child("a", "20 tokens/20s burst 5").acquire(tokens=15))
-        await asyncio.sleep(9)
-        assert key.child("b").explain(tokens=86).ahead == 0
-        await asyncio.sleep(1)
-        explanation = key.child("b").explain(tokens=86)
-        assert (explanation.ahead, explanation.bound_by) == (1, "tokens")
-        assert explanation.wait == pytest.approx(2 * 100 * 515 / 512 - 10)
-        await costly
-        await key.child("b").acquire(tokens=86)
-        assert virtual_time.now == 2 * 100 * 515 / 512
-
-    virtual_time.run(main())
+async def test_explain_counts_call_above_burst_that_earned_its_turn(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("100 tokens/100s", clock=virtual_time.clock)
+    key.acquire_nowait(tokens=90).release()
+    costly = asyncio.ensure_future(key.child("a", "20 tokens/20s burst 5").acquire(tokens=15))
+    await asyncio.sleep(9)
+    assert key.child("b").explain(tokens=86).ahead == 0
+    await asyncio.sleep(1)
+    explanation = key.child("b").explain(tokens=86)
+    assert (explanation.ahead, explanation.bound_by) == (1, "tokens")
+    assert explanation.wait == pytest.approx(2 * 100 * 515 / 512 - 10)
+    await costly
+    await key.child("b").acquire(tokens=86)
+    assert virtual_time.now == 2 * 100 * 515 / 512
 
 
 def test_explanation_applies_to_inherited_tenant(virtual_time: VirtualTime) -> None:
@@ -269,5 +237,26 @@ def test_explanation_spells_names_and_numbers_as_people_do() -> None:
     assert "requests allow 500 such calls a minute" in alike
     assert "without that limit, input tokens would allow 500 a minute" in alike
     assert "traffic allows 2 such calls a second" in str(
-        Limiter("6 traffic/s").explain(requests=0, traffic=3)
+        Limiter("6 traffic/s").explain(Cost(requests=0, traffic=3))
     )
+
+
+async def test_explained_wait_counts_no_slots_that_are_given_back_meanwhile(
+    virtual_time: VirtualTime,
+) -> None:
+    """A line longer than the slots does not make slots bind while they are all free."""
+    limiter = Limiter("500 RPM", "200k TPM", concurrency=20, clock=virtual_time.clock)
+
+    async def call() -> None:
+        async with limiter.acquire(tokens=2_000):
+            await asyncio.sleep(0.5)
+
+    calls = [asyncio.ensure_future(call()) for _ in range(200)]
+    await asyncio.sleep(30)
+    said = limiter.explain(tokens=2_000)
+    assert said.bound_by == "tokens"
+    assert (limiter.statistics().in_flight, said.ahead) == (0, 100)
+    lease = await limiter.acquire(tokens=2_000)
+    assert said.wait == pytest.approx(lease.waited, abs=1.0)
+    assert lease.waited == pytest.approx(90.7, abs=1.0)
+    await asyncio.gather(*calls)

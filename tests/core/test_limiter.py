@@ -10,129 +10,108 @@ import pytest
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
 from asyncbucket.core.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import used
 
 
-def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> None:
-    """Awaiting it gives a lease to keep; entering it gives one that is released on leaving."""
-
-    async def main() -> None:
-        limiter = Limiter("10 RPS burst 10", concurrency=2, clock=virtual_time.clock)
-        kept = await limiter.acquire(tokens=5)
-        async with limiter.acquire() as lease:
-            assert limiter.statistics().in_flight == 2
-            assert not lease.released
-        assert lease.released
-        async with kept as same:
-            assert same is kept
-        assert kept.released
-        with limiter.acquire_nowait() as lease:
-            assert not lease.released
-        assert lease.released
-        assert limiter.statistics().in_flight == 0
-
-    virtual_time.run(main())
+async def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("10 RPS burst 10", concurrency=2, clock=virtual_time.clock)
+    kept = await limiter.acquire(tokens=5)
+    async with limiter.acquire() as lease:
+        assert limiter.statistics().in_flight == 2
+        assert not lease.released
+    assert lease.released
+    async with kept as same:
+        assert same is kept
+    assert kept.released
+    with limiter.acquire_nowait() as lease:
+        assert not lease.released
+    assert lease.released
+    assert limiter.statistics().in_flight == 0
 
 
-def test_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
-    """It may be made early, thrown away, closed, or awaited again for another lease."""
-
-    async def main() -> None:
-        limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
-        acquisition = limiter.acquire()
-        limiter.acquire().close()
-        assert limiter.statistics().admitted == 0
-        first, second = await acquisition, await acquisition
-        assert first is not second
-        assert limiter.statistics().admitted == 2
-
-    virtual_time.run(main())
-
-
-def test_leaving_acquisition_that_was_not_entered_is_harmless(virtual_time: VirtualTime) -> None:
-    """This happens when entering has failed."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        acquisition = limiter.acquire()
-        await acquisition.__aexit__(None, None, None)
-        acquisition.close()
-        assert limiter.statistics().admitted == 0
-
-    virtual_time.run(main())
+async def test_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
+    """It may be made early, thrown away, closed, or awaited again once it is released."""
+    limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
+    acquisition = limiter.acquire()
+    limiter.acquire().close()
+    assert limiter.statistics().admitted == 0
+    lease = await acquisition
+    with pytest.raises(RuntimeError, match=r"held already: call acquire\(\) for another lease"):
+        await acquisition
+    lease.settle(requests=4)
+    lease.release()
+    assert not (await acquisition).released
+    assert used(limiter) == [5]
+    lease.settle(requests=0)
+    assert used(limiter) == [4]
+    assert limiter.statistics().admitted == 2
 
 
-def test_acquisition_never_awaited_causes_warning(virtual_time: VirtualTime) -> None:
+async def test_leaving_acquisition_that_was_not_entered_is_harmless(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    acquisition = limiter.acquire()
+    await acquisition.__aexit__(None, None, None)
+    acquisition.close()
+    assert limiter.statistics().admitted == 0
+
+
+async def test_acquisition_never_awaited_causes_warning(virtual_time: VirtualTime) -> None:
     """The warning names the caller's line; there is none if it was closed, or the limiter used."""
-
-    async def main() -> None:
-        limiter = Limiter("5 RPM", clock=virtual_time.clock)
-        for timeout in (None, 5.0):
-            with pytest.warns(
-                RuntimeWarning, match=r"never awaited.*`await limiter\.acquire"
-            ) as told:
-                limiter.acquire(timeout=timeout)
-            assert told[0].filename == __file__
-        limiter.acquire().close()
-        unborn = asyncio.create_task(limiter.acquire())
-        unborn.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await unborn
-        acquisition = limiter.acquire()
-        (await acquisition).release()
-        del acquisition
-        limiter.acquire()
-
-    virtual_time.run(main())
+    limiter = Limiter("5 RPM", clock=virtual_time.clock)
+    for timeout in (None, 5.0):
+        with pytest.warns(RuntimeWarning, match=r"never awaited.*`await limiter\.acquire") as told:
+            limiter.acquire(timeout=timeout)
+        assert told[0].filename == __file__
+    limiter.acquire().close()
+    unborn = asyncio.create_task(limiter.acquire())
+    unborn.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await unborn
+    acquisition = limiter.acquire()
+    (await acquisition).release()
+    del acquisition
+    limiter.acquire()
 
 
-def test_timeout_restarts_each_time_acquisition_is_entered(virtual_time: VirtualTime) -> None:
-    """An acquisition that is entered again may wait as long as the first time."""
+async def test_timeout_restarts_each_time_acquisition_is_entered(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    acquisition = limiter.acquire(timeout=1)
+    for second in range(0, 12, 4):
+        limiter.acquire_nowait().release()
+        async with acquisition:
+            assert virtual_time.now == second + 1
+        await asyncio.sleep(3)
 
-    async def main() -> None:
-        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        acquisition = limiter.acquire(timeout=1)
-        for second in range(0, 12, 4):
-            limiter.acquire_nowait().release()
-            async with acquisition:
-                assert virtual_time.now == second + 1
+
+async def test_acquisition_can_be_entered_by_one_task_at_a_time(virtual_time: VirtualTime) -> None:
+    """A second task is refused while the first waits or holds a lease."""
+    limiter = Limiter("1 RPS burst 1", concurrency=1, clock=virtual_time.clock)
+    acquisition = limiter.acquire()
+
+    async def call() -> None:
+        async with acquisition:
             await asyncio.sleep(3)
 
-    virtual_time.run(main())
-
-
-def test_acquisition_can_be_entered_by_one_task_at_a_time(virtual_time: VirtualTime) -> None:
-    """A second task is refused while the first waits or holds a lease."""
-
-    async def main() -> None:
-        limiter = Limiter("1 RPS burst 1", concurrency=1, clock=virtual_time.clock)
-        acquisition = limiter.acquire()
-
-        async def call() -> None:
-            async with acquisition:
-                await asyncio.sleep(3)
-
-        for begun in (0.0, 1.0):
-            calls = [asyncio.ensure_future(call()) for _ in range(2)]
-            await asyncio.sleep(begun)
-            with pytest.raises(
-                RuntimeError, match=r"entered already: call acquire\(\) for another"
-            ):
-                await call()
-            assert limiter.statistics().in_flight == 1
-            ended = await asyncio.gather(*calls, return_exceptions=True)
-            assert [type(each).__name__ for each in ended] == ["NoneType", "RuntimeError"]
-        held = await limiter.acquire()
-        impatient = asyncio.ensure_future(call())
-        await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="entered already"):
+    for begun in (0.0, 1.0):
+        calls = [asyncio.ensure_future(call()) for _ in range(2)]
+        await asyncio.sleep(begun)
+        with pytest.raises(RuntimeError, match=r"entered already: call acquire\(\) for another"):
             await call()
-        impatient.cancel()
-        await virtual_time.all_blocked()
-        held.release()
+        assert limiter.statistics().in_flight == 1
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(each).__name__ for each in ended] == ["NoneType", "RuntimeError"]
+    held = await limiter.acquire()
+    impatient = asyncio.ensure_future(call())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="entered already"):
         await call()
-        assert limiter.statistics().in_flight == 0
-
-    virtual_time.run(main())
+    impatient.cancel()
+    await virtual_time.all_blocked()
+    held.release()
+    await call()
+    assert limiter.statistics().in_flight == 0
 
 
 async def test_acquisition_can_be_wrapped_in_one_task_only() -> None:
@@ -167,66 +146,52 @@ def test_acquisition_is_accepted_by_asyncio_as_coroutine(*, debug: bool) -> None
         time.run(main())
 
 
-def test_waiting_call_holds_neither_slot_nor_request(virtual_time: VirtualTime) -> None:
-    """While a call waits for tokens, it holds neither a slot nor a request."""
-
-    async def main() -> None:
-        limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=2, clock=virtual_time.clock)
-        (await limiter.acquire(tokens=100)).release()
-        waiting = asyncio.ensure_future(limiter.acquire(tokens=1))
-        await virtual_time.all_blocked()
-        now = limiter.statistics()
-        assert (now.in_flight, now.waiting) == (0, 1)
-        assert now.limits[0].used == 1
-        lease = await waiting
-        assert lease.waited == pytest.approx(60 * 515 / 512)
-        assert lease.bound_by == "tokens"
-
-    virtual_time.run(main())
+async def test_waiting_call_holds_neither_slot_nor_request(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=2, clock=virtual_time.clock)
+    (await limiter.acquire(tokens=100)).release()
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=1))
+    await virtual_time.all_blocked()
+    now = limiter.statistics()
+    assert (now.in_flight, now.waiting) == (0, 1)
+    assert now.limits[0].used == 1
+    lease = await waiting
+    assert lease.waited == pytest.approx(60 * 515 / 512)
+    assert lease.bound_by == "tokens"
 
 
-def test_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
+async def test_lease_tells_what_it_waited_for(virtual_time: VirtualTime) -> None:
     """It may be requests, slots or nothing; the statistics count the waits by what bound them."""
-
-    async def main() -> None:
-        limiter = Limiter("1 requests/2s", concurrency=1, clock=virtual_time.clock)
-        first = await limiter.acquire()
-        assert (first.waited, first.bound_by) == (0.0, None)
-        second = asyncio.ensure_future(limiter.acquire())
-        await asyncio.sleep(5)
-        first.release()
-        assert (await second).bound_by == "concurrency"
-        (await second).release()
-        third = await limiter.acquire()
-        assert (third.waited, third.bound_by) == (2 * 515 / 512, "requests")
-        assert limiter.statistics().waits == {
-            "concurrency": Waits(1, 5.0),
-            "requests": Waits(1, pytest.approx(2 * 515 / 512)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-        }
-
-    virtual_time.run(main())
+    limiter = Limiter("1 requests/2s", concurrency=1, clock=virtual_time.clock)
+    first = await limiter.acquire()
+    assert (first.waited, first.bound_by) == (0.0, None)
+    second = asyncio.ensure_future(limiter.acquire())
+    await asyncio.sleep(5)
+    first.release()
+    assert (await second).bound_by == "concurrency"
+    (await second).release()
+    third = await limiter.acquire()
+    assert (third.waited, third.bound_by) == (2 * 515 / 512, "requests")
+    assert limiter.statistics().waits == {
+        "concurrency": Waits(1, 5.0),
+        "requests": Waits(1, pytest.approx(2 * 515 / 512)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    }
 
 
-def test_call_that_passes_before_pacer_looks_still_names_what_bound_it(
+async def test_call_that_passes_before_pacer_looks_still_names_what_bound_it(
     virtual_time: VirtualTime,
 ) -> None:
     """The slot comes back in the same iteration of the loop in which the call began to wait."""
-
-    async def main() -> None:
-        limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-        first = await limiter.acquire()
-        second = asyncio.ensure_future(limiter.acquire())
-        await asyncio.sleep(0)
-        assert limiter.statistics().bound_by == "concurrency"
-        first.release()
-        assert (await second).bound_by == "concurrency"
-        assert limiter.statistics().waits == {"concurrency": Waits(1, 0.0)}
-
-    virtual_time.run(main())
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    first = await limiter.acquire()
+    second = asyncio.ensure_future(limiter.acquire())
+    await asyncio.sleep(0)
+    assert limiter.statistics().bound_by == "concurrency"
+    first.release()
+    assert (await second).bound_by == "concurrency"
+    assert limiter.statistics().waits == {"concurrency": Waits(1, 0.0)}
 
 
 def test_cost_object_works_in_every_kind_of_acquire(virtual_time: VirtualTime) -> None:
-    """A `Cost` works like its parts in every kind of acquire."""
     limiter = Limiter("10 images/s", "500 TPM", clock=virtual_time.clock)
     cost = Cost(tokens=100, images=2)
     assert limiter.acquire_nowait(cost).cost == cost
@@ -251,43 +216,38 @@ def test_input_and_output_tokens_are_limited_separately(virtual_time: VirtualTim
     assert [use.used for use in limiter.statistics().limits] == [150, 80, 180]
 
 
-def test_statistics_are_frozen_snapshot(virtual_time: VirtualTime) -> None:
+async def test_statistics_are_frozen_snapshot(virtual_time: VirtualTime) -> None:
     """All its values are of one instant, and later calls do not change it."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", concurrency=3, name="openai", clock=virtual_time.clock)
-        lease = await limiter.acquire(tokens=60)
-        waiting = asyncio.ensure_future(limiter.acquire(tokens=60))
-        await virtual_time.all_blocked()
-        before = limiter.statistics()
-        lease.settle(tokens=15)
-        await waiting
-        assert before == Statistics(
-            name="openai",
-            admitted=1,
-            refused=0,
-            cancelled=0,
-            waiting=1,
-            in_flight=1,
-            concurrency=3,
-            paused=0,
-            upstream_429=0,
-            overridden=0,
-            waits={},
-            refunded={},
-            limits=(LimitUse(Limit("tokens", 100), used=60, available=40),),
-            bound_by="tokens",
-        )
-        after = limiter.statistics()
-        assert after.refunded == {"tokens": 45}
-        assert (after.admitted, after.waiting, after.in_flight) == (2, 0, 2)
-        assert after.limits[0] == LimitUse(Limit("tokens", 100), used=75, available=25)
-
-    virtual_time.run(main())
+    limiter = Limiter("100 TPM", concurrency=3, name="openai", clock=virtual_time.clock)
+    lease = await limiter.acquire(tokens=60)
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=60))
+    await virtual_time.all_blocked()
+    before = limiter.statistics()
+    lease.settle(tokens=15)
+    await waiting
+    assert before == Statistics(
+        name="openai",
+        admitted=1,
+        refused=0,
+        cancelled=0,
+        waiting=1,
+        in_flight=1,
+        concurrency=3,
+        paused=0,
+        upstream_429=0,
+        overridden=0,
+        waits={},
+        refunded={},
+        limits=(LimitUse(Limit("tokens", 100), used=60, available=40),),
+        bound_by="tokens",
+    )
+    after = limiter.statistics()
+    assert after.refunded == {"tokens": 45}
+    assert (after.admitted, after.waiting, after.in_flight) == (2, 0, 2)
+    assert after.limits[0] == LimitUse(Limit("tokens", 100), used=75, available=25)
 
 
 def test_limiter_without_limits_admits_and_counts_every_call(virtual_time: VirtualTime) -> None:
-    """It still counts calls."""
     limiter = Limiter(clock=virtual_time.clock)
     for _ in range(100):
         limiter.acquire_nowait(tokens=10**9).release()
@@ -295,8 +255,6 @@ def test_limiter_without_limits_admits_and_counts_every_call(virtual_time: Virtu
 
 
 def test_limiter_works_with_default_clock() -> None:
-    """With the default clock, an idle limiter and a deadline work, too."""
-
     async def main() -> None:
         import time
 
@@ -325,7 +283,6 @@ async def test_aclose_without_store_does_nothing() -> None:
 
 
 async def test_limiter_used_as_async_context_manager_is_refused_with_remedy() -> None:
-    """The error says what to write instead, for those used to limiters that are one."""
     with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
         async with Limiter("5 RPM"):
             pass  # pragma: no cover - never entered
@@ -400,3 +357,36 @@ def test_learn_refuses_limit_given_as_string() -> None:
     """Texts are for people; what is learned comes from headers."""
     with pytest.raises(TypeError, match=r"learn\(\) takes a Limit, such as .*, not '60 RPM'"):
         Limiter().learn("60 RPM")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+async def test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls(
+    virtual_time: VirtualTime,
+) -> None:
+    clock = virtual_time.clock
+    limiter = Limiter("14,400 RPD", "40k ITPM", concurrency=2, name="groq", clock=clock)
+    held = [await limiter.acquire() for _ in range(2)]
+    waiting = asyncio.ensure_future(limiter.acquire())
+    await virtual_time.all_blocked()
+    assert repr(limiter) == (
+        "<Limiter 'groq', 14,400 requests per 86,400 s, 40,000 input tokens per 60 s, "
+        "concurrency 2/2, 1 waiting>"
+    )
+    for lease in held:
+        lease.release()
+    (await waiting).release()
+    assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
+
+
+async def test_repr_of_lease_shows_state_cost_and_wait(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1/s", clock=virtual_time.clock)
+    await limiter.acquire()
+    lease = limiter.acquire(tokens=5)
+    cost = "Cost(requests=1, tokens=5, input_tokens=5, output_tokens=5)"
+    assert repr(lease).startswith(f"<Lease asked {cost}")
+    waiting = asyncio.ensure_future(lease)
+    await virtual_time.all_blocked()
+    assert repr(lease).startswith(f"<Lease waiting {cost}")
+    await waiting
+    assert repr(lease) == f"<Lease open {cost} waited=1.006 s bound_by=requests>"
+    lease.release()
+    assert repr(lease).startswith(f"<Lease released {cost}")

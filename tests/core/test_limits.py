@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import Limit, Limiter, LimitSyntaxError, WouldBlock
+from asyncbucket import Cost, Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.core.limits import KEYWORDS
+from asyncbucket.testing import VirtualTime
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,6 @@ def test_amount_that_is_not_positive_whole_number_is_refused(amount: float) -> N
 
 @pytest.mark.parametrize("amount", [10**19, 1e308, 10**400], ids=["1e19", "1e308", "1e400"])
 def test_amount_above_1e18_is_refused(amount: float) -> None:
-    """Amounts beyond 1e18 are refused; a limit that no call reaches can be left out."""
     limiter = Limiter("60 RPM")
     for refuse in (Limiter, limiter.child("a").reconfigure, limiter.reconfigure):
         with pytest.raises(LimitSyntaxError, match=r"rpm must be at most 1e\+18; leave it out"):
@@ -150,7 +150,6 @@ def test_window_outside_1_ms_to_400_days_is_refused(per: float) -> None:
 
 
 def test_burst_above_limit_is_refused() -> None:
-    """A larger burst is refused, and the error shows both numbers."""
     with pytest.raises(LimitSyntaxError) as error:
         Limit("requests", 500, burst=1000)
     assert str(error.value) == (
@@ -163,23 +162,84 @@ def test_burst_above_limit_is_refused() -> None:
 
 @pytest.mark.parametrize("resource", ["", "two words", "1st", 5, None])
 def test_resource_that_is_not_a_name_is_refused(resource: str) -> None:
-    """Anything else is refused."""
     with pytest.raises(LimitSyntaxError, match="a resource must be a name such as requests, not"):
         Limit(resource, 5)
 
 
 def test_limit_on_concurrency_is_refused() -> None:
-    """It is a keyword of its own, not a `Limit`."""
     with pytest.raises(LimitSyntaxError, match=r"no window: pass concurrency=\.\.\."):
         Limit("concurrency", 5)
 
 
 def test_default_burst_is_a_tenth_for_requests_and_none_for_tokens() -> None:
-    """This is the default burst: at least one request, and none for tokens."""
+    """Windows of an hour or more are not paced unless ``burst`` says so."""
     assert Limit("requests", 500).burst == 50
     assert Limit("requests", 5).burst == 1
+    assert Limit("requests", 500, per=3_599).burst == 50
+    assert Limit("requests", 500, per=3_600).burst is None
+    assert Limit("requests", 500, per=3_600, burst=7).burst == 7
     assert Limit("tokens", 500).burst is None
     assert Limit("requests", 500.0, burst=20.0).burst == 20  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+async def test_limit_of_a_day_may_be_used_up_in_an_hour(virtual_time: VirtualTime) -> None:
+    """README's own: it is the 500 a minute that paces."""
+    limiter = Limiter("500 RPM", "200k TPM", "10k RPD", clock=virtual_time.clock)
+    for _ in range(2_000):
+        (await limiter.acquire(tokens=100)).release()
+    assert virtual_time.now <= 4 * 60 * 515 / 512
+
+
+@pytest.mark.parametrize(
+    ("limit", "likely"),
+    [
+        ("500 requets/min", "requests"),
+        ("200k tok/min", "tokens"),
+        (Limit.parse("5 images/s"), None),
+        ("500 reqests/min", "requests"),
+        ("40k input_tokns/min", "input_tokens"),
+        ("5 documents/s", None),
+    ],
+)
+def test_limit_of_misspelled_resource_is_refused_with_likely_one(
+    limit: str | Limit, likely: str | None
+) -> None:
+    """No call would ever pay for it; names that are not close to a known one are other resources."""
+    if likely is None:
+        assert Limiter(limit).limits
+    else:
+        with pytest.raises(LimitSyntaxError, match=f"did you mean {likely}\\?$"):
+            Limiter(limit)
+
+
+def call_many_times(limiter: Limiter) -> None:
+    """Ask in both ways."""
+    for _ in range(300):
+        limiter.acquire_sync().release()
+        limiter.acquire().close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_limit_that_nothing_pays_is_warned_of_once(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1M RPM burst 1M", "5 documents/s", name="key", clock=virtual_time.clock)
+    with pytest.warns(RuntimeWarning) as told:
+        call_many_times(limiter)
+    (warning,) = told
+    assert (
+        "calls have passed limiter 'key', and none cost anything of its limit of 5 documents per 1 s"
+        in (str(warning.message))
+    )
+    assert warning.filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_limit_that_some_call_paid_is_not_warned_of(virtual_time: VirtualTime) -> None:
+    """However long ago that was."""
+    limiter = Limiter("1M RPM burst 1M", "5 documents/s", clock=virtual_time.clock)
+    limiter.acquire_nowait(Cost(documents=1)).release()
+    virtual_time.advance(10)
+    assert limiter.statistics().limits[1].used == 0
+    call_many_times(limiter)
 
 
 def test_limit_knows_its_window_keyword_label_and_text() -> None:
@@ -195,7 +255,6 @@ def test_limit_knows_its_window_keyword_label_and_text() -> None:
 
 
 def test_keywords_mean_same_as_limit_strings() -> None:
-    """Each keyword means the same as the text of that name; None means no limit."""
     for keyword in KEYWORDS:
         keywords: dict[str, Any] = {keyword: 7}
         assert Limiter(**keywords).limits == Limiter(f"7 {keyword.upper()}").limits
@@ -209,8 +268,9 @@ def test_keywords_mean_same_as_limit_strings() -> None:
 
 def test_unknown_keywords_and_duplicate_windows_are_refused() -> None:
     """A typo's error lists the known keywords; two limits of one window contradict each other."""
+    mistyped: Any = {"rpmm": 5}
     with pytest.raises(LimitSyntaxError) as error:
-        Limiter(rpmm=5)
+        Limiter(**mistyped)
     assert str(error.value) == (
         "rpmm= is not a limit; known: rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concurrency"
     )
@@ -223,7 +283,6 @@ def test_unknown_keywords_and_duplicate_windows_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), True, "5"])
 def test_concurrency_and_max_queue_must_be_whole_numbers(value: int) -> None:
-    """`concurrency` and `max_queue` refuse anything else; the error shows the value."""
     with pytest.raises(ValueError) as error:
         Limiter(concurrency=value)
     assert str(error.value) == (

@@ -21,7 +21,6 @@ def test_nan_infinity_and_fractions_count_as_numbers(value: object) -> None:
 
 @pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
 def test_bools_strings_and_complex_do_not_count_as_numbers(value: object) -> None:
-    """A bool is not a number here, although Python makes it one."""
     assert not is_number(value)
     assert not is_integer(value)
 
@@ -45,20 +44,15 @@ async def test_numpy_numbers_are_accepted_everywhere() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "int32", "int64", "float32"])
-def test_seconds_in_small_numpy_integers_do_not_overflow(
+async def test_seconds_in_small_numpy_integers_do_not_overflow(
     virtual_time: VirtualTime, kind: str
 ) -> None:
-    """Thirty seconds are more nanoseconds than small integers hold, such as those of an int32 column."""
     numpy: Any = pytest.importorskip("numpy")
     thirty = getattr(numpy, kind)(30)
-
-    async def main() -> None:
-        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, slot_ttl=thirty)
-        limiter.pause(thirty)
-        await limiter.acquire(timeout=thirty, deadline=thirty)
-        assert virtual_time.now == 30
-
-    virtual_time.run(main())
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, slot_ttl=thirty)
+    limiter.pause(thirty)
+    await limiter.acquire(timeout=thirty, deadline=thirty)
+    assert virtual_time.now == 30
     told = plan(rpm=100, latency=[thirty, thirty], arrivals=[thirty, thirty], what_if=False)
     assert told.duration == 60
 
@@ -102,7 +96,6 @@ def test_plan_accepts_numpy_numbers() -> None:
 
 
 def test_bucket_with_numpy_rate_is_exact(virtual_time: VirtualTime) -> None:
-    """Integers of numpy would overflow in a bucket's arithmetic."""
     numpy: Any = pytest.importorskip("numpy")
 
     async def take() -> None:

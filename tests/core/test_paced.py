@@ -9,7 +9,9 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.testing import VirtualTime
 
 
-def test_each_call_of_paced_async_function_waits_for_admission(virtual_time: VirtualTime) -> None:
+async def test_each_call_of_paced_async_function_waits_for_admission(
+    virtual_time: VirtualTime,
+) -> None:
     """With the bare decorator, arguments, result and name of an async function are kept."""
     limiter = Limiter("1/s", concurrency=1, clock=virtual_time.clock)
 
@@ -20,18 +22,17 @@ def test_each_call_of_paced_async_function_waits_for_admission(virtual_time: Vir
         await asyncio.sleep(0)
         return prompt.upper() if loud else prompt
 
-    async def main() -> None:
-        replies = await asyncio.gather(ask("a"), ask("b", loud=True))
-        assert list(replies) == ["a", "B"]
-        assert virtual_time.now == 515 / 512
-        assert limiter.statistics().in_flight == 0
-
-    virtual_time.run(main())
+    replies = await asyncio.gather(ask("a"), ask("b", loud=True))
+    assert list(replies) == ["a", "B"]
+    assert virtual_time.now == 515 / 512
+    assert limiter.statistics().in_flight == 0
     assert (ask.__name__, ask.__doc__) == ("ask", "Ask.")
     assert inspect.iscoroutinefunction(ask)
 
 
-def test_cost_given_as_function_is_computed_from_call_arguments(virtual_time: VirtualTime) -> None:
+async def test_cost_given_as_function_is_computed_from_call_arguments(
+    virtual_time: VirtualTime,
+) -> None:
     """A number is the price of every call."""
     limiter = Limiter("100 TPM", "50 images/m", clock=virtual_time.clock)
 
@@ -39,18 +40,14 @@ def test_cost_given_as_function_is_computed_from_call_arguments(virtual_time: Vi
     async def ask(prompt: str) -> str:
         return prompt
 
-    async def main() -> None:
-        await ask("seven ch")
-        await ask("two")
-        assert [use.used for use in limiter.statistics().limits] == [11, 4]
-        with pytest.raises(CostExceedsLimit):
-            await ask("x" * 101)
-
-    virtual_time.run(main())
+    await ask("seven ch")
+    await ask("two")
+    assert [use.used for use in limiter.statistics().limits] == [11, 4]
+    with pytest.raises(CostExceedsLimit):
+        await ask("x" * 101)
 
 
 def test_paced_plain_function_holds_its_slot_while_it_runs() -> None:
-    """The function holds its slot while it runs, and gives it back after an error, too."""
     limiter = Limiter("10 TPM burst 10", concurrency=1)
 
     @limiter.paced(tokens=3)
@@ -65,7 +62,7 @@ def test_paced_plain_function_holds_its_slot_while_it_runs() -> None:
     assert (now.in_flight, now.limits[0].used) == (0, 6)
 
 
-def test_methods_and_partials_can_be_paced(virtual_time: VirtualTime) -> None:
+async def test_methods_and_partials_can_be_paced(virtual_time: VirtualTime) -> None:
     """`self` is the first argument; a partial of an async function is async."""
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
 
@@ -77,12 +74,9 @@ def test_methods_and_partials_can_be_paced(virtual_time: VirtualTime) -> None:
     async def plain(one: int, other: int) -> int:
         return one + other
 
-    async def main() -> None:
-        assert await Agent().ask("x") == "x"
-        assert await limiter.paced(functools.partial(plain, 1))(2) == 3
-        assert limiter.statistics().admitted == 2
-
-    virtual_time.run(main())
+    assert await Agent().ask("x") == "x"
+    assert await limiter.paced(functools.partial(plain, 1))(2) == 3
+    assert limiter.statistics().admitted == 2
 
 
 def test_paced_refuses_generator_functions() -> None:
@@ -129,18 +123,12 @@ def test_paced_refuses_object_that_is_not_callable() -> None:
         Limiter("1/s").paced(500)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
 
 
-def test_paced_object_with_async_call_does_not_block_loop(virtual_time: VirtualTime) -> None:
-    """Like an async function, it waits for its turn on the loop."""
-
+async def test_paced_object_with_async_call_does_not_block_loop(virtual_time: VirtualTime) -> None:
     class Model:
         async def __call__(self, prompt: str) -> str:
             return prompt.upper()
 
     limiter = Limiter("1/s", clock=virtual_time.clock)
     ask = limiter.paced(Model())
-
-    async def main() -> None:
-        assert {*await asyncio.gather(ask("a"), ask("b"))} == {"A", "B"}
-        assert virtual_time.now == 515 / 512
-
-    virtual_time.run(main())
+    assert {*await asyncio.gather(ask("a"), ask("b"))} == {"A", "B"}
+    assert virtual_time.now == 515 / 512

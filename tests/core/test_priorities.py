@@ -44,44 +44,34 @@ def served_to(
 
 
 @pytest.mark.heavy
-def test_interactive_call_waits_one_gap_beside_10_000_batch_calls(
+async def test_interactive_call_waits_one_gap_beside_10_000_batch_calls(
     virtual_time: VirtualTime,
 ) -> None:
-    """It does so whenever it comes; the batch loses only the calls served in between."""
     chance = random.Random(2)
     waits: list[float] = []
-
-    async def main() -> None:
-        limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        served: list[Any] = []
-        batch = [asyncio.ensure_future(ask(limiter, "batch", served)) for _ in range(10_000)]
-        await virtual_time.all_blocked()
-        for _ in range(100):
-            await asyncio.sleep(0.5 + chance.random())
-            lease = await limiter.acquire(priority="interactive")
-            waits.append(lease.waited)
-            lease.release()
-        await asyncio.gather(*batch)
-        assert len(served) == 10_000
-
-    virtual_time.run(main())
+    limiter = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+    served: list[Any] = []
+    batch = [asyncio.ensure_future(ask(limiter, "batch", served)) for _ in range(10_000)]
+    await virtual_time.all_blocked()
+    for _ in range(100):
+        await asyncio.sleep(0.5 + chance.random())
+        lease = await limiter.acquire(priority="interactive")
+        waits.append(lease.waited)
+        lease.release()
+    await asyncio.gather(*batch)
+    assert len(served) == 10_000
     assert max(waits) <= GAP + 1e-9
     assert virtual_time.now == pytest.approx(10_100 / 10, rel=0.01)
 
 
-def test_interactive_call_passes_costly_batch_call_at_head(virtual_time: VirtualTime) -> None:
-    """It does not wait until the costly call has enough tokens."""
-
-    async def main() -> None:
-        limiter = Limiter("100 TPM", clock=virtual_time.clock)
-        await limiter.acquire(tokens=50)
-        costly = asyncio.ensure_future(limiter.acquire(tokens=90, priority="batch"))
-        await virtual_time.all_blocked()
-        assert (await limiter.acquire(tokens=10, priority="interactive")).waited == 0
-        assert not costly.done()
-        await costly
-
-    virtual_time.run(main())
+async def test_interactive_call_passes_costly_batch_call_at_head(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("100 TPM", clock=virtual_time.clock)
+    await limiter.acquire(tokens=50)
+    costly = asyncio.ensure_future(limiter.acquire(tokens=90, priority="batch"))
+    await virtual_time.all_blocked()
+    assert (await limiter.acquire(tokens=10, priority="interactive")).waited == 0
+    assert not costly.done()
+    await costly
 
 
 @pytest.mark.heavy
@@ -112,79 +102,69 @@ def test_wait_of_least_urgent_call_is_bounded(virtual_time: VirtualTime) -> None
     assert max(gaps) <= 74
 
 
-def test_calls_of_one_priority_pass_in_order_of_arrival(virtual_time: VirtualTime) -> None:
+async def test_calls_of_one_priority_pass_in_order_of_arrival(virtual_time: VirtualTime) -> None:
     """This holds whatever calls of other priorities wait."""
+    limiter = Limiter("20 RPS burst 1", clock=virtual_time.clock)
+    served: dict[int, list[int]] = {-1: [], 0: [], 1: []}
 
-    async def main() -> None:
-        limiter = Limiter("20 RPS burst 1", clock=virtual_time.clock)
-        served: dict[int, list[int]] = {-1: [], 0: [], 1: []}
+    async def call(number: int, priority: int) -> None:
+        async with limiter.acquire(priority=priority):
+            served[priority].append(number)
 
-        async def call(number: int, priority: int) -> None:
-            async with limiter.acquire(priority=priority):
-                served[priority].append(number)
-
-        chance = random.Random(4)
-        async with asyncio.TaskGroup() as group:
-            for number in range(300):
-                group.create_task(call(number, chance.choice([-1, 0, 1])))
-                if chance.random() < 0.3:
-                    await asyncio.sleep(0.1)
-        assert sum(map(len, served.values())) == 300
-        assert all(numbers == sorted(numbers) for numbers in served.values())
-
-    virtual_time.run(main())
+    chance = random.Random(4)
+    async with asyncio.TaskGroup() as group:
+        for number in range(300):
+            group.create_task(call(number, chance.choice([-1, 0, 1])))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0.1)
+    assert sum(map(len, served.values())) == 300
+    assert all(numbers == sorted(numbers) for numbers in served.values())
 
 
-def test_priority_outranks_shares_of_children(virtual_time: VirtualTime) -> None:
+async def test_priority_outranks_shares_of_children(virtual_time: VirtualTime) -> None:
     """One tenant's urgent call passes before another's normal one, whatever their shares."""
-
-    async def main() -> None:
-        key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
-        busy, idle = key.child("busy"), key.child("idle", weight=100)
-        served: list[Any] = []
-        calls = [asyncio.ensure_future(ask(busy, None, served)) for _ in range(20)]
-        await asyncio.sleep(1)
-        calls += [asyncio.ensure_future(ask(idle, None, served)) for _ in range(20)]
-        await virtual_time.all_blocked()
-        before = len(served)
-        await ask(busy, 1, served)
-        assert served[before:] == [1]
-        await asyncio.gather(*calls)
-
-    virtual_time.run(main())
+    key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
+    busy, idle = key.child("busy"), key.child("idle", weight=100)
+    served: list[Any] = []
+    calls = [asyncio.ensure_future(ask(busy, None, served)) for _ in range(20)]
+    await asyncio.sleep(1)
+    calls += [asyncio.ensure_future(ask(idle, None, served)) for _ in range(20)]
+    await virtual_time.all_blocked()
+    before = len(served)
+    await ask(busy, 1, served)
+    assert served[before:] == [1]
+    await asyncio.gather(*calls)
 
 
-def test_priority_comes_from_call_then_context_then_limiter(virtual_time: VirtualTime) -> None:
+async def test_priority_comes_from_call_then_context_then_limiter(
+    virtual_time: VirtualTime,
+) -> None:
     """They count in this order; a child has its parent's default unless it is given its own."""
+    key = Limiter("1 RPS burst 1", clock=virtual_time.clock)
+    nightly = key.child("nightly", priority="batch")
+    below = nightly.child("below")
+    served: list[str] = []
 
-    async def main() -> None:
-        key = Limiter("1 RPS burst 1", clock=virtual_time.clock)
-        nightly = key.child("nightly", priority="batch")
-        below = nightly.child("below")
-        served: list[str] = []
+    async def call(name: str, limiter: Limiter, priority: Priority | None = None) -> None:
+        async with limiter.acquire(priority=priority):
+            served.append(name)
 
-        async def call(name: str, limiter: Limiter, priority: Priority | None = None) -> None:
-            async with limiter.acquire(priority=priority):
-                served.append(name)
-
-        await key.acquire()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(call("batch by its limiter", nightly))
-            group.create_task(call("batch by the limiter above", below))
-            with asyncbucket.priority("interactive"):
-                group.create_task(call("inherited", nightly))
-                group.create_task(call("normal by its own word", nightly, "normal"))
-            group.create_task(call("urgent by its own word", nightly, 50))
-            await virtual_time.all_blocked()
-        assert served == [
-            "urgent by its own word",
-            "inherited",
-            "normal by its own word",
-            "batch by its limiter",
-            "batch by the limiter above",
-        ]
-
-    virtual_time.run(main())
+    await key.acquire()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(call("batch by its limiter", nightly))
+        group.create_task(call("batch by the limiter above", below))
+        with asyncbucket.priority("interactive"):
+            group.create_task(call("inherited", nightly))
+            group.create_task(call("normal by its own word", nightly, "normal"))
+        group.create_task(call("urgent by its own word", nightly, 50))
+        await virtual_time.all_blocked()
+    assert served == [
+        "urgent by its own word",
+        "inherited",
+        "normal by its own word",
+        "batch by its limiter",
+        "batch by the limiter above",
+    ]
 
 
 @pytest.mark.parametrize("value", ["urgent", 101, -101, 1.0, True, None])

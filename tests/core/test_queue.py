@@ -1,135 +1,232 @@
-"""The line by itself, without a clock and without meters."""
+"""Who goes next: the rule of fair shares by itself, without a pacer."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from asyncbucket.core.meters import NEVER
-from asyncbucket.core.node import Node
-from asyncbucket.core.queue import Deadlines, Line, Waiter
+from asyncbucket import Limit, Limiter
+from asyncbucket.core.queue import SOON, Branch, Waiter, line_of
+from asyncbucket.core.seats import EMPTY, Seat
+from asyncbucket.testing import VirtualTime
 
-#: No pacer serves these lines.
-NOBODY: Final[Any] = None
+SECOND = 1_000_000_000
+
+
+class Grove:
+    """A tree of limiters and the calls that wait in it; a token has a price of one second."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.root = Limiter(Limit("tokens", 10**6, per=10**6), clock=lambda: 0)
+        self.pacer: Any = self.root._node.pacer
+        self.top: Branch = self.pacer.top
+
+    def push(self, limiter: Limiter, tokens: int = 1, *, priority: int = 0) -> Waiter:
+        """Add a call to the line of ``limiter``."""
+        waiter = Waiter(loop=self.loop)
+        self.pacer.arrivals += 1
+        waiter.number, waiter.amounts = self.pacer.arrivals, {"tokens": tokens}
+        waiter.seat, waiter.lease = Seat(), None
+        line_of(limiter._node, priority).join(waiter, 0)
+        return waiter
+
+    def head(self, now: int = 0) -> Waiter | None:
+        """Return who is next in another look."""
+        self.pacer.looks += 1
+        head, _ = self.top.head(now)
+        assert head is None or isinstance(head, Waiter)
+        return head
+
+    def serve(self, now: int = 0) -> Waiter:
+        """Admit the head; its caller does not come back."""
+        head = self.head(now)
+        assert head is not None
+        head.set_result(True)
+        head.line.calls.popleft()
+        head.line.node.book(head.amounts, now)
+        self.top.serve(head)
+        return head
+
+    def serve_some(self, calls: int) -> Counter[Limiter]:
+        """Admit some calls, and count whose they were."""
+        limiters = {each._node: each for each in (self.root, *self.root.children.values())}
+        return Counter(limiters[self.serve().line.node] for _ in range(calls))
 
 
 @pytest.fixture
-def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Give a loop for futures to belong to; it never runs."""
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
+def grove() -> Iterator[Grove]:
+    """Give a tree in which no call waits."""
+    grove = Grove()
+    yield grove
+    grove.loop.close()
 
 
-def waiter(loop: asyncio.AbstractEventLoop, number: int, deadline: int | None = None) -> Waiter:
-    """Return a waiter with this place in the order of arrival."""
-    made = Waiter(loop=loop)
-    made.number = number
-    made.deadline = deadline
-    return made
+@pytest.mark.parametrize("children", [1, 2, 7])
+def test_siblings_of_equal_cost_keep_order_of_arrival_in_every_round(
+    grove: Grove, children: int
+) -> None:
+    limiters = [grove.root.child(str(number)) for number in range(children)]
+    calls = [grove.push(limiter) for _ in range(3) for limiter in limiters]
+    assert [grove.serve() for _ in calls] == calls
 
 
-moves = st.lists(
-    st.tuples(
-        st.sampled_from(["push", "push", "push", "pass", "leave", "expire", "leave some"]),
-        st.integers(0, 1000),
-    ),
-    max_size=200,
-)
+def test_siblings_share_cost_by_weight(grove: Grove) -> None:
+    """Costly calls of a light child and cheap ones of a heavy child: 1 to 3 in tokens."""
+    one, three = grove.root.child("one"), grove.root.child("three", weight=3.0)
+    for _ in range(40):
+        grove.push(one, 20)
+        grove.push(three, 5)
+        grove.push(three, 5)
+    served = grove.serve_some(70)
+    assert served[one] >= 5
+    assert abs(served[three] * 5 / 3 - served[one] * 20) <= 20
 
 
-@settings(deadline=None, max_examples=100)
-@given(moves)
-def test_line_behaves_like_plain_list(history: list[tuple[str, int]]) -> None:
-    """Head, members and deadlines are those of a plain list, whatever is pushed, served or left."""
-    loop = asyncio.new_event_loop()
-    line, deadlines = Line(Node(), NOBODY), Deadlines()
-    waiting: list[Waiter] = []
-    now = 0
-    for number, (verb, pick) in enumerate(history):
-        if verb == "push":
-            deadline = None if pick % 2 else now + pick
-            made = waiter(loop, number, deadline)
-            line.join(made, now)
-            if deadline is not None:
-                deadlines.push(made, deadline)
-            waiting.append(made)
-        elif verb == "pass" and waiting:
-            head = line.head()
-            assert head is not None
-            assert head is waiting.pop(0)
-            head.set_result(None)
-            line.served(head, now)
-        elif verb.startswith("leave") and waiting:
-            head, told = waiting[0], False
-            for gone in [
-                waiting.pop(pick % len(waiting)) for _ in range(min(len(waiting), pick % 20))
-            ]:
-                gone.cancel()
-                told = line.leave(gone) or told
-                deadlines.sweep(len(line))
-            assert told == head.done()
-        elif verb == "expire":
-            now += pick
-            for gone in deadlines.expired(now):
-                gone.set_result(None)
-                line.leave(gone)
-                waiting.remove(gone)
-        assert len(line) == len(waiting)
-        assert list(line.waiters()) == waiting
-        assert line.head() is (waiting[0] if waiting else None)
-        ends = [each.deadline for each in waiting if each.deadline is not None]
-        assert deadlines.first() == min(ends, default=NEVER)
-        assert all(end > now or verb != "expire" for end in ends)
-        assert len(line._line) <= 2 * len(waiting) + 70
-        deadlines.sweep(len(waiting))
-        assert len(deadlines._heap) <= 2 * len(waiting) + 70
-    loop.close()
+@pytest.mark.parametrize("priorities", [(-1, 0, 1), (-1, 1), (-100, 0, 100)])
+def test_priority_gets_eight_times_as_much_as_next_below(
+    grove: Grove, priorities: tuple[int, ...]
+) -> None:
+    """However far apart they are."""
+    for priority in priorities:
+        for _ in range(800):
+            grove.push(grove.root.child("child"), priority=priority)
+    rounds = sum(8**place for place in range(len(priorities)))
+    served = Counter(grove.serve().line.priority for _ in range(10 * rounds))
+    for place, priority in enumerate(priorities):
+        assert served[priority] == pytest.approx(10 * 8**place, abs=1)
 
 
-def test_calls_that_left_line_are_swept_out(loop: asyncio.AbstractEventLoop) -> None:
-    """Ten thousand calls that left from the middle are removed, and so are their deadlines."""
-    line, deadlines = Line(Node(), NOBODY), Deadlines()
-    first, last = waiter(loop, 0), waiter(loop, 10_001)
-    line.join(first, 0)
-    crowd = [waiter(loop, number, number) for number in range(1, 10_001)]
-    for each in crowd:
-        line.join(each, 0)
-        deadlines.push(each, each.number)
-    line.join(last, 0)
-    for each in crowd:
+def test_urgent_newcomer_is_next(grove: Grove) -> None:
+    child = grove.root.child("child")
+    for _ in range(100):
+        grove.push(child, priority=-1)
+    for _ in range(10):
+        grove.serve()
+    urgent = grove.push(child, priority=1)
+    assert grove.serve() is urgent
+    assert grove.serve().line.priority == -1
+
+
+@pytest.mark.parametrize(("idle", "calls"), [(False, 29), (True, 30)])
+def test_refund_pays_for_later_calls_unless_share_was_idle(
+    grove: Grove, *, idle: bool, calls: int
+) -> None:
+    """Eight of ten come back: in sum, both have used 31 in the end, and 30 of the later ones."""
+    thrifty, other = grove.root.child("thrifty"), grove.root.child("other")
+    costly = grove.push(thrifty, 10)
+    assert grove.serve() is costly
+    if idle:
+        for _ in range(30):
+            grove.push(other)
+        grove.serve_some(30)
+        assert grove.head() is None
+    costly.line.credit_flows({"tokens": 10}, {"tokens": 2})
+    for _ in range(40):
+        grove.push(other)
+        grove.push(thrifty)
+    assert grove.serve_some(60)[thrifty] == pytest.approx(calls, abs=1)
+
+
+def test_debt_is_charged_with_next_call(grove: Grove) -> None:
+    spender, other = grove.root.child("spender"), grove.root.child("other")
+    first = grove.push(spender)
+    for _ in range(40):
+        grove.push(other)
+        grove.push(spender)
+    assert grove.serve() is first
+    first.line.credit_flows({"tokens": 1}, {"tokens": 9})
+    assert grove.serve_some(50)[other] == pytest.approx(29, abs=1)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 4.0])
+def test_child_at_its_own_limit_keeps_share_of_one_call_only(grove: Grove, weight: float) -> None:
+    """When it wakes, it goes next, with the price of one call, divided by its weight, in hand."""
+    poor = grove.root.child("poor", Limit("tokens", 10, per=1), weight=weight)
+    rich = grove.root.child("rich")
+    calls = [grove.push(poor, 10), grove.push(poor, 10)]
+    for _ in range(40):
+        grove.push(rich, 5)
+    assert grove.serve() is calls[0]
+    assert grove.serve_some(30)[rich] == 30
+    assert grove.head(2 * SECOND) is calls[1]
+    (branch,) = grove.root._node.branches.values()
+    assert poor._node.branches[0].tag == pytest.approx(branch.clock - 10 / weight)
+
+
+def test_emptied_flow_is_expected_back_for_one_look(grove: Grove) -> None:
+    """A sibling with a higher tag waits one look for it, and no longer."""
+    patient, busy = grove.root.child("patient", weight=8.0), grove.root.child("busy")
+    first = grove.push(patient)
+    for _ in range(3):
+        grove.push(busy)
+    assert grove.serve() is first
+    assert grove.serve().line.node is busy._node
+    back = grove.push(patient)
+    assert grove.serve() is back
+    assert grove.top.head(0) == (None, SOON)
+    grove.pacer.looks += 1
+    head, _ = grove.top.head(0)
+    assert head is not None
+
+
+def test_empty_flows_are_forgotten(grove: Grove) -> None:
+    for number in range(2_000):
+        grove.push(grove.root.child(str(number)))
+    grove.serve_some(2_000)
+    assert grove.head() is None
+    assert grove.top.head(0) == (None, EMPTY)
+    assert not grove.top.flows
+    assert not grove.root._node.branches[0].flows
+
+
+async def test_calls_that_left_line_are_swept_out(virtual_time: VirtualTime) -> None:
+    """Thousands that leave from the middle are removed, and so are their deadlines."""
+    limiter = Limiter("1 RPH", clock=virtual_time.clock)
+    limiter.acquire_nowait()
+    waiting = [asyncio.ensure_future(limiter.acquire(timeout=3_700)) for _ in range(2_000)]
+    await virtual_time.all_blocked()
+    for call in waiting[1:-1]:
+        call.cancel()
+    await virtual_time.all_blocked()
+    assert limiter.statistics().waiting == 2
+    assert len(limiter._node.lines[0].calls) < 100
+    (seat,) = limiter._node.pacer.seats.values()
+    late = asyncio.ensure_future(limiter.acquire(timeout=3_700))
+    await virtual_time.all_blocked()
+    assert len(seat._deadlines) < 100
+    for call in (waiting[0], waiting[-1], late):
+        call.cancel()
+
+
+async def test_seat_forgets_deadlines_of_calls_that_have_passed(virtual_time: VirtualTime) -> None:
+    key = Limiter("100/s burst 1", clock=virtual_time.clock)
+    slow = key.child("slow", "1 RPH")
+    await slow.acquire()
+    patient = asyncio.ensure_future(slow.acquire(timeout=3_625))
+    await asyncio.sleep(10)
+    for _ in range(500):
+        await key.acquire(timeout=3_700)
+    (seat,) = key._node.pacer.seats.values()
+    assert len(seat._deadlines) < 100
+    patient.cancel()
+
+
+async def test_branch_keeps_few_entries_for_flow_that_sleeps_long(
+    virtual_time: VirtualTime,
+) -> None:
+    """A call that waits for a limit of a day is looked at each time another passes below it."""
+    key = Limiter("1000/s", clock=virtual_time.clock)
+    agent = key.child("chat", "1M TPD").child("agent")
+    other = key.child("other", "1M tokens/h")
+    await agent.acquire(tokens=700_000)
+    await other.acquire(tokens=700_000)
+    costly = [asyncio.ensure_future(each.acquire(tokens=500_000)) for each in (agent, other)]
+    await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(1_000)))
+    for node in (key._node, key.child("chat")._node):
+        for branch in node.branches.values():
+            assert len(branch._asleep) < 100
+    for each in costly:
         each.cancel()
-        assert not line.leave(each)
-        deadlines.sweep(len(line))
-    assert list(line.waiters()) == [first, last]
-    assert len(line._line) < 100
-    assert len(deadlines._heap) < 100
-
-
-def test_skipped_head_still_counts_as_head_when_it_leaves(loop: asyncio.AbstractEventLoop) -> None:
-    """The pacer may have looked for the head before the cancelled call itself has left."""
-    line = Line(Node(), NOBODY)
-    first, second = waiter(loop, 0), waiter(loop, 1)
-    line.join(first, 0)
-    line.join(second, 0)
-    first.cancel()
-    assert line.head() is second
-    assert line.leave(first)
-    second.cancel()
-    assert line.head() is None
-    assert line.leave(second)
-
-
-def test_line_has_interface_of_tree(loop: asyncio.AbstractEventLoop) -> None:
-    """A line has the methods of a tree, so a pacer need not know which of the two it serves."""
-    node = Node()
-    line = Line(node, NOBODY)
-    assert line.is_free_for(node, 0)
-    line.join(waiter(loop, 0), 0)
-    line.rouse(node)
-    line.rouse_all()
-    assert not line.is_free_for(node, 0)
-    assert line.wake > NEVER

@@ -66,14 +66,12 @@ def one(_: random.Random) -> dict[str, int]:
 
 @pytest.mark.parametrize("limit", ["600 RPM", "60 RPM", "10/s", "1000 requests/10s burst 1000"])
 def test_request_limit_is_used_to_99_percent(limit: str) -> None:
-    """One limit of requests, paced or in bursts, is used to at least 99 %."""
     per = Limit.parse(limit).per
     (share,) = saturate(limit, cost=one, seconds=10 * per).values()
     assert 0.99 <= share <= 1
 
 
 def test_small_calls_use_99_percent_of_token_limit() -> None:
-    """With calls of up to 1 % of the tokens a minute, at least 99 % are used."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 600)}, seconds=600
     ).values()
@@ -89,7 +87,6 @@ def test_paced_token_limit_is_used_to_99_percent() -> None:
 
 
 def test_calls_of_up_to_a_fifth_of_limit_use_89_percent_of_it() -> None:
-    """If single calls take up to a fifth of the limit, a tenth is lost because they do not fit."""
     (share,) = saturate(
         "60k TPM", cost=lambda chance: {"tokens": chance.randint(1, 12_000)}, seconds=1200
     ).values()
@@ -119,7 +116,6 @@ def test_binding_limit_among_several_is_used_to_99_percent() -> None:
 
 
 def test_calls_that_refund_most_tokens_still_use_98_percent_of_limit() -> None:
-    """Calls that reserve three times what they use still use 99 % of the tokens."""
     trace: list[tuple[int, int]] = []
 
     async def caller(time: VirtualTime, limiter: Limiter) -> None:

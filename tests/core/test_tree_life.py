@@ -4,18 +4,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import threading
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import asyncbucket
 from asyncbucket import CostExceedsLimit, Lease, Limiter
-from asyncbucket.core.branch import Branch
-from asyncbucket.core.tree import Tree
-from asyncbucket.testing import VirtualTime, virtual_time
+from asyncbucket.testing import VirtualTime
 from tests.core.conftest import FakeLock
 
 #: Seconds after which a test that waits for another thread gives up.
@@ -64,7 +59,6 @@ def test_children_are_shared_by_loops_and_threads() -> None:
 
 
 def test_light_child_on_one_loop_is_not_starved_by_heavy_child_on_another() -> None:
-    """Shares hold across loops, even if the heavy child's calls all came first."""
     key = Limiter(concurrency=1)
     heavy, light = key.child("heavy"), key.child("light")
     holder = key.acquire_nowait()
@@ -117,7 +111,6 @@ def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(virtual_time: V
     for limiter in (key, chat, agent):
         now = limiter.statistics()
         assert (now.waiting, now.in_flight) == (0, 0)
-    assert key._account.fairness.classes[0].loops == 0  # nobody competes with the next call
 
     async def once() -> None:
         async with agent.acquire() as lease:
@@ -128,7 +121,6 @@ def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(virtual_time: V
 
 
 def test_loop_closed_with_calls_waiting_in_tree_is_counted_out() -> None:
-    """The next ring finds out, and also counts out calls that were cancelled but never ran."""
     key = Limiter(concurrency=1)
     agent = key.child("chat").child("agent")
     held = key.acquire_nowait()
@@ -148,7 +140,6 @@ def test_loop_closed_with_calls_waiting_in_tree_is_counted_out() -> None:
     gc.collect()
     for limiter in (key, agent):
         assert limiter.statistics().waiting == 0
-    assert key._account.fairness.classes[0].loops == 0
     key.acquire_nowait().release()
 
 
@@ -170,212 +161,86 @@ def test_calls_cancelled_by_ending_loop_while_lock_is_taken_are_counted_out() ->
             asyncio.create_task(chat.acquire())  # noqa: RUF006 - to be cancelled by asyncio.run
         await asyncio.sleep(0)
         assert chat.statistics().waiting == 3
-        key._budget.lock = Contended()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
+        key._node.pacer.lock = Contended()
 
     asyncio.run(left_behind())
     for limiter in (key, chat):
         now = limiter.statistics()
         assert (now.waiting, now.cancelled) == (0, 3)
     held.release()
-    assert key._budget.pacers == {}
+    assert key._node.pacer.waiting == 0
 
 
-def test_blocked_loop_that_holds_slots_of_child_does_not_deadlock() -> None:
-    """The call passes without a slot of a limiter between its own and the root."""
-    key = Limiter(concurrency=10)
-    model = key.child("model", concurrency=1)
-
-    async def one() -> None:
-        async with model.child("agent").acquire():
-            pass
-
-    async def main() -> None:
-        async with model.acquire():
-            thread = threading.Thread(target=asyncio.run, args=(one(),))
-            thread.start()
-            thread.join(ENOUGH)  # blocks the loop, as synchronous code on it does
-            assert not thread.is_alive()
-
-    asyncio.run(main())
-    now = key.statistics()
-    assert (now.overridden, now.in_flight, now.waiting) == (1, 0, 0)
-
-
-steps = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(0, 12)), min_size=2, max_size=12
-)
-
-
-@settings(deadline=None, max_examples=80)
-@given(steps, st.integers(0, 60))
-def test_call_in_tree_cancelled_at_any_step_gives_everything_back(
-    calls: list[tuple[int, int, int]], settles: int
+async def test_refused_call_in_child_makes_room_for_call_behind_it(
+    virtual_time: VirtualTime,
 ) -> None:
-    """Whenever and at whatever level calls are cancelled, nothing stays booked and others pass."""
-
-    async def main(time: VirtualTime) -> None:
-        key = Limiter("100 TPM", concurrency=2, clock=time.clock)
-        chat = key.child("chat", "60 TPM", concurrency=1)
-        limiters = [key, chat, chat.child("agent", weight=3), key.child("tools")]
-
-        async def call(limiter: Limiter, tokens: int) -> None:
-            async with limiter.acquire(tokens=tokens, priority=tokens % 2) as lease:
-                await asyncio.sleep(0)
-                lease.settle(tokens=min(tokens, settles))
-                await asyncio.sleep(0.5)
-
-        tasks = [
-            (asyncio.ensure_future(call(limiters[where], tokens)), turns)
-            for where, tokens, turns in calls
-        ]
-        for turn in range(13):
-            for task, turns in tasks:
-                if turns == turn and turn < 12:
-                    task.cancel()
-            await asyncio.sleep(0)
-        await asyncio.wait([task for task, _ in tasks])
-        for limiter in limiters:
-            now = limiter.statistics()
-            assert (now.waiting, now.in_flight) == (0, 0)
-            account = limiter._account
-            assert account.slots is None or account.slots.used == 0
-            assert all(window.lent == 0 for _, window, _ in account.limits.values())
-        assert not key._budget.pacers or not any(
-            True for pacer in key._budget.pacers.values() for _ in pacer.queue.waiters()
-        )
-
-    with virtual_time() as time:
-        time.run(main(time))
+    key = Limiter("100 TPM", clock=virtual_time.clock)
+    child = key.child("child", "100 TPM")
+    held = await child.acquire(tokens=40)
+    costly = asyncio.ensure_future(child.acquire(tokens=90))
+    cheap = asyncio.ensure_future(child.acquire(tokens=20))
+    await virtual_time.all_blocked()
+    child.reconfigure(tpm=60)
+    with pytest.raises(CostExceedsLimit):
+        await costly
+    assert (await cheap).waited == 0
+    held.release()
 
 
-def test_refused_call_in_child_makes_room_for_call_behind_it(virtual_time: VirtualTime) -> None:
-    """The call behind it in the same child passes at that instant."""
+async def test_timeout_in_line_of_one_tenant_does_not_affect_others(
+    virtual_time: VirtualTime,
+) -> None:
+    key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    await key.acquire()
+    served: list[int] = []
 
-    async def main() -> None:
-        key = Limiter("100 TPM", clock=virtual_time.clock)
-        child = key.child("child", "100 TPM")
-        held = await child.acquire(tokens=40)
-        costly = asyncio.ensure_future(child.acquire(tokens=90))
-        cheap = asyncio.ensure_future(child.acquire(tokens=20))
-        await virtual_time.all_blocked()
-        child.reconfigure(tpm=60)
-        with pytest.raises(CostExceedsLimit):
-            await costly
-        assert (await cheap).waited == 0
-        held.release()
+    async def call(number: int) -> None:
+        with (
+            contextlib.suppress(asyncbucket.AcquireTimeout),
+            asyncbucket.deadline(2.5 if number % 2 else 100),
+        ):
+            async with key.acquire(tenant=f"tenant {number % 3}"):
+                served.append(number)
 
-    virtual_time.run(main())
-
-
-def test_timeout_in_line_of_one_tenant_does_not_affect_others(virtual_time: VirtualTime) -> None:
-    """A call that times out in one tenant's line does not affect the others."""
-
-    async def main() -> None:
-        key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        await key.acquire()
-        served: list[int] = []
-
-        async def call(number: int) -> None:
-            with (
-                contextlib.suppress(asyncbucket.AcquireTimeout),
-                asyncbucket.deadline(2.5 if number % 2 else 100),
-            ):
-                async with key.acquire(tenant=f"tenant {number % 3}"):
-                    served.append(number)
-
-        await asyncio.gather(*(call(number) for number in range(12)))
-        assert len(served) == 6 + sum(number % 2 for number in served)
-        assert virtual_time.now <= 10
-        assert key.statistics().waiting == 0
-
-    virtual_time.run(main())
+    await asyncio.gather(*(call(number) for number in range(12)))
+    assert len(served) == 6 + sum(number % 2 for number in served)
+    assert virtual_time.now <= 10
+    assert key.statistics().waiting == 0
 
 
-def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
+async def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
     virtual_time: VirtualTime,
 ) -> None:
     """It is cancelled, the pacer skips it, and another call becomes head before its task runs."""
-
-    async def main() -> None:
-        key = Limiter(clock=virtual_time.clock)
-        child, other = key.child("child", "1/s"), key.child("other", "1/s")
-        for limiter in (child, other):
-            await limiter.acquire()
-        waiting = asyncio.create_task(other.acquire())
-        gone = asyncio.create_task(child.acquire())
-        await asyncio.sleep(0)
-        key.pause(0.5)  # the pacer looks first
-        followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
-        gone.cancel()
-        async with asyncio.timeout(60):
-            leases = await asyncio.gather(waiting, *followers)
-        assert [lease.bound_by for lease in leases] == ["requests"] * 3
-        assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
-
-    virtual_time.run(main())
+    key = Limiter(clock=virtual_time.clock)
+    child, other = key.child("child", "1/s"), key.child("other", "1/s")
+    for limiter in (child, other):
+        await limiter.acquire()
+    waiting = asyncio.create_task(other.acquire())
+    gone = asyncio.create_task(child.acquire())
+    await asyncio.sleep(0)
+    key.pause(0.5)  # the pacer looks first
+    followers = [asyncio.create_task(child.acquire()) for _ in range(2)]
+    gone.cancel()
+    async with asyncio.timeout(60):
+        leases = await asyncio.gather(waiting, *followers)
+    assert [lease.bound_by for lease in leases] == ["requests"] * 3
+    assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
 
 
-def test_pacer_forgets_deadlines_of_calls_that_have_passed(virtual_time: VirtualTime) -> None:
-    """Of thousands of calls with later deadlines, the pacer remembers only a few."""
-
-    async def main() -> None:
-        key = Limiter("100/s burst 1", clock=virtual_time.clock)
-        slow = key.child("slow", "1 RPH")
-        await slow.acquire()
-        patient = asyncio.ensure_future(slow.acquire(timeout=3_625))
-        await asyncio.sleep(10)
-        for _ in range(2_000):
-            await key.acquire(timeout=3_700)
-        (pacer,) = key._budget.pacers.values()
-        assert len(pacer._deadlines._heap) < 100
-        patient.cancel()
-
-    virtual_time.run(main())
-
-
-def test_branch_keeps_few_entries_for_flow_that_sleeps_long(virtual_time: VirtualTime) -> None:
-    """A call that waits for a limit of a day is looked at each time another passes below it."""
-
-    async def main() -> None:
-        key = Limiter("1000/s", clock=virtual_time.clock)
-        agent = key.child("chat", "1M TPD").child("agent")
-        other = key.child("other", "1M TPH")
-        await agent.acquire(tokens=700_000)
-        await other.acquire(tokens=700_000)
-        costly = [asyncio.ensure_future(each.acquire(tokens=500_000)) for each in (agent, other)]
-        await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(2_000)))
-        (pacer,) = key._budget.pacers.values()
-        assert isinstance(pacer.queue, Tree)
-        classes = pacer.queue._classes
-        for branch in (classes, *(flow.source for flow in classes._flows.values())):
-            assert isinstance(branch, Branch)
-            assert len(branch._asleep) < 100
-        for each in costly:
-            each.cancel()
-
-    virtual_time.run(main())
-
-
-def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
+async def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
     """`os.fork` leaves nobody waiting and nothing in flight, but what was used stays used."""
-
-    async def main() -> None:
-        key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
-        agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
-        held = [await agent.acquire(), await key.acquire()]
-        waiting = asyncio.ensure_future(agent.acquire())
-        await virtual_time.all_blocked()
-        lock = key._budget.lifecycle_lock
-        key._budget.after_fork()
-        for limiter in (key, *key.children.values(), agent):
-            now = limiter.statistics()
-            assert (now.waiting, now.in_flight) == (0, 0)
-        assert agent.statistics().limits[0].used == 1
-        assert agent._account._fairness is None
-        assert key._budget.lifecycle_lock is not lock
-        for lease in held:
-            lease.release()
-        assert key.statistics().in_flight == 0
-        waiting.cancel()
-
-    virtual_time.run(main())
+    key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
+    agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
+    held = [await agent.acquire(), await key.acquire()]
+    waiting = asyncio.ensure_future(agent.acquire())
+    await virtual_time.all_blocked()
+    key._node.pacer.after_fork()
+    for limiter in (key, *key.children.values(), agent):
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight) == (0, 0)
+    assert agent.statistics().limits[0].used == 1
+    for lease in held:
+        lease.release()
+    assert key.statistics().in_flight == 0
+    waiting.cancel()

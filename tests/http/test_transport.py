@@ -388,7 +388,7 @@ def test_closing_body_while_lock_is_held_does_not_deadlock(library: Any, limiter
         reply = client.send(client.build_request("GET", URL), stream=True)
         chunks = iter(reply.stream)
         assert next(chunks) == b"a"
-        with limiter._budget.lock:
+        with limiter._node.pacer.lock:
             chunks.close()
         assert in_flight(limiter) == 1
         reply.close()

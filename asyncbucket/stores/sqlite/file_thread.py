@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.stores.sqlite.clock import Reading, SharedClock
 from asyncbucket.stores.sqlite.closing import register_closable
 from asyncbucket.stores.sqlite.file import File

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.core.loops import reset_after_fork
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.stores.returns import merged, reversal
 from asyncbucket.stores.sqlite.admission import SLOT
 from asyncbucket.stores.sqlite.file_thread import Answer, FileThread, Job, ListNames, Watch

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, fields
 from typing import Any
 
-from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import read_count
 from asyncbucket.testing.provider.options import (
     NANOSECONDS,
     Arrival,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from asyncbucket.core.terms import read_count
-from asyncbucket.core.wording import is_number
+from asyncbucket.core.wording import is_number, read_count
 from asyncbucket.testing.provider.policies import SLICES, PolicyName
 
 NANOSECONDS = 1_000_000_000

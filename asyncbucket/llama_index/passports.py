@@ -12,7 +12,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncbucket.core.levels import levels
+from asyncbucket.core.levels import levels, terms_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 
@@ -82,21 +82,6 @@ class Passports:
             limiter = make(passport.name, *passport.limits, **passport.terms)
         self.remade[pid, passport.key] = limiter
         return limiter, True
-
-
-def terms_of(limiter: Limiter) -> dict[str, Any]:
-    """Return what ``limiter`` was made with besides its name and limits."""
-    door = limiter._door  # noqa: SLF001 - its own kind
-    found = door.account.adaptive
-    terms: dict[str, Any] = {
-        "concurrency": limiter.concurrency if found is None else (found.least, found.most),
-        "max_queue": limiter.max_queue,
-        "timeout": door.timeout,
-    }
-    if limiter.parent is not None:
-        terms |= {"weight": door.account.weight, "priority": door.priority}
-    remote = door.account.remote
-    return terms if remote is None else terms | remote.options()
 
 
 def is_shared(limiter: Limiter) -> bool:

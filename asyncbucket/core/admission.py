@@ -1,0 +1,218 @@
+"""How a call stands in line, gives up, and is refused: what binds, for how long, and the remedy.
+
+Whoever admits a call makes its lease hold (`Lease.hold_locked`), under the lock. Whoever gives up
+after that gives the lease back. So nothing is handed over that could be lost on the way, and a call
+may be cancelled at whichever await.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import (
+    AcquireTimeout,
+    AsyncBucketError,
+    CostExceedsLimit,
+    QueueFull,
+    WouldBlock,
+)
+from asyncbucket.core.events import Cancelled, Reason, Refused
+from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.node import Node
+from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.seats import Seat
+from asyncbucket.core.wording import counted, in_seconds, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+
+Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
+#: A deadline further back (ns) than this was probably meant as seconds from now.
+_LONG_PAST: Final = 1_000_000_000
+_AT_ONCE: Final = "without waiting"
+#: What observers hear of a refusal.
+_REASONS: Final[dict[type, Reason]] = {
+    WouldBlock: "would_block",
+    AcquireTimeout: "timeout",
+    QueueFull: "queue_full",
+    CostExceedsLimit: "too_costly",
+}
+REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
+
+
+def refuse(node: Node, amounts: Amounts) -> None:
+    """Refuse a call that cannot pass now.
+
+    Raises:
+        WouldBlock: it cannot pass now, or others wait.
+        CostExceedsLimit: it can never pass.
+    """
+    try:
+        with node.pacer:
+            node.check(amounts)
+            raise refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
+    except REFUSALS as error:
+        count_refusal(node, amounts, error)
+        raise
+
+
+def join(
+    waiter: AnyWaiter,
+    node: Node,
+    amounts: Amounts,
+    *,
+    deadline: int | None,
+    priority: int,
+    seat: Seat | None,
+) -> int:
+    """Stand in line, unless that is hopeless; return since when.
+
+    Args:
+        waiter: what stands there.
+        node: the limiter.
+        amounts: what the call costs.
+        deadline: until when it may wait, in ns.
+        priority: larger numbers are more urgent.
+        seat: a blocked thread; None for the running loop.
+
+    Raises:
+        CostExceedsLimit: it can never pass.
+        QueueFull: too many calls wait already.
+        AcquireTimeout: it cannot pass in time.
+    """
+    pacer: Pacer = node.pacer
+    pacer.lock.acquire()  # `with` would take twice the time
+    try:
+        now = pacer.clock()
+        node.check(amounts)
+        for level in node.path:
+            if level.max_queue is not None and level.waiting >= level.max_queue:
+                how = _AT_ONCE
+                if level.waiting:
+                    how = f"behind {counted(level.waiting, 'calls')} waiting already"
+                remedy = f"try again later or raise max_queue={level.max_queue:,}"
+                raise refusal_locked(QueueFull, node, amounts, how, remedy)
+        if deadline is not None and node.soonest(amounts, now) > deadline:
+            raise _too_late_locked(node, amounts, now, deadline)
+        if seat is None:
+            seat = pacer.seat_here_locked()
+        else:
+            pacer.seats[seat] = seat
+        pacer.join_locked(waiter, node, amounts, seat, now, deadline=deadline, priority=priority)
+        return now
+    finally:
+        pacer.lock.release()
+        if pacer.jobs:
+            pacer.catch_up()
+
+
+def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool = False) -> None:
+    """Withdraw a call that waits no longer; a finalizer tells nobody."""
+    pacer: Pacer = waiter.line.node.pacer
+    pacer.do(partial(_withdraw_locked, waiter, asked))
+    if pacer.news and not is_finalizer:
+        pacer.catch_up()
+
+
+def _withdraw_locked(waiter: AnyWaiter, asked: int) -> None:
+    node = waiter.line.node
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    if pacer.withdraw_locked(waiter, now):
+        for each in node.path:
+            each.cancelled += 1
+    if pacer.observed:
+        cost, waited = Cost.of(waiter.amounts), (now - asked) * 1e-9
+        pacer.notify_locked(node, Cancelled, cost=cost, waited=waited)
+
+
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up.
+
+    Raises:
+        CostExceedsLimit: it can never pass, because limits have been lowered since.
+    """
+    assert deadline is not None
+    with node.pacer:
+        node.check(amounts)
+        return _too_late_locked(node, amounts, asked, deadline)
+
+
+def _too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+    how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
+    remedy = "raise the timeout or the limit"
+    if asked - deadline > _LONG_PAST:
+        how = "by a deadline that has passed"
+        remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
+    return refusal_locked(AcquireTimeout, node, amounts, how, remedy)
+
+
+def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
+    """Count a refused call, and tell observers."""
+    pacer: Pacer = node.pacer
+    with pacer:
+        node.count("refused")
+    if pacer.observed:
+        pacer.notify(
+            node,
+            Refused,
+            cost=Cost.of(amounts),
+            reason=_REASONS[type(error)],
+            bound_by=getattr(error, "bound_by", None),
+            retry_after=getattr(error, "retry_after", None),
+        )
+
+
+def refusal_locked(
+    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+) -> Refusal:
+    """Return the error of a refusal, with what binds and for how long."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
+    limited = node.resources()
+    named = [name for name, amount in amounts.items() if amount and name in limited]
+    what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
+    return error_type(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def _reason_locked(
+    node: Node, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    pacer: Pacer = node.pacer
+    due, bound_by = node.earliest_of_all(amounts, now)
+    if at_once and pacer.place is None:
+        for limit in (window.limit for level in node.path for window in level.limits.values()):
+            if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst:
+                burst = counted(limit.burst, limit.resource)
+                why = f"above a burst of {burst} it earns the rest while it is first in line"
+                return NEVER, limit.resource, why
+    if bound_by is None and pacer.place is not None:
+        known = pacer.place.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by, due = known[0], max(now, known[1])
+    if bound_by is None:
+        return pacer.next_look_locked(now), None, "others came first"
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return due, bound_by, f"the limiter is paused for {left} more"
+    if due < NEVER:
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more"
+    taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
+    slots = min(taken, default=0)  # 0: they are in a store
+    words = (
+        "the one slot is"
+        if slots == 1
+        else f"all {slots:,} slots are"
+        if slots
+        else "all slots are"
+    )
+    return due, bound_by, f"{words} taken"

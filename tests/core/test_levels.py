@@ -1,0 +1,111 @@
+"""A call that waits for one made inside it gives back the slots that the inner call needs."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from asyncbucket import Lease, Limiter, pace
+from asyncbucket.core.levels import give_back, is_under
+from asyncbucket.testing import VirtualClock, VirtualTime
+
+
+def in_flight(*limiters: Limiter) -> list[int]:
+    """Return how many calls of each limiter count as in flight."""
+    return [limiter.statistics().in_flight for limiter in limiters]
+
+
+def make_tree() -> tuple[Limiter, Limiter, Limiter]:
+    """Return a root and two children, with three slots each."""
+    root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
+    return root, root.child("a", concurrency=3), root.child("b", concurrency=3)
+
+
+def test_outer_call_gives_up_slots_of_common_levels_once() -> None:
+    """The root's slot is given up for the inner call; the child's is kept until the call ends."""
+    root, a, b = make_tree()
+    with a.acquire_nowait() as lease:
+        for _ in range(2):
+            give_back(lease, b)
+            assert in_flight(root, a, b) == [0, 1, 0]
+        give_back(lease, a)
+        assert in_flight(root, a, b) == [0, 0, 0]
+    assert in_flight(root, a, b) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("slots", ["before", "after"])
+async def test_inner_call_passes_when_outer_call_gives_up_its_slot(
+    virtual_time: VirtualTime, slots: str
+) -> None:
+    """It passes at once, though the outer call goes on; also if slots were bounded meanwhile."""
+    root = Limiter("1000/s", clock=virtual_time.clock)
+    tools = root.child("tools")
+    if slots == "before":
+        root.reconfigure(concurrency=1)
+    async with tools.acquire() as lease:
+        if slots == "after":
+            root.reconfigure(concurrency=1)
+            tools.reconfigure(concurrency=1)
+        inside = asyncio.create_task(take(root))
+        await asyncio.sleep(1)
+        assert not inside.done()
+        give_back(lease, root)
+        give_back(lease, root)
+        (await inside).release()
+        assert in_flight(root, tools) == [0, 1]
+    assert in_flight(root, tools) == [0, 0]
+
+
+async def take(limiter: Limiter) -> Lease:
+    """Return a lease of ``limiter``."""
+    return await limiter.acquire()
+
+
+@pytest.mark.parametrize("of_parent", [False, True])
+def test_released_or_inherited_lease_gives_up_no_slot(*, of_parent: bool) -> None:
+    """It would be another call's slot."""
+    root, *_ = make_tree()
+    lease = root.acquire_nowait()
+    if of_parent:
+        root._node.pacer.after_fork()
+    else:
+        lease.release()
+    other = root.acquire_nowait()
+    give_back(lease, root)
+    assert in_flight(root) == [1]
+    other.release()
+
+
+def test_outer_call_keeps_its_slot_for_call_in_another_tree() -> None:
+    root, elsewhere = (Limiter("1000/s", concurrency=1, clock=VirtualClock()) for _ in range(2))
+    with root.acquire_nowait() as lease:
+        give_back(lease, elsewhere)
+        assert in_flight(root) == [1]
+
+
+async def test_slot_in_store_is_given_up_for_inner_call(tmp_path: Path) -> None:
+    """The slot in the store comes back, whichever limiter object the inner call uses."""
+    root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db?patience=5")
+    async with root.acquire() as lease:
+        give_back(lease, root.child("a"))
+        async with root.acquire(timeout=5):
+            pass
+    await root.aclose()
+
+
+def test_call_counts_at_levels_above_it_only() -> None:
+    root, a, b = make_tree()
+    below = a.child("below")
+    assert is_under(below, a)
+    assert is_under(below, root)
+    assert not is_under(a, below)
+    assert not is_under(b, a)
+
+
+def test_pace_wraps_llm_and_refuses_missing_limit() -> None:
+    mock = pytest.importorskip("llama_index.core.llms").MockLLM
+    llm = pace(mock(), rpm=60, timeout=3.0)
+    assert isinstance(llm, mock)
+    assert str(llm.complete("one word")) == "one word"
+    with pytest.raises(ValueError, match="without a limit would pace nothing"):
+        pace(mock())
