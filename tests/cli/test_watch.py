@@ -17,7 +17,7 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.watch.screen import draw, plain
 from asyncbucket.cli.watch.view import View, compare
-from asyncbucket.stats import report
+from asyncbucket.telemetry import report
 from asyncbucket.testing import VirtualTime
 
 run = CliRunner()

@@ -23,11 +23,9 @@ MODULES = (
     "llama_index",
     "plan",
     "retry",
-    "stats",
     "stores",
     "telemetry",
     "testing",
-    "testing.store_conformance",
 )
 
 

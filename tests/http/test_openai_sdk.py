@@ -204,7 +204,6 @@ async def test_booked_tokens_match_provider_charge_within_two(family: str) -> No
         ("chat/completions", {"messages": HELLO, "max_completion_tokens": 77}),
         ("chat/completions", {"messages": HELLO, "tools": TOOLS}),
         ("chat/completions", {"messages": [{"role": "user", "content": [part, image]}]}),
-        ("completions", {"prompt": "x" * 401}),
         ("responses", {"input": "x" * 401, "instructions": "Be brief."}),
         ("responses", {"input": HELLO, "max_output_tokens": 90}),
         ("embeddings", {"input": "x" * 401}),

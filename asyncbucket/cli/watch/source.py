@@ -9,10 +9,10 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.stats.report import row_of
 from asyncbucket.stores import Snapshot, open_store, without_password
+from asyncbucket.telemetry.stats import row_of
 
-#: What one reading returns: the JSON of `asyncbucket.stats.report`.
+#: What one reading returns: the JSON of `asyncbucket.telemetry.stats`.
 Reader = Callable[[], dict[str, Any]]
 
 _PATIENCE: Final = 5.0

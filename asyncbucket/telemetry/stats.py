@@ -1,12 +1,17 @@
-"""A small endpoint on this machine only, for `asyncbucket watch`, for scripts and for Prometheus.
+"""What can be seen of limiters from outside: plain values, Prometheus's text, and their endpoint.
 
-It is read-only, listens only on loopback or on a unix socket, and has its own thread, so it answers
-even while the event loop is busy. A browser that was directed to it under a foreign host name gets
-nothing (DNS rebinding).
+The endpoint is for `asyncbucket watch`, for scripts and for Prometheus. It is read-only, listens
+only on loopback or on a unix socket, and has its own thread, so it answers even while the event
+loop is busy. A browser that was directed to it under a foreign host name gets nothing (DNS
+rebinding).
+
+A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
+numbers of the limiter above, and are not listed.
 """
 
 import contextlib
 import errno
+import functools
 import http.server
 import ipaddress
 import json
@@ -15,26 +20,86 @@ import socket
 import socketserver
 import stat
 import threading
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.statistics import Statistics, shares_used
 from asyncbucket.core.wording import is_integer
-from asyncbucket.stats.report import as_prometheus, check_names, report
+from asyncbucket.telemetry.metrics import with_children
 
-_LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 _LAST_PORT: Final = 65_535
-_ENDPOINTS: Final = "see / for limiters, /metrics for Prometheus"
+#: Names, types, fields and descriptions, as Prometheus shows them.
+_METRICS: Final = (
+    ("queued_requests", "gauge", "waiting", "Calls that wait for their admission now."),
+    ("in_flight_requests", "gauge", "in_flight", "Calls admitted and not yet over."),
+    ("paused_seconds", "gauge", "paused", "Seconds until the end of a pause."),
+    ("admitted_total", "counter", "admitted", "Calls that passed."),
+    ("refused_total", "counter", "refused", "Calls turned away."),
+    ("cancelled_total", "counter", "cancelled", "Calls that gave up while they waited."),
+    (
+        "upstream_429_total",
+        "counter",
+        "upstream_429",
+        "Calls that the provider refused for rate all the same.",
+    ),
+)
+
+
+def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
+    """Return what can be seen of ``limiters`` and their children, in values that JSON can hold.
+
+    Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
+    Times are seconds, amounts whole units.
+    """
+    return {"time": time.time(), "limiters": [_row(snapshot) for snapshot in _snapshots(limiters)]}
+
+
+def as_prometheus(limiters: Sequence[Limiter]) -> str:
+    """Return the same as text in Prometheus's format, version 0.0.4."""
+    snapshots = _snapshots(limiters)
+    lines: list[str] = []
+
+    def write(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
+        lines.extend([f"# HELP asyncbucket_{name} {text}", f"# TYPE asyncbucket_{name} {kind}"])
+        lines.extend(f"asyncbucket_{name}{{{labels}}} {value}" for labels, value in samples)
+
+    for name, kind, field, text in _METRICS:
+        samples = [(f"limiter={_quoted(each.name)}", getattr(each, field)) for each in snapshots]
+        write(name, kind, text, samples)
+    used = [
+        (f"limiter={_quoted(each.name)},limit={_quoted(label)}", share)
+        for each in snapshots
+        for label, share in shares_used(each).items()
+    ]
+    write("limit_used_ratio", "gauge", "Share of a limit that is used now, 1 for all of it.", used)
+    return "\n".join([*lines, ""])
+
+
+def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
+    """Return how much of a limit is used, in values that JSON can hold."""
+    return {
+        "limit": str(limit),
+        "label": limit.label,
+        "resource": limit.resource,
+        "amount": limit.amount,
+        "per": limit.per,
+        "used": used,
+        "available": available,
+    }
 
 
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    ``GET /`` returns JSON (see `asyncbucket.stats.report`), ``GET /metrics`` Prometheus's text. It
-    is a context manager that closes on leaving.
+    ``GET /`` returns JSON (see `report`), ``GET /metrics`` Prometheus's text. It is a
+    context manager that closes on leaving.
     """
 
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
@@ -92,14 +157,15 @@ def serve_stats(
     for member in served:
         if not isinstance(member, Limiter):
             raise TypeError(f"serve_stats() shows limiters, not {type(member).__name__}")
-    check_names(served)
+    _check_names(served)
     if path is not None:
         where = Path(path).resolve()  # the program may change directories
         with _adding_address(str(where)):
             _remove_stale_socket(where)
             unix = _UnixServer(where, served)
         return StatsServer(unix, f"unix://{quote(str(where))}", where)
-    if not (host == "localhost" or _is_loopback(host)):
+    name = f"[{host}]" if ":" in host else host
+    if not _is_here(name):
         raise ValueError(
             f"statistics are served on this machine alone: host must be a loopback address such as "
             f"127.0.0.1, not {host!r}"
@@ -108,10 +174,36 @@ def serve_stats(
         raise ValueError(
             f"port must be a whole number from 0 (any that is free) to {_LAST_PORT}, not {port!r}"
         )
-    name = f"[{host}]" if ":" in host else host
     with _adding_address(f"{name}:{port}"):
         server = _TcpServer(host, int(port), served)
     return StatsServer(server, f"http://{name}:{server.server_address[1]}", None)
+
+
+def _check_names(limiters: Sequence[Limiter]) -> None:
+    """Refuse limiters of the same name, whose numbers could not be told apart."""
+    seen: set[str] = set()
+    for name in (member.name for limiter in limiters for member in with_children(limiter)):
+        if name in seen:
+            raise ValueError(
+                f"two limiters to be shown are called {name!r}: give each a name= of its own, and "
+                f"leave out children, which are seen with their parents"
+            )
+        seen.add(name)
+
+
+def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
+    return [member.statistics() for limiter in limiters for member in with_children(limiter)]
+
+
+def _row(snapshot: Statistics) -> dict[str, Any]:
+    rows = [row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits]
+    plain = asdict(replace(snapshot, limits=()))
+    return {**plain, "paused": round(snapshot.paused, 3), "limits": rows}
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return f'"{escaped}"'
 
 
 @contextlib.contextmanager
@@ -124,9 +216,11 @@ def _adding_address(where: str) -> Generator[None]:
         raise OSError(number, error.strerror or str(error), where) from error
 
 
-def _is_loopback(host: str) -> bool:
+def _is_here(host: str) -> bool:
+    """Tell whether a host, with or without a port, names this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -147,8 +241,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server_version = "asyncbucket"
     sys_version = ""
     timeout = 5.0
-    #: Set by the server.
-    limiters: Sequence[Limiter] = ()
+
+    def __init__(self, limiters: Sequence[Limiter], *request: Any) -> None:
+        self.limiters = limiters
+        super().__init__(*request)
 
     def handle(self) -> None:
         """Answer; if the client goes away meanwhile, print no traceback on somebody else's terminal."""
@@ -157,15 +253,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        host = (self.headers.get("Host") or "localhost").rsplit(":", 1)[0]
-        if host not in _LOOPBACK_NAMES and not _is_loopback(host.strip("[]")):
+        path = self.path.partition("?")[0]
+        if not _is_here(self.headers.get("Host") or "localhost"):
             self._reply(403, "text/plain", "this is for this machine alone\n")
-        elif self.path.partition("?")[0] == "/":
+        elif path == "/":
             self._reply(200, "application/json", json.dumps(report(self.limiters)))
-        elif self.path.partition("?")[0] == "/metrics":
+        elif path == "/metrics":
             self._reply(200, "text/plain; version=0.0.4", as_prometheus(self.limiters))
         else:
-            self._reply(404, "text/plain", f"nothing here; {_ENDPOINTS}\n")
+            self._reply(
+                404, "text/plain", "nothing here; see / for limiters, /metrics for Prometheus\n"
+            )
 
     def _reply(self, status: int, content_type: str, text: str) -> None:
         body = text.encode()
@@ -180,10 +278,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing: this is somebody else's terminal."""
 
 
-def _handler_class(limiters: Sequence[Limiter]) -> type[_Handler]:
-    return type("_Handler", (_Handler,), {"limiters": limiters})
-
-
 class _TcpServer(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -191,7 +285,7 @@ class _TcpServer(socketserver.ThreadingTCPServer):
     def __init__(self, host: str, port: int, limiters: Sequence[Limiter]) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), _handler_class(limiters))
+        super().__init__((host, port), functools.partial(_Handler, limiters))
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
@@ -200,7 +294,7 @@ class _UnixServer(socketserver.ThreadingUnixStreamServer):
     def __init__(self, path: Path, limiters: Sequence[Limiter]) -> None:
         old_umask = os.umask(0o177)
         try:
-            super().__init__(str(path), _handler_class(limiters))
+            super().__init__(str(path), functools.partial(_Handler, limiters))
         finally:
             os.umask(old_umask)
 
