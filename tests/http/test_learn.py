@@ -45,13 +45,16 @@ CLAIMS: dict[str, tuple[list[str], Profile, list[Reply], list[int]]] = {
         [said(remaining_requests="9000", limit_requests="9" * 15)],
         [5],
     ),
-    "of organization and project the lower counts": (
+    "the project's count binds if it is the lower": (
         ["10k TPM"],
         OPENAI,
-        [
-            said(remaining_tokens="5000", remaining_project_tokens="300"),
-            said(remaining_project_tokens="5000", remaining_tokens="200"),
-        ],
+        [said(remaining_tokens="5000", remaining_project_tokens="300")],
+        [300],
+    ),
+    "the organization's count binds if it is the lower": (
+        ["10k TPM"],
+        OPENAI,
+        [said(remaining_project_tokens="5000", remaining_tokens="200")],
         [200],
     ),
     "no more is left than the announced limit": (
