@@ -40,7 +40,7 @@ def test_daily_limit_of_preset_is_not_paced() -> None:
         if limit.per > 60 and limit.resource == "requests"
     )
 
-    assert daily == Limit("requests", 1_000, per=86_400, burst=1_000)
+    assert daily == Limit("requests", 1_000, per=86_400)
 
 
 def test_preset_older_than_half_a_year_warns_and_names_source() -> None:

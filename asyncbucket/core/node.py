@@ -347,11 +347,11 @@ class Node:
         Raises:
             TypeError: there is one among ``names``.
         """
-        known = COMMON | self.resources()
-        unknown = sorted(set(names) - known)
-        if unknown:
+        others = set(names) - COMMON
+        if others and not others <= self.resources():
+            known = COMMON | self.resources()
             raise TypeError(
-                f"no limit counts {', '.join(unknown)}: this limiter counts "
+                f"no limit counts {', '.join(sorted(others - known))}: this limiter counts "
                 f"{', '.join(sorted(known))}"
             )
 

@@ -510,6 +510,7 @@ async def test_changed_weight_applies_while_calls_wait(virtual_time: VirtualTime
         await asyncio.sleep(39)
         more = passed - before
         assert more["b"] == pytest.approx(3 * more["a"], abs=6)
+    key.child("a").reconfigure(weight=2)  # nobody waits there now
 
 
 async def test_changed_limits_at_every_level_apply_to_waiting_calls(

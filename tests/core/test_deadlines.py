@@ -268,3 +268,15 @@ async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
     ]
     assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
     assert virtual_time.now == 1.0
+
+
+async def test_provider_without_tokens_left_refuses_no_call_that_costs_none(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    limiter.observe_remaining(0, resource="tokens", per=60)
+    held = await limiter.acquire()
+    waiting = asyncio.ensure_future(limiter.acquire(timeout=1))
+    await asyncio.sleep(0.5)
+    held.release()
+    assert (await waiting).waited == 0.5

@@ -34,15 +34,16 @@ class Store:
         self.told: list[object] = []
         self.bound: tuple[str, int] | None = None
 
-    def let_go(self) -> bool:
+    def let_go(self, bound_by: str | None = "tokens") -> bool:
         """Let the first go, booked in the store's own window."""
         with self.pacer:
             (waiter, pushed), now = self.standing.pop(0), self.pacer.clock()
             for meter, resource in waiter.line.node.meters:
-                meter.redate(waiter.amounts[resource], pushed, now)
+                if waiter.amounts.get(resource):
+                    meter.redate(waiter.amounts[resource], pushed, now)
             self.window.book(waiter.amounts["tokens"], now)
             meters = (*waiter.line.node.meters, (self.window, "tokens"))
-            passed = self.pacer.pass_on_locked(waiter, meters, now, "tokens")
+            passed = self.pacer.pass_on_locked(waiter, meters, now, bound_by)
             if not passed:  # it had given up
                 self._unbook(waiter, now)
             for seat in list(self.pacer.seats.values()):
@@ -120,7 +121,7 @@ async def test_calls_pass_when_store_has_booked_them(
     limiter = key = Limiter(clock=virtual_time.clock)
     store = Store(key)
     for name in path:
-        limiter = limiter.child(name, "500 RPM")
+        limiter = limiter.child(name, "500 RPM", "50 images/m")
     calls = await stand_in(store, limiter, virtual_time, calls=3)
     await asyncio.sleep(2)
     for call in calls:
@@ -273,8 +274,9 @@ async def test_slot_in_store_is_given_up_for_call_inside(virtual_time: VirtualTi
     key = Limiter(clock=virtual_time.clock)
     store = Store(key)
     (call,) = await stand_in(store, key, virtual_time)
-    store.let_go()
+    store.let_go(bound_by=None)
     lease = await call
+    assert lease.bound_by is None
     give_back(lease, key)
     assert store.slots_back == [lease]
     lease.release()
