@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
 
 _MINUTE: Final = 60
 _HOUR: Final = 3_600
@@ -30,7 +30,6 @@ class PlannedLimit:
     Attributes:
         limit: in words: "500 requests per 60 s", "32 at once".
         resource: what it limits: "requests", "tokens", "concurrency", ...
-        tenant: whose limit it is; None for a shared one.
         used: the fraction of it that is used until the last call is admitted; for concurrency until
             the last one ends.
         rate: how many calls a second it admits in the long run, at their mean cost or latency; None
@@ -46,33 +45,6 @@ class PlannedLimit:
     rate: float | None
     if_doubled: float | None = None
     if_removed: float | None = None
-    tenant: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedTenant:
-    """What happens to one tenant's calls.
-
-    Attributes:
-        calls: how many pass.
-        tokens: what they use together.
-        duration: seconds from the start to the end of its last call.
-        waits: how long they wait for admission.
-        held_up: for each resource, its part in what held them up.
-        refused: how many can never pass.
-    """
-
-    calls: int
-    tokens: int
-    duration: float
-    waits: PlannedWaits
-    held_up: Mapping[str, float] = field(default_factory=dict)
-    refused: int = 0
-
-    @property
-    def bound_by(self) -> str | None:
-        """The resource that its calls waited for most; None if none waited."""
-        return max(self.held_up, key=self.held_up.__getitem__, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +63,6 @@ class Plan:
         refused: how many calls can never pass, because they cost more than a limit.
         refusal: the error of the first of these.
         timeline: admissions in each of as many equal parts of the duration.
-        tenants: what happens to each tenant's calls.
     """
 
     duration: float
@@ -105,39 +76,22 @@ class Plan:
     refused: int = 0
     refusal: str | None = None
     timeline: tuple[int, ...] = ()
-    tenants: Mapping[str, PlannedTenant] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [self.summary, *details(self)]
         if self.limits:
             lines += ["", *_aligned(table(self))]
-        if self.tenants:
-            lines += ["", *_aligned(tenants(self))]
         return "\n".join(lines)
 
     @property
     def binding(self) -> PlannedLimit | None:
-        """The limit that binds."""
-        waited = [
-            limit for limit in self.limits if self._of(limit.tenant).held_up.get(limit.resource)
-        ]
-        shared = [limit for limit in waited if limit.tenant is None]
-        return max(
-            shared or waited,
-            key=lambda limit: (self._of(limit.tenant).duration, limit.used),
-            default=None,
-        )
-
-    def _of(self, tenant: str | None) -> "Plan | PlannedTenant":
-        return self if tenant is None else self.tenants[tenant]
+        """The limit that binds: among those that any call waited for, the one used most."""
+        waited = [limit for limit in self.limits if self.held_up.get(limit.resource)]
+        return max(waited, key=lambda limit: limit.used, default=None)
 
     @property
     def bound_by(self) -> str | None:
-        """The resource of the limit that binds: "requests", "tokens", "concurrency"...
-
-        Among the limits that any call waited for, this is the one used most. If no call waited for
-        a shared limit, it is one of the tenant that finishes last. None if nobody waited.
-        """
+        """Its resource: "requests", "tokens", "concurrency"...; None if nobody waited."""
         return None if self.binding is None else self.binding.resource
 
     @property
@@ -204,26 +158,9 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
     for limit in plan.limits:
         others = (limit.if_doubled, limit.if_removed)
         changes = (change(seconds, plan.duration) for seconds in others)
-        rows.append((limit_in_words(limit), percent(limit.used), *changes))
+        rows.append((limit.limit, percent(limit.used), *changes))
     if all(limit.if_doubled is None for limit in plan.limits):
         rows = [row[:2] for row in rows]
-    return rows
-
-
-def limit_in_words(limit: PlannedLimit) -> str:
-    """Return a limit in words, and whose it is."""
-    return limit.limit if limit.tenant is None else f"{limit.tenant}: {limit.limit}"
-
-
-def tenants(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the header and a row for each tenant: how much it had, how long it took and waited."""
-    rows: list[tuple[str, ...]] = [
-        ("tenant", "calls", "done after", "wait p50", "wait p95", "waits for")
-    ]
-    for name, tenant in plan.tenants.items():
-        waits = (duration_in_words(tenant.waits.p50), duration_in_words(tenant.waits.p95))
-        reason = "" if tenant.bound_by is None else named(tenant.bound_by)
-        rows.append((name, f"{tenant.calls:,}", duration_in_words(tenant.duration), *waits, reason))
     return rows
 
 

@@ -136,31 +136,3 @@ def test_refused_calls_do_not_change_the_plan_of_the_others() -> None:
         planned,
         run(limits, [tokens[each] for each in passing], [latencies[each] for each in passing]),
     )
-
-
-@pytest.mark.parametrize("calls", [1, 7, 100])
-def test_plan_of_an_agent_tree_agrees_with_a_limiter(calls: int) -> None:
-    """A tree of agents is the same as tasks that start tasks."""
-    from asyncbucket.plan import AgentTree
-
-    tree = AgentTree(agents=calls, depth=3, fan_out=2, steps=2)
-    planned = plan(arrivals=tree, latency=1.5, rpm=300, concurrency=8)
-
-    with virtual_time() as time:
-        real = Limiter(rpm=300, concurrency=8, clock=time.clock)
-
-        async def agent(generation: int) -> None:
-            for _ in range(tree.steps):
-                async with real.acquire():
-                    await asyncio.sleep(1.5)
-            if generation < tree.depth:
-                await asyncio.gather(*(agent(generation + 1) for _ in range(tree.fan_out)))
-
-        async def main() -> None:
-            await asyncio.gather(*(agent(1) for _ in range(tree.agents)))
-
-        time.run(main())
-        admitted = real.statistics().admitted
-
-    assert planned.calls == tree.calls == admitted
-    assert planned.duration == pytest.approx(time.now, abs=LATE * admitted)
