@@ -80,7 +80,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [self.summary, *details(self)]
         if self.limits:
-            lines += ["", *_aligned(table(self))]
+            lines += ["", *_aligned(rows_of(self))]
         return "\n".join(lines)
 
     @property
@@ -152,7 +152,7 @@ def details(plan: Plan) -> Iterator[str]:
         yield f"never passed: {calls}: {plan.refusal}"
 
 
-def table(plan: Plan) -> list[tuple[str, ...]]:
+def rows_of(plan: Plan) -> list[tuple[str, ...]]:
     """Return the header and a row for each limit: what is used of it, and what changes would do."""
     rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
     for limit in plan.limits:

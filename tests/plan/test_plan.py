@@ -3,7 +3,7 @@
 import json
 import pickle
 import random
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -29,7 +29,6 @@ def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | 
 
 
 def test_readme_example_prints_a_sentence_and_a_table() -> None:
-    """It is a sentence, then a table."""
     planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
 
     assert str(planned) == EXAMPLE
@@ -44,7 +43,6 @@ def test_readme_example_prints_a_sentence_and_a_table() -> None:
     ],
 )
 def test_doubling_helps_only_for_the_limit_that_binds(binding: str, limits: dict[str, Any]) -> None:
-    """Only doubling the limit that binds is worth its money."""
     planned = plan(calls=500, tokens=800, latency=2.0, **limits)
 
     assert planned.bound_by == binding
@@ -58,21 +56,18 @@ def test_doubling_helps_only_for_the_limit_that_binds(binding: str, limits: dict
 
 @pytest.mark.parametrize("rpm", [5, 19, 500])
 def test_if_doubled_equals_a_plan_with_twice_the_limit(rpm: int) -> None:
-    """The default burst doubles, too, though it is rounded down: 1 of 19, and 3 of 38."""
     doubled, _ = changed_durations(plan(calls=700, rpm=rpm), "requests")
 
     assert doubled == plan(calls=700, rpm=2 * rpm).duration
 
 
 def test_if_doubled_doubles_a_given_burst_too() -> None:
-    """A burst that was given doubles with its limit."""
     doubled, _ = changed_durations(plan("60 RPM burst 2", calls=700), "requests")
 
     assert doubled == plan("120 RPM burst 4", calls=700).duration
 
 
 def test_limit_that_no_call_waits_for_does_not_bind() -> None:
-    """Without a wait a plan is as long as its longest call."""
     planned = plan(calls=5, rpm=500, latency=2.5)
 
     assert planned.bound_by is None
@@ -82,13 +77,10 @@ def test_limit_that_no_call_waits_for_does_not_bind() -> None:
 
 
 def test_latency_of_none_is_the_same_as_zero() -> None:
-    """Passing None is the same as passing 0."""
     assert plan(calls=5, rpm=500, latency=None) == plan(calls=5, rpm=500, latency=0)
 
 
 def test_same_seed_gives_the_same_plan() -> None:
-    """The same seed draws the same values again, and another seed draws others."""
-
     def one(seed: int) -> Plan:
         return plan(
             calls=300,
@@ -105,7 +97,6 @@ def test_same_seed_gives_the_same_plan() -> None:
 
 
 def test_plan_leaves_global_random_state_alone() -> None:
-    """It leaves the state of `random` alone."""
     state = random.getstate()
 
     plan(calls=10, tokens=lambda chance: chance.random(), latency=1, rpm=5)
@@ -114,7 +105,6 @@ def test_plan_leaves_global_random_state_alone() -> None:
 
 
 def test_calls_that_can_never_pass_are_counted() -> None:
-    """One overlong text in a thousand is no reason to have no plan."""
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, latency=1.0)
 
     assert (planned.calls, planned.refused) == (2, 1)
@@ -124,21 +114,18 @@ def test_calls_that_can_never_pass_are_counted() -> None:
 
 
 def test_call_that_can_never_pass_delays_no_other() -> None:
-    """The limiter refuses it on arrival, so calls behind it need not wait for running ones."""
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, concurrency=2, latency=[20.0, 1.0, 1.0])
 
     assert (planned.refused, planned.waits.max, planned.duration) == (1, 0, 20.0)
 
 
 def test_many_calls_in_flight_are_written_in_full() -> None:
-    """The average is written out like the peak."""
     planned = plan(calls=50_000, rpm=600_000, latency=60, what_if=False)
 
     assert "\nin flight: 50,000 on average, 50,000 at most" in str(planned)
 
 
 def test_share_used_of_a_limit_is_at_most_one() -> None:
-    """This holds even if a call turns out to have used more than the limit."""
     planned = plan(calls=1, tokens=800, used_tokens=1_500, tpm=1_000, latency=1)
 
     assert planned.tokens == 1_500
@@ -146,7 +133,6 @@ def test_share_used_of_a_limit_is_at_most_one() -> None:
 
 
 def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
-    """The error has the limiter's numbers and remedy."""
     with pytest.raises(
         CostExceedsLimit,
         match="no call can ever pass: cost of 800 tokens exceeds the limit of 500 tokens per 60 s",
@@ -155,7 +141,6 @@ def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
 
 
 def test_plan_of_many_calls_omits_what_if_by_default() -> None:
-    """Each limit would take two more runs."""
     planned = plan(calls=100_001, rpm=6_000_000, concurrency=1_000, latency=0.001)
 
     assert changed_durations(planned, "concurrency") == (None, None)
@@ -163,12 +148,10 @@ def test_plan_of_many_calls_omits_what_if_by_default() -> None:
 
 
 def test_plan_with_what_if_false_omits_doubled_and_removed_limits() -> None:
-    """This serves those who want only the duration."""
     assert changed_durations(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
 
 
 def test_timeline_adds_up_to_all_calls() -> None:
-    """It counts admissions in equal parts of the duration."""
     planned = plan(calls=1_000, rpm=500, latency=1.0)
 
     assert sum(planned.timeline) == 1_000
@@ -176,7 +159,6 @@ def test_timeline_adds_up_to_all_calls() -> None:
 
 
 def test_poisson_arrivals_come_at_their_rate() -> None:
-    """A thousand calls at five a second take about 200 s."""
     planned = plan(calls=1_000, arrivals=Poisson(5.0), rpm=6_000)
 
     assert planned.duration == pytest.approx(200, rel=0.1)
@@ -184,7 +166,6 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
 
 
 def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
-    """Two limits of one resource are each judged by their own window."""
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
 
     day, minute = sorted(planned.limits, key=lambda each: each.limit)
@@ -195,7 +176,6 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
 
 
 def test_plan_survives_json_and_pickle() -> None:
-    """It may be written down, or sent to another process."""
     planned = plan(calls=10, tokens=100, rpm=5, tpm=1_000, latency=1)
 
     assert json.loads(json.dumps(planned.as_dict()))["bound_by"] == planned.bound_by
@@ -238,7 +218,6 @@ def test_plan_survives_json_and_pickle() -> None:
 def test_invalid_arguments_are_refused_with_the_remedy(
     arguments: dict[str, Any], message: str
 ) -> None:
-    """Each message names the remedy."""
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
 
@@ -253,35 +232,28 @@ def test_invalid_arguments_are_refused_with_the_remedy(
 def test_arguments_of_wrong_types_are_refused_with_the_right_ones(
     arguments: dict[str, Any], message: str
 ) -> None:
-    """Even where it would not be used."""
     with pytest.raises(TypeError, match=message):
         plan(calls=5, rpm=5, **arguments)
 
 
 def test_bare_number_is_refused_as_arrivals() -> None:
-    """It may have been meant as a rate."""
     arrivals: Any = 8.0
-    with pytest.raises(
-        TypeError, match=r"Poisson\(8\.0\) for so many calls a second, .*, not 8\.0"
-    ):
+    with pytest.raises(TypeError, match=r"Poisson\(8\.0\) for so many calls a second, not 8\.0"):
         plan(calls=5, rpm=60, arrivals=arrivals)
 
 
 def test_unreadable_limit_raises_limit_syntax_error() -> None:
-    """Limits are written as for a limiter."""
     with pytest.raises(LimitSyntaxError):
         plan("many", calls=3)
 
 
 def test_samples_and_arrivals_may_come_from_generators() -> None:
-    """They are read once, though the plan runs through them several times."""
     planned = plan(tpm=100, tokens=(60 for _ in range(3)), resources={}, latency=iter([1, 1, 1]))
     assert planned == plan(tpm=100, tokens=[60, 60, 60], latency=[1, 1, 1])
     assert plan(rpm=60, arrivals=iter([0.0, 5.0])).duration == 5
 
 
 def test_limit_on_another_resource_can_bind_a_plan() -> None:
-    """These may be images, pages or dollars."""
     planned = plan("6 images/10s", calls=10, resources={"images": 3})
 
     assert planned.bound_by == "images"
@@ -290,7 +262,6 @@ def test_limit_on_another_resource_can_bind_a_plan() -> None:
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
 def test_arrival_rate_must_be_a_finite_number_above_zero(rate: float) -> None:
-    """Anything else is not a rate."""
     with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
         Poisson(rate)
 
@@ -310,31 +281,26 @@ def test_arrival_rate_must_be_a_finite_number_above_zero(rate: float) -> None:
     ],
 )
 def test_durations_are_worded_in_two_units_at_most(seconds: float, text: str) -> None:
-    """They are worded as people say them, never with 60 of the smaller unit."""
     assert duration_in_words(seconds) == text
 
 
 def test_percentages_are_rounded_down() -> None:
-    """99.96 % is not 100 %."""
     assert percent(0.9996) == "99.9 %"
     assert percent(1.0) == "100.0 %"
 
 
 def test_binding_resource_is_worded_in_singular_or_plural() -> None:
-    """Tokens bind, but concurrency binds."""
     assert binds("input_tokens") == "input tokens bind"
     assert binds("concurrency") == "concurrency binds"
     assert binds(None) == "nothing binds"
 
 
 def test_change_below_half_a_percent_is_shown_as_the_same() -> None:
-    """Nobody would pay for so little."""
     assert change(100.4, 100) == "the same"
     assert change(50, 100) == "50 s (-50 %)"
     assert change(None, 100) == ""
 
 
 def test_too_many_calls_are_refused_at_once() -> None:
-    """The error has numbers and remedy."""
     with pytest.raises(ValueError, match=r"10,000,001 calls are more than the 10,000,000 that a"):
         plan(calls=10_000_001, rpm=500)
