@@ -148,7 +148,7 @@ def _show(console: Console, planned: Plan) -> None:
     if limit is not None and limit.rate is not None:
         part = planned.duration / len(planned.timeline)
         rates = [count / part for count in planned.timeline]
-        title = f"admitted over time; ____ is the limit of {limit.limit}"
+        title = f"admitted over time; ____ is {limit.limit}"
         if max(rates) > 2 * limit.rate:
             title += f", {format_rates(max(rates), limit.rate)[0]} the peak"
         console.print(Text(title, "bold"))

@@ -135,4 +135,4 @@ def test_mistake_is_explained_with_status_2(arguments: tuple[str, ...], error: s
 def test_plot_gives_peak_in_the_unit_of_its_axis() -> None:
     shown = typed("--calls", "20", "--also", "60 RPH burst 10", "--latency", "5")
 
-    assert re.search(r"limit of 60 requests per 3,600 s, [\d,]+/h the peak\n +120/h ", shown)
+    assert re.search(r"____ is 60 requests per 3,600 s, [\d,]+/h the peak\n +120/h ", shown)
