@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from asyncbucket.cli.options import (
     DONE,
     FAILED,
     OPENAI,
+    AsJson,
     Rpm,
     Tpm,
     check_url,
@@ -36,6 +37,9 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, named, one_line
 from asyncbucket.plan.result import percent
+
+if TYPE_CHECKING:
+    from asyncbucket.testing import Arrival
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -66,23 +70,19 @@ _LINE_INTERVAL: Final = 2.0
 
 def demo(  # noqa: PLR0913 - one for each option
     *,
-    agents: Annotated[
-        int | None, count_option("How many agents run at once.", maximum=10_000)
-    ] = None,
+    agents: Annotated[int | None, count_option("Agents that run at once.", maximum=10_000)] = None,
     rpm: Rpm = None,
     tpm: Tpm = None,
     concurrency: Annotated[int | None, count_option("Calls in flight at most, when paced.")] = None,
     model: Annotated[str | None, name_option("A chat model of a real provider.")] = None,
-    api_base: Annotated[
-        str | None, text_option("A real provider; default: OpenAI.", metavar="URL")
-    ] = None,
+    api_base: Annotated[str | None, text_option("Its URL; default: OpenAI.", metavar="URL")] = None,
     compare: Annotated[bool, flag_option("Also run it without asyncbucket.", "--compare")] = False,
     seconds: Annotated[
         float | None,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = None,
     quick: Annotated[bool, flag_option("The same as --seconds 6.", "--quick")] = False,
-    as_json: Annotated[bool, flag_option("Print the figures as JSON.", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
 
@@ -217,16 +217,6 @@ def real(agents: int, *, rpm: int | None, tpm: int | None, **others: Any) -> Sce
     return Scenario(agents=agents, limits=limits, api_key=key, **others)
 
 
-class Arrival(NamedTuple):
-    """One HTTP request, as the provider or, failing that, the client saw it."""
-
-    #: Nanoseconds of `time.monotonic_ns()`.
-    time_ns: int
-    #: Tokens that it was charged; 0 if unknown.
-    tokens: int
-    admitted: bool
-
-
 @dataclass(slots=True, kw_only=True)
 class Run:
     """What one run has done so far."""
@@ -234,16 +224,13 @@ class Run:
     scenario: Scenario
     #: None without asyncbucket.
     limiter: Limiter | None = None
-    #: Agents and batches that have begun, and that have finished.
-    begun: int = 0
     agents_finished: int = 0
-    batches_finished: int = 0
     #: HTTP requests, those answered with 429, those answered well, and those under way.
     requests: int = 0
     refused: int = 0
     answered: int = 0
     in_flight: int = 0
-    arrivals: list[Arrival] = field(default_factory=list[Arrival])
+    arrivals: "list[Arrival]" = field(default_factory=list)
     #: How often each kind of error ended an agent or a batch; the first failed call ends one.
     failures: Counter[str] = field(default_factory=Counter[str])
     #: Seconds and binding limit of every admission.
@@ -268,14 +255,6 @@ class Run:
         if not self.started_ns:
             return 0.0
         return ((self.ended_ns or time.monotonic_ns()) - self.started_ns) * 1e-9
-
-    @property
-    def waiting(self) -> int:
-        """Calls that wait: in the limiter's line, or in a client's back-off."""
-        if self.limiter is not None:
-            return self.limiter.statistics().waiting
-        finished = self.agents_finished + self.batches_finished + self.failed
-        return max(0, self.begun - finished - self.in_flight)
 
     def instants(self, *, admitted: bool) -> list[float]:
         """Return when requests were admitted, or else refused, in seconds from the start."""
@@ -317,32 +296,17 @@ class Run:
     def panel(self) -> Panel:
         """Return what is shown while it runs."""
         agents = self.scenario.agents
-        bars = [
-            Bar(f"{self.agents_finished:,} of {agents:,} agents", self.agents_finished / agents)
-        ]
+        finished = f"{self.agents_finished:,} of {agents:,} agents"
+        bars = [Bar(finished, self.agents_finished / agents)]
+        facts = [f"{self.answered:,} calls answered", f"{self.refused:,} 429s"]
+        facts += [f"{self.failed:,} failed", f"{self.in_flight:,} in flight"]
         if self.limiter is not None:
-            uses = [(use.limit, use.used) for use in self.limiter.statistics().limits]
-        else:
-            since = time.monotonic_ns() - round(self.scenario.window * 1e9)
-            recent = sum(each.admitted and each.time_ns >= since for each in self.arrivals)
-            uses = [
-                (limit, recent) for limit in self.scenario.limits if limit.resource == "requests"
-            ]
-        for limit, used in uses:
-            label = f"{used:,} of {limit.amount:,} {limit.resource} in {limit.per:g} s"
-            bars.append(Bar(label, min(1.0, used / limit.amount), style="yellow"))
-        counts = {"calls answered": self.answered, "429s": self.refused, "failed": self.failed}
-        counts["waiting"] = self.waiting
-        facts = tuple(f"{count:,} {name}" for name, count in counts.items())
-        return Panel(f"{self.name}, {self.seconds:.0f} s", tuple(bars), facts)
-
-    def summary(self) -> str:
-        """Say in a line how it ended."""
-        ended = "interrupted after" if self.interrupted else "done in"
-        return (
-            f"{self.name}: {ended} {self.seconds:.1f} s, {self.requests:,} HTTP requests, "
-            f"{self.refused:,} 429s, {self.failed:,} failed"
-        )
+            now = self.limiter.statistics()
+            facts.append(f"{now.waiting:,} waiting")
+            for use in now.limits:
+                label = f"{use.used:,} of {use.limit}"
+                bars.append(Bar(label, min(1.0, use.used / use.limit.amount), style="yellow"))
+        return Panel(f"{self.name}, {self.seconds:.0f} s", tuple(bars), tuple(facts))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures in values that JSON can hold; times are seconds."""
@@ -414,7 +378,7 @@ def _run_all(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bo
         if run.interrupted:
             return INTERRUPTED
         if not quiet:
-            console.print(run.summary(), markup=False)
+            console.print(f"{run.panel()}", markup=False, soft_wrap=True)
     return FAILED if runs[-1].failed else DONE
 
 
@@ -428,31 +392,25 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
         for what, count in run.failures.most_common():
             line = f"{run.name}, {count:,} failed: {one_line(what)}"
             console.print(line, markup=False, highlight=False)
-    requests = scenario.amount("requests")
+    requests = scenario.amount("requests") or 0
     longest = max(run.seconds for run in runs)
-    if not requests or not longest:
-        return
-    limit = requests / scenario.window
-    for run in runs:
-        admitted, refused = (_rates(run, admitted=admitted) for admitted in (True, False))
-        title = f"{run.name}: admitted a second; ____ is the limit, {limit:.3g}"
-        if max(admitted) > 2 * limit:
-            title += f", {max(admitted):,.0f} the peak"
-        console.print(Text(title, "bold"))
-        share = run.seconds / longest
-        console.print(plot(console, admitted, limit, seconds=run.seconds, share=share))
+    for run in runs if requests and longest else ():
+        admitted, refused = (_counts(run, admitted=admitted) for admitted in (True, False))
+        title = f"{run.name}: admitted over time; ____ is the limit of requests"
+        limit, share = requests / scenario.window, run.seconds / longest
+        console.print(plot(console, title, admitted, limit, seconds=run.seconds, share=share))
         if any(refused):
-            console.print(f"{'':8}up to {max(refused):,.0f} refused a second (429)", style="red")
+            most = max(refused) * len(refused) / run.seconds
+            console.print(f"{'':8}up to {most:,.0f} refused a second (429)", style="red")
         console.print()
 
 
-def _rates(run: Run, *, admitted: bool) -> list[float]:
-    """Return how many requests a second were admitted, or refused, in parts of about a second."""
+def _counts(run: Run, *, admitted: bool) -> list[int]:
+    """Return how many requests were admitted, or refused, in parts of about a second."""
     counts = [0] * max(1, round(run.seconds))
-    part = run.seconds / len(counts)
     for instant in run.instants(admitted=admitted):
-        counts[min(max(int(instant / part), 0), len(counts) - 1)] += 1
-    return [count / part for count in counts]
+        counts[min(max(int(instant / run.seconds * len(counts)), 0), len(counts) - 1)] += 1
+    return counts
 
 
 def _column(run: Run) -> dict[str, str | Text]:

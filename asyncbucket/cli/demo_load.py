@@ -18,11 +18,11 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket.cli import interrupts_blocked
-from asyncbucket.cli.demo import Arrival, Run, Scenario
+from asyncbucket.cli.demo import Run, Scenario
 from asyncbucket.cli.options import without_key
 from asyncbucket.cli.ui import Screen
 from asyncbucket.core.events import Admitted, Event
-from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing import Arrival, ProviderProcess
 
 _REFRESH: Final = 0.2
 #: The range of seconds that the bundled provider takes for a reply.
@@ -55,9 +55,7 @@ def run_once(run: Run, screen: Screen) -> None:
         return
     with bundled_provider(run.scenario) as provider:
         _run(run, screen, provider.base_url)
-        run.arrivals = [
-            Arrival(seen.time_ns, seen.tokens, seen.admitted) for seen in provider.arrivals
-        ]
+        run.arrivals = provider.arrivals
 
 
 def _run(run: Run, screen: Screen, api_base: str) -> None:
@@ -184,7 +182,7 @@ def _counting_client(run: Run) -> httpx.AsyncClient:
         run.refused += is_refusal
         run.answered += response.is_success
         sent_ns: int = response.request.extensions["asyncbucket_demo"]
-        run.arrivals.append(Arrival(sent_ns, 0, not is_refusal))
+        run.arrivals.append(Arrival(sent_ns, "", 0, not is_refusal))
 
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
@@ -204,7 +202,6 @@ async def _run_all(jobs: list[Job], run: Run) -> None:
 
 
 async def _run_job(job: Job, run: Run) -> None:
-    run.begun += 1
     try:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
@@ -224,7 +221,7 @@ def _jobs(run: Run, llm: Any, embed_model: Any) -> Iterator[Job]:
     for number in range(agents):
         yield _agent(number, run, llm)
         while batches < (number + 1) * run.scenario.batches // agents:
-            yield _batch(batches, run, embed_model)
+            yield _batch(batches, embed_model)
             batches += 1
 
 
@@ -245,14 +242,14 @@ def _agent(number: int, run: Run, llm: Any) -> Job:
     return job
 
 
-def _batch(number: int, run: Run, embed_model: Any) -> Job:
+def _batch(number: int, embed_model: Any) -> Job:
     texts = [
         f"Report {number}.{line}: the harbor of {_CITIES[line % len(_CITIES)]} in fine weather."
         for line in range(_BATCH_SIZE)
     ]
 
-    async def job() -> None:
-        await embed_model.aget_text_embedding_batch(texts)
-        run.batches_finished += 1
+    def job() -> Awaitable[object]:
+        batch: Awaitable[object] = embed_model.aget_text_embedding_batch(texts)
+        return batch
 
     return job

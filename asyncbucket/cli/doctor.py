@@ -22,7 +22,7 @@ from rich.text import Text
 
 from asyncbucket import Limiter, StoreError
 from asyncbucket.cli import interrupts_blocked
-from asyncbucket.cli.options import FAILED, errors_in_one_line, flag_option, text_option
+from asyncbucket.cli.options import FAILED, AsJson, errors_in_one_line, text_option
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
 from asyncbucket.stores import open_store, without_password
@@ -87,7 +87,7 @@ def doctor(
         str | None,
         text_option("A store to look at, e.g. redis://host:6379/0.", metavar="URL"),
     ] = None,
-    as_json: Annotated[bool, flag_option("Print the findings as JSON.", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check what is installed and set up here, and say what to fix.
 

@@ -81,6 +81,10 @@ Tpm: TypeAlias = Annotated[int | None, count_option("Tokens a minute.")]
 Rpd: TypeAlias = Annotated[int | None, count_option("Requests a day.")]
 Tpd: TypeAlias = Annotated[int | None, count_option("Tokens a day.")]
 Preset: TypeAlias = Annotated[str | None, name_option("A provider's published limits.")]
+Also: TypeAlias = Annotated[
+    list[str] | None, text_option('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
+]
+AsJson: TypeAlias = Annotated[bool, flag_option("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag_option("Draw on a dark background.", "--dark")]
 
 

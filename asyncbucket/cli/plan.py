@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from asyncbucket.cli.options import (
+    Also,
+    AsJson,
     Dark,
     Preset,
     Rpd,
@@ -25,7 +27,7 @@ from asyncbucket.cli.options import (
     read_count,
     text_option,
 )
-from asyncbucket.cli.ui import format_rates, plot, table
+from asyncbucket.cli.ui import plot, table
 from asyncbucket.plan import Plan, Poisson
 from asyncbucket.plan import plan as make_plan
 from asyncbucket.plan.result import details, rows_of
@@ -39,40 +41,29 @@ Examples:
 """
 
 
-def _samples_option(text: str, metavar: str = "N|FILE") -> Any:
-    return text_option(text, metavar=metavar)
+def _samples_option(text: str) -> Any:
+    return text_option(text, metavar="N|FILE")
 
 
 def plan(  # noqa: PLR0913 - one for each option
     *,
     # What is asked.
     calls: Annotated[int | None, count_option("How many calls; default: all samples.")] = None,
-    tokens: Annotated[
-        str | None, _samples_option("Tokens a call, or JSONL: prompts, requests, numbers.")
-    ] = None,
+    tokens: Annotated[str | None, _samples_option("Tokens a call, or JSONL of prompts.")] = None,
     input_tokens: Annotated[str | None, _samples_option("Tokens sent, if limited apart.")] = None,
     output_tokens: Annotated[str | None, _samples_option("Tokens expected back.")] = None,
-    used_tokens: Annotated[
-        str | None, _samples_option("Tokens really used; default: as reserved.")
-    ] = None,
-    latency: Annotated[str, _samples_option("Seconds a call takes, or JSONL.", "S|FILE")] = "0",
-    poisson: Annotated[
-        float | None, text_option("Calls come by chance, so many a second.", metavar="RATE")
-    ] = None,
+    used_tokens: Annotated[str | None, _samples_option("Tokens really used.")] = None,
+    latency: Annotated[str, _samples_option("Seconds a call takes, or JSONL of them.")] = "0",
+    poisson: Annotated[float | None, text_option("Calls a second, by chance.", metavar="N")] = None,
     # What is allowed.
     rpm: Rpm = None,
     tpm: Tpm = None,
     rpd: Rpd = None,
     tpd: Tpd = None,
-    limits: Annotated[
-        list[str] | None,
-        text_option('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also"),
-    ] = None,
+    limits: Also = None,
     preset: Preset = None,
     concurrency: Annotated[int | None, count_option("Calls in flight at most.")] = None,
-    profile: Annotated[
-        str, name_option("How requests are charged: openai, anthropic, ...")
-    ] = "openai",
+    profile: Annotated[str, name_option("Who charges: openai, anthropic, ...")] = "openai",
     # What is found out, and shown.
     what_if: Annotated[
         bool | None, flag_option("Say what other limits would bring.", "--what-if/--no-what-if")
@@ -80,7 +71,7 @@ def plan(  # noqa: PLR0913 - one for each option
     seed: Annotated[int, text_option("Seed of all random numbers.", metavar="N")] = 0,
     out: Annotated[Path | None, file_option("Draw it: .png, .svg or .pdf.")] = None,
     dark: Dark = False,
-    as_json: Annotated[bool, flag_option("Print the plan as JSON.", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say how long calls take under limits, what binds, and what other limits would bring.
 
@@ -146,10 +137,5 @@ def _show(console: Console, planned: Plan) -> None:
             shown.rows[planned.limits.index(limit)].style = "bold yellow"
         console.print(shown)
     if limit is not None and limit.rate is not None:
-        part = planned.duration / len(planned.timeline)
-        rates = [count / part for count in planned.timeline]
         title = f"admitted over time; ____ is {limit.limit}"
-        if max(rates) > 2 * limit.rate:
-            title += f", {format_rates(max(rates), limit.rate)[0]} the peak"
-        console.print(Text(title, "bold"))
-        console.print(plot(console, rates, limit.rate, seconds=planned.duration))
+        console.print(plot(console, title, planned.timeline, limit.rate, seconds=planned.duration))

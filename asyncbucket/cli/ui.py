@@ -170,35 +170,42 @@ def table(console: Console, rows: Sequence[Sequence[str | Text]]) -> Table:
 
 
 def plot(
-    console: Console, rates: Sequence[float], limit: float, *, seconds: float, share: float = 1.0
+    console: Console,
+    title: str,
+    counts: Sequence[int],
+    limit: float,
+    *,
+    seconds: float,
+    share: float = 1.0,
 ) -> Text:
-    """Plot rates (a second) up to twice the limit, with the limit as a line.
+    """Plot rates up to twice the limit, with the limit as a line.
 
     Args:
         console: where it will be printed.
-        rates: one for each of as many equal parts of the time.
-        limit: where the line is.
-        seconds: the time that ``rates`` cover.
+        title: what is above it; the highest rate is added if it is above the scale.
+        counts: how many there were in each of as many equal parts of the time.
+        limit: where the line is, a second.
+        seconds: the whole time.
         share: the part of the width that is used; so several plots have one scale.
     """
     unicode = shows_blocks(console)
     width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
-    columns = resampled(rates, width)
-    top, middle = format_rates(2 * limit, limit)
+    rates = [count * len(counts) / seconds for count in counts]
+    top, middle, peak = format_rates(2 * limit, limit, max(rates))
     labels: dict[int, str] = {_ROWS - 1: top, _ROWS // 2: middle}
-    text = Text()
+    text = Text(title + (f", {peak} the peak" if max(rates) > 2 * limit else ""), "bold")
+    columns = resampled(rates, width)
     for row in reversed(range(_ROWS)):
-        text.append(f"{labels.get(row, ''):>{_MARGIN - 2}} ").append("│" if unicode else "|", "dim")
+        text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
+        text.append("│" if unicode else "|", "dim")
         for rate in columns:
             cell = _cell(rate / limit * _ROWS / 2 - row, unicode=unicode)
             is_line = row == _ROWS // 2 and cell == " "
             text.append("_" if is_line else cell, "yellow" if is_line else "green")
-        text.append("\n")
     end = duration_in_words(seconds)
     corner, line = ("└", "─") if unicode else ("+", "-")
-    text.append(f"{'':{_MARGIN - 1}}{corner}{line * width}\n", "dim")
-    text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")
-    return text
+    text.append(f"\n{'':{_MARGIN - 1}}{corner}{line * width}\n", "dim")
+    return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")
 
 
 def _cell(filled: float, *, unicode: bool) -> str:
@@ -221,8 +228,8 @@ def resampled(rates: Sequence[float], columns: int) -> list[float]:
 
 
 def format_rates(*values: float) -> list[str]:
-    """Return rates in one unit, in which the lowest of them has significant digits."""
+    """Return rates in one unit, in which the second of them has significant digits."""
     units = ((1, "s", 0.1), (3_600, "h", 10), (86_400, "d", 0))
-    per, unit = next((per, unit) for per, unit, least in units if min(values) * per >= least)
+    per, unit = next((per, unit) for per, unit, least in units if values[1] * per >= least)
     counts = [value * per for value in values]
     return [f"{n:,.0f}/{unit}" if n >= 10 else f"{n:.2g}/{unit}" for n in counts]  # noqa: PLR2004 - two digits

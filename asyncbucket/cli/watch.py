@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import typer
 from rich.console import Console
 
-from asyncbucket.cli.options import FAILED, error_message, errors_in_one_line, flag_option
+from asyncbucket.cli.options import FAILED, AsJson, error_message, errors_in_one_line, flag_option
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.wording import counted, in_seconds, one_line
@@ -50,7 +50,7 @@ def watch(
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
     ] = 1.0,
     once: Annotated[bool, flag_option("Look once, then exit.", "--once")] = False,
-    as_json: Annotated[bool, flag_option("Print a line of JSON for each look.", "--json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what running limiters do: how full each limit is, what binds, and who waits.
 

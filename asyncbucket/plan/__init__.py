@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.terms import read_count
+from asyncbucket.core.wording import shown
 
 if TYPE_CHECKING:
     from asyncbucket.plan.load import Arrivals, Poisson
@@ -104,27 +105,28 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     """
     from asyncbucket.plan.load import Load
     from asyncbucket.plan.outlook import make_plan
-    from asyncbucket.plan.samples import Tokens
+    from asyncbucket.plan.samples import Series, Tokens, read_seconds
 
     read = read_limits(limits, limits_by_keyword)
     if concurrency is not None:
         concurrency = read_count(concurrency, "concurrency", least=1)
-    load = Load(
-        calls=calls,
-        arrivals=arrivals,
-        tokens={
-            "tokens": tokens,
-            "input_tokens": input_tokens,
-            "output_tokens": output_tokens,
-            "used_tokens": used_tokens,
-        },
-        resources={} if resources is None else resources,
-        latency=latency,
-        read=Tokens(count=count_tokens, profile=profile),
-        seed=seed,
-    )
-    load.check(read, concurrency)
+    if resources is not None and not isinstance(resources, Mapping):
+        raise TypeError(
+            f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
+        )
+    units = {
+        **(resources or {}),
+        "tokens": tokens,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "used_tokens": used_tokens,
+    }
+    read_units = Tokens(count=count_tokens, profile=profile)
+    series = {name: Series(samples, name, read_units) for name, samples in units.items()}
+    series["latency"] = Series(0.0 if latency is None else latency, "latency", read_seconds)
     try:
+        load = Load(series, calls=calls, arrivals=arrivals, seed=seed)
+        load.check(read, concurrency)
         return make_plan(load, read, concurrency, what_if=what_if)
     except OverflowError as error:
         raise ValueError(

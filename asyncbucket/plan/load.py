@@ -12,12 +12,14 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.terms import read_count
 from asyncbucket.core.wording import is_number, named, plain, shown
 from asyncbucket.plan.drive import Call
-from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
+from asyncbucket.plan.samples import Series
 
 #: The most calls of a plan: they take a minute or two and some gigabytes.
 _MOST: Final = 10_000_000
 _NANOSECONDS: Final = 1_000_000_000
-_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
+_TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
+#: The names of series that are no resources of their own.
+_ABOUT_CALLS: Final = _TOKENS | {"used_tokens", "latency"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,14 @@ class Poisson:
                 f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
             )
 
+    def instants(self, calls: int, seed: str) -> Iterator[int]:
+        """Yield when each call comes, in nanoseconds."""
+        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        now = 0.0
+        for _ in range(calls):
+            now += rng.expovariate(self.rate)
+            yield round(now * _NANOSECONDS)
+
 
 Arrivals: TypeAlias = Poisson | Iterable[float] | None
 """`Poisson`, the instants at which calls come (seconds), or None: all at once."""
@@ -42,56 +52,36 @@ class Load:
     """Yield each call with the instant (ns) at which it comes: the same ones every time.
 
     Args:
-        calls: see `asyncbucket.plan.plan`, as for the rest.
-        arrivals: see there.
-        tokens: what is said of tokens, under the names of the arguments.
-        resources: see there.
-        latency: see there.
-        read: reads a sample of tokens.
-        seed: see there.
+        series: what calls cost and how long they take, under the names that arguments of `plan`
+            have; other resources under their own.
+        calls: see `plan`.
+        arrivals: see `plan`.
+        seed: see `plan`.
     """
 
     def __init__(
-        self,
-        *,
-        calls: int | None,
-        arrivals: Arrivals,
-        tokens: Mapping[str, Samples | None],
-        resources: Mapping[str, Samples],
-        latency: Samples | None,
-        read: Tokens,
-        seed: int,
+        self, series: Mapping[str, Series], *, calls: int | None, arrivals: Arrivals, seed: int
     ) -> None:
-        if not isinstance(resources, Mapping):
-            raise TypeError(
-                f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
-            )
-        self._tokens = {name: Series(value, name, read) for name, value in tokens.items()}
-        self._others = {name: Series(value, name, read) for name, value in resources.items()}
-        self._latency = Series(0.0 if latency is None else latency, "latency", read_seconds)
-        self._arrivals = arrivals if isinstance(arrivals, Poisson) else _read_instants(arrivals)
+        self._series = series
         self._seed = f"{seed}"
-        #: How many calls there are.
-        self.calls = self._count(None if calls is None else read_count(calls, "calls", least=1))
-
-    def _count(self, calls: int | None) -> int:
-        """Return how many calls there are, from whichever argument determines it."""
-        series = (*self._tokens.values(), *self._others.values(), self._latency)
-        total = calls or max(each.samples for each in series)
+        self._arrivals = arrivals if isinstance(arrivals, Poisson) else _read_instants(arrivals)
+        calls = None if calls is None else read_count(calls, "calls", least=1)
+        #: How many calls there are, from whichever argument determines it.
+        self.calls = calls or max(each.samples for each in series.values())
         if isinstance(self._arrivals, list):
-            total = len(self._arrivals)
-        if not total:
+            self.calls = len(self._arrivals)
+        if not self.calls:
             raise ValueError("how many calls? give calls, samples or a file of them, or instants")
-        if calls not in (None, total):
+        if calls not in (None, self.calls):
             raise ValueError(
-                f"calls={calls:,} contradicts the arrivals, which are {total:,} calls; leave it out"
+                f"calls={calls:,} contradicts the arrivals, which are {self.calls:,} calls; leave "
+                "it out"
             )
-        if total > _MOST:
+        if self.calls > _MOST:
             raise ValueError(
-                f"{total:,} calls are more than the {_MOST:,} that a plan runs through: plan a part "
-                "of them; where limits bind, twice the calls take twice as long"
+                f"{self.calls:,} calls are more than the {_MOST:,} that a plan runs through: plan "
+                "a part of them; where limits bind, twice the calls take twice as long"
             )
-        return total
 
     def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
         """Refuse limits on something unknown, which would not bind in the plan.
@@ -100,80 +90,64 @@ class Load:
             ValueError: the message says what is missing.
         """
         limited = {limit.resource for limit in limits}
-        tokens = sorted(limited.intersection(_TOKENS))
-        if tokens and not any(self._tokens[name].given for name in _TOKENS):
+        others = set(self._series) - _ABOUT_CALLS
+        tokens = sorted(limited & _TOKENS)
+        if tokens and not any(self._series[name].given for name in _TOKENS):
             raise ValueError(
                 f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
                 "call has: give tokens=, or input_tokens= and output_tokens="
             )
-        for name in sorted(limited - {"requests", *_TOKENS, *self._others}):
+        for name in sorted(limited - _TOKENS - others - {"requests"}):
             raise ValueError(
                 f"a limit counts {name}, but nothing says how many a call takes: "
                 f"plan(..., resources={{{name!r}: 1}}) does"
             )
-        for name in self._others.keys() - limited:
+        for name in others - limited:
             raise ValueError(f"no limit counts {name}, which resources= names: leave it out")
-        if concurrency is not None and self._latency.is_zero:
+        if concurrency is not None and self._series["latency"].is_zero:
             raise ValueError(
                 f"what concurrency={concurrency} allows depends on how long calls take: give "
                 "latency= in seconds"
             )
 
     def __iter__(self) -> Iterator[tuple[int, Call]]:
-        series = (*self._tokens.values(), self._latency, *self._others.values())
-        columns = [each.draw(self.calls, self._seed) for each in series]
+        instants: Iterable[int] = repeat(0, self.calls)
+        if isinstance(self._arrivals, Poisson):
+            instants = self._arrivals.instants(self.calls, self._seed)
+        elif self._arrivals is not None:
+            instants = self._arrivals
+        columns = [each.draw(self.calls, self._seed) for each in self._series.values()]
         drawn: tuple[Any, ...] = ()
         call = Call({}, 0)
-        for instant, values in zip(self._instants(), zip(*columns, strict=True), strict=True):
+        for instant, values in zip(instants, zip(*columns, strict=True), strict=True):
             if values != drawn:  # most plans have many calls alike
-                call, drawn = self._call(*values), values
+                call, drawn = _call(dict(zip(self._series, values, strict=True))), values
             yield instant, call
 
-    def _call(
-        self,
-        tokens: float | Cost | None,
-        sent: float | Cost | None,
-        received: float | Cost | None,
-        used: float | Cost | None,
-        latency: float,
-        *others: float,
-    ) -> Call:
-        if isinstance(tokens, Cost):
-            amounts = dict(tokens)
-        else:
-            sent, received = _units(sent, "input_tokens"), _units(received, "output_tokens")
-            amounts = amounts_of(1, tokens, sent, received)
-            del amounts["concurrency"]
-        for name, amount in zip(self._others, others, strict=True):
-            amounts[name] = rounded_up(amount, name)
-        settled = _units(used, "tokens")
-        return Call(
-            amounts,
-            round(latency * _NANOSECONDS),
-            None if settled is None else rounded_up(settled, "tokens"),
-        )
 
-    def _instants(self) -> Iterator[int]:
-        """Yield when each call comes, in nanoseconds, ascending."""
-        if self._arrivals is None:
-            yield from repeat(0, self.calls)
-        elif isinstance(self._arrivals, Poisson):
-            rng = random.Random(f"{self._seed} arrivals")  # noqa: S311 - repeatable, not secret
-            now = 0.0
-            for _ in range(self.calls):
-                now += rng.expovariate(self._arrivals.rate)
-                yield round(now * _NANOSECONDS)
-        else:
-            yield from sorted(round(second * _NANOSECONDS) for second in self._arrivals)
+def _call(drawn: dict[str, Any]) -> Call:
+    """Return a call from what was drawn for it."""
+    tokens, used = drawn["tokens"], _part(drawn["used_tokens"], "tokens")
+    sent, received = (_part(drawn[name], name) for name in ("input_tokens", "output_tokens"))
+    amounts = dict(tokens if isinstance(tokens, Cost) else amounts_of(1, tokens, sent, received))
+    amounts.pop("concurrency", None)
+    amounts |= {
+        name: rounded_up(amount, name) for name, amount in drawn.items() if name not in _ABOUT_CALLS
+    }
+    return Call(
+        amounts,
+        round(drawn["latency"] * _NANOSECONDS),
+        None if used is None else rounded_up(used, "tokens"),
+    )
 
 
-def _units(value: float | Cost | None, name: str) -> float | None:
+def _part(value: float | Cost | None, name: str) -> float | None:
     """Return a number of units; of a cost, the part that is asked for."""
     return value.get(name, 0) if isinstance(value, Cost) else value
 
 
-def _read_instants(arrivals: Iterable[float] | None) -> list[float] | None:
-    """Return the given instants.
+def _read_instants(arrivals: Iterable[float] | None) -> list[int] | None:
+    """Return the given instants in nanoseconds, ascending.
 
     Raises:
         TypeError: they are not iterable.
@@ -192,4 +166,4 @@ def _read_instants(arrivals: Iterable[float] | None) -> list[float] | None:
             raise ValueError(
                 f"an arrival must be a finite number of seconds from 0 on, not {second!r}"
             )
-    return [plain(second) for second in instants]
+    return sorted(round(plain(second) * _NANOSECONDS) for second in instants)

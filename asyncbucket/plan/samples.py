@@ -22,8 +22,6 @@ Samples: TypeAlias = (
 
 Read: TypeAlias = Callable[[object], float | Cost]
 
-#: The default profile is known to exist without loading anything.
-_PROFILE: Final = "openai"
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
 
@@ -44,18 +42,18 @@ class Series:
         #: The number of samples; 0 if any number of calls may be drawn.
         self.samples = 0
         if callable(given):
-            self._function = lambda rng: _read(given(rng), name, read)
+            self._function = lambda rng: _checked(given(rng), name, read)
         elif isinstance(given, (str, PathLike)):
             self._take(f"{name}: {given}", "line", _lines(Path(given)), read)
         elif isinstance(given, Iterable) and not isinstance(given, (Mapping, bytes)):
             self._take(name, "sample", enumerate(given, 1), read)
         elif given is not None:
-            self._values = [_read(given, name, read)]
+            self._values = [_checked(given, name, read)]
 
     def _take(
         self, name: str, each: str, samples: Iterable[tuple[int, object]], read: Read
     ) -> None:
-        self._values = [_read(sample, f"{name}, {each} {n}", read) for n, sample in samples]
+        self._values = [_checked(sample, f"{name}, {each} {n}", read) for n, sample in samples]
         self.samples = len(self._values)
         if not self.samples:
             raise ValueError(f"{name} has no samples: give at least one")
@@ -78,7 +76,7 @@ class Series:
         return (rng.choice(values) for _ in range(calls))
 
 
-def _read(sample: object, where: str, read: Read) -> float | Cost:
+def _checked(sample: object, where: str, read: Read) -> float | Cost:
     try:
         return read(sample)
     except (TypeError, ValueError) as error:
@@ -115,7 +113,7 @@ class Tokens:
             )
         self._count = count
         self._profile = profile
-        if profile != _PROFILE:  # a misspelled name is an error, with or without bodies
+        if profile != "openai":  # a misspelled name is an error, with or without bodies
             from asyncbucket.http.profiles import profile_named
 
             profile_named(profile)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 from asyncbucket import Limit
 from asyncbucket.cli import as_ctrl_c, demo_load
 from asyncbucket.cli.app import app
-from asyncbucket.cli.demo import CALLS_PER_AGENT, TOKENS_PER_CALL, Arrival, Run, bundled, real
-from asyncbucket.testing import ProviderProcess, RateLimitedProvider
+from asyncbucket.cli.demo import CALLS_PER_AGENT, TOKENS_PER_CALL, Run, bundled, real
+from asyncbucket.testing import Arrival, ProviderProcess, RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 COMMAND = [sys.executable, "-m", "asyncbucket", "demo"]
@@ -121,7 +121,7 @@ def test_more_than_10000_agents_are_refused() -> None:
 
 def run_of(*instants: float, seconds: float, tokens: int = 0) -> Run:
     """Return a run in which requests were admitted at these seconds after its start."""
-    admitted = [Arrival(START + round(at * 1e9), tokens, admitted=True) for at in instants]
+    admitted = [Arrival(START + round(at * 1e9), "", tokens, admitted=True) for at in instants]
     end = START + round(seconds * 1e9)
     return Run(scenario=bundled(), started_ns=START, ended_ns=end, arrivals=admitted)
 

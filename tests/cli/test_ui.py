@@ -44,7 +44,7 @@ def test_panel_fits_its_terminal_with_facts_indented(width: int) -> None:
 def test_terminal_without_unicode_gets_ascii_alone() -> None:
     on = console(unicode=False)
 
-    lines = shown(on, draw([PANEL], on), plot(on, [0.0, 5.0, 25.0], 10.0, seconds=3))
+    lines = shown(on, draw([PANEL], on), plot(on, "admitted", [0, 5, 25], 10.0, seconds=3))
 
     assert "[####" in lines[1]
     assert all(line.isascii() for line in lines)
@@ -83,23 +83,28 @@ def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     assert captured.get() == ""
 
 
-def rows(rates: list[float], limit: float, *, seconds: float = 10.0) -> list[str]:
-    """Return the rows of a plot with ten columns."""
-    return shown(console(width=18), plot(console(width=18), rates, limit, seconds=seconds))
+def rows(counts: list[int], limit: float, *, seconds: float = 10.0) -> list[str]:
+    """Return the title and the rows of a plot with ten columns."""
+    on = console(width=18)
+    return str(plot(on, "admitted", counts, limit, seconds=seconds)).splitlines()
 
 
 def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
-    plotted = rows([10.0] * 5 + [5.0] * 5, 10.0)
+    title, *plotted = rows([10] * 5 + [5] * 5, 10.0)
 
-    assert [line.partition("│")[2] for line in plotted[:6]] == [
+    assert title == "admitted"
+    assert [line.partition("│")[2].rstrip() for line in plotted[:6]] == [
         *("", "", "_" * 10),
         *("█" * 5, "█" * 5 + "▄" * 5, "█" * 10),
     ]
     assert plotted[2].startswith("  10/s ")
 
 
-def test_rate_over_twice_the_limit_is_cut_off_at_the_top() -> None:
-    assert rows([90.0] * 10, 10.0)[0].endswith("█" * 10)
+def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
+    title, top, *_ = rows([90] * 10, 10.0)
+
+    assert title == "admitted, 90/s the peak"
+    assert top.endswith("█" * 10)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +119,14 @@ def test_rate_over_twice_the_limit_is_cut_off_at_the_top() -> None:
 def test_axis_has_one_unit_in_which_the_limit_has_digits(
     limit: float, once: str, twice: str
 ) -> None:
-    plotted = rows([0.0], limit)
+    plotted = rows([0], limit)
 
-    assert [plotted[row].split("│")[0].strip() for row in (2, 0)] == [once, twice]
+    assert [plotted[row].split("│")[0].strip() for row in (3, 1)] == [once, twice]
 
 
 @pytest.mark.parametrize(("seconds", "end"), [(4.0, "4 s"), (2_400.0, "40 min")])
 def test_time_axis_says_where_it_begins_and_ends(seconds: float, end: str) -> None:
-    assert rows([1.0], 1.0, seconds=seconds)[-1].split(" s", 1) == ["        0", f"{end:>7}"[-7:]]
+    assert rows([1], 1.0, seconds=seconds)[-1] == f"{'':8}0 s{end:>7}"
 
 
 @pytest.mark.parametrize("columns", [3, 7, 240, 1_000])

@@ -201,6 +201,7 @@ def test_plan_survives_json_and_pickle() -> None:
         ({"calls": 5, "concurrency": 0.5, "latency": 1}, r"whole number of at least 1.* not 0\.5"),
         ({"calls": 5, "latency": 1e300}, "a plan covers 292 years at most"),
         ({"calls": 5, "arrivals": Poisson(1e-12)}, "a plan covers 292 years at most"),
+        ({"arrivals": [1e300]}, "a plan covers 292 years at most"),
         ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
         ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
         ({"tokens": []}, "tokens has no samples"),
