@@ -385,9 +385,7 @@ def _run_all(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bo
 def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
     """Print the table, what went wrong, and a plot of each run against the limit."""
     columns = [_column(run) for run in runs]
-    console.print(
-        table(console, [(name, *(column[name] for column in columns)) for name in columns[0]])
-    )
+    console.print(table([(name, *(each[name] for each in columns)) for name in columns[0]]))
     for run in runs:
         for what, count in run.failures.most_common():
             line = f"{run.name}, {count:,} failed: {one_line(what)}"
@@ -396,7 +394,7 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
     longest = max(run.seconds for run in runs)
     for run in runs if requests and longest else ():
         admitted, refused = (_counts(run, admitted=admitted) for admitted in (True, False))
-        title = f"{run.name}: admitted over time; ____ is the limit of requests"
+        title = f"{run.name}: admitted over time; ____ is the limit"
         limit, share = requests / scenario.window, run.seconds / longest
         console.print(plot(console, title, admitted, limit, seconds=run.seconds, share=share))
         if any(refused):

@@ -63,7 +63,7 @@ def plan(  # noqa: PLR0913 - one for each option
     limits: Also = None,
     preset: Preset = None,
     concurrency: Annotated[int | None, count_option("Calls in flight at most.")] = None,
-    profile: Annotated[str, name_option("Who charges: openai, anthropic, ...")] = "openai",
+    profile: Annotated[str, name_option("Whose charging rules: openai, anthropic, ...")] = "openai",
     # What is found out, and shown.
     what_if: Annotated[
         bool | None, flag_option("Say what other limits would bring.", "--what-if/--no-what-if")
@@ -132,7 +132,7 @@ def _show(console: Console, planned: Plan) -> None:
         console.print(line, markup=False)
     limit = planned.binding
     if planned.limits:
-        shown = table(console, rows_of(planned))
+        shown = table(rows_of(planned))
         if limit is not None:
             shown.rows[planned.limits.index(limit)].style = "bold yellow"
         console.print(shown)

@@ -16,14 +16,14 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from asyncbucket.plan.result import duration_in_words
 
-_BAR_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_COLUMN_EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
-_MAX_BAR: Final = 40
+_EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
+_BAR: Final = 30
 #: A plot: the columns of a number and the axis, its rows, an even number, and the most columns.
 _MARGIN: Final = 8
 _ROWS: Final = 6
@@ -33,11 +33,6 @@ _MAX_WIDTH: Final = 120
 def can_move(console: Console) -> bool:
     """Tell whether something can be drawn again in its place."""
     return console.is_terminal and not console.is_dumb_terminal
-
-
-def shows_blocks(console: Console) -> bool:
-    """Tell whether the output may be Unicode."""
-    return console.encoding.startswith("utf")
 
 
 @contextmanager
@@ -112,7 +107,7 @@ class Screen:
     def show(self, panels: Sequence[Panel]) -> None:
         """Show ``panels`` instead of those before."""
         if self._live is not None:
-            self._live.update(draw(panels, self._console), refresh=True)
+            self._live.update(draw(panels), refresh=True)
         elif not self._quiet and time.monotonic() >= self._next:
             self._next = time.monotonic() + self._every
             for panel in panels:
@@ -121,47 +116,30 @@ class Screen:
                 )
 
 
-def draw(panels: Iterable[Panel], console: Console) -> RenderableType:
-    """Return the picture of ``panels``, as wide as the console."""
-    return Group(*(line for panel in panels for line in _panel(panel, console)))
+def draw(panels: Iterable[Panel]) -> RenderableType:
+    """Return the picture of ``panels``."""
+    return Group(*(line for panel in panels for line in _lines(panel)))
 
 
-def _panel(panel: Panel, console: Console) -> Iterable[RenderableType]:
-    unicode = shows_blocks(console)
-    yield Text(panel.title, style="bold")
-    labels = max((len(bar.label) for bar in panel.bars), default=0)
-    notes = max((len(bar.note) for bar in panel.bars), default=0)
-    room = console.width - labels - notes - 14  # what else is on the line, brackets included
+def _lines(panel: Panel) -> Iterable[RenderableType]:
+    yield Text(panel.title, "bold")
+    bars = Table.grid(padding=(0, 2, 0, 0))
+    for width in (None, _BAR, None, None):
+        bars.add_column(max_width=width, no_wrap=width is None)
     for bar in panel.bars:
-        line = Text(f"{bar.label.ljust(labels)}  ")
-        line.append(_drawn(bar.part, max(4, min(room, _MAX_BAR)), unicode=unicode), style=bar.style)
-        line.append(f" {bar.part:4.0%}")
-        if bar.note:
-            line.append(f" {'◀' if unicode else '<'} {bar.note}", style=f"bold {bar.style}")
-        yield _indented(line)
-    facts = (" · " if unicode else ", ").join(panel.facts)
-    yield _indented(Text(facts, "yellow" if panel.alarming else "dim", overflow="fold"))
+        drawn = ProgressBar(1.0, bar.part, complete_style=bar.style, finished_style=bar.style)
+        note = Text(f"< {bar.note}" if bar.note else "", f"bold {bar.style}")
+        bars.add_row(bar.label, drawn, f"{bar.part:4.0%}", note)
+    facts = Text(", ".join(panel.facts), "yellow" if panel.alarming else "dim", overflow="fold")
+    for part in (bars, facts):
+        yield Padding(part, (0, 0, 0, 2), expand=False)
     yield Text("")
 
 
-def _indented(text: Text) -> RenderableType:
-    """Indent ``text``, and all lines that it takes on a narrow terminal."""
-    return Padding(text, (0, 0, 0, 2), expand=False)
-
-
-def _drawn(part: float, width: int, *, unicode: bool) -> str:
-    if not unicode:
-        full = round(part * width)
-        return "[" + "#" * full + "-" * (width - full) + "]"
-    eighths = round(part * width * 8)
-    bar = "█" * (eighths // 8) + (_BAR_EIGHTHS[eighths % 8] if eighths % 8 else "")
-    return bar.ljust(width, "·")
-
-
-def table(console: Console, rows: Sequence[Sequence[str | Text]]) -> Table:
+def table(rows: Sequence[Sequence[str | Text]]) -> Table:
     """Return a table with the first of ``rows`` as its header, and numbers to the right."""
     header, *body = rows
-    shown = Table(box=box.SIMPLE_HEAD if shows_blocks(console) else box.ASCII2, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(header):
         shown.add_column(name, justify="right" if number else "left")
     for row in body:
@@ -188,7 +166,8 @@ def plot(
         seconds: the whole time.
         share: the part of the width that is used; so several plots have one scale.
     """
-    unicode = shows_blocks(console)
+    if not console.encoding.startswith("utf"):  # it has no characters for it
+        return Text()
     width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
     rates = [count * len(counts) / seconds for count in counts]
     top, middle, peak = format_rates(2 * limit, limit, max(rates))
@@ -197,23 +176,15 @@ def plot(
     columns = resampled(rates, width)
     for row in reversed(range(_ROWS)):
         text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
-        text.append("│" if unicode else "|", "dim")
+        text.append("│", "dim")
         for rate in columns:
-            cell = _cell(rate / limit * _ROWS / 2 - row, unicode=unicode)
+            filled = rate / limit * _ROWS / 2 - row
+            cell = _EIGHTHS[min(8, max(0, round(filled * 8)))]
             is_line = row == _ROWS // 2 and cell == " "
             text.append("_" if is_line else cell, "yellow" if is_line else "green")
     end = duration_in_words(seconds)
-    corner, line = ("└", "─") if unicode else ("+", "-")
-    text.append(f"\n{'':{_MARGIN - 1}}{corner}{line * width}\n", "dim")
+    text.append(f"\n{'':{_MARGIN - 1}}└{'─' * width}\n", "dim")
     return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")
-
-
-def _cell(filled: float, *, unicode: bool) -> str:
-    """Return a character that is ``filled`` to this part."""
-    eighths = min(8, max(0, round(filled * 8)))
-    if unicode:
-        return _COLUMN_EIGHTHS[eighths]
-    return "#" if eighths >= 4 else " "  # noqa: PLR2004 - half of it
 
 
 def resampled(rates: Sequence[float], columns: int) -> list[float]:

@@ -85,40 +85,34 @@ def test_plan_agrees_with_a_limiter_whatever_binds(binds: str) -> None:
     assert_same(planned, run(dict(LIMITS[binds]), tokens, latencies))
 
 
-def test_plan_of_staggered_arrivals_agrees_with_a_limiter() -> None:
-    tokens = [round(each) for each in drawn(3, 300, 100, 4_000)]
-    latencies = list(drawn(4, 300, 0.1, 3.0))
-    arrivals = list(drawn(5, 300, 0.0, 400.0))
-    ranked = sorted(range(300), key=arrivals.__getitem__)
-    limits: dict[str, Any] = {"rpm": 60, "tpm": 90_000, "concurrency": 2}
+@pytest.mark.parametrize("seed", range(24))
+def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
+    """Whatever limits there are, whenever calls come, and whatever they use in the end."""
+    chance = random.Random(seed)
+    calls = chance.randint(20, 250)
+    limits = [
+        f"{chance.choice([10, 30, 60, 300])} RPM{chance.choice(['', ' burst 1', ' burst 10'])}",
+        f"{chance.choice([4, 10, 40])}k TPM{chance.choice(['', ' burst 1k', ' burst 4k'])}",
+    ]
+    chosen = chance.sample(limits, k=chance.choice([1, 2, 2]))
+    options: dict[str, Any] = {"limits": tuple(chosen), "concurrency": chance.randint(1, 12)}
+    tokens = [chance.randint(50, 4_000) for _ in range(calls)]
+    latencies = [chance.uniform(0.01, chance.choice([1, 5, 30])) for _ in range(calls)]
+    arrivals = sorted(chance.uniform(0, chance.choice([1, 60, 600])) for _ in range(calls))
+    used = [chance.randint(0, 5_000) for _ in range(calls)] if chance.random() < 0.7 else None
+
     planned = plan(
-        tokens=[tokens[number] for number in ranked],
-        latency=[latencies[number] for number in ranked],
+        *options["limits"],
+        concurrency=options["concurrency"],
+        tokens=tokens,
+        latency=latencies,
         arrivals=arrivals,
-        **limits,
+        used_tokens=used,
+        what_if=False,
     )
 
-    assert_same(planned, run(limits, tokens, latencies, arrivals=arrivals))
-
-
-def test_plan_looks_at_the_head_of_the_line_only_when_a_limiter_does() -> None:
-    latencies = list(drawn(1, 40, 0.0, 4.0))
-    arrivals = sorted(drawn(51, 40, 0.0, 30.0))
-    limits: dict[str, Any] = {"limits": ("30 RPM burst 1",), "concurrency": 10}
-    planned = plan("30 RPM burst 1", latency=latencies, arrivals=arrivals, concurrency=10)
-
-    assert_same(planned, run(limits, [1] * 40, latencies, arrivals=arrivals))
-
-
-def test_plan_applies_refunds_and_debts_as_a_limiter_does() -> None:
-    tokens = [1_000] * 300
-    used = [round(each) for each in drawn(6, 300, 200, 1_300)]
-    latencies = list(drawn(7, 300, 0.5, 2.0))
-    limits: dict[str, Any] = {"tpm": 30_000, "concurrency": 10}
-    planned = plan(tokens=tokens, used_tokens=used, latency=latencies, **limits)
-
-    assert_same(planned, run(limits, tokens, latencies, used=used))
-    assert planned.tokens == sum(used)
+    assert_same(planned, run(options, tokens, latencies, arrivals=arrivals, used=used))
+    assert planned.tokens == sum(tokens if used is None else used)
 
 
 def test_refused_calls_do_not_change_the_plan_of_the_others() -> None:
