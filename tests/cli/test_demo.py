@@ -140,13 +140,10 @@ def run_of(*instants: float, seconds: float, tokens: int = 0) -> Run:
 def test_share_used_counts_each_window_up_to_its_limit(
     instants: list[float], seconds: float, share: float
 ) -> None:
-    assert run_of(*instants, seconds=seconds).share(TEN_A_SECOND) == pytest.approx(share)
+    run = run_of(*instants, seconds=seconds, tokens=30)
 
-
-def test_share_of_a_token_limit_counts_charged_tokens() -> None:
-    run = run_of(0.1, 0.2, seconds=1.0, tokens=30)
-
-    assert run.share(Limit("tokens", 100, per=1)) == pytest.approx(0.6)
+    assert run.share(TEN_A_SECOND) == pytest.approx(share)
+    assert run.share(Limit("tokens", 300, per=1)) == pytest.approx(share)
 
 
 def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
