@@ -155,12 +155,11 @@ class Scenario:
         """What will be run, in a few lines."""
         work = f"{counted(self.agents, 'LlamaIndex agents')} with a tool"
         if self.batches:
-            batches = "batch" if self.batches == 1 else "batches"
-            work += f" and {self.batches:,} {batches} of embeddings"
-        limits = " and ".join(counted(limit.amount, limit.resource) for limit in self.limits)
+            work += (
+                f", {self.batches:,} {'batch' if self.batches == 1 else 'batches'} of embeddings"
+            )
         where = "a bundled provider" if self.api_base is None else shown_url(self.api_base)
-        buckets = "" if self.api_base else "\n(token buckets, full at the start)"
-        return f"{work}, all at once,\nagainst {where}: {limits} every {self.window:g} s{buckets}\n"
+        return f"{work}, all at once;\n{where} allows {', '.join(map(str, self.limits))}\n"
 
 
 def bundled(

@@ -1,7 +1,6 @@
 """`asyncbucket doctor`: what is installed and configured here, what is wrong, and the remedy."""
 
 import asyncio
-import importlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncbucket import Limiter, StoreError
-from asyncbucket.cli import interrupts_blocked
 from asyncbucket.cli.options import FAILED, AsJson, errors_in_one_line, text_option
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
@@ -51,22 +49,17 @@ _SLOW: Final = 0.02
 _PATIENCE: Final = 10.0
 #: What a store may say of itself, how to recognize it, what it means, and what to do.
 _RISKS: Final = (
+    ("clock", "ahead|behind", "a fail-over may let a limit more pass", "keep clocks in step (NTP)"),
     (
-        "clock",
-        "ahead|behind",
-        "when a replica whose clock is ahead takes over, up to one limit more may pass",
-        "keep clocks in step (NTP)",
-    ),
-    (
-        "persistence",
-        "snapshots alone",
-        "after a restart, what was booked since the last one may pass again",
+        *("persistence", "snapshots alone", "after a restart, some calls may pass again"),
         'set save "" or appendonly yes',
     ),
     (
-        "memory",
-        "(allkeys|volatile)-",  # a limiter's keys expire
-        "it may evict a limiter, which begins with nothing left then",
+        *(
+            "memory",
+            "(allkeys|volatile)-",
+            "a limiter may be evicted, and then begins with nothing",
+        ),
         "set maxmemory-policy noeviction",
     ),
 )
@@ -83,10 +76,7 @@ class Finding(NamedTuple):
 
 def doctor(
     *,
-    store: Annotated[
-        str | None,
-        text_option("A store to look at, e.g. redis://host:6379/0.", metavar="URL"),
-    ] = None,
+    store: Annotated[str | None, text_option("A store to look at.", metavar="URL")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check what is installed and set up here, and say what to fix.
@@ -94,31 +84,14 @@ def doctor(
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
     """
     with errors_in_one_line("doctor"):
-        findings = list(_findings(store))
+        findings = [*machine(), *http_clients(), *versions(), *settings()]
+        findings += [] if store is None else shared_store(store)
         if as_json:
             typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
         else:
             _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(FAILED)
-
-
-def _findings(store: str | None) -> Iterator[Finding]:
-    for check in (machine, http_clients, sdks, llama_index, versions, settings):
-        with interrupts_blocked():  # most of them load something
-            yield from _run_check(getattr(check, "__name__", "").replace("_", " "), check)
-    if store is not None:
-        yield from _run_check("store", partial(shared_store, store))
-
-
-def _run_check(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """Yield the findings; a package that breaks when it is loaded is a finding, too."""
-    try:
-        yield from check()
-    except Exception as error:  # noqa: BLE001 - others' packages may raise anything
-        found = f"looking failed: {type(error).__name__}: {error}"
-        remedy = "reinstall what the message names, or report it with the message"
-        yield Finding(name, "bad", found, remedy)
 
 
 def _show(console: Console, findings: Sequence[Finding]) -> None:
@@ -161,59 +134,36 @@ def machine() -> Iterator[Finding]:
 
 
 def http_clients() -> Iterator[Finding]:
-    """Report which HTTP clients are installed."""
+    """Report the HTTP libraries, which of them each SDK uses, and who retries by itself."""
     found = [f"{family} {number}" for family in _FAMILIES if (number := version_of(family))]
-    if not found:
-        found_none = "none is installed, so limiter.transport() has nothing to pace"
-        yield Finding("HTTP", "note", found_none, "pip install httpx")
-        return
-    yield Finding("HTTP", "good", ", ".join(found))
-    if version_of("durationpy") is None:
+    if found:
+        yield Finding("HTTP", "good", ", ".join(found))
+    else:
+        nothing = "no client is installed, so limiter.transport() has nothing to pace"
+        yield Finding("HTTP", "note", nothing, "pip install httpx")
+    if found and version_of("durationpy") is None:
         unread = "headers that say durations such as 6m0s cannot be read"
         yield Finding("HTTP", "note", unread, 'pip install "asyncbucket[http]"')
-
-
-def sdks() -> Iterator[Finding]:
-    """Report which SDKs are installed, which HTTP client they use, and how often they retry."""
     retrying: list[str] = []
     for package, first_httpx2_major in _SDKS.items():
         number = version_of(package)
-        if number is None:
-            continue
-        major = re.match(r"\d+", number)
-        family = _FAMILIES[major is not None and int(major[0]) >= first_httpx2_major]
-        if version_of(family) is None:
-            missing = f"{number} sends by {family}, which is not installed"
-            yield Finding(package, "bad", missing, f"pip install --upgrade {package}")
-            continue
-        yield Finding(package, "good", f"{number}, sends by {family}")
-        retries = getattr(importlib.import_module(package), "DEFAULT_MAX_RETRIES", 0)
-        retrying += [f"{package}'s {retries + 1} times"] if retries else []
+        if number is not None:
+            retrying.append(f"{package}'s clients")
+            family = _FAMILIES[int(number.partition(".")[0]) >= first_httpx2_major]
+            if version_of(family) is None:
+                missing = f"{number} sends by {family}, which is not installed"
+                yield Finding(package, "bad", missing, f"pip install --upgrade {package}")
+            else:
+                yield Finding(package, "good", f"{number}, sends by {family}")
+    if version_of("llama-index-llms-openai") is not None:
+        retrying.append("LlamaIndex's OpenAI")
     if retrying:
         yield Finding(
-            "SDK retries",
+            "retries",
             "note",
-            f"clients try a call again, beneath whatever else retries: {', '.join(retrying)}",
-            "give max_retries=0 to a client on limiter.transport() or limiter.http_client(); "
-            "wrapped LlamaIndex models see to it by themselves",
-        )
-
-
-def llama_index() -> Iterator[Finding]:
-    """Report LlamaIndex, and which of its retries multiply."""
-    number = version_of("llama-index-core")
-    if number is None:
-        return
-    yield Finding("LlamaIndex", "good", number)
-    if version_of("llama-index-llms-openai") is not None:
-        model = importlib.import_module("llama_index.llms.openai").OpenAI
-        retries = model.model_fields["max_retries"].default
-        yield Finding(
-            "LlamaIndex retries",
-            "note",
-            f"OpenAI(...) retries {retries} times around the SDK's own retries; that multiplies",
-            "pace it with limiter.wrap(llm) or pace(llm, ...), which leaves one layer; unpaced "
-            "models want max_retries=0",
+            f"{', '.join(retrying)} retry by themselves, and layers of retries multiply",
+            "limiter.wrap(...) and pace(...) leave one layer; give other clients on a limiter "
+            "max_retries=0",
         )
 
 
@@ -229,7 +179,9 @@ def versions() -> Iterator[Finding]:
         package, number = requirement.name, version_of(requirement.name)
         if package not in _CHECKED or number is None:
             continue
-        if not requirement.specifier.contains(number, prereleases=True):
+        if requirement.specifier.contains(number, prereleases=True):
+            yield Finding(package, "good", number)
+        else:
             found = f"{number} is not in {requirement.specifier}, what asyncbucket is tested with"
             remedy = f'pip install "{package}{requirement.specifier}"'
             yield Finding(package, "bad", found, remedy)

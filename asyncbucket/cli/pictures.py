@@ -33,7 +33,6 @@ _LIMIT: Final = "#d98c00"
 _PAUSE: Final = "#d9534f"
 _PAPER: Final = {False: "#ffffff", True: "#17191c"}
 _INK: Final = {False: "#202124", True: "#e8eaed"}
-_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _INK_SETTINGS: Final = (
     *("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"),
     *("xtick.color", "ytick.color"),
@@ -68,12 +67,10 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
     The same picture gives the same file, byte for byte, if that is a PNG or an SVG.
 
     Raises:
-        ValueError: the suffix of the path is not that of a picture.
+        ValueError: the suffix of the path is of no kind that matplotlib draws.
         ImportError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"a picture must be one of {', '.join(_SUFFIXES)}, not {path.name!r}")
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -100,7 +97,7 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
         yield figure
         with warnings.catch_warnings():  # a glyph that no font has appears as a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
-            figure.savefig(path, metadata=None if path.suffix.lower() == ".pdf" else {"Date": None})
+            figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def draw_plan(plan: Plan, path: Path, *, dark: bool) -> None:

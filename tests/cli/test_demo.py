@@ -107,8 +107,8 @@ def test_real_provider_shows_neither_key_nor_password(monkeypatch: pytest.Monkey
     assert [limit.per for limit in scenario.limits] == [60]
     assert "sk-test" not in repr(scenario)
     assert scenario.headline == (
-        "1 LlamaIndex agent with a tool, all at once,\n"
-        "against http://example.org/v1: 1 request every 60 s\n"
+        "1 LlamaIndex agent with a tool, all at once;\n"
+        "http://example.org/v1 allows 1 request per 60 s\n"
     )
 
 

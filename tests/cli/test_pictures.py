@@ -140,5 +140,5 @@ def test_plot_error_lists_the_supported_formats(tmp_path: Path) -> None:
     (tmp_path / "t").write_text(
         '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
     )
-    done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.gif"])
-    assert "a picture must be one of .png, .svg, .pdf, not 'out.gif'" in done.stderr
+    done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.docx"])
+    assert "Format 'docx' is not supported (supported formats: " in done.stderr

@@ -119,7 +119,10 @@ def test_plan_without_waits_has_no_plot() -> None:
             ("--calls", "3", "--tokens", "none.jsonl"),
             "error: 'none.jsonl' is neither a number nor a file that is there\n",
         ),
-        (("--calls", "3", "--out", "plan.gif"), "error: a picture must be one of .png, .svg, .pdf"),
+        (
+            ("--calls", "3", "--out", "plan.docx"),
+            "error: Format 'docx' is not supported (supported formats: ",
+        ),
         (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
         (("--calls", "3", "--rpm", "5", "--poisson", "1e-12"), "error: a plan covers 292 years"),
         (("--calls", "4000000000", "--rpm", "5"), "error: 4,000,000,000 calls are more than the"),
