@@ -30,11 +30,6 @@ _ROWS: Final = 6
 _MAX_WIDTH: Final = 120
 
 
-def can_move(console: Console) -> bool:
-    """Tell whether something can be drawn again in its place."""
-    return console.is_terminal and not console.is_dumb_terminal
-
-
 @contextmanager
 def silenced() -> Generator[None]:
     """Keep logs and warnings of libraries off the screen."""
@@ -91,7 +86,7 @@ class Screen:
         self._quiet = quiet
         self._next = -math.inf
         self._live: Live | None = None
-        if can_move(console) and not quiet:
+        if console.is_terminal and not (console.is_dumb_terminal or quiet):
             # Refreshed only by `show`: a thread of rich's would compete with the calls.
             self._live = Live(console=console, auto_refresh=False, transient=not stays)
 

@@ -6,11 +6,10 @@ from typing import Any, Final
 
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
 
-_MINUTE: Final = 60
-_HOUR: Final = 3_600
-_DAY: Final = 86_400
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
+#: Units of longer times: the unit's seconds and its name, and those of the unit for the rest.
+_UNITS: Final = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,32 +108,21 @@ class Plan:
 
 def binds(resource: str | None) -> str:
     """Say what binds: "tokens bind", "concurrency binds", "nothing binds"."""
-    if resource is None:
-        return "nothing binds"
-    return with_verb(resource, "bind")
+    return "nothing binds" if resource is None else with_verb(resource, "bind")
 
 
 def duration_in_words(seconds: float) -> str:
     """Return a length of time in at most two units: "1.5 s", "39 min 39 s", "6 h 42 min"."""
     if seconds < _LONG:
         return in_seconds(seconds)
-    whole = round(seconds)
-    if whole < _HOUR:
-        return _two_units(whole, _MINUTE, "min", 1, "s")
-    if whole < _DAY:
-        return _two_units(whole, _HOUR, "h", _MINUTE, "min")
-    return _two_units(whole, _DAY, "d", _HOUR, "h")
+    size, name, small, rest_name = next(unit for unit in _UNITS if round(seconds) >= unit[0])
+    whole, rest = divmod(round(round(seconds) / small) * small, size)
+    return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
 
 
 def percent(share: float) -> str:
     """Return a fraction in percent, rounded down to tenths: 99.96 % is not 100 %."""
     return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
-
-
-def _two_units(seconds: int, large: int, name: str, small: int, rest_name: str) -> str:
-    rounded = round(seconds / small) * small
-    whole, rest = divmod(rounded, large)
-    return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
 
 
 def details(plan: Plan) -> Iterator[str]:
