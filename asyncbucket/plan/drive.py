@@ -12,11 +12,11 @@ import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Final, NamedTuple
 
-from asyncbucket.core.kept import keep
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER, Amounts, Meter
+from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Window
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -68,10 +68,10 @@ def drive(limits: Sequence[Limit], slots: int | None, calls: Iterable[tuple[int,
 def _meters(limits: Iterable[Limit]) -> Iterator[tuple[Meter, str]]:
     """Yield the meters of each limit, with the resource that they count."""
     for limit in limits:
-        _, window, pace = keep(limit, None, 0)
-        yield window, limit.resource
-        if pace is not None:
-            yield pace, limit.resource
+        yield Window(amount=limit.amount, window=limit.window), limit.resource
+        if limit.burst not in (None, limit.amount):
+            rate = Fraction(limit.amount * _NANOSECONDS, limit.window)
+            yield Bucket(rate=rate, burst=limit.burst or 1), limit.resource
 
 
 class _Drive:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
+from asyncbucket.stats import Trace
 from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
@@ -54,91 +55,90 @@ def test_missing_matplotlib_names_its_extra(
     assert done.stderr.endswith('pip install "asyncbucket[plot]"\n')
 
 
-def test_plot_draws_a_trace_on_light_or_dark_background(
+def drawn(trace: Trace, folder: Path, name: str, *options: str) -> Path:
+    """Save a trace, draw it, and return the picture's path."""
+    trace.save(folder / "trace.jsonl")
+    done = run.invoke(app, ["plot", f"{folder}/trace.jsonl", "-o", f"{folder}/{name}", *options])
+    assert (done.exit_code, done.output) == (0, f"drawn: {folder}/{name}\n")
+    return folder / name
+
+
+def test_trace_is_drawn_on_light_or_dark_background(
     virtual_time: VirtualTime, tmp_path: Path
 ) -> None:
     limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
+    trace = limiter.trace()
 
     async def main() -> None:
-        with limiter.trace() as trace:
-            for number in range(20):
-                await limiter.acquire(tokens=10)
-                if number == 10:
-                    limiter.pause(3)
-            trace.save(tmp_path / "trace.jsonl")
+        for number in range(20):
+            await limiter.acquire(tokens=10)
+            if number == 10:
+                limiter.pause(3)
 
     virtual_time.run(main())
-    for name, dark in (("light.png", []), ("dark.svg", ["--dark"])):
-        done = run.invoke(
-            app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / name), *dark]
-        )
-        assert done.exit_code == 0, done.output
-        assert (tmp_path / name).stat().st_size > 5_000
+    for name, options in (("light.png", ()), ("dark.svg", ("--dark",))):
+        assert drawn(trace, tmp_path, name, *options).stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("name", ["東京", "$5 {a_month$"])
-def test_plot_draws_a_limiter_of_any_name(tmp_path: Path, name: str) -> None:
+def test_trace_of_a_limiter_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
+    """The name may lack a font or look like a formula; there is no warning of either."""
     limiter = Limiter("5 RPM", name=name)
     with limiter.trace() as trace:
         limiter.acquire_nowait().release()
-    trace.save(tmp_path / "trace.jsonl")
-    out = tmp_path / "out.png"
 
-    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(out)])
-
-    assert (done.exit_code, done.output) == (0, f"drawn: {out}\n")
+    drawn(trace, tmp_path, "out.png")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "nothing happened in this trace"),
-        ('{"limits": [], "limiter": "a"}\n', "nothing happened in this trace"),
-        ("hello\nworld\n", "write one by limiter.trace().save()"),
-        ("\udcff\n" * 2, "no trace, or one that was changed"),
-        ('{"limits": [], "limiter": "a"}\n{"at": 1}\n', "no trace, or one that was changed"),
-        ('{"limits": []}\n{"event": "paused"}\n', "no trace, or one that was changed"),
-    ],
-)
-def test_plot_refuses_an_invalid_or_empty_trace(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
-    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "out.png")])
-    assert done.exit_code == 2
-    assert message in done.stderr
-
-
-def test_plot_draws_a_trace_without_admissions(tmp_path: Path) -> None:
+def test_trace_without_admissions_is_drawn(tmp_path: Path) -> None:
     limiter = Limiter("5 RPM", "5 TPM")
     with limiter.trace() as trace:
         with pytest.raises(CostExceedsLimit):
             limiter.acquire_nowait(tokens=9)
         limiter.pause(1)
-    trace.save(tmp_path / "trace.jsonl")
 
-    done = run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.png")])
-
-    assert done.exit_code == 0, done.output
+    drawn(trace, tmp_path, "out.png")
 
 
-def test_plot_marks_whole_units_on_its_axes(virtual_time: VirtualTime, tmp_path: Path) -> None:
+def test_trace_is_drawn_with_whole_units_on_its_axes(
+    virtual_time: VirtualTime, tmp_path: Path
+) -> None:
+    """A mark at 2.5 requests would read 2, and if nobody waited all marks would read 0."""
     limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
     with limiter.trace() as trace:
         limiter.acquire_nowait()
-    trace.save(tmp_path / "trace.jsonl")
 
-    run.invoke(app, ["plot", str(tmp_path / "trace.jsonl"), "-o", str(tmp_path / "x.svg")])
-
-    texts = re.findall("<!-- (.*) -->", (tmp_path / "x.svg").read_text())
-    assert "a: 1 admission" in texts
+    texts = re.findall("<!-- (.*) -->", drawn(trace, tmp_path, "x.svg").read_text())
+    assert {"a: 1 admission", "requests", "calls", "seconds"} <= {*texts}
     title = texts.index("in the last 1 s; limit 10")
     requests = [int(text) for text in texts[:title] if text.isdigit()]
     assert len({mark - before for before, mark in pairwise(requests)}) == 1
     assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
 
 
-def test_plot_error_lists_the_supported_formats(tmp_path: Path) -> None:
-    (tmp_path / "t").write_text(
-        '{"limits": [], "limiter": "a"}\n{"event": "admitted", "at": 1, "cost": {}, "waiting": 0}\n'
-    )
-    done = run.invoke(app, ["plot", str(tmp_path / "t"), "-o", "out.docx"])
-    assert "Format 'docx' is not supported (supported formats: " in done.stderr
+HEAD = '{"limits": [], "limiter": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "out", "message"),
+    [
+        ("", "out.png", "nothing happened in this trace"),
+        (HEAD, "out.png", "nothing happened in this trace"),
+        ("hello\nworld\n", "out.png", "write one by limiter.trace().save()"),
+        ("\udcff\n" * 2, "out.png", "no trace, or one that was changed"),
+        (HEAD + '{"at": 1}\n', "out.png", "no trace, or one that was changed"),
+        ('{"limits": []}\n{"event": "paused"}\n', "out.png", "no trace, or one that was changed"),
+        (
+            HEAD + '{"event": "queued", "at": 1, "waiting": 0}\n',
+            "out.docx",
+            "Format 'docx' is not supported (supported formats: ",
+        ),
+    ],
+)
+def test_plot_refuses_what_it_cannot_draw(
+    tmp_path: Path, text: str, out: str, message: str
+) -> None:
+    (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    done = run.invoke(app, ["plot", f"{tmp_path}/trace.jsonl", "-o", f"{tmp_path}/{out}"])
+    assert done.exit_code == 2
+    assert message in done.stderr
