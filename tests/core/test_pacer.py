@@ -298,21 +298,3 @@ async def test_one_pass_admits_calls_in_order_and_skips_cancelled_ones(
     assert [number for _, number in went] == [0, 1, 2, 4, 5, 6, 7, 9]
     first, second = (1 + 3 / 512) * 1, (1 + 3 / 512) * 2
     assert [when for when, _ in went] == pytest.approx([first] * 5 + [second] * 3, abs=1 / 512)
-
-
-async def test_call_above_burst_inherits_units_earned_by_cancelled_head(
-    virtual_time: VirtualTime,
-) -> None:
-    async def take(limiter: Limiter, units: int) -> None:
-        await limiter.acquire(Cost(requests=0, units=units))
-
-    bucket = Limiter("20 units/20s burst 5", clock=virtual_time.clock)
-    gone = asyncio.create_task(take(bucket, 15))
-    await virtual_time.all_blocked()
-    await asyncio.sleep(4)
-    next_one = asyncio.create_task(take(bucket, 15))
-    await virtual_time.all_blocked()
-    await asyncio.sleep(4)
-    gone.cancel()
-    await next_one
-    assert virtual_time.now == 10.0

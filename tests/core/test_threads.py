@@ -82,44 +82,6 @@ def eventually(happened: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_several_loops_and_threads_share_one_budget() -> None:
-    """Three loops and three threads compete: limits are kept, and all calls are served."""
-    limiter = Limiter("300 requests/s burst 300", concurrency=4)
-    trace: list[tuple[int, int]] = []
-    most = 0
-
-    def passes(lease: Lease) -> None:
-        nonlocal most
-        trace.append((time.monotonic_ns(), 1))
-        most = max(most, limiter.statistics().in_flight)
-        assert lease.cost["requests"] == 1
-
-    async def asynchronously() -> None:
-        async def call() -> None:
-            async with limiter.acquire() as lease:
-                passes(lease)
-                await asyncio.sleep(0.0005)
-
-        await asyncio.gather(*(call() for _ in range(60)))
-
-    def synchronously() -> None:
-        for _ in range(60):
-            with limiter.acquire_sync() as lease:
-                passes(lease)
-
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        jobs = [pool.submit(asyncio.run, asynchronously()) for _ in range(3)]
-        jobs += [pool.submit(synchronously) for _ in range(3)]
-        for job in jobs:
-            job.result(ENOUGH)
-    assert len(trace) == 360
-    assert most <= 4
-    # Calls are noted after their admission, so allow for delays of the machine in between.
-    now = limiter.statistics()
-    assert (now.admitted, now.waiting, now.in_flight) == (360, 0, 0)
-    assert max(trace)[0] - min(trace)[0] >= 0.9 * 1_000_000_000
-
-
 def test_limiter_and_bucket_work_in_several_asyncio_runs() -> None:
     limiter = Limiter("1000/s", concurrency=1)
     bucket = TokenBucket(rate=10_000, burst=1)
