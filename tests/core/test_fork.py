@@ -62,10 +62,7 @@ def test_forked_process_has_all_slots_free_and_keeps_used_units() -> None:
     """)
 
 
-@pytest.mark.parametrize(
-    "lock",
-    ["limiter._node.pacer.lock", "limiter._all_tenants()._lock", "limiter._node.observers._lock"],
-)
+@pytest.mark.parametrize("lock", ["limiter._node.pacer.lock", "limiter._all_tenants()._lock"])
 def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process(lock: str) -> None:
     """It does not matter which thread holds which lock at the fork."""
     run(f"""
