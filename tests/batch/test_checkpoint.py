@@ -19,8 +19,8 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
-from asyncbucket.batch.amap import name_of
 from asyncbucket.batch.checkpoint import Ledger
+from asyncbucket.batch.results import name_of
 
 
 class Calls:
