@@ -6,13 +6,13 @@ import itertools
 import subprocess
 import sys
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, cast
 
 import anyio
 import pytest
 
-from asyncbucket import AcquireTimeout, Cost, CostExceedsLimit, Limiter, priority
+from asyncbucket import Cost, CostExceedsLimit, Limiter, priority
 from asyncbucket.batch import Item, amap, map_sync
 from asyncbucket.core.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
@@ -61,19 +61,6 @@ def test_results_arrive_in_order_of_completion(virtual_time: VirtualTime) -> Non
         (0, 0, 0),
     ]
     assert virtual_time.now == 3.0
-
-
-def test_ordered_results_follow_item_order_while_further_calls_run(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter(concurrency=3, clock=virtual_time.clock)
-    work = Work(lambda number: 5.0 if number == 0 else 1.0)
-
-    async def main() -> list[int]:
-        return [item.index async for item in amap(limiter, work, range(10), ordered=True)]
-
-    assert virtual_time.run(main()) == list(range(10))
-    assert virtual_time.now == 5.0
 
 
 def test_slow_ordered_item_holds_back_calls_beyond_the_window(virtual_time: VirtualTime) -> None:
@@ -286,26 +273,6 @@ def test_error_of_the_iterable_is_raised_after_all_results(virtual_time: Virtual
     assert sorted(seen) == [0, 1, 2]
 
 
-def test_iterable_cancelled_from_within_is_an_error_not_the_end(virtual_time: VirtualTime) -> None:
-    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
-    seen: list[int] = []
-
-    async def numbers() -> AsyncIterator[int]:
-        yield 0
-        fetching = asyncio.ensure_future(asyncio.sleep(1))
-        fetching.cancel()
-        await fetching
-        yield 1
-
-    async def main() -> None:
-        async for item in amap(limiter, Work(), numbers()):
-            seen.append(item.input)  # noqa: PERF401 - it raises in the end
-
-    with pytest.raises(RuntimeError, match="the iterable of items was cancelled from within"):
-        virtual_time.run(main())
-    assert seen == [0]
-
-
 def test_breaking_out_cancels_calls_in_flight(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work()
@@ -443,18 +410,6 @@ def test_batch_abandoned_at_end_of_event_loop_ends_without_warning() -> None:
     assert repr(left) == "<Results at work>" or left is not None
 
 
-def test_cost_dict_may_hold_a_timeout_for_acquire(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1 RPM", clock=virtual_time.clock)
-
-    async def main() -> list[Item[int, int]]:
-        results = amap(limiter, Work(), [1, 2], cost={"timeout": 5}, errors="collect")
-        return [item async for item in results]
-
-    items = virtual_time.run(main())
-
-    assert [type(item.error) for item in items if not item.ok] == [AcquireTimeout]
-
-
 async def test_calls_inherit_the_priority_of_the_reader() -> None:
     seen: list[int | None] = []
 
@@ -517,19 +472,6 @@ def test_non_function_is_refused_at_once(run: Any, fn: Any, kind: str) -> None:
 def test_invalid_option_is_refused_with_the_remedy(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         amap(Limiter(concurrency=1), Work(), [1], **options)
-
-
-async def test_bare_number_from_cost_function_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"a dict such as \{'tokens': 500\}"):
-        async for _ in amap(Limiter(tpm=100), Work(), [1], cost=cast("Any", int)):
-            pass
-
-
-async def test_limiter_amap_admits_calls_and_returns_their_results() -> None:
-    limiter = Limiter(concurrency=2)
-    results = [item.result async for item in limiter.amap(Work(lambda _: 0), [1, 2], ordered=True)]
-    assert results == [await Work(lambda _: 0)(1), await Work(lambda _: 0)(2)]
-    assert limiter.statistics().admitted == 2
 
 
 def test_batch_continued_on_another_event_loop_is_an_error() -> None:

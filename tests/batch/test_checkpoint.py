@@ -1,14 +1,12 @@
 """A killed run goes on where it was: nothing is called for twice, and nothing is lost."""
 
 import asyncio
-import functools
 import itertools
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
-from asyncbucket.batch.checkpoint import Ledger
 from asyncbucket.batch.results import name_of
 
 
@@ -193,13 +190,6 @@ async def test_object_item_is_recognised_only_by_its_key(tmp_path: Path) -> None
     assert again.restored
 
 
-async def test_pydantic_item_that_is_not_json_asks_for_a_key(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"an item of type Picture \(.*\): give Checkpoint\(\.\.\., key="
-    ):
-        await run(tmp_path / "run.db", Calls(), [Picture(data=b"\x89PNG")])
-
-
 class Shape(BaseModel):
     """What a structured model is asked for."""
 
@@ -218,12 +208,6 @@ class Asked(BaseModel):
     """An item that is declared to hold any shape."""
 
     shape: Shape
-
-
-class Picture(BaseModel):
-    """An item that holds data other than text."""
-
-    data: bytes
 
 
 @pytest.mark.parametrize(
@@ -314,18 +298,6 @@ async def test_checkpoint_of_another_function_is_refused_unless_named(tmp_path: 
     assert item.restored
 
 
-async def test_partial_is_identified_by_the_function_it_calls(tmp_path: Path) -> None:
-    async def other(item: int) -> int:
-        return item
-
-    path = tmp_path / "run.db"
-    await run(path, functools.partial(Calls()), [1])
-    with pytest.raises(CheckpointError):
-        await run(path, functools.partial(other), [1])
-    (item,) = await run(path, Calls(), [1])
-    assert item.restored
-
-
 async def test_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.db"
     async with amap(Limiter(concurrency=1), Calls(), itertools.count(), checkpoint=path) as results:
@@ -334,31 +306,6 @@ async def test_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
             await run(path, Calls(), [1])
 
     assert (await run(path, Calls(), [0]))[0].restored
-
-
-async def test_run_cancelled_while_opening_its_checkpoint_leaves_it_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opening, go_on = threading.Event(), threading.Event()
-    kept: list[Ledger] = []  # as a traceback would
-
-    def open_slowly(checkpoint: Checkpoint) -> Ledger:
-        opening.set()
-        go_on.wait()
-        kept.append(Ledger(checkpoint))
-        return kept[0]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("asyncbucket.batch.engine.Ledger", open_slowly)
-        results = amap(Limiter(concurrency=1), Calls(), [1], checkpoint=tmp_path / "run.db")
-        reading = asyncio.create_task(anext(results))
-        await asyncio.to_thread(opening.wait)
-        reading.cancel()
-        asyncio.get_running_loop().call_soon(go_on.set)
-        await asyncio.wait([reading])
-        await results.aclose()
-
-    assert [item.result for item in await run(tmp_path / "run.db", Calls(), [1])] == [{"said": 1}]
 
 
 @pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])

@@ -78,14 +78,6 @@ def test_program_exits_with_a_map_left_unfinished() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 
-def test_error_is_raised_unwrapped() -> None:
-    def work(_: int) -> int:
-        raise LookupError("nothing there")
-
-    with pytest.raises(LookupError, match="nothing there"):
-        list(map_sync(Limiter(concurrency=2), work, range(3)))
-
-
 def test_map_takes_errors_checkpoint_and_cost_options(tmp_path: Path) -> None:
     limiter = Limiter(tpm=100, concurrency=1)
     calls: list[Any] = []

@@ -79,12 +79,6 @@ def test_max_tokens_of_a_line_overrides_the_option() -> None:
     }
 
 
-def test_max_tokens_option_applies_to_completions_too() -> None:
-    line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
-
-    assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
-
-
 def test_other_fields_of_a_prompt_line_are_kept() -> None:
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}

@@ -73,10 +73,6 @@ def test_input_of_unknown_length_shows_a_count_without_time_left(virtual_time: V
     assert "left" not in output
 
 
-def test_single_line_is_shown_in_the_singular(virtual_time: VirtualTime) -> None:
-    assert "\r1 line " in shown(virtual_time, Tally(bad=1), terminal=True, seconds=1.0)
-
-
 def test_stopping_run_says_so_and_shows_no_time_left(virtual_time: VirtualTime) -> None:
     tally = tally_in_the_middle()
     tally.stopped = True
@@ -102,10 +98,6 @@ def test_pipe_gets_a_progress_line_every_ten_seconds(virtual_time: VirtualTime) 
     lines = output.splitlines()
     assert (len(lines), lines[-1]) == (4, "stopping")
     assert "2,244 of 5,000 done" in lines[0]
-
-
-def test_quiet_shows_nothing(virtual_time: VirtualTime) -> None:
-    assert shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1, quiet=True) == ""
 
 
 def job(**options: object) -> Job:

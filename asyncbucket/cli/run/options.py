@@ -1,6 +1,7 @@
 """The options of `asyncbucket run`."""
 
 import os
+import sqlite3
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -23,6 +24,7 @@ from asyncbucket.cli.option_types import (
 )
 from asyncbucket.cli.provider import OPENAI
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
+from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import read_limits
 
 #: A backspace keeps the lines of a paragraph as they are.
@@ -133,10 +135,15 @@ def run(  # noqa: PLR0913 - one for each option
         )
         job.check()
         lines.check_first_line(job)
-        if dry_run:
-            status = estimate.dry_run(job, latency=latency, as_json=as_json)
-        else:
-            status = work.run(job, quiet=quiet, as_json=as_json)
+        try:
+            if dry_run:
+                status = estimate.dry_run(job, latency=latency, as_json=as_json)
+            else:
+                status = work.run(job, quiet=quiet, as_json=as_json)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        except sqlite3.Error as error:
+            raise ValueError(f"{error}: make room for temporary files") from error
         raise typer.Exit(status)
 
 

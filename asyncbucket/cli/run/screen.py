@@ -151,7 +151,8 @@ class Screen:
 
 def headline(job: Job, tally: Tally) -> str:
     """Say in a line or two what will be done, and under which limits."""
-    limits = [*map(str, job.limits), f"{job.concurrency or CONCURRENCY} at once"]
+    slots = f"{job.concurrency or CONCURRENCY} at once"
+    limits = [*map(str, job.limits), "as many as go well" if job.concurrency == "auto" else slots]
     lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
     source = "standard input" if job.source == STANDARD else job.source

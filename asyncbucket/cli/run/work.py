@@ -355,8 +355,8 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
     Raises:
-        ValueError: the options or files don't fit together.
-        OSError: a file cannot be written.
+        ValueError: the file of answers is in use, or was made otherwise.
+        OSError, StoreError, sqlite3.Error: a file cannot be written.
     """
     tally = Tally(price=job.price)
     screen = Screen(tally, quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty())
@@ -373,8 +373,6 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
             asyncio.run(Run(job, tally, screen, answers, errors).run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             tally.stopped = True
-        except StoreError as error:
-            raise ValueError(str(error)) from error
         finally:
             logging.disable(logging.NOTSET)
         tally.seconds = round(time.monotonic() - tally.started, 3)
