@@ -12,7 +12,6 @@ compared with what was written. If they differ, this answer and all later ones g
 import contextlib
 import json
 import os
-import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Mapping
@@ -68,6 +67,7 @@ class Answers:
         self._fd: int | None = None
         self._rescue_fd: int | None = None
         self._size = 0
+        self._is_new = False
         #: What is wrong with the file, if another program changed it.
         self.trouble: str | None = None
         if path is None or (read_only and (restart or not path.exists())):
@@ -76,6 +76,7 @@ class Answers:
             undo.callback(self.close)
             if self._rescue_path.exists():
                 raise ValueError(f"an earlier run could not write all answers; {self._remedy()}")
+            self._is_new = not path.exists()
             if not read_only:
                 self._fd = _open_locked(path)
                 if restart:
@@ -156,16 +157,22 @@ class Answers:
         return _is_at(fd, self._path) and os.fstat(fd).st_size == self._size
 
     def _begin_rescue(self, fd: int) -> int:
-        """Return a file for all later answers, and for those before if theirs has no name any more."""
+        """Return a file for all later answers, and for those before that are not at the path any more."""
         self.trouble = f"{self._path} was changed by another program during the run"
+        present, size = set[bytes | None](), 0
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    present.add(_parsed(line)[0])
+                    size += len(line)
+        if _is_at(fd, self._path):
+            os.ftruncate(fd, size)  # without half a line, others can be appended
         rescue_fd = os.open(self._rescue_path, _APPENDING, 0o666)
-        if not _is_at(fd, self._path):
-            os.lseek(fd, 0, os.SEEK_SET)
-            with (
-                open(fd, "rb", closefd=False) as held,
-                open(rescue_fd, "ab", closefd=False) as rescued,
-            ):
-                shutil.copyfileobj(held, rescued)
+        os.lseek(fd, 0, os.SEEK_SET)
+        with open(fd, "rb", closefd=False) as held:
+            for line in held:
+                if _parsed(line)[0] not in present:
+                    append(line, rescue_fd, self._rescue_path)
         return rescue_fd
 
     def check(self) -> None:
@@ -195,14 +202,9 @@ class Answers:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        fd = self._fd
-        if (
-            fd is not None
-            and error is not None
-            and not os.fstat(fd).st_size
-            and _is_at(fd, self._path)
-        ):
-            self._path.unlink(missing_ok=True)  # a run that was refused leaves nothing behind
+        is_empty = self._fd is not None and not self._size and self._is_intact(self._fd)
+        if error is not None and self._is_new and is_empty:
+            self._path.resolve().unlink()  # a run that was refused leaves nothing behind
         self.close()
 
 
