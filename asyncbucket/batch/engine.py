@@ -160,8 +160,8 @@ class Engine(Generic[T, R]):
         assert self._group is not None
         self._workers += 1
         self._unadmitted += 1
-        self._latest = self._work()
-        self._group.start_soon(_itself, self._latest)
+        worker = self._latest = self._work()
+        self._group.start_soon(lambda: worker)
 
     async def _work(self) -> None:
         while True:
@@ -303,10 +303,6 @@ class Engine(Generic[T, R]):
                     self._fail(error)
                 for _, item in batch:
                     self._hand_out(item)
-
-
-def _itself(call: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
-    return call
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def paces_itself(fn: object, limiter: Limiter) -> bool:
     found = limiter_of(fn)
     if found is None or is_under(found, limiter):
         return found is not None
-    if is_under(found, [*levels(limiter)][-1]):
+    if is_under(found, _root(limiter)):
         raise ValueError(
             f"{_name(fn)} is paced by {found.name!r} already, and would be paced by {limiter.name!r}, "
             f"too: pace both by one limiter, or say by paced= or cost= who acquires"
@@ -71,27 +71,28 @@ def paces_itself(fn: object, limiter: Limiter) -> bool:
 
 
 class _Call(NamedTuple):
-    """A call that the batch has admitted."""
+    """A call that a batch has admitted."""
 
+    root: Limiter
     lease: Lease
     #: What to do if it acquires once more, from the limiter of this name; None if it may.
     refuse: Callable[[str], object] | None
+    #: The call of another batch around this one.
+    outer: "_Call | None"
 
 
 _CALL: Final[ContextVar[_Call | None]] = ContextVar("asyncbucket_batch_call", default=None)
 
 
-def _on_event(event: Event) -> None:
-    """Notice an acquisition in the context of a call that was admitted already."""
+def _on_event(root: Limiter, event: Event) -> None:
+    """Notice an acquisition below ``root`` in the context of a call that was admitted already."""
     call = _CALL.get()
-    if (
-        call is not None
-        and isinstance(event, (Admitted, Queued, Refused))
-        and not call.lease.released
-    ):
-        call.lease.release()  # for what is acquired, which may wait for this very slot
-        if call.refuse is not None:
-            call.refuse(event.limiter)
+    while call is not None and isinstance(event, (Admitted, Queued, Refused)):
+        if call.root is root and not call.lease.released:
+            call.lease.release()  # for what is acquired, which may wait for this very slot
+            if call.refuse is not None:
+                call.refuse(event.limiter)
+        call = call.outer
 
 
 class Pacing:
@@ -123,7 +124,7 @@ class Pacing:
         self.fn_acquires = bool(paced) and cost is None
         self._refuse: Callable[[str], object] | None = None
         cost = {} if cost is None else cost
-        self._cost = cost if callable(cost) else functools.partial(_same, _keywords(cost))
+        self._cost: PriceOf = cost if callable(cost) else _keywords(cost)
 
     def watched(self, end: Callable[[Exception], object]) -> contextlib.ExitStack:
         """Notice calls that acquire once more, in a ``with`` block around all calls.
@@ -132,7 +133,8 @@ class Pacing:
         """
         stack = contextlib.ExitStack()
         if not self.fn_acquires:
-            stack.callback([*levels(self._limiter)][-1].observe(_on_event))
+            root = _root(self._limiter)
+            stack.callback(root.observe(functools.partial(_on_event, root)))
             loop = asyncio.get_running_loop()
 
             def refuse(limiter: str) -> None:
@@ -157,13 +159,15 @@ class Pacing:
             begin()
             return await self._start(item)
         give_up_slots(self._limiter)  # of calls around this batch
-        async with self._limiter.acquire(**_keywords(self._cost(item))) as lease:
+        price = self._cost(item) if callable(self._cost) else self._cost
+        async with self._limiter.acquire(**_keywords(price)) as lease:
             try:
                 begin()
             except Stopped:
                 lease.undo()
                 raise
-            token = _CALL.set(_Call(lease, self._refuse))
+            root = _root(self._limiter)
+            token = _CALL.set(_Call(root, lease, self._refuse, _CALL.get()))
             try:
                 return await self._start(item)
             finally:
@@ -183,8 +187,8 @@ def _name(fn: object) -> str:
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
-def _same(keywords: dict[str, Any], _: object) -> Any:
-    return keywords
+def _root(limiter: Limiter) -> Limiter:
+    return [*levels(limiter)][-1]
 
 
 def _keywords(price: Price) -> dict[str, Any]:

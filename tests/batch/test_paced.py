@@ -185,6 +185,29 @@ def test_function_that_acquires_from_an_unrelated_limiter_is_admitted_by_both() 
         assert (here.statistics().admitted, other.statistics().admitted) == (2, 2)
 
 
+@pytest.mark.parametrize("inner", ["other", "same"])
+def test_batch_on_another_limiter_inside_a_batch_is_no_second_acquisition(inner: str) -> None:
+    with virtual_time() as time:
+        here, other = (Limiter(concurrency=1, clock=time.clock) for _ in range(2))
+
+        async def ask(word: str) -> str:
+            if inner == "same":
+                (await here.acquire()).release()
+            return word
+
+        async def words(text: str) -> list[str]:
+            return [item.result async for item in amap(other, ask, text.split(), ordered=True)]
+
+        async def main() -> list[list[str]]:
+            return [item.result async for item in amap(here, words, ["a b", "c"], ordered=True)]
+
+        if inner == "other":
+            assert time.run(main()) == [["a", "b"], ["c"]]
+        else:
+            with pytest.raises(ValueError, match="words acquires from 'default' itself"):
+                time.run(main())
+
+
 @pytest.mark.parametrize(
     ("options", "charged"),
     [({"paced": False}, 2), ({"cost": {"requests": 3}}, 4), ({"paced": True}, 1)],

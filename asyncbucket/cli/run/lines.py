@@ -4,7 +4,7 @@ Lines are read as they are wanted, from a file of a million or from a pipe that 
 """
 
 import asyncio
-import contextlib
+import concurrent.futures
 import hashlib
 import itertools
 import json
@@ -200,24 +200,14 @@ async def _read(descriptor: int) -> bytes:
     It may take as long as a person types, and cannot be cancelled. So it runs in a thread that
     nobody waits for when everything else has ended.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[bytes | OSError] = loop.create_future()
-
-    def finish(found: bytes | OSError) -> None:
-        if not done.done():  # else it was cancelled
-            done.set_result(found)
+    answer = concurrent.futures.Future[bytes]()
+    answer.set_running_or_notify_cancel()  # so that it cannot be cancelled, either
 
     def read() -> None:
-        found: bytes | OSError
         try:
-            found = os.read(descriptor, _CHUNK)
+            answer.set_result(os.read(descriptor, _CHUNK))
         except OSError as error:
-            found = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
-            loop.call_soon_threadsafe(finish, found)
+            answer.set_exception(error)
 
     threading.Thread(target=read, name="asyncbucket run", daemon=True).start()
-    found = await done
-    if isinstance(found, OSError):
-        raise found
-    return found
+    return await asyncio.wrap_future(answer)

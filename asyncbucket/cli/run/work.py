@@ -338,17 +338,19 @@ def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
-    def on_signal(task: "asyncio.Task[object]") -> None:
+    def on_signal() -> None:
         if not stop():
             task.cancel()
 
-    with contextlib.ExitStack() as undo:
-        # Windows' loop has no handlers: there, Ctrl-C cancels at once.
-        with contextlib.suppress(NotImplementedError):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, functools.partial(on_signal, task))
-                undo.callback(loop.remove_signal_handler, number)
+    # Windows' loop has no handlers: there, Ctrl-C cancels at once.
+    numbers = [] if sys.platform == "win32" else [signal.SIGINT, signal.SIGTERM]
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
         yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
