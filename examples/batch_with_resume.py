@@ -28,7 +28,7 @@ async def answer_all(base_url: str, checkpoint: str) -> None:
     account: dict[str, Any] = {"api_base": base_url, "api_key": "any"}
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", max_tokens=30, **account))
 
-    # The wrapped model acquires by itself. `amap` notices, and doesn't charge the call again. Each
+    # The wrapped model acquires by itself, so `amap` doesn't charge the call again. Each
     # result is in the checkpoint before the loop gets it.
     restored = called = 0
     text = ""

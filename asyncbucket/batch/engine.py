@@ -1,11 +1,11 @@
-"""The workers: each takes an item, calls the function with it, and keeps the result.
+"""What runs between the items and the reader.
 
-There is not a task for each item, but a few that go on: as many as calls in flight, and one that
-waits in line. A worker whose call has been admitted makes sure that another one stands in line. So
-their number follows what the limiter admits, and the limiter's queue holds no more than necessary.
+There is not a task for each item, but a few workers that go on: as many as calls in flight, and one
+that waits in line. A worker whose call has been admitted makes sure that another one stands in line.
+So their number follows what the limiter admits, and only one call of a batch is in the limiter's line.
 
 *Bounded.* An item that was taken holds a place in the window until its result is fetched, so a slow
-reader stops the workers, and endless items need only the memory for one window. *In order*, if
+reader stops the batch, and endless items need only the memory for one window. *In order*, if
 requested: results that come early wait for their turn; the window bounds how early they can be.
 *Kept*, if there is a checkpoint: a result is on disk before it is handed out; results that come
 while the disk is busy are one transaction.
@@ -16,74 +16,115 @@ end in the task in which it began, and a reader may stop reading anywhere.
 
 import asyncio
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 import anyio
 from anyio import CancelScope, to_thread
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncbucket.batch.checkpoint import Checkpoint, Ledger
-from asyncbucket.batch.item import Entry, Item
-from asyncbucket.batch.pacing import Call, Stopped
-from asyncbucket.batch.progress import Progress
-from asyncbucket.batch.source import Source
+from asyncbucket.batch.checkpoint import Checkpoint, Entry, Ledger
+from asyncbucket.batch.pacing import Pacing, Stopped
+
+if TYPE_CHECKING:
+    from asyncbucket.batch.progress import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+#: How many items of a plain iterable are looked up in a checkpoint at a time.
+_LOOK_AHEAD: Final = 64
 
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Item(Generic[T, R]):
+    """One item that went in, and its result or error.
+
+    Attributes:
+        index: its place among the items, from 0.
+        input: the item itself.
+        error: what ``fn`` raised, or why it was not admitted; None if it has a result.
+        restored: whether the result comes from a checkpoint, without a call.
+    """
+
+    index: int
+    input: T
+    _result: R | None = None
+    error: Exception | None = None
+    restored: bool = False
+
+    @property
+    def result(self) -> R:
+        """What ``fn`` returned; for an item that failed, this raises its error."""
+        if self.error is not None:
+            raise self.error
+        return cast("R", self._result)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return self.error is None
+
+    def __repr__(self) -> str:
+        outcome = f"result={self._result!r}" if self.error is None else f"error={self.error!r}"
+        restored = ", restored" if self.restored else ""
+        return f"<Item {self.index}: {self.input!r}, {outcome}{restored}>"
+
+
+@dataclass(kw_only=True, eq=False)
 class Engine(Generic[T, R]):
-    """Run everything between the items and the reader.
+    """Run one batch.
 
-    Args:
-        source: hands out the items.
-        call: calls the function for one item.
-        workers: the most workers.
+    Attributes:
+        items: what goes in.
+        pacing: calls the function for one item.
+        workers: the most calls at once.
         window: the most items that are taken and whose results are not fetched.
         ordered: whether results come out in the order of the items.
         stop_on_error: whether nothing is started any more once an item has failed.
         checkpoint: where results are kept.
-        progress: shows how far it has come.
+        bar: shows how far it has come.
+        failure: why it ended early, if not by an item's own error.
     """
 
-    def __init__(
-        self,
-        source: Source[T],
-        call: Call,
-        *,
-        workers: int,
-        window: int,
-        ordered: bool,
-        stop_on_error: bool,
-        checkpoint: Checkpoint | None,
-        progress: Progress,
-    ) -> None:
-        self._source = source
-        self._call = call
-        self._max_workers = workers
-        self._workers = 0
-        #: Workers without an admitted call: they wait in line, or fetch an item.
-        self._unadmitted = 0
-        #: Places in the window.
-        self.places = anyio.Semaphore(window, fast_acquire=True)
-        self._ordered = ordered
-        self._early: dict[int, Item[T, R]] = {}
-        self._next = 0
-        self._stop_on_error = stop_on_error
-        self._failed = False
-        self._checkpoint = checkpoint
-        self._progress = progress
-        #: Why it ended early, if not by an item's own error.
-        self.failure: Exception | None = None
-        self._group: TaskGroup | None = None
-        self._sender: MemoryObjectSendStream[Item[T, R]]
-        self.results: MemoryObjectReceiveStream[Item[T, R]]
+    items: Iterator[T] | AsyncIterator[T]
+    pacing: Pacing
+    workers: int
+    window: int
+    ordered: bool
+    stop_on_error: bool
+    checkpoint: Checkpoint | None
+    bar: "Bar | None"
+    failure: Exception | None = None
+    #: Places in the window.
+    places: anyio.Semaphore = field(init=False)
+    results: MemoryObjectReceiveStream[Item[T, R]] = field(init=False)
+    _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
+    _to_save: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
+    _ledger: Ledger | None = None
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _group: TaskGroup | None = None
+    _workers: int = 0
+    #: Workers without an admitted call: they wait in line, or fetch an item.
+    _unadmitted: int = 0
+    _fetching: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    #: Items that were taken and looked up already.
+    _ready: deque[Entry] = field(default_factory=deque[Entry])
+    _exhausted: bool = False
+    _stopped: bool = False
+    _early: dict[int, Item[T, R]] = field(default_factory=dict[int, "Item[T, R]"])
+    _next: int = 0
+    _latest: Coroutine[Any, Any, None] | None = None
+
+    def __post_init__(self) -> None:
+        self.places = anyio.Semaphore(self.window, fast_acquire=True)
         # Unbounded, because the places are the bound.
-        self._sender, self.results = anyio.create_memory_object_stream(float("inf"))
-        self._save_sender: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
+        self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
 
     def close(self) -> None:
         """Drop what is not read."""
@@ -96,122 +137,123 @@ class Engine(Generic[T, R]):
         Cancel the scope, not the task: the file is opened, written and closed behind a shield,
         which only holds against the scope.
         """
-        with self._sender, scope:
+        bar = contextlib.nullcontext() if self.bar is None else self.bar.shown()
+        with self._sender, scope, self.pacing.watched(self._end):
             try:
-                async with (
-                    self._progress.shown(self._source.total),
-                    anyio.create_task_group() as task_group,
-                ):
-                    await self._work_all(task_group)
+                async with bar, self._saving(), anyio.create_task_group() as self._group:
+                    if self.failure is None:
+                        self._start_worker()
                 for index in sorted(self._early):  # those behind one that was not started
                     self._sender.send_nowait(self._early[index])
             except BaseException:  # cancelled: nobody will read on
                 self.results.close()
                 raise
             finally:
-                await self._source.aclose()
-
-    async def _work_all(self, group: TaskGroup) -> None:
-        self._group = group
-        if self._checkpoint is None:
-            self._start_worker()
-            return
-        try:
-            ledger = await to_thread.run_sync(Ledger, self._checkpoint)
-        except Exception as error:  # noqa: BLE001 - the reader gets it
-            self.failure = error
-            return
-        self._source.ledger = ledger
-        self._save_sender, to_save = anyio.create_memory_object_stream(float("inf"))
-        try:
-            async with anyio.create_task_group() as saving:
-                saving.start_soon(self._save_results, ledger, to_save)
-                with self._save_sender:
-                    async with anyio.create_task_group() as self._group:
-                        self._start_worker()
-        finally:
-            with CancelScope(shield=True):
-                await to_thread.run_sync(ledger.close)
+                if self._latest is not None:  # if the loop ended before it began
+                    self._latest.close()
+                close = getattr(self.items, "aclose", None)
+                if close is not None:  # nobody else would close an async generator in time
+                    with CancelScope(shield=True):
+                        await close()
 
     def _start_worker(self) -> None:
         assert self._group is not None
         self._workers += 1
         self._unadmitted += 1
-        self._group.start_soon(self._work, name="asyncbucket amap")
-
-    def _note_admission(self) -> None:
-        """Note that a worker left the line; make sure that another one stands there."""
-        if self._failed and self._stop_on_error:
-            raise Stopped
-        self._unadmitted -= 1
-        if not self._unadmitted and self._workers < self._max_workers:
-            self._start_worker()
+        worker = self._latest = self._work()
+        self._group.start_soon(lambda: worker)
 
     async def _work(self) -> None:
         while True:
             await self.places.acquire()
-            entry = await self._fetch()
+            async with self._fetching:
+                if not self._ready and not self._exhausted:
+                    await self._fetch()
+                entry = self._ready.popleft() if self._ready else None
             if entry is None:
                 self._unadmitted -= 1
                 self.places.release()  # for the others, which must see the end, too
                 return
             if entry.stored is not None:
-                self._progress.count(restored=True)
-                self._hand_out(Item(entry.number, entry.input, entry.stored[0], restored=True))
+                result = entry.stored[0]
+                self._hand_out(Item(entry.number, entry.input, result, restored=True))
             else:
                 await self._process(entry)
 
-    async def _fetch(self) -> Entry | None:
+    async def _fetch(self) -> None:
+        """Take an item, or several if they are looked up, and find out which of them are done."""
+        entries: list[Entry] = []
         try:
-            return await self._source.next()
-        except Exception as error:  # noqa: BLE001 - the reader gets it
-            self._fail(error)
-        except asyncio.CancelledError as cancelled:
-            self._fail(_cancellation_error(cancelled, "the iterable of items"))
-        return None
+            if isinstance(self.items, AsyncIterator):
+                with _cancelled_from_within("the iterable of items"):
+                    entries.append(Entry(next(self._numbers), await anext(self.items)))
+            else:
+                for item in itertools.islice(
+                    self.items, 1 if self._ledger is None else _LOOK_AHEAD
+                ):
+                    entries.append(Entry(next(self._numbers), item))  # noqa: PERF401 - kept on errors
+                self._exhausted |= not entries
+        except StopAsyncIteration:
+            self._exhausted = True
+        except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
+            self._exhausted, self.failure = True, self.failure or error
+        if entries and self._ledger is not None:
+            try:
+                entries = await to_thread.run_sync(self._ledger.look_up, entries)
+            except Exception as error:  # noqa: BLE001 - the reader gets it
+                self._fail(error)
+        self._ready.extend([] if self._stopped else entries)
 
     async def _process(self, entry: Entry) -> None:
         admitted = False
 
         def begin() -> None:
+            """Note that a worker leaves the line; make sure that another one stands there."""
             nonlocal admitted
-            self._note_admission()
+            if self._stopped:
+                raise Stopped
             admitted = True
+            self._unadmitted -= 1
+            if not self._unadmitted and self._workers < self.workers:
+                self._start_worker()
 
         try:
-            result = await self._call(entry.input, begin)
+            with _cancelled_from_within("the call"):
+                result = await self.pacing.call(entry.input, begin)
         except Stopped:
-            pass
+            self.places.release()  # as nobody will fetch a result
         except Exception as error:  # noqa: BLE001 - it belongs to the item
-            self._hand_out_failed(entry, error)
-        except asyncio.CancelledError as cancelled:
-            self._hand_out_failed(entry, _cancellation_error(cancelled, "the call"))
+            if self.stop_on_error:
+                self._stop()
+            self._hand_out(Item(entry.number, entry.input, error=error))
         else:
-            self._progress.count()
-            self._save_or_hand_out(entry, Item(entry.number, entry.input, result))
+            item: Item[T, R] = Item(entry.number, entry.input, result)
+            if self._to_save is None:
+                self._hand_out(item)
+            else:
+                self._to_save.send_nowait((entry.key, item))
         finally:
             self._unadmitted += admitted
 
-    def _hand_out_failed(self, entry: Entry, error: Exception) -> None:
-        self._failed = True
-        if self._stop_on_error:
-            self._source.stop()
-        self._progress.count(failed=True)
-        self._hand_out(Item(entry.number, entry.input, error=error))
+    def _stop(self) -> None:
+        """Start no more calls."""
+        self._stopped = self._exhausted = True
+        self._ready.clear()
 
     def _fail(self, error: Exception) -> None:
-        self._source.stop()
-        if self.failure is None:
-            self.failure = error
+        self._stop()
+        self.failure = self.failure or error
 
-    def _save_or_hand_out(self, entry: Entry, item: Item[T, R]) -> None:
-        if self._save_sender is None:
-            self._hand_out(item)
-        else:
-            self._save_sender.send_nowait((entry.key, item))
+    def _end(self, error: Exception) -> None:
+        """End the batch with an error, and all calls with it."""
+        self._fail(error)
+        if self._group is not None:
+            self._group.cancel_scope.cancel()
 
     def _hand_out(self, item: Item[T, R]) -> None:
-        if not self._ordered:
+        if self.bar is not None:
+            self.bar.count(failed=not item.ok, restored=item.restored)
+        if not self.ordered:
             self._sender.send_nowait(item)
             return
         self._early[item.index] = item
@@ -219,16 +261,41 @@ class Engine(Generic[T, R]):
             self._sender.send_nowait(self._early.pop(self._next))
             self._next += 1
 
+    @contextlib.asynccontextmanager
+    async def _saving(self) -> AsyncGenerator[None]:
+        """Open the checkpoint, if there is one, and save results until the end of the block."""
+        if self.checkpoint is None:
+            yield
+            return
+        try:
+            self._ledger = ledger = await to_thread.run_sync(Ledger, self.checkpoint)
+        except Exception as error:  # noqa: BLE001 - the reader gets it
+            self._fail(error)
+            yield
+            return
+        self._to_save, saved = anyio.create_memory_object_stream[tuple[bytes, Item[T, R]]](math.inf)
+        try:
+            async with anyio.create_task_group() as saving:
+                saving.start_soon(self._save_results, ledger, saved)
+                with self._to_save:
+                    yield
+        finally:
+            with CancelScope(shield=True):
+                await to_thread.run_sync(ledger.close)
+
     async def _save_results(
         self, ledger: Ledger, to_save: MemoryObjectReceiveStream[tuple[bytes, Item[T, R]]]
     ) -> None:
         """Save results in order of arrival, all available ones in one transaction.
 
-        Whatever ends the workers, their results are saved: this ends when their stream does.
+        Whatever ends the calls, their results are saved: this ends when their stream does.
         """
         with CancelScope(shield=True), to_save:
             async for first in to_save:
-                batch = [first, *_receive_available(to_save)]
+                batch = [first]
+                with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
+                    while True:
+                        batch.append(to_save.receive_nowait())
                 try:
                     rows = [(key, item.result) for key, item in batch]
                     await to_thread.run_sync(ledger.save, rows)
@@ -238,16 +305,14 @@ class Engine(Generic[T, R]):
                     self._hand_out(item)
 
 
-def _cancellation_error(cancelled: asyncio.CancelledError, what: str) -> RuntimeError:
-    """Return the error for a cancellation from inside ``what``; re-raise one meant for us."""
-    if anyio.current_effective_deadline() == -math.inf:
-        raise cancelled
-    error = RuntimeError(f"{what} was cancelled from within, by something that it awaits")
-    error.__cause__ = cancelled
-    return error
-
-
-def _receive_available(stream: MemoryObjectReceiveStream[Any]) -> Iterator[Any]:
-    with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
-        while True:
-            yield stream.receive_nowait()
+@contextlib.contextmanager
+def _cancelled_from_within(what: str) -> Generator[None]:
+    """Turn a cancellation from inside ``what`` into an error; one that is meant for us passes."""
+    try:
+        yield
+    except asyncio.CancelledError as cancelled:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        raise RuntimeError(
+            f"{what} was cancelled from within, by something that it awaits"
+        ) from cancelled

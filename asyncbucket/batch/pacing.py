@@ -1,68 +1,194 @@
-"""One item's call: admitted here, or left to the function if that acquires by itself."""
+"""Who acquires for a call of a batch: the batch, or the function itself.
 
+A call must be admitted once. Twice would charge it twice, and calls that hold a slot while they wait
+for a second one would wait forever. What paces itself is marked: a method of a model that the limiter
+wraps, and a function that `Limiter.paced` decorates. For any other function the batch acquires. If
+such a call acquires from the same limiter, or from one above or beside it, its slot is given back, so
+that nothing waits for itself, and the batch ends with an error that names the remedy, ``paced=True``.
+"""
+
+import asyncio
+import contextlib
+import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from asyncbucket.core.cost import Cost
+from asyncbucket.core.events import Admitted, Event, Queued, Refused
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import is_under, levels
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.nesting import give_up_slots, running
+from asyncbucket.nesting import give_up_slots
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 Price: TypeAlias = Cost | Mapping[str, float]
 PriceOf: TypeAlias = Price | Callable[[Any], Price]
+AsyncFunction: TypeAlias = Callable[[Any], Awaitable[Any]]
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """Say that no further call may start."""
 
 
-class Call(Protocol):
-    """Call the function for one item; ``begin`` is called right before that.
+def layers_of(fn: object) -> Iterator[object]:
+    """Yield ``fn``, and what it calls as a partial or as a decorator's wrapper, inwards."""
+    while fn is not None:
+        yield fn
+        fn = fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
-    ``begin`` may raise `Stopped`: then nothing is charged.
+
+def limiter_of(fn: object) -> Limiter | None:
+    """Return the limiter that admits each call of ``fn``, if ``fn`` is marked as paced."""
+    for layer in layers_of(fn):
+        owner = getattr(layer, "__self__", layer)
+        mark = getattr(layer, "paced_by", None)
+        for model in (owner, getattr(owner, "llm", None)):  # a structured LLM calls its `llm`
+            if any(cls.__module__.startswith("asyncbucket.") for cls in type(model).__mro__):
+                mark = getattr(model, "limiter", mark)
+        if isinstance(mark, Limiter):
+            return mark
+    return None
+
+
+def paces_itself(fn: object, limiter: Limiter) -> bool:
+    """Tell whether each call of ``fn`` is admitted by ``limiter``, or by a limiter below it.
+
+    Raises:
+        ValueError: it is admitted by a limiter above or beside it, so it would be charged twice.
+    """
+    found = limiter_of(fn)
+    if found is None or is_under(found, limiter):
+        return found is not None
+    if is_under(found, _root(limiter)):
+        raise ValueError(
+            f"{_name(fn)} is paced by {found.name!r} already, and would be paced by {limiter.name!r}, "
+            f"too: pace both by one limiter, or say by paced= or cost= who acquires"
+        )
+    return False
+
+
+class _Call(NamedTuple):
+    """A call that a batch has admitted."""
+
+    root: Limiter
+    lease: Lease
+    #: What to do if it acquires once more, from the limiter of this name; None if it may.
+    refuse: Callable[[str], object] | None
+    #: The call of another batch around this one.
+    outer: "_Call | None"
+
+
+_CALL: Final[ContextVar[_Call | None]] = ContextVar("asyncbucket_batch_call", default=None)
+
+
+def _on_event(root: Limiter, event: Event) -> None:
+    """Notice an acquisition below ``root`` in the context of a call that was admitted already."""
+    call = _CALL.get()
+    while call is not None and isinstance(event, (Admitted, Queued, Refused)):
+        if call.root is root and not call.lease.released:
+            call.lease.release()  # for what is acquired, which may wait for this very slot
+            if call.refuse is not None:
+                call.refuse(event.limiter)
+        call = call.outer
+
+
+class Pacing:
+    """Call the function for one item after another, each admitted once.
+
+    Args:
+        limiter: what admits the calls.
+        fn: an async function of one item.
+        cost: what a call costs, if it is not one request.
+        paced: whether ``fn`` acquires by itself; None to look for its mark.
+
+    Raises:
+        ValueError, TypeError: ``cost`` is not a cost, or contradicts ``paced``; ``fn`` cannot be
+            called, or would be charged twice.
     """
 
-    async def __call__(self, item: Any, begin: Callable[[], None]) -> Any: ...
+    def __init__(
+        self, limiter: Limiter, fn: AsyncFunction, *, cost: PriceOf | None, paced: bool | None
+    ) -> None:
+        if cost is not None and paced:
+            raise ValueError(
+                "cost= says that the batch acquires, paced=True that fn does: give one of them"
+            )
+        self._limiter = limiter
+        self._fn = fn
+        self._refuses_second = cost is None and paced is None
+        if self._refuses_second:
+            paced = paces_itself(fn, limiter)
+        self.fn_acquires = bool(paced) and cost is None
+        self._refuse: Callable[[str], object] | None = None
+        cost = {} if cost is None else cost
+        self._cost: PriceOf = cost if callable(cost) else _keywords(cost)
 
+    def watched(self, end: Callable[[Exception], object]) -> contextlib.ExitStack:
+        """Notice calls that acquire once more, in a ``with`` block around all calls.
 
-def leave_admission_to(fn: Callable[[Any], Awaitable[Any]]) -> Call:
-    """Leave the admission to ``fn``."""
+        Unless the user said who acquires, ``end`` is called with an error, on this loop.
+        """
+        stack = contextlib.ExitStack()
+        if not self.fn_acquires:
+            root = _root(self._limiter)
+            stack.callback(root.observe(functools.partial(_on_event, root)))
+            loop = asyncio.get_running_loop()
 
-    async def call(item: Any, begin: Callable[[], None]) -> Any:
-        begin()
-        return await start_call(fn, item)
+            def refuse(limiter: str) -> None:
+                error = ValueError(
+                    f"{_name(self._fn)} acquires from {limiter!r} itself, so each call would be charged "
+                    f"twice: pass paced=True, or cost= if the batch is to acquire as well"
+                )
+                with contextlib.suppress(RuntimeError):  # a thread has outlived the loop
+                    loop.call_soon_threadsafe(end, error)
 
-    return call
+            self._refuse = refuse if self._refuses_second else None
+        return stack
 
+    async def call(self, item: Any, begin: Callable[[], None]) -> Any:
+        """Return what the function returns for ``item``; ``begin`` is called right before.
 
-def admit_each(
-    limiter: Limiter, fn: Callable[[Any], Awaitable[Any]], price: PriceOf | None = None
-) -> Call:
-    """Make each call wait for an admission at its price, by default one request."""
-    keywords_of = _keywords_of({} if price is None else price)
-
-    async def call(item: Any, begin: Callable[[], None]) -> Any:
-        give_up_slots(limiter)  # of calls around this batch
-        async with limiter.acquire(**keywords_of(item)) as lease:
+        Raises:
+            Stopped: ``begin`` did, so nothing was charged.
+            Exception: whatever the function or the limiter raises.
+        """
+        if self.fn_acquires:
+            begin()
+            return await self._start(item)
+        give_up_slots(self._limiter)  # of calls around this batch
+        price = self._cost(item) if callable(self._cost) else self._cost
+        async with self._limiter.acquire(**_keywords(price)) as lease:
             try:
                 begin()
             except Stopped:
                 lease.undo()
                 raise
-            with running(fn, lease):  # it may call the limiter unseen
-                return await start_call(fn, item)
+            root = _root(self._limiter)
+            token = _CALL.set(_Call(root, lease, self._refuse, _CALL.get()))
+            try:
+                return await self._start(item)
+            finally:
+                _CALL.reset(token)
 
-    return call
+    def _start(self, item: Any) -> Awaitable[Any]:
+        awaitable = self._fn(item)
+        if not inspect.isawaitable(awaitable):
+            raise TypeError(
+                f"{_name(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: amap "
+                f"takes async functions; map takes plain ones"
+            )
+        return awaitable
 
 
-def _keywords_of(price: PriceOf) -> Callable[[Any], dict[str, Any]]:
-    """Return a function from an item to the keywords of `Limiter.acquire`."""
-    if callable(price):
-        return lambda item: _keywords(price(item))
-    keywords = _keywords(price)
-    return lambda _: keywords
+def _name(fn: object) -> str:
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+
+
+def _root(limiter: Limiter) -> Limiter:
+    return [*levels(limiter)][-1]
 
 
 def _keywords(price: Price) -> dict[str, Any]:
@@ -75,19 +201,3 @@ def _keywords(price: Price) -> dict[str, Any]:
         f"a cost must be a Cost, a dict such as {{'tokens': 500}}, or a function from an item to one, "
         f"not {shown(price)}"
     )
-
-
-def start_call(fn: Callable[[Any], Awaitable[Any]], item: Any) -> Awaitable[Any]:
-    """Call ``fn`` and return its awaitable.
-
-    Raises:
-        TypeError: it is a plain function, which has blocked the event loop.
-    """
-    awaitable = fn(item)
-    if not inspect.isawaitable(awaitable):
-        name = getattr(fn, "__qualname__", repr(fn))
-        raise TypeError(
-            f"{name} returned {type(awaitable).__name__}, which cannot be awaited: amap takes async "
-            f"functions; map takes plain ones"
-        )
-    return awaitable

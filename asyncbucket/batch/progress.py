@@ -1,178 +1,166 @@
-"""A progress bar on standard error: rich's, tqdm's, or none."""
+"""How fast a batch goes, how long it will take, and what binds: in words, and as a bar."""
 
 import contextlib
+import io
 import sys
-from collections.abc import AsyncGenerator
-from typing import Any, Final, Literal, Protocol, TypeAlias
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from typing import Any, Final
 
 import anyio
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
-from asyncbucket.batch.outlook import Outlook, Snapshot, duration
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import named
+from asyncbucket.core.wording import named, rounded
 
-Shown: TypeAlias = bool | Literal["rich", "tqdm"]
-
-#: Seconds between two updates.
-_REFRESH_INTERVAL: Final = 0.2
-
-
-class Progress:
-    """Show nothing."""
-
-    def count(self, *, failed: bool = False, restored: bool = False) -> None:
-        """Count an item that is done."""
-
-    @contextlib.asynccontextmanager
-    async def shown(self, total: int | None) -> AsyncGenerator[None]:
-        """Show the bar during an ``async with`` block."""
-        del total
-        yield
+#: Seconds between two updates, and how many of them the rate is computed from: half a minute.
+REFRESH_INTERVAL: Final = 0.2
+_SAMPLES: Final = 150
 
 
-class _Bar(Protocol):
-    """A bar of either library."""
+class Outlook:
+    """Estimate from now on how fast calls go, and how long they will take.
 
-    def show(self, done: int, words: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def progress_for(limiter: Limiter, shown: Shown) -> Progress:
-    """Return an object that shows the progress.
-
-    Raises:
-        ImportError: the library is not installed.
-        ValueError: ``shown`` is not one of the choices.
+    Args:
+        limiter: the limiter with the limits.
+        clock: seconds.
     """
-    if shown is False:
-        return Progress()
-    if shown is True:
-        shown = "rich" if _is_installed("rich") or not _is_installed("tqdm") else "tqdm"
-    if shown not in ("rich", "tqdm"):
-        raise ValueError(f"show_progress must be True, False, 'rich' or 'tqdm', not {shown!r}")
-    if not _is_installed(shown):
-        remedy = '"asyncbucket[batch]"' if shown == "rich" else "tqdm"
-        raise ImportError(f"a progress bar needs {shown}: pip install {remedy}")
-    return _ShownProgress(limiter, _RichBar if shown == "rich" else _TqdmBar)
+
+    def __init__(self, limiter: Limiter, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limiter = limiter
+        self._clock = clock
+        self._samples = deque([(clock(), 0)], maxlen=_SAMPLES)
+
+    def words(self, done: int, left: Mapping[str, float] | None = None) -> list[str]:
+        """Return the rate and the time left in words, as far as they are known.
+
+        Args:
+            done: the calls that are done.
+            left: amounts that are left, by resource. From them follows how long the limits will
+                take at least, even before anything is done.
+        """
+        now, (since, before) = self._clock(), self._samples[0]
+        self._samples.append((now, done))
+        rate = (done - before) / (now - since) if now > since else 0.0
+        words = [f"{rounded(rate)}/s"] if rate else []
+        if left:
+            seconds = left.get("requests", 0.0) / rate if rate else 0.0
+            for use in self.limiter.statistics().limits:
+                more = left.get(use.limit.resource, 0.0) - max(0, use.available)
+                seconds = max(seconds, more * use.limit.per / use.limit.amount)
+            words += [f"{duration(seconds)} left"] if seconds else []
+        return words
+
+    def bound_by(self) -> str | None:
+        """Return what holds up the first call in line, for people; None if nobody waits."""
+        binds = self.limiter.statistics().bound_by
+        return "a pause" if binds == "paused" else binds and named(binds)
 
 
-def _is_installed(library: str) -> bool:
-    from importlib.util import find_spec
+def duration(seconds: float) -> str:
+    """Return a time in words: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:  # noqa: PLR2004 - below, seconds matter
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:  # noqa: PLR2004 - as above
+        return f"{minutes} min"
+    return f"{minutes // 60:,} h {minutes % 60} min"
 
-    return find_spec(library) is not None
+
+class _StandardError(io.TextIOBase):
+    """Standard error for what may be missed: if nobody reads it any more, the batch goes on."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr  # rich puts something else there while it shows a bar
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, AttributeError):  # gone, or never there
+            self._file.write(text)
+            self._file.flush()
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._file is not None and self._file.isatty()
 
 
-class _ShownProgress(Progress):
-    """Read the limiter a few times a second; counting itself costs next to nothing."""
+def standard_error() -> Console:
+    """Return a console that writes to standard error as long as somebody reads it."""
+    file: Any = _StandardError()
+    return Console(file=file, highlight=False, emoji=False)
 
-    def __init__(self, limiter: Limiter, bar: "type[_RichBar | _TqdmBar]") -> None:
+
+class Lines(Progress):
+    """A bar with words behind it, and a line below; refreshed only by `show`."""
+
+    def __init__(self, console: Console, total: int | None, *, transient: bool = False) -> None:
+        # A thread of rich's would compete with the calls.
+        self.below = ""
+        super().__init__(
+            TextColumn("[bold]{task.fields[count]}"),
+            *([] if total is None else [BarColumn(bar_width=28)]),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            transient=transient,
+            # What is printed meanwhile appears above the bar, unless it goes somewhere else.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+        )
+        self._task = self.add_task("", total=total, count="")
+
+    def show(self, done: int, count: str, words: Iterable[str]) -> None:
+        """Draw it anew."""
+        self.update(
+            self._task, completed=done, count=count, description="  ".join(words), refresh=True
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See rich's `Progress`."""
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, "dim")
+
+
+class Bar:
+    """Show a batch on standard error, a few times a second; counting costs next to nothing."""
+
+    def __init__(self, limiter: Limiter, total: int | None) -> None:
         self._limiter = limiter
-        self._bar_type = bar
-        self._done = 0
-        self._failed = 0
-        self._restored = 0
+        self._total = total
+        self._done = self._failed = self._restored = 0
 
-    def count(self, *, failed: bool = False, restored: bool = False) -> None:
+    def count(self, *, failed: bool, restored: bool) -> None:
+        """Count an item that is done."""
         self._done += 1
         self._failed += failed
         self._restored += restored
 
     @contextlib.asynccontextmanager
-    async def shown(self, total: int | None) -> AsyncGenerator[None]:
-        bar = self._bar_type(total)
+    async def shown(self) -> AsyncGenerator[None]:
+        """Show the bar during an ``async with`` block."""
         outlook = Outlook(self._limiter, clock=anyio.current_time)
         started = anyio.current_time()
-        try:
+        with Lines(standard_error(), self._total) as lines:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._refresh, bar, outlook, total)
+                group.start_soon(self._refresh, lines, outlook)
                 try:
                     yield
                 finally:
                     group.cancel_scope.cancel()
-        finally:
-            took = f"in {duration(anyio.current_time() - started)}"
-            bar.show(self._done, ", ".join([took, *self._words(Snapshot())]))
-            bar.close()
+                    self._show(lines, f"in {duration(anyio.current_time() - started)}")
 
-    async def _refresh(self, bar: _Bar, outlook: Outlook, total: int | None) -> None:
+    async def _refresh(self, lines: Lines, outlook: Outlook) -> None:
         while True:
-            left = None if total is None else float(total - self._done)
-            amounts = None if left is None else {"items": left, "requests": left}
-            snapshot = outlook.snapshot(self._done - self._restored, left=amounts)
-            bar.show(self._done, ", ".join(self._words(snapshot)))
-            await anyio.sleep(_REFRESH_INTERVAL)
+            left = {} if self._total is None else {"requests": self._total - self._done}
+            binds = outlook.bound_by()
+            waiting = [] if binds is None else [f"waiting for {binds}"]
+            self._show(lines, *outlook.words(self._done - self._restored, left), *waiting)
+            await anyio.sleep(REFRESH_INTERVAL)
 
-    def _words(self, snapshot: Snapshot) -> list[str]:
-        words = snapshot.words()
-        if snapshot.bound_by is not None:
-            words.append(f"waiting for {named(snapshot.bound_by)}")
-        if self._restored:
-            words.append(f"{self._restored:,} restored")
-        if self._failed:
-            words.append(f"{self._failed:,} failed")
-        return words
-
-
-class StandardError:
-    """Standard error for what may be missed: if nobody reads it any more, the batch goes on."""
-
-    def __init__(self) -> None:
-        self._file = sys.stderr
-
-    def write(self, text: str) -> int:
-        """Write, or not."""
-        with contextlib.suppress(OSError, AttributeError):  # gone, or never there
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """See `write`."""
-        with contextlib.suppress(OSError, AttributeError):
-            self._file.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-class _RichBar:
-    def __init__(self, total: int | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        file: Any = StandardError()
-        # Refreshed only by `show`: a thread of rich's would compete with the calls.
-        self._progress = Progress(
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=Console(file=file),
-            auto_refresh=False,
-            # What is printed meanwhile appears above the bar, unless it goes somewhere else.
-            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
-        )
-        self._task = self._progress.add_task("", total=total)
-        self._progress.start()
-
-    def show(self, done: int, words: str) -> None:
-        self._progress.update(self._task, completed=done, description=words, refresh=True)
-
-    def close(self) -> None:
-        self._progress.stop()
-
-
-class _TqdmBar:
-    def __init__(self, total: int | None) -> None:
-        from tqdm import tqdm
-
-        # Without tqdm's own rate, which is among the words.
-        layout = "{n_fmt} items" if total is None else "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
-        bar_format = layout + " {elapsed}{postfix}"
-        file: Any = StandardError()
-        self._bar = tqdm(total=total, file=file, mininterval=0, bar_format=bar_format)
-
-    def show(self, done: int, words: str) -> None:
-        self._bar.n = done
-        self._bar.set_postfix_str(words, refresh=True)
-
-    def close(self) -> None:
-        self._bar.close()
+    def _show(self, lines: Lines, *words: str) -> None:
+        of = "" if self._total is None else f"/{self._total:,}"
+        parts = [f"{self._restored:,} restored"] if self._restored else []
+        parts += [f"{self._failed:,} failed"] if self._failed else []
+        lines.show(self._done, f"{self._done:,}{of}", [*words, *parts])

@@ -1,23 +1,30 @@
-"""What one iterates over: results as they arrive, and a clean end wherever one stops."""
+"""What one calls: `Limiter.amap`, and `Limiter.map` for code without an event loop."""
 
 import asyncio
+import atexit
 import contextlib
 import functools
+import inspect
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from types import TracebackType
-from typing import Generic, Literal, Self, TypeVar
+import weakref
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Sized,
+)
+from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 import anyio
-from anyio import ClosedResourceError, EndOfStream, WouldBlock
+from anyio import CapacityLimiter, ClosedResourceError, EndOfStream, WouldBlock, to_thread
+from anyio.from_thread import start_blocking_portal
 
 from asyncbucket.batch.checkpoint import Checkpoint
-from asyncbucket.batch.engine import Engine
-from asyncbucket.batch.item import Item
-from asyncbucket.batch.paced import acquires_itself
-from asyncbucket.batch.pacing import PriceOf, admit_each, leave_admission_to
-from asyncbucket.batch.progress import Shown, progress_for
-from asyncbucket.batch.source import Source
+from asyncbucket.batch.engine import Engine, Item
+from asyncbucket.batch.pacing import Pacing, PriceOf, layers_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
 
@@ -28,9 +35,11 @@ Errors = Literal["raise", "collect"]
 
 #: The most workers if the limiter has no concurrency: if `amap` acquires, there are only as many as
 #: are admitted, ...
-_MAX_WORKERS = 1_000
+_MAX_WORKERS: Final = 1_000
 #: ... and this many, if the function acquires.
-_MAX_IF_FN_ACQUIRES = 256
+_MAX_IF_FN_ACQUIRES: Final = 256
+#: The most threads if the limiter has no concurrency.
+_MAX_THREADS: Final = 64
 
 
 def amap(  # noqa: PLR0913 - each is an option of its own
@@ -42,7 +51,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     errors: Errors = "raise",
     cost: PriceOf | None = None,
     paced: bool | None = None,
-    show_progress: Shown = False,
+    show_progress: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     workers: int | None = None,
     window: int | None = None,
@@ -56,8 +65,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     ``aclose()``, leaving ``async with`` and cancellation end everything in flight.
 
     Each call is admitted once: by ``fn`` itself if it is a method of a model that the limiter
-    wraps, is decorated with `Limiter.paced`, or acquires; otherwise here. See
-    `asyncbucket.batch.paced`.
+    wraps, or is decorated with `Limiter.paced`; otherwise here.
 
     Args:
         limiter: what admits the calls.
@@ -69,77 +77,69 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             and ``item.error`` says what failed.
         cost: what a call costs, if not one request: a `Cost`, a dict such as ``{"tokens": 500}``,
             or a function from an item to one. If given, it is acquired here, whatever ``fn`` does.
-        paced: whether ``fn`` acquires by itself, if detecting that goes wrong.
-        show_progress: a bar on standard error; True takes rich if it is installed, else tqdm.
+        paced: True if ``fn`` acquires by itself and is not marked; False to acquire here, too.
+        show_progress: a bar on standard error.
         checkpoint: a path, or a `Checkpoint`: results are kept there, and items found in it are not
             called again.
         workers: the most calls at once; by default the limiter's concurrency decides.
         window: by default twice the workers.
 
     Raises:
-        ValueError, TypeError: an option is invalid; ``fn`` cannot be called; or it acquires by
-            itself from a limiter above or beside this one, so its calls would pay twice.
-        ImportError: the library for the bar is not installed.
+        ValueError, TypeError: an option is invalid; ``fn`` cannot be called; or it is paced by a
+            limiter above or beside this one, so its calls would be charged twice.
+        ImportError: rich, which draws the bar, is not installed.
     """
-    check_function(fn)
-    if errors not in ("raise", "collect"):
-        raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
-    if cost is not None and paced:
-        raise ValueError(
-            "cost= says that the batch acquires, paced=True that fn does: give one of them"
-        )
-    if cost is None and paced is None:
-        paced = acquires_itself(fn, limiter)
-    fn_acquires = bool(paced) and cost is None
-    max_workers = _workers(limiter, workers, fn_acquires=fn_acquires)
-    engine: Engine[T, R] = Engine(
-        Source(items),
-        leave_admission_to(fn) if fn_acquires else admit_each(limiter, fn, cost),
-        workers=max_workers,
-        window=_window(window, max_workers),
-        ordered=ordered,
-        stop_on_error=errors == "raise",
-        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=name_of(fn)),
-        progress=progress_for(limiter, show_progress),
-    )
-    return Results(engine, raises=errors == "raise")
-
-
-def check_function(fn: object) -> None:
-    """Refuse what cannot be called at once, not when the first item has been admitted."""
     if not callable(fn):
         raise TypeError(
             f"the function comes first, not called yet, and then the items, as in amap(ask, prompts); "
             f"{type(fn).__name__} cannot be called"
         )
+    if errors not in ("raise", "collect"):
+        raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
+    pacing = Pacing(limiter, fn, cost=cost, paced=paced)
+    if workers is not None:
+        workers = read_count(workers, "workers", least=1)
+    elif not pacing.fn_acquires:
+        workers = _MAX_WORKERS
+    else:  # with one more than the slots, somebody is always in line; slots may be added later
+        workers = max(32, (limiter.concurrency or _MAX_IF_FN_ACQUIRES - 1) + 1)
+    if isinstance(items, (str, bytes)):
+        raise TypeError(
+            f"items is one string, which would be a call for each of its {len(items):,} characters: "
+            f"give a list of strings, or the open file if this is its name"
+        )
+    engine: Engine[T, R] = Engine(
+        items=aiter(items) if isinstance(items, AsyncIterable) else iter(items),
+        pacing=pacing,
+        workers=workers,
+        window=2 * workers if window is None else read_count(window, "window", least=1),
+        ordered=ordered,
+        stop_on_error=errors == "raise",
+        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=name_of(fn)),
+        bar=_bar(limiter, items) if show_progress else None,
+    )
+    return Results(engine, raises=errors == "raise")
+
+
+def _bar(limiter: Limiter, items: object) -> Any:
+    try:
+        from asyncbucket.batch.progress import Bar
+    except ModuleNotFoundError as error:
+        raise ImportError('a progress bar needs rich: pip install "asyncbucket[batch]"') from error
+    return Bar(limiter, len(items) if isinstance(items, Sized) else None)
 
 
 def name_of(fn: object) -> str:
     """Return the name of the results of ``fn`` in a checkpoint."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    *_, fn = layers_of(fn)
     name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
-    holder = getattr(fn, "__self__", None)
-    output_cls = getattr(holder, "output_cls", None)  # of a structured LLM, which calls another one
-    holder = getattr(holder, "llm", holder)
-    model = getattr(holder, "model", None) or getattr(holder, "model_name", None)
+    owner = getattr(fn, "__self__", None)
+    output_cls = getattr(owner, "output_cls", None)  # of a structured LLM, which calls another one
+    owner = getattr(owner, "llm", owner)
+    model = getattr(owner, "model", None) or getattr(owner, "model_name", None)
     if isinstance(output_cls, type):
         name = f"{name} for {output_cls.__qualname__}"
     return f"{name} of {model}" if isinstance(model, str) else name
-
-
-def _workers(limiter: Limiter, workers: int | None, *, fn_acquires: bool) -> int:
-    if workers is not None:
-        return read_count(workers, "workers", least=1)
-    if not fn_acquires:
-        return _MAX_WORKERS
-    # One more than the slots, so that somebody is always in line. If the limiter finds its slots by
-    # itself, there may be more of them later.
-    return _MAX_IF_FN_ACQUIRES if limiter.concurrency is None else max(32, limiter.concurrency + 1)
-
-
-def _window(window: int | None, workers: int) -> int:
-    return 2 * workers if window is None else read_count(window, "window", least=1)
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
@@ -228,12 +228,7 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __del__(self) -> None:
@@ -247,3 +242,67 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
     def __repr__(self) -> str:
         state = "over" if self._over else "not begun" if self._task is None else "at work"
         return f"<Results {state}>"
+
+
+#: Iterators that were handed out, and may be left in the middle. Module state, because `atexit` is: if one
+#: were closed later than that, it would wait for ever for a thread that has stopped.
+_OPEN_ITERATORS: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
+
+
+def map_sync(
+    limiter: Limiter,
+    fn: Callable[[T], Any],
+    items: Iterable[T] | AsyncIterable[T],
+    *,
+    workers: int | None = None,
+    **options: Any,
+) -> Generator[Item[T, Any]]:
+    """Call ``fn`` for each item, and iterate over the results; see `amap` for the options.
+
+    >>> for item in limiter.map(llm.complete, prompts):
+    ...     print(item.input, item.result)
+
+    A plain function is called in threads, by default as many as the limiter's concurrency, at most
+    64. An async function runs on an event loop in a thread, where the items are iterated as well.
+    Leaving the loop waits for running calls, because a thread cannot be cancelled.
+
+    Raises:
+        ValueError, TypeError, ImportError: as for `amap`, at once.
+    """
+    if callable(fn) and not inspect.iscoroutinefunction(fn):
+        if workers is None:
+            workers = min(limiter.concurrency or _MAX_THREADS, _MAX_THREADS)
+        fn = _in_threads(fn, read_count(workers, "workers", least=1))
+    results = _iterate(amap(limiter, fn, items, workers=workers, **options))
+    _OPEN_ITERATORS.add(results)
+    return results
+
+
+@atexit.register
+def _close_iterators() -> None:
+    for iterator in tuple(_OPEN_ITERATORS):
+        with contextlib.suppress(ValueError):  # another thread is in it
+            iterator.close()
+
+
+def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
+    with start_blocking_portal() as portal:
+        try:
+            while True:
+                try:
+                    yield portal.call(results.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            portal.call(results.aclose)
+
+
+def _in_threads(fn: Callable[[T], Any], threads: int) -> Callable[[T], Awaitable[Any]]:
+    thread_limit = CapacityLimiter(threads)
+
+    @functools.wraps(fn)
+    async def call(item: T) -> Any:
+        result = await to_thread.run_sync(fn, item, limiter=thread_limit)
+        return await result if inspect.isawaitable(result) else result
+
+    return call

@@ -135,7 +135,9 @@ class Doors:
 
         call = getattr(function, "__call__", None)  # noqa: B004 - of an object, it may be async
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        return paced if is_async else paced_sync
+        decorated: Callable[..., Any] = paced if is_async else paced_sync
+        vars(decorated)["paced_by"] = self  # so that a batch does not acquire for it, too
+        return decorated
 
     @overload
     def wrap(self, obj: list[Any], **options: Unpack["Wrapping"]) -> list[Any]: ...

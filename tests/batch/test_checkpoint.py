@@ -1,14 +1,12 @@
 """A killed run goes on where it was: nothing is called for twice, and nothing is lost."""
 
 import asyncio
-import functools
 import itertools
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
-from asyncbucket.batch.checkpoint import Ledger
 from asyncbucket.batch.results import name_of
 
 
@@ -47,7 +44,6 @@ async def run(checkpoint: Any, calls: Any, items: Any, **options: Any) -> list[I
 
 
 async def test_second_run_restores_all_results_without_a_call(tmp_path: Path) -> None:
-    """All results come from the checkpoint, in place, and are marked as restored."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
 
@@ -62,7 +58,6 @@ async def test_second_run_restores_all_results_without_a_call(tmp_path: Path) ->
 
 
 async def test_second_run_calls_only_for_unfinished_items(tmp_path: Path) -> None:
-    """The first run is left early; the second has other items in another order."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
     async with amap(Limiter(concurrency=1), first, range(100), checkpoint=path) as results:
@@ -77,7 +72,6 @@ async def test_second_run_calls_only_for_unfinished_items(tmp_path: Path) -> Non
 
 
 async def test_equal_items_are_called_and_restored_one_by_one(tmp_path: Path) -> None:
-    """Ten equal prompts are asked for ten times, but not again by the next run."""
     path = tmp_path / "run.db"
     first, second = Calls(), Calls()
 
@@ -89,7 +83,6 @@ async def test_equal_items_are_called_and_restored_one_by_one(tmp_path: Path) ->
 
 
 async def test_failed_items_are_retried_by_the_next_run(tmp_path: Path) -> None:
-    """Only results are kept, not errors."""
     path = tmp_path / "run.db"
     second = Calls()
 
@@ -101,7 +94,6 @@ async def test_failed_items_are_retried_by_the_next_run(tmp_path: Path) -> None:
 
 
 async def test_none_is_restored_as_a_result(tmp_path: Path) -> None:
-    """It is restored, not called for again."""
     calls = 0
 
     async def nothing(_: int) -> None:
@@ -124,8 +116,6 @@ class Reply:
 
 
 async def test_picklable_result_is_restored_with_its_type(tmp_path: Path) -> None:
-    """It comes back as it was, type and all."""
-
     async def ask(number: int) -> Reply:
         return Reply(str(number), (number, 1))
 
@@ -137,7 +127,6 @@ async def test_picklable_result_is_restored_with_its_type(tmp_path: Path) -> Non
 
 
 async def test_unpicklable_result_is_handed_out_before_the_error(tmp_path: Path) -> None:
-    """It was paid for, so the caller gets it; the error says what to do."""
     seen: list[Any] = []
 
     async def ask(_: int) -> Any:
@@ -155,7 +144,6 @@ async def test_unpicklable_result_is_handed_out_before_the_error(tmp_path: Path)
 
 
 async def test_unpicklable_result_does_not_lose_other_results(tmp_path: Path) -> None:
-    """Results that came with it are on disk, so the next run need not ask for them again."""
     again = Calls()
 
     async def ask(number: int) -> Any:
@@ -170,7 +158,6 @@ async def test_unpicklable_result_does_not_lose_other_results(tmp_path: Path) ->
 
 
 async def test_custom_dump_and_load_replace_pickle(tmp_path: Path) -> None:
-    """They replace pickle, and a checkpoint written with them cannot be read without them."""
     own = Checkpoint(
         tmp_path / "run.db",
         dump=lambda result: result["said"].encode(),
@@ -180,16 +167,15 @@ async def test_custom_dump_and_load_replace_pickle(tmp_path: Path) -> None:
     (item,) = await run(own, Calls(), ["a"])
 
     assert (item.result, item.restored) == ({"said": "a"}, True)
-    with pytest.raises(CheckpointError, match="was written with dump= and load="):
+    with pytest.raises(CheckpointError, match=r"a result in .*run\.db cannot be read"):
         await run(tmp_path / "run.db", Calls(), ["a"])
 
 
 async def test_object_item_is_recognised_only_by_its_key(tmp_path: Path) -> None:
-    """An object has no lasting hash; the message names the alternative."""
     item = object()
     with pytest.raises(
         TypeError,
-        match=r"cannot recognise an item that contains object: give Checkpoint\(\.\.\., key=",
+        match=r"cannot recognize an item of type object \(it contains object\): give Checkpoint\(",
     ):
         await run(tmp_path / "one.db", Calls(), [item])
 
@@ -202,14 +188,6 @@ async def test_object_item_is_recognised_only_by_its_key(tmp_path: Path) -> None
     (again,) = await run(keyed, ask, [object()])
 
     assert again.restored
-
-
-async def test_pydantic_item_that_is_not_json_asks_for_a_key(tmp_path: Path) -> None:
-    """The error is that of any other item without a key."""
-    with pytest.raises(
-        TypeError, match=r"an item that contains Picture: give Checkpoint\(\.\.\., key="
-    ):
-        await run(tmp_path / "run.db", Calls(), [Picture(data=b"\x89PNG")])
 
 
 class Shape(BaseModel):
@@ -232,12 +210,6 @@ class Asked(BaseModel):
     shape: Shape
 
 
-class Picture(BaseModel):
-    """An item that holds data other than text."""
-
-    data: bytes
-
-
 @pytest.mark.parametrize(
     ("item", "other"),
     [
@@ -254,7 +226,6 @@ class Picture(BaseModel):
     ids=repr,
 )
 async def test_similar_items_do_not_share_a_result(tmp_path: Path, item: Any, other: Any) -> None:
-    """Otherwise one would be given the other's result."""
     await run(tmp_path / "run.db", Calls(), [item])
     (found,) = await run(tmp_path / "run.db", Calls(), [other])
 
@@ -262,7 +233,6 @@ async def test_similar_items_do_not_share_a_result(tmp_path: Path, item: Any, ot
 
 
 async def test_dict_item_is_restored_whatever_its_key_types_and_order(tmp_path: Path) -> None:
-    """Keys may be of several types, which cannot be sorted."""
     await run(tmp_path / "run.db", Calls(), [{1: "a", "b": 2, (3, 4): None}])
     (found,) = await run(tmp_path / "run.db", Calls(), [{(3, 4): None, "b": 2, 1: "a"}])
 
@@ -270,7 +240,6 @@ async def test_dict_item_is_restored_whatever_its_key_types_and_order(tmp_path: 
 
 
 async def test_non_string_key_is_refused(tmp_path: Path) -> None:
-    """Such a key may be a number, as in the rows of a table."""
     keyed = Checkpoint(tmp_path / "run.db", key=lambda row: row["id"])
 
     with pytest.raises(TypeError, match=r"key= of a checkpoint must return a string, not 7"):
@@ -291,7 +260,6 @@ class Model:
 
 
 async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    """Otherwise its answers would be handed out as this model's."""
     path = tmp_path / "run.db"
     await run(path, Model("small").ask, ["Why?"])
 
@@ -303,7 +271,6 @@ async def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_structured_model_is_named_by_output_class_and_model() -> None:
-    """The name tells apart the classes asked for, and the models."""
     small, large = OpenAI(model="gpt-4o-mini", api_key="x"), OpenAI(model="gpt-4o", api_key="x")
     names = {
         name_of(model.as_structured_llm(wanted).acomplete)
@@ -319,7 +286,6 @@ def test_structured_model_is_named_by_output_class_and_model() -> None:
 
 
 async def test_checkpoint_of_another_function_is_refused_unless_named(tmp_path: Path) -> None:
-    """Otherwise the answers of one function would be taken for those of another."""
     path = tmp_path / "run.db"
     await run(path, Calls(), [1])
 
@@ -332,22 +298,7 @@ async def test_checkpoint_of_another_function_is_refused_unless_named(tmp_path: 
     assert item.restored
 
 
-async def test_partial_is_identified_by_the_function_it_calls(tmp_path: Path) -> None:
-    """Otherwise all partials would be one function, and share their results."""
-
-    async def other(item: int) -> int:
-        return item
-
-    path = tmp_path / "run.db"
-    await run(path, functools.partial(Calls()), [1])
-    with pytest.raises(CheckpointError):
-        await run(path, functools.partial(other), [1])
-    (item,) = await run(path, Calls(), [1])
-    assert item.restored
-
-
 async def test_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
-    """They would pay twice; once the first is over, the second may go on."""
     path = tmp_path / "run.db"
     async with amap(Limiter(concurrency=1), Calls(), itertools.count(), checkpoint=path) as results:
         await anext(results)
@@ -357,37 +308,10 @@ async def test_second_run_at_the_same_time_is_refused(tmp_path: Path) -> None:
     assert (await run(path, Calls(), [0]))[0].restored
 
 
-async def test_run_cancelled_while_opening_its_checkpoint_leaves_it_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Closing waits for the thread that opens the file, and the thread closes it."""
-    opening, go_on = threading.Event(), threading.Event()
-    kept: list[Ledger] = []  # as a traceback would
-
-    def open_slowly(checkpoint: Checkpoint) -> Ledger:
-        opening.set()
-        go_on.wait()
-        kept.append(Ledger(checkpoint))
-        return kept[0]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("asyncbucket.batch.engine.Ledger", open_slowly)
-        results = amap(Limiter(concurrency=1), Calls(), [1], checkpoint=tmp_path / "run.db")
-        reading = asyncio.create_task(anext(results))
-        await asyncio.to_thread(opening.wait)
-        reading.cancel()
-        asyncio.get_running_loop().call_soon(go_on.set)
-        await asyncio.wait([reading])
-        await results.aclose()
-
-    assert [item.result for item in await run(tmp_path / "run.db", Calls(), [1])] == [{"said": 1}]
-
-
 @pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])
 async def test_foreign_or_damaged_file_is_refused_and_left_unchanged(
     tmp_path: Path, content: bytes
 ) -> None:
-    """The file is left as it is, and the error does not blame the disk."""
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
 
@@ -399,7 +323,6 @@ async def test_foreign_or_damaged_file_is_refused_and_left_unchanged(
 
 
 async def test_database_of_another_program_is_refused_and_left_unchanged(tmp_path: Path) -> None:
-    """A limiter's store is one: a checkpoint would add its tables to it, and lock it."""
     path = tmp_path / "limits.db"
     limiter = Limiter("10 RPM", store=f"sqlite:///{path}", name="x")
     (await limiter.acquire()).release()
@@ -415,7 +338,6 @@ async def test_database_of_another_program_is_refused_and_left_unchanged(tmp_pat
 async def test_unreadable_result_error_names_its_checkpoint_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its class may be gone, or renamed."""
     path = tmp_path / "run.db"
 
     async def reply(text: str) -> Reply:
@@ -429,26 +351,23 @@ async def test_unreadable_result_error_names_its_checkpoint_file(
 
 
 async def test_checkpoint_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    """It is not misread."""
     path = tmp_path / "run.db"
     await run(path, Calls(), [1])
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE about SET value = '2' WHERE name = 'version'")
+        database.execute("UPDATE about SET value = '3' WHERE name = 'version'")
     database.close()
 
-    with pytest.raises(CheckpointError, match="of version 2, this is version 1"):
+    with pytest.raises(CheckpointError, match="of version 3, this is version 2"):
         await run(path, Calls(), [1])
 
 
 def test_dump_and_load_must_be_given_together() -> None:
-    """Giving only one of them is a mistake."""
     with pytest.raises(TypeError, match="give both, or neither"):
         Checkpoint("run.db", dump=str.encode)
 
 
 @pytest.mark.parametrize("given", [{"key": "id"}, {"dump": "json", "load": "json"}])
 def test_checkpoint_refuses_key_dump_and_load_that_are_not_callable(given: dict[str, Any]) -> None:
-    """The error comes at once, not with the first item."""
     with pytest.raises(TypeError, match=r"^(key|dump) must be a function, not str$"):
         Checkpoint("run.db", **given)
 
@@ -474,7 +393,6 @@ asyncio.run(main())
 @pytest.mark.real_clock
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_run_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
-    """Real processes are killed with SIGKILL at several points; the last one runs to its end."""
     paid: list[int] = []
     for lines in (50, 120, 1):
         with subprocess.Popen(

@@ -15,7 +15,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_with_resume.py"
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
-    """Of two real processes the first is killed; with ten slots about ten calls are made twice."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLE)],
         capture_output=True,

@@ -206,40 +206,35 @@ def test_observer_may_emit_events_itself() -> None:
     assert seen == [1, 2, 3]
 
 
+async def watch(_: Event) -> None: ...
+
+
+class Watch:
+    async def __call__(self, _: Event) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
         (None, "an observer must be a function of an event; NoneType cannot be called"),
         ("print", "an observer must be a function of an event; str cannot be called"),
+        *(
+            (
+                callback,
+                f"an observer must be a plain function, and {name} is a coroutine function: let it "
+                f"put the event into a queue",
+            )
+            for callback, name in ((watch, "watch"), (Watch(), "Watch"))
+        ),
     ],
 )
-def test_observer_that_is_not_callable_is_refused(callback: Any, message: str) -> None:
-    """This is refused at once, not with the first event."""
+def test_observer_that_cannot_be_called_like_function_is_refused(
+    callback: Any, message: str
+) -> None:
+    """At once, not with the first event; a coroutine function would never be awaited."""
     with pytest.raises(TypeError) as caught:
         Observers().add(callback)
     assert str(caught.value) == message
-
-
-def test_coroutine_function_is_refused_as_observer() -> None:
-    """It would never be awaited, so nothing would happen."""
-
-    async def watch(_: Event) -> None: ...
-
-    with pytest.raises(TypeError) as caught:
-        Observers().add(watch)
-    assert str(caught.value) == (
-        "an observer must be a plain function, and "
-        "test_coroutine_function_is_refused_as_observer.<locals>.watch is a coroutine function: "
-        "let it put the event into a queue"
-    )
-
-
-def test_object_with_async_call_is_refused_as_observer() -> None:
-    class Watch:
-        async def __call__(self, _: Event) -> None: ...
-
-    with pytest.raises(TypeError, match=r"<locals>\.Watch is a coroutine function"):
-        Observers().add(Watch())
 
 
 def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:

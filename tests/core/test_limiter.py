@@ -279,21 +279,14 @@ async def test_aclose_without_store_does_nothing() -> None:
     await limiter.aclose()
 
 
-async def test_limiter_used_as_async_context_manager_is_refused_with_remedy() -> None:
-    with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
-        async with Limiter("5 RPM"):
-            pass  # pragma: no cover - never entered
-
-
-def test_plain_with_on_acquire_is_refused_with_both_remedies() -> None:
-    """The error names the asynchronous one, and the one for code without an event loop."""
+async def test_limiter_or_lease_entered_wrongly_is_refused_with_remedies() -> None:
+    """The errors say what to write instead, where there is an event loop and where there is none."""
     limiter = Limiter("5 RPM")
-    with (
-        pytest.raises(
-            TypeError, match=r"write `async with limiter\.acquire.*limiter\.acquire_sync"
-        ),
-        limiter.acquire(),
-    ):
+    with pytest.raises(TypeError, match=r"write `async with limiter\.acquire\(\):`"):
+        async with limiter:
+            pass  # pragma: no cover - never entered
+    both = r"write `async with limiter\.acquire.*limiter\.acquire_sync"
+    with pytest.raises(TypeError, match=both), limiter.acquire():
         pass  # pragma: no cover - never entered
     assert limiter.statistics().admitted == 0
 
@@ -307,19 +300,14 @@ def test_clock_that_does_not_return_integer_nanoseconds_is_refused(clock: Any) -
 
 
 @pytest.mark.parametrize("name", [None, 5, b"openai"])
-def test_name_that_is_not_a_string_is_refused(name: Any) -> None:
-    """It is shown in messages, and split into levels."""
+def test_name_that_is_no_text_is_refused(name: Any) -> None:
+    """It is shown in messages and metrics, which cannot write half a character."""
     with pytest.raises(TypeError, match=f"name must be a string, not {name!r}"):
         Limiter("5 RPM", name=name)
-
-
-def test_limiter_name_with_surrogates_is_refused() -> None:
-    """One child with half a character in its name would leave all limiters without metrics."""
     told = r"text that UTF-8 can write, for logs and metrics, not '\\ud800x'$"
-    with pytest.raises(ValueError, match=told):
-        Limiter("5 RPM", name="\ud800x")
-    with pytest.raises(ValueError, match=told):
-        Limiter("5 RPM").child("\ud800x")
+    for make in (lambda half: Limiter("5 RPM", name=half), Limiter("5 RPM").child):
+        with pytest.raises(ValueError, match=told):
+            make("\ud800x")
 
 
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])

@@ -8,7 +8,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncbucket.providers import headers
-from asyncbucket.testing.provider.app import go_duration
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 

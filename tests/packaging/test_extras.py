@@ -34,10 +34,6 @@ SERVES = {
     "telemetry/to_prometheus.py": ("prometheus",),
     "testing": ("testing",),
 }
-#: Modules that a file uses only if they are installed.
-WHERE_IT_HAPPENS_TO_BE = {
-    "batch/progress.py": {"tqdm"},  # a bar, if rich is missing
-}
 #: Distributions for the user's own imports, or for use without an import of ours.
 FOR_THE_USER = {
     "openai": {"llama-index-llms-openai", "llama-index-embeddings-openai", "openai"},
@@ -133,7 +129,7 @@ def test_extra_installs_every_module_its_part_imports(path: str, module: str) ->
     there = installed_by({name for extra in extras_of(path) for name in named(extra)})
 
     assert providers, f"{module} is not installed here, so nobody can say who brings it"
-    assert providers & there or module in WHERE_IT_HAPPENS_TO_BE.get(path, ()), (
+    assert providers & there, (
         f"{path} imports {module}, which {extras_of(path) or 'no extra'} installs"
     )
 

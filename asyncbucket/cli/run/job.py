@@ -1,5 +1,6 @@
 """What is to be done, checked before anything begins."""
 
+import hashlib
 import os
 import re
 import sys
@@ -9,10 +10,8 @@ from typing import Any, Final, Literal
 
 from asyncbucket.cli import options as provider
 from asyncbucket.core.cost import COMMON
-from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.limits import Limit
 from asyncbucket.providers.profiles import profile_named
-
-Endpoint = Literal["chat", "responses", "embeddings"]
 
 #: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {
@@ -66,15 +65,15 @@ class Job:
         max_tokens: the most tokens of a reply, if a line does not say.
         max_lines: only this many lines are read, from the first; None for all.
         restart: start over, whatever was answered before.
-        has_concurrency_option: whether the user said how many calls may be in flight.
+        concurrency: the most calls in flight; None if the user did not say.
     """
 
     source: str
     out: str
     limits: tuple[Limit, ...] = ()
-    concurrency: int | Literal["auto"] = CONCURRENCY
+    concurrency: int | Literal["auto"] | None = None
     model: str | None = None
-    endpoint: Endpoint = "chat"
+    endpoint: str = "chat"
     system: str | None = None
     max_tokens: int | None = None
     api_base: str = provider.OPENAI
@@ -86,25 +85,24 @@ class Job:
     max_lines: int | None = None
     errors: Path | None = None
     restart: bool = False
-    has_concurrency_option: bool = False
 
     @property
-    def checkpoint(self) -> Path | None:
-        """The file that knows what is done; None if the answers go to standard output."""
-        return None if self.out == STANDARD else Path(f"{self.out}.checkpoint")
+    def out_file(self) -> Path | None:
+        """The file of answers; None if they go to standard output."""
+        return None if self.out == STANDARD else Path(self.out)
+
+    @property
+    def limits_file(self) -> Path | None:
+        """The store that remembers what was admitted lately, also for runs on a link to ``out``."""
+        return None if self.out == STANDARD else Path(f"{Path(self.out).resolve()}.limits")
 
     @property
     def errors_file(self) -> Path | None:
         """The file of lines without an answer; None if the answers go to standard output."""
-        if self.errors is not None or self.out == STANDARD:
+        out = self.out_file
+        if self.errors is not None or out is None:
             return self.errors
-        out = Path(self.out)
         return out.parent / f"{out.stem}.errors{out.suffix}"
-
-    @property
-    def resumes(self) -> bool:
-        """Whether there are answers to continue from; their index may be lost."""
-        return self.out != STANDARD and not self.restart and Path(self.out).exists()
 
     @property
     def shown_api_base(self) -> str:
@@ -118,13 +116,15 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings on which answers depend: with others, it is another run."""
-        return {
+        system = self.system and hashlib.sha256(self.system.encode()).hexdigest()[:16]
+        found = {
             "model": self.model,
             "api_base": self.shown_api_base,
             "endpoint": self.endpoint,
-            "system": self.system,
+            "system": system,
             "max_tokens": self.max_tokens,
         }
+        return {name: value for name, value in found.items() if value is not None}
 
     def check(self) -> None:
         """Refuse options that do not fit together.
@@ -132,7 +132,7 @@ class Job:
         Raises:
             ValueError: the message says what, and the remedy.
         """
-        if not self.limits and not self.has_concurrency_option:
+        if not self.limits and self.concurrency is None:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto"
@@ -144,29 +144,27 @@ class Job:
                     f"requests, tokens, input_tokens or output_tokens"
                 )
         provider.check_url(self.api_base)
+        if self.endpoint not in PATHS:
+            raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
+        if self.profile is not None:
+            profile_named(self.profile)
+        if self.source == STANDARD and sys.stdin is None:
+            raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
             )
-        if self.profile is not None:
-            profile_named(self.profile)
-        self._check_streams()
-        self._check_files()
-
-    def _check_streams(self) -> None:
-        """Refuse to read or write a standard stream that the parent process has closed."""
-        if self.source == STANDARD and sys.stdin is None:
-            raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.out == STANDARD and sys.stdout is None:
             raise ValueError("standard output is closed, where the answers go: give -o")
         if self.errors == Path(STANDARD):
             raise ValueError("--errors takes a file, standard output is for answers: give its name")
+        self._check_files()
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one file for two purposes: it would be lost."""
-        taken = set() if self.source == STANDARD else {_identity(Path(self.source))}
-        out = None if self.out == STANDARD else Path(self.out)
-        for path, option in ((out, "-o"), (self.checkpoint, "-o"), (self.errors_file, "--errors")):
+        taken = {None if self.source == STANDARD else _identity(Path(self.source))}
+        written = [(self.out_file, "-o"), (self.limits_file, "-o"), (self.errors_file, "--errors")]
+        for path, option in written:
             if path is None:
                 continue
             if not path.parent.is_dir():
@@ -207,8 +205,3 @@ def key_from(variable: str, *, api_base: str) -> str | None:
             f"--key-from, or another provider with --api-base"
         )
     return key or None
-
-
-def limits_of(texts: list[str | Limit], **keywords: float | None) -> tuple[Limit, ...]:
-    """Return limits as given on the command line."""
-    return tuple(read_limits(texts, keywords))

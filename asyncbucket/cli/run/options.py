@@ -1,8 +1,9 @@
 """The options of `asyncbucket run`."""
 
 import os
+import sqlite3
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -22,7 +23,9 @@ from asyncbucket.cli.options import (
     read_count,
     text_option,
 )
-from asyncbucket.cli.run.job import CONCURRENCY, PATHS, STANDARD, Job, Price, key_from, limits_of
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.limits import read_limits
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b
@@ -106,19 +109,18 @@ def run(  # noqa: PLR0913 - one for each option
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
     with errors_in_one_line("run"):
-        from asyncbucket.cli.run import command
+        from asyncbucket.cli.run import estimate, lines, work
 
         if as_json and out == STANDARD and not dry_run:
             raise ValueError("--json prints on standard output, where the answers go: give -o")
+        also = [*(limits or ()), *preset_limits(preset)]
         job = Job(
             source=source,
             out=out,
-            limits=limits_of(
-                [*(limits or ()), *preset_limits(preset)], rpm=rpm, tpm=tpm, rpd=rpd, tpd=tpd
-            ),
+            limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm, "rpd": rpd, "tpd": tpd})),
             concurrency=_concurrency(concurrency),
             model=model,
-            endpoint=_endpoint(endpoint),
+            endpoint=endpoint,
             system=system,
             max_tokens=max_tokens,
             api_base=base,
@@ -130,29 +132,25 @@ def run(  # noqa: PLR0913 - one for each option
             max_lines=most,
             errors=errors,
             restart=restart,
-            has_concurrency_option=concurrency is not None,
         )
-        if dry_run:
-            status = command.dry_run(job, latency=latency, as_json=as_json)
-        else:
-            status = command.run(job, quiet=quiet, as_json=as_json)
+        job.check()
+        lines.check_first_line(job)
+        try:
+            if dry_run:
+                status = estimate.dry_run(job, latency=latency, as_json=as_json)
+            else:
+                status = work.run(job, quiet=quiet, as_json=as_json)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        except sqlite3.Error as error:
+            raise ValueError(f"{error}: make room for temporary files") from error
         raise typer.Exit(status)
 
 
-def _concurrency(text: str | None) -> int | Literal["auto"]:
-    if text is None:
-        return CONCURRENCY
-    if text == "auto":
-        return "auto"
+def _concurrency(text: str | None) -> int | Literal["auto"] | None:
     try:
-        return read_count(text)
+        return None if text is None else "auto" if text == "auto" else read_count(text)
     except ValueError:
         raise ValueError(
             f"--concurrency must be a number from 1 on, or auto, not {text!r}"
         ) from None
-
-
-def _endpoint(name: str) -> Any:
-    if name not in PATHS:
-        raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {name!r}")
-    return name

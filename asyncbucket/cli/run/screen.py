@@ -1,126 +1,195 @@
-"""Progress on standard error: live lines on a terminal, occasional ones in a pipe."""
+"""What a run has done so far, and how it is shown: while it runs, before it and after it."""
 
-from typing import Final, Protocol
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import anyio
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from asyncbucket.batch.outlook import Outlook, Snapshot, duration
-from asyncbucket.cli.run.tally import Tally
+from asyncbucket.batch.progress import REFRESH_INTERVAL, Lines, Outlook, duration, standard_error
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import counted, with_verb
+from asyncbucket.core.wording import counted, one_line, rounded, with_verb
+from asyncbucket.providers.usage import Usage
 
-#: Seconds between two updates on a terminal, and between two lines in a pipe.
-_REFRESH_INTERVAL: Final = 0.2
-_LINE_INTERVAL: Final = 10.0
-_BAR: Final = 28
-
-
-class Screen(Protocol):
-    """Show the progress of a run."""
-
-    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
-        """Show it until cancelled."""
-        ...
-
-    def print_line(self, text: str) -> None:
-        """Show a line that stays."""
-        ...
+#: Updates between two lines in a pipe: ten seconds.
+_UPDATES_A_LINE: Final = 50
+#: Reasons that are told apart: a screenful.
+_REASONS: Final = 20
 
 
-def screen_for(console: Console, *, quiet: bool, shared: bool = False) -> Screen:
-    """Return the screen that suits a terminal, a pipe, or ``quiet``.
+@dataclass(slots=True)
+class Tally:
+    """Count lines, requests and tokens."""
+
+    price: Price | None = None
+    #: Lines that are requests or should be; None while unknown.
+    total: int | None = None
+    answered: int = 0
+    answered_earlier: int = 0
+    failed: int = 0
+    #: Lines that could not be read.
+    bad: int = 0
+    #: Requests that were sent, refused ones and those without a reply included.
+    requests: int = 0
+    refused_429: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    #: The total of what was admitted, by resource.
+    admitted: Counter[str] = field(default_factory=Counter[str])
+    #: Why lines failed or were bad, and how many.
+    reasons: Counter[str] = field(default_factory=Counter[str])
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    #: Whether it was told to stop.
+    stopped: bool = False
+    #: Why no call can succeed, if none can.
+    fatal: str | None = None
+
+    def count_reason(self, reason: str) -> None:
+        """Count why a line has no answer; reasons beyond the first few are one."""
+        known = reason in self.reasons or len(self.reasons) < _REASONS
+        self.reasons[reason if known else "others"] += 1
+
+    def count_answer(self, usage: Usage | None) -> None:
+        """Count an answer and its tokens."""
+        self.answered += 1
+        if usage is not None:
+            self.input_tokens += usage.input_tokens
+            self.output_tokens += usage.output_tokens
+
+    @property
+    def done(self) -> int:
+        """Lines that are finished, in this run or an earlier one."""
+        return self.answered_earlier + self.answered + self.failed + self.bad
+
+    @property
+    def left(self) -> int:
+        """Lines that are not finished, as far as known."""
+        return max(0, (self.total or 0) - self.done)
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars for the tokens so far, if the price is known."""
+        return None if self.price is None else self.price.of(self.input_tokens, self.output_tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it in values that JSON can hold."""
+        names = [
+            "answered",
+            "answered_earlier",
+            "failed",
+            "bad",
+            "seconds",
+            "requests",
+            "refused_429",
+        ]
+        names += ["input_tokens", "output_tokens", "cost", "stopped", "reasons"]
+        lines = {"lines": self.done if self.total is None else self.total, "left": self.left}
+        return lines | {name: getattr(self, name) for name in names}
+
+
+class Screen:
+    """Show a run on standard error: live lines on a terminal, a line now and then in a pipe.
 
     On a terminal that is ``shared`` with the answers nothing moves, because it would wipe them out.
     """
-    if quiet:
-        return _NoScreen()
-    if console.is_terminal and not (console.is_dumb_terminal or shared):
-        return _LiveScreen(console)
-    return _LineScreen(console)
 
+    def __init__(self, tally: Tally, *, quiet: bool, shared: bool = False) -> None:
+        self._tally = tally
+        self._quiet = quiet
+        self._console = standard_error()
+        self._live = self._console.is_terminal and not (self._console.is_dumb_terminal or shared)
 
-class _NoScreen:
-    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None: ...
-    def print_line(self, text: str) -> None: ...
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Show a text that stays."""
+        if always or not self._quiet:
+            self._console.print(text, markup=False, soft_wrap=True)
 
+    async def show(self, limiter: Limiter) -> None:
+        """Show the progress until cancelled; ``limiter`` has the limits."""
+        outlook = Outlook(limiter, clock=anyio.current_time)
+        if self._quiet:
+            return
+        if self._live:
+            with Lines(self._console, self._tally.total, transient=True) as lines:
+                while True:
+                    lines.below = "  ".join(self._counts(limiter))
+                    lines.show(self._tally.done, self._done(), self._pace(outlook))
+                    await anyio.sleep(REFRESH_INTERVAL)
+        for update in itertools.count(1):
+            await anyio.sleep(REFRESH_INTERVAL)
+            pace = self._pace(outlook)
+            if update % _UPDATES_A_LINE == 0:
+                self.say(", ".join([f"{self._done()} done", *pace, *self._counts(limiter)]))
 
-class _LineScreen:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def _done(self) -> str:
+        total, done = self._tally.total, self._tally.done
+        return counted(done, "lines") if total is None else f"{done:,} of {total:,}"
 
-    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
-        outlook = Outlook(limiter)
-        while True:
-            await anyio.sleep(_LINE_INTERVAL)
-            snapshot = take_snapshot(tally, outlook)
-            of = "" if tally.total is None else f" of {tally.total:,}"
-            parts = [f"{tally.done:,}{of} done", *_pace(snapshot, tally), *_counts(tally, limiter)]
-            self.print_line(f"{duration(tally.seconds):>6}  {', '.join(parts)}")
-
-    def print_line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False)
-
-
-class _LiveScreen:
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    async def show_until_cancelled(self, tally: Tally, limiter: Limiter) -> None:
-        outlook = Outlook(limiter)
-        # Refreshed by this task only: a thread of rich's would compete with the calls.
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
-            while True:
-                live.update(self._view(tally, limiter, take_snapshot(tally, outlook)), refresh=True)
-                await anyio.sleep(_REFRESH_INTERVAL)
-
-    def _view(self, tally: Tally, limiter: Limiter, snapshot: Snapshot) -> RenderableType:
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        if tally.total is None:
-            done = Text(counted(tally.done, "lines"), "bold")
-            grid.add_row(done, "  ".join(_pace(snapshot, tally)))
-        else:
-            done = Text(f"{tally.done:,} of {tally.total:,}", "bold")
-            bar = ProgressBar(max(1, tally.total), tally.done, width=_BAR)
-            grid.add_row(done, bar, "  ".join(_pace(snapshot, tally)))
-        return Group(grid, Text("  ".join(_counts(tally, limiter)), "dim"))
-
-    def print_line(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-
-def take_snapshot(tally: Tally, outlook: Outlook) -> Snapshot:
-    """Estimate how long it will take, from what was done and from what the limits allow."""
-    left = None
-    if tally.total is not None:
-        items = max(0, tally.total - tally.done)
+    def _pace(self, outlook: Outlook) -> list[str]:
+        tally = self._tally
         calls = max(1, tally.admitted["requests"])
-        left = {name: items * units / calls for name, units in tally.admitted.items()}
-        left |= {"items": float(items), "requests": float(items)}
-    return outlook.snapshot(tally.answered + tally.failed, left=left)
+        left = {name: tally.left * units / calls for name, units in tally.admitted.items()}
+        words = outlook.words(tally.answered + tally.failed, left | {"requests": tally.left})
+        if tally.stopped:  # the rest is left for the next run
+            return ["stopping"]
+        binds = outlook.bound_by()
+        return words if binds is None else [*words, with_verb(binds, "bind")]
+
+    def _counts(self, limiter: Limiter) -> list[str]:
+        tally = self._tally
+        words = [f"{limiter.statistics().in_flight:,} in flight", f"{tally.refused_429:,} 429s"]
+        words += [f"{tally.failed:,} failed"] if tally.failed else []
+        words += [f"{tally.bad:,} bad"] if tally.bad else []
+        words.append(f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens")
+        return words if tally.cost is None else [*words, dollars(tally.cost)]
 
 
-def _pace(snapshot: Snapshot, tally: Tally) -> list[str]:
-    if tally.stopping:  # the rest is left for the next run
-        return ["stopping"]
-    words = snapshot.words()
-    if snapshot.bound_by is not None:
-        words.append(with_verb(snapshot.bound_by, "bind"))
-    return words
+def headline(job: Job, tally: Tally) -> str:
+    """Say in a line or two what will be done, and under which limits."""
+    slots = f"{job.concurrency or CONCURRENCY} at once"
+    limits = [*map(str, job.limits), "as many as go well" if job.concurrency == "auto" else slots]
+    lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
+    model = "" if job.model is None else f" with {job.model}"
+    source = "standard input" if job.source == STANDARD else job.source
+    return f"{source}{lines}{model}; {job.shown_api_base}\n{', '.join(limits)}"
 
 
-def _counts(tally: Tally, limiter: Limiter) -> list[str]:
-    words = [f"{limiter.statistics().in_flight:,} in flight", f"{tally.refused:,} 429s"]
-    words += [f"{tally.failed:,} failed"] if tally.failed else []
-    words += [f"{tally.bad:,} bad"] if tally.bad else []
-    words.append(f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens")
-    if tally.cost is not None:
-        words.append(dollars(tally.cost))
-    return words
+def summary(job: Job, tally: Tally) -> str:
+    """Say in a few lines how it ended."""
+    earlier = f" and {tally.answered_earlier:,} earlier" if tally.answered_earlier else ""
+    parts = [f"{tally.answered:,} answered{earlier}"]
+    parts += [f"{tally.failed:,} failed"] if tally.failed else []
+    parts += [counted(tally.bad, "bad lines")] if tally.bad else []
+    parts += [f"{tally.left:,} left"] if tally.stopped and tally.left else []
+    ended = "stopped after" if tally.stopped else "done in"
+    rate = tally.answered / tally.seconds if tally.seconds else 0.0
+    tokens = f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens"
+    cost = "" if tally.cost is None else f", {dollars(tally.cost)}"
+    requests = f"{counted(tally.requests, 'requests')} ({rounded(rate)} answers/s)"
+    lines = [
+        f"{ended} {duration(tally.seconds)}: {', '.join(parts)}",
+        f"{requests}, {tally.refused_429:,} 429s, {tokens}{cost}",
+        *reasons(tally.reasons),
+    ]
+    if job.out != STANDARD:
+        failed = f", failed lines: {job.errors_file}" if tally.failed or tally.bad else ""
+        lines.append(f"answers: {job.out}{failed}")
+        if tally.stopped and not tally.fatal:
+            lines.append("the same command goes on from here")
+    return "\n".join(lines)
+
+
+def reasons(counts: Mapping[str, int]) -> list[str]:
+    """Return the most common reasons why lines have no answer, one per line."""
+    return [
+        f"  {one_line(reason)}" if count == 1 else f"  {count:,} x {one_line(reason)}"
+        for reason, count in Counter(counts).most_common(5)
+    ]
 
 
 def dollars(amount: float) -> str:

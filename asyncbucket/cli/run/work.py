@@ -1,222 +1,335 @@
-"""The run itself: feed, workers, files and books, from the first line to the last."""
+"""The run itself: requests are sent, answers and failures written, from the first line to the last."""
 
 import asyncio
 import contextlib
 import functools
+import json
+import logging
 import signal
-from collections.abc import Callable, Generator
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import quote, urlsplit
 
 import anyio
 import httpx
 
 from asyncbucket.batch import amap
-from asyncbucket.cli.run.books import restore, snapshot
-from asyncbucket.cli.run.feed import Task, tasks
-from asyncbucket.cli.run.job import STANDARD, Job
-from asyncbucket.cli.run.ledger import Ledger
-from asyncbucket.cli.run.output import Errors, answer, failure, to_standard_output
-from asyncbucket.cli.run.screen import Screen
-from asyncbucket.cli.run.send import UNREACHABLE, HTTPFailure, Reply, Sender, Stopped
-from asyncbucket.cli.run.tally import Tally
-from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.cli import INTERRUPTED
+from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
+from asyncbucket.cli.run.answers import Answers, Errors
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
+from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines, read_request
+from asyncbucket.cli.run.screen import Screen, Tally, headline, summary
+from asyncbucket.core.errors import AsyncBucketError, StoreError
+from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import counted
-from asyncbucket.providers.errors import EXHAUSTED
-from asyncbucket.retry import classify
+from asyncbucket.core.wording import counted, one_line
+from asyncbucket.providers.errors import EXHAUSTED, FIRST_ERROR, RATE_LIMITED
+from asyncbucket.providers.usage import read_usage
+from asyncbucket.retry import Retrier, Retry, Sent, classify
 
-#: Seconds between two updates of what is done.
-_SAVE_INTERVAL: Final = 0.5
+_MAX_MESSAGE: Final = 500
+#: The error code of a reply that does not come from the API.
+_NO_JSON: Final = "no_json"
+#: What parsing an unreadable reply raises; too deep nesting raises the latter.
+_JSON_ERRORS: Final = (ValueError, RecursionError)
+#: Nobody could be reached, so nothing was sent.
+_UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
+#: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
+#: hundred of them would take more time than everything else together.
+_MAX_IDLE: Final = 32
 #: Statuses that any other request would get, too: because of the key or the account.
-_FATAL: Final = frozenset({401, 402})
 _UNAUTHORIZED: Final = 401
-#: A key that may send no line, or one prompt that a moderator or a firewall turned away.
-_FORBIDDEN: Final = 403
+_FATAL: Final = frozenset({_UNAUTHORIZED, 402})
 #: Statuses of a server, or of a path on it, that is not the API; or of one line's model.
 _WRONG_SERVER: Final = frozenset({404, 405})
+#: A key that may send no line, or one prompt that a moderator or a firewall turned away.
+_FORBIDDEN: Final = 403
 #: This many failures in a row, each after its own attempts, are an outage, which ends the run.
 _OUTAGE_FAILURES: Final = 50
+#: Longer than requests under way take.
+_DAY: Final = 86_400.0
+#: How SQLite files begin, unless they were never flushed.
+_SQLITE_STARTS: Final = (b"SQLite format 3\0", bytes(16))
+
+
+class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
+    """Carry a reply that is an error, or not JSON, in a form that `asyncbucket.retry` reads."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self.status_code: int = response.status_code
+        try:
+            self.body: Any = response.json()
+        except _JSON_ERRORS:
+            self.body = response.text[:_MAX_MESSAGE]
+        error = self.body.get("error") if isinstance(self.body, dict) else None
+        error = error if isinstance(error, dict) else {}
+        text = error.get("message") or self.body
+        self.error_code = str(error.get("code") or error.get("type") or f"http_{self.status_code}")
+        if self.status_code < FIRST_ERROR:  # the API would have answered in JSON
+            self.error_code, text = _NO_JSON, f"the reply is not JSON: {text or 'it is empty'}"
+        self.message = str(text or "no reason given")[:_MAX_MESSAGE]
+        super().__init__(f"HTTP {self.status_code}: {self.message}")
+
+
+@dataclass(slots=True)
+class Task:
+    """A request that is not answered yet, and what became of it so far."""
+
+    request: Request
+    key: bytes
+    attempts: int = 0
+    #: Seconds in line, over all attempts.
+    waited: float = 0.0
+    #: Whether an attempt was admitted and is not over.
+    under_way: bool = False
+    sent: Sent = field(default_factory=Sent)
+
+
+_CURRENT: Final[ContextVar[Task | None]] = ContextVar("asyncbucket_run", default=None)
+
+
+async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
+    """Yield what is to be sent; lines that are answered or cannot be read are counted and skipped."""
+    number = 0
+    async for lines in read_lines(job.source):
+        for data in lines:
+            number += 1
+            if tally.stopped or number > (job.max_lines or number):
+                return
+            try:
+                request = read_request(number, data, job)
+                if request is None:
+                    continue
+                key, done = answers.look_up(request)
+            except BadLine as bad:
+                if bad.is_fatal and not tally.done:
+                    raise ValueError(str(bad)) from None
+                tally.bad += 1
+                few = tally.bad <= 3  # noqa: PLR2004 - a few tell enough
+                tally.count_reason(f"line {number}: {bad}" if few else "other bad lines")
+                error = {"code": "bad_line", "message": str(bad)}
+                errors.write(line=number, custom_id=bad.custom_id, error=error)
+                continue
+            tally.answered_earlier += done
+            if not done:
+                yield Task(request, key)
 
 
 class Run:
-    """One run, continuing where the last one stopped.
+    """One run, continuing where the last one stopped."""
 
-    Args:
-        job: what is to be done.
-        tally: counts while it runs.
-        screen: shows the progress.
-    """
-
-    def __init__(self, job: Job, tally: Tally, screen: Screen) -> None:
+    def __init__(
+        self, job: Job, tally: Tally, screen: Screen, answers: Answers, errors: Errors
+    ) -> None:
         self._job = job
         self._tally = tally
         self._screen = screen
-        self._ledger = Ledger(
-            None if job.out == STANDARD else Path(job.out),
-            job.checkpoint,
-            job.settings,
-            restart=job.restart,
-        )
-        self._errors = Errors(job.errors_file)
+        self._answers = answers
+        self._errors = errors
         self._stopped = anyio.Event()
+        self._under_way = 0
         #: Consecutive requests, since the last answer, that failed in a way that all others may.
         self._failures_in_a_row = 0
-        self.limiter = Limiter(*job.limits, concurrency=job.concurrency, name="run")
-        self._sender = Sender(job, self.limiter, self._ledger, tally)
+        store = _store_at(job.limits_file) if job.limits_file and job.limits else None
+        #: Its limits are in a store, which remembers across runs what was admitted.
+        self._root = Limiter(*job.limits, name="run", store=store)
+        #: Slots are this process's own: a store would keep those of a killed run for a while.
+        self._limiter = self._root.child("calls", concurrency=job.concurrency or CONCURRENCY)
+        self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
+        base, mark, query = job.api_base.partition("?")
+        self._base = base.rstrip("/")
+        #: Appended to each path, such as the version of Azure's API.
+        self._query = mark + query
+        self._client: httpx.AsyncClient = self._limiter.http_client(
+            family="httpx",
+            profile=job.profile,
+            timeout=job.timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
+            headers=_headers(job),
+        )
 
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
-        with self._ledger as ledger, contextlib.closing(self._errors):
-            restore(self.limiter, ledger.admissions(), saved=ledger.bookings())
-            try:
-                ledger.save(snapshot(self.limiter))
-                async with self._sender:
-                    with _on_signal(self._begin_stop):
-                        await self._work()
-            finally:
-                ledger.save(snapshot(self.limiter))
-
-    async def _work(self) -> None:
-        """Do all the work.
-
-        Raises:
-            Exception: the original one, not in a group.
-        """
+        stop_observing = self._limiter.observe(self._on_event)
         try:
-            await self._work_together()
-        except BaseExceptionGroup as group:
-            error: BaseException = group
+            async with self._client, anyio.create_task_group() as group:
+                with _on_signal(self._begin_stop):
+                    group.start_soon(self._screen.show, self._root)
+                    with anyio.CancelScope() as sending:
+                        group.start_soon(self._end_when_stopped, sending)
+                        feed = tasks(self._job, self._answers, self._errors, self._tally)
+                        async with amap(self._limiter, self._send, feed, paced=True) as results:
+                            async for _ in results:
+                                pass
+                    group.cancel_scope.cancel()
+        except BaseExceptionGroup as group_error:
+            error: BaseException = group_error
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error from None
+        finally:
+            stop_observing()
+            with anyio.CancelScope(shield=True):
+                await self._root.aclose()
 
-    async def _work_together(self) -> None:
-        feed = tasks(self._job, self._ledger, self._errors, self._tally)
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._save_regularly)
-            group.start_soon(self._screen.show_until_cancelled, self._tally, self.limiter)
-            with anyio.CancelScope() as reading:
-                group.start_soon(self._end_when_stopped, reading)
-                async with amap(self.limiter, self._send_task, feed, paced=True) as results:
-                    async for _ in results:
-                        pass
-            group.cancel_scope.cancel()
+    def _on_event(self, event: Event) -> None:
+        task = _CURRENT.get()
+        if isinstance(event, Admitted) and task is not None:
+            self._tally.admitted.update(event.cost)
+            task.waited += event.waited
+            task.sent.at = event.at
+            task.under_way = True
+            self._under_way += 1
 
-    async def _send_task(self, task: Task) -> None:
-        reply = Reply()
+    async def _send(self, task: Task) -> None:
+        _CURRENT.set(task)
+        attempt = functools.partial(self._attempt, task)
         try:
-            await self._sender.send(task.request, reply)
-        except Stopped:
-            return
+            response, body = await self._retrier.call(attempt, sent=task.sent)
+        except StoreError:
+            raise
         except (AsyncBucketError, HTTPFailure, httpx.HTTPError, httpx.InvalidURL) as error:
-            self._write_failure(task, error, reply)
+            self._write_failure(task, error)
         else:
-            self._write_answer(task, reply)
+            self._write_answer(task, response, body)
 
-    def _write_answer(self, task: Task, reply: Reply) -> None:
+    async def _attempt(self, task: Task) -> tuple[httpx.Response, Any]:
+        task.attempts += 1
+        tally, request = self._tally, task.request
+        url = self._base + request.path.removeprefix("/v1") + self._query
+        text = json.dumps(request.body, ensure_ascii=False)
+        try:
+            response = await self._client.post(
+                url, content=text.encode("utf-8", "backslashreplace")
+            )
+            tally.requests += 1
+        except BaseException as error:
+            tally.requests += task.under_way and not isinstance(error, _UNREACHABLE)
+            raise
+        finally:
+            self._under_way -= task.under_way
+            task.under_way = False
+        if response.status_code >= FIRST_ERROR:
+            tally.refused_429 += response.status_code == RATE_LIMITED
+            raise HTTPFailure(response)
+        try:
+            return response, response.json()
+        except _JSON_ERRORS:
+            raise HTTPFailure(response) from None
+
+    def _write_answer(self, task: Task, response: httpx.Response, body: Any) -> None:
         """Write an answer as soon as it arrives, with nothing in between."""
-        line = answer(
-            key=task.key,
-            line=task.request.line,
-            custom_id=task.request.custom_id,
-            status=reply.status,
-            request_id=reply.request_id,
-            body=reply.body,
-            usage=reply.usage,
-            attempts=reply.attempts,
-            waited=reply.waited,
-        )
-        if self._job.out == STANDARD:
-            if not to_standard_output(line):
-                self._stop()
-                return
-        else:
-            self._ledger.write(task.key, line)
-        sent, received = reply.tokens()
-        self._failures_in_a_row = 0
-        self._tally.answered += 1
-        self._tally.input_tokens += sent
-        self._tally.output_tokens += received
+        usage = body.get("usage") if isinstance(body, dict) else None
+        usage = usage if isinstance(usage, dict) else None
+        members = _members(task, response=_described(response, body), usage=usage)
+        has_reader = self._answers.write(task.key, members)
+        if not has_reader or self._answers.trouble is not None:
+            self._stop()
+        if has_reader:
+            self._failures_in_a_row = 0
+            self._tally.count_answer(read_usage(usage))
 
-    def _write_failure(self, task: Task, error: Exception, reply: Reply) -> None:
-        tally, response = self._tally, None
-        code, message = type(error).__name__, str(error) or "no more is known"
+    def _write_failure(self, task: Task, error: Exception) -> None:
+        code, message, response = type(error).__name__, str(error) or "no more is known", None
         if isinstance(error, HTTPFailure):
-            code, message = error.code, error.message
-            response = {
-                "status_code": error.status_code,
-                "request_id": error.request_id,
-                "body": error.body,
-            }
-        message = self._job.without_key(message)
-        tally.failed += 1
-        tally.count_reason(f"{code}: {message}"[:200])
-        line = failure(
-            line=task.request.line,
-            custom_id=task.request.custom_id,
-            code=code,
-            message=message,
-            response=response,
-            attempts=reply.attempts,
-            waited=reply.waited,
-        )
-        self._errors.write(self._job.without_key(line.decode()).encode())
+            code, message = error.error_code, error.message
+            response = _described(error.response, error.body)
+        self._tally.failed += 1
+        self._tally.count_reason(self._job.without_key(f"{code}: {message}"[:200]))
+        members = _members(task, response=response, error={"code": code, "message": message})
+        self._errors.write(hide=self._job.without_key, **members)
         self._stop_if_hopeless(error)
 
     def _stop_if_hopeless(self, error: Exception) -> None:
         """Stop if every further request would fail, too."""
-        tally, status = self._tally, getattr(error, "status_code", None)
-        unreachable = isinstance(error, UNREACHABLE)
-        hopeless, wrong_server = status in _FATAL, unreachable or status in _WRONG_SERVER
-        if isinstance(error, HTTPFailure):
-            hopeless |= error.code in EXHAUSTED
-            wrong_server |= error.is_from_another_server
-        hopeless |= wrong_server and not (tally.answered or (tally.earlier and not unreachable))
+        tally, reply = self._tally, error if isinstance(error, HTTPFailure) else None
+        status, code = (reply.status_code, reply.error_code) if reply else (0, "")
+        unreachable = isinstance(error, _UNREACHABLE)
+        wrong_server = unreachable or status in _WRONG_SERVER or code == _NO_JSON
+        worked_before = tally.answered or (tally.answered_earlier and not unreachable)
         self._failures_in_a_row += wrong_server or status == _FORBIDDEN or classify(error).retry
-        if self._failures_in_a_row >= _OUTAGE_FAILURES:
-            hopeless = True
-        if hopeless and tally.fatal is None:
-            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base})"
+        if tally.fatal is None and (
+            status in _FATAL
+            or code in EXHAUSTED
+            or (wrong_server and not worked_before)
+            or self._failures_in_a_row >= _OUTAGE_FAILURES
+        ):
+            remedy = ""
             if unreachable:
-                text += "; see that it runs, or correct --api-base"
+                remedy = "; see that it runs, or correct --api-base"
             elif wrong_server:
-                text += "; correct --api-base or --model"
+                remedy = "; correct --api-base or --model"
             elif status == _UNAUTHORIZED:
-                text += "; correct the key, or name its variable with --key-from"
+                remedy = "; correct the key, or name its variable with --key-from"
+            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base}){remedy}"
             tally.fatal = self._job.without_key(text)
             self._stop()
 
     def _stop(self) -> None:
-        self._tally.stopping = True
+        """Send no more requests; those under way go on."""
+        self._tally.stopped = True
         self._stopped.set()
-        self._sender.stop()
+        self._limiter.pause(_DAY)
 
     def _begin_stop(self) -> bool:
         """Begin to stop; return whether that is new."""
-        if self._tally.stopping:
+        if self._tally.stopped:
             return False
         self._stop()
-        under_way = self._sender.under_way
-        if under_way:
-            are, them = ("are", "them") if under_way > 1 else ("is", "it")
-            self._screen.print_line(
-                f"stopping when {counted(under_way, 'requests')} under way {are} answered; "
-                f"Ctrl-C again to drop {them}"
-            )
+        if self._under_way:
+            requests = counted(self._under_way, "requests")
+            self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
         return True
 
-    async def _end_when_stopped(self, reading: anyio.CancelScope) -> None:
-        """End the reading, which may wait for ever for the next line of a pipe."""
+    async def _end_when_stopped(self, sending: anyio.CancelScope) -> None:
+        """End what waits: in line, in a back-off, or for the next line of a pipe."""
         await self._stopped.wait()
-        while self._sender.under_way:
-            await self._sender.request_ended.wait()
-        reading.cancel()
+        while self._under_way:  # noqa: ASYNC110 - it changes with each request
+            await anyio.sleep(0.02)
+        sending.cancel()
 
-    async def _save_regularly(self) -> None:
-        while True:
-            await anyio.sleep(_SAVE_INTERVAL)
-            self._ledger.save(snapshot(self.limiter))
+
+def _members(task: Task, **members: Any) -> dict[str, Any]:
+    """Return the members of the line of a request that was sent."""
+    attempts, waited = task.attempts, round(task.waited, 3)
+    ids = {"custom_id": task.request.custom_id, "line": task.request.line}
+    return {**ids, **members, "attempts": attempts, "waited": waited}
+
+
+def _described(response: httpx.Response, body: Any) -> Mapping[str, Any]:
+    request_id = response.headers.get("x-request-id", "")  # which the provider's support asks for
+    return {"status_code": response.status_code, "request_id": request_id, "body": body}
+
+
+def _headers(job: Job) -> dict[str, str]:
+    headers = {"content-type": "application/json", "user-agent": "asyncbucket-run"}
+    if job.api_key is not None:
+        azure = (urlsplit(job.api_base).hostname or "").endswith(".azure.com")
+        name, prefix = ("api-key", "") if azure else ("authorization", "Bearer ")
+        headers[name] = prefix + job.api_key
+    return headers
+
+
+def _store_at(file: Path) -> str:
+    """Return the URL of the store; what is left of a damaged one goes: it only knew the last calls."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
+            database.execute("PRAGMA quick_check(1)").fetchall()
+    except sqlite3.OperationalError:  # there is none, or it is locked
+        pass
+    except sqlite3.DatabaseError:
+        if file.read_bytes()[:16] in _SQLITE_STARTS:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{file}{suffix}").unlink(missing_ok=True)
+    return f"sqlite:///{quote(str(file))}"
 
 
 @contextlib.contextmanager
@@ -225,15 +338,56 @@ def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
-    def on_signal(task: "asyncio.Task[object]") -> None:
+    def on_signal() -> None:
         if not stop():
             task.cancel()
 
-    signals = [signal.SIGINT, signal.SIGTERM]
-    with contextlib.ExitStack() as undo:
-        # Windows' loop has no handlers: there, Ctrl-C cancels at once.
-        with contextlib.suppress(NotImplementedError):
-            for number in signals:
-                loop.add_signal_handler(number, functools.partial(on_signal, task))
-                undo.callback(loop.remove_signal_handler, number)
+    # Windows' loop has no handlers: there, Ctrl-C cancels at once.
+    numbers = [] if sys.platform == "win32" else [signal.SIGINT, signal.SIGTERM]
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
         yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
+    """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
+
+    Raises:
+        ValueError: the file of answers is in use, or was made otherwise.
+        OSError, StoreError, sqlite3.Error: a file cannot be written.
+    """
+    tally = Tally(price=job.price)
+    screen = Screen(tally, quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty())
+    with (
+        Answers(job.out_file, job.settings, restart=job.restart) as answers,
+        contextlib.closing(Errors(job.errors_file)) as errors,
+    ):
+        if job.source != STANDARD:
+            tally.total = count_lines(job.source, job.max_lines)
+        screen.say(headline(job, tally))
+        tally.started = time.monotonic()
+        logging.disable(logging.CRITICAL)  # what logs say is counted and shown
+        try:
+            asyncio.run(Run(job, tally, screen, answers, errors).run())
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            tally.stopped = True
+        finally:
+            logging.disable(logging.NOTSET)
+        tally.seconds = round(time.monotonic() - tally.started, 3)
+        answers.check()
+    screen.say(summary(job, tally))
+    if tally.fatal is not None:
+        screen.say(f"error: no request succeeds: {one_line(tally.fatal)}", always=True)
+    if answers.trouble is not None:
+        screen.say(f"error: {answers.trouble}", always=True)
+    if as_json:
+        print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
+    if tally.fatal is not None:
+        return CANNOT_RUN
+    if tally.stopped and answers.trouble is None:
+        return INTERRUPTED
+    return FAILED if tally.failed or tally.bad or answers.trouble else DONE

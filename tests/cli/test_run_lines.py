@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket.cli.run.job import Job
-from asyncbucket.cli.run.request import BadLine, Request, read_request
+from asyncbucket.cli.run.lines import BadLine, Request, read_request
 
 JOB = Job(source="-", out="-", model="m")
 
@@ -28,7 +28,6 @@ def batch(**members: Any) -> dict[str, Any]:
 
 
 def test_batch_line_keeps_its_id_url_and_body() -> None:
-    """This includes its id, its URL and its body."""
     request = read(batch(), Job(source="-", out="-"))
 
     assert (request.custom_id, request.path, request.named) == ("a", "/v1/chat/completions", True)
@@ -36,7 +35,6 @@ def test_batch_line_keeps_its_id_url_and_body() -> None:
 
 
 def test_model_option_replaces_the_model_of_a_batch_line() -> None:
-    """So the same file can be sent to another server."""
     assert read(batch()).body["model"] == "m"
 
 
@@ -44,20 +42,18 @@ def test_model_option_replaces_the_model_of_a_batch_line() -> None:
     "line", [b"Why?", b'"Why?"', b"  Why?\r", "﻿Why?".encode(), b'{"prompt": "Why?"}']
 )
 def test_prompt_in_any_form_becomes_a_chat_request(line: bytes) -> None:
-    """It may be plain text, a JSON string or an object with a prompt, and has its line as id."""
     request = read(line)
 
     assert request.body == {"messages": [{"role": "user", "content": "Why?"}], "model": "m"}
     assert (request.custom_id, request.named) == ("line-1", False)
 
 
-def test_text_that_only_starts_like_json_is_a_prompt() -> None:
-    """A quotation is not a mistake."""
-    assert read(b'"Why?" she said').body["messages"][0]["content"] == '"Why?" she said'
+@pytest.mark.parametrize("text", ['"Why?" she said', "[INST] Why?", "2 + 2", "true or not?"])
+def test_text_that_only_starts_like_json_is_a_prompt(text: str) -> None:
+    assert read(text.encode()).body["messages"][0]["content"] == text
 
 
 def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
-    """It gets the system message, if any, and each endpoint's own name for the token limit."""
     options: dict[str, Any] = {"source": "-", "out": "-", "model": "m", "system": "Be brief."}
     chat = read(b"Why?", Job(**options, max_tokens=9))
     responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
@@ -76,7 +72,6 @@ def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
 
 
 def test_max_tokens_of_a_line_overrides_the_option() -> None:
-    """`--max-tokens` applies only to lines without one."""
     body = {"messages": [1], "max_tokens": 3}
 
     assert read(body, Job(source="-", out="-", model="m", max_tokens=9)).body == body | {
@@ -84,15 +79,7 @@ def test_max_tokens_of_a_line_overrides_the_option() -> None:
     }
 
 
-def test_max_tokens_option_applies_to_completions_too() -> None:
-    """The old endpoint has another name for it."""
-    line = batch(url="/v1/completions", body={"model": "m", "prompt": "Why?"})
-
-    assert read(line, Job(source="-", out="-", max_tokens=9)).body["max_tokens"] == 9
-
-
 def test_other_fields_of_a_prompt_line_are_kept() -> None:
-    """A temperature, a token limit or a model of its own is kept."""
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
 
@@ -106,12 +93,10 @@ def test_other_fields_of_a_prompt_line_are_kept() -> None:
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])
 def test_empty_line_is_skipped(line: bytes) -> None:
-    """It is neither a request nor a mistake."""
     assert read_request(1, line, JOB) is None
 
 
 def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
-    """It depends neither on the order of members nor on a prompt's place in the file."""
     assert read(b"Why?", number=1).key == read(b"Why?", number=2).key
     assert read({"messages": [1], "n": 2}).key == read({"n": 2, "messages": [1]}).key
     assert read(batch()).key != read(batch(custom_id="b")).key
@@ -122,6 +107,12 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
     ("line", "reason"),
     [
         (b'{"custom_id": ', "not JSON: Expecting value: line 1 column "),
+        (b'"How far', "not JSON: Unterminated string"),
+        (b'{"prompt": "Why?"} {"prompt": "How?"}', "not JSON: there is more after its end"),
+        (b'[{"role": "user"}, ', "not JSON: Expecting value"),
+        (b'[{"role": "user"}]', "JSON, but neither a text nor an object: put quotes"),
+        (b"42", "JSON, but neither a text nor an object: put quotes"),
+        (b"null", "JSON, but neither a text nor an object"),
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
         (batch(custom_id=7), "custom_id is missing, or no text"),
         (batch(custom_id="x" * 513), "custom_id has 513 characters, more than 512"),
@@ -135,14 +126,12 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
     ],
 )
 def test_bad_line_is_refused_with_the_reason(line: Any, reason: str) -> None:
-    """The words help somebody who corrects the file."""
     with pytest.raises(BadLine) as caught:
         read(line)
     assert reason in str(caught.value)
 
 
 def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
-    """Some depths can be read, but not written again."""
     reasons: list[str | None] = []
     for depth in (*range(2, sys.getrecursionlimit()), 1_000_000):
         line = b'{"messages": [1], "metadata": ' + b"[" * depth + b"]" * depth + b"}"
@@ -157,6 +146,5 @@ def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
 
 
 def test_line_without_a_model_asks_for_one() -> None:
-    """The command line names none, either."""
     with pytest.raises(BadLine, match="no model: give --model, or name one in the body"):
         read(b"Why?", Job(source="-", out="-"))

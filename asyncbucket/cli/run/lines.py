@@ -1,0 +1,213 @@
+"""What goes in: each line a request of OpenAI's batch files, the body of one, or just a prompt.
+
+Lines are read as they are wanted, from a file of a million or from a pipe that somebody types into.
+"""
+
+import asyncio
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from asyncbucket.cli.run.job import PATHS, STANDARD, Job
+
+#: By path, the member of a body that holds the question, and the one that limits the reply.
+_QUESTION: Final = {
+    "/v1/chat/completions": "messages",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+    "/v1/completions": "prompt",
+}
+_MAX_TOKENS: Final = {
+    "/v1/chat/completions": "max_completion_tokens",
+    "/v1/responses": "max_output_tokens",
+    "/v1/completions": "max_tokens",
+}
+_MAX_ID_LENGTH: Final = 512
+#: How a line begins that is meant as JSON. Other brackets may begin a prompt.
+_JSON_STARTS: Final = ("{", '"', "[{", '["', "[[")
+_CHUNK: Final = 1 << 18
+
+
+class BadLine(ValueError):  # noqa: N818 - it is about a line
+    """Say why a line cannot be sent, with its ``custom_id`` if that can be read."""
+
+    def __init__(self, why: str, custom_id: str | None = None, *, is_fatal: bool = False) -> None:
+        super().__init__(why)
+        self.custom_id = custom_id
+        #: Whether the same is probably wrong with all lines.
+        self.is_fatal = is_fatal
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call to be made.
+
+    Attributes:
+        line: the number of its line, from 1.
+        custom_id: the user's id for it; made from the line number if there is none.
+        path: such as ``/v1/chat/completions``.
+        key: by which another run recognizes it, once equal ones before it are counted.
+        named: whether the line has an id of its own, which no other line may have.
+    """
+
+    line: int
+    custom_id: str
+    path: str
+    body: dict[str, Any]
+    key: bytes
+    named: bool
+
+
+def read_request(number: int, data: bytes, job: Job) -> Request | None:
+    """Read line ``number``; None for an empty one.
+
+    A JSON object is a batch line if it has a ``body`` or a ``custom_id``, else a body. A JSON string,
+    and every line that isn't JSON, is a prompt.
+
+    Raises:
+        BadLine: it is none of these; the message is for people.
+    """
+    try:
+        text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not UTF-8 text at byte {error.start}") from None
+    try:
+        return _request(number, _parsed(text), job) if text else None
+    except RecursionError:
+        raise BadLine("its brackets are nested deeper than can be sent") from None
+
+
+def _parsed(text: str) -> str | dict[str, Any]:
+    """Return a prompt, or the JSON object in ``text``."""
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except ValueError as error:
+        if text.startswith(_JSON_STARTS):
+            raise BadLine(f"not JSON: {error}") from None
+        return text
+    if end < len(text):
+        if text.startswith(("{", "[")):
+            raise BadLine(f"not JSON: there is more after its end at column {end + 1}")
+        return text  # a quotation or a number begins it
+    if isinstance(found, (str, dict)):
+        return found
+    raise BadLine("JSON, but neither a text nor an object: put quotes around a prompt")
+
+
+def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
+    path = PATHS[job.endpoint]
+    if isinstance(line, str):
+        return _build(number, None, path, _prompt_body(line, job), job)
+    if "custom_id" not in line and "body" not in line:
+        prompt = line.get("prompt")
+        if isinstance(prompt, str) and _QUESTION[path] not in line:
+            rest = {name: value for name, value in line.items() if name != "prompt"}
+            line = _prompt_body(prompt, job) | rest
+        return _build(number, None, path, line, job)
+    custom_id, path, body = line.get("custom_id"), line.get("url", path), line.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadLine("custom_id is missing, or no text")
+    if len(custom_id) > _MAX_ID_LENGTH:
+        why = f"custom_id has {len(custom_id):,} characters, more than {_MAX_ID_LENGTH}"
+    elif line.get("method", "POST") != "POST":
+        why = f"method is {line['method']!r}, only POST can be sent"
+    elif not isinstance(path, str) or path not in _QUESTION:
+        why = f"url is {path!r}, known: {', '.join(_QUESTION)}"
+    elif isinstance(body, dict):
+        return _build(number, custom_id, path, body, job)
+    else:
+        why = "body is missing, or no object"
+    raise BadLine(why, custom_id)
+
+
+def _prompt_body(prompt: str, job: Job) -> dict[str, Any]:
+    """Return the members of a body that ask ``prompt``."""
+    if job.endpoint == "chat":
+        system = [] if job.system is None else [{"role": "system", "content": job.system}]
+        return {"messages": [*system, {"role": "user", "content": prompt}]}
+    if job.endpoint == "responses" and job.system is not None:
+        return {"input": prompt, "instructions": job.system}
+    return {"input": prompt}
+
+
+def _build(
+    number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job
+) -> Request:
+    if job.model is not None:
+        body = {**body, "model": job.model}
+    if not isinstance(body.get("model"), str):
+        raise BadLine("no model: give --model, or name one in the body", custom_id, is_fatal=True)
+    if not body.get(_QUESTION[path]):
+        raise BadLine(f"the body has no {_QUESTION[path]}, which {path} needs", custom_id)
+    if body.get("stream"):
+        raise BadLine("the body asks for a stream, which cannot be a line of a file", custom_id)
+    limit = _MAX_TOKENS.get(path)
+    if job.max_tokens and limit and body.keys().isdisjoint(_MAX_TOKENS.values()):
+        body = {**body, limit: job.max_tokens}
+    identity = json.dumps([custom_id, path, body], sort_keys=True, separators=(",", ":"))
+    key = hashlib.sha256(identity.encode()).digest()[:16]
+    name = f"line-{number}" if custom_id is None else custom_id
+    return Request(number, name, path, body, key, named=custom_id is not None)
+
+
+def check_first_line(job: Job) -> None:
+    """Refuse a file of prompts without a model at once, not line by line.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    if job.source != STANDARD and job.model is None:
+        with Path(job.source).open("rb") as file:
+            first = next((line for line in file if not line.isspace()), b"")
+        try:
+            read_request(1, first, job)
+        except BadLine as bad:
+            if bad.is_fatal:
+                raise ValueError(str(bad)) from None
+
+
+def count_lines(path: str, most: int | None) -> int:
+    """Return how many of the first lines are not empty; a gigabyte takes about a second."""
+    with Path(path).open("rb") as file:
+        return sum(not line.isspace() for line in itertools.islice(file, most))
+
+
+async def read_lines(source: str) -> AsyncIterator[list[bytes]]:
+    """Yield the lines in each read, without their ends."""
+    file: BinaryIO = sys.stdin.buffer if source == STANDARD else Path(source).open("rb")  # noqa: ASYNC230, SIM115 - closed below
+    rest = b""
+    try:
+        while chunk := await _read(file.fileno()):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield lines
+        yield [rest]
+    finally:
+        if source != STANDARD:
+            file.close()
+
+
+async def _read(descriptor: int) -> bytes:
+    """Return the next data; empty at the end.
+
+    It may take as long as a person types, and cannot be cancelled. So it runs in a thread that
+    nobody waits for when everything else has ended.
+    """
+    answer = concurrent.futures.Future[bytes]()
+    answer.set_running_or_notify_cancel()  # so that it cannot be cancelled, either
+
+    def read() -> None:
+        try:
+            answer.set_result(os.read(descriptor, _CHUNK))
+        except OSError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=read, name="asyncbucket run", daemon=True).start()
+    return await asyncio.wrap_future(answer)

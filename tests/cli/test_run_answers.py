@@ -1,0 +1,272 @@
+"""Which lines are answered: the file of answers alone decides, whatever happens to it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket.cli.run.answers import Answers, append, line_of
+from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run.lines import BadLine, Request, read_request
+
+JOB = Job(source="-", out="-", model="m")
+SETTINGS: dict[str, Any] = {"model": "m"}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Return the path of a file of answers that does not exist yet."""
+    return tmp_path / "out.jsonl"
+
+
+def prompt(text: str, line: int = 1) -> Request:
+    """Return the request of a prompt."""
+    request = read_request(line, text.encode(), JOB)
+    assert request is not None
+    return request
+
+
+def answer(answers: Answers, *texts: str) -> None:
+    """Write the answers to some prompts."""
+    for text in texts:
+        key, _ = answers.look_up(prompt(text))
+        answers.write(key, {"custom_id": text})
+
+
+def answered(out: Path, *texts: str) -> bytes:
+    """Make a file of answers as one run does, and return what is in it."""
+    with Answers(out, SETTINGS) as answers:
+        answer(answers, *texts)
+    return out.read_bytes()
+
+
+def are_done(out: Path, *texts: str) -> list[bool]:
+    """Tell which prompts a new run takes for answered."""
+    with Answers(out, SETTINGS) as answers:
+        return [answers.look_up(prompt(text, line))[1] for line, text in enumerate(texts, 1)]
+
+
+def test_answers_in_the_file_are_done_and_nothing_is_beside_it(out: Path) -> None:
+    answered(out, "a", "b")
+
+    assert are_done(out, "b", "a", "c") == [True, True, False]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_equal_prompts_are_counted_as_separate_lines(out: Path) -> None:
+    answered(out, "a", "a")
+
+    assert are_done(out, "a", "a", "a") == [True, True, False]
+
+
+def test_line_cut_off_by_a_kill_is_removed_and_asked_again(out: Path) -> None:
+    whole = answered(out, "a")
+    out.write_bytes(whole + b'{"id":"batch_req_00')
+
+    assert are_done(out, "a") == [True]
+    assert out.read_bytes() == whole
+
+
+def test_last_answer_without_its_line_end_is_kept(out: Path) -> None:
+    """Some editors leave it out."""
+    whole = answered(out, "a", "b")
+    out.write_bytes(whole[:-1])
+
+    assert are_done(out, "a", "b") == [True, True]
+    assert out.read_bytes() == whole
+
+
+def test_answers_removed_between_runs_are_asked_again(out: Path) -> None:
+    whole = answered(out, "a", "b")
+    out.write_bytes(whole.splitlines(keepends=True)[1])
+
+    assert are_done(out, "a", "b") == [False, True]
+
+
+@pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes", "{}\n"])
+def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> None:
+    out.write_text(text)
+
+    with pytest.raises(
+        ValueError, match=r"^line 1 of .*out.jsonl was not written by .*: remove it"
+    ):
+        Answers(out, SETTINGS)
+    assert out.read_text() == text
+
+
+def test_second_line_with_the_same_id_is_bad(out: Path) -> None:
+    line = json.dumps({"custom_id": "x", "body": {"messages": [1]}}).encode()
+    first, second = (read_request(number, line, JOB) for number in (1, 7))
+    assert first is not None
+    assert second is not None
+
+    with Answers(out, SETTINGS) as answers:
+        answers.look_up(first)
+        with pytest.raises(BadLine, match="custom_id 'x' is that of line 1 already"):
+            answers.look_up(second)
+
+
+def test_answers_with_other_settings_are_refused(out: Path) -> None:
+    """The file would hold answers of two models; --restart would delete those that were paid."""
+    Answers(out, {"model": "n"}).close()
+    answered(out, "a")
+
+    with pytest.raises(ValueError, match=r"answers with model 'm', not 'n': give another -o$"):
+        Answers(out, {"model": "n"})
+    with pytest.raises(ValueError, match="answers with system None, not 'x': give another -o"):
+        Answers(out, {"model": "m", "system": "x"})
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "symlink", "hardlink"])
+def test_second_run_on_the_same_file_is_refused_under_any_name(out: Path, name: str) -> None:
+    path = out.with_name(name)
+    with Answers(out, SETTINGS):
+        if name == "symlink":
+            path.symlink_to(out)
+        elif name == "hardlink":
+            path.hardlink_to(out)
+        with pytest.raises(ValueError, match="is being written by another run: let it end"):
+            Answers(path, SETTINGS)
+        with pytest.raises(ValueError, match="is being written by another run"):
+            Answers(path, SETTINGS, restart=True)
+    Answers(path, SETTINGS).close()
+
+
+def test_restart_deletes_the_answers(out: Path) -> None:
+    answered(out, "a")
+
+    with Answers(out, {"model": "n"}, restart=True) as answers:
+        assert not answers.look_up(prompt("a"))[1]
+    assert out.read_bytes() == b""
+
+
+def test_dry_run_reads_without_changing_or_locking(out: Path) -> None:
+    with Answers(out, SETTINGS, read_only=True):
+        assert not out.exists()
+    torn = answered(out, "a") + b'{"id":'
+    out.write_bytes(torn)
+
+    with Answers(out, SETTINGS, read_only=True) as dry:
+        assert dry.look_up(prompt("a"))[1]
+    assert out.read_bytes() == torn
+
+
+def test_refused_run_leaves_no_file_behind_and_removes_none(out: Path) -> None:
+    link = out.with_name("link")
+    link.symlink_to(out)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="refused"), Answers(link, SETTINGS):
+            raise ValueError("refused")
+        assert (out.exists(), link.is_symlink()) == (False, True)
+
+    out.touch()
+    with pytest.raises(ValueError, match="refused"), Answers(out, SETTINGS):
+        raise ValueError("refused")
+    assert out.exists()
+
+
+def damage(out: Path, how: str) -> None:
+    """Do to a file of answers what people and programs do."""
+    whole = out.read_bytes()
+    if how == "removed":
+        out.unlink()
+    elif how == "truncated":
+        os.truncate(out, len(whole) - 9)
+    elif how == "emptied":
+        os.truncate(out, 0)
+    elif how == "edited":
+        out.write_bytes(whole.replace(b"batch_req_", b"batch_reg_", 1))
+    elif how == "replaced":
+        other = out.with_name("other")
+        other.write_bytes(whole.splitlines(keepends=True)[0])
+        other.replace(out)
+
+
+DAMAGES = ["removed", "truncated", "emptied", "edited", "replaced"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_change_after_the_last_answer_is_reported_with_what_is_missing(out: Path, how: str) -> None:
+    with Answers(out, SETTINGS) as answers:
+        answer(answers, "a", "b")
+        damage(out, how)
+        answers.check()
+
+    lost = {"removed": 2, "emptied": 2}.get(how, 1)
+    assert answers.trouble is not None
+    assert answers.trouble.startswith(f"{out} was changed by another program during the run, and")
+    assert f"and {lost} answer" in answers.trouble
+    assert answers.trouble.endswith("the same command asks again for what is missing")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_answers_after_a_change_are_rescued_with_those_that_are_gone_from_the_path(
+    out: Path, how: str
+) -> None:
+    rescued = out.with_name("out.rescued.jsonl")
+    with Answers(out, SETTINGS) as answers:
+        answer(answers, "a", "b")
+        damage(out, how)
+        answer(answers, "c", "d")
+        answers.check()
+
+    assert answers.trouble is not None
+    if how == "edited":  # of the same length: seen at the end
+        assert "and 1 answer in it went lost" in answers.trouble
+        return
+    assert f"; {rescued} holds answers, too: append them (cat {rescued} >>" in answers.trouble
+    with pytest.raises(ValueError, match=r"could not write all answers; .*rescued.jsonl holds"):
+        Answers(out, SETTINGS)
+    with out.open("ab") as file:
+        file.write(rescued.read_bytes())
+    rescued.unlink()
+    kept = {"truncated": [True, False], "emptied": [False, False]}.get(how, [True, True])
+    assert are_done(out, "a", "b", "c", "d") == [*kept, True, True]
+    assert len(out.read_bytes().splitlines()) == sum(kept) + 2
+
+
+def test_unchanged_file_is_no_trouble(out: Path) -> None:
+    with Answers(out, SETTINGS) as answers:
+        answer(answers, "a", "b")
+        os.utime(out)
+        answer(answers, "c")
+        answers.check()
+
+    assert answers.trouble is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
+def test_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(out: Path) -> None:
+    """Half a line would spoil the next one; the error names the file, which the system does not."""
+    import resource
+    import signal
+
+    out.write_bytes(b"before\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (17, before[1]))
+    try:
+        with out.open("ab") as file, pytest.raises(OSError, match="File too large") as raised:
+            append(b"a line of twenty-one\n", file.fileno(), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    assert raised.value.filename == str(out)
+    assert out.read_bytes() == b"before\n"
+
+
+def test_line_has_the_members_of_openais_files() -> None:
+    line = json.loads(line_of(b"\x01", {"custom_id": "\ud800"}, run={"model": "m"}))
+
+    assert line == {
+        "id": "batch_req_01",
+        "custom_id": "\ud800",
+        "response": None,
+        "error": None,
+        "usage": None,
+        "run": {"model": "m"},
+    }
