@@ -27,7 +27,6 @@ MODULES = (
     "stores",
     "telemetry",
     "testing",
-    "testing.store_conformance",
 )
 
 

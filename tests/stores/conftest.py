@@ -21,6 +21,8 @@ from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis_ledger import RedisLedger
 
+pytest.register_assert_rewrite("conformance")
+
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 
 

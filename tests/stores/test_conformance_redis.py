@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from asyncbucket.stores import Store, open_store
-from asyncbucket.testing.store_conformance import StoreConformance
+from conformance import StoreConformance
 
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncbucket.stores import Store, open_store
-from asyncbucket.testing.store_conformance import StoreConformance
+from conformance import StoreConformance
 
 #: The stores share the machine's clock.
 pytestmark = pytest.mark.real_clock

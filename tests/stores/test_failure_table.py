@@ -5,7 +5,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 #: The tests that every store must pass.
-SUITE = HERE.parents[1] / "asyncbucket" / "testing" / "store_conformance"
+SUITE = HERE / "conformance"
 PAGE = HERE.parents[1] / "docs" / "shared-stores.md"
 
 

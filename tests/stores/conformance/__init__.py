@@ -16,10 +16,10 @@ meters say at that instant of the store's clock. Scenarios run on the machine's 
 is what stores share; together they take about half a minute.
 """
 
-from asyncbucket.testing.store_conformance.arithmetic import Arithmetic
-from asyncbucket.testing.store_conformance.oracle import Oracle
-from asyncbucket.testing.store_conformance.slots import Slots
-from asyncbucket.testing.store_conformance.steering import Steering
+from conformance.arithmetic import Arithmetic
+from conformance.oracle import Oracle
+from conformance.slots import Slots
+from conformance.steering import Steering
 
 __all__ = ["Oracle", "StoreConformance"]
 

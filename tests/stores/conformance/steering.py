@@ -3,7 +3,7 @@
 import asyncio
 
 from asyncbucket.stores.store import Batch, Correction, Outcome
-from asyncbucket.testing.store_conformance.place import (
+from conformance.place import (
     MILLISECOND,
     SECOND,
     Place,

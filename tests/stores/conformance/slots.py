@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from asyncbucket.stores.store import Batch, Ledger, Outcome
-from asyncbucket.testing.store_conformance.place import (
+from conformance.place import (
     MILLISECOND,
     SECOND,
     Place,

@@ -7,8 +7,8 @@ from random import Random
 from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import Batch, Correction, Ledger, Outcome
 from asyncbucket.testing.assertions import assert_never_over
-from asyncbucket.testing.store_conformance.oracle import Oracle
-from asyncbucket.testing.store_conformance.place import (
+from conformance.oracle import Oracle
+from conformance.place import (
     MILLISECOND,
     SECOND,
     Place,
