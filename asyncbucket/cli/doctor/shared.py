@@ -10,11 +10,11 @@ from typing import Final
 from asyncbucket.cli.doctor.findings import Finding, bad, good, note
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import Limit
-from asyncbucket.stores import Batch, Outcome, Store, Terms, open_store, without_password
+from asyncbucket.stores import Batch, LimitConfig, Outcome, Store, open_store, without_password
 
 #: The limiter that is made in the store for this check; nobody else uses it.
 NAME: Final = "asyncbucket-doctor"
-_TERMS: Final = Terms(
+_CONFIG: Final = LimitConfig(
     limits=(Limit("requests", 1_000_000, per=60, burst=1_000_000),), concurrency=9
 )
 _TRIPS: Final = 20
@@ -41,7 +41,7 @@ def store(url: str) -> list[Finding]:
 
 async def _measure(opened: Store, shown: str) -> list[Finding]:
     try:
-        ledger = await opened.open(NAME, _TERMS, slot_ttl=5.0)
+        ledger = await opened.open(NAME, _CONFIG, slot_ttl=5.0)
         try:
             trips: list[float] = []
             for _ in range(_TRIPS):
