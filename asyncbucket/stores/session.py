@@ -11,6 +11,7 @@ the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -196,8 +197,14 @@ class Session:
             loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
-        # Not loop.create_task: an eager factory would run it at once, with the lock held.
-        self._task = asyncio.Task(self._run(), loop=self.loop, name="asyncbucket store session")
+        # Not loop.create_task: an eager factory would run it at once, with the lock held. The
+        # context is empty: it serves everyone, not the call that happened to come first.
+        self._task = asyncio.Task(
+            self._run(),
+            loop=self.loop,
+            name="asyncbucket store session",
+            context=contextvars.Context(),
+        )
 
     # --- what the limiter asks, from any thread ---
 
