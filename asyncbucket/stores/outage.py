@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Final, Protocol
+from typing import Any, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.events import Event, StoreLost, StoreRecovered
@@ -40,15 +40,6 @@ _MAX_RETRY_INTERVAL: Final = 2_000_000_000
 RECOVERY_TIME: Final = _MAX_RETRY_INTERVAL + 500_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
-
-
-class PricedCall(Protocol):
-    """A call."""
-
-    @property
-    def amounts(self) -> Amounts:
-        """What it costs."""
-        ...
 
 
 class Record:
@@ -80,7 +71,7 @@ class Record:
             if amount := amounts.get(window.limit.resource):
                 window.book(amount, self.last)
 
-    def book_all(self, calls: Sequence[PricedCall], bookings: Sequence[Booking]) -> None:
+    def book_all(self, calls: Sequence[Any], bookings: Sequence[Booking]) -> None:
         """Remember the calls of a batch that were booked; those with one start together."""
         totals: dict[int, Counter[str]] = {}
         for call, booking in zip(calls, bookings, strict=True):
@@ -156,7 +147,7 @@ class Outage:
                 due = max(due, meter.earliest(amount, max(now, self._record.last)))
         return due
 
-    def fitting(self, calls: Sequence[PricedCall], now: int, *, held: int) -> tuple[int, int]:
+    def fitting(self, calls: Sequence[Any], now: int, *, held: int) -> tuple[int, int]:
         """Return how many of ``calls``, in order, may pass now, and from when on the next one may."""
         total: Counter[str] = Counter()
         for number, call in enumerate(calls):
@@ -188,7 +179,7 @@ class StoreHealth:
         *,
         on_outage: OnOutage,
         clock: Callable[[], int],
-        emit: Callable[[Event], None] | None,
+        emit: Callable[[Event], None],
     ) -> None:
         self.record = Record(config)
         self.outage: Outage | None = None
@@ -243,7 +234,7 @@ class StoreHealth:
             "closed": "admitting nobody",
         }[self._on_outage]
         _log.warning("%s; limiter %s goes on %s", error, self._name, manner)
-        self._emit_event(StoreLost(limiter=self._name, at=now * 1e-9, reason=str(error)))
+        self._emit(StoreLost(limiter=self._name, at=now * 1e-9, reason=str(error)))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
         """Book a call without the store if it may pass now; return when it may."""
@@ -254,7 +245,7 @@ class StoreHealth:
         self.outage.book(amounts, due)
         return now
 
-    def within_share(self, calls: Sequence[PricedCall], *, held: int) -> tuple[int, int]:
+    def within_share(self, calls: Sequence[Any], *, held: int) -> tuple[int, int]:
         """Return how many of ``calls`` the store may be asked for, and when to look for more."""
         now = self._clock()
         if self._share is None or now >= self._share_until:
@@ -278,14 +269,10 @@ class StoreHealth:
             in_seconds(seconds),
             ", ".join(f"{n:,} {name}" for name, n in outage.admitted.items()) or "nothing",
         )
-        self._emit_event(StoreRecovered(limiter=self._name, at=now * 1e-9, seconds=seconds))
+        self._emit(StoreRecovered(limiter=self._name, at=now * 1e-9, seconds=seconds))
         if not outage.admitted.total():
             return None
         return Correction(start=0, booked={}, used=dict(outage.admitted))
-
-    def _emit_event(self, event: Event) -> None:
-        if self._emit is not None:
-            self._emit(event)
 
 
 def _unpaced(limit: Limit) -> Limit:

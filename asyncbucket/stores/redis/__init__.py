@@ -113,8 +113,8 @@ class RedisLedger:
 
     def __init__(self, server: Server, name: str, worker: str, slot_ttl: float) -> None:
         self._server = server
-        self._name = name
-        self._worker = worker
+        self.name = name
+        self.worker = worker
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers")
@@ -141,14 +141,6 @@ class RedisLedger:
         self._called = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._listener: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def worker(self) -> str:
-        return self._worker
 
     @property
     def config(self) -> LimitConfig:
@@ -283,7 +275,7 @@ class RedisLedger:
                 await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _receive(self) -> None:
-        channels = (f"{self._channel}{self._worker}", f"{self._channel}*")
+        channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
         async with self._server.pubsub() as pubsub:
             await pubsub.subscribe(*channels)
             for _ in channels:
@@ -303,7 +295,7 @@ class RedisLedger:
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
-        reply = await self._ask("peek", patience=None if self._worker else _FIRST_PATIENCE)
+        reply = await self._ask("peek", patience=None if self.worker else _FIRST_PATIENCE)
         if not reply:
             return None
         config = Codec.from_text(json.dumps(reply["config"])).config
@@ -345,10 +337,10 @@ class RedisLedger:
         reply = await self._server.run(
             self._keys,
             verb,
-            self._worker,
+            self.worker,
             self._epoch if is_alive else "",
             secrets.token_hex(8),
-            codec.text if self._worker else "",
+            codec.text if self.worker else "",
             self._channel,
             self._ttl,
             *args,
@@ -359,4 +351,4 @@ class RedisLedger:
         return reply
 
     def __repr__(self) -> str:
-        return f"<RedisLedger {self._name!r} on {self._server.url}, worker {self._worker}>"
+        return f"<RedisLedger {self.name!r} on {self._server.url}, worker {self.worker}>"

@@ -322,10 +322,8 @@ def _cluster(url: str) -> tuple[Any, Callable[[], Any]]:
 
 
 def _secrets_of(client: Any) -> list[str]:
-    kwargs: dict[str, Any] = getattr(
-        getattr(client, "connection_pool", None), "connection_kwargs", {}
-    )
-    return [str(kwargs["password"])] if kwargs.get("password") else []
+    pool = getattr(client, "connection_pool", None)
+    return [str(getattr(pool, "connection_kwargs", {}).get("password") or "")]
 
 
 def _without_secrets(message: str, secrets: list[str]) -> str:

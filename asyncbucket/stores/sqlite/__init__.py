@@ -249,10 +249,10 @@ class SQLiteLedger:
 
     def __init__(self, store: SQLiteStore, name: str, worker: str, *, life: int) -> None:
         self._store = store
-        self._name = name
-        self._worker = worker
+        self.name = name
+        self.worker = worker
+        self.config = LimitConfig()
         self._life = life
-        self._config = LimitConfig()
         self._epoch = ("", 0)
         #: How many slots it holds, as far as callers were told.
         self._held = 0
@@ -262,23 +262,11 @@ class SQLiteLedger:
         #: The file's changes when it was last looked at.
         self._seen: object = None
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def worker(self) -> str:
-        return self._worker
-
-    @property
-    def config(self) -> LimitConfig:
-        return self._config
-
     async def join(self, config: LimitConfig) -> None:
         """Make the limiter if necessary, and put ``config`` in force."""
         job = self._store.submit(self._apply, Batch(config=config))
         await self._store.answer(job, patience=max(self._store.patience, _OPEN_PATIENCE))
-        self._config = config
+        self.config = config
 
     async def commit(self, batch: Batch) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
@@ -302,8 +290,8 @@ class SQLiteLedger:
                 job.add_done_callback(settle)
             raise
         self._held += sum(booking.slot for booking in receipt.bookings)
-        changed = None if config in (self._config, batch.config) else config
-        self._config = config
+        changed = None if config in (self.config, batch.config) else config
+        self.config = config
         return replace(receipt, changed=changed)
 
     def _settle(
@@ -328,11 +316,11 @@ class SQLiteLedger:
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
         def change(state: State, now: int) -> tuple[Receipt, LimitConfig]:
-            receipt = state.apply(self._worker, batch, now, life=self._life)
+            receipt = state.apply(self.worker, batch, now, life=self._life)
             return receipt, state.config
 
         (receipt, config), self._epoch, is_lost = self._store.change(
-            self._name, change, self._epoch, self._config
+            self.name, change, self._epoch, self.config
         )
         return replace(receipt, lost=is_lost), config
 
@@ -351,25 +339,25 @@ class SQLiteLedger:
         """Look whether this worker's turn has come; cheap if nothing has changed."""
         store = self._store
         changes = store.file.changes()
-        if changes != self._seen or self._name not in store.known:
+        if changes != self._seen or self.name not in store.known:
             with store.file.transaction("BEGIN") as connection:
-                store.look(self._name, connection)
+                store.look(self.name, connection)
             self._seen = changes
-        if self._name not in store.known:
+        if self.name not in store.known:
             return True
-        state = store.known[self._name][2]
-        if state.config != self._config:
+        state = store.known[self.name][2]
+        if state.config != self.config:
             return True
-        place = state.place_of(self._worker)
+        place = state.place_of(self.worker)
         return place is not None and place.due <= store.file.clock.now()
 
     async def peek(self) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
         if self._pending:
             await self._flush()
-        snapshot = await self._store.peek(self._name)
+        snapshot = await self._store.peek(self.name)
         if snapshot is None:
-            raise StoreError(f"the file no longer has a limiter {self._name!r}")
+            raise StoreError(f"the file no longer has a limiter {self.name!r}")
         return snapshot
 
     async def aclose(self) -> None:
@@ -383,12 +371,12 @@ class SQLiteLedger:
 
     def _leave(self) -> None:
         def change(state: State, now: int) -> None:
-            state.retire(self._worker, now)
+            state.retire(self.worker, now)
 
-        self._store.change(self._name, change, self._epoch, self._config)
+        self._store.change(self.name, change, self._epoch, self.config)
 
     def __repr__(self) -> str:
-        return f"<SQLiteLedger {self._name!r}, worker {self._worker}>"
+        return f"<SQLiteLedger {self.name!r}, worker {self.worker}>"
 
 
 def from_url(url: str) -> SQLiteStore:
