@@ -26,7 +26,8 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.core.wording import counted
 from asyncbucket.stores import open_store
-from asyncbucket.stores.session import Leftover, PendingUpdates, Reservation, Session
+from asyncbucket.stores.pending import Leftover, PendingUpdates, Reservation
+from asyncbucket.stores.session import Session
 from asyncbucket.stores.store import Correction, LimitConfig, Store, check_membership
 
 #: For how many seconds to gather what comes back after the limiter was closed.
