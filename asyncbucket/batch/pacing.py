@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.http.running import give_up_slots, running
+from asyncbucket.nesting import give_up_slots, running
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 Price: TypeAlias = Cost | Mapping[str, float]

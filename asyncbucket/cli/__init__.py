@@ -27,13 +27,14 @@ def main() -> None:
 
         app(prog_name="asyncbucket")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in {"click", "rich", "typer"}:
+        package = (error.name or "").partition(".")[0]
+        if package not in {"click", "rich", "typer"}:
             raise
-        sys.exit(f'error: the command line needs {error.name}: pip install "asyncbucket[cli]"')
+        sys.exit(f'error: the command line needs {package}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:  # raised by help or a version, as no command has begun
-        from asyncbucket.cli.exits import CANNOT_RUN, error_message
+        from asyncbucket.cli.options import CANNOT_RUN, error_message
 
         print(f"error: {error_message(error)}", file=sys.stderr)  # noqa: T201 - the command's output
         sys.exit(CANNOT_RUN)

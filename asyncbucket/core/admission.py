@@ -6,7 +6,7 @@ may be cancelled at whichever await.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
@@ -19,7 +19,7 @@ from asyncbucket.core.errors import (
 from asyncbucket.core.events import Cancelled, Reason, Refused
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.queue import AnyWaiter, SyncWaiter, Waiter
 from asyncbucket.core.seats import Seat
 from asyncbucket.core.wording import counted, in_seconds, with_verb
 
@@ -57,18 +57,17 @@ def refuse(node: Node, amounts: Amounts) -> None:
 
 
 def join(
-    waiter: AnyWaiter,
+    lease: Any,
     node: Node,
     amounts: Amounts,
-    *,
     deadline: int | None,
     priority: int,
     seat: Seat | None,
-) -> int:
-    """Stand in line, unless that is hopeless; return since when.
+) -> AnyWaiter:
+    """Stand in line, unless that is hopeless.
 
     Args:
-        waiter: what stands there.
+        lease: what will hold.
         node: the limiter.
         amounts: what the call costs.
         deadline: until when it may wait, in ns.
@@ -94,19 +93,23 @@ def join(
                 raise refusal_locked(QueueFull, node, amounts, how, remedy)
         if deadline is not None and node.soonest(amounts, now) > deadline:
             raise _too_late_locked(node, amounts, now, deadline)
+        waiter: AnyWaiter
         if seat is None:
             seat = pacer.seat_here_locked()
+            waiter = Waiter(loop=seat.loop)
         else:
             pacer.seats[seat] = seat
-        pacer.join_locked(waiter, node, amounts, seat, now, deadline=deadline, priority=priority)
-        return now
+            waiter = SyncWaiter()
+        waiter.lease = lease
+        pacer.join_locked(waiter, node, amounts, seat, now, deadline, priority)
+        return waiter
     finally:
         pacer.lock.release()
         if pacer.jobs:
             pacer.catch_up()
 
 
-def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool = False) -> None:
+def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool) -> None:
     """Withdraw a call that waits no longer; a finalizer tells nobody."""
     pacer: Pacer = waiter.line.node.pacer
     pacer.do(partial(_withdraw_locked, waiter, asked))

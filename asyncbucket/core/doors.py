@@ -259,18 +259,18 @@ class Doors:
         'http://127.0.0.1:40317'
 
         Args:
-            options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.stats.serve_stats`.
+            options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.telemetry.serve_stats`.
 
         Raises:
             ValueError: ``host`` is not a loopback address.
             OSError: the port or the path is taken.
         """
-        from asyncbucket.stats import serve_stats
+        from asyncbucket.telemetry.stats import serve_stats
 
         return serve_stats(cast("Limiter", self), **options)
 
     def trace(self, last: int = 10_000) -> Any:
-        """Keep the latest events from now on, for a plot or a test; see `asyncbucket.stats.Trace`.
+        """Keep the latest events from now on, for a plot or a test; see `asyncbucket.telemetry.Trace`.
 
         Args:
             last: how many are kept, at least 1.
@@ -278,7 +278,7 @@ class Doors:
         Raises:
             ValueError: ``last`` is not a whole number from 1 to a thousand million.
         """
-        from asyncbucket.stats import Trace
+        from asyncbucket.telemetry.trace import Trace
 
         return Trace(cast("Limiter", self), last=last)
 

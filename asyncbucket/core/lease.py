@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, too_late
 from asyncbucket.core.cost import Cost, rounded_up
@@ -20,8 +20,9 @@ from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
-from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.core.queue import AnyWaiter, Line, Waiter
 from asyncbucket.core.seats import Seat, ThreadSeat
+from asyncbucket.core.terms import CallAmounts
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
@@ -166,12 +167,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         node, amounts = self._node, self._amounts
         pacer: Pacer = node.pacer
         deadline = None if self._deadline is None else self._deadline()
-        waiter = Waiter() if seat is None else SyncWaiter()
-        waiter.lease = self
+        waiter: AnyWaiter | None = None
         try:
-            asked = join(
-                waiter, node, amounts, deadline=deadline, priority=self._priority, seat=seat
-            )
+            waiter = join(self, node, amounts, deadline, self._priority, seat)
+            asked = waiter.asked
             try:
                 if pacer.observed:
                     pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
@@ -305,15 +304,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         """Whether it is over."""
         return self._state == OVER
 
-    def settle(
-        self,
-        *,
-        requests: float | None = None,
-        tokens: float | None = None,
-        input_tokens: float | None = None,
-        output_tokens: float | None = None,
-        **resources: float,
-    ) -> None:
+    def settle(self, **used: Unpack[CallAmounts]) -> None:
         """Report what the call really used.
 
         What was reserved beyond it is given back at once, and admits waiting calls. What was used
@@ -326,17 +317,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             TypeError, ValueError: an amount is not a finite number from 0 on, or no limit counts
                 the resource; nothing is changed then.
         """
-        if resources:
-            self._node.check_known(resources)
-        named = {
-            "requests": requests,
-            "tokens": tokens,
-            "input_tokens": input_tokens,
-            "output_tokens": output_tokens,
-            **resources,
-        }
-        used = {name: rounded_up(value, name) for name, value in named.items() if value is not None}
-        self._settle(used)
+        self._node.check_known(used)
+        given: Mapping[str, Any] = used
+        self._settle({name: rounded_up(n, name) for name, n in given.items() if n is not None})
 
     def _settle(self, used: dict[str, int]) -> None:
         if self._state < HELD:

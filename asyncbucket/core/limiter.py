@@ -36,6 +36,8 @@ from asyncbucket.core.process import OfThisProcess, reset_after_fork
 from asyncbucket.core.queue import reweigh
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.terms import (
+    CallAmounts,
+    CallKeywords,
     Concurrency,
     Keywords,
     LimitKeywords,
@@ -58,6 +60,7 @@ T = TypeVar("T")
 #: unused for the longest time are looked at whenever one is made.
 _ALIVE: Final = 1_000
 _LOOKS: Final = 4
+_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 #: After so many calls of which none paid for a limit, something is wrong with it.
 _MANY: Final = 100
 
@@ -204,9 +207,13 @@ class Limiter(doors.Doors, OfThisProcess):
         if cost is None and not resources:  # the usual case: a short cut
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
-            amounts = limiter._amounts(
-                cost, requests, tokens, input_tokens, output_tokens, resources
-            )
+            given = {
+                "requests": requests,
+                "tokens": tokens,
+                "input_tokens": input_tokens,
+                "output_tokens": output_tokens,
+            }
+            amounts = limiter._amounts(cost, {**given, **resources})
         end, urgency = None, limiter._priority
         if (
             context is not None
@@ -224,15 +231,7 @@ class Limiter(doors.Doors, OfThisProcess):
         return FirstLease(limiter._node, amounts, end, urgency)
 
     def acquire_nowait(
-        self,
-        cost: Cost | None = None,
-        *,
-        requests: float = 1,
-        tokens: float | None = None,
-        input_tokens: float | None = None,
-        output_tokens: float | None = None,
-        tenant: str | None = None,
-        **resources: Unpack[OtherResources],
+        self, cost: Cost | None = None, *, tenant: str | None = None, **amounts: Unpack[CallAmounts]
     ) -> Lease:
         """Take a lease now, or refuse; see `acquire`.
 
@@ -244,54 +243,33 @@ class Limiter(doors.Doors, OfThisProcess):
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
         limiter = self._limiter_for(tenant, inherited.get())
-        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
-        node = limiter._node
-        lease = Lease(node, amounts)
+        whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
+        lease = Lease(node, whole)
         if not lease._try_now():
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
             if not (buried and lease._try_now()):
-                refuse(node, amounts)
+                refuse(node, whole)
         return lease
 
-    def acquire_sync(  # noqa: PLR0913 - as `acquire`
-        self,
-        cost: Cost | None = None,
-        *,
-        requests: float = 1,
-        tokens: float | None = None,
-        input_tokens: float | None = None,
-        output_tokens: float | None = None,
-        timeout: float | None = None,
-        deadline: float | None = None,
-        priority: Priority | None = None,
-        tenant: str | None = None,
-        **resources: Unpack[OtherResources],
-    ) -> Lease:
+    def acquire_sync(self, cost: Cost | None = None, **call: Unpack[CallKeywords]) -> Lease:
         """Block this thread until an admission; the lease is a context manager. See `acquire`.
 
         A call that has to wait stands in the same line as all others.
         """
-        context = inherited.get()
+        context, amounts = inherited.get(), dict[str, Any](call)
+        timeout, deadline = amounts.pop("timeout", None), amounts.pop("deadline", None)
+        priority, tenant = amounts.pop("priority", None), amounts.pop("tenant", None)
         limiter = self._limiter_for(tenant, context)
-        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
         end = partial(limiter._deadline, timeout, deadline, context)
         end()
-        lease = Lease(limiter._node, amounts, end, limiter._urgency(priority, context))
+        urgency = limiter._urgency(priority, context)
+        lease = Lease(limiter._node, limiter._amounts(cost, amounts), end, urgency)
         if not lease._try_now():
             lease._block()
         return lease
 
-    def explain(
-        self,
-        cost: Cost | None = None,
-        *,
-        requests: float = 1,
-        tokens: float | None = None,
-        input_tokens: float | None = None,
-        output_tokens: float | None = None,
-        **resources: Unpack[OtherResources],
-    ) -> Explanation:
+    def explain(self, cost: Cost | None = None, **amounts: Unpack[CallAmounts]) -> Explanation:
         """Say which limit binds such a call now, how long it would wait, and what would help.
 
         >>> print(limiter.explain(tokens=1_000))
@@ -307,36 +285,27 @@ class Limiter(doors.Doors, OfThisProcess):
         """
         context = inherited.get()
         limiter = self._limiter_for(None, context)
-        amounts = limiter._amounts(cost, requests, tokens, input_tokens, output_tokens, resources)
-        node = limiter._node
+        whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
         with node.pacer:
-            node.check(amounts)
-            return explain_locked(node, amounts, limiter._urgency(None, context))
+            node.check(whole)
+            return explain_locked(node, whole, limiter._urgency(None, context))
 
-    def _amounts(
-        self,
-        cost: Cost | None,
-        requests: float,
-        tokens: float | None,
-        input_tokens: float | None,
-        output_tokens: float | None,
-        others: Mapping[str, Any],
-    ) -> dict[str, int]:
+    def _amounts(self, cost: Cost | None, given: dict[str, Any]) -> dict[str, int]:
         """Return the amounts of a call, the slot it takes included."""
-        named = others
+        requests = given.pop("requests", 1)
+        tokens, sent, received = (given.pop(name, None) for name in _TOKENS)
         if cost is None:
-            amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
-        elif isinstance(cost, Cost):
-            parts = (tokens, input_tokens, output_tokens)
-            if requests != 1 or others or any(part is not None for part in parts):
-                raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
-            amounts, named = {**cost, "concurrency": 1}, cost
-        else:
+            amounts = amounts_of(requests, tokens, sent, received, given)
+        elif not isinstance(cost, Cost):
             raise TypeError(
                 f"a cost must be a Cost or keywords such as tokens=500, not {shown(cost)}"
             )
-        if named:
-            self._node.check_known(named)
+        elif requests != 1 or given or any(part is not None for part in (tokens, sent, received)):
+            raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
+        else:
+            amounts, given = {**cost, "concurrency": 1}, dict(cost)
+        if given:
+            self._node.check_known(given)
         return amounts
 
     def _deadline(

@@ -272,7 +272,7 @@ class Bucket(Meter):
 
     def spare(self, amount: int) -> int:
         """See `Meter.spare`: until the bucket is full."""
-        return (self.burst - amount) * self.p // self.q
+        return max(0, (self.burst - amount) * self.p // self.q)
 
 
 def exact_rate(rate: float | Fraction) -> Fraction:

@@ -272,11 +272,12 @@ class Node:
         for meter, resource in self.meters:
             amount = amounts.get(resource)
             if amount:
-                room = meter.available(now) // amount
+                if meter.bulk:
+                    room = meter.available(now) // amount
+                else:
+                    room = 1 if meter.earliest(amount, now) <= now else 0
                 if room < most:  # noqa: PLR1730 - `min` would be a call
                     most = room
-                if most > 1 and not meter.bulk:
-                    most = 1
         return most
 
     def spare(self, amounts: Amounts) -> int:
@@ -346,11 +347,11 @@ class Node:
         Raises:
             TypeError: there is one among ``names``.
         """
-        known = COMMON | self.resources()
-        unknown = sorted(set(names) - known)
-        if unknown:
+        others = set(names) - COMMON
+        if others and not others <= self.resources():
+            known = COMMON | self.resources()
             raise TypeError(
-                f"no limit counts {', '.join(unknown)}: this limiter counts "
+                f"no limit counts {', '.join(sorted(others - known))}: this limiter counts "
                 f"{', '.join(sorted(known))}"
             )
 

@@ -179,30 +179,38 @@ class Pacer:
         amounts: Amounts,
         seat: Seat,
         now: int,
-        *,
         deadline: int | None,
         priority: int,
     ) -> None:
         """Let ``waiter`` stand in line at ``node``."""
         waiter.amounts, waiter.seat, waiter.asked = amounts, seat, now
         waiter.number = self.arrivals = self.arrivals + 1
-        alone = not self.waiting
         self.waiting += 1
         seat.waiting += 1
         for each in node.path:
             each.waiting += 1
-        line = line_of(node, priority)
+        line: Line | None = node.lines.get(priority)
+        if line is None:
+            line = line_of(node, priority)
         line.join(waiter, now)
         if deadline is not None:
             seat.watch(waiter, deadline)
-        if alone and self.place is None and seat.loop is not None:  # nobody to look after but it
-            due, line.bound_by = node.earliest_of_all(amounts, now)
-            self.bound_by = line.bound_by
-            if now < due < NEVER or (due == NEVER and seat.leases):
-                seat.sleep(min(due, deadline or EMPTY), now)
-                return
+        if self.waiting == 1 and self._joins_alone(line, waiter, deadline or EMPTY, now):
+            return
         if line.living == 1 or seat.looks_at >= EMPTY or (deadline or EMPTY) < seat.looks_at:
             seat.ring(now)
+
+    def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
+        """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
+        seat = waiter.seat
+        if self.place is not None or seat.loop is None:
+            return False
+        due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
+        self.bound_by = line.bound_by
+        if due <= now or (due == NEVER and not seat.leases):  # see `_override`
+            return False
+        seat.sleep(min(due, end), now)
+        return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
         """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
@@ -363,15 +371,16 @@ class Pacer:
     def _admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
         passed, place = 0, self.place
+        served: Line | None = None  # the only line, as far as its calls fit
         while place is None or place.room(seat):  # which dates what stands there to now
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self._override(seat, now)
-            alone = waiter.seat is seat and self._is_single_file()
-            if alone and place is None and passed < _BATCH:
-                served = self._serve_line(waiter.line, _BATCH - passed, now)
-                passed += served
-                if served:
+            if waiter.line is not served and passed < _BATCH and self._is_single_file():
+                served = waiter.line
+                passed += self._serve_line(served, _BATCH - passed, now)
+                waiter, _ = served.head(now)
+                if waiter is None or served.node.parent is not None:
                     continue
             due, bound_by = self.root.earliest(waiter.amounts, waiter.line.since)
             if due > now:
@@ -386,6 +395,7 @@ class Pacer:
                 self._push(place, waiter, now)
             elif passed < _BATCH:
                 passed += self._serve(waiter, now)
+                served = None
             else:
                 return now
         return NEVER
@@ -406,8 +416,8 @@ class Pacer:
         return due
 
     def _is_single_file(self) -> bool:
-        """Tell whether all who wait stand in one line, on one seat."""
-        if len(self.seats) > 1:
+        """Tell whether all who wait stand in one line, on one seat, and no store has a say."""
+        if len(self.seats) > 1 or self.place is not None:
             return False
         flow: Flow | None = self.top
         while isinstance(flow, Branch):

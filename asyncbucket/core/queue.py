@@ -378,6 +378,8 @@ class Branch(Flow):
 
     def _weigh_priorities(self) -> None:
         """Give each priority that waits eight times the weight of the next below."""
+        if len(self.flows) == 1:
+            return
         competing = sorted((flow for flow in self.flows if flow.competes), reverse=True)
         for place, flow in enumerate(competing):
             flow.weight = _STEP**place

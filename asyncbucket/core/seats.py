@@ -97,7 +97,7 @@ class LoopSeat(Seat):
         if self._rung:
             return True
         self._rung = True  # first: the other thread may come to look at once
-        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
+        if self._runs_here():
             self._wake()
         else:
             try:
@@ -106,6 +106,13 @@ class LoopSeat(Seat):
                 self._rung = False
                 return False
         return True
+
+    def _runs_here(self) -> bool:
+        """Tell whether its loop runs in this thread; asyncio makes a system call for each answer."""
+        thread = getattr(self.loop, "_thread_id", None)
+        if thread is None:  # not running, or a loop of another kind
+            return asyncio._get_running_loop() is self.loop  # noqa: SLF001 - None in a plain thread
+        return bool(thread == threading.get_ident())
 
     def _wake(self) -> None:
         """Have it look in the loop's next iteration."""

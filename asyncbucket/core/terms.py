@@ -54,6 +54,24 @@ class OtherResources(TypedDict, total=False):
     """
 
 
+class CallAmounts(OtherResources, total=False):
+    """What a call costs, or has cost; see `Limiter.acquire`."""
+
+    requests: float
+    tokens: float | None
+    input_tokens: float | None
+    output_tokens: float | None
+
+
+class CallKeywords(CallAmounts, total=False):
+    """What a call costs, and how long it may wait; see `Limiter.acquire`."""
+
+    timeout: float | None
+    deadline: float | None
+    priority: Priority | None
+    tenant: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What a limiter was made on."""

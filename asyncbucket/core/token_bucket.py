@@ -210,9 +210,10 @@ class TokenBucket(OfThisProcess):
                 due = self._bucket.earliest(amounts["units"], now)
                 if due > deadline:
                     raise self._timeout_error(amount, timeout, due - now)
-            waiter, seat = Waiter(), pacer.seat_here_locked()
+            seat = pacer.seat_here_locked()
+            waiter = Waiter(loop=seat.loop)
             waiter.lease = None
-            pacer.join_locked(waiter, self._node, amounts, seat, now, deadline=deadline, priority=0)
+            pacer.join_locked(waiter, self._node, amounts, seat, now, deadline, 0)
             return waiter
         finally:
             pacer.lock.release()

@@ -45,15 +45,9 @@ in concurrency-limits, never notices a server that queues and does not refuse.
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, Self, TypeAlias
+from typing import Final, Self
 
-from asyncbucket.core.wording import is_integer
-
-#: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
-Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
-
-#: The bounds of ``"auto"``, and where the search begins.
-AUTO: Final = (1, 1_000)
+#: Where the search begins.
 _START: Final = 4
 #: The fewest calls whose mean latency counts.
 _SAMPLE: Final = 10
@@ -90,27 +84,6 @@ class Adaptive:
         most: the upper bound.
         start: the first size; it is brought within the bounds.
     """
-
-    __slots__ = (
-        "_anchor",
-        "_ceiling",
-        "_clean_since_cut",
-        "_cut_at",
-        "_full",
-        "_last_raise",
-        "_resume_size",
-        "_rounds",
-        "_rounds_held",
-        "_seen",
-        "_squares",
-        "_step",
-        "_total",
-        "_waited",
-        "_warmup",
-        "least",
-        "most",
-        "size",
-    )
 
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
         self.least = least
@@ -281,25 +254,3 @@ class _Latencies:
     def rise_from(self, base: Self) -> float:
         """Return the logarithm of the ratio of the means, less what may be chance."""
         return math.log(self.mean / base.mean) - math.hypot(self.error, base.error)
-
-
-def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
-    """Return the bounds that ``concurrency=`` asks for; a fixed number is both bounds.
-
-    Raises:
-        ValueError: it is not a whole number of at least 1, not ``"auto"``, and not a pair of such numbers
-            in ascending order.
-    """
-    if value is None:
-        return None
-    if value == "auto":
-        return AUTO
-    bounds = value if isinstance(value, tuple) else (value, value)
-    if len(bounds) != 2 or not all(is_integer(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
-        raise ValueError(
-            f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
-            f"not {value!r}"
-        )
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"concurrency={value!r} has its bounds in the wrong order")
-    return int(bounds[0]), int(bounds[1])

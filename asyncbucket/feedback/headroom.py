@@ -8,7 +8,7 @@ back: the window enforces what the user allows.
 *The level.* A reply arrives late: what we sent after the call that it answers may be in its number
 or not. And the number may be rounded down. So a reply names an interval; what we expected is moved
 into it, no further. While we are alone, the expectation lies inside, and nothing happens. If less
-came back than the limit would bring (`_missing`, a low-pass filter over an eighth of the window),
+came back than the limit would bring (`_missing`, a low-pass filter over a quarter of the window),
 the expected growth is reduced. This is the integral part of a controller whose proportional part is
 the level. While something is missing, a margin of the level stays untouched: near zero, every call
 that others make between two replies would cost a refusal.
@@ -23,10 +23,15 @@ earlier moment, beyond our bookings since. The larger of these is exact for a lo
 the clock, and too low for a bucket, for which the level is enough. On top there is a margin for
 chance: the number of calls that come independently has a variance equal to its mean.
 
+Both take for granted that a window's worth is left when nobody calls. A provider's bucket may be
+smaller than the limit that it announces: then little is left although nobody else is there, and
+what nobody took never comes back. So others take no more than what is missing: as long as all
+comes back at the limit's rate, or all that was ever left is left, nobody else is there.
+
 *Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second,
 and report what is left of a slice. Reports are taken to be of a slice as long as they never exceed
-what a slice holds. So before the first report, no more than a second's worth passes in each second.
-Once it is known when slices begin, the level does not count: `Slices` decides what passes.
+what a slice holds, and `asyncbucket.feedback.slices`, loaded when a report is as low as that, finds
+out when slices begin. Once it is known, the level does not count: `Slices` decides what passes.
 
 In the first window, and whenever others are active, calls come evenly, at most a tenth of the limit
 at once: otherwise everything would be spent before anything was heard.
@@ -36,18 +41,22 @@ counts. The constants below were found by simulating buckets, logs, minutes of t
 with others at 0, 10, 40 and 60 %.
 """
 
+import math
 from collections.abc import Iterable
-from typing import ClassVar, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Meter, Window
-from asyncbucket.feedback.others import Others, with_margin
-from asyncbucket.feedback.slices import SLICE_COUNTS, possible_slices
 
-#: Something counts as missing if it is at least this fraction (1/8) of the limit.
-_BUSY: Final = 8
-#: The filter's time constant is this fraction (1/8) of the window.
-_SMOOTHING: Final = 8
+if TYPE_CHECKING:
+    from asyncbucket.feedback.slices import Slices
+
+#: Less than this fraction (1/32) of the limit is noise: calls may arrive in another order.
+_NOISE: Final = 32
+#: What is missing is smoothed over this fraction (1/4) of the window; others' rate is computed over
+#: at least half as much.
+_SMOOTHING: Final = 4
 #: The margin covers what is missing in this fraction (1/60) of the window...
 _MARGIN: Final = 60
 #: ...and this many calls like the one that asks,
@@ -57,50 +66,35 @@ _MAX_MARGIN: Final = 4
 #: For a window longer than this (ns) only the level counts: a short observation does not tell how
 #: much others take in a day.
 _LONG: Final = 120_000_000_000
-#: A report counts for this many windows.
+#: A report counts for this many windows, and what others take is a mean over as many.
 _MEMORY: Final = 2
 #: A little always passes, because its replies tell more: 1/20 of the limit per window.
 _LEAST: Final = 20
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
+#: A limit may be counted in this many slices of its window: seconds of a minute, or ten seconds.
+_SLICE_COUNTS: Final[tuple[int, ...]] = (60, 6)
+#: Windows as long as these (ns) may be.
+_SLICED: Final = range(1_000_000_000, _LONG + 1)
+
+
+def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
+    """Return the units in one slice of ``amount``, by default in one of the shortest slices."""
+    return -(-amount // slices)
 
 
 class Headroom(Meter):
-    """Admit what the provider says is left. Levels are in units times window, hence exact."""
+    """Admit what the provider says is left of a limit. Levels are in units times window, hence exact.
 
-    __slots__ = (
-        "_booked",
-        "_first_report",
-        "_growth",
-        "_is_alone",
-        "_is_long",
-        "_last_booking",
-        "_last_report",
-        "_level",
-        "_level_at",
-        "_margin",
-        "_missing",
-        "_most_left",
-        "_others",
-        "_ours",
-        "_provider_limit",
-        "_reported_left",
-        "_slices",
-        "_spread_until",
-        "_unit_spacing",
-        "amount",
-        "key",
-        "window",
-    )
-
-    bound_by: ClassVar[str | None] = None
+    Args:
+        limit: the limit, ours.
+        ours: what we booked before the first report and no open call can give back: (date, units).
+    """
 
     def __init__(self, limit: Limit, ours: Iterable[tuple[int, int]] = ()) -> None:
-        """Know nothing yet except ``ours``: what we booked before the first report."""
-        amount, window = limit.amount, limit.window
         self.key = limit.key
-        self.amount = amount
-        self.window = window
+        self.amount = limit.amount
+        self.window = limit.window
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
         self._level_at = 0
@@ -108,33 +102,27 @@ class Headroom(Meter):
         self._last_report = self._first_report = 0
         #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
-        self._growth = amount
+        self._growth = limit.amount
         #: What is left untouched while something is missing.
         self._margin = 0
         #: What the latest report said was left, at least, and the most that was ever left.
         self._reported_left = 0
         self._most_left = 0
         #: Units that we booked, in the last window and ever.
-        self._ours = Window(Limit("units", amount, per=limit.per, burst=amount))
-        for date, units in ours:
-            self._ours.book(units, date)
+        self._ours = Window(replace(limit, burst=limit.amount))
+        for when, units in ours:
+            self._ours.book(units, when)
         self._booked = 0
-        self._others = Others(amount=amount, window=window)
+        #: What others take of the limit.
+        self.others = Others(limit.amount, limit.window)
         #: Until when our bookings reach if spread evenly, and when we last booked.
         self._spread_until = self._last_booking = 0
-        #: Whether others are negligible, and how many ns apart single units then come.
-        self._is_alone = False
-        self._unit_spacing = 0
-        self._is_long = window > _LONG
+        self._is_long = limit.window > _LONG
         #: The provider's limit, if it is higher than ours.
-        self._provider_limit = amount
-        #: The slices in which the provider may count; empty once it is known to count as a whole.
-        self._slices = () if self._is_long else possible_slices(amount=amount, window=window)
-
-    @property
-    def others(self) -> int:
-        """Estimated units that others take of the limit in each window."""
-        return self._others.estimate
+        self._provider_limit = limit.amount
+        #: In how many slices the provider may count, and the shortest of these slices, if any.
+        self._slice_counts = _SLICE_COUNTS if limit.window in _SLICED else ()
+        self._slices: Slices | None = None
 
     def update(
         self,
@@ -159,57 +147,62 @@ class Headroom(Meter):
             rounding: by how many units ``remaining`` may have been rounded down.
         """
         if self._level is None:
-            self._first_report = now
+            self._first_report = self._last_report = now
+        since = self._last_report
         self._adopt_limit(amount, limit, now)
-        self._slices = tuple(slices for slices in self._slices if remaining <= slices.share)
-        for slices in self._slices:
-            slices.update(remaining, now)
-        self._correct(remaining, now, booked_since=booked_since, rounding=rounding)
-        if not (self._is_long or len(self._slices) == len(SLICE_COUNTS)):
-            used = -remaining - rounding
+        low, high = remaining - booked_since, remaining + rounding
+        self._update_slices(low, remaining, high, now)
+        self._correct(low, high, now)
+        if not (self._is_long or self._slices):
             ours = amount - self._ours.available(now)
-            total = max(amount, remaining + ours)  # the provider's limit may be far above ours
+            in_window = max(amount - ours, remaining) - high  # its limit may be far above ours
             uncertainty = max(booked_since, lent) + rounding
-            self._others.update(used - self._booked, now, used + total - ours, uncertainty)
-        self._is_alone = not (self._slices or self._others.estimate or self._margin)
-        self._unit_spacing = self.window // amount
+            used = -high - self._booked
+            self.others.update(used, now, since, in_window, uncertainty, at_most=self._missing)
 
     def _adopt_limit(self, amount: int, limit: int | None, now: int) -> None:
         """Adopt another limit; what was expected under the old one no longer counts."""
-        changed = amount != self.amount
-        if changed:
+        if amount != self.amount:
             self.amount = amount
-            old = self._ours.limit
-            self._ours.reshape(Limit("units", amount, per=old.per, burst=amount), now)
+            self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level = None
-            self._others = Others(amount=amount, window=self.window)
-        if limit is None:
-            limit = amount if changed else self._provider_limit
-        provider_limit = max(limit, amount)
+            self.others = Others(amount, self.window)
+        provider_limit = max(limit or self._provider_limit, amount)
         if provider_limit != self._provider_limit:
             self._provider_limit = provider_limit
-            if self._slices:
-                self._slices = possible_slices(amount=provider_limit, window=self.window)
+            self._slices = None  # of another size, if there are any
 
-    def _correct(self, remaining: int, now: int, *, booked_since: int, rounding: int) -> None:
+    def _update_slices(self, low: int, remaining: int, high: int, now: int) -> None:
+        """Tell the slices; rule out those that are too short for the report."""
+        if self._slices is not None:
+            self._slices.update(low, remaining, high, now)
+            if self._slices.are_refuted:
+                self._slice_counts = ()
+        limit, before = self._provider_limit, self._slice_counts
+        self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
+        if self._slice_counts != before or not before:
+            self._slices = None
+        if self._slice_counts and self._slices is None:
+            from asyncbucket.feedback.slices import Slices
+
+            count = self._slice_counts[0]
+            self._slices = Slices(share_of(limit, count), self.window // count, self._last_report)
+            self._slices.update(low, remaining, high, now)
+
+    def _correct(self, low: int, high: int, now: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
-        self._reported_left = remaining - booked_since
-        self._most_left = min(self.amount, max(self._most_left, remaining + rounding + 1))
-        low = (remaining - booked_since) * self.window
-        high = (remaining + rounding) * self.window
+        self._reported_left = low
+        self._most_left = min(self.amount, max(self._most_left, high))
         expected = self._expected_level(now)
         if expected is None:
-            self._level, self._missing = low, 0
+            self._level, self._missing = low * self.window, 0
         else:
-            self._level = min(max(expected, low), high)
-            shortfall = (expected - self._level) // (
-                now - self._last_report + _MEMORY * self.window // _SMOOTHING
-            )
+            self._level = min(max(expected, low * self.window), high * self.window)
+            since_report = now - self._last_report + self.window // _SMOOTHING
+            shortfall = (expected - self._level) // since_report
             self._missing = min(self.amount, max(0, self._missing + shortfall))
-            if self._slices and self._slices[0].explains_shortfall:
-                self._missing = 0
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
-        is_missing = self._missing * _BUSY >= self.amount
+        is_missing = self._missing * _NOISE >= self.amount
         self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
         self._level_at = self._last_report = now
 
@@ -219,16 +212,17 @@ class Headroom(Meter):
         level = self._expected_level(now, needed)
         if level is None or back:
             return now
-        if self._slices and self._slices[0].is_known:
-            return self._slices[0].earliest(amount, now)
+        slices = self._slices
+        if slices and slices.are_known:
+            return slices.earliest(amount, now)
         when = now
         if needed > level:
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve or (now < self._first_report + self.window and not self._is_long):
             when = max(when, self._earliest_evenly(amount, now, reserve))
-        if self._slices:
-            when = max(when, self._slices[0].earliest(amount, now))
+        if slices:
+            when = max(when, slices.earliest(amount, now))
         return min(when, self._last_report + _MEMORY * self.window)
 
     def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:
@@ -241,17 +235,8 @@ class Headroom(Meter):
 
     def take(self, amount: int, now: int) -> bool:
         """See `asyncbucket.core.meters.Meter.take`."""
-        level = self._level
-        if level is not None:
-            if self._is_alone and now < self._last_report + self.window:
-                needed = amount * self.window  # as `earliest` does, without the calls
-                if level + (now - self._level_at) * self._growth < needed:
-                    return False
-                must_spread = now < self._first_report + self.window and not self._is_long
-                if must_spread and self._earliest_evenly(amount, now, 0) > now:
-                    return False
-            elif self.earliest(amount, now) > now:
-                return False
+        if self.earliest(amount, now) > now:
+            return False
         self.book(amount, now)
         return True
 
@@ -263,15 +248,12 @@ class Headroom(Meter):
             self._level_at = max(self._level_at, when)
         self._booked += amount
         self._ours.book(amount, when)
-        spacing = amount * self._unit_spacing if self._is_alone else self._spacing(amount)
-        self._spread_until = max(self._spread_until, when) + spacing
+        self._spread_until = max(self._spread_until, when) + self._spacing(amount)
         self._last_booking = when
-        for slices in self._slices:
-            slices.book(amount, when)
+        if self._slices:
+            self._slices.book(amount, when)
 
-    def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.core.meters.Meter.owe`."""
-        self.book(amount, when)
+    owe = book
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `asyncbucket.core.meters.Meter.unbook`; bookings before the latest report are counted in it."""
@@ -280,8 +262,8 @@ class Headroom(Meter):
         self._booked -= amount
         self._ours.unbook(amount, when, left=left)
         self._spread_until -= self._spacing(amount)
-        for slices in self._slices:
-            slices.unbook(amount, when, left)
+        if self._slices:
+            self._slices.unbook(amount, when)
 
     def available(self, now: int) -> int:
         """See `asyncbucket.core.meters.Meter.available`: what is left, including any reserve for others."""
@@ -314,14 +296,14 @@ class Headroom(Meter):
 
     def _share(self, amount: int) -> int:
         """Return what ``amount`` takes of the level: at most what a slice holds."""
-        return min(amount, self._slices[0].share) if self._slices else amount
+        return min(amount, self._slices.share) if self._slices else amount
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, if calls cost about ``amount``."""
-        others = self._others.estimate
-        if not others or (self._slices and self._slices[0].explains_shortfall):
+        others = self.others.estimate
+        if not others or self._slices:
             return 0
-        reserve = with_margin(others, amount)
+        reserve = others + math.isqrt(3 * others * max(amount, 1))
         if self._reported_left >= reserve + self.amount:  # there is enough for all
             return 0
         return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
@@ -329,3 +311,43 @@ class Headroom(Meter):
     def _spacing(self, amount: int) -> int:
         """Return the time (ns) between calls of ``amount`` in an even flow."""
         return amount * self.window // max(1, self.amount - self._reserve(amount))
+
+
+class Others:
+    """Estimate what others take in a window: what they must have taken, however it is counted."""
+
+    def __init__(self, amount: int, window: int) -> None:
+        self._window = window
+        self._noise = amount // _NOISE
+        #: The lowest usage beyond our bookings so far; None before any report.
+        self._lowest: int | None = None
+        self._lowest_at = 0
+        self._mean = 0
+        #: Units per window.
+        self.estimate = 0
+
+    def update(
+        self, used: int, now: int, since: int, in_window: int, uncertainty: int, *, at_most: int
+    ) -> None:
+        """Take in that ``used`` units or up to ``uncertainty`` more were used beyond our bookings.
+
+        Args:
+            used: counted from any zero; only differences matter.
+            now: the instant.
+            since: when the report before this one came.
+            in_window: how much of it lies in the last window, at least.
+            uncertainty: what we booked recently, which those numbers may or may not include.
+            at_most: what comes back in a window less than the limit would bring.
+        """
+        if self._lowest is None or used + uncertainty <= self._lowest:  # that much has come back
+            self._lowest, self._lowest_at = used + uncertainty, now
+        latest = 0 if in_window <= self._noise else in_window + uncertainty // 2
+        taken = used - self._lowest
+        if taken > self._noise:
+            elapsed = max(now - self._lowest_at, self._window // _SMOOTHING // 2)
+            latest = max(latest, (taken + uncertainty // 2) * self._window // elapsed)
+        latest = min(latest, at_most)
+        # The estimate rises faster than it falls.
+        memory = self._window // 2 if latest > self._mean else _MEMORY * self._window
+        self._mean += (latest - self._mean) * (now - since) // (memory + now - since)
+        self.estimate = max(latest, self._mean)

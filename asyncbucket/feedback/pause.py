@@ -70,6 +70,9 @@ class Pause(Meter):
     def owe(self, amount: int, when: int) -> None:
         """See `asyncbucket.core.meters.Meter.owe`: nothing is owed to a pause."""
 
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `asyncbucket.core.meters.Meter.redate`: a step of a slow start is not moved."""
+
     def available(self, now: int) -> int:
         """See `asyncbucket.core.meters.Meter.available`."""
         return 0 if self.until > now else NEVER
@@ -80,6 +83,3 @@ class Pause(Meter):
             return
         self._calls = max(1, self._calls + calls)
         self.until = self._start + int(self.step * math.log2(self._calls))
-
-    def redate(self, amount: int, when: int, now: int) -> None:
-        """See `asyncbucket.core.meters.Meter.redate`: instants do not move."""

@@ -5,7 +5,7 @@ module has the profiles of known providers, and `Profile`, which describes a pro
 see `profiles`.
 """
 
-from asyncbucket.http.profiles import (
+from asyncbucket.providers.profiles import (
     ANTHROPIC,
     AZURE,
     GENERIC,
@@ -16,7 +16,7 @@ from asyncbucket.http.profiles import (
     ProviderProfile,
     Told,
 )
-from asyncbucket.http.usage import Usage
+from asyncbucket.providers.usage import Usage
 
 __all__ = [
     "ANTHROPIC",

@@ -1,79 +1,57 @@
-"""One HTTP attempt, from its admission to the end of its reply: what both kinds of transport share.
+"""One HTTP attempt, from its admission to the end of its reply.
 
 The lease is given back by whatever happens first: the body is read to its end, it is closed, the
-attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself.
+attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself. A
+refused call is over with its headers, whether or not anybody reads what else it says; and so is a
+GET for a stream of events, which may stay open as long as the program runs.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
-from asyncbucket.http.body import (
-    Tail,
-    find_usage,
-    is_complete,
+from asyncbucket.http.bodies import Tail
+from asyncbucket.http.pricing import Lane
+from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
+from asyncbucket.providers.learn import header_pairs
+from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.request import (
     is_input_only,
     read_json,
     replies_of,
+    reports_own_usage,
 )
-from asyncbucket.http.failures import FIRST_ERROR, end_failed, never_sent
-from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.learn import HeaderReader, header_pairs
-from asyncbucket.http.profiles import Call, Profile
-from asyncbucket.http.refusals import Refusals
-from asyncbucket.http.usage import Usage
+from asyncbucket.providers.usage import Usage, find_usage, is_complete
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _REDATE_AFTER: Final = 0.002
-_ENCODING: Final = b"content-encoding"
 
 
 class Attempt:
-    """Hold a lease until a reply's body is over, and note the usage that passes."""
+    """Hold a lease until a call is over, and note the usage that passes.
 
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "_call",
-        "_encoding",
-        "_ended",
-        "_forecast",
-        "_header_reader",
-        "_lease",
-        "_now",
-        "_profile",
-        "_refusals",
-        "_reply",
-        "_sent_at",
-        "_settles",
-        "_tail",
-    )
+    Args:
+        lane: what is known of the limiter.
+        lease: what the attempt holds.
+        call: the request as it was priced.
+        profile: how its provider counts.
+        teaches: whether the headers of its reply are the provider's.
+    """
 
     def __init__(
-        self,
-        lease: Lease,
-        call: Call,
-        profile: Profile,
-        *,
-        header_reader: HeaderReader,
-        refusals: Refusals,
-        forecast: OutputForecast,
-        now: Callable[[], float],
-        settles: bool,
+        self, lane: Lane, lease: Lease, call: Call, profile: Profile, *, teaches: bool
     ) -> None:
+        if lease.waited:  # the loop may have been busy since the admission
+            lease.sent()
+        self._lane = lane
         self._lease = lease
         self._call = call
         self._profile = profile
-        self._header_reader = header_reader
-        self._refusals = refusals
-        self._forecast = forecast
-        self._now = now
-        self._sent_at = now()
-        self._settles = settles
+        self._teaches = teaches
+        self._sent_at = lane.limiter.now()
         self._ended = False
         self._reply: Any = None
-        self._encoding: str | None = None
         self._tail: Tail | None = None
 
     def failed(self, error: BaseException) -> None:
@@ -82,25 +60,47 @@ class Attempt:
 
     def request_sent(self) -> None:
         """Note that the request leaves only now."""
-        now = self._now()
+        now = self._lane.limiter.now()
         if now - self._sent_at > _REDATE_AFTER:
             self._sent_at = now
             self._lease.sent()
 
     def headers_received(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""
-        self._reply = reply
+        self._reply, lane, call = reply, self._lane, self._call
         ok = reply.status_code < FIRST_ERROR
-        if not ok or self._header_reader.is_due(self._sent_at):
+        if self._teaches and (not ok or lane.header_reader.is_due(self._sent_at)):
             since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
-            self._header_reader.read(reply.headers, self._profile, since=since, ok=ok)
-        if ok:
-            self._refusals.succeeded(self._sent_at)
-            if not self._settles:
-                return
+            lane.header_reader.read(reply.headers, self._profile, since=since, ok=ok)
+        if not ok:
+            self._refused(reply)
+            return
+        lane.refusals.succeeded(self._sent_at)
+        if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
+            self._lease.release()
+        elif reports_own_usage(call.method, call.path) and lane.settles_any_limit(self._profile):
+            self._tail = self._new_tail(reply)
+
+    def _refused(self, reply: Any) -> None:
+        """Judge a failed reply by its headers, and by its body if these do not suffice."""
+        if not self._teaches:
+            self._lease.failed()
+            return
+        body = read_json(reply.content) if reply.is_closed else None
+        refusals, sent_at = self._lane.refusals, self._sent_at
+        verdict, needs_body = refusals.judge(
+            reply.status_code, reply.headers, body, sent_at=sent_at
+        )
+        if needs_body:
+            self._tail = self._new_tail(reply)
+        if verdict.overloaded:
+            self._lease.overloaded()
+        else:
+            self._lease.failed()
+
+    def _new_tail(self, reply: Any) -> Tail:
         # A body that came with the reply, as in tests, is decoded already.
-        self._encoding = None if reply.is_closed else _encoding(reply.headers)
-        self._tail = Tail(encoded=self._encoding is not None)
+        return Tail(None if reply.is_closed else _encoding(reply.headers))
 
     def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
@@ -113,60 +113,38 @@ class Attempt:
             return
         self._ended = True
         tail, self._tail = self._tail, None
+        reply, self._reply = self._reply, None
         try:
             if tail is None:
                 return
-            if self._reply.status_code >= FIRST_ERROR:
-                self._judge(tail)
-            else:
-                self._settle(tail, complete=complete)
+            head, end = tail.read()
+            if reply.status_code >= FIRST_ERROR:
+                body, sent_at = read_json(end), self._sent_at
+                self._lane.refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
+            elif complete or is_complete(end):
+                self._settle(head, end)
         finally:
             self._lease.release()
-            self._reply = None
 
-    def _judge(self, tail: Tail) -> None:
-        """Tell the limiter what an error reply means, and release."""
-        body = read_json(self._decode(tail))
-        reply, sent_at = self._reply, self._sent_at
-        verdict = self._refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
-        if verdict.overloaded:
-            self._lease.overloaded()
-        else:
-            self._lease.failed()
-
-    def _settle(self, tail: Tail, *, complete: bool) -> None:
-        end = self._decode(tail)
-        if not complete and not is_complete(end):
-            return
-        head = tail.head if self._encoding is None else end  # complete and decoded
+    def _settle(self, head: bytes, end: bytes) -> None:
         events = head.lstrip()[:1] != b"{"
         usage = find_usage(end, head if events else b"") or find_usage(head)
-        if usage is not None:
-            if is_input_only(self._call.path):  # some report the total only
-                usage = Usage(usage.total, 0, usage.total)
-            amounts = self._profile.settled(self._call, usage)
-            if amounts:
-                if "tokens" not in amounts:  # else it would become the sum of input and output
-                    amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
-                self._lease.settle(**amounts)
-            if usage.output_tokens:
-                self._forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
-
-    def _decode(self, tail: Tail) -> bytes:
-        """Return what is kept of the body, decoded by the client's own library if necessary."""
-        raw = tail.read()
-        if self._encoding is None:
-            return raw
-        headers = {"content-encoding": self._encoding}
-        try:
-            return bytes(type(self._reply)(200, headers=headers, content=raw).content)
-        except Exception:  # noqa: BLE001 - cut off, or in an unknown encoding
-            return b""
+        if usage is None:
+            return
+        if is_input_only(self._call.path):  # some report the total only
+            usage = Usage(usage.total, 0, usage.total)
+        amounts = self._profile.settled(self._call, usage)
+        if amounts:
+            if "tokens" not in amounts:  # else it would become the sum of input and output
+                amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
+            self._lease.settle(**amounts)
+        if usage.output_tokens:
+            self._lane.forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
 
 
 def _encoding(headers: Any) -> str | None:
     """Return the encoding of a body, or None."""
     for name, value in header_pairs(headers):
-        if len(name) == len(_ENCODING) and name.lower() == _ENCODING:  # few names are this long
-            return None if value == b"identity" else value.decode("latin-1")
+        if name.lower() == b"content-encoding" and value != b"identity":
+            return value.decode("latin-1").lower()
     return None

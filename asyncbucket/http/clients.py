@@ -2,25 +2,29 @@
 
 import functools
 import importlib.util
+import sys
 from typing import Any, Final
 
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.by_loop import PerLoopTransport
-from asyncbucket.http.profiles import Profile
 from asyncbucket.http.routes import Routing
 from asyncbucket.http.transport import (
     FAMILIES,
     POOL,
     Family,
+    PacedTransport,
     check_family,
+    family_of,
     library_named,
-    transport,
-    transport_sync,
 )
+from asyncbucket.providers.profiles import Profile
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0
 _CONNECT_TIMEOUT: Final = 5.0
+#: SDKs that take a client of one of the two libraries, and show which one by this class.
+_SDKS: Final = ("openai", "anthropic")
+_SDK_CLIENT: Final = "DefaultHttpxClient"
 
 
 def http_client(
@@ -40,18 +44,20 @@ def http_client(
 
     Args:
         limiter: what admits the requests.
-        family: ``"httpx"`` (openai before 3) or ``"httpx2"``; ``"auto"`` takes the first installed.
+        family: ``"httpx"`` (openai before 3, anthropic before 1) or ``"httpx2"``; ``"auto"`` takes
+            the one that the imported SDK is built on, or else the first installed.
         sync: return a synchronous client.
-        profile: see `asyncbucket.http.transport.transport`.
+        profile: see `asyncbucket.http.transport.PacedTransport`.
         learn: see there.
         routes: see there.
         options: arguments for the client, ``timeout=`` for example.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: ``family`` or ``profile`` is not known.
+        ValueError: ``family`` or ``profile`` is not known, or imported SDKs are built on both.
     """
-    library = _library(family)
+    check_family(family)
+    library = library_named(_wanted_family() if family == "auto" else family)
     defaults = {
         "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),
         "limits": library.Limits(**POOL),
@@ -60,17 +66,13 @@ def http_client(
     cls = library.Client if sync else library.AsyncClient
     make_client: Any = functools.partial(cls, **(defaults | options))
     client = make_client()
-
-    pacing_options: dict[str, Any] = {"profile": profile, "learn": learn, "routes": routes}
     given = [options.get("transport"), *(options.get("mounts") or {}).values()]
 
-    def paced(pattern: Any) -> Any:
+    def paced(pattern: Any) -> PacedTransport:
         inner = _transport_for(pattern, client)
-        if sync:
-            return transport_sync(limiter, inner, **pacing_options)
-        if inner not in given:  # one that was given is the same on every loop
+        if not sync and inner not in given:  # one that was given is the same on every loop
             inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
-        return transport(limiter, inner, **pacing_options)
+        return PacedTransport(limiter, inner, profile=profile, learn=learn, routes=routes)
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.
@@ -86,11 +88,17 @@ def _transport_for(pattern: Any, client: Any) -> Any:
     return client._mounts.get(pattern, client._transport)  # noqa: SLF001
 
 
-def _library(family: Family) -> Any:
-    check_family(family)
-    if family != "auto":
-        return library_named(family)
-    for name in FAMILIES:
-        if importlib.util.find_spec(name) is not None:
-            return library_named(name)
-    raise ImportError(f"no HTTP client is installed: pip install {FAMILIES[0]}")
+def _wanted_family() -> str:
+    """Return the library that the imported SDKs are built on, or else the first installed."""
+    classes = (getattr(sys.modules.get(name), _SDK_CLIENT, None) for name in _SDKS)
+    wanted = {family_of(cls) for cls in classes if isinstance(cls, type)}
+    if len(wanted) > 1:
+        raise ValueError(
+            "of the imported SDKs, one is built on httpx and one on httpx2: pass family='httpx' (openai "
+            "before 3, anthropic before 1) or family='httpx2' (openai from 3, anthropic from 1)"
+        )
+    installed = (name for name in FAMILIES if importlib.util.find_spec(name) is not None)
+    family = next(iter(wanted), None) or next(installed, None)
+    if family is None:
+        raise ImportError(f"no HTTP client is installed: pip install {FAMILIES[0]}")
+    return family

@@ -5,36 +5,21 @@ is a child of the transport's limiter; `Routes` decides which one a request is f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeAlias
 
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.http.profiles import Call
+from asyncbucket.providers.profiles import Call
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None
 #: What people pass as ``routes=``.
 Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Send calls of a path and a model, each with wildcards, to a limiter."""
-
-    path: str | None
-    model: str | None
-    target: Target
-
-    def matches(self, call: Call) -> bool:
-        if self.path is not None and not fnmatchcase(call.path, self.path):
-            return False
-        if self.model is None:
-            return True
-        model = call.body.get("model")
-        return isinstance(model, str) and fnmatchcase(model, self.model)
+#: A path and a model, each with wildcards, or None for any; and where such calls go.
+_Rule: TypeAlias = tuple[str | None, str | None, Target]
 
 
 class Routes:
@@ -54,20 +39,18 @@ class Routes:
 
     def __init__(self, limiter: Limiter, routing: Routing) -> None:
         self._limiter = limiter
-        if not isinstance(routing, Mapping) and not callable(routing):
+        if isinstance(routing, Mapping):
+            rules = [(*_parse(pattern), target) for pattern, target in routing.items()]
+            for *_, target in rules:
+                self._check(target)  # report mistakes at once
+            self._choose: Callable[[Call], Target] = partial(_first_match, rules)
+        elif callable(routing):
+            self._choose = routing
+        else:
             raise TypeError(
                 f'routes must be a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
                 f"not {routing!r}"
             )
-        if isinstance(routing, Mapping):
-            rules = [_parse_rule(pattern, target) for pattern, target in routing.items()]
-            for rule in rules:
-                self._check(rule.target)  # report mistakes at once
-            self._choose: Callable[[Call], Target] = lambda call: next(
-                (rule.target for rule in rules if rule.matches(call)), None
-            )
-        else:
-            self._choose = routing
 
     def of(self, call: Call) -> Limiter:
         """Return the limiter that ``call`` is for."""
@@ -95,7 +78,18 @@ class Routes:
         return target
 
 
-def _parse_rule(pattern: str, target: Target) -> _Rule:
+def _first_match(rules: list[_Rule], call: Call) -> Target:
+    named = call.body.get("model")
+    for path, model, target in rules:
+        if path is not None and not fnmatchcase(call.path, path):
+            continue
+        if model is None or (isinstance(named, str) and fnmatchcase(named, model)):
+            return target
+    return None
+
+
+def _parse(pattern: str) -> tuple[str | None, str | None]:
+    """Return the path and the model of a pattern."""
     parts = pattern.split() if isinstance(pattern, str) else []
     path = parts.pop(0) if parts and parts[0].startswith("/") else None
     model = parts.pop(0) if parts else None
@@ -104,4 +98,4 @@ def _parse_rule(pattern: str, target: Target) -> _Rule:
             f'a route must be a path, a model, or both, such as "/v1/chat/completions gpt-4o*", '
             f"not {pattern!r}"
         )
-    return _Rule(path, model, target)
+    return path, model

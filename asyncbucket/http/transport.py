@@ -2,36 +2,34 @@
 
 A transport is the lowest layer of a client. Redirects, authentication and an SDK's retries are
 above it, so each of their attempts comes through here and waits its turn, before the client's
-time-outs begin to count. It has no base class, because httpx and httpx2 need none. It returns its
-inner transport's own response, whose stream is replaced by one that watches the chunks pass. That
-stream must be of the library's own kind (the client checks), so its class is derived from that of
-the original stream.
+time-outs begin to count. It has no base class, because httpx and httpx2 need none, and serves
+async and synchronous clients alike. It returns its inner transport's own response, whose stream is
+replaced by one that watches the chunks pass.
 
-A call that is already paced by the same limiter, by a wrapped model above or by a paced transport
-beneath, is charged once: the transport lets it pass, reads the headers, and logs what to change. An
-SDK's own retries above do not break the limits, since each attempt is admitted; but they wait
-twice, in the SDK's back-off and in line, so they are mentioned once in the log.
+A call that is already paced by the same limiter, by a wrapped model or another transport above, is
+charged once: the transport lets it pass, reads the headers, and logs what to change. A transport
+notes in the request's extensions that it has paid, so another one beneath it finds the note even
+if a foreign transport between them copies the request or sends it from another task.
+
+Clients copy the extensions of a request to those that follow its redirects. So the note also tells
+which host was asked in the first place: what the headers of another host say is not learned.
 """
 
 import importlib
 import logging
-import threading
-from abc import ABC, abstractmethod
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.by_loop import PerLoopTransport
-from asyncbucket.http.failures import FIRST_ERROR
-from asyncbucket.http.lane import acquire_keywords
-from asyncbucket.http.layers import Layers
-from asyncbucket.http.profiles import Profile
-from asyncbucket.http.reading import RequestReader, has_method
+from asyncbucket.http.bodies import reply_body, request_body
+from asyncbucket.http.pricing import RequestReader
 from asyncbucket.http.routes import Routing
-from asyncbucket.http.running import give_up_slots
-from asyncbucket.http.streams import reply_body_class, request_body
+from asyncbucket.nesting import give_up_slots, on_one_path, paying_limiter
+from asyncbucket.providers.errors import FIRST_ERROR
+from asyncbucket.providers.profiles import Profile
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
 
 Family = Literal["auto", "httpx", "httpx2"]
 
@@ -39,23 +37,35 @@ FAMILIES: Final = ("httpx", "httpx2")
 #: The SDKs' pool size; the limiter decides how many calls are in flight.
 POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
+#: The methods by which async and synchronous clients send a request.
+_METHODS: Final = ("handle_async_request", "handle_request")
+#: Where the note is in a request's extensions.
+_NOTE: Final = "asyncbucket"
+_RETRY_COUNT: Final = "x-stainless-retry-count"
+#: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.
+_KEY_HEADERS: Final = ("authorization", "x-api-key", "api-key")
+
 _log: Final = logging.getLogger("asyncbucket")
 
 
-def transport(
-    limiter: Limiter,
-    inner: Any = None,
-    *,
-    family: Family = "auto",
-    profile: Profile | str | None = None,
-    learn: bool = True,
-    routes: Routing | None = None,
-) -> "PacedTransport":
-    """Return an async transport that paces every request by ``limiter``.
+class _Note:
+    """Say which limiter has paid for a request that is being sent, and which host it is for."""
 
-    A client that is given a transport ignores its own ``http2=``, ``verify=``, ``limits=`` and the
-    proxies of the environment. For those, pass ``inner=httpx.AsyncHTTPTransport(http2=True)``, or
-    use `asyncbucket.http.clients.http_client`, which keeps them.
+    __slots__ = ("host", "limiter", "sending")
+
+    def __init__(self, limiter: Limiter, host: str) -> None:
+        self.limiter = limiter
+        self.host = host
+        self.sending = True
+
+
+class PacedTransport:
+    """Pace every request of a client, async or synchronous, by ``limiter``.
+
+    A synchronous client blocks its thread while it waits. A client that is given a transport ignores
+    its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment. For those, pass
+    ``inner=httpx.AsyncHTTPTransport(http2=True)``, or use `asyncbucket.http.clients.http_client`,
+    which keeps them.
 
     Args:
         limiter: what admits the requests.
@@ -71,60 +81,46 @@ def transport(
 
     Raises:
         ValueError: ``family``, ``profile`` or a route cannot be understood.
-        TypeError: ``inner`` is not an async transport, or a route's target is not a child or a
-            name.
+        TypeError: ``inner`` is not a transport, or a route's target is not a child or a name.
         ImportError: the library that ``family`` names is not installed.
     """
-    return PacedTransport(
-        limiter, inner, family=family, profile=profile, learn=learn, routes=routes
-    )
-
-
-def transport_sync(
-    limiter: Limiter,
-    inner: Any = None,
-    *,
-    family: Family = "auto",
-    profile: Profile | str | None = None,
-    learn: bool = True,
-    routes: Routing | None = None,
-) -> "PacedTransportSync":
-    """Return a transport for synchronous clients; see `transport`. Waiting blocks the thread."""
-    return PacedTransportSync(
-        limiter, inner, family=family, profile=profile, learn=learn, routes=routes
-    )
-
-
-class _BaseTransport(ABC):
-    """What both kinds of transport share."""
-
-    #: The inner transport's method that sends a request.
-    _method = ""
 
     def __init__(
         self,
         limiter: Limiter,
-        inner: Any,
+        inner: Any = None,
         *,
-        family: Family,
-        profile: Profile | str | None,
-        learn: bool,
-        routes: Routing | None,
+        family: Family = "auto",
+        profile: Profile | str | None = None,
+        learn: bool = True,
+        routes: Routing | None = None,
     ) -> None:
         check_family(family)
-        self.limiter: Limiter = limiter
-        if isinstance(inner, _BaseTransport):
-            inner = self._sending_transport(inner)
-        if inner is not None and not has_method(inner, self._method):
+        sends = any(callable(getattr(inner, method, None)) for method in _METHODS)
+        if inner is not None and (isinstance(inner, type) or not sends):
             what = inner if isinstance(inner, type) else type(inner).__name__
-            raise TypeError(f"inner must be a transport with {self._method}(), not {what}")
-        if inner is None and family != "auto":
-            inner = self._make(family)
-        #: What sends the requests; None until the first request shows which library it is.
-        self.inner: Any = inner
-        self._opening = threading.Lock()
+            raise TypeError(
+                f"inner must be a transport with handle_async_request() or handle_request(), not {what}"
+            )
+        self.limiter: Limiter = limiter
+        self._inner = inner
+        self._family = None if family == "auto" else library_named(family)
+        #: The library's own transports, by the name of their method.
+        self._made: dict[str, Any] = {}
+        self._making = Lock()
         self._reader = RequestReader(limiter, profile=profile, learn=learn, routes=routes)
-        self._layers = Layers(limiter)
+        self._counted = self._seen_failure = False
+        self._warned: set[str] = set()
+
+    @property
+    def inner(self) -> Any:
+        """The transport that sends the requests; None if none was given and none was needed yet.
+
+        SDKs and tools that look at a client's transport, its class, its pool or its proxy, find
+        them here. On an event loop that is the transport with this loop's connections.
+        """
+        inner = self._inner or next((made for made in map(self._made.get, _METHODS) if made), None)
+        return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
 
     @property
     def ignored_headers(self) -> int:
@@ -132,164 +128,172 @@ class _BaseTransport(ABC):
         return self._reader.ignored_headers
 
     def __repr__(self) -> str:
-        inner = "transport" if self.inner is None else type(self.inner).__name__
-        return f"<{type(self).__name__} of {self.limiter.name!r} above {inner}>"
-
-    def _sending_transport(self, inner: "_BaseTransport") -> Any:
-        """Return the transport that will send the requests, if ``inner`` is a paced one."""
-        ours, theirs = self.limiter, inner.limiter
-        if is_under(ours, theirs):
-            _log.warning(
-                "a transport of limiter %r is put above one of %r: calls are charged once; "
-                "give the inner transport itself",
-                *(ours.name, theirs.name),
-            )
-            return inner.inner
-        if is_under(theirs, ours):
-            raise ValueError(
-                f"a transport of limiter {ours.name!r} above one of its child {theirs.name!r} would "
-                f"charge calls twice; give the child's transport to the client"
-            )
-        return inner
-
-    def _open(self, request: Any) -> Any:
-        """Make an inner transport of the library of ``request``."""
-        with self._opening:  # the first requests may come on several threads
-            if self.inner is None:
-                self.inner = self._make(family_of(request))
-        return self.inner
-
-    @abstractmethod
-    def _make(self, family: str) -> Any:
-        """Return a transport of that library, with the SDKs' pool."""
-
-    def _watch(self, attempt: Attempt, reply: Any, body_class: type[Any] | None) -> Any:
-        """Return ``reply`` with a stream that watches the body."""
-        attempt.headers_received(reply)
-        if reply.status_code >= FIRST_ERROR:
-            self._layers.seen_failure = True
-        if body_class is None or reply.is_closed:
-            if reply.is_closed:  # it came with its body, as in tests
-                attempt.chunk_received(reply.content)
-            attempt.body_ended(complete=True)
-        else:
-            reply.stream = body_class(reply.stream, attempt)
-        return reply
-
-
-class PacedTransport(_BaseTransport):
-    """Pace an async client's requests; made by `transport`."""
-
-    _method = "handle_async_request"
+        inner = self.inner
+        what = "transport" if inner is None else type(inner).__name__
+        return f"<{type(self).__name__} of {self.limiter.name!r} above {what}>"
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
-        inner = self.inner or self._open(request)
-        lane, call, profile, cost = self._reader.read(request)
-        limiter = lane.limiter
-        self._layers.check(request)
-        if cost is None or self._layers.have_paid(limiter):
-            sent_at = limiter.now()
-            reply = await inner.handle_async_request(request)
-            ok = reply.status_code < FIRST_ERROR
-            lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
-            return reply
-        give_up_slots(limiter)
-        lease = await limiter.acquire(**acquire_keywords(cost))
-        attempt = lane.attempt(lease, call, profile)
-        body = paced_body = request.stream
-        try:
-            request.stream = paced_body = request_body(body, attempt, "AsyncByteStream")
-            reply = await inner.handle_async_request(request)
-            return self._watch(attempt, reply, reply_body_class(reply.stream, "AsyncByteStream"))
-        except BaseException as error:
-            self._layers.seen_failure = True
-            attempt.failed(error)
-            raise
-        finally:
-            if request.stream is paced_body:  # else its reader has put a body there to resend
-                request.stream = body
-
-    def _make(self, family: str) -> Any:
-        library = library_named(family)
-        limits = library.Limits(**POOL)
-        return PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
-
-    async def aclose(self) -> None:
-        """Close the inner transport."""
-        if self.inner is not None:
-            await self.inner.aclose()
-
-    async def __aenter__(self) -> Self:
-        if self.inner is not None:
-            await self.inner.__aenter__()
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        if self.inner is not None:
-            await self.inner.__aexit__(exc_type, exc, traceback)
-
-
-class PacedTransportSync(_BaseTransport):
-    """Pace a synchronous client's requests; made by `transport_sync`."""
-
-    _method = "handle_request"
+        return await self._handle(request, ASYNC, "handle_async_request")
 
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
-        inner = self.inner or self._open(request)
-        lane, call, profile, cost = self._reader.read(request)
+        return run(self._handle(request, SYNC, "handle_request"))
+
+    async def _handle(self, request: Any, io: IO, method: str) -> Any:
+        inner = self._inner or self._made.get(method) or self._make(method, request)
+        send = getattr(inner, method, None)
+        if send is None:
+            raise TypeError(
+                f"the inner transport {type(inner).__name__} has no {method}(): it is for the other "
+                f"kind of client"
+            )
+        extensions, host = request.extensions, request.url.host
+        above: _Note | None = extensions.get(_NOTE)
+        first_host = host if above is None else above.host
+        teaches = host == first_host
+        lane, call, profile, cost = self._reader.read(request, teaches=teaches)
         limiter = lane.limiter
-        self._layers.check(request)
-        if cost is None or self._layers.have_paid(limiter):
+        self._check(request)
+        if cost is None or self._is_paid(limiter, above):
             sent_at = limiter.now()
-            reply = inner.handle_request(request)
-            ok = reply.status_code < FIRST_ERROR
-            lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
+            reply = await io.call(send, request)
+            if teaches:
+                ok = reply.status_code < FIRST_ERROR
+                lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
             return reply
         give_up_slots(limiter)
-        lease = limiter.acquire_sync(**acquire_keywords(cost))
-        attempt = lane.attempt(lease, call, profile)
-        body = paced_body = request.stream
+        attempt = Attempt(
+            lane, await io.acquire(limiter, cost=cost), call, profile, teaches=teaches
+        )
+        note = _Note(limiter, first_host)
+        request.extensions = {**extensions, _NOTE: note}
+        body = request.stream
+        request.stream = paced_body = request_body(body, attempt)
         try:
-            request.stream = paced_body = request_body(body, attempt, "SyncByteStream")
-            reply = inner.handle_request(request)
-            return self._watch(attempt, reply, reply_body_class(reply.stream, "SyncByteStream"))
+            return self._watched(attempt, await io.call(send, request))
         except BaseException as error:
-            self._layers.seen_failure = True
+            self._seen_failure = True
             attempt.failed(error)
             raise
         finally:
+            note.sending = False
             if request.stream is paced_body:  # else its reader has put a body there to resend
                 request.stream = body
 
-    def _make(self, family: str) -> Any:
-        library = library_named(family)
-        return library.HTTPTransport(limits=library.Limits(**POOL))
+    def _watched(self, attempt: Attempt, reply: Any) -> Any:
+        """Return ``reply`` with a stream that watches the body."""
+        attempt.headers_received(reply)
+        if reply.status_code >= FIRST_ERROR:
+            self._seen_failure = True
+        if reply.is_closed:  # it came with its body, as in tests
+            attempt.chunk_received(reply.content)
+            attempt.body_ended(complete=True)
+            return reply
+        body = reply_body(reply.stream, attempt)
+        if body is None:
+            attempt.body_ended(complete=True)
+        else:
+            reply.stream = body
+        return reply
+
+    def _make(self, method: str, request: Any) -> Any:
+        """Make a transport of the library of ``request``, with the SDKs' pool."""
+        family = family_of(type(request))
+        if family is None:
+            what = type(request).__name__
+            raise TypeError(f"a transport sends requests of httpx or httpx2, not {what}")
+        library = self._family or library_named(family)
+        limits = library.Limits(**POOL)
+        with self._making:  # the first requests may come on several threads
+            if method not in self._made and method == "handle_request":
+                self._made[method] = library.HTTPTransport(limits=limits)
+            elif method not in self._made:
+                make = library.AsyncHTTPTransport
+                self._made[method] = PerLoopTransport(lambda: make(limits=limits))
+            return self._made[method]
+
+    def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
+        """Tell whether a layer above has already paid for the request, and warn once."""
+        payer, layer = paying_limiter(limiter), "a model"
+        if payer is None and above is not None and above.sending:
+            payer, layer = above.limiter, "another transport"
+        if payer is None or not on_one_path(payer, limiter):
+            return False
+        remedy = f"give {layer} a plain client, or don't pace it"
+        if not is_under(payer, limiter):
+            remedy = (
+                f"the limits of {limiter.name!r} are not kept; pace {layer} by that child, or not "
+                f"at all"
+            )
+        self._warn_once(
+            limiter.name,
+            "calls that %s has paid for by limiter %r come through a transport of %r, too: they are "
+            "charged once, above; %s",
+            *(layer, payer.name, limiter.name, remedy),
+        )
+        return True
+
+    def _check(self, request: Any) -> None:
+        """Warn once if an SDK above retries by itself, or if many similar limiters are made."""
+        if not self._counted:
+            self._counted = True
+            key = next(filter(None, map(request.headers.get, _KEY_HEADERS)), None)
+            if DUPLICATE_LIMITERS.is_one_too_many(self.limiter, key, request.url.host):
+                _log.warning(
+                    "%d limiters like %r were made for the same host and key: one that is made for "
+                    "each request remembers nothing, and limits nothing; make it and its client "
+                    "once, when the program starts",
+                    *(WARNING_THRESHOLD, self.limiter),
+                )
+        if self._seen_failure and request.headers.get(_RETRY_COUNT, "0") != "0":
+            self._warn_once(
+                _RETRY_COUNT,
+                "the SDK above the transport of limiter %r tries failed calls again by itself: "
+                "each attempt is charged and waits in line after the SDK's own back-off; if "
+                "anything above it retries too, pass max_retries=0 to the SDK",
+                self.limiter.name,
+            )
+
+    def _warn_once(self, topic: str, message: str, *args: object) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            _log.warning(message, *args)
+
+    async def aclose(self) -> None:
+        """Close the inner transport."""
+        inner = self._inner or self._made.get("handle_async_request")
+        if inner is not None:
+            await inner.aclose()
 
     def close(self) -> None:
         """Close the inner transport."""
-        if self.inner is not None:
-            self.inner.close()
+        inner = self._inner or self._made.get("handle_request")
+        if inner is not None:
+            inner.close()
 
-    def __enter__(self) -> Self:
-        if self.inner is not None:
-            self.inner.__enter__()
+    async def __aenter__(self) -> Self:
+        if self._inner is not None:
+            await self._inner.__aenter__()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None = None,
-        exc: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
-        if self.inner is not None:
-            self.inner.__exit__(exc_type, exc, traceback)
+    async def __aexit__(self, *error: object) -> None:
+        await (self.aclose() if self._inner is None else self._inner.__aexit__(*error))
+
+    def __enter__(self) -> Self:
+        if self._inner is not None:
+            self._inner.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._inner is None:
+            self.close()
+        else:
+            self._inner.__exit__(*error)
+
+
+#: One transport serves both kinds of client; both names are in use.
+transport = transport_sync = PacedTransport
 
 
 def check_family(family: str) -> None:
@@ -310,14 +314,7 @@ def library_named(family: str) -> Any:
         raise ImportError(f"{family} is not installed: pip install {family}") from error
 
 
-def family_of(request: Any) -> str:
-    """Return the library that made a request.
-
-    Raises:
-        TypeError: it is made by neither.
-    """
-    for cls in type(request).__mro__:
-        family = cls.__module__.partition(".")[0]
-        if family in FAMILIES:
-            return family
-    raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(request).__name__}")
+def family_of(cls: type[Any]) -> str | None:
+    """Return the library that a class comes from, or is derived from; None if it is neither."""
+    families = (base.__module__.partition(".")[0] for base in cls.__mro__)
+    return next((family for family in families if family in FAMILIES), None)

@@ -30,11 +30,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
-from asyncbucket.http.by_loop import ByLoop
-from asyncbucket.http.held import HeldLease, innermost_held_lease
-from asyncbucket.http.profiles import GENERIC, profile_of
-from asyncbucket.http.usage import usage_of
+from asyncbucket.by_loop import ByLoop
 from asyncbucket.llama_index.held import HeldCall
+from asyncbucket.nesting import HeldLease, innermost_held_lease
+from asyncbucket.providers.profiles import GENERIC, profile_of
+from asyncbucket.providers.usage import usage_of
 
 C = TypeVar("C")
 

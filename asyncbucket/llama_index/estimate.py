@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.core.cost import rounded_up
-from asyncbucket.http.body import (
+from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
+from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
     is_positive_integer,
     replies_of,
 )
-from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 
 if TYPE_CHECKING:
     from llama_index.core.base.llms.types import ChatMessage

@@ -13,8 +13,8 @@ from pydantic import ConfigDict
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.node import shown_name
-from asyncbucket.http.running import give_up_slots
 from asyncbucket.llama_index.misuse import warn_of_time_out
+from asyncbucket.nesting import give_up_slots
 
 _dispatcher: Final = get_dispatcher(__name__)
 

@@ -21,10 +21,10 @@ from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.failures import end_failed, never_sent
-from asyncbucket.http.held import HeldLease, held_leases, innermost_held_lease
-from asyncbucket.http.learn import HeaderReader
-from asyncbucket.http.usage import Usage, usage_of
+from asyncbucket.nesting import HeldLease, held_leases, innermost_held_lease
+from asyncbucket.providers.errors import end_failed, never_sent
+from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.usage import Usage, usage_of
 
 T = TypeVar("T")
 

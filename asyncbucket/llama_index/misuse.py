@@ -14,9 +14,9 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import asyncbucket
+from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
-from asyncbucket.http.duplicates import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.llama_index.clients import is_client
 
 #: What `llama_index.core.workflow` sets around each step of a workflow.

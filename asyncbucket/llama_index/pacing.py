@@ -9,12 +9,12 @@ from asyncbucket.core.context import inherited
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import effective_limiter, in_force, provider_of
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.held import holding
-from asyncbucket.http.learn import HeaderReader
-from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator, Observer
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.held import HeldCall, held_call, nested
+from asyncbucket.nesting import holding
+from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.retry import Retrier, Retry, Sent
 
 T = TypeVar("T")

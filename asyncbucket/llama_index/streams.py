@@ -32,11 +32,11 @@ from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.http.held import holding
-from asyncbucket.http.usage import Usage, usage_of
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.held import HeldCall
 from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.nesting import holding
+from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.retry import Sent
 
 if TYPE_CHECKING:

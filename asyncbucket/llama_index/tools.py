@@ -1,6 +1,6 @@
 """A paced tool: each of its calls waits for one admission.
 
-What a tool holds while it makes calls itself: see `asyncbucket.http.running`. A tool is never
+What a tool holds while it makes calls itself: see `asyncbucket.nesting`. A tool is never
 retried: only its author knows what it has done by then. LlamaIndex's agents show a tool's errors to
 the model, including a refusal by the limiter.
 """
@@ -18,9 +18,9 @@ from llama_index.core.tools.types import AsyncBaseTool
 from asyncbucket.core.doors import call_amounts
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.http.running import is_running, running
 from asyncbucket.llama_index.events import admit, admit_sync
 from asyncbucket.llama_index.mixin import LimiterAttribute, paced_subclass
+from asyncbucket.nesting import is_running, running
 
 T = TypeVar("T")
 

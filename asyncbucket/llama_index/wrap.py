@@ -24,7 +24,7 @@ Where a call is paced
     *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
     *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
     *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
-    make. See `tools`, and `asyncbucket.http.running` for what they hold meanwhile.
+    make. See `tools`, and `asyncbucket.nesting` for what they hold meanwhile.
 
 The traps, and where they are handled
     Public methods call public methods, and would pay twice: `held`. A stream holds its slot until

@@ -1,8 +1,8 @@
 """Know before you pay: how long calls take, what binds, and what other limits would gain.
 
 `plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there
-is no second model of a limiter that could be wrong. The other modules decide what calls cost and
-how long they take (`samples`), when they come (`arrivals`), and present the result (`result`).
+is no second model of a limiter that could be wrong. `samples` and `load` decide what calls cost,
+how long they take and when they come; `outlook` and `result` say what came of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,40 +10,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.wording import read_count, shown
 
 if TYPE_CHECKING:
-    from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson
-    from asyncbucket.plan.result import Plan, PlannedLimit, PlannedTenant, PlannedWaits
+    from asyncbucket.plan.load import Arrivals, Poisson
+    from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
     from asyncbucket.plan.samples import Sample, Samples
-    from asyncbucket.plan.tenants import Tenant
+
+#: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
+_LAZY: Final = {
+    **dict.fromkeys(("Arrivals", "Poisson"), "load"),
+    **dict.fromkeys(("Plan", "PlannedLimit", "PlannedWaits"), "result"),
+    **dict.fromkeys(("Sample", "Samples"), "samples"),
+}
 
 __all__ = [
-    "AgentTree",
     "Arrivals",
     "Plan",
     "PlannedLimit",
-    "PlannedTenant",
     "PlannedWaits",
     "Poisson",
     "Sample",
     "Samples",
-    "Tenant",
     "plan",
 ]
 
-#: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
-_LAZY: Final = {
-    "AgentTree": "arrivals",
-    "Arrivals": "arrivals",
-    "Poisson": "arrivals",
-    "Plan": "result",
-    "PlannedLimit": "result",
-    "PlannedTenant": "result",
-    "PlannedWaits": "result",
-    "Sample": "samples",
-    "Samples": "samples",
-    "Tenant": "tenants",
-}
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def plan(  # noqa: PLR0913 - a plan has this many parameters
@@ -57,7 +53,6 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     concurrency: int | None = None,
     latency: "Samples | None" = None,
     arrivals: "Arrivals" = None,
-    tenants: "Mapping[str, Tenant] | None" = None,
     what_if: bool | None = None,
     count_tokens: Callable[[str], int] | None = None,
     profile: str = "openai",
@@ -78,10 +73,13 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     such as ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's
     batch files. A sample of latency is a number or an object with ``latency``.
 
+    All calls stand in one line. To see how tenants, children or agents that start agents share
+    limits, run them with a `Limiter` on virtual time: `asyncbucket.testing.virtual_time`.
+
     Args:
         limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
-        calls: how many; may be omitted if samples, instants or an agent tree determine it. At most
-            10 million, or a million with tenants: a plan simulates each one.
+        calls: how many; may be omitted if samples or instants determine it. At most 10 million: a
+            plan simulates each one.
         tokens: tokens reserved by a call, input and output together.
         input_tokens: tokens sent.
         output_tokens: tokens expected back.
@@ -90,13 +88,11 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         resources: amounts of other resources that are limited, e.g. ``{"images": 3}``.
         concurrency: the most calls in flight at once.
         latency: seconds from a call's admission to its end; none by default.
-        arrivals: when calls come: all at once, `Poisson`, the instants in seconds, or an `AgentTree`.
-        tenants: who shares the limits, by name, each with calls of its own: `Tenant`.
+        arrivals: when calls come: all at once, `Poisson`, or the instants in seconds.
         what_if: whether to find out what other limits would gain, which takes two more runs for
-            each limit that any call waits for; by default up to 100,000 calls, or 20,000 with
-            tenants.
+            each limit that any call waits for; by default up to 100,000 calls.
         count_tokens: counts the tokens of a text; by default four characters are a token.
-        profile: how the provider charges a request's body: see `asyncbucket.http.profiles`.
+        profile: how the provider charges a request's body: see `asyncbucket.providers.profiles`.
         seed: the seed of everything that is drawn at random.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
 
@@ -106,40 +102,32 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         ValueError, TypeError: something is missing or makes no sense; the message says what.
         OSError: a file cannot be read.
     """
-    from asyncbucket.plan.load import loads_of
+    from asyncbucket.plan.load import Load
     from asyncbucket.plan.outlook import make_plan
-    from asyncbucket.plan.samples import Tokens
-    from asyncbucket.plan.tenants import Tenant, bounds_of
+    from asyncbucket.plan.samples import Series, Tokens, read_seconds
 
-    everyone = Tenant(
-        calls=calls,
-        tokens=tokens,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        used_tokens=used_tokens,
-        latency=latency,
-        arrivals=arrivals,
-    )
-    read = Tokens(count=count_tokens, profile=profile)
-    tenants = {} if tenants is None else tenants
-    loads = loads_of(everyone, tenants, {} if resources is None else resources, read, seed)
-    limits_read = read_limits(limits, limits_by_keyword)
-    bounds = bounds_of(limits_read, concurrency, tenants)
+    read = read_limits(limits, limits_by_keyword)
+    if concurrency is not None:
+        concurrency = read_count(concurrency, "concurrency", least=1)
+    if resources is not None and not isinstance(resources, Mapping):
+        raise TypeError(
+            f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
+        )
+    units = {
+        **(resources or {}),
+        "tokens": tokens,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "used_tokens": used_tokens,
+    }
+    read_units = Tokens(count=count_tokens, profile=profile)
+    series = {name: Series(samples, name, read_units) for name, samples in units.items()}
+    series["latency"] = Series(0.0 if latency is None else latency, "latency", read_seconds)
     try:
-        return make_plan(loads, bounds, what_if=what_if)
+        load = Load(series, calls=calls, arrivals=arrivals, seed=seed)
+        load.check(read, concurrency)
+        return make_plan(load, read, concurrency, what_if=what_if)
     except OverflowError as error:
         raise ValueError(
             "a plan covers 292 years at most, and some latency or instant is beyond: give smaller ones"
         ) from error
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -1,214 +1,168 @@
-"""The input of a plan: which calls there are, what they cost, how long they take, when they come."""
+"""The calls of a plan: how many, what they cost, how long they take, and when they come."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import fields
-from itertools import islice, repeat
-from typing import Any
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.cost import Cost, amounts_of, rounded_up
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import named, read_count, shown
-from asyncbucket.plan.arrivals import AgentTree, Arrivals, Poisson, instants_of, read_instants
-from asyncbucket.plan.drive import Call, Follow
-from asyncbucket.plan.samples import Samples, Series, Tokens, read_seconds
-from asyncbucket.plan.tenants import Tenant
+from asyncbucket.core.wording import is_number, named, plain, read_count, shown
+from asyncbucket.plan.drive import Call
+from asyncbucket.plan.samples import Series
 
-_NANOSECONDS = 1_000_000_000
+#: The most calls of a plan: they take a minute or two and some gigabytes.
+_MOST: Final = 10_000_000
+_NANOSECONDS: Final = 1_000_000_000
+_TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
+#: The names of series that are no resources of their own.
+_ABOUT_CALLS: Final = _TOKENS | {"used_tokens", "latency"}
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Let calls come at random, independently: ``rate`` a second on average."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Refuse an invalid rate."""
+        if not is_number(self.rate) or not 0 < self.rate < math.inf:
+            raise ValueError(
+                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
+            )
+
+    def instants(self, calls: int, seed: str) -> Iterator[int]:
+        """Yield when each call comes, in nanoseconds."""
+        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        now = 0.0
+        for _ in range(calls):
+            now += rng.expovariate(self.rate)
+            yield round(now * _NANOSECONDS)
+
+
+Arrivals: TypeAlias = Poisson | Iterable[float] | None
+"""`Poisson`, the instants at which calls come (seconds), or None: all at once."""
 
 
 class Load:
-    """Yield the calls of a plan, the same ones each time; see `plan` for the arguments."""
+    """Yield each call with the instant (ns) at which it comes: the same ones every time.
+
+    Args:
+        series: what calls cost and how long they take, under the names that arguments of `plan`
+            have; other resources under their own.
+        calls: see `plan`.
+        arrivals: see `plan`.
+        seed: see `plan`.
+    """
 
     def __init__(
-        self,
-        *,
-        calls: int | None,
-        tokens: Mapping[str, Samples | None],
-        used_tokens: Samples | None,
-        resources: Mapping[str, Samples],
-        latency: Samples | None,
-        arrivals: Arrivals,
-        read: Tokens,
-        seed: str,
+        self, series: Mapping[str, Series], *, calls: int | None, arrivals: Arrivals, seed: int
     ) -> None:
-        self._tokens = {name: Series(value, name, read) for name, value in tokens.items()}
-        self._used = Series(used_tokens, "used_tokens", read)
-        self._others = {name: Series(value, name, read) for name, value in resources.items()}
-        self._latency = Series(0.0 if latency is None else latency, "latency", read_seconds)
-        if arrivals is not None and not isinstance(arrivals, (AgentTree, Poisson)):
-            arrivals = read_instants(arrivals)
-        self._arrivals = arrivals
-        self._seed = seed
-        #: How many calls there are.
-        self.calls = self._count(calls)
-
-    def _all_series(self) -> Iterator[Series]:
-        yield from (*self._tokens.values(), self._used, *self._others.values(), self._latency)
-
-    def _count(self, calls: int | None) -> int:
-        """Return how many calls there are, from whichever argument determines it."""
-        if calls is not None:
-            calls = read_count(calls, "calls", least=1)
-        if isinstance(self._arrivals, AgentTree):
-            total = self._arrivals.calls
-        elif isinstance(self._arrivals, list):
-            total = len(self._arrivals)
-        else:
-            total = calls or max(map(len, self._all_series()))
-        if not total:
+        self._series = series
+        self._seed = f"{seed}"
+        self._arrivals = arrivals if isinstance(arrivals, Poisson) else _read_instants(arrivals)
+        calls = None if calls is None else read_count(calls, "calls", least=1)
+        #: How many calls there are, from whichever argument determines it.
+        self.calls = calls or max(each.samples for each in series.values())
+        if isinstance(self._arrivals, list):
+            self.calls = len(self._arrivals)
+        if not self.calls:
+            raise ValueError("how many calls? give calls, samples or a file of them, or instants")
+        if calls not in (None, self.calls):
             raise ValueError(
-                "how many calls? give calls, samples or a file of them, instants, or a tree of agents"
+                f"calls={calls:,} contradicts the arrivals, which are {self.calls:,} calls; leave "
+                "it out"
             )
-        if calls not in (None, total):
+        if self.calls > _MOST:
             raise ValueError(
-                f"calls={calls:,} contradicts the arrivals, which are {total:,} calls; leave it out"
+                f"{self.calls:,} calls are more than the {_MOST:,} that a plan runs through: plan "
+                "a part of them; where limits bind, twice the calls take twice as long"
             )
-        return total
 
-    def check(
-        self, limits: Iterable[Limit], concurrency: int | None, *, counted: Container[str]
-    ) -> None:
+    def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
         """Refuse limits on something unknown, which would not bind in the plan.
-
-        Args:
-            limits: what these calls pass.
-            concurrency: the slots that they share.
-            counted: the resources of all limits of the plan, other tenants' included.
 
         Raises:
             ValueError: the message says what is missing.
         """
         limited = {limit.resource for limit in limits}
-        tokens = sorted(limited & self._tokens.keys())
-        if tokens and not any(series.given for series in self._tokens.values()):
+        others = set(self._series) - _ABOUT_CALLS
+        tokens = sorted(limited & _TOKENS)
+        if tokens and not any(self._series[name].given for name in _TOKENS):
             raise ValueError(
-                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a call has: "
-                "give tokens=, or input_tokens= and output_tokens="
+                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
+                "call has: give tokens=, or input_tokens= and output_tokens="
             )
-        others = limited - self._tokens.keys() - {"requests"}
-        for name in sorted(others - self._others.keys()):
+        for name in sorted(limited - _TOKENS - others - {"requests"}):
             raise ValueError(
                 f"a limit counts {name}, but nothing says how many a call takes: "
                 f"plan(..., resources={{{name!r}: 1}}) does"
             )
-        for name in self._others:
-            if name not in counted:
-                raise ValueError(f"no limit counts {name}, which resources= names: leave it out")
-        if concurrency is not None and self._latency.constant and not self._latency.value:
+        for name in others - limited:
+            raise ValueError(f"no limit counts {name}, which resources= names: leave it out")
+        if concurrency is not None and self._series["latency"].is_zero:
             raise ValueError(
-                f"what concurrency={concurrency} allows depends on how long calls take: give latency= in seconds"
+                f"what concurrency={concurrency} allows depends on how long calls take: give "
+                "latency= in seconds"
             )
 
-    def arrivals(self) -> tuple[Iterator[tuple[int, Call]], Follow | None]:
-        """Return the calls, each with its instant (ns), and a function for the calls that follow one."""
-        calls = self._draw()
-        tree = self._arrivals
-        if not isinstance(tree, AgentTree):
-            return zip(instants_of(tree, self.calls, self._seed), calls, strict=True), None
-
-        def generation(count: int, left: int) -> Iterator[Call]:
-            return (call._replace(generations=left) for call in islice(calls, count))
-
-        def follow(call: Call) -> Iterable[Call]:
-            left = call.generations
-            return generation(tree.followers(left), left - 1)
-
-        return zip(repeat(0), generation(tree.agents, tree.generations - 1), strict=False), follow
-
-    def _draw(self) -> Iterator[Call]:
-        if all(series.constant for series in self._all_series()):
-            return repeat(next(self._generate(1)), self.calls)
-        return self._generate(self.calls)
-
-    def _generate(self, count: int) -> Iterator[Call]:
-        tokens = zip(
-            *(self._values(series, count) for series in self._tokens.values()), strict=True
-        )
-        others = {name: self._values(series, count) for name, series in self._others.items()}
-        used = self._values(self._used, count)
-        seconds = self._values(self._latency, count)
-        for drawn, latency, used_tokens in zip(tokens, seconds, used, strict=True):
-            amounts = _amounts(dict(zip(self._tokens, drawn, strict=True)))
-            amounts |= {name: rounded_up(next(values), name) for name, values in others.items()}
-            settled = (
-                None
-                if used_tokens is None
-                else {"tokens": rounded_up(_units_of(used_tokens, "tokens"), "tokens")}
-            )
-            yield Call(amounts, round(latency * _NANOSECONDS), settled)
-
-    def _values(self, series: Series, count: int) -> Iterator[Any]:
-        return series.draw(count, self._seed)
+    def __iter__(self) -> Iterator[tuple[int, Call]]:
+        instants: Iterable[int] = repeat(0, self.calls)
+        if isinstance(self._arrivals, Poisson):
+            instants = self._arrivals.instants(self.calls, self._seed)
+        elif self._arrivals is not None:
+            instants = self._arrivals
+        columns = [each.draw(self.calls, self._seed) for each in self._series.values()]
+        drawn: tuple[Any, ...] = ()
+        call = Call({}, 0)
+        for instant, values in zip(instants, zip(*columns, strict=True), strict=True):
+            if values != drawn:  # most plans have many calls alike
+                call, drawn = _call(dict(zip(self._series, values, strict=True))), values
+            yield instant, call
 
 
-def _amounts(drawn: dict[str, float | Cost | None]) -> dict[str, int]:
-    """Return what a call takes, slot included, from what was drawn for its tokens."""
-    tokens = drawn["tokens"]
-    if isinstance(tokens, Cost):
-        return {**tokens, "concurrency": 1}
-    given, received = (
-        None if drawn[name] is None else _units_of(drawn[name], name)
-        for name in ("input_tokens", "output_tokens")
+def _call(drawn: dict[str, Any]) -> Call:
+    """Return a call from what was drawn for it."""
+    tokens, used = drawn["tokens"], _part(drawn["used_tokens"], "tokens")
+    sent, received = (_part(drawn[name], name) for name in ("input_tokens", "output_tokens"))
+    amounts = dict(tokens if isinstance(tokens, Cost) else amounts_of(1, tokens, sent, received))
+    amounts.pop("concurrency", None)
+    amounts |= {
+        name: rounded_up(amount, name) for name, amount in drawn.items() if name not in _ABOUT_CALLS
+    }
+    return Call(
+        amounts,
+        round(drawn["latency"] * _NANOSECONDS),
+        None if used is None else rounded_up(used, "tokens"),
     )
-    return amounts_of(1, tokens, given, received)
 
 
-def _units_of(value: float | Cost | None, name: str) -> float:
+def _part(value: float | Cost | None, name: str) -> float | None:
     """Return a number of units; of a cost, the part that is asked for."""
-    if isinstance(value, Cost):
-        return value.get(name, 0)
-    assert value is not None
-    return value
+    return value.get(name, 0) if isinstance(value, Cost) else value
 
 
-def loads_of(
-    everyone: Tenant,
-    tenants: Mapping[str, Tenant],
-    resources: Mapping[str, Samples],
-    read: Tokens,
-    seed: int,
-) -> dict[str | None, Load]:
-    """Return the calls of each tenant; without tenants, those of the plan under None."""
-    shared = {field.name: _rereadable(getattr(everyone, field.name)) for field in fields(everyone)}
-    if not isinstance(resources, Mapping):
+def _read_instants(arrivals: Iterable[float] | None) -> list[int] | None:
+    """Return the given instants in nanoseconds, ascending.
+
+    Raises:
+        TypeError: they are not iterable.
+        ValueError: one of them is not a finite number of seconds from 0 on.
+    """
+    if arrivals is None:
+        return None
+    if not isinstance(arrivals, Iterable):
         raise TypeError(
-            f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
+            f"arrivals must be instants in seconds, or Poisson(8.0) for so many calls a second, not "
+            f"{shown(arrivals)}"
         )
-    resources = {name: _rereadable(samples) for name, samples in resources.items()}
-
-    def load(name: str | None, tenant: Tenant) -> Load:
-        if not isinstance(tenant, Tenant):
-            type_name = type(tenant).__name__
-            raise TypeError(
-                f"tenant {name!r} must be a Tenant such as Tenant(calls=3), not {type_name}"
+    instants = list(arrivals)
+    for second in instants:
+        if not is_number(second) or not 0 <= second < math.inf:
+            raise ValueError(
+                f"an arrival must be a finite number of seconds from 0 on, not {second!r}"
             )
-
-        def given(option: str) -> Any:
-            own = getattr(tenant, option)
-            return shared[option] if own is None else own
-
-        return Load(
-            calls=given("calls"),
-            tokens={
-                option: given(option) for option in ("tokens", "input_tokens", "output_tokens")
-            },
-            used_tokens=given("used_tokens"),
-            resources=resources,
-            latency=given("latency"),
-            arrivals=given("arrivals"),
-            read=read,
-            seed=f"{seed}" if name is None else f"{seed} {name}",
-        )
-
-    if not isinstance(tenants, Mapping):
-        raise TypeError(
-            f'tenants must be given by name, such as {{"acme": Tenant(calls=500)}}, not {shown(tenants)}'
-        )
-    if not tenants:
-        return {None: load(None, Tenant())}
-    return {name: load(name, tenant) for name, tenant in tenants.items()}
-
-
-def _rereadable(value: Any) -> Any:
-    """Return samples or instants in a form that every tenant can read, even if given as a generator."""
-    return list(value) if isinstance(value, Iterator) else value
+    return sorted(round(plain(second) * _NANOSECONDS) for second in instants)

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
 
-_MINUTE: Final = 60
-_HOUR: Final = 3_600
-_DAY: Final = 86_400
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
+#: Units of longer times: the unit's seconds and its name, and those of the unit for the rest.
+_UNITS: Final = ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,6 @@ class PlannedLimit:
     Attributes:
         limit: in words: "500 requests per 60 s", "32 at once".
         resource: what it limits: "requests", "tokens", "concurrency", ...
-        tenant: whose limit it is; None for a shared one.
         used: the fraction of it that is used until the last call is admitted; for concurrency until
             the last one ends.
         rate: how many calls a second it admits in the long run, at their mean cost or latency; None
@@ -46,33 +44,6 @@ class PlannedLimit:
     rate: float | None
     if_doubled: float | None = None
     if_removed: float | None = None
-    tenant: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedTenant:
-    """What happens to one tenant's calls.
-
-    Attributes:
-        calls: how many pass.
-        tokens: what they use together.
-        duration: seconds from the start to the end of its last call.
-        waits: how long they wait for admission.
-        held_up: for each resource, its part in what held them up.
-        refused: how many can never pass.
-    """
-
-    calls: int
-    tokens: int
-    duration: float
-    waits: PlannedWaits
-    held_up: Mapping[str, float] = field(default_factory=dict)
-    refused: int = 0
-
-    @property
-    def bound_by(self) -> str | None:
-        """The resource that its calls waited for most; None if none waited."""
-        return max(self.held_up, key=self.held_up.__getitem__, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +62,6 @@ class Plan:
         refused: how many calls can never pass, because they cost more than a limit.
         refusal: the error of the first of these.
         timeline: admissions in each of as many equal parts of the duration.
-        tenants: what happens to each tenant's calls.
     """
 
     duration: float
@@ -105,39 +75,22 @@ class Plan:
     refused: int = 0
     refusal: str | None = None
     timeline: tuple[int, ...] = ()
-    tenants: Mapping[str, PlannedTenant] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [self.summary, *details(self)]
         if self.limits:
-            lines += ["", *_aligned(table(self))]
-        if self.tenants:
-            lines += ["", *_aligned(tenants(self))]
+            lines += ["", *_aligned(rows_of(self))]
         return "\n".join(lines)
 
     @property
     def binding(self) -> PlannedLimit | None:
-        """The limit that binds."""
-        waited = [
-            limit for limit in self.limits if self._of(limit.tenant).held_up.get(limit.resource)
-        ]
-        shared = [limit for limit in waited if limit.tenant is None]
-        return max(
-            shared or waited,
-            key=lambda limit: (self._of(limit.tenant).duration, limit.used),
-            default=None,
-        )
-
-    def _of(self, tenant: str | None) -> "Plan | PlannedTenant":
-        return self if tenant is None else self.tenants[tenant]
+        """The limit that binds: among those that any call waited for, the one used most."""
+        waited = [limit for limit in self.limits if self.held_up.get(limit.resource)]
+        return max(waited, key=lambda limit: limit.used, default=None)
 
     @property
     def bound_by(self) -> str | None:
-        """The resource of the limit that binds: "requests", "tokens", "concurrency"...
-
-        Among the limits that any call waited for, this is the one used most. If no call waited for
-        a shared limit, it is one of the tenant that finishes last. None if nobody waited.
-        """
+        """Its resource: "requests", "tokens", "concurrency"...; None if nobody waited."""
         return None if self.binding is None else self.binding.resource
 
     @property
@@ -155,32 +108,21 @@ class Plan:
 
 def binds(resource: str | None) -> str:
     """Say what binds: "tokens bind", "concurrency binds", "nothing binds"."""
-    if resource is None:
-        return "nothing binds"
-    return with_verb(resource, "bind")
+    return "nothing binds" if resource is None else with_verb(resource, "bind")
 
 
 def duration_in_words(seconds: float) -> str:
     """Return a length of time in at most two units: "1.5 s", "39 min 39 s", "6 h 42 min"."""
     if seconds < _LONG:
         return in_seconds(seconds)
-    whole = round(seconds)
-    if whole < _HOUR:
-        return _two_units(whole, _MINUTE, "min", 1, "s")
-    if whole < _DAY:
-        return _two_units(whole, _HOUR, "h", _MINUTE, "min")
-    return _two_units(whole, _DAY, "d", _HOUR, "h")
+    size, name, small, rest_name = next(unit for unit in _UNITS if round(seconds) >= unit[0])
+    whole, rest = divmod(round(round(seconds) / small) * small, size)
+    return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
 
 
 def percent(share: float) -> str:
     """Return a fraction in percent, rounded down to tenths: 99.96 % is not 100 %."""
     return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
-
-
-def _two_units(seconds: int, large: int, name: str, small: int, rest_name: str) -> str:
-    rounded = round(seconds / small) * small
-    whole, rest = divmod(rounded, large)
-    return f"{whole:,} {name} {rest // small} {rest_name}" if rest else f"{whole:,} {name}"
 
 
 def details(plan: Plan) -> Iterator[str]:
@@ -198,32 +140,15 @@ def details(plan: Plan) -> Iterator[str]:
         yield f"never passed: {calls}: {plan.refusal}"
 
 
-def table(plan: Plan) -> list[tuple[str, ...]]:
+def rows_of(plan: Plan) -> list[tuple[str, ...]]:
     """Return the header and a row for each limit: what is used of it, and what changes would do."""
     rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
     for limit in plan.limits:
         others = (limit.if_doubled, limit.if_removed)
         changes = (change(seconds, plan.duration) for seconds in others)
-        rows.append((limit_in_words(limit), percent(limit.used), *changes))
+        rows.append((limit.limit, percent(limit.used), *changes))
     if all(limit.if_doubled is None for limit in plan.limits):
         rows = [row[:2] for row in rows]
-    return rows
-
-
-def limit_in_words(limit: PlannedLimit) -> str:
-    """Return a limit in words, and whose it is."""
-    return limit.limit if limit.tenant is None else f"{limit.tenant}: {limit.limit}"
-
-
-def tenants(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the header and a row for each tenant: how much it had, how long it took and waited."""
-    rows: list[tuple[str, ...]] = [
-        ("tenant", "calls", "done after", "wait p50", "wait p95", "waits for")
-    ]
-    for name, tenant in plan.tenants.items():
-        waits = (duration_in_words(tenant.waits.p50), duration_in_words(tenant.waits.p95))
-        reason = "" if tenant.bound_by is None else named(tenant.bound_by)
-        rows.append((name, f"{tenant.calls:,}", duration_in_words(tenant.duration), *waits, reason))
     return rows
 
 

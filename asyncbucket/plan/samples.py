@@ -1,9 +1,10 @@
-"""What a call costs and how long it takes: a number, samples, a file of them, or a distribution."""
+"""What a call costs and how long it takes: a number, samples, a file of them, or a function."""
 
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -21,8 +22,6 @@ Samples: TypeAlias = (
 
 Read: TypeAlias = Callable[[object], float | Cost]
 
-#: The default profile is known to exist without loading anything.
-_PROFILE: Final = "openai"
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
 
@@ -35,78 +34,67 @@ class Series:
 
     def __init__(self, given: Samples | None, name: str, read: Read) -> None:
         """Read what was ``given`` as ``name``; ``read`` turns a sample into a number or a cost."""
-        self._draw: Callable[[random.Random], float] | None = None
-        self._values: Sequence[float | Cost] | None = None
-        #: The value of every call, if it is `constant`; None if nothing was given.
-        self.value: float | Cost | None = None
         self._name = name
-        self._read = read
-        if given is None:
-            return
+        self._function: Callable[[random.Random], float | Cost] | None = None
+        self._values: list[float | Cost | None] = [None]
+        #: Whether there is anything to draw from.
+        self.given = given is not None
+        #: The number of samples; 0 if any number of calls may be drawn.
+        self.samples = 0
         if callable(given):
-            self._draw = given
+            self._function = lambda rng: _checked(given(rng), name, read)
         elif isinstance(given, (str, PathLike)):
-            self._values = _read_file(Path(given), name, read)
+            self._take(f"{name}: {given}", "line", _lines(Path(given)), read)
         elif isinstance(given, Iterable) and not isinstance(given, (Mapping, bytes)):
-            self._values = [
-                _read(sample, f"{name}, sample {n}", read) for n, sample in enumerate(given, 1)
-            ]
-        else:
-            self.value = _read(given, name, read)
-        if self._values is not None and not self._values:
-            where = f"{name}: {given}" if isinstance(given, (str, PathLike)) else name
-            raise ValueError(f"{where} has no samples: give at least one")
+            self._take(name, "sample", enumerate(given, 1), read)
+        elif given is not None:
+            self._values = [_checked(given, name, read)]
+
+    def _take(
+        self, name: str, each: str, samples: Iterable[tuple[int, object]], read: Read
+    ) -> None:
+        self._values = [_checked(sample, f"{name}, {each} {n}", read) for n, sample in samples]
+        self.samples = len(self._values)
+        if not self.samples:
+            raise ValueError(f"{name} has no samples: give at least one")
 
     @property
-    def given(self) -> bool:
-        """Whether there is anything to draw from."""
-        return not (self._draw is None and self._values is None and self.value is None)
-
-    @property
-    def constant(self) -> bool:
-        """Whether every call has the same value."""
-        return self._draw is None and self._values is None
-
-    def __len__(self) -> int:
-        """Return the number of samples; 0 if any number of calls may be drawn."""
-        return 0 if self._values is None else len(self._values)
+    def is_zero(self) -> bool:
+        """Whether every call has 0 of it."""
+        return self._function is None and not any(self._values)
 
     def draw(self, calls: int, seed: str) -> Iterator[Any]:
-        """Yield a value for each of ``calls`` calls."""
+        """Return an iterator of a value for each of ``calls`` calls."""
         rng = random.Random(f"{seed} {self._name}")  # noqa: S311 - repeatable, not secret
-        values, draw = self._values, self._draw
-        if values is not None:
-            return (
-                iter(values) if len(values) == calls else (rng.choice(values) for _ in range(calls))
-            )
-        if draw is not None:
-            return (_read(draw(rng), self._name, self._read) for _ in range(calls))
-        return (self.value for _ in range(calls))
+        values, function = self._values, self._function
+        if function is not None:
+            return (function(rng) for _ in range(calls))
+        if len(values) == calls:
+            return iter(values)
+        if len(values) == 1:
+            return repeat(values[0], calls)
+        return (rng.choice(values) for _ in range(calls))
 
 
-def _read(sample: object, where: str, read: Read) -> float | Cost:
+def _checked(sample: object, where: str, read: Read) -> float | Cost:
     try:
         return read(sample)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read_file(path: Path, name: str, read: Read) -> list[float | Cost]:
-    """Return the samples in a file, one per line; empty lines are skipped."""
-    values: list[float | Cost] = []
+def _lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the samples in a file with the numbers of their lines; empty lines are skipped."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                sample = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where}: not JSON: {error}; a line is a number, a text in quotes or an object"
-                ) from error
-            values.append(_read(sample, f"{name}: {where}", read))
-    return values
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{path}, line {number}: not JSON: {error}; a line is a number, a text in "
+                        "quotes or an object"
+                    ) from error
 
 
 class Tokens:
@@ -125,8 +113,8 @@ class Tokens:
             )
         self._count = count
         self._profile = profile
-        if profile != _PROFILE:  # a misspelt name is an error, with or without bodies
-            from asyncbucket.http.profiles import profile_named
+        if profile != "openai":  # a misspelled name is an error, with or without bodies
+            from asyncbucket.providers.profiles import profile_named
 
             profile_named(profile)
 
@@ -140,40 +128,36 @@ class Tokens:
             return self._of_text(sample)
         if isinstance(sample, Cost):
             return sample
-        if isinstance(sample, Mapping):
-            return self._of_object(sample)
-        return _number(sample)
+        if not isinstance(sample, Mapping):
+            return _number(sample)
+        amounts = {name: _number(sample[name]) for name in _TOKENS & sample.keys()}
+        if amounts:
+            return Cost(**amounts)
+        body = sample.get("body", sample)
+        if not isinstance(body, Mapping) or not body.keys() & {"messages", "prompt", "input"}:
+            raise ValueError(
+                f"an object with {', '.join(sorted(map(str, sample))) or 'nothing'} gives no "
+                "tokens: give tokens, input_tokens and output_tokens, or a request's messages, "
+                "prompt or input"
+            )
+        return self._of_body(body, sample.get("url"))
 
     def _of_text(self, text: str) -> int:
         if self._count is not None:
             return self._count(text)
-        from asyncbucket.http.body import Sent
+        from asyncbucket.providers.request import RequestSize
 
-        sent = Sent()
-        sent.add(text)
-        return sent.by_characters
-
-    def _of_object(self, line: Mapping[str, Any]) -> Cost:
-        """Return the cost of amounts, of a request's body, or of a line of a batch file."""
-        amounts = {name: line[name] for name in _TOKENS & line.keys()}
-        if amounts:
-            return Cost(**{name: _number(amount) for name, amount in amounts.items()})
-        body = line.get("body", line)
-        if not isinstance(body, Mapping) or not body.keys() & {"messages", "prompt", "input"}:
-            raise ValueError(
-                f"an object with {', '.join(sorted(map(str, line))) or 'nothing'} gives no tokens: give "
-                "tokens, input_tokens and output_tokens, or a request's messages, prompt or input"
-            )
-        return self._of_body(body, line.get("url"))
+        size = RequestSize()
+        size.add(text)
+        return size.by_characters
 
     def _of_body(self, body: Mapping[str, Any], url: object) -> Cost:
-        from asyncbucket.http.forecast import FORESEEN
-        from asyncbucket.http.profiles import Call, profile_named
+        from asyncbucket.providers.forecast import FORESEEN
+        from asyncbucket.providers.profiles import Call, profile_named
 
-        profile = profile_named(self._profile)
         path = url if isinstance(url, str) else _path_of(body)
-        cost = profile.cost(Call("POST", "", path, body, foreseen=FORESEEN))
-        return Cost() if cost is None else cost
+        call = Call("POST", "", path, body, foreseen=FORESEEN)
+        return profile_named(self._profile).cost(call) or Cost()
 
 
 def _path_of(body: Mapping[str, Any]) -> str:

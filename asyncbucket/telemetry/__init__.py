@@ -8,53 +8,45 @@ combined; an error in one of them is logged once and disturbs no call.
 >>> off = telemetry.prometheus(limiter)
 >>> off()
 
+`serve_stats` shows it to other programs on this machine, and `Trace` keeps the latest admissions.
+
 Nothing that is shown holds a prompt, a key or the name of a tenant: a limiter is named by its path,
 such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 """
 
 from collections.abc import Callable, Mapping
-from logging import Logger
 from typing import TYPE_CHECKING
 
-from asyncbucket.telemetry.watched import Source, check_source
+from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
+from asyncbucket.telemetry.stats import StatsServer, report, serve_stats
+from asyncbucket.telemetry.to_llama_index import llama_index
+from asyncbucket.telemetry.to_logging import logging
+from asyncbucket.telemetry.trace import Trace
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
     from prometheus_client import CollectorRegistry
 
-__all__ = ["llama_index", "logging", "opentelemetry", "prometheus"]
-
-
-def logging(
-    limiter: Source, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.core.events"
-) -> Callable[[], None]:
-    """Log each event as one readable line, with its fields as ``extra`` for structured logs.
-
-    A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
-    are attributes of the log record: ``asyncbucket.core.limiter``, ``asyncbucket.waited`` and so on.
-
-    Args:
-        limiter: the limiter to observe.
-        threshold: the shortest wait, in seconds, that is logged at INFO.
-        logger: where to log, a logger or its name.
-
-    Raises:
-        TypeError: ``limiter`` is not a limiter, or ``logger`` is not a logger.
-        ValueError: ``threshold`` is not a number of seconds from 0 on.
-    """
-    from asyncbucket.telemetry.to_logging import observer
-
-    check_source(limiter)
-    return limiter.observe(observer(logger, threshold=threshold))
+__all__ = [
+    "StatsServer",
+    "Trace",
+    "llama_index",
+    "logging",
+    "opentelemetry",
+    "prometheus",
+    "report",
+    "serve_stats",
+]
 
 
 def prometheus(
-    limiter: Source, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
+    limiter: WatchedLimiter, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
 ) -> Callable[[], None]:
     """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
-    Any number of limiters may share a registry. In multiprocess mode, with
+    Any number of limiters may share a registry. A limiter's numbers include those of the limiters
+    below it, as in its statistics. In multiprocess mode, with
     ``PROMETHEUS_MULTIPROC_DIR`` in the environment, each process writes its own part: counters add
     up, queued and in-flight calls are summed over live processes, and of the use of a limit the
     highest is shown. Gauges may then be a second old.
@@ -62,7 +54,8 @@ def prometheus(
     Args:
         limiter: the limiter to observe.
         registry: what to register with; by default prometheus_client's own ``REGISTRY``.
-        max_limiters: how many limiters a registry tells apart; any more are labelled ``other``.
+        max_limiters: how many limiters a registry tells apart; further children count only in the
+            limiters above them, and others are labelled ``other``.
 
     Raises:
         ImportError: prometheus_client is not installed; the message names the extra.
@@ -81,7 +74,7 @@ def prometheus(
 
 
 def opentelemetry(
-    limiter: Source,
+    limiter: WatchedLimiter,
     *,
     meter_provider: "MeterProvider | None" = None,
     tracer_provider: "TracerProvider | None" = None,
@@ -102,8 +95,7 @@ def opentelemetry(
         attributes: further attributes of each span, such as ``{"gen_ai.request.model": "gpt-4o"}``.
             A limiter named like a provider, ``openai`` or ``anthropic``, gives its spans
             ``gen_ai.provider.name`` by itself.
-        max_limiters: how many limiters a meter provider tells apart; any more are labelled
-            ``other``.
+        max_limiters: how many limiters a meter provider tells apart, as for `prometheus`.
 
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
@@ -124,26 +116,3 @@ def opentelemetry(
         attributes=attributes or {},
         max_limiters=max_limiters,
     )
-
-
-def llama_index(limiter: Source) -> Callable[[], None]:
-    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
-
-    They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
-    the admission. Waits that a wrapped model reports by itself are not reported twice.
-
-    Args:
-        limiter: the limiter to observe.
-
-    Raises:
-        ImportError: LlamaIndex is not installed; the message names the extra.
-        TypeError: ``limiter`` is not a limiter.
-    """
-    check_source(limiter)
-    try:
-        from asyncbucket.telemetry.to_llama_index import observer
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
-        ) from error
-    return limiter.observe(observer)

@@ -1,59 +1,58 @@
 """Events through LlamaIndex's instrumentation, beside those of models and agents."""
 
-from typing import Final
+from collections.abc import Callable
 
-from llama_index_instrumentation import get_dispatcher
-
-from asyncbucket import events
-from asyncbucket.llama_index.events import (
-    RateLimitPauseEvent,
-    RateLimitRefusedEvent,
-    RateLimitRetryEvent,
-    RateLimitWaitEvent,
-    is_wait_reported,
-)
-from asyncbucket.telemetry.watched import dispatch_by_type
-
-_dispatcher: Final = get_dispatcher(__name__)
+from asyncbucket.core.events import Admitted, Event, Paused, Refused, Retried
+from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
 
 
-def _admitted(event: events.Admitted) -> None:
-    if event.waited > 0 and not is_wait_reported():
-        _dispatcher.event(
-            RateLimitWaitEvent(limiter=event.limiter, waited=event.waited, bound_by=event.bound_by)
-        )
+def llama_index(limiter: WatchedLimiter) -> Callable[[], None]:
+    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
 
+    They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
+    the admission. Waits that a wrapped model reports by itself are not reported twice.
 
-def _refused(event: events.Refused) -> None:
-    _dispatcher.event(
-        RateLimitRefusedEvent(
-            limiter=event.limiter,
-            reason=event.reason,
-            bound_by=event.bound_by,
-            retry_after=event.retry_after,
-        )
-    )
+    Args:
+        limiter: the limiter to observe.
 
+    Raises:
+        ImportError: LlamaIndex is not installed; the message names the extra.
+        TypeError: ``limiter`` is not a limiter.
+    """
+    check_source(limiter)
+    try:
+        from llama_index_instrumentation import get_dispatcher
 
-def _retried(event: events.Retried) -> None:
-    _dispatcher.event(
-        RateLimitRetryEvent(
-            limiter=event.limiter, attempt=event.attempt, error=event.error, delay=event.delay
-        )
-    )
+        from asyncbucket.llama_index import events as told
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
+        ) from error
+    dispatch = get_dispatcher(__name__).event
 
+    def observe(event: Event) -> None:
+        name = event.limiter
+        match event:
+            case Admitted(waited=waited, bound_by=bound_by):
+                if waited > 0 and not told.is_wait_reported():
+                    dispatch(
+                        told.RateLimitWaitEvent(limiter=name, waited=waited, bound_by=bound_by)
+                    )
+            case Refused(reason=reason, bound_by=bound_by, retry_after=retry_after):
+                dispatch(
+                    told.RateLimitRefusedEvent(
+                        limiter=name, reason=reason, bound_by=bound_by, retry_after=retry_after
+                    )
+                )
+            case Retried(attempt=attempt, error=error, delay=delay):
+                dispatch(
+                    told.RateLimitRetryEvent(
+                        limiter=name, attempt=attempt, error=error, delay=delay
+                    )
+                )
+            case Paused(seconds=seconds, reason=reason):
+                dispatch(told.RateLimitPauseEvent(limiter=name, seconds=seconds, reason=reason))
+            case _:
+                pass
 
-def _paused(event: events.Paused) -> None:
-    _dispatcher.event(
-        RateLimitPauseEvent(limiter=event.limiter, seconds=event.seconds, reason=event.reason)
-    )
-
-
-observer: Final = dispatch_by_type(
-    {
-        events.Admitted: _admitted,
-        events.Refused: _refused,
-        events.Retried: _retried,
-        events.Paused: _paused,
-    }
-)
+    return limiter.observe(observe)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
-from asyncbucket import events
-from asyncbucket.core.events import Callback, Event
+from asyncbucket.core import events
+from asyncbucket.core.events import Event
 from asyncbucket.core.wording import counted, in_seconds, is_number, named
-from asyncbucket.telemetry.watched import as_given
+from asyncbucket.telemetry.metrics import WatchedLimiter, as_given, check_source
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."
@@ -16,8 +16,24 @@ _PREFIX: Final = "asyncbucket."
 _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 
-def observer(logger: Logger | str, *, threshold: float) -> Callback:
-    """Return an observer that logs each event, waits of ``threshold`` seconds or more at INFO."""
+def logging(
+    limiter: WatchedLimiter, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
+) -> Callable[[], None]:
+    """Log each event as one readable line, with its fields as ``extra`` for structured logs.
+
+    A wait of ``threshold`` or more is logged at INFO, everything else at DEBUG. An event's fields
+    are attributes of the log record: ``asyncbucket.limiter``, ``asyncbucket.waited`` and so on.
+
+    Args:
+        limiter: the limiter to observe.
+        threshold: the shortest wait, in seconds, that is logged at INFO.
+        logger: where to log, a logger or its name.
+
+    Raises:
+        TypeError: ``limiter`` is not a limiter, or ``logger`` is not a logger.
+        ValueError: ``threshold`` is not a number of seconds from 0 on.
+    """
+    check_source(limiter)
     if not is_number(threshold) or not threshold >= 0:
         raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
     log = getLogger(logger) if isinstance(logger, str) else logger
@@ -29,7 +45,7 @@ def observer(logger: Logger | str, *, threshold: float) -> Callback:
         if log.isEnabledFor(level):
             log.log(level, "%s: %s", event.limiter, _line(event), extra=_extra(event))
 
-    return observe
+    return limiter.observe(observe)
 
 
 def _extra(event: Event) -> dict[str, Any]:
@@ -40,74 +56,46 @@ def _extra(event: Event) -> dict[str, Any]:
     return extra
 
 
-def _line(event: Event) -> str:
-    write = _LINES.get(type(event))
-    return type(event).__name__ if write is None else write(event)
-
-
-def _queued(event: events.Queued) -> str:
-    return f"a call of {_cost(event.cost)} waits, {_number(event.waiting, 'wait')}"
-
-
-def _admitted(event: events.Admitted) -> str:
-    waited = ""
-    if event.waited:
-        held_up = f" for {_resource(event.bound_by)}" if event.bound_by else ""
-        waited = f" after {in_seconds(event.waited)}{held_up}"
-    return (
-        f"a call of {_cost(event.cost)} passed{waited}; "
-        f"{_number(event.waiting, 'wait')}, {event.in_flight:,} in flight"
-    )
-
-
-def _refused(event: events.Refused) -> str:
-    why = event.reason.replace("_", " ")
-    bound = f", bound by {_resource(event.bound_by)}" if event.bound_by else ""
-    again = "" if event.retry_after is None else f"; free in {in_seconds(event.retry_after)}"
-    return f"a call of {_cost(event.cost)} was refused: {why}{bound}{again}"
-
-
-def _cancelled(event: events.Cancelled) -> str:
-    return f"a call of {_cost(event.cost)} gave up after {in_seconds(event.waited)}"
-
-
-def _settled(event: events.Settled) -> str:
-    words = [
-        f"{counted(used, resource)} of {event.reserved.get(resource, 0):,} reserved"
-        for resource, used in event.used.items()
-    ]
-    return f"a call used {', '.join(words)}"
-
-
-def _released(event: events.Released) -> str:
-    return f"a call ended after {in_seconds(event.held)}: {event.outcome}"
-
-
-def _paused(event: events.Paused) -> str:
-    why = f": {event.reason}" if event.reason else ""
-    return f"nobody passes for {in_seconds(event.seconds)}{why}"
-
-
-def _retried(event: events.Retried) -> str:
-    return f"attempt {event.attempt} failed ({event.error}), again in {in_seconds(event.delay)}"
-
-
-_LINES: Final[Mapping[type[Event], Callable[[Any], str]]] = {
-    events.Queued: _queued,
-    events.Admitted: _admitted,
-    events.Refused: _refused,
-    events.Cancelled: _cancelled,
-    events.Settled: _settled,
-    events.Released: _released,
-    events.Paused: _paused,
-    events.Retried: _retried,
-    events.LimitLearned: lambda event: f"the provider announces {event.limit}",
-    events.LimitChanged: lambda event: f"the limit is now {event.limit}",
-    events.StoreLost: lambda event: f"the shared store cannot be reached: {event.reason}",
-    events.StoreRecovered: lambda event: (
-        f"the shared store is back after {in_seconds(event.seconds)}"
-    ),
-}
+def _line(event: Event) -> str:  # noqa: C901, PLR0912 - one case for each kind of event
+    match event:
+        case events.Queued(cost=cost, waiting=waiting):
+            line = f"a call of {_cost(cost)} waits, {_number(waiting, 'wait')}"
+        case events.Admitted(cost=cost, waited=waited, bound_by=bound_by):
+            cause = f" for {_resource(bound_by)}" if waited and bound_by else ""
+            after = f" after {in_seconds(waited)}{cause}" if waited else ""
+            line = (
+                f"a call of {_cost(cost)} passed{after}; {_number(event.waiting, 'wait')}, "
+                f"{event.in_flight:,} in flight"
+            )
+        case events.Refused(cost=cost, reason=reason, bound_by=bound_by, retry_after=retry_after):
+            bound = f", bound by {_resource(bound_by)}" if bound_by else ""
+            again = "" if retry_after is None else f"; free in {in_seconds(retry_after)}"
+            line = f"a call of {_cost(cost)} was refused: {reason.replace('_', ' ')}{bound}{again}"
+        case events.Cancelled(cost=cost, waited=waited):
+            line = f"a call of {_cost(cost)} gave up after {in_seconds(waited)}"
+        case events.Settled(reserved=reserved, used=used):
+            words = [
+                f"{counted(amount, resource)} of {reserved.get(resource, 0):,} reserved"
+                for resource, amount in used.items()
+            ]
+            line = f"a call used {', '.join(words)}"
+        case events.Released(held=held, outcome=outcome):
+            line = f"a call ended after {in_seconds(held)}: {outcome}"
+        case events.Paused(seconds=seconds, reason=reason):
+            line = f"nobody passes for {in_seconds(seconds)}{reason and f': {reason}'}"
+        case events.Retried(attempt=attempt, error=error, delay=delay):
+            line = f"attempt {attempt} failed ({error}), again in {in_seconds(delay)}"
+        case events.LimitLearned(limit=limit):
+            line = f"the provider announces {limit}"
+        case events.LimitChanged(limit=limit):
+            line = f"the limit is now {limit}"
+        case events.StoreLost(reason=reason):
+            line = f"the shared store cannot be reached: {reason}"
+        case events.StoreRecovered(seconds=seconds):
+            line = f"the shared store is back after {in_seconds(seconds)}"
+        case _:
+            line = type(event).__name__
+    return line
 
 
 def _cost(amounts: Mapping[str, int]) -> str:

@@ -20,57 +20,32 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 from opentelemetry import metrics, trace
-from opentelemetry.metrics import (
-    CallbackOptions,
-    Counter,
-    Histogram,
-    Meter,
-    MeterProvider,
-    Observation,
-)
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
-from asyncbucket import events
-from asyncbucket.telemetry.watched import Source, Watched, as_given, dispatch_by_type, tokens_of
+from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
+from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, WatchedLimiter, as_given
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 #: Names by which the GenAI conventions know a provider.
-PROVIDERS: Final = frozenset(
-    {
-        "anthropic",
-        "aws.bedrock",
-        "azure.ai.inference",
-        "azure.ai.openai",
-        "cohere",
-        "deepseek",
-        "gcp.gemini",
-        "gcp.gen_ai",
-        "gcp.vertex_ai",
-        "groq",
-        "ibm.watsonx.ai",
-        "mistral_ai",
-        "moonshot_ai",
-        "openai",
-        "perplexity",
-        "x_ai",
-    }
-)
+PROVIDERS: Final = frozenset({
+    "anthropic", "aws.bedrock", "azure.ai.inference", "azure.ai.openai", "cohere", "deepseek",
+    "gcp.gemini", "gcp.gen_ai", "gcp.vertex_ai", "groq", "ibm.watsonx.ai", "mistral_ai",
+    "moonshot_ai", "openai", "perplexity", "x_ai",
+})  # fmt: skip
 
 _SCOPE: Final = "asyncbucket"
 _PREFIX: Final = "asyncbucket.rate_limiting."
 _POLICY: Final = _PREFIX + "policy"
 _RESULT: Final = _PREFIX + "result"
 _BOUND_BY: Final = _PREFIX + "bound_by"
-_ACQUIRED: Final = "acquired"
-_CANCELED: Final = "request_canceled"
-
 #: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
 _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
 
 def watch(
-    limiter: Source,
+    limiter: WatchedLimiter,
     meter_provider: MeterProvider | None,
     tracer_provider: TracerProvider | None,
     *,
@@ -83,145 +58,96 @@ def watch(
         instruments = _INSTRUMENTS.get(meters)
         if instruments is None:
             instruments = _INSTRUMENTS[meters] = Instruments(meters, max_limiters)
-        forget = instruments.watched.add(limiter, "this meter provider")
+        stop_measuring = instruments.watch(limiter, "this meter provider")
     spans = Spans(trace.get_tracer(_SCOPE, tracer_provider=tracer_provider), attributes)
-    stops = (limiter.observe(spans.observe), limiter.observe(instruments.observe))
+    stop_tracing = limiter.observe(spans.observe)
 
     def off() -> None:
-        for stop in (*stops, forget):
-            stop()
+        stop_tracing()
+        stop_measuring()
 
     return off
 
 
-def _seconds(meter: Meter, name: str, description: str) -> Histogram:
-    return meter.create_histogram(
-        _PREFIX + name,
-        unit="s",
-        description=description,
-        explicit_bucket_boundaries_advisory=BUCKETS,
-    )
-
-
-def _requests(meter: Meter, name: str, description: str) -> Counter:
-    return meter.create_counter(_PREFIX + name, unit="{request}", description=description)
-
-
-class Instruments:
+class Instruments(Metrics):
     """All instruments of one meter provider; instruments cannot be removed, only fall silent."""
 
     def __init__(self, provider: MeterProvider, max_limiters: int) -> None:
-        self.watched = Watched(max_limiters)
+        super().__init__(max_limiters)
         meter = provider.get_meter(_SCOPE)
-        self._time_in_queue = _seconds(
-            meter,
+
+        def histogram(name: str, text: str) -> Add:
+            buckets = {"explicit_bucket_boundaries_advisory": BUCKETS}
+            return meter.create_histogram(_PREFIX + name, "s", text, **buckets).record
+
+        def counter(name: str, unit: str, text: str) -> Add:
+            return meter.create_counter(_PREFIX + name, unit, text).add
+
+        waited = histogram(
             "request.time_in_queue",
             "The time a request spent in a queue waiting to acquire a lease.",
         )
-        self._lease_duration = _seconds(
-            meter, "request_lease.duration", "The time that a lease was held by a request."
+        held = histogram("request_lease.duration", "The time that a lease was held by a request.")
+        asked = counter(
+            "requests", "{request}", "Number of requests that tried to acquire a lease."
         )
-        self._requests = _requests(
-            meter, "requests", "Number of requests that tried to acquire a lease."
-        )
-        self._refusals = _requests(
-            meter,
+        refused = counter(
             "upstream_refusals",
+            "{request}",
             "Requests that the provider refused for rate all the same.",
         )
-        self._retries = _requests(meter, "retries", "Requests that are tried again.")
-        self._tokens = meter.create_counter(
-            _PREFIX + "tokens",
-            unit="{token}",
-            description="Tokens reserved by admissions; used and refunded, as they were settled.",
+        retries = counter("retries", "{request}", "Requests that are tried again.")
+        tokens = counter(
+            "tokens",
+            "{token}",
+            "Tokens reserved by admissions; used and refunded, as they were settled.",
         )
-        self._make_observables(meter)
-        self.observe = dispatch_by_type(
-            {
-                events.Admitted: self._admitted,
-                events.Refused: self._refused,
-                events.Cancelled: self._cancelled,
-                events.Settled: self._settled,
-                events.Released: self._released,
-                events.Paused: self._paused,
-                events.Retried: self._retried,
-            }
-        )
-
-    def _make_observables(self, meter: Meter) -> None:
-        """Make the instruments that read a state instead of counting events."""
+        #: What records or adds a measurement, and its attributes besides the policy.
+        self._records: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
+            "waited": (waited, (_RESULT, _BOUND_BY)),
+            "held": (held, (_PREFIX + "outcome",)),
+            "asked": (asked, (_RESULT,)),
+            "upstream_429": (refused, ()),
+            "retries": (retries, ()),
+            "tokens": (tokens, (_PREFIX + "kind",)),
+        }
         meter.create_observable_up_down_counter(
             _PREFIX + "queued_requests",
             [self._observe_queued],
-            unit="{request}",
-            description="Number of requests that are currently queued.",
+            "{request}",
+            "Number of requests that are currently queued.",
         )
         meter.create_observable_up_down_counter(
             _PREFIX + "active_request_leases",
             [self._observe_active],
-            unit="{request}",
-            description="Number of requests that currently hold a lease.",
+            "{request}",
+            "Number of requests that currently hold a lease.",
         )
         meter.create_observable_gauge(
             _PREFIX + "limit.utilization",
             [self._observe_used],
-            unit="1",
-            description="Share of a limit that is used now, 1 for all of it.",
+            "1",
+            "Share of a limit that is used now, 1 for all of it.",
         )
 
-    def _admitted(self, event: events.Admitted) -> None:
-        self._count_request(event.limiter, _ACQUIRED, event.bound_by, event.waited)
-        tokens = event.cost.get("tokens")
-        if tokens:
-            self._tokens.add(tokens, self._attributes_of(event.limiter, kind="reserved"))
-
-    def _refused(self, event: events.Refused) -> None:
-        self._count_request(event.limiter, event.reason, event.bound_by, None)
-
-    def _cancelled(self, event: events.Cancelled) -> None:
-        self._count_request(event.limiter, _CANCELED, None, event.waited)
-
-    def _count_request(
-        self, limiter: str, result: str, bound_by: str | None, waited: float | None
-    ) -> None:
-        attributes = self._attributes_of(limiter, result=result)
-        self._requests.add(1, attributes)
-        if waited is not None:
-            self._time_in_queue.record(waited, {**attributes, _BOUND_BY: bound_by or "none"})
-
-    def _settled(self, event: events.Settled) -> None:
-        tokens = tokens_of(event)
-        if tokens is not None:
-            self._tokens.add(tokens[0], self._attributes_of(event.limiter, kind="used"))
-            self._tokens.add(tokens[1], self._attributes_of(event.limiter, kind="refunded"))
-
-    def _released(self, event: events.Released) -> None:
-        self._lease_duration.record(
-            event.held, self._attributes_of(event.limiter, outcome=event.outcome)
-        )
-
-    def _paused(self, event: events.Paused) -> None:
-        if event.reason == "429":
-            self._refusals.add(1, self._attributes_of(event.limiter))
-
-    def _retried(self, event: events.Retried) -> None:
-        self._retries.add(1, self._attributes_of(event.limiter))
-
-    def _attributes_of(self, limiter: str, **extra: str) -> dict[str, str]:
-        prefixed = {_PREFIX + name: value for name, value in extra.items()}
-        return {_POLICY: self.watched.label(limiter), **prefixed}
+    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
+        if metric not in self._records:
+            return None
+        add, names = self._records[metric]
+        attributes = {_POLICY: label, **dict(zip(names, values, strict=True))}
+        return lambda amount: add(amount, attributes)
 
     def _observe_queued(self, _: CallbackOptions) -> Iterable[Observation]:
-        for label, reading in self.watched.read().items():
-            yield Observation(reading.queued, {_POLICY: label})
+        for label, load in self.loads().items():
+            yield Observation(load.queued, {_POLICY: label})
 
     def _observe_active(self, _: CallbackOptions) -> Iterable[Observation]:
-        for label, reading in self.watched.read().items():
-            yield Observation(reading.in_flight, {_POLICY: label})
+        for label, load in self.loads().items():
+            yield Observation(load.in_flight, {_POLICY: label})
 
     def _observe_used(self, _: CallbackOptions) -> Iterator[Observation]:
-        for label, reading in self.watched.read().items():
-            for limit, share in reading.used.items():
+        for label, load in self.loads().items():
+            for limit, share in load.used.items():
                 yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
 
 
@@ -231,38 +157,27 @@ class Spans:
     def __init__(self, tracer: Tracer, attributes: Mapping[str, str]) -> None:
         self._tracer = tracer
         self._attributes = attributes
-        self.observe = dispatch_by_type(
-            {
-                events.Queued: self._queued,
-                events.Admitted: self._admitted,
-                events.Refused: self._refused,
-                events.Cancelled: self._cancelled,
-            }
-        )
 
-    def _queued(self, _: events.Queued) -> None:
-        _waiting_since.set(time.time_ns())
-
-    def _admitted(self, event: events.Admitted) -> None:
-        _waiting_since.set(0)
-        if event.waited > 0:
-            extra = {_PREFIX + "queued_requests": event.waiting}
-            self._span(event, _ACQUIRED, event.bound_by, event.waited, extra)
-
-    def _refused(self, event: events.Refused) -> None:
+    def observe(self, event: Event) -> None:
+        """Remember when a wait begins, and make its span when it ends."""
         since = _waiting_since.get()
-        _waiting_since.set(0)
-        if since:  # a call refused at once has not waited
-            waited = (time.time_ns() - since) * 1e-9
-            self._span(event, event.reason, event.bound_by, waited, {"error.type": event.reason})
-
-    def _cancelled(self, event: events.Cancelled) -> None:
-        _waiting_since.set(0)
-        self._span(event, _CANCELED, None, event.waited, {})
+        if isinstance(event, Queued | Admitted | Refused | Cancelled):
+            _waiting_since.set(time.time_ns() if isinstance(event, Queued) else 0)
+        match event:
+            case Admitted(waited=waited, bound_by=bound_by) if waited > 0:
+                extra: dict[str, Any] = {_PREFIX + "queued_requests": event.waiting}
+                self._span(event, ACQUIRED, bound_by, waited, extra)
+            case Refused(reason=reason, bound_by=bound_by) if since:  # at once is no wait
+                waited = (time.time_ns() - since) * 1e-9
+                self._span(event, reason, bound_by, waited, {"error.type": reason})
+            case Cancelled(waited=waited):
+                self._span(event, CANCELED, None, waited, {})
+            case _:
+                pass
 
     def _span(
         self,
-        event: events.Admitted | events.Refused | events.Cancelled,
+        event: Admitted | Refused | Cancelled,
         result: str,
         bound_by: str | None,
         waited: float,

@@ -1,8 +1,8 @@
 """A kit for test suites of paced code, asyncbucket's own among them.
 
 - `virtual_time`: an event loop on which an hour passes in milliseconds.
-- `RateLimitedProvider`, `ProviderProcess`: an OpenAI-compatible provider on loopback that enforces
-  its limits (needs `pip install "asyncbucket[testing]"`).
+- `RateLimitedProvider`, `ProviderProcess`: a provider on loopback that speaks as OpenAI and
+  Anthropic do, and enforces its limits (needs `pip install "asyncbucket[testing]"`).
 - `assert_never_over`: an exact check that a trace of admissions kept a limit.
 
 The provider is loaded when one of its names is first used, so virtual time needs no web framework.

@@ -26,7 +26,7 @@ from asyncbucket.core.wording import counted, is_number, written_out
 
 NANOSECONDS = 1_000_000_000
 
-Trace: TypeAlias = Iterable[tuple[float, int]]
+TimedAmounts: TypeAlias = Iterable[tuple[float, int]]
 """Pairs of time (int: nanoseconds, float: seconds) and amount."""
 
 
@@ -58,7 +58,7 @@ class BusiestWindow:
     last: int
 
 
-def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
+def assert_never_over(trace: TimedAmounts, limit: LimitLike | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
 
     `limit` may be a text, as for a limiter: `"60k TPM"`. If `limit.burst` is set, assert also that
@@ -88,7 +88,7 @@ def assert_never_over(trace: Trace, limit: LimitLike | str) -> BusiestWindow:
     return worst
 
 
-def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
+def assert_within_bucket(trace: TimedAmounts, *, rate: float, burst: float) -> None:
     """Assert that a bucket refilled at `rate` units a second and holding `burst` admits the trace.
 
     Raises:
@@ -103,7 +103,7 @@ def assert_within_bucket(trace: Trace, *, rate: float, burst: float) -> None:
     _check_bucket(_admissions(trace), Fraction(rate), burst)
 
 
-def busiest_window(trace: Trace, *, per: float) -> BusiestWindow:
+def busiest_window(trace: TimedAmounts, *, per: float) -> BusiestWindow:
     """Find the window of `per` seconds that holds most; an empty trace gives zeros.
 
     Raises:
@@ -158,7 +158,7 @@ def _fail_bucket(
     )
 
 
-def _admissions(trace: Trace) -> list[tuple[int, int]]:
+def _admissions(trace: TimedAmounts) -> list[tuple[int, int]]:
     """Sort a trace and convert its times to nanoseconds; refuse what has no clear meaning."""
     pairs = list(trace)
     for pair in pairs:

@@ -16,22 +16,17 @@ pytest loads this module in every session, so it imports nothing until a fixture
 """
 
 import contextlib
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Protocol, Unpack
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
 if TYPE_CHECKING:
-    from asyncbucket.testing.provider import Options, RateLimitedProvider
+    from asyncbucket.testing.provider import RateLimitedProvider
     from asyncbucket.testing.virtual_time import VirtualTime
 
-
-class ProviderFactory(Protocol):
-    """What `rate_limited_provider` returns: call it with the options of `RateLimitedProvider`."""
-
-    def __call__(self, **options: "Unpack[Options]") -> "RateLimitedProvider":
-        """Return a provider that runs until the end of the test."""
-        ...
+ProviderFactory: TypeAlias = "Callable[..., RateLimitedProvider]"
+"""What `rate_limited_provider` is: call it with the options of `RateLimitedProvider`."""
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def rate_limited_provider() -> Generator[ProviderFactory]:
 
     with contextlib.ExitStack() as running:
 
-        def start(**options: "Unpack[Options]") -> RateLimitedProvider:
+        def start(**options: Any) -> "RateLimitedProvider":
             return running.enter_context(RateLimitedProvider(**options))
 
         yield start

@@ -26,9 +26,8 @@ What is guaranteed:
 - *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
   any is running, the loop really waits for it and the clock stands still.
 - *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
-  data on a socket is served when it arrives, and a loop with timers may have jumped by then. With
-  `real_wait`, each jump first waits that many real seconds for them. If no timer is left, the loop
-  gives them a real second before it reports a deadlock.
+  data on a socket is served when it arrives, and a loop with timers may have jumped by then. If no
+  timer is left, the loop gives them a real second before it reports a deadlock.
 
 Rejected: patching `time.monotonic` (it affects code that isn't under test), and advancing the clock
 by hand from the test (the test must then know every instant at which the code under test waits;
@@ -37,15 +36,13 @@ model.
 """
 
 import asyncio
-import contextlib
 import math
 import selectors
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextvars import Context
 from pathlib import PurePath
-from types import TracebackType
 from typing import Any, Self, TypeVar, TypeVarTuple
 
 from asyncbucket.core.wording import is_number
@@ -143,13 +140,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     Args:
         clock: The clock to move; by default its own, from 0.
-        real_wait: Real seconds given to threads and sockets before each jump.
     """
 
-    def __init__(self, clock: VirtualClock | None = None, *, real_wait: float = 0.0) -> None:
+    def __init__(self, clock: VirtualClock | None = None) -> None:
         # Before super(): the base class registers its self-pipe and asks for the time.
         self.clock = VirtualClock() if clock is None else clock
-        self._real_wait = real_wait
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._jobs: set[asyncio.Future[Any]] = set()
         selector = _JumpingSelector()
@@ -211,8 +206,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if timeout is None:
             self._give_last_chance()
             return 0.0
-        if self._real_wait and self._has_io_within(self._real_wait):
-            return 0.0
         self.clock.advance_to(self.time() + timeout)
         self._set_resolution()
         return 0.0
@@ -268,15 +261,11 @@ class VirtualTime:
     Args:
         start: Seconds at which the clock starts, at most 10,000,000,000. Near zero a float of seconds
             is exact to the nanosecond; from 24 days on it isn't.
-        real_wait: See `VirtualTimeLoop`.
         debug: asyncio's debug mode.
     """
 
-    def __init__(
-        self, *, start: float = 0.0, real_wait: float = 0.0, debug: bool | None = None
-    ) -> None:
+    def __init__(self, *, start: float = 0.0, debug: bool | None = None) -> None:
         self.clock = VirtualClock(start)
-        self._real_wait = real_wait
         self._runner = asyncio.Runner(debug=debug, loop_factory=self.new_loop)
 
     def __repr__(self) -> str:
@@ -285,12 +274,7 @@ class VirtualTime:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -309,7 +293,7 @@ class VirtualTime:
 
     def new_loop(self) -> VirtualTimeLoop:
         """Make another loop on the same clock, for `asyncio.Runner(loop_factory=...)`."""
-        return VirtualTimeLoop(self.clock, real_wait=self._real_wait)
+        return VirtualTimeLoop(self.clock)
 
     def advance(self, seconds: float) -> None:
         """Let `seconds` pass at once, as if code had been busy that long.
@@ -330,10 +314,7 @@ class VirtualTime:
         self._runner.close()
 
 
-@contextlib.contextmanager
-def virtual_time(
-    *, start: float = 0.0, real_wait: float = 0.0, debug: bool | None = None
-) -> Generator[VirtualTime]:
+def virtual_time(*, start: float = 0.0, debug: bool | None = None) -> VirtualTime:
     """Open a stretch of virtual time; see the module for what is guaranteed, `VirtualTime` for Args.
 
     Example:
@@ -341,5 +322,4 @@ def virtual_time(
             time.run(asyncio.sleep(3600))
             assert time.now == 3600.0
     """
-    with VirtualTime(start=start, real_wait=real_wait, debug=debug) as time:
-        yield time
+    return VirtualTime(start=start, debug=debug)

@@ -121,7 +121,7 @@ def series(
     server: str, query: str, start: float, end: float
 ) -> dict[str, list[tuple[float, float]]]:
     """Return the answer to a query: by labels, seconds since the start and values."""
-    for variable, value in (("$limiter", ".*"), ("$__rate_interval", "10s"), ("[5m]", "[1m]")):
+    for variable, value in (("$limiter", "[^/]+"), ("$__rate_interval", "10s"), ("[5m]", "[1m]")):
         query = query.replace(variable, value)
     asked = urlencode({"query": query, "start": start, "end": end, "step": STEP})
     answer = httpx.get(f"{server}/api/v1/query_range?{asked}").raise_for_status().json()

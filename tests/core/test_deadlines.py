@@ -168,20 +168,6 @@ async def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> N
     await head
 
 
-async def test_batch_larger_than_one_pass_is_admitted_by_its_deadline(
-    virtual_time: VirtualTime,
-) -> None:
-    """All 900 calls that may pass at that instant do, though one pass admits fewer."""
-    limiter = Limiter("1000 TPM", concurrency=1000, clock=virtual_time.clock)
-    holder = await limiter.acquire(tokens=1000)
-    calls = [asyncio.ensure_future(limiter.acquire(tokens=1, timeout=5)) for _ in range(900)]
-    await asyncio.sleep(4.9)
-    holder.settle(tokens=0)
-    leases = await asyncio.gather(*calls)
-    assert {lease.bound_by for lease in leases} == {"tokens"}
-    assert all(4.9 <= lease.waited <= 4.901 for lease in leases)
-
-
 history = st.lists(
     st.tuples(
         st.sampled_from(["take", "take", "settle", "release", "more", "pause"]),
@@ -268,3 +254,15 @@ async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
     ]
     assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
     assert virtual_time.now == 1.0
+
+
+async def test_provider_without_tokens_left_refuses_no_call_that_costs_none(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    limiter.observe_remaining(0, resource="tokens", per=60)
+    held = await limiter.acquire()
+    waiting = asyncio.ensure_future(limiter.acquire(timeout=1))
+    await asyncio.sleep(0.5)
+    held.release()
+    assert (await waiting).waited == 0.5

@@ -140,28 +140,6 @@ async def test_would_block_tells_call_above_burst_to_wait_in_line(
     assert (await child.acquire(requests=10)).waited == 5.0
 
 
-async def test_queue_full_tells_how_many_wait_and_what_to_raise(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1 RPS", max_queue=2, clock=virtual_time.clock)
-    calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
-    await virtual_time.all_blocked()
-    with pytest.raises(QueueFull) as error:
-        await limiter.acquire()
-    assert str(error.value) == (
-        "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
-        "1.01 s more; try again later or raise max_queue=2"
-    )
-    assert error.value.retry_after == 515 / 512
-    await asyncio.gather(*calls)
-    assert virtual_time.now == 2 * 515 / 512
-
-
-async def test_max_queue_0_refuses_call_that_would_wait(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1 RPS", max_queue=0, clock=virtual_time.clock)
-    await limiter.acquire()
-    with pytest.raises(QueueFull, match="cannot pass without waiting: requests bind"):
-        await limiter.acquire()
-
-
 async def test_hopeless_timeout_of_bucket_is_refused_at_once(virtual_time: VirtualTime) -> None:
     """The error shows the time that was given and the time that is needed."""
     limiter = Limiter("1 RPM", clock=virtual_time.clock)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import asyncbucket
-from asyncbucket import Cost, CostExceedsLimit, Limit, Limiter
+from asyncbucket import Cost, CostExceedsLimit, Limiter
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
@@ -160,14 +160,6 @@ async def test_explained_wait_in_tree_is_upper_bound(virtual_time: VirtualTime) 
         call.cancel()
 
 
-def test_explanation_names_limiter_of_each_limit(virtual_time: VirtualTime) -> None:
-    """This tells which limit to raise."""
-    key = Limiter("600 RPM", name="key", clock=virtual_time.clock)
-    child = key.child("chat", Limit("tokens", 1_000, per=1))
-    names = [rate.limiter for rate in child.explain(tokens=50).rates]
-    assert names == ["key", "key/chat"]
-
-
 async def test_explanation_does_not_count_calls_that_go_later(virtual_time: VirtualTime) -> None:
     """These are less urgent calls, and those of a sibling that is out of its own quota."""
     key = Limiter("10 RPS burst 1", clock=virtual_time.clock)
@@ -260,3 +252,15 @@ async def test_explained_wait_counts_no_slots_that_are_given_back_meanwhile(
     assert said.wait == pytest.approx(lease.waited, abs=1.0)
     assert lease.waited == pytest.approx(90.7, abs=1.0)
     await asyncio.gather(*calls)
+
+
+async def test_calls_ahead_count_only_at_limits_of_what_they_cost(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 RPM burst 1", "100 TPM", clock=virtual_time.clock)
+    calls = [asyncio.ensure_future(limiter.acquire()) for _ in range(3)]
+    await virtual_time.all_blocked()
+    explanation = limiter.explain(tokens=100)
+    assert (explanation.wait, explanation.bound_by) == (3.0, "requests")
+    for call in calls:
+        call.cancel()

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from asyncbucket import Lease, Limiter, pace
-from asyncbucket.core.levels import give_back, is_under
+from asyncbucket import Lease, Limit, Limiter, pace, tenant
+from asyncbucket.core.levels import (
+    can_give_slots_up,
+    effective_limiter,
+    give_back,
+    in_force,
+    is_under,
+    provider_of,
+    shown_name,
+    terms_of,
+)
 from asyncbucket.testing import VirtualClock, VirtualTime
 
 
@@ -109,3 +118,45 @@ def test_pace_wraps_llm_and_refuses_missing_limit() -> None:
     assert str(llm.complete("one word")) == "one word"
     with pytest.raises(ValueError, match="without a limit would pace nothing"):
         pace(mock())
+
+
+def test_level_whose_limits_are_the_providers_is_highest_with_any() -> None:
+    """Levels above only group providers; what holds for calls is told from the bottom up."""
+    group = Limiter(name="all")
+    key = group.child("key", "500 RPM")
+    chat = key.child("chat", "5 RPM")
+    assert provider_of(chat) is provider_of(key) is key
+    assert provider_of(group) is group
+    assert in_force(chat) == (Limit("requests", 5), Limit("requests", 500))
+    assert in_force(group) == ()
+
+
+def test_only_limiter_that_finds_its_concurrency_can_give_slots_up() -> None:
+    key = Limiter(concurrency=(2, 9))
+    child = key.child("child", concurrency=5)
+    assert can_give_slots_up(child)
+    key.reconfigure(concurrency=(4, 4))
+    assert not can_give_slots_up(child)
+    assert not can_give_slots_up(Limiter(concurrency=5))
+
+
+def test_tenant_of_context_is_limiter_that_admits() -> None:
+    key = Limiter(name="key")
+    assert effective_limiter(key) is key
+    with tenant("acme"):
+        assert effective_limiter(key) is key.key("acme")
+        assert effective_limiter(key.key("other")) is key.key("other")
+    assert shown_name(key.key("acme").child("chat")) == "key/*/chat"
+
+
+def test_terms_of_limiter_make_another_like_it() -> None:
+    key = Limiter("5 RPM", concurrency=(2, 9), max_queue=7, timeout=3)
+    assert terms_of(key) == {"concurrency": (2, 9), "max_queue": 7, "timeout": 3}
+    child = key.child("child", "1 RPM", concurrency=4, weight=2, priority="batch")
+    assert terms_of(child) == {
+        "concurrency": 4,
+        "max_queue": None,
+        "timeout": 3,
+        "weight": 2.0,
+        "priority": -1,
+    }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
-from asyncbucket.core.statistics import LimitUse, Waits
+from asyncbucket.core.statistics import LimitUse, Waits, shares_used
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import used
 
@@ -254,15 +254,12 @@ def test_limiter_without_limits_admits_and_counts_every_call(virtual_time: Virtu
     assert limiter.statistics().admitted == 100
 
 
-def test_limiter_works_with_default_clock() -> None:
-    async def main() -> None:
-        import time
+async def test_limiter_works_with_default_clock() -> None:
+    import time
 
-        limiter = Limiter("10 RPS")
-        async with limiter.acquire(deadline=time.monotonic() + 5) as lease:
-            assert lease.waited == 0
-
-    asyncio.run(main())
+    limiter = Limiter("10 RPS")
+    async with limiter.acquire(deadline=time.monotonic() + 5) as lease:
+        assert lease.waited == 0
 
 
 def test_limits_are_read_from_env_or_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -390,3 +387,47 @@ async def test_repr_of_lease_shows_state_cost_and_wait(virtual_time: VirtualTime
     assert repr(lease) == f"<Lease open {cost} waited=1.006 s bound_by=requests>"
     lease.release()
     assert repr(lease).startswith(f"<Lease released {cost}")
+
+
+async def test_notebook_shows_use_waits_and_pause(virtual_time: VirtualTime) -> None:
+    """Names are escaped; what does not apply is left out."""
+    limiter = Limiter("2 RPS burst 1", concurrency=3, name="<key>", clock=virtual_time.clock)
+    assert limiter._repr_html_().startswith("<b>&lt;key&gt;</b><br>0 admitted")
+    held = [await limiter.acquire() for _ in range(2)]
+    waiting = asyncio.ensure_future(limiter.acquire())
+    await virtual_time.all_blocked()
+    assert limiter._repr_html_() == (
+        "<b>&lt;key&gt;</b><br>2 admitted · 1 waiting (requests bind) · 2 of 3 in flight · "
+        "0 refused · 0 cancelled · 0 upstream 429s · waited so far: 1 for requests (0.5 s)"
+        '<table><tr><td>2 requests per 1 s</td><td><meter value="1.000"></meter></td>'
+        "<td>2 used, 0 available</td></tr></table>"
+    )
+    limiter.pause(90, reason="429")
+    await virtual_time.all_blocked()
+    assert "1 waiting · 2 of 3 in flight" in limiter._repr_html_()
+    assert "1 upstream 429s · paused for 90 s more" in limiter._repr_html_()
+    assert shares_used(limiter.statistics()) == {"rps": 1.0, "concurrency": pytest.approx(2 / 3)}
+    assert shares_used(Limiter().statistics()) == {}
+    waiting.cancel()
+    del held
+
+
+def test_lease_cannot_be_settled_before_its_call_was_admitted() -> None:
+    lease = Limiter("5 RPM").acquire()
+    with pytest.raises(RuntimeError, match="has not been admitted yet: await it, or enter it"):
+        lease.settle(tokens=5)
+    lease.close()
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"on_outage": "wait"}, "on_outage must be one of share, closed, open, not 'wait'"),
+        ({"slot_ttl": 0}, "slot_ttl must be a number of seconds from 0.1 to 86,400, a day, not 0"),
+        ({"slot_ttl": "5"}, "slot_ttl must be .* a day, not '5'"),
+        ({"concurrency": (9, 2)}, r"concurrency=\(9, 2\) has its bounds in the wrong order"),
+    ],
+)
+def test_invalid_terms_are_refused(terms: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Limiter("5 RPM", **terms)

@@ -99,23 +99,3 @@ async def test_timeout_in_tree_admits_call_behind_at_same_instant(
     assert virtual_time.now == 7
     assert error.value.bound_by == "tokens"
     assert (await cheap).waited == 7
-
-
-async def test_errors_carry_retry_after(virtual_time: VirtualTime) -> None:
-    """`retry_after` is in seconds, or None if only a release can help."""
-    key = Limiter("60 RPM burst 1", concurrency=2, max_queue=1, clock=virtual_time.clock)
-    poor = key.child("poor", rpm=2)
-    first = await poor.acquire()
-    with pytest.raises(WouldBlock) as blocked:
-        poor.acquire_nowait()
-    assert blocked.value.retry_after == pytest.approx(30)
-    with pytest.raises(AcquireTimeout) as late:
-        await poor.acquire(timeout=3)
-    assert late.value.retry_after == pytest.approx(27)
-    await asyncio.sleep(5)
-    second = await key.acquire()
-    with pytest.raises(WouldBlock) as full:
-        key.acquire_nowait()
-    assert (full.value.retry_after, full.value.bound_by) == (None, "concurrency")
-    first.release()
-    second.release()

@@ -1,6 +1,7 @@
 """The meters' arithmetic, checked against simple models that keep every booking."""
 
 import copy
+import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from random import Random
@@ -571,6 +572,48 @@ def test_paced_window_does_what_its_bucket_and_its_bare_window_do(
             last.append((units, now) if verb == "redate" else (units // 2, when))
         assert paced.available(now) == min(bare.available(now), bucket.available(now))
         assert paced.spare(3) == bucket.spare(3) <= bare.spare(3) == NEVER
+
+
+@moderate
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["take", "owe", "unbook", "burst"]),
+            st.integers(0, SECOND),
+            st.integers(1, 6),
+        ),
+        max_size=30,
+    ),
+    st.sampled_from([None, 5]),
+)
+def test_meter_restored_from_json_goes_on_as_before(
+    moves: list[tuple[str, int, int]], burst: int | None
+) -> None:
+    """So a store can keep it."""
+
+    def make(burst: int | None) -> Window:
+        return window_of(20, per=3, burst=burst)
+
+    meter, now, booked = make(burst), 0, [(1, 0)]
+    for verb, delay, amount in moves:
+        now += delay
+        if verb == "burst":
+            burst = None if burst is None else 5 + amount
+            meter.reshape(Limit("units", 20, per=3, burst=burst), now)
+        state = json.loads(json.dumps(meter.state()))
+        other = make(burst)
+        other.restore(state)
+        for each in (meter, other):
+            if verb == "take":
+                each.take(amount, now)
+            elif verb == "owe":
+                each.owe(amount, now)
+            elif verb == "unbook":
+                each.unbook(*booked[-1])
+        booked.append((amount, now))
+        assert other.state() == meter.state()
+        assert other.available(now) == meter.available(now)
+        assert other.earliest(3, now) == meter.earliest(3, now)
 
 
 # --- all meters of a limiter ---

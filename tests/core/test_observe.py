@@ -1,7 +1,6 @@
 """What observers of a limiter get, tested with real calls."""
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -156,24 +155,6 @@ async def test_observer_may_call_limiter(virtual_time: VirtualTime) -> None:
     (await limiter.acquire()).release()
     (await limiter.acquire()).release()
     assert [admitted for admitted, _ in seen] == [1, 1, 1, 2, 2]
-
-
-def test_errors_of_observers_are_logged_once(
-    virtual_time: VirtualTime, caplog: pytest.LogCaptureFixture
-) -> None:
-    """They go to the logger `asyncbucket`."""
-    heard: list[Event] = []
-
-    def fail(_: Event) -> None:
-        raise ValueError
-
-    limiter = Limiter(clock=virtual_time.clock)
-    limiter.observe(fail)
-    limiter.observe(heard.append)
-    with caplog.at_level(logging.ERROR, "asyncbucket"):
-        limiter.acquire_nowait().release()
-    assert len(caplog.records) == 1
-    assert [type(event) for event in heard] == [Admitted, Released]
 
 
 def test_garbage_collected_lease_is_reported_with_next_event(virtual_time: VirtualTime) -> None:

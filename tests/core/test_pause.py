@@ -4,8 +4,6 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
-from asyncbucket.core.meters import NEVER
-from asyncbucket.feedback.pause import Pause
 from asyncbucket.testing import VirtualTime
 
 
@@ -156,18 +154,6 @@ async def test_pause_keeps_priorities_and_holds_up_only_its_own_tenant(
     assert (await waiting).bound_by == "paused"
 
 
-async def test_only_longer_pause_restarts_slow_start(virtual_time: VirtualTime) -> None:
-    limiter = Limiter(clock=virtual_time.clock)
-    limiter.pause(16, gradually=True)
-    await limiter.acquire()
-    limiter.pause(0.1, gradually=True)
-    await limiter.acquire()
-    assert virtual_time.now == 16.25
-    limiter.pause(32, gradually=True)
-    await limiter.acquire()
-    assert virtual_time.now == 48.25
-
-
 async def test_call_cancelled_in_slow_start_leaves_its_step_to_next_call(
     virtual_time: VirtualTime,
 ) -> None:
@@ -194,12 +180,3 @@ async def test_call_closed_after_handover_in_slow_start_gives_its_step_back(
     waiting.close()
     limiter.acquire_nowait()
     assert limiter.statistics().cancelled == 1
-
-
-def test_pause_has_nothing_or_everything_available_and_takes_no_debt() -> None:
-    pause = Pause()
-    assert pause.available(0) == NEVER
-    pause.begin(10, 0, gradually=False)
-    pause.owe(5, 0)
-    assert pause.available(9) == 0
-    assert pause.available(10) == NEVER

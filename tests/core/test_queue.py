@@ -73,43 +73,6 @@ def test_siblings_of_equal_cost_keep_order_of_arrival_in_every_round(
     assert [grove.serve() for _ in calls] == calls
 
 
-def test_siblings_share_cost_by_weight(grove: Grove) -> None:
-    """Costly calls of a light child and cheap ones of a heavy child: 1 to 3 in tokens."""
-    one, three = grove.root.child("one"), grove.root.child("three", weight=3.0)
-    for _ in range(40):
-        grove.push(one, 20)
-        grove.push(three, 5)
-        grove.push(three, 5)
-    served = grove.serve_some(70)
-    assert served[one] >= 5
-    assert abs(served[three] * 5 / 3 - served[one] * 20) <= 20
-
-
-@pytest.mark.parametrize("priorities", [(-1, 0, 1), (-1, 1), (-100, 0, 100)])
-def test_priority_gets_eight_times_as_much_as_next_below(
-    grove: Grove, priorities: tuple[int, ...]
-) -> None:
-    """However far apart they are."""
-    for priority in priorities:
-        for _ in range(800):
-            grove.push(grove.root.child("child"), priority=priority)
-    rounds = sum(8**place for place in range(len(priorities)))
-    served = Counter(grove.serve().line.priority for _ in range(10 * rounds))
-    for place, priority in enumerate(priorities):
-        assert served[priority] == pytest.approx(10 * 8**place, abs=1)
-
-
-def test_urgent_newcomer_is_next(grove: Grove) -> None:
-    child = grove.root.child("child")
-    for _ in range(100):
-        grove.push(child, priority=-1)
-    for _ in range(10):
-        grove.serve()
-    urgent = grove.push(child, priority=1)
-    assert grove.serve() is urgent
-    assert grove.serve().line.priority == -1
-
-
 @pytest.mark.parametrize(("idle", "calls"), [(False, 29), (True, 30)])
 def test_refund_pays_for_later_calls_unless_share_was_idle(
     grove: Grove, *, idle: bool, calls: int

@@ -19,7 +19,8 @@ ENOUGH = 20
 
 def test_children_are_shared_by_loops_and_threads() -> None:
     """Three loops and three threads each use a child of their own and one in common."""
-    key = Limiter("600 requests/s burst 600", concurrency=4)
+    key = Limiter("300 requests/s burst 300", concurrency=4)
+    start = time.monotonic()
     common = key.child("common", concurrency=2)
     most = {"key": 0, "common": 0}
 
@@ -50,6 +51,7 @@ def test_children_are_shared_by_loops_and_threads() -> None:
         jobs += [pool.submit(synchronously, key.key(f"thread {number}")) for number in range(3)]
         for job in jobs:
             job.result(ENOUGH)
+    assert time.monotonic() - start >= 1  # the last 60 of 360 wait for their window
     assert most["key"] <= 4
     assert most["common"] <= 2
     for limiter in (key, common):
@@ -226,21 +228,3 @@ async def test_cancelled_head_that_leaves_late_is_not_mistaken_for_new_head(
         leases = await asyncio.gather(waiting, *followers)
     assert [lease.bound_by for lease in leases] == ["requests"] * 3
     assert (key.statistics().waiting, key.statistics().cancelled) == (0, 1)
-
-
-async def test_forked_process_starts_anew_at_every_level(virtual_time: VirtualTime) -> None:
-    """`os.fork` leaves nobody waiting and nothing in flight, but what was used stays used."""
-    key = Limiter("100 RPM", concurrency=3, clock=virtual_time.clock)
-    agent = key.child("chat", concurrency=2).child("agent", "10 RPM", concurrency=1)
-    held = [await agent.acquire(), await key.acquire()]
-    waiting = asyncio.ensure_future(agent.acquire())
-    await virtual_time.all_blocked()
-    key._node.pacer.after_fork()
-    for limiter in (key, *key.children.values(), agent):
-        now = limiter.statistics()
-        assert (now.waiting, now.in_flight) == (0, 0)
-    assert agent.statistics().limits[0].used == 1
-    for lease in held:
-        lease.release()
-    assert key.statistics().in_flight == 0
-    waiting.cancel()

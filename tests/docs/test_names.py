@@ -33,7 +33,6 @@ def members_of_classes() -> dict[str, set[str]]:
     for name, above in bases.items():
         for base in above & members.keys():
             members[name] |= members[base]
-    del members["Settings"]  # pages mean LlamaIndex's
     return members
 
 

@@ -23,7 +23,6 @@ MODULES = (
     "llama_index",
     "plan",
     "retry",
-    "stats",
     "stores",
     "telemetry",
     "testing",

@@ -45,7 +45,6 @@ def test_request_is_sent_once_on_each_of_several_event_loops(
     make: Callable[[Limiter, Any], Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
     provider = rate_limited_provider()
     client = make(limiter, library)
 
@@ -61,38 +60,15 @@ def test_request_is_sent_once_on_each_of_several_event_loops(
 def test_connections_are_closed_when_their_loop_ends(
     rate_limited_provider: "ProviderFactory", library: Any, limiter: Limiter
 ) -> None:
-    """So a program that says ``asyncio.run(...)`` for each request keeps none open."""
     provider = rate_limited_provider()
     for client in (with_transport(limiter, library), made_by_limiter(limiter, library)):
 
         async def pool(client: Any = client) -> Any:
             await ask(client, provider.base_url)
-            return client._transport.inner.current()._pool
+            return client._transport.inner._pool
 
         for _ in range(2):
             assert asyncio.run(pool()).connections == []
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_loop_that_is_closed_at_once_leaves_nothing_to_complain_about(
-    rate_limited_provider: "ProviderFactory",
-    library: Any,
-    limiter: Limiter,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Without `asyncio.run`, nothing is told that its loop ends."""
-    provider = rate_limited_provider()
-    client = with_transport(limiter, library)
-
-    for _ in range(3):
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(ask(client, provider.base_url))
-        loop.close()
-    asyncio.run(client.aclose())
-    gc.collect()
-
-    assert provider.statistics().requests == 6
-    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 @pytest.mark.real_clock
@@ -117,14 +93,13 @@ def test_loops_on_several_threads_share_no_connection(
 
 
 def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: Limiter) -> None:
-    """What a client makes for another loop is like what it made for the first."""
     limits = library.Limits(max_connections=7)
     client = limiter.http_client(family=library.__name__, limits=limits, proxy="http://[::1]:9")
 
     async def pool() -> Any:
         paced = client._transport_for_url(library.URL(URL))
-        assert paced.inner.current() is paced.inner.current()
-        return paced.inner.current()._pool
+        assert paced.inner is paced.inner
+        return paced.inner._pool
 
     first, second = asyncio.run(pool()), asyncio.run(pool())
 
@@ -134,8 +109,6 @@ def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: 
 
 
 def test_transport_given_by_the_user_is_used_on_every_loop(library: Any, limiter: Limiter) -> None:
-    """Whoever passes a transport decides on which loops it lives, and closes it; mounted or not."""
-
     class Theirs(library.MockTransport):  # type: ignore[misc]
         async def aclose(self) -> None:
             raise AssertionError

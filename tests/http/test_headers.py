@@ -1,17 +1,14 @@
-import math
 import sys
-import timeit
 from collections.abc import Callable
 from datetime import UTC, datetime
-from email.utils import format_datetime, parsedate_to_datetime
 
 import httpx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncbucket.http import headers
-from asyncbucket.testing.provider.headers import go_duration
+from asyncbucket.providers import headers
+from asyncbucket.testing.provider.app import go_duration
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 
@@ -51,14 +48,13 @@ READERS: list[Callable[[object], float | None]] = [
     ],
 )
 def test_reset_reads_every_time_format(value: str, seconds: float) -> None:
-    """Bare numbers, Go durations, RFC 3339 and the three HTTP dates all give seconds from now."""
     assert headers.reset(value, now=NOW) == pytest.approx(seconds, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        *(
+        *[
             "nan",
             "NaN",
             "inf",
@@ -71,10 +67,16 @@ def test_reset_reads_every_time_format(value: str, seconds: float) -> None:
             "-1",
             ".5",
             "1.",
-            "",
-        ),
+            "1s$$2s",
+            "1.2.3s",
+            "1mm",
+            "1d",
+            "1y",
+            "s",
+            "--1s",
+        ],
+        *("", "1µs", "1s ago", "1 s"),
         *("²", "٣", "\uff11", "1\n", "1\x00", "1, 1", "1;2", "1 2"),
-        *("1s$$2s", "1.2.3s", "1mm", "1d", "1y", "1µs", "s", "1s ago", "--1s", "1 s"),
         *("2026-13-01T00:00:00Z", "2026-01-31T25:00:00Z", "2026-01-31", "2026-01-31T12:00:10"),
         "2026-01-31T12:00:10+99:99",
         *("Sat, 99 Jan 2026 12:00:00 GMT", "Sat, 31 Jan 2026 12:00:00 PST", "Sat, 31 Foo 2026"),
@@ -83,20 +85,10 @@ def test_reset_reads_every_time_format(value: str, seconds: float) -> None:
     ],
 )
 def test_reset_ignores_malformed_value(value: str) -> None:
-    """A value that does not fully match a grammar, in 64 ASCII characters, is ignored."""
     assert headers.reset(value, now=NOW) is None
 
 
-@pytest.mark.parametrize("value", [None, 5, 5.0, True, b"5", ["5"], math.nan])
-def test_readers_ignore_value_that_is_not_a_string(value: object) -> None:
-    """Values that aren't `str` are ignored by every reader."""
-    readings = {reader(value) for reader in READERS[:-1]}
-
-    assert readings == {None}
-
-
 def test_readers_clamp_waits_between_zero_and_cap() -> None:
-    """However long a value claims, the result is at most the cap, and never below zero."""
     assert headers.number("9" * 64) == headers.WEEK
     assert headers.duration("9" * 60 + "h") == headers.WEEK
     assert headers.duration("-" + "9" * 60 + "h") == 0.0
@@ -105,37 +97,18 @@ def test_readers_clamp_waits_between_zero_and_cap() -> None:
     assert headers.reset("90m", now=NOW, cap=60.0) == 60.0
 
 
-def test_retry_after_ms_takes_precedence_over_retry_after() -> None:
-    """`retry-after-ms` is the finer of the two, and wins; an unreadable one does not."""
-    both = {"retry-after": "2", "retry-after-ms": "1250"}
-
-    assert headers.retry_after(both, now=NOW) == 1.25
-    assert headers.retry_after({**both, "retry-after-ms": "soon"}, now=NOW) == 2.0
-    assert headers.retry_after({}, now=NOW) is None
-
-
-def test_retry_after_date_is_relative_to_server_clock() -> None:
+def test_instants_are_relative_to_server_clock() -> None:
     """A date is compared with the reply's own `date`; without one, with this machine's clock."""
     date = {"retry-after": "Sat, 31 Jan 2026 12:00:30 GMT"}
 
     assert headers.retry_after(date, now=NOW) == 30.0
     skewed = {**date, "date": "Sat, 31 Jan 2026 12:00:20 GMT"}
     assert headers.retry_after(skewed, now=NOW + 3600) == 10.0
-
-
-def test_reset_instant_is_relative_to_server_clock() -> None:
-    """An instant is as far away as the reply's own `date` says, whatever the local clock says."""
-    reply = {
-        "anthropic-ratelimit-requests-reset": "2026-01-31T12:00:30Z",
-        "date": "Sat, 31 Jan 2026 12:00:20 GMT",
-    }
-
-    for skew in (-3600, 0, 3600):
-        assert headers.full_reset_after(reply, now=NOW + skew) == 10.0
+    skewed["anthropic-ratelimit-requests-reset"] = "2026-01-31T12:00:40Z"
+    assert headers.full_reset_after(skewed, now=NOW - 3600) == 20.0
 
 
 def test_header_names_are_case_insensitive() -> None:
-    """The mapping of httpx and a plain dict of any case give the same result."""
     assert headers.retry_after({"Retry-After-MS": "1500"}, now=NOW) == 1.5
     assert headers.retry_after(httpx.Headers({"Retry-After": "3"}), now=NOW) == 3.0
     assert headers.forbids_retry(httpx.Headers({"X-Should-Retry": "false"}))
@@ -144,32 +117,12 @@ def test_header_names_are_case_insensitive() -> None:
 
 
 def test_missing_durationpy_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without durationpy, the error says what to install; formats that don't need it still work."""
     monkeypatch.setitem(sys.modules, "durationpy", None)
 
     assert headers.reset("5", now=NOW) == 5.0
     assert headers.full_reset_after({"x-ratelimit-reset": "5s"}, now=NOW) is None
     with pytest.raises(ImportError, match=r'pip install "asyncbucket\[http\]"'):
         _ = headers.duration("5s")
-
-
-@given(st.integers(min_value=0, max_value=10**14))
-def test_go_duration_round_trips(nanoseconds: int) -> None:
-    """What the bundled provider writes is read back, rounded up to a millisecond."""
-    expected = -(-nanoseconds // 1_000_000) / 1000
-
-    # Beyond a second, Go's `%g` style keeps six digits.
-    assert headers.duration(go_duration(nanoseconds)) == pytest.approx(expected, rel=1e-5)
-
-
-@given(st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2999, 1, 1)))  # noqa: DTZ001 - hypothesis wants them naive
-def test_http_and_rfc3339_dates_round_trip(naive: datetime) -> None:
-    """An instant in either format gives the seconds from now until then, within the cap."""
-    instant = naive.replace(tzinfo=UTC, microsecond=0)
-    expected = min(max(instant.timestamp() - NOW, 0.0), headers.WEEK)
-
-    assert headers.http_date(format_datetime(instant, usegmt=True), now=NOW) == expected
-    assert headers.rfc3339(instant.isoformat(), now=NOW) == expected
 
 
 HOSTILE = st.one_of(
@@ -191,28 +144,6 @@ HOSTILE = st.one_of(
 @example("Fri, 31 Dec 0001 00:00:00 GMT")
 @example("Mon, 01 Jan 0000 00:00:00 GMT")
 def test_readers_never_raise_or_leave_range_on_hostile_value(value: object) -> None:
-    """Every reader gives None or a finite number from 0 to the cap, whatever the value is."""
     for reader in READERS:
         seconds = reader(value)
         assert seconds is None or 0.0 <= seconds <= headers.WEEK
-
-
-@pytest.mark.real_clock
-@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer would be what is measured")
-@pytest.mark.parametrize(
-    "value",
-    [
-        *("1.5", "6m0s", "2026-01-31T12:00:10Z", "Sat, 31 Jan 2026 12:01:00 GMT"),
-        *("1" * 63 + "x", "1h" * 31 + "h", "1.1" * 21, "Sat, 31 Jan 2026 12:01:00 GMX"),
-    ],
-)
-def test_reading_a_reset_costs_less_than_five_date_parses(value: str) -> None:
-    """Reading any value takes only a few times as long as the standard library needs for a date."""
-    date = "Sat, 31 Jan 2026 12:01:00 GMT"
-    ratios = [
-        timeit.timeit(lambda: headers.reset(value, now=NOW), number=200)
-        / timeit.timeit(lambda: parsedate_to_datetime(date), number=200)
-        for _ in range(25)
-    ]
-
-    assert min(ratios) < 5

@@ -2,115 +2,107 @@
 
 import contextlib
 import random
-import time
-import timeit
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
-from asyncbucket.http.held import HeldLease
-from asyncbucket.http.learn import HeaderReader
+from asyncbucket.nesting import HeldLease
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.testing import VirtualClock
 
-MINUTE = 60_000_000_000
+Reply = dict[str, object]
 
 
-def available(limiter: Limiter) -> list[int]:
-    """Return what is available of each limit now."""
-    return [use.available for use in limiter.statistics().limits]
-
-
-def said(**numbers: object) -> dict[str, object]:
+def said(**numbers: object) -> Reply:
     """Return headers as OpenAI names them."""
     return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
 
 
-def test_remaining_header_lowers_available_units() -> None:
-    """Only what the provider says is left may pass, however little we have used."""
-    limiter = Limiter("500 RPM burst 500", "10k TPM")
-
-    HeaderReader(limiter).read(
-        said(remaining_requests="40", limit_requests="500", remaining_tokens="900"), OPENAI
-    )
-
-    assert available(limiter) == [40, 900]
-    assert [use.used for use in limiter.statistics().limits] == [0, 0]
+def available(*limiters: Limiter) -> list[int]:
+    """Return what is available of each limit now."""
+    return [use.available for limiter in limiters for use in limiter.statistics().limits]
 
 
-def test_header_never_raises_user_limit() -> None:
-    """The provider may allow more than the user does; the user's limit holds."""
-    limiter = Limiter("5 RPM burst 5")
-
-    HeaderReader(limiter).read(said(remaining_requests="9000", limit_requests="10000"), OPENAI)
-
-    assert available(limiter) == [5]
-    assert [limit.amount for limit in limiter.limits] == [5]
+@pytest.fixture
+def clock() -> VirtualClock:
+    """A clock that moves only when told to."""
+    return VirtualClock()
 
 
-def test_lowest_of_several_remaining_headers_counts() -> None:
-    """Tokens of the organisation and of the project are two limits for one window."""
-    limiter = Limiter("10k TPM")
+CLAIMS: dict[str, tuple[list[str], Profile, list[Reply], list[int]]] = {
+    "only what is left may pass": (
+        ["500 RPM burst 500", "10k TPM"],
+        OPENAI,
+        [said(remaining_requests="40", limit_requests="500", remaining_tokens="900")],
+        [40, 900],
+    ),
+    "no header raises the user's limit": (
+        ["5 RPM burst 5"],
+        OPENAI,
+        [said(remaining_requests="9000", limit_requests="9" * 15)],
+        [5],
+    ),
+    "the project's count binds if it is the lower": (
+        ["10k TPM"],
+        OPENAI,
+        [said(remaining_tokens="5000", remaining_project_tokens="300")],
+        [300],
+    ),
+    "the organization's count binds if it is the lower": (
+        ["10k TPM"],
+        OPENAI,
+        [said(remaining_project_tokens="5000", remaining_tokens="200")],
+        [200],
+    ),
+    "no more is left than the announced limit": (
+        ["500 RPM burst 500"],
+        OPENAI,
+        [said(remaining_requests="499", limit_requests="30")],
+        [30],
+    ),
+    "the announced limit tells the window": (
+        ["500 RPM burst 500", "10k RPD burst 10000"],
+        OPENAI,
+        [said(remaining_requests="70", limit_requests="10000")],
+        [500, 70],
+    ),
+    "Groq's headers of requests mean the day": (
+        ["30 RPM burst 30", "14,400 RPD burst 14400"],
+        GROQ,
+        [said(remaining_requests="70", limit_requests="14400")],
+        [30, 70],
+    ),
+}
+
+
+@pytest.mark.parametrize(("limits", "profile", "replies", "left"), CLAIMS.values(), ids=CLAIMS)
+def test_headers_lower_what_is_available(
+    clock: VirtualClock, limits: list[str], profile: Profile, replies: list[Reply], left: list[int]
+) -> None:
+    limiter, deaf = Limiter(*limits, clock=clock), Limiter(*limits, clock=clock)
+    for reply in replies:
+        HeaderReader(limiter).read(reply, profile)
+        HeaderReader(deaf, learn=False).read(reply, profile)
+
+    assert available(limiter) == left
+    assert available(deaf) == [limit.amount for limit in deaf.limits]
+    assert [use.used for use in limiter.statistics().limits] == [0] * len(left)
+
+
+def test_rounded_anthropic_header_does_not_override_own_count(clock: VirtualClock) -> None:
+    limiter = Limiter("50k ITPM", clock=clock)
     reader = HeaderReader(limiter)
-
-    reader.read(said(remaining_tokens="5000", remaining_project_tokens="300"), OPENAI)
-    assert available(limiter) == [300]
-    reader.read(said(remaining_project_tokens="5000", remaining_tokens="200"), OPENAI)
-    assert available(limiter) == [200]
-
-
-def test_learn_false_ignores_headers() -> None:
-    """With `learn=False`, headers are ignored."""
-    limiter = Limiter("500 RPM burst 500")
-
-    HeaderReader(limiter, learn=False).read(said(remaining_requests="40"), OPENAI)
-
-    assert available(limiter) == [500]
-
-
-def test_remaining_above_announced_limit_is_capped_at_it() -> None:
-    """If a provider contradicts itself, the lower of the two numbers counts."""
-    limiter = Limiter("500 RPM burst 500")
-
-    HeaderReader(limiter).read(said(remaining_requests="499", limit_requests="30"), OPENAI)
-
-    assert available(limiter) == [30]
-
-
-def test_announced_limit_selects_window_of_headers() -> None:
-    """OpenAI's headers mean the minute or the day; the limit's number tells which."""
-    limiter = Limiter("500 RPM burst 500", "10k RPD burst 10000")
-
-    HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="10000"), OPENAI)
-
-    assert available(limiter) == [500, 70]
-
-
-def test_groq_request_headers_apply_to_day_limit() -> None:
-    """Groq's headers of requests mean the day."""
-    limiter = Limiter("30 RPM burst 30", "14,400 RPD burst 14400")
-
-    HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="14400"), GROQ)
-
-    assert available(limiter) == [30, 70]
-
-
-def test_rounded_anthropic_header_does_not_override_own_count() -> None:
-    """Within the rounding, headers say nothing new: our own count is more exact."""
-    limiter = Limiter("50k ITPM")
-    reader = HeaderReader(limiter)
-    for tokens, remaining in ((300, "50000"), (300, "49000"), (300, "49000")):
-        limiter.acquire_nowait(input_tokens=tokens).release()
+    for remaining in ("50000", "49000", "49000"):
+        limiter.acquire_nowait(input_tokens=300).release()
         reader.read({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
 
     assert 49_000 <= available(limiter)[0] <= 49_100
 
 
-def test_late_header_subtracts_calls_sent_since_its_request() -> None:
-    """A reply to an early call does not count later ones; they are not taken for others' calls."""
-    clock = VirtualClock()
+def test_late_header_subtracts_calls_sent_since_its_request(clock: VirtualClock) -> None:
     limiter = Limiter("500 RPM burst 500", clock=clock)
     reader = HeaderReader(limiter)
     limiter.acquire_nowait().release()
@@ -127,28 +119,26 @@ def test_late_header_subtracts_calls_sent_since_its_request() -> None:
 
 
 def test_limiter_without_limits_learns_and_follows_announced_ones() -> None:
-    """A limiter without limits takes those announced and follows them; set ones stay."""
     limiter = Limiter(concurrency=3)
     reader = HeaderReader(limiter)
 
     reader.read(said(limit_requests="500", remaining_requests="400", limit_tokens="30000"), OPENAI)
-    assert [str(limit) for limit in limiter.limits] == [
+    assert {str(limit) for limit in limiter.limits} == {
         "500 requests per 60 s",
         "30,000 tokens per 60 s",
-    ]
-    assert available(limiter) == [50, 30_000]
+    }
 
     reader.read(said(limit_requests="1000"), OPENAI)
-    assert limiter.limits[0].amount == 1_000
+    assert {limit.resource: limit.amount for limit in limiter.limits}["requests"] == 1_000
 
     limiter.reconfigure(rpm=700)
     reader.read(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
-    assert [limit.amount for limit in limiter.limits] == [700, 30_000]
+    amounts = {limit.resource: limit.amount for limit in limiter.limits}
+    assert amounts == {"requests": 700, "tokens": 30_000}
 
 
 @pytest.mark.parametrize("project", [100_000, 1_000_000])
 def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
-    """OpenAI announces the limits of organisation and project; the lower one holds."""
     limiter = Limiter()
     learned: list[object] = []
     limiter.observe(learned.append)
@@ -158,30 +148,6 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
 
     assert [limit.amount for limit in limiter.limits] == [min(project, 200_000)]
     assert len(learned) == 1
-
-
-def test_refill_follows_lowest_announced_limit_of_window() -> None:
-    """What the organisation has left comes back no faster than the project's limit allows."""
-    clock = VirtualClock()
-    limiter = Limiter("300k TPM burst 300k", clock=clock)
-    reader = HeaderReader(limiter)
-    limits = {"limit_tokens": "200000", "limit_project_tokens": "100000"}
-    for left in ((150_000, 90_000), (47_000, 48_000)):
-        organisation, project = map(str, left)
-        reply = said(remaining_tokens=organisation, remaining_project_tokens=project, **limits)
-        reader.read(reply, OPENAI)
-    clock.advance(6)
-
-    assert available(limiter)[0] <= 47_000 + 10_000
-
-
-def test_announced_limits_do_not_change_user_limits() -> None:
-    """If the user has set a limit, none is added or changed."""
-    limiter = Limiter("500 RPM")
-
-    HeaderReader(limiter).read(said(limit_requests="900", limit_tokens="30000"), OPENAI)
-
-    assert [str(limit) for limit in limiter.limits] == ["500 requests per 60 s"]
 
 
 def passing(limiter: Limiter) -> int:
@@ -194,58 +160,33 @@ def passing(limiter: Limiter) -> int:
     return passed
 
 
-def test_first_calls_are_capped_at_half_a_slice_until_first_report() -> None:
-    """How the provider counts is still unknown: half of a second's worth passes at once."""
-    limiter = Limiter("600 RPM", clock=VirtualClock())
-    reader = HeaderReader(limiter)
-    reader.expect(OPENAI)
-    assert passing(limiter) == 5
-
-    reader.read(said(remaining_requests="595", limit_requests="600"), OPENAI)
-    assert passing(limiter) == 55  # a tenth of the limit, as usual
-
-
-def test_large_first_call_passes_at_once_and_next_awaits_reply() -> None:
-    """A call of any size passes in an unused slice; the next one waits for a reply."""
-    limiter = Limiter("30k TPM", clock=VirtualClock())
-    reader = HeaderReader(limiter)
-    reader.expect(OPENAI)
-    assert limiter.acquire_nowait(tokens=5_000).waited == 0
-    with pytest.raises(WouldBlock):
-        limiter.acquire_nowait(tokens=100)
-
-    reader.read(said(remaining_tokens="25000", limit_tokens="30000"), OPENAI)
-    assert (limiter.explain(tokens=2_000).wait or 0) < 4  # the first minute is paced evenly
-
-
-def test_successful_reply_without_headers_lifts_first_calls_cap() -> None:
-    """A gateway without these headers is assumed to count as the user says."""
-    limiter = Limiter("600 RPM", clock=VirtualClock())
-    reader = HeaderReader(limiter)
-    reader.expect(OPENAI)
-    reader.read({}, OPENAI, ok=False)
-    assert passing(limiter) == 5  # an error page tells nothing of how a gateway counts
-
-    reader.read({}, OPENAI)
-    assert passing(limiter) == 55
+def test_first_calls_are_capped_at_half_a_slice_until_a_reply(clock: VirtualClock) -> None:
+    """How the provider counts is unknown before; a reply without headers says: as the user does."""
+    for reply in (said(remaining_requests="595", limit_requests="600"), said()):
+        limiter = Limiter("600 RPM", clock=clock)
+        reader = HeaderReader(limiter)
+        reader.expect(OPENAI)
+        assert passing(limiter) == 5
+        reader.read({}, OPENAI, ok=False)  # an error page tells nothing
+        assert passing(limiter) == 0
+        reader.read(reply, OPENAI)
+        assert passing(limiter) == 55  # a tenth of the limit, as usual
 
 
 def test_error_reported_by_wrapped_model_keeps_first_calls_cap() -> None:
-    """An error that its client reports does not count; a reply without these headers does."""
     limiter = Limiter("600 RPM burst 600")
     reader = HeaderReader(limiter)
     reader.expect(OPENAI)
     held = HeldLease(limiter, limiter.acquire_nowait(), reader)
 
     held.headers_received(502, [], OPENAI)
-    assert limiter.statistics().limits[0].available == 9
+    assert available(limiter) == [9]
     held.headers_received(200, [], OPENAI)
-    assert limiter.statistics().limits[0].available == 599
+    assert available(limiter) == [599]
 
 
-def test_second_transport_keeps_what_first_one_learned() -> None:
-    """What one transport has heard stays when another one begins."""
-    limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
+def test_second_transport_keeps_what_first_one_learned(clock: VirtualClock) -> None:
+    limiter = Limiter("600 RPM burst 600", clock=clock)
     HeaderReader(limiter).expect(OPENAI)
     HeaderReader(limiter).read(said(remaining_requests="600"), OPENAI)
     HeaderReader(limiter).expect(OPENAI)
@@ -254,67 +195,50 @@ def test_second_transport_keeps_what_first_one_learned() -> None:
 
 
 @pytest.mark.parametrize("learn", [True, False])
-def test_first_calls_are_not_capped_for_day_limits_or_without_learning(learn: bool) -> None:  # noqa: FBT001 - a parameter
-    """A limit of a day is not counted by slices; without learning, nothing is expected."""
-    limiter = Limiter("10k RPD", "10k TPM" if not learn else "10k ITPM", clock=VirtualClock())
+def test_first_calls_are_not_capped_for_day_limits_or_without_learning(
+    clock: VirtualClock, *, learn: bool
+) -> None:
+    limiter = Limiter("10k RPD", "10k ITPM" if learn else "10k TPM", clock=clock)
     HeaderReader(limiter, learn=learn).expect(GROQ)
 
     assert passing(limiter) == 1_000
 
 
-def test_ear_reads_at_most_one_reply_per_10_ms() -> None:
-    """Of hundreds of replies a second a few are enough: with a minute's limit, one in 10 ms."""
+def test_at_most_one_reply_in_10_ms_is_read_but_always_the_first() -> None:
     reader = HeaderReader(Limiter("600 RPM"))
     assert reader.is_due(0.0)
     reader.read(said(remaining_requests="590"), OPENAI, since=1.0)
 
     assert not reader.is_due(1.009)
     assert reader.is_due(1.011)
-
-
-def test_first_expected_reply_is_always_read() -> None:
-    """The first reply is always read, since what is assumed until then may hold up calls."""
-    reader = HeaderReader(Limiter("600 RPM"))
-    reader.read({}, OPENAI, since=1.0)
-    reader.expect(OPENAI)
-
+    reader.expect(GROQ)
     assert reader.is_due(1.0)
 
 
-def available_of_each(*limiters: Limiter) -> list[int]:
-    """Return what is available of each limiter's only limit."""
-    return [available(limiter)[0] for limiter in limiters]
+@pytest.mark.parametrize(
+    ("replies", "left"),
+    [
+        ([said(remaining_requests="70", limit_requests="5000")], [70, 450]),
+        ([said(remaining_requests="70", limit_requests="500")], [5000, 70]),
+        ([said(remaining_requests="70")], [70, 450]),
+        ([said(remaining_requests="50", limit_requests="90")], [5000, 50]),
+    ],
+)
+def test_announced_limit_tells_whether_headers_mean_parent_or_child(
+    clock: VirtualClock, replies: list[Reply], left: list[int]
+) -> None:
+    """A provider knows no tenants, but may have a limit of its own for each model."""
+    root = Limiter("5000 RPM burst 5000", clock=clock)
+    child = root.child("gpt-4o", "450 RPM burst 450")
+    for reply in replies:
+        HeaderReader(child).read(reply, OPENAI)
 
-
-def test_tenant_reply_headers_apply_to_shared_parent_limit() -> None:
-    """The provider knows no tenants, so its headers are about the limit above them."""
-    root = Limiter("450 RPM burst 450")
-    tenant = root.child("acme", "100 RPM burst 100")
-
-    HeaderReader(tenant).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
-    assert available_of_each(root, tenant) == [70, 100]
-    HeaderReader(tenant).read(said(remaining_requests="60"), OPENAI)
-    assert available_of_each(root, tenant) == [60, 100]
-
-
-def test_announced_limit_tells_whether_headers_mean_parent_or_child() -> None:
-    """If each child has its own limit at the provider, the limit's number tells whose it is."""
-    root = Limiter("5000 RPM burst 5000")
-    model = root.child("gpt-4o", "450 RPM burst 450")
-
-    HeaderReader(model).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
-    assert available_of_each(root, model) == [5000, 70]
-    HeaderReader(model).read(said(remaining_requests="60", limit_requests="5000"), OPENAI)
-    assert available_of_each(root, model) == [60, 70]
-    HeaderReader(model).read(said(remaining_requests="50", limit_requests="90"), OPENAI)
-    assert available_of_each(root, model) == [60, 50]
+    assert available(root, child) == left
 
 
 def test_child_learns_limits_only_if_no_parent_has_any() -> None:
-    """A limit announced for the key does not become a second one for each tenant."""
-    root = Limiter("450 RPM")
-    tenant = root.child("acme")
-    alone = Limiter().child("acme")
+    """A limit announced for the key would otherwise become a second one for each tenant."""
+    tenant, alone = Limiter("450 RPM").child("acme"), Limiter().child("acme")
     for limiter in (tenant, alone):
         HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
 
@@ -322,111 +246,42 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
     assert [limit.amount for limit in alone.limits] == [500]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "nan",
-        "inf",
-        "-1",
-        "1_0",
-        "1e3",
-        "²",
-        "٣",
-        "0x10",
-        "1" * 16,
-        "9" * 10_000,
-        "5 5",
-        "5\n",
-        None,
-        5.5,
-        b"\xff",
-    ],
-)
+ODD = ["", "nan", "inf", "-1", "1_0", "1e3", "²", "٣", "0x10", "1" * 16, "9" * 10_000, "5 5", "5\n"]
+
+
+@pytest.mark.parametrize("value", [*ODD, None, 5.5, b"\xff"])
 def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
-    """A value that is not a plain number is ignored."""
     limiter = Limiter("500 RPM burst 500")
     reader = HeaderReader(limiter)
-
     reader.read(said(remaining_requests=value), OPENAI)
 
     assert available(limiter) == [500]
     assert reader.ignored == 1
 
 
-def test_fifteen_digit_header_never_raises_user_limit_and_is_learned() -> None:
-    """A number may have fifteen digits, which is more than any real limit."""
-    limiter = Limiter("500 RPM burst 500")
-    learning = Limiter()
-    headers = said(remaining_requests="9" * 15, limit_requests="9" * 15, limit_tokens="0")
-
-    HeaderReader(limiter).read(headers, OPENAI)
-    HeaderReader(learning).read(headers, OPENAI)
-
-    assert available(limiter) == [500]
-    assert [limit.amount for limit in learning.limits] == [10**15 - 1]
-
-
-def headers_by(chance: random.Random, profile: Profile) -> list[tuple[bytes, bytes]]:
-    """Return headers of a reply as a hostile server might write them."""
-    names = [name for told in profile.tells for name in (told.remaining, told.limit or "x")]
-    pieces = [
-        b"0",
-        b"7",
-        b"500",
-        b"1_0",
-        b"-",
-        b"nan",
-        b"inf",
-        b" ",
-        b"\xff",
-        b"\x00",
-        b"e9",
-        b"9" * 70,
-    ]
-    return [
-        (
-            chance.choice([str.upper, str.lower])(chance.choice(names)).encode(),
-            chance.choice([b"", chance.randbytes(chance.randrange(9))]).join(
-                chance.choices(pieces, k=chance.randrange(4))
-            ),
-        )
-        for _ in range(chance.randrange(8))
-    ]
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
-def test_fuzzed_headers_raise_nothing_and_are_cheap_to_read(profile: Profile) -> None:
-    """20,000 hostile replies cause no error, are cheap to read, and raise no limit."""
+def hostile_replies(profile: Profile) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Yield headers of replies as a hostile server might write them."""
     chance = random.Random(profile.name)
-    replies = [headers_by(chance, profile) for _ in range(20_000)]
-    limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD")
-    readers = HeaderReader(limiter), HeaderReader(Limiter())
-    start = time.process_time()
+    names = [name for told in profile.tells for name in (told.remaining, told.limit or "x")]
+    pieces = [b"0", b"7", b"500", b"1_0", b"-", b"nan", b" ", b"\xff", b"\x00", b"e9", b"9" * 70]
+    for _ in range(2_000):
+        yield [
+            (
+                chance.choice([str.upper, str.lower])(chance.choice(names)).encode(),
+                b"".join(chance.choices(pieces, k=chance.randrange(4))),
+            )
+            for _ in range(chance.randrange(8))
+        ]
 
-    for reply in replies:
+
+@pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
+def test_hostile_replies_raise_nothing_and_no_limit(profile: Profile, clock: VirtualClock) -> None:
+    limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD", clock=clock)
+    readers = HeaderReader(limiter), HeaderReader(Limiter(clock=clock))
+    for reply in hostile_replies(profile):
         for reader in readers:
-            reader.read(reply, profile, since=time.monotonic())
+            reader.read(reply, profile, since=clock.seconds)
 
-    ours = (time.process_time() - start) / (2 * sum(map(len, replies)))
-    date = "Sat, 31 Jan 2026 12:01:00 GMT"
-    theirs = timeit.timeit(lambda: parsedate_to_datetime(date), number=1000) / 1000
-    assert ours < 5 * theirs
-    assert readers[0].ignored > 10_000
+    assert readers[0].ignored > 1_000
     for use in limiter.statistics().limits:
-        assert use.used == 0
-        assert use.available <= use.limit.amount
-
-
-def test_learned_limit_error_says_provider_set_it() -> None:
-    """The user cannot raise it here, because the provider set it."""
-    limiter = Limiter()
-    limiter.learn(Limit("tokens", 30, per=60))
-
-    with pytest.raises(CostExceedsLimit) as refused:
-        _ = limiter.acquire_nowait(tokens=500)
-    assert str(refused.value) == (
-        "cost of 500 tokens exceeds the limit of 30 tokens per 60 s and can never pass; "
-        "the provider announced that limit, so split the request"
-    )
+        assert (use.used, use.available <= use.limit.amount) == (0, True)

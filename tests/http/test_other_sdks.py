@@ -92,7 +92,6 @@ async def script(http_client: Any) -> Any:
 
 
 async def test_anthropic_sdk_behaves_as_without_transport() -> None:
-    """A reply after a retry and two kinds of streams are the same, and are charged and settled."""
     limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
     plain = http.AsyncClient(transport=http.MockTransport(provider()))
     paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))
@@ -109,10 +108,9 @@ async def test_anthropic_sdk_behaves_as_without_transport() -> None:
 
 
 async def test_http_client_defaults_match_anthropic_sdk() -> None:
-    """Pool, timeouts and redirects are those of Anthropic's own client."""
     theirs = anthropic.DefaultAsyncHttpxClient()
     async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
-        pool, their_pool = ours._transport.inner.current()._pool, theirs._transport._pool
+        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
         assert pool._max_connections == their_pool._max_connections
         assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
         assert ours.follow_redirects == theirs.follow_redirects

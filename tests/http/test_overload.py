@@ -31,12 +31,10 @@ async def concurrency_after(answer: httpx.Response | Exception) -> int | None:
 
 @pytest.mark.parametrize("status", [408, 429, 503, 504, 529])
 async def test_overload_reply_cuts_slots(status: int) -> None:
-    """A call that is refused, or answered too late, was one too many."""
     assert await concurrency_after(httpx.Response(status)) == 3
 
 
 async def test_timeout_cuts_slots_only_if_call_was_sent() -> None:
-    """A server that doesn't answer in time is overloaded; one that can't be reached may not be."""
     assert await concurrency_after(httpx.ReadTimeout("slow")) == 3
     assert await concurrency_after(httpx.ConnectTimeout("nobody there")) == 4
     assert await concurrency_after(httpx.RemoteProtocolError("cut")) == 4
@@ -50,7 +48,6 @@ async def test_reply_that_is_not_overload_cuts_no_slots(status: int) -> None:
 
 @pytest.mark.heavy
 def test_adaptive_concurrency_keeps_server_90_percent_busy(virtual_time: VirtualTime) -> None:
-    """Searching for more slots costs a refusal each time, but does not pause all calls."""
     capacity, latency, seconds = 8, 0.05, 20
     serving = served = 0
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.http.refusals import Refusals
+from asyncbucket.providers.refusals import Refusals
 from asyncbucket.testing import VirtualClock
 
 
@@ -47,11 +47,29 @@ def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
 def test_only_rate_and_overload_refusals_pause_limiter(
     limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
 ) -> None:
-    """Rate limits, slots and overload concern everyone; empty accounts and mistakes do not."""
     Refusals(limiter).judge(status, headers, body)
 
     assert limiter.statistics().paused == pytest.approx(paused)
     assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "at_once", "in_all"),
+    [({}, 0.05, 1), ({"retry-after": "60"}, 60, 60), ({"retry-after": "90"}, 0.05, 90)],
+)
+@pytest.mark.parametrize("code", ["rate_limit_exceeded", "insufficient_quota"])
+def test_pause_awaits_the_body_if_the_account_may_be_exhausted(
+    limiter: Limiter, headers: dict[str, str], at_once: float, in_all: float, code: str
+) -> None:
+    refusals = Refusals(limiter)
+    _, needs_body = refusals.judge(429, headers, None)
+    assert needs_body is (at_once != in_all)
+    assert limiter.statistics().paused == pytest.approx(at_once)
+
+    if needs_body:
+        refusals.judge(429, headers, error(code))
+    exhausted = needs_body and code == "insufficient_quota"
+    assert limiter.statistics().paused == pytest.approx(at_once if exhausted else in_all)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +84,6 @@ def test_only_rate_and_overload_refusals_pause_limiter(
 def test_pause_without_retry_after_lasts_at_most_until_limits_reset(
     limiter: Limiter, clock: VirtualClock, headers: dict[str, str], longest: float
 ) -> None:
-    """Instead of the 8 s of a fourth wave, it lasts until the last limit resets, at least 1 s."""
     refusals = Refusals(limiter)
     for _ in range(4):
         clock.advance(100)
@@ -76,7 +93,6 @@ def test_pause_without_retry_after_lasts_at_most_until_limits_reset(
 
 
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
-    """Refusals of calls already in flight do not make the pause longer, unless they say so."""
     refusals = Refusals(limiter)
     for _ in range(20):
         refusals.judge(429, {}, {})
@@ -93,7 +109,6 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
 def test_pause_doubles_with_each_wave_until_a_success(
     limiter: Limiter, clock: VirtualClock
 ) -> None:
-    """If the provider names no time, pauses grow up to two minutes."""
     refusals = Refusals(limiter)
     pauses = []
     for _ in range(9):
@@ -110,7 +125,6 @@ def test_pause_doubles_with_each_wave_until_a_success(
 
 
 def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualClock) -> None:
-    """One call too many at once causes no pause, unless the next wave is refused as well."""
     limiter = Limiter(concurrency="auto", clock=clock)
     refusals = Refusals(limiter)
     clock.advance(1)
@@ -130,7 +144,6 @@ def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualCloc
 
 
 def test_first_wave_pauses_when_slots_are_at_minimum(clock: VirtualClock) -> None:
-    """At the least number of slots none can be given up, so only waiting helps."""
     limiter = Limiter(concurrency=(4, 20), clock=clock)
     Refusals(limiter).judge(429, {}, {})
 
@@ -138,7 +151,6 @@ def test_first_wave_pauses_when_slots_are_at_minimum(clock: VirtualClock) -> Non
 
 
 def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: VirtualClock) -> None:
-    """Late replies neither end a series of waves nor start a new one."""
     refusals = Refusals(limiter)
     refusals.judge(429, {}, {}, sent_at=0)
     clock.advance(5)
@@ -153,7 +165,6 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
 def test_refusal_warning_is_logged_at_most_once_a_minute(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning says how long and why; many refusals cause only one warning a minute."""
     refusals = Refusals(limiter)
     with caplog.at_level(logging.WARNING):
         for _ in range(11):
@@ -169,7 +180,6 @@ def test_refusal_warning_is_logged_at_most_once_a_minute(
 
 
 def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
-    """The message says that waiting does not help."""
     refusals = Refusals(limiter)
     for _ in range(3):
         refusals.judge(429, {}, error("insufficient_quota"))

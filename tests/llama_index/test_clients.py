@@ -25,7 +25,7 @@ from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
 from asyncbucket.core.lease import Lease
-from asyncbucket.http.profiles import OPENAI, Profile
+from asyncbucket.providers.profiles import OPENAI, Profile
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 if TYPE_CHECKING:

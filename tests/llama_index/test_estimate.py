@@ -29,8 +29,6 @@ from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from pydantic import BaseModel
 
-from asyncbucket.http.forecast import OutputForecast
-from asyncbucket.http.usage import usage_of
 from asyncbucket.llama_index.estimate import (
     DefaultEstimator,
     Estimate,
@@ -38,6 +36,8 @@ from asyncbucket.llama_index.estimate import (
     Observer,
 )
 from asyncbucket.llama_index.tokens import bundled_tokenizer
+from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.usage import usage_of
 from asyncbucket.testing.provider import RateLimitedProvider
 
 FRAME = 4 + 3

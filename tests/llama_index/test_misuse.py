@@ -13,8 +13,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
-from asyncbucket import Limiter, pace
-from asyncbucket.http import duplicates
+from asyncbucket import Limiter, by_loop, pace
 from asyncbucket.llama_index import RateLimitedLLM, misuse
 
 KEY = "sk-very-secret"
@@ -135,12 +134,12 @@ def test_one_limiter_per_event_loop_causes_no_warning() -> None:
 
 async def test_number_of_remembered_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that sees any number of keys remembers a bounded number of them."""
-    monkeypatch.setattr(duplicates, "_MAX_KEYS", 5)
+    monkeypatch.setattr(by_loop, "_MAX_KEYS", 5)
 
     for number in range(50):
         pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
 
-    assert len(duplicates.DUPLICATE_LIMITERS._seen[asyncio.get_running_loop()]) <= 6
+    assert len(by_loop.DUPLICATE_LIMITERS._seen[asyncio.get_running_loop()]) <= 6
 
 
 class Greeting(Workflow):

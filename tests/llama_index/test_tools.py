@@ -24,8 +24,8 @@ from llama_index.core.workflow import Context
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.http.running import give_up_slots, running
 from asyncbucket.llama_index.mixin import pacing_of
+from asyncbucket.nesting import give_up_slots, running
 from asyncbucket.testing import VirtualTime
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from llama_index.llms.openai import OpenAI, OpenAIResponses
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from asyncbucket.http.usage import Usage, usage_of
+from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing.provider import RateLimitedProvider
 
 MESSAGES = [ChatMessage(content="How do you do?")]

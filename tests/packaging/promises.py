@@ -331,8 +331,7 @@ def says_its_version() -> None:
 
 def draws_a_trace() -> None:
     """A picture is drawn of what `limiter.trace()` kept."""
-    from asyncbucket.cli.trace.history import read
-    from asyncbucket.cli.trace.picture import draw
+    from asyncbucket.cli.pictures import draw_trace, read_trace
 
     paced = limiter()
     trace = paced.trace()
@@ -340,7 +339,7 @@ def draws_a_trace() -> None:
         pass
     with tempfile.TemporaryDirectory() as folder:
         trace.save(Path(folder) / "trace.jsonl")
-        draw(read(Path(folder) / "trace.jsonl"), Path(folder) / "trace.svg", dark=False)
+        draw_trace(read_trace(Path(folder) / "trace.jsonl"), Path(folder) / "trace.svg", dark=False)
         assert (Path(folder) / "trace.svg").stat().st_size > 1_000
 
 

@@ -29,7 +29,6 @@ SERVES = {
     "stores/about.py": ("redis",),
     "stores/redis.py": ("redis",),
     "stores/servers.py": ("redis",),
-    "telemetry/gauges.py": ("prometheus",),
     "telemetry/to_llama_index.py": ("llama-index",),
     "telemetry/to_opentelemetry.py": ("otel",),
     "telemetry/to_prometheus.py": ("prometheus",),

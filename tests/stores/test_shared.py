@@ -22,7 +22,7 @@ from asyncbucket import (
 )
 from asyncbucket.core.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
-from asyncbucket.http.learn import HeaderReader
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.stores import Batch, LimitConfig, Receipt, open_store
 from asyncbucket.stores.redis import RedisLedger, RedisStore
 from asyncbucket.stores.sqlite import SQLiteLedger

@@ -8,13 +8,7 @@ import pytest
 from asyncbucket import Limit, LimitUse, Statistics
 from asyncbucket.core.events import Callback, Event, Observers
 
-COST = {
-    "requests": 1,
-    "tokens": 900,
-    "input_tokens": 600,
-    "output_tokens": 300,
-    "concurrency": 1,
-}
+COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 
 
 class ScriptedLimiter:

@@ -72,7 +72,6 @@ def exposed(limiter: "ScriptedLimiter") -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("expression", [*queries(), *rules()])
 def test_query_uses_known_metrics_and_labels(expression: str, exposed: dict[str, set[str]]) -> None:
-    """A renamed metric or label breaks a test, not an evening."""
     named = re.findall(r"(asyncbucket_\w+)(?:\{([^}]*)\})?", expression)
     assert named
     for metric, selector in named:
@@ -90,13 +89,11 @@ def test_query_uses_known_metrics_and_labels(expression: str, exposed: dict[str,
 
 @pytest.mark.parametrize("expression", [*queries(), *rules()])
 def test_rates_span_at_least_four_minutes(expression: str) -> None:
-    """Prometheus scrapes once a minute by default, so a rate over one minute shows nothing."""
     spans = re.findall(r"\[(\d+)m\]", expression)
     assert all(int(minutes) >= 4 for minutes in spans)
 
 
 def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
-    """Nothing is exposed that the dashboard does not show."""
     shown = set(re.findall(r"asyncbucket_\w+", " ".join(queries())))
     suffixes = ("_bucket", "_sum", "_count", "_created")
     families = {name for name in exposed if not name.endswith(suffixes)}
@@ -105,7 +102,6 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
 
 
 def test_panels_are_described_and_do_not_overlap() -> None:
-    """Each has a description of how to read it; Grafana would move overlapping ones."""
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         assert panel["title"]
@@ -124,20 +120,17 @@ def test_panels_are_described_and_do_not_overlap() -> None:
 
 
 def test_all_alert_rules_and_dashboard_queries_are_found() -> None:
-    """The tests above check all of them."""
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
     assert len(queries()) == 15
 
 
 @needs_promtool
 def test_promtool_accepts_alert_rules() -> None:
-    """They load into a Prometheus server."""
     promtool("check", "rules", "--lint-fatal", str(ALERTS))
 
 
 @needs_promtool
 def test_promtool_accepts_dashboard_queries(tmp_path: Path) -> None:
-    """Grafana would show an error in the panel."""
     lines = ["groups:", "  - name: dashboard", "    rules:"]
     for number, query in enumerate(queries()):
         lines += [f"      - record: panel:query:{number}", f"        expr: {json.dumps(query)}"]
@@ -148,5 +141,4 @@ def test_promtool_accepts_dashboard_queries(tmp_path: Path) -> None:
 
 @needs_promtool
 def test_alerts_fire_when_they_should_and_only_then() -> None:
-    """Each fires for its kind of trouble, with a useful text, and none on a calm day."""
     promtool("test", "rules", str(Path(__file__).with_name("alerts_test.yml")))

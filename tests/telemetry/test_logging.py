@@ -82,11 +82,7 @@ LINES: list[tuple[type[events.Event], dict[str, Any], str]] = [
         {"reason": "ConnectionError"},
         "openai: the shared store cannot be reached: ConnectionError",
     ),
-    (
-        events.StoreRecovered,
-        {"seconds": 0.5},
-        "openai: the shared store is back after 0.5 s",
-    ),
+    (events.StoreRecovered, {"seconds": 0.5}, "openai: the shared store is back after 0.5 s"),
 ]
 
 
@@ -98,7 +94,6 @@ def test_event_is_logged_as_one_readable_line(
     what: dict[str, Any],
     line: str,
 ) -> None:
-    """A person on call can read what happened, with its numbers."""
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(kind, **what)
@@ -107,7 +102,6 @@ def test_event_is_logged_as_one_readable_line(
 
 
 def test_every_kind_of_event_has_a_log_line() -> None:
-    """None is logged by its class's name only."""
     kinds = {kind for kind in vars(events).values() if isinstance(kind, type)}
     kinds = {kind for kind in kinds if issubclass(kind, events.Event)} - {events.Event}
 
@@ -120,7 +114,6 @@ def test_every_kind_of_event_has_a_log_line() -> None:
 def test_wait_from_threshold_on_is_logged_at_info(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture, waited: float, level: str
 ) -> None:
-    """Shorter waits and everything else are logged for debugging."""
     telemetry.logging(limiter, threshold=1.5)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(
@@ -135,7 +128,6 @@ def test_wait_from_threshold_on_is_logged_at_info(
 def test_log_record_carries_event_fields_by_name(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A JSON formatter gets them all by name, with the cost as the user gave it."""
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         limiter.say(
@@ -164,7 +156,6 @@ def test_log_record_carries_event_fields_by_name(
 def test_lines_go_to_logger_given_as_object_or_name(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The logger is given by name or as an object; a child's line names the child."""
     telemetry.logging(limiter, logger=logging.getLogger("mine"))
     telemetry.logging(limiter, logger="too")
     with caplog.at_level(logging.DEBUG):
@@ -177,7 +168,6 @@ def test_lines_go_to_logger_given_as_object_or_name(
 
 
 def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
-    """It is refused at once, not by an error of an observer in the log."""
     for threshold in (-1, float("nan"), "1", None, True):
         with pytest.raises(
             ValueError, match="threshold must be a number of seconds from 0 on, not"
@@ -192,25 +182,14 @@ def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "Script
     assert not limiter.observers
 
 
-def test_nothing_is_logged_after_switching_off(
+def test_nothing_is_logged_below_the_level_or_when_switched_off(
     limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing watches any more, so no event is made."""
     off = telemetry.logging(limiter)
-    off()
-    with caplog.at_level(logging.DEBUG):
-        limiter.say(events.Paused, seconds=1.0, reason="429")
-
-    assert caplog.records == []
-    assert not limiter.observers
-
-
-def test_lines_below_logger_level_are_not_made(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
-) -> None:
-    """At INFO, the usual level, a short wait costs only a comparison."""
-    telemetry.logging(limiter)
     with caplog.at_level(logging.INFO, "asyncbucket"):
         limiter.say(events.Released, cost=None, held=1.0, outcome="ok")
+    off()
+    with caplog.at_level(logging.DEBUG, "asyncbucket"):
+        limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
 
     assert caplog.records == []

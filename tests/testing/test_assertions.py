@@ -38,7 +38,6 @@ traces = st.lists(
 
 
 def test_window_over_by_one_fails_with_numbers() -> None:
-    """The message says how much was over, in how many admissions, when, and what was allowed."""
     trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
 
     with pytest.raises(AssertionError) as caught:
@@ -51,7 +50,6 @@ def test_window_over_by_one_fails_with_numbers() -> None:
 
 
 def test_admissions_a_window_apart_are_in_separate_windows() -> None:
-    """Windows are half-open: 10 at 0 s and 10 at 60 s keep 10 per 60 s, but not 1 ns earlier."""
     limit = Limit(10, per=60)
 
     assert assert_never_over([(0.0, 10), (60.0, 10)], limit).amount == 10
@@ -60,7 +58,6 @@ def test_admissions_a_window_apart_are_in_separate_windows() -> None:
 
 
 def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
-    """Ints are nanoseconds, and floats are seconds."""
     in_seconds = busiest_window([(1.5, 2), (0.5, 3), (9.0, 4)], per=2)
 
     assert in_seconds == BusiestWindow(5, 2, SECOND // 2, 3 * SECOND // 2)
@@ -71,7 +68,6 @@ def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
 
 
 def test_exceeded_burst_fails_with_numbers() -> None:
-    """Rate 2 and burst 2 allow two at once and then one every 0.5 s, but none 1 ns earlier."""
     kept = [(0, 1), (0, 1), (SECOND // 2, 1), (SECOND, 1)]
     assert_within_bucket(kept, rate=2.0, burst=2)
 
@@ -86,19 +82,7 @@ def test_exceeded_burst_fails_with_numbers() -> None:
         assert_within_bucket([*kept[:3], (SECOND - 1, 1)], rate=2.0, burst=2)
 
 
-def test_exceeded_fractional_burst_fails_with_numbers() -> None:
-    """Fractions work like floats."""
-    rate: Any = Fraction(1, 3)
-    burst: Any = Fraction(5, 2)
-
-    with pytest.raises(
-        AssertionError, match=r"bucket of 2\.5 refilled at 0\.333333/s admits 2\.5$"
-    ):
-        assert_within_bucket([(0, 1)] * 3, rate=rate, burst=burst)
-
-
 def test_limit_with_burst_is_checked_for_window_and_burst() -> None:
-    """It is never over 10 in 10 s, and never over 2 at once."""
     limit = Limit(10, per=10, burst=2)
 
     assert_never_over([(float(second), 1) for second in range(10)], limit)
@@ -107,7 +91,6 @@ def test_limit_with_burst_is_checked_for_window_and_burst() -> None:
 
 
 def test_limit_may_be_given_as_string() -> None:
-    """The text may include a burst."""
     assert assert_never_over([(0, 60_000)], "60k TPM").amount == 60_000
     with pytest.raises(AssertionError, match="over the burst by 1: 3 units in 3 admissions"):
         assert_never_over([(0, 1)] * 3, "10/s burst 2")
@@ -116,7 +99,6 @@ def test_limit_may_be_given_as_string() -> None:
 
 
 def test_invalid_limit_or_window_is_refused() -> None:
-    """A number alone does not say what window is meant."""
     limit: Any = 100
 
     with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
@@ -127,7 +109,6 @@ def test_invalid_limit_or_window_is_refused() -> None:
 
 
 def test_call_above_burst_passes_once_it_has_earned_the_rest() -> None:
-    """At 1/s with burst 2, 5 may go after 3 s of a full bucket, and then nothing for 1 s."""
     assert_within_bucket([(0, 2), (5 * SECOND, 5), (6 * SECOND, 1)], rate=1.0, burst=2)
 
     with pytest.raises(AssertionError, match="over the burst"):
@@ -149,7 +130,6 @@ def test_call_above_burst_passes_once_it_has_earned_the_rest() -> None:
 def test_bucket_with_invalid_rate_or_burst_is_refused(
     rate: float, burst: float, message: str
 ) -> None:
-    """Every call is above a burst of zero, and calls above the burst are allowed to pass."""
     with pytest.raises(ValueError, match=message):
         assert_within_bucket([(0, 5)], rate=rate, burst=burst)
 
@@ -175,7 +155,6 @@ def test_bucket_with_invalid_rate_or_burst_is_refused(
 def test_ambiguous_or_invalid_trace_is_refused(
     trace: Any, error: type[Exception], message: str
 ) -> None:
-    """A check that had to guess would be useless."""
     with pytest.raises(error, match=message):
         assert_never_over(trace, Limit(10, per=60))
 
@@ -184,7 +163,6 @@ def test_ambiguous_or_invalid_trace_is_refused(
 def test_window_check_agrees_with_brute_force(
     trace: list[tuple[int, int]], amount: int, halves: int
 ) -> None:
-    """One pass finds the same as a look at the window before each admission."""
     window = halves * SECOND // 2
     worst = max(
         (sum(amount for when, amount in trace if end - window < when <= end) for end, _ in trace),
@@ -199,15 +177,10 @@ def test_window_check_agrees_with_brute_force(
             assert_never_over(trace, Limit(amount, per=halves / 2))
 
 
-@given(
-    traces,
-    st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]),
-    st.sampled_from([1, 2, 2.5, 5, 9]),
-)
+@given(traces, st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]), st.sampled_from([1, 2, 2.5, 5, 9]))
 def test_bucket_check_agrees_with_brute_force(
     trace: list[tuple[int, int]], rate: float, burst: float
 ) -> None:
-    """One pass finds the same as a look at every pair of admissions."""
     ordered = sorted(trace)
     over = any(
         sum(amount for _, amount in ordered[first : last + 1])

@@ -7,7 +7,6 @@ from asyncbucket import testing
 
 
 def test_virtual_time_and_assertions_load_no_web_framework() -> None:
-    """In a fresh interpreter, neither they nor the fixtures load starlette or uvicorn."""
     script = """
 import sys
 from asyncbucket.testing import assert_never_over, virtual_time
@@ -22,7 +21,6 @@ print(sorted({"starlette", "uvicorn", "openai", "httpx"} & sys.modules.keys()), 
 
 
 def test_every_public_name_of_testing_can_be_loaded() -> None:
-    """Each name of `__all__` loads, and `dir` lists no other."""
     assert dir(testing) == sorted(testing.__all__)
     for name in testing.__all__:
         assert getattr(testing, name).__name__ == name
@@ -31,7 +29,6 @@ def test_every_public_name_of_testing_can_be_loaded() -> None:
 
 
 def test_missing_extra_error_names_its_install_command() -> None:
-    """Without starlette and uvicorn, the provider says what to install."""
     script = """
 import importlib.util
 real = importlib.util.find_spec

@@ -54,7 +54,6 @@ def play(
 def test_sliding_window_is_never_over_in_any_minute(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """No window of a minute, wherever it starts, holds more than the limit."""
     policy = make_policy("sliding_window", limit, minute=MINUTE, now=0)
 
     assert_never_over(play(policy, history), Minute(limit))
@@ -64,7 +63,6 @@ def test_sliding_window_is_never_over_in_any_minute(
 def test_token_bucket_admits_at_most_limit_plus_refill(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """Any interval holds at most the limit plus what was refilled in it."""
     policy = make_policy("token_bucket", limit, minute=MINUTE, now=0)
 
     trace = play(policy, history)
@@ -79,7 +77,6 @@ def test_token_bucket_admits_at_most_limit_plus_refill(
 def test_fixed_window_is_never_over_in_any_clock_minute(
     limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """The sum of each minute of the clock is at most the limit."""
     policy = make_policy("fixed_window", limit, minute=MINUTE, now=0)
 
     sums: dict[int, int] = {}
@@ -100,7 +97,6 @@ def test_fixed_window_admits_twice_the_limit_across_its_edge() -> None:
 
 @given(limits, histories)
 def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[int, int]]) -> None:
-    """Each second of the clock holds a sixtieth (rounded up), and each minute the limit."""
     policy = OneSecondSlicesPolicy(limit, minute=MINUTE, now=0)
     share = -(-limit // 60)
     assert policy.share == share
@@ -115,7 +111,6 @@ def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[
 
 
 def test_call_larger_than_slice_uses_up_following_slices() -> None:
-    """At 10 a second, 25 pass in an unused second, and use up the next one and a half, too."""
     policy = make_policy("one_second_slices", 600, minute=MINUTE, now=0)
     assert policy.wait(25, 0) == 0
     policy.charge(25, 0)
@@ -130,7 +125,6 @@ def test_call_larger_than_slice_uses_up_following_slices() -> None:
 def test_promised_wait_is_exact(
     name: PolicyName, limit: int, history: list[tuple[int, int]], amount: int
 ) -> None:
-    """A call is refused 1 ns before the promised time and admitted at it; `None` means never."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
     now = sum(step for step, _ in history)
@@ -149,7 +143,6 @@ def test_promised_wait_is_exact(
 def test_remaining_amount_passes_now_and_one_more_does_not(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """`remaining` passes and one more doesn't, except in an unused slice."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
     now = sum(step for step, _ in history)
@@ -165,7 +158,6 @@ def test_remaining_amount_passes_now_and_one_more_does_not(
 def test_policy_is_as_good_as_new_at_its_reset(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
-    """After `reset` nanoseconds the policy is as good as new; a new one resets in 0."""
     policy = make_policy(name, limit, minute=MINUTE, now=0)
     fresh = make_policy(name, limit, minute=MINUTE, now=0)
     play(policy, history)
@@ -179,7 +171,6 @@ def test_policy_is_as_good_as_new_at_its_reset(
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_resized_policy_still_counts_earlier_use(name: PolicyName) -> None:
-    """Halving the limit fills a slice that was half used; other policies still have room."""
     policy = make_policy(name, 60 * 60, minute=MINUTE, now=0)
     policy.charge(30, 0)
 
@@ -192,7 +183,6 @@ def test_resized_policy_still_counts_earlier_use(name: PolicyName) -> None:
 
 
 def test_only_smaller_limit_reduces_what_remains_in_bucket() -> None:
-    """A bucket of 100 with 40 left keeps 30 when resized to 30, and when resized back."""
     policy = make_policy("token_bucket", 100, minute=MINUTE, now=0)
     policy.charge(60, 0)
 

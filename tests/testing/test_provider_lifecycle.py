@@ -16,14 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
 
-from asyncbucket.testing.provider import (
-    Options,
-    ProviderProcess,
-    RateLimitedProvider,
-    Settings,
-)
+from asyncbucket.testing.provider import ProviderProcess, RateLimitedProvider
 
 Until: TypeAlias = Callable[[Callable[[], bool]], Awaitable[None]]
 
@@ -46,7 +40,6 @@ def refuses_connections(url: str) -> bool:
 
 
 async def test_stopped_provider_leaves_no_thread_or_socket(until: Until) -> None:
-    """Neither a thread nor a socket is left, even with a call in flight and a connection open."""
     before = set(threading.enumerate())
     async with RateLimitedProvider(latency=60.0) as provider:
         url = provider.url
@@ -83,11 +76,8 @@ def test_replies_are_not_delayed_by_tcp_acknowledgements() -> None:
 
 
 def test_stopped_provider_can_be_started_again() -> None:
-    """One object may run several times, and its statistics add up."""
     provider = RateLimitedProvider(rpm=60)
-    assert repr(provider) == (
-        "<RateLimitedProvider rpm=60 tpm=None policy=token_bucket not running>"
-    )
+    assert repr(provider) == ("<RateLimitedProvider rpm=60 not running>")
     for _ in range(2):
         with provider:
             assert call(provider).status_code == 200
@@ -99,7 +89,6 @@ def test_stopped_provider_can_be_started_again() -> None:
 
 
 def test_provider_that_is_not_running_raises_with_remedy() -> None:
-    """The error says what to do."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
             _ = provider.base_url
@@ -108,7 +97,6 @@ def test_provider_that_is_not_running_raises_with_remedy() -> None:
 
 
 def test_port_in_use_is_an_error_at_start() -> None:
-    """The provider that has the port goes on."""
     with RateLimitedProvider() as first:
         port = urlsplit(first.url).port or 0
         second = RateLimitedProvider(port=port)
@@ -117,28 +105,10 @@ def test_port_in_use_is_an_error_at_start() -> None:
         assert call(first).status_code == 200
 
 
-async def test_cancelled_start_leaves_no_thread() -> None:
-    """The task is cancelled while the provider starts."""
-    before = set(threading.enumerate())
-
-    async def enter() -> None:
-        async with RateLimitedProvider():
-            await asyncio.Event().wait()
-
-    task = asyncio.create_task(enter())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-    assert set(threading.enumerate()) == before
-
-
 async def test_provider_process_has_the_interface_of_the_provider() -> None:
-    """It has calls, statistics, arrivals and control, and after its end the last statistics."""
     async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
         assert provider.pid != os.getpid()
-        assert repr(provider).endswith(f" {provider.base_url}>")
+        assert repr(provider).endswith(f" {provider.url}>")
         assert provider.url + "/v1" == provider.base_url
         before = time.monotonic_ns()
         assert call(provider).status_code == 200
@@ -149,6 +119,7 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
         provider.fail_next(status=503)
         assert call(provider).status_code == 503
         provider.reconfigure(rpm=2, latency=(0.0, 0.0))
+        assert " rpm=2 " in repr(provider)
         assert call(provider).status_code == 429
         with pytest.raises(ValueError, match="policy can't change while the provider runs"):
             provider.reconfigure(policy="fixed_window")
@@ -163,7 +134,6 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
 
 
 def test_provider_process_ends_when_its_parent_is_killed() -> None:
-    """`kill -9` of its parent closes its standard input, at which it ends."""
     script = """
 import os, signal
 from asyncbucket.testing.provider import ProviderProcess
@@ -185,7 +155,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
 async def test_failed_start_can_be_retried(kind: Any) -> None:
-    """The error is raised by `async with`, and the failed start leaves nothing in the way."""
     with RateLimitedProvider() as first:
         second = kind(port=urlsplit(first.url).port)
         with pytest.raises((OSError, RuntimeError)):
@@ -194,21 +163,7 @@ async def test_failed_start_can_be_retried(kind: Any) -> None:
         assert call(second).status_code == 200
 
 
-def test_server_failure_at_start_is_the_cause_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever uvicorn raises is the cause of the error."""
-
-    async def broken(*_: object) -> None:
-        raise LookupError("no such thing")
-
-    monkeypatch.setattr(uvicorn.Server, "startup", broken)
-    with pytest.raises(RuntimeError, match="the provider's server did not start") as caught:
-        RateLimitedProvider().start()
-
-    assert isinstance(caught.value.__cause__, LookupError)
-
-
 def test_provider_process_leaves_ctrl_c_to_its_parent() -> None:
-    """SIGINT goes to a whole terminal; the parent must still be able to read the statistics."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
         assert os.getpgid(provider.pid) != os.getpgid(0)  # so no terminal sends it one, either
@@ -219,7 +174,6 @@ def test_provider_process_leaves_ctrl_c_to_its_parent() -> None:
 
 
 def test_dead_provider_process_raises_runtime_error() -> None:
-    """The error is not a bare connection error."""
     with ProviderProcess() as provider:
         assert provider.pid is not None
         os.kill(provider.pid, signal.SIGKILL)
@@ -230,7 +184,6 @@ def test_dead_provider_process_raises_runtime_error() -> None:
 
 
 def test_provider_process_that_cannot_start_raises_with_status() -> None:
-    """Its own error goes to standard error, and its exit status into ours."""
     with RateLimitedProvider() as first:
         second = ProviderProcess(port=urlsplit(first.url).port or 0)
         with pytest.raises(RuntimeError, match="process ended with status 1 at its start"):
@@ -239,7 +192,6 @@ def test_provider_process_that_cannot_start_raises_with_status() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signals) -> None:
-    """It prints one line when it is ready, one line of JSON at the end, and exits with 0."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "60"]
     with subprocess.Popen([*command, "--latency", "0.001"], stdout=-1, text=True) as process:
         assert process.stdout is not None
@@ -255,8 +207,7 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
 
 
 def test_command_ends_silently_when_its_reader_is_gone() -> None:
-    """If its parent was killed, it cannot print its statistics, which is no error."""
-    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--until-eof"]
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--commands"]
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -269,20 +220,7 @@ def test_command_ends_silently_when_its_reader_is_gone() -> None:
     assert process.returncode == 0
 
 
-def test_command_error_quotes_invalid_latency_as_typed() -> None:
-    """The error does not name the function that reads it."""
-    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--latency", "fast"]
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 2
-    assert done.stderr.endswith(
-        "--latency: 'fast' is neither a number such as 0.5 nor a range such as 0.2:0.6\n"
-    )
-
-
 def test_command_that_cannot_start_prints_a_one_line_error() -> None:
-    """A bad setting or a port in use gives no traceback."""
     command = [sys.executable, "-m", "asyncbucket.testing.provider"]
 
     def refusal(*options: str) -> str:
@@ -305,10 +243,7 @@ def test_command_that_cannot_start_prints_a_one_line_error() -> None:
         ({"rpm": 1.5}, "rpm must be a whole number of at least 1, not 1.5"),
         ({"tpm": "100k"}, "tpm must be a whole number of at least 1, not '100k'"),
         ({"concurrency": -1}, "concurrency must be a whole number of at least 1, not -1"),
-        ({"default_max_tokens": -1}, "default_max_tokens must be a whole .* at least 0, not -1"),
         ({"reply_tokens": None}, "reply_tokens must be a whole number of at least 0, not None"),
-        ({"dimensions": 0}, "dimensions must be a whole number of at least 1, not 0"),
-        ({"history": -1}, "history must be a whole number of at least 0, not -1"),
         ({"port": 70_000}, "port must be at most 65535, not 70000"),
         ({"policy": "magic"}, "policy must be one of token_bucket, sliding_window, .* not 'magic'"),
         ({"charge": "magic"}, "charge must be one of openai, azure, usage, not 'magic'"),
@@ -326,24 +261,19 @@ def test_command_that_cannot_start_prints_a_one_line_error() -> None:
     ],
 )
 def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
-    """The error has its name and value, before any process is started."""
     for provider in (RateLimitedProvider, ProviderProcess):
         with pytest.raises(ValueError, match=message):
             provider(**options)
 
 
-def test_unknown_option_is_refused_with_a_list_of_valid_ones() -> None:
-    """Constructors and `reconfigure` list the valid options, and name no class of ours."""
+def test_unknown_option_is_refused() -> None:
     options: Any = {"rpms": 3}
     for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
-        with pytest.raises(
-            TypeError, match=r"^'rpms' is not an option of the provider: give one of rpm, "
-        ):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'rpms'"):
             order(**options)
 
 
 def test_invalid_scripted_failure_is_refused_at_once() -> None:
-    """It is refused at the call, not when the failure is due."""
     for provider in (RateLimitedProvider(), ProviderProcess()):
         with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
             provider.fail_next(status=200)
@@ -354,18 +284,11 @@ def test_invalid_scripted_failure_is_refused_at_once() -> None:
 
 
 def test_clock_in_seconds_is_refused() -> None:
-    """With such a clock, all limits would be counted wrong."""
     with pytest.raises(TypeError, match=r"clock must return integer nanoseconds, as time\.monoton"):
         RateLimitedProvider(clock=time.monotonic)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("options", [{"clock": time.monotonic_ns}, {"latency": lambda: 0.1}])
+@pytest.mark.parametrize("options", [{"clock": time.time_ns}, {"latency": lambda: 0.1}])
 def test_provider_process_refuses_functions_as_options(options: Any) -> None:
-    """Functions can't be sent to another process."""
     with pytest.raises(ValueError, match="can't be sent to another process"):
         ProviderProcess(**options)
-
-
-def test_option_keywords_match_settings_fields() -> None:
-    """The keywords that type checkers know are the options that exist."""
-    assert set(Options.__annotations__) == set(Settings.__dataclass_fields__)

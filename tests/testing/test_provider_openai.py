@@ -10,14 +10,12 @@ from typing import Any, TypeAlias
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionToolParam
 from pydantic import BaseModel, Field
 
-from asyncbucket.testing.assertions import assert_within_bucket, busiest_window
 from asyncbucket.testing.provider import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
-from asyncbucket.testing.virtual_time import VirtualTime
 
 MODEL = "gpt-4o-mini"
 
@@ -63,7 +61,6 @@ async def ask(client: AsyncOpenAI, text: str = "Hello", **more: Any) -> Any:
 
 
 async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) -> None:
-    """It shows which answer belongs to which call, and the usage adds up."""
     reply = await ask(client, "What is 6 x 7?")
 
     assert reply.choices[0].message.content == "You said: What is 6 x 7?"
@@ -72,25 +69,18 @@ async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) 
     assert reply.usage.total_tokens == 10
 
 
-async def test_max_tokens_cuts_the_reply(client: AsyncOpenAI) -> None:
-    """Both names of the parameter work, and the finish reason is "length"."""
+async def test_reply_is_padded_to_reply_tokens_and_cut_at_max_tokens(
+    provider: RateLimitedProvider, client: AsyncOpenAI
+) -> None:
+    provider.reconfigure(reply_tokens=300)
+    assert (await ask(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
         reply = await ask(client, "Hello " * 50, **{name: 5})
         assert reply.choices[0].finish_reason == "length"
         assert reply.usage.completion_tokens == 5
 
 
-async def test_reply_tokens_sets_the_length_of_replies(
-    provider: RateLimitedProvider, client: AsyncOpenAI
-) -> None:
-    """This is for tests in which the length of the output matters."""
-    provider.reconfigure(reply_tokens=300)
-
-    assert (await ask(client)).usage.completion_tokens == 300
-
-
 async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) -> None:
-    """Only the last chunk has the usage, and it has no choices."""
     stream = await ask(client, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
 
@@ -103,16 +93,7 @@ async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) ->
     assert {chunk.usage for chunk in chunks[:-1]} == {None}
 
 
-async def test_stream_reports_no_usage_unless_asked(client: AsyncOpenAI) -> None:
-    """As with OpenAI, the last chunk is then the one with the finish reason."""
-    chunks = [chunk async for chunk in await ask(client, stream=True)]
-
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    assert {chunk.usage for chunk in chunks} == {None}
-
-
 async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpenAI) -> None:
-    """The arguments are valid for the tool's schema; after a tool's result, it answers in text."""
     reply = await ask(client, tools=[MULTIPLY])
 
     message = reply.choices[0].message
@@ -133,7 +114,6 @@ async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpe
 
 
 async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
-    """It may be none, any, or one tool by name."""
     other: Any = {"type": "function", "function": {"name": "other", "parameters": {}}}
     named = {"type": "function", "function": {"name": "other"}}
     tools = [MULTIPLY, other]
@@ -149,20 +129,7 @@ async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
     assert unknown.choices[0].message.tool_calls is None
 
 
-async def test_tool_call_streams_in_pieces(client: AsyncOpenAI) -> None:
-    """The name comes first, and the arguments in parts that join to the whole."""
-    stream = await ask(client, tools=[MULTIPLY], stream=True)
-    deltas = [chunk.choices[0] async for chunk in stream]
-
-    calls = [choice.delta.tool_calls[0] for choice in deltas if choice.delta.tool_calls]
-    assert calls[0].function.name == "multiply"
-    assert json.loads("".join(call.function.arguments for call in calls)) == {"a": 1, "b": 3}
-    assert deltas[-1].finish_reason == "tool_calls"
-
-
 async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
-    """The SDK's parser accepts what a schema gets; json_object gets an object."""
-
     class Point(BaseModel):
         x: int = Field(ge=10)
         label: str
@@ -179,7 +146,6 @@ async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
 
 
 async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: AsyncOpenAI) -> None:
-    """Equal texts get equal vectors, as floats and as base64, at any length."""
     floats = await client.embeddings.create(
         model="e", input=["a", "b", "a"], encoding_format="float"
     )
@@ -197,7 +163,6 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
 
 
 async def test_embeddings_accept_token_ids(provider: RateLimitedProvider) -> None:
-    """One list of token ids is one text, and costs as many tokens as it has ids."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         one = await client.post(
             f"{provider.base_url}/embeddings",
@@ -215,7 +180,6 @@ async def test_embeddings_accept_token_ids(provider: RateLimitedProvider) -> Non
 
 
 async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
-    """The input may be text or messages; the output is cut at max_output_tokens."""
     reply = await client.responses.create(model=MODEL, input="Hello", instructions="Be kind.")
     cut = await client.responses.create(
         model=MODEL, input=[{"role": "user", "content": "Hello " * 50}], max_output_tokens=16
@@ -231,7 +195,6 @@ async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
-    """They are in order and numbered, join to the text, and the last one has the usage."""
     stream = await client.responses.create(model=MODEL, input="Hello", stream=True)
     events: list[Any] = [event async for event in stream]
 
@@ -254,7 +217,6 @@ async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_call_tools(client: AsyncOpenAI) -> None:
-    """They do so once, streamed or not; after the tool's output they answer in text."""
     tool: Any = {"type": "function", **MULTIPLY["function"], "strict": False}
     reply = await client.responses.create(model=MODEL, input="Hello", tools=[tool])
     stream = await client.responses.create(model=MODEL, input="Hello", tools=[tool], stream=True)
@@ -278,8 +240,6 @@ async def test_responses_call_tools(client: AsyncOpenAI) -> None:
 
 
 async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
-    """The SDK's parser sends a schema in `text.format`."""
-
     class City(BaseModel):
         name: str
 
@@ -288,23 +248,9 @@ async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
     assert reply.output_parsed == City(name="text")
 
 
-async def test_legacy_completions_answer_whole_or_streamed(client: AsyncOpenAI) -> None:
-    """Clients without chat get a whole reply, or a stream with usage."""
-    whole = await client.completions.create(model=MODEL, prompt="Hello")
-    stream = await client.completions.create(
-        model=MODEL, prompt="Hello", stream=True, stream_options={"include_usage": True}
-    )
-    chunks = [chunk async for chunk in stream]
-
-    assert whole.choices[0].text == "You said: Hello"
-    assert "".join(c.choices[0].text for c in chunks if c.choices) == "You said: Hello"
-    assert chunks[-1].usage == whole.usage
-
-
 async def test_models_are_listed_and_cost_nothing(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """Clients list models to find out whether a provider is there."""
     names = [model.id async for model in client.models.list()]
 
     assert MODEL in names
@@ -312,7 +258,6 @@ async def test_models_are_listed_and_cost_nothing(
 
 
 async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) -> None:
-    """The client uses Azure's path prefix and its api-key header."""
     async with openai.AsyncAzureOpenAI(
         azure_endpoint=provider.url, api_key="test-key", api_version="2024-10-21"
     ) as client:
@@ -321,20 +266,8 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
     assert reply.choices[0].message.content == "You said: Hello"
 
 
-def test_provider_works_with_synchronous_client(rate_limited_provider: ProviderFactory) -> None:
-    """The provider and the SDK work without asyncio, too."""
-    provider = rate_limited_provider()
-    with OpenAI(base_url=provider.base_url, api_key="test-key") as client:
-        reply = client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "Hello"}]
-        )
-
-    assert reply.choices[0].message.content == "You said: Hello"
-
-
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
 async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str | None) -> None:
-    """Any key will do, but there must be one."""
     headers = {} if key is None else {"authorization": key}
     async with httpx.AsyncClient() as client:
         reply = await client.post(f"{provider.base_url}/chat/completions", headers=headers, json={})
@@ -348,26 +281,23 @@ async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str
     ("path", "body", "message"),
     [
         ("chat/completions", {}, "you must provide a model parameter"),
-        ("chat/completions", {"model": "m"}, "'messages' must be a list of messages"),
         ("chat/completions", {"model": "m", "messages": []}, "'messages' must be a list"),
         ("chat/completions", {"model": "m", "messages": ["x"]}, "'messages' must hold objects"),
         ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "must be text or parts"),
-        ("chat/completions", {"model": "m", "messages": [{"content": [7]}]}, "must be an object"),
         (
             "chat/completions",
             {"model": "m", "messages": [{"content": "x"}], "max_tokens": 0},
-            "'max_tokens' must be an integer of at least 1",
+            "'max_tokens' must be an integer from 1 to 1,000,000",
         ),
         (
             "chat/completions",
             {"model": "m", "messages": [{"content": "x"}], "tools": [7]},
             "can't be understood",
         ),
-        ("completions", {"model": "m", "prompt": ["a", "b"]}, "'prompt' must be one string"),
         (
             "embeddings",
             {"model": "m", "input": "x", "dimensions": 10**30},
-            "'dimensions' must be at most 16,384",
+            "'dimensions' must be an integer from 1 to 1,000,000",
         ),
         ("responses", {"model": "m"}, "'input' must be a list of messages"),
         ("embeddings", {"model": "m", "input": []}, "'input' must be a string or a list"),
@@ -378,7 +308,6 @@ async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str
 async def test_bad_request_gets_400_and_costs_nothing(
     provider: RateLimitedProvider, path: str, body: object, message: str
 ) -> None:
-    """The reply has OpenAI's error body, and is never a 500."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         reply = await client.post(f"{provider.base_url}/{path}", json=body)
 
@@ -391,7 +320,6 @@ async def test_bad_request_gets_400_and_costs_nothing(
 async def test_unknown_path_gets_404_and_invalid_json_gets_400(
     provider: RateLimitedProvider,
 ) -> None:
-    """These are unknown paths and methods, and garbage."""
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         unknown = await client.post(f"{provider.base_url}/nonsense", json={})
         method = await client.get(f"{provider.base_url}/chat/completions")
@@ -407,7 +335,6 @@ async def test_unknown_path_gets_404_and_invalid_json_gets_400(
 
 
 async def test_every_reply_reports_the_rate_limits(rate_limited_provider: ProviderFactory) -> None:
-    """It has the limit, what remains, and the time until reset in Go's format."""
     provider = rate_limited_provider(rpm=60, tpm=6000)
     async with client_of(provider) as client:
         reply = await client.chat.completions.with_raw_response.create(
@@ -425,7 +352,6 @@ async def test_every_reply_reports_the_rate_limits(rate_limited_provider: Provid
 
 
 async def test_429_names_limit_and_when_to_retry(rate_limited_provider: ProviderFactory) -> None:
-    """It has OpenAI's body with the numbers, and retry-after in seconds and milliseconds."""
     provider = rate_limited_provider(rpm=1, policy="sliding_window")
     async with client_of(provider) as client:
         await ask(client)
@@ -440,30 +366,11 @@ async def test_429_names_limit_and_when_to_retry(rate_limited_provider: Provider
     assert error.response.headers["retry-after"] == "60"
     assert 59_000 < int(error.response.headers["retry-after-ms"]) <= 60_000
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
-
-
-async def test_429_for_call_above_token_limit_has_no_retry_after(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    """Waiting would not help, so there is no retry-after."""
-    provider = rate_limited_provider(tpm=100)
+    provider.reconfigure(rpm=None, tpm=100)
     async with client_of(provider) as client:
         with pytest.raises(openai.RateLimitError, match="can never pass") as caught:
             await ask(client, max_tokens=101)
-
-    assert getattr(caught.value, "type", None) == "tokens"
     assert "retry-after" not in caught.value.response.headers
-
-
-async def test_sdk_retries_after_wait_named_in_429(rate_limited_provider: ProviderFactory) -> None:
-    """The SDK's own retry waits as long as the headers say, and then passes."""
-    provider = rate_limited_provider(rpm=1, minute=0.2, policy="sliding_window")
-    async with AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=2) as client:
-        for _ in range(2):
-            await ask(client)
-
-    seen = provider.statistics()
-    assert (seen.admitted, seen.refused_429) == (2, {"requests": 1})
 
 
 @pytest.mark.parametrize(
@@ -472,7 +379,6 @@ async def test_sdk_retries_after_wait_named_in_429(rate_limited_provider: Provid
 async def test_call_is_charged_by_the_configured_rule(
     rate_limited_provider: ProviderFactory, charge: Any, tokens: int
 ) -> None:
-    """This is the larger of prompt and max_tokens, their sum, or the actual use."""
     provider = rate_limited_provider(charge=charge)
     async with client_of(provider) as client:
         reply = await ask(client, "Hello, world!"[:12], max_tokens=50)
@@ -482,7 +388,6 @@ async def test_call_is_charged_by_the_configured_rule(
 
 
 async def test_prompt_tokens_include_tools_and_images(provider: RateLimitedProvider) -> None:
-    """All text that is sent counts, and an image counts as 85 tokens."""
     async with client_of(provider) as client:
         bare = await ask(client, "x" * 400)
         tools = await ask(client, "x" * 400, tools=[MULTIPLY], tool_choice="none")
@@ -497,24 +402,9 @@ async def test_prompt_tokens_include_tools_and_images(provider: RateLimitedProvi
     assert seen.usage.prompt_tokens == 185
 
 
-async def test_calls_above_the_concurrency_are_refused(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    """Of five calls at once on three slots two are refused, and the slots come back."""
-    provider = rate_limited_provider(concurrency=3, latency=0.2)
-    async with client_of(provider) as client:
-        results = await asyncio.gather(*(ask(client) for _ in range(5)), return_exceptions=True)
-        assert sum(isinstance(result, openai.RateLimitError) for result in results) == 2
-        await ask(client)
-
-    seen = provider.statistics()
-    assert (seen.peak_in_flight, seen.in_flight, seen.refused_429) == (3, 0, {"concurrency": 2})
-
-
 async def test_scripted_failures_have_given_status_code_and_retry_after(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """They have the given status, code and retry-after; later calls succeed."""
     provider.fail_next(status=503, retry_after=1.5)
     provider.fail_next(status=429, code="insufficient_quota")
 
@@ -531,18 +421,9 @@ async def test_scripted_failures_have_given_status_code_and_retry_after(
     assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
 
 
-async def test_error_rate_of_one_fails_every_call(rate_limited_provider: ProviderFactory) -> None:
-    """With 1.0, every call is a 500."""
-    provider = rate_limited_provider(error_rate=1.0)
-    async with client_of(provider) as client:
-        with pytest.raises(openai.InternalServerError):
-            await ask(client)
-
-
 async def test_stream_breaks_off_after_scripted_number_of_chunks(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
-    """The connection is cut after two chunks; a call that isn't a stream gets the status."""
     provider.fail_next(2, after_chunks=2)
 
     got: list[Any] = []
@@ -591,56 +472,3 @@ async def test_slot_comes_back_when_client_disconnects(
     await until(lambda: provider.statistics().in_flight == 0)
 
     assert provider.statistics().disconnected == 1
-
-
-async def test_admitted_arrivals_of_a_flood_stay_within_the_bucket(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    """Under a flood of calls, the bucket admits its burst and its refill, to the nanosecond."""
-    provider = rate_limited_provider(rpm=20, minute=1.0)
-    async with client_of(provider) as client:
-        await asyncio.gather(*(ask(client) for _ in range(60)), return_exceptions=True)
-
-    trace = [(arrival.time_ns, 1) for arrival in provider.arrivals if arrival.admitted]
-    assert 20 <= len(trace) < 60
-    assert len(provider.arrivals) == 60
-    assert_within_bucket(trace, rate=20, burst=20)
-
-
-async def test_asgi_application_answers_without_a_server() -> None:
-    """`provider.app` works under httpx's ASGI transport, without sockets, and without a start."""
-    provider = RateLimitedProvider(rpm=1)
-    transport = httpx.ASGITransport(provider.app)
-    async with (
-        httpx.AsyncClient(transport=transport) as http,
-        AsyncOpenAI(
-            base_url="http://provider/v1", api_key="test-key", http_client=http, max_retries=0
-        ) as client,
-    ):
-        await ask(client)
-        with pytest.raises(openai.RateLimitError):
-            await ask(client)
-
-
-def test_asgi_application_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
-    """Three minutes of 60 calls each, with the SDK's retries, take no real seconds."""
-    provider = RateLimitedProvider(
-        rpm=60, policy="sliding_window", latency=2.0, clock=virtual_time.clock
-    )
-
-    async def main() -> None:
-        transport = httpx.ASGITransport(provider.app)
-        async with (
-            httpx.AsyncClient(transport=transport) as http,
-            AsyncOpenAI(
-                base_url="http://provider/v1", api_key="test-key", http_client=http, max_retries=9
-            ) as client,
-        ):
-            await asyncio.gather(*(ask(client) for _ in range(180)))
-
-    virtual_time.run(main())
-
-    trace = [(arrival.time_ns, 1) for arrival in provider.arrivals if arrival.admitted]
-    assert busiest_window(trace, per=60).amount == 60
-    assert virtual_time.now >= 120 + 2.0
-    assert provider.statistics().admitted == 180

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from asyncbucket.batch.progress import StandardError
 from asyncbucket.cli import INTERRUPTED
-from asyncbucket.cli.exits import CANNOT_RUN, DONE, FAILED
+from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
 from asyncbucket.cli.run import report
 from asyncbucket.cli.run.estimate import as_dict, describe, estimate, plan_calls
 from asyncbucket.cli.run.feed import count_lines

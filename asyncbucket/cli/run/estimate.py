@@ -16,9 +16,9 @@ from asyncbucket.cli.run.screen import dollars
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.wording import counted
-from asyncbucket.http.body import sent
-from asyncbucket.http.forecast import FORESEEN
-from asyncbucket.http.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.providers.forecast import FORESEEN
+from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.providers.request import request_size
 
 if TYPE_CHECKING:
     from asyncbucket.plan import Plan
@@ -43,7 +43,7 @@ class Estimate:
         self.calls += 1
         self.input_tokens += cost.get("input_tokens", 0)
         # What may be written and has to be paid, even if a provider charges less at admission.
-        parsed_request = sent(request.path, request.body)
+        parsed_request = request_size(request.path, request.body)
         self.output_tokens += parsed_request.output(FORESEEN)
         self.unbounded |= parsed_request.writes and parsed_request.max_output is None
         if len(self.costs) < _SAMPLES:

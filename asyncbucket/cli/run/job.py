@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from asyncbucket.cli import provider
+from asyncbucket.cli import options as provider
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.http.profiles import profile_named
+from asyncbucket.providers.profiles import profile_named
 
 Endpoint = Literal["chat", "responses", "embeddings"]
 

@@ -6,14 +6,15 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from asyncbucket.cli.exits import errors_in_one_line
-from asyncbucket.cli.option_types import (
+from asyncbucket.cli.options import (
+    OPENAI,
     Preset,
     Rpd,
     Rpm,
     Tpd,
     Tpm,
     count_option,
+    errors_in_one_line,
     file_option,
     flag_option,
     name_option,
@@ -21,7 +22,6 @@ from asyncbucket.cli.option_types import (
     read_count,
     text_option,
 )
-from asyncbucket.cli.provider import OPENAI
 from asyncbucket.cli.run.job import CONCURRENCY, PATHS, STANDARD, Job, Price, key_from, limits_of
 
 #: A backspace keeps the lines of a paragraph as they are.

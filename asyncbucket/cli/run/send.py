@@ -18,8 +18,8 @@ from asyncbucket.cli.run.request import Request
 from asyncbucket.cli.run.tally import Tally
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.failures import FIRST_ERROR, RATE_LIMITED
-from asyncbucket.http.usage import read_usage
+from asyncbucket.providers.errors import FIRST_ERROR, RATE_LIMITED
+from asyncbucket.providers.usage import read_usage
 from asyncbucket.retry import Retrier, Retry, Sent
 
 _MAX_MESSAGE: Final = 500

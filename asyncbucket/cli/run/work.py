@@ -23,7 +23,7 @@ from asyncbucket.cli.run.tally import Tally
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted
-from asyncbucket.http.failures import EXHAUSTED
+from asyncbucket.providers.errors import EXHAUSTED
 from asyncbucket.retry import classify
 
 #: Seconds between two updates of what is done.

@@ -1,17 +1,16 @@
-"""A rate-limited OpenAI-compatible provider on loopback, for tests, demos and benchmarks.
+"""A rate-limited provider on loopback, for tests, demos and benchmarks.
 
-It speaks `/v1/chat/completions` (tools, streams, response formats), `/v1/responses`,
-`/v1/completions`, `/v1/embeddings` and `/v1/models`, and it refuses what exceeds its limits like
-OpenAI: with 429, `x-ratelimit-*`, `retry-after` and `retry-after-ms`. Its answers are a fake
-model's text, the same every time.
+It speaks OpenAI's `/v1/chat/completions`, `/v1/responses` (both with tools, streams and response
+formats), `/v1/embeddings` and `/v1/models`, and Anthropic's `/v1/messages`. It refuses what exceeds
+its limits as they do: with 429, `retry-after` and headers about what is left. Its answers are a
+fake model's text, the same every time.
 
 `RateLimitedProvider` runs in a thread, `ProviderProcess` in a process of its own, and
 `python -m asyncbucket.testing.provider --rpm 500` in a terminal. Needs
 `pip install "asyncbucket[testing]"`.
 
-From the inside out: `policies` count, `admission` decides, `prompt` reads a request, `charging`
-says what it costs, `model` answers it, `wire`, `responses` and `headers` encode that, `exchange` is
-HTTP, `app` joins them, `server` runs it.
+From the inside out: `policies` count, `enforcer` decides, `prompt` reads a request and answers it,
+`replies` encodes that, `app` joins them, `running` runs it.
 """
 
 from importlib.util import find_spec
@@ -21,10 +20,8 @@ if not (find_spec("starlette") and find_spec("uvicorn")):
         'the bundled provider needs starlette and uvicorn: pip install "asyncbucket[testing]"'
     )
 
-from asyncbucket.testing.provider.process import ProviderProcess
-from asyncbucket.testing.provider.settings import Failure, Options, Settings
-from asyncbucket.testing.provider.statistics import Arrival, ProviderStatistics
-from asyncbucket.testing.provider.thread import RateLimitedProvider
+from asyncbucket.testing.provider.options import Arrival, Failure, Options, ProviderStatistics
+from asyncbucket.testing.provider.running import ProviderProcess, RateLimitedProvider
 
 __all__ = [
     "Arrival",
@@ -33,5 +30,4 @@ __all__ = [
     "ProviderProcess",
     "ProviderStatistics",
     "RateLimitedProvider",
-    "Settings",
 ]

@@ -1,224 +1,295 @@
-"""The provider as an ASGI application.
+"""The provider as an ASGI application: endpoints, headers about limits, and errors.
 
-Starlette handles the control endpoints (`/statistics`, `/arrivals`, `/reconfigure`, `/fail_next`).
-The metered endpoints are one plain ASGI application mounted beside them, because routing, request
-and response objects would take longer than the answer.
+OpenAI's and Anthropic's endpoints are known by the end of the path, at any prefix: `/v1/...`, or
+Azure's `/openai/deployments/x/...`. Headers and errors are those of the endpoint's provider.
 """
 
-import functools
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import count
-from typing import NamedTuple
+from typing import Any
 
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from asyncbucket.testing.provider import headers as provider_headers
-from asyncbucket.testing.provider import prompt as prompts
-from asyncbucket.testing.provider import responses, wire
-from asyncbucket.testing.provider.admission import Admission, Refusal
-from asyncbucket.testing.provider.charging import charge
-from asyncbucket.testing.provider.exchange import Exchange
-from asyncbucket.testing.provider.model import Reply, answer
-from asyncbucket.testing.provider.prompt import InvalidRequestError, Json, Prompt
-from asyncbucket.testing.provider.settings import Failure, draw_latency
+from asyncbucket.testing.provider import replies
+from asyncbucket.testing.provider.enforcer import Enforcer, RateRefusal, is_refusal
+from asyncbucket.testing.provider.options import NANOSECONDS, Failure
+from asyncbucket.testing.provider.prompt import (
+    Answer,
+    InvalidRequestError,
+    Json,
+    Prompt,
+    answer,
+    read_model,
+    read_prompt,
+    read_texts,
+)
 
-
-class _Endpoint(NamedTuple):
-    """How one endpoint that generates text reads and writes."""
-
-    read: Callable[[Json], Prompt]
-    whole: Callable[..., bytes]
-    chunks: Callable[..., list[bytes]]
-
-
-class _Answer(NamedTuple):
-    """What to reply if the call is admitted."""
-
-    model: str
-    tokens: int
-    whole: Callable[[], bytes]
-    chunks: Callable[[], list[bytes]] | None
-
-
-_GENERATING: Mapping[str, _Endpoint] = {
-    "chat/completions": _Endpoint(prompts.read_chat, wire.chat_completion, wire.chat_chunks),
-    "completions": _Endpoint(prompts.read_completion, wire.completion, wire.completion_chunks),
-    "responses": _Endpoint(prompts.read_responses, responses.response, responses.response_events),
+DEFAULT_MAX_TOKENS = 16
+"""What a call without `max_tokens` is charged for its output."""
+_MILLISECOND = 1_000_000
+_QUOTA = "You exceeded your current quota, please check your plan and billing details."
+_UNITS = {
+    "requests": "requests per min (RPM)",
+    "tokens": "tokens per min (TPM)",
+    "concurrency": "concurrent requests",
+}
+#: Type and code of an error by its status, at OpenAI and at Anthropic.
+_OPENAI = {
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    404: ("invalid_request_error", "unknown_url"),
+    429: ("requests", "rate_limit_exceeded"),
+    503: ("server_error", "overloaded"),
+}
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    529: "overloaded_error",
 }
 
 
-def make_app(admission: Admission) -> Starlette:
-    """Make the application whose calls are decided and counted by `admission`."""
-
-    async def statistics(_: Request) -> JSONResponse:
-        return JSONResponse(asdict(admission.statistics()))
-
-    async def arrivals(_: Request) -> JSONResponse:
-        return JSONResponse(admission.arrivals())
-
-    async def reconfigure(request: Request) -> JSONResponse:
-        options = await request.json()
-        if isinstance(options.get("latency"), list):
-            options["latency"] = tuple(options["latency"])
-        return _control(lambda: admission.reconfigure(**options))
-
-    async def fail_next(request: Request) -> JSONResponse:
-        command = await request.json()
-        return _control(lambda: admission.fail_next(command.pop("count"), Failure(**command)))
-
-    return Starlette(
-        routes=[
-            Route("/statistics", statistics),
-            Route("/arrivals", arrivals),
-            Route("/reconfigure", reconfigure, methods=["POST"]),
-            Route("/fail_next", fail_next, methods=["POST"]),
-            Mount("/", app=_Api(admission)),
-        ]
-    )
+class StreamBrokenError(Exception):
+    """A stream is broken off, as a failure was scripted."""
 
 
-def _control(command: Callable[[], None]) -> JSONResponse:
-    try:
-        command()
-    except (TypeError, ValueError) as exc:
-        return JSONResponse({"error": str(exc)}, status_code=400)
-    return JSONResponse({})
+class Api:
+    """Answer calls as `enforcer` decides."""
 
-
-class _Api:
-    """The endpoints of OpenAI, at any prefix: `/v1/...` or Azure's `/openai/deployments/x/...`."""
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, enforcer: Enforcer) -> None:
+        self._enforcer = enforcer
         self._numbers = count(1)
-        self._rng = random.Random(admission.settings.seed)  # noqa: S311 - repeatable, not secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            exchange = Exchange(scope, receive, send, f"{next(self._numbers):08x}")
-            try:
-                await self._serve(exchange)
-            finally:
-                exchange.close()
+            # The server cuts off what is incomplete.
+            with contextlib.suppress(ClientDisconnect, StreamBrokenError):
+                await self.serve(scope, receive, send)
 
-    async def _serve(self, exchange: Exchange) -> None:
-        if not exchange.has_key:
-            await self._reject(exchange, 401, "You didn't provide an API key.")
-            return
-        endpoint = exchange.endpoint
-        if endpoint == "models" and exchange.method == "GET":
-            await exchange.reply(200, wire.models(), self._limits())
-            return
-        if exchange.method != "POST" or endpoint not in (*_GENERATING, "embeddings"):
-            message = f"Invalid URL ({exchange.method} {exchange.path})"
-            await self._reject(exchange, 404, message)
-            return
-        try:
-            prepared = self._prepare(endpoint, await exchange.body(), exchange.number)
-        except InvalidRequestError as exc:
-            await self._reject(exchange, 400, str(exc), parameter=exc.parameter)
-            return
-        outcome = self._admission.enter(
-            endpoint, prepared.tokens, request_id=exchange.header(b"x-request-id")
-        )
-        if isinstance(outcome, Refusal):
-            body, extra = provider_headers.refusal_reply(outcome, prepared.model)
-            await exchange.reply(429, body, self._limits() + extra)
-        elif outcome is not None and outcome.status == 429:  # noqa: PLR2004 - HTTP
-            await self._send_failure(exchange, outcome)
-        else:
-            await self._answer(exchange, prepared, outcome)
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a call.
 
-    def _prepare(self, endpoint: str, body: Json, call_id: str) -> _Answer:
-        """Read the request, compose its reply and determine its charge."""
-        settings = self._admission.settings
+        Raises:
+            StreamBrokenError: Its stream was scripted to break off.
+            ClientDisconnect: The client went away.
+        """
+        call = _Exchange(self._enforcer, Request(scope, receive), f"{next(self._numbers):08x}")
         try:
-            if endpoint == "embeddings":
-                texts = prompts.read_embeddings(body)
-                write = functools.partial(wire.embeddings, texts, dimensions=settings.dimensions)
-                return _Answer(texts.model, texts.tokens, write, None)
-            handler = _GENERATING[endpoint]
-            prompt = handler.read(body)
-            reply: Reply = answer(prompt, reply_tokens=settings.reply_tokens)
-        except (AttributeError, KeyError, RecursionError, TypeError) as exc:
-            # A part of the wrong JSON type, anywhere: the code above takes the types for granted.
-            raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
-        tokens = charge(
-            settings.charge, prompt, reply, default_max_tokens=settings.default_max_tokens
-        )
-        whole = functools.partial(handler.whole, prompt, reply, call_id=call_id)
-        chunks = functools.partial(handler.chunks, prompt, reply, call_id=call_id)
-        return _Answer(prompt.model, tokens, whole, chunks if prompt.stream else None)
-
-    async def _answer(self, exchange: Exchange, prepared: _Answer, failure: Failure | None) -> None:
-        slot = _Slot(self._admission)
-        try:
-            seconds = draw_latency(self._admission.settings.latency, self._rng)
-            if failure is not None and (failure.after_chunks is None or prepared.chunks is None):
-                slot.release()
-                await self._send_failure(exchange, failure)
-            elif prepared.chunks is not None:
-                await self._stream(exchange, slot, prepared.chunks(), seconds, failure)
-            elif await exchange.pause(seconds):
-                slot.release()
-                await exchange.reply(200, prepared.whole(), self._limits())
+            response = await call.response()
+            await response(scope, receive, send)
         finally:
-            slot.release(disconnected=True)
+            call.leave(disconnected=True)
+
+
+class _Exchange:
+    """One request and its reply. An admitted call holds a slot until its last bytes are sent."""
+
+    def __init__(self, enforcer: Enforcer, request: Request, number: str) -> None:
+        path = request.url.path.rstrip("/")
+        chat = path.endswith("/chat/completions")
+        self.endpoint = "chat/completions" if chat else path.rsplit("/", 1)[-1]
+        self._enforcer = enforcer
+        self._request = request
+        self._number = number
+        self._is_admitted = False
+
+    def leave(self, *, disconnected: bool = False) -> None:
+        """Give the slot back, once."""
+        if self._is_admitted:
+            self._is_admitted = False
+            self._enforcer.leave(disconnected=disconnected)
+
+    async def response(self) -> Response:
+        """Return the reply."""
+        request = self._request
+        try:
+            _check_key(request)
+            if (request.method, self.endpoint) == ("GET", "models"):
+                return JSONResponse(replies.models(), headers=self._headers())
+            model, tokens, reply = await self._read()
+        except InvalidRequestError as exc:
+            self._enforcer.count_invalid()
+            return self._error(exc.status, str(exc), parameter=exc.parameter)
+        outcome = self._enforcer.enter(self.endpoint, tokens)
+        self._is_admitted = not is_refusal(outcome)
+        if isinstance(outcome, RateRefusal):
+            return self._refuse(outcome, model)
+        if outcome is not None and (outcome.after_chunks is None or isinstance(reply, dict)):
+            self.leave()
+            return self._fail(outcome)
+        seconds = self._enforcer.draw_latency()
+        if isinstance(reply, list):
+            chunks = self._stream(reply, seconds / len(reply), outcome)
+            return StreamingResponse(chunks, 200, self._headers(), "text/event-stream")
+        await self._pause(seconds)
+        self.leave()
+        return JSONResponse(reply, headers=self._headers())
+
+    async def _read(self) -> tuple[str, int, dict[str, Any] | list[bytes]]:
+        """Return the model, what the call is charged, and the reply: whole or in chunks."""
+        request, options = self._request, self._enforcer.options
+        writer = replies.WRITERS.get(self.endpoint)
+        if request.method != "POST" or not (writer or self.endpoint == "embeddings"):
+            raise InvalidRequestError(
+                f"Invalid URL ({request.method} {request.url.path})", status=404
+            )
+        try:
+            body = json.loads(await request.body())
+        except (RecursionError, ValueError) as exc:
+            raise InvalidRequestError(f"the body isn't JSON: {exc}") from exc
+        if not isinstance(body, dict):
+            raise InvalidRequestError("the body must be a JSON object")
+        try:
+            if writer is None:
+                model, (texts, tokens) = read_model(body), read_texts(body)
+                return model, tokens, replies.embeddings(model, texts, tokens, body)
+            prompt = read_prompt(self.endpoint, body)
+            reply = answer(prompt, reply_tokens=options.reply_tokens)
+            tokens = charge(options.charge, prompt, reply)
+            whole, events = writer
+            if prompt.stream:
+                chunks = replies.as_events(events(prompt, reply, self._number))
+                return prompt.model, tokens, chunks
+            return prompt.model, tokens, whole(prompt, reply, self._number)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
+            # A part of the wrong JSON type, anywhere: reading takes the types for granted.
+            raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
 
     async def _stream(
-        self,
-        exchange: Exchange,
-        slot: "_Slot",
-        chunks: Sequence[bytes],
-        seconds: float,
-        failure: Failure | None,
-    ) -> None:
-        """Send chunks over `seconds`; a stream that fails just ends, and the server cuts it off."""
-        pause = seconds / len(chunks)
-        if failure is not None:
-            chunks = chunks[: failure.after_chunks]
-        await exchange.start_stream(self._limits())
+        self, chunks: Sequence[bytes], pause: float, failure: Failure | None
+    ) -> AsyncIterator[bytes]:
         for left, chunk in zip(reversed(range(len(chunks))), chunks, strict=True):
-            if not await exchange.pause(pause):
-                return
+            if failure is not None and len(chunks) - left > (failure.after_chunks or 0):
+                raise StreamBrokenError
+            await asyncio.sleep(pause)
             if left == 0:
-                slot.release()
-            await exchange.send_chunk(chunk, more=left > 0 or failure is not None)
-        slot.release()
+                self.leave()
+            yield chunk
 
-    async def _send_failure(self, exchange: Exchange, failure: Failure) -> None:
-        body, extra = provider_headers.failure_reply(failure)
-        await exchange.reply(failure.status, body, self._limits() + extra)
+    async def _pause(self, seconds: float) -> None:
+        """Sleep until the reply is due, or until the client goes away."""
+        if seconds > 0:
+            gone = asyncio.ensure_future(self._wait_until_gone())
+            try:
+                await asyncio.wait([gone], timeout=seconds)
+                if gone.done():
+                    raise ClientDisconnect
+            finally:
+                gone.cancel()
 
-    async def _reject(
-        self, exchange: Exchange, status: int, message: str, *, parameter: str | None = None
-    ) -> None:
-        self._admission.note_invalid()
-        body = provider_headers.error_body(status, message, parameter=parameter)
-        await exchange.reply(status, body, self._limits())
+    async def _wait_until_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
 
-    def _limits(self) -> provider_headers.Headers:
-        return provider_headers.limit_headers(self._admission.budget())
+    def _refuse(self, refusal: RateRefusal, model: str) -> Response:
+        """Answer 429 for rate."""
+        numbers = f"Limit {refusal.limit}, Used {refusal.used}, Requested {refusal.requested}."
+        if refusal.wait is not None:
+            advice = f"Please try again in {go_duration(refusal.wait)}."
+        elif refusal.reason == "concurrency":
+            advice = "Please try again when one of them is done."
+        else:
+            advice = "It is larger than the limit and can never pass."
+        return self._error(
+            429,
+            f"Rate limit reached for {model} on {_UNITS[refusal.reason]}: {numbers} {advice}",
+            kind="tokens" if refusal.reason == "tokens" else "requests",
+            retry_after=refusal.wait,
+        )
+
+    def _fail(self, failure: Failure) -> Response:
+        """Answer as a failure says that was scripted or drawn."""
+        message, kind = f"The provider was told to answer with {failure.status}.", None
+        if failure.code == "insufficient_quota":
+            message, kind = _QUOTA, failure.code
+        seconds = failure.retry_after
+        wait = None if seconds is None else round(seconds * NANOSECONDS)
+        return self._error(failure.status, message, kind=kind, code=failure.code, retry_after=wait)
+
+    def _error(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        code: str | None = None,
+        parameter: str | None = None,
+        retry_after: int | None = None,
+    ) -> Response:
+        """Return an error; type and code default to those of its status."""
+        if self.endpoint == "messages":
+            error: Json = {"type": _ANTHROPIC.get(status, "api_error"), "message": message}
+            body: Json = {"type": "error", "error": error}
+        else:
+            usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
+            error = {"message": message, "type": kind or usual_kind, "param": parameter}
+            body = {"error": {**error, "code": code or usual_code}}
+        headers = self._headers()
+        if retry_after is not None:
+            headers["retry-after"] = str(-(-retry_after // NANOSECONDS))
+            headers["retry-after-ms"] = str(-(-retry_after // _MILLISECOND))
+        return JSONResponse(body, status, headers)
+
+    def _headers(self) -> dict[str, str]:
+        """Return the request's id, and limit, remainder and reset of each limit."""
+        headers = {"x-request-id": f"req_{self._number}"}
+        is_anthropic = self.endpoint == "messages"
+        if is_anthropic:
+            headers = {"request-id": f"req_{self._number}"}
+        for name, limit, remaining, reset in self._enforcer.budget():
+            if is_anthropic:
+                until = datetime.now(UTC) + timedelta(seconds=reset / NANOSECONDS)
+                full = until.isoformat(timespec="seconds").replace("+00:00", "Z")
+            else:
+                full = go_duration(reset)
+            for part, value in {"limit": limit, "remaining": remaining, "reset": full}.items():
+                key = (
+                    f"anthropic-ratelimit-{name}-{part}"
+                    if is_anthropic
+                    else f"x-ratelimit-{part}-{name}"
+                )
+                headers[key] = str(value)
+        return headers
 
 
-class _Slot:
-    """The slot of an admitted call.
+def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
+    """Return the tokens that a call costs when it is admitted, before its reply is known.
 
-    It ends once, right before the last bytes are sent, so that a client that has them may rely on
-    it.
+    OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
+    tokens based on the character count of your request"
+    (platform.openai.com/docs/guides/rate-limits, read in 2025). Azure adds the two. What the reply
+    will use is known only to a fake model; it is for tests in which estimate and usage must agree.
     """
+    if rule == "usage":
+        return reply.prompt_tokens + reply.completion_tokens
+    output = DEFAULT_MAX_TOKENS if prompt.max_tokens is None else prompt.max_tokens
+    tokens = reply.prompt_tokens
+    return tokens + output if rule == "azure" else max(tokens, output)
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self._released = False
 
-    def release(self, *, disconnected: bool = False) -> None:
-        if not self._released:
-            self._released = True
-            self._admission.leave(disconnected=disconnected)
+def go_duration(nanoseconds: int) -> str:
+    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 1s, 8.64s, 6m0s."""
+    milliseconds = -(-nanoseconds // _MILLISECOND)
+    if milliseconds < 1000:  # noqa: PLR2004 - a second
+        return f"{milliseconds}ms" if milliseconds else "0s"
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    seconds = f"{rest / 1000:g}s"
+    if hours:
+        return f"{hours}h{minutes}m{seconds}"
+    return f"{minutes}m{seconds}" if minutes else seconds
+
+
+def _check_key(request: Request) -> None:
+    """Refuse a call without any API key: OpenAI's, Azure's or Anthropic's."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    others = request.headers.get("api-key") or request.headers.get("x-api-key")
+    if not others and not (scheme.lower() == "bearer" and key.strip()):
+        raise InvalidRequestError("You didn't provide an API key.", status=401)

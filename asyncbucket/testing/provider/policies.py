@@ -1,19 +1,20 @@
 """How a provider counts: four policies, each a pure object that is given the time.
 
-They judge asyncbucket, so they share no code with it: `meters.py` books the future, these look at
-the past. Each holds one limit of N units a minute and answers three questions at an instant `now`
-(integer nanoseconds, never going backwards): how long until an amount would pass, what is left, and
-when all of it is back; and it is told what was admitted.
+They judge asyncbucket, so they share no code with it: asyncbucket books the future, these look at
+the past. Each holds one `limit` of N units a minute. At an instant `now`, in integer nanoseconds
+that never go backwards, it says
 
-- `TokenBucketPolicy`: N at once, refilled continuously at N a minute.
-- `SlidingWindowPolicy`: at most N in any minute, exactly (a log of what was admitted).
-- `FixedWindowPolicy`: at most N in each minute of the clock; twice that across a boundary.
-- `OneSecondSlicesPolicy`: N / 60 (rounded up) in each second of the clock, and N in any minute.
+- `wait`: in how many nanoseconds an amount would pass; 0 is now, None is never,
+- `remaining`: how many units would pass now,
+- `reset`: in how many nanoseconds everything is back, if nothing else comes,
+
+and is told by `charge` what was admitted, and by `resize` of another limit from now on; what was
+used stays used.
 """
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 PolicyName: TypeAlias = Literal[
     "token_bucket", "sliding_window", "fixed_window", "one_second_slices"
@@ -21,35 +22,6 @@ PolicyName: TypeAlias = Literal[
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 SLICES = 60
-
-
-class Policy(Protocol):
-    """One limit as a provider enforces it."""
-
-    @property
-    def limit(self) -> int:
-        """Units a minute."""
-        ...
-
-    def wait(self, amount: int, now: int) -> int | None:
-        """Say in how many nanoseconds `amount` would pass: 0 is now, None is never."""
-        ...
-
-    def charge(self, amount: int, now: int) -> None:
-        """Count `amount` as admitted at `now`."""
-        ...
-
-    def remaining(self, now: int) -> int:
-        """Say how many units would pass now."""
-        ...
-
-    def reset(self, now: int) -> int:
-        """Say in how many nanoseconds everything is back, if nothing else comes."""
-        ...
-
-    def resize(self, limit: int, now: int) -> None:
-        """Change the limit from `now` on; what was used stays used."""
-        ...
 
 
 class TokenBucketPolicy:
@@ -65,10 +37,8 @@ class TokenBucketPolicy:
         self._at = now
 
     def wait(self, amount: int, now: int) -> int | None:
-        if amount > self.limit:
-            return None
         missing = amount * self._minute - self._refill(now)
-        return max(0, _ceil(missing, self.limit))
+        return None if amount > self.limit else max(0, _ceil(missing, self.limit))
 
     def charge(self, amount: int, now: int) -> None:
         self._level = self._refill(now) - amount * self._minute
@@ -94,11 +64,11 @@ class SlidingWindowPolicy:
     """At most N units in any window [t, t + minute): a log of admissions, exact to the entry."""
 
     def __init__(self, limit: int, *, minute: int, now: int) -> None:
-        del now
         self.limit = limit
         self._minute = minute
         self._log: deque[tuple[int, int]] = deque()
         self._used = 0
+        self._expire(now)
 
     def wait(self, amount: int, now: int) -> int | None:
         self._expire(now)
@@ -137,7 +107,7 @@ class SlidingWindowPolicy:
 
 
 class FixedWindowPolicy:
-    """At most N units in each window [k x minute, (k + 1) x minute) of the clock."""
+    """At most N units in each minute of the clock; up to twice that across a boundary."""
 
     def __init__(self, limit: int, *, minute: int, now: int) -> None:
         self.limit = limit
@@ -146,37 +116,30 @@ class FixedWindowPolicy:
         self._used = 0
 
     def wait(self, amount: int, now: int) -> int | None:
-        self._roll_over(now)
         if amount > self.limit:
             return None
-        return 0 if self._used + amount <= self.limit else self._until_next_window(now)
+        return 0 if amount <= self.limit - self._used_at(now) else self._minute - now % self._minute
 
     def charge(self, amount: int, now: int) -> None:
-        self._roll_over(now)
-        self._used += amount
+        self._used = self._used_at(now) + amount
 
     def remaining(self, now: int) -> int:
-        self._roll_over(now)
-        return max(0, self.limit - self._used)
+        return max(0, self.limit - self._used_at(now))
 
     def reset(self, now: int) -> int:
-        self._roll_over(now)
-        return self._until_next_window(now) if self._used else 0
+        return self._minute - now % self._minute if self._used_at(now) else 0
 
     def resize(self, limit: int, now: int) -> None:
-        self._roll_over(now)
+        self._used_at(now)
         self.limit = limit
 
-    def _roll_over(self, now: int) -> None:
+    def _used_at(self, now: int) -> int:
         if now // self._minute != self._window:
-            self._window = now // self._minute
-            self._used = 0
-
-    def _until_next_window(self, now: int) -> int:
-        return self._minute - now % self._minute
+            self._window, self._used = now // self._minute, 0
+        return self._used
 
 
-class OneSecondSlicesPolicy:
+class OneSecondSlicesPolicy(SlidingWindowPolicy):
     """N / 60 units in each second of the clock, and at most N in any minute.
 
     Providers may enforce 60,000 a minute as 1,000 a second. Where N / 60 isn't whole it is rounded
@@ -185,14 +148,10 @@ class OneSecondSlicesPolicy:
     """
 
     def __init__(self, limit: int, *, minute: int, now: int) -> None:
-        self._minute_policy = SlidingWindowPolicy(limit, minute=minute, now=now)
+        super().__init__(limit, minute=minute, now=now)
         self._slice = minute // SLICES
         self._index = now // self._slice
-        self._used = 0
-
-    @property
-    def limit(self) -> int:
-        return self._minute_policy.limit
+        self._slice_used = 0
 
     @property
     def share(self) -> int:
@@ -200,37 +159,32 @@ class OneSecondSlicesPolicy:
         return _ceil(self.limit, SLICES)
 
     def wait(self, amount: int, now: int) -> int | None:
-        minute_wait = self._minute_policy.wait(amount, now)
-        if minute_wait is None:
-            return None
-        self._roll_over(now)
-        room = max(0, self.share - amount)
-        if self._used <= room:
+        minute_wait = super().wait(amount, now)
+        over = self._used_in_slice(now) - max(0, self.share - amount)
+        if minute_wait is None or over <= 0:
             return minute_wait
-        slices = _ceil(self._used - room, self.share)
+        slices = _ceil(over, self.share)
         return max(minute_wait, (self._index + slices) * self._slice - now)
 
     def charge(self, amount: int, now: int) -> None:
-        self._roll_over(now)
-        self._used += amount
-        self._minute_policy.charge(amount, now)
+        super().charge(amount, now)
+        self._slice_used = self._used_in_slice(now) + amount
 
     def remaining(self, now: int) -> int:
-        self._roll_over(now)
-        return min(max(0, self.share - self._used), self._minute_policy.remaining(now))
-
-    def reset(self, now: int) -> int:
-        return self._minute_policy.reset(now)
+        return min(max(0, self.share - self._used_in_slice(now)), super().remaining(now))
 
     def resize(self, limit: int, now: int) -> None:
-        self._roll_over(now)
-        self._minute_policy.resize(limit, now)
+        self._used_in_slice(now)
+        super().resize(limit, now)
 
-    def _roll_over(self, now: int) -> None:
+    def _used_in_slice(self, now: int) -> int:
         index = now // self._slice
-        self._used = max(0, self._used - (index - self._index) * self.share)
+        self._slice_used = max(0, self._slice_used - (index - self._index) * self.share)
         self._index = index
+        return self._slice_used
 
+
+Policy: TypeAlias = TokenBucketPolicy | SlidingWindowPolicy | FixedWindowPolicy
 
 _POLICIES: dict[PolicyName, Callable[..., Policy]] = {
     "token_bucket": TokenBucketPolicy,
@@ -241,14 +195,7 @@ _POLICIES: dict[PolicyName, Callable[..., Policy]] = {
 
 
 def make_policy(name: PolicyName, limit: int, *, minute: int, now: int) -> Policy:
-    """Make the policy called `name` with nothing used.
-
-    Args:
-        name: One of `POLICY_NAMES`.
-        limit: Units a minute, at least 1.
-        minute: How long a minute is, in nanoseconds.
-        now: The time at which it starts, in nanoseconds.
-    """
+    """Make a policy with nothing used; `minute` is how long one lasts, in nanoseconds."""
     return _POLICIES[name](limit, minute=minute, now=now)
 
 

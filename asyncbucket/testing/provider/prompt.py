@@ -1,40 +1,45 @@
-"""What a request asks for: one `Prompt` read from the body of each of the endpoints.
+"""What a request asks for, and the fake model's answer: cheap, and the same every time.
 
-Reading is only as tolerant as the provider needs to be: what the fake model, the charging rule and
-the reply use is read, the rest of the body is ignored.
+The model calls the first tool once for each question, and answers in text when it sees a result.
+With `tool_choice` it does as told. A response format gets the smallest valid JSON. Any other
+question is repeated, so that an answer can be matched with its call.
+
+Reading is only as tolerant as the provider needs to be: what the model, the charge and the reply
+use is read, the rest of the body is ignored.
 """
 
+import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
+
+from asyncbucket.core.wording import is_integer
 
 Json: TypeAlias = Mapping[str, Any]
 
 IMAGE_CHARACTERS = 340
 """An image in low detail is 85 tokens, which is this many characters at four a token."""
-
-_MOST_DIMENSIONS = 16_384
-"""More than any model has, and few enough to be generated at once."""
+_TEXT: Json = {"type": "string"}
+FILLER = " and so on"
+_MAX_TOKENS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_MOST = 1_000_000
+"""The largest number of tokens or dimensions; any more would take long to make."""
+QUOTE = 200
+"""How much of a question is repeated."""
 
 
 class InvalidRequestError(Exception):
-    """The body is not what the endpoint takes; it becomes a 400."""
+    """The request is not what the endpoint takes; it becomes an error with this status."""
 
-    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int = 400, parameter: str | None = None) -> None:
         super().__init__(message)
+        self.status = status
         self.parameter = parameter
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call."""
-
-    name: str
-    parameters: Json
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """What one call asks of the model.
 
@@ -42,243 +47,240 @@ class Prompt:
         model: The model's name, echoed.
         characters: Length of all text in the request, tools and response format included.
         question: The last message of the user.
-        system: The system prompt.
         observed: Whether a tool's result follows the question.
-        tools: Functions offered.
-        forced: The tool that must be called, or "required" for any; None if it may be.
+        tools: The JSON schema of the parameters of each function offered, by its name.
+        forced: The tool that must be called, "required" for any or "none"; None if it may be.
         schema: JSON schema of the reply; empty for any object, None for text.
         max_tokens: Limit of the output, if any.
         stream: Whether the reply is streamed.
-        include_usage: Whether the stream ends with the usage.
+        include_usage: Whether a stream of chat chunks ends with the usage.
     """
 
     model: str
     characters: int
-    question: str = ""
-    system: str = ""
-    observed: bool = False
-    tools: Sequence[Tool] = ()
-    forced: str | None = None
-    schema: Json | None = None
-    max_tokens: int | None = None
-    stream: bool = False
-    include_usage: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """The estimate that OpenAI documents: a token for every four characters."""
-        return -(-self.characters // 4)
+    question: str
+    observed: bool
+    tools: Mapping[str, Json]
+    forced: str | None
+    schema: Json | None
+    max_tokens: int | None
+    stream: bool
+    include_usage: bool
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingPrompt:
-    """Texts to embed, each with its estimate of tokens."""
+class Answer:
+    """What the model says: text, or the call of a tool with its arguments as text."""
 
-    model: str
-    texts: Sequence[str]
-    tokens: int
-    dimensions: int | None
-    base64: bool
-
-
-def read_chat(body: Json) -> Prompt:
-    """Read the body of /chat/completions."""
-    model = _model(body)
-    messages = _messages(body, "messages")
-    tools = [tool["function"] for tool in body.get("tools") or () if "function" in tool]
-    response_format = body.get("response_format") or {}
-    return _prompt(
-        body,
-        model=model,
-        messages=messages,
-        tools=tools,
-        schema=_schema(response_format, response_format.get("json_schema")),
-        max_tokens=body.get("max_completion_tokens", body.get("max_tokens")),
-        extra=_length(response_format),
-    )
+    text: str
+    tool: str | None
+    truncated: bool
+    prompt_tokens: int
+    completion_tokens: int
 
 
-def read_responses(body: Json) -> Prompt:
-    """Read the body of /responses."""
-    model = _model(body)
-    asked = body.get("input")
-    if isinstance(asked, str):
-        body = {**body, "input": [{"role": "user", "content": asked}]}
-    messages = list(_messages(body, "input"))
-    if body.get("instructions"):
-        messages.insert(0, {"role": "system", "content": body["instructions"]})
-    text_format = (body.get("text") or {}).get("format") or {}
-    return _prompt(
-        body,
-        model=model,
-        messages=messages,
-        tools=[tool for tool in body.get("tools") or () if tool.get("type") == "function"],
-        schema=_schema(text_format, text_format),
-        max_tokens=body.get("max_output_tokens"),
-        extra=_length(text_format),
-    )
-
-
-def read_completion(body: Json) -> Prompt:
-    """Read the body of the legacy /completions."""
-    model = _model(body)
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise InvalidRequestError("'prompt' must be one string", parameter="prompt")
-    messages = [{"role": "user", "content": prompt}]
-    return _prompt(
-        body,
-        model=model,
-        messages=messages,
-        tools=[],
-        schema=None,
-        max_tokens=body.get("max_tokens"),
-        extra=0,
-    )
-
-
-def read_embeddings(body: Json) -> EmbeddingPrompt:
-    """Read the body of /embeddings: a text, texts, token ids or lists of token ids."""
-    model = _model(body)
-    asked = body.get("input")
-    items = [asked] if isinstance(asked, str) or _is_token_ids(asked) else asked
-    if not isinstance(items, list) or not items:
-        raise InvalidRequestError(
-            "'input' must be a string or a list of strings", parameter="input"
-        )
-    texts: list[str] = []
-    tokens = 0
-    for item in items:
-        if isinstance(item, str):
-            tokens += -(-len(item) // 4)
-        elif _is_token_ids(item):
-            tokens += len(item)
-        else:
-            raise InvalidRequestError("'input' holds neither text nor tokens", parameter="input")
-        texts.append(str(item))
-    dimensions = _count(body.get("dimensions"), "dimensions")
-    if dimensions is not None and dimensions > _MOST_DIMENSIONS:
-        raise InvalidRequestError(
-            f"'dimensions' must be at most {_MOST_DIMENSIONS:,}", parameter="dimensions"
-        )
-    return EmbeddingPrompt(
-        model, texts, tokens, dimensions, body.get("encoding_format") == "base64"
-    )
-
-
-def _prompt(
-    body: Json,
-    *,
-    model: str,
-    messages: Sequence[Json],
-    tools: Sequence[Json],
-    schema: Json | None,
-    max_tokens: object,
-    extra: int,
-) -> Prompt:
-    system, question, observed, characters = _read_messages(messages)
+def read_prompt(endpoint: str, body: Json) -> Prompt:
+    """Read the body of chat/completions, responses or messages."""
+    model = read_model(body)
+    named = "input" if endpoint == "responses" else "messages"
+    messages = body.get(named)
+    if endpoint == "responses" and isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequestError(f"'{named}' must be a list of messages", parameter=named)
+    if not all(isinstance(message, dict) for message in messages):
+        raise InvalidRequestError(f"'{named}' must hold objects", parameter=named)
+    _, system_length, _ = _read_content(body.get("instructions") or body.get("system"))
+    question, observed, characters = _read_messages(messages)
+    tools = [tool.get("function") or tool for tool in body.get("tools") or ()]
+    reply_format = body.get("response_format") or (body.get("text") or {}).get("format") or {}
     return Prompt(
         model=model,
-        characters=characters + extra + sum(map(_length, tools)),
+        characters=characters + system_length + sum(map(_length, [*tools, reply_format])),
         question=question,
-        system=system,
         observed=observed,
-        tools=[Tool(tool["name"], tool.get("parameters") or {}) for tool in tools],
+        tools={
+            tool["name"]: tool.get("parameters") or tool.get("input_schema") or {}
+            for tool in tools
+            if "name" in tool
+        },
         forced=_forced(body.get("tool_choice")),
-        schema=schema,
-        max_tokens=_count(max_tokens, "max_tokens"),
+        schema=_schema(reply_format),
+        max_tokens=read_count(body, *_MAX_TOKENS),
         stream=bool(body.get("stream")),
         include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
     )
 
 
-def _read_messages(messages: Sequence[Json]) -> tuple[str, str, bool, int]:
-    """Return system prompt, last question, whether it was observed since, and characters."""
-    system = question = ""
-    observed = False
-    characters = 0
-    for message in messages:
-        text, length = _text(message.get("content") or message.get("output"))
-        characters += length
-        role = message.get("role") or message.get("type")
-        if role in ("system", "developer"):
-            system = system or text
-        elif role in ("tool", "function", "function_call_output"):
-            observed = True
-        elif role == "user" and text.startswith("Observation:"):
-            # How ReAct prompts give a tool's result.
-            observed = True
-        elif role == "user":
-            question, observed = text, False
-        calls = message.get("tool_calls")
-        if calls:
-            characters += _length(calls)
-        elif role == "function_call":
-            characters += len(message.get("arguments", ""))
-    return system, question, observed, characters
+def read_texts(body: Json) -> tuple[list[str], int]:
+    """Read what is to be embedded, texts or lists of token ids, and how many tokens that is."""
+    asked = body.get("input")
+    is_one = isinstance(asked, str) or (isinstance(asked, list) and asked and is_integer(asked[0]))
+    items: Any = [asked] if is_one else asked
+    if not isinstance(items, list) or not items:
+        raise InvalidRequestError(
+            "'input' must be a string or a list of strings", parameter="input"
+        )
+    if not all(isinstance(item, str | list) for item in items):
+        raise InvalidRequestError("'input' holds neither text nor tokens", parameter="input")
+    tokens = sum(tokens_of(len(item)) if isinstance(item, str) else len(item) for item in items)
+    return [str(item) for item in items], tokens
 
 
-def _text(content: object) -> tuple[str, int]:
-    """Return the text of a message and its length, images included."""
-    if content is None:
-        return "", 0
-    if isinstance(content, str):
-        return content, len(content)
-    if not isinstance(content, list):
-        raise InvalidRequestError("a message's 'content' must be text or parts")
-    texts: list[str] = []
-    images = 0
-    for part in content:
-        if not isinstance(part, dict):
-            raise InvalidRequestError("a message's part must be an object")
-        texts.append(str(part.get("text") or part.get("refusal") or ""))
-        images += "image" in str(part.get("type"))
-    return "\n".join(texts), sum(map(len, texts)) + images * IMAGE_CHARACTERS
-
-
-def _forced(choice: object) -> str | None:
-    """Read `tool_choice`: the tool's name, "required", "none", or None for the model's choice."""
-    if isinstance(choice, dict):
-        function = choice.get("function") or choice
-        return str(function.get("name"))
-    return choice if choice in ("required", "none") else None
-
-
-def _schema(declared: Json, schema_holder: Json | None) -> Json | None:
-    format_type = declared.get("type")
-    if format_type == "json_schema":
-        return (schema_holder or {}).get("schema") or {}
-    return {} if format_type == "json_object" else None
-
-
-def _model(body: Json) -> str:
+def read_model(body: Json) -> str:
+    """Read the name of the model."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequestError("you must provide a model parameter", parameter="model")
     return model
 
 
-def _messages(body: Json, name: str) -> Sequence[Json]:
-    messages = body.get(name)
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequestError(f"'{name}' must be a list of messages", parameter=name)
-    if not all(isinstance(message, dict) for message in messages):
-        raise InvalidRequestError(f"'{name}' must hold objects", parameter=name)
-    return messages
+def read_count(body: Json, *names: str) -> int | None:
+    """Read a number that may have several names; None if it isn't there."""
+    for name in names:
+        value = body.get(name)
+        if value is not None and not (is_integer(value) and 1 <= value <= _MOST):
+            raise InvalidRequestError(
+                f"'{name}' must be an integer from 1 to {_MOST:,}", parameter=name
+            )
+        if value is not None:
+            return int(value)
+    return None
 
 
-def _count(value: object, name: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidRequestError(f"'{name}' must be an integer of at least 1", parameter=name)
+def tokens_of(characters: int) -> int:
+    """Return the estimate that OpenAI documents: a token for every four characters."""
+    return -(-characters // 4)
+
+
+def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Answer:
+    """Answer `prompt`; texts are padded to `reply_tokens` and cut at the prompt's `max_tokens`."""
+    prompt_tokens = tokens_of(prompt.characters)
+    tool = _tool_to_call(prompt)
+    if tool is not None:
+        quoted = prompt.question[:QUOTE] or "text"
+        text = json.dumps(smallest_instance(prompt.tools[tool], text=quoted))
+        return Answer(text, tool, False, prompt_tokens, tokens_of(len(tool + text)))
+    if prompt.schema is not None:
+        text = json.dumps(smallest_instance(prompt.schema))
+    else:
+        text = f"You said: {prompt.question[:QUOTE]}"
+        if len(text) < reply_tokens * 4:
+            text = (text + FILLER * reply_tokens)[: reply_tokens * 4]
+    most = len(text) if prompt.max_tokens is None else prompt.max_tokens * 4
+    cut = text[:most]
+    return Answer(cut, None, len(text) > most, prompt_tokens, max(1, tokens_of(len(cut))))
+
+
+def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = None) -> Any:
+    """Return a value that a JSON schema accepts, with only the required properties.
+
+    References into the schema itself, `enum`, `const`, `anyOf`, `oneOf`, and bounds of numbers and
+    lengths are understood; `allOf`, `pattern` and `format` aren't.
+
+    Args:
+        schema: A JSON schema; an empty one stands for any object.
+        text: What free strings hold.
+        root: The schema that references point into.
+    """
+    root = schema if root is None else root
+    while "$ref" in schema or "anyOf" in schema or "oneOf" in schema:
+        schema = _followed(schema, root)
+    write = functools.partial(smallest_instance, text=text, root=root)
+    kind = schema.get("type") or ("object" if "properties" in schema or not schema else "string")
+    if isinstance(kind, list):
+        kind = "null" if "null" in kind else kind[0]
+    value: Any = None
+    if "const" in schema or "enum" in schema:
+        value = schema["const"] if "const" in schema else schema["enum"][0]
+    elif kind == "object":
+        parts = schema.get("properties") or {}
+        names = schema.get("required", ())
+        value = {name: write(parts.get(name) or _TEXT) for name in names}
+    elif kind == "array":
+        value = [write(schema.get("items") or _TEXT) for _ in range(schema.get("minItems", 0))]
+    elif kind in ("integer", "number"):
+        least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+        most = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - 1)
+        value = min(max(1, least), most)
+    elif kind != "null":
+        filled = text.ljust(schema.get("minLength", 0), "x")[: schema.get("maxLength")]
+        value = kind == "boolean" or filled
     return value
 
 
-def _is_token_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, int) for item in value)
+def _followed(schema: Json, root: Json) -> Json:
+    """Return what a reference points to, or one of the alternatives: null if that is one."""
+    if "$ref" in schema:
+        target: Any = root
+        for step in str(schema["$ref"]).removeprefix("#/").split("/"):
+            target = target[step]
+        return dict(target)
+    options = schema.get("anyOf") or schema["oneOf"]
+    # A strict schema of a tree requires a child, or null.
+    return next((option for option in options if option.get("type") == "null"), options[0])
+
+
+def _read_messages(messages: Sequence[Json]) -> tuple[str, bool, int]:
+    """Return the last question, whether a tool's result follows it, and all characters."""
+    question, observed, characters = "", False, 0
+    for message in messages:
+        text, length, has_result = _read_content(message.get("content") or message.get("output"))
+        calls = message.get("tool_calls") or message.get("arguments")
+        characters += length + (len(calls) if isinstance(calls, str) else _length(calls))
+        role = message.get("role") or message.get("type")
+        if role in ("tool", "function", "function_call_output") or has_result:
+            observed = True
+        elif role == "user":
+            question, observed = text, False
+    return question, observed, characters
+
+
+def _read_content(content: object) -> tuple[str, int, bool]:
+    """Return a message's text, its length with images and calls, and whether it has a tool's result."""
+    if content is None or isinstance(content, str):
+        return content or "", len(content or ""), False
+    if not isinstance(content, list):
+        raise InvalidRequestError("a message's 'content' must be text or parts")
+    texts: list[str] = []
+    length, has_result = 0, False
+    for part in content:
+        if not isinstance(part, dict):
+            raise InvalidRequestError("a message's part must be an object")
+        kind = str(part.get("type"))
+        has_result = has_result or kind == "tool_result"
+        inner, inner_length, _ = _read_content(part.get("content"))
+        texts.append(str(part.get("text") or part.get("refusal") or inner))
+        length += len(texts[-1]) if not inner else inner_length
+        length += IMAGE_CHARACTERS * ("image" in kind) + _length(part.get("input"))
+    return "\n".join(texts), length, has_result
+
+
+def _forced(choice: object) -> str | None:
+    """Read `tool_choice`: the tool's name, "required", "none", or None for the model's choice."""
+    if isinstance(choice, dict):
+        function = choice.get("function") or choice
+        choice = function.get("name") or choice.get("type")
+    return None if choice in (None, "auto") else "required" if choice == "any" else str(choice)
+
+
+def _schema(reply_format: Json) -> Json | None:
+    match reply_format.get("type"):
+        case "json_schema":
+            return (reply_format.get("json_schema") or reply_format).get("schema") or {}
+        case "json_object":
+            return {}
+        case _:
+            return None
+
+
+def _tool_to_call(prompt: Prompt) -> str | None:
+    if not prompt.tools or prompt.forced == "none":
+        return None
+    if prompt.forced in (None, "required"):
+        wanted = prompt.forced == "required" or not prompt.observed
+        return next(iter(prompt.tools)) if wanted else None
+    return prompt.forced if prompt.forced in prompt.tools else None
 
 
 def _length(value: object) -> int:

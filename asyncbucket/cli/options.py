@@ -1,0 +1,161 @@
+"""What commands share: options and limits, exit statuses, errors in one line, a provider's address."""
+
+import errno
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Annotated, Any, Final, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+
+import typer
+
+from asyncbucket.cli import INTERRUPTED
+from asyncbucket.core.errors import LimitSyntaxError
+from asyncbucket.core.limits import Limit, read_amount
+from asyncbucket.core.wording import one_line
+
+#: Exit statuses: all is well; it was done, but something is wrong; it cannot be done as requested.
+DONE: Final = 0
+FAILED: Final = 1
+CANNOT_RUN: Final = 2
+#: A full disk, a full quota, or a file of the largest possible size.
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+#: Where a provider is unless something else is said.
+OPENAI: Final = "https://api.openai.com/v1"
+#: Anything shorter is no secret: a word such as "none", for a local server that wants some key.
+_SHORTEST_KEY: Final = 8
+
+# Typer's functions return Any, whatever the option's type.
+
+
+def count_option(help_text: str, *names: str, maximum: int | None = None) -> Any:
+    """Return an option whose help is ``help_text``: a whole number from 1 on, and at most ``maximum``."""
+
+    def read(typed: str) -> int:
+        try:
+            return read_count(typed, maximum=maximum)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(*names, parser=read, metavar="N", help=help_text)
+
+
+def text_option(help_text: str, *names: str, metavar: str | None = "TEXT") -> Any:
+    """Return an option that takes a text; ``metavar`` names it."""
+    return typer.Option(*names, metavar=metavar, help=help_text)
+
+
+def name_option(help_text: str, *names: str) -> Any:
+    """Return an option that takes a name."""
+    return text_option(help_text, *names, metavar="NAME")
+
+
+def file_option(help_text: str, *names: str) -> Any:
+    """Return an option that takes a file."""
+    return text_option(help_text, *names, metavar="FILE")
+
+
+def flag_option(help_text: str, *names: str) -> Any:
+    """Return an option that is a flag."""
+    return text_option(help_text, *names, metavar=None)
+
+
+def read_count(typed: str, *, maximum: int | None = None) -> int:
+    """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
+
+    Raises:
+        ValueError: it is not a number from 1 on, or is above ``maximum``.
+    """
+    try:
+        number = read_amount(typed)
+    except LimitSyntaxError:
+        number = 0
+    if not 1 <= number <= (maximum or number):
+        end = "on" if maximum is None else f"to {maximum:,}"
+        raise ValueError(f"{typed!r} is not a whole number from 1 {end}, such as 500 or 2k")
+    return number
+
+
+Rpm: TypeAlias = Annotated[int | None, count_option("Requests a minute.")]
+Tpm: TypeAlias = Annotated[int | None, count_option("Tokens a minute.")]
+Rpd: TypeAlias = Annotated[int | None, count_option("Requests a day.")]
+Tpd: TypeAlias = Annotated[int | None, count_option("Tokens a day.")]
+Preset: TypeAlias = Annotated[str | None, name_option("A provider's published limits.")]
+Also: TypeAlias = Annotated[
+    list[str] | None, text_option('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
+]
+AsJson: TypeAlias = Annotated[bool, flag_option("Print it as JSON instead.", "--json")]
+Dark: TypeAlias = Annotated[bool, flag_option("Draw on a dark background.", "--dark")]
+
+
+def preset_limits(preset: str | None) -> Iterable[Limit]:
+    """Return the limits of a preset; if it is old, a line on standard error says so.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset is None:
+        return ()
+    from asyncbucket.core.presets import preset as limits_of
+
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        limits = limits_of(preset)
+    for warning in caught:
+        typer.echo(f"note: {warning.message}", err=True)
+    return limits
+
+
+@contextmanager
+def errors_in_one_line(command: str) -> Generator[None]:
+    """End ``command`` with one line if the user can correct the error, and silently on Ctrl-C.
+
+    Raises:
+        typer.Exit: with the status.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError:  # whoever reads the output has had enough: no error
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"error: {error_message(error, command)}", err=True)
+        raise typer.Exit(CANNOT_RUN) from error
+
+
+def error_message(error: Exception, command: str = "the command line") -> str:
+    """Return what to say of ``error``; our own errors name their remedy already."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}): give another path"
+    if not isinstance(error, ModuleNotFoundError):
+        return one_line(str(error))
+    package = (error.name or "").partition(".")[0]
+    return f'{command} needs {package}: pip install "asyncbucket[cli]"'
+
+
+def shown_url(url: str) -> str:
+    """Return ``url`` in a form that may be shown: without a password."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def check_url(url: str) -> None:
+    """Refuse what is not the URL of a server.
+
+    Raises:
+        ValueError: the message shows an example.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"--api-base must begin with http:// or https:// and a host, not {shown_url(url)!r}"
+        )
+    _ = parts.port  # raises a ValueError if it is none
+
+
+def without_key(text: str, key: str | None) -> str:
+    """Return ``text`` without ``key``, which a provider's error may quote."""
+    return text if key is None or len(key) < _SHORTEST_KEY else text.replace(key, "***")

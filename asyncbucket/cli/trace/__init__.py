@@ -1,1 +1,0 @@
-"""`asyncbucket plot`: a trace as a picture."""

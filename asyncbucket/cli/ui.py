@@ -1,0 +1,201 @@
+"""What a terminal shows: panels that move, tables, and rates over time in characters.
+
+A terminal that cannot draw, a pipe and a log get the same as plain lines.
+"""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Self
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from asyncbucket.plan.result import duration_in_words
+
+_EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
+_BAR: Final = 30
+#: A plot: the columns of a number and the axis, its rows, an even number, and the most columns.
+_MARGIN: Final = 8
+_ROWS: Final = 6
+_MAX_WIDTH: Final = 120
+
+
+@contextmanager
+def silenced() -> Generator[None]:
+    """Keep logs and warnings of libraries off the screen."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A label, a part from 0 to 1, and a note behind it; the style is rich's."""
+
+    label: str
+    part: float
+    note: str = ""
+    style: str = "green"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """What is shown of one limiter or run: bars, and facts in words, the most pressing first."""
+
+    title: str
+    bars: tuple[Bar, ...] = ()
+    facts: tuple[str, ...] = ()
+    #: Whether someone should look at it.
+    alarming: bool = False
+
+    def __str__(self) -> str:
+        bars = [f"{bar.label} ({bar.note})" if bar.note else bar.label for bar in self.bars]
+        return f"{self.title}: {', '.join([*bars, *self.facts])}"
+
+
+class Screen:
+    """Show panels: drawn in place on a terminal that can, else a line for each of them.
+
+    Args:
+        console: where to.
+        every: the least seconds between two lines for the same panel.
+        quiet: show nothing.
+        stays: whether the last picture stays when the block ends.
+    """
+
+    def __init__(
+        self, console: Console, *, every: float = 0.0, quiet: bool = False, stays: bool = False
+    ) -> None:
+        self._console = console
+        self._every = every
+        self._quiet = quiet
+        self._next = -math.inf
+        self._live: Live | None = None
+        if console.is_terminal and not (console.is_dumb_terminal or quiet):
+            # Refreshed only by `show`: a thread of rich's would compete with the calls.
+            self._live = Live(console=console, auto_refresh=False, transient=not stays)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, panels: Sequence[Panel]) -> None:
+        """Show ``panels`` instead of those before."""
+        if self._live is not None:
+            self._live.update(draw(panels), refresh=True)
+        elif not self._quiet and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            for panel in panels:
+                self._console.print(
+                    str(panel), markup=False, soft_wrap=not self._console.is_terminal
+                )
+
+
+def draw(panels: Iterable[Panel]) -> RenderableType:
+    """Return the picture of ``panels``."""
+    return Group(*(line for panel in panels for line in _lines(panel)))
+
+
+def _lines(panel: Panel) -> Iterable[RenderableType]:
+    yield Text(panel.title, "bold")
+    bars = Table.grid(padding=(0, 2, 0, 0))
+    for width in (None, _BAR, None, None):
+        bars.add_column(max_width=width, no_wrap=width is None)
+    for bar in panel.bars:
+        drawn = ProgressBar(1.0, bar.part, complete_style=bar.style, finished_style=bar.style)
+        note = Text(f"< {bar.note}" if bar.note else "", f"bold {bar.style}")
+        bars.add_row(bar.label, drawn, f"{bar.part:4.0%}", note)
+    facts = Text(", ".join(panel.facts), "yellow" if panel.alarming else "dim", overflow="fold")
+    for part in (bars, facts):
+        yield Padding(part, (0, 0, 0, 2), expand=False)
+    yield Text("")
+
+
+def table(rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Return a table with the first of ``rows`` as its header, and numbers to the right."""
+    header, *body = rows
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in body:
+        shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return shown
+
+
+def plot(
+    console: Console,
+    title: str,
+    counts: Sequence[int],
+    limit: float,
+    *,
+    seconds: float,
+    share: float = 1.0,
+) -> Text:
+    """Plot rates up to twice the limit, with the limit as a line.
+
+    Args:
+        console: where it will be printed.
+        title: what is above it; the highest rate is added if it is above the scale.
+        counts: how many there were in each of as many equal parts of the time.
+        limit: where the line is, a second.
+        seconds: the whole time.
+        share: the part of the width that is used; so several plots have one scale.
+    """
+    if not console.encoding.startswith("utf"):  # it has no characters for it
+        return Text()
+    width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
+    rates = [count * len(counts) / seconds for count in counts]
+    top, middle, peak = format_rates(2 * limit, limit, max(rates))
+    labels: dict[int, str] = {_ROWS - 1: top, _ROWS // 2: middle}
+    text = Text(title + (f", {peak} the peak" if max(rates) > 2 * limit else ""), "bold")
+    columns = resampled(rates, width)
+    for row in reversed(range(_ROWS)):
+        text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
+        text.append("│", "dim")
+        for rate in columns:
+            filled = rate / limit * _ROWS / 2 - row
+            cell = _EIGHTHS[min(8, max(0, round(filled * 8)))]
+            is_line = row == _ROWS // 2 and cell == " "
+            text.append("_" if is_line else cell, "yellow" if is_line else "green")
+    end = duration_in_words(seconds)
+    text.append(f"\n{'':{_MARGIN - 1}}└{'─' * width}\n", "dim")
+    return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")
+
+
+def resampled(rates: Sequence[float], columns: int) -> list[float]:
+    """Return the mean rate in each of ``columns`` equal parts, from other equal parts."""
+    size = len(rates) / columns
+    means = [0.0] * columns
+    for number, rate in enumerate(rates):
+        start, end = number / size, (number + 1) / size
+        for column in range(int(start), min(columns, math.ceil(end))):
+            means[column] += rate * (min(end, column + 1) - max(start, column))
+    return means
+
+
+def format_rates(*values: float) -> list[str]:
+    """Return rates in one unit, in which the second of them has significant digits."""
+    units = ((1, "s", 0.1), (3_600, "h", 10), (86_400, "d", 0))
+    per, unit = next((per, unit) for per, unit, least in units if values[1] * per >= least)
+    counts = [value * per for value in values]
+    return [f"{n:,.0f}/{unit}" if n >= 10 else f"{n:.2g}/{unit}" for n in counts]  # noqa: PLR2004 - two digits

@@ -1,0 +1,262 @@
+"""`asyncbucket watch`: what running limiters do, live, in a terminal."""
+
+import asyncio
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final
+from urllib.parse import unquote, urlsplit
+
+import typer
+from rich.console import Console
+
+from asyncbucket.cli.options import FAILED, AsJson, error_message, errors_in_one_line, flag_option
+from asyncbucket.cli.ui import Bar, Panel, Screen
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.wording import counted, in_seconds, one_line
+from asyncbucket.stores import Snapshot, open_store, without_password
+from asyncbucket.telemetry.stats import row_of
+
+EXAMPLES: Final = """\b
+Examples:
+  asyncbucket watch http://127.0.0.1:4294
+  asyncbucket watch unix:///run/limits.sock --once
+  asyncbucket watch redis://127.0.0.1:6379/0
+"""
+
+_PATIENCE: Final = 5.0
+#: Members that every limiter has, a program's or a store's.
+_REQUIRED_MEMBERS: Final = frozenset({"name", "limits", "paused", "in_flight"})
+#: From this part on a limit is nearly used up.
+_FULL: Final = 0.9
+
+#: What one reading returns: the JSON of `asyncbucket.telemetry.stats`.
+Reader = Callable[[], dict[str, Any]]
+Limiters = Sequence[Mapping[str, Any]]
+
+
+class SourceError(Exception):
+    """Say why nothing can be read, and what to do about it."""
+
+
+def watch(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="The URL of limiter.serve_stats(), or of a store.")
+    ],
+    *,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
+    ] = 1.0,
+    once: Annotated[bool, flag_option("Look once, then exit.", "--once")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what running limiters do: how full each limit is, what binds, and who waits.
+
+    A program must call limiter.serve_stats() to be watched; programs that share a store are seen in
+    the store. It ends when the program does, or with Ctrl-C.
+    """
+    with errors_in_one_line("watch"):
+        try:
+            readings = _readings(reader_of(url), None if once else interval)
+            if as_json:
+                for reading in readings:
+                    typer.echo(json.dumps(reading))
+            else:
+                _show(readings)
+        except SourceError as error:
+            typer.echo(f"error: {error_message(error)}", err=True)
+            raise typer.Exit(FAILED) from error
+
+
+def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
+    """Yield what is read, until nobody answers any more."""
+    yield read()
+    while interval is not None:
+        time.sleep(interval)
+        try:
+            yield read()
+        except SourceError as error:
+            if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
+                raise
+            typer.echo("the program that was watched has ended", err=True)
+            return
+
+
+def _show(readings: Iterator[dict[str, Any]]) -> None:
+    before: Limiters = []
+    last = time.monotonic()
+    with Screen(Console(highlight=False), stays=True) as screen:
+        for reading in readings:
+            now = time.monotonic()
+            screen.show(compare(reading["limiters"], before, now - last))
+            before, last = reading["limiters"], now
+
+
+def reader_of(url: str) -> Reader:
+    """Return a function that reads ``url``.
+
+    Raises:
+        ValueError: the URL is of an unknown kind.
+    """
+    scheme, separator, _ = url.partition("://")
+    shown = without_password(url)
+    if scheme == "http":
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        except ValueError:  # which might quote a password
+            raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
+        return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
+    if scheme == "unix" and "?" not in url:
+        return lambda: _fetch(_UnixConnection(unquote(urlsplit(url).path)), shown)
+    if not separator or scheme == "https":
+        raise ValueError(
+            f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
+            f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
+        )
+    open_store(url)
+    return lambda: asyncio.run(_peek(url))
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
+    try:
+        connection.request("GET", "/")
+        report: Any = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"nobody serves statistics at {url} ({str(error) or type(error).__name__}): does the "
+            f"program run, and did it call limiter.serve_stats()?"
+        ) from error
+    finally:
+        connection.close()
+    limiters = report.get("limiters") if isinstance(report, dict) else None
+    if isinstance(limiters, list) and all(
+        isinstance(limiter, dict) and limiter.keys() >= _REQUIRED_MEMBERS for limiter in limiters
+    ):
+        return {**report}
+    raise SourceError(f"{url} answers something else: is that limiter.serve_stats()?")
+
+
+async def _peek(url: str) -> dict[str, Any]:
+    """Read all limiters of a store."""
+    store = open_store(url)
+    try:
+        names = await store.names()
+        snapshots = [(name, await store.peek(name)) for name in names]
+    except StoreError as error:
+        raise SourceError(str(error)) from None
+    finally:
+        await store.aclose()
+    if not names:
+        raise SourceError(f"no limiter is kept in {without_password(url)} yet")
+    return {"limiters": [_row(name, snapshot) for name, snapshot in snapshots if snapshot]}
+
+
+def _row(name: str, snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in_flight": snapshot.slots,
+        "concurrency": snapshot.config.concurrency,
+        "paused": max(0, snapshot.paused_until - snapshot.now) * 1e-9,
+        "ahead": max(0, snapshot.last_start - snapshot.now) * 1e-9,
+        "workers": snapshot.workers,
+        "limits": [
+            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
+        ],
+    }
+
+
+def compare(now: Limiters, before: Limiters, seconds: float) -> list[Panel]:
+    """Return a panel for each limiter, compared with how it was ``seconds`` ago."""
+    earlier = {limiter["name"]: limiter for limiter in before}
+    panels: list[Panel] = []
+    for limiter in now:
+        above = [other for other in now if limiter["name"].startswith(f"{other['name']}/")]
+        rate = 0.0
+        if limiter["name"] in earlier and seconds > 0 and "admitted" in limiter:
+            rate = max(0, limiter["admitted"] - earlier[limiter["name"]]["admitted"]) / seconds
+        panels.append(
+            Panel(
+                one_line(limiter["name"]),
+                tuple(_bars(limiter, above)),
+                tuple(_facts(limiter, rate)),
+                alarming=bool(limiter["paused"] or limiter.get("upstream_429")),
+            )
+        )
+    return panels
+
+
+def _bars(limiter: Mapping[str, Any], above: Limiters) -> Iterator[Bar]:
+    """Yield a bar for each limit, and mark the one that binds.
+
+    If several, here and above, count the resource that binds, it is the one with the least left.
+    """
+    binding = limiter.get("bound_by")
+    least = min(
+        (
+            limit["available"]
+            for each in (limiter, *above)
+            for limit in _limits(each)
+            if limit["resource"] == binding
+        ),
+        default=0,
+    )
+    for limit in _limits(limiter):
+        part = min(1.0, max(0.0, limit["used"] / limit["amount"]))
+        style, note = ("yellow" if part >= _FULL else "green"), ""
+        if limit["resource"] == binding and limit["available"] <= least:
+            style, note = "red", "binds" if part >= _FULL else "binds, paced"
+        yield Bar(f"{limit['used']:,} of {one_line(limit['limit'])}", part, note, style)
+
+
+def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the limits of a limiter, with its slots as the last one."""
+    yield from limiter["limits"]
+    slots, slots_taken = limiter.get("concurrency"), limiter["in_flight"]
+    if slots:
+        yield {
+            "limit": f"{slots:,} at once",
+            "resource": "concurrency",
+            "amount": slots,
+            "used": slots_taken,
+            "available": slots - slots_taken,
+        }
+
+
+def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
+    if now["paused"]:
+        yield f"paused for {in_seconds(now['paused'])} more"
+    if "waiting" in now:
+        left = f" (about {now['waiting'] / rate:,.0f} s)" if now["waiting"] and rate else ""
+        yield f"{now['waiting']:,} waiting{left}"
+    if not now.get("concurrency"):
+        yield f"{now['in_flight']:,} in flight"
+    if now.get("ahead"):
+        yield f"starts are booked {now['ahead']:.1f} s ahead"
+    if "workers" in now:
+        yield counted(now["workers"], "workers")
+    if "admitted" in now:
+        yield f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else "")
+    phrases = (("refused by the provider (429)", "upstream_429"), ("turned away", "refused"))
+    for phrase, field in (*phrases, ("gave up", "cancelled")):
+        if now.get(field):
+            yield f"{now[field]:,} {phrase}"
+    waits = (now.get("waits") or {}).values()
+    count = sum(wait["count"] for wait in waits)
+    if count:
+        mean = sum(wait["seconds"] for wait in waits) / count
+        yield f"{count:,} had to wait, {mean:,.1f} s on average"

@@ -1,4 +1,0 @@
-"""`asyncbucket watch`: what running limiters do, live, in a terminal.
-
-`options` defines the options, `source` reads the state, `view` interprets it, `screen` shows it.
-"""

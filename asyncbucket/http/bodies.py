@@ -1,0 +1,190 @@
+"""Bodies that tell the attempt what passes: a request's when it leaves, a reply's when it is over.
+
+A client insists on its own library's kind of stream, so a body's class is derived from the bases of
+the request's or the reply's stream, whichever library that is from.
+
+A reply's body holds the attempt; if it is dropped, the attempt's slot is given back. A request's
+body refers to it weakly, because a connection pool keeps the request while its connection is in
+use, and a reply that is dropped unread never ends that use.
+"""
+
+import functools
+import importlib
+import weakref
+import zlib
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from asyncbucket.http.attempt import Attempt
+
+#: How much of a reply's end is kept, in bytes: more than an error's body, or what follows the usage.
+_TAIL_BYTES: Final = 65_536
+#: How much of a compressed reply is kept (it must be complete to be decoded), and decoded.
+_ENCODED_TAIL_BYTES: Final = 1_048_576
+_MAX_DECODED_BYTES: Final = 8 * 1_048_576
+#: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
+_HEAD_BYTES: Final = 4_096
+
+#: The bases by which httpx and httpx2 know a stream.
+_STREAM_CLASSES: Final = ("AsyncByteStream", "SyncByteStream")
+
+
+class _ReplyBody:
+    """Pass on a reply's body, and tell the attempt."""
+
+    def __init__(self, inner: Any, attempt: "Attempt") -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        complete = False
+        chunks = self._inner.__aiter__()
+        try:
+            async for chunk in chunks:
+                self._attempt.chunk_received(chunk)
+                yield chunk
+            complete = True
+        finally:
+            self._attempt.body_ended(complete=complete)
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            for chunk in self._inner:
+                self._attempt.chunk_received(chunk)
+                yield chunk
+        except GeneratorExit:
+            raise  # perhaps from the collector, amid the limiter's work: `close` may follow
+        except BaseException:
+            self._attempt.body_ended(complete=False)
+            raise
+        self._attempt.body_ended(complete=True)
+
+    async def aclose(self) -> None:
+        try:
+            await self._inner.aclose()
+        finally:
+            self._attempt.body_ended(complete=False)
+
+    def close(self) -> None:
+        try:
+            self._inner.close()
+        finally:
+            self._attempt.body_ended(complete=False)
+
+
+class _RequestBody:
+    """Pass on a request's body, which is read once the headers have been sent."""
+
+    def __init__(self, inner: Any, attempt: "Attempt") -> None:
+        self._inner = inner
+        self._attempt = weakref.ref(attempt)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._note_sent()
+        chunks: AsyncIterator[bytes] = self._inner.__aiter__()
+        return chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._note_sent()
+        return iter(self._inner)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _note_sent(self) -> None:
+        attempt = self._attempt()
+        if attempt is not None:
+            attempt.request_sent()
+
+
+def request_body(stream: Any, attempt: "Attempt") -> Any:
+    """Return a request's ``stream``, wrapped so that it tells ``attempt`` when it leaves."""
+    stream_class: Any = type(stream)  # hashable, which mypy cannot know
+    body_class = _body_class(stream_class, _RequestBody)
+    return stream if body_class is None else body_class(stream, attempt)
+
+
+def reply_body(stream: Any, attempt: "Attempt") -> Any:
+    """Return a reply's ``stream``, wrapped so that ``attempt`` sees it pass; None if it is foreign."""
+    stream_class: Any = type(stream)
+    body_class = _body_class(stream_class, _ReplyBody)
+    return None if body_class is None else body_class(stream, attempt)
+
+
+@functools.lru_cache(maxsize=64)
+def _body_class(stream: type[Any], body: type[Any]) -> type[Any] | None:
+    bases = tuple(base for base in stream.__mro__ if base.__name__ in _STREAM_CLASSES)
+    return type("PacedByteStream", (body, *bases), {}) if bases else None
+
+
+class Tail:
+    """Keep the head and the end of a body that passes by, without copying the end.
+
+    Args:
+        encoding: how the body is compressed; None if it isn't.
+    """
+
+    __slots__ = ("_chunks", "_encoding", "_head", "_limit", "_size")
+
+    def __init__(self, encoding: str | None = None) -> None:
+        self._encoding = encoding
+        self._chunks: deque[bytes] = deque()
+        self._head = b""
+        self._size = 0
+        self._limit = _TAIL_BYTES if encoding is None else _ENCODED_TAIL_BYTES
+
+    def add(self, chunk: bytes) -> None:
+        """Note the next chunk."""
+        chunks = self._chunks
+        if len(self._head) < _HEAD_BYTES:  # even the first event may come in pieces
+            self._head += chunk[: _HEAD_BYTES - len(self._head)]
+        chunks.append(chunk)
+        self._size += len(chunk)
+        while self._size - len(chunks[0]) >= self._limit:
+            self._size -= len(chunks.popleft())
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Return head and end, decoded; empty if that cannot be done."""
+        end = b"".join(self._chunks)
+        if self._encoding is None:
+            return self._head, end
+        end = decoded(end, self._encoding)
+        return end, end
+
+
+def decoded(data: bytes, encoding: str) -> bytes:
+    """Return ``data`` decoded, as far as it goes; nothing if it is odd, or becomes too large.
+
+    A few bytes may unpack to gigabytes. So the output is bounded, and an ``encoding`` whose library
+    cannot bound it is not decoded.
+    """
+    limit = _MAX_DECODED_BYTES + 1
+    try:
+        if encoding in ("gzip", "deflate"):
+            found = _inflated(data, limit)
+        elif encoding == "br":
+            unpacker = importlib.import_module("brotli").Decompressor()
+            found = unpacker.process(data, output_buffer_limit=limit)
+        elif encoding == "zstd":
+            reader = importlib.import_module("zstandard").ZstdDecompressor().stream_reader(data)
+            found = reader.read(limit)
+        else:
+            return b""
+    except Exception:  # noqa: BLE001 - not installed, too old, or not what it says
+        return b""
+    return found if len(found) < limit else b""
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    """Return what zlib makes of gzip, of deflate, or of deflate without a header."""
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit)
+    except zlib.error:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limit)

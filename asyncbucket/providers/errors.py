@@ -1,0 +1,239 @@
+"""What a failed call means: whether another attempt may succeed, and when.
+
+Errors are judged by their shape, so no SDK needs to be imported: those of OpenAI, Anthropic, httpx
+and httpx2 are alike, and others are close enough. What they carry comes from outside; a `Verdict`
+contains only a status, a code of a few letters and a clamped number of it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from time import time as wall_clock
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.providers import headers
+
+if TYPE_CHECKING:
+    from asyncbucket.core.lease import Lease
+
+#: The lowest HTTP status that is an error.
+FIRST_ERROR: Final = 400
+RATE_LIMITED: Final = 429
+_FIRST_SERVER_ERROR: Final = 500
+#: Request time-out, too many requests, unavailable, gateway time-out; Anthropic's and Google's.
+_OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
+_TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
+
+#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025,
+#: and docs.anthropic.com/en/api/errors, read in 2026.
+EXHAUSTED: Final = frozenset(
+    {
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "enforced_spend_limit_reached",
+        "insufficient_quota",
+    }
+)
+#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
+#: and Bedrock's `Code`.
+_TRANSIENT_CODES: Final = frozenset(
+    {
+        "api_error",
+        "overloaded_error",
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "server_error",
+        "throttlingexception",
+        "timeout_error",
+    }
+)
+_OVERLOADED_CODES: Final = frozenset({"overloaded_error", "timeout_error"})
+_RATE_LIMIT_CODES: Final = ("rate_limit", "throttling")
+#: Python's own (and asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'. Time-outs
+#: while connecting are not among them: they say nothing about calls.
+_TIMEOUTS: Final = frozenset(
+    {"APITimeoutError", "ReadTimeout", "ServerTimeoutError", "TimeoutError"}
+)
+#: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests', botocore's.
+_CONNECTION_ERRORS: Final = frozenset(
+    {
+        "APIConnectionError",
+        "ClientConnectionError",
+        "ConnectionClosedError",
+        "ConnectionError",
+        "Timeout",
+        "TimeoutError",
+        "TransportError",
+    }
+)
+#: Causes that the next attempt would meet again: a wrong URL, header or certificate.
+_PERMANENT_ERRORS: Final = frozenset(
+    {"LocalProtocolError", "SSLCertVerificationError", "UnsupportedProtocol"}
+)
+#: Of httpx and httpx2, of aiohttp, and of a limiter beneath: the request was never sent.
+_NEVER_SENT: Final = frozenset(
+    {
+        "AsyncBucketError",
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectionTimeoutError",
+        "PoolTimeout",
+        "UnsupportedProtocol",
+    }
+)
+_CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Say what an error means for the call that met it."""
+
+    #: Whether another attempt may succeed.
+    retry: bool
+    #: What happened, in a few words; nothing in it is from outside except a status and a code.
+    reason: str
+    #: Seconds that the server asks to wait, if it says so.
+    retry_after: float | None = None
+    #: Seconds until all limits are fully available again, if it says so: no longer wait is needed.
+    whole_after: float | None = None
+    #: Whether it was refused for rate, which concerns all calls of the limiter.
+    rate_limited: bool = False
+    #: Whether the server was overloaded: fewer calls at once would have helped.
+    overloaded: bool = False
+
+
+def classify(error: BaseException) -> Verdict:
+    """Judge an error of OpenAI's or Anthropic's SDK, httpx or the like, by its shape.
+
+    If there is a status, it decides. An error without one (a lost connection, an error event in a
+    stream) is recognized by the names of its classes, or by the code that it carries. Any other
+    error, an error of asyncbucket itself, and anything that is not an `Exception` are not to be
+    retried. (SDKs report a refusal by a limiter beneath them as a lost connection.)
+    """
+    refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
+    if refused or not isinstance(error, Exception):
+        return Verdict(retry=False, reason=type(error).__name__)
+    status, codes = _status(error), _codes(error)
+    if status is not None and status >= FIRST_ERROR:
+        return _judge_status(status, _headers(error), codes)
+    if codes & _TRANSIENT_CODES:
+        reason = min(codes & _TRANSIENT_CODES)
+        rate_limited = reason.startswith(_RATE_LIMIT_CODES)
+        return Verdict(
+            retry=True,
+            reason=reason,
+            rate_limited=rate_limited,
+            overloaded=rate_limited or reason in _OVERLOADED_CODES,
+        )
+    names = _class_names(error)
+    causes = {type(cause).__name__ for cause in _causes(error)}
+    return Verdict(
+        retry=bool(names & _CONNECTION_ERRORS and not causes & _PERMANENT_ERRORS),
+        reason=type(error).__name__,
+        overloaded=bool(names & _TIMEOUTS),
+    )
+
+
+def judge_reply(status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
+    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
+    return _judge_status(status, headers, _codes_in(body, body.get("error")))
+
+
+def never_sent(error: BaseException | None) -> bool:
+    """Tell whether an HTTP client's error means that the request was not sent, so costs nothing.
+
+    Over aiohttp, httpx calls even a reply that never came a time-out of connecting; so there,
+    aiohttp's own error counts.
+    """
+    cause = None if error is None else error.__cause__
+    if cause is not None and type(cause).__module__.startswith("aiohttp."):
+        error = cause
+    return not _class_names(error).isdisjoint(_NEVER_SENT)
+
+
+def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
+    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
+    if unsent:
+        lease.undo()
+    elif classify(error).overloaded:
+        lease.overloaded()
+    else:
+        lease.failed()
+
+
+def _judge_status(status: int, reply_headers: Mapping[str, Any], codes: set[str]) -> Verdict:
+    code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
+    reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
+    transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
+    if not transient or codes & EXHAUSTED or headers.forbids_retry(reply_headers):
+        return Verdict(retry=False, reason=reason)
+    return Verdict(
+        retry=True,
+        reason=reason,
+        # A wait of 0 means none was named: the call is retried after a back-off.
+        retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
+        whole_after=headers.full_reset_after(reply_headers, now=wall_clock()),
+        rate_limited=status == RATE_LIMITED,
+        overloaded=status in _OVERLOADED_STATUSES,
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status that an error or its response carries under the usual names."""
+    holders = (error, getattr(error, "response", None))
+    names = ("status_code", "status", "code")
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    for value in chain(found, [_botocore(error, "ResponseMetadata").get("HTTPStatusCode")]):
+        if isinstance(value, int) and 100 <= value < 600:  # noqa: PLR2004 - HTTP's range
+            return int(value)
+    return None
+
+
+def _headers(error: Exception) -> Mapping[str, Any]:
+    """Return the headers of the reply that an error is about: its response's, or aiohttp's own."""
+    found = [
+        getattr(holder, "headers", None) for holder in (getattr(error, "response", None), error)
+    ]
+    for value in (*found, _botocore(error, "ResponseMetadata").get("HTTPHeaders")):
+        if isinstance(value, Mapping):
+            return value
+    return {}
+
+
+def _botocore(error: Exception, part: str) -> Mapping[str, Any]:
+    """Return a part of the response, a mapping of mappings, in an error of botocore."""
+    response = getattr(error, "response", None)
+    found = response.get(part) if isinstance(response, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _codes(error: Exception) -> set[str]:
+    body: Any = getattr(error, "body", None)
+    inner = body.get("error") if isinstance(body, Mapping) else None
+    return _codes_in(vars(error), body, inner, _botocore(error, "Error"))
+
+
+def _codes_in(*holders: object) -> set[str]:
+    """Return the codes and types in these mappings, in lower case; others hold none."""
+    names = ("code", "type", "Code")
+    mappings = [holder for holder in holders if isinstance(holder, Mapping)]
+    found = [holder.get(name) for holder in mappings for name in names]
+    # Anthropic's outer `type` is always "error".
+    return {code.lower() for code in found if isinstance(code, str) and code != "error"}
+
+
+def _class_names(error: BaseException | None) -> set[str]:
+    """Return the names of the class of an error and of those above it."""
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, and so on; a chain may be circular."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

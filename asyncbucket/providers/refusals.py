@@ -1,0 +1,189 @@
+"""When the provider refuses calls: everyone waits, once, and for as long as it says.
+
+`asyncbucket.providers.errors` decides what a refusal means. This module decides what follows for
+the limiter. A refusal for rate, or for lack of slots, concerns all calls, and so does an overloaded
+provider (529, or a 503 that says so). The refusals of one wave, which is everything in flight when
+the first one came back, make one pause. If the provider names no time, the pause doubles from wave
+to wave until a call succeeds, up to the time when the provider says that its limits are fully
+available again. If the limiter finds its concurrency by itself, a first wave that names no time
+reduces the slots and makes no pause: that is how a server says that there was one call too many. An
+exhausted quota does not pass by waiting, and pauses nobody.
+
+Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
+What they have heard is kept with the limiter, so it remains one wave.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from asyncbucket.core.levels import can_give_slots_up
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import in_seconds
+from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
+from asyncbucket.waiting import Lock
+
+#: The first pause (s) if the provider names none, and the longest.
+_FIRST_PAUSE: Final = 1.0
+_MAX_PAUSE: Final = 120.0
+#: A refusal's body may say what its headers do not; for this long (s), nobody passes meanwhile.
+_PAUSE_FOR_BODY: Final = 0.05
+#: An exhausted account may name a time, too; one of so many seconds at most is surely a rate's.
+_SURELY_A_RATE: Final = 60.0
+_EXPLANATIONS: Final = {
+    "429": (
+        "the provider refused a call (429); its limits may be lower than yours, or others use the "
+        "same key"
+    ),
+    "overload": "the provider is overloaded; a lower concurrency may serve it better",
+}
+#: At most one pause in this many seconds is logged as a warning; the others for debugging.
+_WARNING_INTERVAL: Final = 60.0
+_UNAVAILABLE: Final = 503
+_OVERLOADED: Final = 529
+
+_log: Final = logging.getLogger("asyncbucket")
+
+
+@dataclass(slots=True)
+class _Waves:
+    """What is known of one limiter's refusals, from whichever source."""
+
+    lock: Lock = field(default_factory=Lock)
+    #: Waves since a call last succeeded, and when the first of them came.
+    count: int = 0
+    first_at: float = -math.inf
+    #: When the latest wave came, and when its pause ends.
+    started_at: float = -math.inf
+    paused_until: float = -math.inf
+    #: Until when pauses are logged for debugging only.
+    quiet_until: float = -math.inf
+    quota_warned: bool = False
+
+    def is_over(self, now: float, sent_at: float | None) -> bool:
+        """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
+        return now >= self.paused_until and (sent_at is None or sent_at > self.started_at)
+
+
+class Refusals:
+    """Pause one limiter when its provider refuses; all objects for that limiter share their state.
+
+    Safe on several threads.
+    """
+
+    __slots__ = ("_limiter", "_waves")
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._waves: _Waves = vars(limiter).setdefault("_refusals", _Waves())
+
+    def succeeded(self, sent_at: float | None = None) -> None:
+        """End a series of waves, unless the call was sent before the latest wave came."""
+        waves = self._waves
+        if waves.count:
+            with waves.lock:
+                if waves.is_over(self._limiter.now(), sent_at):
+                    waves.count = 0
+
+    def lasted(self, *, waves: int) -> float:
+        """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
+        known = self._waves
+        return self._limiter.now() - known.first_at if known.count > waves else 0.0
+
+    def judge(
+        self,
+        status: int,
+        headers: Mapping[str, Any],
+        body: Mapping[str, Any] | None,
+        *,
+        sent_at: float | None = None,
+    ) -> tuple[Verdict, bool]:
+        """Judge a reply whose status is an error, and pause the limiter if it concerns all.
+
+        Without a ``body`` (None), also tell whether it may say more: then judge once more with it.
+        """
+        verdict = judge_reply(status, headers, body or {})
+        asked = verdict.retry_after
+        says_so = asked is not None or "overloaded" in verdict.reason
+        unsure = verdict.rate_limited and body is None and (asked or math.inf) > _SURELY_A_RATE
+        if unsure:
+            if not can_give_slots_up(self._limiter):  # else there are fewer slots now
+                self._limiter.pause(_PAUSE_FOR_BODY)
+        elif verdict.rate_limited:
+            self.pause(asked, whole_after=verdict.whole_after, sent_at=sent_at)
+        elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
+            self.pause(asked, reason="overload", sent_at=sent_at)
+        elif status == RATE_LIMITED and body is not None and not self._waves.quota_warned:
+            self._waves.quota_warned = True
+            _log.warning(
+                "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
+                "look at the account's plan and balance",
+                *(self._limiter.name, verdict.reason),
+            )
+        needs_body = unsure or (status in (RATE_LIMITED, _UNAVAILABLE) and asked is None)
+        return verdict, needs_body and body is None
+
+    def pause(
+        self,
+        retry_after: float | None,
+        *,
+        reason: str = "429",
+        whole_after: float | None = None,
+        first: float = _FIRST_PAUSE,
+        longest: float = _MAX_PAUSE,
+        sent_at: float | None = None,
+    ) -> float:
+        """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
+
+        During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
+        sent before it, belongs to the wave that caused it; it only makes the pause longer if the
+        server says so.
+
+        Args:
+            retry_after: the seconds that the server asks for, if it does.
+            reason: ``"429"`` or ``"overload"``.
+            whole_after: the seconds until its limits are fully available again, if it says so: a
+                pause without ``retry_after`` is no longer than that, but at least ``first``.
+            first: the seconds of a first pause for which the server names no time; the next ones
+                double.
+            longest: the most seconds.
+            sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
+        """
+        waves = self._waves
+        with waves.lock:
+            now = self._limiter.now()
+            new_wave = waves.is_over(now, sent_at)
+            if new_wave:
+                waves.count += 1
+                waves.started_at = now
+                waves.first_at = now if waves.count == 1 else waves.first_at
+            if retry_after is not None:
+                seconds = min(retry_after, longest)
+            elif not new_wave:
+                seconds = max(0.0, waves.paused_until - now)
+            elif waves.count == 1 and can_give_slots_up(self._limiter):
+                seconds = 0.0
+            else:
+                cap = longest if whole_after is None else min(longest, max(first, whole_after))
+                seconds = doubled(first, waves.count, most=cap)
+            waves.paused_until = max(waves.paused_until, now + seconds)
+            level = logging.NOTSET
+            if new_wave and seconds > 0:
+                level = logging.WARNING if now >= waves.quiet_until else logging.DEBUG
+            if level == logging.WARNING:
+                waves.quiet_until = now + _WARNING_INTERVAL
+        self._limiter.pause(seconds, reason=reason, gradually=True)
+        if level:
+            name, why = self._limiter.name, _EXPLANATIONS[reason]
+            _log.log(level, "limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
+        return seconds
+
+
+def doubled(first: float, times: int, *, most: float) -> float:
+    """Return the ``times``-th of a doubling series, 1, 2, 4... times ``first``, up to ``most``.
+
+    The exponent is bounded, because a series may be long and a power of floats overflows.
+    """
+    return min(first * 2.0 ** min(times - 1, 30), most)

@@ -1,0 +1,262 @@
+"""What a request's body says about its cost.
+
+A body is examined only if it is in memory already: a streamed upload stays a stream. Tokens are
+counted as providers do at admission, by characters; no tokenizer runs. Everything that is sent to
+the model counts: messages, instructions, tools and formats. Pictures, sound and files count by
+constants and by size, because in JSON they are base64 and not text; a document may be text.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeGuard
+
+#: Suffixes of paths whose calls make a model write.
+_OUTPUT_PATHS: Final = (
+    "/chat/completions",
+    "/completions",
+    "/responses",
+    "/responses/compact",
+    "/messages",
+    "/v1/complete",  # not an upload's
+    "/api/chat",
+    "/api/generate",
+    "/v1/chat",
+    "/v2/chat",
+)
+#: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
+#: has its own limit of requests, and none of tokens (docs.anthropic.com, "Token counting", read in
+#: 2025).
+_INPUT_ONLY_PATHS: Final = ("/embeddings", "/api/embed", "/v1/embed", "/v2/embed", "/rerank")
+#: The end of a path that adds a message to a thread, for a run to read later.
+_THREAD_MESSAGE_PATH: Final = re.compile(r"/threads/[^/]+/messages/?$")
+#: The ends of paths that change an existing object: they cancel or archive it, or label a stored
+#: reply, a run or a session, whose answer reports its total usage.
+_UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|sessions)/[^/]+/?$")
+#: The kinds of a body's members, by their names in OpenAI's chat, completions, responses and
+#: embeddings, Anthropic's messages, Cohere and Ollama.
+_MEMBER_KINDS: Final = {
+    **dict.fromkeys(
+        (
+            "messages",
+            "input",
+            "prompt",
+            "instructions",
+            "system",
+            "suffix",
+            "query",
+            "documents",
+            "texts",
+            "message",
+            "chat_history",
+            "preamble",
+        ),
+        "text",
+    ),
+    **dict.fromkeys(("tools", "functions"), "tools"),
+    **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
+    **dict.fromkeys(
+        (
+            "max_completion_tokens",
+            "max_tokens",
+            "max_output_tokens",
+            "max_new_tokens",
+            "max_tokens_to_sample",
+        ),
+        "limit",
+    ),
+    "options": "options",
+    "images": "pictures",
+}
+#: Members that ask for several replies to one prompt.
+_REPLY_COUNTS: Final = ("n", "best_of")
+#: Members of a message that are not sent to the model.
+_NOT_SENT: Final = frozenset(
+    {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
+)
+#: Parts that are files, except Anthropic's documents whose source is text or content parts.
+_FILE_TYPES: Final = ("document", "file", "input_file")
+_INLINE_SOURCES: Final = ("text", "content")
+#: A data URL: a picture, a video or a file, whatever the part around it is called.
+_DATA_URL: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
+#: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
+#: and vision", read in 2025). Anthropic: width * height / 750, at most about 1,600.
+IMAGE_TOKENS: Final = 765
+LOW_DETAIL_IMAGE_TOKENS: Final = 85
+#: Bytes of sound or of a file per token: a guess that the usage corrects.
+_BYTES_PER_TOKEN: Final = 64
+
+
+@dataclass(slots=True)
+class RequestSize:
+    """Add up what a call sends and asks for."""
+
+    #: Whether the model writes a reply.
+    writes: bool = False
+    #: Characters of all text.
+    characters: int = 0
+    #: The same, in bytes of UTF-8.
+    size: int = 0
+    #: Tokens of what is not text, or is sent as token numbers.
+    extra: int = 0
+    #: The most tokens of one reply, if the call says so.
+    max_output: int | None = None
+    #: How many replies are asked for.
+    replies: int = 1
+
+    @property
+    def by_characters(self) -> int:
+        """Tokens at four characters each, as OpenAI estimates at admission."""
+        return -(-self.characters // 4) + self.extra
+
+    @property
+    def by_size(self) -> int:
+        """Tokens at four bytes each: more accurate for text that is not English."""
+        return -(-self.size // 4) + self.extra
+
+    def output(self, default: int) -> int:
+        """Return the most tokens of all replies; ``default`` for each if the call sets no limit."""
+        return (self.max_output or default) * self.replies if self.writes else 0
+
+    def add(self, value: object) -> None:
+        """Add text, parts of messages, or lists of them."""
+        if isinstance(value, str) and (data := _DATA_URL.match(value)):
+            self.extra += IMAGE_TOKENS if data[1] == "image" else _file_tokens(value)
+        elif isinstance(value, str):
+            self.characters += len(value)
+            self.size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+        elif isinstance(value, list):
+            for item in value:
+                self.add(item)
+                if isinstance(item, str):  # each of several texts has its own last token
+                    self.characters += -len(item) % 4
+                    self.size += -len(item) % 4
+        elif isinstance(value, dict):
+            self._add_part(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            self.extra += 1  # texts to embed may be sent as token numbers
+
+    def add_json(self, value: object) -> None:
+        """Add what the model gets to see as JSON."""
+        if value:
+            self.add(json.dumps(value, ensure_ascii=False))
+
+    def add_images(self, value: object) -> None:
+        """Add pictures that are sent as plain base64, as to Ollama."""
+        if isinstance(value, list):
+            self.extra += IMAGE_TOKENS * len(value)
+
+    def _add_part(self, part: dict[str, Any]) -> None:
+        part_type = part.get("type")
+        part_type = part_type if isinstance(part_type, str) else ""
+        if "image" in part_type:
+            self.extra += LOW_DETAIL_IMAGE_TOKENS if _detail(part) == "low" else IMAGE_TOKENS
+        elif "audio" in part_type or (part_type in _FILE_TYPES and not _is_inline_text(part)):
+            self.extra += _file_tokens(json.dumps(part))
+        else:
+            for name, value in part.items():
+                if name in ("tool_calls", "function_call"):
+                    self.add_json(value)
+                elif name == "images" and "role" in part:
+                    self.add_images(value)
+                elif name not in _NOT_SENT:
+                    self.add(value)
+
+
+def read_json(content: bytes | None) -> Mapping[str, Any]:
+    """Return the JSON object in ``content``; an empty one if it is none."""
+    if not content or content.lstrip()[:1] != b"{":
+        return {}
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:
+    """Return what a call to ``path`` with the JSON ``body`` sends and asks for."""
+    found = RequestSize(
+        writes=path.rstrip("/").endswith(_OUTPUT_PATHS) and not _THREAD_MESSAGE_PATH.search(path)
+    )
+    found.replies = replies_of(body)
+    if found.writes or is_input_only(path):
+        try:
+            _add_members(body, found)
+        except RecursionError:  # nested deeper than any real call
+            return found
+    return found
+
+
+def is_input_only(path: str) -> bool:
+    """Tell whether a model only reads what a call to ``path`` sends, and writes nothing."""
+    return path.rstrip("/").endswith(_INPUT_ONLY_PATHS)
+
+
+def reports_own_usage(method: str, path: str) -> bool:
+    """Tell whether the reply to such a call reports the call's own usage.
+
+    Calls that only read or change something (a stored reply, a batch) report the usage of other
+    calls.
+    """
+    return method == "POST" and not _UPDATE_PATH.search(path)
+
+
+def replies_of(body: Mapping[str, Any]) -> int:
+    """Return how many replies a call with the JSON ``body`` asks for, to all its prompts."""
+    per_prompt = 1
+    for name in _REPLY_COUNTS:
+        value = body.get(name)
+        if is_positive_integer(value):
+            per_prompt = max(per_prompt, value)
+    prompts = body.get("prompt")
+    if not isinstance(prompts, list):
+        return per_prompt
+    # A list of numbers is one prompt.
+    return per_prompt * max(1, sum(not isinstance(prompt, int) for prompt in prompts))
+
+
+def _add_members(body: Mapping[str, Any], found: RequestSize) -> None:
+    """Add up in ``found`` what ``body`` holds."""
+    for name, value in body.items():
+        kind = _MEMBER_KINDS.get(name)
+        if kind == "text":
+            found.add(value)
+        elif kind == "json":
+            found.add_json(value)
+        elif kind == "tools" and isinstance(value, list):
+            for tool in value:  # without OpenAI's wrapper
+                found.add_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
+        elif kind == "pictures":
+            found.add_images(value)
+        elif kind == "limit" and is_positive_integer(value):
+            found.max_output = value
+        elif (
+            kind == "options"
+            and isinstance(value, dict)
+            and is_positive_integer(value.get("num_predict"))
+        ):
+            found.max_output = value["num_predict"]
+
+
+def _is_inline_text(part: dict[str, Any]) -> bool:
+    """Tell whether a document is not a file, but text that is sent as it is."""
+    source = part.get("source")
+    return isinstance(source, dict) and source.get("type") in _INLINE_SOURCES
+
+
+def _file_tokens(base64: str) -> int:
+    """Return the tokens of sound or of a file, guessed from its size."""
+    return len(base64) * 3 // 4 // _BYTES_PER_TOKEN
+
+
+def _detail(part: dict[str, Any]) -> object:
+    """Return the level of detail of a picture, in either of OpenAI's formats."""
+    image = part.get("image_url")
+    return image.get("detail") if isinstance(image, dict) else part.get("detail")
+
+
+def is_positive_integer(value: object) -> TypeGuard[int]:
+    """Tell whether a member of a body is a whole number from 1 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,242 @@
+"""What a call did cost in tokens, as its reply says.
+
+Every provider reports it in another place and under other names, and LlamaIndex passes it on as it
+comes: in `raw`, an object or a dict, or in `additional_kwargs`. This module has the one list of
+both. The numbers come from outside: anything but a number from 0 to ten million is ignored.
+
+In the bytes of a body the usage is found by its key, without parsing: a reply's text may contain
+the letters ``"usage"``, but JSON escapes the quotes around them, so those bytes can only be the real
+key. It is the key of an object, or, from Ollama, that of a number at the very end.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.core.wording import is_number
+
+_Lookup: TypeAlias = Callable[[str], Any]
+
+#: Where a reply, or an event of a stream, keeps its usage.
+_USAGE_FIELDS: Final = ("usage", "usage_metadata", "meta")
+#: Where other objects keep the reply: LlamaIndex's, the first and last events of streams, Mistral's
+#: events.
+_WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
+
+#: What cannot hold usage.
+_NO_HOLDERS: Final = (str, list, type(None))
+#: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
+_COHERE_FIELDS: Final = ("tokens", "billed_units")
+
+#: OpenAI chat, then OpenAI Responses, Anthropic and Cohere, Bedrock, Gemini, Ollama.
+_INPUT: Final = (
+    "prompt_tokens",
+    "input_tokens",
+    "inputTokens",
+    "prompt_token_count",
+    "prompt_eval_count",
+)
+_OUTPUT: Final = (
+    "completion_tokens",
+    "output_tokens",
+    "outputTokens",
+    "candidates_token_count",
+    "eval_count",
+)
+_TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
+#: Anthropic and Bedrock count separately what is written to their cache, and read from it; limits
+#: of input count what is written, but not what is read.
+_CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
+_CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
+#: OpenAI and those who speak its protocol count in the input what is read from their cache.
+_DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
+_CACHED: Final = ("cached_tokens",)
+
+#: More than any model's context, and too little to stop a limiter for good.
+_MAX_TOKENS: Final = 10_000_000
+
+#: How much of the end, and after a key, is searched.
+_SEARCHED_BYTES: Final = 4_096
+#: The keys of an object with the usage: everybody's, and that of Cohere's first version and of its
+#: embeddings.
+_USAGE_KEYS: Final = (b'"usage"', b'"meta"')
+_OBJECT_KEY: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
+#: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
+_TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
+#: After one of these a stream is complete, even if the client reads no further. They cannot occur
+#: in what a model writes, because JSON escapes quotes and line ends.
+_END_MARKERS: Final = (
+    b"\ndata: [DONE]",
+    b"\ndata:[DONE]",
+    b'"eval_count"',
+    b'"message-end"',
+    b'"stream-end"',
+    b'"message_stop"',
+    b'"response.completed"',
+    b'"response.incomplete"',
+)
+_DECODER: Final = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The tokens of one call, used to settle its lease.
+
+    Attributes:
+        input_tokens: what limits of input count; whether that includes a prompt read from the
+            provider's cache depends on the provider.
+        output_tokens: what came back, reasoning included.
+        total: both.
+        cached_tokens: the part of the input that came from the provider's cache.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    total: int
+    cached_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """Add up what two calls used."""
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.total + other.total,
+            self.cached_tokens + other.cached_tokens,
+        )
+
+    def __or__(self, other: "Usage | None") -> "Usage":
+        """Merge two reports of one stream; counts only grow, so the larger ones are right."""
+        if other is None:
+            return self
+        input_tokens = max(self.input_tokens, other.input_tokens)
+        output_tokens = max(self.output_tokens, other.output_tokens)
+        total = max(self.total, other.total, input_tokens + output_tokens)
+        cached_tokens = max(self.cached_tokens, other.cached_tokens)
+        return Usage(input_tokens, output_tokens, total, cached_tokens)
+
+    def without_cached(self) -> "Usage":
+        """Leave out of input and total what came from the provider's cache."""
+        rest = self.input_tokens - self.cached_tokens
+        return Usage(rest, self.output_tokens, self.total - self.cached_tokens)
+
+
+def usage_of(reply: object) -> Usage | None:
+    """Return the usage that a reply carries, or None if it carries none.
+
+    `reply` is a ``ChatResponse``, a ``CompletionResponse``, the object in their ``raw``, or an
+    event or chunk of a stream; an object or a dict; from OpenAI (chat, responses, embeddings),
+    Anthropic, Gemini, Bedrock, Cohere, Ollama or a compatible server. All zeros are no usage: some
+    servers send them until they know.
+    """
+    lookup = _lookup_in(reply)
+    inside = [lookup(name) for name in _WRAPPERS]
+    if inside[0] is not None:  # "raw"
+        inside += map(_lookup_in(inside[0]), _WRAPPERS)
+    holders = [reply, *(holder for holder in inside if not isinstance(holder, _NO_HOLDERS))]
+    lookups = [lookup, *map(_lookup_in, holders[1:])]
+    for lookup in lookups:
+        for name in _USAGE_FIELDS:
+            found = lookup(name)
+            usage = None if found is None else read_usage(found)
+            if usage is not None:
+                return usage
+    # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers directly.
+    mappings = (holder for holder in holders if isinstance(holder, Mapping))
+    return next(filter(None, map(read_usage, mappings)), None)
+
+
+def read_usage(candidate: object) -> Usage | None:
+    """Return the usage in ``candidate``, an object with token counts or with such objects, or None."""
+    lookup = _lookup_in(candidate)
+    usage = _read_counts(lookup)
+    for name in () if usage is not None else _COHERE_FIELDS:
+        inside = lookup(name)
+        usage = usage or (None if inside is None else _read_counts(_lookup_in(inside)))
+    return usage
+
+
+def _read_counts(lookup: _Lookup) -> Usage | None:
+    input_tokens = _number(lookup, _INPUT)
+    output_tokens = _number(lookup, _OUTPUT)
+    total = _number(lookup, _TOTAL)
+    if not (input_tokens or output_tokens or total):
+        return None
+    cache_writes = _number(lookup, _CACHE_WRITES)
+    if total:
+        rest = max(0, total - input_tokens - output_tokens)
+        cache_writes = min(cache_writes, rest)  # gateways like LiteLLM count it in the prompt
+        # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
+        output_tokens += max(0, rest - cache_writes - _number(lookup, _CACHE_READS))
+    input_tokens += cache_writes
+    details = (_number(_lookup_in(lookup(name)), _CACHED) for name in _DETAILS)
+    cached = min(input_tokens, max(details))
+    return Usage(input_tokens, output_tokens, input_tokens + output_tokens, cached)
+
+
+def _number(lookup: _Lookup, names: tuple[str, ...]) -> int:
+    """Return the first number under one of these names, or 0."""
+    for name in names:
+        value = lookup(name)
+        if value is not None and is_number(value) and 0 <= value <= _MAX_TOKENS:
+            return round(value)
+    return 0
+
+
+def _lookup_in(holder: Any) -> _Lookup:
+    """Return a function that looks up names in a mapping or an object; None if it has none."""
+    if type(holder) is dict:
+        lookup: _Lookup = holder.get
+        return lookup
+    if hasattr(holder, "__pydantic_fields_set__"):
+        # Asking pydantic for a missing attribute is slow, and each chunk of a stream is asked.
+        fields: dict[str, Any] = vars(holder) | (holder.__pydantic_extra__ or {})
+        return fields.get
+    if isinstance(holder, Mapping):
+        return holder.get
+    return lambda name: getattr(holder, name, None)
+
+
+def is_complete(end: bytes) -> bool:
+    """Tell whether a stream of events was complete, though it was not read to its end."""
+    # The last event may be as long as the whole reply.
+    return any(mark in end for mark in _END_MARKERS)
+
+
+def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
+    """Return the usage at the end of a reply's body, merged with that in its ``head``."""
+    key = next((key for key in _USAGE_KEYS if key in end), None)
+    usage = (None if key is None else _last_usage(end, key)) or _usage_from_counts(end)
+    first = head.find(_USAGE_KEYS[0])
+    early = None if first < 0 else _usage_at(head, first)
+    return early if usage is None else usage | early
+
+
+def _last_usage(end: bytes, key: bytes) -> Usage | None:
+    position = len(end)
+    for _ in range(8):
+        position = end.rfind(key, 0, position)
+        if position < 0:
+            return None
+        usage = _usage_at(end, position)
+        if usage is not None:
+            return usage
+    return None
+
+
+def _usage_from_counts(end: bytes) -> Usage | None:
+    counts = _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])
+    return read_usage({name.decode(): int(count) for name, count in counts})
+
+
+def _usage_at(data: bytes, start: int) -> Usage | None:
+    value = _OBJECT_KEY.match(data, start)
+    if value is None:
+        return None
+    text = data[value.end() : value.end() + _SEARCHED_BYTES].decode("utf-8", "replace")
+    try:
+        found, _ = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):  # cut off, or not JSON
+        return None
+    return read_usage(found)

@@ -1,0 +1,384 @@
+"""Retry what failed temporarily, and only that; stamina does the looping and the sleeping.
+
+What is decided here, for each failed attempt:
+
+1. *Is it worth it?* `classify` looks at the error, from whichever library, without importing that:
+   time-outs, lost connections, 408, 409, 429 and 5xx are retried; other 4xx and an exhausted quota
+   are not.
+2. *Who waits?* A 429 concerns all users of the limiter, so all pause, by the rule of
+   `asyncbucket.providers.refusals`: the refusals of one wave make one pause. If the server names no
+   time, the pause doubles from wave to wave.
+3. *When?* As the server says, plus up to a tenth; otherwise by exponential back-off, of which a
+   random part between a half and the whole is waited. Never past the deadline, and never longer
+   than `max_wait`: then the call fails at once.
+4. *May we?* A retry budget bounds the load that an outage would multiply; see `RetryBudget`.
+
+Each attempt acquires anew: during a back-off a call holds no slot and no tokens. The user sees the
+provider's last error, the same object, with a note that says how often the call was tried.
+
+stamina is used as it is. Its ``on=`` hook makes these decisions and returns the back-off, so its
+instrumentation, its testing mode and its switch work as for any other code. (Its time-out is off: it
+would count the time in line.) A call that succeeds at once never gets to it.
+"""
+
+import functools
+import math
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.events import Retried
+from asyncbucket.core.levels import effective_limiter, shown_name
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import in_seconds, is_integer, is_number
+from asyncbucket.providers.errors import Verdict, classify
+from asyncbucket.providers.headers import WEEK
+from asyncbucket.providers.refusals import Refusals, doubled
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
+
+try:
+    import stamina
+except ModuleNotFoundError as missing:
+    raise ImportError('retrying needs stamina: pip install "asyncbucket[llama-index]"') from missing
+
+__all__ = ["Retrier", "Retry", "RetryBudget", "Sent", "Verdict", "classify"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryBudget:
+    """Bound what retries add to the load: a bucket that successes refill and retries drain.
+
+    *Random errors are always retried.* At an error rate e there are e / (1 - e) failures per
+    success; 0.5 per success pays for them up to e = 1/3. At e = 0.2 the bucket gains 0.25 units per
+    success, and the chance that bad luck drains 100 units is below 1e-30. Only failures that come
+    back sooner than the first successes may drain it; a full bucket is enough for 300 calls in
+    flight at e = 0.2. With more calls, or to survive the loss of every connection at once, set the
+    capacity to your `concurrency`.
+
+    *A total outage costs little.* Nothing succeeds, so there are at most 100 retries however many
+    calls there are: 1.1 times the load of 1,000 calls, 1.01 times that of 10,000. For smaller error
+    rates the load is 1 / (1 - e) up to e = 1/3, at worst 1.5 times, and falls again beyond.
+
+    *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and the pause
+    and the limits bound the load already; each call is still bound by its attempts.
+
+    Args:
+        capacity: units of a full bucket, as at the start; a retry takes one.
+        per_success: units that a successful call puts back.
+    """
+
+    capacity: float = 100.0
+    per_success: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "per_success"):
+            _check_number(getattr(self, name), f"the retry budget's {name}", most=math.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Configure how failed calls are retried.
+
+    Args:
+        attempts: the most attempts for one call, the first included; 1 switches retries off.
+        max_wait: the longest wait (s) before an attempt. A call told to wait longer fails at once,
+            and so does one that gets a 429 without a time after nothing else came for longer.
+        jitter: the fraction of a ``Retry-After`` added at random, so that calls do not come all at
+            once.
+        backoff: the wait (s) after a first failure if the server names none; it doubles.
+        budget: how much retries may add to the load of one model.
+    """
+
+    attempts: int = 5
+    max_wait: float = 120.0
+    jitter: float = 0.1
+    backoff: float = 1.0
+    budget: RetryBudget = field(default_factory=RetryBudget)
+
+    def __post_init__(self) -> None:
+        if not is_integer(self.attempts):
+            raise TypeError(f"attempts must be a whole number, not {self.attempts!r}")
+        if self.attempts < 1:
+            raise ValueError(
+                f"attempts must be at least 1, not {self.attempts}; 1 or retry=False means no retry"
+            )
+        _check_number(self.max_wait, "max_wait", most=WEEK)
+        _check_number(self.backoff, "backoff", most=WEEK)
+        _check_number(self.jitter, "jitter", most=1.0)
+        if not isinstance(self.budget, RetryBudget):
+            raise TypeError(f"budget must be a RetryBudget, not {self.budget!r}")
+
+    @classmethod
+    def of(cls, value: "Retry | int | None") -> "Retry":
+        """Read what people pass as ``retry=``: a policy, attempts, False (none) or True (default).
+
+        Raises:
+            TypeError, ValueError: it is not one of these, or less than one attempt.
+        """
+        if isinstance(value, Retry):
+            return value
+        if value is None or value is True:
+            return cls()
+        return cls(attempts=1 if value is False else value)
+
+
+def _check_number(value: float, name: str, *, most: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 <= value <= most:
+        bound = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name} must be at least 0{bound}, not {value!r}")
+
+
+class Sent:
+    """Hold when the latest attempt was sent, in seconds of the limiter's clock; None until then."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+
+class Retrier:
+    """Retry the calls of one model, under one policy and one budget.
+
+    Safe on several event loops and threads at once.
+
+    Args:
+        policy: what is retried, how often and when.
+        limiter: what a 429 pauses; deadlines are in seconds of its clock.
+        caller: the limiter that the calls ask, if it is another one, below ``limiter``; events of
+            retries are sent as its own.
+        chance: random numbers from 0 to 1, for the jitter.
+    """
+
+    def __init__(
+        self,
+        policy: Retry,
+        limiter: Limiter,
+        *,
+        caller: Limiter | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.policy = policy
+        self.now = limiter.now
+        self._caller = limiter if caller is None else caller
+        self._chance = chance
+        self._lock = Lock()
+        self._budget = policy.budget.capacity
+        self._refusals = Refusals(limiter)
+
+    def __repr__(self) -> str:
+        return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
+
+    async def call(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        io: IO = ASYNC,
+        deadline: float | None = None,
+        tried: Callable[..., object] | None = None,
+        sent: Sent | None = None,
+    ) -> T:
+        """Await ``attempt()`` until it succeeds or there is no point in trying again.
+
+        Cancellation passes through at once, from an attempt and from a back-off.
+
+        Args:
+            attempt: makes one attempt; it acquires for itself, and gives back whatever happens.
+            io: how ``attempt`` waits, and how back-offs do; see `asyncbucket.waiting`.
+            deadline: the latest instant at which an attempt may begin, in seconds of the limiter's
+                clock.
+            tried: what the attempt calls in the end; stamina's hooks see its name.
+            sent: where attempts note when they were sent, so that a late refusal is assigned to its
+                own wave.
+
+        Raises:
+            Exception: the provider's last error, with a note; or whatever else `attempt` raised.
+        """
+        started = self.now()
+        try:
+            result: T = await attempt()
+        except Exception as error:
+            if isinstance(error, AsyncBucketError):
+                raise
+            latest = math.inf if deadline is None else deadline
+            trial = _Trial(self, attempt, error, started, latest, sent or Sent())
+        else:
+            self.succeeded(None if sent is None else sent.at)
+            return result
+        again = io.function(_named_like(trial.again, tried or attempt))
+        retry = stamina.retry(on=trial.back_off, attempts=self.policy.attempts, timeout=None)
+        try:
+            retried = cast("T", await io.call(retry(again)))
+        except Exception as error:  # noqa: BLE001 - which one to raise is decided there
+            failed = trial.final_error(error)
+        else:
+            return retried
+        finally:
+            # stamina's objects are a cycle, and keep the trial until the collector runs.
+            trial.error, trial.attempt = None, _nothing
+        raise failed
+
+    def call_sync(self, attempt: Callable[[], T], **options: Any) -> T:
+        """Call a plain ``attempt()`` as `call` does, and block this thread during a back-off."""
+        options.setdefault("tried", attempt)
+        result: T = run(self.call(functools.partial(SYNC.call, attempt), io=SYNC, **options))
+        return result
+
+    def succeeded(self, sent_at: float | None = None) -> None:
+        """Count a success: it pays into the budget, and ends a series of earlier refusals."""
+        budget = self.policy.budget
+        if self._budget < budget.capacity:
+            with self._lock:
+                self._budget = min(budget.capacity, self._budget + budget.per_success)
+        self._refusals.succeeded(sent_at)
+
+    def pause(self, verdict: Verdict, sent_at: float | None = None) -> float:
+        """Pause the limiter after a refusal for rate; return the seconds until it ends."""
+        policy = self.policy
+        return self._refusals.pause(
+            verdict.retry_after,
+            whole_after=verdict.whole_after,
+            first=policy.backoff,
+            longest=policy.max_wait,
+            sent_at=sent_at,
+        )
+
+    def next_wait(
+        self, verdict: Verdict, attempts: int, sent_at: float | None, deadline: float
+    ) -> tuple[float, str | None]:
+        """Return how long to wait before the next attempt, and why there will be none, if so."""
+        policy, asked = self.policy, verdict.retry_after
+        if not verdict.retry:
+            return 0.0, f"{verdict.reason} is not retried"
+        refused_for = 0.0
+        known = asked
+        if verdict.rate_limited:
+            paused = self.pause(verdict, sent_at)
+            if asked is None:
+                known, refused_for = paused, self._refusals.lasted(waves=policy.attempts)
+        wait, left = self._jittered(known, attempts), deadline - self.now()
+        reason = None
+        if attempts >= policy.attempts:
+            reason = f"Retry(attempts={policy.attempts}) allows no more"
+        elif asked is not None and asked > policy.max_wait:
+            reason = (
+                f"the provider asks to wait {in_seconds(asked)}, "
+                f"and Retry(max_wait={policy.max_wait:g}) allows no more"
+            )
+        elif refused_for > policy.max_wait:
+            reason = f"the provider has refused every call for {in_seconds(refused_for)}"
+        elif not wait <= left:
+            reason = (
+                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}"
+            )
+        elif not verdict.rate_limited and not self._spend():
+            reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
+        return wait, reason
+
+    def _spend(self) -> bool:
+        """Take a retry from the budget, if it holds one."""
+        with self._lock:
+            enough = self._budget >= 1
+            self._budget -= enough
+            return enough
+
+    def _jittered(self, known: float | None, attempts: int) -> float:
+        """Return a wait with its jitter: ``known``, or that of the back-off after ``attempts``."""
+        policy = self.policy
+        if known:
+            return min(known * (1 + policy.jitter * self._chance()), policy.max_wait)
+        longest = doubled(policy.backoff, attempts, most=policy.max_wait)
+        return longest * (1 + self._chance()) / 2
+
+    def notify(self, attempt: int, verdict: Verdict, delay: float) -> None:
+        """Tell the observers of the limiter that was asked that a call will be retried."""
+        caller = effective_limiter(self._caller)
+        name, at = shown_name(caller), self.now()
+        caller.emit(
+            Retried(limiter=name, at=at, attempt=attempt, error=verdict.reason, delay=delay)
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """One call that failed: how often it was tried, since when, and what its errors mean."""
+
+    retrier: Retrier
+    attempt: Callable[[], Awaitable[Any]]
+    #: The failure of the attempt that was made before stamina was asked.
+    first: Exception | None
+    started: float
+    deadline: float
+    sent: Sent
+    attempts: int = 0
+    #: The provider's last error.
+    error: Exception | None = None
+
+    async def again(self) -> Any:
+        """Make another attempt; at first, raise what the one before stamina raised."""
+        self.attempts += 1
+        if self.first is not None:
+            first, self.first = self.first, None
+            try:
+                raise first
+            finally:
+                del first
+        result = await self.attempt()
+        self.retrier.succeeded(self.sent.at)
+        return result
+
+    def back_off(self, error: BaseException) -> bool | float:
+        """Tell stamina when to try again, if at all; it asks even about cancellation."""
+        if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
+            return False
+        self.error, verdict = error, classify(error)
+        wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent.at, self.deadline)
+        if reason is None:
+            self.retrier.notify(self.attempts, verdict, wait)
+            # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
+            error.__traceback__ = None
+            return wait
+        # The user's own ValueError stays as it is; a provider's answer gets a note.
+        if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
+            self._add_note(error, reason)
+        return False
+
+    def final_error(self, ended: Exception) -> Exception:
+        """Return what to raise after the last attempt: the provider's last error."""
+        if self.error is None:  # stamina is switched off, so it did not ask
+            verdict = classify(ended)
+            if verdict.rate_limited:
+                self.retrier.pause(verdict, self.sent.at)
+        elif isinstance(ended, AsyncBucketError):
+            self.attempts -= 1  # it was refused before it reached the provider
+            self._add_note(self.error, f"no other attempt was admitted: {ended}")
+            return self.error
+        return ended
+
+    def _add_note(self, error: Exception, reason: str) -> None:
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
+        seconds = self.retrier.now() - self.started
+        error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {reason}")
+
+
+async def _nothing() -> None:
+    """Stand in for an attempt that is over."""
+
+
+def _named_like(again: Callable[[], Awaitable[T]], tried: Callable[..., object]) -> Any:
+    """Return ``again``, named like what is ``tried``, below partials and bound methods."""
+
+    async def named() -> T:
+        return await again()
+
+    while isinstance(tried, functools.partial):
+        tried = tried.func
+    source = tried if hasattr(tried, "__qualname__") else type(tried)
+    named.__module__, named.__qualname__ = source.__module__, str(source.__qualname__)
+    return named

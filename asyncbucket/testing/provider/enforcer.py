@@ -1,0 +1,195 @@
+"""Which calls get in: limits, slots and scripted failures, decided in one step at one instant.
+
+A call is admitted by all limits or charged by none. A refused call costs nothing; an admitted one
+is charged even if it fails. All public methods may be called from any thread.
+"""
+
+import random
+import threading
+from collections import Counter, deque
+from dataclasses import dataclass, fields
+from typing import Any
+
+from asyncbucket.core.wording import read_count
+from asyncbucket.testing.provider.options import (
+    NANOSECONDS,
+    Arrival,
+    Failure,
+    Options,
+    ProviderStatistics,
+)
+from asyncbucket.testing.provider.policies import Policy, make_policy
+
+TOO_MANY_REQUESTS = 429
+_FIXED_AT_START = frozenset({"policy", "minute", "seed", "port", "clock"})
+_ARRIVALS_KEPT = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RateRefusal:
+    """Why a call was refused for rate.
+
+    Attributes:
+        reason: "requests", "tokens" or "concurrency".
+        limit: The limit that refuses it.
+        used: How much of it is used.
+        requested: What the call asked for.
+        wait: Nanoseconds until it would pass; None if waiting doesn't help or it is unknown.
+    """
+
+    reason: str
+    limit: int
+    used: int
+    requested: int
+    wait: int | None
+
+
+class Enforcer:
+    """Decide about calls, and keep a record of them."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._lock = threading.Lock()
+        self._policies: dict[str, Policy] = {}
+        self._scripted: deque[Failure] = deque()
+        self._errors = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
+        self._latencies = random.Random(options.seed)  # noqa: S311
+        self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
+        self._refused: Counter[str] = Counter()
+        self._endpoints: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._set_limits()
+
+    def enter(self, endpoint: str, tokens: int) -> RateRefusal | Failure | None:
+        """Admit a call or say why not; None means that it is in and must `leave`.
+
+        A call with a `Failure` other than 429 is in as well, and must `leave`, too.
+        """
+        with self._lock:
+            now = self.options.clock()
+            outcome = self._decide(tokens, now)
+            admitted = not is_refusal(outcome)
+            self._endpoints[endpoint] += 1
+            self._arrivals.append(Arrival(now, endpoint, tokens, admitted))
+            if admitted:
+                self._charge(tokens, now)
+                self._counts["errors"] += outcome is not None
+            else:
+                reason = outcome.reason if isinstance(outcome, RateRefusal) else "scripted"
+                self._refused[reason] += 1
+            return outcome
+
+    def leave(self, *, disconnected: bool = False) -> None:
+        """Give the slot of an admitted call back."""
+        with self._lock:
+            self._counts["in_flight"] -= 1
+            self._counts["disconnected"] += disconnected
+
+    def count_invalid(self) -> None:
+        """Count a call that was refused unread."""
+        with self._lock:
+            self._counts["invalid"] += 1
+
+    def draw_latency(self) -> float:
+        """Return the seconds that the next reply takes."""
+        latency = self.options.latency
+        if callable(latency):
+            return latency()
+        with self._lock:
+            return self._latencies.uniform(*latency) if isinstance(latency, tuple) else latency
+
+    def budget(self) -> list[tuple[str, int, int, int]]:
+        """Return for each limit its name, amount, what remains, and nanoseconds until it is full."""
+        with self._lock:
+            now = self.options.clock()
+            return [
+                (name, policy.limit, policy.remaining(now), policy.reset(now))
+                for name, policy in self._policies.items()
+            ]
+
+    def statistics(self) -> ProviderStatistics:
+        """Take a consistent snapshot."""
+        with self._lock:
+            return ProviderStatistics(
+                requests=sum(self._endpoints.values()),
+                refused_429=dict(self._refused),
+                endpoints=dict(self._endpoints),
+                **self._counts,
+            )
+
+    def arrivals(self) -> list[Arrival]:
+        """Copy the latest arrivals, oldest first."""
+        with self._lock:
+            return list(self._arrivals)
+
+    def fail_next(self, count: int, failure: Failure) -> None:
+        """Let the next `count` calls fail, after those scripted before; 0 forgets all of them."""
+        read_count(count, "count")
+        with self._lock:
+            if count:
+                self._scripted.extend([failure] * count)
+            else:
+                self._scripted.clear()
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change options while running; what was used stays used."""
+        fixed = sorted(_FIXED_AT_START & changes.keys())
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)} can't change while the provider runs")
+        with self._lock:
+            now = {each.name: getattr(self.options, each.name) for each in fields(Options)}
+            self.options = Options(**{**now, **changes})
+            self._set_limits()
+
+    def _set_limits(self) -> None:
+        options = self.options
+        now = options.clock()
+        for name, limit in (("requests", options.rpm), ("tokens", options.tpm)):
+            if limit is None:
+                self._policies.pop(name, None)
+            elif name in self._policies:
+                self._policies[name].resize(limit, now)
+            else:
+                minute = round(options.minute * NANOSECONDS)
+                self._policies[name] = make_policy(options.policy, limit, minute=minute, now=now)
+
+    def _decide(self, tokens: int, now: int) -> RateRefusal | Failure | None:
+        always, rate = self.options.always, self.options.error_rate
+        failure = self._scripted[0] if self._scripted else always and Failure(always)
+        if not failure or failure.status != TOO_MANY_REQUESTS:
+            refusal = self._refusal(tokens, now)
+            if refusal is not None:
+                return refusal
+        if self._scripted:
+            return self._scripted.popleft()
+        return failure or (Failure(500) if rate and self._errors.random() < rate else None)
+
+    def _refusal(self, tokens: int, now: int) -> RateRefusal | None:
+        slots, in_flight = self.options.concurrency, self._counts["in_flight"]
+        if slots is not None and in_flight >= slots:
+            return RateRefusal("concurrency", slots, in_flight, 1, None)
+        worst = None
+        for name, policy in self._policies.items():
+            amount = tokens if name == "tokens" else 1
+            wait = policy.wait(amount, now)
+            if wait == 0 or (worst and (worst.wait is None or (wait and wait <= worst.wait))):
+                continue
+            used = policy.limit - policy.remaining(now)
+            worst = RateRefusal(name, policy.limit, used, amount, wait)
+        return worst
+
+    def _charge(self, tokens: int, now: int) -> None:
+        for name, policy in self._policies.items():
+            policy.charge(tokens if name == "tokens" else 1, now)
+        counts = self._counts
+        counts["admitted"] += 1
+        counts["tokens"] += tokens
+        counts["in_flight"] += 1
+        counts["peak_in_flight"] = max(counts["peak_in_flight"], counts["in_flight"])
+
+
+def is_refusal(outcome: RateRefusal | Failure | None) -> bool:
+    """Tell whether the call is not admitted."""
+    if isinstance(outcome, Failure):
+        return outcome.status == TOO_MANY_REQUESTS
+    return outcome is not None

@@ -1,0 +1,178 @@
+"""What a provider is told and what it tells: options, scripted failures, arrivals, statistics."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from asyncbucket.core.wording import is_number, read_count
+from asyncbucket.testing.provider.policies import SLICES, PolicyName
+
+NANOSECONDS = 1_000_000_000
+_LAST_PORT = 65_535
+
+Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
+"""Seconds a reply takes: fixed, uniform between two, or from a function for each call."""
+
+ChargeRule: TypeAlias = Literal["openai", "azure", "usage"]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Options:
+    """How the provider behaves.
+
+    Attributes:
+        rpm: Requests a minute; None for no limit.
+        tpm: Tokens a minute; None for no limit.
+        policy: How both are counted: token_bucket, sliding_window, fixed_window or
+            one_second_slices.
+        charge: What a call costs in tokens at admission: openai (the larger of the prompt and
+            max_tokens), azure (their sum) or usage (what the reply will use).
+        concurrency: The most calls in flight; None for no limit.
+        latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
+        error_rate: Share of admitted calls that fail with a 500, drawn at random from the seed.
+        always: Answer every call with this status.
+        reply_tokens: Length to which text replies are padded.
+        seed: The seed of latencies and errors.
+        minute: Seconds a minute lasts. A short one makes tests on a real clock short.
+        port: Port on 127.0.0.1; 0 takes a free one.
+        clock: The clock of the limits, in integer nanoseconds.
+
+    Raises:
+        ValueError: An option is out of its range.
+        TypeError: There is no such option, or the clock returns no integers.
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+    policy: PolicyName = "token_bucket"
+    charge: ChargeRule = "openai"
+    concurrency: int | None = None
+    latency: Latency = 0.0
+    error_rate: float = 0.0
+    always: int | None = None
+    reply_tokens: int = 0
+    seed: int = 0
+    minute: float = 60.0
+    port: int = 0
+    clock: Callable[[], int] = time.monotonic_ns
+
+    def __post_init__(self) -> None:
+        for name in ("rpm", "tpm", "concurrency"):
+            if getattr(self, name) is not None:
+                read_count(getattr(self, name), name, least=1)
+        read_count(self.reply_tokens, "reply_tokens")
+        if read_count(self.port, "port") > _LAST_PORT:
+            raise ValueError(f"port must be at most {_LAST_PORT}, not {self.port}")
+        for name, known in (("policy", get_args(PolicyName)), ("charge", get_args(ChargeRule))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
+        if not _is_within(self.error_rate, 0, 1):
+            raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate!r}")
+        if not _is_within(self.minute, SLICES / NANOSECONDS):
+            raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
+        if not callable(self.clock) or not isinstance(self.clock(), int):
+            raise TypeError(
+                f"clock must return integer nanoseconds, as time.monotonic_ns does, not {self.clock!r}"
+            )
+        if self.always is not None:
+            Failure(self.always)
+        _check_latency(self.latency)
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        values = {each.name: getattr(self, each.name) for each in fields(Options)}
+        return {name: value for name, value in values.items() if value != getattr(Options, name)}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A scripted failure.
+
+    Attributes:
+        status: HTTP status; 429 refuses without charging, any other is admitted, charged and
+            then fails, like a call that breaks down inside a provider.
+        code: The error's `code`; by default the provider's for that status. With
+            `"insufficient_quota"` a 429 says that the account is empty.
+        retry_after: Seconds, for `retry-after` and `retry-after-ms`; by default none is sent.
+        after_chunks: Break a stream off after this many chunks, instead of answering with `status`.
+    """
+
+    status: int = 500
+    code: str | None = None
+    retry_after: float | None = None
+    after_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.status, int) or self.status // 100 not in (4, 5):
+            raise ValueError(f"status must be 400 to 599, not {self.status!r}")
+        if self.retry_after is not None and not _is_within(self.retry_after, 0):
+            raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after!r}")
+        if self.after_chunks is not None:
+            read_count(self.after_chunks, "after_chunks")
+
+
+class Arrival(NamedTuple):
+    """One call, as the provider saw it.
+
+    `(arrival.time_ns, arrival.tokens)` of the admitted ones is a trace for `assert_never_over`.
+    """
+
+    time_ns: int
+    """When it was decided, on the provider's clock (`time.monotonic_ns()` unless set)."""
+    endpoint: str
+    """The end of the path, such as "chat/completions"."""
+    tokens: int
+    """What it was or would have been charged."""
+    admitted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatistics:
+    """A snapshot of what the provider saw since it started.
+
+    Attributes:
+        requests: Calls at metered endpoints that could be read, admitted and refused ones.
+        admitted: Calls that were charged, including those that then failed.
+        refused_429: Refused calls by what refused them: "requests", "tokens", "concurrency",
+            "scripted".
+        errors: Admitted calls that were made to fail.
+        invalid: Calls answered with 400, 401 or 404; they are charged nothing.
+        tokens: Tokens charged.
+        in_flight: Calls that are being answered now.
+        peak_in_flight: The most at once.
+        disconnected: Calls whose client went away before the end of the reply.
+        endpoints: Requests of each endpoint.
+    """
+
+    requests: int = 0
+    admitted: int = 0
+    refused_429: Mapping[str, int] = field(default_factory=dict[str, int])
+    errors: int = 0
+    invalid: int = 0
+    tokens: int = 0
+    in_flight: int = 0
+    peak_in_flight: int = 0
+    disconnected: int = 0
+    endpoints: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def refused(self) -> int:
+        """All calls answered with 429."""
+        return sum(self.refused_429.values())
+
+
+def _check_latency(latency: Latency) -> None:
+    if callable(latency):
+        return
+    bounds = latency if isinstance(latency, tuple) else (latency, latency)
+    are_seconds = len(bounds) == 2 and all(_is_within(bound, 0) for bound in bounds)  # noqa: PLR2004 - a pair
+    if not are_seconds or bounds[0] > bounds[1]:
+        raise ValueError(f"latency must be seconds >= 0 or (low, high), not {latency!r}")
+
+
+def _is_within(value: object, least: float, most: float = sys.float_info.max) -> bool:
+    return is_number(value) and least <= value <= most

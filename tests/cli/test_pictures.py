@@ -1,0 +1,144 @@
+"""The pictures that are drawn: of a plan, and of a trace."""
+
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asyncbucket import CostExceedsLimit, Limiter
+from asyncbucket.cli.app import app
+from asyncbucket.telemetry import Trace
+from asyncbucket.testing import VirtualTime
+
+run = CliRunner()
+PLAN = ("plan", "--calls", "300", "--rpm", "60", "--out")
+
+
+@pytest.mark.parametrize("options", [(), ("--dark",)])
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_plan_is_drawn_for_light_and_dark_pages(
+    tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    path = tmp_path / f"plan.{kind}"
+
+    done = run.invoke(app, [*PLAN, str(path), *options])
+
+    assert done.exit_code == 0, done.output
+    assert done.output.endswith(f"drawn: {path}\n")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "svg":
+        assert (b"#17191c" in content) == bool(options)
+        # The burst at the start goes beyond the scale.
+        assert re.search(rb"<!-- admitted a second, [0-9.]+ the peak -->", content)
+        assert re.search(rb"<!-- 60 requests per 60 s: 1/s in the long run -->", content)
+
+
+def test_plan_without_waits_or_duration_is_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "plan.png"
+
+    assert run.invoke(app, ["plan", "--calls", "3", "--out", str(path)]).exit_code == 0
+    assert path.stat().st_size > 1_000
+
+
+def test_missing_matplotlib_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    done = run.invoke(app, [*PLAN, str(tmp_path / "plan.png")])
+
+    assert done.exit_code == 2
+    assert done.stderr.endswith('pip install "asyncbucket[plot]"\n')
+
+
+def drawn(trace: Trace, folder: Path, name: str, *options: str) -> Path:
+    """Save a trace, draw it, and return the picture's path."""
+    trace.save(folder / "trace.jsonl")
+    done = run.invoke(app, ["plot", f"{folder}/trace.jsonl", "-o", f"{folder}/{name}", *options])
+    assert (done.exit_code, done.output) == (0, f"drawn: {folder}/{name}\n")
+    return folder / name
+
+
+def test_trace_is_drawn_on_light_or_dark_background(
+    virtual_time: VirtualTime, tmp_path: Path
+) -> None:
+    limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
+    trace = limiter.trace()
+
+    async def main() -> None:
+        for number in range(20):
+            await limiter.acquire(tokens=10)
+            if number == 10:
+                limiter.pause(3)
+
+    virtual_time.run(main())
+    for name, options in (("light.png", ()), ("dark.svg", ("--dark",))):
+        assert drawn(trace, tmp_path, name, *options).stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("name", ["東京", "$5 {a_month$"])
+def test_trace_of_a_limiter_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
+    """The name may lack a font or look like a formula; there is no warning of either."""
+    limiter = Limiter("5 RPM", name=name)
+    with limiter.trace() as trace:
+        limiter.acquire_nowait().release()
+
+    drawn(trace, tmp_path, "out.png")
+
+
+def test_trace_without_admissions_is_drawn(tmp_path: Path) -> None:
+    limiter = Limiter("5 RPM", "5 TPM")
+    with limiter.trace() as trace:
+        with pytest.raises(CostExceedsLimit):
+            limiter.acquire_nowait(tokens=9)
+        limiter.pause(1)
+
+    drawn(trace, tmp_path, "out.png")
+
+
+def test_trace_is_drawn_with_whole_units_on_its_axes(
+    virtual_time: VirtualTime, tmp_path: Path
+) -> None:
+    """A mark at 2.5 requests would read 2, and if nobody waited all marks would read 0."""
+    limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
+    with limiter.trace() as trace:
+        limiter.acquire_nowait()
+
+    texts = re.findall("<!-- (.*) -->", drawn(trace, tmp_path, "x.svg").read_text())
+    assert {"a: 1 admission", "requests", "calls", "seconds"} <= {*texts}
+    title = texts.index("in the last 1 s; limit 10")
+    requests = [int(text) for text in texts[:title] if text.isdigit()]
+    assert len({mark - before for before, mark in pairwise(requests)}) == 1
+    assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
+
+
+HEAD = '{"limits": [], "limiter": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "out", "message"),
+    [
+        ("", "out.png", "nothing happened in this trace"),
+        (HEAD, "out.png", "nothing happened in this trace"),
+        ("hello\nworld\n", "out.png", "write one by limiter.trace().save()"),
+        ("\udcff\n" * 2, "out.png", "no trace, or one that was changed"),
+        (HEAD + '{"at": 1}\n', "out.png", "no trace, or one that was changed"),
+        ('{"limits": []}\n{"event": "paused"}\n', "out.png", "no trace, or one that was changed"),
+        (
+            HEAD + '{"event": "queued", "at": 1, "waiting": 0}\n',
+            "out.docx",
+            "Format 'docx' is not supported (supported formats: ",
+        ),
+    ],
+)
+def test_plot_refuses_what_it_cannot_draw(
+    tmp_path: Path, text: str, out: str, message: str
+) -> None:
+    (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    done = run.invoke(app, ["plot", f"{tmp_path}/trace.jsonl", "-o", f"{tmp_path}/{out}"])
+    assert done.exit_code == 2
+    assert message in done.stderr

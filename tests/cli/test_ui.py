@@ -1,0 +1,136 @@
+"""What is drawn in characters: panels, and rates over time."""
+
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+
+from asyncbucket.cli.ui import Bar, Panel, Screen, draw, plot, resampled
+
+PANEL = Panel(
+    "openai",
+    (
+        Bar("120 of 300 requests per 60 s", 0.4),
+        Bar("9,900 of 10,000 tokens per 60 s", 0.99, "binds", "red"),
+    ),
+    ("30 waiting (about 6 s)", "120 admitted, 5.0/s now", "10 had to wait, 2.5 s on average"),
+)
+
+
+def console(*, width: int = 80, unicode: bool = True, terminal: bool = False) -> Console:
+    """Return a console that writes into memory."""
+    file = io.TextIOWrapper(io.BytesIO(), "utf-8" if unicode else "ascii")
+    return Console(file=file, width=width, color_system=None, force_terminal=terminal)
+
+
+def shown(on: Console, *drawn: RenderableType) -> list[str]:
+    """Return the lines that are drawn, without spaces at their ends."""
+    with on.capture() as captured:
+        on.print(*drawn)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: bool) -> None:
+    on = console(width=width, unicode=unicode)
+
+    title, *below = [line for line in shown(on, draw([PANEL])) if line]
+
+    assert title == "openai"
+    assert below[1].endswith("99%  < binds")
+    assert ("━━━━" if unicode else "----") in below[1]
+    assert all(line.startswith("  ") and len(line) <= width for line in below)
+    assert unicode or all(line.isascii() for line in below)
+
+
+def test_terminal_without_unicode_gets_no_plot() -> None:
+    on = console(unicode=False)
+
+    assert shown(on, plot(on, "admitted", [0, 5, 25], 10.0, seconds=3)) == [""]
+
+
+def test_pipe_gets_one_line_per_panel() -> None:
+    on = console()
+
+    with on.capture() as captured, Screen(on) as screen:
+        screen.show([PANEL, PANEL])
+
+    first, second = captured.get().splitlines()
+    assert first == second == str(PANEL)
+    assert first.startswith(
+        "openai: 120 of 300 requests per 60 s, 9,900 of 10,000 tokens per 60 s (binds), 30 waiting"
+    )
+
+
+def test_screen_shows_the_first_panel_at_once_and_not_every_one_after_it() -> None:
+    on = console()
+
+    with on.capture() as captured, Screen(on, every=60) as screen:
+        for _ in range(3):
+            screen.show([PANEL])
+
+    assert len(captured.get().splitlines()) == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
+    on = console(terminal=terminal)
+
+    with on.capture() as captured, Screen(on, quiet=True) as screen:
+        screen.show([PANEL])
+
+    assert captured.get() == ""
+
+
+def rows(counts: list[int], limit: float, *, seconds: float = 10.0) -> list[str]:
+    """Return the title and the rows of a plot with ten columns."""
+    on = console(width=18)
+    return str(plot(on, "admitted", counts, limit, seconds=seconds)).splitlines()
+
+
+def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
+    title, *plotted = rows([10] * 5 + [5] * 5, 10.0)
+
+    assert title == "admitted"
+    assert [line.partition("│")[2].rstrip() for line in plotted[:6]] == [
+        *("", "", "_" * 10),
+        *("█" * 5, "█" * 5 + "▄" * 5, "█" * 10),
+    ]
+    assert plotted[2].startswith("  10/s ")
+
+
+def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
+    title, top, *_ = rows([90] * 10, 10.0)
+
+    assert title == "admitted, 90/s the peak"
+    assert top.endswith("█" * 10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "once", "twice"),
+    [
+        (1_200, "1,200/s", "2,400/s"),
+        (25 / 3, "8.3/s", "17/s"),
+        (0.08, "288/h", "576/h"),
+        (0.001, "86/d", "173/d"),
+    ],
+)
+def test_axis_has_one_unit_in_which_the_limit_has_digits(
+    limit: float, once: str, twice: str
+) -> None:
+    plotted = rows([0], limit)
+
+    assert [plotted[row].split("│")[0].strip() for row in (3, 1)] == [once, twice]
+
+
+@pytest.mark.parametrize(("seconds", "end"), [(4.0, "4 s"), (2_400.0, "40 min")])
+def test_time_axis_says_where_it_begins_and_ends(seconds: float, end: str) -> None:
+    assert rows([1], 1.0, seconds=seconds)[-1] == f"{'':8}0 s{end:>7}"
+
+
+@pytest.mark.parametrize("columns", [3, 7, 240, 1_000])
+def test_resampled_rates_keep_their_sum(columns: int) -> None:
+    rates = [float(number % 5) for number in range(100)]
+
+    assert sum(resampled(rates, columns)) / columns == pytest.approx(sum(rates) / len(rates))

@@ -1,0 +1,260 @@
+"""A number of slots found by search: nearly as good as the best fixed one, and it adapts."""
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.feedback.adaptive import Adaptive
+
+SECOND = 1_000_000_000
+#: How many callers call again and again.
+CALLERS = 150
+Capacity = Callable[[float], int]
+
+
+@dataclass
+class Run:
+    """The results of a run: when calls were served, and what sizes were found."""
+
+    served: list[float] = field(default_factory=list)
+    sizes: list[tuple[float, int]] = field(default_factory=list)
+    refused: int = 0
+
+    def rate(self, start: float, end: float) -> float:
+        """Return the calls served per second from `start` to `end`."""
+        return sum(start <= when < end for when in self.served) / (end - start)
+
+    def mean_size(self, start: float, end: float = 1_000) -> float:
+        """Return the mean of the sizes from `start` to `end`."""
+        sizes = [size for when, size in self.sizes if start <= when < end]
+        return sum(sizes) / len(sizes)
+
+
+def run(
+    capacity: Capacity, *, refuses: bool, seconds: float = 300, spread: float = 0.05, fixed: int = 0
+) -> Run:
+    """Call a server as often as `Adaptive`, or a `fixed` number of slots, allows; return the results.
+
+    The server serves `capacity` calls at once, in a second each on average. It lets the others wait,
+    or refuses them after 20 ms.
+    """
+    adaptive = Adaptive(least=1, most=1_000)
+    chance = random.Random(3)
+    found = Run()
+    ends: list[tuple[float, int, float, str]] = []
+    queued: deque[tuple[int, float]] = deque()
+    now, number, serving, in_flight = 0.0, 0, 0, 0
+    while now < seconds:
+        size = fixed or adaptive.size
+        while in_flight < min(size, CALLERS):
+            in_flight += 1
+            number += 1
+            if refuses and serving >= capacity(now):
+                heapq.heappush(ends, (now + 0.02, number, now, "overloaded"))
+                continue
+            serving += refuses
+            queued.append((number, now))
+        while queued and (refuses or serving < capacity(now)):
+            serving += not refuses
+            call, started = queued.popleft()
+            took = chance.lognormvariate(-(spread**2) / 2, spread)
+            heapq.heappush(ends, (now + took, call, started, "ok"))
+        now, _, started, outcome = heapq.heappop(ends)
+        full = in_flight >= size
+        in_flight -= 1
+        if outcome == "ok":
+            serving -= 1
+            found.served.append(now)
+        else:
+            found.refused += 1
+        adaptive.ended(
+            outcome,
+            started=int(started * SECOND),
+            now=int(now * SECOND),
+            waited=size < CALLERS,
+            full=full,
+        )
+        found.sizes.append((now, adaptive.size))
+    return found
+
+
+def always(capacity: int) -> Capacity:
+    """Return a capacity that never changes."""
+    return lambda _: capacity
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3])
+@pytest.mark.parametrize("capacity", [3, 10, 40])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_adaptive_throughput_is_within_10_percent_of_best_fixed_concurrency(
+    *, refuses: bool, capacity: int, spread: float
+) -> None:
+    fixed = run(always(capacity), refuses=refuses, spread=spread, fixed=capacity)
+    found = run(always(capacity), refuses=refuses, spread=spread)
+    assert found.rate(60, 300) >= 0.9 * fixed.rate(60, 300)
+    assert found.rate(0, 60) >= 0.75 * fixed.rate(0, 60)
+
+
+@pytest.mark.parametrize("capacity", [10, 40])
+def test_queue_in_server_stays_short(capacity: int) -> None:
+    """On average at most half as many calls wait in a server as it serves; at worst, as many."""
+    found = run(always(capacity), refuses=False)
+    assert found.mean_size(60) <= 1.5 * capacity
+    assert max(size for when, size in found.sizes if when >= 60) <= 2 * capacity
+
+
+def test_queue_in_server_does_not_grow_from_one_anchor_to_the_next() -> None:
+    """Calls admitted before a cut count neither in the round after it nor for its latency."""
+    found = run(always(50), refuses=False, seconds=600, spread=0)
+    assert found.mean_size(60) <= 4 / 3 * 50
+
+
+def test_at_most_1_percent_of_calls_are_refused() -> None:
+    found = run(always(40), refuses=True)
+    assert found.refused <= 0.01 * len(found.served)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_size_follows_capacity_that_halves_and_doubles(*, refuses: bool) -> None:
+    """After 40 s, the time of 40 calls in a row, it uses 90 % of the new capacity."""
+    found = run(lambda now: 20 if 200 <= now < 400 else 40, refuses=refuses, seconds=600)
+    assert found.rate(150, 200) >= 0.9 * 40
+    assert found.rate(240, 400) >= 0.9 * 20
+    assert found.rate(440, 600) >= 0.9 * 40
+    assert found.mean_size(240, 400) <= 1.5 * 20
+
+
+def test_size_falls_no_lower_than_one_slot() -> None:
+    """A server that refuses everything is still called, by one call at a time."""
+    found = run(always(0), refuses=True, seconds=20)
+    assert found.sizes[-1][1] == 1
+    assert not found.served
+
+
+def test_same_history_gives_same_sizes() -> None:
+    """The search uses no random numbers."""
+    runs = [run(always(10), refuses=True, seconds=60, spread=0.3) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def feed(
+    adaptive: Adaptive, calls: int, latency: Callable[[int], int], *, waited: bool = True
+) -> None:
+    """Let calls succeed with the latency that `latency` gives for the present size."""
+    for _ in range(calls):
+        adaptive.ended("ok", started=0, now=latency(adaptive.size), waited=waited, full=True)
+
+
+def refuse(adaptive: Adaptive, *, started: int, now: int) -> None:
+    """Let a call be refused."""
+    adaptive.ended("overloaded", started=started, now=now, waited=True, full=True)
+
+
+def test_size_recovers_after_all_calls_become_three_times_slower() -> None:
+    """It is back within 100 calls in a row."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 5_000, lambda size: SECOND * max(size, 40) // 40)
+    before = adaptive.size
+    feed(adaptive, 4_000, lambda size: 3 * SECOND * max(size, 40) // 40)
+    assert adaptive.size >= 0.7 * before
+
+
+def test_size_grows_even_if_batching_slows_each_call() -> None:
+    """A batch of 64 takes twice as long as one call, but does 32 times the work."""
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 6_000, lambda size: int(SECOND * (1 + size / 64)))
+    assert adaptive.size >= 32
+
+
+def test_successful_calls_do_not_raise_size_while_slots_are_free() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 1_000, lambda _: SECOND, waited=False)
+    assert adaptive.size == 4
+    feed(adaptive, 100, lambda _: SECOND)
+    assert adaptive.size > 16
+
+
+def test_waiting_for_slots_of_another_level_does_not_raise_size() -> None:
+    """Slots were free here all the time, so nothing is learned about how many are too many."""
+    adaptive = Adaptive(least=1, most=1_000)
+    for _ in range(1_000):
+        adaptive.ended("ok", started=0, now=SECOND, waited=True, full=False)
+    assert adaptive.size == 4
+
+
+def test_failed_calls_tell_nothing() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    for _ in range(1_000):
+        adaptive.ended("failed", started=0, now=SECOND, waited=True, full=True)
+    assert adaptive.size == 4
+
+
+def test_slow_calls_lower_size_even_while_slots_are_free() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 200, lambda _: SECOND)
+    before = adaptive.size
+    feed(adaptive, 3 * before, lambda _: 10 * SECOND, waited=False)
+    assert adaptive.size < before
+
+
+def test_refusals_of_one_wave_cut_size_once() -> None:
+    """Calls admitted before a cut do not cut again; the next wave halves the size."""
+    adaptive = Adaptive(least=1, most=1_000, start=100)
+    for _ in range(50):
+        refuse(adaptive, started=1, now=10)
+    assert adaptive.size == 90
+    refuse(adaptive, started=11, now=20)
+    assert adaptive.size == 45
+
+
+def test_cut_takes_back_last_raise() -> None:
+    """If a doubled size is refused, the size before it is known to be good."""
+    adaptive = Adaptive(least=1, most=1_000, start=16)
+    feed(adaptive, 32, lambda _: SECOND)
+    assert adaptive.size == 32
+    refuse(adaptive, started=1, now=2)
+    assert adaptive.size == 16
+    feed(adaptive, 32, lambda _: SECOND)
+    assert adaptive.size == 24  # halfway to the size that was refused
+
+
+def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
+    """The smaller size used to measure a new anchor is not what a refusal cuts."""
+    adaptive = Adaptive(least=1, most=20, start=20)
+    while adaptive.size == 20:
+        feed(adaptive, 1, lambda _: SECOND)
+    assert adaptive.size == 14
+    refuse(adaptive, started=1, now=2)
+    assert adaptive.size == 18
+
+
+@given(
+    least=st.integers(1, 5),
+    more=st.integers(0, 60),
+    events=st.lists(
+        st.tuples(st.integers(0, 5 * SECOND), st.booleans(), st.integers(0, 40)), max_size=60
+    ),
+)
+def test_size_stays_within_its_bounds_for_any_history(
+    least: int, more: int, events: list[tuple[int, bool, int]]
+) -> None:
+    """The size stays within its bounds for any latencies, including 0, and any refusals."""
+    adaptive = Adaptive(least=least, most=least + more)
+    now = 0
+    for latency, waited, calls in events:
+        now += SECOND
+        if calls:
+            feed(adaptive, calls, lambda _, ns=latency: ns, waited=waited)  # type: ignore[misc]
+        else:
+            refuse(adaptive, started=now - latency, now=now)
+        assert least <= adaptive.size <= least + more
+
+
+def test_repr_shows_size_and_bounds() -> None:
+    assert repr(Adaptive(least=1, most=1_000)) == "<Adaptive 4 of 1 to 1,000>"

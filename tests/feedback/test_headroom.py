@@ -1,0 +1,413 @@
+"""The meter of what a provider says is left: it holds calls back, never lets more pass, and forgets."""
+
+import asyncio
+import contextlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket import Limit, Limiter, WouldBlock
+from asyncbucket.feedback.headroom import Headroom, share_of
+from asyncbucket.testing import VirtualClock, assert_never_over, virtual_time
+
+SECOND = 1_000_000_000
+MINUTE = 60 * SECOND
+
+
+def meter(*, remaining: int | None = None, amount: int = 600, per: float = 60) -> Headroom:
+    """Return the headroom of a limit; a reply at 0 said that `remaining` are left."""
+    headroom = Headroom(Limit("units", amount, per=per))
+    if remaining is not None:
+        headroom.update(remaining, 0, amount=amount)
+    return headroom
+
+
+def test_everything_passes_until_the_provider_says_what_is_left() -> None:
+    headroom = meter()
+    headroom.book(599, 0)
+    headroom.unbook(1, 0)
+
+    assert headroom.key == ("units", 60)
+    assert headroom.available(0) == 600
+    assert headroom.earliest(10_000, 0) == 0
+    assert headroom.take(10, 0)
+
+
+def test_headroom_admits_remaining_then_refills_at_limit_rate() -> None:
+    headroom = meter(remaining=60, per=3_600)
+
+    assert headroom.take(60, 0)
+    assert not headroom.take(1, 0)
+    assert headroom.earliest(1, 0) == 6 * SECOND
+    assert not headroom.take(1, 6 * SECOND - 1)
+    assert headroom.take(1, 6 * SECOND)
+
+
+def test_report_applies_to_calls_already_waiting() -> None:
+    headroom = meter(remaining=60)
+    headroom.update(0, SECOND, amount=600)
+
+    assert headroom.earliest(1, 0) > SECOND
+
+
+def test_unbooked_units_return_and_debt_is_subtracted() -> None:
+    headroom = meter(remaining=60)
+    headroom.book(30, 1)
+    headroom.unbook(30, 1)
+    assert headroom.available(1) == 60
+    headroom.owe(70, 1)
+    assert headroom.available(1) == -10
+
+
+def test_unbooking_a_call_older_than_last_report_returns_nothing() -> None:
+    """The provider's last report has counted it already."""
+    headroom = meter(remaining=60)
+    headroom.book(30, 1)
+    headroom.update(30, 2, amount=600)
+    headroom.unbook(30, 1)
+
+    assert headroom.available(2) == 30
+
+
+def test_booking_moved_past_a_report_counts_against_it() -> None:
+    """What left after the report is not in its number."""
+    headroom = meter(remaining=60)
+    headroom.book(30, 1)
+    headroom.update(60, 2, amount=600)
+    headroom.redate(30, 1, 3)
+
+    assert headroom.available(3) == 30
+
+
+def test_headroom_forgets_reports_and_debt_after_two_windows() -> None:
+    headroom = meter(remaining=0)
+    headroom.owe(10_000, 0)
+
+    assert headroom.earliest(600, 0) == 2 * MINUTE
+    assert headroom.available(2 * MINUTE) == 600
+    assert headroom.take(600, 2 * MINUTE)
+
+
+def test_headroom_rules_out_no_deadline_while_calls_are_in_flight() -> None:
+    """A reply may bring good news."""
+    headroom = meter(remaining=0)
+
+    assert headroom.earliest(1, 0, back=1) == 0
+    assert headroom.earliest(1, 0) > 0
+
+
+def test_call_above_a_lowered_limit_still_passes() -> None:
+    headroom = meter(remaining=600)
+    headroom.update(300, SECOND, amount=300, limit=300)
+
+    assert headroom.amount == 300
+    assert headroom.earliest(400, SECOND) < 2 * MINUTE
+
+
+def test_take_never_spends_units_twice() -> None:
+    headroom = meter(amount=10, per=1)
+    for now in (0, SECOND, 2 * SECOND):
+        headroom.update(10, now, amount=10)
+    assert headroom.take(10, 2 * SECOND)
+    assert not headroom.take(1, 2 * SECOND)
+    assert headroom.take(1, 2 * SECOND + SECOND // 10)
+
+
+def listen(headroom: Headroom, *, rate: int, seconds: int, ours: int = 0) -> int:
+    """Hear for `seconds` while others take `rate` and we take `ours` a second; return the end."""
+    for second in range(1, seconds + 1):
+        headroom.book(ours, second * SECOND)
+        headroom.update(600 - (rate + ours) * second, second * SECOND, amount=600)
+    return seconds * SECOND
+
+
+def test_headroom_measures_what_others_use_and_reserves_it() -> None:
+    """Others take four a second: they are left 240 a minute, and a reserve for random variation."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=4, seconds=30, ours=5)
+
+    assert 230 <= headroom.others.estimate <= 270
+    assert not headroom.take(600 - 240 - 150, now)
+
+
+def test_share_left_by_others_is_paced_after_a_small_burst() -> None:
+    """At most a tenth of our share passes at once, and then one about every 60 / 336 s."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=4, seconds=30)
+    burst = sum(headroom.take(1, now) for _ in range(100))
+    first = headroom.earliest(1, now)
+    assert headroom.take(1, first)
+
+    assert 28 <= burst <= 36
+    assert 0.15 * SECOND < headroom.earliest(1, first) - first < 0.21 * SECOND
+
+
+def test_one_call_passes_per_twentieth_of_window_despite_others() -> None:
+    """Its reply can tell what is left."""
+    headroom = meter(remaining=600)
+    now = listen(headroom, rate=9, seconds=60)
+    headroom.update(60, now, amount=600)
+    while headroom.take(1, now):
+        pass
+
+    assert headroom.earliest(1, now) <= now + 3 * SECOND
+
+
+def test_provider_limit_far_above_ours_delays_no_call() -> None:
+    """If the limit is far above ours, there is no need to share, however much others take."""
+    headroom = meter()
+    for second in range(60):
+        headroom.update(60_000 - 100 * second, second * SECOND, amount=600)
+
+    assert headroom.others.estimate >= 600
+    assert all(headroom.take(1, MINUTE) for _ in range(600))
+
+
+def test_bookings_before_the_first_report_are_not_taken_for_others() -> None:
+    headroom = Headroom(Limit("units", 600), ours=[(0, 200), (20 * SECOND, 200)])
+    for second in range(30, 60):
+        headroom.update(200, second * SECOND, amount=600)
+
+    assert headroom.others.estimate == 0
+
+
+def test_full_bucket_below_the_announced_limit_shows_that_nobody_else_is_there() -> None:
+    """Of an announced 600 a minute, 150 are left at rest; whatever is booked is back at once."""
+    headroom = meter(remaining=150)
+    for second in range(1, 60):
+        headroom.book(5, second * SECOND - SECOND // 2)
+        headroom.update(150, second * SECOND, amount=600)
+
+    assert headroom.others.estimate == 0
+    assert headroom.take(10, MINUTE)
+
+
+def test_log_that_others_fill_is_not_taken_for_a_full_bucket() -> None:
+    """150 are left as well, but nothing that is booked comes back for a minute."""
+    headroom = meter(remaining=150)
+    for second in range(1, 31):
+        headroom.book(1, second * SECOND - SECOND // 2)
+        headroom.update(150 - second, second * SECOND, amount=600)
+
+    assert headroom.others.estimate > 400
+
+
+@given(
+    counts=st.sampled_from(["log", "clock", "bucket"]),
+    calls=st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
+    at_admission=st.booleans(),
+)
+def test_unshared_key_reserves_nothing_for_others(
+    *, counts: str, calls: list[tuple[int, int]], at_admission: bool
+) -> None:
+    """Whatever the provider counts by, and however late and out of order its replies come."""
+    headroom = meter(amount=100)
+    now = 0
+    sent: list[int] = []
+    events: list[tuple[int, int, int]] = []
+    for number, (pause, took) in enumerate(calls):
+        now += pause
+        events += [(now, 0, number), (now + took, 1, number)]
+        sent.append(now)
+    said: dict[int, int] = {}
+    booked: list[int] = []
+    for instant, replies, number in sorted(events):
+        if not replies:
+            headroom.book(1, instant)
+            booked.append(instant)
+        left = 100 - used(counts, booked, instant)
+        if not replies:
+            said[number] = left
+            continue
+        booked_since = sum(when >= sent[number] for when in booked)
+        remaining = said[number] if at_admission else left
+        headroom.update(max(0, remaining), instant, amount=100, booked_since=booked_since)
+        assert headroom.others.estimate == 0
+
+
+def used(counts: str, booked: list[int], now: int) -> int:
+    """Return how much of the calls at these instants a provider of this kind has counted."""
+    if counts == "log":
+        return sum(when > now - MINUTE for when in booked)
+    if counts == "clock":
+        return sum(when // MINUTE == now // MINUTE for when in booked)
+    level, last = 0, 0
+    for when in booked:
+        level, last = max(0, level - (when - last) * 100) + MINUTE, when
+    return -(-max(0, level - (now - last) * 100) // MINUTE)
+
+
+def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
+    """Return when calls of ``amount`` pass that wait in line from 0 on."""
+    times: list[int] = []
+    now = 0
+    while (now := headroom.earliest(amount, now)) < until:
+        headroom.book(amount, now)
+        times.append(now)
+    return times
+
+
+def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
+    """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
+    times = passed(meter(remaining=10), 1, until=MINUTE)
+
+    assert_never_over([(when, 1) for when in times], Limit("units", 10, per=1))
+    assert times[:5] == [0] * 5
+    assert times[5] > 0
+    assert 0.97 < len(times) / 600 <= 1
+
+
+def test_report_above_slice_share_ends_slicing() -> None:
+    """After that, a tenth of the limit may pass at once."""
+    headroom = meter(remaining=10)
+    headroom.update(600, 0, amount=600)
+
+    assert all(headroom.take(1, 0) for _ in range(60))
+
+
+def test_longer_slices_are_tried_after_shorter_ones() -> None:
+    """If more is left than fits into a second, the limit may be counted in ten-second slices."""
+    assert (share_of(600), share_of(601)) == (10, 11)
+    headroom = meter(remaining=90)
+    assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
+    headroom.update(600, MINUTE + 2 * SECOND, amount=600)
+
+    assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
+
+
+def test_call_larger_than_slice_uses_up_following_slices() -> None:
+    """A call of 25 takes a slice of ten and the two after it: a provider closes them, too."""
+    headroom = meter(remaining=10)
+    times = passed(headroom, 25, until=10 * SECOND)
+
+    assert len(times) > 3
+    assert all(
+        3 * SECOND <= later - earlier < 3.5 * SECOND for earlier, later in itertools.pairwise(times)
+    )
+
+
+def test_refund_of_large_call_reopens_slices() -> None:
+    headroom = meter(remaining=10)
+    headroom.book(45, 0)
+    assert headroom.earliest(5, 0) > 4 * SECOND
+    headroom.unbook(40, 0, left=5)
+    headroom.update(10, 2 * SECOND, amount=600)
+
+    assert headroom.take(5, 2 * SECOND)
+
+
+def test_unbooked_call_returns_its_units_to_the_slice() -> None:
+    headroom = meter(remaining=10)
+    headroom.book(10, 0)
+    assert not headroom.take(10, 0)
+    headroom.unbook(10, 0)
+
+    assert headroom.take(10, 0)
+
+
+def test_slice_reserves_what_others_use() -> None:
+    """Others take four of ten by the end of each slice, so less than six are ours."""
+    headroom = meter(remaining=10)
+    for tenth in range(400):
+        headroom.update(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
+    headroom.book(3, 41 * SECOND)
+
+    assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
+
+
+def test_lowered_limit_shrinks_slices() -> None:
+    headroom = meter(remaining=10)
+    headroom.update(5, 2 * SECOND, amount=300, limit=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
+
+
+def test_slice_size_follows_providers_limit_not_ours() -> None:
+    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
+    headroom = meter(amount=300)
+    headroom.update(10, SECOND, amount=300, limit=600)
+    headroom.update(10, 2 * SECOND, amount=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
+    assert headroom.others.estimate == 0
+
+
+def test_slices_are_loaded_only_when_reports_show_them() -> None:
+    code = (
+        "import sys; from asyncbucket import Limit; from asyncbucket.feedback.headroom import Headroom;"
+        "headroom = Headroom(Limit('requests', 600)); loaded = lambda: print(*sys.modules);"
+        "headroom.update(599, 1, amount=600); loaded();"
+        "headroom = Headroom(Limit('requests', 600)); headroom.update(9, 1, amount=600); loaded()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = done.stdout.splitlines()
+
+    assert "asyncbucket.feedback.slices" not in before.split()
+    assert "asyncbucket.feedback.slices" in after.split()
+
+
+def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
+    """A call whose deadline only the headroom rules out waits while a reply is awaited."""
+    with virtual_time() as time:
+        limiter = Limiter("600 tokens/minute", clock=time.clock)
+
+        async def main() -> float:
+            async with limiter.acquire(tokens=1) as lease:
+                limiter.observe_remaining(0, resource="tokens", per=60)
+                waiting = asyncio.create_task(limiter.acquire(tokens=500, timeout=30).__aenter__())
+                await asyncio.sleep(1)
+                limiter.observe_remaining(600, resource="tokens", per=60, limit=600)
+                lease.settle(tokens=1)
+                return (await waiting).waited
+
+        assert time.run(main()) == pytest.approx(1)
+
+
+def test_calls_that_wait_in_one_line_come_evenly_as_well() -> None:
+    """Ten are left of what may be a second: five pass at once, and none of the others with them."""
+    with virtual_time() as time:
+        limiter = Limiter("600 tokens/minute", clock=time.clock)
+
+        async def main() -> list[float]:
+            limiter.observe_remaining(10, resource="tokens", per=60)
+            calls = [asyncio.create_task(limiter.acquire(tokens=1).__aenter__()) for _ in range(20)]
+            return sorted([(await call).waited for call in calls])
+
+        waited = time.run(main())
+
+    assert [round(each, 1) for each in waited[:10]] == [0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_report_on_window_without_limit_is_ignored() -> None:
+    limiter = Limiter("600 RPM burst 600")
+    limiter.observe_remaining(0, resource="tokens", per=60)
+    limiter.observe_remaining(0, resource="requests", per=1)
+
+    assert limiter.acquire_nowait(tokens=5).waited == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3 * SECOND), st.booleans(), st.integers(0, 130)), max_size=60)
+)
+def test_user_limit_is_never_exceeded_whatever_provider_reports(
+    history: list[tuple[int, bool, int]],
+) -> None:
+    clock = VirtualClock()
+    limiter = Limiter(Limit("units", 100, per=10), clock=clock)
+    passed: list[tuple[int, int]] = []
+    for pause, hears, amount in history:
+        clock.advance(pause * 1e-9)
+        if hears:
+            limiter.observe_remaining(amount, resource="units", per=10, since=clock.seconds - 1)
+        else:
+            with contextlib.suppress(WouldBlock):
+                limiter.acquire_nowait(units=amount % 40 + 1)
+                passed.append((clock(), amount % 40 + 1))
+        (use,) = limiter.statistics().limits
+        assert use.available <= 100 - use.used
+
+    assert_never_over(passed, Limit("units", 100, per=10))

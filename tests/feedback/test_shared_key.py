@@ -1,0 +1,248 @@
+"""A saturated key over the real transport: nearly all of it is used, and hardly a call is refused.
+
+The provider is scripted: it counts by a bucket, a log of the last minute, minutes of the clock, or
+seconds of the clock, and says in each reply what is left. Other programs may use the same key.
+"""
+
+import asyncio
+import random
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.testing import VirtualClock, virtual_time
+
+SECOND = 1_000_000_000
+MINUTE = 60 * SECOND
+REQUEST = {
+    "method": "POST",
+    "url": httpx.URL("https://api.openai.com/v1/chat/completions"),
+    "content": b'{"model": "m", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 400}',
+    "headers": {"host": "api.openai.com", "authorization": "Bearer k"},
+}
+#: What `REQUEST` costs if tokens are limited.
+TOKENS = 400
+
+Counts = Literal["bucket", "log", "minute", "second"]
+WHOLE: tuple[Counts, ...] = ("bucket", "log", "minute")
+
+
+class Provider(httpx.AsyncBaseTransport):
+    """Admit `rpm` calls a minute; `depth` is the size of its bucket, if that is smaller."""
+
+    def __init__(
+        self, counts: Counts, rpm: int, clock: VirtualClock, *, depth: int | None, cost: int
+    ) -> None:
+        self._counts, self._rpm, self._clock, self._cost = counts, rpm, clock, cost
+        self._depth = (depth or rpm) * MINUTE
+        self._level, self._level_at = self._depth, 0
+        self._last_minute: deque[int] = deque()
+        self._by_minute, self._by_second = Counter[int](), Counter[int]()
+        self._chance = random.Random(1)
+        #: When calls were admitted, and how many were refused.
+        self.admitted: list[int] = []
+        self.refused = 0
+
+    def left(self) -> int:
+        """Return how many calls would pass now."""
+        now = self._clock()
+        if self._counts == "bucket":
+            grown = self._level + (now - self._level_at) * self._rpm
+            self._level, self._level_at = min(self._depth, grown), now
+            return self._level // MINUTE
+        if self._counts == "minute":
+            return self._rpm - self._by_minute[now // MINUTE]
+        while self._last_minute and self._last_minute[0] <= now - MINUTE:
+            self._last_minute.popleft()
+        left = self._rpm - len(self._last_minute)
+        if self._counts == "log":
+            return left
+        return min(left, self._rpm // 60 - self._by_second[now // SECOND])
+
+    def admit(self) -> bool:
+        """Count a call that is made now, if it may pass."""
+        if self.left() < 1:
+            self.refused += 1
+            return False
+        now = self._clock()
+        self._level -= MINUTE
+        self._by_minute[now // MINUTE] += 1
+        self._by_second[now // SECOND] += 1
+        self._last_minute.append(now)
+        self.admitted.append(now)
+        return True
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer after 0.2 to 1.5 s; refuse at once."""
+        del request
+        admitted = self.admit()
+        if admitted:
+            await asyncio.sleep(self._chance.uniform(0.2, 1.5))
+        resource = "requests" if self._cost == 1 else "tokens"
+        headers = {
+            f"x-ratelimit-limit-{resource}": str(self._rpm * self._cost),
+            f"x-ratelimit-remaining-{resource}": str(self.left() * self._cost),
+        }
+        if admitted:
+            usage = {"prompt_tokens": 0, "completion_tokens": TOKENS, "total_tokens": TOKENS}
+            return httpx.Response(200, headers=headers, json={"usage": usage})
+        return httpx.Response(429, headers={"retry-after-ms": "500", **headers})
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The result of saturating a key."""
+
+    #: The parts of all calls, ours and others', that were refused.
+    refused: float
+    #: The part of the limit that was used, in all of the time and after the first minute.
+    use: float
+    later_use: float
+
+
+def share(
+    counts: Counts,
+    *,
+    others: float = 0,
+    seconds: int = 180,
+    rpm: int = 600,
+    depth: int | None = None,
+    tokens: bool = False,
+    deaf: int = 0,
+    evenly: bool = False,
+    ours_at_most: int | None = None,
+) -> Shared:
+    """Saturate a limit while others take a part of it.
+
+    Others come at random, or `evenly`; our limit may be lower than the provider's. For the first
+    `deaf` seconds, replies are not read.
+    """
+    cost = TOKENS if tokens else 1
+    chance = random.Random(1)
+    with virtual_time() as time:
+        provider = Provider(counts, rpm, time.clock, depth=depth, cost=cost)
+        limit = (ours_at_most or rpm) * cost
+        limiter = Limiter(**{"tpm" if tokens else "rpm": limit}, clock=time.clock)  # type: ignore[arg-type]
+
+        async def ours(transport: httpx.AsyncBaseTransport) -> None:
+            while True:
+                await (await transport.handle_async_request(httpx.Request(**REQUEST))).aread()  # type: ignore[arg-type]
+
+        async def theirs() -> None:
+            rate = others * rpm / 60
+            while True:
+                await asyncio.sleep(1 / rate if evenly else chance.expovariate(rate))
+                provider.admit()
+
+        async def run_for(seconds: float, *calls: Any) -> None:
+            tasks = [asyncio.create_task(each) for each in calls]
+            await asyncio.sleep(seconds)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        async def main() -> None:
+            if deaf:
+                unheard = limiter.transport(provider, learn=False)
+                await run_for(deaf, *(ours(unheard) for _ in range(rpm // 6)))
+            paced = limiter.transport(provider)
+            crowd = [ours(paced) for _ in range(rpm // 6)]
+            await run_for(seconds - deaf, *crowd, *([theirs()] if others else []))
+
+        time.run(main())
+    later = sum(when >= MINUTE for when in provider.admitted)
+    return Shared(
+        refused=provider.refused / (len(provider.admitted) + provider.refused),
+        use=len(provider.admitted) / (rpm * seconds / 60),
+        later_use=later / (rpm * (seconds - 60) / 60),
+    )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("others", "tokens"), [(0.4, False), (0.4, True), (0.6, False)])
+@pytest.mark.parametrize("counts", WHOLE)
+def test_shared_key_is_well_used_with_almost_no_refusals(
+    *, counts: Counts, others: float, tokens: bool
+) -> None:
+    seen = share(counts, others=others, tokens=tokens)
+
+    assert seen.refused < 0.005
+    assert seen.later_use > 0.9
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("counts", [*WHOLE, "second"])
+def test_unshared_key_is_well_used_and_never_refused(*, counts: Counts, tokens: bool) -> None:
+    seen = share(counts, tokens=tokens)
+
+    assert seen.refused == 0
+    assert seen.later_use > 0.95
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("depth", "tokens"),
+    [
+        *((depth, False) for depth in (10, 12, 20, 60, 100, 101, 300)),
+        *((depth, True) for depth in (10, 20, 100, 600)),
+    ],
+)
+def test_bucket_smaller_than_announced_limit_is_well_used_with_almost_no_refusals(
+    *, depth: int, tokens: bool
+) -> None:
+    """What never comes back because the bucket is full is not taken for others'."""
+    seen = share("bucket", depth=depth, seconds=150, tokens=tokens)
+
+    assert seen.refused < 0.01
+    assert seen.use > 0.95
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("counts", WHOLE)
+def test_calls_sent_before_first_read_reply_are_not_taken_for_others(counts: Counts) -> None:
+    seen = share(counts, deaf=40)
+
+    assert seen.refused == 0
+    assert seen.later_use > 0.95
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("counts", [*WHOLE, "second"])
+def test_limit_below_the_providers_is_well_used_and_never_refused(counts: Counts) -> None:
+    seen = share(counts, ours_at_most=300)
+
+    assert seen.refused == 0
+    assert seen.later_use > 0.95 / 2
+
+
+@pytest.mark.heavy
+def test_shared_large_slices_are_well_used_with_almost_no_refusals() -> None:
+    """Others take 40 of a hundred in each slice, with little random variation in comparison."""
+    seen = share("second", others=0.4, rpm=6_000, seconds=90)
+
+    assert seen.refused < 0.005
+    assert seen.later_use > 0.9
+
+
+@pytest.mark.heavy
+def test_small_slices_shared_with_even_traffic_see_almost_no_refusals() -> None:
+    """Others take four of ten in each slice, and never more."""
+    seen = share("second", others=0.4, evenly=True)
+
+    assert seen.refused < 0.005
+    assert seen.later_use > 0.85
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("tokens", [False, True])
+def test_small_slices_shared_with_random_traffic_see_few_refusals(*, tokens: bool) -> None:
+    """Others take a random four of ten: without making room for them, 18 % would be refused."""
+    seen = share("second", others=0.4, tokens=tokens)
+
+    assert seen.refused < 0.07
+    assert seen.later_use > 0.88

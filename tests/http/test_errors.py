@@ -1,0 +1,170 @@
+"""Errors are judged by their shape, whichever library they come from."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, QueueFull
+from asyncbucket.providers.errors import Verdict, classify
+from asyncbucket.providers.headers import WEEK
+
+REQUEST = httpx.Request("POST", "http://provider.test/v1/chat/completions")
+SECRET = "sk-very-secret"
+
+
+def status_error(status: int, code: str | None = None, **headers: str) -> Exception:
+    """Make the error that OpenAI's SDK raises for a status; `_` in a header's name means `-`."""
+    raw = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
+    response = httpx.Response(status, headers=raw, request=REQUEST)
+    body = {"code": code, "type": "requests"}
+    return openai.APIStatusError("no", response=response, body=body)
+
+
+def with_attributes(**attributes: Any) -> Exception:
+    """Make an error of another SDK."""
+    error = RuntimeError("no")
+    vars(error).update(attributes)
+    return error
+
+
+def caused_by(cause: Exception) -> Exception:
+    """Make the error in which an SDK wraps ``cause``."""
+    error = openai.APIConnectionError(request=REQUEST)
+    error.__cause__ = cause
+    return error
+
+
+def temporary(reason: str, **more: Any) -> Verdict:
+    """Return the verdict on an error that may go away."""
+    return Verdict(retry=True, reason=reason, **more)
+
+
+RESPONSE_503 = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
+EVENT = {"error": {"type": "overloaded_error"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        *(
+            (status_error(status), temporary(f"HTTP {status} (requests)", overloaded=overloaded))
+            for status, overloaded in ((408, True), (409, False), (500, False), (502, False))
+        ),
+        *(
+            (status_error(status), temporary(f"HTTP {status} (requests)", overloaded=True))
+            for status in (503, 504, 529)
+        ),
+        (
+            status_error(429, "rate_limit_exceeded", retry_after="7"),
+            temporary(
+                "HTTP 429 (rate_limit_exceeded)",
+                retry_after=7.0,
+                rate_limited=True,
+                overloaded=True,
+            ),
+        ),
+        *(
+            (status_error(429, code), Verdict(retry=False, reason=f"HTTP 429 ({code})"))
+            for code in ("insufficient_quota", "billing_not_active", "enforced_spend_limit_reached")
+        ),
+        (
+            with_attributes(status_code=429, body={"error": {"type": "insufficient_quota"}}),
+            Verdict(retry=False, reason="HTTP 429 (insufficient_quota)"),
+        ),
+        *(
+            (with_attributes(**{name: 503}), temporary("HTTP 503", overloaded=True))
+            for name in ("status_code", "status", "code")
+        ),
+        (
+            with_attributes(status=503, headers=httpx.Headers({"Retry-After": "2"})),
+            temporary("HTTP 503", retry_after=2.0, overloaded=True),
+        ),
+        (
+            httpx.HTTPStatusError("no", request=REQUEST, response=RESPONSE_503),
+            temporary("HTTP 503", retry_after=2.0, overloaded=True),
+        ),
+        # An error event in a stream, whose status was 200.
+        (
+            openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"}),
+            temporary("rate_limit_exceeded", rate_limited=True, overloaded=True),
+        ),
+        (
+            openai.APIStatusError("no", response=httpx.Response(200, request=REQUEST), body=EVENT),
+            temporary("overloaded_error", overloaded=True),
+        ),
+        (openai.APIConnectionError(request=REQUEST), temporary("APIConnectionError")),
+        (openai.APITimeoutError(request=REQUEST), temporary("APITimeoutError", overloaded=True)),
+        (httpx.ConnectError("refused"), temporary("ConnectError")),
+        (httpx.ReadTimeout("slow"), temporary("ReadTimeout", overloaded=True)),
+        (httpx.RemoteProtocolError("cut"), temporary("RemoteProtocolError")),
+        (ConnectionResetError(), temporary("ConnectionResetError")),
+        (TimeoutError(), temporary("TimeoutError", overloaded=True)),
+        # What is quoted from a reply is one word, or nothing: reasons are logged.
+        (with_attributes(status=500, body={"code": f"key {SECRET}\n"}), temporary("HTTP 500")),
+        (with_attributes(status=500, body={"type": "x" * 65}), temporary("HTTP 500")),
+    ],
+)
+def test_error_means_what_its_status_code_or_class_says(error: Exception, verdict: Verdict) -> None:
+    assert classify(error) == verdict
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(status_error(status, retry_after="1") for status in (400, 401, 403, 404, 413, 422)),
+        status_error(429, x_should_retry="false"),
+        status_error(400, x_should_retry="true"),
+        openai.APIError("no", REQUEST, body={"code": "invalid_prompt"}),
+        # The SDK takes any error of a transport for a lost connection.
+        *map(caused_by, (httpx.UnsupportedProtocol("no scheme"), CostExceedsLimit("ours"))),
+        *(ValueError("yours"), KeyError("k"), FileNotFoundError(), RuntimeError()),
+        *(AcquireTimeout("ours"), QueueFull("ours"), CostExceedsLimit("ours")),
+        *(asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(500), GeneratorExit()),
+    ],
+)
+def test_errors_of_callers_limiters_and_exits_are_final(error: BaseException) -> None:
+    assert not classify(error).retry
+
+
+def test_circular_causes_are_followed_once() -> None:
+    error = caused_by(httpx.ConnectError("refused"))
+    assert error.__cause__ is not None
+    error.__cause__.__cause__ = error
+
+    assert classify(error).retry
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry_after_ms": "1500", "retry_after": "9"}, 1.5),
+        ({"retry_after": "9"}, 9.0),
+        ({"retry_after": "Fri, 31 Dec 9999 23:59:59 GMT"}, WEEK),
+        *(({"retry_after": value}, None) for value in ("nan", "inf", "-1", "1_0", "0", "²", "")),
+        ({}, None),
+    ],
+)
+def test_retry_after_prefers_milliseconds_and_ignores_nonsense(
+    headers: dict[str, str], seconds: float | None
+) -> None:
+    assert classify(status_error(429, **headers)).retry_after == seconds
+
+
+def test_botocore_errors_are_judged_by_status_or_code() -> None:
+    errors = pytest.importorskip("botocore.exceptions")
+
+    def answered(status: int, code: str) -> Any:
+        reply = {"HTTPStatusCode": status, "HTTPHeaders": {"retry-after": "3"}}
+        return errors.ClientError({"Error": {"Code": code}, "ResponseMetadata": reply}, "Converse")
+
+    broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
+
+    assert classify(answered(429, "ThrottlingException")) == temporary(
+        "HTTP 429 (throttlingexception)", retry_after=3.0, rate_limited=True, overloaded=True
+    )
+    assert not classify(answered(400, "ValidationException")).retry
+    assert classify(broken).rate_limited
+    assert classify(errors.ConnectionClosedError(endpoint_url="https://bedrock.test")).retry

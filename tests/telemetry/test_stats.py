@@ -1,0 +1,265 @@
+"""What other programs on this machine can see of a limiter."""
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.telemetry import report, serve_stats
+from asyncbucket.telemetry.stats import as_prometheus
+from asyncbucket.testing import VirtualTime, assert_never_over
+
+
+def busy() -> Limiter:
+    """Return a limiter with a child, a tenant and a call in flight."""
+    limiter = Limiter("600 RPM", "10k TPM", concurrency=3, name="openai")
+    limiter.child("chat", rpm=100).acquire_nowait(tokens=100).release()
+    limiter.key("secret-tenant").acquire_nowait(tokens=50).release()
+    limiter.pause(60, reason="429")
+    return limiter
+
+
+def get(url: str, **headers: str) -> str:
+    """Return the answer at an address."""
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:  # noqa: S310 - our own
+        return str(reply.read().decode())
+
+
+def test_limiters_of_the_same_name_are_refused() -> None:
+    limiter = Limiter("5 RPM", name="chat")
+    child = limiter.child("a")
+
+    with pytest.raises(ValueError, match=r"called 'default': give each a name= of its own"):
+        serve_stats([Limiter("5 RPM"), Limiter("6 RPM")])
+    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
+        serve_stats([limiter, child])
+
+
+def test_report_lists_children_and_counts_tenants_without_names() -> None:
+    seen = report([busy()])
+    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
+    root, chat = seen["limiters"]
+    assert (root["admitted"], chat["admitted"]) == (2, 1)
+    assert root["upstream_429"] == 1
+    assert 59 < root["paused"] <= 60
+    assert root["limits"][1] == {
+        "limit": "10,000 tokens per 60 s",
+        "label": "tpm",
+        "resource": "tokens",
+        "amount": 10_000,
+        "per": 60,
+        "used": 150,
+        "available": 9_850,
+    }
+    assert "secret" not in json.dumps(seen)
+
+
+def test_endpoint_serves_json_and_prometheus_text() -> None:
+    limiter = busy()
+    with limiter.serve_stats() as server:
+        seen = json.loads(get(server.url))
+        text = get(f"{server.url}/metrics")
+        assert repr(server) == f"<StatsServer at {server.url}>"
+    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
+    assert 'asyncbucket_admitted_total{limiter="openai"} 2' in text
+    assert 'asyncbucket_limit_used_ratio{limiter="openai",limit="tpm"} 0.015' in text
+
+
+def test_prometheus_text_can_be_parsed_even_with_quotes_in_a_name() -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    limiter = Limiter("5 RPM", name='a "b"\\c')
+    families = list(parser.text_string_to_metric_families(as_prometheus([limiter])))
+    assert {sample.labels["limiter"] for each in families for sample in each.samples} == {
+        'a "b"\\c'
+    }
+    assert len(families) == 8
+
+
+def test_unix_socket_is_private_and_removed_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "limits.sock"
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(path))
+    left.close()
+    with serve_stats([busy()], path=path) as server:
+        assert server.url == f"unix://{path}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(path))
+        connection.request("GET", "/")
+        assert json.loads(connection.getresponse().read())["limiters"]
+        connection.close()
+        with pytest.raises(OSError, match="Address already in use"):
+            serve_stats([busy()], path=path)
+    assert not path.exists()
+
+
+def test_existing_file_is_not_taken_over_as_a_socket(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(OSError, match="Address already in use"):
+        serve_stats([busy()], path=path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org"])  # noqa: S104 - refused
+def test_host_other_than_loopback_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
+        busy().serve_stats(host=host)
+
+
+@pytest.mark.parametrize("port", [99_999, -1, "80", True, 80.0])
+def test_invalid_port_is_refused_with_the_valid_range(port: Any) -> None:
+    with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
+        busy().serve_stats(port=port)
+
+
+def test_error_names_the_address_that_cannot_be_served(tmp_path: Path) -> None:
+    with busy().serve_stats() as server:
+        where = server.url.removeprefix("http://")
+        port = int(where.partition(":")[2])
+        with pytest.raises(OSError, match=rf"Address already in use: '{where}'$"):
+            busy().serve_stats(port=port)
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/none/x'$"):
+        busy().serve_stats(path=tmp_path / "none" / "x")
+    with pytest.raises(OSError, match=r"AF_UNIX path too long: '.*x'$"):
+        busy().serve_stats(path=tmp_path / ("x" * 200))
+
+
+def test_foreign_host_name_gets_403_and_unknown_path_404() -> None:
+    with busy().serve_stats(host="localhost") as server:
+        for host in ("localhost", "127.0.0.1:80", "[::1]", "[::1]:4294"):
+            assert "openai" in get(server.url, Host=host)
+        for host in ("evil.example", "::1", "[", "localhost.evil.example"):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                get(server.url, Host=host)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(f"{server.url}/secrets")
+
+
+def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(threading.enumerate())
+    with busy().serve_stats() as server:
+        port = int(server.url.rpartition(":")[2])
+        for request in (
+            b"GET / HTTP/1.1\r\nHost: local",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ):
+            client = socket.create_connection(("127.0.0.1", port))
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()  # the connection is reset
+        assert "openai" in get(server.url)
+        while any(each.name.startswith("Thread-") for each in set(threading.enumerate()) - before):
+            time.sleep(0.001)  # the threads that answer
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked_child_leaves_the_server_to_its_parent(tmp_path: Path) -> None:
+    script = """
+import os, sys, urllib.request
+from asyncbucket import Limiter
+
+limiter = Limiter("5 RPM", name="openai")
+with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
+    pid = os.fork()
+    if pid:
+        assert os.waitpid(pid, 0)[1] == 0
+        assert os.path.exists(sys.argv[1])
+        print(urllib.request.urlopen(server.url).status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "limits.sock")],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
+
+
+def test_notebook_shows_statistics_with_escaped_html(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
+
+    async def main() -> None:
+        async with limiter.acquire():
+            waiting = asyncio.create_task(limiter.acquire())
+            await asyncio.sleep(1)
+            html = limiter._repr_html_()
+            assert "&lt;b&gt;" in html
+            assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
+            assert "600 requests per 60 s" in html
+            assert "paused" not in html
+            limiter.pause(9)
+        await asyncio.sleep(1)
+        html = limiter._repr_html_()
+        assert "1 admitted · 1 waiting · 0 of 1 in flight" in html
+        assert "paused for 8 s more" in html
+        (await waiting).release()
+
+    virtual_time.run(main())
+
+
+def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
+
+    async def main() -> None:
+        with limiter.trace() as trace, limiter.trace(last=2) as short:
+            for _ in range(5):
+                await limiter.child("chat").acquire(tokens=10)
+            limiter.pause(1)
+        await limiter.acquire()
+        assert len(short) == 2
+        assert len(trace) == 10  # four of the five were queued first, and one pause
+        assert repr(trace) == "<Trace of 'openai', 10 events>"
+        assert [units for _, units in trace.amounts("tokens")] == [10] * 5
+        assert_never_over(trace.amounts("requests"), limiter.limits[0])
+        trace.save(tmp_path / "trace.jsonl")
+
+    virtual_time.run(main())
+    head, *events = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
+    assert head["limiter"] == "openai"
+    assert head["limits"][1] == {"resource": "tokens", "amount": 1000, "per": 60, "burst": None}
+    assert events[0]["event"] == "admitted"
+    assert events[0]["limiter"] == "openai/chat"
+    assert events[-1] == {
+        "event": "paused",
+        "at": 4.0,
+        "limiter": "openai",
+        "seconds": 1,
+        "reason": "",
+    }
+
+
+@pytest.mark.parametrize("limiters", ["chat", [3]])
+def test_serve_stats_refuses_what_is_not_a_limiter(limiters: Any) -> None:
+    with pytest.raises(TypeError, match=r"shows limiters, not (str|int)$"):
+        serve_stats(limiters)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (0, "whole number of at least 1, not 0"),
+        (1.5, "whole number of at least 1, not 1.5"),
+        (10**30, "at most 1,000,000,000 events, .* not 10{30}$"),
+    ],
+)
+def test_invalid_length_of_a_trace_is_refused(last: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"last must be (a )?{message}"):
+        Limiter("5 RPM").trace(cast("int", last))

@@ -1,0 +1,62 @@
+import asyncio
+import io as stdlib_io
+import os
+import signal
+
+import pytest
+
+from asyncbucket import Limiter
+from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
+
+
+async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
+    """Do everything that may wait through ``io``."""
+    with await io.acquire(limiter, requests=1) as lease:
+        found = [await io.next_item(numbers, "end") for _ in range(3)]
+    return [*found, lease.released]
+
+
+async def test_one_function_serves_async_and_blocking_callers() -> None:
+    async def numbers() -> object:
+        yield 1
+        yield 2
+
+    limiter = Limiter("10 RPM")
+    expected = [1, 2, "end", True]
+    assert await ASYNC.function(work)(ASYNC, numbers(), limiter) == expected
+    assert SYNC.function(work)(SYNC, iter((1, 2)), limiter) == expected
+    assert SYNC.function(work).__name__ == "work"
+
+    file = stdlib_io.StringIO()
+    run(SYNC.close(file))
+    assert file.closed
+    assert run(SYNC.call(max, 1, 2)) == 2
+
+
+def test_blocking_function_that_suspends_is_refused_and_closed() -> None:
+    closed = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(
+        RuntimeError, match=r"wait was to block, but suspended: it must wait by its io"
+    ):
+        run(wait())
+    assert closed == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_lock_that_was_held_at_a_fork_is_open_in_the_child() -> None:
+    lock = Lock()
+    with lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            with lock:
+                os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
