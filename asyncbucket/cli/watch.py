@@ -170,7 +170,7 @@ def _row(name: str, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "name": name,
         "in_flight": snapshot.slots,
-        "concurrency": snapshot.terms.concurrency,
+        "concurrency": snapshot.config.concurrency,
         "paused": max(0, snapshot.paused_until - snapshot.now) * 1e-9,
         "ahead": max(0, snapshot.last_start - snapshot.now) * 1e-9,
         "workers": snapshot.workers,

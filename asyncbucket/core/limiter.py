@@ -332,8 +332,12 @@ class Limiter(doors.Doors, OfThisProcess):
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
         node = self._node
-        limits = [window for level in node.path for window in level.limits.values()]
+        place = node.pacer.place
+        levels = node.path if place is None else node.path[:-1]
+        limits = [window for level in levels for window in level.limits.values()]
         unpaid = [str(window.limit) for window in limits if not window.was_used]
+        if place is not None:
+            unpaid += [str(use.limit) for use in place.use() if not use.used]
         self._is_proven = node.was_called and (not unpaid or node.admitted >= _MANY)
         if self._is_proven and unpaid:
             warnings.warn(

@@ -1,7 +1,7 @@
-"""Going on alone while the store is gone: what a worker may admit by itself.
+"""Going on alone while the store is gone, and coming back to it.
 
-``"share"`` gives each worker its part of every limit: with N units and w workers, as the
-store last said, N / w, rounded down. But a window does not begin anew when the store goes: what all
+``"share"`` gives each worker its part of every limit: with N units and w workers, as the store
+last said, N / w, rounded down. But a window does not begin anew when the store goes: what all
 workers took before still counts. So each worker keeps a record of its own calls. Until a window has
 passed, it may only take as much as leaves the window in its own record, plus its part of what the
 store was last known to have left, and never more than its share. Summed over all workers, what was
@@ -9,91 +9,82 @@ taken before, minus what has left the window, grows by at most that and by what 
 never exceeds N. After a window, everything that counts was taken alone, and the shares add up to N
 again.
 
-A worker that finds the store again must not take more than its share at once either: the store
-learns what the others took alone only when they have found it, too (`RECOVERY_TIME`).
+A worker that finds the store again tells it what it took, as debts. It must not take more than its
+share at once either: the store learns what the others took alone only when they have found it, too
+(`RECOVERY_TIME`).
 
 What remains is what others took since this worker last heard from the store: by that much an outage
 may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Final, Protocol
+from typing import Any, Final
 
-from asyncbucket.core.gates import Gates
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Slots, Window
+from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.core.terms import OnOutage
-from asyncbucket.stores.store import Booking, Correction, Terms
+from asyncbucket.core.wording import in_seconds
+from asyncbucket.stores.store import SLOT, Booking, Correction, LimitConfig, Receipt
 
-#: The most seconds between attempts to reach a store that is gone; and after which all workers have
-#: found it again and reported what they took, which costs one trip that fails and one that does
-#: not.
-MAX_RETRY_INTERVAL: Final = 2.0
-RECOVERY_TIME: Final = MAX_RETRY_INTERVAL + 0.5
+#: The first and the longest wait (ns) between attempts to reach a store that is gone.
+_RETRY_INTERVAL: Final = 100_000_000
+_MAX_RETRY_INTERVAL: Final = 2_000_000_000
+#: After this long (ns) all workers have found the store again and reported what they took, which
+#: costs one trip that fails and one that does not.
+RECOVERY_TIME: Final = _MAX_RETRY_INTERVAL + 500_000_000
 
-
-class PricedCall(Protocol):
-    """A call."""
-
-    @property
-    def amounts(self) -> Amounts:
-        """What it costs."""
-        ...
+_log: Final = logging.getLogger("asyncbucket")
 
 
 class Record:
     """Remember what this worker took of every limit; instants are ns of the store's clock."""
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, config: LimitConfig) -> None:
+        self.config = config
         self.last = 0
-        self._windows: dict[tuple[str, int], Window] = {}
-        self.adopt(terms)
+        self._windows: dict[tuple[str, float], Window] = {}
+        self.adopt(config)
 
-    def adopt(self, terms: Terms) -> None:
-        """Follow other terms; the records of limits that stay are kept."""
-        self.terms = terms
+    def adopt(self, config: LimitConfig) -> None:
+        """Follow other limits; the records of limits that stay are kept."""
+        self.config = config
         known = self._windows
         self._windows = {
-            (limit.resource, limit.window): known.get((limit.resource, limit.window))
-            or Window(amount=limit.amount, window=limit.window, began=self.last)
-            for limit in terms.limits
+            limit.key: known.get(limit.key) or Window(_unpaced(limit), began=self.last)
+            for limit in config.limits
         }
 
     def window(self, limit: Limit) -> Window:
         """Return the record of ``limit``."""
-        return self._windows[limit.resource, limit.window]
+        return self._windows[limit.key]
 
     def book(self, amounts: Amounts, start: int) -> None:
         """Remember a call; if a store with another clock dates it earlier, it counts as the last."""
         self.last = max(self.last, start)
-        for (resource, _), window in self._windows.items():
-            if amounts.get(resource):
-                window.book(amounts[resource], self.last)
+        for window in self._windows.values():
+            if amount := amounts.get(window.limit.resource):
+                window.book(amount, self.last)
 
-    def book_all(self, calls: Sequence[PricedCall], bookings: Sequence[Booking]) -> None:
+    def book_all(self, calls: Sequence[Any], bookings: Sequence[Booking]) -> None:
         """Remember the calls of a batch that were booked; those with one start together."""
-        total: dict[str, int] = {}
-        start = 0
+        totals: dict[int, Counter[str]] = {}
         for call, booking in zip(calls, bookings, strict=True):
-            if not booking.start:
-                continue
-            if booking.start != start and total:
-                self.book(total, start)
-                total = {}
-            start = booking.start
-            for resource, amount in call.amounts.items():
-                total[resource] = total.get(resource, 0) + amount
-        if total:
+            if booking.start:
+                totals.setdefault(booking.start, Counter()).update(call.amounts)
+        for start, total in totals.items():
             self.book(total, start)
 
     def correct(self, correction: Correction) -> None:
         """Change the record of a call to what it really used."""
-        for (resource, _), window in self._windows.items():
-            booked = correction.booked.get(resource, 0)
-            more = correction.used.get(resource, booked) - booked
+        for window in self._windows.values():
+            booked = correction.booked.get(window.limit.resource, 0)
+            more = correction.used.get(window.limit.resource, booked) - booked
             if more > 0:
                 window.book(more, self.last)
             elif more < 0:
@@ -117,32 +108,29 @@ class Outage:
         """
         self.policy = policy
         #: Units admitted alone, by resource; they are reported to the store afterwards.
-        self.admitted: dict[str, int] = {}
+        self.admitted: Counter[str] = Counter()
         self._record = record
-        self._slots: Slots | None = None
-        self._gates = Gates(self._meters(workers, left, now) if policy == "share" else ())
+        self._buckets: list[tuple[Bucket, str]] = []
+        self._meters: list[tuple[Meter, str]] = []
+        slots = record.config.concurrency
+        self._slots = NEVER if slots is None else slots // workers
+        if policy == "share":
+            self._share_limits(workers, left, now)
 
-    def _meters(self, workers: int, left: Sequence[int], now: int) -> list[tuple[Meter, str]]:
-        meters: list[tuple[Meter, str]] = []
+    def _share_limits(self, workers: int, left: Sequence[int], now: int) -> None:
         date = self._record.last = max(now, self._record.last)
-        for number, limit in enumerate(self._record.terms.limits):
+        for number, limit in enumerate(self._record.config.limits):
             window = self._record.window(limit)
-            share = limit.amount // workers
-            window.reshape(amount=share)
+            window.amount = share = limit.amount // workers
             known = left[number] if number < len(left) else 0
             own = share - window.available(date)
             window.book(max(0, share - own - max(0, known) // workers), date)
-            meters.append((window, limit.resource))
+            self._meters.append((window, limit.resource))
             if limit.burst is not None and limit.burst != limit.amount:
                 rate = Fraction(limit.amount * 1_000_000_000, limit.window * workers)
                 bucket = Bucket(rate=rate, burst=max(1, limit.burst // workers))
                 bucket.book(bucket.burst, date)
-                meters.append((bucket, limit.resource))
-        concurrency = self._record.terms.concurrency
-        if concurrency is not None:
-            self._slots = Slots(size=concurrency // workers)
-            meters.append((self._slots, "concurrency"))
-        return meters
+                self._buckets.append((bucket, limit.resource))
 
     def earliest(self, amounts: Amounts, now: int, *, held: int) -> int:
         """Return from when on ``amounts`` may pass, if this worker holds ``held`` slots.
@@ -151,13 +139,15 @@ class Outage:
         """
         if self.policy == "open":
             return now
-        if self.policy == "closed":
+        if self.policy == "closed" or held + amounts.get(SLOT, 0) > self._slots:
             return NEVER
-        if self._slots is not None:
-            self._slots.used = held
-        return self._gates.earliest(amounts, max(now, self._record.last))[0]
+        due = max(now, self._record.last)
+        for meter, resource in (*self._meters, *self._buckets):
+            if amount := amounts.get(resource):
+                due = max(due, meter.earliest(amount, max(now, self._record.last)))
+        return due
 
-    def fitting(self, calls: Sequence[PricedCall], now: int, *, held: int) -> tuple[int, int]:
+    def fitting(self, calls: Sequence[Any], now: int, *, held: int) -> tuple[int, int]:
         """Return how many of ``calls``, in order, may pass now, and from when on the next one may."""
         total: Counter[str] = Counter()
         for number, call in enumerate(calls):
@@ -169,10 +159,121 @@ class Outage:
 
     def book(self, amounts: Amounts, now: int) -> None:
         """Count an admission that `earliest` allowed."""
-        for meter, resource in self._gates.meters:
-            if isinstance(meter, Bucket) and amounts.get(resource):
-                meter.book(amounts[resource], now)
+        for bucket, resource in self._buckets:
+            if amounts.get(resource):
+                bucket.book(amounts[resource], now)
         self._record.book(amounts, now)
-        for name, amount in amounts.items():
-            if amount and name != "concurrency":
-                self.admitted[name] = self.admitted.get(name, 0) + amount
+        self.admitted.update({n: amount for n, amount in amounts.items() if amount and n != SLOT})
+
+
+class StoreHealth:
+    """Know whether the store of a limiter answers, and what may pass while it does not.
+
+    Instants are ns of the worker's own clock.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: LimitConfig,
+        *,
+        on_outage: OnOutage,
+        clock: Callable[[], int],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.record = Record(config)
+        self.outage: Outage | None = None
+        #: The worker's share, while others may still have to report what they admitted alone.
+        self._share: Outage | None = None
+        self._share_until = 0
+        #: When to try a store again that is gone.
+        self.retry_at = NEVER
+        self._retry_interval = 0
+        self.workers = 1
+        #: What the store has left of each limit, as last heard.
+        self.left: tuple[int, ...] = ()
+        self._name = name
+        self._on_outage: OnOutage = on_outage
+        self._clock = clock
+        self._emit = emit
+        #: The store's clock minus this one.
+        self._offset = 0
+        self._lost_at = 0
+
+    def note_answer(self, receipt: Receipt, config: LimitConfig) -> None:
+        """Note what an answer says; ``config`` is in force."""
+        now = self._clock()
+        self._offset = receipt.now - now
+        self.left = receipt.left
+        # Soon after an outage, or after a loss of data, some workers are still away.
+        soon = now < self._share_until or receipt.lost
+        self.workers = max(self.workers, receipt.workers) if soon else receipt.workers
+        if self.record.config != config:
+            self.record.adopt(config)
+
+    def fail(self, error: StoreError) -> None:
+        """Note that the store did not answer: go on alone from now on, and try again later."""
+        now = self._clock()
+        if self.outage is not None:
+            self._retry_interval = min(_MAX_RETRY_INTERVAL, 2 * self._retry_interval)
+            self.retry_at = now + self._retry_interval
+            return
+        self._lost_at, self._share = now, None
+        self._retry_interval = _RETRY_INTERVAL
+        self.retry_at = now + _RETRY_INTERVAL
+        self.outage = Outage(
+            self._on_outage,
+            self.record,
+            workers=self.workers,
+            left=self.left,
+            now=now + self._offset,
+        )
+        manner = {
+            "share": f"with its share, 1 of {self.workers}",
+            "open": "admitting everybody",
+            "closed": "admitting nobody",
+        }[self._on_outage]
+        _log.warning("%s; limiter %s goes on %s", error, self._name, manner)
+        self._emit(StoreLost(limiter=self._name, at=now * 1e-9, reason=str(error)))
+
+    def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
+        """Book a call without the store if it may pass now; return when it may."""
+        assert self.outage is not None
+        due = self.outage.earliest(amounts, now + self._offset, held=held)
+        if due > max(now + self._offset, self.record.last):
+            return due - self._offset
+        self.outage.book(amounts, due)
+        return now
+
+    def within_share(self, calls: Sequence[Any], *, held: int) -> tuple[int, int]:
+        """Return how many of ``calls`` the store may be asked for, and when to look for more."""
+        now = self._clock()
+        if self._share is None or now >= self._share_until:
+            self._share = None
+            return len(calls), NEVER
+        number, due = self._share.fitting(calls, now + self._offset, held=held)
+        return number, min(due - self._offset, self._share_until)
+
+    def recover(self) -> Correction | None:
+        """Go on with the store; return what was admitted without it, as a debt."""
+        if self.outage is None:
+            return None
+        now, outage, self.outage = self._clock(), self.outage, None
+        self.retry_at = NEVER
+        if outage.policy == "share":
+            self._share, self._share_until = outage, now + RECOVERY_TIME
+        seconds = (now - self._lost_at) * 1e-9
+        _log.warning(
+            "the store of limiter %s is back after %s; admitted without it: %s",
+            self._name,
+            in_seconds(seconds),
+            ", ".join(f"{n:,} {name}" for name, n in outage.admitted.items()) or "nothing",
+        )
+        self._emit(StoreRecovered(limiter=self._name, at=now * 1e-9, seconds=seconds))
+        if not outage.admitted.total():
+            return None
+        return Correction(start=0, booked={}, used=dict(outage.admitted))
+
+
+def _unpaced(limit: Limit) -> Limit:
+    return replace(limit, burst=limit.amount)

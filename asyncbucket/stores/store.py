@@ -1,48 +1,47 @@
-"""What a store is: the meters of a limiter, kept where several processes reach them.
+"""What a store is: the limits and slots of a limiter, kept where several processes reach them.
 
-A `Store` is a place: a file, a server. Opening a limiter's name in it gives a `Ledger`, and nearly
-everything goes through one method, `Ledger.commit`. It hands over a `Batch` of calls that ask for
-admission, corrections of earlier calls and slots that are given back, and returns a `Receipt`, in
-one round trip and all at once or not at all. A worker sends one batch at a time; what comes up
-meanwhile goes with the next (group commit), so a round trip serves as many calls as wait.
+A `Store` is a place: a file, a server. Opening a limiter's name in it gives a `Ledger`, and
+everything goes through one method, `Ledger.commit`. It hands over a `Batch`: calls that ask for
+admission, corrections of earlier calls, and how many slots this worker still holds. It returns a
+`Receipt`, in one round trip and all at once or not at all. A worker sends one batch at a time; what
+comes up meanwhile goes with the next (group commit), so a round trip serves as many calls as wait.
 
 Reserve ahead. A call that cannot pass now is not sent away to ask again. It is booked at the first
 instant that suits all limits, and the receipt names that `start`. The worker sleeps until then and
 lets the call go. So nobody polls, and calls start in the order in which they were booked, over all
-processes: no call gets a start earlier than the last one booked. A batch has a `horizon`, so that
-an urgent call is not stuck behind far reservations: calls that would start more than that after the
-batch's first start are left out (`Outcome.LATER`). A worker asks again when it has used up all but
-a horizon of what it has. So if all workers want more than there is, they take turns with equal
-slices of time.
+processes. A batch has a `horizon`: calls that would start more than that after the batch's first
+start are left out (`Outcome.LATER`). A worker asks again when it has used up all but a horizon of
+what it has, so workers that want more than there is take turns with equal slices of time.
 
-Nothing is booked farther ahead than `FAR`, because what other calls give back should serve those
-that wait. If a worker's first call would start later than that, all its calls get `Outcome.LATER`,
-and the worker stands in the store's line for units: one place for each worker, first come, first
-served. A worker that asks while others stand there joins them, however little it wants. Slots
-cannot be booked ahead at all: nobody knows when one comes back. A call that needs a slot and finds
-none is not booked (`Outcome.FULL`), nor is any call behind it, and its worker stands in the line
-for slots.
+The line. Nothing is booked farther ahead than `FAR`, because what other calls give back should
+serve those that wait, and slots cannot be booked ahead at all. A worker whose next call cannot be
+booked yet stands in line: one place for each worker, in order of arrival, for units and slots
+alike. So does one that was served and wants more while others stand there: at the end. Nobody passes those who came first, except that nobody holds more than concurrency / workers
+slots, rounded up, while another that holds fewer waits. A worker that gives back slots and has
+calls waiting takes the slots back at once, unless another holds fewer, or holds as few and has
+waited for 20 ms for each of them: a slot that changes hands costs a round trip. `Ledger.changed` returns when a
+worker's turn has come. A worker that does not come within `GRACE` of its turn is passed over until
+it does.
 
-`Ledger.changed` returns when a worker's turn has come in either line. While it waits, a worker
-sends its waiting calls with every batch; a batch without calls leaves both lines. A slot is a
-lease: it expires unless its worker's `heartbeat` prolongs it, so a killed process gives its slots
-back.
+A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
+slots come back; if it comes again, the slots that it holds count again.
 
 All instants are integer nanoseconds of the store's own clock, which never goes back and means
 nothing elsewhere: use differences. A worker that adds ``start - receipt.now`` to the moment when
 the receipt arrived is never early. Amounts are whole units by resource; ``"concurrency": 1`` is a
-slot. The arithmetic is that of `asyncbucket.core.meters`. A store may answer later than that by at most
-one grain of its clock (a microsecond in Redis), never earlier.
+slot. The arithmetic is that of `asyncbucket.core.meters`. A store may answer later than that by at
+most one grain of its clock (a microsecond in Redis), never earlier.
 
 A failure raises `StoreError` within the store's patience (0.2 s). The calls of a failed batch count
 as not booked: anything that was booked nevertheless is given back when the store answers again. The
-batch's corrections and releases are kept and applied then, once.
+batch's corrections are kept and applied then, once; all else has to be sent again.
 """
 
+import asyncio
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
@@ -50,7 +49,15 @@ from asyncbucket.core.terms import read_slot_ttl
 
 #: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 250_000_000
+#: A worker that has not come this many ns after its turn is passed over.
+GRACE: Final = 100_000_000
+#: The resource of which a slot is one unit.
+SLOT: Final = "concurrency"
+#: After how many seconds a ledger reports by itself what it has to give back.
+FLUSH_DELAY: Final = 0.02
 _LONGEST_NAME: Final = 200
+#: Seconds of one step of `wait_patiently`.
+_STEP: Final = 0.05
 
 
 def check_membership(name: str, slot_ttl: float) -> None:
@@ -65,6 +72,22 @@ def check_membership(name: str, slot_ttl: float) -> None:
             f"braces, not {name[: _LONGEST_NAME + 1]!r}"
         )
     read_slot_ttl(slot_ttl)
+
+
+async def wait_patiently(work: "asyncio.Future[Any]", patience: float) -> Any:
+    """Return the result of ``work``; time for which the event loop itself was late does not count.
+
+    Raises:
+        TimeoutError: it took longer than ``patience`` seconds.
+    """
+    loop, left = asyncio.get_running_loop(), patience
+    while left > 0:
+        began, step = loop.time(), min(_STEP, left)
+        await asyncio.wait((work,), timeout=step)
+        if work.done():
+            return work.result()
+        left -= min(step, loop.time() - began)
+    raise TimeoutError
 
 
 class Outcome(enum.Enum):
@@ -82,13 +105,13 @@ class Outcome(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class LimitConfig:
     """What a limiter is limited to, the same for all workers that share it.
 
     Two limits are the same limit if they have the same resource and window.
     """
 
-    limits: tuple[Limit, ...]
+    limits: tuple[Limit, ...] = ()
     #: The number of slots, over all workers; None for no bound.
     concurrency: int | None = None
 
@@ -99,8 +122,7 @@ class Correction:
 
     What was booked beyond ``used`` comes back as if it had never been taken, unless the window has
     already passed it. What was used beyond the booking is a debt, dated now. ``used`` of 0 for each
-    resource undoes a booking. Slots are given back by `Batch.released`, not by corrections:
-    ``"concurrency"`` is ignored here.
+    resource undoes a booking. ``"concurrency"`` is ignored here: see `Batch.held`.
     """
 
     start: int
@@ -117,11 +139,20 @@ class Correction:
 class Batch:
     """What a worker tells the store: applied in this order, in one step, or not at all."""
 
+    #: Put these limits in force for all workers; what is booked under limits that stay, stays.
+    config: LimitConfig | None = None
+    #: Let no worker book a start for so many ns; a pause that ends later stays, and starts that were
+    #: already given. ``gradually``: a slow start afterwards, see `asyncbucket.feedback.pause`.
+    pause: int = 0
+    gradually: bool = False
+    #: Workers that have ended without saying so: their slots and places come back.
+    gone: tuple[str, ...] = ()
     corrections: tuple[Correction, ...] = ()
-    #: Slots that are given back; a slot that is no longer held is ignored.
-    released: tuple[str, ...] = ()
-    #: What calls cost, in the order in which they are to start.
-    calls: tuple[Amounts, ...] = ()
+    #: How many slots this worker holds, for calls that were booked earlier; None if unchanged.
+    held: int | None = None
+    #: What the waiting calls cost, in the order in which they are to start; ``()`` if none waits:
+    #: then the worker leaves the line. None keeps its place: a sign of life.
+    calls: tuple[Amounts, ...] | None = ()
     #: How long after the first start (ns) the others may start.
     horizon: int = 50_000_000
 
@@ -136,8 +167,8 @@ class Booking:
     #: What holds it up (a resource, ``"concurrency"`` for slots, ``"paused"``), or the limit it
     #: exceeds; None if nothing does.
     bound_by: str | None = None
-    #: The slot that it holds and must give back; None if it needs none, or none are counted.
-    slot: str | None = None
+    #: Whether it holds a slot.
+    slot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,36 +179,23 @@ class Receipt:
     now: int
     #: One for each call, in order.
     bookings: tuple[Booking, ...] = ()
-    #: The date of this batch's debts: now, or the last start if that is later.
-    debts_at: int = 0
-    #: When calls that were not booked should be sent again at the latest, even if nothing is heard:
-    #: when a slot expires, or a start has come near enough. 0 if all were booked.
+    #: When calls that were not booked should be sent again at the latest, even if nothing is heard.
+    #: 0 if all were booked.
     ask_at: int = 0
-    #: The terms in force if they differ from the ledger's; None if they are the same. The batch was
+    #: The limits in force if they differ from the ledger's; None if they are the same. The batch was
     #: applied under them.
-    changed: Terms | None = None
+    changed: LimitConfig | None = None
     #: The store had lost its state, and began again with nothing available.
     lost: bool = False
-    #: What the windows of `Terms.limits` have left, in that order, or less: used if the store is
-    #: lost later. Empty if the store does not say.
+    #: What the windows of `LimitConfig.limits` have left, in that order, or less.
     left: tuple[int, ...] = ()
-    #: As many workers as `Pulse.workers`, or fewer; 0 if the store does not say.
-    workers: int = 0
-    #: Another worker waits for slots, so released slots should be reported at once.
+    #: Workers that have given a sign of life within their slots' time to live, this one included.
+    workers: int = 1
+    #: The worker stands in line: see `Ledger.changed`.
+    in_line: bool = False
+    #: Slots are short, so those that come back should be reported at once: another worker waits for
+    #: one, or fewer than half are free.
     crowded: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
-    """Answer a heartbeat."""
-
-    now: int
-    #: Workers that have given a sign of life within the slots' time to live, this one included.
-    workers: int
-    #: Terms that another worker has set, if they are new to this one.
-    changed: Terms | None = None
-    #: See `Receipt.left`.
-    left: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +215,7 @@ class Snapshot:
     """Show the state of a limiter, the same for all workers."""
 
     now: int
-    terms: Terms
+    config: LimitConfig
     limits: tuple[Use, ...]
     #: Slots taken, over all workers; 0 if none are counted.
     slots: int
@@ -211,16 +229,15 @@ class Snapshot:
 
 
 class Ledger(Protocol):
-    """Keep the meters of one limiter, as one worker sees them.
+    """Keep the limits of one limiter, as one worker sees them.
 
-    Methods may be called by several tasks of one event loop; the ledger puts them in order. If a
-    caller is cancelled during `commit`, its bookings are given back. Every method raises
-    `StoreError` within the store's patience if the store is out of reach or unusable.
+    Methods may be called by several tasks of one event loop; the ledger puts them in order. Every
+    method raises `StoreError` within the store's patience if the store is out of reach or unusable.
     """
 
     @property
     def name(self) -> str:
-        """The limiter's name; all who open the same name share the same meters."""
+        """The limiter's name; all who open the same name share the same limits."""
         ...
 
     @property
@@ -229,28 +246,22 @@ class Ledger(Protocol):
         ...
 
     @property
-    def terms(self) -> Terms:
-        """The terms in force, as last heard."""
+    def config(self) -> LimitConfig:
+        """The limits in force, as last heard."""
         ...
 
     async def commit(self, batch: Batch) -> Receipt:
         """Apply ``batch`` in one step; each call of it is charged once or not at all.
+
+        If the caller is cancelled, what was booked for it is given back.
 
         Raises:
             StoreError: the store does not answer, or fails. See the module's last paragraph.
         """
         ...
 
-    async def heartbeat(self, slots: Sequence[str]) -> Pulse:
-        """Prolong the life of this worker and of ``slots``, all that it holds.
-
-        Call it at intervals of a third of that life. A slot that the store has lost or let expire
-        is taken again, because its call is still running.
-        """
-        ...
-
     async def changed(self, *, timeout: float) -> bool:
-        """Wait until this worker's turn has come, for units or a slot, or the terms have changed.
+        """Wait until this worker's turn has come, or the limits have changed.
 
         Return whether that happened; after ``timeout`` seconds return False. Changes since the last
         batch was answered count, so none is missed in between. A store that cannot notify checks by
@@ -258,39 +269,20 @@ class Ledger(Protocol):
         """
         ...
 
-    async def pause(self, span: int, *, gradually: bool = False) -> None:
-        """Let no worker book a start for ``span`` ns from now; a pause that ends later stays.
-
-        Starts that were already given stay. ``gradually`` makes a slow start afterwards: see
-        `asyncbucket.feedback.pause`.
-        """
-        ...
-
-    async def configure(self, terms: Terms) -> None:
-        """Put ``terms`` in force for all workers; what is booked stays booked.
-
-        Meters of limits that stay, by resource and window, keep their state; a new limit begins
-        with nothing used; and limits that are not named are removed.
-        """
-        ...
-
     async def peek(self) -> Snapshot:
-        """Return what is used and what is left, without changing anything."""
+        """Look at the state of the limiter; this changes nothing."""
         ...
 
     async def aclose(self) -> None:
-        """Give back this worker's places in line, and its name. Closing twice is fine.
-
-        Slots are given back by their calls, or expire.
-        """
+        """Leave: the worker no longer counts and stands in no line. Slots in use stay, and expire."""
         ...
 
 
 class Store(Protocol):
-    """A place where limiters' meters are kept; make one with `asyncbucket.stores.open_store`.
+    """A place where limiters are kept; make one with `asyncbucket.stores.open_store`.
 
-    It may be made anywhere, connects when it is first used, and serves the event loop on which it
-    was first used.
+    It may be made anywhere, connects when it is first used, and serves the event loop and the
+    process in which it was first used.
     """
 
     @property
@@ -298,8 +290,8 @@ class Store(Protocol):
         """Where it is, without a password."""
         ...
 
-    def check(self, terms: Terms) -> None:
-        """Refuse terms that cannot be kept here; this asks nobody and changes nothing.
+    def check(self, config: LimitConfig) -> None:
+        """Refuse limits that cannot be kept here; this asks nobody and changes nothing.
 
         Raises:
             ValueError: a limit is above what the store counts; the message has both numbers.
@@ -307,22 +299,21 @@ class Store(Protocol):
         ...
 
     async def open(
-        self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
+        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> Ledger:
-        """Join the limiter called ``name``, making it if necessary, and put ``terms`` in force.
+        """Join the limiter called ``name``, making it if necessary, and put ``config`` in force.
 
-        The latest terms count: workers that opened it with other terms adopt these.
+        The latest limits count: workers that opened it with others adopt these.
 
         Args:
             name: which limiter; 1 to 200 printable characters, no braces.
-            terms: its limits and slots.
+            config: its limits and slots.
             worker: a unique name for this worker; random by default.
-            slot_ttl: seconds without a heartbeat after which a worker's slots come back, from 0.1
-                to a day.
+            slot_ttl: seconds of silence after which a worker's slots come back, from 0.1 to a day.
 
         Raises:
             StoreError: out of reach, or unusable.
-            ValueError: the name or the time to live is not allowed: see `check_membership`.
+            ValueError: the name or the time to live is not allowed.
         """
         ...
 
@@ -345,3 +336,31 @@ class Store(Protocol):
     async def aclose(self) -> None:
         """Close the connections. Ledgers cannot be used afterwards."""
         ...
+
+
+def undone(calls: Sequence[Amounts] | None, receipt: Receipt) -> tuple[Correction, ...]:
+    """Return what gives back everything booked for ``calls``, which nobody awaits any more."""
+    booked = zip(calls or (), receipt.bookings, strict=False)
+    return tuple(
+        Correction.undo(call, booking.start)
+        for call, booking in booked
+        if booking.outcome is Outcome.BOOKED
+    )
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse amounts and instants that are not whole numbers from 0 on.
+
+    Raises:
+        ValueError: there is one, or a call that takes several slots.
+    """
+    amounts: list[Any] = [*(batch.calls or ()), {"horizon": batch.horizon, "held": batch.held or 0}]
+    for correction in batch.corrections:
+        amounts += [correction.booked, correction.used, {"start": correction.start}]
+    for named_amounts in amounts:
+        for name, amount in named_amounts.items():
+            if type(amount) is not int or amount < 0:
+                raise ValueError(f"{name} must be a whole number from 0 on, not {amount!r}")
+    for call in batch.calls or ():
+        if call.get(SLOT, 0) > 1:
+            raise ValueError(f"a call takes one slot, not {call[SLOT]:,}")

@@ -19,7 +19,6 @@ from redis.asyncio import Redis
 
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
-from asyncbucket.stores.redis_ledger import RedisLedger
 
 pytest.register_assert_rewrite("conformance")
 
@@ -184,8 +183,7 @@ def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     This does not apply if a test has its own server, which may be frozen or killed.
     """
     if "start_server" not in request.fixturenames:
-        monkeypatch.setattr("asyncbucket.stores.redis_ledger.PATIENCE", 5.0)
-        monkeypatch.setitem(RedisLedger._ask.__kwdefaults__ or {}, "patience", 5.0)
+        monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 5.0)
 
 
 @pytest.fixture

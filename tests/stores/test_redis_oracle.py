@@ -4,7 +4,6 @@ The test sets the server's time, so that every instant is exact.
 """
 
 import asyncio
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncbucket.core.gates import Gates
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Bucket, Meter, Window
-from asyncbucket.stores import Batch, Correction, Outcome, Terms, open_store, script
+from asyncbucket.core.meters import Window
+from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
+from asyncbucket.stores.redis import script
 
 if TYPE_CHECKING:
     from tests.stores.conftest import RunningServer
@@ -36,52 +35,43 @@ def ceil_to_grain(instant: int) -> int:
     return -(-instant // MICROSECOND) * MICROSECOND
 
 
-@dataclass
 class Oracle:
     """Answer as the live limiter's meters do, given what the store has booked."""
 
-    limits: tuple[Limit, ...]
-    last: int = 0
-    meters: list[tuple[Limit, Meter]] = field(default_factory=list)
-    gates: Gates = field(default_factory=lambda: Gates(()))
-
-    def __post_init__(self) -> None:
-        for limit in self.limits:
-            self.meters.append((limit, Window(amount=limit.amount, window=limit.window)))
-            if limit.burst is not None and limit.burst != limit.amount:
-                rate = Fraction(limit.amount * SECOND, limit.window)
-                bucket = Bucket(rate=rate, burst=limit.burst)
-                ticks = script._meter_config(limit)
-                bucket.p, bucket.q = ticks["p"] * MICROSECOND, ticks["q"]
-                bucket.depth = limit.burst * bucket.p
-                self.meters.append((limit, bucket))
-        self.gates = Gates((meter, limit.resource) for limit, meter in self.meters)
+    def __init__(self, limits: tuple[Limit, ...]) -> None:
+        self.last = 0
+        self.windows = [Window(limit) for limit in limits]
+        for window in self.windows:
+            if window.pace is not None:
+                ticks = script._meter_config(window.limit)
+                window.pace.p, window.pace.q = ticks["p"] * MICROSECOND, ticks["q"]
+                window.pace.depth = window.pace.burst * window.pace.p
 
     def start(self, call: dict[str, int], now: int) -> int:
-        start, _ = self.gates.earliest(call, max(now, self.last))
-        return start
+        now = max(now, self.last)
+        amounts = [(window, call[window.limit.resource]) for window in self.windows]
+        return max([now, *(window.earliest(n, now) for window, n in amounts if n)])
 
     def book(self, call: dict[str, int], start: int) -> None:
-        self.gates.book(call, start)
+        for window in self.windows:
+            if call[window.limit.resource]:
+                window.book(call[window.limit.resource], start)
         self.last = start
 
     def correct(self, correction: Correction, now: int) -> None:
-        for limit, meter in self.meters:
-            used = correction.used.get(limit.resource, 0)
-            more = used - correction.booked.get(limit.resource, 0)
+        for window in self.windows:
+            used = correction.used.get(window.limit.resource, 0)
+            more = used - correction.booked.get(window.limit.resource, 0)
             if more > 0:
-                meter.owe(more, max(now, self.last))
+                window.owe(more, max(now, self.last))
             elif more < 0:
-                meter.unbook(-more, correction.start, left=used)
+                window.unbook(-more, correction.start, left=used)
 
-    def left(self, limit: Limit, now: int) -> int:
-        (window,) = (
-            meter for each, meter in self.meters if each == limit and isinstance(meter, Window)
-        )
-        return window.available(now)
-
-    def available(self, limit: Limit, now: int) -> int:
-        return min(meter.available(now) for each, meter in self.meters if each is limit)
+    def available(self, limit: Limit, now: int) -> tuple[int, int]:
+        """Return what the window of a limit has left, and how much of that may pass at once."""
+        (window,) = (window for window in self.windows if window.limit == limit)
+        available = window.available(now)
+        return window.amount - window.used, available
 
 
 @pytest.fixture
@@ -136,7 +126,6 @@ moves = st.lists(
 def test_redis_script_gives_the_same_answers_as_the_meters(
     shared_server: "RunningServer", redis_sync: Any, clock: Any, limits: Any, moves: Any
 ) -> None:
-    """Every start is the meters' own, rounded up to a microsecond; so is what is available."""
     redis_sync.flushall()
     asyncio.run(replay(shared_server.url, clock, limits, moves))
 
@@ -147,7 +136,6 @@ def test_redis_script_gives_the_same_answers_as_the_meters(
     st.floats(0, 1),
 )
 def test_script_ticks_are_exact_or_on_the_safe_side(amount: int, per: int, share: float) -> None:
-    """A unit takes exactly its time, or longer by less than a ten-thousandth."""
     limit = Limit("requests", amount, per=per, burst=max(1, int(amount * share)))
     meter = script._meter_config(limit)
     if "p" in meter:
@@ -164,7 +152,7 @@ async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) ->
     now = START
     clock(now)
     store = open_store(url)
-    ledger = await store.open("oracle", Terms(limits=limits))
+    ledger = await store.open("oracle", LimitConfig(limits=limits))
     booked: list[tuple[dict[str, int], int]] = []
     for verb, delay, amounts, pick in moves:
         now += delay * MICROSECOND
@@ -188,13 +176,11 @@ async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) ->
             await ledger.commit(Batch(corrections=(correction,)))
             oracle.correct(correction, now)
             booked.append((used, start))
-        pulse = await ledger.heartbeat([])
-        left = [oracle.left(limit, now) for limit in ledger.terms.limits]
-        assert all(said <= there for said, there in zip(pulse.left, left, strict=True))
-        snapshot = await ledger.peek()
-        for use in snapshot.limits:
-            limit = next(each for each in limits if each == use.limit)
-            available = oracle.available(limit, max(now, oracle.last))
+        receipt = await ledger.commit(Batch(calls=None))
+        for limit, said in zip(ledger.config.limits, receipt.left, strict=True):
+            assert said <= oracle.available(limit, now)[0]
+        for use in (await ledger.peek()).limits:
+            _, available = oracle.available(use.limit, max(now, oracle.last))
             assert use.available == (available if oracle.last <= now else min(0, available))
     await ledger.aclose()
     await store.aclose()
@@ -203,7 +189,6 @@ async def replay(url: str, clock: Any, limits: tuple[Limit, ...], moves: Any) ->
 def test_store_time_goes_on_when_server_clock_is_set_back(
     shared_server: "RunningServer", redis_sync: Any, clock: Any
 ) -> None:
-    """Time goes on from where it was: nothing passes twice, and nobody waits for the clock."""
     asyncio.run(set_back(shared_server.url, clock))
     assert redis_sync.dbsize() > 0
 
@@ -213,7 +198,7 @@ async def set_back(url: str, clock: Any) -> None:
     store = open_store(url)
     clock(START)
     limit = Limit("requests", 2, per=10, burst=2)
-    ledger = await store.open("oracle", Terms(limits=(limit,)))
+    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
     call = {"requests": 1}
     first = await ledger.commit(Batch(calls=(call, call)))
     clock(START - 3_600 * SECOND)
@@ -229,7 +214,6 @@ async def set_back(url: str, clock: Any) -> None:
 def test_heartbeat_reports_what_is_left_while_idle(
     shared_server: "RunningServer", redis_sync: Any, clock: Any
 ) -> None:
-    """Units come back to a window that is not booked from, and the statistics say so."""
     assert redis_sync.dbsize() == 0
     asyncio.run(fall_silent(shared_server.url, clock))
 
@@ -239,7 +223,7 @@ async def fall_silent(url: str, clock: Any) -> None:
     store = open_store(url)
     clock(START)
     limit = Limit("requests", 10, per=10, burst=10)
-    ledger = await store.open("oracle", Terms(limits=(limit,)))
+    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
     call = {"requests": 1}
     await ledger.commit(Batch(calls=(call,) * 2))
     clock(START + 5 * SECOND)
@@ -247,7 +231,7 @@ async def fall_silent(url: str, clock: Any) -> None:
     left = []
     for seconds in (5, 10, 11, 15, 16):
         clock(START + seconds * SECOND)
-        left.append((await ledger.heartbeat([])).left)
+        left.append((await ledger.commit(Batch(calls=None))).left)
     assert left == [(4,), (4,), (6,), (6,), (10,)]
     await ledger.aclose()
     await store.aclose()

@@ -1,7 +1,6 @@
 -- Admission: which calls of a batch are booked, and what the others wait for.
 
 local NOT_BOOKED = { full = -1, later = -2, never = -3 }
-local PATIENCE = 1000000
 
 -- The resource of which the call wants more than ever passes, or nil.
 local function exceeded(s, amounts, at)
@@ -13,7 +12,7 @@ local function exceeded(s, amounts, at)
   return nil
 end
 
-local function book(s, amounts, at, when)
+local function book(s, amounts, at, when, bound)
   for _, m in ipairs(s.meters) do
     local amount = amounts[at + m.resource]
     if amount > 0 then
@@ -23,7 +22,7 @@ local function book(s, amounts, at, when)
       end
     end
   end
-  s.last = when
+  s.last, s.bound = when, bound
   local ramp = s.ramp
   if ramp then -- a slow start: the n-th call may pass log2(n) steps after the pause
     ramp.calls = ramp.calls + 1
@@ -56,83 +55,150 @@ local function correct(s, corrections)
       end
     end
   end
-  return date
+end
+
+local function is_same(s, place, calls, at)
+  for i = 1, s.config.resources do
+    if place.amounts[i] ~= calls[at + i] then
+      return false
+    end
+  end
+  return true
+end
+
+-- Find who comes before the next call of a worker: how many slots are kept for them, and who waits for units.
+local function look_ahead(s, a)
+  local kept, behind = 0, false
+  local above = a.held >= a.share
+  a.first = nil
+  for _, place in ipairs(in_order(s, a.share)) do
+    local ahead = true
+    if place == a.place then
+      behind, ahead = true, false
+    elseif (place.held >= a.share) == above then
+      if behind then
+        break
+      end
+      if a.gave > 0 and place.held >= a.held and s.now < place.since + place.held * ROUND then
+        a.passed, ahead = true, false
+      end
+    elseif not above then
+      break
+    end
+    if ahead and is_full(s, place) then
+      kept = kept + reserved(place, a.share)
+    elseif ahead then
+      a.first = a.first or place
+    end
+  end
+  return kept
+end
+
+-- Book one call; return its start, or one of NOT_BOOKED, and what binds it.
+local function answer(s, a, calls, at, horizon)
+  local n, place = s.config.resources, a.place
+  local slot = s.config.concurrency and calls[at + n + 1] > 0
+  local kept = look_ahead(s, a)
+  if slot and free_slots(s) <= kept then
+    return NOT_BOOKED.full, n + 1
+  end
+  local since = a.booked == 0 and place and is_same(s, place, calls, at) and place.first or nil
+  local when, bound = earliest(s, calls, at, since)
+  if a.booked > 0 then
+    if when > a.latest_start then
+      a.ask = math.max(s.now, s.last - horizon)
+      return NOT_BOOKED.later, bound
+    end
+  elseif a.first then
+    return NOT_BOOKED.later, bound ~= 0 and bound or a.first.bound
+  elseif when > s.now + FAR then
+    a.ask = math.max(s.now + SOON, when - FAR)
+    return NOT_BOOKED.later, bound
+  else
+    a.latest_start = when + horizon
+  end
+  book(s, calls, at, when, when > s.now and bound or 0)
+  a.booked = a.booked + 1
+  if slot then
+    a.held, a.gave = a.held + 1, a.gave - 1
+    s.total = s.total + 1
+    s.holders = s.holders + (a.held == 1 and 1 or 0)
+  end
+  if bound == 0 and place and a.booked <= (is_full(s, place) and place.wanted or 1) then
+    bound = place.bound -- it may start at once, but it has waited
+  end
+  return when - s.now, bound
+end
+
+-- Leave the line, or stand in it: where it stood, or at the end if it was served.
+local function settle_place(s, a, calls, wanted, at, bound, next_expiry)
+  local place, full = a.place, a.stopped == NOT_BOOKED.full
+  local stays = a.stopped and (full or a.booked == 0 or #s.line > (place and 1 or 0))
+  if place and not (stays and (a.passed or a.booked == 0)) then
+    line_leave(s, a.worker)
+    place = nil
+  end
+  if not stays then
+    return
+  end
+  local is_known = place and is_same(s, place, calls, at)
+  if not place then
+    place = { worker = a.worker, since = s.now, first = 0 }
+    table.insert(s.line, place)
+  end
+  place.amounts = { unpack(calls, at + 1, at + s.config.resources) }
+  place.bound, place.wanted, place.held, place.due = bound, wanted, a.held, s.now
+  if not full and not a.first and a.booked == 0 then
+    if place.first == 0 or not is_known then
+      place.first = math.max(s.now, s.last)
+    end
+  else
+    place.first = 0
+    local order = in_order(s, a.share)
+    if order[1] == place then -- a slot may expire
+      a.ask = next_expiry(s)
+    end
+    for i = 2, #order do
+      if order[i] == place then -- the first may be dead
+        local come = is_full(s, order[1]) and s.now or math.max(s.now, order[1].due)
+        a.ask = come + (i - 1) * STEP
+      end
+    end
+  end
+  place.due = a.ask
 end
 
 -- Book `calls`, flat, for each the amount of every resource and its slots; see Ledger.commit. The
--- first that has to wait stops those behind it; return what it waits for: nil, or one of NOT_BOOKED.
-local function admit(s, worker, seq, calls, horizon, held)
-  local n, size = s.config.resources, s.config.concurrency
-  local a = { answers = {}, slots = {}, starts = {}, ask = 0, free = 0 }
-  local ahead, waited, wanted, latest_start, stop_bound = 0, 0, 0, nil, 0
-  turns_prune(s, worker)
-  local turn = turns_of(s, worker)
-  if size then
-    a.free = size - slots_used(s)
-    line_prune(s, worker)
-    ahead, waited = line_leave(s, worker)
+-- first that has to wait stops those behind it.
+local function admit(s, worker, calls, horizon, held, gave, next_expiry)
+  local n = s.config.resources
+  local a = {
+    worker = worker, place = place_of(s, worker), held = held, gave = gave,
+    share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, answers = {},
+  }
+  if a.place then -- whenever it comes, it stands where it stood
+    a.place.due = s.now
   end
+  local wanted, stopped_at, stop_bound = 0, 0, 0
   for at = 0, #calls - 1, n + 1 do
-    local answer, bound = a.stopped, stop_bound
-    local slot = size and calls[at + n + 1] > 0
+    local offset, bound = a.stopped, stop_bound
     local exceeded_resource = exceeded(s, calls, at)
     if exceeded_resource then
-      answer, bound = NOT_BOOKED.never, exceeded_resource
-    elseif not answer and slot and not line_allows(s, a.free, ahead, held, seq) then
-      answer, bound = NOT_BOOKED.full, n + 1
-      turns_leave(s, worker)
-    elseif not answer then
-      local since = not latest_start and turns_since(s, worker, calls, at) or nil
-      local when
-      when, bound = earliest(s, calls, at, since)
-      if bound == 0 and when > s.now then -- those who came first are held up by it
-        bound = s.bound
+      offset, bound = NOT_BOOKED.never, exceeded_resource
+    else
+      if not offset then
+        offset, bound = answer(s, a, calls, at, horizon)
+        if offset < 0 then
+          a.stopped, stopped_at, stop_bound = offset, at, bound
+        end
       end
-      local ask = not latest_start and turns_wait(s, worker, when)
-      latest_start = latest_start or when + horizon
-      if ask then
-        answer, a.ask = NOT_BOOKED.later, ask
-        turns_enter(s, worker, ask, { unpack(calls, at + 1, at + n) }, bound, since)
-      elseif when > latest_start then
-        answer, a.ask = NOT_BOOKED.later, math.max(s.now, s.last - horizon)
-      else
-        book(s, calls, at, when)
-        s.bound = when > s.now and bound or 0
-        if bound == 0 then -- it may start at once, but perhaps it has waited
-          bound = (slot and at / (n + 1) < waited) and n + 1 or turn and turn.bound or 0
-        end
-        turns_leave(s, worker)
-        turn = nil
-        if slot then
-          a.starts[#a.starts + 1] = when
-          a.slots[#a.slots + 1] = worker .. ':' .. as_integer(seq) .. ':' .. at / (n + 1)
-          a.free, held, ahead = a.free - 1, held + 1, #s.line
-        end
-        a.answers[#a.answers + 1] = as_integer(when - s.now)
+      if offset < 0 then
+        wanted = wanted + calls[at + n + 1]
       end
     end
-    if answer then
-      a.answers[#a.answers + 1] = as_integer(answer)
-      if answer ~= NOT_BOOKED.never then
-        a.stopped, stop_bound = answer, bound
-        wanted = wanted + 1
-      end
-    end
+    a.answers[#a.answers + 1] = as_integer(offset)
     a.answers[#a.answers + 1] = as_integer(bound)
   end
-  if a.stopped == NOT_BOOKED.full then
-    line_enter(s, worker, ahead, held, wanted)
-  elseif #calls == 0 then
-    turns_leave(s, worker)
-  end
+  settle_place(s, a, calls, wanted, stopped_at, stop_bound, next_expiry)
   return a
-end
-
--- When a worker that waits for a slot should look again though nobody calls it: when one would expire,
--- or those ahead in line may have been called in vain.
-local function ask_again(s, fresh_slots_end)
-  local at = #s.line > 1 and s.now + PATIENCE or fresh_slots_end
-  local now = '(' .. as_integer(s.now)
-  local first = redis.call('ZRANGEBYSCORE', KEYS[2], now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-  return math.min(at, tonumber(first[2]) or at)
 end

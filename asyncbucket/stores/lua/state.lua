@@ -1,12 +1,17 @@
--- State: one hash holds all that a limiter's meters know, so that it is lost as a whole or not at all.
+-- State: one hash holds all that is known of a limiter, so that it is lost as a whole or not at all.
 --
--- `state` is packed numbers, `config` the terms as their last author wrote them, `r:<worker>` what
--- the worker's last batch was answered; the rest are windows' entries. Instants are microseconds of
+-- `state` is packed numbers, `config` the limits as their last author wrote them, `r:<worker>` what
+-- the worker's last batch was answered, `h:<worker>` how many slots it holds (in sum `total`, by `holders`
+-- workers); the rest are windows' entries. KEYS[2] holds workers by their expiry; `gone` of them have left
+-- while calls of theirs are in flight, and have LEFT before their names. Instants are microseconds of
 -- the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
+local SCHEMA = 2 -- of this state; others are refused
 local MINUTE = 60000000
 local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
+
+local LEFT = '~'
 
 local function as_integer(number)
   return string.format('%.0f', number)
@@ -68,8 +73,8 @@ end
 
 local function new_state(epoch)
   return {
-    epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0, ttl = 0,
-    windows = {}, buckets = {}, line = {}, turns = {},
+    schema = SCHEMA, epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0,
+    ttl = 0, total = 0, holders = 0, gone = 0, windows = {}, buckets = {}, line = {},
   }
 end
 
@@ -79,6 +84,9 @@ local function load(known_epoch, new_epoch, config_text, ttl)
   local s
   if kept[1] then
     s = cmsgpack.unpack(kept[1])
+    if s.schema ~= SCHEMA then
+      error({ err = 'SCHEMA ' .. as_integer(s.schema or 1) .. ' ' .. SCHEMA })
+    end
     s.text = kept[2]
     clock(s)
     build_meters(s, cjson.decode(s.text))
@@ -147,8 +155,8 @@ local function save(s)
   end
   local kept = cmsgpack.pack({
     epoch = s.epoch, before = s.before, seen = s.seen, offset = s.offset, last = s.last,
-    bound = s.bound, paused = s.paused, ramp = s.ramp, line = s.line, turns = s.turns, ttl = s.ttl,
-    windows = windows, buckets = buckets,
+    bound = s.bound, paused = s.paused, ramp = s.ramp, line = s.line, ttl = s.ttl, total = s.total,
+    holders = s.holders, gone = s.gone, schema = s.schema, windows = windows, buckets = buckets,
   })
   redis.call('HSET', KEYS[1], 'state', kept, 'config', s.text)
   for _, m in ipairs(s.meters) do
@@ -157,7 +165,7 @@ local function save(s)
   redis.call('PEXPIRE', KEYS[1], as_integer(lifetime(s)))
 end
 
--- Put other terms in force; what is booked under limits that stay, stays.
+-- Put other limits in force; what is booked under limits that stay, stays.
 local function configure(s, text)
   if text == s.text then
     return false
@@ -176,9 +184,57 @@ local function configure(s, text)
     end
   end
   s.text = text
-  s.turns = {} -- what they wait for is named by other numbers now: they ask again
+  s.line = {} -- what they wait for is named by other numbers now: they ask again
   for _, key in ipairs(build_meters(s, config)) do -- what was booked before it began gives nothing back
     s.windows[key].forgotten = math.max(s.now, s.last)
   end
   return true
+end
+
+-- Note how many slots a worker holds, and that it lives; return how many it held.
+local function set_held(s, worker, held)
+  local before = tonumber(redis.call('HGET', KEYS[1], 'h:' .. worker) or 0)
+  if held and held ~= before then
+    s.total = s.total + held - before
+    s.holders = s.holders + (held > 0 and 1 or 0) - (before > 0 and 1 or 0)
+  end
+  return before
+end
+
+-- Forget workers; `names` as in KEYS[2]. What is removed at the end is noted in `s.removed`.
+local function forget_workers(s, names)
+  for _, name in ipairs(names) do
+    local worker = name:sub(1, 1) == LEFT and name:sub(2) or name
+    if worker ~= name then
+      s.gone = s.gone - 1
+    end
+    set_held(s, worker, 0)
+    for i, place in ipairs(s.line) do
+      if place.worker == worker then
+        table.remove(s.line, i)
+        break
+      end
+    end
+    s.removed[#s.removed + 1] = name
+  end
+end
+
+-- Forget those that gave no sign of life in time.
+local function expire(s)
+  s.removed = {}
+  forget_workers(s, redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', as_integer(s.now)))
+end
+
+-- Write what `forget_workers` and `set_held` have noted; behind `save`, which a server short of memory refuses.
+local function save_workers(s, worker, held, ttl)
+  for _, name in ipairs(s.removed) do
+    local other = name:sub(1, 1) == LEFT and name:sub(2) or name
+    redis.call('ZREM', KEYS[2], name)
+    redis.call('HDEL', KEYS[1], 'r:' .. other, 'h:' .. other)
+  end
+  if ttl then
+    redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)
+    redis.call('HSET', KEYS[1], 'h:' .. worker, as_integer(held))
+  end
+  redis.call('PEXPIRE', KEYS[2], as_integer(lifetime(s) + s.ttl * 2 / 1000))
 end

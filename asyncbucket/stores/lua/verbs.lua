@@ -21,123 +21,99 @@ local function left(s)
   return '[' .. table.concat(units, ',') .. ']'
 end
 
--- Those whose turn has come, each with the microseconds until then.
-local function due(s, free)
-  local notices = {}
-  if s.config.concurrency and #s.line > 0 then
-    line_prune(s)
-    notices = line_call(s, free or s.config.concurrency - slots_used(s))
-  end
-  turns_prune(s)
-  local first, delay = turns_call(s)
-  if first then
-    notices[#notices + 1] = { first, delay }
-  end
-  return notices
-end
-
 -- What a worker says about itself comes first in ARGV, behind the verb.
 local worker, known_epoch, new_epoch, config, channel, ttl = unpack(ARGV, 2, 7)
 ttl = tonumber(ttl)
 
 local verbs = {}
 
-function verbs.commit(seq, horizon, held, corrections, released, calls)
-  corrections, released, calls = read(corrections), read(released), read(calls)
+local function workers(s)
+  return redis.call('ZCARD', KEYS[2]) - s.gone
+end
+
+function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause, step, gone)
   seq, horizon, held = tonumber(seq), tonumber(horizon), tonumber(held)
+  if sets_config == '1' then
+    redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
+  end
   local s = load(known_epoch, new_epoch, config, ttl)
+  local is_new = sets_config == '1' and configure(s, config)
   if s.text ~= config then
-    return reply(s, { terms = s.text })
+    return reply(s, { config = s.text })
   end
   local answered = redis.call('HGET', KEYS[1], 'r:' .. worker)
   if answered then
     local last, text = answered:match('^(%d+) (.*)$')
     if tonumber(last) == seq then
       return text
-    elseif tonumber(last) > seq then
-      return redis.error_reply('STALE batch ' .. as_integer(seq) .. ' after ' .. last)
     end
   end
-  local debts = correct(s, corrections)
-  for at = 1, #released, 500 do
-    redis.call('ZREM', KEYS[2], unpack(released, at, math.min(at + 499, #released)))
-  end
-  local a = admit(s, worker, seq, calls, horizon, held)
-  if a.stopped == NOT_BOOKED.full then
-    a.ask = ask_again(s, s.now + ttl)
-  end
-  local notices = due(s, a.free)
-  local text = reply(s, {
-    debts = as_integer(debts),
-    ask = as_integer(a.ask),
-    lost = s.lost and 'true' or 'false',
-    life = as_integer(lifetime(s)),
-    left = left(s),
-    workers = redis.call('ZCARD', KEYS[3]),
-    crowded = tostring(#s.line > (a.stopped == NOT_BOOKED.full and 1 or 0)),
-    bookings = '[' .. table.concat(a.answers, ',') .. ']',
-  })
-  save(s)
-  redis.call('HSET', KEYS[1], 'r:' .. worker, as_integer(seq) .. ' ' .. text)
-  if #a.slots > 0 then
-    renew(s, worker, ttl, a.slots, a.starts)
-  end
-  notify(channel, notices)
-  return text
-end
-
-function verbs.open()
-  redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
-  local s = load(known_epoch, new_epoch, config, ttl)
-  local other = configure(s, config)
-  renew(s, worker, ttl, {})
   expire(s)
-  save(s)
-  if other then
-    redis.call('PUBLISH', channel .. '*', '0')
+  for _, name in ipairs(read(gone)) do
+    for _, each in ipairs({ name, LEFT .. name }) do
+      if redis.call('ZSCORE', KEYS[2], each) then
+        forget_workers(s, { each })
+      end
+    end
   end
-  return reply(s, { life = as_integer(lifetime(s)) })
-end
-
-function verbs.heartbeat(slots)
-  local s = load(known_epoch, new_epoch, config, ttl)
-  for _, m in ipairs(s.meters) do -- perhaps nobody has booked anything for long
-    window_forget(m.window, s.now)
-  end
-  renew(s, worker, ttl, read(slots))
-  expire(s)
-  local notices = due(s)
-  save(s)
-  notify(channel, notices)
-  local fields = { workers = redis.call('ZCARD', KEYS[3]), life = as_integer(lifetime(s)), left = left(s) }
-  if s.text ~= config then
-    fields.terms = s.text
-  end
-  return reply(s, fields)
-end
-
-function verbs.pause(span, step)
-  local s = load(known_epoch, new_epoch, config, ttl)
-  local till = s.now + tonumber(span)
-  if till > s.paused then
+  local till = s.now + tonumber(pause)
+  if till > s.now and till > s.paused then
     s.paused, s.ramp = till, nil
     if tonumber(step) > 0 then
       s.ramp = { start = till, step = tonumber(step), calls = 1 }
     end
   end
-  save(s)
-  return reply(s, {})
-end
-
-function verbs.configure(text)
-  local s = load(known_epoch, new_epoch, config, ttl)
-  if configure(s, text) then
-    local notices = due(s)
-    save(s)
-    redis.call('PUBLISH', channel .. '*', '0')
-    notify(channel, notices)
+  correct(s, read(corrections))
+  local before = 0
+  for _, name in ipairs(s.removed) do
+    if name == worker then -- it was silent for too long, and counts again
+      before = nil
+    end
   end
-  return reply(s, {})
+  if before then
+    before = set_held(s, worker, held)
+    held = held or before
+  else
+    before, held = 0, held or 0
+    s.total, s.holders = s.total + held, s.holders + (held > 0 and 1 or 0)
+  end
+  local a = { answers = {}, ask = 0, held = held }
+  if calls ~= 'same' then
+    a = admit(s, worker, read(calls), horizon, held, before - held, function()
+      local others = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. as_integer(s.now), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
+      return math.max(s.now + SOON, tonumber(others[1] ~= worker and others[2] or others[4]) or s.now + ttl)
+    end)
+  end
+  local own = place_of(s, worker)
+  if own then
+    own.held = a.held
+  end
+  for _, m in ipairs(s.meters) do -- perhaps nobody has booked anything for long
+    window_forget(m.window, s.now)
+  end
+  local notices = call(s)
+  local crowded = s.config.concurrency and 2 * free_slots(s) < s.config.concurrency or false
+  for _, place in ipairs(s.line) do
+    crowded = crowded or (place ~= own and is_full(s, place))
+  end
+  save(s)
+  save_workers(s, worker, a.held, ttl)
+  local text = reply(s, {
+    ask = as_integer(a.ask),
+    lost = s.lost and 'true' or 'false',
+    life = as_integer(lifetime(s)),
+    left = left(s),
+    workers = workers(s),
+    crowded = tostring(crowded),
+    inline = tostring(own ~= nil),
+    bookings = '[' .. table.concat(a.answers, ',') .. ']',
+  })
+  redis.call('HSET', KEYS[1], 'r:' .. worker, as_integer(seq) .. ' ' .. text)
+  if is_new then
+    redis.call('PUBLISH', channel .. '*', '0')
+  end
+  notify(channel, notices)
+  return text
 end
 
 -- What the worker was told while it was not listening: in how long to come, or -1. Writes nothing.
@@ -147,17 +123,11 @@ function verbs.turn(waits)
   if s.text ~= config then
     come = 0
   elseif waits == '1' then
-    local place, i = turns_of(s, worker)
-    if place then
-      local when = earliest(s, place.amounts, 0, place.since > 0 and place.since or nil)
-      come = i == 1 and math.max(0, when - FAR - s.now) or -1
-    else
+    local place = place_of(s, worker)
+    if not place then
       come = 0
-      for _, each in ipairs(s.line) do
-        if each[1] == worker and each[2] == 0 then
-          come = -1
-        end
-      end
+    else
+      come = math.max(0, place.due - s.now)
     end
   end
   return reply(s, { come = as_integer(come) })
@@ -169,6 +139,7 @@ function verbs.peek()
     return '{}'
   end
   local s = load('', new_epoch, config, ttl)
+  expire(s)
   local uses, date = {}, math.max(s.now, s.last) -- nothing more starts before
   for i, m in ipairs(s.meters) do
     local available = window_available(m.window, date)
@@ -181,12 +152,12 @@ function verbs.peek()
     uses[i] = as_integer(m.window.used) .. ',' .. as_integer(available)
   end
   return reply(s, {
-    terms = s.text,
+    config = s.text,
     uses = '[' .. table.concat(uses, ',') .. ']',
-    slots = as_integer(s.config.concurrency and slots_used(s) or 0),
+    slots = as_integer(s.config.concurrency and s.total or 0),
     paused = as_integer(s.paused),
     last = as_integer(s.last),
-    workers = as_integer(redis.call('ZCOUNT', KEYS[3], '(' .. as_integer(s.now), '+inf')),
+    workers = workers(s) - #s.removed,
   })
 end
 
@@ -195,12 +166,22 @@ function verbs.leave()
     return '{}'
   end
   local s = load('', new_epoch, config, ttl)
+  expire(s)
+  local held = tonumber(redis.call('HGET', KEYS[1], 'h:' .. worker) or 0)
   line_leave(s, worker)
-  turns_leave(s, worker)
-  local notices = due(s)
+  local until_then = redis.call('ZSCORE', KEYS[2], worker)
+  if held > 0 and until_then then -- calls of it are in flight: their slots stay until they expire
+    s.gone = s.gone + 1
+  elseif until_then then
+    forget_workers(s, { worker })
+  end
+  local notices = call(s)
   save(s)
-  redis.call('ZREM', KEYS[3], worker)
-  redis.call('HDEL', KEYS[1], 'r:' .. worker)
+  if held > 0 and until_then then
+    redis.call('ZREM', KEYS[2], worker)
+    redis.call('ZADD', KEYS[2], until_then, LEFT .. worker)
+  end
+  save_workers(s)
   notify(channel, notices)
   return '{}'
 end

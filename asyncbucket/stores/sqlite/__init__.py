@@ -2,33 +2,52 @@
 
 No server, nothing to install. Bookings survive restarts, so limits of a day or a month still hold.
 A process may be killed at any instant: the file holds whole batches only, and the slots of dead
-processes come back when they expire.
-
-The modules, bottom up: `books` is the arithmetic, pure, with `admission`, a batch's way through it,
-and `line`, who is next; `verbs` are the operations on it, as values; `serialization` is the books as
-text; `clock` the one clock of all processes; `file` the SQLite file, and `faults` what its errors
-mean; `replica` a process's copy of the books; `file_thread` the thread that works on the file;
-`closing` decides when files must be closed; `ledger` is what a worker uses.
+processes come back when they expire. `state` is the arithmetic, pure; `file` the SQLite file, its
+errors, and the clock of all processes; here is what workers use, on a thread for each store.
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
+import functools
 import os
 import secrets
+import time
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from asyncbucket.stores.sqlite.clock import SharedClock
-from asyncbucket.stores.sqlite.file import File
-from asyncbucket.stores.sqlite.file_thread import FileThread
-from asyncbucket.stores.sqlite.ledger import SQLiteLedger
-from asyncbucket.stores.store import Snapshot, Terms, check_membership
+from asyncbucket.core.errors import StoreError
+from asyncbucket.stores.sqlite.file import File, SharedClock
+from asyncbucket.stores.sqlite.state import State
+from asyncbucket.stores.store import (
+    FLUSH_DELAY,
+    Batch,
+    Correction,
+    LimitConfig,
+    Receipt,
+    Snapshot,
+    check_batch,
+    check_membership,
+    undone,
+    wait_patiently,
+)
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
 
+T = TypeVar("T")
+
 #: Within this many seconds the store answers or says why not.
 PATIENCE: Final = 0.2
+#: How much longer (s) than for the lock to wait for the thread's report.
+_GRACE: Final = 0.05
+#: Seconds that opening may take at least: a new file is flushed to the disk.
+_OPEN_PATIENCE: Final = 5.0
+#: How often (s) a worker in line looks whether its turn has come.
+_POLL_INTERVAL: Final = 0.005
 _HOW: Final = (
     "write sqlite:///limits.db for a file in this folder, sqlite:////var/lib/limits.db for another"
 )
@@ -60,57 +79,304 @@ class SQLiteStore:
         if not 0 < patience < float("inf"):
             raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
         self._path = Path(path).absolute()
-        self._patience = patience
-        self._file_thread = FileThread(
-            File(self._path, patience=patience), SharedClock() if clock is None else clock
-        )
-        weakref.finalize(self, self._file_thread.stop).atexit = False
+        self.patience = patience
+        self.file = File(self._path, patience=patience, clock=clock or SharedClock())
+        #: The states that this process last read or wrote: epoch, sequence number, state.
+        self.known: dict[str, tuple[str, int, State]] = {}
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._is_closed = False
+        #: When work last failed, and how: what was asked for before that fails as well.
+        self._failed: tuple[float, StoreError] | None = None
+        weakref.finalize(self, self.file.close).atexit = False
 
     @property
     def url(self) -> str:
         """A URL that leads to the same file from any working directory."""
-        patience = "" if self._patience == PATIENCE else f"?patience={self._patience}"
+        patience = "" if self.patience == PATIENCE else f"?patience={self.patience}"
         return f"sqlite:///{quote(str(self._path))}{patience}"
 
-    def check(self, terms: Terms) -> None:
+    def check(self, config: LimitConfig) -> None:
         """See `asyncbucket.stores.store.Store.check`: whole numbers of any size can be counted."""
 
     async def open(
-        self, name: str, terms: Terms, *, worker: str | None = None, slot_ttl: float = 30.0
-    ) -> SQLiteLedger:
+        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
+    ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         check_membership(name, slot_ttl)
         worker = worker or f"{os.getpid()}-{secrets.token_hex(6)}"
-        ledger = self._ledger(name, terms, worker, life=round(slot_ttl * 1_000_000_000))
-        await ledger.join()
+        ledger = SQLiteLedger(self, name, worker, life=round(slot_ttl * 1_000_000_000))
+        await ledger.join(config)
         return ledger
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
-        return await self._reader(name).look() if self._path.exists() else None
+        return await self.run(self._peek, name) if self._path.exists() else None
 
     async def names(self) -> list[str]:
         """See `asyncbucket.stores.store.Store.names`; it makes no file if there is none."""
-        return await self._reader("").names() if self._path.exists() else []
-
-    def _reader(self, name: str) -> SQLiteLedger:
-        return self._ledger(name, Terms(limits=()), "", life=0)
-
-    def _ledger(self, name: str, terms: Terms, worker: str, *, life: int) -> SQLiteLedger:
-        ledger = SQLiteLedger(
-            self._file_thread, name, terms, worker=worker, life=life, patience=self._patience
-        )
-        ledger.store = self
-        return ledger
+        return await self.run(self._names) if self._path.exists() else []
 
     async def aclose(self) -> None:
         """Finish what is in progress, and close the file."""
-        thread = self._file_thread.stop()
-        if thread is not None:
-            await asyncio.to_thread(thread.join)
+        self._is_closed = True
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.shutdown)
+        self.file.close()
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Do ``work`` on the store's thread.
+
+        Raises:
+            StoreError: it failed, or took too long.
+        """
+        job = self.submit(work, *args)
+        try:
+            return await self.answer(job)
+        except BaseException:
+            job.cancel()
+            raise
+
+    def submit(self, work: Callable[..., T], *args: Any) -> "concurrent.futures.Future[T]":
+        """Have ``work`` done on the store's thread."""
+        if self._is_closed:
+            raise StoreError(f"{self._path}: this store has been closed: open another")
+        self.file.refuse_fork()
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
+        return self._thread.submit(self._do, time.monotonic(), work, *args)
+
+    async def answer(
+        self, job: "concurrent.futures.Future[T]", *, patience: float | None = None
+    ) -> T:
+        """Wait for what `submit` returned, as long as the patience lasts."""
+        patience = patience or self.patience
+        try:
+            answer: T = await wait_patiently(asyncio.wrap_future(job), patience + _GRACE)
+        except TimeoutError:
+            raise StoreError(
+                f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow "
+                f"more with ?patience={max(5, patience * 4):g}"
+            ) from None
+        return answer
+
+    def _do(self, asked_at: float, work: Callable[..., T], *args: Any) -> T:
+        if self._failed is not None and asked_at < self._failed[0]:
+            raise self._failed[1]
+        try:
+            return work(*args)
+        except StoreError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - our own mistake is the store's failure to callers
+            failure = StoreError(f"{self._path}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        self.known.clear()
+        self._failed = time.monotonic(), failure
+        raise failure
+
+    def change(
+        self,
+        name: str,
+        change: Callable[[State, int], T],
+        epoch: tuple[str, int],
+        config: LimitConfig,
+    ) -> tuple[T, tuple[str, int], bool]:
+        """Change the state of a limiter in one step, or a new one with these limits.
+
+        Return what ``change`` does, the epoch with the instant until which the state is kept, and
+        whether the state of the ``epoch`` that the caller knows is lost.
+        """
+        with self.file.transaction() as connection:
+            now = self.file.now(connection)
+            current, seq, state = self._read(connection, name)
+            if not current:
+                connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
+                current, state = secrets.token_hex(8), State(config, now)
+            known, kept_until = epoch
+            is_lost = now < kept_until and known.split()[0] not in current
+            if is_lost:
+                state.drain(now)
+                current = f"{current.split()[0]} {known.split()[0]}"
+            answer = change(state, now)
+            until = state.expires_at(now)
+            connection.execute(
+                "INSERT OR REPLACE INTO limiters VALUES (?, ?, ?, ?, ?)",
+                (name, current, seq + 1, until, state.to_text()),
+            )
+        self.known[name] = current, seq + 1, state
+        return answer, (current, until), is_lost
+
+    def _read(self, connection: Any, name: str) -> tuple[str, int, State]:
+        """Return epoch, number and state of a limiter; an empty epoch if there is none."""
+        find = "SELECT epoch, seq FROM limiters WHERE name = ?"
+        row = connection.execute(find, (name,)).fetchone()
+        if row is None:
+            return "", 0, State(LimitConfig())
+        known = self.known.pop(name, None)
+        if known is None or known[:2] != row:
+            find = "SELECT state FROM limiters WHERE name = ?"
+            (text,) = connection.execute(find, (name,)).fetchone()
+            known = (*row, State.from_text(text))
+        return known
+
+    def look(self, name: str, connection: Any) -> State | None:
+        """Return the state of a limiter as it is in the file; None if there is none."""
+        known = self._read(connection, name)
+        if not known[0]:
+            return None
+        self.known[name] = known
+        return known[2]
+
+    def _peek(self, name: str) -> Snapshot | None:
+        with self.file.transaction() as connection:
+            now = self.file.now(connection)
+            state = self.look(name, connection)
+            self.known.pop(name, None)  # looking makes it forget, unlike what is in the file
+            if state is None:
+                return None
+            return replace(state.peek(now), details=self.file.details())
+
+    def _names(self) -> list[str]:
+        with self.file.transaction() as connection:
+            find = "SELECT name FROM limiters WHERE until >= ? ORDER BY name"
+            return [name for (name,) in connection.execute(find, (self.file.now(connection),))]
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self._path}>"
+
+
+class SQLiteLedger:
+    """Keep one limiter in a file, for one worker; made by `SQLiteStore.open`."""
+
+    def __init__(self, store: SQLiteStore, name: str, worker: str, *, life: int) -> None:
+        self._store = store
+        self.name = name
+        self.worker = worker
+        self.config = LimitConfig()
+        self._life = life
+        self._epoch = ("", 0)
+        #: How many slots it holds, as far as callers were told.
+        self._held = 0
+        #: What failed batches wanted corrected.
+        self._pending: tuple[Correction, ...] = ()
+        self._is_open = True
+        #: The file's changes when it was last looked at.
+        self._seen: object = None
+
+    async def join(self, config: LimitConfig) -> None:
+        """Make the limiter if necessary, and put ``config`` in force."""
+        job = self._store.submit(self._apply, Batch(config=config))
+        await self._store.answer(job, patience=max(self._store.patience, _OPEN_PATIENCE))
+        self.config = config
+
+    async def commit(self, batch: Batch) -> Receipt:
+        """See `asyncbucket.stores.store.Ledger.commit`."""
+        check_batch(batch)
+        pending, self._pending = self._pending, ()
+        self._held = self._held if batch.held is None else batch.held
+        batch = replace(batch, corrections=pending + batch.corrections, held=self._held)
+        try:
+            job = self._store.submit(self._apply, batch)
+        except StoreError:
+            self._pending = batch.corrections + self._pending
+            raise
+        try:
+            receipt, config = await self._store.answer(job)
+        except BaseException:
+            if job.cancel() or (job.done() and job.exception() is not None):
+                self._pending = batch.corrections + self._pending
+            else:
+                loop = asyncio.get_running_loop()
+                settle = functools.partial(self._settle, loop, batch)
+                job.add_done_callback(settle)
+            raise
+        self._held += sum(booking.slot for booking in receipt.bookings)
+        changed = None if config in (self.config, batch.config) else config
+        self.config = config
+        return replace(receipt, changed=changed)
+
+    def _settle(
+        self, loop: asyncio.AbstractEventLoop, batch: Batch, job: "concurrent.futures.Future[Any]"
+    ) -> None:
+        """Note what became of a batch whose caller has gone, and give back what it booked."""
+
+        def note() -> None:
+            if job.cancelled() or job.exception() is not None:
+                self._pending = batch.corrections + self._pending
+                return
+            self._pending += undone(batch.calls, job.result()[0])
+            # With a timer, which a loop that ends drops; it would warn of a task made at its end.
+            loop.call_later(FLUSH_DELAY, lambda: loop.create_task(self._flush()))
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended: it is not given back
+            loop.call_soon_threadsafe(note)
+
+    async def _flush(self) -> None:
+        with contextlib.suppress(StoreError):  # it is kept for the next batch
+            await self.commit(Batch(calls=None))
+
+    def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
+        def change(state: State, now: int) -> tuple[Receipt, LimitConfig]:
+            receipt = state.apply(self.worker, batch, now, life=self._life)
+            return receipt, state.config
+
+        (receipt, config), self._epoch, is_lost = self._store.change(
+            self.name, change, self._epoch, self.config
+        )
+        return replace(receipt, lost=is_lost), config
+
+    async def changed(self, *, timeout: float) -> bool:
+        """See `asyncbucket.stores.store.Ledger.changed`."""
+        loop = asyncio.get_running_loop()
+        until, self._seen = loop.time() + timeout, None
+        while not await self._store.run(self._is_called):
+            left = until - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.sleep(min(_POLL_INTERVAL, left))
+        return True
+
+    def _is_called(self) -> bool:
+        """Look whether this worker's turn has come; cheap if nothing has changed."""
+        store = self._store
+        changes = store.file.changes()
+        if changes != self._seen or self.name not in store.known:
+            with store.file.transaction("BEGIN") as connection:
+                store.look(self.name, connection)
+            self._seen = changes
+        if self.name not in store.known:
+            return True
+        state = store.known[self.name][2]
+        if state.config != self.config:
+            return True
+        place = state.place_of(self.worker)
+        return place is not None and place.due <= store.file.clock.now()
+
+    async def peek(self) -> Snapshot:
+        """See `asyncbucket.stores.store.Ledger.peek`."""
+        if self._pending:
+            await self._flush()
+        snapshot = await self._store.peek(self.name)
+        if snapshot is None:
+            raise StoreError(f"the file no longer has a limiter {self.name!r}")
+        return snapshot
+
+    async def aclose(self) -> None:
+        """See `asyncbucket.stores.store.Ledger.aclose`."""
+        if self._is_open:
+            self._is_open = False
+            if self._pending:
+                await self._flush()
+            with contextlib.suppress(StoreError):  # it expires by itself
+                await self._store.run(self._leave)
+
+    def _leave(self) -> None:
+        def change(state: State, now: int) -> None:
+            state.retire(self.worker, now)
+
+        self._store.change(self.name, change, self._epoch, self.config)
+
+    def __repr__(self) -> str:
+        return f"<SQLiteLedger {self.name!r}, worker {self.worker}>"
 
 
 def from_url(url: str) -> SQLiteStore:

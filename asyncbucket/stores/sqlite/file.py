@@ -1,58 +1,115 @@
-"""The file: one SQLite connection, what its tables mean, and what its errors mean.
+"""The file: a SQLite connection on a thread of its own, the clock that all its users share, errors.
 
-Tables. ``limiters`` has a row for each limiter: its books as of journal entry ``written``, as text;
-``seq``, the number of its last journal entry; and ``until``, after which nothing needs to be
-remembered. ``lineage`` and ``origin`` are needed if a file is lost: see `Replica`. ``journal`` holds
-the entries since: what was done to the books, and when. A process that has the books as of some
-entry applies the later ones to get them as they are now. After some hundred entries the books are
-written anew, and the journal starts again. So a batch costs one short row, however much the meters
-remember. ``clock`` has one row, see `SharedClock`.
+A limiter is one row: its state as text, and a sequence number that grows with each change. A process
+keeps the state that it last read or wrote, and reads the text again only if the number has changed.
+``epoch`` names the beginning of a state: a process that knows another one has lost the file that it
+used. Every change is one transaction begun by BEGIN IMMEDIATE. In WAL mode, a process killed at any
+instant leaves whole transactions only. The same holds with ``synchronous=NORMAL``; after a power
+failure the last seconds may be missing, fewer than a boot takes.
 
-Every change is one transaction begun by BEGIN IMMEDIATE, so that nothing changes between reading
-and writing. In WAL mode, a process killed at any instant leaves whole transactions only. The same
-holds with ``synchronous=NORMAL``; after a power failure the last seconds may be missing, fewer than
-a boot takes.
+The clock. The wall clock jumps, when people or time servers set it. So it is read once for each boot
+of the machine. From then on, time is the machine's steady clock, which all processes share, plus an
+offset that the file keeps with the boot that it belongs to. A new boot continues from the last
+instant in the file, or from the wall clock if that is later: limits of a day survive a restart.
 """
 
 import contextlib
+import os
 import random
 import shutil
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.stores.sqlite.faults import BUSY, code_of, explanation
 
 T = TypeVar("T")
 
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
-#: The version of the tables, and of the arithmetic behind the journal's entries.
-VERSION: Final = 1
-
+#: The version of the tables, and of what a state means.
+SCHEMA: Final = 2
 #: The range of sleeps (s) before another attempt at a lock that is held.
 _NAP: Final = (0.0002, 0.002)
-
 _TABLES: Final = (
     """CREATE TABLE limiters (
-        name TEXT PRIMARY KEY, lineage TEXT NOT NULL, origin TEXT NOT NULL,
-        until INTEGER NOT NULL,
-        seq INTEGER NOT NULL, written INTEGER NOT NULL, books TEXT NOT NULL
-    ) WITHOUT ROWID""",
-    """CREATE TABLE journal (
-        name TEXT NOT NULL, seq INTEGER NOT NULL,
-        at INTEGER NOT NULL, entry TEXT NOT NULL, sum INTEGER NOT NULL, PRIMARY KEY (name, seq)
+        name TEXT PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
+        until INTEGER NOT NULL, state TEXT NOT NULL
     ) WITHOUT ROWID""",
     """CREATE TABLE clock (
         id INTEGER PRIMARY KEY CHECK (id = 1),
         boot TEXT NOT NULL, ahead INTEGER NOT NULL, last INTEGER NOT NULL
     )""",
     f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {VERSION}",
+    f"PRAGMA user_version = {SCHEMA}",
 )
+_BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_LOCKED: Final = (
+    "another process has held the write lock for over {patience:g} s; find it with `fuser {path}`, "
+    "or allow more with ?patience={more:g}"
+)
+_RIGHTS: Final = "give this user the right to write the file and its folder {folder}"
+_DAMAGED: Final = (
+    "it is not a SQLite file, or is damaged ({error}): move it away, and a new one is made"
+)
+#: What SQLite's errors mean for the reader: what happened, the numbers, the remedy.
+_MEANINGS: Final = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_FULL: (
+        "no space is left ({free} free), so nothing was booked; free some, or move the file to "
+        "another disk"
+    ),
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: {trouble}, or give another path",
+    sqlite3.SQLITE_READONLY: _RIGHTS,
+    sqlite3.SQLITE_PERM: _RIGHTS,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_IOERR: (
+        "the disk failed to read or write ({error}; {free} free): look at the disk, or move the "
+        "file to another"
+    ),
+}
+_UNKNOWN: Final = "SQLite failed ({error}), and nothing was booked; please report this"
+_FORKED: Final = (
+    "{path} was open when this process forked, and SQLite files cannot be shared with a fork: make "
+    "the limiter in the child, or close it before with `await limiter.aclose()`"
+)
+
+
+class SharedClock:
+    """Tell the time that all users of a file share, in ns; it is close to the wall clock."""
+
+    def __init__(
+        self,
+        *,
+        wall: Callable[[], int] = time.time_ns,
+        steady: Callable[[], int] | None = None,
+        boot: str | None = None,
+    ) -> None:
+        self._steady = steady or _steady
+        self._boot = _boot_id() if boot is None else boot
+        self._ahead = wall() - self._steady()
+
+    def read(self, known: tuple[str, int, int] | None) -> tuple[str, int, int]:
+        """Return what the file is to know of time: the boot, the offset, the current instant.
+
+        ``known`` is what it knows so far.
+        """
+        now = self._steady()
+        if known is not None:
+            boot, ahead, last = known
+            if self._boot and boot == self._boot:
+                self._ahead = ahead
+            self._ahead = max(self._ahead, last - now)
+        return self._boot, self._ahead, now + self._ahead
+
+    def now(self) -> int:
+        """Return the current instant as this process knows it, without reading the file."""
+        return self._steady() + self._ahead
 
 
 class File:
@@ -61,46 +118,53 @@ class File:
     Every method raises `StoreError` with the path, the numbers and the remedy.
     """
 
-    def __init__(self, path: Path, *, patience: float) -> None:
+    def __init__(self, path: Path, *, patience: float, clock: SharedClock) -> None:
         self.path = path
+        self.clock = clock
         self._patience = patience
         self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
-        #: Counts the files found at this path: one may be deleted, and another made.
-        self.generation = 0
+        self._inode: tuple[int, int] | None = None
         self._connections = 0
+        _FILES.add(self)
 
     @contextlib.contextmanager
-    def transaction(self) -> Generator[sqlite3.Connection]:
-        """Read and write in one step, or not at all."""
-        with self._explaining_errors(), self._in_transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
+    def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
+        """Read and write in one step, or not at all; ``begin`` "BEGIN" reads as of one instant."""
+        with self._explaining_errors():
+            connection = self._current_connection()
+            self._retry_while_busy(lambda: connection.execute(begin))
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                raise
 
-    @contextlib.contextmanager
-    def read_transaction(self) -> Generator[sqlite3.Connection]:
-        """Read as of one instant, without holding up anyone."""
-        with self._explaining_errors(), self._in_transaction("BEGIN") as connection:
-            yield connection
+    def now(self, connection: sqlite3.Connection) -> int:
+        """Return the current instant, and keep it in the file."""
+        known = connection.execute("SELECT boot, ahead, last FROM clock").fetchone()
+        reading = self.clock.read(known)
+        connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", reading)
+        return reading[-1]
 
-    def changes(self) -> int:
-        """Return a number that changes whenever another connection has written."""
+    def changes(self) -> tuple[int, int]:
+        """Return what changes whenever another connection has written."""
         with self._explaining_errors():
             (count,) = self._current_connection().execute("PRAGMA data_version").fetchone()
-            return int(count) + (self._connections << 32)
+            return self._connections, count
 
     def details(self) -> dict[str, str]:
         """Describe the file, for people."""
-        size = sum(
-            part.stat().st_size
-            for part in (self.path, self.path.with_name(self.path.name + "-wal"))
-            if part.exists()
-        )
+        parts = (self.path, self.path.with_name(self.path.name + "-wal"))
+        size = sum(part.stat().st_size for part in parts if part.exists())
         return {
             "path": str(self.path),
             "size": f"{size:,} bytes",
             "free": f"{shutil.disk_usage(self.path.parent).free:,} bytes",
             "sqlite": sqlite3.sqlite_version,
-            "schema": str(VERSION),
+            "schema": str(SCHEMA),
         }
 
     def close(self) -> None:
@@ -110,38 +174,32 @@ class File:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def abandon_connection(self) -> None:
-        """Leave the connection to the process that this one was forked from."""
-        # It must not even be closed here, so it must not be garbage-collected either.
-        _INHERITED.append(self._connection)
-        self._connection = None
+    def after_fork(self) -> None:
+        """Leave the connection to the parent: it must not even be closed here."""
+        if self._connection is not None:
+            _INHERITED[self.path] = self._connection
+            self._connection = None
 
-    @contextlib.contextmanager
-    def _in_transaction(self, begin: str) -> Generator[sqlite3.Connection]:
-        connection = self._current_connection()
-        self._retry_while_busy(lambda: connection.execute(begin))
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-            raise
+    def refuse_fork(self) -> None:
+        """Refuse to be used in the child of a process that had the file open.
+
+        Raises:
+            StoreError: it was open.
+        """
+        if self.path in _INHERITED:
+            raise StoreError(_FORKED.format(path=self.path))
 
     def _current_connection(self) -> sqlite3.Connection:
         """Return the connection to the file that is there now."""
-        if self._connection is not None and self._identity != self._current_identity():
+        if self._connection is not None and self._inode != self._current_inode():
             self.close()
         if self._connection is None:
             self._connection = self._retry_while_busy(self._connect)
-            identity = self._current_identity()
-            self.generation += identity != self._identity
-            self._identity = identity
+            self._inode = self._current_inode()
             self._connections += 1
         return self._connection
 
-    def _current_identity(self) -> tuple[int, int] | None:
+    def _current_inode(self) -> tuple[int, int] | None:
         try:
             stat = self.path.stat()
         except OSError:
@@ -162,41 +220,8 @@ class File:
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make the tables if the file is new; refuse a file that is not ours."""
         connection.execute("BEGIN")  # as of one instant: another process may be making the tables
-        application, version = self._application_and_version(connection)
-        self._refuse_foreign_file(connection, application, version)
+        version = self._version(connection)
         connection.execute("COMMIT")
-        self._switch_to_wal(connection)
-        connection.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            connection.execute("BEGIN IMMEDIATE")
-            if self._application_and_version(connection)[1] == 0:  # nobody else was faster
-                for statement in _TABLES:
-                    connection.execute(statement)
-            connection.execute("COMMIT")
-
-    @staticmethod
-    def _application_and_version(connection: sqlite3.Connection) -> tuple[int, int]:
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        return application, version
-
-    def _refuse_foreign_file(
-        self, connection: sqlite3.Connection, application: int, version: int
-    ) -> None:
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application not in (0, _APPLICATION) or (application == 0 and (tables or version)):
-            raise StoreError(
-                f"{self.path} is a database of another program ({tables} tables, application id "
-                f"{application:#x}): give asyncbucket a file of its own"
-            )
-        if version > VERSION:
-            raise StoreError(
-                f"{self.path} has schema version {version}, and this asyncbucket knows versions up "
-                f"to {VERSION}: upgrade asyncbucket, or use another file"
-            )
-
-    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
-        """Switch to WAL, which needs exclusive access for an instant."""
         (mode,) = self._retry_while_busy(
             lambda: connection.execute("PRAGMA journal_mode = WAL").fetchone()
         )
@@ -205,33 +230,103 @@ class File:
                 f"{self.path} cannot be shared: its file system gives no shared memory for a "
                 f"write-ahead log (journal mode {mode!r}); use a local disk, or a Redis store"
             )
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if version == 0:
+            connection.execute("BEGIN IMMEDIATE")
+            if self._version(connection) == 0:  # nobody else was faster
+                for statement in _TABLES:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if application not in (0, _APPLICATION) or (application == 0 and (tables or version)):
+            raise StoreError(
+                f"{self.path} is a database of another program ({tables} tables, application id "
+                f"{application:#x}): give asyncbucket a file of its own"
+            )
+        if version not in (0, SCHEMA):
+            raise StoreError(
+                f"{self.path} has schema version {version}, and this asyncbucket needs version "
+                f"{SCHEMA}: use one version of asyncbucket for one file, or another file"
+            )
+        return int(version)
 
     def _retry_while_busy(self, attempt: Callable[[], T]) -> T:
         """Try until nobody else holds the lock, as long as the patience lasts.
 
         SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
-        busy, the one that has waited longest is then the least likely to find the lock free. Short
-        naps of random lengths give each the same chance.
+        busy, those that have just come are then always faster.
         """
-        end = time.monotonic() + self._patience
+        until = time.monotonic() + self._patience
         while True:
             try:
                 return attempt()
-            except sqlite3.OperationalError as error:
-                if code_of(error) not in BUSY or time.monotonic() > end:
+            except sqlite3.Error as error:
+                if _code_of(error) not in _BUSY or time.monotonic() >= until:
                     raise
             time.sleep(random.uniform(*_NAP))  # noqa: S311 - no secret
 
     @contextlib.contextmanager
     def _explaining_errors(self) -> Generator[None]:
-        """Raise SQLite's errors as errors of the store."""
         try:
             yield
         except sqlite3.Error as error:
-            if code_of(error) not in BUSY:  # its state is unknown, so start afresh
-                self.close()
-            raise StoreError(explanation(error, self.path, patience=self._patience)) from error
+            folder = self.path.parent
+            try:
+                free = f"{shutil.disk_usage(folder).free:,} bytes"
+            except OSError:
+                free = "an unknown amount"
+            meaning = _MEANINGS.get(_code_of(error), _UNKNOWN).format(
+                path=self.path,
+                folder=folder,
+                error=error,
+                patience=self._patience,
+                more=max(5, self._patience * 4),
+                free=free,
+                trouble=_trouble(folder),
+            )
+            raise StoreError(f"{self.path}: {meaning}") from error
 
 
-#: Connections of parent processes, kept so that they are never closed here.
-_INHERITED: Final[list[sqlite3.Connection | None]] = []
+def _code_of(error: sqlite3.Error) -> int:
+    """Return the primary result code; 0 for errors of the module itself."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _trouble(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no folder {folder}; make the folder"
+    if not os.access(folder, os.W_OK):
+        return f"the folder {folder} is not writable; give this user the right to write there"
+    return "it is not a plain file, or may not be read; see what it is"
+
+
+def _steady() -> int:
+    """Return nanoseconds that all processes of this machine share; suspended time is included."""
+    clock_id = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic_ns() if clock_id is None else time.clock_gettime_ns(clock_id)
+
+
+def _boot_id() -> str:
+    """Return a name for this boot of the machine, or "" if there is none."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return ""
+
+
+#: What SQLite knows about locks on a file belongs to a process: a child that inherits it believes
+#: that it holds the locks. So files that were open at a fork cannot be opened in the child.
+_FILES: Final["weakref.WeakSet[File]"] = weakref.WeakSet()
+_INHERITED: Final[dict[Path, Any]] = {}
+
+
+def _after_fork() -> None:
+    for file in tuple(_FILES):
+        file.after_fork()
+
+
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)

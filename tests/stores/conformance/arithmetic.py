@@ -17,8 +17,8 @@ from conformance.place import (
     batch,
     book_all,
     booked,
+    config,
     scenario,
-    terms,
 )
 
 _PACED = amount_of("requests", 20, 0.2, 4)
@@ -26,11 +26,11 @@ _PLAIN = amount_of("tokens", 1_000, 0.15)
 _SLOW = amount_of("tokens", 1_000, 0.6, 100)
 _DAILY = amount_of("requests", 5_000, 86_400, 300)
 _HISTORIES = (
-    terms(_PACED),
-    terms(_PLAIN),
-    terms(_PACED, _PLAIN),
-    terms(_SLOW),
-    terms(_PACED, _PLAIN, _DAILY, amount_of("tokens", 100_000, 3_600, 7_001)),
+    config(_PACED),
+    config(_PLAIN),
+    config(_PACED, _PLAIN),
+    config(_SLOW),
+    config(_PACED, _PLAIN, _DAILY, amount_of("tokens", 100_000, 3_600, 7_001)),
 )
 
 
@@ -39,17 +39,15 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_random_history_matches_the_meters(self, place: Place) -> None:
-        """Calls, refunds and debts of two workers: each start is what `asyncbucket.core.meters` says."""
-        for seed, limiter_terms in enumerate(_HISTORIES * 2):
+        for seed, limits in enumerate(_HISTORIES * 2):
             name = f"{place.name}-{seed}"
-            workers = [await place.worker(limiter_terms, name=name) for _ in range(2)]
-            await _History(Random(seed), workers, Oracle(limiter_terms, grain=self.grain)).play()
+            workers = [await place.worker(limits, name=name) for _ in range(2)]
+            await _History(Random(seed), workers, Oracle(limits, grain=self.grain)).play()
 
     @scenario
     async def test_workers_together_never_exceed_a_limit(self, place: Place) -> None:
-        """Three workers that ask for all they can get keep every window of the shared clock."""
         requests, tokens = amount_of("requests", 60, 0.5, 10), amount_of("tokens", 2_000, 0.3)
-        limiter_terms = terms(requests, tokens)
+        limits = config(requests, tokens)
         trace: list[tuple[int, Amounts]] = []
 
         async def work(worker: Ledger, random: Random) -> None:
@@ -60,9 +58,9 @@ class Arithmetic(Suite):
                     (booking.start, call) for booking, call in zip(bookings, calls, strict=True)
                 )
 
-        workers = [await place.worker(limiter_terms) for _ in range(3)]
+        workers = [await place.worker(limits) for _ in range(3)]
         await asyncio.gather(*(work(worker, Random(seed)) for seed, worker in enumerate(workers)))
-        for limit in limiter_terms.limits:
+        for limit in limits.limits:
             busiest = assert_never_over(
                 [(when, amounts[limit.resource]) for when, amounts in trace], limit
             )
@@ -70,9 +68,8 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_calls_start_in_the_order_of_their_bookings(self, place: Place) -> None:
-        """A newcomer passes nobody, whichever worker it asks, and however little it costs."""
-        limiter_terms = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
-        first, second = [await place.worker(limiter_terms) for _ in range(2)]
+        limits = config(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
+        first, second = [await place.worker(limits) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
         waits = booked(await first.commit(batch({"requests": 1, "tokens": 50})))[0].start
         receipt = await second.commit(batch({"requests": 1}))
@@ -82,9 +79,8 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_newcomer_does_not_pass_a_waiting_call(self, place: Place) -> None:
-        """Nothing is booked yet for a call that waits long, and still nobody passes it."""
-        limiter_terms = terms(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
-        first, second = [await place.worker(limiter_terms) for _ in range(2)]
+        limits = config(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
+        first, second = [await place.worker(limits) for _ in range(2)]
         await first.commit(batch({"requests": 1, "tokens": 100}))
         receipt = await first.commit(batch({"requests": 1, "tokens": 50}))
         assert receipt.bookings[0].outcome is Outcome.LATER
@@ -101,9 +97,8 @@ class Arithmetic(Suite):
     async def test_refund_is_told_to_a_waiting_worker_and_admits_its_call(
         self, place: Place
     ) -> None:
-        """A call of a minute's tokens used few: a waiting worker hears of it, and starts at once."""
-        limiter_terms = terms(amount_of("tokens", 1_000, 60))
-        first, second = [await place.worker(limiter_terms) for _ in range(2)]
+        limits = config(amount_of("tokens", 1_000, 60))
+        first, second = [await place.worker(limits) for _ in range(2)]
         start = booked(await first.commit(batch({"tokens": 900})))[0].start
         receipt = await second.commit(batch({"tokens": 800}))
         assert receipt.bookings[0].outcome is Outcome.LATER
@@ -118,8 +113,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_call_above_the_burst_earns_the_rest_as_first_in_line(self, place: Place) -> None:
-        """Thirty units with a burst of ten: by asking again the call comes nearer, and passes."""
-        worker = await place.worker(terms(amount_of("requests", 500, 10, 10)))
+        worker = await place.worker(config(amount_of("requests", 500, 10, 10)))
         began = (await worker.commit(Batch())).now
         (booking,) = await book_all(worker, {"requests": 30})
         assert 400 * MILLISECOND <= booking.start - began < 800 * MILLISECOND
@@ -127,9 +121,8 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_dead_worker_first_in_line_delays_others_at_most_3_s(self, place: Place) -> None:
-        """If the first of those that wait has died, the next one is booked within 3 s."""
-        limiter_terms = terms(amount_of("tokens", 100, 0.5))
-        dead, living = [await place.worker(limiter_terms) for _ in range(2)]
+        limits = config(amount_of("tokens", 100, 0.5))
+        dead, living = [await place.worker(limits) for _ in range(2)]
         await dead.commit(batch({"tokens": 100}))
         assert (await dead.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
         began = time.monotonic()
@@ -140,9 +133,8 @@ class Arithmetic(Suite):
     async def test_several_dead_workers_in_line_delay_others_no_longer_than_one(
         self, place: Place
     ) -> None:
-        """A machine with four of those who wait has died: 3 s after their turn the next is booked."""
-        limiter_terms = terms(amount_of("tokens", 100, 0.5))
-        *dead, living = [await place.worker(limiter_terms) for _ in range(5)]
+        limits = config(amount_of("tokens", 100, 0.5))
+        *dead, living = [await place.worker(limits) for _ in range(5)]
         await living.commit(batch({"tokens": 100}))
         began = time.monotonic()
         for worker in dead:
@@ -152,9 +144,8 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_call_books_its_whole_cost_or_nothing(self, place: Place) -> None:
-        """A call that was not booked has cost nothing of any resource."""
-        limiter_terms = terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
-        worker = await place.worker(limiter_terms)
+        limits = config(amount_of("requests", 10, 60), amount_of("tokens", 100, 60))
+        worker = await place.worker(limits)
         calls: list[Amounts] = [
             {"requests": 1, "tokens": 101},
             {"requests": 1, "tokens": 100},
@@ -173,8 +164,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
-        """A call far ahead is not booked, because what comes back may serve it earlier."""
-        worker = await place.worker(terms(amount_of("requests", 1, 100)))
+        worker = await place.worker(config(amount_of("requests", 1, 100)))
         await worker.commit(batch({"requests": 1}))
         receipt = await worker.commit(batch({"requests": 1}, {"requests": 1}))
         assert {booking.outcome for booking in receipt.bookings} == {Outcome.LATER}
@@ -184,8 +174,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_calls_beyond_the_horizon_must_ask_again(self, place: Place) -> None:
-        """A batch gets a slice of time from its first start on; then others have their turn."""
-        worker = await place.worker(terms(amount_of("requests", 1_000, 10, 1)))
+        worker = await place.worker(config(amount_of("requests", 1_000, 10, 1)))
         horizon = 30 * MILLISECOND
         receipt = await worker.commit(batch(*[{"requests": 1}] * 9, horizon=horizon))
         starts = [
@@ -198,8 +187,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_undone_booking_leaves_no_trace(self, place: Place) -> None:
-        """Once undone, it is at once as if it had never been."""
-        worker = await place.worker(terms(amount_of("tokens", 1_000, 60, 100)))
+        worker = await place.worker(config(amount_of("tokens", 1_000, 60, 100)))
         call = {"tokens": 100}
         start = booked(await worker.commit(batch(call)))[0].start
         correction = Correction(start=start, booked=call, used={"tokens": 0})
@@ -209,8 +197,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_debt_delays_later_calls(self, place: Place) -> None:
-        """Later calls wait for what a call used beyond its booking."""
-        worker = await place.worker(terms(amount_of("tokens", 100, 60)))
+        worker = await place.worker(config(amount_of("tokens", 100, 60)))
         start = booked(await worker.commit(batch({"tokens": 10})))[0].start
         correction = Correction(start=start, booked={"tokens": 10}, used={"tokens": 150})
         await worker.commit(Batch(corrections=(correction,)))
@@ -221,14 +208,13 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
-        """Whatever a call says it used, the store goes on answering, and others wait."""
         for power in (15, 20, 400):
             name = f"{place.name}-{power}"
-            worker = await place.worker(terms(amount_of("tokens", 100, 86_400, 1)), name=name)
+            worker = await place.worker(config(amount_of("tokens", 100, 86_400, 1)), name=name)
             start = booked(await worker.commit(batch({"tokens": 1})))[0].start
             debt = Correction(start=start, booked={"tokens": 1}, used={"tokens": 10**power})
             await worker.commit(Batch(corrections=(debt,)))
-            await worker.pause(10 ** min(power, 25))
+            await worker.commit(Batch(calls=None, pause=10 ** min(power, 25)))
             for _ in range(2):
                 receipt = await worker.commit(batch({"tokens": 1}))
                 assert receipt.bookings[0].outcome is Outcome.LATER
@@ -236,8 +222,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_cancelled_commit_leaves_nothing_booked(self, place: Place) -> None:
-        """Whenever its caller is cancelled, either the receipt arrived, or nothing stays booked."""
-        worker = await place.worker(terms(amount_of("requests", 1_000, 600), concurrency=1_000))
+        worker = await place.worker(config(amount_of("requests", 1_000, 600), concurrency=1_000))
         held = 0
         for steps in range(30):
             call = batch({"requests": 1, "concurrency": 1})
@@ -258,8 +243,7 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_concurrent_batches_are_each_applied_once(self, place: Place) -> None:
-        """Fifty callers of one ledger get fifty bookings, and fifty are charged."""
-        worker = await place.worker(terms(amount_of("requests", 1_000, 600)))
+        worker = await place.worker(config(amount_of("requests", 1_000, 600)))
         receipts = await asyncio.gather(
             *(worker.commit(batch({"requests": 1}, {"requests": 1})) for _ in range(50))
         )
@@ -268,12 +252,11 @@ class Arithmetic(Suite):
 
     @scenario
     async def test_peeking_changes_nothing(self, place: Place) -> None:
-        """Peeking shows what is used and what is left, and changes neither."""
-        worker = await place.worker(terms(amount_of("requests", 100, 600, 10)))
+        worker = await place.worker(config(amount_of("requests", 100, 600, 10)))
         await worker.commit(batch({"requests": 7}))
         for _ in range(3):
             snapshot = await worker.peek()
-            assert snapshot.terms == worker.terms
+            assert snapshot.config == worker.config
             (use,) = snapshot.limits
             assert (use.used, use.available) == (7, 3)
             assert snapshot.last_start <= snapshot.now

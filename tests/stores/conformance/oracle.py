@@ -5,30 +5,24 @@ be at that instant of the store's clock. It then books what the store has booked
 differences of a grain never add up.
 """
 
-from fractions import Fraction
+from asyncbucket.core.meters import Amounts, Window
+from asyncbucket.stores.store import FAR, GRACE, Batch, Booking, LimitConfig, Outcome, Receipt
 
-from asyncbucket.core.meters import Amounts, Bucket, Meter, Window
-from asyncbucket.stores.store import FAR, Batch, Booking, Outcome, Receipt, Terms
+#: Before this long (ns) nobody is asked to come again.
+_SOON = 5_000_000
 
 
 class Oracle:
     """Keep the meters that a store's limiter should have, without slots."""
 
-    def __init__(self, terms: Terms, *, grain: int) -> None:
+    def __init__(self, config: LimitConfig, *, grain: int) -> None:
         self._grain = grain
-        self._amounts = [(limit.resource, limit.amount) for limit in terms.limits]
-        self._meters: list[tuple[str, Meter]] = []
+        self._amounts = [(limit.resource, limit.amount) for limit in config.limits]
+        self._meters = [(limit.resource, Window(limit)) for limit in config.limits]
         self._last_start = self._last_now = 0
         #: Workers whose next call could not start soon, in order of arrival: which call that is,
-        #: and since when it has been the first of all.
-        self._waiting: dict[str, tuple[Amounts, int]] = {}
-        for limit in terms.limits:
-            window = Window(amount=limit.amount, window=limit.window)
-            self._meters.append((limit.resource, window))
-            if limit.burst not in (None, limit.amount):
-                assert limit.burst is not None
-                rate = Fraction(limit.amount * 1_000_000_000, limit.window)
-                self._meters.append((limit.resource, Bucket(rate=rate, burst=limit.burst)))
+        #: since when it has been the first of all, and when the worker should ask again.
+        self._waiting: dict[str, tuple[Amounts, int, int]] = {}
 
     def check(self, worker: str, batch: Batch, receipt: Receipt) -> None:
         """Assert that ``receipt`` is the right answer to ``batch``, and remember both."""
@@ -36,7 +30,6 @@ class Oracle:
         assert now >= self._last_now, f"the clock went back by {self._last_now - now:,} ns"
         self._last_now = now
         debts_at = max(now, self._last_start)
-        assert receipt.debts_at == debts_at, (receipt.debts_at, debts_at)
         for correction in batch.corrections:
             for resource, meter in self._meters:
                 if resource in correction.used:
@@ -46,13 +39,22 @@ class Oracle:
                         meter.owe(more, debts_at)
                     elif more < 0:
                         meter.unbook(-more, correction.start, left=used)
+        if worker in self._waiting:  # whenever it comes, it stands where it stood
+            self._waiting[worker] = (*self._waiting[worker][:2], now)
         self._check_calls(worker, batch, receipt)
+        for first in self._in_order(now)[:1]:  # it is called if something came back
+            amounts, since, due = self._waiting[first]
+            come = max(now, self._earliest(amounts, now, since=since) - FAR)
+            if come < due - _SOON:
+                self._waiting[first] = amounts, since, come
+
+    def _in_order(self, now: int) -> list[str]:
+        """Return those who wait, without those who missed their turn."""
+        return [name for name, (*_, due) in self._waiting.items() if due >= now - GRACE]
 
     def _check_calls(self, worker: str, batch: Batch, receipt: Receipt) -> None:
         horizon_end: int | None = None
         later = False
-        if not batch.calls:
-            self._waiting.pop(worker, None)
         assert len(receipt.bookings) == len(batch.calls)
         for amounts, booking in zip(batch.calls, receipt.bookings, strict=True):
             exceeded = {name for name, most in self._amounts if amounts.get(name, 0) > most}
@@ -65,8 +67,13 @@ class Oracle:
                 start = self._earliest_in_turn(worker, amounts, receipt.now)
                 later = self._must_wait(worker, amounts, start, receipt)
             elif not later and horizon_end is not None and start > horizon_end:
-                assert receipt.now <= receipt.ask_at <= self._last_start, receipt.ask_at
                 later = True
+                self._waiting.pop(worker, None)
+                if self._waiting:  # it was served, and stands at the end again
+                    assert receipt.in_line
+                    self._waiting[worker] = (amounts, 0, receipt.ask_at)
+                else:
+                    assert receipt.now <= receipt.ask_at <= self._last_start, receipt.ask_at
             if later:
                 assert booking.outcome is Outcome.LATER, (booking, start - receipt.now)
                 continue
@@ -76,26 +83,29 @@ class Oracle:
                 if amounts.get(resource):
                     meter.book(amounts[resource], booking.start)
             self._last_start = booking.start
+        if not later:
+            self._waiting.pop(worker, None)
 
     def _earliest_in_turn(self, worker: str, amounts: Amounts, now: int) -> int:
         """Return when the worker's next call may start, including what it earned by being first."""
-        waits_for, since = self._waiting.get(worker, (None, 0))
+        waits_for, since, _ = self._waiting.get(worker, (None, 0, 0))
         return self._earliest(amounts, now, since=since if waits_for == amounts else 0)
 
     def _must_wait(self, worker: str, amounts: Amounts, start: int, receipt: Receipt) -> bool:
         """Return whether the worker's next call is too far ahead, or others come first."""
         now = receipt.now
-        first = next(iter(self._waiting), worker) == worker
+        order = self._in_order(now)
+        first = not order or order[0] == worker
         if first and start <= now + FAR:
             self._waiting.pop(worker, None)
             return False
         assert now < receipt.ask_at, receipt.ask_at
-        waits_for, since = self._waiting.get(worker, (None, 0))
+        waits_for, since, _ = self._waiting.get(worker, (None, 0, 0))
         if not first:
             since = 0
         elif not since or waits_for != amounts:
             since = max(now, self._last_start)
-        self._waiting[worker] = (amounts, since)
+        self._waiting[worker] = (amounts, since, receipt.ask_at)
         return True
 
     def _earliest(self, amounts: Amounts, now: int, *, since: int = 0) -> int:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
-from asyncbucket.stores.store import Batch, Booking, Ledger, Outcome, Receipt, Store, Terms
+from asyncbucket.stores.store import Batch, Booking, Ledger, LimitConfig, Outcome, Receipt, Store
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -30,10 +30,10 @@ class Place:
         return store
 
     async def worker(
-        self, terms: Terms, *, slot_ttl: float = 30.0, name: str | None = None
+        self, config: LimitConfig, *, slot_ttl: float = 30.0, name: str | None = None
     ) -> Ledger:
         """Return another worker of the limiter."""
-        ledger = await self.store().open(name or self.name, terms, slot_ttl=slot_ttl)
+        ledger = await self.store().open(name or self.name, config, slot_ttl=slot_ttl)
         self._ledgers.append(ledger)
         return ledger
 
@@ -76,9 +76,9 @@ def scenario(play: Scenario) -> Callable[[Suite], None]:
     return test
 
 
-def terms(*limits: Limit, concurrency: int | None = None) -> Terms:
-    """Return terms with these limits."""
-    return Terms(limits=limits, concurrency=concurrency)
+def config(*limits: Limit, concurrency: int | None = None) -> LimitConfig:
+    """Return config with these limits."""
+    return LimitConfig(limits=limits, concurrency=concurrency)
 
 
 def amount_of(limit: str, amount: int, per: float, burst: int | None = None) -> Limit:

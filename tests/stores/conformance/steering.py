@@ -1,4 +1,4 @@
-"""Scenarios of what concerns all workers: terms, pauses, and what outlives a process."""
+"""Scenarios of what concerns all workers: config, pauses, and what outlives a process."""
 
 import asyncio
 
@@ -12,8 +12,8 @@ from conformance.place import (
     batch,
     book_all,
     booked,
+    config,
     scenario,
-    terms,
 )
 
 
@@ -22,11 +22,10 @@ class Steering(Suite):
 
     @scenario
     async def test_pause_by_one_worker_holds_for_all(self, place: Place) -> None:
-        """Nobody books a start within it; a later, shorter pause does not cut it short."""
-        limiter_terms = terms(amount_of("requests", 100, 1))
-        first, second = [await place.worker(limiter_terms) for _ in range(2)]
-        await first.pause(800 * MILLISECOND)
-        await first.pause(100 * MILLISECOND)
+        limits = config(amount_of("requests", 100, 1))
+        first, second = [await place.worker(limits) for _ in range(2)]
+        await first.commit(Batch(calls=None, pause=800 * MILLISECOND))
+        await first.commit(Batch(calls=None, pause=100 * MILLISECOND))
         receipt = await second.commit(batch({"requests": 1}))
         assert receipt.bookings[0].outcome is Outcome.LATER
         assert receipt.bookings[0].bound_by == "paused"
@@ -37,10 +36,9 @@ class Steering(Suite):
 
     @scenario
     async def test_gradual_pause_ends_in_a_slow_start(self, place: Place) -> None:
-        """One call at first, and then twice as many in each 16th of the pause."""
-        limiter_terms = terms(amount_of("requests", 1_000, 1))
-        worker = await place.worker(limiter_terms)
-        await worker.pause(160 * MILLISECOND, gradually=True)
+        limits = config(amount_of("requests", 1_000, 1))
+        worker = await place.worker(limits)
+        await worker.commit(Batch(calls=None, pause=160 * MILLISECOND, gradually=True))
         starts = [
             booking.start for booking in booked(await worker.commit(batch(*[{"requests": 1}] * 17)))
         ]
@@ -49,30 +47,28 @@ class Steering(Suite):
 
     @scenario
     async def test_latest_terms_apply_to_all_workers(self, place: Place) -> None:
-        """A worker hears once that others have set other terms, and is held to them at once."""
-        old, new = terms(amount_of("requests", 10, 60)), terms(amount_of("requests", 3, 60))
+        old, new = config(amount_of("requests", 10, 60)), config(amount_of("requests", 3, 60))
         first = await place.worker(old)
         await first.commit(batch(*[{"requests": 1}] * 3))
         second = await place.worker(new)
         receipt = await first.commit(batch({"requests": 1}, {"requests": 4}))
-        assert receipt.changed == new == first.terms
+        assert receipt.changed == new == first.config
         held, never = receipt.bookings
         assert held.outcome is Outcome.LATER, "what was booked stays booked"
         assert never.outcome is Outcome.NEVER
-        assert (await first.heartbeat(())).changed is None
-        await second.configure(old)
-        assert (await first.heartbeat(())).changed == old == first.terms
+        assert (await first.commit(Batch(calls=None))).changed is None
+        await second.commit(Batch(calls=None, config=old))
+        assert (await first.commit(Batch(calls=None))).changed == old == first.config
 
     @scenario
     async def test_waiting_worker_is_told_of_changed_terms(self, place: Place) -> None:
-        """More slots are available at once."""
-        few, more = [terms(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
+        few, more = [config(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
         first, second = [await place.worker(few) for _ in range(2)]
         await first.commit(batch({"requests": 1, "concurrency": 1}))
         await second.commit(batch({"requests": 1, "concurrency": 1}))
         notified = asyncio.create_task(second.changed(timeout=5))
         await asyncio.sleep(0.02)
-        await first.configure(more)
+        await first.commit(Batch(calls=None, config=more))
         assert await notified
         receipt = await second.commit(batch({"requests": 1, "concurrency": 1}))
         assert receipt.changed == more
@@ -80,23 +76,26 @@ class Steering(Suite):
 
     @scenario
     async def test_changed_terms_keep_bookings_of_remaining_limits(self, place: Place) -> None:
-        """New limits begin with nothing used, others are removed; a lower limit is kept at once."""
         requests, tokens = amount_of("requests", 10, 60), amount_of("tokens", 100, 60)
-        worker = await place.worker(terms(requests))
+        worker = await place.worker(config(requests))
         await worker.commit(batch({"requests": 4, "tokens": 50}))
-        await worker.configure(terms(amount_of("requests", 5, 60), tokens))
+        await worker.commit(Batch(calls=None, config=config(amount_of("requests", 5, 60), tokens)))
         uses = {use.limit.resource: use for use in (await worker.peek()).limits}
         assert (uses["requests"].used, uses["requests"].available) == (4, 1)
         assert (uses["tokens"].used, uses["tokens"].available) == (0, 100)
-        await worker.configure(terms(tokens))
+        await worker.commit(Batch(calls=None, config=config(tokens)))
         assert [use.limit.resource for use in (await worker.peek()).limits] == ["tokens"]
 
     @scenario
     async def test_call_older_than_a_limit_refunds_nothing_to_it(self, place: Place) -> None:
-        """It was not counted there, so the refund of what it did not use was never taken."""
-        worker = await place.worker(terms(amount_of("requests", 10, 60)))
+        worker = await place.worker(config(amount_of("requests", 10, 60)))
         (before,) = booked(await worker.commit(batch({"requests": 1, "tokens": 100})))
-        await worker.configure(terms(amount_of("requests", 10, 60), amount_of("tokens", 100, 60)))
+        await worker.commit(
+            Batch(
+                calls=None,
+                config=config(amount_of("requests", 10, 60), amount_of("tokens", 100, 60)),
+            )
+        )
         await worker.commit(batch({"requests": 1, "tokens": 90}))
         refund = Correction(start=before.start, booked={"tokens": 100}, used={"tokens": 20})
         await worker.commit(Batch(corrections=(refund,)))
@@ -105,52 +104,48 @@ class Steering(Suite):
 
     @scenario
     async def test_bookings_outlive_the_process(self, place: Place) -> None:
-        """All workers leave and one comes back: a limit of a day continues where it was."""
-        limiter_terms = terms(amount_of("requests", 10, 86_400))
+        limits = config(amount_of("requests", 10, 86_400))
         store = place.store()
-        worker = await store.open(place.name, limiter_terms)
+        worker = await store.open(place.name, limits)
         await worker.commit(batch({"requests": 7}))
         await worker.aclose()
         await store.aclose()
-        again = await place.worker(limiter_terms)
+        again = await place.worker(limits)
         (use,) = (await again.peek()).limits
         assert (use.used, use.available) == (7, 3)
 
     @scenario
     async def test_limiters_of_different_names_are_independent(self, place: Place) -> None:
-        """Limits, slots and pauses of one do not affect the other."""
-        limiter_terms = terms(amount_of("requests", 10, 60), concurrency=1)
-        one = await place.worker(limiter_terms)
-        other = await place.worker(limiter_terms, name=f"{place.name}/other: ä b")
+        limits = config(amount_of("requests", 10, 60), concurrency=1)
+        one = await place.worker(limits)
+        other = await place.worker(limits, name=f"{place.name}/other: ä b")
         await one.commit(batch({"requests": 10, "concurrency": 1}))
-        await one.pause(10 * SECOND)
+        await one.commit(Batch(calls=None, pause=10 * SECOND))
         receipt = await other.commit(batch({"requests": 1, "concurrency": 1}))
         assert booked(receipt)[0].start == receipt.now
         assert (one.name, other.name) == (place.name, f"{place.name}/other: ä b")
 
     @scenario
     async def test_peeking_at_a_store_adds_no_worker(self, place: Place) -> None:
-        """It sees which limiters there are and their state, without counting as a worker."""
-        limiter_terms = terms(amount_of("requests", 10, 60))
+        limits = config(amount_of("requests", 10, 60))
         store = place.store()
         assert await store.peek(place.name) is None
         assert place.name not in await store.names()
-        worker = await place.worker(limiter_terms)
+        worker = await place.worker(limits)
         await worker.commit(batch({"requests": 3}))
         assert place.name in await store.names()
         snapshot = await store.peek(place.name)
         assert snapshot is not None
-        assert (snapshot.terms, snapshot.limits[0].used, snapshot.workers) == (limiter_terms, 3, 1)
+        assert (snapshot.config, snapshot.limits[0].used, snapshot.workers) == (limits, 3, 1)
         assert await store.peek(f"{place.name}-unknown") is None
         assert f"{place.name}-unknown" not in await store.names()
 
     @scenario
     async def test_invalid_names_and_times_to_live_are_refused(self, place: Place) -> None:
-        """They are refused before anything is made."""
-        limiter_terms = terms(amount_of("requests", 10, 60))
+        limits = config(amount_of("requests", 10, 60))
         for name, life in (("", 30.0), ("a{b}", 30.0), ("a\nb", 30.0), ("a" * 201, 30.0), ("a", 0)):
             try:
-                await place.worker(limiter_terms, name=name or "\0", slot_ttl=life)
+                await place.worker(limits, name=name or "\0", slot_ttl=life)
             except ValueError:
                 continue
             raise AssertionError(f"{name!r} with a time to live of {life} s was taken")

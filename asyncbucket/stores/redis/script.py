@@ -14,19 +14,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from asyncbucket.core.kept import keep
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
+from asyncbucket.core.meters import Amounts, Window
 from asyncbucket.stores.store import (
+    SLOT,
     Batch,
     Booking,
     Correction,
+    LimitConfig,
     Outcome,
     Receipt,
-    Terms,
 )
 
-_PARTS: Final = ("window", "bucket", "state", "limits", "turns", "slots", "admit", "verbs")
+_PARTS: Final = ("window", "bucket", "state", "line", "admit", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The most that a meter is meant to hold, in units or ticks. A double counts exactly to 128 times
@@ -41,7 +41,7 @@ _PAUSED: Final = -1
 @functools.cache
 def source() -> str:
     """Return the text of the script."""
-    folder = Path(__file__).with_name("lua")
+    folder = Path(__file__).parents[1] / "lua"
     return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS)
 
 
@@ -52,18 +52,19 @@ def digest() -> str:
 
 
 class Codec:
-    """Encode batches and decode answers under given terms: which resource has which number."""
+    """Encode batches and decode answers under given limits: which resource has which number."""
 
-    def __init__(self, terms: Terms) -> None:
-        limits = sorted(terms.limits, key=lambda limit: (limit.resource, limit.window))
-        self.terms = Terms(limits=tuple(limits), concurrency=terms.concurrency)
+    def __init__(self, config: LimitConfig) -> None:
+        limits = sorted(config.limits, key=lambda limit: (limit.resource, limit.window))
+        self.config = LimitConfig(limits=tuple(limits), concurrency=config.concurrency)
         self.resources = tuple(dict.fromkeys(limit.resource for limit in limits))
-        self.terms_text = json.dumps(self._config(limits), separators=(",", ":"))
-        names = (None, *self.resources, "concurrency")
+        self.text = json.dumps(self._encoded(), separators=(",", ":"))
+        names = (None, *self.resources, SLOT)
         self._bound_names = {_PAUSED: "paused", **dict(enumerate(names))}
 
-    def _config(self, limits: Sequence[Limit]) -> dict[str, Any]:
+    def _encoded(self) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(self.resources, 1)}
+        limits = self.config.limits
         config: dict[str, Any] = {
             "limits": [[limit.resource, limit.amount, limit.per, limit.burst] for limit in limits],
             "resources": len(numbers),
@@ -71,18 +72,19 @@ class Codec:
                 _meter_config(limit) | {"resource": numbers[limit.resource]} for limit in limits
             ],
         }
-        if self.terms.concurrency is not None:
-            config["concurrency"] = self.terms.concurrency
+        if self.config.concurrency is not None:
+            config["concurrency"] = self.config.concurrency
         return config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Codec":
-        """Return the codec for terms that another worker has set."""
+    def from_text(cls, text: str) -> "Codec":
+        """Return the codec for limits that another worker has set."""
+        config: dict[str, Any] = json.loads(text)
         limits = tuple(
             Limit(resource, amount, per=per, burst=burst)
             for resource, amount, per, burst in config["limits"]
         )
-        return cls(Terms(limits=limits, concurrency=config.get("concurrency")))
+        return cls(LimitConfig(limits=limits, concurrency=config.get("concurrency")))
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, then what was booked and used of every resource."""
@@ -96,38 +98,32 @@ class Codec:
 
     def calls(self, calls: Sequence[Amounts]) -> str:
         """Encode calls: for each the amount of every resource, then its slots."""
-        names = (*self.resources, "concurrency")
+        names = (*self.resources, SLOT)
         flat = [call.get(name, 0) for call in calls for name in names]
         return json.dumps(flat, separators=(",", ":")) if flat else ""
 
-    def receipt(
-        self, reply: dict[str, Any], batch: Batch, slot_prefix: str, changed: Terms | None
-    ) -> Receipt:
-        """Decode the answer to ``batch``, whose slots' names begin with ``slot_prefix``."""
+    def receipt(self, reply: dict[str, Any], batch: Batch, changed: LimitConfig | None) -> Receipt:
+        """Decode the answer to ``batch``."""
         now = reply["now"] * GRAIN
         flat = reply["bookings"]
-        counts_slots = self.terms.concurrency is not None
+        counts_slots = self.config.concurrency is not None
         bookings: list[Booking] = []
-        for index, (offset, bound) in enumerate(zip(flat[::2], flat[1::2], strict=True)):
-            bound_by = self._bound_names.get(bound)  # may be missing if set under earlier terms
+        for call, offset, bound in zip(batch.calls or (), flat[::2], flat[1::2], strict=True):
+            bound_by = self._bound_names.get(bound)  # may be missing if set under earlier limits
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
-                continue
-            slot = (
-                f"{slot_prefix}{index}"
-                if counts_slots and batch.calls[index].get("concurrency")
-                else None
-            )
-            bookings.append(Booking(Outcome.BOOKED, now + offset * GRAIN, bound_by, slot))
+            else:
+                slot = counts_slots and bool(call.get(SLOT))
+                bookings.append(Booking(Outcome.BOOKED, now + offset * GRAIN, bound_by, slot))
         return Receipt(
             now=now,
             bookings=tuple(bookings),
-            debts_at=reply["debts"] * GRAIN,
             ask_at=reply["ask"] * GRAIN,
             changed=changed,
             lost=reply["lost"],
             left=tuple(reply["left"]),
             workers=reply["workers"],
+            in_line=reply["inline"],
             crowded=reply["crowded"],
         )
 
@@ -136,16 +132,17 @@ def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
     if limit.amount > _MAX_AMOUNT:
         raise ValueError(f"a store counts to {_MAX_AMOUNT:,}: {limit} is above; lower the limit")
-    _, window, bucket = keep(limit, None, 0)
+    window = Window(limit)
     meter: dict[str, Any] = {
         "key": f"{limit.resource}:{limit.window}",
         "amount": limit.amount,
-        "grain": -(-window._grain // GRAIN),  # noqa: SLF001 - one rule for all windows
-        "hold": -(-window._hold // GRAIN),  # noqa: SLF001 - as above
+        "grain": -(-window.grain // GRAIN),
+        "hold": -(-window.hold // GRAIN),
     }
-    if bucket is not None:
-        p, q = _ticks_per_unit(Fraction(bucket.p, bucket.q * GRAIN), limit.amount + bucket.burst)
-        meter |= {"burst": bucket.burst, "p": p, "q": q}
+    pace = window.pace
+    if pace is not None:
+        p, q = _ticks_per_unit(Fraction(pace.p, pace.q * GRAIN), limit.amount + pace.burst)
+        meter |= {"burst": pace.burst, "p": p, "q": q}
     return meter
 
 

@@ -11,13 +11,16 @@ server that is silent for a fifth of a second is not asked again.
 import asyncio
 import contextlib
 import json
+import os
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.stores import script
+from asyncbucket.core.wording import in_seconds
+from asyncbucket.stores.redis import script
 
 try:
     from redis import exceptions
@@ -38,6 +41,11 @@ PATIENCE: Final = 0.2
 _TRAILER: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @?user_script:\d+$")
 #: Seconds after which a connection gives up by itself, if nobody has ended it before.
 _BACKSTOP: Final = 5.0
+#: Clocks that differ by less (s) are in step.
+_IN_STEP: Final = 0.5
+#: Seconds to wait for what a server reports about itself; what has not been answered is left out.
+_DETAILS_PATIENCE: Final = 2.0
+_OR: Final = " or "
 FAILURES: Final = (
     exceptions.RedisError,
     exceptions.RedisClusterException,
@@ -96,8 +104,8 @@ class Server:
         self._owned = owned
         self._others = others
         self._make_listener = make_listener
-        #: Connections belong to the loop on which they were made.
-        self._loop: asyncio.AbstractEventLoop | None = None
+        #: Connections belong to the loop and the process in which they were made.
+        self._used_in: tuple[asyncio.AbstractEventLoop, int] | None = None
 
     async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
         """Run the script once and return its answer.
@@ -105,12 +113,12 @@ class Server:
         Raises:
             StoreError: it could not be run, or it is unknown whether it was.
         """
-        loop = asyncio.get_running_loop()
-        self._loop = self._loop or loop
-        if self._loop is not loop:
+        here = (asyncio.get_running_loop(), os.getpid())
+        self._used_in = self._used_in or here
+        if self._used_in != here:
             raise StoreError(
-                f"the store {self.url} was made for another event loop, where it was first used: give "
-                f"the limiter a URL, and it makes one for each loop"
+                f"the store {self.url} was made for another event loop or process, where it was first "
+                f"used: give the limiter a URL, and it makes one for each"
             )
         try:
             text = await self._send(keys, args)
@@ -222,6 +230,22 @@ def server_of(client: Any) -> Server:
     return Server(f"redis ({kind} of your client)", client, owned=False)
 
 
+def is_cancelling() -> bool:
+    """Return whether the running task has been asked to end.
+
+    redis-py sometimes swallows a cancellation that comes while it connects, so loops check this.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def cancel_and_wait(task: asyncio.Task[None] | None) -> None:
+    """Cancel ``task`` until it has ended: see `is_cancelling`."""
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait((task,), timeout=0.1)
+
+
 def _settings() -> dict[str, Any]:
     return {
         "retry": Retry(NoBackoff(), 0),
@@ -298,10 +322,8 @@ def _cluster(url: str) -> tuple[Any, Callable[[], Any]]:
 
 
 def _secrets_of(client: Any) -> list[str]:
-    kwargs: dict[str, Any] = getattr(
-        getattr(client, "connection_pool", None), "connection_kwargs", {}
-    )
-    return [str(kwargs["password"])] if kwargs.get("password") else []
+    pool = getattr(client, "connection_pool", None)
+    return [str(getattr(pool, "connection_kwargs", {}).get("password") or "")]
 
 
 def _without_secrets(message: str, secrets: list[str]) -> str:
@@ -315,7 +337,68 @@ def _remedy(error: Exception, message: str) -> str:
     """Say what a failure means to the person who must fix it."""
     if message.startswith("ACL failure"):  # in a script, so it is of another kind
         return _NO_PERMISSION.format(message)
+    if message.startswith("SCHEMA"):
+        _, theirs, ours = message.split()
+        return (
+            f"keeps a limiter that has schema {theirs}, and this asyncbucket needs {ours}: use one "
+            f"version of asyncbucket for one limiter, or another name"
+        )
     if isinstance(error, MasterNotFoundError):  # behind the colon it describes its clients
         message = message.partition(" : ")[0]
     templates = (template for error_types, template in _REMEDIES if isinstance(error, error_types))
     return next(templates, "failed: {}").format(message or type(error).__name__)
+
+
+async def details(client: Any) -> dict[str, str]:
+    """Return its clock, version, scripts, memory and persistence, as far as the login may ask.
+
+    If the primaries of a cluster differ in something, all that they say is named.
+    """
+    nodes: list[dict[str, Any]] = [{}]
+    if isinstance(client, RedisCluster):
+        nodes = [{"target_nodes": node} for node in client.get_primaries()]
+    reported: dict[str, str] = {}
+    for node in nodes:
+        for name, value in (await _details_of(client, node)).items():
+            known = reported.get(name, value)
+            reported[name] = known if value in known.split(_OR) else f"{known}{_OR}{value}"
+    return reported
+
+
+async def _details_of(client: Any, node: dict[str, Any]) -> dict[str, str]:
+    reported: dict[str, str] = {}
+    with contextlib.suppress(TimeoutError, *FAILURES):
+        async with asyncio.timeout(_DETAILS_PATIENCE):
+            asked = time.time()
+            seconds, micros = await client.time(**node)
+            reported["clock"] = _clock(seconds + micros * 1e-6 - (asked + time.time()) / 2)
+            info = await client.info(**node)
+            reported = _version(info) | reported | _memory(info) | _persistence(info, None)
+            config = await client.config_get("save", **node)
+            reported |= _persistence(info, config.get("save"))
+    return reported
+
+
+def _clock(ahead: float) -> str:
+    if abs(ahead) < _IN_STEP:
+        return "in step"
+    return f"{in_seconds(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
+
+
+def _version(info: dict[str, Any]) -> dict[str, str]:
+    name = info.get("server_name", "redis")
+    return {name: str(info.get(f"{name}_version", info.get("redis_version")))}
+
+
+def _memory(info: dict[str, Any]) -> dict[str, str]:
+    maxmemory = int(info.get("maxmemory", 0))
+    policy = info.get("maxmemory_policy", "unknown policy")
+    return {
+        "scripts": f"{info.get('number_of_cached_scripts', 0)} cached",
+        "memory": f"{maxmemory:,} bytes at most and {policy}" if maxmemory else "unbounded",
+    }
+
+
+def _persistence(info: dict[str, Any], save: str | None) -> dict[str, str]:
+    snapshots = "unknown" if save is None else "snapshots alone" if save else "none"
+    return {"persistence": "append-only file" if info.get("aof_enabled") else snapshots}

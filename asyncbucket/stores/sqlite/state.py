@@ -1,0 +1,432 @@
+"""One limiter's state in a file: its limits, its slots, its line, and what each batch does to them.
+
+Nothing here waits, reads a clock or knows of files. `asyncbucket.stores.store` has the rules; the
+Lua script of the Redis store follows the same ones, and the same names.
+"""
+
+import json
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Final
+
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER, Amounts, Window
+from asyncbucket.feedback.pause import Pause
+from asyncbucket.stores.store import (
+    FAR,
+    GRACE,
+    SLOT,
+    Batch,
+    Booking,
+    Correction,
+    LimitConfig,
+    Outcome,
+    Receipt,
+    Snapshot,
+    Use,
+)
+
+#: A worker takes back slots that it gives back, until another has waited this long (ns) for each.
+ROUND: Final = 20_000_000
+#: In line, a worker asks by itself this many ns after the one before it should have come.
+STEP: Final = 500_000_000
+#: The shortest time (ns) before a worker asks again on account of the clock alone.
+SOON: Final = 5_000_000
+#: A state is kept for at least this long (ns); no instant in a file is later.
+_MIN_LIFE: Final = 60_000_000_000
+_FOREVER: Final = (1 << 63) - 1
+
+
+@dataclass(slots=True)
+class Worker:
+    """What is known of a worker: until when it lives, and how many slots it holds."""
+
+    until: int
+    held: int = 0
+    #: Whether it has closed while calls of it are still in flight.
+    has_left: bool = False
+
+
+@dataclass(slots=True)
+class Place:
+    """A worker's place in line: since when, and what its first call costs and waits for."""
+
+    worker: str
+    since: int
+    amounts: dict[str, int] = field(default_factory=dict)
+    #: For how many slots it waits.
+    wanted: int = 0
+    bound_by: str | None = None
+    #: Since when it has been the first with this call; 0 while others come first.
+    first_since: int = 0
+    #: When it asks again: when its turn comes, or by itself.
+    due: int = 0
+
+
+class State:
+    """Keep the limits, slots and line of one limiter; all instants are ns of one clock."""
+
+    def __init__(self, config: LimitConfig, now: int = 0) -> None:
+        self.config = LimitConfig()
+        self.windows: dict[tuple[str, float], Window] = {}
+        self.workers: dict[str, Worker] = {}
+        self.line: list[Place] = []
+        self.pause = Pause()
+        self.last_start = 0
+        self.last_bound: str | None = None
+        self.configure(config, now)
+
+    def configure(self, config: LimitConfig, now: int) -> None:
+        """Put ``config`` in force, keeping what was booked under limits that stay."""
+        if config == self.config:
+            return
+        before, self.windows = self.windows, {}
+        for limit in config.limits:
+            window = before.get(limit.key)
+            if window is None:
+                window = Window(limit, began=max(now, self.last_start))
+            window.reshape(limit, now)
+            self.windows[limit.key] = window
+        self.config = config
+        for place in self.line:  # they look anew
+            place.due = now
+
+    def drain(self, now: int) -> None:
+        """Leave nothing for a whole window, after all that is booked ahead: what was known is lost."""
+        self.last_start = max(now + 2 * FAR, self.last_start)
+        for window in self.windows.values():
+            window.owe(window.amount, self.last_start)
+
+    def apply(self, worker: str, batch: Batch, now: int, *, life: int) -> Receipt:
+        """Do what ``batch`` says; ``life`` (ns) is how long ``worker`` may be silent."""
+        self._expire(now)
+        for name in batch.gone:
+            self.leave(name)
+        if batch.config is not None:
+            self.configure(batch.config, now)
+        if batch.pause:
+            self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
+        for correction in batch.corrections:
+            self._correct(correction, max(now, self.last_start))
+        me = self.workers.setdefault(worker, Worker(0))
+        me.until, before = now + life, me.held
+        me.held = me.held if batch.held is None else batch.held
+        admission = Admission(self, worker, now, gave=before - me.held)
+        bookings = admission.run(batch)
+        self._call(now)
+        return Receipt(
+            now=now,
+            bookings=bookings,
+            ask_at=admission.ask_at,
+            left=self._left(now),
+            workers=self._living(),
+            in_line=admission.is_in_line,
+            crowded=self._is_crowded(worker),
+        )
+
+    def leave(self, worker: str) -> None:
+        """Forget ``worker``, its place and its slots."""
+        self.workers.pop(worker, None)
+        self.line = [place for place in self.line if place.worker != worker]
+
+    def retire(self, worker: str, now: int) -> None:
+        """Let ``worker`` leave; slots of its calls in flight stay until they expire."""
+        me = self.workers.get(worker)
+        self.leave(worker)
+        if me is not None and me.held:
+            me.has_left = True
+            self.workers[worker] = me
+        self._call(now)
+
+    def place_of(self, worker: str) -> Place | None:
+        """Return the place of ``worker`` in line."""
+        return next((place for place in self.line if place.worker == worker), None)
+
+    def free(self) -> int:
+        """Return how many slots are free."""
+        if self.config.concurrency is None:
+            return NEVER
+        return self.config.concurrency - sum(each.held for each in self.workers.values())
+
+    def share(self, *others: str) -> int:
+        """Return how many slots a worker may hold while another with fewer waits."""
+        if self.config.concurrency is None:
+            return NEVER
+        contenders = {name for name, each in self.workers.items() if each.held}
+        contenders.update(others, (place.worker for place in self.line))
+        return -(-self.config.concurrency // max(1, len(contenders)))
+
+    def reserved(self, place: Place, share: int) -> int:
+        """Return how many free slots are kept for a worker in line: up to its share, at least 1."""
+        return min(place.wanted, max(1, share - self.workers[place.worker].held))
+
+    def earliest(self, amounts: Amounts, now: int, since: int = 0) -> tuple[int, str | None]:
+        """Return when a call may start, after all that is booked, and what it waits for.
+
+        A call above a burst earns the excess while it is first in line: since ``since``, or else
+        since now.
+        """
+        start = max(now, self.last_start)
+        bound_by = self.last_bound if start > now else None
+        earned_since = since or start
+        for window in self.windows.values():
+            amount = amounts.get(window.limit.resource)
+            if amount and (due := window.earliest(amount, earned_since)) > start:
+                start, bound_by = due, window.limit.resource
+        if self.pause.until > start:
+            return self.pause.until, "paused"
+        return start, bound_by
+
+    def book(self, amounts: Amounts, start: int, bound_by: str | None) -> None:
+        """Book a call in all limits."""
+        for window in self.windows.values():
+            if amount := amounts.get(window.limit.resource):
+                window.book(amount, start)
+        self.pause.book(1, start)
+        self.last_start, self.last_bound = start, bound_by
+
+    def peek(self, now: int) -> Snapshot:
+        """Return what there is, for people."""
+        self._expire(now)
+        uses: list[Use] = []
+        for window in self.windows.values():
+            available = window.available(now)
+            if self.last_start > now:
+                available = min(available, 0)
+            uses.append(Use(limit=window.limit, used=window.used, available=available))
+        counted = self.config.concurrency is not None
+        return Snapshot(
+            now=now,
+            config=self.config,
+            limits=tuple(uses),
+            slots=sum(each.held for each in self.workers.values()) if counted else 0,
+            paused_until=self.pause.until,
+            last_start=self.last_start,
+            workers=self._living(),
+        )
+
+    def expires_at(self, now: int) -> int:
+        """Return from when on there is nothing left to remember, if nothing else happens."""
+        ends = [now + _MIN_LIFE, self.pause.until, *(each.until for each in self.workers.values())]
+        for window in self.windows.values():
+            ends.append(max(now, self.last_start) + 2 * window.window)
+            if window.pace is not None:
+                ends.append(window.pace.tat // window.pace.q + 1)
+        return min(max(ends), _FOREVER)
+
+    def to_text(self) -> str:
+        """Return the state as JSON, whose integers are exact however long."""
+        return json.dumps(
+            {
+                "limits": [asdict(window.limit) for window in self.windows.values()],
+                "concurrency": self.config.concurrency,
+                "windows": [window.state() for window in self.windows.values()],
+                "workers": {name: astuple(each) for name, each in self.workers.items()},
+                "line": [astuple(place) for place in self.line],
+                "pause": self.pause.state(),
+                "last": [self.last_start, self.last_bound],
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> "State":
+        """Return the state that `to_text` wrote."""
+        data = json.loads(text)
+        limits = tuple(Limit(**limit) for limit in data["limits"])
+        state = cls(LimitConfig(limits=limits, concurrency=data["concurrency"]))
+        for window, kept in zip(state.windows.values(), data["windows"], strict=True):
+            window.restore(kept)
+        state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
+        state.line = [Place(*each) for each in data["line"]]
+        state.pause.restore(data["pause"])
+        state.last_start, state.last_bound = data["last"]
+        return state
+
+    def _is_crowded(self, worker: str) -> bool:
+        others = any(each.bound_by == SLOT and each.worker != worker for each in self.line)
+        return others or 2 * self.free() < (self.config.concurrency or 0)
+
+    def _living(self) -> int:
+        return sum(not each.has_left for each in self.workers.values())
+
+    def _left(self, now: int) -> tuple[int, ...]:
+        for window in self.windows.values():
+            window.available(now)  # which makes it forget
+        return tuple(window.amount - window.used for window in self.windows.values())
+
+    def _expire(self, now: int) -> None:
+        for name in [name for name, each in self.workers.items() if each.until <= now]:
+            self.leave(name)
+
+    def _correct(self, correction: Correction, debts_at: int) -> None:
+        for resource, used in correction.used.items():
+            more = used - correction.booked.get(resource, 0)
+            for window in self.windows.values():
+                if window.limit.resource == resource:
+                    if more > 0:
+                        window.owe(more, debts_at)
+                    elif more < 0:
+                        window.unbook(-more, correction.start, left=used)
+
+    def in_order(self, now: int, share: int) -> list[Place]:
+        """Return who waits in the order of their turns, without those who missed theirs."""
+        there = [place for place in self.line if place.due >= now - GRACE]
+        there.sort(key=lambda place: self.workers[place.worker].held >= share)
+        return there
+
+    def _call(self, now: int) -> None:
+        """Note whose turn it is: as many as there are free slots, and the first that waits for units."""
+        share, free, first = self.share(), self.free(), True
+        for place in self.in_order(now, share):
+            come = place.due
+            if place.bound_by == SLOT:
+                if free > 0:
+                    free -= self.reserved(place, share)
+                    come = now
+            elif first:
+                first = False
+                start, _ = self.earliest(place.amounts, now, place.first_since)
+                come = max(now, start - FAR)
+            if come < place.due - SOON:
+                place.due = come
+
+
+class Admission:
+    """One batch's calls on their way through the state: booked in order, until one has to wait."""
+
+    def __init__(self, state: State, worker: str, now: int, *, gave: int) -> None:
+        self._state = state
+        self._worker = worker
+        self._me = state.workers[worker]
+        self._now = now
+        #: Slots that the worker has just given back, and may take back.
+        self._gave = gave
+        self._share = state.share(worker)
+        self._place = state.place_of(worker)
+        if self._place is not None:  # whenever it comes, it stands where it stood
+            self._place.due = now
+        self._booked = 0
+        #: Whether calls passed others that came first, with slots that were given back.
+        self._has_passed = False
+        #: The first of those that wait for units before this worker.
+        self._first: Place | None = None
+        #: Calls that would start later than this have to ask again.
+        self._latest_start = 0
+        self.ask_at = 0
+        self.is_in_line = self._place is not None
+
+    def run(self, batch: Batch) -> tuple[Booking, ...]:
+        """Return the answers."""
+        answers: list[Booking] = []
+        stop: Booking | None = None
+        waiting: list[Amounts] = []
+        for amounts in batch.calls or ():
+            exceeded = self._exceeded(amounts)
+            if exceeded is not None:
+                answers.append(Booking(Outcome.NEVER, bound_by=exceeded))
+                continue
+            answer = stop or self._answer(amounts, batch.horizon)
+            answers.append(answer)
+            if answer.outcome is not Outcome.BOOKED:
+                stop = answer
+                waiting.append(amounts)
+        if batch.calls is not None:
+            self._settle_place(stop, waiting)
+        return tuple(answers)
+
+    def _exceeded(self, amounts: Amounts) -> str | None:
+        for window in self._state.windows.values():
+            if amounts.get(window.limit.resource, 0) > window.amount:
+                return window.limit.resource
+        return None
+
+    def _answer(self, amounts: Amounts, horizon: int) -> Booking:
+        """Book a call, or say what it has to wait for."""
+        state, now, place = self._state, self._now, self._place
+        slot = state.config.concurrency is not None and bool(amounts.get(SLOT))
+        reserved = self._look_ahead()
+        if slot and state.free() <= reserved:
+            return Booking(Outcome.FULL, bound_by=SLOT)
+        waited = None if place is None or place.amounts != _wanted(amounts) else place
+        since = waited.first_since if waited is not None and not self._booked else 0
+        start, bound_by = state.earliest(amounts, now, since)
+        if self._booked and start > self._latest_start:
+            self.ask_at = max(now, state.last_start - horizon)
+            return Booking(Outcome.LATER, bound_by=bound_by)
+        if not self._booked:
+            if self._first is not None:
+                return Booking(Outcome.LATER, bound_by=bound_by or self._first.bound_by)
+            if start > now + FAR:
+                self.ask_at = max(now + SOON, start - FAR)
+                return Booking(Outcome.LATER, bound_by=bound_by)
+            self._latest_start = start + horizon
+        state.book(amounts, start, bound_by)
+        self._booked += 1
+        if slot:
+            self._me.held += 1
+            self._gave -= 1
+        if place is not None and self._booked <= (place.wanted if place.bound_by == SLOT else 1):
+            bound_by = bound_by or place.bound_by
+        return Booking(Outcome.BOOKED, start, bound_by, slot)
+
+    def _look_ahead(self) -> int:
+        """Find who comes before this worker's next call; return how many slots are kept for them."""
+        state, share, reserved, is_behind = self._state, self._share, 0, False
+        is_above = self._me.held >= share
+        self._first = None
+        for place in state.in_order(self._now, share):
+            held = state.workers[place.worker].held
+            if place is self._place:
+                is_behind = True
+                continue
+            if (held >= share) == is_above:
+                if is_behind:
+                    break
+                is_early = held >= self._me.held and self._now < place.since + held * ROUND
+                if self._gave > 0 and is_early:
+                    self._has_passed = True
+                    continue
+            elif not is_above:
+                break
+            if place.bound_by == SLOT:
+                reserved += state.reserved(place, share)
+            else:
+                self._first = self._first or place
+        return reserved
+
+    def _settle_place(self, stop: Booking | None, waiting: list[Amounts]) -> None:
+        """Leave the line, or stand in it: where it stood, or at the end if it was served."""
+        state, place, now = self._state, self._place, self._now
+        has_others = any(each is not place for each in state.line)
+        is_full = stop is not None and stop.outcome is Outcome.FULL
+        stays = stop is not None and (is_full or not self._booked or has_others)
+        if place is not None and not (stays and (self._has_passed or not self._booked)):
+            state.line.remove(place)
+            place = None
+        self.is_in_line = stays
+        if stop is None or not stays:
+            return
+        if place is None:
+            place = Place(self._worker, now)
+            state.line.append(place)
+        amounts, known = _wanted(waiting[0]), place.amounts
+        place.amounts, place.bound_by, place.due = amounts, stop.bound_by, now
+        place.wanted = sum(1 for each in waiting if each.get(SLOT))
+        if stop.outcome is Outcome.LATER and self._first is None and not self._booked:
+            if not place.first_since or known != amounts:
+                place.first_since = max(now, state.last_start)
+        else:
+            place.first_since = 0
+            order = state.in_order(now, self._share)
+            first, behind = order[0], order.index(place)
+            if behind:  # the first may be dead
+                come = now if first.bound_by == SLOT else max(now, first.due)
+                self.ask_at = come + behind * STEP
+            else:  # a slot may expire
+                others = [w.until for w in state.workers.values() if w.held and w is not self._me]
+                self.ask_at = min(others, default=self._me.until)
+        place.due = self.ask_at
+
+
+def _wanted(amounts: Amounts) -> dict[str, int]:
+    return {name: amount for name, amount in amounts.items() if amount}

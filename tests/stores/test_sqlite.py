@@ -1,0 +1,714 @@
+"""Limits in a file: what it promises, and what still holds after each fault."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, StoreError
+from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
+from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore, from_url
+from asyncbucket.stores.sqlite.file import SCHEMA, SharedClock
+from asyncbucket.stores.sqlite.state import State
+
+SECOND = 1_000_000_000
+CONFIG = LimitConfig(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
+CALL = {"requests": 1, "concurrency": 1}
+HALF: Any = {"requests": 1.5}
+#: Virtual time does not apply to locks and disks.
+pytestmark = pytest.mark.real_clock
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    path: Path, config: LimitConfig = CONFIG, *, patience: float = 0.2, slot_ttl: float = 30.0
+) -> AsyncGenerator[SQLiteLedger]:
+    """Open a worker in the file at `path`."""
+    store = SQLiteStore(path, patience=patience)
+    try:
+        ledger = await store.open("openai", config, slot_ttl=slot_ttl)
+        yield ledger
+        await ledger.aclose()
+    finally:
+        await store.aclose()
+
+
+async def used(ledger: SQLiteLedger) -> int:
+    """Return the number of units booked."""
+    return (await ledger.peek()).limits[0].used
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///limits.db", "limits.db"),
+        ("sqlite:////var/lib/limits.db", "/var/lib/limits.db"),
+        ("sqlite:///a%20b%3F/limits.db?patience=2", "a b?/limits.db"),
+    ],
+)
+def test_sqlite_url_names_relative_or_absolute_path(url: str, path: str) -> None:
+    assert repr(open_store(url)) == f"<SQLiteStore {Path(path).absolute()}>"
+
+
+@pytest.mark.parametrize("options", ["", "?patience=2.5"])
+def test_store_url_leads_to_same_file_from_any_folder(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store(f"sqlite:///a%20b%3F/100%25%23.db{options}")
+    monkeypatch.chdir("/")
+    assert store.url == f"sqlite:///{tmp_path}/a%20b%3F/100%25%23.db{options}"
+    again = open_store(store.url)
+    assert (repr(again), again.url) == (repr(store), store.url)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (
+            "sqlite://:memory:",
+            "'sqlite://:memory:' names a host, and a file has none: write sqlite:///limit",
+        ),
+        ("sqlite://limits.db", "'sqlite://limits.db' names a host, and a file has none"),
+        ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
+        ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
+        ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
+        ("sqlite:///limits.db?patience=soon", "number of seconds, e.g. 0.2, not 'soon'"),
+        ("sqlite:///limits.db?patience=nan", "patience must be a positive number of seconds"),
+        ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
+    ],
+)
+def test_invalid_sqlite_url_is_refused_with_remedy(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        from_url(url)
+
+
+async def test_unused_store_creates_no_file(path: Path) -> None:
+    store = SQLiteStore(path)
+    assert repr(store) == f"<SQLiteStore {path}>"
+    await store.aclose()
+    assert not path.exists()
+
+
+async def test_closing_last_worker_leaves_a_single_file(path: Path) -> None:
+    async with opened(path) as ledger:
+        await ledger.commit(Batch(calls=(CALL,)))
+        assert repr(ledger) == f"<SQLiteLedger 'openai', worker {ledger.worker}>"
+        details = (await ledger.peek()).details
+        assert details["path"] == str(path)
+        assert details["schema"] == str(SCHEMA)
+    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
+
+
+async def test_closed_store_raises_store_error(path: Path) -> None:
+    store = SQLiteStore(path)
+    ledger = await store.open("openai", CONFIG)
+    await store.aclose()
+    await store.aclose()
+    with pytest.raises(StoreError, match=f"{path}: this store has been closed: open another"):
+        await ledger.commit(Batch(calls=(CALL,)))
+    await ledger.aclose()
+
+
+async def failure(path: Path) -> str:
+    """Return why the file cannot be used."""
+    with pytest.raises(StoreError) as caught:
+        async with opened(path):
+            pass
+    return str(caught.value)
+
+
+async def test_missing_folder_is_named_in_error(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "limits.db"
+    assert await failure(path) == (
+        f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
+        f"another path"
+    )
+
+
+async def test_path_that_cannot_be_opened_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await failure(tmp_path) == (
+        f"{tmp_path}: it cannot be opened: it is not a plain file, or may not be read; see what it "
+        f"is, or give another path"
+    )
+
+    def refused(_path: object, _mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", refused)  # root may write everywhere
+    assert await failure(tmp_path) == (
+        f"{tmp_path}: it cannot be opened: the folder {tmp_path.parent} is not writable; give this "
+        f"user the right to write there, or give another path"
+    )
+
+
+async def test_database_of_another_program_is_left_unchanged(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE people (name)")
+    before = path.read_bytes()
+    assert await failure(path) == (
+        f"{path} is a database of another program (1 tables, application id 0x0): give "
+        f"asyncbucket a file of its own"
+    )
+    assert path.read_bytes() == before
+
+
+async def test_file_that_is_no_database_is_left_unchanged(path: Path) -> None:
+    path.write_text("not a database at all, " * 100)
+    assert await failure(path) == (
+        f"{path}: it is not a SQLite file, or is damaged (file is not a database): move it away, and "
+        f"a new one is made"
+    )
+    assert path.read_text().startswith("not a database")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold the write lock, as a frozen process or a careless tool would."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        yield
+        holder.execute("ROLLBACK")
+
+
+async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
+    async with opened(path) as ledger:
+        with locked(path):
+            began = time.monotonic()
+            asked = [asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            asked += [asyncio.create_task(ledger.commit(Batch(calls=(CALL,)))) for _ in range(5)]
+            errors = await asyncio.gather(*asked, return_exceptions=True)
+            assert time.monotonic() - began < 1.5
+        assert {str(error) for error in errors} == {
+            (
+                f"{path}: another process has held the write lock for over 0.2 s; find it with "
+                f"`fuser {path}`, or allow more with ?patience=5"
+            )
+        }
+        assert {type(error) for error in errors} == {StoreError}
+        assert await used(ledger) == 0
+        receipt = await ledger.commit(Batch(calls=(CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.BOOKED
+
+
+async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> None:
+    async with opened(path) as ledger:
+        receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
+        first, second, third = receipt.bookings
+        with locked(path):
+            for held, booking in ((2, first), (1, second)):
+                batch = Batch(
+                    corrections=(Correction.undo(CALL, booking.start),),
+                    held=held,
+                    calls=(CALL,),
+                )
+                with pytest.raises(StoreError):
+                    await ledger.commit(batch)
+        await ledger.peek()
+        for _ in range(3):
+            snapshot = await ledger.peek()
+            assert (snapshot.limits[0].used, snapshot.slots) == (1, 1)
+        assert third.slot
+        await ledger.commit(Batch(held=0))
+        assert (await ledger.peek()).slots == 0
+
+
+ON_A_SMALL_DISK = """
+import asyncio, pathlib, sys
+from asyncbucket import Limit, StoreError
+from asyncbucket.stores import Batch, LimitConfig, open_store
+
+folder = pathlib.Path(sys.argv[1])
+
+async def main():
+    store = open_store(f"sqlite:///{folder / 'limits.db'}")
+    config = LimitConfig(limits=(Limit("requests", 10**9, per=86_400, burst=10**9),))
+    ledger = await store.open("openai", config)
+    booked, error = 0, None
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    for _ in range(20_000):
+        try:
+            await ledger.commit(Batch(calls=({"requests": 1},) * 50))
+        except StoreError as failed:
+            error = failed
+            break
+        booked += 50
+    print(error)
+    ballast.unlink()
+    await ledger.commit(Batch(calls=({"requests": 1},)))
+    print((await ledger.peek()).limits[0].used - booked)
+    await store.aclose()
+
+asyncio.run(main())
+"""
+
+
+def test_disk_that_fills_up_loses_no_booking(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} - {tmp_path}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    if os.geteuid() == 0:
+        command = ["unshare", "--mount", "sh", "-c", mount]
+    try:
+        done = subprocess.run(
+            command, input=ON_A_SMALL_DISK, capture_output=True, text=True, check=False, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare on this system")
+    if done.returncode and "Traceback" not in done.stderr:
+        pytest.skip(f"no file system can be made here: {done.stderr.strip()}")
+    assert not done.stderr
+    error, difference = done.stdout.splitlines()
+    assert error.endswith(
+        "limits.db: no space is left (0 bytes free), so nothing was booked; free some, or move the "
+        "file to another disk"
+    )
+    assert difference == "1"
+
+
+async def test_log_cut_off_at_any_byte_leaves_whole_batches(path: Path) -> None:
+    async with opened(path) as ledger:
+        for _ in range(30):
+            await ledger.commit(Batch(calls=({"requests": 1},)))
+        log = path.with_name("limits.db-wal").read_bytes()
+        file = path.read_bytes()
+    seen = []
+    for cut in range(0, len(log) + 1, len(log) // 50):
+        folder = path.parent / str(cut)
+        folder.mkdir()
+        (folder / "limits.db").write_bytes(file)
+        (folder / "limits.db-wal").write_bytes(log[:cut])
+        async with opened(folder / "limits.db") as after:
+            seen.append(await used(after))
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10
+    assert seen[-1] >= 29
+
+
+class Hands:
+    """A wall clock and a steady one that are turned by hand."""
+
+    def __init__(self) -> None:
+        self.wall = 1_000 * SECOND
+        self.steady = 50 * SECOND
+
+    def clock(self, boot: str) -> SharedClock:
+        """Return the clock of a process that starts now."""
+        return SharedClock(wall=lambda: self.wall, steady=lambda: self.steady, boot=boot)
+
+    def pass_by(self, seconds: int) -> None:
+        """Advance both clocks."""
+        self.wall += seconds * SECOND
+        self.steady += seconds * SECOND
+
+
+async def test_limiters_with_nothing_to_remember_are_deleted_from_file(path: Path) -> None:
+    hands = Hands()
+    store = SQLiteStore(path, clock=hands.clock("boot"))
+    minute, day = (LimitConfig(limits=(Limit("requests", 5, per=per),)) for per in (60, 86_400))
+    ledgers = [await store.open(name, config) for name, config in (("m", minute), ("d", day))]
+    for ledger in ledgers:
+        await ledger.commit(Batch(calls=({"requests": 1},)))
+    hands.pass_by(3_600)
+    assert await store.names() == ["d"]
+    await store.open("new", minute)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM limiters ORDER BY 1").fetchall() == [
+            ("d",),
+            ("new",),
+        ]
+    await ledgers[0].commit(Batch(calls=({"requests": 1},)))
+    assert await store.names() == ["d", "m", "new"]
+    assert [(await ledger.peek()).limits[0].used for ledger in ledgers] == [1, 1]
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("batch", "why"),
+    [
+        (Batch(calls=(HALF,)), "requests must be a whole number from 0 on, not 1.5"),
+        (Batch(calls=({"requests": -1},)), "requests must be a whole number from 0 on, not -1"),
+        (Batch(horizon=-1), "horizon must be a whole number from 0 on, not -1"),
+        (Batch(calls=({"concurrency": 2},)), "a call takes one slot, not 2"),
+        (
+            Batch(corrections=(Correction(start=True, booked={}, used={}),)),
+            "start must be a whole number from 0 on, not True",
+        ),
+    ],
+)
+async def test_invalid_amounts_in_batch_are_refused(path: Path, batch: Batch, why: str) -> None:
+    async with opened(path) as ledger:
+        with pytest.raises(ValueError, match=why):
+            await ledger.commit(batch)
+        assert await used(ledger) == 0
+
+
+PREAMBLE = """
+import asyncio, json, os, signal, sys, time
+from asyncbucket import Limit
+from asyncbucket.stores import Batch, Outcome, LimitConfig
+from asyncbucket.stores.sqlite import SQLiteStore
+
+store = SQLiteStore(sys.argv[1], patience=5)
+"""
+
+
+#: Print what was booked as soon as it was, until killed.
+BUSY = (
+    PREAMBLE
+    + """
+async def main():
+    limit = Limit("requests", 10**6, per=86_400, burst=10**6)
+    ledger = await store.open("openai", LimitConfig(limits=(limit,), concurrency=10**6), slot_ttl=1.5)
+    while True:
+        receipt = await ledger.commit(Batch(calls=({"requests": 1, "concurrency": 1},) * 3))
+        print(len(receipt.bookings), flush=True)
+
+asyncio.run(main())
+"""
+)
+
+
+#: Stop within a transaction, as a process halted by a debugger does.
+FROZEN = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("ready", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+UNCLOSED = (
+    PREAMBLE
+    + """
+async def main():
+    ledger = await store.open("openai", LimitConfig(limits=(Limit("requests", 100, per=60),)))
+    await ledger.commit(Batch(calls=({"requests": 1},)))
+    waiting = asyncio.ensure_future(ledger.changed(timeout=60))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+
+asyncio.run(main())
+"""
+)
+
+
+def start(script: str, path: Path) -> "subprocess.Popen[str]":
+    """Run `script` in an interpreter of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Kill a process and close its pipes."""
+    with process:
+        process.kill()
+
+
+async def test_process_killed_at_any_instant_loses_no_reported_booking(path: Path) -> None:
+    told = 0
+    config = LimitConfig(
+        limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6
+    )
+    async with opened(path, config, slot_ttl=1.5) as ledger:
+        for round_ in range(10):
+            process = start(BUSY, path)
+            assert process.stdout is not None
+            told += int(process.stdout.readline())
+            await asyncio.sleep(0.003 * round_)
+            process.send_signal(signal.SIGKILL)
+            told += sum(int(line) for line in process.stdout if line.endswith("\n"))
+            end(process)
+            booked = (await ledger.peek()).limits[0].used
+            assert told <= booked <= told + 3
+            told = booked
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+async def test_slots_of_killed_process_come_back_within_slot_ttl(path: Path) -> None:
+    config = LimitConfig(
+        limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6
+    )
+    process = start(BUSY, path)
+    assert process.stdout is not None
+    process.stdout.readline()
+    end(process)
+    killed = time.monotonic()
+    async with opened(path, config, slot_ttl=1.5) as ledger:
+        held = (await ledger.peek()).slots
+        assert held >= 3
+        await ledger.commit(
+            Batch(calls=None, config=LimitConfig(limits=config.limits, concurrency=held))
+        )
+        call = Batch(calls=({"concurrency": 1},))
+        receipt = await ledger.commit(call)
+        assert receipt.bookings[0].outcome is Outcome.FULL
+        latest = receipt.now + 1_500_000_000
+        while receipt.bookings[0].outcome is Outcome.FULL:
+            assert receipt.now < latest
+            assert receipt.ask_at <= latest
+            await ledger.changed(timeout=(receipt.ask_at - receipt.now) / 1e9)
+            receipt = await ledger.commit(call)
+        assert time.monotonic() - killed < 2 * 1.5
+
+
+async def test_process_frozen_in_transaction_causes_error_until_killed(path: Path) -> None:
+    config = LimitConfig(limits=(Limit("requests", 10, per=60, burst=10),))
+    call = Batch(calls=({"requests": 1},))
+    async with opened(path, config, slot_ttl=1.5) as ledger:
+        frozen = start(FROZEN, path)
+        assert frozen.stdout is not None
+        assert frozen.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="another process has held the write lock"):
+            await ledger.commit(call)
+        assert time.monotonic() - began < 1.5
+        end(frozen)
+        assert (await ledger.commit(call)).bookings[0].outcome is Outcome.BOOKED
+        assert (await ledger.peek()).limits[0].used == 1
+
+
+def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", UNCLOSED, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    )
+    assert done.stderr == ""
+    assert time.monotonic() - began < 10
+
+
+async def test_other_schema_is_refused(path: Path) -> None:
+    async with opened(path):
+        pass
+    for version in (SCHEMA - 1, SCHEMA + 1):
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute(f"PRAGMA user_version = {version}")
+        before = path.read_bytes()
+        assert await failure(path) == (
+            f"{path} has schema version {version}, and this asyncbucket needs version {SCHEMA}: use "
+            f"one version of asyncbucket for one file, or another file"
+        )
+        assert path.read_bytes() == before
+
+
+async def test_failure_inside_a_batch_names_file_and_cause_and_books_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = sqlite3.OperationalError("disk I/O error")
+    async with opened(path) as ledger:
+        for error, code, why in (
+            (
+                failure,
+                sqlite3.SQLITE_IOERR_WRITE,
+                "the disk failed to read or write .disk I/O error",
+            ),
+            (failure, sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was"),
+            (
+                failure,
+                sqlite3.SQLITE_READONLY,
+                "give this user the right to write the file and its",
+            ),
+            (ZeroDivisionError("odd"), 0, "ZeroDivisionError: odd"),
+        ):
+            error.sqlite_errorcode = code
+
+            def fail(state: State, *_: Any, error: Exception = error, **__: Any) -> None:
+                state.last_start = 10**30
+                raise error
+
+            monkeypatch.setattr(State, "apply", fail)
+            with pytest.raises(StoreError, match=f"{path}.*{why}"):
+                await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.undo()
+        assert await used(ledger) == 0
+        assert (await ledger.commit(Batch(calls=(CALL,)))).bookings[0].outcome is Outcome.BOOKED
+
+
+async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(path) as ledger:
+        apply, hang = State.apply, threading.Event()
+
+        def hanging(*args: Any, **kwargs: Any) -> Any:
+            hang.wait()
+            return apply(*args, **kwargs)
+
+        monkeypatch.setattr(State, "apply", hanging)
+        with pytest.raises(StoreError, match=r"the disk has not answered for 0.2 s: .*patience=5"):
+            await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.undo()
+        hang.set()
+        async with asyncio.timeout(5):
+            while await used(ledger):  # noqa: ASYNC110 - it is given back by and by
+                await asyncio.sleep(0.01)
+        assert (await ledger.peek()).slots == 0
+
+
+async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(path: Path) -> None:
+    async with opened(path) as ledger:
+        for _ in range(5):
+            commit = asyncio.ensure_future(ledger.commit(Batch(calls=(CALL,))))
+            await asyncio.sleep(0)
+            time.sleep(0.4)  # noqa: ASYNC251 - twice the store's patience
+            assert (await commit).bookings[0].outcome is Outcome.BOOKED
+
+
+@pytest.mark.parametrize("newcomer_is_first", [True, False])
+async def test_deleted_file_closes_limiter_for_a_whole_window(
+    path: Path, *, newcomer_is_first: bool
+) -> None:
+    async with opened(path) as one, opened(path) as two:
+        for ledger in (one, two):
+            await ledger.commit(Batch(calls=(CALL,) * 3))
+        for each in path.parent.glob("limits.db*"):
+            each.unlink()
+        if newcomer_is_first:
+            async with opened(path) as new:
+                assert (await new.commit(Batch(calls=(CALL,)))).bookings[0].start
+        receipt = await one.commit(Batch(calls=(CALL,)))
+        assert receipt.lost
+        assert receipt.ask_at - receipt.now > 86_399 * SECOND
+        assert not (await two.commit(Batch(calls=(CALL,)))).lost, "one loss was paid for twice"
+        slots = 6 + newcomer_is_first
+        assert (await two.peek()).slots == slots, "calls in flight still hold their slots"
+
+
+def test_state_as_text_goes_on_as_the_original() -> None:
+    config = LimitConfig(
+        limits=(Limit("requests", 500, burst=7), Limit("tokens", 200_000), Limit("images", 9)),
+        concurrency=6,
+    )
+    ours, random, starts = State(config), Random(1), [0]
+    for now in range(0, 300 * SECOND, SECOND // 2):
+        call = {"requests": random.choice([1, 1, 9]), "tokens": random.randrange(9_000)}
+        batch = Batch(
+            pause=random.choice([0, 0, 0, SECOND]),
+            gradually=random.random() < 0.5,
+            corrections=(Correction(start=random.choice(starts), booked=call, used={"tokens": 5}),),
+            held=random.randrange(3),
+            calls=({**call, "concurrency": 1},) * random.randrange(4),
+        )
+        theirs, worker = State.from_text(ours.to_text()), random.choice("abc")
+        receipt = ours.apply(worker, batch, now, life=3 * SECOND)
+        assert theirs.apply(worker, batch, now, life=3 * SECOND) == receipt
+        assert theirs.to_text() == ours.to_text()
+        starts += [booking.start for booking in receipt.bookings if booking.start]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_file_open_at_a_fork_is_refused_in_the_child_and_serves_the_parent(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    refused, again, used_by_parent, child_alone = done.stdout.splitlines()
+    assert refused == again
+    assert refused == (
+        f"{path} was open when this process forked, and SQLite files cannot be shared with a fork: "
+        f"make the limiter in the child, or close it before with `await limiter.aclose()`"
+    )
+    assert (used_by_parent, child_alone) == ("2", "3")
+
+
+def test_shared_clock_starts_at_wall_clock_and_ignores_its_jumps() -> None:
+    hands = Hands()
+    first = hands.clock("boot-1")
+    reading = first.read(None)
+    assert reading[-1] == 1_000 * SECOND
+    for jump in (3_600, -7_200):
+        hands.wall += jump * SECOND
+        hands.pass_by(10)
+        late = hands.clock("boot-1")
+        reading = late.read(reading)
+        assert first.read(reading) == reading
+    assert reading[-1] == late.now() == 1_020 * SECOND
+
+
+def test_shared_clock_resumes_from_wall_clock_after_reboot() -> None:
+    hands = Hands()
+    reading = hands.clock("boot-1").read(None)
+    hands.steady = 0
+    hands.wall += 3_600 * SECOND
+    assert hands.clock("boot-2").read(reading)[-1] == 4_600 * SECOND
+
+
+@pytest.mark.parametrize("boot", ["boot-2", ""])
+def test_shared_clock_keeps_advancing_if_wall_clock_is_set_back(boot: str) -> None:
+    hands = Hands()
+    reading = hands.clock("boot-1").read(None)
+    hands.wall = 0
+    clock = hands.clock(boot)
+    reading = clock.read(reading)
+    assert reading[-1] == 1_000 * SECOND
+    hands.pass_by(1)
+    reading = clock.read(reading)
+    assert reading[-1] == 1_001 * SECOND
+    assert hands.clock(boot).read(reading) == reading
+
+
+FORKING = (
+    PREAMBLE
+    + """
+call = Batch(calls=({"requests": 1},))
+config = LimitConfig(limits=(Limit("requests", 100, per=86_400, burst=100),))
+
+async def book(store):
+    ledger = await store.open("openai", config)
+    await ledger.commit(call)
+    print((await ledger.peek()).limits[0].used, flush=True)
+
+async def refused():
+    for again in (store, SQLiteStore(sys.argv[1])):
+        try:
+            await book(again)
+        except Exception as error:
+            print(error, flush=True)
+
+def child(coroutine):
+    pid = os.fork()
+    if not pid:
+        asyncio.run(coroutine)
+        os._exit(0)
+    coroutine.close()
+    assert os.waitpid(pid, 0)[1] == 0
+
+loop = asyncio.new_event_loop()
+ledger = loop.run_until_complete(store.open("openai", config))
+loop.run_until_complete(ledger.commit(call))
+child(refused())
+loop.run_until_complete(book(store))
+loop.run_until_complete(store.aclose())
+child(book(SQLiteStore(sys.argv[1])))
+loop.close()
+"""
+)
