@@ -27,19 +27,25 @@ async def test_auto_concurrency_starts_with_four_slots_and_shows_them(
 
 
 async def test_raised_concurrency_admits_waiting_calls(virtual_time: VirtualTime) -> None:
-    """A raise when a call ends admits two: one by the slot given back, one by the new slot."""
-    limiter = Limiter(concurrency=(1, 2), clock=virtual_time.clock)
-    limiter.reconfigure(concurrency=1)
-    limiter.reconfigure(concurrency=(1, 2))
+    """A raise when a call ends admits several: one by the slot given back, others by new slots."""
+    limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
 
     async def call() -> None:
         async with limiter.acquire():
             await asyncio.sleep(1)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(60):
-            group.create_task(call())
-    assert virtual_time.now < 60
+    calls = [asyncio.create_task(call()) for _ in range(200)]
+    sizes: list[int | None] = []
+    while (now := limiter.statistics()).waiting or not sizes:
+        await virtual_time.all_blocked()
+        now = limiter.statistics()
+        assert now.in_flight == now.concurrency or not now.waiting
+        sizes.append(now.concurrency)
+        await asyncio.sleep(0.25)
+    assert sizes[0] == 4
+    assert sizes[-1] is not None
+    assert sizes[-1] >= 32
+    await asyncio.gather(*calls)
 
 
 async def test_waiting_for_child_slots_does_not_raise_size_of_parent(

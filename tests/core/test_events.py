@@ -210,31 +210,24 @@ async def watch(_: Event) -> None: ...
 
 
 class Watch:
+    """An object whose call is a coroutine."""
+
     async def __call__(self, _: Event) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("callback", "message"),
+    ("callback", "why"),
     [
         (None, "an observer must be a function of an event; NoneType cannot be called"),
         ("print", "an observer must be a function of an event; str cannot be called"),
-        *(
-            (
-                callback,
-                f"an observer must be a plain function, and {name} is a coroutine function: let it "
-                f"put the event into a queue",
-            )
-            for callback, name in ((watch, "watch"), (Watch(), "Watch"))
-        ),
+        (watch, "an observer must be a plain function, and watch is a coroutine function: let it"),
+        (Watch(), "an observer must be a plain function, and Watch is a coroutine function: let"),
     ],
 )
-def test_observer_that_cannot_be_called_like_function_is_refused(
-    callback: Any, message: str
-) -> None:
+def test_observer_that_cannot_be_called_like_function_is_refused(callback: Any, why: str) -> None:
     """At once, not with the first event; a coroutine function would never be awaited."""
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError, match=f"^{why}"):
         Observers().add(callback)
-    assert str(caught.value) == message
 
 
 def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -139,7 +140,8 @@ def test_settlement_changes_only_named_resources_and_token_sum(virtual_time: Vir
     assert used(limiter) == [100, 10, 110, 2]
     lease.settle(input_tokens=90)
     assert used(limiter) == [90, 10, 100, 2]
-    lease.settle(tokens=70, images=1)
+    images: Any = {"images": 1}
+    lease.settle(tokens=70, **images)
     assert used(limiter) == [90, 10, 70, 1]
     lease.settle()
     assert used(limiter) == [90, 10, 70, 1]
@@ -254,7 +256,8 @@ async def test_undo_gives_everything_back_once(virtual_time: VirtualTime) -> Non
 def test_undo_gives_back_resource_that_was_only_settled(virtual_time: VirtualTime) -> None:
     limiter = Limiter("5 images/s", clock=virtual_time.clock)
     lease = limiter.acquire_nowait()
-    lease.settle(images=3)
+    images: Any = {"images": 3}
+    lease.settle(**images)
     lease.undo()
     assert limiter.statistics().limits[0].used == 0
 

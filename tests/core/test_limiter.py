@@ -305,9 +305,10 @@ def test_name_that_is_no_text_is_refused(name: Any) -> None:
     with pytest.raises(TypeError, match=f"name must be a string, not {name!r}"):
         Limiter("5 RPM", name=name)
     told = r"text that UTF-8 can write, for logs and metrics, not '\\ud800x'$"
-    for make in (lambda half: Limiter("5 RPM", name=half), Limiter("5 RPM").child):
-        with pytest.raises(ValueError, match=told):
-            make("\ud800x")
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM", name="\ud800x")
+    with pytest.raises(ValueError, match=told):
+        Limiter("5 RPM").child("\ud800x")
 
 
 @pytest.mark.parametrize("parts", [{"tokens": 5}, {"requests": 2}, {"images": 3}])
@@ -419,3 +420,10 @@ def test_lease_cannot_be_settled_before_its_call_was_admitted() -> None:
 def test_invalid_terms_are_refused(terms: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Limiter("5 RPM", **terms)
+
+
+def test_state_of_limiter_has_no_attributes_made_up_on_demand() -> None:
+    node: Any = Limiter()._node
+    assert node.meters == ()
+    with pytest.raises(AttributeError, match="limit_"):
+        _ = node.limit_

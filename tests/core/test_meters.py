@@ -5,13 +5,14 @@ import json
 from dataclasses import dataclass, field
 from fractions import Fraction
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.core.meters import NEVER, Bucket, Window
+from asyncbucket.core.meters import NEVER, Bucket, Meter, Window
 from asyncbucket.core.node import Node
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.testing import assert_within_bucket, busiest_window
@@ -726,3 +727,23 @@ def test_price_of_call_is_its_largest_part_of_any_short_term_limit() -> None:
     assert node.price({"requests": 1}) == 0.1
     assert node.price({"requests": 1, "tokens": 5_000}) == 5.0
     assert Limiter()._node.price({"requests": 7}) == 1.0
+
+
+class Told:
+    """Note what a meter is told."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[str, int, int]] = []
+
+    def owe(self, amount: int, when: int) -> None:
+        self.all.append(("owe", amount, when))
+
+    def unbook(self, amount: int, when: int) -> None:
+        self.all.append(("unbook", amount, when))
+
+
+def test_meter_that_knows_no_better_redates_by_giving_back_and_owing() -> None:
+    meter: Any = Told()
+    Meter.redate(meter, 5, 1, 9)
+    assert meter.all == [("unbook", 5, 1), ("owe", 5, 9)]
+    assert Meter.spare(meter, 3) == 0

@@ -73,15 +73,22 @@ def test_siblings_of_equal_cost_keep_order_of_arrival_in_every_round(
     assert [grove.serve() for _ in calls] == calls
 
 
-@pytest.mark.parametrize(("idle", "calls"), [(False, 29), (True, 30)])
+@pytest.mark.parametrize(
+    ("before", "calls"), [("both wait", 29), ("alone", 30), ("idle since", 30)]
+)
 def test_refund_pays_for_later_calls_unless_share_was_idle(
-    grove: Grove, *, idle: bool, calls: int
+    grove: Grove, before: str, calls: int
 ) -> None:
-    """Eight of ten come back: in sum, both have used 31 in the end, and 30 of the later ones."""
+    """Eight of ten come back: in sum, both have used 31 in the end, and 30 of the later ones.
+
+    What was taken while nobody else waited cost nobody else anything, so its refund is no credit.
+    """
     thrifty, other = grove.root.child("thrifty"), grove.root.child("other")
     costly = grove.push(thrifty, 10)
+    if before == "both wait":
+        grove.push(other)
     assert grove.serve() is costly
-    if idle:
+    if before == "idle since":
         for _ in range(30):
             grove.push(other)
         grove.serve_some(30)

@@ -372,9 +372,13 @@ def test_calls_without_slot_run_no_more_at_once_than_there_are_slots(path: tuple
 
 
 @pytest.mark.usefixtures("impatient")
-def test_call_that_passes_without_slot_keeps_other_limits() -> None:
+@pytest.mark.parametrize("path", [(), ("child",)])
+def test_call_that_passes_without_slot_keeps_other_limits(path: tuple[str, ...]) -> None:
     """The windows are kept: the third call waits until the first has left its window."""
-    limiter = Limiter("2 requests/s burst 2", concurrency=1)
+    limiter = key = Limiter(concurrency=1)
+    for name in path:
+        limiter = limiter.child(name)
+    limiter.reconfigure("2 requests/s burst 2")
     trace: list[tuple[int, int]] = []
 
     async def elsewhere() -> None:
@@ -388,7 +392,7 @@ def test_call_that_passes_without_slot_keeps_other_limits() -> None:
                 in_another_thread(elsewhere)
 
     asyncio.run(main())
-    assert limiter.statistics().overridden == 2
+    assert key.statistics().overridden == 2
     assert trace[2][0] - trace[0][0] >= 900_000_000
 
 
