@@ -71,7 +71,9 @@ async def _closed_with_loop(connections: Any) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        await connections.aclose()
+        # Some loops are closed without that, as by nest_asyncio; then the collector comes here.
+        with contextlib.suppress(RuntimeError):
+            await connections.aclose()
 
 
 async def _close(left_open: Sequence[Any]) -> None:

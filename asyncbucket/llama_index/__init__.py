@@ -13,7 +13,6 @@ except ModuleNotFoundError as error:
 else:
     del _LLM, _retry  # imported only to see whether they are installed
 
-from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import (
     RateLimitPauseEvent,
@@ -21,9 +20,13 @@ from asyncbucket.llama_index.events import (
     RateLimitRetryEvent,
     RateLimitWaitEvent,
 )
-from asyncbucket.llama_index.llm import RateLimitedLLM
+from asyncbucket.llama_index.models import (
+    RateLimitedEmbedding,
+    RateLimitedLLM,
+    RateLimitedMultiModalEmbedding,
+)
 from asyncbucket.llama_index.tools import ToolCost
-from asyncbucket.llama_index.wrap import wrap
+from asyncbucket.llama_index.wrap import limiter_of, wrap
 from asyncbucket.retry import Retry, RetryBudget
 
 __all__ = [
@@ -40,5 +43,6 @@ __all__ = [
     "Retry",
     "RetryBudget",
     "ToolCost",
+    "limiter_of",
     "wrap",
 ]

@@ -27,14 +27,15 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Final, Protocol, TypeVar
 
 from asyncbucket.by_loop import ByLoop
-from asyncbucket.llama_index.held import HeldCall
+from asyncbucket.llama_index.pacing import HeldCall
 from asyncbucket.nesting import HeldLease, innermost_held_lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
+from asyncbucket.waiting import ASYNC, SYNC
 
 C = TypeVar("C")
 
@@ -63,7 +64,7 @@ class _Trace:
         self._held = held
         self._profile = held.profile = profile_of(request.url.host)
 
-    def handle(self, event: str, info: Mapping[str, Any]) -> None:
+    async def handle(self, event: str, info: Mapping[str, Any]) -> None:
         """Handle one event of httpcore."""
         if event.endswith(_BODY_STARTED):
             self._held.request_sent()
@@ -73,14 +74,15 @@ class _Trace:
             headers = next((part for part in parts if isinstance(part, list)), [])
             self._held.headers_received(status, headers, self._profile)
 
-    async def handle_async(self, event: str, info: Mapping[str, Any]) -> None:
-        """Do the same on an event loop."""
-        self.handle(event, info)
-
 
 def is_client(value: object) -> bool:
     """Tell whether ``value`` is an SDK's client, judged by its class: mocks have every attribute."""
     return all(hasattr(type(value), name) for name in ("with_options", "_prepare_request"))
+
+
+def is_reporting(client: object) -> bool:
+    """Tell whether ``client`` reports its requests."""
+    return _REPORTS in vars(type(client))
 
 
 def without_retries(client: C) -> C:
@@ -89,31 +91,45 @@ def without_retries(client: C) -> C:
     if is_reporting(client) and original.max_retries == 0:
         return client
     copied: C = original.with_options(max_retries=0)
-    return make_reporting(copied)
+    _make_reporting(copied)
+    return copied
 
 
-def make_reporting(client: C, fields: dict[str, Any] | None = None) -> C:
-    """Make ``client``, which must not be the user's own, report its requests; return it.
+def client_of(model: object, kept_as: str, make: Callable[[], Any]) -> Any:
+    """Return the client that ``make()`` returns, which reports and doesn't retry if ``model`` made it.
 
-    ``fields`` are those of the model that has just made it.
+    One in a field is the user's. If the model keeps it, under the private name ``kept_as``, a copy
+    of the model, which may have another key, makes one of its own.
     """
-    cls: Any = type(client)
-    if is_client(client) and not is_reporting(client):
-        _detect_platform(client)
-        client.__class__ = _reporting_class(cls)
-        vars(client)[_MADE_FOR] = fields
+    note_client(reports=True)  # making it sends nothing, even if that fails
+    private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
+    fields = vars(model)
+    kept = private.get(kept_as)
+    made_for = vars(kept).get(_MADE_FOR) if is_reporting(kept) else None
+    if made_for is not None and made_for is not fields:
+        private[kept_as] = None
+    is_kept = private.get(kept_as) is not None
+    client = make()
+    is_users = any(client is value for value in fields.values())
+    if is_client(client) and not is_users and not is_reporting(client):
+        _make_reporting(client)
+        client.max_retries = 0
+        vars(client)[_MADE_FOR] = None if is_kept else fields
+    note_client(reports=is_reporting(client))
     return client
 
 
-def is_made_for_other(client: object, fields: dict[str, Any]) -> bool:
-    """Tell whether a model with fields other than these made ``client``."""
-    made_for = vars(client).get(_MADE_FOR) if is_reporting(client) else None
-    return made_for is not None and made_for is not fields
+def note_client(*, reports: bool) -> None:
+    """Note whether the client that this context's call asks for reports its requests."""
+    held = innermost_held_lease()
+    if isinstance(held, HeldCall):
+        held.reports_requests = reports
 
 
-def is_reporting(client: object) -> bool:
-    """Tell whether ``client`` reports its requests."""
-    return _REPORTS in vars(type(client))
+def _make_reporting(client: Any) -> None:
+    _detect_platform(client)
+    cls: Any = type(client)
+    client.__class__ = _reporting_class(cls)
 
 
 def _detect_platform(client: Any) -> None:
@@ -128,38 +144,30 @@ def _detect_platform(client: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _reporting_class(cls: type[Any]) -> type[Any]:
+def _reporting_class(cls: Any) -> type[Any]:
     """Return a subclass with one base, so that an instance's class can be replaced by it."""
+    io = ASYNC if inspect.iscoroutinefunction(cls._prepare_request) else SYNC
 
-    def prepare(self: Any, request: _Request) -> None:
-        cls._prepare_request(self, request)
+    async def prepare(self: Any, request: _Request) -> None:
+        await io.call(cls._prepare_request, self, request)
         if (held := innermost_held_lease()) is not None:
             held.request_prepared()
-            request.extensions = {"trace": _Trace(held, request).handle, **request.extensions}
+            trace = io.function(_Trace(held, request).handle)
+            request.extensions = {"trace": trace, **request.extensions}
 
-    async def prepare_async(self: Any, request: _Request) -> None:
-        await cls._prepare_request(self, request)
-        if (held := innermost_held_lease()) is not None:
-            held.request_prepared()
-            request.extensions = {"trace": _Trace(held, request).handle_async, **request.extensions}
+    async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _note_reply(await io.call(cls.request, self, *args, **kwargs), kwargs)
 
-    def request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _note_reply(cls.request(self, *args, **kwargs), kwargs)
-
-    async def request_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _note_reply(await cls.request(self, *args, **kwargs), kwargs)
-
-    is_async = inspect.iscoroutinefunction(cls._prepare_request)
     names: dict[str, Any] = {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
-        "_prepare_request": prepare_async if is_async else prepare,
-        "request": request_async if is_async else request,
+        "_prepare_request": io.function(prepare),
+        "request": io.function(request),
         _REPORTS: True,
     }
     own_http_class = getattr(_sdk(cls), "AsyncHttpxClientWrapper", None)
-    if is_async and own_http_class is not None:
+    if io is ASYNC and own_http_class is not None:
         names["_client"] = _http_client_by_loop(own_http_class)
     return type(cls.__name__, (cls,), names)
 
@@ -195,11 +203,52 @@ def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
 
 
 def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return ``reply``, after noting its usage; or, if it is a stream, how to close the request."""
+    """Return ``reply``, after noting its usage; or, if it is a stream, what notes that later."""
     held = innermost_held_lease()
     if isinstance(held, HeldCall):
         if not arguments.get("stream"):
-            held.add_usage(usage_of(reply))
-        elif hasattr(reply, "close"):
+            held.usages.append(usage_of(reply))
+        elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
             held.note_stream(reply)
+            reply._iterator = _Items(reply._iterator, held)  # noqa: SLF001 - all that its iterators read
     return reply
+
+
+class _Items:
+    """Iterate over an SDK's stream, and note the usage that passes.
+
+    A chunk that is empty except for a usage that only we asked for is left out: whoever looks at
+    the last chunk expects the end of the answer there.
+    """
+
+    def __init__(self, items: Any, held: HeldCall) -> None:
+        self._items = items
+        self._held = held
+        held.usages.append(None)
+        self._index = len(held.usages) - 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while not self._is_for_caller(item := next(self._items)):
+            pass
+        return item
+
+    async def __anext__(self) -> Any:
+        while not self._is_for_caller(item := await anext(self._items)):
+            pass
+        return item
+
+    def _is_for_caller(self, item: Any) -> bool:
+        fields: dict[str, Any] = getattr(item, "__dict__", {})
+        if not any(map(fields.get, ("usage", "response", "message"))):  # as most
+            return True
+        usage, usages = usage_of(item), self._held.usages
+        if usage is None:
+            return True
+        usages[self._index] = usage | usages[self._index]
+        return bool(fields.get("choices", True)) or not self._held.hides_usage

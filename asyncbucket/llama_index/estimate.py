@@ -1,10 +1,9 @@
 """What a call will cost in tokens, estimated before it is made.
 
-The input is what the provider is sent: every block of every message, what the provider's template
-adds to each, tools and the response format. A limiter that books too little lets too many calls
-pass and is refused; one that books too much gets the rest back when the reply comes. So the larger
-of two numbers counts: the tokenizer's, and a quarter of the characters, OpenAI's estimate at
-admission.
+The input is what the provider is sent, as JSON: every block of every message, tools, the response
+format and all other arguments, at four bytes a token. Providers estimate alike at admission, most
+of them by the text alone, so a call is never booked below that; what is booked too much comes back
+with the reply. No tokenizer runs unless one is given: then the larger number counts.
 
 The output is `max_tokens` if the call or the model sets it: OpenAI charges that much at admission.
 Otherwise nobody knows; the estimate is what nine in ten of the model's latest replies stayed under
@@ -15,13 +14,11 @@ constants below.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from asyncbucket.core.cost import rounded_up
-from asyncbucket.llama_index.tokens import Tokenizer, bundled_tokenizer, count
 from asyncbucket.providers.forecast import OutputForecast
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
@@ -34,30 +31,29 @@ if TYPE_CHECKING:
     from llama_index.core.base.llms.types import ChatMessage
     from llama_index.core.llms import LLM
 
-#: OpenAI's template: 3 tokens a message, 1 for the role, and 3 that open the reply. See "How to
-#: count tokens with tiktoken" in the OpenAI cookbook, read in 2025.
-_TOKENS_PER_MESSAGE: Final = 4
-_TOKENS_BEFORE_REPLY: Final = 3
-#: For media that cannot be measured without a decoder: the fewest tokens, and bytes per token.
-#: Sound is MP3 of 128 kbit/s at Gemini's 32 tokens a second, video 2 Mbit/s at its 263, and PDF
-#: pages 50 kB at Anthropic's 1,500 to 3,000.
-_MEDIA: Final = {"audio": (256, 500), "video": (2048, 950), "document": (2048, 20)}
-#: The fields that hold a medium's bytes, in base64.
-_DATA_FIELDS: Final = {"audio": "audio", "video": "video", "document": "data"}
+Tokenizer: TypeAlias = Callable[[str], Sized]
+"""LlamaIndex's notion of a tokenizer: it turns a text into tokens, of which only the number matters."""
 
-_OUTPUT_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-#: Arguments that are sent and count as input.
-_SENT_ARGUMENTS: Final = (
-    "tools",
-    "built_in_tools",
-    "functions",
-    "response_format",
-    "text",
-    "instructions",
-    "system",
+_BYTES_PER_TOKEN: Final = 4
+#: Bytes of what models add to each call: temperature, stream options and the like.
+_ADDED_BYTES: Final = 128
+#: For media that cannot be measured without a decoder: the field with the bytes in base64, the
+#: fewest tokens, and bytes per token. Sound is MP3 of 128 kbit/s at Gemini's 32 tokens a second,
+#: video 2 Mbit/s at its 263, and PDF pages 50 kB at Anthropic's 1,500 to 3,000.
+_MEDIA: Final = {
+    "audio": ("audio", 256, 500),
+    "video": ("video", 2048, 950),
+    "document": ("data", 2048, 20),
+}
+_OUTPUT_LIMITS: Final = (
+    "max_completion_tokens",
+    "max_output_tokens",
+    "max_tokens",
+    "max_new_tokens",
+    "num_predict",
 )
-#: Those of them that OpenAIResponses keeps in fields, and sends with every call.
-_SENT_FIELDS: Final = ("instructions", "built_in_tools")
+#: What is kept in fields, and sent with every call; the latter two by OpenAIResponses.
+_SENT_FIELDS: Final = ("model", "instructions", "built_in_tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,10 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Estimate the cost of a call. It runs on the event loop: no I/O, a few milliseconds at most."""
+    """Estimate the cost of a call. It runs on the event loop: no I/O, a few milliseconds at most.
+
+    One that also has ``observe(output_tokens)`` is told how long each whole reply was.
+    """
 
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
@@ -101,163 +100,123 @@ class Estimator(Protocol):
         ...
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """An estimator that learns from replies."""
-
-    def observe(self, output_tokens: int) -> None:
-        """Learn how long a whole reply was."""
-        ...
-
-
 class DefaultEstimator:
-    """Estimate with a tokenizer that needs no download, and with the replies so far.
+    """Estimate by the bytes that are sent, and by the replies so far.
 
     Each model needs an estimator of its own, which learns from that model's replies.
 
     Args:
-        tokenizer: turns a text into tokens; by default the one inside llama_index.core, or a count
-            of characters if that is missing. It must not do I/O, as some models' own tokenizers do.
+        tokenizer: turns a text into tokens, which count if they are more. It must do no I/O, as
+            some models' own tokenizers do, and it takes the event loop's time.
         forecast: estimates the length of replies without `max_tokens`.
     """
 
     def __init__(
         self, tokenizer: Tokenizer | None = None, *, forecast: OutputForecast | None = None
     ) -> None:
-        self._tokenizer = bundled_tokenizer() if tokenizer is None else tokenizer
+        self._tokenizer = tokenizer
         self._forecast = OutputForecast() if forecast is None else forecast
 
     def __repr__(self) -> str:
         return f"<DefaultEstimator {self._forecast!r}>"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the bundled tokenizer: the other process has it, too."""
-        bundled = self._tokenizer is bundled_tokenizer()
-        return {**vars(self), "_tokenizer": None if bundled else self._tokenizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._tokenizer = self._tokenizer or bundled_tokenizer()
-
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
     ) -> Estimate:
         """Estimate a chat by everything that is sent."""
-        payload = _Payload(tokens=_TOKENS_BEFORE_REPLY)
-        for message in messages:
-            payload.add_message(message)
-        return self._estimate(llm, payload, kwargs)
+        found = _Media()
+        return self._estimate(llm, list(map(found.message, messages)), kwargs, found)
 
     def completion(self, llm: "LLM", prompt: str, kwargs: Mapping[str, Any]) -> Estimate:
         """Estimate a completion; chat models get the prompt as one message."""
-        return self._estimate(
-            llm, _Payload(prompt, tokens=_TOKENS_PER_MESSAGE + _TOKENS_BEFORE_REPLY), kwargs
-        )
+        return self._estimate(llm, [{"role": "user", "content": prompt}], kwargs, _Media())
 
     def embedding(self, texts: Sequence[str]) -> int:
         """Estimate the tokens of one batch of texts to embed, at least one."""
-        return max(1, self.count(*texts))
-
-    def count(self, *texts: str) -> int:
-        """Return the tokens of `texts`, or a quarter of their characters if that is more."""
-        characters = sum(map(len, texts))
-        return max(count(texts, self._tokenizer), math.ceil(characters / 4))
+        return max(1, sum(map(self._count, texts)))
 
     def observe(self, output_tokens: int) -> None:
         """Learn how long a whole reply was."""
         self._forecast.observe(output_tokens)
 
-    def _estimate(self, llm: "LLM", payload: "_Payload", kwargs: Mapping[str, Any]) -> Estimate:
-        # A structured LLM calls another one, and sends it the schema of its output.
-        model = getattr(llm, "llm", llm)
-        payload.add_argument(getattr(llm, "output_cls", None))
-        fields = {name: getattr(model, name, None) for name in _SENT_FIELDS}
-        arguments = {**fields, **_additional_kwargs(model), **kwargs}
-        for name in _SENT_ARGUMENTS:
-            payload.add_argument(arguments.get(name))
-        from_arguments = (arguments.get(name) for name in _OUTPUT_LIMITS)
-        from_fields = (getattr(model, name, None) for name in _OUTPUT_LIMITS)
-        limit = next(filter(is_positive_integer, (*from_arguments, *from_fields)), 0)
+    def _estimate(
+        self, llm: "LLM", messages: list[Any], kwargs: Mapping[str, Any], media: "_Media"
+    ) -> Estimate:
+        fields = vars(llm)  # asking pydantic for what is missing takes microseconds
+        arguments = {**(fields.get("additional_kwargs") or {}), **kwargs}
+        sent = {name: fields[name] for name in _SENT_FIELDS if name in fields}
+        limit = _output_limit(arguments) or _output_limit(fields)
+        text = _json({"messages": messages, **sent, **arguments})
         return Estimate(
-            input_tokens=self.count(*payload.texts) + payload.tokens,
+            input_tokens=self._count(text) + _ADDED_BYTES // _BYTES_PER_TOKEN + media.tokens,
             # The forecast is for the whole call.
             output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
             foreseen=not limit,
         )
 
+    def _count(self, text: str) -> int:
+        """Return the tokens of a text, by its bytes or by the tokenizer if that finds more."""
+        # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbours are.
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        by_size = -(-size // _BYTES_PER_TOKEN)
+        return by_size if self._tokenizer is None else max(by_size, len(self._tokenizer(text)))
 
-class _Payload:
-    """What a call sends: its texts, and the tokens of what is not text."""
 
-    __slots__ = ("texts", "tokens")
+class _Media:
+    """Turn messages into what is sent as text, and count the tokens of everything else."""
 
-    def __init__(self, *texts: str, tokens: int = 0) -> None:
-        self.texts = list(texts)
-        self.tokens = tokens
+    __slots__ = ("tokens",)
 
-    def add_message(self, message: "ChatMessage") -> None:
-        """Add a message: its blocks, and the tool calls that older integrations keep beside them."""
-        self.tokens += _TOKENS_PER_MESSAGE
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def message(self, message: "ChatMessage") -> Any:
+        """Return a message as it is sent, with the tool calls that some integrations keep beside."""
         if not hasattr(message, "blocks"):
-            return  # not a message: the model's own error says it better
-        for block in message.blocks:
-            self.add_block(block)
+            return None  # not a message: the model's own error says it better
         extra = message.additional_kwargs
-        if not any(block.block_type == "tool_call" for block in message.blocks):
-            self.add_argument(extra.get("tool_calls"))
-        self.add_argument(extra.get("name"))
+        if extra and any(block.block_type == "tool_call" for block in message.blocks):
+            extra = {name: value for name, value in extra.items() if name != "tool_calls"}
+        content = list(map(self.block, message.blocks))
+        return {"role": message.role, "content": content, **extra}
 
-    def add_block(self, block: Any) -> None:
-        """Add a content block; a block of an unknown kind counts by its text."""
+    def block(self, block: Any) -> Any:
+        """Return a content block as it is sent; most count by their fields."""
         match getattr(block, "block_type", None):
+            case "text":
+                return {"type": "text", "text": block.text}
             case "image":
                 self.tokens += LOW_DETAIL_IMAGE_TOKENS if block.detail == "low" else IMAGE_TOKENS
             case "document" if str(block.document_mimetype).startswith("text/") and block.data:
-                self.tokens += _decoded_size(block.data) // 4
+                self.tokens += _decoded_size(block.data) // _BYTES_PER_TOKEN
             case "audio" | "video" | "document" as medium:
-                self.add_medium(medium, getattr(block, _DATA_FIELDS[medium]))
-            case "cache":
-                pass
-            case "thinking":
-                self.texts.append(block.content or "")
+                field, least, bytes_per_token = _MEDIA[medium]
+                size = _decoded_size(getattr(block, field))
+                self.tokens += max(least, size // bytes_per_token)
             case "tool_call":
-                self.texts.append(_tool_call(block))
-            case "citable":
-                self.texts += (block.title, block.source)
-                for inner in block.content:
-                    self.add_block(inner)
-            case "citation":
-                self.texts += (block.title, block.source)
-                self.add_block(block.cited_content)
+                arguments = block.tool_kwargs
+                if not isinstance(arguments, str):
+                    arguments = _json(arguments)  # sent as JSON inside JSON
+                function = {"name": block.tool_name, "arguments": arguments}
+                return {"id": block.tool_call_id, "type": "function", "function": function}
             case _:
-                self.texts.append(str(getattr(block, "text", "")))
-
-    def add_medium(self, medium: str, data: object) -> None:
-        """Add sound, video or a document, by its size if that is known."""
-        minimum, bytes_per_token = _MEDIA[medium]
-        self.tokens += max(minimum, _decoded_size(data) // bytes_per_token)
-
-    def add_argument(self, value: object) -> None:
-        """Add an argument, which is sent as JSON, or unchanged if it is text."""
-        if isinstance(value, str):
-            self.texts.append(value)
-        elif value:
-            self.texts.append(_json(value))
+                return block  # as its fields
+        return None
 
 
-def _tool_call(block: Any) -> str:
-    """Return a tool call as it is sent to OpenAI."""
-    arguments = block.tool_kwargs
-    if not isinstance(arguments, str):
-        arguments = _json(arguments)
-    function = {"name": block.tool_name, "arguments": arguments}
-    return _json({"id": block.tool_call_id, "type": "function", "function": function})
+def _output_limit(holder: Mapping[str, Any]) -> int:
+    """Return the most tokens of a reply; 0 if nothing limits them."""
+    for name in _OUTPUT_LIMITS:
+        value = holder.get(name)
+        if value is not None and is_positive_integer(value):
+            return value
+    return 0
 
 
 def _json(value: object) -> str:
     """Return ``value`` as JSON; if that is impossible, as text: an estimate must not fail a call."""
     try:
-        return json.dumps(value, default=_to_jsonable, ensure_ascii=False)
+        return _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError):
         return str(value)
 
@@ -274,11 +233,11 @@ def _to_jsonable(value: Any) -> object:
     return dump() if callable(dump) else str(value)
 
 
+_ENCODER: Final = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), default=_to_jsonable, check_circular=True
+)
+
+
 def _decoded_size(data: object) -> int:
     """Return the number of bytes of data in base64; 0 if there is none here."""
     return len(data) * 3 // 4 if isinstance(data, bytes) else 0
-
-
-def _additional_kwargs(llm: object) -> Mapping[str, Any]:
-    value = getattr(llm, "additional_kwargs", None)
-    return value if isinstance(value, Mapping) else {}

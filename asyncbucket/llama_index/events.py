@@ -1,8 +1,6 @@
 """Queueing as LlamaIndex's instrumentation shows it, and the admissions that it reports."""
 
-import asyncio
-import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, Final
 
@@ -11,10 +9,10 @@ from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
 from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import shown_name
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.node import shown_name
-from asyncbucket.llama_index.misuse import warn_of_time_out
 from asyncbucket.nesting import give_up_slots
+from asyncbucket.waiting import IO
 
 _dispatcher: Final = get_dispatcher(__name__)
 
@@ -78,48 +76,23 @@ class RateLimitPauseEvent(RateLimitEvent):
     reason: str
 
 
-async def admit(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
+async def admit(io: IO, limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
     """Wait for the admission of a call and report the wait; calls around it give up slots it needs."""
     give_up_slots(limiter)
-    began = limiter.now()
+    _wait_is_reported.set(True)
     try:
-        with _mark_wait_reported():
-            lease = await limiter.acquire(**amounts)
-    except asyncio.CancelledError:
-        warn_of_time_out(limiter, limiter.now() - began)
-        raise
-    _report_wait(lease, limiter)
-    return lease
-
-
-def admit_sync(limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
-    """Do the same as `admit`, on a thread that may be blocked."""
-    give_up_slots(limiter)
-    with _mark_wait_reported():
-        lease = limiter.acquire_sync(**amounts)
-    _report_wait(lease, limiter)
+        lease = await io.acquire(limiter, **amounts)
+    finally:
+        # No token: a coroutine may be closed in another context than it ran in.
+        _wait_is_reported.set(False)
+    if lease.waited > 0:
+        name = shown_name(limiter)
+        _dispatcher.event(
+            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
+        )
     return lease
 
 
 def is_wait_reported() -> bool:
     """Return whether the code that asks for the current admission reports its wait."""
     return _wait_is_reported.get()
-
-
-@contextlib.contextmanager
-def _mark_wait_reported() -> Generator[None]:
-    """Keep others from reporting the admissions that are asked for inside."""
-    _wait_is_reported.set(True)
-    try:
-        yield
-    finally:
-        # No token: a coroutine may be closed in another context than it ran in.
-        _wait_is_reported.set(False)
-
-
-def _report_wait(lease: Lease, limiter: Limiter) -> None:
-    if lease.waited > 0:
-        name = shown_name(limiter.name)
-        _dispatcher.event(
-            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
-        )

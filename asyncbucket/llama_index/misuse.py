@@ -1,47 +1,85 @@
-"""Misuse that undoes pacing: a warning names it, with the remedy.
+"""Misuse that undoes pacing, such as a second layer that retries: a warning names the remedy.
 
-Retry decorators around a paced model's methods cannot be detected; the docs mention them.
+Clients of OpenAI's and Anthropic's SDKs are replaced by copies that do not retry, and the retries
+of LlamaIndex's own classes are switched off by `max_retries`. What else retries is switched off
+for each call where that is possible, and mentioned here where it isn't. (Retry decorators around a
+paced model's methods cannot be detected; the docs mention them.)
 """
 
-import contextvars
+import functools
 import inspect
-import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakSet
 
 import asyncbucket
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import in_seconds
 from asyncbucket.llama_index.clients import is_client
 
-#: What `llama_index.core.workflow` sets around each step of a workflow.
-_STEP_VARIABLE: Final = "step_worker"
-#: A call that waited no longer than this (s) was hardly cut off by a time-out.
-_MIN_WAIT: Final = 1.0
-#: Limiters for which the warning about a workflow's time-out has been logged.
-_WARNED: Final[WeakSet[Limiter]] = WeakSet()
-
-_log: Final = logging.getLogger("asyncbucket")
+#: What switches off retries beneath these classes, by module and for one call: of llama-index-llms-
+#: litellm 0.8 with litellm 1.110, and llama-index-llms-cohere 0.9 with cohere 7.3.
+_UNRETRIED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "llama_index.llms.litellm": {"num_retries": 0},
+    "llama_index.llms.cohere": {"request_options": {"max_retries": 0}},
+}
+#: What retries unseen and can't be switched off from here, and what to do about it.
+_UNSEEN: Final = {
+    "llama_index.embeddings.cohere": (
+        "pass httpx_client=limiter.http_client(sync=True) and "
+        "httpx_async_client=limiter.http_client() instead of wrapping it"
+    ),
+    "llama_index.embeddings.litellm": (
+        "set DEFAULT_MAX_RETRIES=0 in the environment before litellm is imported"
+    ),
+    "llama_index.embeddings.together": (
+        'use OpenAILikeEmbedding(api_base="https://api.together.xyz/v1"), which does not'
+    ),
+}
+_BOTOCORE_REMEDY: Final = 'make it with botocore_config=Config(retries={"total_max_attempts": 1})'
+#: Embedding models whose batches are one request a text, without calling their own methods.
+_TEXT_BY_TEXT: Final = "llama_index.embeddings.together"
+_INTEGRATIONS: Final = ("llama_index.llms.", "llama_index.embeddings.")
 _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
+
+
+def unretried_options(llm: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that keep others from retrying a call of ``llm``, unless they are given."""
+    options = _UNRETRIED.get(_integration(llm.__class__))
+    if options is None:
+        return {}
+    given = vars(llm).get("additional_kwargs") or {}
+    return {k: v for k, v in options.items() if k not in kwargs and k not in given}
+
+
+def sends_text_by_text(cls: Any) -> bool:
+    """Tell whether an embedding model's batches are one request a text, unseen."""
+    return _integration(cls) == _TEXT_BY_TEXT
 
 
 def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
     """Warn of each thing that undoes the pacing of ``model``."""
+    name = type(model).__name__
     if getattr(model, "rate_limiter", None) is not None:
         _warn(
-            f"{type(model).__name__} has a rate_limiter of its own: each call would wait there, too, "
+            f"{name} has a rate_limiter of its own: each call would wait there, too, "
             f"with its slot held and as part of the model's latency; make it without rate_limiter="
         )
-    for name, retries in _other_retries(model) if attempts > 1 else ():
+    for field, retries in _other_retries(model) if attempts > 1 else ():
         _warn(
-            f"{type(model).__name__}.{name} tries again by itself (max_retries={retries}): one call "
+            f"{name}.{field} tries again by itself (max_retries={retries}): one call "
             f"may become {attempts} x {retries + 1} requests, of which the limiter sees {attempts}; "
             f"make it with max_retries=0, or wrap with retry=False"
+        )
+    remedy = _UNSEEN.get(_integration(model.__class__))
+    if remedy is None and _has_retrying_botocore(model):
+        remedy = _BOTOCORE_REMEDY
+    if remedy is not None and attempts > 1:
+        _warn(
+            f"{name} tries failed requests again by itself, unseen by the limiter: {remedy}; "
+            f"or wrap with retry=False, so that only one layer retries"
         )
     model_id = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
     key = getattr(model, "api_key", None)
@@ -50,23 +88,6 @@ def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
             f"{WARNING_THRESHOLD} limiters like {limiter!r} were made for the same model and key: "
             f"one that is made for each request remembers nothing, and limits nothing; make it once, "
             f"when the program starts, and wrap with that"
-        )
-
-
-def warn_of_time_out(limiter: Limiter, waited: float) -> None:
-    """Warn once of a call in a workflow's step that was cancelled after waiting ``waited`` seconds.
-
-    The workflow's own error does not mention the queue. Whether its time-out or the step's own code
-    cancelled the call cannot be seen.
-    """
-    in_a_step = any(variable.name == _STEP_VARIABLE for variable in contextvars.copy_context())
-    if waited > _MIN_WAIT and in_a_step and limiter not in _WARNED:
-        _WARNED.add(limiter)
-        _log.warning(
-            "a call inside a workflow was cancelled when it had waited %s for limiter %r: if the workflow's "
-            "time-out did that, it is shorter than the queue; make it with timeout=None, or run it inside "
-            "asyncbucket.deadline(...), which says what binds",
-            *(in_seconds(waited), limiter.name),
         )
 
 
@@ -79,6 +100,24 @@ def _other_retries(model: Any) -> Iterator[tuple[str, int]]:
         retries = inspect.getattr_static(value, "max_retries", None)
         if type(retries) is int and retries > 0 and name not in replaced:
             yield name, retries
+
+
+def _has_retrying_botocore(model: Any) -> bool:
+    """Tell whether a Bedrock model's client or its settings let botocore retry, as it does by default."""
+    private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
+    client = next((v for v in private.values() if type(v).__module__ == "botocore.client"), None)
+    if client is None:
+        return False
+    retries = client.meta.config.retries or {}
+    return bool(retries.get("total_max_attempts", retries.get("max_attempts", 1) + 1) > 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _integration(cls: Any) -> str:
+    """Return the integration that ``cls``, or one above it, is from: ``llama_index.llms.openai``."""
+    modules = (base.__module__ for base in cls.__mro__)
+    found = (each for each in modules if each.startswith(_INTEGRATIONS))
+    return ".".join(next(found, "").split(".")[:3])
 
 
 def _warn(message: str) -> None:

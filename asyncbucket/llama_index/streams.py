@@ -12,35 +12,41 @@ collector interrupts the limiter. (A ``__del__`` here could not call `Lease.rele
 However a stream ends, the request is closed, too, and so it is if an asynchronous stream is
 dropped. Otherwise the provider would have more calls in flight than there are slots, because a
 model's stream may stop, or break off, before the provider does. That the model's stream has ended
-or was closed is not enough: see `held`. (SDKs not built like OpenAI's and Anthropic's close the
+or was closed is not enough: see `pacing`. (SDKs not built like OpenAI's and Anthropic's close the
 request when Python closes their own stream.)
 
-The usage comes with a stream's last chunk; OpenAI sends it only if asked. If we asked and the user
-did not, that chunk, empty except for the usage, is withheld: whoever looks at the last chunk
-expects the end of the answer there.
+The usage comes with a stream's last chunk; OpenAI sends it only if asked, so we ask if the user
+does not, and `clients` leaves that chunk out.
 """
 
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Generator
-from types import TracebackType
+from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.core.context import inherited, put_back
-from asyncbucket.core.lease import Lease
 from asyncbucket.llama_index.estimate import Estimate
-from asyncbucket.llama_index.held import HeldCall
-from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.llama_index.pacing import (
+    Call,
+    HeldCall,
+    NestedMethod,
+    Pacing,
+    held_call,
+    inside,
+    method_in,
+)
 from asyncbucket.nesting import holding
-from asyncbucket.providers.usage import Usage, usage_of
-from asyncbucket.retry import Sent
+from asyncbucket.waiting import ASYNC, run
 
 if TYPE_CHECKING:
     from contextvars import ContextVar
+
+    from asyncbucket.core.lease import Lease
+    from asyncbucket.providers.usage import Usage
 
 T = TypeVar("T")
 
@@ -53,23 +59,12 @@ _END: Final[Any] = object()
 
 
 class _Stream(Generic[T]):
-    """What both kinds of stream share: hold a lease, note the usage that passes, let go once."""
+    """Hold a lease, note the usage that passes, let go once."""
 
-    def __init__(
-        self,
-        pacing: Pacing,
-        start: Callable[..., Any],
-        estimate: Callable[[], Estimate],
-        *,
-        ask_for_usage: bool = False,
-        read: Callable[[T], Usage | None] = usage_of,
-    ) -> None:
-        """Pace the stream that ``start()`` gives; nothing is taken and nothing sent yet."""
+    def __init__(self, pacing: Pacing, call: Call) -> None:
+        """Pace the stream that ``call.send()`` gives; nothing is taken and nothing sent yet."""
         self._pacing = pacing
-        self._start = start
-        self._estimate = estimate
-        self._read = read
-        self._asks_for_usage = ask_for_usage and pacing.asks_for_usage
+        self._call = call
         variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
         #: The context in which the stream was requested.
         self._caller_context = [(variable, variable.get()) for variable in variables]
@@ -77,13 +72,71 @@ class _Stream(Generic[T]):
         self._lease: Lease | None = None
         self._held: HeldCall | None = None
         self._usage: Usage | None = None
-        self._sent = Sent()
         self._busy = False
         self._ended = False
 
-    def _hold(self, lease: Lease) -> None:
-        self._lease = lease
-        self._held = HeldCall(self._pacing.limiter, lease, self._pacing.header_reader)
+    async def _advance(self) -> T:
+        """Return the next item, or the end, of which all later calls hear, too."""
+        item: T = _END
+        if self._ended:
+            return item
+        with self._step():
+            try:
+                item = await (self._first_item() if self._inner is None else self._pull())
+            finally:
+                if item is _END:
+                    await self._close_request()
+        if item is _END:
+            assert self._lease is not None
+            assert self._held is not None
+            # When the whole reply is there; for a broken stream the usage is never known.
+            self._pacing.settle(self._lease, self._held.actual_usage(lambda: self._usage))
+            self._end()
+        return item
+
+    async def _first_item(self) -> T:
+        attempt = functools.partial(self._attempt, self._call.estimate())
+        with self._in_caller_context():
+            item: T = await self._pacing.retry(self._call, attempt)
+            return item
+
+    async def _attempt(self, estimate: Estimate) -> T:
+        """Make one attempt; return the first item, or the end."""
+        _, held = self._lease, self._held = await self._pacing.admit(self._call, estimate)
+        try:
+            with self._in_caller_context(), holding(held):
+                self._inner = await _started(self._pacing, self._call, held)
+            return await self._pull()
+        except BaseException as error:
+            try:
+                await self._close_request()
+            finally:
+                self._end_attempt(error)
+            if not self._is_usage_refused(held, error):
+                raise
+        return await self._attempt(estimate)
+
+    async def _pull(self) -> T:
+        """Run the model's own code: under our lease, in the context of the request for the stream."""
+        assert self._held is not None
+        with self._in_caller_context(), holding(self._held):
+            item: T = await self._call.io.next_item(self._inner, _END)
+        if not self._held.is_streaming:
+            usage = self._call.read(item)
+            self._usage = self._usage if usage is None else usage | self._usage
+        return item
+
+    async def _close(self) -> None:
+        io = self._call.io
+        with self._step():
+            if hasattr(self._inner, "aclose" if io is ASYNC else "close"):
+                await io.close(self._inner)
+            await self._close_request()
+        self._end()
+
+    async def _close_request(self) -> None:
+        if self._held is not None:
+            await self._held.close_stream(self._call.io)
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:
@@ -99,16 +152,6 @@ class _Stream(Generic[T]):
         finally:
             self._busy = False
 
-    def _options(self) -> dict[str, Any]:
-        return USAGE_OPTION if self._asks_for_usage else {}
-
-    @contextlib.contextmanager
-    def _under_lease(self) -> Generator[None]:
-        """Run the model's own code: under our lease, in the context of the request for the stream."""
-        assert self._held is not None
-        with self._in_caller_context(), holding(self._held):
-            yield
-
     @contextlib.contextmanager
     def _in_caller_context(self) -> Generator[None]:
         """Restore the context in which the stream was requested: inherited terms, span and tags.
@@ -122,23 +165,16 @@ class _Stream(Generic[T]):
             for variable, token in tokens:
                 put_back(variable, token)
 
-    def _is_for_caller(self, item: T) -> bool:
-        """Note the usage that ``item`` carries; return whether it carries anything else."""
-        usage = self._read(item)
-        if usage is not None:
-            self._usage = usage | self._usage
-        return not (
-            self._asks_for_usage and usage and not getattr(getattr(item, "raw", None), "choices", 1)
-        )
-
-    def _is_usage_refused(self, error: BaseException) -> bool:
+    def _is_usage_refused(self, held: HeldCall, error: BaseException) -> bool:
         """Tell whether the provider refused the option that asks for usage; if so, ask no more."""
-        if not (self._asks_for_usage and getattr(error, "status_code", None) in _BAD_REQUEST):
-            return False
-        if "stream_options" not in str(error):
-            return False
-        self._asks_for_usage = self._pacing.asks_for_usage = False
-        return True
+        is_refused = (
+            held.hides_usage
+            and getattr(error, "status_code", None) in _BAD_REQUEST
+            and "stream_options" in str(error)
+        )
+        if is_refused:
+            self._pacing.asks_for_usage = False
+        return is_refused
 
     def _end_attempt(self, error: BaseException | None = None) -> None:
         """Give the slot back, and forget the attempt."""
@@ -152,13 +188,6 @@ class _Stream(Generic[T]):
             assert held is not None
             held.failed(lease, error)
 
-    def _exhaust(self) -> None:
-        """End after the last item, when the usage is known; for a broken stream it never is."""
-        assert self._lease is not None
-        assert self._held is not None
-        self._pacing.settle(self._lease, self._held.actual_usage(self._usage))
-        self._end()
-
     def _end(self, error: BaseException | None = None) -> None:
         self._ended = True
         self._end_attempt(error)
@@ -167,91 +196,34 @@ class _Stream(Generic[T]):
 class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
     """Pace an asynchronous stream of a model's replies."""
 
-    _loop: asyncio.AbstractEventLoop
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def asend(self, _: None, /) -> T:
         """Return the next item, like ``__anext__``."""
-        if self._ended:
-            raise StopAsyncIteration
-        with self._step():
-            item = await self._next()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        item = await self._advance()
         if item is _END:
-            self._exhaust()
             raise StopAsyncIteration
         return item
 
-    async def _next(self) -> T:
-        item: T = _END
-        try:
-            item = await (self._pull() if self._inner is not None else self._first_item())
-        finally:
-            if item is _END:
-                await self._close_request()
-        return item
-
-    async def _first_item(self) -> T:
-        attempt = functools.partial(self._attempt, self._estimate())
-        with self._in_caller_context():
-            return await self._pacing.retrier.call(
-                attempt, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
-            )
-
-    async def _attempt(self, estimate: Estimate) -> T:
-        """Make one attempt; return the first item, or the end."""
-        self._loop = asyncio.get_running_loop()
-        self._hold(await self._pacing.admit(estimate, self._sent))
-        try:
-            with self._under_lease():
-                self._inner = aiter(await self._start(**self._options()))
-            return await self._pull()
-        except BaseException as error:
-            try:
-                await self._close_request()
-            finally:
-                self._end_attempt(error)
-            if not self._is_usage_refused(error):
-                raise
-        return await self._attempt(estimate)
-
-    async def _pull(self) -> T:
-        while True:
-            with self._under_lease():
-                item: T = await anext(self._inner, _END)
-            if item is _END or self._is_for_caller(item):
-                return item
-
-    async def athrow(
-        self,
-        exc_type: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-        /,
-    ) -> T:
+    async def athrow(self, error: Any, /, value: Any = None, _: object = None) -> T:
         """End the stream and raise; nobody inside would handle it."""
         await self.aclose()
-        raise _exception_to_raise(exc_type, value, traceback)
+        raise error if value is None else value
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
-        with self._step():
-            if inner is not None and hasattr(inner, "aclose"):
-                await inner.aclose()
-            await self._close_request()
-        self._end()
-
-    async def _close_request(self) -> None:
-        if self._held is not None:
-            await self._held.close_stream()
+        await self._close()
 
     def __del__(self) -> None:
         """Close the request soon, as asyncio closes a generator that is dropped."""
-        if self._held is not None and not self._loop.is_closed():
+        if self._held is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_close_request_soon, self._held)
 
 
 def _close_request_soon(held: HeldCall) -> None:
-    asyncio.ensure_future(held.close_stream())  # noqa: RUF006 - like asyncio itself
+    asyncio.ensure_future(held.close_stream(ASYNC))  # noqa: RUF006 - like asyncio itself
 
 
 class PacedStream(_Stream[T], Generator[T, None, None]):
@@ -259,87 +231,66 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def send(self, _: None, /) -> T:
         """Return the next item, like ``__next__``."""
-        if self._ended:
-            raise StopIteration
-        with self._step():
-            item = self._next()
+        item = run(self._advance())
         if item is _END:
-            self._exhaust()
             raise StopIteration
         return item
 
-    def _next(self) -> T:
-        item: T = _END
-        try:
-            item = self._pull() if self._inner is not None else self._first_item()
-        finally:
-            if item is _END:
-                self._close_request()
-        return item
-
-    def _first_item(self) -> T:
-        attempt = functools.partial(self._attempt, self._estimate())
-        with self._in_caller_context():
-            return self._pacing.retrier.call_sync(
-                attempt, deadline=self._pacing.deadline(), tried=self._start, sent=self._sent
-            )
-
-    def _attempt(self, estimate: Estimate) -> T:
-        """Make one attempt; return the first item, or the end."""
-        self._hold(self._pacing.admit_sync(estimate, self._sent))
-        try:
-            with self._under_lease():
-                self._inner = iter(self._start(**self._options()))
-            return self._pull()
-        except BaseException as error:
-            try:
-                self._close_request()
-            finally:
-                self._end_attempt(error)
-            if not self._is_usage_refused(error):
-                raise
-        return self._attempt(estimate)
-
-    def _pull(self) -> T:
-        while True:
-            with self._under_lease():
-                item: T = next(self._inner, _END)
-            if item is _END or self._is_for_caller(item):
-                return item
-
-    def throw(
-        self,
-        exc_type: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-        /,
-    ) -> T:
+    def throw(self, error: Any, /, value: Any = None, _: object = None) -> T:
         """End the stream and raise; nobody inside would handle it."""
         self.close()
-        raise _exception_to_raise(exc_type, value, traceback)
+        raise error if value is None else value
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        inner = self._inner
-        with self._step():
-            if inner is not None and hasattr(inner, "close"):
-                inner.close()
-            self._close_request()
-        self._end()
-
-    def _close_request(self) -> None:
-        if self._held is not None:
-            self._held.close_stream_sync()
+        run(self._close())
 
 
-def _exception_to_raise(
-    exc_type: type[BaseException] | BaseException, value: object, traceback: TracebackType | None
-) -> BaseException:
-    """Return the exception that ``throw(kind, value, traceback)`` raises."""
-    if isinstance(exc_type, BaseException):
-        error = exc_type
-    elif isinstance(value, BaseException):
-        error = value
-    else:
-        error = exc_type() if value is None else exc_type(value)
-    return error if traceback is None else error.with_traceback(traceback)
+async def paced_stream(pacing: Pacing, call: Call) -> Any:
+    """Return the stream that ``call.send()`` gives, paced; inside a paced call, without pacing."""
+    held, is_async = held_call(pacing.limiter), call.io is ASYNC
+    if held is None:
+        return AsyncPacedStream(pacing, call) if is_async else PacedStream(pacing, call)
+    method = method_in(held)
+    with inside(method):
+        inner = await _started(pacing, call, held)
+    return (_relayed if is_async else _relayed_sync)(call, held, method, inner)
+
+
+async def _relayed(
+    call: Call, held: HeldCall, method: NestedMethod, inner: Any
+) -> AsyncGenerator[Any, None]:
+    """Pass on the stream that ``method`` returns."""
+    try:
+        while (item := await _next_inside(call, held, method, inner)) is not _END:
+            yield item
+    finally:
+        if hasattr(inner, "aclose"):
+            await inner.aclose()
+
+
+def _relayed_sync(
+    call: Call, held: HeldCall, method: NestedMethod, inner: Any
+) -> Generator[Any, None, None]:
+    """Do the same as `_relayed`, for a synchronous stream."""
+    try:
+        while (item := run(_next_inside(call, held, method, inner))) is not _END:
+            yield item
+    finally:
+        if hasattr(inner, "close"):
+            inner.close()
+
+
+async def _next_inside(call: Call, held: HeldCall, method: NestedMethod, inner: Any) -> Any:
+    with inside(method):
+        item = await call.io.next_item(inner, _END)
+    if not held.is_streaming:
+        method.note(call.read(item))
+    return item
+
+
+async def _started(pacing: Pacing, call: Call, held: HeldCall) -> Any:
+    """Start a stream; it is asked for its usage unless the provider has refused to say that."""
+    held.hides_usage = bool(call.options) and pacing.asks_for_usage
+    stream = await call.io.call(call.send, **(call.options if held.hides_usage else {}))
+    return aiter(stream) if call.io is ASYNC else iter(stream)

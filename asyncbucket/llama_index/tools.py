@@ -10,19 +10,18 @@ the model, including a refusal by the limiter.
 
 import functools
 from abc import ABC
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from llama_index.core.tools.types import AsyncBaseTool
 
 from asyncbucket.core.doors import call_amounts
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.llama_index.events import admit, admit_sync
-from asyncbucket.llama_index.mixin import LimiterAttribute, paced_subclass
+from asyncbucket.llama_index.events import admit
+from asyncbucket.llama_index.models import LimiterAttribute, paced_subclass, pacing_of
 from asyncbucket.nesting import is_running, running
-
-T = TypeVar("T")
+from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 ToolCost: TypeAlias = (
     Mapping[str, float | Callable[..., float]] | Callable[..., Mapping[str, float]]
@@ -51,19 +50,13 @@ class ToolPacing:
         """Return a pacing for ``limiter`` with the same options, except those given."""
         return type(self)(limiter, **self.options | options)
 
-    async def call(self, tool: object, send: "functools.partial[Awaitable[T]]") -> T:
+    async def call(self, io: IO, tool: object, send: "functools.partial[Any]") -> Any:
         """Return what ``send()`` returns, paced; inside a call of the same tool, without pacing."""
         if is_running(tool):
-            return await send()
-        with await admit(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
-            return await send()
-
-    def call_sync(self, tool: object, send: "functools.partial[T]") -> T:
-        """Do the same as `call`, on a thread that may be blocked."""
-        if is_running(tool):
-            return send()
-        with admit_sync(self.limiter, self._amounts(tool, send)) as lease, running(tool, lease):
-            return send()
+            return await io.call(send)
+        lease = await admit(io, self.limiter, self._amounts(tool, send))
+        with lease, running(tool, lease):
+            return await io.call(send)
 
     def _amounts(self, tool: object, send: "functools.partial[Any]") -> Mapping[str, float]:
         # A `FunctionTool` itself passes on the arguments it was made with.
@@ -83,16 +76,11 @@ class ToolPacing:
 class PacedTool:
     """The part of a paced tool that is not a tool."""
 
-    limiter = LimiterAttribute(lambda tool: pacing_of_tool(tool).limiter)
+    limiter = LimiterAttribute()
 
     def __repr__(self) -> str:
         tool: Any = self
-        return f"{type(self).__name__}({tool.metadata.name!r}, limiter={pacing_of_tool(self).limiter!r})"
-
-
-def pacing_of_tool(tool: PacedTool) -> ToolPacing:
-    """Return the pacing of ``tool``."""
-    return cast("ToolPacing", vars(tool)[_PACING])
+        return f"{type(self).__name__}({tool.metadata.name!r}, limiter={pacing_of(self).limiter!r})"
 
 
 if TYPE_CHECKING:
@@ -112,22 +100,22 @@ class RateLimitedTool(_Tool, ABC):
     """Pace a tool that has only ``__call__``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> "ToolOutput":
-        return pacing_of_tool(self).call_sync(
-            self, functools.partial(super().__call__, *args, **kwargs)
-        )
+        send = functools.partial(super().__call__, *args, **kwargs)
+        output: ToolOutput = run(pacing_of(self).call(SYNC, self, send))
+        return output
 
 
 class RateLimitedAsyncTool(_AsyncTool, ABC):
     """Pace a tool that has ``call`` and ``acall``; its ``__call__`` calls the former."""
 
     def call(self, *args: Any, **kwargs: Any) -> "ToolOutput":
-        return pacing_of_tool(self).call_sync(
-            self, functools.partial(super().call, *args, **kwargs)
-        )
+        send = functools.partial(super().call, *args, **kwargs)
+        output: ToolOutput = run(pacing_of(self).call(SYNC, self, send))
+        return output
 
     async def acall(self, *args: Any, **kwargs: Any) -> "ToolOutput":
-        send: functools.partial[Any] = functools.partial(super().acall, *args, **kwargs)
-        output: ToolOutput = await pacing_of_tool(self).call(self, send)
+        send = functools.partial(super().acall, *args, **kwargs)
+        output: ToolOutput = await pacing_of(self).call(ASYNC, self, send)
         return output
 
 

@@ -19,21 +19,21 @@ and HTTP clients that do not retry. The inner model is left as it was, and stays
 Where a call is paced
     *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. Everything else that
     LlamaIndex does with a model goes through these; ``predict_and_call`` must not be paced as a
-    whole, since tools run inside it. The exception is the structured prediction of some
-    integrations, which use their client directly. See `llm` and `structured`.
-    *Embeddings*: beneath the cache, at the private methods that make one request. See `embedding`.
+    whole, since tools run inside it.
+    *Embeddings*: beneath the cache, at the private methods that make one request. See `models`.
     *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
     *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
     make. See `tools`, and `asyncbucket.nesting` for what they hold meanwhile.
 
 The traps, and where they are handled
-    Public methods call public methods, and would pay twice: `held`. A stream holds its slot until
-    it ends, and may never be started or never be ended: `streams`. The model's class, the SDK and
-    tenacity each retry, so one call may become twelve: `clients`, and `Paced.max_retries`.
-    Pickling: `copies`.
+    Public methods call public methods, and would pay twice: `asyncbucket.nesting` and `pacing`. A
+    stream holds its slot until it ends, and may never be started or never be ended: `streams`. The
+    model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`,
+    `misuse`, and `Paced.max_retries`. Pickling: `copies`.
     Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
     The overrides are in a mixin that is not a model, so this does not apply: a call has the same span
-    and events as before, and the wait comes before them (`events`).
+    and events as before, and the wait comes before them (`events`). A span is called after the
+    object's class, so the subclass has the class's own name.
 
 Each attempt of a retried call has an admission, a span and a start event of its own, because that
 many requests did go out. Between attempts no slot is held.
@@ -53,18 +53,23 @@ from llama_index.core.tools import BaseTool, FunctionTool
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
-from asyncbucket.llama_index.embedding import RateLimitedEmbedding, RateLimitedMultiModalEmbedding
 from asyncbucket.llama_index.estimate import Estimator
-from asyncbucket.llama_index.llm import RateLimitedLLM
 from asyncbucket.llama_index.misuse import warn_of_misuse
-from asyncbucket.llama_index.mixin import Paced, bind, paced_subclass, pacing_of
+from asyncbucket.llama_index.models import (
+    Paced,
+    RateLimitedEmbedding,
+    RateLimitedLLM,
+    RateLimitedMultiModalEmbedding,
+    bind,
+    paced_subclass,
+    pacing_of,
+)
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.llama_index.tools import (
     PacedTool,
     ToolCost,
     ToolPacing,
     paced_tool,
-    pacing_of_tool,
 )
 from asyncbucket.retry import Retry
 
@@ -126,7 +131,7 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     applicable = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
     if not isinstance(obj, (Paced, PacedTool)):
         return _pace(obj, limiter, applicable)
-    pacing: Any = pacing_of_tool(obj) if isinstance(obj, PacedTool) else pacing_of(obj)
+    pacing: Any = pacing_of(obj)
     if is_under(pacing.limiter, limiter):
         limiter = pacing.limiter
         if not applicable:
@@ -223,13 +228,23 @@ def paced_class(cls: type[Any]) -> type[Any]:
     else:
         mixin = RateLimitedLLM if issubclass(cls, LLM) else RateLimitedEmbedding
 
-    def class_name(_: type[Any]) -> str:
-        """Return the inner class's name, which is what is serialised."""
-        name: str = cls.class_name()
-        return name
+    return paced_subclass(mixin, cls, **{_PLAIN_CLASS: cls})
 
-    names = {"class_name": classmethod(class_name), _PLAIN_CLASS: cls}
-    return paced_subclass(mixin, cls, **names)
+
+def limiter_of(paced: object) -> Limiter:
+    """Return the limiter that paces a model or tool; a type checker knows no ``llm.limiter``.
+
+    >>> limiter_of(pace(OpenAI(model="gpt-4o-mini"), rpm=500)).statistics()
+
+    Raises:
+        TypeError: it is not paced.
+    """
+    if isinstance(paced, StructuredLLM):
+        return limiter_of(paced.llm)
+    if not isinstance(paced, (Paced, PacedTool)):
+        raise TypeError(f"{paced!r} is not paced: limiter.wrap(...) and pace(...) return what is")
+    limiter: Limiter = pacing_of(paced).limiter
+    return limiter
 
 
 def _refusal_message(obj: object) -> str:

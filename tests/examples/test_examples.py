@@ -19,7 +19,6 @@ pytestmark = [
 
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
-    """Return what `python examples/NAME` prints, from another folder and without a key."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
@@ -36,7 +35,6 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 
 def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
-    """Of 64 calls under a limit of forty in three seconds all pass, and some wait."""
     printed = run("agents_with_tools.py", cwd=tmp_path)
 
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
@@ -44,7 +42,6 @@ def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
 
 
 def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
-    """Chat, a stream and embeddings pass through one client, and nothing stays in flight."""
     printed = run("plain_openai_sdk.py", cwd=tmp_path)
 
     assert "a stream: 'You said: Tell me a story.'" in printed
@@ -53,7 +50,6 @@ def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
 
 
 def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> None:
-    """On one key, questions wait less than the ingestion behind them."""
     printed = run("rag_ingestion.py", cwd=tmp_path)
 
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
@@ -65,7 +61,6 @@ def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> N
 
 
 def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
-    """Four processes that together want a third more than the limit stay within it."""
     printed = run("shared_store.py", cwd=tmp_path)
 
     assert re.findall(r"(\d+) of 40 answered", printed) == ["40"] * 4
@@ -78,7 +73,6 @@ def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("valkey-server") is None, reason="there is no valkey-server")
 def test_four_processes_share_limits_through_valkey(tmp_path: Path) -> None:
-    """A URL makes them share a server in the same way."""
     path = tmp_path / "valkey.sock"
     server = subprocess.Popen(
         ["valkey-server", "--port", "0", "--unixsocket", str(path), "--save", ""],  # noqa: S607

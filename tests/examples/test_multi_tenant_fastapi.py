@@ -21,7 +21,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_tenant_fastapi.py"
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    """Load the example without running it."""
     spec = importlib.util.spec_from_file_location("multi_tenant_fastapi", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -47,11 +46,9 @@ class Service:
         )
 
     async def ask(self, key: str, text: str = "Why?") -> httpx.Response:
-        """Ask as the owner of an API key."""
         return await self.http.post("/ask", json={"text": text}, headers={"authorization": key})
 
     async def ask_at_once(self, key: str, times: int) -> list[tuple[int, str | None]]:
-        """Ask so often, and return the answers' status codes and when to come back, in order."""
         replies = await asyncio.gather(*(self.ask(key) for _ in range(times)))
         return sorted((reply.status_code, reply.headers.get("retry-after")) for reply in replies)
 
@@ -59,8 +56,6 @@ class Service:
 def test_tenant_over_its_limit_gets_429_with_retry_after(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
-    """It gets what it may have at once, then 429 with a time to return; others do not notice."""
-
     async def main() -> None:
         limiter = Limiter("600 RPM", max_queue=100, clock=virtual_time.clock)
         service = Service(example, limiter, virtual_time)
@@ -78,8 +73,6 @@ def test_tenant_over_its_limit_gets_429_with_retry_after(
 def test_full_service_answers_503_with_retry_after(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
-    """This is so although the tenant has enough left of its own limit."""
-
     async def main() -> None:
         limiter = Limiter("60 RPM burst 2", max_queue=3, clock=virtual_time.clock)
         service = Service(example, limiter, virtual_time)
@@ -93,8 +86,6 @@ def test_full_service_answers_503_with_retry_after(
 def test_question_larger_than_a_limit_gets_413(
     example: ModuleType, virtual_time: VirtualTime
 ) -> None:
-    """Waiting would not help, and the service is not at fault."""
-
     async def main() -> None:
         limiter = Limiter("1k TPM", clock=virtual_time.clock)
         service = Service(example, limiter, virtual_time)
@@ -109,7 +100,6 @@ def test_question_larger_than_a_limit_gets_413(
 @pytest.mark.real_clock  # a process of its own, and a real server: a stranger's clock
 @pytest.mark.timeout(120)
 def test_flooding_tenant_gets_429_while_others_are_served(tmp_path: Path) -> None:
-    """Forty callers on a plan for sixty a minute get 429; the provider refuses nobody."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLE)],

@@ -19,7 +19,6 @@ pytestmark = [
 
 @pytest.fixture(name="client")
 def opened(tmp_path: Path) -> Iterator[Any]:
-    """Open the notebook with its own kernel."""
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     resources = {"metadata": {"path": str(tmp_path)}}
     client: Any = NotebookClient(
@@ -30,22 +29,16 @@ def opened(tmp_path: Path) -> Iterator[Any]:
 
 
 def printed(cell: Any) -> str:
-    """Return what a cell shows."""
     return "".join(
         output.get("text") or output.get("data", {}).get("text/html", "") for output in cell.outputs
     )
 
 
 def limits_in(text: str) -> list[str]:
-    """Return the limits that a cell shows."""
     return re.findall(r"[\d,]+ \w+ per [\d,]+ s", text)
 
 
 def test_notebook_runs_as_saved_and_a_cell_may_run_twice(client: Any) -> None:
-    """Top-level await and synchronous calls work, and so does running a cell twice.
-
-    The saved outputs show the limits that the cells name.
-    """
     cells = {n: cell for n, cell in enumerate(client.nb.cells) if cell.cell_type == "code"}
     kept = {n: limits_in(printed(cell)) for n, cell in cells.items()}
     last = max(cells)
@@ -62,7 +55,6 @@ def test_notebook_runs_as_saved_and_a_cell_may_run_twice(client: Any) -> None:
 
 
 def test_saved_notebook_outputs_have_no_errors() -> None:
-    """It is saved with its outputs, for those who only read it."""
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
 

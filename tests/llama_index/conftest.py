@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 import respx
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
@@ -48,7 +49,7 @@ class _Spans(NullSpanHandler):
         self._names, self._parents = names, parents
 
     def span_enter(self, id_: str, *_: Any, parent_id: str | None = None, **__: Any) -> None:
-        self._names.append(id_.split("-", maxsplit=1)[0].rsplit(".", maxsplit=1)[-1])
+        self._names.append(id_.split("-", maxsplit=1)[0])
         self._parents.append(parent_id)
 
 
@@ -62,7 +63,6 @@ class Instrumentation:
     objects: list[BaseEvent] = field(default_factory=list)
 
     def take(self) -> tuple[list[str], list[str]]:
-        """Return spans and events so far, a stream's progress as one event, and forget them."""
         events = [name for name, _ in itertools.groupby(self.events)]
         taken = list(self.spans), events
         self.spans.clear()
@@ -72,7 +72,6 @@ class Instrumentation:
 
 @pytest.fixture
 def instrumentation() -> Iterator[Instrumentation]:
-    """Listen to LlamaIndex's instrumentation during a test."""
     seen = Instrumentation()
     root = get_dispatcher()
     before = list(root.event_handlers), list(root.span_handlers)
@@ -94,11 +93,9 @@ class ScriptedOpenAI:
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
-        """The bodies of all requests, in order."""
         return [json.loads(request.content) for request in self.requests]
 
     def answer(self, request: httpx.Request) -> httpx.Response:
-        """Answer as the provider would, or as the script says."""
         self.requests.append(request)
         if self.script:
             scripted = self.script.pop(0)
@@ -217,22 +214,67 @@ class ScriptedOpenAI:
 
 @pytest.fixture
 def scripted_openai() -> ScriptedOpenAI:
-    """Return an OpenAI API."""
     return ScriptedOpenAI()
 
 
 @pytest.fixture
 def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
-    """Answer everything that goes to `API_BASE`, or to Groq, in place of the network."""
     with respx.mock(assert_all_called=False) as mock:
         mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=scripted_openai.answer)
         yield scripted_openai
 
 
+class AsyncReader:
+    """Read a model's streams on the event loop; `SyncReader` does the same on this thread."""
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
+        return await getattr(llm, f"a{method}")(*(args or ([ChatMessage("hi")],)), **kwargs)
+
+    async def next(self, stream: Any) -> Any:
+        return await anext(stream, None)
+
+    async def rest(self, stream: Any) -> list[Any]:
+        return [item async for item in stream]
+
+    async def close(self, stream: Any) -> None:
+        await stream.aclose()
+
+    async def throw(self, stream: Any, *error: Any) -> None:
+        await stream.athrow(*error)
+
+    async def read(self, llm: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """Read a stream from its beginning to its end."""
+        return await self.rest(await self.begin(llm, *args, **kwargs))
+
+
+class SyncReader(AsyncReader):
+    """Read a model's synchronous streams."""
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
+        return getattr(llm, method)(*(args or ([ChatMessage("hi")],)), **kwargs)
+
+    async def next(self, stream: Any) -> Any:
+        return next(stream, None)
+
+    async def rest(self, stream: Any) -> list[Any]:
+        return list(stream)
+
+    async def close(self, stream: Any) -> None:
+        stream.close()
+
+    async def throw(self, stream: Any, *error: Any) -> None:
+        stream.throw(*error)
+
+
+@pytest.fixture(params=[AsyncReader(), SyncReader()], ids=["async", "sync"])
+def reader(request: pytest.FixtureRequest) -> AsyncReader:
+    """Return what reads streams, in both ways."""
+    reader: AsyncReader = request.param
+    return reader
+
+
 @contextlib.contextmanager
 def served(answer: Callable[[httpx.Request], Any]) -> Generator[str]:
-    """Give the answers on loopback, over connections that stay open; yield the base URL."""
-
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -259,17 +301,14 @@ def served(answer: Callable[[httpx.Request], Any]) -> Generator[str]:
 
 @pytest.fixture
 def serve() -> Serve:
-    """Return a context manager's function that serves a scripted API, and yields its base URL."""
     return served
 
 
 def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    """Return a provider's refusal."""
     body = {"error": {"message": "scripted", "type": "scripted", "code": None, **fields}}
     return httpx.Response(status, json=body, headers=headers)
 
 
 @pytest.fixture
 def refusal() -> Callable[..., httpx.Response]:
-    """Return a function for refusals: `refusal(429, {"retry-after": "1"}, code="...")`."""
     return error

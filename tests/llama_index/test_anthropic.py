@@ -15,7 +15,7 @@ from asyncbucket import Limiter
 from asyncbucket.testing import virtual_time
 
 if TYPE_CHECKING:
-    from tests.llama_index.conftest import Instrumentation, Serve
+    from tests.llama_index.conftest import Serve
 
 anthropic = pytest.importorskip("anthropic")
 integration = pytest.importorskip("llama_index.llms.anthropic")
@@ -42,7 +42,6 @@ class ScriptedAnthropic:
         self.refusals = 0
 
     def answer(self, request: Any) -> Any:
-        """Answer as the provider would."""
         self.requests.append(body := json.loads(request.content))
         if self.refusals:
             self.refusals -= 1
@@ -84,7 +83,6 @@ class ScriptedAnthropic:
         )
 
     def model(self, **options: Any) -> Any:
-        """Return a model that talks to this API."""
         llm = integration.Anthropic(model="claude-sonnet-4-5", api_key="k", **options)
         transport = http.MockTransport(self.answer)
         retries = llm.max_retries
@@ -99,12 +97,10 @@ class ScriptedAnthropic:
 
 @pytest.fixture
 def api() -> ScriptedAnthropic:
-    """Return a scripted Anthropic API."""
     return ScriptedAnthropic()
 
 
 async def test_async_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
-    """achat, acomplete (which calls achat) and both streams are one admission each."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
 
@@ -119,7 +115,6 @@ async def test_async_call_is_one_request_admitted_once_and_settled(api: Scripted
 
 
 def test_synchronous_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
-    """The synchronous twins pay in the same way."""
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
 
@@ -135,7 +130,6 @@ def test_synchronous_call_is_one_request_admitted_once_and_settled(api: Scripted
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
 async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAnthropic) -> None:
-    """All four ways, streaming included, call `parse` of its client."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(api.model())
     prompt = PromptTemplate("Name a {thing}.")
@@ -155,7 +149,6 @@ async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAn
 def test_call_is_sent_once_on_each_of_several_event_loops(
     api: ScriptedAnthropic, serve: "Serve", caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A script may say ``asyncio.run(...)`` again and again; connections end with their loop."""
     limiter = Limiter("1000 RPM")
 
     async def ask() -> None:
@@ -178,7 +171,6 @@ def test_call_is_sent_once_on_each_of_several_event_loops(
 
 
 def test_refused_call_makes_five_requests_as_sdk_does_not_retry(api: ScriptedAnthropic) -> None:
-    """Its SDK would try 11 times."""
     api.refusals = 50
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", clock=time.clock)
@@ -187,15 +179,3 @@ def test_refused_call_makes_five_requests_as_sdk_does_not_retry(api: ScriptedAnt
             time.run(limiter.wrap(api.model()).achat(MESSAGES))
 
     assert len(api.requests) == 5
-
-
-async def test_pacing_adds_no_spans_or_events(
-    api: ScriptedAnthropic, instrumentation: "Instrumentation"
-) -> None:
-    """Pacing adds no span and no event."""
-    await api.model().achat(MESSAGES)
-    plain = instrumentation.take()
-
-    await Limiter("100 RPM").wrap(api.model()).achat(MESSAGES)
-
-    assert instrumentation.take() == plain

@@ -12,7 +12,6 @@ import httpx
 import pytest
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
-from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool
 from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
@@ -58,7 +57,6 @@ class Bench:
         self.limiter.observe(self._note)
 
     async def _look_up(self, a: int, b: int) -> str:
-        """Look up two numbers."""
         return str(len(await self.embed_model.aget_query_embedding(f"{a} {b}")))
 
     def _note(self, event: Event) -> None:
@@ -66,13 +64,11 @@ class Bench:
             self.seen.append((event.limiter, inherited.get()))
 
     def agent(self, **options: Any) -> FunctionAgent:
-        """Return an agent with the tool."""
         return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
 
 
 @pytest.fixture
 def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
-    """Provide a bench with sixty calls a minute, one a second."""
     provider = RateLimitedProvider(clock=virtual_time.clock)
     limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
     http_client = httpx.Client(transport=provider.mock_transport(sync=True))
@@ -93,13 +89,11 @@ def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
 
 
 def ask(agent: Any) -> Any:
-    """Start an agent with a memory without a database: the default one leaves a connection open."""
     memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
     return agent.run(user_msg="look up 1 and 2", memory=memory)
 
 
 async def under(start: Any) -> Any:
-    """Run what ``start()`` starts with priority, tenant and deadline set."""
     with (
         asyncbucket.tenant("acme"),
         asyncbucket.priority("interactive"),
@@ -114,7 +108,6 @@ def test_function_agent_calls_inherit_priority_tenant_and_deadline(
     bench: Bench,
     streaming: bool,  # noqa: FBT001 - a case
 ) -> None:
-    """This includes LLM, tool and embedding calls, each at the tenant's key of its child."""
     bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
 
     assert [name for name, _ in bench.seen] == [
@@ -130,19 +123,8 @@ def test_function_agent_calls_inherit_priority_tenant_and_deadline(
     assert bench.provider.statistics().requests == 3
 
 
-def test_agent_workflow_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
-    """The agents of a workflow run in its tasks."""
-    workflow = AgentWorkflow(agents=[bench.agent()], root_agent="f")
-
-    bench.time.run(under(lambda: ask(workflow)))
-
-    assert len(bench.seen) == 4
-    assert {terms for _, terms in bench.seen} == {GIVEN}
-
-
 @pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
 def test_react_agent_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
-    """This agent asks in text."""
     agent = ReActAgent(tools=[bench.tool], llm=bench.like)
 
     bench.time.run(under(lambda: ask(agent)))
@@ -152,7 +134,6 @@ def test_react_agent_calls_inherit_priority_tenant_and_deadline(bench: Bench) ->
 
 
 def test_query_engine_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
-    """This includes the embedding and the answer, streamed or not."""
     index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
     bench.seen.clear()
     engine = index.as_query_engine(llm=bench.llm)
@@ -171,8 +152,6 @@ def test_query_engine_calls_inherit_priority_tenant_and_deadline(bench: Bench) -
 
 
 def test_stream_is_admitted_on_terms_set_when_it_was_requested(bench: Bench) -> None:
-    """Engines read streams in their own tasks and threads, which do not inherit these terms."""
-
     async def main() -> None:
         with asyncbucket.tenant("acme"), asyncbucket.priority(3):
             stream = await bench.llm.astream_complete("hi")
@@ -187,8 +166,6 @@ def test_stream_is_admitted_on_terms_set_when_it_was_requested(bench: Bench) -> 
 
 
 def test_stream_requested_without_terms_takes_none_from_its_reader(bench: Bench) -> None:
-    """Its reader may be in the middle of something urgent, which must not count."""
-
     async def main() -> None:
         stream = await bench.llm.astream_complete("hi")
         with asyncbucket.tenant("other"), asyncbucket.priority(3):
@@ -198,23 +175,7 @@ def test_stream_requested_without_terms_takes_none_from_its_reader(bench: Bench)
     assert bench.seen == [("openai/chat", None)]
 
 
-def test_synchronous_stream_is_admitted_on_terms_set_when_requested() -> None:
-    """A chat engine reads it in a thread."""
-    limiter = Limiter("1000/s")
-    llm = limiter.wrap(MockLLM())
-
-    with asyncbucket.tenant("acme"):
-        stream = llm.stream_complete("hi there")
-    with asyncbucket.tenant("other"):
-        assert "".join([part.delta or "" for part in stream]) == "hi there"
-
-    assert limiter.key("acme").statistics().admitted == 1
-    assert limiter.key("other").statistics().admitted == 0
-
-
 def test_interactive_agent_overtakes_batch_queue(bench: Bench) -> None:
-    """Four calls of one agent, at one a second, overtake a queue of a hundred."""
-
     async def batch() -> None:
         with asyncbucket.priority("batch"):
             await asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(100)))
@@ -232,7 +193,6 @@ def test_interactive_agent_overtakes_batch_queue(bench: Bench) -> None:
 
 
 def test_tenant_over_its_limit_does_not_delay_other_tenant(bench: Bench) -> None:
-    """A tenant with a small limit waits for it, and the other one does not wait with it."""
     bench.limiter.reconfigure("600 RPM burst 600")
     chat = bench.limiter.children["chat"]
     chat.key("small", "1 RPM")
@@ -258,7 +218,6 @@ def test_run_that_cannot_meet_its_deadline_fails_at_once(
     kind: str,
     streaming: bool,  # noqa: FBT001 - a case
 ) -> None:
-    """It raises the limiter's error, which names what binds, and LlamaIndex does not wrap it."""
     index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
     agent = bench.agent(streaming=streaming)
     start: Any = {
@@ -282,20 +241,7 @@ def test_run_that_cannot_meet_its_deadline_fails_at_once(
     assert bench.provider.statistics().requests == 1  # for the index
 
 
-def test_agent_raises_once_no_call_can_meet_the_deadline(bench: Bench) -> None:
-    """Calls in time are made; after a tool's refusal the model cannot be asked any more."""
-
-    async def main() -> None:
-        with pytest.raises(AcquireTimeout, match="requests bind for"), asyncbucket.deadline(0.9):
-            await ask(bench.agent())
-        assert bench.time.now < 0.9
-
-    bench.time.run(main())
-    assert [name for name, _ in bench.seen] == ["openai/chat"]
-
-
 def test_retry_that_would_outlast_deadline_is_not_made(bench: Bench) -> None:
-    """A back-off that would end after the deadline is not waited for."""
     bench.provider.reconfigure(rpm=1)
 
     async def main() -> None:
@@ -325,7 +271,6 @@ class Slow(Workflow):
 
 
 async def queued(bench: Bench) -> AsyncIterator[None]:
-    """Have a minute's worth of calls wait."""
     waiting = asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(60)))
     await asyncio.sleep(0)
     yield
@@ -334,8 +279,6 @@ async def queued(bench: Bench) -> AsyncIterator[None]:
 
 
 def test_deadline_raises_limiters_error_before_workflow_times_out(bench: Bench) -> None:
-    """Behind a minute's queue a workflow times out; with a deadline the limiter says why."""
-
     async def main() -> None:
         async for _ in queued(bench):
             with (
@@ -349,7 +292,6 @@ def test_deadline_raises_limiters_error_before_workflow_times_out(bench: Bench) 
 
 
 def test_agents_with_tools_that_ask_models_get_no_429(bench: Bench) -> None:
-    """Twenty run at once under two slots and a narrow limit; each is answered."""
     bench.provider.reconfigure(rpm=60, concurrency=2, latency=1.5)
     bench.limiter.reconfigure(concurrency=2)
     searches = bench.limiter.child("searches", concurrency=1)

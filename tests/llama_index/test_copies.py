@@ -1,9 +1,9 @@
 """A paced model can be pickled, and the original stays intact."""
 
 import multiprocessing
-import os
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
-from asyncbucket import Limit, Limiter
-from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM, copies
-from asyncbucket.llama_index.mixin import pacing_of
-from asyncbucket.retry import Retry
+import asyncbucket
+from asyncbucket import AcquireTimeout, Limit, Limiter
+from asyncbucket.core.levels import terms_of
+from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM
+from asyncbucket.llama_index.models import pacing_of
 
 KEY = "sk-very-secret"
 
@@ -56,7 +57,6 @@ class PacedStubborn(RateLimitedLLM, Stubborn):
 
 
 def models() -> list[Any]:
-    """Return one model of each kind."""
     return [
         MockLLM(max_tokens=3),
         OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
@@ -68,7 +68,6 @@ def models() -> list[Any]:
 
 @pytest.mark.parametrize("inner", models(), ids=lambda model: type(model).__name__)
 def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
-    """As with other copies, the copy spends from the same budget."""
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(inner)
 
@@ -80,7 +79,6 @@ def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None
 
 
 def test_pickling_leaves_original_unchanged() -> None:
-    """LlamaIndex removes from the live object what cannot be pickled; here a twin loses it."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, completion_to_prompt=lambda prompt: prompt)
     paced = limiter.wrap(inner)
@@ -95,7 +93,6 @@ def test_pickling_leaves_original_unchanged() -> None:
 
 @pytest.mark.parametrize("make", [PacedMock, PacedStubborn])
 def test_handwritten_paced_class_survives_pickling(make: Any) -> None:
-    """It keeps its class, its fields and its limiter, whatever its `__init__` takes."""
     limiter = Limiter("100 RPM")
     paced = make(limiter=limiter)
     paced.max_tokens = 2
@@ -108,18 +105,8 @@ def test_handwritten_paced_class_survives_pickling(make: Any) -> None:
     assert str(twin.complete("hi"))
 
 
-def test_pickled_copy_keeps_retry_options() -> None:
-    """A copy retries as the original does."""
-    paced = Limiter("100 RPM").wrap(MockLLM(), retry=Retry(attempts=2))
-
-    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
-
-    assert pacing_of(twin).retrier.policy.attempts == 2
-
-
 @pytest.mark.parametrize("tokenizer", [None, str.split])
 def test_pickled_copy_keeps_estimator_and_its_forecast(tokenizer: Any) -> None:
-    """The copy begins with the same forecast and tokenizer; from then on each learns alone."""
     estimator = DefaultEstimator(tokenizer)
     estimator.observe(900)
     paced = Limiter("100 RPM").wrap(MockLLM(), estimator=estimator)
@@ -135,47 +122,87 @@ def test_pickled_copy_keeps_estimator_and_its_forecast(tokenizer: Any) -> None:
     assert estimator.completion(paced, "?", {}).output_tokens == 900
 
 
+def tree() -> tuple[Limiter, Limiter]:
+    root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)
+    acme = root.child("acme", "10k TPM", weight=3, priority="batch", max_queue=9)
+    return root, acme.child("chat", "5k TPM", concurrency=2, timeout=20)
+
+
+def terms(limiter: Limiter) -> list[Any]:
+    level: Limiter | None = limiter
+    found: list[Any] = []
+    while level is not None:
+        found.append((level.name, level.limits, terms_of(level)))
+        level = level.parent
+    return found
+
+
 def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
-    """Run in another process: return what paces the copies there."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        twins = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
-        for twin in twins:
-            twin.complete("hi")
-    limiter: Limiter = twins[0].limiter
+        first, second, tenant = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
+    first.complete("hi")
+    second.complete("hi")
+    root = second.limiter
     return {
-        "shared": all(twin.limiter is limiter for twin in twins),
-        "limits": limiter.limits,
-        "concurrency": limiter.concurrency,
-        "name": limiter.name,
-        "admitted": limiter.statistics().admitted,
-        "pid": os.getpid(),
-        "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
+        "terms": terms(first.limiter),
+        "admitted": [root.statistics().admitted, first.limiter.statistics().admitted],
+        "tree": first.limiter.parent.parent is root is tenant.limiter.parent,
+        "tenant": tenant.limiter.limits,
+        "warnings": [str(each.message) for each in caught if each.category is RuntimeWarning],
     }
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_copies_in_another_process_share_one_new_limiter_and_warn_once(method: str) -> None:
-    """They keep the limits together, and warn once that they do not share the original's."""
-    limiter = Limiter("100 RPM burst 7", "10k TPM", concurrency=3, name="mine")
-    pickled = [pickle.dumps(limiter.wrap(MockLLM(max_tokens=2))) for _ in range(2)]
+def test_copies_in_another_process_share_one_rebuilt_limiter_tree(method: str) -> None:
+    root, chat = tree()
+    llm = MockLLM(max_tokens=2)
+    acme = root.key("acme", "7 RPM")
+    models = [root.wrap(llm, child=chat), root.wrap(llm), root.wrap(llm, child=acme)]
+    pickled = [pickle.dumps(model) for model in models]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
         with multiprocessing.get_context(method).Pool(1) as pool:
             seen = pool.apply(_unpickle, (pickled,))
 
-    assert seen["pid"] != os.getpid()
-    assert seen["shared"]
-    assert seen["limits"] == (Limit("requests", 100, burst=7), Limit("tokens", 10_000))
-    assert (seen["concurrency"], seen["name"], seen["admitted"]) == (3, "mine", 2)
-    assert limiter.statistics().admitted == 0
-    (said,) = seen["warnings"]
-    assert said.startswith("this copy of MockLLM came from another process, where 'mine' paces")
-    assert "give each process its share" in said
+    assert seen["terms"] == terms(chat)
+    assert seen["admitted"] == [2, 1]
+    assert seen["tree"]
+    assert seen["tenant"] == (Limit("requests", 7),)
+    assert seen["warnings"][0].startswith(
+        "this copy of MockLLM came from another process, where 'openai/acme/chat' paces"
+    )
+    assert "give each process its share" in seen["warnings"][0]
+    assert root.statistics().admitted == 0
+
+
+def _spend(pickled: bytes) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twin = pickle.loads(pickled)  # noqa: S301 - our own
+        twin.complete("one")
+        twin.complete("two")
+    return [str(each.message) for each in caught if each.category is RuntimeWarning]
+
+
+@pytest.mark.real_clock
+def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/limits.db?patience=5"
+    limiter = Limiter("3 RPM burst 3", name="openai", store=store)
+    paced = limiter.wrap(MockLLM(max_tokens=2), child="chat")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_spend, (pickle.dumps(paced),)) == []
+
+    paced.complete("three")
+
+    with (
+        pytest.raises(AcquireTimeout, match="a call of 1 request cannot pass"),
+        asyncbucket.deadline(0.2),
+    ):
+        paced.complete("four")
 
 
 def test_unpickling_after_limiter_is_gone_recreates_it_with_warning() -> None:
-    """An old pickle brings a limiter with the same limits, and warns about it."""
     paced = Limiter("100 RPM", name="gone").wrap(MockLLM())
     pickled = pickle.dumps(paced)
     del paced
@@ -184,13 +211,11 @@ def test_unpickling_after_limiter_is_gone_recreates_it_with_warning() -> None:
         twin = pickle.loads(pickled)  # noqa: S301 - our own
 
     assert twin.limiter.name == "gone"
-    assert copies._PASSPORTS.remade
 
 
 def test_ingestion_pipeline_runs_paced_model_in_worker_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`IngestionPipeline(num_workers=2)` works, and the model here is intact afterwards."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of the workers: the one above
     limiter = Limiter("1000 RPM")
     model = limiter.wrap(MockEmbedding(embed_dim=2))

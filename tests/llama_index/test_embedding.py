@@ -45,12 +45,10 @@ class Batching(OnlySync):
 
 
 def openai_embedding(**options: Any) -> OpenAIEmbedding:
-    """Return OpenAI's embedding model."""
     return OpenAIEmbedding(api_key="k", api_base=API_BASE, embed_batch_size=2, **options)
 
 
 def admitted(limiter: Limiter) -> int:
-    """Return how many calls were admitted."""
     now = limiter.statistics()
     assert now.in_flight == 0
     return now.admitted
@@ -58,14 +56,12 @@ def admitted(limiter: Limiter) -> int:
 
 @pytest.fixture
 def limiter() -> Limiter:
-    """Return a limiter with one slot."""
     return Limiter("1000 RPM", concurrency=1)
 
 
 async def test_embedding_batch_is_one_admission_and_one_request(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """`embed_batch_size` texts are one admission and one HTTP request, sync or async."""
     model = limiter.wrap(openai_embedding())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -75,21 +71,9 @@ async def test_embedding_batch_is_one_admission_and_one_request(
     assert admitted(limiter) == len(openai_api.requests) == 6
 
 
-async def test_num_workers_does_not_change_cost_of_batches(
-    limiter: Limiter, openai_api: "ScriptedOpenAI"
-) -> None:
-    """`num_workers` changes how many ask at once, but not the cost."""
-    model = limiter.wrap(openai_embedding(num_workers=3))
-
-    await model.aget_text_embedding_batch(TEXTS)
-
-    assert admitted(limiter) == len(openai_api.requests) == 3
-
-
 async def test_single_text_and_query_embeddings_are_paced(
     limiter: Limiter, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """A text, a query, or queries that are averaged make one request each."""
     model = limiter.wrap(openai_embedding())
 
     await model.aget_text_embedding("a")
@@ -102,8 +86,6 @@ async def test_single_text_and_query_embeddings_are_paced(
 
 
 async def test_estimator_returning_none_raises_before_anything_is_sent(limiter: Limiter) -> None:
-    """A forgotten `return` is an error before anything is sent."""
-
     class Forgetful:
         def embedding(self, texts: list[str]) -> Any:
             len(texts)
@@ -117,7 +99,6 @@ async def test_estimator_returning_none_raises_before_anything_is_sent(limiter: 
 
 
 async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
-    """With a cold cache, 3 of 3 batches are paid for; with a warm one, none."""
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -132,7 +113,6 @@ async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "Scripte
 
 
 async def test_partly_cached_batch_costs_only_uncached_texts(openai_api: "ScriptedOpenAI") -> None:
-    """Only the texts that are sent are counted."""
     limiter = Limiter("100k TPM")
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
     long = "many words " * 500
@@ -147,7 +127,6 @@ async def test_partly_cached_batch_costs_only_uncached_texts(openai_api: "Script
 
 
 async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: "ScriptedOpenAI") -> None:
-    """LlamaIndex drops the usage; embeddings do not change the forecast of replies."""
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
     model = limiter.wrap(openai_embedding(), estimator=estimator)
@@ -162,7 +141,6 @@ async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: "Scripted
 
 @pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])
 async def test_inherited_batch_method_costs_a_request_per_text(make: Any, limiter: Limiter) -> None:
-    """Where the base class sends a request per text, each text pays, and the batch does not."""
     model = limiter.wrap(make())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -173,7 +151,6 @@ async def test_inherited_batch_method_costs_a_request_per_text(make: Any, limite
 
 
 async def test_overridden_batch_method_costs_one_request(limiter: Limiter) -> None:
-    """Whatever its own batch method calls belongs to that batch, and needs only one slot."""
     model = limiter.wrap(Batching())
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -183,7 +160,6 @@ async def test_overridden_batch_method_costs_one_request(limiter: Limiter) -> No
 
 
 async def test_batch_split_into_requests_per_text_is_charged_for_each() -> None:
-    """If a class splits its batches, each further text is charged as a request, too."""
     limiter = Limiter("1000 RPM", "10k TPM", concurrency=1)
     model = limiter.wrap(Batching(embed_batch_size=2))
 
@@ -197,8 +173,6 @@ async def test_batch_split_into_requests_per_text_is_charged_for_each() -> None:
 async def test_parallel_requests_of_a_batch_are_charged_once_each(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """What comes back as they leave one by one lets nobody else in."""
-
     class Splitting(OpenAIEmbedding):  # type: ignore[misc]
         async def _aget_text_embedding(self, text: str) -> Any:
             await asyncio.sleep(0)  # as code that looks up a key first
@@ -218,7 +192,6 @@ async def test_parallel_requests_of_a_batch_are_charged_once_each(
 
 
 async def test_async_fallback_to_synchronous_embedding_does_not_block_loop() -> None:
-    """The asynchronous method waits without blocking, and its synchronous twin passes inside it."""
     limiter = Limiter("1000 RPM", concurrency=1)
     model = limiter.wrap(OnlySync())
 
@@ -233,7 +206,6 @@ async def test_async_fallback_to_synchronous_embedding_does_not_block_loop() -> 
 
 
 async def test_each_image_costs_one_request_without_batch_method(limiter: Limiter) -> None:
-    """An image is a request, even in a batch if the class has no batch method for images."""
     model = limiter.wrap(MockMultiModalEmbedding(embed_dim=2))
 
     await model.aget_image_embedding("a.png")
@@ -247,8 +219,6 @@ async def test_each_image_costs_one_request_without_batch_method(limiter: Limite
 
 
 async def test_image_batch_method_costs_one_request_per_batch(limiter: Limiter) -> None:
-    """A class with a batch method for images pays once per batch."""
-
     class BatchingImages(MockMultiModalEmbedding):
         def _get_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
             return [[0.5] for _ in img_file_paths]
@@ -267,8 +237,6 @@ async def test_image_batch_method_costs_one_request_per_batch(limiter: Limiter) 
 async def test_pacing_adds_no_spans_or_events(
     openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
 ) -> None:
-    """Pacing adds no span and no event to embeddings."""
-
     async def use(model: BaseEmbedding) -> None:
         await model.aget_text_embedding_batch(TEXTS)
         await model.aget_query_embedding("a")

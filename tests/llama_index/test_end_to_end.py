@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from llama_index.core import Document, SummaryIndex, VectorStoreIndex
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.embeddings.openai import OpenAIEmbedding
@@ -34,7 +33,6 @@ DOCUMENTS = [
 
 
 def add(a: int, b: int) -> int:
-    """Add two numbers."""
     return a + b
 
 
@@ -57,12 +55,10 @@ class Bench:
         self.embed_model = self.limiter.wrap(OpenAIEmbedding(embed_batch_size=2, **options))
 
     async def aclose(self) -> None:
-        """Close the connections."""
         self.http_client.close()
         await self.async_http_client.aclose()
 
     def assert_paced(self, *, at_least: int = 1) -> None:
-        """Each request was admitted, each admission was a request, and nothing is left over."""
         here, there = self.limiter.statistics(), self.provider.statistics()
         assert here.admitted == there.requests >= at_least
         assert there.refused == 0
@@ -72,30 +68,17 @@ class Bench:
 
 @pytest.fixture
 async def bench(rate_limited_provider: "ProviderFactory") -> AsyncIterator[Bench]:
-    """A provider without limits, and models that three slots pace."""
     made = Bench(rate_limited_provider())
     yield made
     await made.aclose()
 
 
 def ask(agent: Any, question: str) -> Any:
-    """Start an agent, with a memory in no database: the default one leaves a connection open."""
     memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
     return agent.run(user_msg=question, memory=memory)
 
 
-async def test_function_agent_is_paced(bench: Bench) -> None:
-    """A tool call and an answer: two calls of the model."""
-    agent = FunctionAgent(tools=[add], llm=bench.llm)
-
-    reply = await ask(agent, "add 1 and 2")
-
-    assert "add 1 and 2" in str(reply)
-    bench.assert_paced(at_least=2)
-
-
 async def test_twenty_concurrent_agents_share_three_slots(bench: Bench) -> None:
-    """Twenty agents share three slots, and each gets its answer."""
     agents = [FunctionAgent(tools=[add], llm=bench.llm) for _ in range(20)]
 
     replies = await asyncio.gather(*(ask(agent, f"question {n}") for n, agent in enumerate(agents)))
@@ -104,53 +87,7 @@ async def test_twenty_concurrent_agents_share_three_slots(bench: Bench) -> None:
     bench.assert_paced(at_least=40)
 
 
-@pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning")
-async def test_react_agent_is_paced(bench: Bench) -> None:
-    """An agent that thinks in text, of a model that knows no functions."""
-    agent = ReActAgent(tools=[add], llm=bench.like)
-
-    reply = await ask(agent, "add 1 and 2")
-
-    assert "You said" in str(reply)
-    bench.assert_paced(at_least=1)
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-async def test_agent_workflow_is_paced(bench: Bench, streaming: bool) -> None:  # noqa: FBT001 - a case
-    """Agents under a workflow, streamed or not."""
-    agent = FunctionAgent(
-        name="adder", description="adds", tools=[add], llm=bench.llm, streaming=streaming
-    )
-
-    reply = await ask(AgentWorkflow(agents=[agent], root_agent="adder"), "add 1 and 2")
-
-    assert "add 1 and 2" in str(reply)
-    bench.assert_paced(at_least=2)
-
-
-async def test_agent_with_mock_llm_is_paced() -> None:
-    """A mock, with which people test their agents, is paced as any other model."""
-    limiter = Limiter("60k RPM", concurrency=1)
-    agent = FunctionAgent(tools=[add], llm=limiter.wrap(MockFunctionCallingLLM()))
-
-    await ask(agent, "hello")
-
-    assert limiter.statistics().admitted >= 1
-    assert limiter.statistics().in_flight == 0
-
-
-async def test_index_and_query_engine_are_paced(bench: Bench) -> None:
-    """The usual tutorial: index documents, ask a question, all synchronously."""
-    index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
-
-    reply = index.as_query_engine(llm=bench.llm).query("which number?")
-
-    assert "You said" in str(reply)
-    bench.assert_paced(at_least=3 + 1 + 1)
-
-
 async def test_index_built_asynchronously_in_a_running_loop_is_paced() -> None:
-    """`use_async=True` embeds on a second loop in another thread, while this one stands still."""
     provider = RateLimitedProvider()
     limiter = Limiter("60k RPM", concurrency=3)
     # No sockets, for those of a loop that has gone can't be closed on another.
@@ -171,7 +108,6 @@ async def test_index_built_asynchronously_in_a_running_loop_is_paced() -> None:
 async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """While this loop, which holds the only slot, is blocked by the index, the index gets on."""
     limiter = Limiter("60k RPM", concurrency=1)
     model = limiter.wrap(MockEmbedding(embed_dim=2))
     async with limiter.acquire():
@@ -183,7 +119,6 @@ async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
 
 
 async def test_async_streaming_and_summary_query_engines_are_paced(bench: Bench) -> None:
-    """Asynchronous and streaming queries, and one that asks of each document."""
     index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
 
     reply = await index.as_query_engine(llm=bench.llm).aquery("first?")
@@ -201,7 +136,6 @@ async def test_async_streaming_and_summary_query_engines_are_paced(bench: Bench)
 
 
 async def test_synchronous_streaming_query_engine_is_paced(bench: Bench) -> None:
-    """A synchronous streamed answer gives its slot back at its end."""
     index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
 
     reply = index.as_query_engine(llm=bench.llm, streaming=True).query("which number?")
@@ -211,7 +145,6 @@ async def test_synchronous_streaming_query_engine_is_paced(bench: Bench) -> None
 
 
 async def test_chat_engine_is_paced(bench: Bench) -> None:
-    """A chat engine reads its stream in a task of its own."""
     index = VectorStoreIndex.from_documents(DOCUMENTS, embed_model=bench.embed_model)
     engine = index.as_chat_engine(
         chat_mode=ChatMode.CONTEXT,
@@ -229,7 +162,6 @@ async def test_chat_engine_is_paced(bench: Bench) -> None:
 
 
 async def test_ingestion_pipeline_is_paced(bench: Bench) -> None:
-    """A pipeline's embeddings are paced; what its cache has is free."""
     pipeline = IngestionPipeline(transformations=[SentenceSplitter(), bench.embed_model])
 
     nodes = await pipeline.arun(documents=DOCUMENTS)
@@ -241,7 +173,6 @@ async def test_ingestion_pipeline_is_paced(bench: Bench) -> None:
 
 
 async def test_cancelled_agent_run_gives_its_streams_slot_back(bench: Bench) -> None:
-    """An agent cancelled in the middle of its stream leaves nothing behind."""
     bench.provider.reconfigure(latency=0.3)
     handler = ask(FunctionAgent(tools=[add], llm=bench.llm), "add 1 and 2")
     while not bench.limiter.statistics().in_flight:  # noqa: ASYNC110 - nobody sets an event
@@ -257,7 +188,6 @@ async def test_cancelled_agent_run_gives_its_streams_slot_back(bench: Bench) -> 
 
 
 async def test_waiting_call_of_a_cancelled_agent_run_leaves_the_line(bench: Bench) -> None:
-    """``cancel_run`` ends the step that waits; cancelling the handler alone would not."""
     async with bench.limiter.acquire(), bench.limiter.acquire(), bench.limiter.acquire():
         handler = ask(FunctionAgent(tools=[add], llm=bench.llm), "add 1 and 2")
         while not bench.limiter.statistics().waiting:  # noqa: ASYNC110 - nobody sets an event
@@ -272,10 +202,6 @@ async def test_waiting_call_of_a_cancelled_agent_run_leaves_the_line(bench: Benc
 
 @pytest.mark.real_clock
 async def test_mixed_load_at_limit_gets_no_429(rate_limited_provider: "ProviderFactory") -> None:
-    """Agents, chats, streams and embeddings at once, under the provider's own limits: no refusal.
-
-    On the real clock, since a provider in another thread judges by it.
-    """
     provider = rate_limited_provider(
         rpm=180,
         tpm=60_000,

@@ -69,7 +69,6 @@ class Echo(CustomLLM):
 
 
 def greet(name: str) -> str:
-    """Greet somebody."""
     return f"hello {name}"
 
 
@@ -77,22 +76,18 @@ TOOL = FunctionTool.from_defaults(greet)
 
 
 def make_openai() -> LLM:
-    """Return OpenAI's chat model."""
     return OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE)
 
 
 def make_completing_openai() -> LLM:
-    """Return an OpenAI model that supports completion only."""
     return OpenAI(model="gpt-3.5-turbo-instruct", api_key="k", api_base=API_BASE, max_tokens=5)
 
 
 def make_responses() -> LLM:
-    """Return a model of the Responses API."""
     return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE)
 
 
 def make_azure() -> Any:
-    """Return Azure's chat model."""
     return AzureOpenAI(
         engine="gpt",
         model="gpt-4o-mini",
@@ -103,12 +98,10 @@ def make_azure() -> Any:
 
 
 def make_like() -> Any:
-    """Return a chat model of an OpenAI-compatible provider."""
     return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=True)
 
 
 def make_completing_like() -> Any:
-    """Return one without chat, whose achat calls acomplete."""
     return OpenAILike(model="m", api_key="k", api_base=API_BASE, is_chat_model=False)
 
 
@@ -124,7 +117,6 @@ LOCAL = [lambda: MockLLM(max_tokens=3), Echo]
 
 
 async def drain(stream: Awaitable[Any]) -> list[Any]:
-    """Read a stream to its end."""
     return [item async for item in await stream]
 
 
@@ -146,55 +138,63 @@ SYNC_CALLS: dict[str, Callable[[LLM], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ASYNC_CALLS)
+CALLS = ASYNC_CALLS | SYNC_CALLS
+
+
+async def make_call(llm: LLM, name: str) -> None:
+    reply = CALLS[name](llm)
+    if name in ASYNC_CALLS:
+        await reply
+
+
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("make", REMOTE, ids=lambda make: make.__name__.removeprefix("make_"))
-async def test_asynchronous_call_is_one_admission_and_one_request(
+async def test_call_is_one_admission_and_one_request(
     make: Callable[[], LLM], name: str, openai_api: "ScriptedOpenAI"
 ) -> None:
-    """However a class's methods call each other, a call is paid for once and sent once."""
     limiter = Limiter("100 RPM", concurrency=1)
 
-    await ASYNC_CALLS[name](limiter.wrap(make()))
+    await make_call(limiter.wrap(make()), name)
 
     now = limiter.statistics()
     assert (now.admitted, now.in_flight, len(openai_api.requests)) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("name", SYNC_CALLS)
-@pytest.mark.parametrize("make", REMOTE, ids=lambda make: make.__name__.removeprefix("make_"))
-def test_synchronous_call_is_one_admission_and_one_request(
-    make: Callable[[], LLM], name: str, openai_api: "ScriptedOpenAI"
-) -> None:
-    """The synchronous twins pay in the same way."""
-    limiter = Limiter("100 RPM", concurrency=1)
-
-    SYNC_CALLS[name](limiter.wrap(make()))
-
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, len(openai_api.requests)) == (1, 0, 1)
-
-
-@pytest.mark.parametrize("name", ASYNC_CALLS | SYNC_CALLS)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("make", LOCAL, ids=["MockLLM", "CustomLLM"])
 async def test_call_through_nested_model_methods_is_charged_once(
     make: Callable[[], LLM], name: str
 ) -> None:
-    """CustomLLM goes from achat to chat to complete; with one slot a second charge would hang."""
     limiter = Limiter("100 RPM", concurrency=1)
-    llm = limiter.wrap(make())
 
-    if name in ASYNC_CALLS:
-        await ASYNC_CALLS[name](llm)
-    else:
-        await asyncio.to_thread(SYNC_CALLS[name], llm)
+    await make_call(limiter.wrap(make()), name)
 
     now = limiter.statistics()
     assert (now.admitted, now.in_flight, now.limits[0].used) == (1, 0, 1)
 
 
-async def test_method_making_three_calls_is_charged_for_all_three() -> None:
-    """A method that takes a vote of three answers pays for three, whatever methods it calls."""
+@pytest.mark.parametrize("name", CALLS)
+async def test_estimator_error_fails_call_without_retry_or_pause(name: str) -> None:
+    class TooManyRequestsError(Exception):
+        status_code = 429
 
+    class Remote:
+        def chat(self, *_: Any) -> Estimate:
+            raise TooManyRequestsError
+
+        completion = chat
+
+    limiter = Limiter("100 RPM")
+
+    with pytest.raises(TooManyRequestsError) as caught:
+        await make_call(limiter.wrap(MockLLM(), estimator=Remote()), name)
+
+    assert not hasattr(caught.value, "__notes__")
+    now = limiter.statistics()
+    assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
+
+
+async def test_method_making_three_calls_is_charged_for_all_three() -> None:
     class Voting(Echo):
         async def achat(self, *_: Any, **__: Any) -> ChatResponse:
             replies = await asyncio.gather(*(self.acomplete("hi") for _turn in range(3)))
@@ -218,8 +218,6 @@ async def test_method_making_three_calls_is_charged_for_all_three() -> None:
 
 
 async def test_method_reading_several_streams_is_charged_for_all() -> None:
-    """It does not matter whether they are read in turn or side by side; none is charged twice."""
-
     class Drafting(Echo):
         async def achat(self, *_: Any, **__: Any) -> ChatResponse:
             async def draft() -> str:
@@ -258,7 +256,6 @@ async def test_method_reading_several_streams_is_charged_for_all() -> None:
 async def test_calls_with_tools_are_paced(
     make: Callable[[], FunctionCallingLLM], openai_api: "ScriptedOpenAI"
 ) -> None:
-    """All four ways to chat with tools are one admission each."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
 
@@ -273,7 +270,6 @@ async def test_calls_with_tools_are_paced(
 async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """A tool that asks the model itself pays for its call, and finds a free slot."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
 
@@ -288,14 +284,15 @@ async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
 
 @pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-4"], ids=["json_schema", "function"])
 async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedOpenAI") -> None:
-    """By schema or by function, each of the four methods is one admission."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(OpenAI(model=model, api_key="k", api_base=API_BASE))
 
     one = await llm.astructured_predict(Person, PROMPT, thing="star")
     stream = await llm.astream_structured_predict(Person, PROMPT, thing="star")
     many: list[Any] = [person async for person in stream]
-    three = await asyncio.to_thread(llm.structured_predict, Person, PROMPT, thing="star")
+    three = await asyncio.to_thread(
+        llm.structured_predict, Person, PROMPT, thing="star", fn="f", model="m"
+    )
     four: list[Any] = await asyncio.to_thread(
         lambda: list(llm.stream_structured_predict(Person, PROMPT, thing="star"))
     )
@@ -304,32 +301,14 @@ async def test_structured_prediction_is_paced(model: str, openai_api: "ScriptedO
     assert limiter.statistics().admitted == len(openai_api.requests) == 4
 
 
-async def test_structured_prediction_of_text_only_model_is_paced() -> None:
-    """A model without functions is asked for JSON by LlamaIndex's own program: one admission."""
-
-    class Json(Echo):
-        @llm_completion_callback()  # pyright: ignore[reportUntypedFunctionDecorator]  # LlamaIndex's
-        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            return CompletionResponse(text='{"name": "Ada"}' if "star" in prompt else "")
-
-    limiter = Limiter("100 RPM", concurrency=1)
-
-    prompt = PromptTemplate("Name a star.")  # a new one, because LlamaIndex puts a parser into it
-    person = await limiter.wrap(Json()).astructured_predict(Person, prompt)
-
-    assert person.name == "Ada"
-    assert limiter.statistics().admitted == 1
-
-
 async def test_structured_prediction_of_responses_api_is_paced(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """OpenAIResponses.structured_predict calls no chat method, and is paced all the same."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make_responses())
 
     one = await llm.astructured_predict(Person, PROMPT, thing="star")
-    two = await asyncio.to_thread(llm.structured_predict, Person, PROMPT, thing="star")
+    two = llm.structured_predict(Person, PROMPT, thing="star")
 
     assert (one.name, two.name) == ("Ada", "Ada")
     now = limiter.statistics()
@@ -341,8 +320,6 @@ async def test_structured_prediction_of_custom_class_is_charged_once(
     by_itself: bool,  # noqa: FBT001 - a case
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """It may send requests itself or call `achat`; either way it pays what it used."""
-
     class Unknown(OpenAI):
         async def astructured_predict(self, output_cls: Any, *_: Any, **__: Any) -> Any:
             if by_itself:
@@ -380,46 +357,8 @@ async def test_structured_prediction_of_custom_class_is_charged_once(
     assert now.limits[0].used == 4 * 18
 
 
-@pytest.mark.parametrize("llm_kwargs", [None, {"temperature": 0.5}])
-async def test_subclass_can_add_llm_kwargs_to_structured_prediction(
-    llm_kwargs: dict[str, Any] | None, openai_api: "ScriptedOpenAI"
-) -> None:
-    """An override sees `llm_kwargs` by name, and only if given, as LlamaIndex passes it on."""
-
-    class Seeded(OpenAI):
-        async def astructured_predict(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
-            return await super().astructured_predict(*args, **kwargs)
-
-        async def astream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
-            return await super().astream_structured_predict(*args, **kwargs)
-
-        def structured_predict(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
-            return super().structured_predict(*args, **kwargs)
-
-        def stream_structured_predict(self, *args: Any, **kwargs: Any) -> Any:
-            kwargs["llm_kwargs"] = {**kwargs.get("llm_kwargs", {}), "seed": 7}
-            return super().stream_structured_predict(*args, **kwargs)
-
-    limiter = Limiter("100 RPM", concurrency=1)
-    llm = limiter.wrap(Seeded(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
-    ask = Person, PROMPT, llm_kwargs
-
-    await llm.astructured_predict(*ask, thing="star")
-    await drain(llm.astream_structured_predict(*ask, thing="star"))
-    llm.structured_predict(*ask, thing="star")
-    list(llm.stream_structured_predict(*ask, thing="star"))
-
-    expected = {"temperature": 0.1, **(llm_kwargs or {}), "seed": 7}
-    assert [expected | body for body in openai_api.bodies] == openai_api.bodies
-    assert limiter.statistics().admitted == len(openai_api.bodies) == 4
-
-
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
 async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
-    """Whether it is made from a paced model or wrapped itself, a call is one admission."""
     limiter = Limiter("100 RPM", concurrency=1)
     llm = make_openai()
     structured = (
@@ -446,7 +385,6 @@ async def test_pacing_adds_no_spans_or_events(
     openai_api: "ScriptedOpenAI",
     instrumentation: "Instrumentation",
 ) -> None:
-    """Pacing adds no span and no event, even though it asks for a stream's usage."""
     await ASYNC_CALLS[name](make())
     plain = instrumentation.take()
 
@@ -456,19 +394,7 @@ async def test_pacing_adds_no_spans_or_events(
     assert openai_api.requests or make is Echo
 
 
-async def test_achat_emits_one_span_one_start_and_one_end_event(
-    openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
-) -> None:
-    """A tracing backend shows exactly what happened."""
-    await Limiter("100 RPM").wrap(make_openai()).achat(MESSAGES)
-
-    assert instrumentation.spans == ["achat"]
-    assert instrumentation.events == ["LLMChatStartEvent", "LLMChatEndEvent"]
-    assert len(openai_api.requests) == 1
-
-
 def test_wait_event_is_emitted_before_call_starts(instrumentation: "Instrumentation") -> None:
-    """The time in the queue is reported, and is not part of the model's latency."""
     with virtual_time() as time:
         limiter = Limiter("2/s burst 1", name="mine", clock=time.clock)
         llm = limiter.wrap(MockLLM(max_tokens=3))
@@ -492,7 +418,6 @@ def test_wait_event_is_emitted_before_call_starts(instrumentation: "Instrumentat
 
 
 async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpenAI") -> None:
-    """What the provider says it used is what stays booked, whichever method was called."""
     limiter = Limiter("100k TPM", "50k ITPM", "50k OTPM")
     openai_api.usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
     calls = 0
@@ -509,8 +434,6 @@ async def test_reserved_tokens_are_settled_by_the_usage(openai_api: "ScriptedOpe
 
 
 async def test_custom_estimator_decides_what_is_reserved(openai_api: "ScriptedOpenAI") -> None:
-    """It decides what is reserved, and need not learn from replies; the usage settles the call."""
-
     class Fixed:
         def chat(self, *_: Any) -> Estimate:
             return Estimate(input_tokens=100, output_tokens=400)
@@ -523,35 +446,6 @@ async def test_custom_estimator_decides_what_is_reserved(openai_api: "ScriptedOp
     now = limiter.statistics()
     assert now.limits[0].used == openai_api.usage["total_tokens"]
     assert now.refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
-
-
-@pytest.mark.parametrize("name", [*ASYNC_CALLS, *SYNC_CALLS])
-async def test_estimator_error_fails_call_without_retry_or_pause(name: str) -> None:
-    """Its error is not a refusal of the call, even if it looks like a 429, and pauses nobody."""
-
-    class TooManyRequestsError(Exception):
-        status_code = 429
-
-    class Remote:
-        def chat(self, *_: Any) -> Estimate:
-            raise TooManyRequestsError
-
-        completion = chat
-
-    limiter = Limiter("100 RPM")
-    llm = limiter.wrap(MockLLM(), estimator=Remote())
-
-    async def ask() -> None:
-        reply = {**ASYNC_CALLS, **SYNC_CALLS}[name](llm)
-        if name in ASYNC_CALLS:
-            await reply
-
-    with pytest.raises(TooManyRequestsError) as caught:
-        await ask()
-
-    assert not hasattr(caught.value, "__notes__")
-    now = limiter.statistics()
-    assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -567,8 +461,6 @@ async def test_estimator_error_fails_call_without_retry_or_pause(name: str) -> N
 async def test_invalid_estimate_is_refused_and_nothing_is_sent(
     estimate: Callable[[], Any], said: str
 ) -> None:
-    """The error says what the estimator did wrong, and nothing is sent."""
-
     class Odd:
         def chat(self, *_: Any) -> Estimate:
             made: Estimate = estimate()
@@ -591,7 +483,6 @@ async def test_invalid_estimate_is_refused_and_nothing_is_sent(
 @pytest.mark.parametrize("limit", ["100 TPM", "100 OTPM", "100 RPM"])
 @pytest.mark.usefixtures("openai_api")
 async def test_output_forecast_never_makes_call_impossible(limit: str) -> None:
-    """Of a first reply 256 output tokens are expected; a lower limit cuts that guess down."""
     limiter = Limiter(limit)
 
     await limiter.wrap(make_openai()).achat(MESSAGES)
@@ -599,18 +490,7 @@ async def test_output_forecast_never_makes_call_impossible(limit: str) -> None:
     assert limiter.statistics().admitted == 1
 
 
-async def test_structured_llm_is_settled_by_inner_model_usage(openai_api: "ScriptedOpenAI") -> None:
-    """A structured LLM's reply has lost the usage, but the model in it still has it."""
-    limiter = Limiter("100k TPM")
-    structured = limiter.wrap(make_openai()).as_structured_llm(Person)
-
-    await structured.achat(MESSAGES)
-
-    assert limiter.statistics().limits[0].used == openai_api.usage["total_tokens"]
-
-
 async def test_messages_added_before_admission_are_not_sent(openai_api: "ScriptedOpenAI") -> None:
-    """A list that changes before admission is sent as it was, and as it was estimated."""
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(make_openai())
     messages = [ChatMessage("one")]
@@ -624,7 +504,6 @@ async def test_messages_added_before_admission_are_not_sent(openai_api: "Scripte
 
 
 async def test_string_instead_of_messages_raises_models_own_error() -> None:
-    """The model says what it takes; the estimate, which comes first, does not fail on it."""
     text: Any = "hi"
 
     with pytest.raises(ValidationError, match=r"Input should be .* ChatMessage"):
@@ -632,7 +511,6 @@ async def test_string_instead_of_messages_raises_models_own_error() -> None:
 
 
 async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> None:
-    """A prompt that can never pass is refused with the numbers, and is not sent."""
     llm = Limiter("1k TPM").wrap(make_openai())
 
     with pytest.raises(CostExceedsLimit, match="exceeds the limit of 1,000 tokens per 60 s"):
@@ -644,7 +522,6 @@ async def test_call_over_a_limit_fails_at_once(openai_api: "ScriptedOpenAI") -> 
 async def test_failed_call_gives_its_slot_back(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., Any]
 ) -> None:
-    """An error of the provider leaves no slot behind, and keeps its type."""
     limiter = Limiter("100 RPM", concurrency=1)
     openai_api.script = [refusal(400)]
 
@@ -655,7 +532,6 @@ async def test_failed_call_gives_its_slot_back(
 
 
 async def test_cancelled_call_gives_its_slot_back() -> None:
-    """A call that is cancelled while it runs gives its slot back."""
     limiter = Limiter("100 RPM", concurrency=1)
 
     class Slow(MockLLM):
@@ -674,7 +550,6 @@ async def test_cancelled_call_gives_its_slot_back() -> None:
 
 
 async def test_task_that_outlives_its_call_pays_for_its_own_calls() -> None:
-    """A task started in a call inherits its context, but after the call that pays for nothing."""
     limiter = Limiter("100 RPM", concurrency=1)
     plain = MockLLM(max_tokens=2)
     other = limiter.wrap(plain)
@@ -692,7 +567,6 @@ async def test_task_that_outlives_its_call_pays_for_its_own_calls() -> None:
 
 
 async def test_call_working_in_own_tasks_and_threads_is_charged_once() -> None:
-    """A call that does its work in tasks and threads of its own pays once."""
     limiter = Limiter("100 RPM", concurrency=1)
 
     class Busy(MockLLM):
@@ -706,7 +580,6 @@ async def test_call_working_in_own_tasks_and_threads_is_charged_once() -> None:
 
 
 async def test_nested_call_of_another_limiters_model_is_charged_to_it() -> None:
-    """A model of another limiter, called within a call, is charged to its own limiter."""
     mine, other = Limiter("100 RPM"), Limiter("100 RPM")
     helper = other.wrap(MockLLM(max_tokens=2))
 

@@ -1,20 +1,20 @@
-"""What undoes pacing is warned of once, at its line and with the remedy; nothing else is."""
+"""One layer retries; what undoes pacing is warned of once, at its line and with the remedy."""
 
-import asyncio
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.rate_limiter import TokenBucketRateLimiter
-from llama_index.core.workflow import StartEvent, StopEvent, Workflow, WorkflowTimeoutError, step
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
+from pydantic import PrivateAttr
 
-from asyncbucket import Limiter, by_loop, pace
-from asyncbucket.llama_index import RateLimitedLLM, misuse
+from asyncbucket import Limiter, pace
+from asyncbucket.llama_index import RateLimitedLLM
 
 KEY = "sk-very-secret"
 NATIVE = TokenBucketRateLimiter(requests_per_minute=10)
@@ -42,13 +42,11 @@ class Holder(CustomLLM):
 
 @pytest.fixture
 async def client() -> Any:
-    """Return a client that retries, as the SDK makes them."""
     async with AsyncOpenAI(api_key=KEY, base_url="https://llm.test/v1") as made:
         yield made
 
 
 def test_native_rate_limiter_warning_points_to_callers_line() -> None:
-    """However the model is paced, the warning names the caller's line."""
     limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, rate_limiter=NATIVE)
 
@@ -67,7 +65,6 @@ def test_native_rate_limiter_warning_points_to_callers_line() -> None:
 
 
 def test_retrying_client_in_model_field_causes_warning(client: AsyncOpenAI) -> None:
-    """As the user's own client it stays as it is; with retry=False it is the only layer."""
     limiter = Limiter("100 RPM")
 
     with pytest.warns(
@@ -85,7 +82,6 @@ def test_retrying_client_in_model_field_causes_warning(client: AsyncOpenAI) -> N
 
 
 def test_retries_that_wrap_switches_off_cause_no_warning(client: AsyncOpenAI) -> None:
-    """Clients of OpenAI's classes and of embeddings are ours to change."""
     limiter = Limiter("100 RPM")
 
     limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
@@ -95,7 +91,6 @@ def test_retries_that_wrap_switches_off_cause_no_warning(client: AsyncOpenAI) ->
 
 
 async def test_new_limiter_per_request_warns_once() -> None:
-    """The warning comes with the tenth such limiter for one key on one event loop."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(30):
@@ -108,70 +103,102 @@ async def test_new_limiter_per_request_warns_once() -> None:
     assert KEY not in str(said.message)
 
 
-async def test_many_legitimate_limiters_cause_no_warning() -> None:
-    """Tenants with their own keys, several models, children, or many models of one are fine."""
-    one = Limiter("500 RPM")
-    for number in range(30):
-        pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
-        pace(OpenAI(api_key=KEY, model=f"gpt-4.{number}"), rpm=500)
-        pace(OpenAI(api_key=KEY), rpm=500, name=f"{number}")
-        pace(OpenAI(api_key=KEY), rpm=500 + number)
-        one.wrap(OpenAI(api_key=KEY))
-        one.child(f"{number}").wrap(OpenAI(api_key=KEY))
-        pace(MockLLM(), rpm=500)
+def integration(module: str, base: type[Any], **names: Any) -> Any:
+    """Return a class as an integration that isn't installed here has it."""
+    return type("Model", (base,), {"__module__": f"llama_index.{module}.base", **names})
 
 
-def test_one_limiter_per_event_loop_causes_no_warning() -> None:
-    """One limiter per test is fine, as each test has its own event loop, or none."""
+class Recording(MockLLM):
+    """A model that notes what it is called with, and calls nothing."""
 
-    async def test() -> None:
-        pace(OpenAI(api_key=KEY), rpm=500)
+    additional_kwargs: dict[str, Any] | None = None
 
-    for _ in range(30):
-        asyncio.run(test())
-        pace(OpenAI(api_key=KEY), rpm=500)
+    def chat(self, *_: Any, **kwargs: Any) -> Any:
+        return kwargs
 
 
-async def test_number_of_remembered_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that sees any number of keys remembers a bounded number of them."""
-    monkeypatch.setattr(by_loop, "_MAX_KEYS", 5)
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("llms.litellm", {"num_retries": 0}),
+        ("llms.cohere", {"request_options": {"max_retries": 0}}),
+        ("llms.openai", {}),
+    ],
+)
+def test_sdk_beneath_a_model_is_asked_not_to_retry(module: str, options: dict[str, Any]) -> None:
+    llm = Limiter("100 RPM").wrap(integration(module, Recording)())
 
-    for number in range(50):
-        pace(OpenAI(api_key=f"{KEY} {number}"), rpm=500)
-
-    assert len(by_loop.DUPLICATE_LIMITERS._seen[asyncio.get_running_loop()]) <= 6
-
-
-class Greeting(Workflow):
-    """A workflow that asks a model, which may take longer than the workflow's time-out."""
-
-    llm: Any = None
-
-    @step
-    async def write(self, ev: StartEvent) -> StopEvent:  # noqa: ARG002 - LlamaIndex's own name
-        return StopEvent(result=str(await self.llm.acomplete("Greet me.")))
+    assert llm.chat([], seed=7) == {"seed": 7, **options}
+    assert llm.chat([], **dict.fromkeys(options, 1)) == dict.fromkeys(options, 1)
+    llm.additional_kwargs = dict.fromkeys(options, 2)
+    assert llm.chat([]) == {}
 
 
-@pytest.mark.real_clock  # workflows use the machine's clock for their time-outs
-async def test_workflow_timed_out_in_queue_is_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is logged once per limiter; a call cancelled elsewhere, or early, is no mistake."""
-    limiter = Limiter("1 RPM", name="slow")
-    llm = Greeting.llm = limiter.wrap(MockLLM())
-    await Greeting().run()
-    with pytest.raises(WorkflowTimeoutError):
-        await Greeting(timeout=0.1).run()
-    monkeypatch.setattr(misuse, "_MIN_WAIT", 0.0)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(llm.acomplete("Hello."), 0.1)
-    assert not caplog.messages
-    for _ in range(2):
-        with pytest.raises(WorkflowTimeoutError):
-            await Greeting(timeout=0.1).run()
-    (message,) = caplog.messages
-    assert message.startswith("a call inside a workflow was cancelled when it had waited 0.")
-    assert message.endswith(
-        " s for limiter 'slow': if the workflow's time-out did that, it is shorter than the queue; make it "
-        "with timeout=None, or run it inside asyncbucket.deadline(...), which says what binds"
+def test_retries_of_a_google_embedding_model_read_zero_and_stay_a_field() -> None:
+    base = integration(
+        "embeddings.google_genai", MockEmbedding, retries=3, __annotations__={"retries": int}
     )
+    inner = base(embed_dim=2)
+    paced = Limiter("100 RPM").wrap(inner)
+
+    assert (paced.retries, inner.retries) == (0, 3)
+    assert paced.to_dict() == inner.to_dict()
+
+
+class Botocore:
+    """A client of botocore, which retries four times if nothing else is said."""
+
+    def __init__(self, **retries: Any) -> None:
+        self.meta = SimpleNamespace(config=SimpleNamespace(retries=retries))
+
+
+Botocore.__module__ = "botocore.client"
+
+
+class Bedrock(MockEmbedding):
+    """A model on such a client."""
+
+    _client: Any = PrivateAttr()
+
+    def __init__(self, **retries: Any) -> None:
+        super().__init__(embed_dim=2)
+        self._client = Botocore(**retries)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        ("embeddings.cohere", r"pass httpx_client=limiter.http_client\(sync=True\) and"),
+        ("embeddings.litellm", "set DEFAULT_MAX_RETRIES=0 in the environment"),
+        ("embeddings.together", r"use OpenAILikeEmbedding\(api_base="),
+        (Bedrock, r"make it with botocore_config=Config\(retries="),
+        (lambda: Bedrock(max_attempts=10), r"make it with botocore_config=Config\(retries="),
+    ],
+)
+def test_retries_that_nobody_can_switch_off_are_warned_of(make: Any, remedy: str) -> None:
+    limiter = Limiter("100 RPM")
+    model = integration(make, MockEmbedding)(embed_dim=2) if isinstance(make, str) else make()
+
+    with pytest.warns(UserWarning, match=f"tries failed requests again by itself, .*{remedy}"):
+        limiter.wrap(model)
+
+    limiter.wrap(model, retry=False)
+    limiter.wrap(Bedrock(total_max_attempts=1))
+
+
+@pytest.mark.filterwarnings("ignore:Model tries failed requests:UserWarning")
+async def test_batch_that_goes_text_by_text_unseen_pays_for_each() -> None:
+    class Batching(MockEmbedding):
+        def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            raise AssertionError(f"sends {len(texts)} requests, unseen")
+
+        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+            return self._get_text_embeddings(texts)
+
+    limiter = Limiter("100 RPM")
+    model = limiter.wrap(integration("embeddings.together", Batching)(embed_dim=2))
+
+    assert len(model.get_text_embedding_batch(["a", "b", "c"])) == 3
+    assert len(await model.aget_text_embedding_batch(["a", "b"])) == 2
+
+    assert limiter.statistics().admitted == 3 + 2

@@ -24,125 +24,68 @@ from asyncbucket.testing import virtual_time
 
 if TYPE_CHECKING:
     from asyncbucket.testing.pytest_plugin import ProviderFactory
-    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
+    from tests.llama_index.conftest import AsyncReader, Instrumentation, ScriptedOpenAI
 
 API_BASE = "https://llm.test/v1"
 MESSAGES = [ChatMessage("one two three")]
 
 
 def openai_llm(**options: Any) -> OpenAI:
-    """Return OpenAI's chat model."""
     return OpenAI(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
 
 
 def in_flight(limiter: Limiter) -> int:
-    """Return how many slots are taken."""
     return limiter.statistics().in_flight
 
 
 def admitted(limiter: Limiter) -> int:
-    """Return how many calls were admitted."""
     return limiter.statistics().admitted
 
 
 @pytest.fixture
 def limiter() -> Limiter:
-    """Return a limiter with one slot."""
     return Limiter("1000 RPM", concurrency=1)
 
 
-async def test_stream_never_iterated_takes_nothing(limiter: Limiter) -> None:
-    """A stream that nobody reads takes neither a slot nor a request."""
-    stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
-
-    assert admitted(limiter) == 0
+async def test_stream_takes_nothing_before_it_is_read(
+    limiter: Limiter, reader: "AsyncReader"
+) -> None:
+    llm = limiter.wrap(MockLLM())
+    closed = await reader.begin(llm)
+    stream = await reader.begin(llm)
+    await reader.close(closed)
     del stream
     gc.collect()
+
+    assert await reader.rest(closed) == []
     assert admitted(limiter) == 0
 
 
-async def test_async_stream_holds_its_slot_until_exhaustion(limiter: Limiter) -> None:
-    """The slot is taken up to the last item, and free afterwards."""
-    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
-    held = [in_flight(limiter) async for _ in stream]
+async def test_stream_holds_its_slot_until_exhaustion(
+    limiter: Limiter, reader: "AsyncReader"
+) -> None:
+    stream = await reader.begin(limiter.wrap(MockLLM(max_tokens=2)))
 
-    assert held == [1, 1, 1]
-    assert in_flight(limiter) == 0
-
-
-def test_synchronous_stream_holds_its_slot_until_exhaustion(limiter: Limiter) -> None:
-    """The synchronous twin does the same, and takes nothing before it is iterated."""
-    stream = limiter.wrap(MockLLM(max_tokens=3)).stream_chat(MESSAGES)
-
-    assert admitted(limiter) == 0
-    assert [in_flight(limiter) for _ in stream] == [1, 1, 1]
-    assert in_flight(limiter) == 0
-    assert list(stream) == []
+    assert [bool(await reader.next(stream)), in_flight(limiter)] == [True, 1]
+    assert [bool(await reader.next(stream)), in_flight(limiter)] == [True, 1]
+    assert [await reader.next(stream), in_flight(limiter)] == [None, 0]
+    assert await reader.rest(stream) == []
 
 
-async def test_closed_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """`aclose` ends it, and may be called again."""
-    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
-    await anext(stream)
+async def test_closed_stream_gives_its_slot_back(limiter: Limiter, reader: "AsyncReader") -> None:
+    stream = await reader.begin(limiter.wrap(MockLLM(max_tokens=3)), "stream_complete", "hi")
+    await reader.next(stream)
 
-    await stream.aclose()
-    await stream.aclose()
+    await reader.close(stream)
+    await reader.close(stream)
 
     assert in_flight(limiter) == 0
-    with pytest.raises(StopAsyncIteration):
-        await anext(stream)
+    assert await reader.rest(stream) == []
 
 
-def test_closed_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """`close` ends it, and may be called again."""
-    stream = limiter.wrap(MockLLM(max_tokens=3)).stream_complete("hi")
-    next(stream)
-
-    stream.close()
-    stream.close()
-
-    assert in_flight(limiter) == 0
-    with pytest.raises(StopIteration):
-        next(stream)
-
-
-async def test_stream_continues_after_a_none_item(limiter: Limiter) -> None:
-    """Such an item may be a structure with nothing in it yet."""
-
-    class Slow(MockLLM):
-        async def astream_structured_predict(self, *_: Any, **__: Any) -> Any:
-            async def stream() -> AsyncGenerator[str | None, None]:
-                for item in items:
-                    yield item
-
-            return stream()
-
-        def stream_structured_predict(self, *_: Any, **__: Any) -> Any:
-            yield from items
-
-    items = [None, "half", None, "whole"]
-    llm: Any = limiter.wrap(Slow(max_tokens=None))
-    asked = str, PromptTemplate("")
-
-    assert [item async for item in await llm.astream_structured_predict(*asked)] == items
-    assert list(llm.stream_structured_predict(*asked)) == items
-    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
-
-
-async def test_stream_closed_before_its_start_takes_nothing(limiter: Limiter) -> None:
-    """Closing a stream that was never begun costs nothing, and is final."""
-    stream = await limiter.wrap(MockLLM()).astream_chat(MESSAGES)
-
-    await stream.aclose()
-
-    assert [item async for item in stream] == []
-    assert admitted(limiter) == 0
-
-
-async def test_dropped_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """When a half-read stream is forgotten, garbage collection frees the slot."""
-    stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
-    await anext(stream)
+async def test_dropped_stream_gives_its_slot_back(limiter: Limiter, reader: "AsyncReader") -> None:
+    stream = await reader.begin(limiter.wrap(MockLLM(max_tokens=3)))
+    await reader.next(stream)
     assert in_flight(limiter) == 1
 
     del stream
@@ -154,7 +97,6 @@ async def test_dropped_stream_gives_its_slot_back(limiter: Limiter) -> None:
 async def test_dropped_stream_of_a_pooled_connection_gives_its_slot_back(
     limiter: Limiter, rate_limited_provider: "ProviderFactory"
 ) -> None:
-    """A connection keeps the context of the call that opened it; that must not keep the slot."""
     provider = rate_limited_provider(latency=0.5, reply_tokens=10)
     async with httpx.AsyncClient() as client:
         llm = OpenAI(api_key="k", api_base=provider.base_url, async_http_client=client)
@@ -168,41 +110,25 @@ async def test_dropped_stream_of_a_pooled_connection_gives_its_slot_back(
         assert in_flight(limiter) == 0
 
 
-async def test_dropped_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """A `break` out of a loop ends the stream."""
-    for _ in limiter.wrap(MockLLM(max_tokens=3)).stream_chat(MESSAGES):
-        break
-    gc.collect()
-
-    assert in_flight(limiter) == 0
-
-
 @pytest.mark.parametrize("failure", ["refused", "broken", "cut off"])
-@pytest.mark.parametrize("how", ["asynchronous", "synchronous"])
 async def test_dropped_stream_after_retry_gives_its_slot_back_at_once(
     limiter: Limiter,
     openai_api: "ScriptedOpenAI",
     refusal: Callable[..., httpx.Response],
     failure: str,
-    how: str,
+    reader: "AsyncReader",
 ) -> None:
-    """The failed first attempt must not keep it until garbage collection, which may come late."""
     first: dict[str, httpx.Response | Exception] = {
         "refused": refusal(429, {"retry-after-ms": "1"}),
         "broken": refusal(500),
         "cut off": httpx.ReadError("cut"),
     }
     openai_api.script.append(first[failure])
-    llm = limiter.wrap(openai_llm(), retry=Retry(backoff=0.001))
     gc.disable()
     try:
-        if how == "synchronous":
-            for _ in llm.stream_chat(MESSAGES):
-                break
-        else:
-            stream = await llm.astream_chat(MESSAGES)
-            await anext(stream)
-            del stream
+        stream = await reader.begin(limiter.wrap(openai_llm(), retry=Retry(backoff=0.001)))
+        await reader.next(stream)
+        del stream
 
         assert (admitted(limiter), in_flight(limiter)) == (2, 0)
     finally:
@@ -227,17 +153,14 @@ class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
             yield chunk
 
     def close(self) -> None:
-        """Hang up."""
         self.is_open = False
 
     async def aclose(self) -> None:
-        """Hang up."""
         self.close()
 
 
 @pytest.fixture
 def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
-    """Answer with a `Wire`, and stop garbage collection, which would hang up sooner or later."""
     wire = Wire()
     headers = {"content-type": "text/event-stream"}
     openai_api.script.append(httpx.Response(200, headers=headers, stream=wire))
@@ -246,24 +169,14 @@ def wire(openai_api: "ScriptedOpenAI") -> Generator[Wire]:
     gc.enable()
 
 
-async def test_closing_stream_hangs_up_at_once(limiter: Limiter, wire: Wire) -> None:
-    """OpenAI's SDK leaves that to garbage collection; the provider would go on until then."""
-    stream = await limiter.wrap(openai_llm()).astream_chat(MESSAGES)
-    await anext(stream)
+async def test_closing_stream_hangs_up_at_once(
+    limiter: Limiter, wire: Wire, reader: "AsyncReader"
+) -> None:
+    stream = await reader.begin(limiter.wrap(openai_llm()))
+    await reader.next(stream)
     assert (wire.is_open, in_flight(limiter)) == (True, 1)
 
-    await stream.aclose()
-
-    assert (wire.is_open, in_flight(limiter)) == (False, 0)
-
-
-def test_closing_synchronous_stream_hangs_up_at_once(limiter: Limiter, wire: Wire) -> None:
-    """The synchronous twin does the same."""
-    stream = limiter.wrap(openai_llm()).stream_chat(MESSAGES)
-    next(stream)
-    assert wire.is_open
-
-    stream.close()
+    await reader.close(stream)
 
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
@@ -298,40 +211,42 @@ class Censored(OpenAI):
 
 
 def censored(*, most: int, breaks: bool) -> Censored:
-    """Return a model that ends its reply early."""
     return Censored(model="gpt-4o", api_key="k", api_base=API_BASE, most=most, breaks=breaks)
 
 
 @pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.parametrize("most", [0, 2])
 async def test_stream_ended_early_by_model_hangs_up(
-    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+    limiter: Limiter, wire: Wire, reader: "AsyncReader", *, most: int, breaks: bool
 ) -> None:
-    """If the model has stopped reading, the provider must not go on once the slot is free."""
-    stream = await limiter.wrap(censored(most=most, breaks=breaks)).astream_chat(MESSAGES)
+    llm = limiter.wrap(censored(most=most, breaks=breaks))
 
     with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
-        assert len([item async for item in stream]) == most
+        assert len(await reader.read(llm)) == most
 
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
 
-@pytest.mark.parametrize("breaks", [False, True])
-@pytest.mark.parametrize("most", [0, 2])
-def test_synchronous_stream_ended_early_by_model_hangs_up(
-    limiter: Limiter, wire: Wire, *, most: int, breaks: bool
+async def test_asynchronous_stream_over_a_synchronous_one_hangs_up(
+    limiter: Limiter, wire: Wire
 ) -> None:
-    """The synchronous twin does the same."""
-    stream = limiter.wrap(censored(most=most, breaks=breaks)).stream_chat(MESSAGES)
+    class Over(OpenAI):
+        async def astream_chat(self, *args: Any, **kwargs: Any) -> Any:
+            async def stream() -> AsyncGenerator[Any, None]:
+                for item in super(Over, self).stream_chat(*args, **kwargs):
+                    yield item
 
-    with pytest.raises(ValueError, match="a bad word") if breaks else contextlib.nullcontext():
-        assert len(list(stream)) == most
+            return stream()
+
+    llm = limiter.wrap(Over(model="gpt-4o", api_key="k", api_base=API_BASE))
+    stream = await llm.astream_chat(MESSAGES)
+    await anext(stream)
+    await stream.aclose()
 
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
 
 
 async def test_dropped_stream_hangs_up_without_gc(limiter: Limiter, wire: Wire) -> None:
-    """It takes a few turns of the loop, and does not wait for garbage collection."""
     async for _ in await limiter.wrap(openai_llm()).astream_chat(MESSAGES):
         break
     assert in_flight(limiter) == 0
@@ -345,7 +260,6 @@ async def test_dropped_stream_hangs_up_without_gc(limiter: Limiter, wire: Wire) 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("wire")
 def test_stream_dropped_after_its_loop_closed_gives_its_slot_back(limiter: Limiter) -> None:
-    """With its loop gone nothing can hang up, but its slot comes back all the same."""
     kept = []
 
     async def begin() -> None:
@@ -362,43 +276,31 @@ def test_stream_dropped_after_its_loop_closed_gives_its_slot_back(limiter: Limit
     gc.collect()
 
 
-async def test_broken_stream_gives_its_slot_back_and_is_not_retried(limiter: Limiter) -> None:
-    """An error after the first item reaches the caller, who has seen a part of the answer."""
-    begun = []
+class Breaking(MockLLM):
+    """A model whose streams break after the first item."""
 
-    class Breaking(MockLLM):
-        async def astream_chat(self, *_: Any, **__: Any) -> Any:
-            async def stream() -> AsyncGenerator[str, None]:
-                begun.append(1)
-                yield "a"
-                raise ConnectionError("reset")
-
-            return stream()
-
-    stream = await limiter.wrap(Breaking(max_tokens=None)).astream_chat(MESSAGES)
-    await anext(stream)
-    with pytest.raises(ConnectionError, match="reset"):
-        await anext(stream)
-
-    assert (begun, in_flight(limiter)) == ([1], 0)
-    assert [item async for item in stream] == []
-
-
-def test_broken_synchronous_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """The synchronous twin ends in the same way."""
-
-    class Breaking(MockLLM):
-        def stream_chat(self, *_: Any, **__: Any) -> Any:
+    async def astream_chat(self, *_: Any, **__: Any) -> Any:
+        async def stream() -> AsyncGenerator[str, None]:
             yield "a"
             raise ConnectionError("reset")
 
-    stream = limiter.wrap(Breaking(max_tokens=None)).stream_chat(MESSAGES)
-    next(stream)
-    with pytest.raises(ConnectionError, match="reset"):
-        next(stream)
+        return stream()
 
-    assert in_flight(limiter) == 0
-    assert list(stream) == []
+    def stream_chat(self, *_: Any, **__: Any) -> Any:
+        yield "a"
+        raise ConnectionError("reset")
+
+
+async def test_broken_stream_gives_its_slot_back_and_is_not_retried(
+    limiter: Limiter, reader: "AsyncReader"
+) -> None:
+    stream = await reader.begin(limiter.wrap(Breaking(max_tokens=None)))
+    await reader.next(stream)
+    with pytest.raises(ConnectionError, match="reset"):
+        await reader.next(stream)
+
+    assert (admitted(limiter), in_flight(limiter)) == (1, 0)
+    assert await reader.rest(stream) == []
 
 
 class Slow(MockLLM):
@@ -413,8 +315,6 @@ class Slow(MockLLM):
 
 
 async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
-    """If it is cancelled while it waits for an item, the slot is free at once."""
-
     async def read() -> None:
         async for _ in await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES):
             pass
@@ -431,7 +331,6 @@ async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
 
 
 async def test_stream_refuses_a_second_concurrent_reader(limiter: Limiter) -> None:
-    """As with any generator; a second reader would start a call of its own."""
     stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
     async with limiter.acquire():
         first = asyncio.create_task(anext(stream))
@@ -448,7 +347,6 @@ async def test_stream_refuses_a_second_concurrent_reader(limiter: Limiter) -> No
 
 
 def test_synchronous_stream_refuses_use_while_being_read(limiter: Limiter) -> None:
-    """The synchronous twin does the same."""
     inside: list[Any] = []
 
     class Curious(MockLLM):
@@ -464,7 +362,6 @@ def test_synchronous_stream_refuses_use_while_being_read(limiter: Limiter) -> No
 
 
 async def test_stream_can_be_closed_in_another_context(limiter: Limiter) -> None:
-    """The interpreter closes tasks of a dead loop like this: no error, and the slot is free."""
     stream = await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES)
     step = stream.asend(None)
     copy_context().run(step.send, None)
@@ -475,36 +372,20 @@ async def test_stream_can_be_closed_in_another_context(limiter: Limiter) -> None
     assert in_flight(limiter) == 0
 
 
-async def test_thrown_error_ends_the_stream(limiter: Limiter) -> None:
-    """`athrow` and `throw` close the stream and raise what they are given."""
-    llm = limiter.wrap(MockLLM(max_tokens=3))
-    stream = await llm.astream_chat(MESSAGES)
-    await anext(stream)
-    with pytest.raises(KeyError, match="mine"):
-        await stream.athrow(KeyError("mine"))
-    assert in_flight(limiter) == 0
+@pytest.mark.parametrize("error", [(KeyError("mine"),), (KeyError,), (KeyError, KeyError("mine"))])
+async def test_thrown_error_ends_the_stream(
+    limiter: Limiter, reader: "AsyncReader", error: Any
+) -> None:
+    stream = await reader.begin(limiter.wrap(MockLLM(max_tokens=3)))
+    await reader.next(stream)
 
-    twin = llm.stream_chat(MESSAGES)
-    next(twin)
-    with pytest.raises(KeyError, match="mine"):
-        twin.throw(KeyError, "mine")
     with pytest.raises(KeyError):
-        twin.throw(KeyError, KeyError("other"), None)
-    with pytest.raises(KeyError):
-        twin.throw(KeyError)
+        await reader.throw(stream, *error)
+
     assert in_flight(limiter) == 0
-
-
-async def test_stream_is_an_instance_of_generator(limiter: Limiter) -> None:
-    """`isinstance(stream, AsyncGenerator)`, by which LlamaIndex decides, is true."""
-    llm = limiter.wrap(MockLLM())
-
-    assert isinstance(await llm.astream_chat(MESSAGES), AsyncGenerator)
-    assert isinstance(llm.stream_chat(MESSAGES), Generator)
 
 
 async def test_consumers_calls_between_stream_items_are_charged(limiter: Limiter) -> None:
-    """Between two items of a stream the consumer's own calls pay for themselves."""
     limiter = Limiter("1000 RPM", concurrency=2)
     llm = limiter.wrap(MockLLM(max_tokens=2))
     async for _ in await llm.astream_chat(MESSAGES):
@@ -514,7 +395,6 @@ async def test_consumers_calls_between_stream_items_are_charged(limiter: Limiter
 
 
 async def test_stream_can_be_read_by_several_tasks_in_turn(limiter: Limiter) -> None:
-    """Each step may come from another task, as with any iterator."""
     stream = await limiter.wrap(MockLLM(max_tokens=3)).astream_chat(MESSAGES)
 
     async def step() -> Any:
@@ -528,23 +408,9 @@ async def test_stream_can_be_read_by_several_tasks_in_turn(limiter: Limiter) -> 
     assert in_flight(limiter) == 0
 
 
-async def test_messages_added_after_stream_request_are_not_sent(
-    limiter: Limiter, openai_api: "ScriptedOpenAI"
-) -> None:
-    """A list that grows between the call and the first item is sent as it was at the call."""
-    messages = [ChatMessage("one")]
-    stream = await limiter.wrap(openai_llm()).astream_chat(messages)
-    messages.append(ChatMessage("two"))
-
-    await anext(stream)
-
-    assert len(openai_api.bodies[0]["messages"]) == 1
-
-
 async def test_stream_span_has_its_callers_span_as_parent(
     limiter: Limiter, instrumentation: "Instrumentation"
 ) -> None:
-    """Even if it is read later or elsewhere, its events belong to the span that asked for it."""
     token = active_span_id.set("the caller")
     stream = await limiter.wrap(MockLLM(max_tokens=2)).astream_chat(MESSAGES)
     active_span_id.reset(token)
@@ -556,7 +422,6 @@ async def test_stream_span_has_its_callers_span_as_parent(
 
 
 def test_stream_events_carry_tags_and_span_of_caller(instrumentation: "Instrumentation") -> None:
-    """All its events have the tags, and the wait also the span, of the code that asked for it."""
     with virtual_time() as time:
         limiter = Limiter("1/s burst 1", clock=time.clock)
         llm = limiter.wrap(MockLLM(max_tokens=2))
@@ -578,16 +443,16 @@ def test_stream_events_carry_tags_and_span_of_caller(instrumentation: "Instrumen
     assert [event.tags for event in instrumentation.objects] == [{"user": "ada"}] * len(names)
 
 
-async def test_stream_requests_usage_and_hides_usage_chunk(openai_api: "ScriptedOpenAI") -> None:
-    """OpenAI tells a stream's usage only if asked; the caller does not see the chunk with it."""
+async def test_stream_is_settled_by_a_usage_that_nobody_else_sees(
+    openai_api: "ScriptedOpenAI", reader: "AsyncReader", instrumentation: "Instrumentation"
+) -> None:
     limiter = Limiter("100k TPM")
-    llm = limiter.wrap(openai_llm())
 
-    chunks: list[Any] = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+    chunks = await reader.read(limiter.wrap(openai_llm()))
 
     assert openai_api.bodies[0]["stream_options"] == {"include_usage": True}
     assert [chunk.delta for chunk in chunks] == ["hello", "there"]
-    assert all(chunk.raw.choices for chunk in chunks)
+    assert instrumentation.events.count("LLMChatInProgressEvent") == 2
     assert limiter.statistics().limits[0].used == 18
 
 
@@ -596,7 +461,6 @@ async def test_stream_requests_usage_and_hides_usage_chunk(openai_api: "Scripted
 )
 @pytest.mark.usefixtures("openai_api")
 async def test_stream_passes_on_usage_that_user_requested(where: str) -> None:
-    """A user who asks for the usage sees the chunk with it, and it settles the call."""
     option = {"stream_options": {"include_usage": True}}
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm(additional_kwargs=option if where == "model" else {}))
@@ -612,7 +476,6 @@ async def test_stream_passes_on_usage_that_user_requested(where: str) -> None:
 async def test_stream_does_not_request_usage_that_user_declined(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """An explicit no is respected, and the estimate stays booked."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(openai_llm(additional_kwargs={"stream_options": {}}))
 
@@ -623,35 +486,22 @@ async def test_stream_does_not_request_usage_that_user_declined(
 
 
 async def test_provider_that_refuses_usage_option_is_asked_only_once(
-    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response], reader: "AsyncReader"
 ) -> None:
-    """A server that refuses the option gets the request without it, and is not asked again."""
     limiter = Limiter("1000 RPM", concurrency=1)
     llm = limiter.wrap(openai_llm())
     openai_api.script = [refusal(400, message="Unrecognized request argument: stream_options")]
 
     for _ in range(2):
-        assert len([chunk async for chunk in await llm.astream_chat(MESSAGES)]) == 2
-    await asyncio.to_thread(lambda: list(llm.stream_chat(MESSAGES)))
+        assert len(await reader.read(llm)) == 2
 
-    assert ["stream_options" in body for body in openai_api.bodies] == [True, False, False, False]
-    assert (admitted(limiter), in_flight(limiter)) == (4, 0)
-
-
-def test_synchronous_stream_recovers_when_usage_option_is_refused(
-    openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
-) -> None:
-    """The synchronous twin recovers in the same way."""
-    llm = Limiter("1000 RPM").wrap(openai_llm())
-    openai_api.script = [refusal(422, message="stream_options: extra fields not permitted")]
-
-    assert len(list(llm.stream_chat(MESSAGES))) == 2
+    assert ["stream_options" in body for body in openai_api.bodies] == [True, False, False]
+    assert (admitted(limiter), in_flight(limiter)) == (3, 0)
 
 
 async def test_other_bad_request_is_raised_without_retry(
     limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """A bad request for another reason is not tried again."""
     openai_api.script = [refusal(400)]
 
     with pytest.raises(openai.BadRequestError, match="scripted"):
@@ -661,7 +511,6 @@ async def test_other_bad_request_is_raised_without_retry(
 
 
 async def test_responses_stream_settles_without_usage_option(openai_api: "ScriptedOpenAI") -> None:
-    """The Responses API ends each stream with its usage, so nothing is added or left out."""
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE))
 
@@ -675,8 +524,6 @@ async def test_responses_stream_settles_without_usage_option(openai_api: "Script
 async def test_stream_made_from_a_plain_call_is_settled_by_its_usage(
     openai_api: "ScriptedOpenAI",
 ) -> None:
-    """A model may only pretend to stream, and pass on nothing but the text of a call."""
-
     class Pretending(OpenAI):
         async def astream_chat(self, messages: Any, **_: Any) -> Any:
             async def stream() -> AsyncGenerator[ChatResponse, None]:
@@ -694,8 +541,6 @@ async def test_stream_made_from_a_plain_call_is_settled_by_its_usage(
 
 
 async def test_call_collecting_stream_is_settled_by_its_usage(openai_api: "ScriptedOpenAI") -> None:
-    """Whether a call collects a stream or makes another stream of it, it pays the stream's usage."""
-
     class Within(OpenAIResponses):
         async def achat(self, messages: Any, **_: Any) -> Any:
             parts = [part async for part in await self.astream_chat(messages)]
@@ -728,8 +573,6 @@ async def test_call_collecting_stream_is_settled_by_its_usage(openai_api: "Scrip
 
 @pytest.mark.usefixtures("openai_api")
 async def test_stream_closed_early_stays_charged_as_reserved() -> None:
-    """Nobody knows how much a provider charges for a reply that was not read to its end."""
-
     class Fixed:
         def chat(self, *_: Any) -> Estimate:
             return Estimate(input_tokens=100, output_tokens=400)
@@ -747,7 +590,6 @@ async def test_stream_closed_early_stays_charged_as_reserved() -> None:
 def test_stream_refused_with_429_at_first_item_is_retried(
     openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
 ) -> None:
-    """The refusal shows at the first item; the stream then waits as told, and starts again."""
     openai_api.script = [refusal(429, {"retry-after": "2"})]
     with virtual_time() as time:
         limiter = Limiter("1000 RPM", concurrency=1, clock=time.clock)
@@ -764,15 +606,14 @@ def test_stream_refused_with_429_at_first_item_is_retried(
 
 
 async def test_stream_that_fails_at_first_item_gives_its_slot_back(
-    limiter: Limiter, openai_api: "ScriptedOpenAI", refusal: Callable[..., httpx.Response]
+    limiter: Limiter,
+    openai_api: "ScriptedOpenAI",
+    refusal: Callable[..., httpx.Response],
+    reader: "AsyncReader",
 ) -> None:
-    """An error that cannot be retried ends the stream before it begins, asynchronous or not."""
-    openai_api.script = [refusal(401), refusal(401)]
-    llm = limiter.wrap(openai_llm())
+    openai_api.script = [refusal(401)]
 
     with pytest.raises(openai.AuthenticationError):
-        await anext(await llm.astream_chat(MESSAGES))
-    with pytest.raises(openai.AuthenticationError):
-        next(llm.stream_chat(MESSAGES))
+        await reader.read(limiter.wrap(openai_llm()))
 
     assert in_flight(limiter) == 0

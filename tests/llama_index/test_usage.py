@@ -1,21 +1,18 @@
+"""Usage is found wherever a reply keeps it, and replies teach how long the next may be."""
+
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
-from llama_index.core.llms import LLM, MockLLM
-from llama_index.llms.openai import OpenAI, OpenAIResponses
-from openai import AsyncOpenAI
 from pydantic import BaseModel
 
+from asyncbucket.providers.forecast import OutputForecast
 from asyncbucket.providers.usage import Usage, usage_of
-from asyncbucket.testing.provider import RateLimitedProvider
-
-MESSAGES = [ChatMessage(content="How do you do?")]
 
 OPENAI = {"prompt_tokens": 12, "completion_tokens": 8, "total_tokens": 20}
 RESPONSES = {"input_tokens": 12, "output_tokens": 8, "total_tokens": 20}
@@ -62,12 +59,10 @@ class Slotted:
 
     @property
     def usage(self) -> dict[str, int]:
-        """The usage."""
         return OPENAI
 
 
 def chat(raw: object = None, **extra: Any) -> ChatResponse:
-    """Make a reply as LlamaIndex passes it on."""
     return ChatResponse(message=ChatMessage(content="Fine."), raw=raw, additional_kwargs=extra)
 
 
@@ -98,7 +93,6 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
     ],
 )
 def test_usage_is_found_in_every_known_reply_format(reply: object) -> None:
-    """Objects and dicts of all providers, from LlamaIndex or bare, give the same usage."""
     assert usage_of(reply) == Usage(12, 8, 20)
 
 
@@ -114,17 +108,14 @@ def test_usage_is_found_in_every_known_reply_format(reply: object) -> None:
     ],
 )
 def test_missing_or_impossible_usage_is_none(reply: object) -> None:
-    """With no usage, all zeros or impossible numbers there is nothing to settle by."""
     assert usage_of(reply) is None
 
 
 def test_embedding_usage_has_only_input_tokens() -> None:
-    """An embedding's total is its prompt."""
     assert usage_of({"usage": {"prompt_tokens": 12, "total_tokens": 12}}) == Usage(12, 0, 12)
 
 
 def test_usage_of_two_stream_events_is_combined() -> None:
-    """Anthropic's stream reports the input at its start, and a growing output as it goes on."""
     begin = usage_of({"message": {"usage": {"input_tokens": 12, "output_tokens": 1}}})
     end = usage_of({"usage": {"output_tokens": 8}})
     assert begin is not None
@@ -135,7 +126,6 @@ def test_usage_of_two_stream_events_is_combined() -> None:
 
 
 def test_cached_tokens_are_merged_and_summed_like_other_tokens() -> None:
-    """They stay part of the input; more of them than input is impossible."""
     details = {"prompt_tokens_details": {"cached_tokens": 10}}
     usage = usage_of({"usage": OPENAI | details})
     assert usage is not None
@@ -164,7 +154,6 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
-    """No reply raises an error, and the result is whole numbers whose sum is the total."""
     usage = usage_of(reply)
     if usage is not None:
         assert usage.total == usage.input_tokens + usage.output_tokens > 0
@@ -172,42 +161,47 @@ def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
         assert 0 <= usage.cached_tokens <= usage.input_tokens
 
 
-@pytest.mark.parametrize("model", [OpenAI, OpenAIResponses])
-async def test_usage_of_real_replies_matches_charge(model: type[OpenAI | OpenAIResponses]) -> None:
-    """Over HTTP, chat, completion and stream report what the provider charged."""
-    async with RateLimitedProvider(charge="usage") as provider, httpx.AsyncClient() as client:
-        options: dict[str, Any] = {
-            "api_base": provider.base_url,
-            "api_key": "test-key",
-            "async_http_client": client,
-        }
-        if model is OpenAI:
-            options["additional_kwargs"] = {"stream_options": {"include_usage": True}}
-        streaming: LLM = model(model="gpt-4o-mini", **options)
-        options.pop("additional_kwargs", None)
-        llm: LLM = model(model="gpt-4o-mini", **options)
+@given(
+    st.lists(st.integers(min_value=0, max_value=10_000), max_size=120),
+    st.integers(min_value=1, max_value=30),
+    st.floats(min_value=0.01, max_value=1.0),
+)
+def test_forecast_is_nearest_rank_quantile_of_window(
+    replies: list[int], window: int, quantile: float
+) -> None:
+    forecast = OutputForecast(start=256, quantile=quantile, window=window)
+    assert forecast.foresee() == 256
+    for reply in replies:
+        forecast.observe(reply)
+    latest = [256, *replies][-window:]
+    foreseen = forecast.foresee()
 
-        seen = [usage_of(await llm.achat(MESSAGES)), usage_of(await llm.acomplete("How are you?"))]
-        chunks = [usage_of(chunk) async for chunk in await streaming.astream_chat(MESSAGES)]
-        charged = provider.statistics().tokens
-
-    assert chunks[0] is None
-    seen.append(chunks[-1])
-    assert sum(usage.total for usage in seen if usage) == charged
-    assert all(usage and usage.input_tokens and usage.output_tokens for usage in seen)
+    assert foreseen in latest
+    assert sum(reply <= foreseen for reply in latest) >= quantile * len(latest)
+    assert sum(reply < foreseen for reply in latest) < quantile * len(latest)
 
 
-async def test_usage_is_read_from_real_embedding_reply() -> None:
-    """The raw reply of an embedding has its usage, though LlamaIndex discards it."""
-    async with (
-        RateLimitedProvider() as provider,
-        AsyncOpenAI(base_url=provider.base_url, api_key="test-key") as client,
-    ):
-        reply = await client.embeddings.create(model="m", input=["one", "two"])
+def test_forecast_is_thread_safe() -> None:
+    forecast = OutputForecast(window=100)
 
-        assert usage_of(reply) == Usage(2, 0, 2)
+    def feed(length: int) -> None:
+        for _ in range(2000):
+            forecast.observe(length)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(feed, (1, 2, 3, 4)))
+    assert sorted(forecast._latest) == forecast._sorted
 
 
-def test_mock_model_reply_has_no_usage() -> None:
-    """A mock of LlamaIndex reports no tokens."""
-    assert usage_of(MockLLM().chat(MESSAGES)) is None
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"quantile": 0}, "quantile must be above 0 and at most 1, not 0"),
+        ({"quantile": 1.1}, "quantile must be above 0 and at most 1, not 1.1"),
+        ({"start": -1}, "start must be at least 0 and window at least 1, not -1 and 200"),
+        ({"window": 0}, "start must be at least 0 and window at least 1, not 256 and 0"),
+    ],
+)
+def test_invalid_forecast_parameters_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _ = OutputForecast(**wrong)
