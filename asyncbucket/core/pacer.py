@@ -242,27 +242,23 @@ class Pacer:
         seat, node = waiter.seat, waiter.line.node
         if seat.look is None:
             return False
-        if seat.is_closed():  # nothing can be resolved there any more
-            if waiter.done() and not self._passed(waiter):
+        if waiter.done() and not waiter.cancelled():
+            if waiter.exception() is None and waiter.result():
+                if waiter.lease is None:
+                    node.unbook(node.meters, waiter.amounts, waiter.asked)
+                else:
+                    waiter.lease.hand_back_locked()
+                waiter.line.credit_flows(waiter.amounts)
+                self.ring_locked(node, now)
+        elif seat.is_closed():  # nothing can be resolved there any more
+            if waiter.cancelled():
                 waiter.line.depart()
                 self._count_out(node, seat)
             self._bury(seat)
-            return True
-        if waiter.cancelled() or not waiter.done():
+        else:
             waiter.cancel()
             self.gone_locked(waiter, now)
-        elif self._passed(waiter):
-            if waiter.lease is None:
-                node.unbook(node.meters, waiter.amounts, waiter.asked)
-            else:
-                waiter.lease.hand_back_locked()
-            waiter.line.credit_flows(waiter.amounts)
-            self.ring_locked(node, now)
         return True
-
-    @staticmethod
-    def _passed(waiter: AnyWaiter) -> bool:
-        return not waiter.cancelled() and waiter.exception() is None and waiter.result()
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""

@@ -17,8 +17,7 @@ But while newcomers keep coming, each would start at that same time, and go befo
 served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
 price, divided by the weights of all competitors, to a *potential*: the tag that each would have if
 all were served at once. Virtual time follows the potential at a distance: the prices of the
-competitors' last calls, divided likewise, because the one just served may be that far ahead; when
-nobody else waits, it catches up. (A
+competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
 distance of the largest price ever would stop virtual time for long after a costly call, while
 newcomers with small calls go before all who wait. Finish tags, as in self-clocked fair queueing,
 would be shorter; but a cheap newcomer would then pass a costly call that is next.)
@@ -211,18 +210,12 @@ class Line(Flow):
         return None, EMPTY
 
     def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
-        """Credit the flows that paid for a call with what it did not use; all, if it was not made.
-
-        No flow comes to be more than one call before the others: what they were served meanwhile,
-        it did not want, or could not have.
-        """
+        """Credit the flows that paid for a call with what it did not use; all, if it was not made."""
         flow: Flow = self
         while (branch := flow.above) is not None:
             node = branch.node
             spent = 0.0 if used is None else node.price(used)
-            most = max(0.0, flow.tag - branch.clock) + flow.price / flow.weight
-            credit = flow.credit + (node.price(reserved) - spent) / flow.weight
-            flow.credit = min(credit, max(most, flow.credit))
+            flow.credit += (node.price(reserved) - spent) / flow.weight
             flow = branch
 
 
@@ -263,8 +256,8 @@ class Branch(Flow):
             self._enter(flow)
         else:
             self.flows.add(flow)
-            if self.living <= 1:  # nobody else waits: all that was served before is settled
-                self.clock = max(self.clock, self._potential)
+            if self.living <= 1:  # nobody else waits: what was served before delays no newcomer
+                self._potential = self.clock
             if self.above is not None:
                 self._joined = flow.rank = self._joined + 1
             self._make_ready(flow, kept=0.0)
