@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket import Limiter, StoreError
+from asyncbucket import Limit, Limiter, StoreError
 from asyncbucket.cli.options import FAILED, AsJson, errors_in_one_line, text_option
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
-from asyncbucket.stores import open_store, without_password
+from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 
 EXAMPLES: Final = """\b
 Examples:
@@ -250,18 +250,15 @@ async def _measure(url: str) -> tuple[float, dict[str, str]]:
     """Return how long a store takes to answer (s), and what it says of itself."""
     store = open_store(url)
     try:
-        await store.peek(_NAME)  # a store that is gone is reported at once
-        limiter = Limiter("1M requests/minute", name=_NAME, store=url)
-        async with limiter.acquire(timeout=_PATIENCE):
-            pass
-        await limiter.aclose()
+        limits = (Limit("requests", 1_000_000, burst=1_000_000),)
+        ledger = await store.open(_NAME, LimitConfig(limits=limits), slot_ttl=5.0)
         trips: list[float] = []
-        details: dict[str, str] = {}
         for _ in range(_TRIPS):
             started = time.perf_counter()
-            snapshot = await store.peek(_NAME)
+            await ledger.commit(Batch(calls=({"requests": 1},)))
             trips.append(time.perf_counter() - started)
-            details = details if snapshot is None else snapshot.details
+        details = (await ledger.peek()).details
+        await ledger.aclose()
         return statistics.median(trips), details
     finally:
         await store.aclose()
