@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import give_back, is_under
+from asyncbucket.core.levels import give_back, is_under, sent
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 
@@ -86,7 +86,7 @@ class HeldLease(LeaseRef):
         if lease is not None:
             self.requests += 1
             self.pay_for(self.requests)  # one call of the model may send several requests
-            lease.sent()
+            sent(lease)
 
     def pay_for(self, requests: int) -> None:
         """Make the lease pay for ``requests`` requests, unless it does so already."""
@@ -100,7 +100,7 @@ class HeldLease(LeaseRef):
         self._sent_at = self.limiter.now()
         lease = self.lease
         if lease is not None:
-            lease.sent()
+            sent(lease)
 
     def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
         """Take in what the headers of a reply say of the provider's limits."""

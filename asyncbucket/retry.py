@@ -30,7 +30,7 @@ from typing import Any, TypeVar, cast
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
-from asyncbucket.core.levels import effective_limiter, shown_name
+from asyncbucket.core.levels import effective_limiter, emit, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import Verdict, classify
@@ -300,8 +300,8 @@ class Retrier:
         """Tell the observers of the limiter that was asked that a call will be retried."""
         caller = effective_limiter(self._caller)
         name, at = shown_name(caller), self.now()
-        caller.emit(
-            Retried(limiter=name, at=at, attempt=attempt, error=verdict.reason, delay=delay)
+        emit(
+            caller, Retried(limiter=name, at=at, attempt=attempt, error=verdict.reason, delay=delay)
         )
 
 

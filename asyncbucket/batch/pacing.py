@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Admitted, Event, Queued, Refused
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import is_under, levels
+from asyncbucket.core.levels import is_under, levels, undo
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
 from asyncbucket.nesting import give_up_slots
@@ -164,7 +164,7 @@ class Pacing:
             try:
                 begin()
             except Stopped:
-                lease.undo()
+                undo(lease)
                 raise
             root = _root(self._limiter)
             token = _CALL.set(_Call(root, lease, self._refuse, _CALL.get()))

@@ -1,6 +1,6 @@
 """How a call stands in line, gives up, and is refused: what binds, for how long, and the remedy.
 
-Whoever admits a call makes its lease hold (`Lease.hold_locked`), under the lock. Whoever gives up
+Whoever admits a call makes its lease hold (`Lease._hold_locked`), under the lock. Whoever gives up
 after that gives the lease back. So nothing is handed over that could be lost on the way, and a call
 may be cancelled at whichever await.
 """

@@ -126,7 +126,7 @@ class Doors:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # it has not started
                     result.close()
-                    lease.undo()
+                    lease._undo()  # noqa: SLF001 - the call was not made
                     raise TypeError(
                         f"{function!r} is a plain function that returns a coroutine, which would "
                         f"run when its admission is over: decorate an async def"

@@ -18,6 +18,7 @@ from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, t
 from asyncbucket.core.cost import Cost, rounded_up
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
+from asyncbucket.core.meters import Meter
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, Waiter
@@ -64,14 +65,14 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     _state = ASKED
     _entered = False
     _coroutine: Generator[Any, Any, Any] | None = None
-    #: The meters that it passed, if it waited; and the line where it stood, whose share paid.
-    _meters: Meters | None = None
+    #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
+    _meters: Meters = ()
     _line: Line | None = None
     #: For each settled resource, what is booked, and when.
     _parts: dict[str, Parts] | None = None
     #: The levels at which it still has its slot, if it gave some up.
     _levels: tuple[Node, ...] | None = None
-    #: When it was admitted, if `sent` has moved ``_when``, the date of its cost.
+    #: When it was admitted, if `_sent` has moved ``_when``, the date of its cost.
     _admitted: int | None = None
 
     def __init__(
@@ -117,6 +118,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             seat.leases += 1
             self._seat = seat
             self._when = now
+            self._meters = node.meters
             self._state = HELD
         finally:
             pacer.lock.release()
@@ -132,7 +134,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         for name in ("_admitted", "_levels", "_line", "_meters", "_parts", "bound_by", "waited"):
             self.__dict__.pop(name, None)
 
-    def hold_locked(
+    def _hold_locked(
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
         """Note that it passed at ``now``, after it had waited as ``waiter``."""
@@ -146,13 +148,13 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self.waited = (now - waiter.asked) * 1e-9
         self.bound_by = bound_by
 
-    def hand_back_locked(self) -> None:
+    def _hand_back_locked(self) -> None:
         """Give everything back that it was just handed: the call gave up at that very moment."""
         self._state = OVER
         self._seat.leases -= 1
         node = self._node
         pacer: Pacer = node.pacer
-        node.unbook(self._meters or (), self._amounts, self._when)
+        node.unbook(self._meters, self._amounts, self._when)
         if pacer.place is not None:
             pacer.place.ended(self)
 
@@ -247,7 +249,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if error is None:
             self.release()
         else:
-            self.broken(error)
+            self._broken(error)
 
     def __enter__(self) -> Self:
         if self._state < HELD:
@@ -267,7 +269,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if error is None:
             self.release()
         else:
-            self.broken(error)
+            self._broken(error)
 
     def _open_coroutine(self) -> Generator[Any, Any, Self]:
         if self._coroutine is None:
@@ -373,21 +375,25 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
         if not delta:
             return
-        meters = self._meters or self._node.meters
-        counting = [meter for meter, counts in meters if counts == resource]
         if delta > 0:
             now = self._node.pacer.clock()
             parts.append((delta, now))
             if len(parts) > _PARTS:
                 (reserved, first), (debt, _) = parts[:2]
                 parts[:2] = [(reserved + debt, first)]
-            for meter in counting:
+            for meter in self._counting(resource, reserved=False):
                 meter.owe(delta, now)
             return
         self._node.count_refund(resource, -delta)
-        for back, when, left in _take_back(parts, -delta):
-            for meter in counting:
+        for back, when, left, reserved in _take_back(parts, -delta):
+            for meter in self._counting(resource, reserved=reserved):
                 meter.unbook(back, when, left=left)
+
+    def _counting(self, resource: str, *, reserved: bool) -> list[Meter]:
+        """Return the meters that count what was ``reserved``, or is owed: limits set later, too."""
+        node = self._node
+        meters = self._meters if reserved or node.pacer.place is not None else node.meters
+        return [meter for meter, counts in meters if counts == resource]
 
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, or else as reserved."""
@@ -396,7 +402,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         settled = {name: sum(units for units, _ in parts) for name, parts in self._parts.items()}
         return {**self._amounts, **settled}
 
-    def sent(self) -> None:
+    def _sent(self) -> None:
         """Date the cost to now, because the call leaves only now.
 
         A client may work for a while between the admission and sending the request, and a provider
@@ -406,7 +412,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer: Pacer = node.pacer
         with pacer:
             now = pacer.clock()
-            for meter, resource in self._meters or node.meters:
+            for meter, resource in self._meters:
                 if self._parts is not None and resource in self._parts:
                     booked = self._parts[resource]
                 else:
@@ -451,14 +457,14 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         """Release, and report that the call's duration says nothing about the server's load."""
         self._end("failed")
 
-    def broken(self, error: BaseException) -> None:
+    def _broken(self, error: BaseException) -> None:
         """Release on leaving a ``with`` block by an exception."""
         if isinstance(error, TimeoutError) and not isinstance(error, AsyncBucketError):
             self.overloaded()
         else:
             self.failed()
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Give everything back, as if the call had never been: for calls that were not made."""
         self._settle({name: 0 for name in self._booked() if name != "concurrency"})
         self.failed()
@@ -562,12 +568,16 @@ class FirstLease(Lease):
             )
 
 
-def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int]]:
-    """Take ``units`` from ``parts``, the latest first; yield for each: units, date, what is left."""
+def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int, bool]]:
+    """Take ``units`` from ``parts``, the latest first.
+
+    Yield for each: units, date, what is left, and whether it is the reservation.
+    """
     while units > 0:
         booked, when = parts.pop()
+        reserved = not parts
         back = min(booked, units)
         if booked > back:
             parts.append((booked - back, when))
-        yield back, when, booked - back
+        yield back, when, booked - back, reserved
         units -= back

@@ -1,9 +1,10 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 from asyncbucket.core.context import inherited
+from asyncbucket.core.events import Event
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
@@ -11,6 +12,16 @@ from asyncbucket.core.node import shown_name as _shown_name
 
 # The face of the core's private parts.
 # ruff: noqa: SLF001
+
+
+class Heard(TypedDict, total=False):
+    """What else a provider says of what is left."""
+
+    resource: Required[str]
+    per: Required[float]
+    limit: int | None
+    since: float | None
+    rounding: int
 
 
 def levels(limiter: Limiter) -> Iterator[Limiter]:
@@ -63,6 +74,26 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     it keeps them.
     """
     lease._give_up_slots(effective_limiter(limiter)._node.path)
+
+
+def sent(lease: Lease) -> None:
+    """Date the cost of a call to now, because it leaves only now; see `Lease`."""
+    lease._sent()
+
+
+def undo(lease: Lease) -> None:
+    """Give everything back, as if the call had never been: it was not made."""
+    lease._undo()
+
+
+def emit(limiter: Limiter, event: Event) -> None:
+    """Send an adapter's event to the observers."""
+    limiter._emit(event)
+
+
+def observe_remaining(limiter: Limiter, remaining: int, **options: Unpack[Heard]) -> None:
+    """Take in what the provider says is left of a limit; see `Limiter._observe_remaining`."""
+    limiter._observe_remaining(remaining, **options)
 
 
 def shown_name(limiter: Limiter) -> str:

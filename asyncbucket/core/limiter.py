@@ -507,7 +507,7 @@ class Limiter(doors.Doors, OfThisProcess):
             pacer.ring_locked(node, now)
         pacer.notify(node, Paused, seconds=float(seconds), reason=reason)
 
-    def observe_remaining(
+    def _observe_remaining(
         self,
         remaining: int,
         *,
@@ -663,7 +663,7 @@ class Limiter(doors.Doors, OfThisProcess):
 
         return unobserve
 
-    def emit(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         """Send an adapter's event to the observers."""
         self._node.emit(event)
 

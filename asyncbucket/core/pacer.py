@@ -247,7 +247,7 @@ class Pacer:
                 if waiter.lease is None:
                     node.unbook(node.meters, waiter.amounts, waiter.asked)
                 else:
-                    waiter.lease.hand_back_locked()
+                    waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
                 waiter.line.credit_flows(waiter.amounts)
                 self.ring_locked(node, now)
         elif seat.is_closed():  # nothing can be resolved there any more
@@ -491,7 +491,7 @@ class Pacer:
         except _DONE:  # cancelled since it was looked at, in a signal handler
             return False
         if waiter.lease is not None:
-            waiter.lease.hold_locked(now, waiter, bound_by)
+            waiter.lease._hold_locked(now, waiter, bound_by)  # noqa: SLF001 - as above
         else:
             waiter.asked = now  # from now on when it passed
         return True
@@ -544,7 +544,7 @@ class Pacer:
         except _DONE:  # its task gives back what it took
             return False
         waited = now - waiter.asked
-        waiter.lease.hold_locked(now, waiter, bound_by, meters)
+        waiter.lease._hold_locked(now, waiter, bound_by, meters)  # noqa: SLF001 - as above
         for each in line.node.path:
             each.admitted += 1
         if bound_by is not None:

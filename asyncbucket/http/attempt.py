@@ -9,6 +9,7 @@ GET for a stream of events, which may stay open as long as the program runs.
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
+from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
 from asyncbucket.http.pricing import Lane
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
@@ -43,7 +44,7 @@ class Attempt:
         self, lane: Lane, lease: Lease, call: Call, profile: Profile, *, teaches: bool
     ) -> None:
         if lease.waited:  # the loop may have been busy since the admission
-            lease.sent()
+            sent(lease)
         self._lane = lane
         self._lease = lease
         self._call = call
@@ -63,7 +64,7 @@ class Attempt:
         now = self._lane.limiter.now()
         if now - self._sent_at > _REDATE_AFTER:
             self._sent_at = now
-            self._lease.sent()
+            sent(self._lease)
 
     def headers_received(self, reply: Any) -> None:
         """Take in status and headers; the body follows."""

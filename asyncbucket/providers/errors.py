@@ -13,6 +13,7 @@ from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.levels import undo
 from asyncbucket.providers import headers
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def never_sent(error: BaseException | None) -> bool:
 def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
     """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
     if unsent:
-        lease.undo()
+        undo(lease)
     elif classify(error).overloaded:
         lease.overloaded()
     else:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.levels import in_force, levels
+from asyncbucket.core.levels import in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.feedback.headroom import share_of
@@ -70,7 +70,7 @@ class HeaderReader:
                     known.add(limit.key)
                     self._assumed[limiter, *limit.key] = limit.amount
                     share = share_of(limit.amount)
-                    limiter.observe_remaining(share, resource=limit.resource, per=limit.per)
+                    observe_remaining(limiter, share, resource=limit.resource, per=limit.per)
 
     def is_due(self, now: float) -> bool:
         """Tell whether it is time to read headers again, at an instant of the limiter's clock.
@@ -105,7 +105,7 @@ class HeaderReader:
         if self._assumed and ok:
             assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
-                limiter.observe_remaining(amount, resource=resource, per=per)
+                observe_remaining(limiter, amount, resource=resource, per=per)
         if since is not None:
             windows = (limit.per for limit in in_force(self._limiter))
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
@@ -128,7 +128,8 @@ class HeaderReader:
                 self._assumed.pop(limit_id, None)
             remaining, rounding = min(reports)
             limiter, resource, per = limit_id
-            limiter.observe_remaining(
+            observe_remaining(
+                limiter,
                 remaining,
                 resource=resource,
                 per=per,

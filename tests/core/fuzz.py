@@ -139,9 +139,12 @@ class Oracle:
 
     def note_terms(self, limiter: Limiter, now: int) -> None:
         level = self.levels[limiter.name]
+        is_new = not (level.limits or level.calls)
         for limit in limiter.limits:
             history = level.limits.setdefault(limit.key, [])
-            if not history or history[-1][1] != limit:
+            if not history:  # what was booked before a limit was set does not count
+                history.append((now if is_new else now + 1, limit))
+            elif history[-1][1] != limit:
                 history.append((now, limit))
         slots = limiter.concurrency
         if slots is not None and (not level.slots or level.slots[-1][1] != slots):
@@ -207,7 +210,12 @@ class Oracle:
         # A bucket begins where a limit begins to be paced.
         paced: list[tuple[int, Limit]] = []
         booked: dict[Entry, int] = {}
-        changes = [each for each in level.changes if each[2] == resource]
+        # Calls from before it was set do not count, whatever they report later.
+        changes = [
+            each
+            for each in level.changes
+            if each[2] == resource and (each[3].when or 0) >= history[0][0]
+        ]
         for when, order, _, call, entry, units in sorted(changes, key=lambda each: each[:2]):
             booked[entry] = booked.get(entry, 0) + units
             if order != ADMITTED or not units:
@@ -322,10 +330,12 @@ class Oracle:
             return False
         booked: dict[Entry, int] = {}
         taken: dict[Entry, int] = {}
-        for _, _, resource, _, entry, delta in level.changes:
+        for _, _, resource, call, entry, delta in level.changes:
             if resource == limit.resource:
                 booked[entry] = booked.get(entry, 0) + delta
                 taken[entry] = max(taken.get(entry, 0), booked[entry])
+                if (call.when or 0) <= history[0][0]:  # it gives nothing back to a later limit
+                    booked[entry] = taken[entry]
         span = limit.window * REMEMBERS
         held = sum(left for entry, left in booked.items() if entry.date > now - span)
         if held + units > limit.amount:
@@ -472,10 +482,10 @@ class History:
             self.oracle.settled(call, {"tokens": tokens}, self.now)
         await asyncio.sleep(chance.choice([0, 0, 0.5, 5]))
         call.ended = self.now
-        end = chance.choice([lease.release, lease.overloaded, lease.failed, lease.undo, None])
+        end = chance.choice([lease.release, lease.overloaded, lease.failed, lease._undo, None])
         if end is not None:
             end()
-        if end == lease.undo:
+        if end == lease._undo:
             self.oracle.settled(call, {"tokens": 0, "requests": 0}, self.now)
         elif end is not None and chance.random() < 0.2:
             await asyncio.sleep(chance.choice([1, 30]))
@@ -529,6 +539,8 @@ class History:
             for factor in (self.chance.choice([0.5, 1, 2]),)
             for amount in (max(1, round(limit.amount * self.chance.choice([0.8, 1, 1.5]))),)
         ]
+        known = {limit.key for limit in limits}
+        limits += [each for each in self._some_limits() if each.key not in known]
         slots = None if limiter.concurrency is None else self.chance.choice([1, 2, 5])
         limiter.reconfigure(*limits, concurrency=slots)
         self.oracle.note_terms(limiter, self.now)

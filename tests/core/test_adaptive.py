@@ -106,7 +106,7 @@ async def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(
     wave = [await limiter.acquire() for _ in range(4)]
     for lease in wave:
         await asyncio.sleep(0.01)
-        lease.sent()
+        lease._sent()
         lease.overloaded()
     assert limiter.concurrency == 3
 
@@ -114,7 +114,7 @@ async def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(
 def test_undone_failed_and_dropped_leases_do_not_change_size(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=(1, 100), clock=virtual_time.clock)
     for _ in range(200):
-        limiter.acquire_nowait().undo()
+        limiter.acquire_nowait()._undo()
         limiter.acquire_nowait().failed()
         limiter.acquire_nowait()
     assert limiter.concurrency == 4

@@ -114,6 +114,25 @@ async def test_next_call_passes_at_once_when_head_is_cancelled(virtual_time: Vir
     assert bucket.statistics().waiting == 0
 
 
+async def test_next_call_passes_at_once_when_head_is_cancelled_after_another_timed_out(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("50 tokens/10s burst 7", clock=virtual_time.clock)
+    limiter.acquire_nowait(tokens=7)
+    late = asyncio.create_task(limiter.acquire(tokens=7, timeout=1.5))
+    await asyncio.sleep(1)
+    limiter.pause(1)
+    with pytest.raises(AcquireTimeout):
+        await late
+    await asyncio.sleep(5)
+    costly = asyncio.create_task(limiter.acquire(tokens=20))
+    await asyncio.sleep(0)
+    cheap = asyncio.create_task(limiter.acquire(tokens=5))
+    await asyncio.sleep(1)
+    costly.cancel()
+    assert (await cheap).waited == 1
+
+
 @pytest.mark.parametrize("depth", range(5))
 async def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
     virtual_time: VirtualTime, depth: int

@@ -82,7 +82,7 @@ async def test_call_that_may_use_units_just_handed_over_is_not_refused(
     assert not handed.done()
     patient = limiter.acquire(tokens=50, timeout=2)
     patient.send(None)  # waits in line, and is not refused
-    (await handed).undo()
+    (await handed)._undo()
     await asyncio.sleep(0)
     patient.close()
     assert limiter.statistics().waiting == 0
@@ -220,7 +220,7 @@ def test_call_that_could_pass_in_time_is_never_refused(
         limiter, leases = await replay(time, moves)
         before = time.now
         for lease in leases:
-            lease.undo()
+            lease._undo()
         await limiter.acquire(tokens=tokens)
         return time.now - before
 
@@ -260,7 +260,7 @@ async def test_provider_without_tokens_left_refuses_no_call_that_costs_none(
     virtual_time: VirtualTime,
 ) -> None:
     limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-    limiter.observe_remaining(0, resource="tokens", per=60)
+    limiter._observe_remaining(0, resource="tokens", per=60)
     held = await limiter.acquire()
     waiting = asyncio.ensure_future(limiter.acquire(timeout=1))
     await asyncio.sleep(0.5)

@@ -122,7 +122,7 @@ async def test_sending_call_redates_its_debt_along_with_its_booking(
     await asyncio.sleep(1)
     lease.settle(tokens=40)
     await asyncio.sleep(58)
-    lease.sent()
+    lease._sent()
     assert limiter.statistics().limits[0].used == 40
     await asyncio.sleep(59)
     assert limiter.statistics().limits[0].used == 40
@@ -149,7 +149,7 @@ def test_settlement_changes_only_named_resources_and_token_sum(virtual_time: Vir
     other.settle(requests=1)
     other.settle(output_tokens=10)
     assert used(limiter) == [190, 20, 180, 1]
-    other.undo()
+    other._undo()
     lease.settle(requests=3)
     assert used(limiter) == [90, 10, 70, 1]
 
@@ -165,7 +165,7 @@ def test_settling_one_part_alone_does_not_count_the_total_twice(virtual_time: Vi
     assert used(limiter) == [90, 100, 100]
     lease.settle(output_tokens=30)
     assert used(limiter) == [90, 30, 120]
-    lease.undo()
+    lease._undo()
     lease = limiter.acquire_nowait(Cost(requests=1))
     lease.settle(output_tokens=7)
     assert used(limiter) == [0, 7, 7]
@@ -201,7 +201,7 @@ async def test_forked_process_does_not_settle_lease_of_its_parent(
     inherited = limiter.acquire_nowait(tokens=40)
     limiter._node.pacer.after_fork()
     inherited.settle(tokens=0)
-    inherited.undo()
+    inherited._undo()
     assert limiter.statistics().limits[0].used == 40
     async with limiter.acquire(tokens=60) as lease:
         hopeful = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
@@ -243,14 +243,14 @@ async def test_undo_gives_everything_back_once(virtual_time: VirtualTime) -> Non
     lease = await limiter.acquire(tokens=100)
     waiting = asyncio.ensure_future(limiter.acquire(tokens=100))
     await virtual_time.all_blocked()
-    lease.undo()
-    lease.undo()
+    lease._undo()
+    lease._undo()
     other = await waiting
     assert other.waited == 0
-    other.undo()
+    other._undo()
     assert [use.used for use in limiter.statistics().limits] == [0, 0]
     assert limiter.statistics().admitted == 2
-    limiter.acquire_nowait(requests=0, tokens=1).undo()
+    limiter.acquire_nowait(requests=0, tokens=1)._undo()
 
 
 def test_undo_gives_back_resource_that_was_only_settled(virtual_time: VirtualTime) -> None:
@@ -258,7 +258,7 @@ def test_undo_gives_back_resource_that_was_only_settled(virtual_time: VirtualTim
     lease = limiter.acquire_nowait()
     images: Any = {"images": 3}
     lease.settle(**images)
-    lease.undo()
+    lease._undo()
     assert limiter.statistics().limits[0].used == 0
 
 
@@ -267,8 +267,8 @@ async def test_sending_call_redates_its_booking(virtual_time: VirtualTime) -> No
     limiter = Limiter("1 requests/10s", "9 images/s", concurrency=1, clock=virtual_time.clock)
     lease = await limiter.acquire()
     await asyncio.sleep(3)
-    lease.sent()
-    lease.sent()
+    lease._sent()
+    lease._sent()
     lease.release()
     await limiter.acquire()
     assert virtual_time.now == 3 + 10 * 515 / 512
@@ -281,7 +281,7 @@ async def test_redating_call_above_burst_does_not_charge_it_twice(
     for number in range(5):
         lease = await limiter.acquire(tokens=300)
         assert virtual_time.now == pytest.approx(2 + 3 * number)
-        lease.sent()
+        lease._sent()
         lease.release()
 
 
@@ -292,7 +292,7 @@ async def test_redating_after_others_passed_does_not_charge_call_twice(
     limiter = Limiter("6000 TPM burst 100", clock=virtual_time.clock)
     lease = await limiter.acquire(tokens=300)
     assert (await limiter.acquire(tokens=5)).waited == 0.05
-    lease.sent()
+    lease._sent()
     assert limiter.statistics().limits[0].available == -5  # a burst and the other call's five
     assert (await limiter.acquire(tokens=100)).waited == 1.05
 
@@ -305,7 +305,7 @@ async def test_partial_refund_of_call_above_burst_leaves_actual_use_booked(
     lease = await limiter.acquire(tokens=300)
     lease.settle(tokens=50)
     assert limiter.statistics().limits[0].available == 50
-    lease.undo()
+    lease._undo()
     assert limiter.statistics().limits[0].available == 100
 
 

@@ -335,7 +335,7 @@ def test_observe_remaining_refuses_invalid_numbers(heard: dict[str, Any], messag
     """Anything else is refused before it has any effect."""
     limiter = Limiter("60 RPM")
     with pytest.raises(ValueError, match=re.escape(message)):
-        limiter.observe_remaining(resource="requests", per=60, **{"remaining": 0, **heard})
+        limiter._observe_remaining(resource="requests", per=60, **{"remaining": 0, **heard})
     assert limiter.acquire_nowait().waited == 0
 
 

@@ -66,7 +66,7 @@ def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
     limiter = Limiter("100 requests/s")
     assert [item.result for item in limiter.map(str, [1, 2], workers=three)] == ["1", "2"]
     limiter = Limiter("1k TPM")
-    limiter.observe_remaining(three, resource="tokens", per=60, limit=three, rounding=three)
+    limiter._observe_remaining(three, resource="tokens", per=60, limit=three, rounding=three)
     assert limiter.statistics().limits[0].available == three
 
 

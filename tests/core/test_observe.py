@@ -128,7 +128,7 @@ def test_pauses_limit_changes_and_adapter_events_reach_observers(virtual_time: V
     child.reconfigure(weight=2)
     key.learn(Limit("requests", 500))
     key.learn(Limit("requests", 500))
-    child.emit(Retried(limiter=child.name, at=0.0, attempt=1, error="HTTP 429", delay=3.0))
+    child._emit(Retried(limiter=child.name, at=0.0, attempt=1, error="HTTP 429", delay=3.0))
     stop()
     stop()
     child.pause(5)

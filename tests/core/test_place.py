@@ -160,7 +160,7 @@ async def test_call_that_gives_up_leaves_nothing_anywhere(
     assert len(store.slots_back) == (when == "handed over")
     if when == "in line":
         assert store.let_go()
-        (await first).undo()
+        (await first)._undo()
     assert team.statistics().cancelled == 1
     assert used(team) == [0]
     nothing_is_left(key, team)
@@ -244,7 +244,7 @@ async def test_changes_of_root_are_told_to_store_and_those_of_children_are_not(
     with pytest.raises(ValueError, match="a store keeps a fixed number"):
         key.reconfigure("40 TPM", concurrency="auto")
     assert key.limits == (Limit("tokens", 50),)
-    key.observe_remaining(0, resource="tokens", per=60)
+    key._observe_remaining(0, resource="tokens", per=60)
     assert used(key) == [0]
     assert terms_of(key)["store"] == "sqlite:///somewhere"
 

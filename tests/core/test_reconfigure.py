@@ -6,6 +6,7 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import used
 
 
 async def test_raised_limit_admits_waiting_call_at_once(virtual_time: VirtualTime) -> None:
@@ -228,3 +229,30 @@ def test_invalid_reconfigure_keeps_weight_of_child(virtual_time: VirtualTime) ->
 
     went = virtual_time.run(share())
     assert went[6:12].count(child.name) == 3
+
+
+@pytest.mark.parametrize("how", ["reconfigure", "learn"])
+@pytest.mark.parametrize("path", [(), ("child",)])
+@pytest.mark.parametrize("pause", [0, 1])
+def test_call_from_before_limit_was_set_gives_it_nothing_back(
+    virtual_time: VirtualTime, how: str, path: tuple[str, ...], pause: int
+) -> None:
+    """A new limit counts from now on: it never had what such a call returns."""
+    limiter = key = Limiter(clock=virtual_time.clock)
+    for name in path:
+        limiter = limiter.child(name)
+    virtual_time.advance(1)
+    early = limiter.acquire_nowait(tokens=40)
+    virtual_time.advance(pause)
+    if how == "learn":
+        key.learn(Limit("tokens", 100))
+    else:
+        key.reconfigure("100 TPM")
+    virtual_time.advance(1)
+    late = limiter.acquire_nowait(tokens=50)
+    early.settle(tokens=0)
+    assert used(key) == [50]
+    early.settle(tokens=30)
+    assert used(key) == [80]
+    late._undo()
+    assert used(key) == [30]

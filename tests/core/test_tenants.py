@@ -130,7 +130,7 @@ DONE: dict[str, tuple[Callable[[Limiter], Any], bool, Callable[[Limiter], object
         lambda tenant: used(tenant.key("user")) == [1],
     ),
     "told what is left": (
-        lambda tenant: tenant.observe_remaining(0, resource="requests", per=60),
+        lambda tenant: tenant._observe_remaining(0, resource="requests", per=60),
         False,
         lambda tenant: not available(tenant),
     ),

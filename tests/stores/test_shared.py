@@ -736,6 +736,6 @@ async def test_last_settlement_determines_what_a_call_used(where: str) -> None:
     await available(60, 8)
     lease.settle(tokens=5)
     await available(95, 8)
-    lease.undo()
+    lease._undo()
     await available(100, 9)
     await limiter.aclose()

@@ -59,7 +59,7 @@ from asyncbucket.stores import open_store
 limiter = Limiter("1000 TPM", store=sys.argv[1], name="openai")
 
 async def call():
-    (await limiter.acquire(tokens=100, timeout=5)).undo()
+    (await limiter.acquire(tokens=100, timeout=5))._undo()
 
 async def look():
     await limiter.acquire(tokens=500, timeout=5)
