@@ -21,11 +21,11 @@ from asyncbucket.core.limiter import Limiter, pace
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
-from asyncbucket.plan import plan
+from asyncbucket.planning import plan
 
 if TYPE_CHECKING:
     from asyncbucket.core import presets, settings
-    from asyncbucket.plan import Plan
+    from asyncbucket.planning import Plan
 
 _LAZY = {
     "batch": "asyncbucket.batch",
@@ -42,8 +42,13 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return import_module(_LAZY[name])
     if name == "Plan":
-        return import_module("asyncbucket.plan").Plan
+        return import_module("asyncbucket.planning").Plan
     raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Show what people use, not what is needed to find it."""
+    return sorted({*__all__, *_LAZY})
 
 
 __all__ = [

@@ -14,7 +14,7 @@ import typer
 
 from asyncbucket.cli.options import Dark, errors_in_one_line, file_option
 from asyncbucket.core.wording import counted, named, written_out
-from asyncbucket.plan.result import Plan, duration_in_words
+from asyncbucket.planning.result import Plan, duration_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

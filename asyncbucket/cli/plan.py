@@ -28,9 +28,9 @@ from asyncbucket.cli.options import (
     text_option,
 )
 from asyncbucket.cli.ui import plot, table
-from asyncbucket.plan import Plan, Poisson
-from asyncbucket.plan import plan as make_plan
-from asyncbucket.plan.result import details, rows_of
+from asyncbucket.planning import Plan, Poisson
+from asyncbucket.planning import plan as make_plan
+from asyncbucket.planning.result import details, rows_of
 
 #: A backspace keeps the lines of a paragraph as they are.
 EXAMPLES: Final = """\b

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from asyncbucket.cli.app import app
 from asyncbucket.cli.plan import EXAMPLES
-from asyncbucket.plan import plan
+from asyncbucket.planning import plan
 
 EXAMPLE = (
     *("--calls", "10000", "--tokens", "800", "--rpm", "500", "--tpm", "200000"),

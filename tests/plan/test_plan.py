@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import CostExceedsLimit, LimitSyntaxError
-from asyncbucket.plan import Plan, Poisson, plan
-from asyncbucket.plan.result import binds, change, duration_in_words, percent
+from asyncbucket.planning import Plan, Poisson, plan
+from asyncbucket.planning.result import binds, change, duration_in_words, percent
 
 EXAMPLE = """\
 39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens

@@ -19,7 +19,7 @@ from asyncbucket.providers.profiles import Call, profile_named, profile_of
 from asyncbucket.providers.request import request_size
 
 if TYPE_CHECKING:
-    from asyncbucket.plan import Plan
+    from asyncbucket.planning import Plan
 
 #: How many costs are kept for the plan: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
@@ -80,7 +80,7 @@ def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
 def _plan(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
     if not found.calls:
         return None
-    from asyncbucket.plan import plan
+    from asyncbucket.planning import plan
 
     slots = job.concurrency or CONCURRENCY
     return plan(
