@@ -24,6 +24,7 @@ from asyncbucket.core.context import (
     span_of,
 )
 from asyncbucket.core.cost import Cost, amounts_of
+from asyncbucket.core.doors import Doors
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.events import Callback, Event, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.core.explain import Explanation, explain_locked
@@ -65,7 +66,7 @@ _TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 _MANY: Final = 100
 
 
-class Limiter(doors.Doors, OfThisProcess):
+class Limiter(Doors, OfThisProcess):
     """Pace calls under any number of limits, on any number of event loops and threads.
 
     For every limit of N per window W, the cost admitted in every window of length W is at most N.

@@ -93,11 +93,17 @@ async def test_pacer_cancelled_by_foreign_code_starts_again(virtual_time: Virtua
     assert not pacers()
 
 
-async def test_1000_calls_are_admitted_in_batches_of_256(virtual_time: VirtualTime) -> None:
+@pytest.mark.parametrize("children", [1, 2])
+async def test_1000_calls_are_admitted_in_batches_of_256(
+    virtual_time: VirtualTime, children: int
+) -> None:
     """A thousand pass at one instant, and the loop's other tasks run in between."""
     limiter = Limiter("1000 TPM", clock=virtual_time.clock)
+    below = [limiter.child(str(number)) for number in range(children)]
     holder = await limiter.acquire(tokens=1000)
-    calls = [asyncio.ensure_future(limiter.acquire(tokens=1)) for _ in range(1000)]
+    calls = [
+        asyncio.ensure_future(below[number % children].acquire(tokens=1)) for number in range(1000)
+    ]
     await virtual_time.all_blocked()
     holder.settle(tokens=0)
     turns: list[int] = []

@@ -18,10 +18,10 @@ PAGE = (DOCS / "reference.md").read_text("utf-8")
 MODULES = (
     "",
     "batch",
-    "events",
+    "core.events",
     "http",
     "llama_index",
-    "plan",
+    "planning",
     "retry",
     "stores",
     "telemetry",
