@@ -27,7 +27,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py) $(CO
 OTHERS := $(filter-out $(CORE) py __pycache__,$(basename $(notdir $(wildcard asyncbucket/*))))
 OTHER_FILES := $(subst $(empty) $(empty),$(comma),$(OTHERS:%=asyncbucket/%.py) $(OTHERS:%=asyncbucket/%/*))
 # The folders whose tests cover the core; in the others no test is traced.
-MEASURED := core http stores batch telemetry
+MEASURED := core feedback http stores batch telemetry
 # Those that run long are spread evenly, and a sixth of the time is waiting: three for two processors.
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 SPREAD := --dist worksteal
@@ -38,7 +38,7 @@ REAL_CLOCK := $(shell grep -rl --include='test_*.py' 'real_clock' tests)
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage mutants test-lowest test-wheel lint format bench docs links build clean
+.PHONY: help demo test coverage fuzz mutants test-lowest test-wheel lint format bench docs links build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,7 +62,10 @@ coverage: $(STAMP) ## Run all tests and show what they cover, outside the core, 
 	@rm -f .coverage.*  # of processes that were killed
 	$(PY) -m coverage report --fail-under=95
 
-mutants: $(STAMP) ## Change the meters and the pacer in hundreds of ways, and look which no test notices
+fuzz: $(STAMP) ## Play random histories of limiters against an oracle, for ten minutes or SECONDS
+	$(PY) tests/core/fuzz.py --seconds $(or $(SECONDS),600)
+
+mutants: $(STAMP) ## Change the core in hundreds of ways, and look which no test notices
 	@$(PY) $(PIP_INSTALL) 'mutmut>=3.8'
 	$(VENV)/bin/mutmut run
 	$(VENV)/bin/mutmut results

@@ -1,19 +1,21 @@
 """The boundaries that readers of the code rely on."""
 
 import ast
+import asyncio
 import importlib
 import inspect
-import io
 import subprocess
 import sys
-import tokenize
 import tomllib
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 import asyncbucket
+from asyncbucket import Limiter
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
@@ -111,24 +113,98 @@ def test_core_imports_only_the_standard_library(module: str) -> None:
     assert imported_packages(module) - sys.stdlib_module_names <= {"asyncbucket"}
 
 
-def lines_of_code(file: Path) -> int:
-    """Count the lines that hold more than a comment or a docstring."""
-    source = file.read_text("utf-8")
-    told = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for line in range(node.lineno, (node.end_lineno or 0) + 1)
-    }
-    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {
-        line
-        for token in tokens
-        if token.type not in blank and token.type != tokenize.ENDMARKER
-        for line in range(token.start[0], token.end[0] + 1)
-    }
-    return len(lines - told)
+def frames_of(call: Callable[[], Coroutine[Any, Any, object]]) -> list[str]:
+    """Return the module of the core that each Python frame of ``call`` is of."""
+    core, found = str(ROOT / "asyncbucket" / "core"), list[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(core):
+            found.append(Path(frame.f_code.co_filename).stem)
+
+    async def main() -> None:
+        running: Any = await call()
+        sys.setprofile(note)
+        try:
+            await running()
+        finally:
+            sys.setprofile(None)
+
+    asyncio.run(main())
+    return found
+
+
+async def idle() -> Any:
+    """A call that passes at once."""
+    limiter = await used_limiter()
+
+    async def run() -> None:
+        async with limiter.acquire(tokens=100):
+            pass
+
+    return run
+
+
+async def settled() -> Any:
+    """A call that passes at once and is settled."""
+    limiter = await used_limiter()
+
+    async def run() -> None:
+        async with limiter.acquire(tokens=100) as lease:
+            lease.settle(tokens=80)
+
+    return run
+
+
+async def contended() -> Any:
+    """A call that waits for the only slot."""
+    return waiting_for_slot(await used_limiter(), {})
+
+
+async def contended_child() -> Any:
+    """The same of a child with a limit of its own, with a priority and a deadline."""
+    child = (await used_limiter()).child("chat", rpm=100)
+    return waiting_for_slot(child, {"priority": 1, "timeout": 30})
+
+
+async def used_limiter() -> Limiter:
+    """Return a limiter that has worked out what its calls pass."""
+    limiter = Limiter("500 RPM", "200k TPM", concurrency=1)
+    for _ in range(2):
+        async with limiter.acquire(tokens=100):
+            pass
+    return limiter
+
+
+def waiting_for_slot(limiter: Limiter, options: dict[str, Any]) -> Any:
+    """Return what makes a call wait until a slot is released."""
+    held = limiter.acquire_nowait(tokens=100)
+
+    async def call() -> None:
+        async with limiter.acquire(tokens=100, **options):
+            pass
+
+    async def run() -> None:
+        waiting = asyncio.ensure_future(call())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        held.release()
+        await waiting
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("call", "frames", "modules"),
+    [(idle, 12, 5), (settled, 32, 8), (contended, 100, 8), (contended_child, 190, 10)],
+)
+def test_call_passes_few_frames_in_few_modules(
+    call: Callable[[], Coroutine[Any, Any, object]], frames: int, modules: int
+) -> None:
+    """It can be followed by one person; moving code cannot meet it."""
+    found = frames_of(call)
+
+    assert len(found) <= frames
+    assert len(set(found)) <= modules
 
 
 def test_package_exports_exactly_the_expected_names() -> None:

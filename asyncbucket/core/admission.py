@@ -1,4 +1,4 @@
-"""How a call stands in line, gives up, and is refused: what binds, for how long, and the remedy.
+"""How a call is refused, and gives up: what binds, for how long, and the remedy.
 
 Whoever admits a call makes its lease hold (`Lease._hold_locked`), under the lock. Whoever gives up
 after that gives the lease back. So nothing is handed over that could be lost on the way, and a call
@@ -6,7 +6,7 @@ may be cancelled at whichever await.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
@@ -19,8 +19,7 @@ from asyncbucket.core.errors import (
 from asyncbucket.core.events import Cancelled, Reason, Refused
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.queue import AnyWaiter, SyncWaiter, Waiter
-from asyncbucket.core.seats import Seat
+from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.wording import counted, in_seconds, with_verb
 
 if TYPE_CHECKING:
@@ -40,6 +39,13 @@ _REASONS: Final[dict[type, Reason]] = {
 REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 
 
+def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
+    """Return the error of a call for which the line of ``level`` is too long."""
+    how = f"behind {counted(level.waiting, 'calls')} waiting already" if level.waiting else _AT_ONCE
+    remedy = f"try again later or raise max_queue={level.max_queue:,}"
+    return refusal_locked(QueueFull, node, amounts, how, remedy)
+
+
 def refuse(node: Node, amounts: Amounts) -> None:
     """Refuse a call that cannot pass now.
 
@@ -54,59 +60,6 @@ def refuse(node: Node, amounts: Amounts) -> None:
     except REFUSALS as error:
         count_refusal(node, amounts, error)
         raise
-
-
-def join(
-    lease: Any,
-    node: Node,
-    amounts: Amounts,
-    deadline: int | None,
-    priority: int,
-    seat: Seat | None,
-) -> AnyWaiter:
-    """Stand in line, unless that is hopeless.
-
-    Args:
-        lease: what will hold.
-        node: the limiter.
-        amounts: what the call costs.
-        deadline: until when it may wait, in ns.
-        priority: larger numbers are more urgent.
-        seat: a blocked thread; None for the running loop.
-
-    Raises:
-        CostExceedsLimit: it can never pass.
-        QueueFull: too many calls wait already.
-        AcquireTimeout: it cannot pass in time.
-    """
-    pacer: Pacer = node.pacer
-    pacer.lock.acquire()  # `with` would take twice the time
-    try:
-        now = pacer.clock()
-        node.check(amounts)
-        for level in node.path:
-            if level.max_queue is not None and level.waiting >= level.max_queue:
-                how = _AT_ONCE
-                if level.waiting:
-                    how = f"behind {counted(level.waiting, 'calls')} waiting already"
-                remedy = f"try again later or raise max_queue={level.max_queue:,}"
-                raise refusal_locked(QueueFull, node, amounts, how, remedy)
-        if deadline is not None and node.soonest(amounts, now) > deadline:
-            raise _too_late_locked(node, amounts, now, deadline)
-        waiter: AnyWaiter
-        if seat is None:
-            seat = pacer.seat_here_locked()
-            waiter = Waiter(loop=seat.loop)
-        else:
-            pacer.seats[seat] = seat
-            waiter = SyncWaiter()
-        waiter.lease = lease
-        pacer.join_locked(waiter, node, amounts, seat, now, deadline, priority)
-        return waiter
-    finally:
-        pacer.lock.release()
-        if pacer.jobs:
-            pacer.catch_up()
 
 
 def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool) -> None:
@@ -138,10 +91,11 @@ def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> 
     assert deadline is not None
     with node.pacer:
         node.check(amounts)
-        return _too_late_locked(node, amounts, asked, deadline)
+        return too_late_locked(node, amounts, asked, deadline)
 
 
-def _too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+    """Return the error of a call that cannot pass by its deadline."""
     how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
     remedy = "raise the timeout or the limit"
     if asked - deadline > _LONG_PAST:

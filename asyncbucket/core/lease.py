@@ -14,14 +14,21 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from asyncbucket.core.admission import REFUSALS, count_refusal, give_up, join, too_late
-from asyncbucket.core.cost import Cost, rounded_up
+from asyncbucket.core.admission import (
+    REFUSALS,
+    count_refusal,
+    give_up,
+    too_late,
+    too_late_locked,
+    too_many_wait_locked,
+)
+from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.meters import Meter
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
-from asyncbucket.core.queue import AnyWaiter, Line, Waiter
+from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.core.seats import Seat, ThreadSeat
 from asyncbucket.core.terms import CallAmounts
 
@@ -171,7 +178,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         deadline = None if self._deadline is None else self._deadline()
         waiter: AnyWaiter | None = None
         try:
-            waiter = join(self, node, amounts, deadline, self._priority, seat)
+            waiter = self._join_line(deadline, seat)
             asked = waiter.asked
             try:
                 if pacer.observed:
@@ -199,6 +206,34 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             del waiter  # else an error's traceback would keep it alive
         if pacer.observed:
             self._notify_admitted()
+
+    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+        """Stand in line, unless that is hopeless."""
+        node, amounts = self._node, self._amounts
+        pacer: Pacer = node.pacer
+        pacer.lock.acquire()  # `with` would take twice the time
+        try:
+            now = pacer.clock()
+            node.check(amounts)
+            for level in node.path:
+                if level.max_queue is not None and level.waiting >= level.max_queue:
+                    raise too_many_wait_locked(level, node, amounts)
+            if deadline is not None and node.soonest(amounts, now) > deadline:
+                raise too_late_locked(node, amounts, now, deadline)
+            waiter: AnyWaiter
+            if seat is None:
+                seat = pacer.seat_here_locked()
+                waiter = Waiter(loop=seat.loop)
+            else:
+                pacer.seats[seat] = seat
+                waiter = SyncWaiter()
+            waiter.lease = self
+            pacer.join_locked(waiter, node, amounts, seat, now, deadline, self._priority)
+            return waiter
+        finally:
+            pacer.lock.release()
+            if pacer.jobs:
+                pacer.catch_up()
 
     def _block(self) -> None:
         """Wait for the admission, blocking this thread."""
@@ -319,9 +354,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             TypeError, ValueError: an amount is not a finite number from 0 on, or no limit counts
                 the resource; nothing is changed then.
         """
-        self._node.check_known(used)
+        if not used.keys() <= COMMON:
+            self._node.check_known(used)
+        amounts: dict[str, int] = {}
         given: Mapping[str, Any] = used
-        self._settle({name: rounded_up(n, name) for name, n in given.items() if n is not None})
+        for name, amount in given.items():
+            if amount is not None:
+                usual = type(amount) is int and amount >= 0
+                amounts[name] = amount if usual else rounded_up(amount, name)
+        self._settle(amounts)
 
     def _settle(self, used: dict[str, int]) -> None:
         if self._state < HELD:

@@ -216,7 +216,10 @@ class Pacer:
         """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
         line = waiter.line
         stood_here = self.place is not None and self.place.leave(waiter)
-        first = stood_here or (bool(line.calls) and line.calls[0].number >= waiter.number)
+        calls = line.calls
+        while calls and calls[0] is not waiter and calls[0].done():  # gave up before
+            calls.popleft()
+        first = stood_here or (bool(calls) and calls[0].number >= waiter.number)
         if stood_here:
             for each in line.node.path:
                 each.in_flight -= 1
