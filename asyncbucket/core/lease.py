@@ -25,7 +25,6 @@ from asyncbucket.core.admission import (
 from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
-from asyncbucket.core.meters import Meter
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
@@ -42,8 +41,9 @@ _TOKENS: Final = ("input_tokens", "output_tokens")
 #: reserved, so giving them back errs on the safe side.
 _PARTS: Final = 16
 
-#: Units that a call has booked of one resource, and when: first the reservation, then each debt.
-Parts: TypeAlias = list[tuple[int, int]]
+#: Units that a call has booked of one resource, when, and in which meters: first the reservation,
+#: then each debt. Limits that are set later never had it, so they get nothing back of it.
+Parts: TypeAlias = list[tuple[int, int, Meters]]
 
 
 class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
@@ -413,34 +413,33 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         If it is negative, give that many back: the latest bookings first, each at its own date.
         """
         self._parts = self._parts or {}
-        parts = self._parts.setdefault(resource, [(self._amounts.get(resource, 0), self._when)])
+        reserved = (self._amounts.get(resource, 0), self._when, self._meters)
+        parts = self._parts.setdefault(resource, [reserved])
         if not delta:
             return
-        if delta > 0:
-            now = self._node.pacer.clock()
-            parts.append((delta, now))
-            if len(parts) > _PARTS:
-                (reserved, first), (debt, _) = parts[:2]
-                parts[:2] = [(reserved + debt, first)]
-            for meter in self._counting(resource, reserved=False):
-                meter.owe(delta, now)
-            return
-        self._node.count_refund(resource, -delta)
-        for back, when, left, reserved in _take_back(parts, -delta):
-            for meter in self._counting(resource, reserved=reserved):
-                meter.unbook(back, when, left=left)
-
-    def _counting(self, resource: str, *, reserved: bool) -> list[Meter]:
-        """Return the meters that count what was ``reserved``, or is owed: limits set later, too."""
         node = self._node
-        meters = self._meters if reserved or node.pacer.place is not None else node.meters
-        return [meter for meter, counts in meters if counts == resource]
+        if delta > 0:
+            now = node.pacer.clock()
+            meters = node.meters if node.pacer.place is None else self._meters
+            parts.append((delta, now, meters))
+            if len(parts) > _PARTS:
+                (reserved_units, first, passed), (debt, _, _) = parts[:2]
+                parts[:2] = [(reserved_units + debt, first, passed)]
+            for meter, counts in meters:
+                if counts == resource:
+                    meter.owe(delta, now)
+            return
+        node.count_refund(resource, -delta)
+        for back, when, left, meters in _take_back(parts, -delta):
+            for meter, counts in meters:
+                if counts == resource:
+                    meter.unbook(back, when, left=left)
 
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, or else as reserved."""
         if self._parts is None:
             return self._amounts
-        settled = {name: sum(units for units, _ in parts) for name, parts in self._parts.items()}
+        settled = {name: sum(units for units, _, _ in parts) for name, parts in self._parts.items()}
         return {**self._amounts, **settled}
 
     def _sent(self) -> None:
@@ -453,16 +452,14 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer: Pacer = node.pacer
         with pacer:
             now = pacer.clock()
+            settled = self._parts or {}
             for meter, resource in self._meters:
-                if self._parts is not None and resource in self._parts:
-                    booked = self._parts[resource]
-                else:
-                    booked = [(self._amounts.get(resource, 0), self._when)]
-                for units, when in booked:
+                reserved = [(self._amounts.get(resource, 0), self._when, self._meters)]
+                for units, when, _ in settled.get(resource, reserved):
                     if units:
                         meter.redate(units, when, now)
-            for parts in (self._parts or {}).values():
-                parts[:] = [(sum(units for units, _ in parts), now)]
+            for parts in settled.values():
+                parts[:] = [(sum(units for units, _, _ in parts), now, self._meters)]
             if self._admitted is None:
                 self._admitted = self._when
             self._when = now
@@ -609,16 +606,15 @@ class FirstLease(Lease):
             )
 
 
-def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int, bool]]:
+def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int, Meters]]:
     """Take ``units`` from ``parts``, the latest first.
 
-    Yield for each: units, date, what is left, and whether it is the reservation.
+    Yield for each: units, date, what is left, and the meters in which it was booked.
     """
     while units > 0:
-        booked, when = parts.pop()
-        reserved = not parts
+        booked, when, meters = parts.pop()
         back = min(booked, units)
         if booked > back:
-            parts.append((booked - back, when))
-        yield back, when, booked - back, reserved
+            parts.append((booked - back, when, meters))
+        yield back, when, booked - back, meters
         units -= back

@@ -115,6 +115,7 @@ class Bucket(Meter):
         "_dates",
         "_earlier_bursts",
         "_lows",
+        "began",
         "burst",
         "depth",
         "full_at",
@@ -141,6 +142,8 @@ class Bucket(Meter):
         #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
+        #: What was booked before this instant comes back elsewhere.
+        self.began = 0
         #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
         self._earlier_bursts: tuple[tuple[int, int], ...] = ()
         self.reshape(rate=rate, burst=burst, now=0)
@@ -220,7 +223,7 @@ class Bucket(Meter):
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`: at most the lowest backlog since then comes back."""
         start = when * self.q
-        if self.full_at > start:
+        if self.full_at > start or when < self.began:
             return
         later = bisect.bisect_right(self._dates, start)
         # A call above the burst earned the excess by waiting at the head. The excess comes back
@@ -328,7 +331,7 @@ class Window(Meter):
         self._forgotten = began
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
-        self.reshape(limit, 0)
+        self.reshape(limit, began + 1)
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount and the burst; what was booked stays booked."""
@@ -338,6 +341,7 @@ class Window(Meter):
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=rate, burst=limit.burst)
+            self.pace.began = now
         else:
             self.pace.reshape(rate=rate, burst=limit.burst, now=now)
 

@@ -309,7 +309,7 @@ class Node:
         for limit in limits:
             window = changed.get(limit.key)
             if window is None:
-                window = changed[limit.key] = Window(limit, began=now - 1)
+                window = changed[limit.key] = Window(limit)
             else:
                 window.reshape(limit, now)
             window.refuses = not learned
