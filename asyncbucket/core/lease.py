@@ -361,7 +361,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         for name, amount in given.items():
             if amount is not None:
                 usual = type(amount) is int and amount >= 0
-                amounts[name] = amount if usual else rounded_up(amount, name)
+                amounts[name] = amount if usual else rounded_up(amount, name)  # pyright: ignore[reportArgumentType]
         self._settle(amounts)
 
     def _settle(self, used: dict[str, int]) -> None:

@@ -108,7 +108,7 @@ class Limiter(Doors, OfThisProcess):
 
     __slots__ = (
         "__dict__",
-        "__weakref__",
+        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_children",
         "_is_proven",
         "_node",
@@ -598,7 +598,7 @@ class Limiter(Doors, OfThisProcess):
         Raises:
             LimitSyntaxError, ValueError: as for `Limiter` and `child`.
         """
-        given = read_limits(limits, dict(limits_by_keyword))  # type: ignore[arg-type]
+        given = read_limits(limits, limits_by_keyword)
         read_concurrency(concurrency)
         new_weight = None if weight is None else read_weight(weight)
         node = self._node

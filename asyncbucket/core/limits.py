@@ -1,10 +1,10 @@
 """Limits: an amount per window, how people write them, and what they mean."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.wording import counted, is_number, plain, written_out
@@ -160,7 +160,7 @@ class Limit:
         return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
 
 
-def read_limits(limits: Iterable[str | Limit], keywords: dict[str, float | None]) -> list[Limit]:
+def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> list[Limit]:
     """Return the limits given as texts, objects and keywords such as ``rpm=500``, in that order.
 
     Raises:

@@ -60,7 +60,7 @@ class Node:
     """
 
     __slots__ = (
-        "__weakref__",
+        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "admitted",
         "bounded",
         "branches",
@@ -96,15 +96,15 @@ class Node:
 
     # Worked out when first asked for:
     #: The meters of this limiter; and all that a call from here passes, up to the root's.
-    own: Meters
-    meters: Meters
+    own: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
+    meters: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
     #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
-    takes: tuple[tuple[Any, str], ...]
-    bounded: tuple[Any, ...]
+    takes: tuple[tuple[Any, str], ...]  # pyright: ignore[reportUninitializedInstanceVariable]
+    bounded: tuple[Any, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The most that one call may cost of each resource.
-    most: dict[str, int]
+    most: dict[str, int]  # pyright: ignore[reportUninitializedInstanceVariable]
     #: How many seconds one unit takes of the fastest limit: see `price`.
-    prices: dict[str, float]
+    prices: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
 
     def __init__(self, name: str, parent: Self | None = None, *, pacer: Any = None) -> None:
         self.name, self.parent, self.weight = name, parent, 1.0

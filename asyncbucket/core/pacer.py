@@ -375,7 +375,7 @@ class Pacer:
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self._override(seat, now)
-            if waiter.line is not served and passed < _BATCH and self._is_single_file():
+            if waiter.line is not served and passed < _BATCH and self._is_single_file():  # pyright: ignore[reportUnnecessaryComparison]
                 served = waiter.line
                 passed += self._serve_line(served, _BATCH - passed, now)
                 waiter, _ = served.head(now)

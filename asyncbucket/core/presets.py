@@ -87,7 +87,7 @@ def preset_names() -> tuple[str, ...]:
 
 @cache
 def _presets() -> dict[str, Preset]:
-    published = tomllib.loads(files(__package__).joinpath("presets.toml").read_text("utf-8"))
+    published = tomllib.loads(files("asyncbucket.core").joinpath("presets.toml").read_text("utf-8"))
     return {
         name: Preset(name, tuple(map(Limit.parse, limits)), table["source"], table["dated"])
         for provider, models in published.items()

@@ -63,16 +63,16 @@ class _Waiting:
 
     __slots__ = ()
 
-    amounts: Amounts
+    amounts: Amounts  # pyright: ignore[reportUninitializedInstanceVariable]
     #: When it joined.
-    asked: int
+    asked: int  # pyright: ignore[reportUninitializedInstanceVariable]
     #: What holds the booking once it has passed; a bucket's calls have none.
-    lease: Any
+    lease: Any  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The place in the order of arrival.
-    number: int
-    line: "Line"
+    number: int  # pyright: ignore[reportUninitializedInstanceVariable]
+    line: "Line"  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The loop or thread that it waits on: only that one lets it go.
-    seat: Seat
+    seat: Seat  # pyright: ignore[reportUninitializedInstanceVariable]
 
     def __lt__(self, other: "_Waiting") -> bool:
         return self.number < other.number
@@ -85,7 +85,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")  # pyright: ignore[reportIncompatibleUnannotatedOverride, reportUninitializedInstanceVariable]
+    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):

@@ -81,7 +81,7 @@ class LoopSeat(Seat):
 
     def __init__(self, look: Look, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(look)
-        self.loop: asyncio.AbstractEventLoop = loop
+        self.loop: asyncio.AbstractEventLoop = loop  # pyright: ignore[reportIncompatibleVariableOverride]
         self._bell = asyncio.Condition(_AlwaysHeldLock())
         #: The task that sleeps on the bell while several calls wait; and whether it sleeps.
         self._task: asyncio.Task[None] | None = None

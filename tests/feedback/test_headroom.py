@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import Limit, Limiter, WouldBlock
+from asyncbucket import Cost, Limit, Limiter, WouldBlock
 from asyncbucket.feedback.headroom import Headroom, share_of
 from asyncbucket.testing import VirtualClock, assert_never_over, virtual_time
 
@@ -405,7 +405,7 @@ def test_user_limit_is_never_exceeded_whatever_provider_reports(
             limiter._observe_remaining(amount, resource="units", per=10, since=clock.seconds - 1)
         else:
             with contextlib.suppress(WouldBlock):
-                limiter.acquire_nowait(units=amount % 40 + 1)
+                limiter.acquire_nowait(Cost(units=amount % 40 + 1))
                 passed.append((clock(), amount % 40 + 1))
         (use,) = limiter.statistics().limits
         assert use.available <= 100 - use.used

@@ -8,7 +8,7 @@ import asyncio
 import random
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ from asyncbucket.testing import VirtualClock, virtual_time
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
-REQUEST = {
+REQUEST: Final[dict[str, Any]] = {
     "method": "POST",
     "url": httpx.URL("https://api.openai.com/v1/chat/completions"),
     "content": b'{"model": "m", "messages": [{"role": "user", "content": "hello world"}], "max_tokens": 400}',
@@ -126,11 +126,11 @@ def share(
     with virtual_time() as time:
         provider = Provider(counts, rpm, time.clock, depth=depth, cost=cost)
         limit = (ours_at_most or rpm) * cost
-        limiter = Limiter(**{"tpm" if tokens else "rpm": limit}, clock=time.clock)  # type: ignore[arg-type]
+        limiter = Limiter(f"{limit} {'TPM' if tokens else 'RPM'}", clock=time.clock)
 
         async def ours(transport: httpx.AsyncBaseTransport) -> None:
             while True:
-                await (await transport.handle_async_request(httpx.Request(**REQUEST))).aread()  # type: ignore[arg-type]
+                await (await transport.handle_async_request(httpx.Request(**REQUEST))).aread()
 
         async def theirs() -> None:
             rate = others * rpm / 60
