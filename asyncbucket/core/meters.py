@@ -492,6 +492,4 @@ class Window(Meter):
         if self._closes and self._last <= horizon:
             self._forgotten = self._last
             self.used = self._closed
-            self._closes = 0
-            if not self.used:
-                self._largest = 0
+            self._closes = self._largest = 0

@@ -208,9 +208,8 @@ class Node:
 
     def untake(self, amounts: Amounts, refused: Any, now: int) -> None:
         """Give back what a newcomer took of the meters before the one whose ``take`` refused."""
-        for (meter, resource), (take, _) in zip(self.meters, self.takes, strict=True):
-            if take is refused:
-                return
+        taken = [take for take, _ in self.takes].index(refused)
+        for meter, resource in self.meters[:taken]:
             if amounts.get(resource):
                 meter.unbook(amounts[resource], now)
 
@@ -327,15 +326,13 @@ class Node:
                 break
         else:
             return
-        for node in self.path:
-            for window in node.limits.values():
-                limit = window.limit
-                amount = amounts.get(limit.resource, 0)
-                if window.refuses and amount > limit.amount:
-                    raise CostExceedsLimit(
-                        f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and "
-                        f"can never pass; raise {limit.keyword or 'the limit'} or split the request"
-                    )
+        limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
+        limit = next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
+        amount = amounts[limit.resource]
+        raise CostExceedsLimit(
+            f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and can never "
+            f"pass; raise {limit.keyword or 'the limit'} or split the request"
+        )
 
     def resources(self) -> set[str]:
         """Return the resources that are limited, here or above."""

@@ -450,11 +450,10 @@ class Pacer:
                 continue
             if len(calls) > 1 and calls[1].amounts == amounts:
                 room = node.room(amounts, now, most - count)
-                group = self._let_alike_go(calls, room, now, bound_by)
-                if group:
-                    node.book(amounts, now, len(group))
-                elif room < 1:
+                if room < 1:
                     break
+                group = self._let_alike_go(calls, room, now, bound_by)
+                node.book(amounts, now, len(group))
             elif node.take(amounts, now):
                 group = self._let_alike_go(calls, 1, now, bound_by)
                 if not group:  # it has given up in this very moment

@@ -271,10 +271,9 @@ class Branch(Flow):
         heapq.heappush(self._ready, (flow.tag, flow))
 
     def _enter(self, flow: Flow) -> None:
-        if not flow.competes:
-            flow.competes = True
-            self._weights += flow.weight
-            self._prices += flow.price
+        flow.competes = True
+        self._weights += flow.weight
+        self._prices += flow.price
 
     def leave(self, flow: Flow) -> None:
         """Let ``flow`` compete no longer; it is forgotten when it would be next."""

@@ -217,8 +217,7 @@ class TokenBucket(OfThisProcess):
             return waiter
         finally:
             pacer.lock.release()
-            if pacer.jobs:
-                pacer.catch_up()
+            pacer.catch_up()
 
     def _take_locked(self, amounts: Amounts, now: int) -> bool:
         """Take ``amounts`` now if nobody waits longer; keep out callers without the lock."""

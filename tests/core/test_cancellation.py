@@ -83,9 +83,12 @@ async def acquire_and_release(limiter: Limiter) -> None:
         pass
 
 
-async def test_units_handed_to_cancelled_waiter_go_to_next_call(virtual_time: VirtualTime) -> None:
+@pytest.mark.parametrize("limits", [("100 TPM",), ("100 TPM", "5 images/min")])
+async def test_units_handed_to_cancelled_waiter_go_to_next_call(
+    virtual_time: VirtualTime, limits: tuple[str, ...]
+) -> None:
     """If 90 of 100 tokens are handed over and given back, the next call passes at that instant."""
-    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    limiter = Limiter(*limits, concurrency=1, clock=virtual_time.clock)
     holder = await limiter.acquire()
     big = asyncio.ensure_future(limiter.acquire(tokens=90))
     next_one = asyncio.ensure_future(limiter.acquire(tokens=90))

@@ -21,6 +21,12 @@ async def test_settling_below_reservation_refunds_at_once(virtual_time: VirtualT
     assert limiter.statistics().refunded == {"tokens": 50}
 
 
+def test_amounts_settled_as_none_stay_as_reserved() -> None:
+    limiter = Limiter("100 TPM", "10 RPM")
+    limiter.acquire_nowait(tokens=40).settle(requests=None, tokens=30)
+    assert [use.used for use in limiter.statistics().limits] == [30, 1]
+
+
 async def test_settling_above_reservation_leaves_debt(virtual_time: VirtualTime) -> None:
     """Later calls wait until the debt has left the window."""
     limiter = Limiter("100 TPM", clock=virtual_time.clock)

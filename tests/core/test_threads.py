@@ -321,6 +321,23 @@ def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(impatient: floa
     assert limiter.statistics().in_flight == 0
 
 
+@pytest.mark.usefixtures("impatient")
+def test_call_passes_without_slot_though_one_on_stopped_loop_came_first() -> None:
+    limiter = Limiter(concurrency=1)
+    leaked = asyncio.run(take(limiter))
+    stopped = asyncio.new_event_loop()
+    first = stopped.create_task(take(limiter))
+    run_until_waiting(stopped, limiter)
+    limiter.acquire_sync(timeout=ENOUGH).release()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        stopped.run_until_complete(first)
+    stopped.close()
+    leaked.release()
+    now = limiter.statistics()
+    assert (now.overridden, now.in_flight, now.waiting) == (1, 0, 0)
+
+
 @pytest.mark.parametrize("holder", ["thread", "same loop"])
 def test_slot_held_where_code_runs_is_waited_for(impatient: float, holder: str) -> None:
     """A plain thread may release it at any time, and so may the loop on which the call waits."""
@@ -535,6 +552,18 @@ def test_waiter_cancelled_on_closed_loop_is_counted_out_once() -> None:
     assert child.statistics().waiting == 0
 
 
+def test_coroutine_closed_after_its_loop_is_counted_out() -> None:
+    limiter = Limiter(concurrency=1)
+    holder = limiter.acquire_nowait()
+    task = call_waiting_on_closed_loop(limiter)
+    coroutine = task.get_coro()
+    assert coroutine is not None
+    coroutine.close()
+    assert limiter.statistics().waiting == 0
+    holder.release()
+    limiter.acquire_nowait().release()
+
+
 @pytest.mark.parametrize("locked", [False, True])
 async def test_dropped_lease_gives_its_slot_to_waiting_call(*, locked: bool) -> None:
     """The collector may run while the same thread holds the lock: no deadlock, no lost slot."""
@@ -548,6 +577,14 @@ async def test_dropped_lease_gives_its_slot_to_waiting_call(*, locked: bool) -> 
     async with asyncio.timeout(ENOUGH):
         (await waiting).release()
     assert limiter.statistics().in_flight == 0
+
+
+def test_newcomer_does_what_others_left_to_holder_of_lock() -> None:
+    limiter = Limiter(concurrency=1)
+    left: list[str] = []
+    limiter._node.pacer.jobs.append(lambda: left.append("done"))
+    limiter.acquire_nowait().release()
+    assert left == ["done"]
 
 
 def test_lease_dropped_while_lock_is_held_frees_its_slot_for_newcomer() -> None:
