@@ -346,21 +346,3 @@ def undone(calls: Sequence[Amounts] | None, receipt: Receipt) -> tuple[Correctio
         for call, booking in booked
         if booking.outcome is Outcome.BOOKED
     )
-
-
-def check_batch(batch: Batch) -> None:
-    """Refuse amounts and instants that are not whole numbers from 0 on.
-
-    Raises:
-        ValueError: there is one, or a call that takes several slots.
-    """
-    amounts: list[Any] = [*(batch.calls or ()), {"horizon": batch.horizon, "held": batch.held or 0}]
-    for correction in batch.corrections:
-        amounts += [correction.booked, correction.used, {"start": correction.start}]
-    for named_amounts in amounts:
-        for name, amount in named_amounts.items():
-            if type(amount) is not int or amount < 0:
-                raise ValueError(f"{name} must be a whole number from 0 on, not {amount!r}")
-    for call in batch.calls or ():
-        if call.get(SLOT, 0) > 1:
-            raise ValueError(f"a call takes one slot, not {call[SLOT]:,}")

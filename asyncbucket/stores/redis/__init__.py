@@ -39,7 +39,6 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     Use,
-    check_batch,
     check_membership,
     undone,
     wait_patiently,
@@ -152,7 +151,6 @@ class RedisLedger:
 
     async def commit(self, batch: Batch, *, patience: float | None = None) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
-        check_batch(batch)
         self._held = self._held if batch.held is None else batch.held
         task = self._spawn(self._commit(batch))
         try:

@@ -30,7 +30,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_batch,
     check_membership,
     undone,
     wait_patiently,
@@ -270,7 +269,6 @@ class SQLiteLedger:
 
     async def commit(self, batch: Batch) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
-        check_batch(batch)
         pending, self._pending = self._pending, ()
         self._held = self._held if batch.held is None else batch.held
         batch = replace(batch, corrections=pending + batch.corrections, held=self._held)
