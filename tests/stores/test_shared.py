@@ -299,11 +299,11 @@ async def test_limits_changed_while_store_opens_reach_it(
 
 def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next() -> None:
     updates, (one, two) = PendingUpdates(), [terms(f"{number} RPM") for number in (1, 2)]
-    updates.configure(one)
+    updates.config = one
     updates.pause(5, gradually=True)
     batch, heard = updates.add_to(Batch(), now=2)
     assert (batch.config, batch.pause, batch.gradually) == (one, 3, True)
-    updates.configure(two)
+    updates.config = two
     updates.pause(4, gradually=False)  # ends earlier
     heard()
     batch, heard = updates.add_to(Batch(), now=2)

@@ -25,7 +25,6 @@ from asyncbucket.stores.sqlite.state import State
 SECOND = 1_000_000_000
 CONFIG = LimitConfig(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
 CALL = {"requests": 1, "concurrency": 1}
-HALF: Any = {"requests": 1.5}
 #: Virtual time does not apply to locks and disks.
 pytestmark = pytest.mark.real_clock
 
@@ -68,85 +67,95 @@ def test_relative_path_is_resolved_when_limiter_is_made(
     assert limiter.statistics().limits[0].used == 2
 
 
-async def test_unused_store_creates_no_file(path: Path) -> None:
+async def test_file_is_made_when_used_and_alone_when_closed(path: Path) -> None:
     store = SQLiteStore(path)
-    assert repr(store) == f"<SQLiteStore {path}>"
-    await store.aclose()
     assert not path.exists()
-
-
-async def test_closing_last_worker_leaves_a_single_file(path: Path) -> None:
-    async with opened(path) as ledger:
-        await ledger.commit(Batch(calls=(CALL,)))
-        assert repr(ledger) == f"<SQLiteLedger 'openai', worker {ledger.worker}>"
-        details = (await ledger.peek()).details
-        assert details["path"] == str(path)
-        assert details["schema"] == str(SCHEMA)
-    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
-
-
-async def test_closed_store_raises_store_error(path: Path) -> None:
-    store = SQLiteStore(path)
     ledger = await store.open("openai", CONFIG)
+    assert (await ledger.peek()).details["path"] == str(path)
     await store.aclose()
     await store.aclose()
     with pytest.raises(StoreError, match=f"{path}: this store has been closed: open another"):
         await ledger.commit(Batch(calls=(CALL,)))
     await ledger.aclose()
+    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
 
 
-async def failure(path: Path) -> str:
-    """Return why the file cannot be used."""
-    with pytest.raises(StoreError) as caught:
-        async with opened(path):
-            pass
-    return str(caught.value)
-
-
-async def test_missing_folder_is_named_in_error(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere" / "limits.db"
-    assert await failure(path) == (
-        f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
-        f"another path"
-    )
-
-
-async def test_path_that_cannot_be_opened_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert await failure(tmp_path) == (
-        f"{tmp_path}: it cannot be opened: it is not a plain file, or may not be read; see what it "
-        f"is, or give another path"
-    )
-
-    def refused(_path: object, _mode: int) -> bool:
-        return False
-
-    monkeypatch.setattr(os, "access", refused)  # root may write everywhere
-    assert await failure(tmp_path) == (
-        f"{tmp_path}: it cannot be opened: the folder {tmp_path.parent} is not writable; give this "
-        f"user the right to write there, or give another path"
-    )
-
-
-async def test_database_of_another_program_is_left_unchanged(path: Path) -> None:
+def make_database(path: Path) -> None:
+    """Make a database, as another program does."""
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE people (name)")
-    before = path.read_bytes()
-    assert await failure(path) == (
-        f"{path} is a database of another program (1 tables, application id 0x0): give "
-        f"asyncbucket a file of its own"
-    )
-    assert path.read_bytes() == before
 
 
-async def test_file_that_is_no_database_is_left_unchanged(path: Path) -> None:
-    path.write_text("not a database at all, " * 100)
-    assert await failure(path) == (
-        f"{path}: it is not a SQLite file, or is damaged (file is not a database): move it away, and "
-        f"a new one is made"
-    )
-    assert path.read_text().startswith("not a database")
+def make_other_version(path: Path) -> None:
+    """Make a file, and change its version to the next one."""
+    asyncio.run(SQLiteStore(path).open("openai", CONFIG))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+
+
+@pytest.mark.parametrize(
+    ("make", "is_writable", "why"),
+    [
+        pytest.param(
+            lambda path: path.parent.rmdir(),
+            True,
+            ": it cannot be opened: there is no folder {folder}; make the folder, or give another path",
+            id="no folder",
+        ),
+        pytest.param(
+            Path.mkdir,
+            True,
+            ": it cannot be opened: it is not a plain file, or may not be read; see what it is, or "
+            "give another path",
+            id="a folder",
+        ),
+        pytest.param(
+            Path.mkdir,
+            False,
+            ": it cannot be opened: the folder {folder} is not writable; give this user the right to "
+            "write there, or give another path",
+            id="no rights",
+        ),
+        pytest.param(
+            make_database,
+            True,
+            " is a database of another program (1 tables, application id 0x0): give asyncbucket a "
+            "file of its own",
+            id="another program's",
+        ),
+        pytest.param(
+            lambda path: path.write_text("not a database at all, " * 100),
+            True,
+            ": it is not a SQLite file, or is damaged (file is not a database): move it away, and a "
+            "new one is made",
+            id="no database",
+        ),
+        pytest.param(
+            make_other_version,
+            True,
+            f" has schema version {SCHEMA + 1}, and this asyncbucket needs version {SCHEMA}: use one "
+            f"version of asyncbucket for one file, or another file",
+            id="another version's",
+        ),
+    ],
+)
+def test_path_that_cannot_be_used_is_left_unchanged_and_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, why: str, *, is_writable: bool
+) -> None:
+    path = tmp_path / "folder" / "limits.db"
+    path.parent.mkdir()
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    monkeypatch.setattr(os, "access", lambda *_: is_writable)  # root may write everywhere
+
+    async def use() -> None:
+        async with opened(path):
+            pass
+
+    with pytest.raises(StoreError) as error:
+        asyncio.run(use())
+    assert str(error.value) == f"{path}{why.format(folder=path.parent)}"
+    assert before is None or path.read_bytes() == before
 
 
 @contextlib.contextmanager
@@ -385,48 +394,29 @@ def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-async def test_other_schema_is_refused(path: Path) -> None:
-    async with opened(path):
-        pass
-    for version in (SCHEMA - 1, SCHEMA + 1):
-        with contextlib.closing(sqlite3.connect(path)) as other:
-            other.execute(f"PRAGMA user_version = {version}")
-        before = path.read_bytes()
-        assert await failure(path) == (
-            f"{path} has schema version {version}, and this asyncbucket needs version {SCHEMA}: use "
-            f"one version of asyncbucket for one file, or another file"
-        )
-        assert path.read_bytes() == before
-
-
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (sqlite3.SQLITE_IOERR_WRITE, "the disk failed to read or write .disk I/O error"),
+        (sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was booked"),
+        (sqlite3.SQLITE_READONLY, "give this user the right to write the file and its"),
+        (None, "ZeroDivisionError: odd"),
+    ],
+)
 async def test_failure_inside_a_batch_names_file_and_cause_and_books_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, why: str
 ) -> None:
-    failure = sqlite3.OperationalError("disk I/O error")
+    error: Any = sqlite3.OperationalError("disk I/O error") if code else ZeroDivisionError("odd")
+    error.sqlite_errorcode = code
+
+    def fail(state: State, *_: Any, **__: Any) -> None:
+        state.last_start = 10**30
+        raise error
+
     async with opened(path) as ledger:
-        for error, code, why in (
-            (
-                failure,
-                sqlite3.SQLITE_IOERR_WRITE,
-                "the disk failed to read or write .disk I/O error",
-            ),
-            (failure, sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was"),
-            (
-                failure,
-                sqlite3.SQLITE_READONLY,
-                "give this user the right to write the file and its",
-            ),
-            (ZeroDivisionError("odd"), 0, "ZeroDivisionError: odd"),
-        ):
-            error.sqlite_errorcode = code
-
-            def fail(state: State, *_: Any, error: Exception = error, **__: Any) -> None:
-                state.last_start = 10**30
-                raise error
-
-            monkeypatch.setattr(State, "apply", fail)
-            with pytest.raises(StoreError, match=f"{path}.*{why}"):
-                await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.setattr(State, "apply", fail)
+        with pytest.raises(StoreError, match=f"{path}.*{why}"):
+            await ledger.commit(Batch(calls=(CALL,)))
         monkeypatch.undo()
         assert await used(ledger) == 0
         assert (await ledger.commit(Batch(calls=(CALL,)))).bookings[0].outcome is Outcome.BOOKED

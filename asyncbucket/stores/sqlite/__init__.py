@@ -272,20 +272,16 @@ class SQLiteLedger:
         pending, self._pending = self._pending, ()
         self._held = self._held if batch.held is None else batch.held
         batch = replace(batch, corrections=pending + batch.corrections, held=self._held)
+        job = None
         try:
             job = self._store.submit(self._apply, batch)
-        except StoreError:
-            self._pending = batch.corrections + self._pending
-            raise
-        try:
             receipt, config = await self._store.answer(job)
         except BaseException:
-            if job.cancel() or (job.done() and job.exception() is not None):
+            if job is None or job.cancel() or (job.done() and job.exception() is not None):
                 self._pending = batch.corrections + self._pending
             else:
                 loop = asyncio.get_running_loop()
-                settle = functools.partial(self._settle, loop, batch)
-                job.add_done_callback(settle)
+                job.add_done_callback(functools.partial(self._settle, loop, batch))
             raise
         self._held += sum(booking.slot for booking in receipt.bookings)
         changed = None if config in (self.config, batch.config) else config
