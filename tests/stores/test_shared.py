@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import functools
 import gc
 import logging
 import threading
@@ -32,15 +33,21 @@ from conformance.place import peek_at, terms
 Limiters: TypeAlias = Callable[..., Limiter]
 
 
-async def test_acquire_nowait_with_store_raises_would_block(where: str, limited: Limiters) -> None:
-    limiter = limited(where, "10 RPM")
+@pytest.fixture
+def shared(where: str, limited: Limiters) -> Limiters:
+    """Make limiters that share a store, of each kind."""
+    return functools.partial(limited, where)
+
+
+async def test_acquire_nowait_with_store_raises_would_block(shared: Limiters) -> None:
+    limiter = shared("10 RPM")
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
         limiter.acquire_nowait()
     assert told.value.retry_after is None
 
 
-async def test_timed_out_call_does_not_hold_up_other_limiters(url: str, limited: Limiters) -> None:
-    one, two = [limited(url, "1000 tokens/minute", concurrency=5) for _ in range(2)]
+async def test_timed_out_call_does_not_hold_up_other_limiters(where: str, shared: Limiters) -> None:
+    one, two = [shared("1000 tokens/minute", concurrency=5) for _ in range(2)]
     (await one.acquire(tokens=900)).release()
     begun = time.perf_counter()
     with pytest.raises(AcquireTimeout, match=r"tokens bind for (60|59\.\d+) s more") as error:
@@ -50,12 +57,12 @@ async def test_timed_out_call_does_not_hold_up_other_limiters(url: str, limited:
     assert time.perf_counter() - begun < 1.5
     await one.aclose()
     await two.aclose()
-    snapshot = await peek_at(open_store(url))
+    snapshot = await peek_at(open_store(where))
     assert (snapshot.limits[0].used, snapshot.slots) == (950, 0)
 
 
-async def test_errors_say_when_other_limiters_hold_all_slots(where: str, limited: Limiters) -> None:
-    one, two = [limited(where, "1000 RPM", concurrency=1) for _ in range(2)]
+async def test_errors_say_when_other_limiters_hold_all_slots(shared: Limiters) -> None:
+    one, two = [shared("1000 RPM", concurrency=1) for _ in range(2)]
     async with one.acquire():
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
             await two.acquire(timeout=0.2)
@@ -69,9 +76,9 @@ async def test_errors_say_when_other_limiters_hold_all_slots(where: str, limited
 
 
 async def test_closing_limiter_fails_waiting_calls_with_store_error(
-    where: str, limited: Limiters
+    where: str, shared: Limiters
 ) -> None:
-    limiter = limited(where, "20/s burst 1")
+    limiter = shared("20/s burst 1")
     (await limiter.acquire()).release()
     calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
     await asyncio.sleep(0.02)
@@ -89,10 +96,10 @@ async def test_closing_limiter_fails_waiting_calls_with_store_error(
 
 @pytest.mark.parametrize("turns", range(1, 12, 2))
 async def test_cancelled_closing_is_completed_by_closing_again(
-    turns: int, where: str, limited: Limiters
+    turns: int, where: str, shared: Limiters
 ) -> None:
     before, threads_before = asyncio.all_tasks(), threading.enumerate()
-    limiter = limited(where, "20/s")
+    limiter = shared("20/s")
     (await limiter.acquire()).release()
     closing = asyncio.ensure_future(limiter.aclose())
     for _ in range(turns):
@@ -164,9 +171,9 @@ async def test_what_no_store_keeps_is_refused_when_limiter_is_made_or_changed(
 
 
 async def test_refunds_and_slots_released_after_closing_reach_store(
-    where: str, limited: Limiters
+    where: str, shared: Limiters
 ) -> None:
-    one, two = [limited(where, "1000 TPM", concurrency=2) for _ in range(2)]
+    one, two = [shared("1000 TPM", concurrency=2) for _ in range(2)]
     leases = [await one.acquire(tokens=400) for _ in range(2)]
     waiting = asyncio.ensure_future(take(two, tokens=800))
     await asyncio.sleep(0.1)
@@ -186,17 +193,17 @@ async def test_refunds_and_slots_released_after_closing_reach_store(
 
 
 async def test_held_slot_survives_closing_and_reopening_of_limiter(
-    url: str, limited: Limiters
+    where: str, shared: Limiters
 ) -> None:
-    limiter = limited(url, concurrency=2, slot_ttl=0.3)
+    limiter = shared(concurrency=2, slot_ttl=0.3)
     lease = await limiter.acquire()
     await limiter.aclose()
     (await limiter.acquire()).release()
     await asyncio.sleep(0.6)
-    assert (await peek_at(open_store(url))).slots == 1
+    assert (await peek_at(open_store(where))).slots == 1
     lease.release()
     await asyncio.sleep(0.2)
-    assert (await peek_at(open_store(url))).slots == 0
+    assert (await peek_at(open_store(where))).slots == 0
 
 
 @pytest.mark.parametrize("verb", ["commit", "changed"])
@@ -235,9 +242,9 @@ async def test_failed_session_fails_waiting_calls_and_is_replaced(
 @pytest.mark.parametrize("behind", [0, 1])
 @pytest.mark.parametrize(("limit", "slots"), [("1000 TPM", None), ("1M TPM", 1)])
 async def test_cancelled_call_does_not_hold_up_calls_behind_it(
-    url: str, limit: str, slots: int | None, behind: int, limited: Limiters
+    limit: str, slots: int | None, behind: int, shared: Limiters
 ) -> None:
-    limiter = limited(url, limit, concurrency=slots)
+    limiter = shared(limit, concurrency=slots)
     lease = await limiter.acquire(tokens=900)
     costly = asyncio.ensure_future(limiter.acquire(tokens=500))
     await asyncio.sleep(0.1)
@@ -256,10 +263,8 @@ async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
         pass
 
 
-async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
-    where: str, limited: Limiters
-) -> None:
-    one, two = [limited(where, "1000 RPM burst 100", concurrency=9) for _ in range(2)]
+async def test_pause_and_new_limits_apply_to_all_limiters_on_store(shared: Limiters) -> None:
+    one, two = [shared("1000 RPM burst 100", concurrency=9) for _ in range(2)]
     told: list[str] = []
     two.observe(lambda event: told.append(event.limit) if isinstance(event, LimitChanged) else None)
     for limiter in (one, two):
@@ -282,9 +287,9 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
 
 @pytest.mark.parametrize("turns", range(8))
 async def test_limits_changed_while_store_opens_reach_it(
-    turns: int, where: str, limited: Limiters
+    turns: int, where: str, shared: Limiters
 ) -> None:
-    limiter = limited(where, "1000 RPM burst 100")
+    limiter = shared("1000 RPM burst 100")
     call = asyncio.ensure_future(take(limiter))
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -312,12 +317,10 @@ def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next() ->
     assert not updates
 
 
-async def test_limit_dropped_by_another_limiter_no_longer_applies(
-    where: str, limited: Limiters
-) -> None:
-    one = limited(where, "100 RPM burst 100", "10 TPM", concurrency=2)
+async def test_limit_dropped_by_another_limiter_no_longer_applies(shared: Limiters) -> None:
+    one = shared("100 RPM burst 100", "10 TPM", concurrency=2)
     (await one.acquire()).release()
-    two = limited(where, "100 RPM burst 100")
+    two = shared("100 RPM burst 100")
     for limiter in (two, one):
         (await limiter.acquire()).release()
 
@@ -330,11 +333,9 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(
     assert one.limits == two.limits == (Limit("requests", 50, burst=50),)
 
 
-async def test_limit_announced_by_provider_applies_to_all_limiters(
-    where: str, limited: Limiters
-) -> None:
-    one = limited(where)
-    two = limited(where)
+async def test_limit_announced_by_provider_applies_to_all_limiters(shared: Limiters) -> None:
+    one = shared()
+    two = shared()
     for limiter in (one, two):
         (await limiter.acquire()).release()
     for number in (10**15 - 1, 3):
@@ -346,10 +347,8 @@ async def test_limit_announced_by_provider_applies_to_all_limiters(
     assert one.limits == two.limits == (Limit("requests", 3, per=60),)
 
 
-async def test_remaining_headers_count_only_for_limits_of_a_child(
-    where: str, limited: Limiters
-) -> None:
-    limiter = limited(where, "600 RPM burst 600")
+async def test_remaining_headers_count_only_for_limits_of_a_child(shared: Limiters) -> None:
+    limiter = shared("600 RPM burst 600")
     child = limiter.child("chat", "300 RPM burst 300")
     (await child.acquire()).release()
     said = {"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0"}
@@ -366,10 +365,8 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(
 
 
 @pytest.mark.real_clock
-async def test_units_freed_at_once_are_shared_by_waiting_limiters(
-    where: str, limited: Limiters
-) -> None:
-    limiters = [limited(where, "60 requests/2s burst 60") for _ in range(3)]
+async def test_units_freed_at_once_are_shared_by_waiting_limiters(shared: Limiters) -> None:
+    limiters = [shared("60 requests/2s burst 60") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
     await asyncio.sleep(2.6)
@@ -381,8 +378,8 @@ async def test_units_freed_at_once_are_shared_by_waiting_limiters(
     await asyncio.gather(*(call for of_one in calls for call in of_one), return_exceptions=True)
 
 
-async def test_urgent_call_overtakes_calls_waiting_for_store(url: str, limited: Limiters) -> None:
-    limiter = limited(url, "20/s burst 1")
+async def test_urgent_call_overtakes_calls_waiting_for_store(shared: Limiters) -> None:
+    limiter = shared("20/s burst 1")
     order: list[str] = []
 
     async def call(name: str, **options: Any) -> None:
@@ -555,16 +552,14 @@ def test_pause_and_new_limits_reach_store_despite_resting_loop(url: str) -> None
     resting.close()
 
 
-async def test_call_that_can_never_pass_raises_cost_exceeds_limit(
-    where: str, limited: Limiters
-) -> None:
-    limiter = limited(where, "100 TPM")
+async def test_call_that_can_never_pass_raises_cost_exceeds_limit(shared: Limiters) -> None:
+    limiter = shared("100 TPM")
     with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
         await limiter.acquire(tokens=101)
 
 
-async def test_explanation_uses_last_answer_of_store(where: str, limited: Limiters) -> None:
-    limiter = limited(where, "9 RPM burst 9", "1000 TPM", concurrency=2)
+async def test_explanation_uses_last_answer_of_store(shared: Limiters) -> None:
+    limiter = shared("9 RPM burst 9", "1000 TPM", concurrency=2)
     lease = await limiter.acquire(tokens=900)
     assert str(limiter.explain(tokens=100)).startswith("a call would pass at once; ")
     short = limiter.explain(tokens=101)
@@ -586,9 +581,9 @@ async def test_explanation_uses_last_answer_of_store(where: str, limited: Limite
     lease.release()
 
 
-async def test_statistics_match_limits_whatever_their_order(where: str, limited: Limiters) -> None:
-    one = limited(where, "500 RPM burst 500", "20k TPM", "10k RPD")
-    two = limited(where, "20k TPM", "10k RPD", "500 RPM burst 500")
+async def test_statistics_match_limits_whatever_their_order(shared: Limiters) -> None:
+    one = shared("500 RPM burst 500", "20k TPM", "10k RPD")
+    two = shared("20k TPM", "10k RPD", "500 RPM burst 500")
     for limiter in (one, two, one):
         (await limiter.acquire(tokens=70)).release()
     await asyncio.sleep(0.1)
@@ -600,8 +595,8 @@ async def test_statistics_match_limits_whatever_their_order(where: str, limited:
     assert used == {"rpm": (5, 495), "tpm": (350, 19_650), "rpd": (5, 9_995)}
 
 
-async def test_statistics_name_limit_that_binds_at_store(where: str, limited: Limiters) -> None:
-    limiter = limited(where, "1 requests/2s", concurrency=9)
+async def test_statistics_name_limit_that_binds_at_store(shared: Limiters) -> None:
+    limiter = shared("1 requests/2s", concurrency=9)
     roomy, narrow = limiter.child("roomy", concurrency=8), limiter.child("narrow", concurrency=1)
 
     async def hold(each: Limiter) -> None:
@@ -622,10 +617,8 @@ async def test_statistics_name_limit_that_binds_at_store(where: str, limited: Li
     assert limiter.statistics().bound_by is None
 
 
-async def test_child_limits_hold_when_calls_leave_the_store_line(
-    where: str, limited: Limiters
-) -> None:
-    limiter = limited(where, "100 tokens/s")
+async def test_child_limits_hold_when_calls_leave_the_store_line(shared: Limiters) -> None:
+    limiter = shared("100 tokens/s")
     await take(limiter, tokens=100)
     child = limiter.child("child", "5 requests/s burst 2")
     trace = child.trace(last=12)
@@ -642,8 +635,8 @@ async def test_child_limits_hold_when_calls_leave_the_store_line(
     assert left[-1][0] - left[0][0] < 3_000_000_000, "left idle"
 
 
-async def test_last_settlement_determines_what_a_call_used(where: str, limited: Limiters) -> None:
-    limiter = limited(where, "100 tokens/minute", "9 images/minute")
+async def test_last_settlement_determines_what_a_call_used(shared: Limiters) -> None:
+    limiter = shared("100 tokens/minute", "9 images/minute")
 
     async def available(*left: int) -> None:
         async with asyncio.timeout(5):
