@@ -45,6 +45,7 @@ from typing import Any, Final, Protocol, Self
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
+from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import read_slot_ttl
 
 #: Nothing is booked that would start later than this many ns from now.
@@ -199,24 +200,13 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
-    """How much of one limit is used."""
-
-    limit: Limit
-    #: Units booked in the window, debts and reserved starts included.
-    used: int
-    #: Units that could pass now, with pacing: at most 0 while starts lie ahead, negative during a
-    #: debt.
-    available: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """Show the state of a limiter, the same for all workers."""
 
     now: int
     config: LimitConfig
-    limits: tuple[Use, ...]
+    #: Reserved starts count as used; while they lie ahead, nothing is available.
+    limits: tuple[LimitUse, ...]
     #: Slots taken, over all workers; 0 if none are counted.
     slots: int
     #: Nothing starts before this instant; 0 or in the past if there is no pause.

@@ -393,9 +393,13 @@ async def test_urgent_call_overtakes_calls_waiting_for_store(shared: Limiters) -
 
 
 async def test_call_that_can_never_pass_raises_cost_exceeds_limit(shared: Limiters) -> None:
-    limiter = shared("100 TPM")
-    with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit"):
-        await limiter.acquire(tokens=101)
+    one = shared("1000 TPM")
+    with pytest.raises(CostExceedsLimit, match="cost of 1,001 tokens exceeds the limit of 1,000"):
+        await one.acquire(tokens=1_001)
+    await take(one)
+    await take(shared("100 TPM"))
+    with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit of 100"):
+        await one.acquire(tokens=101)  # of which it has not been told yet
 
 
 async def test_explanation_uses_last_answer_of_store(shared: Limiters) -> None:

@@ -347,8 +347,6 @@ class SQLiteLedger:
 
     async def peek(self) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
-        if self._pending:
-            await self._flush()
         snapshot = await self._store.peek(self.name)
         if snapshot is None:
             raise StoreError(f"the file no longer has a limiter {self.name!r}")
