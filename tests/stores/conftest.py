@@ -235,8 +235,8 @@ async def limited() -> AsyncIterator[Callable[..., Limiter]]:
     """Make limiters called openai, and close them at the end."""
     made: list[Limiter] = []
 
-    def make(url: str, *limits: str, **options: Any) -> Limiter:
-        made.append(Limiter(*limits, store=url, name="openai", **options))
+    def make(url: str, *limits: str, name: str = "openai", **options: Any) -> Limiter:
+        made.append(Limiter(*limits, store=url, name=name, **options))
         return made[-1]
 
     yield make

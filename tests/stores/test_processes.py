@@ -20,7 +20,7 @@ from asyncbucket.testing import assert_never_over
 from conformance.place import outcomes, peek_at, terms
 
 if TYPE_CHECKING:
-    from tests.stores.conftest import Fault, RunningServer
+    from conftest import Fault, RunningServer
 
 #: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock

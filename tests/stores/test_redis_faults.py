@@ -23,7 +23,7 @@ from conformance.place import outcomes, terms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.stores.conftest import Proxy, RunningServer
+    from conftest import Proxy, RunningServer
 
 SECOND = 1_000_000_000
 FREE = {"requests": 1}

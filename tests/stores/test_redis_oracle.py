@@ -18,7 +18,9 @@ from asyncbucket.stores.redis import RedisStore, script
 from conformance import Oracle
 
 if TYPE_CHECKING:
-    from tests.stores.conftest import RunningServer
+    from conftest import RunningServer
+
+    from asyncbucket.core.meters import Amounts
 
 MICROSECOND = 1_000
 SECOND = 1_000_000_000
@@ -96,7 +98,7 @@ async def replay(url: str, clock: Any, config: LimitConfig, moves: Any) -> None:
     clock(now)
     store = open_store(url)
     ledger = await store.open("oracle", config)
-    booked: list[tuple[dict[str, int], int]] = []
+    booked: list[tuple[Amounts, int]] = []
     for verb, delay, amounts, pick in moves:
         now += delay * MICROSECOND
         clock(now)
@@ -116,7 +118,7 @@ async def replay(url: str, clock: Any, config: LimitConfig, moves: Any) -> None:
         oracle.check(ledger.worker, batch, receipt)
         for call, booking in zip(batch.calls or (), receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
-                booked.append((dict(call), booking.start))
+                booked.append((call, booking.start))
         left = (await ledger.commit(Batch(calls=None))).left
         uses = (await ledger.peek()).limits
         windows = {window.limit.key: window for window in oracle.windows}

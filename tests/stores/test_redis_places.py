@@ -19,7 +19,7 @@ from conformance.place import outcomes, terms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.stores.conftest import RunningServer
+    from conftest import RunningServer
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}

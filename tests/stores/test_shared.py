@@ -158,7 +158,7 @@ async def test_what_no_store_keeps_is_refused_when_limiter_is_made_or_changed(
     url: str, options: dict[str, Any], why: str, limited: Limiters
 ) -> None:
     with pytest.raises(ValueError, match=why) as refused:
-        Limiter(**{"rpm": 10, "store": url, "name": "refused", **options})
+        limited(url, **{"rpm": 10, **options})
     assert len(str(refused.value)) < 400
     limiter = limited(url, "10 RPM", concurrency=4)
     if options.keys() & {"concurrency", "tpm"}:
@@ -487,7 +487,7 @@ async def test_last_settlement_determines_what_a_call_used(shared: Limiters) -> 
             while tuple(use.available for use in limiter.statistics().limits) != left:  # noqa: ASYNC110 - the store is told by and by
                 await asyncio.sleep(0.01)
 
-    lease = await limiter.acquire(tokens=10)
+    lease: Any = await limiter.acquire(tokens=10)
     lease.settle(tokens=130, images=4)
     await available(-30, 5)
     lease.settle(tokens=20)

@@ -80,6 +80,16 @@ async def test_file_is_made_when_used_and_alone_when_closed(path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
 
 
+def remove_folder(path: Path) -> None:
+    """Leave no folder for the file."""
+    path.parent.rmdir()
+
+
+def make_text(path: Path) -> None:
+    """Make a file that is no database."""
+    path.write_text("not a database at all, " * 100)
+
+
 def make_database(path: Path) -> None:
     """Make a database, as another program does."""
     with contextlib.closing(sqlite3.connect(path)) as other:
@@ -97,7 +107,7 @@ def make_other_version(path: Path) -> None:
     ("make", "is_writable", "why"),
     [
         pytest.param(
-            lambda path: path.parent.rmdir(),
+            remove_folder,
             True,
             ": it cannot be opened: there is no folder {folder}; make the folder, or give another path",
             id="no folder",
@@ -124,7 +134,7 @@ def make_other_version(path: Path) -> None:
             id="another program's",
         ),
         pytest.param(
-            lambda path: path.write_text("not a database at all, " * 100),
+            make_text,
             True,
             ": it is not a SQLite file, or is damaged (file is not a database): move it away, and a "
             "new one is made",
@@ -146,7 +156,11 @@ def test_path_that_cannot_be_used_is_left_unchanged_and_named_with_the_remedy(
     path.parent.mkdir()
     make(path)
     before = path.read_bytes() if path.is_file() else None
-    monkeypatch.setattr(os, "access", lambda *_: is_writable)  # root may write everywhere
+
+    def access(_path: object, _mode: int) -> bool:  # root may write everywhere
+        return is_writable
+
+    monkeypatch.setattr(os, "access", access)
 
     async def use() -> None:
         async with opened(path):
