@@ -225,15 +225,10 @@ class Ledger(Protocol):
     method raises `StoreError` within the store's patience if the store is out of reach or unusable.
     """
 
-    @property
-    def name(self) -> str:
-        """The limiter's name; all who open the same name share the same limits."""
-        ...
-
-    @property
-    def worker(self) -> str:
-        """This worker's unique name."""
-        ...
+    #: The limiter's name; all who open the same name share the same limits.
+    name: str
+    #: This worker's unique name.
+    worker: str
 
     @property
     def config(self) -> LimitConfig:

@@ -251,7 +251,7 @@ def start() -> Iterator[Callable[[str, str], "subprocess.Popen[str]"]]:
 
         def start(script: str, where: str) -> "subprocess.Popen[str]":
             process = subprocess.Popen(
-                [sys.executable, "-X", "dev", "-c", script, where],
+                [sys.executable, "-c", script, where],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,6 +1,7 @@
 """A store that goes and comes back, on virtual time, never lets the limit be exceeded."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,11 +97,7 @@ def test_limiters_returning_after_outage_together_keep_the_limit(
         assert len(admitted) == 2 + 100, "the shares were not used"
         store.gone = False
         await asyncio.sleep(24)
-        for each in agents:
-            each.cancel()
-        await asyncio.gather(*agents, return_exceptions=True)
-        for limiter in both:
-            await limiter.aclose()
+        await stop(agents, both)
 
     virtual_time.run(main())
     assert_never_over(admitted, "100 requests/10s burst 100")
@@ -152,6 +149,9 @@ def test_open_outage_policy_admits_all_and_closed_admits_none(
         calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
         await asyncio.sleep(0.4)
         assert sum(each.done() for each in calls) == passing
+        if policy == "closed":
+            with pytest.raises(AcquireTimeout):
+                await limiter.acquire(timeout=0.5)
         for each in calls:
             each.cancel()
         store.gone = False
@@ -182,17 +182,22 @@ def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
         await asyncio.sleep(0.6)
         store.gone = True
         await asyncio.sleep(5)
-        for each in agents:
-            each.cancel()
-        await asyncio.gather(*agents, return_exceptions=True)
-        for limiter in both:
-            await limiter.aclose()
+        await stop(agents, both)
 
     virtual_time.run(main())
     if "burst" not in limit:  # else the other took something since the store was last heard of
         assert_never_over(admitted, limit)
     assert_never_over([(when, units) for when, units in admitted if when > 0.7], limit)
     assert len(admitted) >= 5 * 40
+
+
+async def stop(agents: Sequence[asyncio.Future[None]], limiters: list[Limiter]) -> None:
+    """Cancel the agents, and close their limiters."""
+    for each in agents:
+        each.cancel()
+    await asyncio.gather(*agents, return_exceptions=True)
+    for limiter in limiters:
+        await limiter.aclose()
 
 
 async def call(limiter: Limiter) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
+from asyncbucket import Limit, Limiter, StoreError
 from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
 from asyncbucket.testing import assert_never_over
@@ -130,7 +130,7 @@ def test_processes_share_one_limit_in_equal_parts(
         each.stdin.write("go\n")
         each.stdin.flush()
     went = [json.loads(each.communicate()[0]) for each in processes]
-    every = sorted(when for each in went for when in each)
+    every = sorted(when for each in went for when in each if when)  # 0 in an outage
     assert_never_over([(when, 1) for when in every], Limit("requests", 400, per=4, burst=20))
     until = every[0] + 8_000_000_000
     used = sum(when < until for when in every) - 20
@@ -265,19 +265,6 @@ async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
     snapshot = await peek_at(open_store(fault.url))
     assert snapshot.config == LimitConfig(limits=limiter.limits, concurrency=7)
     assert snapshot.paused_until > 0
-
-
-@pytest.mark.parametrize("fault", ["kill"], indirect=True)
-async def test_calls_still_time_out_under_closed_outage_policy(
-    fault: "Fault", limited: Limiters
-) -> None:
-    limiter = limited(fault.url, "100 RPM burst 100", on_outage="closed")
-    await call_once(limiter)
-    fault.begin()
-    began = time.perf_counter()
-    with pytest.raises(AcquireTimeout):
-        await limiter.acquire(timeout=0.5)
-    assert 0.4 < time.perf_counter() - began < 2.0
 
 
 async def test_unreachable_server_fails_first_call_with_store_error(limited: Limiters) -> None:
