@@ -19,7 +19,6 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     Store,
-    Use,
 )
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "Snapshot",
     "Store",
     "StoreError",
-    "Use",
     "open_store",
     "without_password",
 ]

@@ -19,18 +19,20 @@ may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.core.events import Event, StoreLost, StoreRecovered
-from asyncbucket.core.limits import Limit
+from asyncbucket.core.events import StoreLost, StoreRecovered
 from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Window
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.store import SLOT, Booking, Correction, LimitConfig, Receipt
+
+if TYPE_CHECKING:
+    from asyncbucket.stores.place import StorePlace
 
 #: The first and the longest wait (ns) between attempts to reach a store that is gone.
 _RETRY_INTERVAL: Final = 100_000_000
@@ -46,28 +48,24 @@ class Record:
     """Remember what this worker took of every limit; instants are ns of the store's clock."""
 
     def __init__(self, config: LimitConfig) -> None:
-        self.config = config
         self.last = 0
-        self._windows: dict[tuple[str, float], Window] = {}
+        self.windows: dict[tuple[str, float], Window] = {}
         self.adopt(config)
 
     def adopt(self, config: LimitConfig) -> None:
         """Follow other limits; the records of limits that stay are kept."""
         self.config = config
-        known = self._windows
-        self._windows = {
-            limit.key: known.get(limit.key) or Window(_unpaced(limit), began=self.last)
+        known = self.windows
+        self.windows = {
+            limit.key: known.get(limit.key)
+            or Window(replace(limit, burst=limit.amount), began=self.last)
             for limit in config.limits
         }
-
-    def window(self, limit: Limit) -> Window:
-        """Return the record of ``limit``."""
-        return self._windows[limit.key]
 
     def book(self, amounts: Amounts, start: int) -> None:
         """Remember a call; if a store with another clock dates it earlier, it counts as the last."""
         self.last = max(self.last, start)
-        for window in self._windows.values():
+        for window in self.windows.values():
             if amount := amounts.get(window.limit.resource):
                 window.book(amount, self.last)
 
@@ -82,7 +80,7 @@ class Record:
 
     def correct(self, correction: Correction) -> None:
         """Change the record of a call to what it really used."""
-        for window in self._windows.values():
+        for window in self.windows.values():
             booked = correction.booked.get(window.limit.resource, 0)
             more = correction.used.get(window.limit.resource, booked) - booked
             if more > 0:
@@ -120,7 +118,7 @@ class Outage:
     def _share_limits(self, workers: int, left: Sequence[int], now: int) -> None:
         date = self._record.last = max(now, self._record.last)
         for number, limit in enumerate(self._record.config.limits):
-            window = self._record.window(limit)
+            window = self._record.windows[limit.key]
             window.amount = share = limit.amount // workers
             known = left[number] if number < len(left) else 0
             own = share - window.available(date)
@@ -172,15 +170,7 @@ class StoreHealth:
     Instants are ns of the worker's own clock.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: LimitConfig,
-        *,
-        on_outage: OnOutage,
-        clock: Callable[[], int],
-        emit: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, place: "StorePlace", config: LimitConfig) -> None:
         self.record = Record(config)
         self.outage: Outage | None = None
         #: The worker's share, while others may still have to report what they admitted alone.
@@ -192,10 +182,8 @@ class StoreHealth:
         self.workers = 1
         #: What the store has left of each limit, as last heard.
         self.left: tuple[int, ...] = ()
-        self._name = name
-        self._on_outage: OnOutage = on_outage
-        self._clock = clock
-        self._emit = emit
+        self._place = place
+        self._clock = place.clock
         #: The store's clock minus this one.
         self._offset = 0
         self._lost_at = 0
@@ -222,7 +210,7 @@ class StoreHealth:
         self._retry_interval = _RETRY_INTERVAL
         self.retry_at = now + _RETRY_INTERVAL
         self.outage = Outage(
-            self._on_outage,
+            self._place.on_outage,
             self.record,
             workers=self.workers,
             left=self.left,
@@ -232,9 +220,9 @@ class StoreHealth:
             "share": f"with its share, 1 of {self.workers}",
             "open": "admitting everybody",
             "closed": "admitting nobody",
-        }[self._on_outage]
-        _log.warning("%s; limiter %s goes on %s", error, self._name, manner)
-        self._emit(StoreLost(limiter=self._name, at=now * 1e-9, reason=str(error)))
+        }[self._place.on_outage]
+        _log.warning("%s; limiter %s goes on %s", error, self._place.name, manner)
+        self._place.emit(StoreLost(limiter=self._place.name, at=now * 1e-9, reason=str(error)))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
         """Book a call without the store if it may pass now; return when it may."""
@@ -265,15 +253,11 @@ class StoreHealth:
         seconds = (now - self._lost_at) * 1e-9
         _log.warning(
             "the store of limiter %s is back after %s; admitted without it: %s",
-            self._name,
+            self._place.name,
             in_seconds(seconds),
             ", ".join(f"{n:,} {name}" for name, n in outage.admitted.items()) or "nothing",
         )
-        self._emit(StoreRecovered(limiter=self._name, at=now * 1e-9, seconds=seconds))
+        self._place.emit(StoreRecovered(limiter=self._place.name, at=now * 1e-9, seconds=seconds))
         if not outage.admitted.total():
             return None
         return Correction(start=0, booked={}, used=dict(outage.admitted))
-
-
-def _unpaced(limit: Limit) -> Limit:
-    return replace(limit, burst=limit.amount)

@@ -19,21 +19,13 @@ class PendingUpdates:
     """
 
     def __init__(self) -> None:
-        self._config: LimitConfig | None = None
+        #: The limits that the store has not heard of.
+        self.config: LimitConfig | None = None
         #: Until when (ns of the worker's clock), and whether gradually.
         self._pause: tuple[int, bool] | None = None
 
     def __bool__(self) -> bool:
-        return self._config is not None or self._pause is not None
-
-    @property
-    def config(self) -> LimitConfig | None:
-        """The limits that the store has not heard of."""
-        return self._config
-
-    def configure(self, config: LimitConfig) -> None:
-        """Put ``config`` in force."""
-        self._config = config
+        return self.config is not None or self._pause is not None
 
     def pause(self, until: int, *, gradually: bool) -> None:
         """Let nobody start before ``until``; an earlier pause that ends later stays."""
@@ -42,12 +34,12 @@ class PendingUpdates:
 
     def add_to(self, batch: Batch, now: int) -> tuple[Batch, Callable[[], None]]:
         """Return ``batch`` with what is wanted, and what to call when the store has heard of it."""
-        config, pause = self._config, self._pause
+        config, pause = self.config, self._pause
         until, gradually = pause or (0, False)
         batch = replace(batch, config=config, pause=max(0, until - now), gradually=gradually)
 
         def heard() -> None:  # what was set meanwhile stays
-            self._config = None if self._config is config else self._config
+            self.config = None if self.config is config else self.config
             self._pause = None if self._pause is pause else self._pause
 
         return batch, heard

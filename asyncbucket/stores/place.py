@@ -148,7 +148,7 @@ class StorePlace:
         self.make_store().check(self.config(limits, concurrency))
 
     def configure(self) -> None:
-        self.pending.configure(self.config())
+        self.pending.config = self.config()
         self._ring()
 
     def pause(self, span: int, *, gradually: bool) -> None:
@@ -300,8 +300,7 @@ class StorePlace:
 
     def _take_over_soon(self) -> None:
         """Have a session take over what is left: one that runs, or one opened for that."""
-        for session in self._running_first():
-            session.ring()
+        if self._ring():
             return
         loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
         if loop is not None and (self._visit is None or self._visit.when() < loop.time()):
@@ -314,11 +313,12 @@ class StorePlace:
             if self.leftovers:
                 self._session(loop, is_visit=True)
 
-    def _ring(self) -> None:
-        """Make one session tell the store, which tells the other processes."""
+    def _ring(self) -> bool:
+        """Make one session tell the store, which tells the other processes; return whether there is one."""
         for session in self._running_first():
             session.ring()
-            return
+            return True
+        return False
 
     def _running_first(self) -> list[Session]:
         """Return the sessions, those of running loops first, newer ones before older ones.
@@ -389,9 +389,6 @@ class BookedMeter(Meter):
         booked_at = self._reservation.booked_at
         start = booked_at and booked_at + when - self._reservation.start
         self._parts.append((amount, start))
-        if len(self._parts) > _MAX_PARTS:
-            (reserved, first), (debt, _) = self._parts[:2]
-            self._parts[:2] = [(reserved + debt, first)]
         self._report(start, booked=0, used=amount)
 
     def _report(self, start: int, *, booked: int, used: int) -> None:
@@ -416,7 +413,3 @@ class BookedMeter(Meter):
     def available(self, now: int) -> int:  # noqa: ARG002 - the store knows
         """See `asyncbucket.core.meters.Meter.available`."""
         return sum(units for units, _ in self._parts)
-
-
-#: How many parts are remembered; older debts count as reserved then.
-_MAX_PARTS: Final = 16

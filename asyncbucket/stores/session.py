@@ -275,13 +275,7 @@ class Session:
             self._fail_earlier_calls()
             return False
         place.failure = None
-        self._health = StoreHealth(
-            place.name,
-            self._ledger.config,
-            on_outage=place.on_outage,
-            clock=self._clock,
-            emit=place.emit,
-        )
+        self._health = StoreHealth(place, self._ledger.config)
         self._beat_at = 0
         return True
 

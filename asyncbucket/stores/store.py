@@ -45,6 +45,7 @@ from typing import Any, Final, Protocol, Self
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
+from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import read_slot_ttl
 
 #: Nothing is booked that would start later than this many ns from now.
@@ -199,24 +200,13 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
-    """How much of one limit is used."""
-
-    limit: Limit
-    #: Units booked in the window, debts and reserved starts included.
-    used: int
-    #: Units that could pass now, with pacing: at most 0 while starts lie ahead, negative during a
-    #: debt.
-    available: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """Show the state of a limiter, the same for all workers."""
 
     now: int
     config: LimitConfig
-    limits: tuple[Use, ...]
+    #: Reserved starts count as used; while they lie ahead, nothing is available.
+    limits: tuple[LimitUse, ...]
     #: Slots taken, over all workers; 0 if none are counted.
     slots: int
     #: Nothing starts before this instant; 0 or in the past if there is no pause.
@@ -235,15 +225,10 @@ class Ledger(Protocol):
     method raises `StoreError` within the store's patience if the store is out of reach or unusable.
     """
 
-    @property
-    def name(self) -> str:
-        """The limiter's name; all who open the same name share the same limits."""
-        ...
-
-    @property
-    def worker(self) -> str:
-        """This worker's unique name."""
-        ...
+    #: The limiter's name; all who open the same name share the same limits.
+    name: str
+    #: This worker's unique name.
+    worker: str
 
     @property
     def config(self) -> LimitConfig:
@@ -346,21 +331,3 @@ def undone(calls: Sequence[Amounts] | None, receipt: Receipt) -> tuple[Correctio
         for call, booking in booked
         if booking.outcome is Outcome.BOOKED
     )
-
-
-def check_batch(batch: Batch) -> None:
-    """Refuse amounts and instants that are not whole numbers from 0 on.
-
-    Raises:
-        ValueError: there is one, or a call that takes several slots.
-    """
-    amounts: list[Any] = [*(batch.calls or ()), {"horizon": batch.horizon, "held": batch.held or 0}]
-    for correction in batch.corrections:
-        amounts += [correction.booked, correction.used, {"start": correction.start}]
-    for named_amounts in amounts:
-        for name, amount in named_amounts.items():
-            if type(amount) is not int or amount < 0:
-                raise ValueError(f"{name} must be a whole number from 0 on, not {amount!r}")
-    for call in batch.calls or ():
-        if call.get(SLOT, 0) > 1:
-            raise ValueError(f"a call takes one slot, not {call[SLOT]:,}")

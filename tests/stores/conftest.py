@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
+from asyncbucket import Limiter
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
 
@@ -150,8 +153,15 @@ def server_program() -> str:
 
 
 @pytest.fixture
-def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
-    """Start servers with the given options, and stop all of them at the end."""
+def start_server(
+    server_program: str, tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers with the given options, and stop all of them at the end.
+
+    They may be frozen or killed, so replies are waited for as long as users wait.
+    """
+    assert patient is None
+    monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 0.2)
     running: list[RunningServer] = []
     assert server_program
 
@@ -177,13 +187,80 @@ def shared_server(
 
 
 @pytest.fixture(autouse=True)
-def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait longer than 0.2 s for replies, as the machine may be busy.
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait longer than 0.2 s for replies, as the machine may be busy."""
+    monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 5.0)
 
-    This does not apply if a test has its own server, which may be frozen or killed.
-    """
-    if "start_server" not in request.fixturenames:
-        monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 5.0)
+
+class Fault:
+    """A store that can break and come back."""
+
+    def __init__(self, url: str, begin: Callable[[], object], end: Callable[[], object]) -> None:
+        self.url = url
+        self.begin = begin
+        self.end = end
+
+
+@pytest.fixture(params=["freeze", "kill", "lock"])
+def fault(request: pytest.FixtureRequest, path: Path) -> Iterator[Fault]:
+    """Return a server that freezes or is killed, or a file whose lock is held."""
+    if request.param == "lock":
+        with contextlib.closing(
+            sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        ) as holder:
+            yield Fault(
+                f"sqlite:///{path}",
+                lambda: holder.execute("BEGIN IMMEDIATE"),
+                lambda: holder.execute("ROLLBACK"),
+            )
+        return
+    start_server = request.getfixturevalue("start_server")
+    server: RunningServer = start_server("--appendonly", "yes", "--appendfsync", "always")
+    if request.param == "freeze":
+        yield Fault(server.url, server.freeze, server.thaw)
+    else:
+        yield Fault(server.url, server.kill, server.start)
+
+
+@pytest.fixture(params=["server", "file"])
+def where(request: pytest.FixtureRequest, path: Path) -> str:
+    """Return the URL of each kind of store, empty."""
+    if request.param == "file":
+        return f"sqlite:///{path}?patience=5"
+    return str(request.getfixturevalue("url"))
+
+
+@pytest.fixture
+async def limited() -> AsyncIterator[Callable[..., Limiter]]:
+    """Make limiters called openai, and close them at the end."""
+    made: list[Limiter] = []
+
+    def make(url: str, *limits: str, name: str = "openai", **options: Any) -> Limiter:
+        made.append(Limiter(*limits, store=url, name=name, **options))
+        return made[-1]
+
+    yield make
+    for limiter in made:
+        await limiter.aclose()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str, str], "subprocess.Popen[str]"]]:
+    """Run scripts in interpreters of their own, with an argument each, and kill them at the end."""
+    with contextlib.ExitStack() as running:
+
+        def start(script: str, where: str) -> "subprocess.Popen[str]":
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, where],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            running.enter_context(process)
+            running.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture

@@ -1,10 +1,6 @@
 """What a ledger promises when the server, the network or a worker fails: one test per fault."""
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +12,24 @@ from asyncbucket.stores import (
     Correction,
     Ledger,
     LimitConfig,
-    Outcome,
     Receipt,
-    Store,
     StoreError,
     open_store,
 )
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.store import FAR
+from conformance.place import outcomes, terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.stores.conftest import Proxy, RunningServer
+    from conftest import Proxy, RunningServer
 
 SECOND = 1_000_000_000
 FREE = {"requests": 1}
 CALL = {"requests": 1, "concurrency": 1}
 #: Within this time (s) a store that is gone must be known to be gone.
 DECISION = 1.0  # 0.3 s is promised; a machine that runs other things gets room
-
-
-def terms(*limits: str, concurrency: int | None = None) -> LimitConfig:
-    """Read limits as people write them."""
-    return LimitConfig(limits=tuple(map(Limit.parse, limits)), concurrency=concurrency)
-
-
-def outcomes(receipt: Receipt) -> list[str]:
-    """Return the outcome of each call, as a word."""
-    return [booking.outcome.value for booking in receipt.bookings]
 
 
 def closed_for(receipt: Receipt) -> int:
@@ -212,24 +197,6 @@ async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", t
     await store.aclose()
 
 
-async def test_corrections_of_a_failed_batch_are_applied_once(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
-    server = start_server("--appendonly", "yes", "--appendfsync", "always")
-    store = open_store(server.url)
-    ledger = await store.open("owed", terms("100 requests/minute burst 100", concurrency=9))
-    held = await ledger.commit(Batch(calls=(CALL,) * 4))
-    server.kill()
-    for number, booking in enumerate(held.bookings[:3], 1):
-        undone = Correction.undo(CALL, booking.start)
-        await refused(ledger, Batch(corrections=(undone,), held=4 - number))
-    server.start()
-    await ledger.commit(Batch())
-    seen = await ledger.peek()
-    assert (seen.limits[0].used, seen.slots) == (1, 1)
-    await store.aclose()
-
-
 async def test_server_short_of_memory_books_nothing(
     start_server: "Callable[..., RunningServer]",
 ) -> None:
@@ -251,49 +218,6 @@ async def test_server_short_of_memory_books_nothing(
     await ledger.commit(Batch(calls=(FREE,)))
     assert await used(ledger) == 1
     await store.aclose()
-
-
-WORKER = """
-import asyncio, sys
-from asyncbucket.core.limits import Limit
-from asyncbucket.stores import Batch, LimitConfig, open_store
-
-async def main():
-    store = open_store(sys.argv[1])
-    terms = LimitConfig(limits=(Limit.parse("1000/s"),), concurrency=4)
-    ledger = await store.open("killed", terms, slot_ttl=1.0)
-    call = {"requests": 1, "concurrency": 1}
-    receipt = await ledger.commit(Batch(calls=(call,) * 4))
-    assert receipt.bookings[3].slot
-    print("holding", flush=True)
-    await asyncio.sleep(60)
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.real_clock
-async def test_slots_of_killed_worker_come_back_after_slot_ttl(
-    shared_server: "RunningServer", store: Store
-) -> None:
-    ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
-    worker = subprocess.Popen(  # noqa: ASYNC220 - it has to be killed from outside
-        [sys.executable, "-c", WORKER, shared_server.url], stdout=subprocess.PIPE
-    )
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == b"holding\n"
-    held = time.perf_counter()
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(10)
-    worker.stdout.close()
-    while True:
-        receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
-        if receipt.bookings[0].outcome is Outcome.BOOKED:
-            break
-        await ledger.changed(timeout=(receipt.ask_at - receipt.now) * 1e-9)
-    assert outcomes(receipt) == ["booked"] * 4
-    assert 0.9 < time.perf_counter() - held < 2.0
-    await ledger.aclose()
 
 
 async def test_batch_after_data_loss_counts_slots_again(store: RedisStore, redis: Any) -> None:

@@ -1,6 +1,7 @@
 """Servers of all kinds: behind TLS and a login, in a cluster, behind Sentinel, at a socket."""
 
 import asyncio
+import re
 import shutil
 import subprocess
 import time
@@ -10,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from redis.asyncio import Redis
 
-from asyncbucket import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.stores import Batch, LimitConfig, Receipt, StoreError, open_store
+from asyncbucket.stores import Batch, StoreError, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis.servers import Server, _settings
+from conformance.place import outcomes, terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.stores.conftest import RunningServer
+    from conftest import RunningServer
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}
@@ -28,16 +28,6 @@ RULES = (
     "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
     "+zadd +zrem +zcard +zscore +zrangebyscore +publish +subscribe +unsubscribe"
 )
-
-
-def terms(*limits: str, concurrency: int | None = None) -> LimitConfig:
-    """Read limits as people write them."""
-    return LimitConfig(limits=tuple(map(Limit.parse, limits)), concurrency=concurrency)
-
-
-def outcomes(receipt: Receipt) -> list[str]:
-    """Return the outcome of each call, as a word."""
-    return [booking.outcome.value for booking in receipt.bookings]
 
 
 async def use(url: str, name: str = "place") -> None:
@@ -150,35 +140,16 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
         assert outcomes(await ledger.commit(Batch(calls=({"requests": 1},)))) == ["booked"]
         assert (await ledger.peek()).details["clock"] == "in step"
         await ledger.aclose()
-    spread = [await keys_of(node) for node in nodes]
-    assert all(spread), spread
-    await store.aclose()
-
-
-async def test_all_nodes_of_a_cluster_are_asked_for_their_settings(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
-    nodes = [start_server("--cluster-enabled", "yes") for _ in range(3)]
-    await join(nodes)
-    for node, settings in zip(nodes, ({}, {"save": "3600 1"}, {"maxmemory": "100mb"}), strict=True):
+    for node in nodes:
         async with Redis(port=node.port) as client:
-            for name, value in settings.items():
-                await client.config_set(name, value)
-    store = open_store(f"redis+cluster://127.0.0.1:{nodes[0].port}")
-    ledger = await store.open("settings", terms("1/s"))
-    details = (await ledger.peek()).details
-    assert details["clock"] == "in step"
-    assert sorted(details["persistence"].split(" or ")) == ["none", "snapshots alone"]
-    assert sorted(details["memory"].split(" or ")) == [
-        "104,857,600 bytes at most and noeviction",
-        "unbounded",
-    ]
+            assert await client.dbsize()
     alone = [open_store(node.url) for node in nodes]
-    found = await asyncio.gather(*(each.peek("settings") for each in alone), return_exceptions=True)
+    found = await asyncio.gather(
+        *(each.peek("limiter 0") for each in alone), return_exceptions=True
+    )
     errors = [str(each) for each in found if isinstance(each, StoreError)]
     assert len(errors) == 2
     assert all("is one node of a cluster: write redis+cluster:// with" in each for each in errors)
-    await ledger.aclose()
     for each in (store, *alone):
         await each.aclose()
 
@@ -203,10 +174,6 @@ async def test_worker_listens_on_another_node_when_its_node_is_gone(
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (
-            "MOVED 15201 10.0.0.7:6379",
-            "is one node of a cluster: write redis+cluster:// with the same host and port",
-        ),
         (
             "MASTERDOWN Link with MASTER is down.",
             "is a replica: Link with MASTER is down; give the primary's address, or a Sentinel's",
@@ -257,9 +224,10 @@ async def test_details_describe_server_as_far_as_login_allows(
     }
     client = Redis(port=server.port)
     await client.config_set("save", "3600 1", "maxmemory", "100mb")
-    details = (await ledger.peek()).details
-    assert details["persistence"] == "snapshots alone"
-    assert details["memory"] == "104,857,600 bytes at most and noeviction"
+    assert (await ledger.peek()).details.items() >= {
+        ("persistence", "snapshots alone"),
+        ("memory", "104,857,600 bytes at most and noeviction"),
+    }
 
     shy = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
     ledger = await shy.open("limits", terms("1/s"))
@@ -274,36 +242,18 @@ async def test_details_describe_server_as_far_as_login_allows(
 
 async def join(nodes: "list[RunningServer]") -> None:
     """Make a cluster of the servers, each with a third of the hash slots."""
-    clients: list[Any] = [Redis(port=node.port) for node in nodes]
+    clients: list[Any] = [Redis(port=node.port, decode_responses=True) for node in nodes]
     for number, client in enumerate(clients):
         first, last = 16_384 * number // 3, 16_384 * (number + 1) // 3 - 1
         await client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
         await client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
-    until = time.monotonic() + 20
-    while True:
-        infos = [await client.execute_command("CLUSTER", "INFO") for client in clients]
-        known = [str(info).count("cluster_known_nodes:3") for info in map(_text, infos)]
-        fine = [str(info).count("cluster_state:ok") for info in map(_text, infos)]
-        if all(known) and all(fine):
-            break
-        assert time.monotonic() < until, infos
-        await asyncio.sleep(0.05)
-    for client in clients:
-        await client.aclose()
-
-
-def _text(info: Any) -> str:
-    if isinstance(info, dict):
-        return "\n".join(f"{name}:{value}" for name, value in info.items())
-    return info.decode() if isinstance(info, bytes) else str(info)
-
-
-async def keys_of(node: "RunningServer") -> int:
-    """Return how many keys a node holds."""
-    client = Redis(port=node.port)
-    count: int = await client.dbsize()
-    await client.aclose()
-    return count
+    async with asyncio.timeout(20):
+        for client in clients:
+            info = ""
+            while not re.search(r"(?s)cluster_state\W+ok.*cluster_known_nodes\W+3", info):
+                await asyncio.sleep(0.05)
+                info = str(await client.execute_command("CLUSTER", "INFO"))
+            await client.aclose()
 
 
 @pytest.mark.real_clock
@@ -336,9 +286,9 @@ async def test_failover_to_replica_keeps_replicated_bookings(
             assert time.perf_counter() - begun < 1.0
             assert time.monotonic() < until
             await asyncio.sleep(0.05)
-    now = [each for each in receipt.bookings if each.outcome.value == "booked"]
-    soon = [each for each in now if each.start - receipt.now < SECOND]
-    assert len(soon) == 39, "slots of before the failover are held, and those calls counted"
+    assert outcomes(receipt).count("booked") == 39, (
+        "slots of before the failover are held, and those calls counted"
+    )
     assert not receipt.lost
     await ledger.aclose()
     await store.aclose()
@@ -360,38 +310,3 @@ async def until_replicated(primary: "RunningServer") -> None:
     await client.set("asyncbucket:mark", 1)
     assert await client.execute_command("WAIT", 1, 5_000) == 1
     await client.aclose()
-
-
-async def test_url_scheme_selects_store_and_unknown_store_is_refused() -> None:
-    for url in (
-        "redis://127.0.0.1:6379/0",
-        "valkey://127.0.0.1",
-        "valkeys://127.0.0.1",
-        "rediss://127.0.0.1",
-        "unix:///run/valkey.sock",
-        "redis+sentinel://a:1,b:2/main",
-        "redis+cluster://a:1,b:2",
-    ):
-        store = open_store(url)
-        assert isinstance(store, RedisStore)
-        assert store.url.startswith(url.split("://", maxsplit=1)[0])
-    with pytest.raises(ValueError, match="is not a store: write sqlite"):
-        open_store("postgres://user:s3cret@host/db")
-    with pytest.raises(TypeError, match=r"must be a URL such as sqlite:///limits.db, .*Path$"):
-        Limiter(store=Path("limits.db"))
-    with pytest.raises(TypeError, match=r"or made by RedisStore.of\(client\), not Redis$"):
-        Limiter(store=Redis())
-    with pytest.raises(ValueError, match="write the service after the hosts"):
-        open_store("redis+sentinel://a:1")
-
-
-@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
-async def test_url_settings_are_typed_for_sentinel_and_cluster(kind: str) -> None:
-    settings = "ssl_check_hostname=false&socket_timeout=1.5&max_connections=7"
-    store = open_store(f"rediss+{kind}://me:p%40ss@a:1,b:2/main?{settings}")
-    assert isinstance(store, RedisStore)
-    client: Any = store._server.client
-    kept = (client if kind == "cluster" else client.connection_pool).connection_kwargs
-    assert (kept["username"], kept["password"]) == ("me", "p@ss")
-    assert (kept["ssl_check_hostname"], kept["socket_timeout"]) == (False, 1.5)
-    await store.aclose()

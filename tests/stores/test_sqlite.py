@@ -16,16 +16,15 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limit, StoreError
-from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
-from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore, from_url
+from asyncbucket import Limit, Limiter, StoreError
+from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome
+from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore
 from asyncbucket.stores.sqlite.file import SCHEMA, SharedClock
 from asyncbucket.stores.sqlite.state import State
 
 SECOND = 1_000_000_000
 CONFIG = LimitConfig(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
 CALL = {"requests": 1, "concurrency": 1}
-HALF: Any = {"requests": 1.5}
 #: Virtual time does not apply to locks and disks.
 pytestmark = pytest.mark.real_clock
 
@@ -49,130 +48,128 @@ async def used(ledger: SQLiteLedger) -> int:
     return (await ledger.peek()).limits[0].used
 
 
-@pytest.mark.parametrize(
-    ("url", "path"),
-    [
-        ("sqlite:///limits.db", "limits.db"),
-        ("sqlite:////var/lib/limits.db", "/var/lib/limits.db"),
-        ("sqlite:///a%20b%3F/limits.db?patience=2", "a b?/limits.db"),
-    ],
-)
-def test_sqlite_url_names_relative_or_absolute_path(url: str, path: str) -> None:
-    assert repr(open_store(url)) == f"<SQLiteStore {Path(path).absolute()}>"
-
-
-@pytest.mark.parametrize("options", ["", "?patience=2.5"])
-def test_store_url_leads_to_same_file_from_any_folder(
-    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_relative_path_is_resolved_when_limiter_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = open_store(f"sqlite:///a%20b%3F/100%25%23.db{options}")
-    monkeypatch.chdir("/")
-    assert store.url == f"sqlite:///{tmp_path}/a%20b%3F/100%25%23.db{options}"
-    again = open_store(store.url)
-    assert (repr(again), again.url) == (repr(store), store.url)
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    limiter = Limiter("9 RPD burst 9", store="sqlite:///limits.db", name="moves")
+
+    async def call() -> None:
+        (await limiter.acquire()).release()
+        await limiter.aclose()
+
+    for folder in ("there", "here"):
+        monkeypatch.chdir(tmp_path / folder)
+        asyncio.run(call())
+    assert [path.name for path in tmp_path.glob("*/limits.db")] == ["limits.db"]
+    assert limiter.statistics().limits[0].used == 2
 
 
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        (
-            "sqlite://:memory:",
-            "'sqlite://:memory:' names a host, and a file has none: write sqlite:///limit",
-        ),
-        ("sqlite://limits.db", "'sqlite://limits.db' names a host, and a file has none"),
-        ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
-        ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
-        ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
-        ("sqlite:///limits.db?patience=soon", "number of seconds, e.g. 0.2, not 'soon'"),
-        ("sqlite:///limits.db?patience=nan", "patience must be a positive number of seconds"),
-        ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
-    ],
-)
-def test_invalid_sqlite_url_is_refused_with_remedy(url: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        from_url(url)
-
-
-async def test_unused_store_creates_no_file(path: Path) -> None:
+async def test_file_is_made_when_used_and_alone_when_closed(path: Path) -> None:
     store = SQLiteStore(path)
-    assert repr(store) == f"<SQLiteStore {path}>"
-    await store.aclose()
     assert not path.exists()
-
-
-async def test_closing_last_worker_leaves_a_single_file(path: Path) -> None:
-    async with opened(path) as ledger:
-        await ledger.commit(Batch(calls=(CALL,)))
-        assert repr(ledger) == f"<SQLiteLedger 'openai', worker {ledger.worker}>"
-        details = (await ledger.peek()).details
-        assert details["path"] == str(path)
-        assert details["schema"] == str(SCHEMA)
-    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
-
-
-async def test_closed_store_raises_store_error(path: Path) -> None:
-    store = SQLiteStore(path)
     ledger = await store.open("openai", CONFIG)
+    assert (await ledger.peek()).details["path"] == str(path)
     await store.aclose()
     await store.aclose()
     with pytest.raises(StoreError, match=f"{path}: this store has been closed: open another"):
         await ledger.commit(Batch(calls=(CALL,)))
     await ledger.aclose()
+    assert [each.name for each in path.parent.iterdir()] == ["limits.db"]
 
 
-async def failure(path: Path) -> str:
-    """Return why the file cannot be used."""
-    with pytest.raises(StoreError) as caught:
-        async with opened(path):
-            pass
-    return str(caught.value)
+def remove_folder(path: Path) -> None:
+    """Leave no folder for the file."""
+    path.parent.rmdir()
 
 
-async def test_missing_folder_is_named_in_error(tmp_path: Path) -> None:
-    path = tmp_path / "nowhere" / "limits.db"
-    assert await failure(path) == (
-        f"{path}: it cannot be opened: there is no folder {path.parent}; make the folder, or give "
-        f"another path"
-    )
+def make_text(path: Path) -> None:
+    """Make a file that is no database."""
+    path.write_text("not a database at all, " * 100)
 
 
-async def test_path_that_cannot_be_opened_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert await failure(tmp_path) == (
-        f"{tmp_path}: it cannot be opened: it is not a plain file, or may not be read; see what it "
-        f"is, or give another path"
-    )
-
-    def refused(_path: object, _mode: int) -> bool:
-        return False
-
-    monkeypatch.setattr(os, "access", refused)  # root may write everywhere
-    assert await failure(tmp_path) == (
-        f"{tmp_path}: it cannot be opened: the folder {tmp_path.parent} is not writable; give this "
-        f"user the right to write there, or give another path"
-    )
-
-
-async def test_database_of_another_program_is_left_unchanged(path: Path) -> None:
+def make_database(path: Path) -> None:
+    """Make a database, as another program does."""
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE people (name)")
-    before = path.read_bytes()
-    assert await failure(path) == (
-        f"{path} is a database of another program (1 tables, application id 0x0): give "
-        f"asyncbucket a file of its own"
-    )
-    assert path.read_bytes() == before
 
 
-async def test_file_that_is_no_database_is_left_unchanged(path: Path) -> None:
-    path.write_text("not a database at all, " * 100)
-    assert await failure(path) == (
-        f"{path}: it is not a SQLite file, or is damaged (file is not a database): move it away, and "
-        f"a new one is made"
-    )
-    assert path.read_text().startswith("not a database")
+def make_other_version(path: Path) -> None:
+    """Make a file, and change its version to the next one."""
+    asyncio.run(SQLiteStore(path).open("openai", CONFIG))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+
+
+@pytest.mark.parametrize(
+    ("make", "is_writable", "why"),
+    [
+        pytest.param(
+            remove_folder,
+            True,
+            ": it cannot be opened: there is no folder {folder}; make the folder, or give another path",
+            id="no folder",
+        ),
+        pytest.param(
+            Path.mkdir,
+            True,
+            ": it cannot be opened: it is not a plain file, or may not be read; see what it is, or "
+            "give another path",
+            id="a folder",
+        ),
+        pytest.param(
+            Path.mkdir,
+            False,
+            ": it cannot be opened: the folder {folder} is not writable; give this user the right to "
+            "write there, or give another path",
+            id="no rights",
+        ),
+        pytest.param(
+            make_database,
+            True,
+            " is a database of another program (1 tables, application id 0x0): give asyncbucket a "
+            "file of its own",
+            id="another program's",
+        ),
+        pytest.param(
+            make_text,
+            True,
+            ": it is not a SQLite file, or is damaged (file is not a database): move it away, and a "
+            "new one is made",
+            id="no database",
+        ),
+        pytest.param(
+            make_other_version,
+            True,
+            f" has schema version {SCHEMA + 1}, and this asyncbucket needs version {SCHEMA}: use one "
+            f"version of asyncbucket for one file, or another file",
+            id="another version's",
+        ),
+    ],
+)
+def test_path_that_cannot_be_used_is_left_unchanged_and_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, why: str, *, is_writable: bool
+) -> None:
+    path = tmp_path / "folder" / "limits.db"
+    path.parent.mkdir()
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+
+    def access(_path: object, _mode: int) -> bool:  # root may write everywhere
+        return is_writable
+
+    monkeypatch.setattr(os, "access", access)
+
+    async def use() -> None:
+        async with opened(path):
+            pass
+
+    with pytest.raises(StoreError) as error:
+        asyncio.run(use())
+    assert str(error.value) == f"{path}{why.format(folder=path.parent)}"
+    assert before is None or path.read_bytes() == before
 
 
 @contextlib.contextmanager
@@ -205,31 +202,9 @@ async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
         assert receipt.bookings[0].outcome is Outcome.BOOKED
 
 
-async def test_corrections_of_a_failed_batch_are_applied_once(path: Path) -> None:
-    async with opened(path) as ledger:
-        receipt = await ledger.commit(Batch(calls=(CALL,) * 3))
-        first, second, third = receipt.bookings
-        with locked(path):
-            for held, booking in ((2, first), (1, second)):
-                batch = Batch(
-                    corrections=(Correction.undo(CALL, booking.start),),
-                    held=held,
-                    calls=(CALL,),
-                )
-                with pytest.raises(StoreError):
-                    await ledger.commit(batch)
-        await ledger.peek()
-        for _ in range(3):
-            snapshot = await ledger.peek()
-            assert (snapshot.limits[0].used, snapshot.slots) == (1, 1)
-        assert third.slot
-        await ledger.commit(Batch(held=0))
-        assert (await ledger.peek()).slots == 0
-
-
 ON_A_SMALL_DISK = """
 import asyncio, pathlib, sys
-from asyncbucket import Limit, StoreError
+from asyncbucket import Limit, Limiter, StoreError
 from asyncbucket.stores import Batch, LimitConfig, open_store
 
 folder = pathlib.Path(sys.argv[1])
@@ -342,26 +317,6 @@ async def test_limiters_with_nothing_to_remember_are_deleted_from_file(path: Pat
     await store.aclose()
 
 
-@pytest.mark.parametrize(
-    ("batch", "why"),
-    [
-        (Batch(calls=(HALF,)), "requests must be a whole number from 0 on, not 1.5"),
-        (Batch(calls=({"requests": -1},)), "requests must be a whole number from 0 on, not -1"),
-        (Batch(horizon=-1), "horizon must be a whole number from 0 on, not -1"),
-        (Batch(calls=({"concurrency": 2},)), "a call takes one slot, not 2"),
-        (
-            Batch(corrections=(Correction(start=True, booked={}, used={}),)),
-            "start must be a whole number from 0 on, not True",
-        ),
-    ],
-)
-async def test_invalid_amounts_in_batch_are_refused(path: Path, batch: Batch, why: str) -> None:
-    async with opened(path) as ledger:
-        with pytest.raises(ValueError, match=why):
-            await ledger.commit(batch)
-        assert await used(ledger) == 0
-
-
 PREAMBLE = """
 import asyncio, json, os, signal, sys, time
 from asyncbucket import Limit
@@ -386,16 +341,6 @@ async def main():
 asyncio.run(main())
 """
 )
-
-
-#: Stop within a transaction, as a process halted by a debugger does.
-FROZEN = """
-import os, signal, sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.execute("BEGIN IMMEDIATE")
-print("ready", flush=True)
-os.kill(os.getpid(), signal.SIGSTOP)
-"""
 
 
 UNCLOSED = (
@@ -450,49 +395,6 @@ async def test_process_killed_at_any_instant_loses_no_reported_booking(path: Pat
             assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def test_slots_of_killed_process_come_back_within_slot_ttl(path: Path) -> None:
-    config = LimitConfig(
-        limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6
-    )
-    process = start(BUSY, path)
-    assert process.stdout is not None
-    process.stdout.readline()
-    end(process)
-    killed = time.monotonic()
-    async with opened(path, config, slot_ttl=1.5) as ledger:
-        held = (await ledger.peek()).slots
-        assert held >= 3
-        await ledger.commit(
-            Batch(calls=None, config=LimitConfig(limits=config.limits, concurrency=held))
-        )
-        call = Batch(calls=({"concurrency": 1},))
-        receipt = await ledger.commit(call)
-        assert receipt.bookings[0].outcome is Outcome.FULL
-        latest = receipt.now + 1_500_000_000
-        while receipt.bookings[0].outcome is Outcome.FULL:
-            assert receipt.now < latest
-            assert receipt.ask_at <= latest
-            await ledger.changed(timeout=(receipt.ask_at - receipt.now) / 1e9)
-            receipt = await ledger.commit(call)
-        assert time.monotonic() - killed < 2 * 1.5
-
-
-async def test_process_frozen_in_transaction_causes_error_until_killed(path: Path) -> None:
-    config = LimitConfig(limits=(Limit("requests", 10, per=60, burst=10),))
-    call = Batch(calls=({"requests": 1},))
-    async with opened(path, config, slot_ttl=1.5) as ledger:
-        frozen = start(FROZEN, path)
-        assert frozen.stdout is not None
-        assert frozen.stdout.readline() == "ready\n"
-        began = time.monotonic()
-        with pytest.raises(StoreError, match="another process has held the write lock"):
-            await ledger.commit(call)
-        assert time.monotonic() - began < 1.5
-        end(frozen)
-        assert (await ledger.commit(call)).bookings[0].outcome is Outcome.BOOKED
-        assert (await ledger.peek()).limits[0].used == 1
-
-
 def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     began = time.monotonic()
     done = subprocess.run(
@@ -506,48 +408,29 @@ def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-async def test_other_schema_is_refused(path: Path) -> None:
-    async with opened(path):
-        pass
-    for version in (SCHEMA - 1, SCHEMA + 1):
-        with contextlib.closing(sqlite3.connect(path)) as other:
-            other.execute(f"PRAGMA user_version = {version}")
-        before = path.read_bytes()
-        assert await failure(path) == (
-            f"{path} has schema version {version}, and this asyncbucket needs version {SCHEMA}: use "
-            f"one version of asyncbucket for one file, or another file"
-        )
-        assert path.read_bytes() == before
-
-
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (sqlite3.SQLITE_IOERR_WRITE, "the disk failed to read or write .disk I/O error"),
+        (sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was booked"),
+        (sqlite3.SQLITE_READONLY, "give this user the right to write the file and its"),
+        (None, "ZeroDivisionError: odd"),
+    ],
+)
 async def test_failure_inside_a_batch_names_file_and_cause_and_books_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None, why: str
 ) -> None:
-    failure = sqlite3.OperationalError("disk I/O error")
+    error: Any = sqlite3.OperationalError("disk I/O error") if code else ZeroDivisionError("odd")
+    error.sqlite_errorcode = code
+
+    def fail(state: State, *_: Any, **__: Any) -> None:
+        state.last_start = 10**30
+        raise error
+
     async with opened(path) as ledger:
-        for error, code, why in (
-            (
-                failure,
-                sqlite3.SQLITE_IOERR_WRITE,
-                "the disk failed to read or write .disk I/O error",
-            ),
-            (failure, sqlite3.SQLITE_CONSTRAINT, "SQLite failed .disk I/O error., and nothing was"),
-            (
-                failure,
-                sqlite3.SQLITE_READONLY,
-                "give this user the right to write the file and its",
-            ),
-            (ZeroDivisionError("odd"), 0, "ZeroDivisionError: odd"),
-        ):
-            error.sqlite_errorcode = code
-
-            def fail(state: State, *_: Any, error: Exception = error, **__: Any) -> None:
-                state.last_start = 10**30
-                raise error
-
-            monkeypatch.setattr(State, "apply", fail)
-            with pytest.raises(StoreError, match=f"{path}.*{why}"):
-                await ledger.commit(Batch(calls=(CALL,)))
+        monkeypatch.setattr(State, "apply", fail)
+        with pytest.raises(StoreError, match=f"{path}.*{why}"):
+            await ledger.commit(Batch(calls=(CALL,)))
         monkeypatch.undo()
         assert await used(ledger) == 0
         assert (await ledger.commit(Batch(calls=(CALL,)))).bookings[0].outcome is Outcome.BOOKED
@@ -572,15 +455,6 @@ async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
             while await used(ledger):  # noqa: ASYNC110 - it is given back by and by
                 await asyncio.sleep(0.01)
         assert (await ledger.peek()).slots == 0
-
-
-async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(path: Path) -> None:
-    async with opened(path) as ledger:
-        for _ in range(5):
-            commit = asyncio.ensure_future(ledger.commit(Batch(calls=(CALL,))))
-            await asyncio.sleep(0)
-            time.sleep(0.4)  # noqa: ASYNC251 - twice the store's patience
-            assert (await commit).bookings[0].outcome is Outcome.BOOKED
 
 
 @pytest.mark.parametrize("newcomer_is_first", [True, False])

@@ -27,6 +27,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncbucket.core.errors import StoreError
+from asyncbucket.core.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.redis import servers
 from asyncbucket.stores.redis.script import GRAIN, Codec
@@ -38,8 +39,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    Use,
-    check_batch,
     check_membership,
     undone,
     wait_patiently,
@@ -152,7 +151,6 @@ class RedisLedger:
 
     async def commit(self, batch: Batch, *, patience: float | None = None) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
-        check_batch(batch)
         self._held = self._held if batch.held is None else batch.held
         task = self._spawn(self._commit(batch))
         try:
@@ -303,7 +301,7 @@ class RedisLedger:
         return Snapshot(
             now=reply["now"] * GRAIN,
             config=config,
-            limits=tuple(Use(limit=limit, used=used, available=left) for limit, used, left in uses),
+            limits=tuple(LimitUse(*use) for use in uses),
             slots=reply["slots"],
             paused_until=reply["paused"] * GRAIN,
             last_start=reply["last"] * GRAIN,

@@ -30,7 +30,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_batch,
     check_membership,
     undone,
     wait_patiently,
@@ -270,24 +269,19 @@ class SQLiteLedger:
 
     async def commit(self, batch: Batch) -> Receipt:
         """See `asyncbucket.stores.store.Ledger.commit`."""
-        check_batch(batch)
         pending, self._pending = self._pending, ()
         self._held = self._held if batch.held is None else batch.held
         batch = replace(batch, corrections=pending + batch.corrections, held=self._held)
+        job = None
         try:
             job = self._store.submit(self._apply, batch)
-        except StoreError:
-            self._pending = batch.corrections + self._pending
-            raise
-        try:
             receipt, config = await self._store.answer(job)
         except BaseException:
-            if job.cancel() or (job.done() and job.exception() is not None):
+            if job is None or job.cancel() or (job.done() and job.exception() is not None):
                 self._pending = batch.corrections + self._pending
             else:
                 loop = asyncio.get_running_loop()
-                settle = functools.partial(self._settle, loop, batch)
-                job.add_done_callback(settle)
+                job.add_done_callback(functools.partial(self._settle, loop, batch))
             raise
         self._held += sum(booking.slot for booking in receipt.bookings)
         changed = None if config in (self.config, batch.config) else config
@@ -353,8 +347,6 @@ class SQLiteLedger:
 
     async def peek(self) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
-        if self._pending:
-            await self._flush()
         snapshot = await self._store.peek(self.name)
         if snapshot is None:
             raise StoreError(f"the file no longer has a limiter {self.name!r}")

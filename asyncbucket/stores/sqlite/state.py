@@ -10,6 +10,7 @@ from typing import Final
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts, Window
+from asyncbucket.core.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.store import (
     FAR,
@@ -22,7 +23,6 @@ from asyncbucket.stores.store import (
     Outcome,
     Receipt,
     Snapshot,
-    Use,
 )
 
 #: A worker takes back slots that it gives back, until another has waited this long (ns) for each.
@@ -187,12 +187,12 @@ class State:
     def peek(self, now: int) -> Snapshot:
         """Return what there is, for people."""
         self._expire(now)
-        uses: list[Use] = []
+        uses: list[LimitUse] = []
         for window in self.windows.values():
             available = window.available(now)
             if self.last_start > now:
                 available = min(available, 0)
-            uses.append(Use(limit=window.limit, used=window.used, available=available))
+            uses.append(LimitUse(window.limit, window.used, available))
         counted = self.config.concurrency is not None
         return Snapshot(
             now=now,

@@ -67,17 +67,6 @@ class Arithmetic(Suite):
             assert busiest.amount > limit.amount // 2, f"hardly used: {busiest}"
 
     @scenario
-    async def test_calls_start_in_the_order_of_their_bookings(self, place: Place) -> None:
-        limits = config(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.2))
-        first, second = [await place.worker(limits) for _ in range(2)]
-        await first.commit(batch({"requests": 1, "tokens": 100}))
-        waits = booked(await first.commit(batch({"requests": 1, "tokens": 50})))[0].start
-        receipt = await second.commit(batch({"requests": 1}))
-        assert receipt.now < waits
-        assert booked(receipt)[0].start >= waits
-        assert booked(receipt)[0].bound_by is not None
-
-    @scenario
     async def test_newcomer_does_not_pass_a_waiting_call(self, place: Place) -> None:
         limits = config(amount_of("requests", 100, 1), amount_of("tokens", 100, 0.8))
         first, second = [await place.worker(limits) for _ in range(2)]
@@ -118,16 +107,6 @@ class Arithmetic(Suite):
         (booking,) = await book_all(worker, {"requests": 30})
         assert 400 * MILLISECOND <= booking.start - began < 800 * MILLISECOND
         assert booking.bound_by == "requests"
-
-    @scenario
-    async def test_dead_worker_first_in_line_delays_others_at_most_3_s(self, place: Place) -> None:
-        limits = config(amount_of("tokens", 100, 0.5))
-        dead, living = [await place.worker(limits) for _ in range(2)]
-        await dead.commit(batch({"tokens": 100}))
-        assert (await dead.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
-        began = time.monotonic()
-        await book_all(living, {"tokens": 1})
-        assert time.monotonic() - began < 3
 
     @scenario
     async def test_several_dead_workers_in_line_delay_others_no_longer_than_one(
@@ -184,27 +163,6 @@ class Arithmetic(Suite):
         assert receipt.now <= receipt.ask_at <= starts[-1]
         (use,) = (await worker.peek()).limits
         assert use.available <= 0, "nothing passes before the last start"
-
-    @scenario
-    async def test_undone_booking_leaves_no_trace(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("tokens", 1_000, 60, 100)))
-        call = {"tokens": 100}
-        start = booked(await worker.commit(batch(call)))[0].start
-        correction = Correction(start=start, booked=call, used={"tokens": 0})
-        receipt = await worker.commit(Batch(corrections=(correction,), calls=(call,)))
-        assert booked(receipt)[0].start == receipt.now
-        assert (await worker.peek()).limits[0].used == 100
-
-    @scenario
-    async def test_debt_delays_later_calls(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("tokens", 100, 60)))
-        start = booked(await worker.commit(batch({"tokens": 10})))[0].start
-        correction = Correction(start=start, booked={"tokens": 10}, used={"tokens": 150})
-        await worker.commit(Batch(corrections=(correction,)))
-        use = (await worker.peek()).limits[0]
-        assert (use.used, use.available) == (150, -50)
-        receipt = await worker.commit(batch({"tokens": 1}))
-        assert receipt.bookings[0].outcome is Outcome.LATER
 
     @scenario
     async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
@@ -286,7 +244,7 @@ class _History:
             self._oracle.check(worker.worker, asked, receipt)
             self._booked += [
                 (booking.start, call)
-                for booking, call in zip(receipt.bookings, asked.calls, strict=True)
+                for booking, call in zip(receipt.bookings, asked.calls or (), strict=True)
                 if booking.outcome is Outcome.BOOKED
             ]
             await asyncio.sleep(random.choice([0, 0, 0.001, 0.01]))

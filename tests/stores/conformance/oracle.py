@@ -15,11 +15,11 @@ _SOON = 5_000_000
 class Oracle:
     """Keep the meters that a store's limiter should have, without slots."""
 
-    def __init__(self, config: LimitConfig, *, grain: int) -> None:
+    def __init__(self, config: LimitConfig, *, grain: int, far: int = FAR) -> None:
         self._grain = grain
-        self._amounts = [(limit.resource, limit.amount) for limit in config.limits]
-        self._meters = [(limit.resource, Window(limit)) for limit in config.limits]
-        self._last_start = self._last_now = 0
+        self._far = far
+        self.windows = [Window(limit) for limit in config.limits]
+        self.last_start = self._last_now = 0
         #: Workers whose next call could not start soon, in order of arrival: which call that is,
         #: since when it has been the first of all, and when the worker should ask again.
         self._waiting: dict[str, tuple[Amounts, int, int]] = {}
@@ -29,22 +29,21 @@ class Oracle:
         now = receipt.now
         assert now >= self._last_now, f"the clock went back by {self._last_now - now:,} ns"
         self._last_now = now
-        debts_at = max(now, self._last_start)
+        debts_at = max(now, self.last_start)
         for correction in batch.corrections:
-            for resource, meter in self._meters:
-                if resource in correction.used:
-                    used = correction.used[resource]
-                    more = used - correction.booked.get(resource, 0)
-                    if more > 0:
-                        meter.owe(more, debts_at)
-                    elif more < 0:
-                        meter.unbook(-more, correction.start, left=used)
+            for window in self.windows:
+                booked = correction.booked.get(window.limit.resource, 0)
+                used = correction.used.get(window.limit.resource, booked)
+                if used > booked:
+                    window.owe(used - booked, debts_at)
+                elif used < booked:
+                    window.unbook(booked - used, correction.start, left=used)
         if worker in self._waiting:  # whenever it comes, it stands where it stood
             self._waiting[worker] = (*self._waiting[worker][:2], now)
         self._check_calls(worker, batch, receipt)
         for first in self._in_order(now)[:1]:  # it is called if something came back
             amounts, since, due = self._waiting[first]
-            come = max(now, self._earliest(amounts, now, since=since) - FAR)
+            come = max(now, self._earliest(amounts, now, since=since) - self._far)
             if come < due - _SOON:
                 self._waiting[first] = amounts, since, come
 
@@ -55,9 +54,12 @@ class Oracle:
     def _check_calls(self, worker: str, batch: Batch, receipt: Receipt) -> None:
         horizon_end: int | None = None
         later = False
-        assert len(receipt.bookings) == len(batch.calls)
-        for amounts, booking in zip(batch.calls, receipt.bookings, strict=True):
-            exceeded = {name for name, most in self._amounts if amounts.get(name, 0) > most}
+        for amounts, booking in zip(batch.calls or (), receipt.bookings, strict=True):
+            exceeded = {
+                window.limit.resource
+                for window in self.windows
+                if amounts.get(window.limit.resource, 0) > window.amount
+            }
             if exceeded:
                 assert booking.outcome is Outcome.NEVER, booking
                 assert booking.bound_by in exceeded, booking
@@ -73,16 +75,16 @@ class Oracle:
                     assert receipt.in_line
                     self._waiting[worker] = (amounts, 0, receipt.ask_at)
                 else:
-                    assert receipt.now <= receipt.ask_at <= self._last_start, receipt.ask_at
+                    assert receipt.now <= receipt.ask_at <= self.last_start, receipt.ask_at
             if later:
                 assert booking.outcome is Outcome.LATER, (booking, start - receipt.now)
                 continue
             self._check_booking(booking, start, receipt.now)
             horizon_end = booking.start + batch.horizon if horizon_end is None else horizon_end
-            for resource, meter in self._meters:
-                if amounts.get(resource):
-                    meter.book(amounts[resource], booking.start)
-            self._last_start = booking.start
+            for window in self.windows:
+                if amount := amounts.get(window.limit.resource):
+                    window.book(amount, booking.start)
+            self.last_start = booking.start
         if not later:
             self._waiting.pop(worker, None)
 
@@ -96,7 +98,7 @@ class Oracle:
         now = receipt.now
         order = self._in_order(now)
         first = not order or order[0] == worker
-        if first and start <= now + FAR:
+        if first and start <= now + self._far:
             self._waiting.pop(worker, None)
             return False
         assert now < receipt.ask_at, receipt.ask_at
@@ -104,20 +106,14 @@ class Oracle:
         if not first:
             since = 0
         elif not since or waits_for != amounts:
-            since = max(now, self._last_start)
+            since = max(now, self.last_start)
         self._waiting[worker] = (amounts, since, receipt.ask_at)
         return True
 
     def _earliest(self, amounts: Amounts, now: int, *, since: int = 0) -> int:
-        floor = max(now, self._last_start)
-        return max(
-            floor,
-            *(
-                meter.earliest(amounts[resource], since or floor)
-                for resource, meter in self._meters
-                if amounts.get(resource)
-            ),
-        )
+        floor = max(now, self.last_start)
+        asked = [(window, amounts.get(window.limit.resource)) for window in self.windows]
+        return max([floor, *(each.earliest(n, since or floor) for each, n in asked if n)])
 
     def _check_booking(self, booking: Booking, start: int, now: int) -> None:
         assert booking.outcome is Outcome.BOOKED, (booking, start - now)

@@ -7,7 +7,16 @@ from typing import Any, ClassVar, TypeAlias
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
-from asyncbucket.stores.store import Batch, Booking, Ledger, LimitConfig, Outcome, Receipt, Store
+from asyncbucket.stores.store import (
+    Batch,
+    Booking,
+    Ledger,
+    LimitConfig,
+    Outcome,
+    Receipt,
+    Snapshot,
+    Store,
+)
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -86,6 +95,16 @@ def amount_of(limit: str, amount: int, per: float, burst: int | None = None) -> 
     return Limit(limit, amount, per=per, burst=amount if burst is None else burst)
 
 
+def terms(*limits: str, concurrency: int | None = None) -> LimitConfig:
+    """Read limits as people write them."""
+    return config(*map(Limit.parse, limits), concurrency=concurrency)
+
+
+def outcomes(receipt: Receipt) -> list[str]:
+    """Return the outcome of each call, as a word."""
+    return [booking.outcome.value for booking in receipt.bookings]
+
+
 def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
     """Return a batch of calls only."""
     return Batch(calls=calls, horizon=horizon)
@@ -96,6 +115,14 @@ def booked(receipt: Receipt) -> list[Booking]:
     outcomes = [booking.outcome for booking in receipt.bookings]
     assert set(outcomes) <= {Outcome.BOOKED}, f"not all calls were booked: {outcomes}"
     return list(receipt.bookings)
+
+
+async def peek_at(store: Store, name: str = "openai") -> Snapshot:
+    """Look at a limiter from outside, and close the store."""
+    snapshot = await store.peek(name)
+    await store.aclose()
+    assert snapshot is not None, f"there is no limiter {name}"
+    return snapshot
 
 
 async def book_all(worker: Ledger, *calls: Amounts) -> list[Booking]:

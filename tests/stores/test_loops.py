@@ -1,0 +1,173 @@
+"""A limiter with a store over several event loops and threads, and loops that end without closing it."""
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError
+from asyncbucket.stores import open_store
+from conformance.place import peek_at
+
+#: If a loop ends without closing the limiter, its connections are left to the garbage collector.
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
+
+
+async def take(limiter: Limiter) -> None:
+    """Make a call that takes no time."""
+    async with limiter.acquire():
+        pass
+
+
+async def use_less(limiter: Limiter) -> None:
+    """Make a call that uses a quarter of what it reserves, without closing the limiter."""
+    async with limiter.acquire(tokens=400, timeout=2) as lease:
+        lease.settle(tokens=100)
+
+
+@UNCLOSED
+def test_unclosed_run_leaves_slots_and_refunds_to_next_run(where: str) -> None:
+    limiter = Limiter("1000 TPM", concurrency=2, store=where, name="openai")
+    for _ in range(6):
+        asyncio.run(use_less(limiter))
+    asyncio.run(limiter.aclose())
+    gc.collect()
+    snapshot = asyncio.run(peek_at(open_store(where)))
+    assert (snapshot.limits[0].used, snapshot.slots) == (600, 0)
+
+
+@UNCLOSED
+def test_run_that_ends_while_a_batch_is_unanswered_loses_no_slot(where: str) -> None:
+    limiter = Limiter("100k RPM burst 100000", concurrency=3, store=where, name="openai")
+
+    async def break_off(turns: int) -> None:
+        (await limiter.acquire(timeout=5)).release()
+        calls = [asyncio.ensure_future(take(limiter)) for _ in range(3)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert calls
+
+    for turns in range(24):
+        asyncio.run(break_off(turns))
+    asyncio.run(limiter.aclose())
+    gc.collect()
+    assert asyncio.run(peek_at(open_store(where))).slots == 0
+
+
+@UNCLOSED
+def test_store_object_used_on_second_loop_raises_store_error(url: str) -> None:
+    limiter = Limiter("10 RPM burst 10", store=open_store(url), name="openai")
+
+    async def once() -> None:
+        (await limiter.acquire(timeout=2)).release()
+        await limiter.aclose()
+
+    asyncio.run(once())
+    with pytest.raises(
+        StoreError, match=r"made for another event loop or .*: give the limiter a URL"
+    ):
+        asyncio.run(once())
+    with pytest.raises(StoreError, match="made for another event loop"):
+        limiter.acquire_sync(timeout=2)
+    gc.collect()
+
+
+@UNCLOSED
+def test_lease_can_be_released_after_its_loop_has_ended(where: str) -> None:
+    limiter = Limiter("1000 TPM", concurrency=3, store=where, name="openai")
+
+    async def hold() -> Lease:
+        return await limiter.acquire(tokens=100, timeout=2)
+
+    async def release_beside(lease: Lease) -> None:
+        passed = await hold()
+        await asyncio.to_thread(lease.release)
+        passed.release()
+        leases = await asyncio.gather(hold(), hold(), hold())
+        for each in leases:
+            each.release()
+        await asyncio.sleep(0.1)
+        await limiter.aclose()
+
+    between, beside = asyncio.run(hold()), asyncio.run(hold())
+    between.settle(tokens=10)
+    between.release()
+    asyncio.run(release_beside(beside))
+    gc.collect()
+    snapshot = asyncio.run(peek_at(open_store(where)))
+    assert (snapshot.limits[0].used, snapshot.slots) == (510, 0)
+
+
+def test_loops_and_threads_of_a_process_share_the_limit(url: str) -> None:
+    limiter = Limiter("12 RPM burst 12", store=url, name="openai")
+    passed: list[str] = []
+
+    def loop() -> None:
+        async def work() -> None:
+            for _ in range(4):
+                (await limiter.acquire(timeout=5)).release()
+                passed.append("loop")
+            await limiter.aclose()
+
+        asyncio.run(work())
+
+    def plain() -> None:
+        limiter.acquire_sync(timeout=5).release()
+        passed.append("plain")
+
+    threads = [threading.Thread(target=loop) for _ in range(2)]
+    threads += [threading.Thread(target=plain) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(passed) == ["loop"] * 8 + ["plain"] * 4
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire_sync(timeout=0.3)
+    asyncio.run(limiter.aclose())
+
+
+def test_closing_disconnects_background_loop_unless_a_call_waits(url: str, redis_sync: Any) -> None:
+    limiter = Limiter(concurrency=1, store=url, name="openai")
+
+    def connections() -> set[str]:
+        return {client["id"] for client in redis_sync.client_list()}
+
+    before = connections()
+    for _ in range(2):  # later calls open it again
+        lease = limiter.acquire_sync(timeout=5)
+        assert connections() - before
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            waiting = threads.submit(limiter.acquire_sync, timeout=5)
+            while not limiter.statistics().waiting:
+                time.sleep(0.001)
+            asyncio.run(limiter.aclose())
+            lease.release()
+            waiting.result().release()
+        asyncio.run(limiter.aclose())
+        while connections() - before:  # the server may notice it later
+            time.sleep(0.001)
+
+
+def test_pause_and_new_limits_reach_store_despite_resting_loop(url: str) -> None:
+    limiter = Limiter("1000 RPM burst 100", store=url, name="openai")
+
+    async def use_and_steer() -> None:
+        await take(limiter)
+        limiter.pause(30)
+        limiter.reconfigure("500 RPM burst 50")
+        await limiter.aclose()
+
+    resting = asyncio.new_event_loop()
+    resting.run_until_complete(take(limiter))
+    asyncio.run(use_and_steer())
+
+    snapshot = asyncio.run(peek_at(open_store(url)))
+    assert snapshot.paused_until - snapshot.now > 20e9
+    assert snapshot.config.limits == (Limit("requests", 500, burst=50),)
+    resting.run_until_complete(limiter.aclose())
+    resting.close()

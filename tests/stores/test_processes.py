@@ -1,0 +1,340 @@
+"""`Limiter(..., store=...)` in several processes, and while its store is gone."""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pytest
+
+from asyncbucket import Limit, Limiter, StoreError
+from asyncbucket.core.events import Event, StoreLost, StoreRecovered
+from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
+from asyncbucket.testing import assert_never_over
+from conformance.place import outcomes, peek_at, terms
+
+if TYPE_CHECKING:
+    from conftest import Fault, RunningServer
+
+#: The processes wait for each other, which virtual time cannot speed up.
+pytestmark = pytest.mark.real_clock
+
+AGENTS = """
+import asyncio, json, sys, time
+from asyncbucket import Limiter
+
+def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
+    return next(m._reservation.booked_at for m, _ in lease._meters if hasattr(m, "_reservation"))
+
+async def main():
+    limiter = Limiter(
+        "400 requests/4s burst 20", "100k TPM", concurrency=50, store=sys.argv[1], name="openai"
+    )
+    (await limiter.acquire(tokens=1)).release()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    went, end = [], time.monotonic() + 9
+
+    async def agent():
+        while time.monotonic() < end:
+            async with limiter.acquire(tokens=100, deadline=end) as lease:
+                went.append(start_of(lease))
+                await asyncio.sleep(0.05)
+                lease.settle(tokens=50)
+
+    await asyncio.gather(*(agent() for _ in range(15)), return_exceptions=True)
+    await limiter.aclose()
+    print(json.dumps(went))
+
+asyncio.run(main())
+"""
+
+FORGETTING = """
+import asyncio, os, sys
+from asyncbucket import Limiter
+from asyncbucket.stores import open_store
+
+limiter = Limiter("1000 TPM", store=sys.argv[1], name="openai")
+
+async def call():
+    (await limiter.acquire(tokens=100, timeout=5))._undo()
+
+async def look():
+    await limiter.acquire(tokens=500, timeout=5)
+    await limiter.aclose()
+    store = open_store(sys.argv[1])
+    print((await store.peek("openai")).limits[0].used)
+    await store.aclose()
+
+async def book():
+    await limiter.acquire(tokens=200, timeout=5)
+
+asyncio.run(book())
+asyncio.run(call())  # whose refund is not told
+pid = os.fork()
+if pid == 0:
+    asyncio.run(book())
+    os._exit(0)
+os.waitpid(pid, 0)
+asyncio.run(look())
+"""
+
+HOLDING = """
+import asyncio, sys
+from asyncbucket.stores import Batch, open_store
+from conformance.place import terms
+
+async def main():
+    store = open_store(sys.argv[1])
+    ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
+    receipt = await ledger.commit(Batch(calls=({"requests": 1, "concurrency": 1},) * 4))
+    assert receipt.bookings[3].slot
+    print("holding", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+CALL = {"requests": 1, "concurrency": 1}
+Limiters: TypeAlias = Callable[..., Limiter]
+
+
+async def call_once(limiter: Limiter) -> None:
+    """Admit one call and release it at once."""
+    async with limiter.acquire():
+        pass
+
+
+def scripts_run(redis_sync: Any) -> int:
+    """Return how many scripts the server has run since its statistics were reset."""
+    return int(redis_sync.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+
+def test_processes_share_one_limit_in_equal_parts(
+    where: str, redis_sync: Any, start: "Callable[[str, str], subprocess.Popen[str]]"
+) -> None:
+    is_file = where.startswith("sqlite")
+    processes = [start(AGENTS, where) for _ in range(3 if is_file else 4)]
+    for each in processes:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    redis_sync.config_resetstat()
+    for each in processes:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    went = [json.loads(each.communicate()[0]) for each in processes]
+    every = sorted(when for each in went for when in each if when)  # 0 in an outage
+    assert_never_over([(when, 1) for when in every], Limit("requests", 400, per=4, burst=20))
+    until = every[0] + 8_000_000_000
+    used = sum(when < until for when in every) - 20
+    # It is 97 % and more on a machine with two free cores; less where they are shared.
+    assert used >= (0.97 if is_file else 0.9) * 800, f"{used / 8:.1f} % used"
+    shares = [len(each) for each in went]
+    assert max(shares) - min(shares) <= 0.1 * max(shares), shares
+    if not is_file:
+        assert scripts_run(redis_sync) <= len(every)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forked_child_does_not_report_refunds_of_its_parent(url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETTING, url], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("900\n", "")
+
+
+async def test_call_cancelled_at_any_await_returns_all_it_took(
+    where: str, limited: Limiters
+) -> None:
+    one, other = [limited(where, "1000 RPM burst 1000", concurrency=50) for _ in range(2)]
+    await call_once(one)
+    for turns in range(40):
+        task = asyncio.create_task(call_once(one))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        (answer,) = await asyncio.gather(task, return_exceptions=True)
+        assert answer is None or isinstance(answer, asyncio.CancelledError)
+    await asyncio.sleep(0.3)
+    await call_once(other)
+    assert other.statistics().limits[0].used == one.statistics().admitted + 1
+    for limiter in (one, other):
+        await limiter.aclose()
+    assert (await peek_at(open_store(where))).slots == 0
+
+
+async def test_lost_store_is_an_outage_and_hangs_no_call(
+    fault: "Fault", limited: Limiters, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[Event] = []
+    back = asyncio.Event()
+    limiter = limited(fault.url, "100 RPM burst 100")
+    limiter.observe(events.append)
+    limiter.observe(lambda event: back.set() if isinstance(event, StoreRecovered) else None)
+    await call_once(limiter)
+    with caplog.at_level(logging.WARNING, "asyncbucket"):
+        fault.begin()
+        took: list[float] = []
+        for _ in range(4):
+            began = time.perf_counter()
+            await call_once(limiter)
+            took.append(time.perf_counter() - began)
+        assert max(took) < 1.0
+        assert min(took[1:]) < 0.3  # a busy machine may spoil one
+        fault.end()
+        await asyncio.wait_for(back.wait(), 5)
+    await asyncio.sleep(0.1)
+    await call_once(limiter)
+    assert limiter.statistics().limits[0].used == 6
+    changes = [type(event) for event in events if isinstance(event, (StoreLost, StoreRecovered))]
+    assert changes == [StoreLost, StoreRecovered]
+    lost, recovered = (record.getMessage() for record in caplog.records)
+    assert "; limiter openai goes on with its share, 1 of 1" in lost
+    assert "is back after" in recovered
+
+
+async def test_corrections_of_a_failed_batch_are_applied_once(fault: "Fault") -> None:
+    store = open_store(fault.url)
+    ledger = await store.open("owed", terms("100 requests/minute burst 100", concurrency=9))
+    bookings = (await ledger.commit(Batch(calls=(CALL,) * 4))).bookings
+    fault.begin()
+    for held, booking in zip((3, 2, 1), bookings, strict=False):
+        undone = Correction.undo(CALL, booking.start)
+        began = time.perf_counter()
+        with pytest.raises(StoreError):
+            await ledger.commit(Batch(corrections=(undone,), held=held, calls=(CALL,)))
+        assert time.perf_counter() - began < 1.0
+    fault.end()
+    await ledger.commit(Batch())
+    for _ in range(2):
+        seen = await ledger.peek()
+        assert (seen.limits[0].used, seen.slots) == (1, 1)
+    await ledger.commit(Batch(held=0))
+    assert (await ledger.peek()).slots == 0
+    await ledger.aclose()
+    await store.aclose()
+
+
+async def test_slots_of_killed_process_come_back_after_slot_ttl(
+    where: str,
+    start: "Callable[[str, str], subprocess.Popen[str]]",
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    process = start(HOLDING, where)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holding\n"
+    held = time.perf_counter()
+    process.kill()
+    store = open_store(where)
+    ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
+    receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
+    while receipt.bookings[0].outcome is Outcome.FULL:
+        await ledger.changed(timeout=(receipt.ask_at - receipt.now) * 1e-9)
+        receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
+    assert outcomes(receipt) == ["booked"] * 4
+    assert 0.9 < time.perf_counter() - held < 2.0
+    await ledger.aclose()
+    await store.aclose()
+
+
+@pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)
+async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
+    fault: "Fault", limited: Limiters
+) -> None:
+    back = asyncio.Event()
+    limiter = limited(fault.url, "100 RPM burst 100")
+    limiter.observe(lambda event: back.set() if isinstance(event, StoreRecovered) else None)
+    async with asyncio.timeout(10):
+        await call_once(limiter)
+        fault.begin()
+        await call_once(limiter)
+        limiter.reconfigure("50 RPM burst 50", concurrency=7)
+        limiter.pause(2)
+        await asyncio.sleep(0.4)
+        fault.end()
+        await back.wait()
+        await call_once(limiter)
+    snapshot = await peek_at(open_store(fault.url))
+    assert snapshot.config == LimitConfig(limits=limiter.limits, concurrency=7)
+    assert snapshot.paused_until > 0
+
+
+async def test_unreachable_server_fails_first_call_with_store_error(limited: Limiters) -> None:
+    limiter = limited("redis://:s3cret@127.0.0.1:1/0", "100 RPM")
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:1/0 cannot be reached") as error:
+        await limiter.acquire(timeout=5)
+    assert "s3cret" not in str(error.value)
+
+
+async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
+    start_server: "Callable[..., RunningServer]", limited: Limiters
+) -> None:
+    server = start_server()
+    server.freeze()
+    limiter = limited(server.url, "100 RPM burst 100")
+    calls = [call_once(limiter) for _ in range(100)]
+    async with asyncio.timeout(10):
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(error) for error in ended} == {StoreError}
+        assert "gave no answer within 2 s" in str(ended[0]), "longer than later, to connect"
+        server.thaw()
+        await call_once(limiter)
+
+
+@pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)
+async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
+    fault: "Fault", limited: Limiters
+) -> None:
+    lost: list[Event] = []
+    limiter = limited(fault.url, "1000/s", concurrency=9)
+    limiter.observe(lambda event: lost.append(event) if isinstance(event, StoreLost) else None)
+    for _ in range(5):
+        call = asyncio.create_task(call_once(limiter))
+        await asyncio.sleep(0)
+        time.sleep(0.6)  # noqa: ASYNC251 - three times the store's patience
+        await call
+    assert not lost
+
+
+@pytest.mark.parametrize("concurrency", [None, 30])
+async def test_fifty_waiters_cost_at_most_one_round_trip_per_call(
+    url: str, redis_sync: Any, limited: Limiters, concurrency: int | None
+) -> None:
+    limiter = limited(url, "100/s burst 10", concurrency=concurrency)
+
+    async def agent() -> None:
+        for _ in range(3):
+            async with limiter.acquire():
+                await asyncio.sleep(0.01)
+
+    await call_once(limiter)
+    redis_sync.config_resetstat()
+    await asyncio.gather(*(agent() for _ in range(50)))
+    assert scripts_run(redis_sync) <= 150
+
+
+async def test_processes_short_of_slots_cost_at_most_one_and_a_half_round_trips_per_call(
+    url: str, redis_sync: Any, limited: Limiters
+) -> None:
+    limiters = [limited(url, "1000/s burst 1000", concurrency=50) for _ in range(4)]
+    end, went = time.monotonic() + 4, [0] * 4
+
+    async def agent(number: int) -> None:
+        while time.monotonic() < end:
+            async with limiters[number].acquire():
+                went[number] += 1
+                await asyncio.sleep(random.uniform(0.15, 0.45))
+
+    redis_sync.config_resetstat()
+    await asyncio.gather(*(agent(number) for number in range(4) for _ in range(25)))
+    assert sum(went) >= 500
+    assert max(went) - min(went) <= 0.15 * max(went), went
+    assert scripts_run(redis_sync) <= 1.5 * sum(went)
