@@ -16,7 +16,7 @@ from collections.abc import (
     Iterable,
     Sized,
 )
-from typing import Any, Final, Generic, Literal, Self, TypeVar
+from typing import Any, Final, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 
 import anyio
 from anyio import CapacityLimiter, ClosedResourceError, EndOfStream, WouldBlock, to_thread
@@ -40,6 +40,19 @@ _MAX_WORKERS: Final = 1_000
 _MAX_IF_FN_ACQUIRES: Final = 256
 #: The most threads if the limiter has no concurrency.
 _MAX_THREADS: Final = 64
+
+
+class MapOptions(TypedDict, total=False):
+    """What `Limiter.amap` and `Limiter.map` take by keyword."""
+
+    ordered: bool
+    errors: Errors
+    cost: PriceOf | None
+    paced: bool | None
+    show_progress: bool
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+    workers: int | None
+    window: int | None
 
 
 def amap(  # noqa: PLR0913 - each is an option of its own
@@ -253,9 +266,7 @@ def map_sync(
     limiter: Limiter,
     fn: Callable[[T], Any],
     items: Iterable[T] | AsyncIterable[T],
-    *,
-    workers: int | None = None,
-    **options: Any,
+    **options: Unpack[MapOptions],
 ) -> Generator[Item[T, Any]]:
     """Call ``fn`` for each item, and iterate over the results; see `amap` for the options.
 
@@ -270,10 +281,13 @@ def map_sync(
         ValueError, TypeError, ImportError: as for `amap`, at once.
     """
     if callable(fn) and not inspect.iscoroutinefunction(fn):
+        workers = options.get("workers")
         if workers is None:
             workers = min(limiter.concurrency or _MAX_THREADS, _MAX_THREADS)
-        fn = _in_threads(fn, read_count(workers, "workers", least=1))
-    results = _iterate(amap(limiter, fn, items, workers=workers, **options))
+        workers = read_count(workers, "workers", least=1)
+        fn = _in_threads(fn, workers)
+        options["workers"] = workers
+    results = _iterate(amap(limiter, fn, items, **options))
     _OPEN_ITERATORS.add(results)
     return results
 

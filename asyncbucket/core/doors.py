@@ -24,9 +24,14 @@ from asyncbucket.core.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
+    from os import PathLike
 
     from asyncbucket.batch import Item, Results
+    from asyncbucket.batch.results import MapOptions
     from asyncbucket.core.limiter import Limiter
+    from asyncbucket.http.transport import TransportOptions
+    from asyncbucket.telemetry.stats import StatsServer
+    from asyncbucket.telemetry.trace import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -169,7 +174,7 @@ class Doors:
 
         return wrap(obj, cast("Limiter", self), **options)
 
-    def transport(self, inner: Any = None, **options: Any) -> Any:
+    def transport(self, inner: Any = None, **options: Unpack["TransportOptions"]) -> Any:
         """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
 
         Each HTTP attempt waits for its admission, and holds its slot until the body of the reply is
@@ -190,7 +195,7 @@ class Doors:
 
         return transport(cast("Limiter", self), inner, **options)
 
-    def transport_sync(self, inner: Any = None, **options: Any) -> Any:
+    def transport_sync(self, inner: Any = None, **options: Unpack["TransportOptions"]) -> Any:
         """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
         from asyncbucket.http.transport import transport_sync
 
@@ -217,7 +222,7 @@ class Doors:
         self,
         fn: "Callable[[T], Awaitable[R]]",
         items: "Iterable[T] | AsyncIterable[T]",
-        **options: Any,
+        **options: Unpack["MapOptions"],
     ) -> "Results[T, R]":
         """Call ``fn`` with each of ``items``, paced, and iterate over the results as they arrive.
 
@@ -241,11 +246,14 @@ class Doors:
         self,
         fn: "Callable[[T], Awaitable[R]]",
         items: "Iterable[T] | AsyncIterable[T]",
-        **options: Any,
+        **options: Unpack["MapOptions"],
     ) -> "Generator[Item[T, R]]": ...
     @overload
     def map(
-        self, fn: Callable[[T], R], items: "Iterable[T] | AsyncIterable[T]", **options: Any
+        self,
+        fn: Callable[[T], R],
+        items: "Iterable[T] | AsyncIterable[T]",
+        **options: Unpack["MapOptions"],
     ) -> "Generator[Item[T, R]]": ...
     def map(self, fn: Callable[..., Any], items: Any, **options: Any) -> Any:
         """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
@@ -253,7 +261,13 @@ class Doors:
 
         return map_sync(cast("Limiter", self), fn, items, **options)
 
-    def serve_stats(self, **options: Any) -> Any:
+    def serve_stats(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        path: "str | PathLike[str] | None" = None,
+    ) -> "StatsServer":
         """Serve the statistics of this limiter and its children, read-only, on this machine only.
 
         >>> server = limiter.serve_stats()
@@ -261,7 +275,9 @@ class Doors:
         'http://127.0.0.1:40317'
 
         Args:
-            options: ``host=``, ``port=`` and ``path=``, as in `asyncbucket.telemetry.serve_stats`.
+            host: a loopback address.
+            port: where to listen; by default any that is free.
+            path: a Unix socket to listen at instead; see `asyncbucket.telemetry.serve_stats`.
 
         Raises:
             ValueError: ``host`` is not a loopback address.
@@ -269,9 +285,9 @@ class Doors:
         """
         from asyncbucket.telemetry.stats import serve_stats
 
-        return serve_stats(cast("Limiter", self), **options)
+        return serve_stats(cast("Limiter", self), host=host, port=port, path=path)
 
-    def trace(self, last: int = 10_000) -> Any:
+    def trace(self, last: int = 10_000) -> "Trace":
         """Keep the latest events from now on, for a plot or a test; see `asyncbucket.telemetry.Trace`.
 
         Args:

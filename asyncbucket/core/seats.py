@@ -50,7 +50,7 @@ class Seat:
         self.set_aside: list[Any] = []
         self._deadlines: list[tuple[int, Any]] = []
 
-    def ring(self, now: int) -> bool:  # noqa: ARG002 - for those that can look
+    def ring(self, now: int) -> bool:
         """Make it look soon; from any thread, with the lock held. Return whether it can be rung."""
         raise NotImplementedError
 
@@ -192,7 +192,7 @@ class ThreadSeat(Seat):
         self._bell.set()
         return True
 
-    def sleep(self, until: int, now: int) -> None:
+    def sleep(self, until: int, now: int) -> None:  # noqa: ARG002 - as a loop's
         self.looks_at = until
 
     def block(self, done: Callable[[], bool], clock: Callable[[], int]) -> None:

@@ -17,7 +17,7 @@ which host was asked in the first place: what the headers of another host say is
 
 import importlib
 import logging
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypedDict
 
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
 from asyncbucket.core.levels import is_under
@@ -57,6 +57,15 @@ class _Note:
         self.limiter = limiter
         self.host = host
         self.sending = True
+
+
+class TransportOptions(TypedDict, total=False):
+    """What `Limiter.transport` takes by keyword."""
+
+    family: Family
+    profile: Profile | str | None
+    learn: bool
+    routes: Routing | None
 
 
 class PacedTransport:
