@@ -152,10 +152,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self._io = selector
         self._own_files = len(selector.get_map())
-        self._set_resolution()
 
     def time(self) -> float:
-        return self.clock.seconds
+        now = self.clock.seconds
+        # A timer is due if it is earlier than now plus this, which the loop reads after the time. If
+        # it were less than what `advance_to` allows for, the loop would creep up to a timer by
+        # nanoseconds; if more, it would run a timer before its instant.
+        self._clock_resolution = 2 * NOISE * math.ulp(now)
+        return now
 
     def call_at(
         self,
@@ -207,7 +211,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             self._give_last_chance()
             return 0.0
         self.clock.advance_to(self.time() + timeout)
-        self._set_resolution()
         return 0.0
 
     def _wake_idle_waiters(self) -> None:
@@ -231,12 +234,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         if not lines:
             return f"{head}; no task is left, yet the loop was told to run on"
         return "\n".join([f"{head}; these tasks wait:", *lines])
-
-    def _set_resolution(self) -> None:
-        # A timer is due if it is earlier than now plus this. If it were less than what `advance_to`
-        # allows for, the loop would creep up to a timer by nanoseconds; if more, it would run a
-        # timer before its instant.
-        self._clock_resolution = 2 * NOISE * math.ulp(self.time())
 
 
 def _where(task: asyncio.Task[Any]) -> str:

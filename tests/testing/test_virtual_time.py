@@ -127,6 +127,19 @@ def test_time_continues_across_runs_and_loops() -> None:
         assert repr(time.clock) == "<VirtualClock at 3.5 s>"
 
 
+def test_timer_runs_when_the_clock_is_moved_to_its_very_instant_in_a_running_loop() -> None:
+    async def main() -> None:
+        sleeper = asyncio.create_task(asyncio.sleep(0.5))
+        await time.all_blocked()
+        time.advance(0.5)
+        await time.all_blocked()
+        assert sleeper.done()
+        assert time.now == 0.5
+
+    with virtual_time() as time:
+        time.run(main())
+
+
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
 def test_clock_refuses_negative_or_non_finite_advance(seconds: float) -> None:
     with pytest.raises(ValueError, match=f"can't advance by {seconds} s"):
