@@ -111,8 +111,6 @@ class _Exchange:
         request = self._request
         try:
             _check_key(request)
-            if (request.method, self.endpoint) == ("GET", "models"):
-                return JSONResponse(replies.models(), headers=self._headers())
             model, tokens, reply = await self._read()
         except InvalidRequestError as exc:
             self._enforcer.count_invalid()
@@ -155,6 +153,8 @@ class _Exchange:
             tokens = charge(options.charge, prompt, reply)
             whole, events = writer
             if prompt.stream:
+                if events is None:
+                    raise InvalidRequestError(f"{self.endpoint} can't be streamed here")
                 chunks = replies.as_events(events(prompt, reply, self._number))
                 return prompt.model, tokens, chunks
             return prompt.model, tokens, whole(prompt, reply, self._number)
