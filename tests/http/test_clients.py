@@ -10,25 +10,18 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.http import clients
+from asyncbucket.http.transport import family_of
 
 
-async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> None:
-    async with limiter.http_client(family=library.__name__) as client:
-        assert type(client) is library.AsyncClient
-        assert client.timeout == library.Timeout(timeout=600, connect=5.0)
-        assert client.follow_redirects
-        assert client._transport.inner._pool._max_connections == 1_000
-        assert client._transport.inner._pool._max_keepalive_connections == 100
-
-
-async def test_http_client_defaults_match_openai_sdk() -> None:
-    theirs: Any = openai.DefaultAsyncHttpxClient()
-    async with Limiter(concurrency=1).http_client() as ours, theirs:
-        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
+@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
+async def test_http_client_defaults_match_those_of_the_sdks(limiter: Limiter, sdk: str) -> None:
+    theirs: Any = pytest.importorskip(sdk).DefaultAsyncHttpxClient()
+    async with limiter.http_client(family=family_of(type(theirs))) as ours, theirs:
+        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
+        assert pool._max_connections == their_pool._max_connections
+        assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
         assert ours.follow_redirects == theirs.follow_redirects
-        assert (
-            ours._transport.inner._pool._max_connections == theirs._transport._pool._max_connections
-        )
+        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
 
 
 def test_sync_true_makes_synchronous_client(library: Any, limiter: Limiter) -> None:

@@ -105,13 +105,3 @@ async def test_anthropic_sdk_behaves_as_without_transport() -> None:
     # The failed attempt stays as reserved, 100 and 256; the three replies are settled.
     assert given.used == 100 + 3 * 90
     assert received.used == 256 + 3 * 7
-
-
-async def test_http_client_defaults_match_anthropic_sdk() -> None:
-    theirs = anthropic.DefaultAsyncHttpxClient()
-    async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
-        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
-        assert pool._max_connections == their_pool._max_connections
-        assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
-        assert ours.follow_redirects == theirs.follow_redirects
-        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
