@@ -169,7 +169,7 @@ class PacedTransport:
         note = _Note(limiter, first_host)
         request.extensions = {**extensions, _NOTE: note}
         body = request.stream
-        request.stream = paced_body = request_body(body, attempt)
+        request.stream = request_body(body, attempt)
         try:
             return self._watched(attempt, await io.call(send, request))
         except BaseException as error:
@@ -178,8 +178,7 @@ class PacedTransport:
             raise
         finally:
             note.sending = False
-            if request.stream is paced_body:  # else its reader has put a body there to resend
-                request.stream = body
+            request.stream = body
 
     def _watched(self, attempt: Attempt, reply: Any) -> Any:
         """Return ``reply`` with a stream that watches the body."""

@@ -6,10 +6,8 @@ import contextvars
 import gc
 import gzip
 import sys
-import threading
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -255,25 +253,6 @@ async def test_streamed_upload_is_not_read_before_sending(library: Any, limiter:
     assert reply.content == b'{"messages":|[]}'
     assert asked[-1] == "closed"
     assert used(limiter, "requests") == 1
-
-
-async def test_streamed_upload_that_was_read_can_be_redirected(
-    library: Any, limiter: Limiter
-) -> None:
-    async def answer(request: Any) -> Any:
-        body = await request.aread()
-        if request.url.path == "/old":
-            return library.Response(307, headers={"location": "/new"})
-        return library.Response(200, content=body)
-
-    async def parts() -> Any:
-        yield b"hel"
-        yield b"lo"
-
-    async with client_over(library, limiter, answer) as client:
-        reply = await client.post("https://x.test/old", content=parts(), follow_redirects=True)
-
-    assert reply.content == b"hello"
 
 
 def test_closing_body_while_lock_is_held_does_not_deadlock(library: Any, limiter: Limiter) -> None:
@@ -685,25 +664,6 @@ async def test_request_of_another_kind_or_library_is_refused(
     paced = limiter.transport(library.AsyncHTTPTransport())
     with pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)"):
         paced.handle_request(library.Request("GET", URL))
-
-
-def test_first_requests_on_several_threads_share_one_inner_transport(
-    library: Any, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the connections of the other one would not be closed with the client."""
-    paced, made, arrived = limiter.transport_sync(), [], threading.Barrier(2)
-
-    def make(**_: Any) -> Any:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            arrived.wait(0.2)  # for another thread that makes one, too
-        made.append(library.MockTransport(answering(library, b"ok")))
-        return made[-1]
-
-    with library.Client(transport=paced) as client, ThreadPoolExecutor(2) as threads:
-        monkeypatch.setattr(library, "HTTPTransport", make)
-        assert [each.status_code for each in threads.map(client.get, [URL, URL])] == [200, 200]
-
-    assert made == [paced.inner]
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,6 @@ def get(url: str, **headers: str) -> str:
         return str(reply.read().decode())
 
 
-def test_limiters_of_the_same_name_are_refused() -> None:
-    limiter = Limiter("5 RPM", name="chat")
-    child = limiter.child("a")
-
-    with pytest.raises(ValueError, match=r"called 'default': give each a name= of its own"):
-        serve_stats([Limiter("5 RPM"), Limiter("6 RPM")])
-    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
-        serve_stats([limiter, child])
-
-
 def test_report_lists_children_and_counts_tenants_without_names() -> None:
     seen = report([busy()])
     assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
@@ -94,27 +84,43 @@ def test_unix_socket_is_private_and_removed_afterwards(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_existing_file_is_not_taken_over_as_a_socket(tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("mine")
-    with pytest.raises(OSError, match="Address already in use"):
-        serve_stats([busy()], path=path)
-    assert path.read_text() == "mine"
+@pytest.mark.parametrize(
+    ("limiters", "options", "message"),
+    [
+        ("chat", {}, "shows limiters, not str$"),
+        ([3], {}, "shows limiters, not int$"),
+        (
+            [Limiter("5 RPM"), Limiter("6 RPM")],
+            {},
+            "called 'default': give each a name= of its own",
+        ),
+        *(
+            ([], {"host": host}, "on this machine alone: host must be a loopback address")
+            for host in ("0.0.0.0", "192.168.0.1", "example.org")  # noqa: S104 - refused
+        ),
+        *(
+            ([], {"port": port}, rf"number from 0 .any.* to 65535, not {port!r}$")
+            for port in (99_999, -1, "80", True, 80.0)
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused(limiters: Any, options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        serve_stats(limiters, **options)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.1", "example.org"])  # noqa: S104 - refused
-def test_host_other_than_loopback_is_refused(host: str) -> None:
-    with pytest.raises(ValueError, match="on this machine alone: host must be a loopback address"):
-        busy().serve_stats(host=host)
-
-
-@pytest.mark.parametrize("port", [99_999, -1, "80", True, 80.0])
-def test_invalid_port_is_refused_with_the_valid_range(port: Any) -> None:
-    with pytest.raises(ValueError, match=rf"number from 0 .any.* to 65535, not {port!r}$"):
-        busy().serve_stats(port=port)
+def test_child_is_not_served_beside_its_parent() -> None:
+    limiter = Limiter("5 RPM", name="chat")
+    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
+        serve_stats([limiter, limiter.child("a")])
 
 
 def test_error_names_the_address_that_cannot_be_served(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(OSError, match="Address already in use"):
+        serve_stats([busy()], path=notes)
+    assert notes.read_text() == "mine"
     with busy().serve_stats() as server:
         where = server.url.removeprefix("http://")
         port = int(where.partition(":")[2])
@@ -231,12 +237,6 @@ def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_pa
         "seconds": 1,
         "reason": "",
     }
-
-
-@pytest.mark.parametrize("limiters", ["chat", [3]])
-def test_serve_stats_refuses_what_is_not_a_limiter(limiters: Any) -> None:
-    with pytest.raises(TypeError, match=r"shows limiters, not (str|int)$"):
-        serve_stats(limiters)
 
 
 @pytest.mark.parametrize(
