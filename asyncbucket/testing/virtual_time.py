@@ -142,6 +142,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         clock: The clock to move; by default its own, from 0.
     """
 
+    #: A timer is due if it is earlier than now plus this, which the loop reads after the time. If it
+    #: were less than what `advance_to` allows for, the loop would creep up to a timer by nanoseconds;
+    #: if more, it would run a timer before its instant.
+    _clock_resolution = 0.0
+
     def __init__(self, clock: VirtualClock | None = None) -> None:
         # Before super(): the base class registers its self-pipe and asks for the time.
         self.clock = VirtualClock() if clock is None else clock
@@ -155,9 +160,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         now = self.clock.seconds
-        # A timer is due if it is earlier than now plus this, which the loop reads after the time. If
-        # it were less than what `advance_to` allows for, the loop would creep up to a timer by
-        # nanoseconds; if more, it would run a timer before its instant.
         self._clock_resolution = 2 * NOISE * math.ulp(now)
         return now
 

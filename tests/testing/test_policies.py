@@ -1,9 +1,8 @@
-from dataclasses import dataclass
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncbucket import Limit
 from asyncbucket.testing.assertions import assert_never_over, assert_within_bucket
 from asyncbucket.testing.provider.policies import (
     POLICY_NAMES,
@@ -27,15 +26,6 @@ histories = st.lists(st.tuples(steps, st.integers(min_value=0, max_value=250)), 
 policies = st.sampled_from(POLICY_NAMES)
 
 
-@dataclass(frozen=True)
-class Minute:
-    """A limit for each minute, as `assert_never_over` needs it."""
-
-    amount: int
-    per: float = 60.0
-    burst: float | None = None
-
-
 def play(
     policy: Policy, history: list[tuple[int, int]], *, start: int = 0
 ) -> list[tuple[int, int]]:
@@ -56,7 +46,7 @@ def test_sliding_window_is_never_over_in_any_minute(
 ) -> None:
     policy = make_policy("sliding_window", limit, minute=MINUTE, now=0)
 
-    assert_never_over(play(policy, history), Minute(limit))
+    assert_never_over(play(policy, history), Limit("units", limit, per=60))
 
 
 @given(limits, histories)
@@ -107,7 +97,7 @@ def test_one_second_slices_hold_a_sixtieth_each(limit: int, history: list[tuple[
     for now, amount in trace:
         sums[now // SECOND] = sums.get(now // SECOND, 0) + amount
     assert all(total <= share for total in sums.values())
-    assert_never_over(trace, Minute(limit))
+    assert_never_over(trace, Limit("units", limit, per=60))
 
 
 def test_call_larger_than_slice_uses_up_following_slices() -> None:
