@@ -78,7 +78,6 @@ class Stage:
 
 @pytest.fixture(name="stage")
 def open_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    """Provide virtual time, with a limiter of one slot on it."""
     with virtual_time() as time:
         monkeypatch.setattr("time.sleep", time.advance)
         yield Stage(time)
@@ -114,7 +113,6 @@ def test_retry_of_accepts_policy_attempts_bool_or_none() -> None:
     ],
 )
 def test_invalid_retry_policy_is_refused(wrong: dict[str, Any], message: str) -> None:
-    """The message names the wrong value and what would be right."""
     with pytest.raises((TypeError, ValueError)) as caught:
         _ = Retry(**wrong)
 
@@ -300,7 +298,6 @@ def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
 
 
 def refused(retry_after: float | None = None, *, whole_after: float | None = None) -> Verdict:
-    """Return the verdict on a 429."""
     return Verdict(
         retry=True,
         reason="HTTP 429",

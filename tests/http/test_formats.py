@@ -125,7 +125,6 @@ async def answering(answer: str, *, ends: bool = True) -> AsyncGenerator[str]:
 
 
 def used(limiter: Limiter) -> tuple[int, int]:
-    """Return the input and the output tokens that are charged."""
     given, received = (limit.used for limit in limiter.statistics().limits)
     return given, received
 

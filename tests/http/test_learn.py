@@ -20,14 +20,7 @@ def said(**numbers: object) -> Reply:
 
 
 def available(*limiters: Limiter) -> list[int]:
-    """Return what is available of each limit now."""
     return [use.available for limiter in limiters for use in limiter.statistics().limits]
-
-
-@pytest.fixture
-def clock() -> VirtualClock:
-    """A clock that moves only when told to."""
-    return VirtualClock()
 
 
 CLAIMS: dict[str, tuple[list[str], Profile, Reply, list[int]]] = {
@@ -148,7 +141,6 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
 
 
 def passing(limiter: Limiter) -> int:
-    """Return how many calls pass at once."""
     passed = 0
     with contextlib.suppress(WouldBlock):
         while passed < 1_000:

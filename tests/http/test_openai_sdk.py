@@ -35,7 +35,6 @@ Script = Callable[[AsyncOpenAI, RateLimitedProvider], Awaitable[Any]]
 
 
 async def chat(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
-    """Make a chat call and return its raw bytes."""
     raw = await client.chat.completions.with_raw_response.create(
         model=MODEL, messages=HELLO, tools=TOOLS, max_tokens=50
     )
@@ -57,7 +56,6 @@ async def stream(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
 
 
 async def responses_and_embeddings(client: AsyncOpenAI, _: RateLimitedProvider) -> Outcome:
-    """Call the responses endpoint, and embed two texts."""
     whole = await client.responses.create(model=MODEL, input="Hello", max_output_tokens=50)
     raw = await client.embeddings.with_raw_response.create(
         model="text-embedding-3-small", input=["one", "two"]
@@ -66,7 +64,6 @@ async def responses_and_embeddings(client: AsyncOpenAI, _: RateLimitedProvider) 
 
 
 async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Cause an error of each kind that isn't retried."""
     seen = []
     for make in (
         lambda: client.chat.completions.create(model="", messages=HELLO),
@@ -85,7 +82,6 @@ async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
 
 
 async def retries(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Succeed at the third attempt, and then fail at all of them."""
     provider.fail_next(2, status=503, retry_after=0.001)
     done = await chat(client, provider)
     provider.fail_next(3, status=500, retry_after=0.001)
@@ -95,7 +91,6 @@ async def retries(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome
 
 
 async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
-    """Read a stream that breaks off after two chunks."""
     provider.fail_next(status=500, after_chunks=2)
     parts: list[str] = []
 

@@ -19,7 +19,6 @@ FILE = "data:application/pdf;base64," + "x" * 8_512
 
 
 def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any) -> Call:
-    """Return a call as a profile sees it."""
     return Call("POST", "host", path, body, foreseen)
 
 

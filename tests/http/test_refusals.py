@@ -11,19 +11,11 @@ from asyncbucket.testing import VirtualClock
 
 
 @pytest.fixture
-def clock() -> VirtualClock:
-    """A clock that moves only when told to."""
-    return VirtualClock()
-
-
-@pytest.fixture
 def limiter(clock: VirtualClock) -> Limiter:
-    """A limiter on that clock."""
     return Limiter("500 RPM", clock=clock, name="shared")
 
 
 def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
-    """Return the body of an error."""
     return {"error": {"code": code, "type": kind}}
 
 

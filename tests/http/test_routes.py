@@ -22,7 +22,6 @@ async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, s
 
 
 def admitted(limiter: Limiter) -> dict[str, int]:
-    """Return how many calls each child admitted."""
     children = limiter.children
     return {name: child.statistics().admitted for name, child in children.items()}
 

@@ -30,12 +30,10 @@ REPLY = b'{"choices":[],"usage":{"prompt_tokens":90,"completion_tokens":7,"total
 
 
 def in_flight(limiter: Limiter) -> int:
-    """Return how many slots are taken."""
     return limiter.statistics().in_flight
 
 
 def used(limiter: Limiter, resource: str) -> int:
-    """Return how much of a limit is used."""
     return next(u.used for u in limiter.statistics().limits if u.limit.resource == resource)
 
 
@@ -56,7 +54,6 @@ def giving(*replies: Any) -> Any:
 
 
 async def use(client: Any, io: IO, way: str) -> None:
-    """Send a request, and do with its reply what ``way`` says."""
     reply = await io.call(client.send, client.build_request("POST", URL, json=BODY), stream=True)
     assert in_flight(client._transport.limiter) == 1
     chunks = reply.aiter_raw() if io is ASYNC else reply.iter_raw()

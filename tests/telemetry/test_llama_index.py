@@ -50,7 +50,6 @@ def seen() -> Iterator[list[BaseEvent]]:
 
 
 def names(heard: list[BaseEvent]) -> list[str]:
-    """Return the names of events."""
     return [event.class_name() for event in heard]
 
 

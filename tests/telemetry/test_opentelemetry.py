@@ -2,7 +2,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -65,7 +64,6 @@ class Telemetry:
 
 @pytest.fixture
 def otel() -> Iterator[Telemetry]:
-    """Return providers that keep everything that is measured and traced."""
     kept = Telemetry()
     yield kept
     kept.meters.shutdown()
@@ -253,10 +251,3 @@ def test_wait_span_carries_attributes_given_by_user(otel: Telemetry, admit: Any)
     assert span.attributes is not None
     assert span.attributes["gen_ai.request.model"] == "gpt-4o"
     assert span.attributes["gen_ai.provider.name"] == "openai"
-
-
-def test_default_provider_without_sdk_records_no_span(limiter: Limiter, admit: Any) -> None:
-    off = telemetry.opentelemetry(limiter)
-    admit(limiter, waited=1.0, bound_by="tokens")
-    assert not trace.get_current_span().is_recording()
-    off()

@@ -33,7 +33,6 @@ def busy() -> Limiter:
 
 
 def get(url: str, **headers: str) -> str:
-    """Return the answer at an address."""
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:  # noqa: S310 - our own
         return str(reply.read().decode())
 

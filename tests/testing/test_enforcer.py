@@ -9,7 +9,6 @@ CHAT = "chat/completions"
 
 @pytest.fixture
 def clock() -> VirtualClock:
-    """A clock at 0."""
     return VirtualClock()
 
 

@@ -28,12 +28,10 @@ CALL: dict[str, Any] = {
 
 
 def call(provider: RateLimitedProvider | ProviderProcess) -> httpx.Response:
-    """Make one chat call."""
     return httpx.post(f"{provider.base_url}/chat/completions", **CALL)
 
 
 def refuses_connections(url: str) -> bool:
-    """Return whether no server listens there."""
     parts = urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((parts.hostname, parts.port)) != 0

@@ -22,7 +22,6 @@ HEADERS = {"authorization": "Bearer any"}
 
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Any:
-    """The HTTP library that the test is run with."""
     return pytest.importorskip(request.param)
 
 
@@ -30,7 +29,6 @@ each_family = pytest.mark.parametrize("library", FAMILIES, indirect=True)
 
 
 def client_of(provider: RateLimitedProvider, library: Any) -> Any:
-    """Return an async client of the provider."""
     return library.AsyncClient(
         transport=provider.mock_transport(family=library.__name__),
         base_url="http://provider/v1/",
