@@ -78,11 +78,6 @@ class RequestReader:
         self._routes = None if routes is None else Routes(limiter, routes)
         self._lanes: dict[Limiter, Lane] = {limiter: self._default_lane}
 
-    @property
-    def ignored_headers(self) -> int:
-        """How many headers about limits held no number."""
-        return sum(lane.header_reader.ignored for lane in self._lanes.values())
-
     def read(self, request: Any, *, teaches: bool) -> PricedRequest:
         """Return a request's lane, the call as its profile sees it, the profile, and the cost."""
         url = request.url

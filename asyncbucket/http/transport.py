@@ -122,11 +122,6 @@ class PacedTransport:
         inner = self._inner or next((made for made in map(self._made.get, _METHODS) if made), None)
         return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
 
-    @property
-    def ignored_headers(self) -> int:
-        """How many headers about limits held no number."""
-        return self._reader.ignored_headers
-
     def __repr__(self) -> str:
         inner = self.inner
         what = "transport" if inner is None else type(inner).__name__

@@ -238,10 +238,8 @@ ODD = ["", "nan", "inf", "-1", "1_0", "1e3", "²", "٣", "0x10", "1" * 16, "9" *
 
 
 @pytest.mark.parametrize("value", [*ODD, None, 5.5, b"\xff"])
-def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
+def test_hostile_value_is_ignored(value: Any) -> None:
     limiter = Limiter("500 RPM burst 500")
-    reader = HeaderReader(limiter)
-    reader.read(said(remaining_requests=value), OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests=value), OPENAI)
 
     assert available(limiter) == [500]
-    assert reader.ignored == 1

@@ -64,15 +64,6 @@ def test_fail_next_zero_removes_scripted_failures(clock: VirtualClock) -> None:
         gate.fail_next(-1, Failure())
 
 
-def test_error_rate_is_reproducible_from_seed(clock: VirtualClock) -> None:
-    def failures(seed: int) -> list[bool]:
-        gate = Enforcer(Options(error_rate=0.15, seed=seed, clock=clock))
-        return [gate.enter(CHAT, 1) is not None for _ in range(2000)]
-
-    assert failures(1) == failures(1) != failures(2)
-    assert 240 < sum(failures(1)) < 360
-
-
 def test_limits_can_change_while_provider_runs(clock: VirtualClock) -> None:
     gate = Enforcer(Options(rpm=1, always=400, clock=clock))
     assert gate.enter(CHAT, 1) == Failure(400)

@@ -264,14 +264,13 @@ def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
 
     OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
     tokens based on the character count of your request"
-    (platform.openai.com/docs/guides/rate-limits, read in 2025). Azure adds the two. What the reply
-    will use is known only to a fake model; it is for tests in which estimate and usage must agree.
+    (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known only
+    to a fake model; it is for tests in which estimate and usage must agree.
     """
     if rule == "usage":
         return reply.prompt_tokens + reply.completion_tokens
     output = DEFAULT_MAX_TOKENS if prompt.max_tokens is None else prompt.max_tokens
-    tokens = reply.prompt_tokens
-    return tokens + output if rule == "azure" else max(tokens, output)
+    return max(reply.prompt_tokens, output)
 
 
 def go_duration(nanoseconds: int) -> str:
