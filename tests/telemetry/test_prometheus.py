@@ -59,6 +59,8 @@ def test_metric_names_and_labels_are_exactly_as_expected(
     }
     assert labels == METRICS
     assert all(family.documentation for family in families)
+    chosen = registry.restricted_registry(["asyncbucket_queued_requests"]).collect()
+    assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
 
 
 def test_wait_is_counted_by_binding_limit(
