@@ -703,3 +703,31 @@ async def test_booking_is_dated_when_async_request_is_sent(library: Any) -> None
     with pytest.raises(WouldBlock) as refused:
         limiter.acquire_nowait()
     assert refused.value.retry_after == pytest.approx(4.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "slots"),
+    [
+        *((httpx.Response(status), 3) for status in (408, 429, 503, 504, 529)),
+        *((httpx.Response(status), 4) for status in (200, 400, 404, 500)),
+        (httpx.ReadTimeout("slow"), 3),
+        (httpx.ConnectTimeout("nobody there"), 4),
+        (httpx.RemoteProtocolError("cut"), 4),
+    ],
+)
+async def test_only_what_fewer_calls_would_have_avoided_costs_slots(
+    answer: httpx.Response | Exception, slots: int
+) -> None:
+    def handler(_: httpx.Request) -> httpx.Response:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    limiter = Limiter(concurrency="auto")
+    assert limiter.concurrency == 4
+    async with httpx.AsyncClient(transport=limiter.transport(httpx.MockTransport(handler))) as http:
+        with contextlib.suppress(httpx.HTTPError):
+            await http.post(URL, json=BODY)
+
+    assert limiter.statistics().in_flight == 0
+    assert limiter.concurrency == slots

@@ -93,24 +93,6 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
     assert {"asyncbucket_wait_seconds_bucket", "asyncbucket_wait_seconds_sum"} <= shown
 
 
-def test_panels_are_described_and_do_not_overlap() -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        assert panel["title"]
-        assert panel["description"]
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken
-        assert max(x for x, _ in cells) < 24
-        taken |= cells
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
-    assert len(set(ids)) == len(ids)
-
-
 def test_all_alert_rules_and_dashboard_queries_are_found() -> None:
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
     assert len(queries()) == 15

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -339,29 +338,3 @@ def test_number_means_the_same_in_telemetry_and_in_serve_stats(virtual_time: Vir
             lease.release()
 
     virtual_time.run(main())
-
-
-def calls_in(limiter: Limiter) -> int:
-    """Count the functions that an admission and its release call, in place of measuring time."""
-    limiter.acquire_nowait(tokens=9).release()
-    calls = 0
-
-    def count(_frame: object, event: str, _what: object) -> None:
-        nonlocal calls
-        calls += event in {"call", "c_call"}
-
-    sys.setprofile(count)
-    try:
-        limiter.acquire_nowait(tokens=9).release()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
-def test_prometheus_adds_less_than_half_to_the_function_calls_of_an_observed_admission() -> None:
-    plain, observed, counted = (Limiter("1m RPM", "100m TPM", concurrency=8) for _ in range(3))
-    observed.observe(lambda _: None)
-    telemetry.prometheus(counted, registry=CollectorRegistry())
-    events_alone = calls_in(observed)
-
-    assert calls_in(plain) < events_alone < calls_in(counted) < 1.5 * events_alone

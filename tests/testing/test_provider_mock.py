@@ -5,11 +5,9 @@ import sys
 from importlib import import_module
 from typing import Any
 
-import openai
 import pytest
 
-from asyncbucket import Limiter
-from asyncbucket.testing import RateLimitedProvider, VirtualTime, assert_never_over
+from asyncbucket.testing import RateLimitedProvider
 
 FAMILIES = ["httpx", "httpx2"]
 CALL: dict[str, Any] = {
@@ -94,29 +92,6 @@ async def test_latency_that_raises_frees_slot() -> None:
             await client.post("chat/completions", json=CALL)
 
     assert provider.statistics().in_flight == 0
-
-
-def test_hour_of_paced_calls_runs_on_virtual_time(virtual_time: VirtualTime) -> None:
-    provider = RateLimitedProvider(rpm=6, latency=2.0, clock=virtual_time.clock)
-    limiter = Limiter("6 RPM burst 1", clock=virtual_time.clock)
-    httpx = import_module("httpx")
-
-    async def main() -> None:
-        transport = limiter.transport(provider.mock_transport())
-        async with (
-            httpx.AsyncClient(transport=transport) as http,
-            openai.AsyncOpenAI(
-                http_client=http, api_key="any", base_url="http://provider/v1", max_retries=0
-            ) as client,
-        ):
-            await asyncio.gather(*(client.chat.completions.create(**CALL) for _ in range(361)))
-
-    virtual_time.run(main())
-
-    seen = provider.statistics()
-    assert 3_600 < virtual_time.now < 3_640
-    assert (seen.admitted, seen.refused) == (361, 0)
-    assert_never_over([(call.time_ns, 1) for call in provider.arrivals], limiter.limits[0])
 
 
 def test_unknown_or_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
