@@ -114,7 +114,7 @@ class _Exchange:
             model, tokens, reply = await self._read()
         except InvalidRequestError as exc:
             self._enforcer.count_invalid()
-            return self._error(exc.status, str(exc), parameter=exc.parameter)
+            return self._error(exc.status, str(exc))
         outcome = self._enforcer.enter(self.endpoint, tokens)
         self._is_admitted = not is_refusal(outcome)
         if isinstance(outcome, RateRefusal):
@@ -220,7 +220,6 @@ class _Exchange:
         *,
         kind: str | None = None,
         code: str | None = None,
-        parameter: str | None = None,
         retry_after: int | None = None,
     ) -> Response:
         """Return an error; type and code default to those of its status."""
@@ -229,7 +228,7 @@ class _Exchange:
             body: Json = {"type": "error", "error": error}
         else:
             usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
-            error = {"message": message, "type": kind or usual_kind, "param": parameter}
+            error = {"message": message, "type": kind or usual_kind, "param": None}
             body = {"error": {**error, "code": code or usual_code}}
         headers = self._headers()
         if retry_after is not None:
