@@ -29,6 +29,7 @@ from urllib.parse import quote, urlsplit
 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.statistics import Statistics
 from asyncbucket.core.wording import is_integer
 from asyncbucket.telemetry.metrics import with_children
@@ -71,22 +72,26 @@ class StatsServer:
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
         self._server = server
         self._path = path
-        self._pid = os.getpid()
+        self._is_copy = False
         #: Its address: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
         self.url = url
         threading.Thread(
             target=server.serve_forever, name="asyncbucket stats", daemon=True, args=(0.1,)
         ).start()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Drop what a child process inherited of the socket; the parent serves on."""
+        self._is_copy = True
+        self._server.server_close()
 
     def close(self) -> None:
-        """Stop. Closing twice is fine; a forked child only drops its copy, and the parent serves on."""
-        is_own_process = self._pid == os.getpid()
-        if is_own_process:  # the thread is the parent's
+        """Stop. Closing twice is fine; in a forked child there is nothing to close."""
+        if not self._is_copy:
             self._server.shutdown()
-        self._server.server_close()
-        if is_own_process and self._path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            self._server.server_close()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -168,12 +168,19 @@ import os, sys, urllib.request
 from asyncbucket import Limiter
 
 limiter = Limiter("5 RPM", name="openai")
-with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]):
-    pid = os.fork()
-    if pid:
-        assert os.waitpid(pid, 0)[1] == 0
-        assert os.path.exists(sys.argv[1])
-        print(urllib.request.urlopen(server.url).status)
+(read, write), (closed_read, closed_write) = os.pipe(), os.pipe()
+with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]) as unix:
+    if not os.fork():
+        server.close()
+        unix.close()
+        os.write(closed_write, b"x")
+        os.close(write)
+        os.read(read, 1)  # the child lives as long as its parent
+        sys.exit()
+    os.read(closed_read, 1)
+    assert os.path.exists(sys.argv[1])
+    print(urllib.request.urlopen(server.url).status)
+limiter.serve_stats(port=int(server.url.rpartition(":")[2])).close()  # the child keeps no port
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "limits.sock")],
