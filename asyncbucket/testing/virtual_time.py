@@ -233,9 +233,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
         lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
         head = f"deadlock at {self.time()} s of virtual time: nothing is ready and no timer is set"
-        if not lines:
-            return f"{head}; no task is left, yet the loop was told to run on"
-        return "\n".join([f"{head}; these tasks wait:", *lines])
+        return "\n".join([f"{head}; these tasks wait:", *(lines or ["  none"])])
 
 
 def _where(task: asyncio.Task[Any]) -> str:
