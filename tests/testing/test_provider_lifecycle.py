@@ -190,20 +190,6 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
     assert process.returncode == 0
 
 
-def test_command_ends_silently_when_its_reader_is_gone() -> None:
-    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--commands"]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline()
-        process.stdout.close()
-        process.stdin.close()
-        assert process.stderr.read() == ""
-
-    assert process.returncode == 0
-
-
 def test_command_that_cannot_start_prints_a_one_line_error() -> None:
     command = [sys.executable, "-m", "asyncbucket.testing.provider"]
 

@@ -5,7 +5,6 @@ is charged even if it fails. All public methods may be called from any thread.
 """
 
 import random
-import threading
 from collections import Counter, deque
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +18,7 @@ from asyncbucket.testing.provider.options import (
     ProviderStatistics,
 )
 from asyncbucket.testing.provider.policies import Policy, make_policy
+from asyncbucket.waiting import Lock
 
 TOO_MANY_REQUESTS = 429
 _FIXED_AT_START = frozenset({"policy", "minute", "seed", "port", "clock"})
@@ -49,7 +49,7 @@ class Enforcer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._policies: dict[str, Policy] = {}
         self._scripted: deque[Failure] = deque()
         self._latencies = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
