@@ -61,19 +61,11 @@ async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
 
 
 def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
-    limiter: Limiter, seen: list[BaseEvent], say: Any
+    limiter: Limiter, seen: list[BaseEvent], say: Any, admit: Any
 ) -> None:
     telemetry.llama_index(limiter)
     for waited in (0.0, 1.8):
-        say(
-            limiter,
-            events.Admitted,
-            cost=COST,
-            waited=waited,
-            bound_by="tokens",
-            waiting=0,
-            in_flight=1,
-        )
+        admit(limiter, waited=waited, bound_by="tokens")
     say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=2.0)
     say(limiter, events.Paused, seconds=2.0, reason="429")

@@ -110,19 +110,16 @@ def test_every_kind_of_event_has_a_log_line() -> None:
     ("waited", "level"), [(0.0, "DEBUG"), (1.499, "DEBUG"), (1.5, "INFO"), (60.0, "INFO")]
 )
 def test_wait_from_threshold_on_is_logged_at_info(
-    limiter: Limiter, caplog: pytest.LogCaptureFixture, waited: float, level: str, say: Any
+    limiter: Limiter,
+    caplog: pytest.LogCaptureFixture,
+    waited: float,
+    level: str,
+    say: Any,
+    admit: Any,
 ) -> None:
     telemetry.logging(limiter, threshold=1.5)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        say(
-            limiter,
-            events.Admitted,
-            cost=COST,
-            waited=waited,
-            bound_by="tokens",
-            waiting=0,
-            in_flight=1,
-        )
+        admit(limiter, waited=waited, bound_by="tokens")
         say(limiter, events.Cancelled, cost=COST, waited=waited)
         say(limiter, events.Released, cost=COST, held=waited, outcome="ok")
 
@@ -130,19 +127,11 @@ def test_wait_from_threshold_on_is_logged_at_info(
 
 
 def test_log_record_carries_event_fields_by_name(
-    limiter: Limiter, caplog: pytest.LogCaptureFixture, say: Any
+    limiter: Limiter, caplog: pytest.LogCaptureFixture, admit: Any
 ) -> None:
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        say(
-            limiter,
-            events.Admitted,
-            cost=COST,
-            waited=1.8,
-            bound_by="tokens",
-            waiting=3,
-            in_flight=20,
-        )
+        admit(limiter, waited=1.8, bound_by="tokens", waiting=3, in_flight=20)
 
     (record,) = caplog.records
     assert record.name == "asyncbucket.events"
