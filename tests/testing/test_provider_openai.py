@@ -54,18 +54,15 @@ async def ask(client: AsyncOpenAI, text: str = "Hello", **more: Any) -> Any:
     return await client.chat.completions.create(model=MODEL, messages=messages, **more)
 
 
-async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) -> None:
-    reply = await ask(client, "What is 6 x 7?")
-
-    assert reply.choices[0].message.content == "You said: What is 6 x 7?"
-    assert reply.choices[0].finish_reason == "stop"
-    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (4, 6)
-    assert reply.usage.total_tokens == 10
-
-
-async def test_reply_is_padded_to_reply_tokens_and_cut_at_max_tokens(
+async def test_chat_repeats_the_question_padded_to_reply_tokens_and_cut_at_max_tokens(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
+    reply = await ask(client, "What is 6 x 7?")
+    assert reply.choices[0].message.content == "You said: What is 6 x 7?"
+    assert reply.choices[0].finish_reason == "stop"
+    usage = reply.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 6, 10)
+
     provider.reconfigure(reply_tokens=300)
     assert (await ask(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
@@ -198,7 +195,6 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
     [
         ("chat/completions", {}, "you must provide a model parameter"),
         ("chat/completions", {"model": "m", "messages": []}, "'messages' must be a list"),
-        ("chat/completions", {"model": "m", "messages": ["x"]}, "can't be understood"),
         ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "can't be understood"),
         (
             "chat/completions",
@@ -206,23 +202,16 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
             "'max_tokens' must be an integer from 1 to 1,000,000",
         ),
         (
-            "chat/completions",
-            {"model": "m", "messages": [{"content": "x"}], "tools": [7]},
-            "can't be understood",
-        ),
-        (
             "embeddings",
             {"model": "m", "input": "x", "dimensions": 10**30},
             "'dimensions' must be an integer from 1 to 1,000,000",
         ),
-        ("responses", {"model": "m"}, "'input' must be a list of messages"),
         (
             "responses",
             {"model": "m", "input": "x", "stream": True},
             "responses can't be streamed here",
         ),
         ("embeddings", {"model": "m", "input": []}, "'input' must be a string or a list"),
-        ("embeddings", {"model": "m", "input": [7.5]}, "can't be understood"),
         ("embeddings", [], "the body must be a JSON object"),
     ],
 )
