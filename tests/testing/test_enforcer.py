@@ -54,6 +54,15 @@ def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> 
     assert seen.refused_429 == {"tokens": 1, "scripted": 2}
 
 
+def test_slot_of_a_call_is_free_again_when_it_has_left(clock: VirtualClock) -> None:
+    gate = Enforcer(Options(concurrency=1, clock=clock))
+    assert gate.enter(CHAT, 1) is None
+    assert gate.enter(CHAT, 1) == RateRefusal("concurrency", 1, 1, 1, None)
+    gate.leave()
+    assert gate.enter(CHAT, 1) is None
+    assert gate.statistics().peak_in_flight == 1
+
+
 def test_fail_next_zero_removes_scripted_failures(clock: VirtualClock) -> None:
     gate = Enforcer(Options(clock=clock))
     gate.fail_next(5, Failure(500))
