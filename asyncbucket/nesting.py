@@ -165,13 +165,6 @@ class RunningCall(LeaseRef):
         #: Whether another call was made inside.
         self.has_inner_calls = False
 
-    def give_up_slots(self, limiter: Limiter) -> None:
-        """Give back the slots that a call of ``limiter`` needs."""
-        self.has_inner_calls = True
-        lease = self.lease
-        if lease is not None:
-            give_back(lease, limiter)
-
 
 _RUNNING: Final[ContextVar[RunningCall | None]] = ContextVar("asyncbucket tools", default=None)
 
@@ -204,7 +197,10 @@ def give_up_slots(limiter: Limiter) -> None:
     """Make the calls around this context give back the slots that a call of ``limiter`` needs."""
     current = _RUNNING.get()
     while current is not None:
-        current.give_up_slots(limiter)
+        current.has_inner_calls = True
+        lease = current.lease
+        if lease is not None:
+            give_back(lease, limiter)
         current = current.outer
     for _, lease in held_leases():
         give_back(lease, limiter)

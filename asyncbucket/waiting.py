@@ -94,12 +94,15 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 class Lock:
-    """Lock as `threading.Lock` does; a child process finds it open, whoever held it at the fork."""
+    """Lock as `threading.RLock` does; a child process finds it open, whoever held it at the fork.
+
+    It is reentrant, because the collector may end a dropped call on a thread that holds it.
+    """
 
     __slots__ = ("__weakref__", "_lock")  # pyright: ignore[reportUninitializedInstanceVariable]
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         reset_after_fork(self)
 
     def __enter__(self) -> None:
@@ -110,4 +113,4 @@ class Lock:
 
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: A request's lane, the call, its profile, and its cost; None if it needs no admission.
 PricedRequest: TypeAlias = "tuple[Lane, Call, Profile, Cost | None]"
 
-#: How many hosts and routes are remembered.
+#: How many routes are remembered.
 _MAX_REMEMBERED: Final = 256
 
 
@@ -59,7 +59,7 @@ class RequestReader:
         TypeError: likewise.
     """
 
-    __slots__ = ("_default_lane", "_fixed_profile", "_lanes", "_learn", "_profiles", "_routes")
+    __slots__ = ("_default_lane", "_fixed_profile", "_lanes", "_learn", "_routes")
 
     def __init__(
         self,
@@ -73,16 +73,10 @@ class RequestReader:
         priced = callable(getattr(self._fixed_profile, "cost", None))
         if isinstance(profile, type) or not (profile is None or priced):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
-        self._profiles: dict[str, Profile] = {}
         self._learn = learn
         self._default_lane = Lane(limiter, paused_limiter=provider_of(limiter), learn=learn)
         self._routes = None if routes is None else Routes(limiter, routes)
         self._lanes: dict[Limiter, Lane] = {limiter: self._default_lane}
-
-    @property
-    def ignored_headers(self) -> int:
-        """How many headers about limits held no number."""
-        return sum(lane.header_reader.ignored for lane in self._lanes.values())
 
     def read(self, request: Any, *, teaches: bool) -> PricedRequest:
         """Return a request's lane, the call as its profile sees it, the profile, and the cost."""
@@ -96,20 +90,10 @@ class RequestReader:
         if self._routes is not None:
             lane = self._lane_of(self._routes.of(call))
             call = replace(call, foreseen=lane.forecast.foresee())
-        profile = self._profile(host)
+        profile = self._fixed_profile or profile_of(host)
         if teaches:
             lane.header_reader.expect(profile)
         return lane, *price(call, profile, in_force(effective_limiter(lane.limiter)))
-
-    def _profile(self, host: str) -> Profile:
-        if self._fixed_profile is not None:
-            return self._fixed_profile
-        profile = self._profiles.get(host)
-        if profile is None:
-            profile = profile_of(host)
-            if len(self._profiles) < _MAX_REMEMBERED:  # do not keep a crawler's many hosts
-                self._profiles[host] = profile
-        return profile
 
     def _lane_of(self, limiter: Limiter) -> Lane:
         lane = self._lanes.get(limiter)

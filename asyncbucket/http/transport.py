@@ -131,11 +131,6 @@ class PacedTransport:
         inner = self._inner or next((made for made in map(self._made.get, _METHODS) if made), None)
         return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
 
-    @property
-    def ignored_headers(self) -> int:
-        """How many headers about limits held no number."""
-        return self._reader.ignored_headers
-
     def __repr__(self) -> str:
         inner = self.inner
         what = "transport" if inner is None else type(inner).__name__
@@ -178,7 +173,7 @@ class PacedTransport:
         note = _Note(limiter, first_host)
         request.extensions = {**extensions, _NOTE: note}
         body = request.stream
-        request.stream = paced_body = request_body(body, attempt)
+        request.stream = request_body(body, attempt)
         try:
             return self._watched(attempt, await io.call(send, request))
         except BaseException as error:
@@ -187,8 +182,7 @@ class PacedTransport:
             raise
         finally:
             note.sending = False
-            if request.stream is paced_body:  # else its reader has put a body there to resend
-                request.stream = body
+            request.stream = body
 
     def _watched(self, attempt: Attempt, reply: Any) -> Any:
         """Return ``reply`` with a stream that watches the body."""

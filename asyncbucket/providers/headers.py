@@ -1,7 +1,7 @@
 """How long to wait, according to headers: input from outside, and parsed with care.
 
 Every value is a `str` of at most 64 ASCII characters that matches its grammar in full; otherwise it
-is ignored (None). Results are clamped to between 0 and `cap`, so they are always a finite number of
+is ignored (None). Results are clamped to between 0 and a week, so they are always a finite number of
 seconds that can be slept. Python's own parsers are too lenient: `float` takes ``nan``, ``inf`` and
 ``1_0``, `int` takes ``1_0`` and Arabic digits, ``"²".isdigit()`` is true, and `durationpy` skips
 whatever is between ``1s`` and ``2s``. So the grammar is checked first, and only then the library
@@ -87,13 +87,12 @@ def full_reset_after(headers: Mapping[str, Any], *, now: float) -> float | None:
     return max(found, default=None)
 
 
-def reset(value: object, *, now: float, cap: float = WEEK) -> float | None:
+def reset(value: object, *, now: float) -> float | None:
     """Return the seconds until a limit is fully available, in any of the formats above, or None."""
-    for seconds in (number(value, cap=cap), duration(value, cap=cap)):
+    for seconds in (number(value), duration(value), rfc3339(value, now=now)):
         if seconds is not None:
             return seconds
-    seconds = rfc3339(value, now=now, cap=cap)
-    return http_date(value, now=now, cap=cap) if seconds is None else seconds
+    return http_date(value, now=now)
 
 
 def number(value: object, *, cap: float = WEEK) -> float | None:
@@ -102,7 +101,7 @@ def number(value: object, *, cap: float = WEEK) -> float | None:
     return min(float(text), cap) if _NUMBER.fullmatch(text) else None
 
 
-def duration(value: object, *, cap: float = WEEK) -> float | None:
+def duration(value: object) -> float | None:
     """Return the seconds of a Go duration (``6m0s``, ``120ms``), or None; a negative one is 0.
 
     Raises:
@@ -120,25 +119,25 @@ def duration(value: object, *, cap: float = WEEK) -> float | None:
     try:
         seconds: float = durationpy.from_str(text).total_seconds()
     except (durationpy.DurationError, OverflowError):  # longer than a timedelta can be
-        return 0.0 if text.startswith("-") else cap
-    return _clamp(seconds, cap)
+        return 0.0 if text.startswith("-") else WEEK
+    return _clamp(seconds)
 
 
-def rfc3339(value: object, *, now: float, cap: float = WEEK) -> float | None:
+def rfc3339(value: object, *, now: float) -> float | None:
     """Return the seconds from `now` until an instant of RFC 3339, or None; 0 once it is past."""
     text = _text(value)
     if not _RFC_3339.fullmatch(text):
         return None
     try:
-        return _clamp(datetime.fromisoformat(text.upper()).timestamp() - now, cap)
+        return _clamp(datetime.fromisoformat(text.upper()).timestamp() - now)
     except ValueError:  # a 13th month, a 25th hour
         return None
 
 
-def http_date(value: object, *, now: float, cap: float = WEEK) -> float | None:
+def http_date(value: object, *, now: float) -> float | None:
     """Return the seconds from `now` until an HTTP date, or None; 0 once it is past."""
     instant = _http_date(value)
-    return None if instant is None else _clamp(instant - now, cap)
+    return None if instant is None else _clamp(instant - now)
 
 
 def header(headers: Mapping[str, Any], name: str) -> object:
@@ -176,5 +175,5 @@ def _text(value: object) -> str:
     return value.strip(" \t")
 
 
-def _clamp(seconds: float, cap: float) -> float:
-    return min(max(seconds, 0.0), cap)
+def _clamp(seconds: float) -> float:
+    return min(max(seconds, 0.0), WEEK)

@@ -1,7 +1,7 @@
 """Read what a provider's headers say of its limits, and tell the limiter.
 
 The values come from outside. A number is one to fifteen ASCII digits and nothing else; any other
-value is ignored and counted. No value, however long or odd, raises anything. All headers of a reply
+value is ignored. No value, however long or odd, raises anything. All headers of a reply
 are scanned once, because httpx's mappings search theirs again for every name.
 
 A limiter may be below others, and only one of them has the limit that the provider reports: the one
@@ -49,8 +49,6 @@ class HeaderReader:
         #: What is assumed until that reply.
         self._assumed: dict[_LimitId, int] = {}
         self._ignore_until = -math.inf
-        #: How many values were no numbers.
-        self.ignored = 0
 
     def expect(self, profile: Profile) -> None:
         """Assume, before the first reply, that only what any provider would admit is left.
@@ -97,7 +95,7 @@ class HeaderReader:
         amounts: dict[Told, int] = {}
         for name, value in header_pairs(headers):
             told, is_left = index.get(name.lower(), (None, False))
-            number = None if told is None else self._number(value)
+            number = None if told is None else _number(value)
             if told is not None and number is not None:
                 (left if is_left else amounts)[told] = number
         if left or amounts:
@@ -176,12 +174,11 @@ class HeaderReader:
             )
         return nearest, told.resource, told.per
 
-    def _number(self, value: bytes) -> int | None:
-        value = value.strip(b" \t") if len(value) <= _MAX_LENGTH else b""
-        if value.isdigit() and len(value) <= _MAX_DIGITS:  # in bytes, these are ASCII digits
-            return int(value)
-        self.ignored += 1
-        return None
+
+def _number(value: bytes) -> int | None:
+    value = value.strip(b" \t") if len(value) <= _MAX_LENGTH else b""
+    # In bytes, these are ASCII digits.
+    return int(value) if value.isdigit() and len(value) <= _MAX_DIGITS else None
 
 
 def _headers_of(profile: Profile) -> dict[bytes, tuple[Told, bool]]:

@@ -24,6 +24,7 @@ output tokens, which are then the user's own). Others count what was really used
 settled by the usage.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -259,6 +260,7 @@ def profile_named(name: str) -> Profile:
     raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
 
 
+@functools.lru_cache(maxsize=256)
 def profile_of(host: str) -> ProviderProfile:
     """Return the profile of the provider at ``host``."""
     host = host.lower().rstrip(".")

@@ -17,7 +17,8 @@ such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.telemetry.metrics import check_source
 from asyncbucket.telemetry.stats import StatsServer, report, serve_stats
 from asyncbucket.telemetry.to_llama_index import llama_index
 from asyncbucket.telemetry.to_logging import logging
@@ -41,15 +42,13 @@ __all__ = [
 
 
 def prometheus(
-    limiter: WatchedLimiter, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
+    limiter: Limiter, *, registry: "CollectorRegistry | None" = None, max_limiters: int = 100
 ) -> Callable[[], None]:
     """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
     Any number of limiters may share a registry. A limiter's numbers include those of the limiters
-    below it, as in its statistics. In multiprocess mode, with
-    ``PROMETHEUS_MULTIPROC_DIR`` in the environment, each process writes its own part: counters add
-    up, queued and in-flight calls are summed over live processes, and of the use of a limit the
-    highest is shown. Gauges may then be a second old.
+    below it, as in its statistics. In prometheus_client's multiprocess mode the gauges are missing:
+    what waits now is known to its own process alone.
 
     Args:
         limiter: the limiter to observe.
@@ -74,7 +73,7 @@ def prometheus(
 
 
 def opentelemetry(
-    limiter: WatchedLimiter,
+    limiter: Limiter,
     *,
     meter_provider: "MeterProvider | None" = None,
     tracer_provider: "TracerProvider | None" = None,

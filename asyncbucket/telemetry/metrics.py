@@ -6,18 +6,19 @@ each other. Tenants have no numbers of their own but what events say of all of t
 ``openai/*``.
 """
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import ClassVar, Final, TypeAlias
 
 from asyncbucket.core import events
 from asyncbucket.core.cost import Cost
-from asyncbucket.core.events import Callback, Event
-from asyncbucket.core.node import shown_name
-from asyncbucket.core.statistics import Statistics, shares_used
+from asyncbucket.core.events import Event
+from asyncbucket.core.levels import is_under, shown_name
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.statistics import shares_used
 from asyncbucket.core.wording import read_count
+from asyncbucket.waiting import Lock
 
 #: The label of limiters beyond those that are told apart.
 OTHER: Final = "other"
@@ -30,44 +31,13 @@ Measurement: TypeAlias = tuple[str, float, tuple[str, ...]]
 """A metric, by how much it rises, and the values of its labels besides the limiter's."""
 
 
-@runtime_checkable
-class WatchedLimiter(Protocol):
-    """A limiter, as telemetry sees it."""
-
-    @property
-    def name(self) -> str:
-        """The path, ``openai/chat``."""
-        ...
-
-    @property
-    def parent(self) -> "WatchedLimiter | None":
-        """The limiter above."""
-        ...
-
-    @property
-    def children(self) -> "Mapping[str, WatchedLimiter]":
-        """The limiters below, without those of tenants."""
-        ...
-
-    def statistics(self) -> Statistics:
-        """Return a snapshot."""
-        ...
-
-    def observe(self, callback: Callback) -> Callable[[], None]:
-        """Call ``callback`` with every event."""
-        ...
-
-
-S = TypeVar("S", bound=WatchedLimiter)
-
-
 def check_source(limiter: object) -> None:
     """Refuse what is not a limiter, before anything is switched on.
 
     Raises:
         TypeError: it is not a limiter.
     """
-    if not isinstance(limiter, WatchedLimiter):
+    if not isinstance(limiter, Limiter):
         raise TypeError(f"only a limiter can be watched, not {type(limiter).__name__}")
 
 
@@ -97,19 +67,19 @@ class Metrics(ABC):
 
     def __init__(self, max_limiters: int) -> None:
         self._max_labels = read_count(max_limiters, "max_limiters", least=1)
-        self._lock = threading.RLock()
+        self._lock = Lock()
         #: The labels of a limiter's events, from the top: its own is the last one.
         self._paths: dict[str, tuple[str, ...]] = {}
         self._adders: dict[tuple[tuple[str, ...], str, tuple[str, ...]], tuple[Add, ...]] = {}
         self._labels: set[str] = set()
         #: The observed limiters, each by a key of its own.
-        self._sources: dict[object, WatchedLimiter] = {}
+        self._sources: dict[object, Limiter] = {}
 
     @abstractmethod
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         """Return what adds to a metric; None if it isn't shown."""
 
-    def watch(self, limiter: WatchedLimiter, where: str) -> Callable[[], None]:
+    def watch(self, limiter: Limiter, where: str) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
         Raises:
@@ -118,14 +88,14 @@ class Metrics(ABC):
         key = object()
         with self._lock:
             for other in self._sources.values():
-                if other in _self_and_ancestors(limiter) or limiter in _self_and_ancestors(other):
+                if is_under(other, limiter) or is_under(limiter, other):
                     raise ValueError(
                         f"{where} watches limiter {other.name!r} already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
             self._sources = {**self._sources, key: limiter}
             self._paths = {}  # it may be above limiters that were watched alone
-        self._path(shown_name(limiter.name))
+        self._path(shown_name(limiter))
         stop = limiter.observe(self.observe)
 
         def off() -> None:
@@ -161,7 +131,7 @@ class Metrics(ABC):
         for source in self._sources.values():
             for member in with_children(source):
                 now = member.statistics()
-                name = shown_name(now.name)
+                name = shown_name(member)
                 label = self._path(name)[-1]
                 if label == name or member is source:
                     load = loads.setdefault(label, Load())
@@ -173,7 +143,7 @@ class Metrics(ABC):
 
     def _path(self, name: str) -> tuple[str, ...]:
         """Return the labels under which a limiter called ``name`` counts."""
-        roots = [shown_name(source.name) for source in self._sources.values()]
+        roots = [shown_name(source) for source in self._sources.values()]
         root = next((each for each in roots if f"{name}/".startswith(f"{each}/")), name)
         parts = name[len(root) :].split("/")
         names = [root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
@@ -234,15 +204,8 @@ def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
     return given
 
 
-def with_children(limiter: S) -> Iterator[S]:
+def with_children(limiter: Limiter) -> Iterator[Limiter]:
     """Yield a limiter and all below it, without tenants."""
     yield limiter
     for child in tuple(limiter.children.values()):
-        yield from with_children(cast("S", child))
-
-
-def _self_and_ancestors(limiter: WatchedLimiter) -> Iterator[WatchedLimiter]:
-    ancestor: WatchedLimiter | None = limiter
-    while ancestor is not None:
-        yield ancestor
-        ancestor = ancestor.parent
+        yield from with_children(child)

@@ -1,8 +1,7 @@
-"""What can be seen of limiters from outside: plain values, Prometheus's text, and their endpoint.
+"""What can be seen of limiters from outside: plain values, and the endpoint that serves them.
 
-The endpoint is for `asyncbucket watch`, for scripts and for Prometheus. It is read-only, listens
-only on loopback or on a unix socket, and has its own thread, so it answers even while the event
-loop is busy. A browser that was directed to it under a foreign host name gets nothing (DNS
+The endpoint is for `asyncbucket watch` and for scripts. It is read-only, listens only on loopback or
+on a unix socket, and has its own thread, so it answers even while the event loop is busy. A browser that was directed to it under a foreign host name gets nothing (DNS
 rebinding).
 
 A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
@@ -21,7 +20,7 @@ import socketserver
 import stat
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -30,25 +29,14 @@ from urllib.parse import quote, urlsplit
 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.statistics import Statistics, shares_used
+from asyncbucket.core.process import reset_after_fork
+from asyncbucket.core.statistics import Statistics
 from asyncbucket.core.wording import is_integer
 from asyncbucket.telemetry.metrics import with_children
 
 _LAST_PORT: Final = 65_535
-#: Names, types, fields and descriptions, as Prometheus shows them.
-_METRICS: Final = (
-    ("queued_requests", "gauge", "waiting", "Calls that wait for their admission now."),
-    ("in_flight_requests", "gauge", "in_flight", "Calls admitted and not yet over."),
-    ("paused_seconds", "gauge", "paused", "Seconds until the end of a pause."),
-    ("admitted_total", "counter", "admitted", "Calls that passed."),
-    ("refused_total", "counter", "refused", "Calls turned away."),
-    ("cancelled_total", "counter", "cancelled", "Calls that gave up while they waited."),
-    (
-        "upstream_429_total",
-        "counter",
-        "upstream_429",
-        "Calls that the provider refused for rate all the same.",
-    ),
+_NOT_FOUND: Final = (
+    "nothing here; see / for limiters, asyncbucket.telemetry.prometheus for metrics\n"
 )
 
 
@@ -58,28 +46,8 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
     """
-    return {"time": time.time(), "limiters": [_row(snapshot) for snapshot in _snapshots(limiters)]}
-
-
-def as_prometheus(limiters: Sequence[Limiter]) -> str:
-    """Return the same as text in Prometheus's format, version 0.0.4."""
-    snapshots = _snapshots(limiters)
-    lines: list[str] = []
-
-    def write(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
-        lines.extend([f"# HELP asyncbucket_{name} {text}", f"# TYPE asyncbucket_{name} {kind}"])
-        lines.extend(f"asyncbucket_{name}{{{labels}}} {value}" for labels, value in samples)
-
-    for name, kind, field, text in _METRICS:
-        samples = [(f"limiter={_quoted(each.name)}", getattr(each, field)) for each in snapshots]
-        write(name, kind, text, samples)
-    used = [
-        (f"limiter={_quoted(each.name)},limit={_quoted(label)}", share)
-        for each in snapshots
-        for label, share in shares_used(each).items()
-    ]
-    write("limit_used_ratio", "gauge", "Share of a limit that is used now, 1 for all of it.", used)
-    return "\n".join([*lines, ""])
+    rows = [_row(each.statistics()) for limiter in limiters for each in with_children(limiter)]
+    return {"time": time.time(), "limiters": rows}
 
 
 def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
@@ -98,29 +66,32 @@ def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    ``GET /`` returns JSON (see `report`), ``GET /metrics`` Prometheus's text. It is a
-    context manager that closes on leaving.
+    ``GET /`` returns JSON; see `report`. It is a context manager that closes on leaving.
     """
 
     def __init__(self, server: socketserver.BaseServer, url: str, path: Path | None) -> None:
         self._server = server
         self._path = path
-        self._pid = os.getpid()
+        self._is_copy = False
         #: Its address: ``"http://127.0.0.1:4294"`` or ``"unix:///run/limits.sock"``.
         self.url = url
         threading.Thread(
             target=server.serve_forever, name="asyncbucket stats", daemon=True, args=(0.1,)
         ).start()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Drop what a child process inherited of the socket; the parent serves on."""
+        self._is_copy = True
+        self._server.server_close()
 
     def close(self) -> None:
-        """Stop. Closing twice is fine; a forked child only drops its copy, and the parent serves on."""
-        is_own_process = self._pid == os.getpid()
-        if is_own_process:  # the thread is the parent's
+        """Stop. Closing twice is fine; in a forked child there is nothing to close."""
+        if not self._is_copy:
             self._server.shutdown()
-        self._server.server_close()
-        if is_own_process and self._path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            self._server.server_close()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -191,19 +162,10 @@ def _check_names(limiters: Sequence[Limiter]) -> None:
         seen.add(name)
 
 
-def _snapshots(limiters: Iterable[Limiter]) -> list[Statistics]:
-    return [member.statistics() for limiter in limiters for member in with_children(limiter)]
-
-
 def _row(snapshot: Statistics) -> dict[str, Any]:
     rows = [row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits]
     plain = asdict(replace(snapshot, limits=()))
     return {**plain, "paused": round(snapshot.paused, 3), "limits": rows}
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'"{escaped}"'
 
 
 @contextlib.contextmanager
@@ -258,12 +220,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(403, "text/plain", "this is for this machine alone\n")
         elif path == "/":
             self._reply(200, "application/json", json.dumps(report(self.limiters)))
-        elif path == "/metrics":
-            self._reply(200, "text/plain; version=0.0.4", as_prometheus(self.limiters))
         else:
-            self._reply(
-                404, "text/plain", "nothing here; see / for limiters, /metrics for Prometheus\n"
-            )
+            self._reply(404, "text/plain", _NOT_FOUND)
 
     def _reply(self, status: int, content_type: str, text: str) -> None:
         body = text.encode()

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from asyncbucket.core.events import Admitted, Event, Paused, Refused, Retried
-from asyncbucket.telemetry.metrics import WatchedLimiter, check_source
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.telemetry.metrics import check_source
 
 
-def llama_index(limiter: WatchedLimiter) -> Callable[[], None]:
+def llama_index(limiter: Limiter) -> Callable[[], None]:
     """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
 
     They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from asyncbucket.core import events
 from asyncbucket.core.events import Event
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, in_seconds, is_number, named
-from asyncbucket.telemetry.metrics import WatchedLimiter, as_given, check_source
+from asyncbucket.telemetry.metrics import as_given, check_source
 
 #: Prefix of the record's attributes, so that they cannot clash with its own.
 _PREFIX: Final = "asyncbucket."
@@ -17,7 +18,7 @@ _AMOUNTS: Final = {"cost", "reserved", "used", "corrects"}
 
 
 def logging(
-    limiter: WatchedLimiter, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
+    limiter: Limiter, *, threshold: float = 1.0, logger: Logger | str = "asyncbucket.events"
 ) -> Callable[[], None]:
     """Log each event as one readable line, with its fields as ``extra`` for structured logs.
 

@@ -12,7 +12,6 @@ attributes given. It has no ``gen_ai.operation.name`` and no ``gen_ai.usage.*``:
 inference, and a sum of inferences or tokens must not include a wait.
 """
 
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,9 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
-from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, WatchedLimiter, as_given
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.telemetry.metrics import ACQUIRED, CANCELED, Add, Metrics, as_given
+from asyncbucket.waiting import Lock
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
 BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -45,7 +46,7 @@ _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since",
 
 
 def watch(
-    limiter: WatchedLimiter,
+    limiter: Limiter,
     meter_provider: MeterProvider | None,
     tracer_provider: TracerProvider | None,
     *,
@@ -204,4 +205,4 @@ class Spans:
 _INSTRUMENTS: Final["weakref.WeakKeyDictionary[MeterProvider, Instruments]"] = (
     weakref.WeakKeyDictionary()
 )
-_LOCK: Final = threading.Lock()
+_LOCK: Final = Lock()

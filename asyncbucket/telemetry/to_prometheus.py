@@ -1,38 +1,30 @@
 """Metrics for Prometheus: plain counters, a histogram and gauges, in one collector per registry.
 
-Limiters of one registry share them; they are removed with the last. Gauges are set when somebody
-scrapes, because the use of a limit changes even if nothing happens. In multiprocess mode a scrape
-asks other processes only for what they have written into their files, so there a thread sets the
-gauges once a second.
+Limiters of one registry share them; they are removed with the last. Gauges are read when somebody
+scrapes, because the use of a limit changes even if nothing happens.
 """
 
-import contextlib
-import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, get_args
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from asyncbucket.core import events
-from asyncbucket.core.process import reset_after_fork
-from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, WatchedLimiter
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics
+from asyncbucket.waiting import Lock
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 #: How a call may end.
 _OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancelled")
-#: Seconds between two writes in multiprocess mode.
-_WRITE_INTERVAL: Final = 1.0
-#: Held while gauges are written, and while the process forks: a child that inherited one of
-#: prometheus_client's locks during a write would wait for it for ever.
-_WRITE_LOCK: Final = threading.RLock()
 
 
 def watch(
-    limiter: WatchedLimiter, registry: CollectorRegistry | None, *, max_limiters: int
+    limiter: Limiter, registry: CollectorRegistry | None, *, max_limiters: int
 ) -> Callable[[], None]:
     """Count what happens in ``limiter`` into ``registry`` until the returned function is called."""
     registry = REGISTRY if registry is None else registry
@@ -51,7 +43,6 @@ def watch(
         with _LOCK:
             stop()
             if not metrics.is_watching and _COLLECTORS.get(registry) is metrics:
-                metrics.close()
                 registry.unregister(metrics)
                 del _COLLECTORS[registry]
 
@@ -89,33 +80,6 @@ class PrometheusMetrics(Metrics, Collector):
             ),
             "retries": _counter("retries", "Failed calls that are tried again."),
         }
-        self._queued = Gauge(
-            "asyncbucket_queued_requests",
-            "Calls that wait for their admission now.",
-            ("limiter",),
-            registry=None,
-            multiprocess_mode="livesum",
-        )
-        self._in_flight = Gauge(
-            "asyncbucket_in_flight_requests",
-            "Calls admitted and not yet over.",
-            ("limiter",),
-            registry=None,
-            multiprocess_mode="livesum",
-        )
-        self._used = Gauge(
-            "asyncbucket_limit_used_ratio",
-            "Share of a limit that is used now, 1 for all of it.",
-            ("limiter", "limit"),
-            registry=None,
-            multiprocess_mode="livemax",
-        )
-        #: What the gauges were last set to; those that are gone are set to 0.
-        self._set: dict[tuple[Gauge, tuple[str, ...]], float] = {}
-        self._closed = threading.Event()
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ or "prometheus_multiproc_dir" in os.environ:
-            self.after_fork()
-            reset_after_fork(self)
 
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         if metric == "waited" and values[0] == ACQUIRED:
@@ -124,68 +88,42 @@ class PrometheusMetrics(Metrics, Collector):
         return None if counter is None else counter.labels(label, *values).inc
 
     def collect(self) -> Iterator[Metric]:
-        self.set_gauges()
-        for each in self._families():
+        loads = self.loads()  # first: counters of limiters that were not seen yet begin at 0
+        for each in (self._wait, *self._counters.values()):
             yield from each.collect()
+        queued = GaugeMetricFamily(
+            "asyncbucket_queued_requests",
+            "Calls that wait for their admission now.",
+            labels=["limiter"],
+        )
+        in_flight = GaugeMetricFamily(
+            "asyncbucket_in_flight_requests",
+            "Calls admitted and not yet over.",
+            labels=["limiter"],
+        )
+        used = GaugeMetricFamily(
+            "asyncbucket_limit_used_ratio",
+            "Share of a limit that is used now, 1 for all of it.",
+            labels=["limiter", "limit"],
+        )
+        for label, load in loads.items():
+            queued.add_metric([label], load.queued)
+            in_flight.add_metric([label], load.in_flight)
+            for limit, share in load.used.items():
+                used.add_metric([label, limit], share)
+        yield from (queued, in_flight, used)
 
     def describe(self) -> Iterator[Metric]:
-        for each in self._families():
-            yield from each.describe()
-
-    def set_gauges(self) -> None:
-        """Read the limiters."""
-        with _WRITE_LOCK:
-            values: dict[tuple[Gauge, tuple[str, ...]], float] = {}
-            for label, load in self.loads().items():
-                values[self._queued, (label,)] = load.queued
-                values[self._in_flight, (label,)] = load.in_flight
-                for limit, share in load.used.items():
-                    values[self._used, (label, limit)] = share
-            for (gauge, labels), value in {**dict.fromkeys(self._set, 0), **values}.items():
-                gauge.labels(*labels).set(value)
-            self._set = values
-
-    def after_fork(self) -> None:
-        """Set the gauges from a thread of this process: the parent's do not exist here."""
-        if not self._closed.is_set():
-            self._closed = threading.Event()
-            arguments = (weakref.ref(self), self._closed)
-            threading.Thread(
-                target=_set_regularly, args=arguments, name="asyncbucket gauges", daemon=True
-            ).start()
-
-    def close(self) -> None:
-        """End the thread, if there is one."""
-        self._closed.set()
-        self.set_gauges()
-
-    def _families(self) -> "tuple[Histogram | Counter | Gauge, ...]":
-        return (self._wait, *self._counters.values(), self._queued, self._in_flight, self._used)
+        """Give the names, by which a registry refuses others like them and selects what is asked."""
+        return self.collect()
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
     return Counter(f"asyncbucket_{name}_total", text, ("limiter", *labels), registry=None)
 
 
-def _set_regularly(reference: "weakref.ref[PrometheusMetrics]", closed: threading.Event) -> None:
-    """Set the gauges until they are closed or garbage-collected."""
-    while not closed.wait(_WRITE_INTERVAL):
-        metrics = reference()
-        if metrics is None:
-            return
-        metrics.set_gauges()
-        del metrics
-
-
 #: A registry refuses a name that it knows, so its limiters share what was registered.
 _COLLECTORS: Final["weakref.WeakKeyDictionary[CollectorRegistry, PrometheusMetrics]"] = (
     weakref.WeakKeyDictionary()
 )
-_LOCK: Final = threading.Lock()
-
-with contextlib.suppress(AttributeError):  # Windows does not fork
-    os.register_at_fork(
-        before=_WRITE_LOCK.acquire,
-        after_in_parent=_WRITE_LOCK.release,
-        after_in_child=_WRITE_LOCK.release,
-    )
+_LOCK: Final = Lock()

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import threading
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -45,21 +44,19 @@ class Trace:
         kept = read_count(last, "last", least=1)
         if kept > _MOST:
             raise ValueError(f"last must be at most {_MOST:,} events, some 300 GB, not {last!r}")
+        #: A deque's `append` and `copy` are atomic, so no lock is needed.
         self._events: collections.deque[Event] = collections.deque(maxlen=kept)
-        self._lock = threading.Lock()
         self._unobserve: Callable[[], None] = limiter.observe(self._record)
 
     def _record(self, event: Event) -> None:
         if type(event) in _EVENT_NAMES:
-            with self._lock:
-                self._events.append(event)
+            self._events.append(event)
 
     def __len__(self) -> int:
         return len(self._events)
 
     def __iter__(self) -> Iterator[Event]:
-        with self._lock:
-            return iter(tuple(self._events))
+        return iter(self._events.copy())
 
     def amounts(self, resource: str) -> list[tuple[int, int]]:
         """Return each admission's instant (ns of the limiter's clock) and units of ``resource``.

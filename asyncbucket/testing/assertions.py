@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, is_number, written_out
@@ -28,17 +28,6 @@ NANOSECONDS = 1_000_000_000
 
 TimedAmounts: TypeAlias = Iterable[tuple[float, int]]
 """Pairs of time (int: nanoseconds, float: seconds) and amount."""
-
-
-class LimitLike(Protocol):
-    """What a limit must have: at most `amount` in any `per` seconds; with `burst`, paced as well."""
-
-    @property
-    def amount(self) -> float: ...
-    @property
-    def per(self) -> float: ...
-    @property
-    def burst(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +47,7 @@ class BusiestWindow:
     last: int
 
 
-def assert_never_over(trace: TimedAmounts, limit: LimitLike | str) -> BusiestWindow:
+def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
 
     `limit` may be a text, as for a limiter: `"60k TPM"`. If `limit.burst` is set, assert also that
@@ -72,7 +61,7 @@ def assert_never_over(trace: TimedAmounts, limit: LimitLike | str) -> BusiestWin
         ValueError, TypeError: If the trace is not valid, or `limit` can't be read.
     """
     limit = Limit.parse(limit) if isinstance(limit, str) else limit
-    if not hasattr(limit, "per"):
+    if not isinstance(limit, Limit):
         raise TypeError(f'a limit must be a Limit or a string such as "100 TPM", not {limit!r}')
     admissions = _admissions(trace)
     worst = _busiest(admissions, _window(limit.per))

@@ -142,6 +142,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         clock: The clock to move; by default its own, from 0.
     """
 
+    #: A timer is due if it is earlier than now plus this, which the loop reads after the time. If it
+    #: were less than what `advance_to` allows for, the loop would creep up to a timer by nanoseconds;
+    #: if more, it would run a timer before its instant.
+    _clock_resolution = 0.0
+
     def __init__(self, clock: VirtualClock | None = None) -> None:
         # Before super(): the base class registers its self-pipe and asks for the time.
         self.clock = VirtualClock() if clock is None else clock
@@ -152,10 +157,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self._io = selector
         self._own_files = len(selector.get_map())
-        self._set_resolution()
 
     def time(self) -> float:
-        return self.clock.seconds
+        now = self.clock.seconds
+        self._clock_resolution = 2 * NOISE * math.ulp(now)
+        return now
 
     def call_at(
         self,
@@ -207,7 +213,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             self._give_last_chance()
             return 0.0
         self.clock.advance_to(self.time() + timeout)
-        self._set_resolution()
         return 0.0
 
     def _wake_idle_waiters(self) -> None:
@@ -228,15 +233,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
         lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
         head = f"deadlock at {self.time()} s of virtual time: nothing is ready and no timer is set"
-        if not lines:
-            return f"{head}; no task is left, yet the loop was told to run on"
-        return "\n".join([f"{head}; these tasks wait:", *lines])
-
-    def _set_resolution(self) -> None:
-        # A timer is due if it is earlier than now plus this. If it were less than what `advance_to`
-        # allows for, the loop would creep up to a timer by nanoseconds; if more, it would run a
-        # timer before its instant.
-        self._clock_resolution = 2 * NOISE * math.ulp(self.time())
+        return "\n".join([f"{head}; these tasks wait:", *(lines or ["  none"])])
 
 
 def _where(task: asyncio.Task[Any]) -> str:

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
+from asyncbucket.testing import VirtualClock
 
 
 @pytest.fixture(params=["httpx", "httpx2"])
 def library(request: pytest.FixtureRequest) -> Any:
-    """One of the two libraries that SDKs are built on."""
     return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def clock() -> VirtualClock:
+    return VirtualClock()
 
 
 @pytest.fixture

@@ -20,12 +20,10 @@ KEY = {"authorization": "Bearer k"}
 
 
 def with_transport(limiter: Limiter, library: Any) -> Any:
-    """Return a client with a paced transport."""
     return library.AsyncClient(transport=limiter.transport())
 
 
 def made_by_limiter(limiter: Limiter, library: Any) -> Any:
-    """Return a client that a limiter has made."""
     return limiter.http_client(family=library.__name__)
 
 

@@ -10,25 +10,18 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.http import clients
+from asyncbucket.http.transport import family_of
 
 
-async def test_http_client_has_sdk_defaults(library: Any, limiter: Limiter) -> None:
-    async with limiter.http_client(family=library.__name__) as client:
-        assert type(client) is library.AsyncClient
-        assert client.timeout == library.Timeout(timeout=600, connect=5.0)
-        assert client.follow_redirects
-        assert client._transport.inner._pool._max_connections == 1_000
-        assert client._transport.inner._pool._max_keepalive_connections == 100
-
-
-async def test_http_client_defaults_match_openai_sdk() -> None:
-    theirs: Any = openai.DefaultAsyncHttpxClient()
-    async with Limiter(concurrency=1).http_client() as ours, theirs:
-        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
+@pytest.mark.parametrize("sdk", ["openai", "anthropic"])
+async def test_http_client_defaults_match_those_of_the_sdks(limiter: Limiter, sdk: str) -> None:
+    theirs: Any = pytest.importorskip(sdk).DefaultAsyncHttpxClient()
+    async with limiter.http_client(family=family_of(type(theirs))) as ours, theirs:
+        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
+        assert pool._max_connections == their_pool._max_connections
+        assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
         assert ours.follow_redirects == theirs.follow_redirects
-        assert (
-            ours._transport.inner._pool._max_connections == theirs._transport._pool._max_connections
-        )
+        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
 
 
 def test_sync_true_makes_synchronous_client(library: Any, limiter: Limiter) -> None:
@@ -56,24 +49,15 @@ async def test_environment_proxy_transports_are_paced(
 def test_missing_http_library_error_says_what_to_install(
     limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def find_nothing(_: str) -> None:
-        return None
-
-    monkeypatch.setattr("importlib.util.find_spec", find_nothing)
-    monkeypatch.setattr(clients, "_SDKS", ())
-
-    with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
-        clients.http_client(limiter)
-
-
-def test_missing_family_library_error_says_what_to_install(
-    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(sys.modules, "httpx2", None)
-
     for make in (limiter.http_client, limiter.transport, limiter.transport_sync):
         with pytest.raises(ImportError, match="httpx2 is not installed: pip install httpx2"):
             make(family="httpx2")
+
+    monkeypatch.setattr("importlib.util.find_spec", {}.get)
+    monkeypatch.setattr(clients, "_SDKS", ())
+    with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
+        limiter.http_client()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ def status_error(status: int, code: str | None = None, **headers: str) -> Except
 
 
 def with_attributes(**attributes: Any) -> Exception:
-    """Make an error of another SDK."""
     error = RuntimeError("no")
     vars(error).update(attributes)
     return error

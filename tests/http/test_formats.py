@@ -37,6 +37,15 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
             "data: [DONE]\n\n"
         ),
     ),
+    "a stream of OpenAI's responses": (
+        "/v1/responses",
+        {"input": TEXT, "max_output_tokens": 300, "stream": True},
+        (
+            'event: response.output_text.delta\ndata: {"delta":"a \\"usage\\": {"}\n\n'
+            'event: response.completed\ndata: {"type":"response.completed","response":'
+            '{"usage":{"input_tokens":90,"output_tokens":7,"total_tokens":97}}}\n\n'
+        ),
+    ),
     "a reply of Cohere": ("/v2/chat", WHOLE, f'{{"id":"1",{HI},"usage":{COHERE}}}'),
     "a stream of Cohere": (
         "/v2/chat",
@@ -116,7 +125,6 @@ async def answering(answer: str, *, ends: bool = True) -> AsyncGenerator[str]:
 
 
 def used(limiter: Limiter) -> tuple[int, int]:
-    """Return the input and the output tokens that are charged."""
     given, received = (limit.used for limit in limiter.statistics().limits)
     return given, received
 

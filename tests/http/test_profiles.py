@@ -19,7 +19,6 @@ FILE = "data:application/pdf;base64," + "x" * 8_512
 
 
 def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any) -> Call:
-    """Return a call as a profile sees it."""
     return Call("POST", "host", path, body, foreseen)
 
 
@@ -41,13 +40,8 @@ def document(kind: str, **source: Any) -> dict[str, Any]:
         ("api.openai.com.evil.test", GENERIC),
     ],
 )
-def test_profile_is_found_by_host(host: str, profile: Profile) -> None:
-    assert profile_of(host) is profile
-
-
-def test_profile_is_found_by_name() -> None:
-    for profile in (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC):
-        assert profile_named(profile.name) is profile
+def test_profile_is_found_by_host_or_name(host: str, profile: Profile) -> None:
+    assert profile_of(host) is profile_named(profile.name) is profile
 
 
 @pytest.mark.parametrize(
@@ -88,23 +82,19 @@ def test_each_prompt_of_completion_reserves_its_replies(prompt: object, replies:
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_embeddings_cost_only_their_input(profile: Profile) -> None:
+def test_embeddings_cost_only_their_input_and_calls_reaching_no_model_no_tokens(
+    profile: Profile,
+) -> None:
     assert profile.cost(call("/v1/embeddings", input="x" * 40)) == Cost(tokens=10, input_tokens=10)
-
-
-@pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-@pytest.mark.parametrize(
-    "path",
-    [
+    for path in (
         "/v1/files",
         "/v1/messages/count_tokens",
         "/v1/responses/input_tokens",
         "/v1/threads/t1/messages",
         "/v1/uploads/u1/complete",
-    ],
-)
-def test_calls_reaching_no_model_cost_a_request_and_no_tokens(profile: Profile, path: str) -> None:
-    assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
+    ):
+        assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
+    assert profile.cost(Call("GET", "host", "/v1/chat/completions", {}, 256)) == Cost()
 
 
 def test_groq_does_not_count_cached_tokens() -> None:
@@ -223,12 +213,6 @@ def test_anthropic_stream_usage_combines_first_and_last_event() -> None:
 
     assert find_usage(last, first) == USAGE
     assert find_usage(b"", first) == Usage(90, 1, 91)
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/threads/t1/messages"])
-@pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_get_request_costs_one_request_and_no_tokens(profile: Profile, path: str) -> None:
-    assert profile.cost(Call("GET", "host", path, {}, 256)) == Cost()
 
 
 def test_any_json_body_gets_a_whole_number_cost() -> None:

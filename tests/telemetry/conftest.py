@@ -1,70 +1,41 @@
-"""What the tests of telemetry share: a limiter that only says what a test tells it."""
+"""What the tests of telemetry share: a limiter, and events that happen as a test says."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
-from asyncbucket import Limit, LimitUse, Statistics
-from asyncbucket.core.events import Callback, Event, Observers
+from asyncbucket import Limiter
+from asyncbucket.core.events import Admitted, Event
+from asyncbucket.core.levels import emit, shown_name
+
+Say: TypeAlias = Callable[..., None]
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 
 
-class ScriptedLimiter:
-    """A limiter that can be watched, and says and shows what a test wants."""
-
-    def __init__(self, name: str = "openai", parent: "ScriptedLimiter | None" = None) -> None:
-        self.name = name
-        self.parent = parent
-        self.children: dict[str, ScriptedLimiter] = {}
-        self.observers = Observers()
-        self.numbers: dict[str, Any] = {"waiting": 0, "in_flight": 0, "concurrency": None}
-        self.used: list[tuple[Limit, int]] = []
-
-    def child(self, name: str) -> "ScriptedLimiter":
-        """Make a child."""
-        child = ScriptedLimiter(f"{self.name}/{name}", self)
-        self.children[name] = child
-        return child
-
-    def observe(self, callback: Callback) -> Callable[[], None]:
-        """Call back with the events that `say` makes."""
-        return self.observers.add(callback)
-
-    def say(self, kind: type[Event], **what: Any) -> None:
-        """Make an event."""
-        event = kind(limiter=self.name, at=1.0, **what)
-        above: ScriptedLimiter | None = self
-        while above is not None:
-            above.observers.emit(event)
-            above = above.parent
-
-    def statistics(self) -> Statistics:
-        """Show the numbers that the test has set."""
-        uses = tuple(
-            LimitUse(limit, used=used, available=limit.amount - used) for limit, used in self.used
-        )
-        return Statistics(
-            name=self.name,
-            admitted=0,
-            refused=0,
-            cancelled=0,
-            paused=0.0,
-            upstream_429=0,
-            overridden=0,
-            limits=uses,
-            **self.numbers,
-        )
+@pytest.fixture
+def limiter() -> Limiter:
+    return Limiter(name="openai")
 
 
 @pytest.fixture
-def limiter() -> ScriptedLimiter:
-    """Return a limiter that says what a test tells it."""
-    return ScriptedLimiter()
+def say() -> Say:
+    """Let an event happen in a limiter."""
+
+    def emit_event(limiter: Limiter, kind: type[Event], **what: Any) -> None:
+        emit(limiter, kind(limiter=shown_name(limiter), at=1.0, **what))
+
+    return emit_event
 
 
 @pytest.fixture
-def make_limiter() -> Callable[[str], ScriptedLimiter]:
-    """Return a function that makes such limiters by name."""
-    return ScriptedLimiter
+def admit(say: Say) -> Say:
+    """Admit a call that waited for nothing, unless a test says otherwise."""
+
+    def admit_call(limiter: Limiter, **what: Any) -> None:
+
+        usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
+        say(limiter, Admitted, **{**usual, **what})
+
+    return admit_call

@@ -1,9 +1,8 @@
 """Waits and refusals beside what LlamaIndex reports of models and agents."""
 
 import asyncio
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from llama_index.core.llms import MockLLM
@@ -20,9 +19,6 @@ from asyncbucket.llama_index import (
     RateLimitWaitEvent,
 )
 from asyncbucket.testing import VirtualTime
-
-if TYPE_CHECKING:
-    from tests.telemetry.conftest import ScriptedLimiter
 
 COST = {"requests": 1, "tokens": 900}
 dispatcher = get_dispatcher("tests.telemetry")
@@ -54,7 +50,6 @@ def seen() -> Iterator[list[BaseEvent]]:
 
 
 def names(heard: list[BaseEvent]) -> list[str]:
-    """Return the names of events."""
     return [event.class_name() for event in heard]
 
 
@@ -66,17 +61,15 @@ async def ask_by_hand(limiter: Limiter, **options: Any) -> None:
 
 
 def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
-    limiter: "ScriptedLimiter", seen: list[BaseEvent]
+    limiter: Limiter, seen: list[BaseEvent], say: Any, admit: Any
 ) -> None:
     telemetry.llama_index(limiter)
     for waited in (0.0, 1.8):
-        limiter.say(
-            events.Admitted, cost=COST, waited=waited, bound_by="tokens", waiting=0, in_flight=1
-        )
-    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
-    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=2.0)
-    limiter.say(events.Paused, seconds=2.0, reason="429")
-    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+        admit(limiter, waited=waited, bound_by="tokens")
+    say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=2.0)
+    say(limiter, events.Paused, seconds=2.0, reason="429")
+    say(limiter, events.Released, cost=COST, held=1.0, outcome="ok")
 
     wait, refused, retry, pause = seen
     assert isinstance(wait, RateLimitWaitEvent)
@@ -90,7 +83,7 @@ def test_waits_refusals_retries_and_pauses_are_reported_with_numbers(
     assert names(seen) == [type(event).__name__ for event in seen]
 
 
-def test_wait_event_is_in_the_span_of_its_caller(
+def test_wait_and_refusal_events_are_in_the_spans_of_their_callers(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
     limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
@@ -103,23 +96,6 @@ def test_wait_event_is_in_the_span_of_its_caller(
 
     async def main() -> None:
         await asyncio.gather(*(step() for _ in range(3)))
-
-    virtual_time.run(main())
-    spans = [event.span_id for event in seen if not isinstance(event, RateLimitWaitEvent)]
-    waits = [event for event in seen if isinstance(event, RateLimitWaitEvent)]
-    assert [round(wait.waited, 6) for wait in waits] == [0.1, 0.2]
-    assert len({wait.span_id for wait in waits}) == 2
-    assert all(str(wait.span_id).startswith("ask_by_hand-") for wait in waits)
-    assert len(set(spans)) == 3
-
-
-def test_refusal_event_is_in_the_span_of_its_caller(
-    virtual_time: VirtualTime, seen: list[BaseEvent]
-) -> None:
-    limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
-    telemetry.llama_index(limiter)
-
-    async def main() -> None:
         async with limiter.acquire():
             with pytest.raises(AcquireTimeout):
                 await ask_by_hand(limiter, timeout=2)
@@ -128,6 +104,12 @@ def test_refusal_event_is_in_the_span_of_its_caller(
     (refused,) = [event for event in seen if isinstance(event, RateLimitRefusedEvent)]
     assert (refused.reason, refused.bound_by) == ("timeout", "concurrency")
     assert str(refused.span_id).startswith("ask_by_hand-")
+    spans = [event.span_id for event in seen if type(event) is BaseEvent]
+    waits = [event for event in seen if isinstance(event, RateLimitWaitEvent)]
+    assert [round(wait.waited, 6) for wait in waits] == [0.1, 0.2]
+    assert len({wait.span_id for wait in waits}) == 2
+    assert all(str(wait.span_id).startswith("ask_by_hand-") for wait in waits)
+    assert len(set(spans)) == 3
 
 
 def test_wait_of_wrapped_model_is_reported_once(
@@ -165,16 +147,3 @@ def test_wait_of_blocking_wrapped_model_is_reported_once(seen: list[BaseEvent]) 
     llm.complete("two")
 
     assert names(seen).count("RateLimitWaitEvent") == 1
-
-
-def test_missing_library_error_names_its_extra(
-    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "llama_index_instrumentation", None)
-    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_llama_index", raising=False)
-    with pytest.raises(ImportError) as caught:
-        telemetry.llama_index(limiter)
-    assert str(caught.value) == (
-        "events for LlamaIndex need llama_index_instrumentation: "
-        'pip install "asyncbucket[llama-index]"'
-    )

@@ -1,12 +1,9 @@
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 
-from asyncbucket import events, telemetry
-
-if TYPE_CHECKING:
-    from tests.telemetry.conftest import ScriptedLimiter
+from asyncbucket import Limiter, events, telemetry
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 LINES: list[tuple[type[events.Event], dict[str, Any], str]] = [
@@ -88,15 +85,16 @@ LINES: list[tuple[type[events.Event], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "what", "line"), LINES)
 def test_event_is_logged_as_one_readable_line(
-    limiter: "ScriptedLimiter",
+    limiter: Limiter,
     caplog: pytest.LogCaptureFixture,
     kind: type[events.Event],
     what: dict[str, Any],
     line: str,
+    say: Any,
 ) -> None:
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        limiter.say(kind, **what)
+        say(limiter, kind, **what)
 
     assert [record.getMessage() for record in caplog.records] == [line]
 
@@ -112,27 +110,28 @@ def test_every_kind_of_event_has_a_log_line() -> None:
     ("waited", "level"), [(0.0, "DEBUG"), (1.499, "DEBUG"), (1.5, "INFO"), (60.0, "INFO")]
 )
 def test_wait_from_threshold_on_is_logged_at_info(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture, waited: float, level: str
+    limiter: Limiter,
+    caplog: pytest.LogCaptureFixture,
+    waited: float,
+    level: str,
+    say: Any,
+    admit: Any,
 ) -> None:
     telemetry.logging(limiter, threshold=1.5)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        limiter.say(
-            events.Admitted, cost=COST, waited=waited, bound_by="tokens", waiting=0, in_flight=1
-        )
-        limiter.say(events.Cancelled, cost=COST, waited=waited)
-        limiter.say(events.Released, cost=COST, held=waited, outcome="ok")
+        admit(limiter, waited=waited, bound_by="tokens")
+        say(limiter, events.Cancelled, cost=COST, waited=waited)
+        say(limiter, events.Released, cost=COST, held=waited, outcome="ok")
 
     assert [record.levelname for record in caplog.records] == [level, level, "DEBUG"]
 
 
 def test_log_record_carries_event_fields_by_name(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+    limiter: Limiter, caplog: pytest.LogCaptureFixture, admit: Any
 ) -> None:
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        limiter.say(
-            events.Admitted, cost=COST, waited=1.8, bound_by="tokens", waiting=3, in_flight=20
-        )
+        admit(limiter, waited=1.8, bound_by="tokens", waiting=3, in_flight=20)
 
     (record,) = caplog.records
     assert record.name == "asyncbucket.events"
@@ -154,12 +153,12 @@ def test_log_record_carries_event_fields_by_name(
 
 
 def test_lines_go_to_logger_given_as_object_or_name(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+    limiter: Limiter, caplog: pytest.LogCaptureFixture, say: Any
 ) -> None:
     telemetry.logging(limiter, logger=logging.getLogger("mine"))
     telemetry.logging(limiter, logger="too")
     with caplog.at_level(logging.DEBUG):
-        limiter.child("chat").say(events.Paused, seconds=1.0, reason="429")
+        say(limiter.child("chat"), events.Paused, seconds=1.0, reason="429")
 
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         ("mine", "openai/chat: nobody passes for 1 s: 429"),
@@ -167,7 +166,7 @@ def test_lines_go_to_logger_given_as_object_or_name(
     ]
 
 
-def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "ScriptedLimiter") -> None:
+def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: Limiter) -> None:
     for threshold in (-1, float("nan"), "1", None, True):
         with pytest.raises(
             ValueError, match="threshold must be a number of seconds from 0 on, not"
@@ -179,17 +178,16 @@ def test_invalid_threshold_logger_or_limiter_is_refused_at_once(limiter: "Script
     for watch in (telemetry.logging, telemetry.opentelemetry, telemetry.llama_index):
         with pytest.raises(TypeError, match="only a limiter can be watched, not str"):
             watch(cast("Any", "openai"))
-    assert not limiter.observers
 
 
 def test_nothing_is_logged_below_the_level_or_when_switched_off(
-    limiter: "ScriptedLimiter", caplog: pytest.LogCaptureFixture
+    limiter: Limiter, caplog: pytest.LogCaptureFixture, say: Any
 ) -> None:
     off = telemetry.logging(limiter)
     with caplog.at_level(logging.INFO, "asyncbucket"):
-        limiter.say(events.Released, cost=None, held=1.0, outcome="ok")
+        say(limiter, events.Released, cost=None, held=1.0, outcome="ok")
     off()
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
-        limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
+        say(limiter, events.Released, cost=COST, held=1.0, outcome="ok")
 
     assert caplog.records == []

@@ -1,9 +1,7 @@
-import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -11,11 +9,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from asyncbucket import Cost, Limit, events, telemetry
+from asyncbucket import Cost, Limiter, events, telemetry
 from asyncbucket.telemetry import to_opentelemetry
-
-if TYPE_CHECKING:
-    from tests.telemetry.conftest import ScriptedLimiter
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 POLICY = "asyncbucket.rate_limiting.policy"
@@ -39,7 +34,7 @@ class Telemetry:
         self.tracers = TracerProvider()
         self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
 
-    def watch(self, limiter: "ScriptedLimiter", **options: Any) -> Callable[[], None]:
+    def watch(self, limiter: Limiter, **options: Any) -> Callable[[], None]:
         """Watch a limiter with these providers."""
         return telemetry.opentelemetry(
             limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
@@ -69,28 +64,21 @@ class Telemetry:
 
 @pytest.fixture
 def otel() -> Iterator[Telemetry]:
-    """Return providers that keep everything that is measured and traced."""
     kept = Telemetry()
     yield kept
     kept.meters.shutdown()
     kept.tracers.shutdown()
 
 
-def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
-    """Emit the event of an admitted call."""
-    usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
-    limiter.say(events.Admitted, **{**usual, **what})
-
-
 def test_metric_names_and_units_follow_aspnet_conventions(
-    limiter: "ScriptedLimiter", otel: Telemetry
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
 ) -> None:
     otel.watch(limiter)
     admit(limiter)
-    limiter.say(events.Released, cost=COST, held=2.0, outcome="ok")
-    limiter.say(events.Settled, reserved=COST, used={"tokens": 700})
-    limiter.say(events.Paused, seconds=1.0, reason="429")
-    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+    say(limiter, events.Released, cost=COST, held=2.0, outcome="ok")
+    say(limiter, events.Settled, reserved=COST, used={"tokens": 700})
+    say(limiter, events.Paused, seconds=1.0, reason="429")
+    say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
 
     metrics = otel.metrics()
     tokens = otel.points("tokens", "kind")
@@ -107,12 +95,14 @@ def test_metric_names_and_units_follow_aspnet_conventions(
     assert not any(metric.name.startswith("gen_ai.") for metric in metrics.values())
 
 
-def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_requests_are_counted_by_result_and_waits_by_binding_limit(
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
+) -> None:
     otel.watch(limiter)
+    admit(limiter, waited=90.0, bound_by="tokens")
     admit(limiter)
-    admit(limiter)
-    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
-    limiter.say(events.Cancelled, cost=COST, waited=1.0)
+    say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    say(limiter, events.Cancelled, cost=COST, waited=1.0)
 
     results = otel.points("requests", "result")
     assert {result: point.value for result, point in results.items()} == {
@@ -121,42 +111,33 @@ def test_requests_are_counted_by_result(limiter: "ScriptedLimiter", otel: Teleme
         "request_canceled": 1,
     }
     assert {point.attributes[POLICY] for point in results.values()} == {"openai"}
+    waits = otel.metrics()["request.time_in_queue"].data.data_points
+    name = "asyncbucket.rate_limiting.bound_by"
+    assert {(point.attributes[name], point.count, point.sum) for point in waits} == {
+        ("tokens", 1, 90.0),
+        ("none", 1, 0.0),
+        ("none", 1, 1.0),  # of the call that gave up
+    }
+    assert waits[0].explicit_bounds == to_opentelemetry.BUCKETS
 
 
-def test_queue_time_is_split_by_binding_limit(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
-    otel.watch(limiter)
-    admit(limiter, waited=90.0, bound_by="tokens")
-    admit(limiter)
-
-    points = otel.points("request.time_in_queue", "bound_by")
-    assert (points["tokens"].count, points["tokens"].sum) == (1, 90.0)
-    assert (points["none"].count, points["none"].sum) == (1, 0.0)
-    assert points["tokens"].explicit_bounds == to_opentelemetry.BUCKETS
-
-
-def test_gauges_are_read_at_collection_and_include_limiters_below(
-    limiter: "ScriptedLimiter", otel: Telemetry
-) -> None:
+def test_gauges_are_read_at_collection_and_include_limiters_below(otel: Telemetry) -> None:
+    limiter = Limiter("500 RPM burst 500", concurrency=8, name="openai")
     chat = limiter.child("chat")
     otel.watch(limiter)
-    limiter.numbers.update(waiting=5, in_flight=4, concurrency=8)
-    chat.numbers.update(waiting=2, in_flight=1)
-    limiter.used = [(Limit.parse("500 RPM"), 125)]
-    admit(chat)
+    held = [each.acquire_nowait() for each in (limiter, limiter, limiter, chat)]
 
     def values(name: str, key: str = "policy") -> dict[str, float]:
         return {label: point.value for label, point in otel.points(name, key).items()}
 
-    assert values("queued_requests") == {"openai": 5, "openai/chat": 2}
-    assert values("active_request_leases") == {"openai": 4, "openai/chat": 1}
-    assert values("requests") == {"openai": 1, "openai/chat": 1}
-    assert values("limit.utilization", "limit") == {"rpm": 0.25, "concurrency": 0.5}
+    assert values("queued_requests") == {"openai": 0, "openai/chat": 0}
+    assert values("active_request_leases") == {"openai": len(held), "openai/chat": 1}
+    assert values("requests") == {"openai": 4, "openai/chat": 1}
+    assert values("limit.utilization", "limit") == {"rpm": 0.008, "concurrency": 0.5}
 
 
-def test_limiters_sharing_meter_provider_switch_off_separately(
-    make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
-) -> None:
-    one, two = make_limiter("openai"), make_limiter("anthropic")
+def test_limiters_sharing_meter_provider_switch_off_separately(otel: Telemetry, admit: Any) -> None:
+    one, two = Limiter(name="openai"), Limiter(name="anthropic")
     off_one, off_two = otel.watch(one), otel.watch(two)
     assert set(otel.points("queued_requests", "policy")) == {"openai", "anthropic"}
 
@@ -164,7 +145,6 @@ def test_limiters_sharing_meter_provider_switch_off_separately(
     off_one()
     admit(one)
     assert set(otel.points("queued_requests", "policy")) == {"anthropic"}
-    assert not one.observers
 
     off_two()
     assert "queued_requests" not in otel.metrics()
@@ -173,10 +153,12 @@ def test_limiters_sharing_meter_provider_switch_off_separately(
     assert set(otel.points("queued_requests", "policy")) == {"openai"}
 
 
-def test_wait_span_is_inside_the_callers_span(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_wait_span_is_inside_the_callers_span(
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
+) -> None:
     otel.watch(limiter)
     with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
-        limiter.say(events.Queued, cost=COST, waiting=4)
+        say(limiter, events.Queued, cost=COST, waiting=4)
         admit(limiter, waited=1.8, bound_by="tokens", waiting=3)
 
     wait, step = otel.spans
@@ -203,12 +185,12 @@ def test_wait_span_is_inside_the_callers_span(limiter: "ScriptedLimiter", otel: 
 
 
 def test_total_of_tokens_is_not_shown_as_input_and_output(
-    limiter: "ScriptedLimiter", otel: Telemetry
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
 ) -> None:
     otel.watch(limiter)
-    limiter.say(events.Queued, cost=COST, waiting=1)
+    say(limiter, events.Queued, cost=COST, waiting=1)
     admit(limiter, cost={**Cost(tokens=900), "concurrency": 1}, waited=1.8, bound_by="tokens")
-    limiter.say(events.Queued, cost=COST, waiting=1)
+    say(limiter, events.Queued, cost=COST, waiting=1)
     admit(limiter, cost=Cost(input_tokens=900), waited=1.8, bound_by="tokens")
 
     prefix = "asyncbucket.rate_limiting.cost."
@@ -221,22 +203,27 @@ def test_total_of_tokens_is_not_shown_as_input_and_output(
     assert prefix + "output_tokens" not in sent
 
 
-def test_call_that_does_not_wait_has_no_span(limiter: "ScriptedLimiter", otel: Telemetry) -> None:
+def test_call_that_does_not_wait_has_no_span(
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
+) -> None:
     otel.watch(limiter)
     admit(limiter)
-    limiter.say(events.Refused, cost=COST, reason="would_block", bound_by=None, retry_after=1.0)
+    say(limiter, events.Refused, cost=COST, reason="would_block", bound_by=None, retry_after=1.0)
+    say(limiter, events.Queued, cost=COST, waiting=1)
+    admit(limiter, waited=1.0, bound_by="tokens")
+    say(limiter, events.Refused, cost=COST, reason="queue_full", bound_by=None, retry_after=None)
 
-    assert otel.spans == ()
+    assert [span.name for span in otel.spans] == ["wait openai"]
 
 
 def test_wait_that_ends_in_refusal_is_an_error_span(
-    limiter: "ScriptedLimiter", otel: Telemetry
+    limiter: Limiter, otel: Telemetry, say: Any
 ) -> None:
     otel.watch(limiter)
-    limiter.say(events.Queued, cost=COST, waiting=1)
-    limiter.say(events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
-    limiter.say(events.Queued, cost=COST, waiting=1)
-    limiter.say(events.Cancelled, cost=COST, waited=2.0)
+    say(limiter, events.Queued, cost=COST, waiting=1)
+    say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
+    say(limiter, events.Queued, cost=COST, waiting=1)
+    say(limiter, events.Cancelled, cost=COST, waited=2.0)
 
     refused, cancelled = otel.spans
     assert refused.status.status_code is StatusCode.ERROR
@@ -248,21 +235,8 @@ def test_wait_that_ends_in_refusal_is_an_error_span(
     assert cancelled.attributes["asyncbucket.rate_limiting.result"] == "request_canceled"
 
 
-def test_call_refused_at_once_gets_no_span_of_an_earlier_wait(
-    limiter: "ScriptedLimiter", otel: Telemetry
-) -> None:
-    otel.watch(limiter)
-    limiter.say(events.Queued, cost=COST, waiting=1)
-    admit(limiter, waited=1.0, bound_by="tokens")
-    limiter.say(events.Refused, cost=COST, reason="queue_full", bound_by=None, retry_after=None)
-
-    assert [span.name for span in otel.spans] == ["wait openai"]
-
-
-def test_wait_span_carries_attributes_given_by_user(
-    make_limiter: "Callable[[str], ScriptedLimiter]", otel: Telemetry
-) -> None:
-    limiter = make_limiter("mine")
+def test_wait_span_carries_attributes_given_by_user(otel: Telemetry, admit: Any) -> None:
+    limiter = Limiter(name="mine")
     otel.watch(
         limiter, attributes={"gen_ai.request.model": "gpt-4o", "gen_ai.provider.name": "openai"}
     )
@@ -272,23 +246,3 @@ def test_wait_span_carries_attributes_given_by_user(
     assert span.attributes is not None
     assert span.attributes["gen_ai.request.model"] == "gpt-4o"
     assert span.attributes["gen_ai.provider.name"] == "openai"
-
-
-def test_default_provider_without_sdk_records_no_span(limiter: "ScriptedLimiter") -> None:
-    off = telemetry.opentelemetry(limiter)
-    admit(limiter, waited=1.0, bound_by="tokens")
-    assert not trace.get_current_span().is_recording()
-    off()
-    assert not limiter.observers
-
-
-def test_missing_library_error_names_its_extra(
-    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_opentelemetry")
-    with pytest.raises(ImportError) as caught:
-        telemetry.opentelemetry(limiter)
-    assert str(caught.value) == (
-        'OpenTelemetry needs opentelemetry: pip install "asyncbucket[otel]"'
-    )

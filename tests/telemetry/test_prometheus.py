@@ -1,21 +1,11 @@
-import os
-import subprocess
 import sys
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import Limit, TokenBucket, events, telemetry
-from asyncbucket.telemetry import to_prometheus
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.telemetry.conftest import ScriptedLimiter
+from asyncbucket import Limiter, TokenBucket, events, telemetry
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 #: Every metric, and its labels.
@@ -32,40 +22,34 @@ METRICS = {
 
 
 def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
-    """Return what Prometheus reads: samples by name and label values, without creation times."""
+    """Return what Prometheus reads: samples by name, without our prefix, and label values."""
     text = generate_latest(registry).decode()
     return {
-        (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "le")): (
-            sample.value
-        )
+        (
+            sample.name.removeprefix("asyncbucket_"),
+            *(value for key, value in sorted(sample.labels.items()) if key != "le"),
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if not sample.name.endswith(("_created", "_bucket"))
     }
 
 
-def admit(limiter: "ScriptedLimiter", **what: Any) -> None:
-    """Emit the event of an admitted call."""
-    usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
-    limiter.say(events.Admitted, **{**usual, **what})
-
-
 @pytest.fixture
 def registry() -> CollectorRegistry:
-    """Return a registry for this test only."""
     return CollectorRegistry()
 
 
 def test_metric_names_and_labels_are_exactly_as_expected(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+    registry: CollectorRegistry, say: Any, admit: Any
 ) -> None:
+    limiter = Limiter(concurrency=5, name="openai")
     telemetry.prometheus(limiter, registry=registry)
-    limiter.numbers["concurrency"] = 5
     admit(limiter)
-    limiter.say(events.Settled, reserved=COST, used={"tokens": 1})
-    limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
-    limiter.say(events.Paused, seconds=1.0, reason="429")
-    limiter.say(events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+    say(limiter, events.Settled, reserved=COST, used={"tokens": 1})
+    say(limiter, events.Released, cost=COST, held=1.0, outcome="ok")
+    say(limiter, events.Paused, seconds=1.0, reason="429")
+    say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
 
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
     labels = {
@@ -75,11 +59,12 @@ def test_metric_names_and_labels_are_exactly_as_expected(
     }
     assert labels == METRICS
     assert all(family.documentation for family in families)
-    assert {metric.name for metric in to_prometheus.PrometheusMetrics(1).describe()} == set(METRICS)
+    chosen = registry.restricted_registry(["asyncbucket_queued_requests"]).collect()
+    assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
 
 
 def test_wait_is_counted_by_binding_limit(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+    limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter, waited=1.5, bound_by="tokens")
@@ -87,112 +72,78 @@ def test_wait_is_counted_by_binding_limit(
     admit(limiter)
 
     seen = scrape(registry)
-    assert seen["asyncbucket_wait_seconds_count", "tokens", "openai"] == 2
-    assert seen["asyncbucket_wait_seconds_sum", "tokens", "openai"] == 4.0
-    assert seen["asyncbucket_wait_seconds_count", "none", "openai"] == 1
+    assert seen["wait_seconds_count", "tokens", "openai"] == 2
+    assert seen["wait_seconds_sum", "tokens", "openai"] == 4.0
+    assert seen["wait_seconds_count", "none", "openai"] == 1
 
 
-def test_call_is_counted_once_by_outcome(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
-) -> None:
+def test_counters_begin_at_zero(limiter: Limiter, registry: CollectorRegistry, say: Any) -> None:
     telemetry.prometheus(limiter, registry=registry)
-    admit(limiter)
-    for outcome in ("ok", "ok", "overloaded", "failed"):
-        limiter.say(events.Released, cost=COST, held=1.0, outcome=outcome)
-    for reason in ("would_block", "timeout", "queue_full", "too_costly"):
-        limiter.say(events.Refused, cost=COST, reason=reason, bound_by=None, retry_after=None)
-    limiter.say(events.Cancelled, cost=COST, waited=1.0)
+    say(limiter.child("chat"), events.Paused, seconds=1.0, reason="lunch")  # counts as no 429
 
     seen = scrape(registry)
-    assert {
-        key[2]: value for key, value in seen.items() if key[0] == "asyncbucket_requests_total"
-    } == {
-        "ok": 2,
-        "overloaded": 1,
-        "failed": 1,
-        "would_block": 1,
-        "timeout": 1,
-        "queue_full": 1,
-        "too_costly": 1,
-        "cancelled": 1,
-    }
-
-
-def test_counters_begin_at_zero(limiter: "ScriptedLimiter", registry: CollectorRegistry) -> None:
-    telemetry.prometheus(limiter, registry=registry)
-    limiter.child("chat").say(events.Paused, seconds=1.0, reason="lunch")  # counts as no 429
-
-    seen = scrape(registry)
-    assert seen["asyncbucket_upstream_429_total", "openai"] == 0
-    assert seen["asyncbucket_retries_total", "openai/chat"] == 0
-    assert seen["asyncbucket_requests_total", "openai", "too_costly"] == 0
-    assert seen["asyncbucket_tokens_total", "used", "openai/chat"] == 0
+    assert seen["upstream_429_total", "openai"] == 0
+    assert seen["retries_total", "openai/chat"] == 0
+    assert seen["requests_total", "openai", "too_costly"] == 0
+    assert seen["tokens_total", "used", "openai/chat"] == 0
 
 
 def test_tokens_are_counted_as_reserved_used_and_refunded(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+    limiter: Limiter, registry: CollectorRegistry, say: Any, admit: Any
 ) -> None:
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter)
     admit(limiter, cost={"requests": 1})
-    limiter.say(events.Settled, reserved=COST, used={"tokens": 700})
-    limiter.say(events.Settled, reserved=COST, used={"tokens": 750}, corrects={"tokens": 700})
-    limiter.say(events.Settled, reserved=COST, used={"tokens": 720}, corrects={"tokens": 750})
-    limiter.say(events.Settled, reserved=COST, used={"requests": 2})
+    for used, corrects in ((700, {}), (750, {"tokens": 700}), (720, {"tokens": 750})):
+        say(limiter, events.Settled, reserved=COST, used={"tokens": used}, corrects=corrects)
+    say(limiter, events.Settled, reserved=COST, used={"requests": 2})
 
     seen = scrape(registry)
-    assert seen["asyncbucket_tokens_total", "reserved", "openai"] == 900
-    assert seen["asyncbucket_tokens_total", "used", "openai"] == 750  # a counter never falls
-    assert seen["asyncbucket_tokens_total", "refunded", "openai"] == 200 + 30
+    assert seen["tokens_total", "reserved", "openai"] == 900
+    assert seen["tokens_total", "used", "openai"] == 750  # a counter never falls
+    assert seen["tokens_total", "refunded", "openai"] == 200 + 30
 
 
-def test_gauges_are_read_at_scrape_time(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+def test_gauges_are_read_at_scrape_time_and_counted_at_every_level(
+    registry: CollectorRegistry,
 ) -> None:
+    limiter = Limiter("500 RPM burst 500", "200k TPM", concurrency=4, name="openai")
+    chat = limiter.child("chat")
     telemetry.prometheus(limiter, registry=registry)
-    limiter.numbers.update(waiting=7, in_flight=3, concurrency=4)
-    limiter.used = [
-        (Limit.parse("500 RPM"), 125),
-        (Limit.parse("200k TPM"), 220_000),
-        (Limit.parse("3 images/10s"), 3),
-    ]
+    leases = [each.acquire_nowait(requests=62, tokens=1) for each in (limiter, limiter, chat)]
+    leases[0].settle(tokens=220_000)
+
     seen = scrape(registry)
-    assert seen["asyncbucket_queued_requests", "openai"] == 7
-    assert seen["asyncbucket_in_flight_requests", "openai"] == 3
+    assert (seen["in_flight_requests", "openai"], seen["in_flight_requests", "openai/chat"]) == (
+        3,
+        1,
+    )
     assert {key[1]: value for key, value in seen.items() if key[0].endswith("_ratio")} == {
-        "rpm": 0.25,
-        "tpm": 1.1,
-        "images/10s": 1.0,
+        "rpm": pytest.approx(0.372, abs=0.001),
+        "tpm": 1.10001,
         "concurrency": 0.75,
     }
+    for lease in leases:
+        lease.release()
+    assert scrape(registry)["in_flight_requests", "openai"] == 0
 
-    limiter.numbers.update(waiting=0)
-    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 0
 
-
-def test_numbers_of_a_limiter_include_those_below_it(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+def test_counters_of_a_limiter_include_those_below_it(
+    limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     chat = limiter.child("chat")
     fast = chat.child("fast")
     telemetry.prometheus(limiter, registry=registry)
-    limiter.numbers.update(waiting=10, in_flight=6, concurrency=8)
-    chat.numbers.update(waiting=4, in_flight=3)
     for each in (limiter, chat, fast, fast):
         admit(each)
 
     seen = scrape(registry)
-    gauges = ("asyncbucket_queued_requests", "asyncbucket_in_flight_requests")
-    assert [seen[gauge, "openai"] for gauge in gauges] == [10, 6]
-    assert [seen[gauge, "openai/chat"] for gauge in gauges] == [4, 3]
-    assert seen["asyncbucket_limit_used_ratio", "concurrency", "openai"] == 0.75
     names = ("openai", "openai/chat", "openai/chat/fast")
-    counts = [seen["asyncbucket_wait_seconds_count", "none", name] for name in names]
-    assert counts == [4, 3, 2]
+    assert [seen["wait_seconds_count", "none", name] for name in names] == [4, 3, 2]
 
 
 def test_limiter_watched_below_the_root_counts_for_itself_alone(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+    limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     chat = limiter.child("chat")
     telemetry.prometheus(chat, registry=registry)
@@ -200,69 +151,63 @@ def test_limiter_watched_below_the_root_counts_for_itself_alone(
     admit(limiter)
 
     seen = scrape(registry)
-    assert {key[-1] for key in seen if key[0] == "asyncbucket_wait_seconds_count"} == {
-        "openai/chat"
+    assert {key: seen[key] for key in seen if key[0] == "wait_seconds_count"} == {
+        ("wait_seconds_count", "none", "openai/chat"): 1
     }
-    assert seen["asyncbucket_wait_seconds_count", "none", "openai/chat"] == 1
 
 
 def test_limiters_beyond_max_limiters_are_not_told_apart(
-    make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
+    limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     """Whoever names a limiter after each user has no more labels; no call is lost or counted twice."""
-    limiter = make_limiter("openai")
     telemetry.prometheus(limiter, registry=registry, max_limiters=3)
     for number in range(1_000):
         admit(limiter.child(f"user-{number}"))
-    for name in ("one", "two"):
-        another = make_limiter(name)
-        another.numbers["waiting"] = 2
-        telemetry.prometheus(another, registry=registry)
-        admit(another)
+    others = [Limiter(concurrency=4, name=name) for name in ("one", "two")]
+    held = [other.acquire_nowait() for other in others for _ in range(2)]
+    for other in others:
+        telemetry.prometheus(other, registry=registry)
+        admit(other)
 
     seen = scrape(registry)
-    counted = {key[-1]: seen[key] for key in seen if key[0] == "asyncbucket_wait_seconds_count"}
+    counted = {key[-1]: seen[key] for key in seen if key[0] == "wait_seconds_count"}
     assert counted == {"openai": 1_000, "openai/user-0": 1, "openai/user-1": 1, "other": 2}
-    assert seen["asyncbucket_queued_requests", "other"] == 4
+    assert seen["in_flight_requests", "other"] == len(held)
     assert len(seen) < 100
 
 
 def test_limiters_share_registry_until_the_last_is_switched_off(
-    make_limiter: "Callable[[str], ScriptedLimiter]", registry: CollectorRegistry
+    registry: CollectorRegistry, admit: Any
 ) -> None:
-    one, two = make_limiter("openai"), make_limiter("anthropic")
-    one.numbers["waiting"] = 1
+    one, two = Limiter(name="openai"), Limiter(name="anthropic")
     off_one = telemetry.prometheus(one, registry=registry)
     off_two = telemetry.prometheus(two, registry=registry)
     admit(one)
     admit(two)
-    assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "anthropic"] == 1
+    assert scrape(registry)["wait_seconds_count", "none", "anthropic"] == 1
 
     off_one()
     off_one()
     admit(one)
     seen = scrape(registry)
-    assert seen["asyncbucket_wait_seconds_count", "none", "openai"] == 1
-    assert seen["asyncbucket_queued_requests", "openai"] == 0
+    assert seen["wait_seconds_count", "none", "openai"] == 1
+    assert ("queued_requests", "openai") not in seen
 
     off_two()
     assert scrape(registry) == {}
-    assert not one.observers
-    assert not two.observers
 
     off_one()  # this one ended long ago: it takes nothing from a later watch
     telemetry.prometheus(one, registry=registry)
     off_two()
-    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 1
+    assert scrape(registry)["queued_requests", "openai"] == 0
 
 
 @pytest.mark.parametrize(("first", "then"), [("root", "root"), ("root", "leaf"), ("leaf", "root")])
 def test_watching_one_tree_twice_in_a_registry_is_refused(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry, first: str, then: str
+    limiter: Limiter, registry: CollectorRegistry, first: str, then: str, admit: Any
 ) -> None:
     tree = {"root": limiter, "leaf": limiter.child("chat").child("fast")}
     off = telemetry.prometheus(tree[first], registry=registry)
-    tree["leaf"].say(events.Paused, seconds=1.0, reason="lunch")
 
     with pytest.raises(ValueError, match="would count twice") as caught:
         telemetry.prometheus(tree[then], registry=registry)
@@ -275,13 +220,11 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
     telemetry.prometheus(tree[then], registry=registry)
     telemetry.prometheus(tree[first], registry=CollectorRegistry())
     admit(tree["leaf"])
-    assert scrape(registry)["asyncbucket_wait_seconds_count", "none", "openai/chat/fast"] == 1
-    root = scrape(registry).get(("asyncbucket_wait_seconds_count", "none", "openai"))
-    assert root == (None if then == "leaf" else 1)
+    assert scrape(registry)["wait_seconds_count", "none", "openai/chat/fast"] == 1
 
 
 def test_invalid_watch_is_refused_and_leaves_registry_unchanged(
-    limiter: "ScriptedLimiter", registry: CollectorRegistry
+    limiter: Limiter, registry: CollectorRegistry
 ) -> None:
     for strange in (None, "openai", [limiter], TokenBucket(rate=1, burst=1)):
         with pytest.raises(
@@ -297,153 +240,37 @@ def test_invalid_watch_is_refused_and_leaves_registry_unchanged(
     telemetry.prometheus(limiter, registry=registry)()
 
 
-def test_default_registry_is_that_of_prometheus_client(limiter: "ScriptedLimiter") -> None:
+def test_default_registry_is_that_of_prometheus_client(limiter: Limiter) -> None:
     off = telemetry.prometheus(limiter)
     assert b"asyncbucket_queued_requests" in generate_latest(REGISTRY)
     off()
     assert b"asyncbucket_" not in generate_latest(REGISTRY)
 
 
+@pytest.mark.parametrize(
+    ("way", "library", "message"),
+    [
+        (
+            "prometheus",
+            "prometheus_client",
+            'metrics need prometheus_client: .*"asyncbucket.prometheus]"',
+        ),
+        (
+            "opentelemetry",
+            "opentelemetry",
+            'OpenTelemetry needs opentelemetry: .*"asyncbucket.otel]"',
+        ),
+        (
+            "llama_index",
+            "llama_index_instrumentation",
+            'LlamaIndex need llama_index_instrumentation: pip install "asyncbucket.llama-index]"',
+        ),
+    ],
+)
 def test_missing_library_error_names_its_extra(
-    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch, way: str, library: str, message: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    monkeypatch.delitem(sys.modules, "asyncbucket.telemetry.to_prometheus")
-    with pytest.raises(ImportError) as caught:
-        telemetry.prometheus(limiter)
-    assert str(caught.value) == (
-        'Prometheus metrics need prometheus_client: pip install "asyncbucket[prometheus]"'
-    )
-
-
-WORKER = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-from conftest import COST, ScriptedLimiter
-from asyncbucket import Limit, Limiter, TokenBucket, events, telemetry
-from asyncbucket.telemetry import to_prometheus
-
-to_prometheus._WRITE_INTERVAL = 0.01
-limiter = ScriptedLimiter("openai")
-limiter.numbers.update(waiting=0, in_flight=0)
-off = telemetry.prometheus(limiter)  # before the fork, as a server that preloads its application
-
-def work(number):
-    limiter.numbers.update(waiting=number, in_flight=1)
-    limiter.used = [(Limit.parse("100 RPM"), 10 * number)]
-    for _ in range(number):
-        limiter.say(events.Admitted, cost=COST, waited=1.0, bound_by="tokens", waiting=0, in_flight=1)
-        limiter.say(events.Released, cost=COST, held=1.0, outcome="ok")
-
-children = []
-ready, done = os.pipe(), os.pipe()
-for number in (1, 2, 3):
-    pid = os.fork()
-    if pid == 0:
-        work(number)
-        time.sleep(0.2)  # the thread that writes the gauges runs in the child, too
-        os.write(ready[1], b"x")
-        os.read(done[0], 1)
-        os._exit(0)
-    children.append(pid)
-for _ in children:
-    os.read(ready[0], 1)
-
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-registry = CollectorRegistry()
-MultiProcessCollector(registry)
-print(generate_latest(registry).decode())
-print("#####")
-for pid in children:
-    os.write(done[1], b"x")
-for pid in children:
-    os.waitpid(pid, 0)
-    mark_process_dead(pid)
-print(generate_latest(registry).decode())
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_metrics_of_forked_workers_are_added_up(tmp_path: Path) -> None:
-    """Counters of all processes are added up; gauges are those of the living ones.
-
-    The processes are real, as only these have files of their own; they signal when they are ready.
-    """
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    alive, dead = (
-        {
-            (sample.name, *(v for key, v in sorted(sample.labels.items()) if key != "le")): (
-                sample.value
-            )
-            for family in text_string_to_metric_families(text.strip() + "\n")
-            for sample in family.samples
-        }
-        for text in done.stdout.split("#####")
-    )
-    for seen in (alive, dead):
-        assert seen["asyncbucket_requests_total", "openai", "ok"] == 6
-        assert seen["asyncbucket_wait_seconds_count", "tokens", "openai"] == 6
-        assert seen["asyncbucket_tokens_total", "reserved", "openai"] == 6 * 900
-    assert alive["asyncbucket_queued_requests", "openai"] == 6
-    assert alive["asyncbucket_in_flight_requests", "openai"] == 3
-    assert alive["asyncbucket_limit_used_ratio", "rpm", "openai"] == 0.3
-    assert dead["asyncbucket_queued_requests", "openai"] == 0
-
-
-FORKER = """
-import os, sys, threading, time
-sys.path.insert(0, sys.argv[1])
-from conftest import ScriptedLimiter
-from asyncbucket import telemetry
-from asyncbucket.telemetry import to_prometheus
-
-to_prometheus._WRITE_INTERVAL = 0.01
-lock, writing = threading.Lock(), threading.Event()
-
-class Slow:
-    def set(self, value):
-        with lock:
-            writing.set()
-            time.sleep(0.2)
-
-to_prometheus.Gauge.labels = lambda self, *labels: Slow()
-limiter = ScriptedLimiter("openai")
-off = telemetry.prometheus(limiter)
-writing.wait()
-pid = os.fork()
-if pid == 0:
-    os._exit(not lock.acquire(timeout=5))
-os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fork_waits_until_gauges_are_written(tmp_path: Path) -> None:
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", FORKER, str(Path(__file__).parent)]
-    subprocess.run(command, check=True, env=environment)
-
-
-def test_gauge_thread_ends_when_watch_is_switched_off(
-    limiter: "ScriptedLimiter", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/unused")
-    monkeypatch.setattr(to_prometheus, "_WRITE_INTERVAL", 0.001)
-    registry = CollectorRegistry()
-    off = telemetry.prometheus(limiter, registry=registry)
-    limiter.numbers.update(waiting=4)
-    limiter.used = [(Limit.parse("100 RPM"), 10)]
-    assert scrape(registry)["asyncbucket_queued_requests", "openai"] == 4
-    threads = [each for each in threading.enumerate() if each.name == "asyncbucket gauges"]
-    assert len(threads) == 1
-
-    metrics = to_prometheus._COLLECTORS[registry]
-    off()
-    threads[0].join(timeout=10)
-    assert not threads[0].is_alive()
-    last = {sample.name: sample.value for metric in metrics.collect() for sample in metric.samples}
-    assert last["asyncbucket_queued_requests"] == 0
-    assert last["asyncbucket_limit_used_ratio"] == 0
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"asyncbucket.telemetry.to_{way}", raising=False)
+    with pytest.raises(ImportError, match=message):
+        getattr(telemetry, way)(limiter)

@@ -1,4 +1,3 @@
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -6,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncbucket import Limit
 from asyncbucket.testing.assertions import (
     BusiestWindow,
     assert_never_over,
@@ -14,15 +14,6 @@ from asyncbucket.testing.assertions import (
 )
 
 SECOND = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The parts of a limit that `assert_never_over` needs."""
-
-    amount: float
-    per: float
-    burst: float | None = None
 
 
 traces = st.lists(
@@ -41,7 +32,7 @@ def test_window_over_by_one_fails_with_numbers() -> None:
     trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
 
     with pytest.raises(AssertionError) as caught:
-        assert_never_over(trace, Limit(10, per=60))
+        assert_never_over(trace, Limit("units", 10, per=60))
 
     assert str(caught.value) == (
         "over the limit: 11 units in 3 admissions from 0 s to 59.999999999 s, "
@@ -50,7 +41,7 @@ def test_window_over_by_one_fails_with_numbers() -> None:
 
 
 def test_admissions_a_window_apart_are_in_separate_windows() -> None:
-    limit = Limit(10, per=60)
+    limit = Limit("units", 10, per=60)
 
     assert assert_never_over([(0.0, 10), (60.0, 10)], limit).amount == 10
     with pytest.raises(AssertionError, match=r"^over the limit: 20 units in 2 admissions"):
@@ -83,7 +74,7 @@ def test_exceeded_burst_fails_with_numbers() -> None:
 
 
 def test_limit_with_burst_is_checked_for_window_and_burst() -> None:
-    limit = Limit(10, per=10, burst=2)
+    limit = Limit("units", 10, per=10, burst=2)
 
     assert_never_over([(float(second), 1) for second in range(10)], limit)
     with pytest.raises(AssertionError, match=r"^over the burst by 1: 3 units"):
@@ -156,7 +147,7 @@ def test_ambiguous_or_invalid_trace_is_refused(
     trace: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        assert_never_over(trace, Limit(10, per=60))
+        assert_never_over(trace, Limit("units", 10, per=60))
 
 
 @given(traces, st.integers(min_value=1, max_value=40), st.integers(min_value=1, max_value=8))
@@ -171,10 +162,10 @@ def test_window_check_agrees_with_brute_force(
 
     assert busiest_window(trace, per=halves / 2).amount == worst
     if worst <= amount:
-        assert_never_over(trace, Limit(amount, per=halves / 2))
+        assert_never_over(trace, Limit("units", amount, per=halves / 2))
     else:
         with pytest.raises(AssertionError, match=f"over the limit: {worst} units"):
-            assert_never_over(trace, Limit(amount, per=halves / 2))
+            assert_never_over(trace, Limit("units", amount, per=halves / 2))
 
 
 @given(traces, st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]), st.sampled_from([1, 2, 2.5, 5, 9]))

@@ -19,20 +19,17 @@ ADD: Any = {
 
 @pytest.fixture
 async def provider() -> AsyncIterator[RateLimitedProvider]:
-    """A provider of two calls a minute."""
     async with RateLimitedProvider(rpm=2, policy="sliding_window") as provider:
         yield provider
 
 
 @pytest.fixture
 async def client(provider: RateLimitedProvider) -> AsyncIterator[AsyncAnthropic]:
-    """A client of that provider that doesn't retry."""
     async with AsyncAnthropic(base_url=provider.url, api_key="any", max_retries=0) as client:
         yield client
 
 
 async def ask(client: AsyncAnthropic, content: Any = "Hello", **more: Any) -> Any:
-    """Send one message."""
     messages = [{"role": "user", "content": content}]
     call: dict[str, Any] = {"model": "claude", "max_tokens": 50, "messages": messages, **more}
     return await client.messages.create(**call)

@@ -28,12 +28,10 @@ CALL: dict[str, Any] = {
 
 
 def call(provider: RateLimitedProvider | ProviderProcess) -> httpx.Response:
-    """Make one chat call."""
     return httpx.post(f"{provider.base_url}/chat/completions", **CALL)
 
 
 def refuses_connections(url: str) -> bool:
-    """Return whether no server listens there."""
     parts = urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((parts.hostname, parts.port)) != 0
@@ -96,15 +94,6 @@ def test_provider_that_is_not_running_raises_with_remedy() -> None:
         ProviderProcess().fail_next()
 
 
-def test_port_in_use_is_an_error_at_start() -> None:
-    with RateLimitedProvider() as first:
-        port = urlsplit(first.url).port or 0
-        second = RateLimitedProvider(port=port)
-        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .* in use"):
-            second.start()
-        assert call(first).status_code == 200
-
-
 async def test_provider_process_has_the_interface_of_the_provider() -> None:
     async with ProviderProcess(rpm=600, latency=(0.0, 0.001), policy="sliding_window") as provider:
         assert provider.pid != os.getpid()
@@ -153,41 +142,36 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
-async def test_failed_start_can_be_retried(kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (RateLimitedProvider, r"cannot listen on 127\.0\.0\.1:\d+: .* in use"),
+        (ProviderProcess, "process ended with status 1 at its start"),
+    ],
+)
+def test_port_in_use_is_an_error_at_a_start_that_can_be_retried(kind: Any, message: str) -> None:
     with RateLimitedProvider() as first:
         second = kind(port=urlsplit(first.url).port)
-        with pytest.raises((OSError, RuntimeError)):
-            await second.__aenter__()
-    async with second:
+        with pytest.raises((OSError, RuntimeError), match=message):
+            second.start()
+        assert call(first).status_code == 200
+    with second:
         assert call(second).status_code == 200
 
 
-def test_provider_process_leaves_ctrl_c_to_its_parent() -> None:
+def test_provider_process_leaves_ctrl_c_to_its_parent_and_names_its_death() -> None:
     with ProviderProcess() as provider:
         assert provider.pid is not None
         assert os.getpgid(provider.pid) != os.getpgid(0)  # so no terminal sends it one, either
         os.kill(provider.pid, signal.SIGINT)
         time.sleep(0.05)
         assert call(provider).status_code == 200
-    assert provider.statistics().admitted == 1
-
-
-def test_dead_provider_process_raises_runtime_error() -> None:
-    with ProviderProcess() as provider:
-        assert provider.pid is not None
+        assert provider.statistics().admitted == 1
         os.kill(provider.pid, signal.SIGKILL)
         while not refuses_connections(provider.url):
             time.sleep(0.005)
         with pytest.raises(RuntimeError, match="process doesn't answer"):
             provider.statistics()
-
-
-def test_provider_process_that_cannot_start_raises_with_status() -> None:
-    with RateLimitedProvider() as first:
-        second = ProviderProcess(port=urlsplit(first.url).port or 0)
-        with pytest.raises(RuntimeError, match="process ended with status 1 at its start"):
-            second.start()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -203,20 +187,6 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
         said, _ = process.communicate(timeout=10)
 
     assert json.loads(said)["admitted"] == 1
-    assert process.returncode == 0
-
-
-def test_command_ends_silently_when_its_reader_is_gone() -> None:
-    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--commands"]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline()
-        process.stdout.close()
-        process.stdin.close()
-        assert process.stderr.read() == ""
-
     assert process.returncode == 0
 
 
@@ -240,24 +210,16 @@ def test_command_that_cannot_start_prints_a_one_line_error() -> None:
     ("options", "message"),
     [
         ({"rpm": 0}, "rpm must be a whole number of at least 1, not 0"),
-        ({"rpm": 1.5}, "rpm must be a whole number of at least 1, not 1.5"),
         ({"tpm": "100k"}, "tpm must be a whole number of at least 1, not '100k'"),
-        ({"concurrency": -1}, "concurrency must be a whole number of at least 1, not -1"),
         ({"reply_tokens": None}, "reply_tokens must be a whole number of at least 0, not None"),
         ({"port": 70_000}, "port must be at most 65535, not 70000"),
         ({"policy": "magic"}, "policy must be one of token_bucket, sliding_window, .* not 'magic'"),
-        ({"charge": "magic"}, "charge must be one of openai, azure, usage, not 'magic'"),
-        ({"error_rate": 1.5}, "error_rate must be a share from 0 to 1, not 1.5"),
-        ({"error_rate": "0.1"}, "error_rate must be a share from 0 to 1, not '0.1'"),
+        ({"charge": "magic"}, "charge must be one of openai, usage, not 'magic'"),
         ({"minute": 0}, "minute must be a positive number of seconds, not 0"),
-        ({"minute": float("inf")}, "minute must be a positive number of seconds, not inf"),
         ({"latency": -1.0}, r"latency must be seconds >= 0 or \(low, high\), not -1.0"),
         ({"latency": (2, 1)}, r"latency must be seconds >= 0 or \(low, high\), not \(2, 1\)"),
-        ({"latency": (1, 2, 3)}, r"latency must be seconds .* not \(1, 2, 3\)"),
-        ({"latency": "1"}, "latency must be seconds .* not '1'"),
         ({"latency": float("nan")}, "latency must be .* not nan"),
         ({"always": 200}, "status must be 400 to 599, not 200"),
-        ({"always": "429"}, "status must be 400 to 599, not '429'"),
     ],
 )
 def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
@@ -266,29 +228,35 @@ def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
             provider(**options)
 
 
-def test_unknown_option_is_refused() -> None:
-    options: Any = {"rpms": 3}
-    for order in (RateLimitedProvider, ProviderProcess, RateLimitedProvider().reconfigure):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'rpms'"):
-            order(**options)
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (RateLimitedProvider, {"rpms": 3}, TypeError, "unexpected keyword argument 'rpms'"),
+        (ProviderProcess, {"rpms": 3}, TypeError, "unexpected keyword argument 'rpms'"),
+        (
+            RateLimitedProvider,
+            {"clock": time.monotonic},
+            TypeError,
+            "clock must return integer nanoseconds",
+        ),
+        (ProviderProcess, {"clock": time.time_ns}, ValueError, "can't be sent to another process"),
+        (ProviderProcess, {"latency": time.time}, ValueError, "can't be sent to another process"),
+    ],
+)
+def test_option_that_no_provider_takes_is_refused(
+    kind: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        kind(**options)
 
 
-def test_invalid_scripted_failure_is_refused_at_once() -> None:
-    for provider in (RateLimitedProvider(), ProviderProcess()):
-        with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
-            provider.fail_next(status=200)
-        with pytest.raises(ValueError, match=r"retry_after must be finite and >= 0 s, not -1"):
-            provider.fail_next(retry_after=-1)
-        with pytest.raises(ValueError, match="after_chunks must be a whole number of at least 0"):
-            provider.fail_next(after_chunks=-1)
-
-
-def test_clock_in_seconds_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"clock must return integer nanoseconds, as time\.monoton"):
-        RateLimitedProvider(clock=time.monotonic)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("options", [{"clock": time.time_ns}, {"latency": lambda: 0.1}])
-def test_provider_process_refuses_functions_as_options(options: Any) -> None:
-    with pytest.raises(ValueError, match="can't be sent to another process"):
-        ProviderProcess(**options)
+@pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
+def test_invalid_change_or_scripted_failure_is_refused_at_once(kind: Any) -> None:
+    with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
+        kind().fail_next(status=200)
+    with pytest.raises(ValueError, match=r"retry_after must be finite and >= 0 s, not -1"):
+        kind().fail_next(retry_after=-1)
+    with pytest.raises(ValueError, match="after_chunks must be a whole number of at least 0"):
+        kind().fail_next(after_chunks=-1)
+    with pytest.raises((TypeError, RuntimeError)):
+        kind().reconfigure(rpms=3)

@@ -1,9 +1,7 @@
 """The provider as the OpenAI SDK sees it, over real HTTP."""
 
 import asyncio
-import base64
 import json
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -37,41 +35,34 @@ MULTIPLY: ChatCompletionToolParam = {
 
 @pytest.fixture
 async def provider() -> AsyncIterator[RateLimitedProvider]:
-    """A provider without limits."""
     async with RateLimitedProvider() as provider:
         yield provider
 
 
 @pytest.fixture
 async def client(provider: RateLimitedProvider) -> AsyncIterator[AsyncOpenAI]:
-    """A client of that provider that doesn't retry."""
     async with client_of(provider) as client:
         yield client
 
 
 def client_of(provider: RateLimitedProvider) -> AsyncOpenAI:
-    """Return a client that doesn't retry."""
     return AsyncOpenAI(base_url=provider.base_url, api_key="test-key", max_retries=0)
 
 
 async def ask(client: AsyncOpenAI, text: str = "Hello", **more: Any) -> Any:
-    """Make one chat call."""
     messages: Any = [{"role": "user", "content": text}]
     return await client.chat.completions.create(model=MODEL, messages=messages, **more)
 
 
-async def test_chat_repeats_the_question_and_reports_usage(client: AsyncOpenAI) -> None:
-    reply = await ask(client, "What is 6 x 7?")
-
-    assert reply.choices[0].message.content == "You said: What is 6 x 7?"
-    assert reply.choices[0].finish_reason == "stop"
-    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (4, 6)
-    assert reply.usage.total_tokens == 10
-
-
-async def test_reply_is_padded_to_reply_tokens_and_cut_at_max_tokens(
+async def test_chat_repeats_the_question_padded_to_reply_tokens_and_cut_at_max_tokens(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
+    reply = await ask(client, "What is 6 x 7?")
+    assert reply.choices[0].message.content == "You said: What is 6 x 7?"
+    assert reply.choices[0].finish_reason == "stop"
+    usage = reply.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 6, 10)
+
     provider.reconfigure(reply_tokens=300)
     assert (await ask(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
@@ -160,101 +151,34 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
     assert len(vectors[0]) == 64
     assert len(short.data[0].embedding) == 3
     assert floats.usage.total_tokens == 3
+    assert (
+        await client.embeddings.create(model="e", input=[[1, 2, 3], [4]])
+    ).usage.total_tokens == 4
 
 
-async def test_embeddings_accept_token_ids(provider: RateLimitedProvider) -> None:
-    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
-        one = await client.post(
-            f"{provider.base_url}/embeddings",
-            json={"model": "e", "input": [1, 2, 3], "encoding_format": "base64"},
-        )
-        two = await client.post(
-            f"{provider.base_url}/embeddings", json={"model": "e", "input": [[1, 2, 3], [4]]}
-        )
-
-    (item,) = one.json()["data"]
-    assert len(struct.unpack("<64f", base64.b64decode(item["embedding"]))) == 64
-    assert one.json()["usage"]["total_tokens"] == 3
-    assert len(two.json()["data"]) == 2
-    assert provider.statistics().tokens == 3 + 4
-
-
-async def test_responses_give_text_and_usage(client: AsyncOpenAI) -> None:
-    reply = await client.responses.create(model=MODEL, input="Hello", instructions="Be kind.")
-    cut = await client.responses.create(
-        model=MODEL, input=[{"role": "user", "content": "Hello " * 50}], max_output_tokens=16
-    )
-
-    assert reply.output_text == "You said: Hello"
-    assert reply.status == "completed"
-    assert reply.usage is not None
-    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 4)
-    assert cut.status == "incomplete"
-    assert cut.usage is not None
-    assert cut.usage.output_tokens == 16
-
-
-async def test_responses_stream_their_main_events(client: AsyncOpenAI) -> None:
-    stream = await client.responses.create(model=MODEL, input="Hello", stream=True)
-    events: list[Any] = [event async for event in stream]
-
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
-    assert text == events[-1].response.output_text == "You said: Hello"
-    kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in events))
-    assert kinds == [
-        "created",
-        "in_progress",
-        "output_item.added",
-        "content_part.added",
-        "output_text.delta",
-        "output_text.done",
-        "content_part.done",
-        "output_item.done",
-        "completed",
-    ]
-    assert events[-1].response.usage.total_tokens == 6
-
-
-async def test_responses_call_tools(client: AsyncOpenAI) -> None:
-    tool: Any = {"type": "function", **MULTIPLY["function"], "strict": False}
-    reply = await client.responses.create(model=MODEL, input="Hello", tools=[tool])
-    stream = await client.responses.create(model=MODEL, input="Hello", tools=[tool], stream=True)
-    events: list[Any] = [event async for event in stream]
-
-    call: Any = reply.output[0]
-    assert (call.type, call.name, json.loads(call.arguments)) == (
-        "function_call",
-        "multiply",
-        {"a": 1, "b": 3},
-    )
-    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
-    assert "".join(deltas) == call.arguments
-    history: Any = [
-        {"role": "user", "content": "Hello"},
-        call.model_dump(exclude_none=True),
-        {"type": "function_call_output", "call_id": call.call_id, "output": "3"},
-    ]
-    answer = await client.responses.create(model=MODEL, input=history, tools=[tool])
-    assert answer.output_text == "You said: Hello"
-
-
-async def test_responses_obey_a_text_format(client: AsyncOpenAI) -> None:
+async def test_responses_give_text_usage_tools_and_formats(client: AsyncOpenAI) -> None:
     class City(BaseModel):
         name: str
 
-    reply = await client.responses.parse(model=MODEL, input="Hello", text_format=City)
+    tool: Any = {"type": "function", **MULTIPLY["function"], "strict": False}
+    question: Any = {"role": "user", "content": "Hello " * 50}
+    reply = await client.responses.create(model=MODEL, input="Hello", instructions="Be kind.")
+    cut = await client.responses.create(model=MODEL, input=[question], max_output_tokens=16)
+    parsed = await client.responses.parse(model=MODEL, input="Hello", text_format=City)
+    (call,) = (await client.responses.create(model=MODEL, input="Hello", tools=[tool])).output
+    assert call.type == "function_call"
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+    history: Any = [question, call.model_dump(exclude_none=True), result]
+    answer = await client.responses.create(model=MODEL, input=history, tools=[tool])
 
-    assert reply.output_parsed == City(name="text")
-
-
-async def test_models_are_listed_and_cost_nothing(
-    provider: RateLimitedProvider, client: AsyncOpenAI
-) -> None:
-    names = [model.id async for model in client.models.list()]
-
-    assert MODEL in names
-    assert provider.statistics().requests == 0
+    assert (reply.output_text, reply.status) == ("You said: Hello", "completed")
+    assert reply.usage is not None
+    assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 4)
+    assert cut.usage is not None
+    assert (cut.status, cut.usage.output_tokens) == ("incomplete", 16)
+    assert parsed.output_parsed == City(name="text")
+    assert (call.name, json.loads(call.arguments)) == ("multiply", {"a": 1, "b": 3})
+    assert answer.output_text.startswith("You said: Hello")
 
 
 async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) -> None:
@@ -266,42 +190,28 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
     assert reply.choices[0].message.content == "You said: Hello"
 
 
-@pytest.mark.parametrize("key", [None, "", "Bearer", "Basic abc"])
-async def test_call_without_key_gets_401(provider: RateLimitedProvider, key: str | None) -> None:
-    headers = {} if key is None else {"authorization": key}
-    async with httpx.AsyncClient() as client:
-        reply = await client.post(f"{provider.base_url}/chat/completions", headers=headers, json={})
-
-    assert reply.status_code == 401
-    assert reply.json()["error"]["code"] == "invalid_api_key"
-    assert (provider.statistics().requests, provider.statistics().invalid) == (0, 1)
-
-
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
         ("chat/completions", {}, "you must provide a model parameter"),
         ("chat/completions", {"model": "m", "messages": []}, "'messages' must be a list"),
-        ("chat/completions", {"model": "m", "messages": ["x"]}, "'messages' must hold objects"),
-        ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "must be text or parts"),
+        ("chat/completions", {"model": "m", "messages": [{"content": 7}]}, "can't be understood"),
         (
             "chat/completions",
             {"model": "m", "messages": [{"content": "x"}], "max_tokens": 0},
             "'max_tokens' must be an integer from 1 to 1,000,000",
         ),
         (
-            "chat/completions",
-            {"model": "m", "messages": [{"content": "x"}], "tools": [7]},
-            "can't be understood",
-        ),
-        (
             "embeddings",
             {"model": "m", "input": "x", "dimensions": 10**30},
             "'dimensions' must be an integer from 1 to 1,000,000",
         ),
-        ("responses", {"model": "m"}, "'input' must be a list of messages"),
+        (
+            "responses",
+            {"model": "m", "input": "x", "stream": True},
+            "responses can't be streamed here",
+        ),
         ("embeddings", {"model": "m", "input": []}, "'input' must be a string or a list"),
-        ("embeddings", {"model": "m", "input": [{}]}, "'input' holds neither text nor tokens"),
         ("embeddings", [], "the body must be a JSON object"),
     ],
 )
@@ -317,65 +227,59 @@ async def test_bad_request_gets_400_and_costs_nothing(
     assert (provider.statistics().admitted, provider.statistics().invalid) == (0, 1)
 
 
-async def test_unknown_path_gets_404_and_invalid_json_gets_400(
-    provider: RateLimitedProvider,
-) -> None:
-    async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
-        unknown = await client.post(f"{provider.base_url}/nonsense", json={})
-        method = await client.get(f"{provider.base_url}/chat/completions")
+async def test_call_that_cannot_be_read_gets_400_401_or_404(provider: RateLimitedProvider) -> None:
+    url, key = provider.base_url, {"authorization": "Bearer k"}
+    async with httpx.AsyncClient() as client:
+        unknown = await client.post(f"{url}/nonsense", json={}, headers=key)
+        method = await client.get(f"{url}/chat/completions", headers=key)
         garbage = [
-            await client.post(f"{provider.base_url}/chat/completions", content=content)
+            await client.post(f"{url}/chat/completions", content=content, headers=key)
             for content in (b"{", b"[" * 100_000)
+        ]
+        strange = [
+            await client.post(f"{url}/chat/completions", json={}, headers={"authorization": text})
+            for text in ("", "Bearer", "Basic abc")
         ]
 
     assert (unknown.status_code, method.status_code) == (404, 404)
-    assert [reply.status_code for reply in garbage] == [400, 400]
     assert unknown.json()["error"]["message"] == "Invalid URL (POST /v1/nonsense)"
-    assert provider.statistics().invalid == 4
+    assert [reply.status_code for reply in garbage] == [400, 400]
+    assert [reply.status_code for reply in strange] == [401, 401, 401]
+    assert strange[0].json()["error"]["code"] == "invalid_api_key"
+    assert (provider.statistics().requests, provider.statistics().invalid) == (0, 7)
 
 
-async def test_every_reply_reports_the_rate_limits(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(rpm=60, tpm=6000)
+async def test_replies_report_the_limits_and_429_says_when_to_retry(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider = rate_limited_provider(rpm=1, tpm=6_000, policy="sliding_window")
     async with client_of(provider) as client:
         reply = await client.chat.completions.with_raw_response.create(
             model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=600
         )
-
-    headers = reply.headers
-    assert headers["x-ratelimit-limit-requests"] == "60"
-    assert headers["x-ratelimit-remaining-requests"] == "59"
-    assert headers["x-ratelimit-reset-requests"] in ("1s", *(f"{ms}ms" for ms in range(900, 1000)))
-    assert headers["x-ratelimit-limit-tokens"] == "6000"
-    assert int(headers["x-ratelimit-remaining-tokens"]) in range(5400, 5410)
-    assert headers["x-ratelimit-reset-tokens"].startswith(("6s", "5.9"))
-    assert headers["x-request-id"].startswith("req_")
-
-
-async def test_429_names_limit_and_when_to_retry(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(rpm=1, policy="sliding_window")
-    async with client_of(provider) as client:
-        await ask(client)
         with pytest.raises(openai.RateLimitError) as caught:
             await ask(client)
+        provider.reconfigure(rpm=None, tpm=100)
+        with pytest.raises(openai.RateLimitError, match="can never pass") as never:
+            await ask(client, max_tokens=101)
 
+    said = {
+        name: reply.headers[f"x-ratelimit-{name}"]
+        for name in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
+    }
+    assert list(said.values()) == ["1", "0", "6000", "5400"]
+    assert reply.headers["x-ratelimit-reset-tokens"].startswith(("59.", "1m0s"))
+    assert reply.headers["x-request-id"].startswith("req_")
     error: Any = caught.value
-    assert error.code == "rate_limit_exceeded"
-    assert error.type == "requests"
+    assert (error.code, error.type) == ("rate_limit_exceeded", "requests")
     assert "on requests per min (RPM): Limit 1, Used 1, Requested 1." in error.message
     assert "Please try again in 59." in error.message or "in 1m0s" in error.message
     assert error.response.headers["retry-after"] == "60"
     assert 59_000 < int(error.response.headers["retry-after-ms"]) <= 60_000
-    assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
-    provider.reconfigure(rpm=None, tpm=100)
-    async with client_of(provider) as client:
-        with pytest.raises(openai.RateLimitError, match="can never pass") as caught:
-            await ask(client, max_tokens=101)
-    assert "retry-after" not in caught.value.response.headers
+    assert "retry-after" not in never.value.response.headers
 
 
-@pytest.mark.parametrize(
-    ("charge", "tokens"), [("openai", 50), ("azure", 53), ("usage", 3 + 6)], ids=str
-)
+@pytest.mark.parametrize(("charge", "tokens"), [("openai", 50), ("usage", 3 + 6)], ids=str)
 async def test_call_is_charged_by_the_configured_rule(
     rate_limited_provider: ProviderFactory, charge: Any, tokens: int
 ) -> None:
@@ -385,21 +289,6 @@ async def test_call_is_charged_by_the_configured_rule(
 
     assert reply.usage.prompt_tokens == 3
     assert provider.statistics().tokens == tokens
-
-
-async def test_prompt_tokens_include_tools_and_images(provider: RateLimitedProvider) -> None:
-    async with client_of(provider) as client:
-        bare = await ask(client, "x" * 400)
-        tools = await ask(client, "x" * 400, tools=[MULTIPLY], tool_choice="none")
-        image: Any = [
-            {"type": "text", "text": "x" * 400},
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}},
-        ]
-        seen = await ask(client, image)
-
-    assert bare.usage.prompt_tokens == 100
-    assert 130 < tools.usage.prompt_tokens < 200
-    assert seen.usage.prompt_tokens == 185
 
 
 async def test_scripted_failures_have_given_status_code_and_retry_after(

@@ -1,7 +1,7 @@
 """A rate-limited provider on loopback, for tests, demos and benchmarks.
 
-It speaks OpenAI's `/v1/chat/completions`, `/v1/responses` (both with tools, streams and response
-formats), `/v1/embeddings` and `/v1/models`, and Anthropic's `/v1/messages`. It refuses what exceeds
+It speaks OpenAI's `/v1/chat/completions` (with tools, streams and response formats), `/v1/responses`
+(the same without streams) and `/v1/embeddings`, and Anthropic's `/v1/messages`. It refuses what exceeds
 its limits as they do: with 429, `retry-after` and headers about what is left. Its answers are a
 fake model's text, the same every time.
 

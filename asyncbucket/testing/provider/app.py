@@ -111,12 +111,10 @@ class _Exchange:
         request = self._request
         try:
             _check_key(request)
-            if (request.method, self.endpoint) == ("GET", "models"):
-                return JSONResponse(replies.models(), headers=self._headers())
             model, tokens, reply = await self._read()
         except InvalidRequestError as exc:
             self._enforcer.count_invalid()
-            return self._error(exc.status, str(exc), parameter=exc.parameter)
+            return self._error(exc.status, str(exc))
         outcome = self._enforcer.enter(self.endpoint, tokens)
         self._is_admitted = not is_refusal(outcome)
         if isinstance(outcome, RateRefusal):
@@ -155,6 +153,8 @@ class _Exchange:
             tokens = charge(options.charge, prompt, reply)
             whole, events = writer
             if prompt.stream:
+                if events is None:
+                    raise InvalidRequestError(f"{self.endpoint} can't be streamed here")
                 chunks = replies.as_events(events(prompt, reply, self._number))
                 return prompt.model, tokens, chunks
             return prompt.model, tokens, whole(prompt, reply, self._number)
@@ -220,7 +220,6 @@ class _Exchange:
         *,
         kind: str | None = None,
         code: str | None = None,
-        parameter: str | None = None,
         retry_after: int | None = None,
     ) -> Response:
         """Return an error; type and code default to those of its status."""
@@ -229,7 +228,7 @@ class _Exchange:
             body: Json = {"type": "error", "error": error}
         else:
             usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
-            error = {"message": message, "type": kind or usual_kind, "param": parameter}
+            error = {"message": message, "type": kind or usual_kind, "param": None}
             body = {"error": {**error, "code": code or usual_code}}
         headers = self._headers()
         if retry_after is not None:
@@ -264,14 +263,13 @@ def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
 
     OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
     tokens based on the character count of your request"
-    (platform.openai.com/docs/guides/rate-limits, read in 2025). Azure adds the two. What the reply
-    will use is known only to a fake model; it is for tests in which estimate and usage must agree.
+    (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known only
+    to a fake model; it is for tests in which estimate and usage must agree.
     """
     if rule == "usage":
         return reply.prompt_tokens + reply.completion_tokens
     output = DEFAULT_MAX_TOKENS if prompt.max_tokens is None else prompt.max_tokens
-    tokens = reply.prompt_tokens
-    return tokens + output if rule == "azure" else max(tokens, output)
+    return max(reply.prompt_tokens, output)
 
 
 def go_duration(nanoseconds: int) -> str:

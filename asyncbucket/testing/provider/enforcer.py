@@ -5,7 +5,6 @@ is charged even if it fails. All public methods may be called from any thread.
 """
 
 import random
-import threading
 from collections import Counter, deque
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +18,7 @@ from asyncbucket.testing.provider.options import (
     ProviderStatistics,
 )
 from asyncbucket.testing.provider.policies import Policy, make_policy
+from asyncbucket.waiting import Lock
 
 TOO_MANY_REQUESTS = 429
 _FIXED_AT_START = frozenset({"policy", "minute", "seed", "port", "clock"})
@@ -49,11 +49,10 @@ class Enforcer:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._policies: dict[str, Policy] = {}
         self._scripted: deque[Failure] = deque()
-        self._errors = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
-        self._latencies = random.Random(options.seed)  # noqa: S311
+        self._latencies = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
         self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
         self._refused: Counter[str] = Counter()
         self._endpoints: Counter[str] = Counter()
@@ -154,15 +153,15 @@ class Enforcer:
                 self._policies[name] = make_policy(options.policy, limit, minute=minute, now=now)
 
     def _decide(self, tokens: int, now: int) -> RateRefusal | Failure | None:
-        always, rate = self.options.always, self.options.error_rate
-        failure = self._scripted[0] if self._scripted else always and Failure(always)
-        if not failure or failure.status != TOO_MANY_REQUESTS:
+        always = self.options.always
+        failure = Failure(always) if always else None
+        if self._scripted:
+            failure = self._scripted[0]
+        if failure is None or failure.status != TOO_MANY_REQUESTS:
             refusal = self._refusal(tokens, now)
             if refusal is not None:
                 return refusal
-        if self._scripted:
-            return self._scripted.popleft()
-        return failure or (Failure(500) if rate and self._errors.random() < rate else None)
+        return self._scripted.popleft() if self._scripted else failure
 
     def _refusal(self, tokens: int, now: int) -> RateRefusal | None:
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]

@@ -15,7 +15,7 @@ _LAST_PORT = 65_535
 Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
 """Seconds a reply takes: fixed, uniform between two, or from a function for each call."""
 
-ChargeRule: TypeAlias = Literal["openai", "azure", "usage"]
+ChargeRule: TypeAlias = Literal["openai", "usage"]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -28,13 +28,12 @@ class Options:
         policy: How both are counted: token_bucket, sliding_window, fixed_window or
             one_second_slices.
         charge: What a call costs in tokens at admission: openai (the larger of the prompt and
-            max_tokens), azure (their sum) or usage (what the reply will use).
+            max_tokens) or usage (what the reply will use).
         concurrency: The most calls in flight; None for no limit.
         latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
-        error_rate: Share of admitted calls that fail with a 500, drawn at random from the seed.
         always: Answer every call with this status.
         reply_tokens: Length to which text replies are padded.
-        seed: The seed of latencies and errors.
+        seed: The seed of latencies.
         minute: Seconds a minute lasts. A short one makes tests on a real clock short.
         port: Port on 127.0.0.1; 0 takes a free one.
         clock: The clock of the limits, in integer nanoseconds.
@@ -50,7 +49,6 @@ class Options:
     charge: ChargeRule = "openai"
     concurrency: int | None = None
     latency: Latency = 0.0
-    error_rate: float = 0.0
     always: int | None = None
     reply_tokens: int = 0
     seed: int = 0
@@ -70,8 +68,6 @@ class Options:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        if not _is_within(self.error_rate, 0, 1):
-            raise ValueError(f"error_rate must be a share from 0 to 1, not {self.error_rate!r}")
         if not _is_within(self.minute, SLICES / NANOSECONDS):
             raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
         if not callable(self.clock) or not isinstance(self.clock(), int):

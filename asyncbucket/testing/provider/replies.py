@@ -6,13 +6,14 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from asyncbucket.testing.provider.prompt import Answer, Json, Prompt, read_count
 
 Chunk: TypeAlias = dict[str, Any]
 """What a stream sends; its type, if it has one, is also the name of the server-sent event."""
+Writer: TypeAlias = Callable[[Prompt, Answer, str], Chunk]
 
 CREATED = 1_735_689_600
 """A constant: replies are the same from run to run."""
@@ -22,7 +23,6 @@ DIMENSIONS = 64
 """Of an embedding, unless the request says how many."""
 DIRECTIONS = 1024
 """How many different embeddings there are; a text's checksum chooses one."""
-MODELS = ("gpt-4o-mini", "gpt-4o", "text-embedding-3-small")
 
 
 def as_events(events: Sequence[Chunk]) -> list[bytes]:
@@ -100,83 +100,37 @@ def _chat_usage(reply: Answer) -> Json:
 def response(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
     """Return the reply of /responses: one output item, a message or a function call."""
     status = "incomplete" if reply.truncated else "completed"
-    usage = {
-        "input_tokens": reply.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": reply.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": reply.prompt_tokens + reply.completion_tokens,
-    }
-    cut: Chunk = {"incomplete_details": {"reason": "max_output_tokens"}} if reply.truncated else {}
-    item = _item(reply, call_id, status, reply.text)
-    begun = _response_begun(prompt, call_id)
-    return {**begun, "status": status, "output": [item], "usage": usage, **cut}
-
-
-def response_events(prompt: Prompt, reply: Answer, call_id: str) -> list[Chunk]:
-    """Return the same as events."""
-    begun, done = _response_begun(prompt, call_id), response(prompt, reply, call_id)
-    item = done["output"][0]
-    place: Chunk = {"output_index": 0, "item_id": item["id"]}
-    if reply.tool is not None:
-        kind = "function_call_arguments"
-        ending: dict[str, Json] = {f"{kind}.done": {"name": reply.tool, "arguments": reply.text}}
-        beginning: dict[str, Json] = {}
-        more: Chunk = {}
+    if reply.tool is None:
+        part = {"type": "output_text", "text": reply.text, "annotations": [], "logprobs": []}
+        item = {"id": f"msg_{call_id}", "type": "message", "role": "assistant", "content": [part]}
     else:
-        kind, place = "output_text", {**place, "content_index": 0}
-        more = {"logprobs": []}
-        beginning = {"content_part.added": {"part": _part("")}}
-        ending = {
-            f"{kind}.done": {"text": reply.text, **more},
-            "content_part.done": {"part": _part(reply.text)},
-        }
-    events: list[tuple[str, Json]] = [
-        ("created", {"response": begun}),
-        ("in_progress", {"response": begun}),
-        ("output_item.added", {"output_index": 0, "item": _item(reply, call_id, "in_progress")}),
-        *((name, {**place, **fields}) for name, fields in beginning.items()),
-        *((f"{kind}.delta", {**place, "delta": piece, **more}) for piece in _pieces(reply.text)),
-        *((name, {**place, **fields}) for name, fields in ending.items()),
-        ("output_item.done", {"output_index": 0, "item": item}),
-        (done["status"], {"response": done}),
-    ]
-    return [
-        {"type": f"response.{name}", "sequence_number": number, **fields}
-        for number, (name, fields) in enumerate(events)
-    ]
-
-
-def _response_begun(prompt: Prompt, call_id: str) -> Chunk:
+        call = {"call_id": f"call_{call_id}", "name": reply.tool, "arguments": reply.text}
+        item = {"id": f"fc_{call_id}", "type": "function_call", **call}
     return {
         "id": f"resp_{call_id}",
         "object": "response",
         "created_at": CREATED,
-        "status": "in_progress",
-        **dict.fromkeys(("error", "incomplete_details", "instructions", "usage")),
+        "status": status,
+        "error": None,
+        "incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None,
+        "instructions": None,
         "max_output_tokens": prompt.max_tokens,
         "metadata": {},
         "model": prompt.model,
-        "output": [],
+        "output": [{**item, "status": status}],
         "parallel_tool_calls": False,
         "temperature": 1.0,
         "tool_choice": prompt.forced or "auto",
         "tools": [],
         "top_p": 1.0,
+        "usage": {
+            "input_tokens": reply.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": reply.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+        },
     }
-
-
-def _item(reply: Answer, call_id: str, status: str, text: str | None = None) -> Chunk:
-    if reply.tool is None:
-        content = [] if text is None else [_part(text)]
-        item: Chunk = {"id": f"msg_{call_id}", "type": "message", "role": "assistant"}
-        return {**item, "status": status, "content": content}
-    call = {"call_id": f"call_{call_id}", "name": reply.tool, "arguments": text or ""}
-    return {"id": f"fc_{call_id}", "type": "function_call", "status": status, **call}
-
-
-def _part(text: str) -> Chunk:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def message(prompt: Prompt, reply: Answer, call_id: str) -> Chunk:
@@ -251,18 +205,9 @@ def _vector(direction: int, size: int, in_base64: bool) -> str | tuple[float, ..
     return base64.b64encode(packed).decode() if in_base64 else struct.unpack(f"<{size}f", packed)
 
 
-def models() -> Json:
-    """Return the reply of /models."""
-    data = [
-        {"id": name, "object": "model", "created": CREATED, "owned_by": "asyncbucket"}
-        for name in MODELS
-    ]
-    return {"object": "list", "data": data}
-
-
-#: How each endpoint that generates text replies: whole, and in events.
-WRITERS = {
+#: How each endpoint that generates text replies: whole, and in events if it can be streamed.
+WRITERS: dict[str, tuple[Writer, Callable[[Prompt, Answer, str], list[Chunk]] | None]] = {
     "chat/completions": (chat, chat_events),
-    "responses": (response, response_events),
+    "responses": (response, None),
     "messages": (message, message_events),
 }

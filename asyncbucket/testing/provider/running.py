@@ -18,6 +18,7 @@ import uvicorn
 from asyncbucket.testing.provider.app import Api, StreamBrokenError
 from asyncbucket.testing.provider.enforcer import Enforcer
 from asyncbucket.testing.provider.options import Arrival, Failure, Options, ProviderStatistics
+from asyncbucket.waiting import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,7 +227,7 @@ class ProviderProcess(Provider):
         if "clock" in self.given() or callable(self.latency):
             raise ValueError("a clock or a callable latency can't be sent to another process")
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._last_statistics = asdict(ProviderStatistics())
 
     @property

@@ -6,6 +6,7 @@ import pytest
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, ConfigDict, Field
 
+from asyncbucket.testing.provider.app import go_duration
 from asyncbucket.testing.provider.prompt import smallest_instance
 
 
@@ -70,3 +71,21 @@ def test_instance_is_valid_for_pydantic_schemas(model: type[BaseModel]) -> None:
 )
 def test_instance_fits_handwritten_schemas(schema: Any, instance: object) -> None:
     assert smallest_instance(schema) == instance
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (0, "0s"),
+        (1, "1ms"),
+        (120_000_000, "120ms"),
+        (999_000_000 + 1, "1s"),
+        (8640_000_000, "8.64s"),
+        (59_999_000_000, "59.999s"),
+        (60_000_000_000, "1m0s"),
+        (360_000_000_000, "6m0s"),
+        (3661_000_000_000 + 500_000_000, "1h1m1.5s"),
+    ],
+)
+def test_duration_is_written_in_go_format(nanoseconds: int, text: str) -> None:
+    assert go_duration(nanoseconds) == text
