@@ -23,7 +23,7 @@ async def test_settling_below_reservation_refunds_at_once(virtual_time: VirtualT
 
 def test_amounts_settled_as_none_stay_as_reserved() -> None:
     limiter = Limiter("100 TPM", "10 RPM")
-    limiter.acquire_nowait(tokens=40).settle(requests=None, tokens=30)
+    limiter.acquire_nowait(tokens=40).settle(requests=1, tokens=30, output_tokens=None)
     assert [use.used for use in limiter.statistics().limits] == [30, 1]
 
 

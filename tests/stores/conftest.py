@@ -23,7 +23,7 @@ from asyncbucket import Limiter
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
 
-pytest.register_assert_rewrite("conformance")
+pytest.register_assert_rewrite("tests.stores.conformance")
 
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from asyncbucket.stores import Store, open_store
-from conformance import StoreConformance
+from tests.stores.conformance import StoreConformance
 
 
 class TestRedis(StoreConformance):

@@ -11,7 +11,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Lease, Limit, Limiter, StoreError
 from asyncbucket.stores import open_store
-from conformance.place import peek_at
+from tests.stores.conformance.place import peek_at
 
 #: If a loop ends without closing the limiter, its connections are left to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")

@@ -17,10 +17,10 @@ from asyncbucket import Limit, Limiter, StoreError
 from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
 from asyncbucket.testing import assert_never_over
-from conformance.place import outcomes, peek_at, terms
+from tests.stores.conformance.place import outcomes, peek_at, terms
 
 if TYPE_CHECKING:
-    from conftest import Fault, RunningServer
+    from tests.stores.conftest import Fault, RunningServer
 
 #: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock
@@ -88,7 +88,7 @@ asyncio.run(look())
 HOLDING = """
 import asyncio, sys
 from asyncbucket.stores import Batch, open_store
-from conformance.place import terms
+from tests.stores.conformance.place import terms
 
 async def main():
     store = open_store(sys.argv[1])

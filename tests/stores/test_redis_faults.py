@@ -18,12 +18,12 @@ from asyncbucket.stores import (
 )
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.store import FAR
-from conformance.place import outcomes, terms
+from tests.stores.conformance.place import outcomes, terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Proxy, RunningServer
+    from tests.stores.conftest import Proxy, RunningServer
 
 SECOND = 1_000_000_000
 FREE = {"requests": 1}

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from asyncbucket.core.limits import Limit
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
 from asyncbucket.stores.redis import RedisStore, script
-from conformance import Oracle
+from tests.stores.conformance import Oracle
 
 if TYPE_CHECKING:
-    from conftest import RunningServer
-
     from asyncbucket.core.meters import Amounts
+    from tests.stores.conftest import RunningServer
 
 MICROSECOND = 1_000
 SECOND = 1_000_000_000

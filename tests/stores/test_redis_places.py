@@ -14,12 +14,12 @@ from redis.asyncio import Redis
 from asyncbucket.stores import Batch, StoreError, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.redis.servers import Server, _settings
-from conformance.place import outcomes, terms
+from tests.stores.conformance.place import outcomes, terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import RunningServer
+    from tests.stores.conftest import RunningServer
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}

@@ -25,7 +25,7 @@ from asyncbucket.stores import Batch, LimitConfig, open_store
 from asyncbucket.stores.pending import PendingUpdates
 from asyncbucket.stores.redis import RedisLedger
 from asyncbucket.testing import assert_never_over
-from conformance.place import peek_at, terms
+from tests.stores.conformance.place import peek_at, terms
 
 Limiters: TypeAlias = Callable[..., Limiter]
 

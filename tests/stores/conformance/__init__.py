@@ -16,10 +16,10 @@ meters say at that instant of the store's clock. Scenarios run on the machine's 
 is what stores share; together they take about half a minute.
 """
 
-from conformance.arithmetic import Arithmetic
-from conformance.oracle import Oracle
-from conformance.slots import Slots
-from conformance.steering import Steering
+from .arithmetic import Arithmetic
+from .oracle import Oracle
+from .slots import Slots
+from .steering import Steering
 
 __all__ = ["Oracle", "StoreConformance"]
 

@@ -7,8 +7,9 @@ from random import Random
 from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import Batch, Correction, Ledger, Outcome
 from asyncbucket.testing.assertions import assert_never_over
-from conformance.oracle import Oracle
-from conformance.place import (
+
+from .oracle import Oracle
+from .place import (
     MILLISECOND,
     SECOND,
     Place,

@@ -4,7 +4,8 @@ import asyncio
 import time
 
 from asyncbucket.stores.store import Batch, Ledger, Outcome
-from conformance.place import (
+
+from .place import (
     SECOND,
     Place,
     Suite,

@@ -3,7 +3,8 @@
 import asyncio
 
 from asyncbucket.stores.store import Batch, Correction, Outcome
-from conformance.place import (
+
+from .place import (
     MILLISECOND,
     SECOND,
     Place,
