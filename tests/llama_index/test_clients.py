@@ -234,7 +234,7 @@ async def test_booking_is_dated_just_before_each_request_is_sent(
     def sent(_: Lease) -> None:
         seen.append(len(openai_api.requests))
 
-    monkeypatch.setattr(Lease, "sent", sent)
+    monkeypatch.setattr("asyncbucket.nesting.sent", sent)
     llm = Limiter("1000 RPM").wrap(make())
 
     await llm.achat(MESSAGES)
@@ -260,7 +260,7 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
     def sent(_: Lease) -> None:
         seen.append("dated")
 
-    monkeypatch.setattr(Lease, "sent", sent)
+    monkeypatch.setattr("asyncbucket.nesting.sent", sent)
     monkeypatch.setattr(httpcore.MockStream, "write", write)
     monkeypatch.setattr(httpcore.AsyncMockStream, "write", write_async)
     reply = b'{"choices": [{"message": {"role": "assistant", "content": "hi"}}]}'

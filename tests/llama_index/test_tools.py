@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -441,7 +441,7 @@ PLANS = st.recursive(
 
 
 @pytest.mark.heavy
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     plans=st.lists(PLANS, min_size=1, max_size=6),
     slots=st.lists(st.integers(1, 2), min_size=4, max_size=4),
@@ -464,11 +464,12 @@ def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
         tools: dict[str, Any] = {}
 
         async def run(plan: Plan) -> str:
-            """Run."""
+            """Run; never ask a tool of a child before its own, for a circle may wait for itself."""
             await asyncio.sleep(plan.seconds)
             if models:
                 await llm.acomplete("hi")
-            await asyncio.gather(*(tools[each.child].acall(plan=each) for each in plan.asks))
+            asks = [replace(each, child=max(each.child, plan.child)) for each in plan.asks]
+            await asyncio.gather(*(tools[each.child].acall(plan=each) for each in asks))
             return "done"
 
         for name, child in children.items():
