@@ -41,8 +41,7 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-#: Where a client keeps the fields of the model that made it, and an httpx client those of all loops.
-_MADE_FOR: Final = "_asyncbucket_made_for"
+#: Where an httpx client keeps those of all loops.
 _BY_LOOP: Final = "_asyncbucket_by_loop"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
@@ -95,31 +94,22 @@ def without_retries(client: C) -> C:
     return copied
 
 
-def client_of(model: object, kept_as: str, make: Callable[[], Any]) -> Any:
+def client_of(model: object, make: Callable[[], Any]) -> Any:
     """Return the client that ``make()`` returns, which reports and doesn't retry if ``model`` made it.
 
-    One in a field is the user's. If the model keeps it, under the private name ``kept_as``, a copy
-    of the model, which may have another key, makes one of its own.
+    One in a field is the user's.
     """
-    note_client(reports=True)  # making it sends nothing, even if that fails
-    private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
-    fields = vars(model)
-    kept = private.get(kept_as)
-    made_for = vars(kept).get(_MADE_FOR) if is_reporting(kept) else None
-    if made_for is not None and made_for is not fields:
-        private[kept_as] = None
-    is_kept = private.get(kept_as) is not None
+    _note_client(reports=True)  # making it sends nothing, even if that fails
     client = make()
-    is_users = any(client is value for value in fields.values())
+    is_users = any(client is value for value in vars(model).values())
     if is_client(client) and not is_users and not is_reporting(client):
         _make_reporting(client)
         client.max_retries = 0
-        vars(client)[_MADE_FOR] = None if is_kept else fields
-    note_client(reports=is_reporting(client))
+    _note_client(reports=is_reporting(client))
     return client
 
 
-def note_client(*, reports: bool) -> None:
+def _note_client(*, reports: bool) -> None:
     """Note whether the client that this context's call asks for reports its requests."""
     held = innermost_held_lease()
     if isinstance(held, HeldCall):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import functools
 import gc
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -520,20 +519,6 @@ def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
         asyncio.run(ask(llm))
         assert llm._get_aclient() is ours
     assert not theirs.is_closed()
-
-
-@pytest.mark.usefixtures("openai_api")
-async def test_copied_model_has_its_own_client() -> None:
-    llm = Limiter("1000 RPM").wrap(make_openai())
-    twin = copy.deepcopy(llm)
-    await ask(llm)
-    llm.chat(MESSAGES)
-    other = llm.model_copy(update={"api_key": "other"})
-    models = (llm, other, twin, llm.model_copy())
-
-    for clients in ([m._get_aclient() for m in models], [m._get_client() for m in models]):
-        assert [client.api_key for client in clients] == ["k", "other", "k", "k"]
-        assert len(set(map(id, clients))) == 4
 
 
 @pytest.mark.real_clock

@@ -217,41 +217,6 @@ async def test_method_making_three_calls_is_charged_for_all_three() -> None:
     assert (now.admitted, [limit.used for limit in now.limits]) == (2, [6, 60])
 
 
-async def test_method_reading_several_streams_is_charged_for_all() -> None:
-    class Drafting(Echo):
-        async def achat(self, *_: Any, **__: Any) -> ChatResponse:
-            async def draft() -> str:
-                return "".join(
-                    [part.delta or "" async for part in await self.astream_chat(MESSAGES)]
-                )
-
-            await self.acomplete("hi")
-            drafts = [await draft(), *await asyncio.gather(draft(), draft())]
-            return ChatResponse(message=ChatMessage(drafts[0]))
-
-        def chat(self, *_: Any, **__: Any) -> ChatResponse:
-            drafts = [list(self.stream_chat(MESSAGES)) for _turn in range(3)]
-            self.complete("hi")
-            return ChatResponse(message=ChatMessage(drafts[0][-1].delta))
-
-        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            return CompletionResponse(text=prompt, raw=USED)
-
-        def stream_complete(self, *_: Any, **__: Any) -> CompletionResponseGen:
-            yield CompletionResponse(text="a", delta="a")
-            yield CompletionResponse(text="ab", delta="b", raw=USED)
-
-    limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
-    llm = limiter.wrap(Drafting())
-
-    await llm.achat(MESSAGES)
-    now = limiter.statistics()
-    assert (now.admitted, [limit.used for limit in now.limits]) == (1, [4, 40])
-    await asyncio.to_thread(llm.chat, MESSAGES)
-    now = limiter.statistics()
-    assert (now.admitted, [limit.used for limit in now.limits]) == (2, [8, 80])
-
-
 @pytest.mark.parametrize("make", [make_openai, make_responses])
 async def test_calls_with_tools_are_paced(
     make: Callable[[], FunctionCallingLLM], openai_api: "ScriptedOpenAI"

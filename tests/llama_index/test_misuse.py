@@ -184,21 +184,3 @@ def test_retries_that_nobody_can_switch_off_are_warned_of(make: Any, remedy: str
 
     limiter.wrap(model, retry=False)
     limiter.wrap(Bedrock(total_max_attempts=1))
-
-
-@pytest.mark.filterwarnings("ignore:Model tries failed requests:UserWarning")
-async def test_batch_that_goes_text_by_text_unseen_pays_for_each() -> None:
-    class Batching(MockEmbedding):
-        def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-            raise AssertionError(f"sends {len(texts)} requests, unseen")
-
-        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-            return self._get_text_embeddings(texts)
-
-    limiter = Limiter("100 RPM")
-    model = limiter.wrap(integration("embeddings.together", Batching)(embed_dim=2))
-
-    assert len(model.get_text_embedding_batch(["a", "b", "c"])) == 3
-    assert len(await model.aget_text_embedding_batch(["a", "b"])) == 2
-
-    assert limiter.statistics().admitted == 3 + 2
