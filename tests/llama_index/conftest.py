@@ -1,4 +1,4 @@
-"""What these tests share: records of instrumentation, and a scripted OpenAI."""
+"""What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
 import contextlib
 import itertools
@@ -13,14 +13,72 @@ import httpx
 import pytest
 import respx
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.prompts import PromptTemplate
+from llama_index.llms.azure_openai import AzureOpenAI
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index.llms.openai_like import OpenAILike
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from llama_index_instrumentation.span_handlers import NullSpanHandler
-from pydantic import PrivateAttr
+from pydantic import BaseModel, PrivateAttr
+
+from asyncbucket import Limiter
 
 API_BASE = "https://llm.test/v1"
+MESSAGES = [ChatMessage("hi")]
+PROMPT = PromptTemplate("Name a {thing}.")
 Serve: TypeAlias = Callable[[Callable[..., Any]], contextlib.AbstractContextManager[str]]
+
+
+class Person(BaseModel):
+    """What structured prediction fills in."""
+
+    name: str
+
+
+def make_openai(**options: Any) -> OpenAI:
+    return OpenAI(**{"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE, **options})
+
+
+def make_completing_openai() -> OpenAI:
+    return make_openai(model="gpt-3.5-turbo-instruct", max_tokens=5)
+
+
+def make_responses(**options: Any) -> OpenAIResponses:
+    return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
+
+
+def make_azure(**options: Any) -> AzureOpenAI:
+    options |= {"azure_endpoint": "https://llm.test", "api_version": "2024-10-21"}
+    return AzureOpenAI(engine="gpt", model="gpt-4o-mini", api_key="k", **options)
+
+
+def make_like(**options: Any) -> OpenAILike:
+    options = {"api_base": API_BASE, "is_chat_model": True, **options}
+    return OpenAILike(model="m", api_key="k", **options)
+
+
+def make_completing_like() -> OpenAILike:
+    return make_like(is_chat_model=False)
+
+
+def name_of(make: Callable[..., Any]) -> str:
+    """Return what a model is called in a test's name."""
+    return make.__name__.removeprefix("make_")
+
+
+def charged(limiter: Limiter) -> list[int]:
+    """Return what each limit has booked."""
+    return [limit.used for limit in limiter.statistics().limits]
+
+
+def admitted(limiter: Limiter) -> int:
+    return limiter.statistics().admitted
+
+
+def in_flight(limiter: Limiter) -> int:
+    return limiter.statistics().in_flight
 
 
 class _Events(BaseEventHandler):
