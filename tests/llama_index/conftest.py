@@ -1,13 +1,10 @@
 """What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
-import contextlib
 import itertools
 import json
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, TypeAlias
+from typing import Any
 
 import httpx
 import pytest
@@ -28,7 +25,6 @@ from asyncbucket import Limiter
 API_BASE = "https://llm.test/v1"
 MESSAGES = [ChatMessage("hi")]
 PROMPT = PromptTemplate("Name a {thing}.")
-Serve: TypeAlias = Callable[[Callable[..., Any]], contextlib.AbstractContextManager[str]]
 
 
 class Person(BaseModel):
@@ -139,6 +135,13 @@ def instrumentation() -> Iterator[Instrumentation]:
     root.event_handlers[:], root.span_handlers[:] = before
 
 
+def _events(*events: Any) -> httpx.Response:
+    """Return a reply that is a stream of ``events``."""
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in events]
+    text = "".join(f"data: {line}\n\n" for line in lines)
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
+
+
 @dataclass
 class ScriptedOpenAI:
     """An OpenAI API that answers everything, after whatever a test scripts first."""
@@ -208,56 +211,29 @@ class ScriptedOpenAI:
         ]
         if (body.get("stream_options") or {}).get("include_usage"):
             chunks.append({**base, "object": kind, "choices": [], "usage": self.usage})
-        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
-        return httpx.Response(
-            200, text="".join(lines), headers={"content-type": "text/event-stream"}
-        )
+        return _events(*chunks, "[DONE]")
 
     def _response(self, body: dict[str, Any]) -> httpx.Response:
         text = '{"name": "Ada"}' if body.get("text") else "hello there"
-        message = {
-            "type": "message",
-            "id": "m",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": text, "annotations": []}],
+        content = [{"type": "output_text", "text": text, "annotations": []}]
+        message = {"type": "message", "id": "m", "role": "assistant", "status": "completed"}
+        usage = {
+            "input_tokens": self.usage["prompt_tokens"],
+            "output_tokens": self.usage["completion_tokens"],
+            "total_tokens": self.usage["total_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
         }
-        reply = {
-            "id": "r",
-            "object": "response",
-            "created_at": 1,
-            "model": body["model"],
-            "status": "completed",
-            "output": [message],
-            "parallel_tool_calls": False,
-            "tool_choice": "auto",
-            "tools": [],
-            "usage": {
-                "input_tokens": self.usage["prompt_tokens"],
-                "output_tokens": self.usage["completion_tokens"],
-                "total_tokens": self.usage["total_tokens"],
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": 0},
-            },
-        }
+        options = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
+        base = {"id": "r", "object": "response", "created_at": 1, "model": body["model"]}
+        output = [{**message, "content": content}]
+        reply = {**base, **options, "status": "completed", "output": output, "usage": usage}
         if not body.get("stream"):
             return httpx.Response(200, json=reply)
-        delta = {
-            "type": "response.output_text.delta",
-            "item_id": "m",
-            "output_index": 0,
-            "content_index": 0,
-            "delta": text,
-            "sequence_number": 1,
-            "logprobs": [],
-        }
+        where = {"item_id": "m", "output_index": 0, "content_index": 0, "sequence_number": 1}
+        delta = {"type": "response.output_text.delta", **where, "delta": text, "logprobs": []}
         done = {"type": "response.completed", "response": reply, "sequence_number": 2}
-        lines = [
-            f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in (delta, done)
-        ]
-        return httpx.Response(
-            200, text="".join(lines), headers={"content-type": "text/event-stream"}
-        )
+        return _events(delta, done)
 
     def _embeddings(self, body: dict[str, Any]) -> httpx.Response:
         data = [
@@ -285,8 +261,11 @@ def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
 class AsyncReader:
     """Read a model's streams on the event loop; `SyncReader` does the same on this thread."""
 
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
-        return await getattr(llm, f"a{method}")(*(args or ([ChatMessage("hi")],)), **kwargs)
+    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
+        return await on_loop(*args)
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
+        return await getattr(llm, f"a{method}")(*(args or (MESSAGES,)))
 
     async def next(self, stream: Any) -> Any:
         return await anext(stream, None)
@@ -300,16 +279,19 @@ class AsyncReader:
     async def throw(self, stream: Any, *error: Any) -> None:
         await stream.athrow(*error)
 
-    async def read(self, llm: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    async def read(self, llm: Any, *args: Any) -> list[Any]:
         """Read a stream from its beginning to its end."""
-        return await self.rest(await self.begin(llm, *args, **kwargs))
+        return await self.rest(await self.begin(llm, *args))
 
 
 class SyncReader(AsyncReader):
     """Read a model's synchronous streams."""
 
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
-        return getattr(llm, method)(*(args or ([ChatMessage("hi")],)), **kwargs)
+    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
+        return here(*args)
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
+        return getattr(llm, method)(*(args or (MESSAGES,)))
 
     async def next(self, stream: Any) -> Any:
         return next(stream, None)
@@ -329,37 +311,6 @@ def reader(request: pytest.FixtureRequest) -> AsyncReader:
     """Return what reads streams, in both ways."""
     reader: AsyncReader = request.param
     return reader
-
-
-@contextlib.contextmanager
-def served(answer: Callable[[httpx.Request], Any]) -> Generator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["content-length"]))
-            response = answer(httpx.Request("POST", f"{url}{self.path}", content=content))
-            self.send_response(response.status_code)
-            self.send_header("content-type", response.headers["content-type"])
-            self.send_header("content-length", str(len(response.content)))
-            self.end_headers()
-            self.wfile.write(response.content)
-
-        def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    try:
-        yield url
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def serve() -> Serve:
-    return served
 
 
 def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
