@@ -234,25 +234,6 @@ async def test_dropped_stream_hangs_up_without_gc(limiter: Limiter, wire: Wire) 
     assert not wire.is_open
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("wire")
-def test_stream_dropped_after_its_loop_closed_gives_its_slot_back(limiter: Limiter) -> None:
-    kept = []
-
-    async def begin() -> None:
-        kept.append(await limiter.wrap(make_openai()).astream_chat(MESSAGES))
-        await anext(kept[0])
-
-    asyncio.run(
-        begin()
-    )  # it closes all generators in the end, but older SDKs' connections stay open
-    assert in_flight(limiter) == 1
-    kept.clear()
-
-    assert in_flight(limiter) == 0
-    gc.collect()
-
-
 class Slow(MockLLM):
     """A model that says nothing for an hour."""
 
@@ -367,32 +348,29 @@ async def test_stream_is_settled_by_a_usage_that_nobody_else_sees(
 
 
 @pytest.mark.parametrize(
-    "where", ["call", "model"], ids=["asked by the call", "asked by the model"]
+    ("of_call", "of_model", "chunks"),
+    [
+        ({"include_usage": True}, None, 3),
+        (None, {"include_usage": True}, 3),
+        (None, {}, 2),
+    ],
+    ids=["asked by the call", "asked by the model", "declined by the model"],
 )
-@pytest.mark.usefixtures("openai_api")
-async def test_stream_passes_on_usage_that_user_requested(where: str) -> None:
-    option = {"stream_options": {"include_usage": True}}
-    limiter = Limiter("100k TPM")
-    llm = limiter.wrap(make_openai(additional_kwargs=option if where == "model" else {}))
-
-    stream = await llm.astream_chat(MESSAGES, **(option if where == "call" else {}))
-    chunks: list[Any] = [chunk async for chunk in stream]
-
-    assert len(chunks) == 3
-    assert chunks[-1].raw.usage.total_tokens == 18
-    assert limiter.statistics().limits[0].used == 18
-
-
-async def test_stream_does_not_request_usage_that_user_declined(
-    openai_api: "ScriptedOpenAI",
+async def test_stream_shows_usage_as_the_user_asked_for_it(
+    openai_api: "ScriptedOpenAI", of_call: Any, of_model: Any, chunks: int
 ) -> None:
     limiter = Limiter("100k TPM")
-    llm = limiter.wrap(make_openai(additional_kwargs={"stream_options": {}}))
+    given = {} if of_model is None else {"stream_options": of_model}
+    llm = limiter.wrap(make_openai(additional_kwargs=given))
 
-    _ = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+    options = {} if of_call is None else {"stream_options": of_call}
+    seen: list[Any] = [chunk async for chunk in await llm.astream_chat(MESSAGES, **options)]
 
-    assert openai_api.bodies[0]["stream_options"] == {}
-    assert limiter.statistics().limits[0].used > 18
+    assert openai_api.bodies[0]["stream_options"] == (of_call or of_model)
+    assert len(seen) == chunks
+    if chunks == 3:
+        assert seen[-1].raw.usage.total_tokens == 18
+    assert (limiter.statistics().limits[0].used == 18) == (chunks == 3)
 
 
 async def test_provider_that_refuses_usage_option_is_asked_only_once(
