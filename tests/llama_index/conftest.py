@@ -9,8 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import respx
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.azure_openai import AzureOpenAI
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index.llms.openai_like import OpenAILike
@@ -21,6 +25,9 @@ from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import BaseModel, PrivateAttr
 
 from asyncbucket import Limiter
+from asyncbucket.core.context import Inherited, inherited
+from asyncbucket.core.events import Admitted, Event
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 API_BASE = "https://llm.test/v1"
 MESSAGES = [ChatMessage("hi")]
@@ -321,3 +328,56 @@ def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> 
 @pytest.fixture
 def refusal() -> Callable[..., httpx.Response]:
     return error
+
+
+class Bench:
+    """A provider on virtual time, and models and a tool behind children of one limiter."""
+
+    def __init__(self, time: VirtualTime, provider: RateLimitedProvider, limiter: Limiter) -> None:
+        self.time, self.provider, self.limiter = time, provider, limiter
+        #: The limiters that admitted calls, and what the calls inherited.
+        self.seen: list[tuple[str, Inherited | None]] = []
+        self._http_client = httpx.Client(transport=provider.mock_transport(sync=True))
+        self._async_http_client = httpx.AsyncClient(transport=provider.mock_transport())
+        options: dict[str, Any] = {
+            "api_base": "http://provider.test/v1",
+            "http_client": self._http_client,
+            "async_http_client": self._async_http_client,
+        }
+        self.llm = limiter.wrap(make_openai(**options), child="chat")
+        self.like = limiter.wrap(make_like(**options), child="chat")
+        self.embed_model: Any = limiter.wrap(
+            OpenAIEmbedding(api_key="k", embed_batch_size=2, **options), child="embeddings"
+        )
+        self.tool: Any = limiter.wrap(
+            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up"), child="tools"
+        )
+        limiter.observe(self._note)
+
+    async def _look_up(self, a: int, b: int) -> str:
+        return str(len(await self.embed_model.aget_query_embedding(f"{a} {b}")))
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Admitted):
+            self.seen.append((event.limiter, inherited.get()))
+
+    def agent(self, **options: Any) -> FunctionAgent:
+        return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
+
+    def close(self) -> None:
+        self._http_client.close()
+        self.time.run(self._async_http_client.aclose())
+
+
+@pytest.fixture
+def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
+    provider = RateLimitedProvider(clock=virtual_time.clock)
+    limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
+    bench = Bench(virtual_time, provider, limiter)
+    yield bench
+    bench.close()
+
+
+def ask(agent: Any, question: str = "look up 1 and 2") -> Any:
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
+    return agent.run(user_msg=question, memory=memory)
