@@ -107,17 +107,11 @@ class Paced:
                 f"mixin's; write class {cls.__name__}({right_order})"
             )
 
-    def __init__(
-        self,
-        *args: Any,
-        limiter: Limiter,
-        retry: Retry | int | None = None,
-        estimator: Estimator | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Make the model from all other arguments, paced by ``limiter``."""
+    def __init__(self, *args: Any, limiter: Limiter, **kwargs: Any) -> None:
+        """Make the model from all other arguments than ``limiter``, ``retry`` and ``estimator``."""
+        options = {name: kwargs.pop(name) for name in ("retry", "estimator") if name in kwargs}
         super().__init__(*args, **kwargs)
-        pacing = Pacing(limiter, retry=retry, estimator=estimator)
+        pacing = Pacing(limiter, **options)
         warn_of_misuse(self, pacing)
         bind(self, pacing)
 

@@ -11,6 +11,8 @@ import pytest
 import respx
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
@@ -30,6 +32,7 @@ from asyncbucket.core.events import Admitted, Event
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 API_BASE = "https://llm.test/v1"
+KEY = "sk-very-secret"
 MESSAGES = [ChatMessage("hi")]
 PROMPT = PromptTemplate("Name a {thing}.")
 
@@ -64,6 +67,12 @@ def make_like(**options: Any) -> OpenAILike:
 
 def make_completing_like() -> OpenAILike:
     return make_like(is_chat_model=False)
+
+
+def some_models() -> list[Any]:
+    """Return models with and without an SDK's client, two of each kind."""
+    embedding = OpenAIEmbedding(api_key=KEY)
+    return [MockLLM(max_tokens=3), make_openai(api_key=KEY), MockEmbedding(embed_dim=2), embedding]
 
 
 def name_of(make: Callable[..., Any]) -> str:

@@ -11,7 +11,6 @@ from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import TextNode
-from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 import asyncbucket
@@ -19,24 +18,14 @@ from asyncbucket import AcquireTimeout, Limit, Limiter
 from asyncbucket.core.levels import terms_of
 from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM
 from asyncbucket.llama_index.models import pacing_of
-
-KEY = "sk-very-secret"
+from tests.llama_index.conftest import KEY, some_models
 
 
 class PacedMock(RateLimitedLLM, MockLLM):
     """A class written by hand."""
 
 
-def models() -> list[Any]:
-    return [
-        MockLLM(max_tokens=3),
-        OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
-        MockEmbedding(embed_dim=2),
-        OpenAIEmbedding(api_key=KEY),
-    ]
-
-
-@pytest.mark.parametrize("inner", models(), ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
 def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(inner)

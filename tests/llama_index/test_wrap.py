@@ -21,7 +21,6 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
-from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
@@ -32,9 +31,7 @@ from asyncbucket.llama_index import (
     RateLimitedLLM,
     limiter_of,
 )
-from tests.llama_index.conftest import Person, admitted, charged
-
-KEY = "sk-very-secret"
+from tests.llama_index.conftest import KEY, Person, admitted, charged, some_models
 
 
 class PacedOpenAI(RateLimitedLLM, OpenAI):
@@ -49,20 +46,11 @@ def predict_ada(*_: Any, **__: Any) -> Person:
     return Person(name="Ada")
 
 
-def models() -> list[Any]:
-    return [
-        MockLLM(max_tokens=3),
-        OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
-        MockEmbedding(embed_dim=2),
-        OpenAIEmbedding(api_key=KEY),
-    ]
-
-
 def named(model: object) -> str:
     return type(model).__name__
 
 
-@pytest.mark.parametrize("inner", models(), ids=named)
+@pytest.mark.parametrize("inner", some_models(), ids=named)
 def test_wrapped_model_keeps_its_class_and_serialises_like_the_inner_one(inner: Any) -> None:
     paced = Limiter("100 RPM").wrap(inner)
 
