@@ -37,12 +37,13 @@ from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.misuse import unretried_options, warn_of_misuse
 from asyncbucket.llama_index.pacing import Call, Pacing, Reader, no_usage, usage_in
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
-from asyncbucket.retry import Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from dataclasses import InitVar
+
+    from asyncbucket.retry import Retry
 
 _PACING: Final = "_asyncbucket_pacing"
 
