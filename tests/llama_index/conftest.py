@@ -172,6 +172,13 @@ class ScriptedOpenAI:
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.content) for request in self.requests]
 
+    def refuse(
+        self, status: int, headers: dict[str, str] | None = None, *, times: int = 1, **error: Any
+    ) -> None:
+        """Answer the next ``times`` requests with an error."""
+        body = {"error": {"message": "scripted", "type": "scripted", "code": None, **error}}
+        self.script += [httpx.Response(status, json=body, headers=headers) for _ in range(times)]
+
     def answer(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
         if self.script:
@@ -327,16 +334,6 @@ def reader(request: pytest.FixtureRequest) -> AsyncReader:
     """Return what reads streams, in both ways."""
     reader: AsyncReader = request.param
     return reader
-
-
-def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    body = {"error": {"message": "scripted", "type": "scripted", "code": None, **fields}}
-    return httpx.Response(status, json=body, headers=headers)
-
-
-@pytest.fixture
-def refusal() -> Callable[..., httpx.Response]:
-    return error
 
 
 class Bench:

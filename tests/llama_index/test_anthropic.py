@@ -3,16 +3,21 @@
 import asyncio
 import importlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.testing import VirtualTime
-from tests.llama_index.conftest import MESSAGES, PROMPT, Person, admitted, charged, in_flight
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import AsyncReader
+from tests.llama_index.conftest import (
+    MESSAGES,
+    PROMPT,
+    AsyncReader,
+    Person,
+    admitted,
+    charged,
+    in_flight,
+)
 
 anthropic = pytest.importorskip("anthropic")
 integration = pytest.importorskip("llama_index.llms.anthropic")
@@ -83,7 +88,7 @@ def api() -> ScriptedAnthropic:
 
 
 async def test_each_call_is_one_request_admitted_once_and_settled(
-    api: ScriptedAnthropic, reader: "AsyncReader"
+    api: ScriptedAnthropic, reader: AsyncReader
 ) -> None:
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())

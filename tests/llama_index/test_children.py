@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import pytest
@@ -14,10 +14,7 @@ from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.llama_index import RateLimitedLLM, limiter_of
 from asyncbucket.llama_index.models import pacing_of
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import MESSAGES, admitted, make_openai
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import ScriptedOpenAI
+from tests.llama_index.conftest import MESSAGES, ScriptedOpenAI, admitted, make_openai
 
 
 def add(a: int, b: int) -> int:
@@ -148,12 +145,12 @@ def test_output_forecast_is_cut_to_lowest_limit_of_any_level() -> None:
 
 
 async def test_429_at_a_child_pauses_the_highest_level_with_limits(
-    openai_api: "ScriptedOpenAI", refusal: Any
+    openai_api: ScriptedOpenAI,
 ) -> None:
     everything = Limiter(concurrency=100)
     openai = everything.child("openai", "100 RPM")
     acme = openai.child("acme", rpm=50)
-    openai_api.script = [refusal(429, {"retry-after": "30"})]
+    openai_api.refuse(429, {"retry-after": "30"})
 
     with pytest.raises(Exception, match="scripted"):
         await openai.wrap(make_openai(), child=acme, retry=False).achat(MESSAGES)
@@ -164,12 +161,12 @@ async def test_429_at_a_child_pauses_the_highest_level_with_limits(
 
 @pytest.mark.parametrize("tenant", ["", "/*"])
 async def test_retried_event_names_limiter_that_admitted_the_call(
-    openai_api: "ScriptedOpenAI", refusal: Any, tenant: str
+    openai_api: ScriptedOpenAI, tenant: str
 ) -> None:
     limiter = Limiter("100 RPM", name="openai")
     heard: list[str] = []
     limiter.observe(lambda event: heard.append(f"{type(event).__name__} {event.limiter}"))
-    openai_api.script = [refusal(503, {"retry-after-ms": "1"})]
+    openai_api.refuse(503, {"retry-after-ms": "1"})
     llm = limiter.wrap(make_openai(), child="chat")
 
     with asyncbucket.tenant("acme") if tenant else contextlib.nullcontext():

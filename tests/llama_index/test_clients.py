@@ -25,6 +25,7 @@ from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from tests.llama_index.conftest import (
     API_BASE,
     MESSAGES,
+    ScriptedOpenAI,
     admitted,
     charged,
     make_azure,
@@ -36,7 +37,6 @@ from tests.llama_index.conftest import (
 
 if TYPE_CHECKING:
     from asyncbucket.testing.pytest_plugin import ProviderFactory
-    from tests.llama_index.conftest import ScriptedOpenAI
 
 
 def make_fresh_client(**options: Any) -> OpenAI:
@@ -78,14 +78,13 @@ MAKERS: list[Callable[..., LLM]] = [
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 def test_call_refused_every_time_makes_as_many_requests_as_retry_says(
     make: Callable[..., LLM],
-    openai_api: "ScriptedOpenAI",
-    refusal: Callable[..., httpx.Response],
+    openai_api: ScriptedOpenAI,
     virtual_time: VirtualTime,
     *,
     retry: bool | None,
     requests: int,
 ) -> None:
-    openai_api.script = [refusal(429) for _ in range(50)]
+    openai_api.refuse(429, times=50)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     llm = limiter.wrap(make(max_retries=3), retry=retry)
 
@@ -107,11 +106,9 @@ class LazyEmbedding(OpenAIEmbedding):  # type: ignore[misc]  # untyped where it 
 
 
 def test_client_that_a_model_makes_later_does_not_retry(
-    openai_api: "ScriptedOpenAI",
-    refusal: Callable[..., httpx.Response],
-    virtual_time: VirtualTime,
+    openai_api: ScriptedOpenAI, virtual_time: VirtualTime
 ) -> None:
-    openai_api.script = [refusal(429, {"retry-after": "1"}) for _ in range(200)]
+    openai_api.refuse(429, {"retry-after": "1"}, times=200)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     model: Any = limiter.wrap(LazyEmbedding(api_key="k"))
 
@@ -123,11 +120,9 @@ def test_client_that_a_model_makes_later_does_not_retry(
 
 
 def test_429_pauses_all_models_of_the_limiter(
-    openai_api: "ScriptedOpenAI",
-    refusal: Callable[..., httpx.Response],
-    virtual_time: VirtualTime,
+    openai_api: ScriptedOpenAI, virtual_time: VirtualTime
 ) -> None:
-    openai_api.script = [refusal(429, {"retry-after": "3"})]
+    openai_api.refuse(429, {"retry-after": "3"})
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     llm = limiter.wrap(make_openai())
     embed_model = limiter.wrap(OpenAIEmbedding(api_key="k", api_base=API_BASE))
@@ -194,7 +189,7 @@ class NoThreads(ThreadPoolExecutor):
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 async def test_call_holding_a_slot_needs_no_executor_thread(
-    make: Callable[..., LLM], openai_api: "ScriptedOpenAI"
+    make: Callable[..., LLM], openai_api: ScriptedOpenAI
 ) -> None:
     with NoThreads() as threads:
         asyncio.get_running_loop().set_default_executor(threads)
@@ -206,7 +201,7 @@ async def test_call_holding_a_slot_needs_no_executor_thread(
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 async def test_booking_is_dated_just_before_each_request_is_sent(
-    make: Callable[..., LLM], openai_api: "ScriptedOpenAI", monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., LLM], openai_api: ScriptedOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
@@ -263,7 +258,7 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
     assert seen == ["dated", "head", "dated", "body"]
 
 
-async def test_call_making_two_requests_is_charged_for_both(openai_api: "ScriptedOpenAI") -> None:
+async def test_call_making_two_requests_is_charged_for_both(openai_api: ScriptedOpenAI) -> None:
     class Twice(OpenAI):
         async def achat(self, *args: Any, **kwargs: Any) -> Any:
             await super().achat(*args, **kwargs)
@@ -298,9 +293,7 @@ async def test_call_failing_before_its_request_costs_nothing(make: Callable[...,
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 def test_attempts_without_a_connection_cost_nothing(
-    make: Callable[..., LLM],
-    openai_api: "ScriptedOpenAI",
-    virtual_time: VirtualTime,
+    make: Callable[..., LLM], openai_api: ScriptedOpenAI, virtual_time: VirtualTime
 ) -> None:
     openai_api.script = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")]
     limiter = Limiter("1 RPM", "100k TPM", clock=virtual_time.clock)
@@ -312,7 +305,7 @@ def test_attempts_without_a_connection_cost_nothing(
     assert charged(limiter) == [1, 18]
 
 
-async def test_request_whose_reply_is_lost_stays_charged(openai_api: "ScriptedOpenAI") -> None:
+async def test_request_whose_reply_is_lost_stays_charged(openai_api: ScriptedOpenAI) -> None:
     openai_api.script = [httpx.ReadError("lost")]
     limiter = Limiter("1000 RPM")
 
@@ -358,7 +351,7 @@ async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
 
 @pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
 async def test_cached_tokens_count_as_the_provider_counts_them(
-    openai_api: "ScriptedOpenAI", host: str, counted: int
+    openai_api: ScriptedOpenAI, host: str, counted: int
 ) -> None:
     openai_api.usage = {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}
     openai_api.usage |= {"prompt_tokens_details": {"cached_tokens": 64}}

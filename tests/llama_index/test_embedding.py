@@ -1,7 +1,7 @@
 """Each request of an embedding model is paid for once, and what is in a cache is free."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -13,10 +13,14 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 
 from asyncbucket import Limiter
 from asyncbucket.llama_index import DefaultEstimator, RateLimitedMultiModalEmbedding
-from tests.llama_index.conftest import API_BASE, admitted, charged, in_flight
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
+from tests.llama_index.conftest import (
+    API_BASE,
+    Instrumentation,
+    ScriptedOpenAI,
+    admitted,
+    charged,
+    in_flight,
+)
 
 TEXTS = [f"text {number}" for number in range(6)]
 
@@ -54,7 +58,7 @@ def limiter() -> Limiter:
 
 
 async def test_embedding_batch_is_one_admission_and_one_request(
-    limiter: Limiter, openai_api: "ScriptedOpenAI"
+    limiter: Limiter, openai_api: ScriptedOpenAI
 ) -> None:
     model = limiter.wrap(openai_embedding())
 
@@ -67,7 +71,7 @@ async def test_embedding_batch_is_one_admission_and_one_request(
 
 
 async def test_single_text_and_query_embeddings_are_paced(
-    limiter: Limiter, openai_api: "ScriptedOpenAI"
+    limiter: Limiter, openai_api: ScriptedOpenAI
 ) -> None:
     model = limiter.wrap(openai_embedding())
 
@@ -93,7 +97,7 @@ async def test_estimator_returning_none_raises_before_anything_is_sent(limiter: 
     assert admitted(limiter) == 0
 
 
-async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "ScriptedOpenAI") -> None:
+async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: ScriptedOpenAI) -> None:
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
 
     await model.aget_text_embedding_batch(TEXTS)
@@ -107,7 +111,7 @@ async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: "Scripte
     assert (admitted(limiter), len(openai_api.requests)) == (3, 3)
 
 
-async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: "ScriptedOpenAI") -> None:
+async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: ScriptedOpenAI) -> None:
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
     model = limiter.wrap(openai_embedding(), estimator=estimator)
@@ -185,7 +189,7 @@ async def test_image_batch_method_costs_one_request_per_batch(limiter: Limiter) 
 
 
 async def test_pacing_adds_no_spans_or_events(
-    openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
+    openai_api: ScriptedOpenAI, instrumentation: Instrumentation
 ) -> None:
     async def use(model: BaseEmbedding) -> None:
         await model.aget_text_embedding_batch(TEXTS)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import (
@@ -27,10 +27,7 @@ from llama_index.llms.openai import OpenAI, OpenAIResponses
 from pydantic import BaseModel
 
 from asyncbucket.llama_index.estimate import DefaultEstimator
-from tests.llama_index.conftest import API_BASE
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import ScriptedOpenAI
+from tests.llama_index.conftest import API_BASE, ScriptedOpenAI
 
 
 class City(BaseModel):
@@ -76,7 +73,7 @@ CONVERSATIONS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("text", "kwargs"), CONVERSATIONS)
 @pytest.mark.parametrize("cls", [OpenAI, OpenAIResponses])
 async def test_estimate_is_at_least_a_quarter_of_the_bytes_sent(
-    openai_api: "ScriptedOpenAI", cls: Any, text: str, kwargs: dict[str, Any]
+    openai_api: ScriptedOpenAI, cls: Any, text: str, kwargs: dict[str, Any]
 ) -> None:
     llm = cls(model="gpt-4o-mini", api_key="k", api_base=API_BASE, max_retries=0)
     if cls is OpenAIResponses:

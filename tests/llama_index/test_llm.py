@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from llama_index.core.base.llms.types import (
@@ -25,7 +25,9 @@ from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
     MESSAGES,
     PROMPT,
+    Instrumentation,
     Person,
+    ScriptedOpenAI,
     admitted,
     charged,
     in_flight,
@@ -37,9 +39,6 @@ from tests.llama_index.conftest import (
     make_responses,
     name_of,
 )
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import Instrumentation, ScriptedOpenAI
 
 ODD: dict[str, Any] = {"nan": math.nan, "nothing": None}
 #: Ten tokens.
@@ -112,7 +111,7 @@ async def make_call(llm: LLM, name: str) -> None:
 
 @pytest.mark.parametrize("make", REMOTE, ids=name_of)
 async def test_each_call_is_one_request_admitted_once_and_settled_by_its_usage(
-    make: Callable[[], LLM], openai_api: "ScriptedOpenAI"
+    make: Callable[[], LLM], openai_api: ScriptedOpenAI
 ) -> None:
     limiter = Limiter("100 RPM", "100k TPM", "50k ITPM", "50k OTPM", concurrency=1)
     llm = limiter.wrap(make())
@@ -166,7 +165,7 @@ async def test_method_making_three_calls_is_charged_for_all_three() -> None:
 
 @pytest.mark.parametrize("make", [make_openai, make_responses], ids=name_of)
 async def test_calls_with_tools_are_paced(
-    make: Callable[[], Any], openai_api: "ScriptedOpenAI"
+    make: Callable[[], Any], openai_api: ScriptedOpenAI
 ) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
@@ -180,7 +179,7 @@ async def test_calls_with_tools_are_paced(
 
 
 async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
-    openai_api: "ScriptedOpenAI",
+    openai_api: ScriptedOpenAI,
 ) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make_openai())
@@ -200,7 +199,7 @@ async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
     ids=["json_schema", "function", "the SDK's own parse"],
 )
 async def test_structured_prediction_is_paced(
-    make: Callable[[], Any], openai_api: "ScriptedOpenAI"
+    make: Callable[[], Any], openai_api: ScriptedOpenAI
 ) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
@@ -223,7 +222,7 @@ async def test_structured_prediction_is_paced(
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
-async def test_structured_llm_is_paced_once(outside: bool, openai_api: "ScriptedOpenAI") -> None:  # noqa: FBT001 - a case
+async def test_structured_llm_is_paced_once(outside: bool, openai_api: ScriptedOpenAI) -> None:  # noqa: FBT001 - a case
     limiter = Limiter("100 RPM", concurrency=1)
     llm = make_openai()
     structured = (
@@ -242,7 +241,7 @@ async def test_structured_llm_is_paced_once(outside: bool, openai_api: "Scripted
 
 @pytest.mark.parametrize("make", [*REMOTE, Echo], ids=name_of)
 async def test_pacing_adds_no_spans_or_events(
-    make: Callable[[], LLM], openai_api: "ScriptedOpenAI", instrumentation: "Instrumentation"
+    make: Callable[[], LLM], openai_api: ScriptedOpenAI, instrumentation: Instrumentation
 ) -> None:
     for call in ASYNC_CALLS.values():
         await call(make())
@@ -255,7 +254,7 @@ async def test_pacing_adds_no_spans_or_events(
 
 
 def test_wait_event_is_emitted_before_call_starts(
-    virtual_time: VirtualTime, instrumentation: "Instrumentation"
+    virtual_time: VirtualTime, instrumentation: Instrumentation
 ) -> None:
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
     llm = limiter.wrap(MockLLM(max_tokens=3))
@@ -278,7 +277,7 @@ def test_wait_event_is_emitted_before_call_starts(
         first.waited = 0.0
 
 
-async def test_custom_estimator_decides_what_is_reserved(openai_api: "ScriptedOpenAI") -> None:
+async def test_custom_estimator_decides_what_is_reserved(openai_api: ScriptedOpenAI) -> None:
     class Fixed:
         def chat(self, *_: Any) -> Estimate:
             return Estimate(input_tokens=100, output_tokens=400)
@@ -332,7 +331,7 @@ async def test_invalid_or_failed_estimate_fails_the_call_without_sending_or_retr
     assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
 
 
-async def test_messages_added_before_admission_are_not_sent(openai_api: "ScriptedOpenAI") -> None:
+async def test_messages_added_before_admission_are_not_sent(openai_api: ScriptedOpenAI) -> None:
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(make_openai())
     messages = [ChatMessage("one")]
@@ -352,11 +351,9 @@ async def test_string_instead_of_messages_raises_models_own_error() -> None:
         await Limiter("100 RPM").wrap(make_openai()).achat(text)
 
 
-async def test_failed_call_gives_its_slot_back(
-    openai_api: "ScriptedOpenAI", refusal: Callable[..., Any]
-) -> None:
+async def test_failed_call_gives_its_slot_back(openai_api: ScriptedOpenAI) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
-    openai_api.script = [refusal(400)]
+    openai_api.refuse(400)
 
     with pytest.raises(Exception, match="400"):
         await limiter.wrap(make_openai()).achat(MESSAGES)

@@ -1,6 +1,6 @@
 """With concurrency="auto", wrapped models tell the limiter when the server is overloaded."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import openai
@@ -9,10 +9,7 @@ from llama_index.core.llms.mock import MockLLM
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
-from tests.llama_index.conftest import in_flight
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import AsyncReader
+from tests.llama_index.conftest import AsyncReader, in_flight
 
 
 class FailingLLM(MockLLM):
@@ -37,7 +34,7 @@ class FailingLLM(MockLLM):
 
 @pytest.mark.parametrize(("status", "slots"), [(503, 3), (400, 4)])
 async def test_overload_error_cuts_slots_and_bad_request_does_not(
-    reader: "AsyncReader", status: int, slots: int
+    reader: AsyncReader, status: int, slots: int
 ) -> None:
     for streaming in (False, True):
         limiter = Limiter(concurrency="auto")
