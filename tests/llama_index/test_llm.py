@@ -236,6 +236,7 @@ async def test_structured_llm_is_paced_once(outside: bool, openai_api: ScriptedO
     await asyncio.to_thread(structured.complete, "hi")
 
     assert isinstance(reply.raw, Person)
+    assert limiter.wrap(structured) is structured
     assert admitted(limiter) == len(openai_api.requests) == 3
 
 

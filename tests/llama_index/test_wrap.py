@@ -17,7 +17,6 @@ from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.llms import LLM, ChatMessage, CompletionResponse, MockLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
@@ -81,18 +80,6 @@ def test_wrapping_leaves_inner_model_unchanged() -> None:
     assert (client.max_retries, type(client)) == (4, AsyncOpenAI)
 
 
-def test_fields_are_shared_with_the_inner_model() -> None:
-    inner = OpenAI(api_key=KEY)
-    paced = Limiter("100 RPM").wrap(inner)
-    manager: Any = Settings.callback_manager
-
-    paced.callback_manager = manager
-    inner.temperature = 0.7
-
-    assert inner.callback_manager is manager
-    assert paced.temperature == 0.7
-
-
 def test_models_own_limiter_field_and_helpers_still_work() -> None:
     class Mine(MockLLM):
         limiter: str = "mine"
@@ -140,18 +127,6 @@ def test_rewrapping_with_options_returns_new_model_charged_once() -> None:
     assert limiter.wrap(paced) is paced is not again
     assert type(again) is type(paced)
     assert admitted(limiter) == 1
-
-
-def test_wrapping_structured_llm_paces_its_inner_model() -> None:
-    limiter = Limiter("100 RPM")
-    structured = MockLLM().as_structured_llm(Person)
-
-    paced = limiter.wrap(structured)
-
-    assert isinstance(paced, StructuredLLM)
-    assert isinstance(paced.llm, RateLimitedLLM)
-    assert not isinstance(structured.llm, RateLimitedLLM)
-    assert limiter.wrap(paced) is paced
 
 
 class Spec:
@@ -215,14 +190,12 @@ def test_settings_and_agents_keep_wrapped_model_object() -> None:
     finally:
         Settings._llm, Settings._embed_model = before
 
-    function_agent = FunctionAgent(name="f", description="f", llm=llm, tools=[])
-    react_agent = ReActAgent(name="r", description="r", llm=llm, tools=[])
-    workflow = AgentWorkflow(agents=[function_agent], root_agent="f")
+    agents: list[Any] = [
+        cls(name="a", description="a", llm=llm, tools=[]) for cls in (FunctionAgent, ReActAgent)
+    ]
+    workflow = AgentWorkflow(agents=agents[:1], root_agent="a")
 
-    assert function_agent.llm is llm
-    assert react_agent.llm is llm
-    assert workflow.agents["f"].llm is llm
-    assert llm.as_structured_llm(Person).llm is llm
+    assert [each.llm is llm for each in (*agents, workflow.agents["a"])] == [True] * 3
 
 
 @pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])
@@ -273,12 +246,17 @@ def test_mixin_listed_after_model_class_is_refused(model: type[Any], mixin: type
         type("Mine", (model, mixin), {})
 
 
-def test_setting_max_retries_changes_field_but_still_reads_zero() -> None:
+def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> None:
     inner = OpenAI(api_key=KEY)
     paced = Limiter("100 RPM").wrap(inner)
+    manager: Any = Settings.callback_manager
 
+    paced.callback_manager = manager
+    inner.temperature = 0.7
     paced.max_retries = 8
-    assert inner.max_retries == 8
+
+    assert (inner.callback_manager, inner.max_retries) == (manager, 8)
+    assert paced.temperature == 0.7
     object.__setattr__(paced, "max_retries", 9)
 
     assert (paced.max_retries, inner.max_retries, paced.to_dict()["max_retries"]) == (0, 9, 9)
