@@ -58,15 +58,13 @@ class Plain(BaseTool):
         return ToolOutput("plain", content=str(input), raw_input={})
 
 
-class Threaded(AsyncBaseTool):
+class Threaded(Plain, AsyncBaseTool):
     """A tool whose asynchronous call is its synchronous one, in a thread."""
-
-    @property
-    def metadata(self) -> ToolMetadata:
-        return ToolMetadata("threaded", name="threaded")
 
     def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return ToolOutput("threaded", content=str(input), raw_input={})
+
+    __call__ = AsyncBaseTool.__call__
 
     async def acall(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return await asyncio.to_thread(self.call, input)
@@ -82,47 +80,29 @@ def tools() -> list[Any]:
     ]
 
 
-def named(tool: Any) -> str:
-    return str(tool.metadata.name)
-
-
-def arguments(tool: Any) -> dict[str, Any]:
-    return {"a": 2, "b": 3} if isinstance(tool, FunctionTool) else {"input": "hi"}
-
-
-@pytest.mark.parametrize("inner", tools(), ids=named)
-def test_wrapped_tool_keeps_class_metadata_and_attributes(inner: Any) -> None:
-    paced = Limiter("100 RPM").wrap(inner)
+@pytest.mark.parametrize("inner", tools(), ids=lambda tool: type(tool).__name__)
+async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(inner: Any) -> None:
+    limiter = Limiter("100 RPM", concurrency=1)
+    paced = limiter.wrap(inner)
 
     assert isinstance(paced, type(inner))
-    assert isinstance(paced, AsyncBaseTool) == isinstance(inner, AsyncBaseTool)
     assert paced.metadata.to_openai_tool() == inner.metadata.to_openai_tool()
     assert hasattr(paced, "acall") == hasattr(inner, "acall")
     assert {name: vars(paced)[name] for name in vars(inner)} == vars(inner)
-    if isinstance(inner, FunctionTool):
-        assert paced.real_fn is inner.real_fn
+    assert getattr(paced, "real_fn", None) is getattr(inner, "real_fn", None)
 
-
-@pytest.mark.parametrize("inner", tools(), ids=named)
-def test_tool_call_by_any_method_is_admitted_once(inner: Any) -> None:
-    limiter = Limiter("100 RPM", concurrency=1)
-    paced = limiter.wrap(inner)
-    given = arguments(inner)
-
-    outputs = [paced(**given), call_tool(paced, given)]
+    given = {"a": 2, "b": 3} if isinstance(inner, FunctionTool) else {"input": "hi"}
+    outputs = [
+        await asyncio.to_thread(paced, **given),
+        await asyncio.to_thread(call_tool, paced, given),
+    ]
     if isinstance(inner, AsyncBaseTool):
-        outputs.append(paced.call(**given))
-        outputs.append(asyncio.run(inner_acall(paced, given)))
-    outputs.append(asyncio.run(acall_tool(paced, given)))
-    outputs.append(asyncio.run(inner_acall(adapt_to_async_tool(paced), given)))
+        outputs += [await asyncio.to_thread(paced.call, **given), await paced.acall(**given)]
+    outputs += [await acall_tool(paced, given), await adapt_to_async_tool(paced).acall(**given)]
 
     assert {str(output) for output in outputs} == {str(inner(**given))}
     assert admitted(limiter) == len(outputs)
     assert in_flight(limiter) == 0
-
-
-async def inner_acall(tool: Any, given: dict[str, Any]) -> Any:
-    return await tool.acall(**given)
 
 
 def test_wrapping_a_list_returns_paced_items_in_order() -> None:
@@ -245,17 +225,17 @@ def test_paced_tool_receives_workflow_context() -> None:
     assert paced.requires_context
     assert paced.ctx_param_name == "ctx"
     with pytest.raises(ValueError, match="Context is required"):
-        asyncio.run(inner_acall(paced, {"name": "Ada"}))
-    assert str(asyncio.run(inner_acall(paced, {"name": "Ada", "ctx": "hello"}))) == "hello Ada"
+        asyncio.run(paced.acall(name="Ada"))
+    assert str(asyncio.run(paced.acall(name="Ada", ctx="hello"))) == "hello Ada"
 
 
 def test_pacing_adds_no_spans_to_tool_call(instrumentation: Any) -> None:
     inner = FunctionTool.from_defaults(async_fn=multiply)
-    asyncio.run(inner_acall(inner, {"a": 1, "b": 2}))
+    asyncio.run(acall_tool(inner, {"a": 1, "b": 2}))
     before, _ = instrumentation.take()
 
     paced = Limiter("100 RPM").wrap(inner)
-    asyncio.run(inner_acall(paced, {"a": 1, "b": 2}))
+    asyncio.run(acall_tool(paced, {"a": 1, "b": 2}))
     after, _ = instrumentation.take()
 
     assert after == before
