@@ -168,8 +168,9 @@ class RateLimitedLLM(_LLM, ABC):
     ...     '''OpenAI's models under my limits.'''
     >>> llm = PacedOpenAI(model="gpt-4o-mini", limiter=limiter)
 
-    `Limiter.wrap` does the same to an existing model. Everything that LlamaIndex builds on its
-    methods (prediction, tools, agents, structured output, query engines) is paced.
+    The constructor also takes ``retry=`` and ``estimator=``, as `Limiter.wrap` does, which does the
+    same to an existing model. Everything that LlamaIndex builds on its methods (prediction, tools,
+    agents, structured output, query engines) is paced.
     """
 
 
