@@ -27,8 +27,8 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from typing import Any, Final, TypeVar
 
 from asyncbucket.by_loop import ByLoop
 from asyncbucket.llama_index.pacing import HeldCall
@@ -41,38 +41,26 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-#: Where a client keeps the fields of the model that made it, and an httpx client those of all loops.
-_MADE_FOR: Final = "_asyncbucket_made_for"
+#: Where an httpx client keeps those of all loops.
 _BY_LOOP: Final = "_asyncbucket_by_loop"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
 
-class _Request(Protocol):
-    """What requests of httpx and httpx2 have in common."""
+def _tracer(held: HeldLease, host: str) -> Callable[..., Coroutine[Any, Any, None]]:
+    """Return what follows one request to ``host`` on its way, as httpcore's trace extension."""
+    profile = held.profile = profile_of(host)
 
-    extensions: dict[str, Any]
-    url: Any
-
-
-class _Trace:
-    """Follow one request on its way, by httpcore's trace extension."""
-
-    __slots__ = ("_held", "_profile")
-
-    def __init__(self, held: HeldLease, request: _Request) -> None:
-        self._held = held
-        self._profile = held.profile = profile_of(request.url.host)
-
-    async def handle(self, event: str, info: Mapping[str, Any]) -> None:
-        """Handle one event of httpcore."""
+    async def trace(event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(_BODY_STARTED):
-            self._held.request_sent()
-        elif event.endswith(_HEADERS_RECEIVED) and self._profile is not GENERIC:
+            held.request_sent()
+        elif event.endswith(_HEADERS_RECEIVED) and profile is not GENERIC:
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
             status = next(part for part in parts if isinstance(part, int))
             headers = next((part for part in parts if isinstance(part, list)), [])
-            self._held.headers_received(status, headers, self._profile)
+            held.headers_received(status, headers, profile)
+
+    return trace
 
 
 def is_client(value: object) -> bool:
@@ -95,31 +83,22 @@ def without_retries(client: C) -> C:
     return copied
 
 
-def client_of(model: object, kept_as: str, make: Callable[[], Any]) -> Any:
+def client_of(model: object, make: Callable[[], Any]) -> Any:
     """Return the client that ``make()`` returns, which reports and doesn't retry if ``model`` made it.
 
-    One in a field is the user's. If the model keeps it, under the private name ``kept_as``, a copy
-    of the model, which may have another key, makes one of its own.
+    One in a field is the user's.
     """
-    note_client(reports=True)  # making it sends nothing, even if that fails
-    private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
-    fields = vars(model)
-    kept = private.get(kept_as)
-    made_for = vars(kept).get(_MADE_FOR) if is_reporting(kept) else None
-    if made_for is not None and made_for is not fields:
-        private[kept_as] = None
-    is_kept = private.get(kept_as) is not None
+    _note_client(reports=True)  # making it sends nothing, even if that fails
     client = make()
-    is_users = any(client is value for value in fields.values())
+    is_users = any(client is value for value in vars(model).values())
     if is_client(client) and not is_users and not is_reporting(client):
         _make_reporting(client)
         client.max_retries = 0
-        vars(client)[_MADE_FOR] = None if is_kept else fields
-    note_client(reports=is_reporting(client))
+    _note_client(reports=is_reporting(client))
     return client
 
 
-def note_client(*, reports: bool) -> None:
+def _note_client(*, reports: bool) -> None:
     """Note whether the client that this context's call asks for reports its requests."""
     held = innermost_held_lease()
     if isinstance(held, HeldCall):
@@ -148,11 +127,11 @@ def _reporting_class(cls: Any) -> type[Any]:
     """Return a subclass with one base, so that an instance's class can be replaced by it."""
     io = ASYNC if inspect.iscoroutinefunction(cls._prepare_request) else SYNC
 
-    async def prepare(self: Any, request: _Request) -> None:
+    async def prepare(self: Any, request: Any) -> None:
         await io.call(cls._prepare_request, self, request)
         if (held := innermost_held_lease()) is not None:
             held.request_prepared()
-            trace = io.function(_Trace(held, request).handle)
+            trace = io.function(_tracer(held, request.url.host))
             request.extensions = {"trace": trace, **request.extensions}
 
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from asyncbucket.llama_index.models import Paced
     from asyncbucket.llama_index.pacing import Pacing
 
-_LOCK: Final = threading.Lock()
+_LOCK: Final = threading.RLock()
 # A pickle carries no references, so each process must find its limiters by name.
 _ISSUED: Final[WeakKeyDictionary[Limiter, str]] = WeakKeyDictionary()
 _LIMITERS: Final[WeakValueDictionary[str, Limiter]] = WeakValueDictionary()
@@ -69,23 +69,20 @@ class Passport:
 
     def resolve(self) -> tuple[Limiter, bool]:
         """Return the limiter that this stands for here, and whether it was just made."""
-        with _LOCK:
-            return self._resolve_locked()
-
-    def _resolve_locked(self) -> tuple[Limiter, bool]:
         pid = os.getpid()
-        limiter = _LIMITERS.get(self.key) if self.pid == pid else None
-        limiter = limiter or _REMADE.get((pid, self.key))
-        if limiter is not None:
-            return limiter, False
-        if self.parent is None:
-            limiter = Limiter(*self.limits, name=self.name, **self.terms)
-        else:
-            parent, _ = self.parent._resolve_locked()  # noqa: SLF001 - its own kind
-            make = parent.key if self.name.startswith("*") else parent.child
-            limiter = make(self.name, *self.limits, **self.terms)
-        _REMADE[pid, self.key] = limiter
-        return limiter, True
+        with _LOCK:
+            limiter = _LIMITERS.get(self.key) if self.pid == pid else None
+            limiter = limiter or _REMADE.get((pid, self.key))
+            if limiter is not None:
+                return limiter, False
+            if self.parent is None:
+                limiter = Limiter(*self.limits, name=self.name, **self.terms)
+            else:
+                parent, _ = self.parent.resolve()
+                make = parent.key if self.name.startswith("*") else parent.child
+                limiter = make(self.name, *self.limits, **self.terms)
+            _REMADE[pid, self.key] = limiter
+            return limiter, True
 
 
 def reduce(model: "Paced", pacing: "Pacing") -> tuple[Any, ...]:

@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncbucket
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD
-from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import is_client
+
+if TYPE_CHECKING:
+    from asyncbucket.llama_index.pacing import Pacing
 
 #: What switches off retries beneath these classes, by module and for one call: of llama-index-llms-
 #: litellm 0.8 with litellm 1.110, and llama-index-llms-cohere 0.9 with cohere 7.3.
@@ -39,8 +41,6 @@ _UNSEEN: Final = {
     ),
 }
 _BOTOCORE_REMEDY: Final = 'make it with botocore_config=Config(retries={"total_max_attempts": 1})'
-#: Embedding models whose batches are one request a text, without calling their own methods.
-_TEXT_BY_TEXT: Final = "llama_index.embeddings.together"
 _INTEGRATIONS: Final = ("llama_index.llms.", "llama_index.embeddings.")
 _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
 
@@ -54,14 +54,9 @@ def unretried_options(llm: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k not in kwargs and k not in given}
 
 
-def sends_text_by_text(cls: Any) -> bool:
-    """Tell whether an embedding model's batches are one request a text, unseen."""
-    return _integration(cls) == _TEXT_BY_TEXT
-
-
-def warn_of_misuse(model: Any, limiter: Limiter, *, attempts: int) -> None:
+def warn_of_misuse(model: Any, pacing: "Pacing") -> None:
     """Warn of each thing that undoes the pacing of ``model``."""
-    name = type(model).__name__
+    name, limiter, attempts = type(model).__name__, pacing.limiter, pacing.retrier.policy.attempts
     if getattr(model, "rate_limiter", None) is not None:
         _warn(
             f"{name} has a rate_limiter of its own: each call would wait there, too, "

@@ -11,8 +11,7 @@ so what is in the cache costs nothing. The base class implements some of them by
 a batch in that case each text pays for itself, and the batch does not. (``_aget_text_embedding``
 calls its synchronous twin on the event loop: it pays without blocking the loop, and the twin, called
 inside, does not pay again.) Whether a class's own batch method goes text by text shows only when it
-runs. So the batch is admitted as one request, and each further text adds one. TogetherEmbedding's
-does not show: its batches go through the base class.
+runs. So the batch is admitted as one request, and each further text adds one.
 
 A method of the model is looked up when it is called, by the name it is called by: classes and tests
 replace methods by functions of other names.
@@ -35,15 +34,16 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import client_of, is_client, without_retries
 from asyncbucket.llama_index.copies import reduce
 from asyncbucket.llama_index.estimate import Estimate, Estimator
-from asyncbucket.llama_index.misuse import sends_text_by_text, unretried_options, warn_of_misuse
+from asyncbucket.llama_index.misuse import unretried_options, warn_of_misuse
 from asyncbucket.llama_index.pacing import Call, Pacing, Reader, no_usage, usage_in
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
-from asyncbucket.retry import Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from dataclasses import InitVar
+
+    from asyncbucket.retry import Retry
 
 _PACING: Final = "_asyncbucket_pacing"
 
@@ -108,29 +108,23 @@ class Paced:
                 f"mixin's; write class {cls.__name__}({right_order})"
             )
 
-    def __init__(
-        self,
-        *args: Any,
-        limiter: Limiter,
-        retry: Retry | int | None = None,
-        estimator: Estimator | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Make the model from all other arguments, paced by ``limiter``."""
+    def __init__(self, *args: Any, limiter: Limiter, **kwargs: Any) -> None:
+        """Make the model from all other arguments than ``limiter``, ``retry`` and ``estimator``."""
+        options = {name: kwargs.pop(name) for name in ("retry", "estimator") if name in kwargs}
         super().__init__(*args, **kwargs)
-        pacing = Pacing(limiter, retry=retry, estimator=estimator)
-        warn_of_misuse(self, limiter, attempts=pacing.retrier.policy.attempts)
+        pacing = Pacing(limiter, **options)
+        warn_of_misuse(self, pacing)
         bind(self, pacing)
 
     def _get_client(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()  # some models have it
         make = functools.partial(base._get_client, *args, **kwargs)  # noqa: SLF001 - an override
-        return client_of(self, "_client", make)
+        return client_of(self, make)
 
     def _get_aclient(self, *args: Any, **kwargs: Any) -> Any:
         base: Any = super()
         make = functools.partial(base._get_aclient, *args, **kwargs)  # noqa: SLF001 - as above
-        return client_of(self, "_aclient", make)
+        return client_of(self, make)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return reduce(self, pacing_of(self))
@@ -174,8 +168,9 @@ class RateLimitedLLM(_LLM, ABC):
     ...     '''OpenAI's models under my limits.'''
     >>> llm = PacedOpenAI(model="gpt-4o-mini", limiter=limiter)
 
-    `Limiter.wrap` does the same to an existing model. Everything that LlamaIndex builds on its
-    methods (prediction, tools, agents, structured output, query engines) is paced.
+    The constructor also takes ``retry=`` and ``estimator=``, as `Limiter.wrap` does, which does the
+    same to an existing model. Everything that LlamaIndex builds on its methods (prediction, tools,
+    agents, structured output, query engines) is paced.
     """
 
 
@@ -269,7 +264,7 @@ class _Methods:
             # Its own error says what is missing.
             return await io.call(functools.partial(inner, **kwargs))
         first, *others = args or (kwargs.pop(self.first_argument),)
-        if self.by_others and self._calls_others(type(model), name):
+        if self.by_others and self._is_inherited(type(model), name):
             inner = functools.partial(getattr(self.base, name), model)
             return await io.call(functools.partial(inner, first, *others, **kwargs))
         if self.first_argument == "messages":
@@ -286,10 +281,10 @@ class _Methods:
         pacing: Pacing = pacing_of(model)
         return await (paced_stream(pacing, call) if is_stream else pacing.call(call))
 
-    def _calls_others(self, cls: type[Any], name: str) -> bool:
+    def _is_inherited(self, cls: type[Any], name: str) -> bool:
+        """Tell whether a class has the method ``name`` from ``base``."""
         rest = cls.__mro__[cls.__mro__.index(self.mixin) + 1 :]
-        definer = next((each for each in rest if name in vars(each)), None)
-        return definer is self.base or sends_text_by_text(cls)
+        return next((each for each in rest if name in vars(each)), None) is self.base
 
 
 def _must_ask_for_usage(llm: Any, kwargs: dict[str, Any]) -> bool:

@@ -2,19 +2,18 @@
 
 The guard against paying twice is `asyncbucket.nesting`, which the models share with the transports
 beneath them. Here its note also carries the usage, which is looked for once a call: in what the SDK
-received, or else in the reply, or else in the replies of methods called inside (something may have
-been made of those). A method that calls others several times makes that many requests; calls within
-those are part of them. The note also knows the SDK's stream, to close the request: that stream is
-part of a reference cycle, so closing the model's stream, which only drops it, leaves the provider
-at work until the garbage collector runs.
+received, or else in the replies of methods called inside, or else in the reply. A method that calls
+others several times makes that many requests; calls within those are part of them. (A stream that
+is read inside a call is not counted, unless the SDK reports its request.) The note also knows the
+SDK's stream, to close the request: that stream is part of a reference cycle, so closing the model's
+stream, which only drops it, leaves the provider at work until the garbage collector runs.
 """
 
-import contextlib
 import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeAlias
@@ -25,7 +24,7 @@ from asyncbucket.core.levels import effective_limiter, in_force, is_under, provi
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import admit
-from asyncbucket.nesting import HeldLease, holding, innermost_held_lease
+from asyncbucket.nesting import HeldLease, held_leases, holding
 from asyncbucket.providers.errors import end_failed, never_sent
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.usage import Usage, usage_of
@@ -62,30 +61,15 @@ class Call:
     sent: Sent = field(default_factory=Sent)
 
 
-class NestedMethod:
-    """One method that is called inside a paced call, with the methods it calls."""
-
-    __slots__ = ("usage",)
-
-    def __init__(self) -> None:
-        #: What its replies say was used.
-        self.usage: Usage | None = None
-
-    def note(self, usage: Usage | None) -> None:
-        """Keep what a reply, or a part of one, says was used."""
-        self.usage = _merged(self.usage, usage)
-
-
 class HeldCall(HeldLease):
     """Note that a model's call runs in this context under a lease of ``limiter``."""
 
-    __slots__ = ("_stream", "hides_usage", "methods", "reports_requests", "usages")
+    __slots__ = ("_methods", "_stream", "hides_usage", "reports_requests", "usages")
 
     def __init__(self, limiter: Limiter, lease: Lease, header_reader: HeaderReader) -> None:
         super().__init__(limiter, lease, header_reader)
-        #: Methods called inside.
-        self.methods: list[NestedMethod] = []
-        #: What each of the SDK's replies said was used.
+        self._methods = 0
+        #: What each of the SDK's replies said was used, or each of the methods' called inside.
         self.usages: list[Usage | None] = []
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
@@ -94,21 +78,28 @@ class HeldCall(HeldLease):
         #: Whether a stream was asked for its usage by us, not by the user.
         self.hides_usage = False
 
-    def add_method(self) -> NestedMethod:
-        """Note a method that is called inside: each but the first adds a request."""
-        method = NestedMethod()
-        self.methods.append(method)
-        self.pay_for(len(self.methods))
-        return method
+    async def call_inside(self, call: Call) -> Any:
+        """Call a method inside: each but the first adds a request, and those in it none."""
+        if _INSIDE.get() is self:
+            return await call.io.call(call.send)
+        self._methods += 1
+        self.pay_for(self._methods)
+        token = _INSIDE.set(self)
+        try:
+            reply = await call.io.call(call.send)
+        finally:
+            put_back(_INSIDE, token)
+        if not self.requests:  # otherwise the SDK's replies say it
+            self.usages.append(call.read(reply))
+        return reply
 
     def actual_usage(self, find: Callable[[], Usage | None]) -> Usage | None:
-        """Return what the call used: what the SDK saw, or what the methods inside or ``find`` say.
+        """Return what the call used, as was noted or as ``find`` says.
 
         What the provider's limits do not count is left out.
         """
-        usage = _total(self.usages)
-        if usage is None or len(self.methods) > self.requests:
-            usage = _merged(usage, _total([each.usage for each in self.methods]) or find())
+        known = [usage for usage in self.usages if usage is not None]
+        usage = functools.reduce(operator.add, known) if known else find()
         if usage is None or self.profile is None:
             return usage
         return self.profile.counted(usage)
@@ -140,52 +131,43 @@ class HeldCall(HeldLease):
             await closing
 
 
-def _total(usages: list[Usage | None]) -> Usage | None:
-    known = [usage for usage in usages if usage is not None]
-    return functools.reduce(operator.add, known) if known else None
-
-
-def _merged(one: Usage | None, other: Usage | None) -> Usage | None:
-    return other if one is None else one | other
+#: The call of which a method inside runs in this context.
+_INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", default=None)
 
 
 def held_call(limiter: Limiter) -> HeldCall | None:
     """Return the note of a lease in this context that counts at ``limiter``, or None."""
-    held = innermost_held_lease()
-    while held is not None:
-        if (
-            isinstance(held, HeldCall)
-            and held.lease is not None
-            and (held.limiter is limiter or is_under(held.limiter, limiter))
-        ):
+    for held, _ in held_leases():
+        if isinstance(held, HeldCall) and is_under(held.limiter, limiter):
             return held
-        held = held.outer
     return None
 
 
-_METHOD: Final[ContextVar[NestedMethod | None]] = ContextVar("asyncbucket nested", default=None)
+class Terms:
+    """How one model or tool is paced; its copies share it."""
+
+    __slots__ = ("limiter", "options")
+
+    def __init__(self, limiter: Limiter, **options: Any) -> None:
+        if not isinstance(limiter, Limiter):
+            raise TypeError(f"limiter= takes a Limiter, not {limiter!r}")
+        self.limiter = limiter
+        #: The options as given, to pace a copy alike.
+        self.options = options
+
+    def copy_for(self, limiter: Limiter, options: Mapping[str, Any]) -> Self:
+        """Return the same for ``limiter`` with the same options, except those given."""
+        return type(self)(limiter, **{**self.options, **options})
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Return this object: a copy of a model or tool spends from the same budget."""
+        return self
 
 
-def method_in(held: HeldCall) -> NestedMethod:
-    """Return the method inside the call of ``held`` that runs here, or a new one."""
-    method = _METHOD.get()
-    return method if method is not None and method in held.methods else held.add_method()
+class Pacing(Terms):
+    """Pace the calls of one model."""
 
-
-@contextlib.contextmanager
-def inside(method: NestedMethod) -> Generator[None]:
-    """Make everything that is called in a ``with`` block part of ``method``."""
-    token = _METHOD.set(method)
-    try:
-        yield
-    finally:
-        put_back(_METHOD, token)
-
-
-class Pacing:
-    """Pace the calls of one model; copies of the model share it."""
-
-    __slots__ = ("asks_for_usage", "estimator", "header_reader", "limiter", "options", "retrier")
+    __slots__ = ("asks_for_usage", "estimator", "header_reader", "retrier")
 
     def __init__(
         self,
@@ -194,8 +176,7 @@ class Pacing:
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
     ) -> None:
-        if not isinstance(limiter, Limiter):
-            raise TypeError(f"limiter= takes a Limiter, not {limiter!r}")
+        super().__init__(limiter, retry=retry, estimator=estimator)
         methods = ("chat", "completion", "embedding")
         if isinstance(estimator, type) or not (
             estimator is None or any(hasattr(estimator, name) for name in methods)
@@ -204,9 +185,6 @@ class Pacing:
                 f"an estimator must have chat(), completion() or embedding(), whichever are asked, and "
                 f"{estimator!r} has none"
             )
-        self.limiter = limiter
-        #: The options as given, to pace a copy alike.
-        self.options: dict[str, Any] = {"retry": retry, "estimator": estimator}
         self.estimator = DefaultEstimator() if estimator is None else estimator
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
@@ -215,31 +193,19 @@ class Pacing:
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
-    def copy_for(self, limiter: Limiter, options: dict[str, Any]) -> Self:
-        """Return a pacing for ``limiter`` with the same options, except those given."""
-        new = type(self)(limiter, **self.options | options)
+    def copy_for(self, limiter: Limiter, options: Mapping[str, Any]) -> Self:
+        """Return the same for ``limiter`` with the same options, except those given."""
+        new = super().copy_for(limiter, options)
         if new.options["estimator"] is None:
             new.estimator = self.estimator  # it has learned from the replies so far
         return new
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Return this object: a copy of a model spends from the same budget."""
-        return self
-
     async def call(self, call: Call) -> Any:
         """Return the reply, paced and retried; inside a paced call, without pacing."""
         held = held_call(self.limiter)
-        if held is None:
-            return await self.retry(call, functools.partial(self._attempt, call, call.estimate()))
-        method = method_in(held)
-        if method is _METHOD.get():
-            reply = await call.io.call(call.send)
-        else:
-            with inside(method):
-                reply = await call.io.call(call.send)
-        if method.usage is None and not held.usages:
-            method.note(call.read(reply))
-        return reply
+        if held is not None:
+            return await held.call_inside(call)
+        return await self.retry(call, functools.partial(self._attempt, call, call.estimate()))
 
     async def retry(self, call: Call, attempt: Callable[[], Any]) -> Any:
         """Return what ``attempt()`` returns, one attempt at ``call``, after as many as it takes."""

@@ -33,11 +33,8 @@ from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.pacing import (
     Call,
     HeldCall,
-    NestedMethod,
     Pacing,
     held_call,
-    inside,
-    method_in,
 )
 from asyncbucket.nesting import holding
 from asyncbucket.waiting import ASYNC, run
@@ -248,45 +245,10 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
 async def paced_stream(pacing: Pacing, call: Call) -> Any:
     """Return the stream that ``call.send()`` gives, paced; inside a paced call, without pacing."""
-    held, is_async = held_call(pacing.limiter), call.io is ASYNC
-    if held is None:
-        return AsyncPacedStream(pacing, call) if is_async else PacedStream(pacing, call)
-    method = method_in(held)
-    with inside(method):
-        inner = await _started(pacing, call, held)
-    return (_relayed if is_async else _relayed_sync)(call, held, method, inner)
-
-
-async def _relayed(
-    call: Call, held: HeldCall, method: NestedMethod, inner: Any
-) -> AsyncGenerator[Any, None]:
-    """Pass on the stream that ``method`` returns."""
-    try:
-        while (item := await _next_inside(call, held, method, inner)) is not _END:
-            yield item
-    finally:
-        if hasattr(inner, "aclose"):
-            await inner.aclose()
-
-
-def _relayed_sync(
-    call: Call, held: HeldCall, method: NestedMethod, inner: Any
-) -> Generator[Any, None, None]:
-    """Do the same as `_relayed`, for a synchronous stream."""
-    try:
-        while (item := run(_next_inside(call, held, method, inner))) is not _END:
-            yield item
-    finally:
-        if hasattr(inner, "close"):
-            inner.close()
-
-
-async def _next_inside(call: Call, held: HeldCall, method: NestedMethod, inner: Any) -> Any:
-    with inside(method):
-        item = await call.io.next_item(inner, _END)
-    if not held.is_streaming:
-        method.note(call.read(item))
-    return item
+    held = held_call(pacing.limiter)
+    if held is not None:
+        return await _started(pacing, call, held)
+    return AsyncPacedStream(pacing, call) if call.io is ASYNC else PacedStream(pacing, call)
 
 
 async def _started(pacing: Pacing, call: Call, held: HeldCall) -> Any:

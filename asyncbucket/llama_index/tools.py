@@ -11,7 +11,7 @@ the model, including a refusal by the limiter.
 import functools
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from llama_index.core.tools.types import AsyncBaseTool
 
@@ -20,6 +20,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
 from asyncbucket.llama_index.events import admit
 from asyncbucket.llama_index.models import LimiterAttribute, paced_subclass, pacing_of
+from asyncbucket.llama_index.pacing import Terms
 from asyncbucket.nesting import is_running, running
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
@@ -35,20 +36,14 @@ names no requests.
 _PACING: Final = "_asyncbucket_pacing"
 
 
-class ToolPacing:
-    """Pace the calls of one tool; copies of the tool share it."""
+class ToolPacing(Terms):
+    """Pace the calls of one tool."""
 
-    __slots__ = ("_price", "limiter", "options")
+    __slots__ = ("_price",)
 
     def __init__(self, limiter: Limiter, *, cost: ToolCost | None = None) -> None:
-        self.limiter = limiter
-        #: The options as given, to pace a copy alike.
-        self.options: dict[str, Any] = {"cost": cost}
+        super().__init__(limiter, cost=cost)
         self._price = _cost_function(cost)
-
-    def copy_for(self, limiter: Limiter, options: dict[str, Any]) -> Self:
-        """Return a pacing for ``limiter`` with the same options, except those given."""
-        return type(self)(limiter, **self.options | options)
 
     async def call(self, io: IO, tool: object, send: "functools.partial[Any]") -> Any:
         """Return what ``send()`` returns, paced; inside a call of the same tool, without pacing."""
@@ -67,10 +62,6 @@ class ToolPacing:
                 f"cost= returned {shown(amounts)}; it must return amounts by resource, {{'images': 3}}"
             )
         return amounts
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Return this object: a copy of a tool spends from the same budget."""
-        return self
 
 
 class PacedTool:

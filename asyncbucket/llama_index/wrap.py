@@ -128,28 +128,28 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     if isinstance(obj, StructuredLLM):
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
-    applicable = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
-    if not isinstance(obj, (Paced, PacedTool)):
-        return _pace(obj, limiter, applicable)
-    pacing: Any = pacing_of(obj)
-    if is_under(pacing.limiter, limiter):
-        limiter = pacing.limiter
-        if not applicable:
-            return obj
-    elif not is_under(limiter, pacing.limiter):
-        raise ValueError(_two_limiters_message(obj, limiter))
-    new_pacing = pacing.copy_for(limiter, applicable)
-    return (
-        paced_tool(obj, new_pacing) if isinstance(obj, PacedTool) else _paced_model(obj, new_pacing)
-    )
-
-
-def _pace(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    if _kind(obj) == "tool":
-        return paced_tool(obj, ToolPacing(limiter, **options))
-    pacing = Pacing(limiter, **options)
-    warn_of_misuse(obj, limiter, attempts=pacing.retrier.policy.attempts)
-    return _paced_model(obj, pacing)
+    is_tool = _kind(obj) == "tool"
+    options = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
+    pacing: Any
+    if isinstance(obj, (Paced, PacedTool)):
+        pacing = pacing_of(obj)
+        if is_under(pacing.limiter, limiter):
+            limiter = pacing.limiter
+            if not options:
+                return obj
+        elif not is_under(limiter, pacing.limiter):
+            raise ValueError(
+                f"{obj!r} is paced already and can't be paced by {limiter!r} too: neither limiter is under the "
+                f"other, so that a call would wait in two lines; wrap what it was made of, or make one of "
+                f"them a child of the other"
+            )
+        pacing = pacing.copy_for(limiter, options)
+    elif is_tool:
+        pacing = ToolPacing(limiter, **options)
+    else:
+        pacing = Pacing(limiter, **options)
+        warn_of_misuse(obj, pacing)
+    return paced_tool(obj, pacing) if is_tool else _paced_model(obj, pacing)
 
 
 #: The options of each kind of object.
@@ -264,12 +264,4 @@ def _refusal_message(obj: object) -> str:
     return (
         f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {type(obj).__name__}; pace "
         f"other code by `async with limiter.acquire(...)` or @limiter.paced"
-    )
-
-
-def _two_limiters_message(obj: object, limiter: Limiter) -> str:
-    return (
-        f"{obj!r} is paced already and can't be paced by {limiter!r} too: neither limiter is under the "
-        f"other, so that a call would wait in two lines; wrap what it was made of, or make one of "
-        f"them a child of the other"
     )

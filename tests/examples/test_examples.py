@@ -86,3 +86,15 @@ def test_four_processes_share_limits_through_valkey(tmp_path: Path) -> None:
         server.wait()
 
     assert "160 calls in all, 0 refused (429)" in printed
+
+
+def test_flooding_tenant_gets_429_while_others_are_served(tmp_path: Path) -> None:
+    printed = run("multi_tenant_fastapi.py", cwd=tmp_path)
+
+    found = re.findall(r"^(\w+): (\d+) times (\d+)$", printed, re.MULTILINE)
+    heard = {(tenant, int(status)): int(count) for tenant, count, status in found}
+    assert heard["bob", 429] > heard["bob", 200]
+    assert heard["acme", 200] > 3 * heard["bob", 200]
+    assert heard["eve", 200] > 0
+    assert ("acme", 429) not in heard
+    assert ", 0 refused (429)" in printed

@@ -1,26 +1,96 @@
-"""What these tests share: records of instrumentation, and a scripted OpenAI."""
+"""What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
-import contextlib
 import itertools
 import json
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, TypeAlias
+from typing import Any
 
 import httpx
 import pytest
 import respx
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.llms import MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.azure_openai import AzureOpenAI
+from llama_index.llms.openai import OpenAI, OpenAIResponses
+from llama_index.llms.openai_like import OpenAILike
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from llama_index_instrumentation.span_handlers import NullSpanHandler
-from pydantic import PrivateAttr
+from pydantic import BaseModel, PrivateAttr
+
+from asyncbucket import Limiter
+from asyncbucket.core.context import Inherited, inherited
+from asyncbucket.core.events import Admitted, Event
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 API_BASE = "https://llm.test/v1"
-Serve: TypeAlias = Callable[[Callable[..., Any]], contextlib.AbstractContextManager[str]]
+KEY = "sk-very-secret"
+MESSAGES = [ChatMessage("hi")]
+PROMPT = PromptTemplate("Name a {thing}.")
+
+
+class Person(BaseModel):
+    """What structured prediction fills in."""
+
+    name: str
+
+
+def make_openai(**options: Any) -> OpenAI:
+    return OpenAI(**{"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE, **options})
+
+
+def make_completing_openai() -> OpenAI:
+    return make_openai(model="gpt-3.5-turbo-instruct", max_tokens=5)
+
+
+def make_responses(**options: Any) -> OpenAIResponses:
+    return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
+
+
+def make_azure(**options: Any) -> AzureOpenAI:
+    options |= {"azure_endpoint": "https://llm.test", "api_version": "2024-10-21"}
+    return AzureOpenAI(engine="gpt", model="gpt-4o-mini", api_key="k", **options)
+
+
+def make_like(**options: Any) -> OpenAILike:
+    options = {"api_base": API_BASE, "is_chat_model": True, **options}
+    return OpenAILike(model="m", api_key="k", **options)
+
+
+def make_completing_like() -> OpenAILike:
+    return make_like(is_chat_model=False)
+
+
+def some_models() -> list[Any]:
+    """Return models with and without an SDK's client, two of each kind."""
+    embedding = OpenAIEmbedding(api_key=KEY)
+    return [MockLLM(max_tokens=3), make_openai(api_key=KEY), MockEmbedding(embed_dim=2), embedding]
+
+
+def name_of(make: Callable[..., Any]) -> str:
+    """Return what a model is called in a test's name."""
+    return make.__name__.removeprefix("make_")
+
+
+def charged(limiter: Limiter) -> list[int]:
+    """Return what each limit has booked."""
+    return [limit.used for limit in limiter.statistics().limits]
+
+
+def admitted(limiter: Limiter) -> int:
+    return limiter.statistics().admitted
+
+
+def in_flight(limiter: Limiter) -> int:
+    return limiter.statistics().in_flight
 
 
 class _Events(BaseEventHandler):
@@ -81,6 +151,13 @@ def instrumentation() -> Iterator[Instrumentation]:
     root.event_handlers[:], root.span_handlers[:] = before
 
 
+def _events(*events: Any) -> httpx.Response:
+    """Return a reply that is a stream of ``events``."""
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in events]
+    text = "".join(f"data: {line}\n\n" for line in lines)
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
+
+
 @dataclass
 class ScriptedOpenAI:
     """An OpenAI API that answers everything, after whatever a test scripts first."""
@@ -94,6 +171,13 @@ class ScriptedOpenAI:
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.content) for request in self.requests]
+
+    def refuse(
+        self, status: int, headers: dict[str, str] | None = None, *, times: int = 1, **error: Any
+    ) -> None:
+        """Answer the next ``times`` requests with an error."""
+        body = {"error": {"message": "scripted", "type": "scripted", "code": None, **error}}
+        self.script += [httpx.Response(status, json=body, headers=headers) for _ in range(times)]
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -150,56 +234,29 @@ class ScriptedOpenAI:
         ]
         if (body.get("stream_options") or {}).get("include_usage"):
             chunks.append({**base, "object": kind, "choices": [], "usage": self.usage})
-        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
-        return httpx.Response(
-            200, text="".join(lines), headers={"content-type": "text/event-stream"}
-        )
+        return _events(*chunks, "[DONE]")
 
     def _response(self, body: dict[str, Any]) -> httpx.Response:
         text = '{"name": "Ada"}' if body.get("text") else "hello there"
-        message = {
-            "type": "message",
-            "id": "m",
-            "role": "assistant",
-            "status": "completed",
-            "content": [{"type": "output_text", "text": text, "annotations": []}],
+        content = [{"type": "output_text", "text": text, "annotations": []}]
+        message = {"type": "message", "id": "m", "role": "assistant", "status": "completed"}
+        usage = {
+            "input_tokens": self.usage["prompt_tokens"],
+            "output_tokens": self.usage["completion_tokens"],
+            "total_tokens": self.usage["total_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
         }
-        reply = {
-            "id": "r",
-            "object": "response",
-            "created_at": 1,
-            "model": body["model"],
-            "status": "completed",
-            "output": [message],
-            "parallel_tool_calls": False,
-            "tool_choice": "auto",
-            "tools": [],
-            "usage": {
-                "input_tokens": self.usage["prompt_tokens"],
-                "output_tokens": self.usage["completion_tokens"],
-                "total_tokens": self.usage["total_tokens"],
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": 0},
-            },
-        }
+        options = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
+        base = {"id": "r", "object": "response", "created_at": 1, "model": body["model"]}
+        output = [{**message, "content": content}]
+        reply = {**base, **options, "status": "completed", "output": output, "usage": usage}
         if not body.get("stream"):
             return httpx.Response(200, json=reply)
-        delta = {
-            "type": "response.output_text.delta",
-            "item_id": "m",
-            "output_index": 0,
-            "content_index": 0,
-            "delta": text,
-            "sequence_number": 1,
-            "logprobs": [],
-        }
+        where = {"item_id": "m", "output_index": 0, "content_index": 0, "sequence_number": 1}
+        delta = {"type": "response.output_text.delta", **where, "delta": text, "logprobs": []}
         done = {"type": "response.completed", "response": reply, "sequence_number": 2}
-        lines = [
-            f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in (delta, done)
-        ]
-        return httpx.Response(
-            200, text="".join(lines), headers={"content-type": "text/event-stream"}
-        )
+        return _events(delta, done)
 
     def _embeddings(self, body: dict[str, Any]) -> httpx.Response:
         data = [
@@ -227,8 +284,11 @@ def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
 class AsyncReader:
     """Read a model's streams on the event loop; `SyncReader` does the same on this thread."""
 
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
-        return await getattr(llm, f"a{method}")(*(args or ([ChatMessage("hi")],)), **kwargs)
+    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
+        return await on_loop(*args)
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
+        return await getattr(llm, f"a{method}")(*(args or (MESSAGES,)))
 
     async def next(self, stream: Any) -> Any:
         return await anext(stream, None)
@@ -242,16 +302,19 @@ class AsyncReader:
     async def throw(self, stream: Any, *error: Any) -> None:
         await stream.athrow(*error)
 
-    async def read(self, llm: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    async def read(self, llm: Any, *args: Any) -> list[Any]:
         """Read a stream from its beginning to its end."""
-        return await self.rest(await self.begin(llm, *args, **kwargs))
+        return await self.rest(await self.begin(llm, *args))
 
 
 class SyncReader(AsyncReader):
     """Read a model's synchronous streams."""
 
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any, **kwargs: Any) -> Any:
-        return getattr(llm, method)(*(args or ([ChatMessage("hi")],)), **kwargs)
+    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
+        return here(*args)
+
+    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
+        return getattr(llm, method)(*(args or (MESSAGES,)))
 
     async def next(self, stream: Any) -> Any:
         return next(stream, None)
@@ -273,42 +336,54 @@ def reader(request: pytest.FixtureRequest) -> AsyncReader:
     return reader
 
 
-@contextlib.contextmanager
-def served(answer: Callable[[httpx.Request], Any]) -> Generator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Bench:
+    """A provider on virtual time, and models and a tool behind children of one limiter."""
 
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["content-length"]))
-            response = answer(httpx.Request("POST", f"{url}{self.path}", content=content))
-            self.send_response(response.status_code)
-            self.send_header("content-type", response.headers["content-type"])
-            self.send_header("content-length", str(len(response.content)))
-            self.end_headers()
-            self.wfile.write(response.content)
+    def __init__(self, time: VirtualTime, provider: RateLimitedProvider, limiter: Limiter) -> None:
+        self.time, self.provider, self.limiter = time, provider, limiter
+        #: The limiters that admitted calls, and what the calls inherited.
+        self.seen: list[tuple[str, Inherited | None]] = []
+        self._http_client = httpx.Client(transport=provider.mock_transport(sync=True))
+        self._async_http_client = httpx.AsyncClient(transport=provider.mock_transport())
+        options: dict[str, Any] = {
+            "api_base": "http://provider.test/v1",
+            "http_client": self._http_client,
+            "async_http_client": self._async_http_client,
+        }
+        self.llm = limiter.wrap(make_openai(**options), child="chat")
+        self.like = limiter.wrap(make_like(**options), child="chat")
+        self.embed_model: Any = limiter.wrap(
+            OpenAIEmbedding(api_key="k", embed_batch_size=2, **options), child="embeddings"
+        )
+        self.tool: Any = limiter.wrap(
+            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up"), child="tools"
+        )
+        limiter.observe(self._note)
 
-        def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
+    async def _look_up(self, a: int, b: int) -> str:
+        return str(len(await self.embed_model.aget_query_embedding(f"{a} {b}")))
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    try:
-        yield url
-    finally:
-        server.shutdown()
-        server.server_close()
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Admitted):
+            self.seen.append((event.limiter, inherited.get()))
+
+    def agent(self, **options: Any) -> FunctionAgent:
+        return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
+
+    def close(self) -> None:
+        self._http_client.close()
+        self.time.run(self._async_http_client.aclose())
 
 
 @pytest.fixture
-def serve() -> Serve:
-    return served
+def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
+    provider = RateLimitedProvider(clock=virtual_time.clock)
+    limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
+    bench = Bench(virtual_time, provider, limiter)
+    yield bench
+    bench.close()
 
 
-def error(status: int, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    body = {"error": {"message": "scripted", "type": "scripted", "code": None, **fields}}
-    return httpx.Response(status, json=body, headers=headers)
-
-
-@pytest.fixture
-def refusal() -> Callable[..., httpx.Response]:
-    return error
+def ask(agent: Any, question: str = "look up 1 and 2") -> Any:
+    memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
+    return agent.run(user_msg=question, memory=memory)

@@ -1,21 +1,23 @@
 """Anthropic's models are paced where they are installed."""
 
 import asyncio
-import gc
 import importlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.prompts import PromptTemplate
-from pydantic import BaseModel
 
 from asyncbucket import Limiter
-from asyncbucket.testing import virtual_time
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import Serve
+from asyncbucket.testing import VirtualTime
+from tests.llama_index.conftest import (
+    MESSAGES,
+    PROMPT,
+    AsyncReader,
+    Person,
+    admitted,
+    charged,
+    in_flight,
+)
 
 anthropic = pytest.importorskip("anthropic")
 integration = pytest.importorskip("llama_index.llms.anthropic")
@@ -24,14 +26,7 @@ http: Any = importlib.import_module(
     anthropic.APIStatusError.__init__.__annotations__["response"].split(".")[0]
 )
 
-MESSAGES = [ChatMessage("hi")]
 USAGE = {"input_tokens": 30, "output_tokens": 12}
-
-
-class Person(BaseModel):
-    """What structured prediction fills in."""
-
-    name: str
 
 
 class ScriptedAnthropic:
@@ -63,21 +58,13 @@ class ScriptedAnthropic:
         start = {**message, "content": [], "usage": {"input_tokens": 30, "output_tokens": 1}}
         events: list[dict[str, Any]] = [
             {"type": "message_start", "message": start},
-            {
-                "type": "content_block_start",
-                "index": 0,
-                "content_block": {"type": "text", "text": ""},
-            },
-            {
-                "type": "content_block_delta",
-                "index": 0,
-                "delta": {"type": "text_delta", "text": text},
-            },
-            {"type": "content_block_stop", "index": 0},
+            {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}},
+            {"type": "content_block_stop"},
             {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": USAGE},
             {"type": "message_stop"},
         ]
-        lines = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
+        lines = [f"event: {e['type']}\ndata: {json.dumps({'index': 0, **e})}\n\n" for e in events]
         return http.Response(
             200, text="".join(lines), headers={"content-type": "text/event-stream"}
         )
@@ -100,82 +87,55 @@ def api() -> ScriptedAnthropic:
     return ScriptedAnthropic()
 
 
-async def test_async_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
+async def test_each_call_is_one_request_admitted_once_and_settled(
+    api: ScriptedAnthropic, reader: AsyncReader
+) -> None:
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
 
-    await llm.achat(MESSAGES)
-    await llm.acomplete("hi")
-    _ = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
-    _ = [chunk async for chunk in await llm.astream_complete("hi")]
+    await reader.call(llm.achat, llm.chat, MESSAGES)
+    await reader.call(llm.acomplete, llm.complete, "hi")
+    await reader.read(llm)
+    await reader.read(llm, "stream_complete", "hi")
 
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, len(api.requests)) == (4, 0, 4)
-    assert now.limits[0].used == 4 * 42
+    assert admitted(limiter) == len(api.requests) == 4
+    assert (in_flight(limiter), charged(limiter)) == (0, [4 * 42])
 
 
-def test_synchronous_call_is_one_request_admitted_once_and_settled(api: ScriptedAnthropic) -> None:
-    limiter = Limiter("100k TPM", concurrency=1)
-    llm = limiter.wrap(api.model())
+def test_client_has_connections_of_its_own_on_each_event_loop() -> None:
+    llm = Limiter("1 RPM").wrap(integration.Anthropic(model="claude-sonnet-4-5", api_key="k"))
 
-    llm.chat(MESSAGES)
-    llm.complete("hi")
-    _ = list(llm.stream_chat(MESSAGES))
-    _ = list(llm.stream_complete("hi"))
+    async def connections() -> Any:
+        return llm._aclient._client
 
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, len(api.requests)) == (4, 0, 4)
-    assert now.limits[0].used == 4 * 42
+    first, second = asyncio.run(connections()), asyncio.run(connections())
+
+    assert first is not second
 
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
 async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAnthropic) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(api.model())
-    prompt = PromptTemplate("Name a {thing}.")
 
-    one = await llm.astructured_predict(Person, prompt, thing="star")
-    stream = await llm.astream_structured_predict(Person, prompt, thing="star")
+    one = await llm.astructured_predict(Person, PROMPT, thing="star")
+    stream = await llm.astream_structured_predict(Person, PROMPT, thing="star")
     many = [person async for person in stream]
-    three = llm.structured_predict(Person, prompt, thing="star")
-    four = list(llm.stream_structured_predict(Person, prompt, thing="star"))
+    three = llm.structured_predict(Person, PROMPT, thing="star")
+    four = list(llm.stream_structured_predict(Person, PROMPT, thing="star"))
 
     assert {one.name, many[0].name, three.name, four[0].name} == {"Ada"}
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, len(api.requests)) == (4, 0, 4)
+    assert admitted(limiter) == len(api.requests) == 4
+    assert in_flight(limiter) == 0
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_call_is_sent_once_on_each_of_several_event_loops(
-    api: ScriptedAnthropic, serve: "Serve", caplog: pytest.LogCaptureFixture
+def test_refused_call_makes_five_requests_as_sdk_does_not_retry(
+    api: ScriptedAnthropic, virtual_time: VirtualTime
 ) -> None:
-    limiter = Limiter("1000 RPM")
-
-    async def ask() -> None:
-        await asyncio.gather(llm.achat(MESSAGES), llm.achat(MESSAGES))
-        assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
-
-    async def hang_up() -> None:
-        await llm._aclient.close()
-
-    with serve(api.answer) as url:
-        model = integration.Anthropic(model="claude-sonnet-4-5", api_key="k", base_url=url)
-        llm = limiter.wrap(model, retry=False)
-        for _ in range(3):
-            asyncio.run(ask())
-        asyncio.run(hang_up())
-        gc.collect()
-
-    assert len(api.requests) == limiter.statistics().admitted == 9
-    assert not caplog.records
-
-
-def test_refused_call_makes_five_requests_as_sdk_does_not_retry(api: ScriptedAnthropic) -> None:
     api.refusals = 50
-    with virtual_time() as time:
-        limiter = Limiter("1000 RPM", clock=time.clock)
+    limiter = Limiter("1000 RPM", clock=virtual_time.clock)
 
-        with pytest.raises(anthropic.RateLimitError, match="scripted"):
-            time.run(limiter.wrap(api.model()).achat(MESSAGES))
+    with pytest.raises(anthropic.RateLimitError, match="scripted"):
+        virtual_time.run(limiter.wrap(api.model()).achat(MESSAGES))
 
     assert len(api.requests) == 5

@@ -2,71 +2,35 @@
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import pytest
-from llama_index.core.llms import ChatMessage, CustomLLM, MockLLM
+from llama_index.core.llms import CustomLLM, MockLLM
 from llama_index.core.tools import FunctionTool
-from llama_index.llms.openai import OpenAI
-from pydantic import BaseModel
 
 import asyncbucket
 from asyncbucket import CostExceedsLimit, Limiter
-from asyncbucket.llama_index import RateLimitedLLM
+from asyncbucket.llama_index import RateLimitedLLM, limiter_of
 from asyncbucket.llama_index.models import pacing_of
-from asyncbucket.testing import RateLimitedProvider, VirtualTime
-
-if TYPE_CHECKING:
-    from tests.llama_index.conftest import ScriptedOpenAI
-
-API_BASE = "https://llm.test/v1"
-
-
-class Person(BaseModel):
-    """What structured prediction fills in."""
-
-    name: str
+from asyncbucket.testing import RateLimitedProvider
+from tests.llama_index.conftest import MESSAGES, ScriptedOpenAI, admitted, make_openai
 
 
 def add(a: int, b: int) -> int:
     return a + b
 
 
-def admitted(*limiters: Limiter) -> list[int]:
-    return [limiter.statistics().admitted for limiter in limiters]
-
-
-def test_wrap_by_child_name_creates_child_once() -> None:
-    limiter = Limiter("100 RPM", name="openai")
-
-    llm: Any = limiter.wrap(MockLLM(), child="chat")
-    again: Any = limiter.wrap(MockLLM(), child="chat")
-
-    assert llm.limiter is again.limiter is limiter.children["chat"]
-    assert llm.limiter.name == "openai/chat"
-
-
-def test_child_option_accepts_any_descendant_and_refuses_others() -> None:
+def test_child_may_be_a_name_or_any_descendant_and_nothing_else() -> None:
     limiter = Limiter("100 RPM", name="openai")
     deep = limiter.child("acme").child("chat")
 
+    named = [limiter_of(limiter.wrap(MockLLM(), child="chat")) for _ in range(2)]
+    assert named == [limiter.children["chat"]] * 2
     for child in (deep, limiter.key("acme"), limiter):
-        llm: Any = limiter.wrap(MockLLM(), child=child)
-        assert llm.limiter is child
+        assert limiter_of(limiter.wrap(MockLLM(), child=child)) is child
     with pytest.raises(ValueError, match=r"<Limiter 'openai', .*> is not under <Limiter 'openai/"):
         deep.wrap(MockLLM(), child=limiter)
-
-
-def test_call_is_charged_once_at_each_level() -> None:
-    limiter = Limiter("100 RPM", "10k TPM")
-    chat = limiter.child("chat", "5k TPM")
-    llm = limiter.wrap(MockLLM(max_tokens=3), child=chat)
-
-    llm.complete("hi")
-
-    assert admitted(limiter, chat) == [1, 1]
-    assert limiter.statistics().limits[1].used == chat.statistics().limits[0].used > 0
 
 
 def test_paced_model_can_be_moved_to_a_descendant() -> None:
@@ -85,7 +49,7 @@ def test_paced_model_can_be_moved_to_a_descendant() -> None:
     assert isinstance(first, RateLimitedLLM)
     assert pacing_of(second).options["retry"] == 2
     assert pacing_of(second).estimator is pacing_of(first).estimator
-    assert admitted(limiter, acme, limiter.children["chat"]) == [2, 1, 1]
+    assert [admitted(each) for each in (limiter, acme, limiter.children["chat"])] == [2, 1, 1]
 
 
 def test_paced_tool_moved_to_a_descendant_keeps_its_cost() -> None:
@@ -95,7 +59,7 @@ def test_paced_tool_moved_to_a_descendant_keeps_its_cost() -> None:
     moved = limiter.wrap(tool, child="tools")
     moved(a=1, b=2)
 
-    assert admitted(limiter, limiter.children["tools"]) == [1, 1]
+    assert [admitted(each) for each in (limiter, limiter.children["tools"])] == [1, 1]
     assert limiter.statistics().limits[1].used == 2
 
 
@@ -135,7 +99,7 @@ def test_inner_model_is_not_charged_where_outer_model_has_paid() -> None:
 
     limiter.wrap(Outer(inner=inner), child="chat").complete("hi")
 
-    assert admitted(limiter, limiter.children["chat"]) == [1, 1]
+    assert [admitted(each) for each in (limiter, limiter.children["chat"])] == [1, 1]
 
 
 @pytest.mark.parametrize(("outside", "inside"), [(None, "chat"), ("router", "chat")])
@@ -160,12 +124,12 @@ async def test_model_does_not_deadlock_with_its_http_client_at_sibling() -> None
     provider = RateLimitedProvider()
     transport = limiter.child("http").transport(provider.mock_transport())
     async with httpx.AsyncClient(transport=transport) as client:
-        plain = OpenAI("gpt-4o-mini", api_key="k", api_base=API_BASE, async_http_client=client)
+        plain = make_openai(async_http_client=client)
         llm = limiter.wrap(plain, child="chat")
         async with asyncio.timeout(60):
             await asyncio.gather(llm.acomplete("hi"), llm.acomplete("hi"))
 
-    assert admitted(limiter, *limiter.children.values()) == [4, 2, 2]
+    assert [admitted(each) for each in (limiter, *limiter.children.values())] == [4, 2, 2]
     assert (limiter.statistics().in_flight, limiter.statistics().overridden) == (0, 0)
 
 
@@ -175,72 +139,40 @@ def test_output_forecast_is_cut_to_lowest_limit_of_any_level() -> None:
 
     limiter.wrap(MockLLM(), child=chat).complete("hi")
 
-    assert admitted(limiter, chat) == [1, 1]
+    assert [admitted(each) for each in (limiter, chat)] == [1, 1]
     with pytest.raises(CostExceedsLimit, match="exceeds the limit of 100 tokens"):
         limiter.wrap(MockLLM(max_tokens=200), child=chat).complete("hi")
 
 
-async def test_429_at_child_pauses_root_for_all_that_share_the_key(
-    openai_api: "ScriptedOpenAI", refusal: Any
+async def test_429_at_a_child_pauses_the_highest_level_with_limits(
+    openai_api: ScriptedOpenAI,
 ) -> None:
-    limiter = Limiter("100 RPM")
-    openai_api.script = [refusal(429, {"retry-after": "30"})]
-    llm = limiter.wrap(
-        OpenAI(api_key="k", api_base=API_BASE), child=limiter.child("acme", rpm=50), retry=False
-    )
+    everything = Limiter(concurrency=100)
+    openai = everything.child("openai", "100 RPM")
+    acme = openai.child("acme", rpm=50)
+    openai_api.refuse(429, {"retry-after": "30"})
 
     with pytest.raises(Exception, match="scripted"):
-        await llm.achat([ChatMessage("hi")])
+        await openai.wrap(make_openai(), child=acme, retry=False).achat(MESSAGES)
 
-    assert 25 < limiter.statistics().paused <= 30
-    assert limiter.children["acme"].statistics().paused == 0
+    assert 25 < openai.statistics().paused <= 30
+    assert everything.statistics().paused == acme.statistics().paused == 0
 
 
 @pytest.mark.parametrize("tenant", ["", "/*"])
 async def test_retried_event_names_limiter_that_admitted_the_call(
-    openai_api: "ScriptedOpenAI", refusal: Any, tenant: str
+    openai_api: ScriptedOpenAI, tenant: str
 ) -> None:
     limiter = Limiter("100 RPM", name="openai")
     heard: list[str] = []
     limiter.observe(lambda event: heard.append(f"{type(event).__name__} {event.limiter}"))
-    openai_api.script = [refusal(503, {"retry-after-ms": "1"})]
-    llm = limiter.wrap(OpenAI(api_key="k", api_base=API_BASE), child="chat")
+    openai_api.refuse(503, {"retry-after-ms": "1"})
+    llm = limiter.wrap(make_openai(), child="chat")
 
     with asyncbucket.tenant("acme") if tenant else contextlib.nullcontext():
-        await llm.achat([ChatMessage("hi")])
+        await llm.achat(MESSAGES)
 
     assert heard.count(f"Admitted openai/chat{tenant}") == 2
     assert [each for each in heard if each.startswith("Retried")] == [
         f"Retried openai/chat{tenant}"
     ]
-
-
-async def test_429_pauses_no_level_above_highest_one_with_limits(
-    openai_api: "ScriptedOpenAI", refusal: Any
-) -> None:
-    everything = Limiter(concurrency=100)
-    openai = everything.child("openai", "100 RPM")
-    openai_api.script = [refusal(429, {"retry-after": "30"})]
-    llm = openai.wrap(OpenAI(api_key="k", api_base=API_BASE), child="chat", retry=False)
-
-    with pytest.raises(Exception, match="scripted"):
-        await llm.achat([ChatMessage("hi")])
-
-    assert openai.statistics().paused > 25
-    assert everything.statistics().paused == 0
-
-
-def test_child_over_its_own_limit_does_not_delay_siblings(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1000 RPM burst 1000", clock=virtual_time.clock)
-    llm = limiter.wrap(MockLLM(max_tokens=1))
-    small = limiter.child("small", "1 RPM").wrap(llm)
-    large = limiter.child("large").wrap(llm)
-
-    async def main() -> None:
-        waiting = asyncio.gather(*(small.acomplete("hi") for _ in range(2)))
-        await asyncio.gather(*(large.acomplete("hi") for _ in range(100)))
-        assert virtual_time.now == 0
-        await waiting
-        assert virtual_time.now >= 60
-
-    virtual_time.run(main())

@@ -4,93 +4,21 @@ The agents are real, and so is the provider, but without sockets: everything is 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import pytest
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
-from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool
 from llama_index.core.workflow import StartEvent, StopEvent, Workflow, step
-from llama_index.embeddings.openai import OpenAIEmbedding
-from llama_index.llms.openai import OpenAI
-from llama_index.llms.openai_like import OpenAILike
 from openai import RateLimitError
 
 import asyncbucket
-from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket import AcquireTimeout
 from asyncbucket.core.context import Inherited, inherited
-from asyncbucket.core.events import Admitted, Event
-from asyncbucket.testing import RateLimitedProvider, VirtualTime
+from tests.llama_index.conftest import Bench, ask
 
 GIVEN = Inherited(priority=1, tenant="acme", deadline=1_000.0)
-
-
-@dataclass
-class Bench:
-    """A provider on virtual time, and models and a tool behind children of one limiter."""
-
-    time: VirtualTime
-    provider: RateLimitedProvider
-    limiter: Limiter
-    options: dict[str, Any]
-    #: The limiters that admitted calls, and what the calls inherited.
-    seen: list[tuple[str, Inherited | None]] = field(default_factory=list)
-
-    llm: OpenAI = field(init=False)
-    like: OpenAILike = field(init=False)
-    embed_model: OpenAIEmbedding = field(init=False)
-    tool: FunctionTool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.llm = self.limiter.wrap(OpenAI(model="gpt-4o-mini", **self.options), child="chat")
-        self.like = self.limiter.wrap(
-            OpenAILike(model="m", is_chat_model=True, **self.options), child="chat"
-        )
-        self.embed_model = self.limiter.wrap(OpenAIEmbedding(**self.options), child="embeddings")
-        self.tool = self.limiter.wrap(
-            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up"), child="tools"
-        )
-        self.limiter.observe(self._note)
-
-    async def _look_up(self, a: int, b: int) -> str:
-        return str(len(await self.embed_model.aget_query_embedding(f"{a} {b}")))
-
-    def _note(self, event: Event) -> None:
-        if isinstance(event, Admitted):
-            self.seen.append((event.limiter, inherited.get()))
-
-    def agent(self, **options: Any) -> FunctionAgent:
-        return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
-
-
-@pytest.fixture
-def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
-    provider = RateLimitedProvider(clock=virtual_time.clock)
-    limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
-    http_client = httpx.Client(transport=provider.mock_transport(sync=True))
-    async_http_client = httpx.AsyncClient(transport=provider.mock_transport())
-    yield Bench(
-        time=virtual_time,
-        provider=provider,
-        limiter=limiter,
-        options={
-            "api_key": "k",
-            "api_base": "http://provider.test/v1",
-            "http_client": http_client,
-            "async_http_client": async_http_client,
-        },
-    )
-    http_client.close()
-    virtual_time.run(async_http_client.aclose())
-
-
-def ask(agent: Any) -> Any:
-    memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
-    return agent.run(user_msg="look up 1 and 2", memory=memory)
 
 
 async def under(start: Any) -> Any:
@@ -175,42 +103,6 @@ def test_stream_requested_without_terms_takes_none_from_its_reader(bench: Bench)
     assert bench.seen == [("openai/chat", None)]
 
 
-def test_interactive_agent_overtakes_batch_queue(bench: Bench) -> None:
-    async def batch() -> None:
-        with asyncbucket.priority("batch"):
-            await asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(100)))
-
-    async def main() -> None:
-        queue = asyncio.create_task(batch())
-        await asyncio.sleep(0.5)
-        with asyncbucket.priority("interactive"):
-            await ask(bench.agent())
-        assert bench.time.now <= 6
-        await queue
-
-    bench.time.run(main())
-    assert bench.limiter.statistics().admitted == 104
-
-
-def test_tenant_over_its_limit_does_not_delay_other_tenant(bench: Bench) -> None:
-    bench.limiter.reconfigure("600 RPM burst 600")
-    chat = bench.limiter.children["chat"]
-    chat.key("small", "1 RPM")
-    ends: dict[str, float] = {}
-
-    async def run(tenant: str) -> None:
-        with asyncbucket.tenant(tenant):
-            await ask(bench.agent())
-        ends[tenant] = bench.time.now
-
-    async def main() -> None:
-        await asyncio.gather(run("small"), run("large"))
-
-    bench.time.run(main())
-    assert ends["large"] < 1
-    assert ends["small"] >= 60
-
-
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("kind", ["agent", "workflow", "engine"])
 def test_run_that_cannot_meet_its_deadline_fails_at_once(
@@ -270,23 +162,18 @@ class Slow(Workflow):
         return StopEvent(result=str(await self.bench.llm.acomplete("hi")))
 
 
-async def queued(bench: Bench) -> AsyncIterator[None]:
-    waiting = asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(60)))
-    await asyncio.sleep(0)
-    yield
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
-
-
 def test_deadline_raises_limiters_error_before_workflow_times_out(bench: Bench) -> None:
     async def main() -> None:
-        async for _ in queued(bench):
-            with (
-                pytest.raises(AcquireTimeout, match="cannot pass within 40 s"),
-                asyncbucket.deadline(40),
-            ):
-                await Slow(bench).run()
-            assert 39 < bench.time.now < 41
+        waiting = asyncio.gather(*(bench.llm.acomplete(f"{n}") for n in range(60)))
+        await asyncio.sleep(0)
+        with (
+            pytest.raises(AcquireTimeout, match="cannot pass within 40 s"),
+            asyncbucket.deadline(40),
+        ):
+            await Slow(bench).run()
+        assert 39 < bench.time.now < 41
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
 
     bench.time.run(main())
 

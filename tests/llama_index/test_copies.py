@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.llms import CustomLLM, MockLLM
+from llama_index.core.llms import MockLLM
 from llama_index.core.schema import TextNode
-from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 import asyncbucket
@@ -19,54 +18,14 @@ from asyncbucket import AcquireTimeout, Limit, Limiter
 from asyncbucket.core.levels import terms_of
 from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM
 from asyncbucket.llama_index.models import pacing_of
-
-KEY = "sk-very-secret"
+from tests.llama_index.conftest import KEY, some_models
 
 
 class PacedMock(RateLimitedLLM, MockLLM):
     """A class written by hand."""
 
 
-class Stubborn(CustomLLM):
-    """A model whose `__init__` does not take its own fields."""
-
-    max_tokens: int = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    @property
-    def metadata(self) -> Any:
-        return MockLLM().metadata
-
-    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return MockLLM().complete(prompt)
-
-    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return MockLLM().stream_complete(prompt)
-
-
-class PacedStubborn(RateLimitedLLM, Stubborn):
-    """The same, paced."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        limiter = kwargs.pop("limiter")
-        if kwargs:
-            raise TypeError("takes nothing else")
-        super().__init__(limiter=limiter)
-
-
-def models() -> list[Any]:
-    return [
-        MockLLM(max_tokens=3),
-        OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7),
-        MockEmbedding(embed_dim=2),
-        OpenAIEmbedding(api_key=KEY),
-        Stubborn(),
-    ]
-
-
-@pytest.mark.parametrize("inner", models(), ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
 def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(inner)
@@ -91,15 +50,14 @@ def test_pickling_leaves_original_unchanged() -> None:
     assert paced._get_aclient() is client
 
 
-@pytest.mark.parametrize("make", [PacedMock, PacedStubborn])
-def test_handwritten_paced_class_survives_pickling(make: Any) -> None:
+def test_handwritten_paced_class_survives_pickling() -> None:
     limiter = Limiter("100 RPM")
-    paced = make(limiter=limiter)
+    paced = PacedMock(max_tokens=3, limiter=limiter)
     paced.max_tokens = 2
 
     twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
 
-    assert type(twin) is make
+    assert type(twin) is PacedMock
     assert twin.limiter is limiter
     assert twin.max_tokens == 2
     assert str(twin.complete("hi"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.embeddings import MockEmbedding
-from llama_index.core.llms import CustomLLM, MockLLM
+from llama_index.core.llms import MockLLM
 from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
@@ -24,20 +24,14 @@ class PacedOpenAI(RateLimitedLLM, OpenAI):
     """A class written by hand."""
 
 
-class Holder(CustomLLM):
+class Holder(MockLLM):
     """A model that contains something else."""
 
-    inner: Any
+    inner: Any = None
 
-    @property
-    def metadata(self) -> Any:
-        return MockLLM().metadata
-
-    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return self.inner.complete(prompt)
-
-    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return self.inner.stream_complete(prompt)
+    def __init__(self, inner: Any) -> None:
+        super().__init__(max_tokens=None)
+        self.inner = inner
 
 
 @pytest.fixture
@@ -72,13 +66,13 @@ def test_retrying_client_in_model_field_causes_warning(client: AsyncOpenAI) -> N
         match=r"Holder.inner tries again by itself \(max_retries=2\): one call may become 5 x 3 "
         r"requests, of which the limiter sees 5; make it with max_retries=0, or wrap with retry=F",
     ):
-        limiter.wrap(Holder(inner=client))
+        limiter.wrap(Holder(client))
     with pytest.warns(UserWarning, match=r"Holder.inner .*5 x 8"):
-        limiter.wrap(Holder(inner=OpenAI(api_key=KEY, max_retries=7)))
+        limiter.wrap(Holder(OpenAI(api_key=KEY, max_retries=7)))
 
-    limiter.wrap(Holder(inner=client), retry=False)
-    limiter.wrap(Holder(inner=client.with_options(max_retries=0)))
-    limiter.wrap(Holder(inner=limiter.wrap(OpenAI(api_key=KEY))))
+    limiter.wrap(Holder(client), retry=False)
+    limiter.wrap(Holder(client.with_options(max_retries=0)))
+    limiter.wrap(Holder(limiter.wrap(OpenAI(api_key=KEY))))
 
 
 def test_retries_that_wrap_switches_off_cause_no_warning(client: AsyncOpenAI) -> None:
@@ -184,21 +178,3 @@ def test_retries_that_nobody_can_switch_off_are_warned_of(make: Any, remedy: str
 
     limiter.wrap(model, retry=False)
     limiter.wrap(Bedrock(total_max_attempts=1))
-
-
-@pytest.mark.filterwarnings("ignore:Model tries failed requests:UserWarning")
-async def test_batch_that_goes_text_by_text_unseen_pays_for_each() -> None:
-    class Batching(MockEmbedding):
-        def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-            raise AssertionError(f"sends {len(texts)} requests, unseen")
-
-        async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-            return self._get_text_embeddings(texts)
-
-    limiter = Limiter("100 RPM")
-    model = limiter.wrap(integration("embeddings.together", Batching)(embed_dim=2))
-
-    assert len(model.get_text_embedding_batch(["a", "b", "c"])) == 3
-    assert len(await model.aget_text_embedding_batch(["a", "b"])) == 2
-
-    assert limiter.statistics().admitted == 3 + 2

@@ -1,9 +1,8 @@
 """A paced tool is still the tool, is admitted once per call, and never waits for itself."""
 
 import asyncio
-import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import httpx
 import pytest
@@ -17,14 +16,11 @@ from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolMetadata, 
 from llama_index.core.tools.calling import acall_tool, call_tool
 from llama_index.core.tools.types import AsyncBaseTool, BaseTool, adapt_to_async_tool
 from llama_index.core.workflow import Context
-from llama_index.llms.openai import OpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
 from asyncbucket.llama_index.models import pacing_of
 from asyncbucket.testing import VirtualTime
-
-if TYPE_CHECKING:
-    from asyncbucket.testing.pytest_plugin import ProviderFactory
+from tests.llama_index.conftest import admitted, charged, in_flight
 
 
 def add(a: int, b: int) -> int:
@@ -62,15 +58,13 @@ class Plain(BaseTool):
         return ToolOutput("plain", content=str(input), raw_input={})
 
 
-class Threaded(AsyncBaseTool):
+class Threaded(Plain, AsyncBaseTool):
     """A tool whose asynchronous call is its synchronous one, in a thread."""
-
-    @property
-    def metadata(self) -> ToolMetadata:
-        return ToolMetadata("threaded", name="threaded")
 
     def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return ToolOutput("threaded", content=str(input), raw_input={})
+
+    __call__ = AsyncBaseTool.__call__
 
     async def acall(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return await asyncio.to_thread(self.call, input)
@@ -86,59 +80,29 @@ def tools() -> list[Any]:
     ]
 
 
-def named(tool: Any) -> str:
-    return str(tool.metadata.name)
-
-
-def arguments(tool: Any) -> dict[str, Any]:
-    return {"a": 2, "b": 3} if isinstance(tool, FunctionTool) else {"input": "hi"}
-
-
-@pytest.mark.parametrize("inner", tools(), ids=named)
-def test_wrapped_tool_keeps_class_metadata_and_attributes(inner: Any) -> None:
-    paced = Limiter("100 RPM").wrap(inner)
+@pytest.mark.parametrize("inner", tools(), ids=lambda tool: type(tool).__name__)
+async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(inner: Any) -> None:
+    limiter = Limiter("100 RPM", concurrency=1)
+    paced = limiter.wrap(inner)
 
     assert isinstance(paced, type(inner))
-    assert isinstance(paced, AsyncBaseTool) == isinstance(inner, AsyncBaseTool)
     assert paced.metadata.to_openai_tool() == inner.metadata.to_openai_tool()
     assert hasattr(paced, "acall") == hasattr(inner, "acall")
     assert {name: vars(paced)[name] for name in vars(inner)} == vars(inner)
-    if isinstance(inner, FunctionTool):
-        assert paced.real_fn is inner.real_fn
+    assert getattr(paced, "real_fn", None) is getattr(inner, "real_fn", None)
 
-
-@pytest.mark.parametrize("inner", tools(), ids=named)
-def test_tool_call_by_any_method_is_admitted_once(inner: Any) -> None:
-    limiter = Limiter("100 RPM", concurrency=1)
-    paced = limiter.wrap(inner)
-    given = arguments(inner)
-
-    outputs = [paced(**given), call_tool(paced, given)]
+    given = {"a": 2, "b": 3} if isinstance(inner, FunctionTool) else {"input": "hi"}
+    outputs = [
+        await asyncio.to_thread(paced, **given),
+        await asyncio.to_thread(call_tool, paced, given),
+    ]
     if isinstance(inner, AsyncBaseTool):
-        outputs.append(paced.call(**given))
-        outputs.append(asyncio.run(inner_acall(paced, given)))
-    outputs.append(asyncio.run(acall_tool(paced, given)))
-    outputs.append(asyncio.run(inner_acall(adapt_to_async_tool(paced), given)))
+        outputs += [await asyncio.to_thread(paced.call, **given), await paced.acall(**given)]
+    outputs += [await acall_tool(paced, given), await adapt_to_async_tool(paced).acall(**given)]
 
     assert {str(output) for output in outputs} == {str(inner(**given))}
-    assert limiter.statistics().admitted == len(outputs)
-    assert limiter.statistics().in_flight == 0
-
-
-async def inner_acall(tool: Any, given: dict[str, Any]) -> Any:
-    return await tool.acall(**given)
-
-
-def test_tools_wait_for_their_limit(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
-    paced = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply), child="tools")
-
-    async def main() -> None:
-        await asyncio.gather(*(paced.acall(a=n, b=1) for n in range(10)))
-        assert virtual_time.now == pytest.approx(0.9)
-
-    virtual_time.run(main())
-    assert limiter.children["tools"].statistics().admitted == 10
+    assert admitted(limiter) == len(outputs)
+    assert in_flight(limiter) == 0
 
 
 def test_wrapping_a_list_returns_paced_items_in_order() -> None:
@@ -160,35 +124,28 @@ def test_wrapping_a_list_returns_paced_items_in_order() -> None:
     assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
 
 
-def test_tool_cost_can_be_mapping_or_callable() -> None:
+def product(a: int, b: int) -> int:
+    return a * b
+
+
+@pytest.mark.parametrize(
+    ("cost", "requests", "images"),
+    [
+        ({"images": 3}, 1, 3),
+        ({"images": product, "requests": 2}, 2, 20),
+        (lambda a, b: {"requests": a, "images": b}, 4, 5),
+    ],
+)
+async def test_tool_cost_can_be_a_mapping_or_computed_from_all_arguments(
+    cost: Any, requests: int, images: int
+) -> None:
     limiter = Limiter("1000 RPM burst 1000", "1000 images/m")
-    inner = FunctionTool.from_defaults(add)
-
-    def product(a: int, b: int) -> int:
-        return a * b
-
-    def both(a: int, b: int) -> dict[str, float]:
-        return {"requests": a, "images": b}
-
-    limiter.wrap(inner, cost={"images": 3})(a=1, b=2)
-    limiter.wrap(inner, cost={"images": product, "requests": 2})(a=4, b=5)
-    limiter.wrap(inner, cost=both)(a=6, b=7)
-
-    requests, images = limiter.statistics().limits
-    assert (requests.used, images.used) == (1 + 2 + 6, 3 + 20 + 7)
-
-
-async def test_cost_function_receives_partial_params_of_tool() -> None:
-    limiter = Limiter("1000 images/m")
     inner = FunctionTool.from_defaults(add, partial_params={"b": 5})
+    tool = limiter.wrap(inner, cost=cost)
 
-    def product(a: int, b: int) -> int:
-        return a * b
+    assert tool(a=4).content == tool.call(a=4).content == (await tool.acall(a=4)).content == "9"
 
-    tool = limiter.wrap(inner, cost={"images": product})
-
-    assert tool(a=1).content == tool.call(a=1).content == (await tool.acall(a=1)).content == "6"
-    assert limiter.statistics().limits[0].used == 5 + 5 + 5
+    assert charged(limiter) == [3 * requests, 3 * images]
 
 
 def test_invalid_tool_costs_are_refused() -> None:
@@ -196,16 +153,13 @@ def test_invalid_tool_costs_are_refused() -> None:
     inner = FunctionTool.from_defaults(add)
     wrong: Any = 3
 
-    def returns(**_: Any) -> Any:
-        return wrong
-
     with pytest.raises(TypeError, match=r"cost= must be amounts by resource, .* not 3"):
         limiter.wrap(inner, cost=wrong)
     with pytest.raises(TypeError, match=r"cost= returned 3; it must return amounts by resource"):
-        limiter.wrap(inner, cost=returns)(a=1, b=2)
+        limiter.wrap(inner, cost=lambda **_: wrong)(a=1, b=2)
     with pytest.raises(TypeError, match="no limit counts images: this limiter counts"):
         limiter.wrap(inner, cost={"images": 1})(a=1, b=2)
-    assert limiter.statistics().admitted == 0
+    assert admitted(limiter) == 0
 
 
 def test_options_that_do_not_apply_are_refused() -> None:
@@ -240,18 +194,25 @@ def test_failing_tool_gives_its_slot_back_and_is_not_retried() -> None:
 
     assert output.is_error
     assert calls == [1, 2]
-    assert limiter.statistics().in_flight == 0
+    assert in_flight(limiter) == 0
 
 
-def test_acquire_timeout_of_tool_becomes_its_error_output() -> None:
-    limiter = Limiter("1 RPM", timeout=1)
-    paced = limiter.wrap(FunctionTool.from_defaults(add))
-    paced(a=1, b=2)
+def test_tool_waits_for_its_limit_and_a_timeout_becomes_its_error_output(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("1 RPM", timeout=65, clock=virtual_time.clock)
+    paced = limiter.wrap(FunctionTool.from_defaults(async_fn=multiply), child="tools")
 
-    output = asyncio.run(acall_tool(paced, {"a": 1, "b": 2}))
+    async def main() -> None:
+        given = {"a": 2, "b": 3}
+        first, second, third = await asyncio.gather(*(acall_tool(paced, given) for _ in range(3)))
+        assert (str(first), str(second)) == ("6", "6")
+        assert virtual_time.now >= 60
+        assert isinstance(third.exception, AcquireTimeout)
+        assert "within 65 s: requests bind for" in str(third)
 
-    assert isinstance(output.exception, AcquireTimeout)
-    assert "a call of 1 request cannot pass within 1 s: requests bind for" in str(output)
+    virtual_time.run(main())
+    assert admitted(limiter.children["tools"]) == 2
 
 
 def test_paced_tool_receives_workflow_context() -> None:
@@ -264,90 +225,50 @@ def test_paced_tool_receives_workflow_context() -> None:
     assert paced.requires_context
     assert paced.ctx_param_name == "ctx"
     with pytest.raises(ValueError, match="Context is required"):
-        asyncio.run(inner_acall(paced, {"name": "Ada"}))
-    assert str(asyncio.run(inner_acall(paced, {"name": "Ada", "ctx": "hello"}))) == "hello Ada"
-
-
-def test_tools_own_limiter_attribute_is_kept() -> None:
-    class Mine(Threaded):
-        def __init__(self) -> None:
-            self.limiter = "mine"
-
-        def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
-            return super().call(f"{input} {self.limiter}")
-
-    limiter = Limiter("100 RPM")
-
-    assert limiter.wrap(Mine()).call("hi").content == "hi mine"
-    assert limiter.statistics().admitted == 1
-
-
-@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])
-def test_copy_of_a_tool_spends_from_the_same_budget(make_copy: Any) -> None:
-    limiter = Limiter("100 RPM")
-    paced = limiter.wrap(FunctionTool.from_defaults(add))
-
-    twin = make_copy(paced)
-    twin(a=1, b=2)
-
-    assert twin is not paced
-    assert twin.limiter is limiter
-    assert limiter.statistics().admitted == 1
+        asyncio.run(paced.acall(name="Ada"))
+    assert str(asyncio.run(paced.acall(name="Ada", ctx="hello"))) == "hello Ada"
 
 
 def test_pacing_adds_no_spans_to_tool_call(instrumentation: Any) -> None:
     inner = FunctionTool.from_defaults(async_fn=multiply)
-    asyncio.run(inner_acall(inner, {"a": 1, "b": 2}))
+    asyncio.run(acall_tool(inner, {"a": 1, "b": 2}))
     before, _ = instrumentation.take()
 
     paced = Limiter("100 RPM").wrap(inner)
-    asyncio.run(inner_acall(paced, {"a": 1, "b": 2}))
+    asyncio.run(acall_tool(paced, {"a": 1, "b": 2}))
     after, _ = instrumentation.take()
 
     assert after == before
 
 
-class Tree:
-    """A limiter with a child for models and a child of one slot for tools."""
+@pytest.mark.parametrize("depth", [0, 2])
+def test_tool_calling_paced_models_and_itself_keeps_its_child_and_does_not_deadlock(
+    virtual_time: VirtualTime, depth: int
+) -> None:
+    root = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
+    tools = root.child("tools", concurrency=1)
+    llm = root.wrap(MockLLM(), child="chat")
+    tool: Any = None
 
-    def __init__(self, clock: Any, **options: Any) -> None:
-        self.root = Limiter("1000/s", clock=clock, **options)
-        self.chat = self.root.child("chat")
-        self.tools = self.root.child("tools", concurrency=1)
-        self.llm = self.root.wrap(MockLLM(), child=self.chat)
-        self.running = self.most = 0
+    async def ask(depth: int) -> str:
+        """Ask."""
+        await llm.acomplete("a b")
+        await asyncio.sleep(1)
+        return "bottom" if depth == 0 else str(await tool.acall(depth=depth - 1))
 
-    def ask(self, seconds: float = 1.0) -> Any:
-        async def ask(prompt: str) -> str:
-            """Ask."""
-            self.running += 1
-            self.most = max(self.most, self.running)
-            reply = await self.llm.acomplete(prompt)
-            await asyncio.sleep(seconds)
-            self.running -= 1
-            return str(reply)
-
-        return self.root.wrap(FunctionTool.from_defaults(async_fn=ask), child=self.tools)
-
-    def assert_at_rest(self) -> None:
-        for limiter in (self.root, self.chat, self.tools):
-            assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (0, 0)
-
-
-def test_tool_calling_paced_model_does_not_deadlock(virtual_time: VirtualTime) -> None:
-    tree = Tree(virtual_time.clock, concurrency=1)
-    tool = tree.ask()
+    tool = root.wrap(FunctionTool.from_defaults(async_fn=ask), child=tools)
 
     async def main() -> None:
         async with asyncio.timeout(60):
-            replies = await asyncio.gather(*(tool.acall(prompt="a b") for _ in range(5)))
-        assert [str(reply) for reply in replies] == ["a b"] * 5
-        assert virtual_time.now >= 5  # one tool at a time, whatever it asks
+            replies = await asyncio.gather(*(tool.acall(depth=depth) for _ in range(5)))
+        assert [str(reply) for reply in replies] == ["bottom"] * 5
+        if depth == 0:
+            assert virtual_time.now >= 5  # one tool at a time, whatever it asks
 
     virtual_time.run(main())
-    assert tree.most == 1
-    assert tree.root.statistics().admitted == 10
-    tree.assert_at_rest()
+    assert (admitted(tools), admitted(root)) == (5 * (depth + 1), 10 * (depth + 1))
+    for limiter in (root, tools, root.children["chat"]):
+        assert (in_flight(limiter), limiter.statistics().waiting) == (0, 0)
 
 
 def test_tool_using_paced_http_client_does_not_deadlock(virtual_time: VirtualTime) -> None:
@@ -399,27 +320,7 @@ def test_calls_inside_tools_never_exceed_root_concurrency(virtual_time: VirtualT
 
     virtual_time.run(main())
     assert max(most) == 2
-    assert limiter.statistics().in_flight == 0
-
-
-def test_recursive_tool_pays_for_each_call(virtual_time: VirtualTime) -> None:
-    tree = Tree(virtual_time.clock, concurrency=1)
-    tool: Any = None
-
-    async def recurse(depth: int) -> str:
-        """Recurse."""
-        await tree.llm.acomplete("deeper?")
-        return "bottom" if depth == 0 else str(await tool.acall(depth=depth - 1))
-
-    tool = tree.root.wrap(FunctionTool.from_defaults(async_fn=recurse), child=tree.tools)
-
-    async def main() -> None:
-        async with asyncio.timeout(60):
-            assert str(await tool.acall(depth=3)) == "bottom"
-
-    virtual_time.run(main())
-    assert tree.tools.statistics().admitted == 4
-    tree.assert_at_rest()
+    assert in_flight(limiter) == 0
 
 
 @dataclass(frozen=True)
@@ -441,7 +342,7 @@ PLANS = st.recursive(
 
 
 @pytest.mark.heavy
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     plans=st.lists(PLANS, min_size=1, max_size=6),
     slots=st.lists(st.integers(1, 2), min_size=4, max_size=4),
@@ -464,11 +365,12 @@ def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
         tools: dict[str, Any] = {}
 
         async def run(plan: Plan) -> str:
-            """Run."""
+            """Run; never ask a tool of a child before its own, for a circle may wait for itself."""
             await asyncio.sleep(plan.seconds)
             if models:
                 await llm.acomplete("hi")
-            await asyncio.gather(*(tools[each.child].acall(plan=each) for each in plan.asks))
+            asks = [replace(each, child=max(each.child, plan.child)) for each in plan.asks]
+            await asyncio.gather(*(tools[each.child].acall(plan=each) for each in asks))
             return "done"
 
         for name, child in children.items():
@@ -485,39 +387,4 @@ def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
 
         time.run(main())
         for limiter in (root, *children.values()):
-            assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (0, 0)
-
-
-def test_tool_keeps_its_slot_while_calling_other_limiters_model(virtual_time: VirtualTime) -> None:
-    limiter = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
-    tree = Tree(virtual_time.clock, concurrency=1)
-
-    async def ask(prompt: str) -> str:
-        """Ask."""
-        reply = await tree.llm.acomplete(prompt)
-        assert limiter.statistics().in_flight == 1
-        return str(reply)
-
-    tool = limiter.wrap(FunctionTool.from_defaults(async_fn=ask))
-
-    async def main() -> None:
-        assert str(await tool.acall(prompt="a b")) == "a b"
-
-    virtual_time.run(main())
-    assert limiter.statistics().in_flight == 0
-    tree.assert_at_rest()
-
-
-async def test_predict_and_call_holds_no_model_slot_while_running_tools(
-    rate_limited_provider: "ProviderFactory",
-) -> None:
-    limiter = Limiter("60k RPM", concurrency=1)
-    tool = limiter.wrap(FunctionTool.from_defaults(add), child="tools")
-    async with httpx.AsyncClient() as http_client:
-        url = rate_limited_provider().base_url
-        llm = OpenAI(api_key="k", api_base=url, async_http_client=http_client)
-        async with asyncio.timeout(30):
-            reply = await limiter.wrap(llm, child="chat").apredict_and_call([tool], "add 1 and 2")
-
-    assert str(reply)
-    assert [child.statistics().admitted for child in limiter.children.values()] == [1, 1]
+            assert (in_flight(limiter), limiter.statistics().waiting) == (0, 0)

@@ -1,7 +1,6 @@
 """Usage is found wherever a reply keeps it, and replies teach how long the next may be."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,16 +51,6 @@ class Unknown(BaseModel, extra="allow"):
     """A reply whose SDK does not know of usage, and keeps it as an extra field."""
 
 
-class Slotted:
-    """A reply that computes its usage."""
-
-    __slots__ = ()
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return OPENAI
-
-
 def chat(raw: object = None, **extra: Any) -> ChatResponse:
     return ChatResponse(message=ChatMessage(content="Fine."), raw=raw, additional_kwargs=extra)
 
@@ -85,9 +74,7 @@ def chat(raw: object = None, **extra: Any) -> ChatResponse:
         chat(SimpleNamespace(data=SimpleNamespace(usage=SimpleNamespace(**OPENAI)))),
         CompletionResponse(text="Fine.", raw={"usage": OPENAI}),
         CompletionResponse(text="Fine.", additional_kwargs=OPENAI),
-        {"usage": OPENAI},
         Unknown.model_validate({"usage": OPENAI}),
-        Slotted(),
         SimpleNamespace(usage=SimpleNamespace(**OPENAI)),
         OPENAI,
     ],
@@ -109,10 +96,6 @@ def test_usage_is_found_in_every_known_reply_format(reply: object) -> None:
 )
 def test_missing_or_impossible_usage_is_none(reply: object) -> None:
     assert usage_of(reply) is None
-
-
-def test_embedding_usage_has_only_input_tokens() -> None:
-    assert usage_of({"usage": {"prompt_tokens": 12, "total_tokens": 12}}) == Usage(12, 0, 12)
 
 
 def test_usage_of_two_stream_events_is_combined() -> None:
@@ -179,18 +162,6 @@ def test_forecast_is_nearest_rank_quantile_of_window(
     assert foreseen in latest
     assert sum(reply <= foreseen for reply in latest) >= quantile * len(latest)
     assert sum(reply < foreseen for reply in latest) < quantile * len(latest)
-
-
-def test_forecast_is_thread_safe() -> None:
-    forecast = OutputForecast(window=100)
-
-    def feed(length: int) -> None:
-        for _ in range(2000):
-            forecast.observe(length)
-
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(feed, (1, 2, 3, 4)))
-    assert sorted(forecast._latest) == forecast._sorted
 
 
 @pytest.mark.parametrize(
