@@ -41,15 +41,6 @@ from asyncbucket.planning.result import percent
 if TYPE_CHECKING:
     from asyncbucket.testing import Arrival
 
-#: A backspace keeps the lines of a paragraph as they are.
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket demo
-  asyncbucket demo --agents 500 --rpm 2400
-  export OPENAI_API_KEY=...
-  asyncbucket demo --model gpt-4o-mini --rpm 500 --tpm 200000 --agents 20
-"""
-
 #: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 _WINDOW: Final = 6.0
 #: The fewest windows that the paced run takes; with fewer, only the start would be visible.
@@ -64,8 +55,6 @@ CALLS_PER_AGENT: Final = 2
 #: What a call takes on average; and the least that a window must hold, or none would ever pass.
 TOKENS_PER_CALL: Final = 150
 _MIN_WINDOW_TOKENS: Final = 250
-#: Seconds between two plain lines of progress.
-_LINE_INTERVAL: Final = 2.0
 
 
 def demo(  # noqa: PLR0913 - one for each option
@@ -367,7 +356,7 @@ def _run_all(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bo
         limiter = Limiter(*scenario.limits, concurrency=scenario.concurrency) if paced else None
         run = Run(scenario=scenario, limiter=limiter)
         try:
-            with Screen(console, every=_LINE_INTERVAL, quiet=quiet) as screen:
+            with Screen(console, quiet=quiet) as screen:
                 run_once(run, screen)
         except Fatal as error:
             typer.echo(f"error: {one_line(str(error))}", err=True)

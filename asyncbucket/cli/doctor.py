@@ -25,12 +25,6 @@ from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket doctor
-  asyncbucket doctor --store redis://127.0.0.1:6379/0
-"""
-
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
 #: Each SDK: its package, which is its module too, and the first major version that uses httpx2.
 _SDKS: Final = {"openai": 3, "anthropic": 1}

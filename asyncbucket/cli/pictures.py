@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket plot trace.jsonl -o out.png
-  asyncbucket plot trace.jsonl -o out.svg --dark
-"""
-
 _ADMITTED: Final = "#1f9d55"
 _OTHER: Final = "#9aa0a6"
 _WAITING: Final = "#3b7dd8"

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,14 +31,6 @@ from asyncbucket.cli.ui import plot, table
 from asyncbucket.planning import Plan, Poisson
 from asyncbucket.planning import plan as make_plan
 from asyncbucket.planning.result import details, rows_of
-
-#: A backspace keeps the lines of a paragraph as they are.
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
-  asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
-  asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
-"""
 
 
 def _samples_option(text: str) -> Any:

@@ -19,13 +19,6 @@ from asyncbucket.core.wording import counted, in_seconds, one_line
 from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import row_of
 
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket watch http://127.0.0.1:4294
-  asyncbucket watch unix:///run/limits.sock --once
-  asyncbucket watch redis://127.0.0.1:6379/0
-"""
-
 _PATIENCE: Final = 5.0
 #: Members that every limiter has, a program's or a store's.
 _REQUIRED_MEMBERS: Final = frozenset({"name", "limits", "paused", "in_flight"})

@@ -63,16 +63,6 @@ def test_pipe_gets_one_line_per_panel() -> None:
     )
 
 
-def test_screen_shows_the_first_panel_at_once_and_not_every_one_after_it() -> None:
-    on = console()
-
-    with on.capture() as captured, Screen(on, every=60) as screen:
-        for _ in range(3):
-            screen.show([PANEL])
-
-    assert len(captured.get().splitlines()) == 1
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     on = console(terminal=terminal)

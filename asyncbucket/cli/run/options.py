@@ -3,7 +3,7 @@
 import os
 import sqlite3
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,15 +26,6 @@ from asyncbucket.cli.options import (
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import read_limits
-
-#: A backspace keeps the lines of a paragraph as they are.
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
-  asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --tpm 200000 --dry-run
-  asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
-  grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
-"""
 
 
 def run(  # noqa: PLR0913 - one for each option

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import logging
 import signal
 import sqlite3
 import sys
@@ -20,12 +19,14 @@ import anyio
 import httpx
 
 from asyncbucket.batch import amap
+from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines, read_request
-from asyncbucket.cli.run.screen import Screen, Tally, headline, summary
+from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.core.errors import AsyncBucketError, StoreError
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.limiter import Limiter
@@ -162,7 +163,7 @@ class Run:
         try:
             async with self._client, anyio.create_task_group() as group:
                 with _on_signal(self._begin_stop):
-                    group.start_soon(self._screen.show, self._root)
+                    group.start_soon(show_progress, self._screen, self._tally, self._root)
                     with anyio.CancelScope() as sending:
                         group.start_soon(self._end_when_stopped, sending)
                         feed = tasks(self._job, self._answers, self._errors, self._tally)
@@ -361,7 +362,9 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         OSError, StoreError, sqlite3.Error: a file cannot be written.
     """
     tally = Tally(price=job.price)
-    screen = Screen(tally, quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty())
+    screen = Screen(
+        standard_error(), quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty()
+    )
     with (
         Answers(job.out_file, job.settings, restart=job.restart) as answers,
         contextlib.closing(Errors(job.errors_file)) as errors,
@@ -370,13 +373,11 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
             tally.total = count_lines(job.source, job.max_lines)
         screen.say(headline(job, tally))
         tally.started = time.monotonic()
-        logging.disable(logging.CRITICAL)  # what logs say is counted and shown
         try:
-            asyncio.run(Run(job, tally, screen, answers, errors).run())
+            with silenced(), screen:  # what logs say is counted and shown
+                asyncio.run(Run(job, tally, screen, answers, errors).run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             tally.stopped = True
-        finally:
-            logging.disable(logging.NOTSET)
         tally.seconds = round(time.monotonic() - tally.started, 3)
         answers.check()
     screen.say(summary(job, tally))
