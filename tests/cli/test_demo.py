@@ -39,22 +39,16 @@ def typed(*arguments: str, status: int = 2, key: str = "sk-very-secret") -> str:
 # What is run.
 
 
-@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0, 120.0])
-@pytest.mark.parametrize("limits", [{"rpm": 600}, {"rpm": 1_200}, {"rpm": 3_000}, {"tpm": 60_000}])
+@pytest.mark.parametrize("seconds", [2.0, 36.0])
+@pytest.mark.parametrize("limits", [{"rpm": 600}, {"rpm": 3_000}, {"tpm": 60_000}])
 def test_paced_run_lasts_the_requested_seconds(limits: dict[str, int], seconds: float) -> None:
     scenario = bundled(seconds=seconds, **limits)
     calls = scenario.agents * CALLS_PER_AGENT + scenario.batches
     a_second = limits.get("rpm", 60_000 / TOKENS_PER_CALL) / 60
 
     assert calls / a_second == pytest.approx(seconds, rel=0.05, abs=0.1)
-
-
-@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])
-def test_agents_and_batches_exceed_the_request_limit(seconds: float) -> None:
-    """Otherwise nothing would happen without asyncbucket."""
-    scenario = bundled(seconds=seconds)
-
-    assert scenario.agents + scenario.batches > 1.5 * (scenario.amount("requests") or 0)
+    # More than pass at once; otherwise nothing would happen without asyncbucket.
+    assert scenario.agents + scenario.batches > 1.5 * min(a_second, 20) * scenario.window
 
 
 def test_limits_per_minute_are_scaled_to_windows_of_6_s() -> None:
@@ -76,26 +70,21 @@ def test_token_limit_too_low_for_any_call_is_refused_with_one_that_works() -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "key", "error"),
     [
-        (("--rpm", "5"), "--compare is for a real provider; the bundled one always compares"),
-        (("--model", "m"), "give the limits of your key with --rpm and --tpm, e.g. --rpm 500"),
-        (("--model", "m", "--rpm", "5", "--quick"), "--seconds and --quick are for the bundled"),
-        *(
-            (("--api-base", url, "--rpm", "5"), "--api-base must begin with http:// or https://")
-            for url in ("localhost:8000", "http://", "ftp://example.org")
+        ("--model m", "k", "give the limits of your key with --rpm and --tpm, e.g. --rpm 500"),
+        ("--model m --rpm 5 --quick", "k", "--seconds and --quick are for the bundled"),
+        ("--model m --rpm 5", "", "OPENAI_API_KEY is not set: a real provider needs a key"),
+        (
+            "--api-base localhost:8000 --rpm 5",
+            "k",
+            "--api-base must begin with http:// or https://",
         ),
+        ("--api-base ftp://example.org --rpm 5", "k", "--api-base must begin with http:// or http"),
     ],
 )
-def test_option_that_does_not_fit_is_refused(arguments: tuple[str, ...], error: str) -> None:
-    assert f"error: {error}" in typed(*arguments, "--compare")
-
-
-def test_real_provider_needs_a_key_from_the_environment() -> None:
-    """Then it gets into no shell history."""
-    error = typed("--model", "m", "--rpm", "500", key="")
-
-    assert "OPENAI_API_KEY is not set: a real provider needs a key" in error
+def test_option_that_does_not_fit_is_refused(arguments: str, key: str, error: str) -> None:
+    assert typed(*arguments.split(), key=key).startswith(f"error: {error}")
 
 
 def test_real_provider_shows_neither_key_nor_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +99,6 @@ def test_real_provider_shows_neither_key_nor_password(monkeypatch: pytest.Monkey
         "1 LlamaIndex agent with a tool, all at once;\n"
         "http://example.org/v1 allows 1 request per 60 s\n"
     )
-
-
-def test_more_than_10000_agents_are_refused() -> None:
-    assert "from 1 to 10,000" in typed("--agents", "1000000")
 
 
 # The figures.
@@ -254,10 +239,9 @@ def test_demo_has_429s_and_failures_only_without_asyncbucket() -> None:
             break
 
     assert stormy
-    assert (calm["refused"], calm["failed"], calm["interrupted"]) == (0, 0, False)
+    assert (calm["refused"], calm["failed"]) == (0, 0)
     assert calm["agents_finished"] == figures["agents"]
-    assert calm["requests"] == calm["calls"] == 2 * figures["agents"] + figures["batches"]
-    assert len(calm["admitted_at"]) == calm["requests"]
+    assert calm["requests"] == calm["answered"] == 2 * figures["agents"] + figures["batches"]
     assert 0.5 < calm["shares"]["requests"] <= 1
     assert 0 < calm["waits"]["p50"] <= calm["waits"]["p95"] < calm["seconds"]
 

@@ -109,7 +109,7 @@ def test_plan_without_waits_has_no_plot() -> None:
         ((), "error: how many calls? give calls, samples or a file of them, or instants"),
         (
             ("--calls", "3", "--also", "3 images/10s"),
-            "error: a limit counts images, but nothing says how many a call takes: plan(..., res",
+            "error: a limit counts images, and a plan counts requests and tokens alone: leave it",
         ),
         (("--calls", "3", "--also", "many"), "error: 'many' is not a limit; write e.g."),
         (

@@ -168,16 +168,9 @@ def test_plan_survives_json_and_pickle() -> None:
 
 
 def test_samples_and_arrivals_may_come_from_generators() -> None:
-    planned = plan(tpm=100, tokens=(60 for _ in range(3)), resources={}, latency=iter([1, 1, 1]))
+    planned = plan(tpm=100, tokens=(60 for _ in range(3)), latency=iter([1, 1, 1]))
     assert planned == plan(tpm=100, tokens=[60, 60, 60], latency=[1, 1, 1])
     assert plan(rpm=60, arrivals=iter([0.0, 5.0])).duration == 5
-
-
-def test_limit_on_another_resource_can_bind_a_plan() -> None:
-    planned = plan("6 images/10s", calls=10, resources={"images": 3})
-
-    assert planned.bound_by == "images"
-    assert planned.duration > 40
 
 
 @pytest.mark.parametrize(
@@ -203,12 +196,6 @@ def test_limit_on_another_resource_can_bind_a_plan() -> None:
         ({"calls": 5, "arrivals": [0, 1]}, "calls=5 contradicts the arrivals, which are 2 calls"),
         ({"arrivals": [0, -1]}, "an arrival must be a finite number of seconds from 0 on, not -1"),
         ({"calls": 5, "arrivals": 8.0}, r"or Poisson\(8\.0\) for so many calls a second, not 8\.0"),
-        (
-            {"calls": 5, "resources": {"images": 3}},
-            "no limit counts images, which resources= names",
-        ),
-        ({"resources": [1]}, r"resources must be given by name, such as .*, not list"),
-        ({"count_tokens": 4}, "count_tokens must be a function from a text to its tokens, not 4"),
     ],
 )
 def test_invalid_arguments_are_refused_with_the_remedy(

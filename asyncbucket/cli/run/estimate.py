@@ -15,7 +15,7 @@ from asyncbucket.cli.run.work import tasks
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.wording import counted
 from asyncbucket.providers.forecast import FORESEEN
-from asyncbucket.providers.profiles import Call, profile_named, profile_of
+from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.request import request_size
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: How many costs are kept for the plan: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
+#: Seconds that a call is taken to last.
+_LATENCY: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -41,14 +43,12 @@ class Estimate:
 async def estimate(job: Job, tally: Tally) -> Estimate:
     """Read the lines that would be sent."""
     host = urlsplit(job.api_base).hostname or ""
-    profile = profile_of(host) if job.profile is None else profile_named(job.profile)
+    profile = profile_of(host)
     found, rng = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         async for task in tasks(job, answers, Errors(None), tally):
             request = task.request
             cost = profile.cost(Call("POST", host, request.path, request.body, FORESEEN))
-            if cost is None:
-                continue
             found.calls += 1
             found.input_tokens += cost.get("input_tokens", 0)
             # What may be written and has to be paid, even if a provider charges less at admission.
@@ -62,11 +62,11 @@ async def estimate(job: Job, tally: Tally) -> Estimate:
     return found
 
 
-def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
+def dry_run(job: Job, *, as_json: bool = False) -> int:
     """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
     tally = Tally(price=job.price)
     found = asyncio.run(estimate(job, tally))
-    planned = _plan(job, found, latency=latency)
+    planned = _plan(job, found)
     # The highest cost, if replies are as long as allowed.
     price = job.price
     cost = None if price is None else price.of(found.input_tokens, found.output_tokens)
@@ -77,7 +77,7 @@ def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
     return FAILED if tally.bad else DONE
 
 
-def _plan(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
+def _plan(job: Job, found: Estimate) -> "Plan | None":
     if not found.calls:
         return None
     from asyncbucket.planning import plan
@@ -87,9 +87,8 @@ def _plan(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
         *job.limits,
         calls=found.calls,
         tokens=found.costs,
-        # Requests that take no time take no slots.
-        concurrency=None if slots == "auto" or not latency else slots,
-        latency=latency,
+        concurrency=None if slots == "auto" else slots,
+        latency=_LATENCY,
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any, Final, Literal
 from asyncbucket.cli import options as provider
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit
-from asyncbucket.providers.profiles import profile_named
 
 #: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {
@@ -78,12 +77,10 @@ class Job:
     max_tokens: int | None = None
     api_base: str = provider.OPENAI
     api_key: str | None = field(default=None, repr=False)
-    profile: str | None = None
     price: Price | None = None
     attempts: int = 5
     timeout: float = 600.0
     max_lines: int | None = None
-    errors: Path | None = None
     restart: bool = False
 
     @property
@@ -100,9 +97,7 @@ class Job:
     def errors_file(self) -> Path | None:
         """The file of lines without an answer; None if the answers go to standard output."""
         out = self.out_file
-        if self.errors is not None or out is None:
-            return self.errors
-        return out.parent / f"{out.stem}.errors{out.suffix}"
+        return None if out is None else out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
     def shown_api_base(self) -> str:
@@ -146,8 +141,6 @@ class Job:
         provider.check_url(self.api_base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
-        if self.profile is not None:
-            profile_named(self.profile)
         if self.source == STANDARD and sys.stdin is None:
             raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.source != STANDARD and not Path(self.source).is_file():
@@ -156,27 +149,21 @@ class Job:
             )
         if self.out == STANDARD and sys.stdout is None:
             raise ValueError("standard output is closed, where the answers go: give -o")
-        if self.errors == Path(STANDARD):
-            raise ValueError("--errors takes a file, standard output is for answers: give its name")
         self._check_files()
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one file for two purposes: it would be lost."""
         taken = {None if self.source == STANDARD else _identity(Path(self.source))}
-        written = [(self.out_file, "-o"), (self.limits_file, "-o"), (self.errors_file, "--errors")]
-        for path, option in written:
+        for path in (self.out_file, self.limits_file, self.errors_file):
             if path is None:
                 continue
             if not path.parent.is_dir():
-                raise ValueError(
-                    f"{path.parent} is not a folder: make it, or give another {option}"
-                )
-            pipe = path.exists() and not path.is_file()
-            if path.is_dir() or (pipe and option == "-o"):  # answers are read again, errors are not
-                raise ValueError(f"{path} is not a file that can be written: give another {option}")
+                raise ValueError(f"{path.parent} is not a folder: make it, or give another -o")
+            if path.exists() and not path.is_file():  # answers are read again
+                raise ValueError(f"{path} is not a file that can be written: give another -o")
             if _identity(path) in taken:
                 raise ValueError(
-                    f"{path} is read or written already: give another {option}, or it would be lost"
+                    f"{path} is read or written already: give another -o, or it would be lost"
                 )
             taken.add(_identity(path))
 

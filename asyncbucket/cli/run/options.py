@@ -2,7 +2,6 @@
 
 import os
 import sqlite3
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -64,20 +63,11 @@ def run(  # noqa: PLR0913 - one for each option
     price: Annotated[
         str | None, text_option("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
     ] = None,
-    errors: Annotated[
-        Path | None, file_option("Failed lines; default: beside the answers.")
-    ] = None,
     attempts: Annotated[int, count_option("Attempts for a line, the first included.")] = 5,
     timeout: Annotated[
         float,
         typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
     ] = 600.0,
-    profile: Annotated[
-        str | None, name_option("How calls are charged; default: by the host.")
-    ] = None,
-    latency: Annotated[
-        float, typer.Option(min=0, metavar="S", help="Seconds a call takes, for --dry-run.")
-    ] = 2.0,
     dry_run: Annotated[
         bool, flag_option("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
@@ -100,7 +90,7 @@ def run(  # noqa: PLR0913 - one for each option
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
     with errors_in_one_line("run"):
-        from asyncbucket.cli.run import estimate, lines, work
+        from asyncbucket.cli.run import estimate, work
 
         if as_json and out == STANDARD and not dry_run:
             raise ValueError("--json prints on standard output, where the answers go: give -o")
@@ -116,19 +106,16 @@ def run(  # noqa: PLR0913 - one for each option
             max_tokens=max_tokens,
             api_base=base,
             api_key=None if dry_run else key_from(key_variable, api_base=base),
-            profile=profile,
             price=None if price is None else Price.parse(price),
             attempts=attempts,
             timeout=timeout,
             max_lines=most,
-            errors=errors,
             restart=restart,
         )
         job.check()
-        lines.check_first_line(job)
         try:
             if dry_run:
-                status = estimate.dry_run(job, latency=latency, as_json=as_json)
+                status = estimate.dry_run(job, as_json=as_json)
             else:
                 status = work.run(job, quiet=quiet, as_json=as_json)
         except StoreError as error:

@@ -5,13 +5,11 @@ import contextlib
 import functools
 import json
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -56,8 +54,6 @@ _FORBIDDEN: Final = 403
 _OUTAGE_FAILURES: Final = 50
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
-#: How SQLite files begin, unless they were never flushed.
-_SQLITE_STARTS: Final = (b"SQLite format 3\0", bytes(16))
 
 
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
@@ -139,7 +135,7 @@ class Run:
         self._under_way = 0
         #: Consecutive requests, since the last answer, that failed in a way that all others may.
         self._failures_in_a_row = 0
-        store = _store_at(job.limits_file) if job.limits_file and job.limits else None
+        store = f"sqlite:///{quote(str(job.limits_file))}" if job.out_file and job.limits else None
         #: Its limits are in a store, which remembers across runs what was admitted.
         self._root = Limiter(*job.limits, name="run", store=store)
         #: Slots are this process's own: a store would keep those of a killed run for a while.
@@ -151,7 +147,6 @@ class Run:
         self._query = mark + query
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
-            profile=job.profile,
             timeout=job.timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             headers=_headers(job),
@@ -317,20 +312,6 @@ def _headers(job: Job) -> dict[str, str]:
         name, prefix = ("api-key", "") if azure else ("authorization", "Bearer ")
         headers[name] = prefix + job.api_key
     return headers
-
-
-def _store_at(file: Path) -> str:
-    """Return the URL of the store; what is left of a damaged one goes: it only knew the last calls."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
-            database.execute("PRAGMA quick_check(1)").fetchall()
-    except sqlite3.OperationalError:  # there is none, or it is locked
-        pass
-    except sqlite3.DatabaseError:
-        if file.read_bytes()[:16] in _SQLITE_STARTS:
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{file}{suffix}").unlink(missing_ok=True)
-    return f"sqlite:///{quote(str(file))}"
 
 
 @contextlib.contextmanager
