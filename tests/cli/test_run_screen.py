@@ -5,7 +5,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -110,7 +109,7 @@ def ended(change: Callable[[Tally], None]) -> str:
     tally = tally_in_the_middle()
     tally.seconds = 100.0
     change(tally)
-    return summary(job(errors=Path("bad.jsonl")), tally)
+    return summary(job(), tally)
 
 
 def test_summary_counts_every_line_and_lists_reasons() -> None:
@@ -122,7 +121,7 @@ def test_summary_counts_every_line_and_lists_reasons() -> None:
         "1,250 requests (12.3 answers/s), 2 429s, 1,203,400 + 301,200 tokens, $0.3612",
         "  6 x http_500: overloaded",
         "  line 3: not JSON",
-        "answers: out.jsonl, failed lines: bad.jsonl",
+        "answers: out.jsonl, failed lines: out.errors.jsonl",
     ]
 
 
