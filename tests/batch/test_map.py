@@ -96,21 +96,6 @@ def test_map_takes_errors_checkpoint_and_cost_options(tmp_path: Path) -> None:
     assert limiter.statistics().limits[0].used == 40
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
-        ({"workers": 2.5}, r"workers must be a whole number of at least 1, not 2\.5"),
-        ({"window": 0}, "window must be a whole number of at least 1, not 0"),
-        ({"cost": 3}, "a cost must be a Cost, a dict such as"),
-        ({"order": True}, "unexpected keyword argument 'order'"),
-    ],
-)
-def test_invalid_option_is_refused_at_once(option: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        map_sync(Limiter(concurrency=1), str, [1], **option)
-
-
 def test_map_works_inside_a_running_event_loop() -> None:
     limiter = Limiter("6000 RPM", concurrency=2)
 

@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -115,21 +114,6 @@ def test_bar_of_endless_items_shows_a_count_without_time_left(
     shown = ESCAPES.sub("", capsys.readouterr().err)
     assert "left" not in shown
     assert re.search(r"3 [\d.]+/s  waiting for requests", shown)
-
-
-def test_missing_rich_names_its_install_command() -> None:
-    program = (
-        "import sys; sys.modules['rich'] = None\n"
-        "from asyncbucket import Limiter\n"
-        "from asyncbucket.batch import amap\n"
-        "amap(Limiter(rpm=1), print, [], show_progress=True)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-
-    remedy = 'pip install "asyncbucket[batch]"'
-    assert f"ImportError: a progress bar needs rich: {remedy}" in done.stderr
 
 
 def test_time_left_is_estimated_from_limits_before_any_item_is_done() -> None:
