@@ -170,21 +170,6 @@ def test_unmarked_plain_function_that_acquires_fails_without_waiting_for_itself(
     assert (here.statistics().in_flight, here.statistics().overridden) == (0, 0)
 
 
-def test_function_that_acquires_from_an_unrelated_limiter_is_admitted_by_both() -> None:
-    with virtual_time() as time:
-        here, other = (Limiter(concurrency=1, clock=time.clock) for _ in range(2))
-
-        async def ask(prompt: str) -> str:
-            async with other.acquire():
-                return prompt
-
-        async def main() -> int:
-            return len([item async for item in amap(here, ask, ["a", "b"])])
-
-        assert time.run(main()) == 2
-        assert (here.statistics().admitted, other.statistics().admitted) == (2, 2)
-
-
 @pytest.mark.parametrize("inner", ["other", "same"])
 def test_batch_on_another_limiter_inside_a_batch_is_no_second_acquisition(inner: str) -> None:
     with virtual_time() as time:

@@ -4,7 +4,6 @@ The last part has real agents and real HTTP on loopback, on the machine's clock:
 and a wall time, and the provider runs in another process, so virtual time won't do.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -141,39 +140,6 @@ def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
 
 
 # How it ends.
-
-
-class Dropped:
-    """An object that is collected just when the program is told to end."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-
-class NoScreen:
-    """Shows nothing."""
-
-    def show(self, _: object) -> None: ...
-
-
-def test_sigterm_during_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a finalizer raises is lost, but the run still ends."""
-
-    async def hang(*_: Any) -> None:
-        Dropped()
-        await asyncio.wait_for(asyncio.Event().wait(), 5)
-
-    monkeypatch.setattr(demo_load, "load", hang)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    run = Run(scenario=real(1, rpm=1, tpm=None, api_base="http://localhost", concurrency=3))
-    screen: Any = NoScreen()
-    before = signal.signal(signal.SIGTERM, as_ctrl_c)
-    try:
-        demo_load.run_once(run, screen)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-    assert run.interrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
