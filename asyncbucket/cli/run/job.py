@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -141,14 +140,10 @@ class Job:
         provider.check_url(self.api_base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
-        if self.source == STANDARD and sys.stdin is None:
-            raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
             )
-        if self.out == STANDARD and sys.stdout is None:
-            raise ValueError("standard output is closed, where the answers go: give -o")
         self._check_files()
 
     def _check_files(self) -> None:
