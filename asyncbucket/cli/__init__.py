@@ -30,11 +30,6 @@ def main() -> None:
         sys.exit(f'error: the command line needs {package}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except OSError as error:  # raised by help or a version, as no command has begun
-        from asyncbucket.cli.options import CANNOT_RUN, error_message
-
-        print(f"error: {error_message(error)}", file=sys.stderr)  # noqa: T201 - the command's output
-        sys.exit(CANNOT_RUN)
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:

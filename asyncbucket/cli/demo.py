@@ -16,22 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from asyncbucket.cli import INTERRUPTED, interrupts_blocked
-from asyncbucket.cli.options import (
-    DONE,
-    FAILED,
-    OPENAI,
-    AsJson,
-    Rpm,
-    Tpm,
-    check_url,
-    count_option,
-    errors_in_one_line,
-    flag_option,
-    name_option,
-    shown_url,
-    text_option,
-)
+from asyncbucket.cli import INTERRUPTED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, plot, silenced, table
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
@@ -59,18 +44,20 @@ _MIN_WINDOW_TOKENS: Final = 250
 
 def demo(  # noqa: PLR0913 - one for each option
     *,
-    agents: Annotated[int | None, count_option("Agents that run at once.", maximum=10_000)] = None,
-    rpm: Rpm = None,
-    tpm: Tpm = None,
-    concurrency: Annotated[int | None, count_option("Calls in flight at most, when paced.")] = None,
-    model: Annotated[str | None, name_option("A chat model of a real provider.")] = None,
-    api_base: Annotated[str | None, text_option("Its URL; default: OpenAI.", metavar="URL")] = None,
+    agents: Annotated[int | None, options.count("Agents at once.", maximum=10_000)] = None,
+    rpm: options.Rpm = None,
+    tpm: options.Tpm = None,
+    concurrency: Annotated[int | None, options.count("Calls in flight, when paced.")] = None,
+    model: Annotated[str | None, options.name("A chat model of a real provider.")] = None,
+    api_base: Annotated[
+        str | None, options.text("Its URL, if not OpenAI's.", metavar="URL")
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = None,
-    quick: Annotated[bool, flag_option("The same as --seconds 6.", "--quick")] = False,
-    as_json: AsJson = False,
+    quick: Annotated[bool, options.flag("The same as --seconds 6.", "--quick")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
 
@@ -79,7 +66,7 @@ def demo(  # noqa: PLR0913 - one for each option
     Say with --rpm or --tpm what the key allows. A real provider is called with asyncbucket alone.
     """
     seconds = _QUICK_SECONDS if quick and seconds is None else seconds
-    with errors_in_one_line("the demo"):
+    with options.errors_in_one_line("the demo"):
         if not (model or api_base):
             scenario = bundled(agents, rpm=rpm, tpm=tpm, seconds=seconds, concurrency=concurrency)
         elif seconds is not None:
@@ -94,7 +81,7 @@ def demo(  # noqa: PLR0913 - one for each option
                 tpm=tpm,
                 concurrency=concurrency or 20,
                 model=model or MODEL,
-                api_base=api_base or OPENAI,
+                api_base=api_base or options.OPENAI,
             )
         raise typer.Exit(_run(scenario, as_json=as_json))
 
@@ -138,7 +125,7 @@ class Scenario:
             work += (
                 f", {self.batches:,} {'batch' if self.batches == 1 else 'batches'} of embeddings"
             )
-        where = "a bundled provider" if self.api_base is None else shown_url(self.api_base)
+        where = "a bundled provider" if self.api_base is None else options.shown_url(self.api_base)
         return f"{work}, all at once;\n{where} allows {', '.join(map(str, self.limits))}\n"
 
 
@@ -192,7 +179,7 @@ def real(agents: int, *, rpm: int | None, tpm: int | None, **others: Any) -> Sce
         raise ValueError(
             "give the limits of your key with --rpm and --tpm, e.g. --rpm 500 --tpm 200000"
         )
-    check_url(others["api_base"])
+    options.check_url(others["api_base"])
     return Scenario(agents=agents, limits=limits, api_key=key, **others)
 
 
@@ -333,14 +320,14 @@ def _run_all(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bo
                 run_once(run, screen)
         except Fatal as error:
             typer.echo(f"error: {one_line(str(error))}", err=True)
-            return FAILED
+            return options.FAILED
         if run.requests or not run.interrupted:
             runs.append(run)
         if run.interrupted:
             return INTERRUPTED
         if not quiet:
             console.print(f"{run.panel()}", markup=False, soft_wrap=True)
-    return FAILED if runs[-1].failed else DONE
+    return options.FAILED if runs[-1].failed else options.DONE
 
 
 def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from asyncbucket.cli import options as provider
+from asyncbucket.cli import options
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit
 
@@ -74,7 +74,7 @@ class Job:
     endpoint: str = "chat"
     system: str | None = None
     max_tokens: int | None = None
-    api_base: str = provider.OPENAI
+    api_base: str = options.OPENAI
     api_key: str | None = field(default=None, repr=False)
     price: Price | None = None
     attempts: int = 5
@@ -101,11 +101,11 @@ class Job:
     @property
     def shown_api_base(self) -> str:
         """Where requests go, in a form that may be shown: without a password in the URL."""
-        return provider.shown_url(self.api_base)
+        return options.shown_url(self.api_base)
 
     def without_key(self, text: str) -> str:
         """Return ``text`` without the key, which a provider's error may quote."""
-        return provider.without_key(text, self.api_key)
+        return options.without_key(text, self.api_key)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Job:
                     f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
                     f"requests, tokens, input_tokens or output_tokens"
                 )
-        provider.check_url(self.api_base)
+        options.check_url(self.api_base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
         if self.source != STANDARD and not Path(self.source).is_file():
@@ -181,7 +181,7 @@ def key_from(variable: str, *, api_base: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
-    if not key and api_base == provider.OPENAI:
+    if not key and api_base == options.OPENAI:
         raise ValueError(
             f"{variable} is not set: export your key in it, or name another variable with "
             f"--key-from, or another provider with --api-base"

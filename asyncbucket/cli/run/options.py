@@ -6,22 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from asyncbucket.cli.options import (
-    OPENAI,
-    Preset,
-    Rpd,
-    Rpm,
-    Tpd,
-    Tpm,
-    count_option,
-    errors_in_one_line,
-    file_option,
-    flag_option,
-    name_option,
-    preset_limits,
-    read_count,
-    text_option,
-)
+from asyncbucket.cli import options
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import read_limits
@@ -32,51 +17,51 @@ def run(  # noqa: PLR0913 - one for each option
         str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
     ],
     *,
-    out: Annotated[str, file_option("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
-    model: Annotated[str | None, name_option("The model; default: what the lines say.")] = None,
+    out: Annotated[str, options.file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
+    model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None,
     # What is allowed.
-    rpm: Rpm = None,
-    tpm: Tpm = None,
-    rpd: Rpd = None,
-    tpd: Tpd = None,
-    limits: Annotated[
-        list[str] | None, text_option('Any other limit, e.g. "40k ITPM" or "10/s".', "--also")
-    ] = None,
-    preset: Preset = None,
+    rpm: options.Rpm = None,
+    tpm: options.Tpm = None,
+    rpd: options.Rpd = None,
+    tpd: options.Tpd = None,
+    limits: options.Also = None,
+    preset: options.Preset = None,
     concurrency: Annotated[
-        str | None, text_option(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+        str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
     ] = None,
     # Where requests go, and what is in them.
     api_base: Annotated[
-        str | None, text_option("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
+        str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
     ] = None,
     key_variable: Annotated[
-        str, name_option("The variable that holds the key.", "--key-from")
+        str, options.name("The variable that holds the key.", "--key-from")
     ] = "OPENAI_API_KEY",
     endpoint: Annotated[
-        str, name_option("Where prompts go: chat, responses, embeddings.")
+        str, options.name("Where prompts go: chat, responses, embeddings.")
     ] = "chat",
-    system: Annotated[str | None, text_option("The system message before each prompt.")] = None,
-    max_tokens: Annotated[int | None, count_option("For a reply, if the line sets none.")] = None,
+    system: Annotated[str | None, options.text("The system message before each prompt.")] = None,
+    max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None,
     # How much, and how often.
-    most: Annotated[int | None, count_option("The first N lines only.", "--limit")] = None,
+    most: Annotated[int | None, options.count("The first N lines only.", "--limit")] = None,
     price: Annotated[
-        str | None, text_option("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
+        str | None, options.text("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
     ] = None,
-    attempts: Annotated[int, count_option("Attempts for a line, the first included.")] = 5,
+    attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5,
     timeout: Annotated[
         float,
         typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
     ] = 600.0,
     dry_run: Annotated[
-        bool, flag_option("Send nothing; say how long it would take.", "--dry-run")
+        bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
     restart: Annotated[
-        bool, flag_option("Start over: delete the answers so far.", "--restart")
+        bool, options.flag("Start over: delete the answers so far.", "--restart")
     ] = False,
     # What is shown.
-    quiet: Annotated[bool, flag_option("Show nothing but errors.", "--quiet", "-q")] = False,
-    as_json: Annotated[bool, flag_option("Print the summary as JSON on stdout.", "--json")] = False,
+    quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False,
+    as_json: Annotated[
+        bool, options.flag("Print the summary as JSON on stdout.", "--json")
+    ] = False,
 ) -> None:
     """Send every line of a file to a model, under your limits, and write every answer once.
 
@@ -88,13 +73,13 @@ def run(  # noqa: PLR0913 - one for each option
     Status: 0 when all lines are answered, 1 when some failed (the errors file says why), 2 when none
     can be, 130 after Ctrl-C.
     """
-    base = api_base or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    with errors_in_one_line("run"):
+    base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
+    with options.errors_in_one_line("run"):
         from asyncbucket.cli.run import estimate, work
 
         if as_json and out == STANDARD and not dry_run:
             raise ValueError("--json prints on standard output, where the answers go: give -o")
-        also = [*(limits or ()), *preset_limits(preset)]
+        also = [*(limits or ()), *options.preset_limits(preset)]
         job = Job(
             source=source,
             out=out,
@@ -127,7 +112,7 @@ def run(  # noqa: PLR0913 - one for each option
 
 def _concurrency(text: str | None) -> int | Literal["auto"] | None:
     try:
-        return None if text is None else "auto" if text == "auto" else read_count(text)
+        return None if text is None else "auto" if text == "auto" else options.read_count(text)
     except ValueError:
         raise ValueError(
             f"--concurrency must be a number from 1 on, or auto, not {text!r}"
