@@ -118,10 +118,6 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
         async with here.acquire():
             return prompt
 
-    async def by_a_child(prompt: str) -> str:
-        async with here.child("below").acquire():
-            return prompt
-
     async def by_a_model(prompt: str) -> str:
         return str(await model.acomplete(prompt))
 
@@ -132,8 +128,7 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
         return [item.result async for item in here.amap(plain, prompt.split())]
 
     return {
-        function.__name__: function
-        for function in (by_hand, by_a_child, by_a_model, by_a_client, by_a_batch)
+        function.__name__: function for function in (by_hand, by_a_model, by_a_client, by_a_batch)
     }
 
 

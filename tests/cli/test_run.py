@@ -103,11 +103,8 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
     assert not Path("out.errors.jsonl").exists()
 
 
-@pytest.mark.parametrize("out", ["out.jsonl", "50 % off? #1.jsonl"])
-def test_second_run_sends_only_added_lines(
-    out: str, rate_limited_provider: ProviderFactory
-) -> None:
-    provider = rate_limited_provider()
+def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactory) -> None:
+    provider, out = rate_limited_provider(), "50 % off? #1.jsonl"
     arguments = ["-o", out, "--rpm", "6000"]
     run(provider, batch(10), *arguments)
 
@@ -167,8 +164,9 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
 def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider()
     provider.fail_next(1, status=429, retry_after=0.1)
+    base = f"{provider.base_url}/?api-version=2024-10-21"
 
-    result = run(provider, batch(1), "-o", "out.jsonl", "--rpm", "6000")
+    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "6000", "--api-base", base)
 
     (answer,) = lines_of("out.jsonl")
     assert result.exit_code == 0
@@ -302,15 +300,6 @@ def test_embeddings_and_responses_are_counted_and_priced(
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-def test_api_base_may_have_a_query(rate_limited_provider: ProviderFactory) -> None:
-    base = f"{rate_limited_provider().base_url}/?api-version=2024-10-21"
-    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
-
-    result = typed(batch(1), *arguments)
-
-    assert (result.exit_code, len(lines_of("out.jsonl"))) == (0, 1)
-
-
 def test_key_quoted_by_the_provider_is_never_shown_or_written(
     server_answering: Callable[..., str],
 ) -> None:
@@ -331,7 +320,6 @@ def test_key_quoted_by_the_provider_is_never_shown_or_written(
     [
         (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
-        (b"[" * 100_000, 200, "HTTP 200: the reply is not JSON: [[["),
         (b"[" * 100_000, 404, "HTTP 404: [[["),
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
