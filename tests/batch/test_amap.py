@@ -326,24 +326,6 @@ def test_aclose_by_another_task_ends_iteration_for_all_readers(virtual_time: Vir
     virtual_time.run(main())
 
 
-def test_aclose_after_an_interrupted_close_waits_for_all_calls(virtual_time: VirtualTime) -> None:
-    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
-
-    async def main() -> None:
-        results = amap(limiter, slow_to_go, itertools.count())
-        reading = asyncio.create_task(anext(results))
-        await asyncio.sleep(1)
-        reading.cancel()
-        await asyncio.sleep(1)
-        reading.cancel()  # while it closes
-        await asyncio.wait([reading])
-        assert (virtual_time.now, limiter.statistics().in_flight) == (2.0, 2)
-        await results.aclose()
-        assert (virtual_time.now, limiter.statistics().in_flight) == (3.0, 0)
-
-    virtual_time.run(main())
-
-
 def test_batch_closed_before_its_first_result_calls_nothing() -> None:
     work = Work()
 

@@ -2,11 +2,7 @@
 
 import asyncio
 import itertools
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -313,48 +309,3 @@ def test_checkpoint_refuses_functions_that_are_none_or_half(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         Checkpoint("run.db", **given)
-
-
-KILLED = """
-import asyncio, os, sys
-from asyncbucket import Limiter
-from asyncbucket.batch import amap
-
-async def ask(number):
-    await asyncio.sleep(0.002)
-    os.write(1, b"%d\\n" % number)  # paid for
-    return number
-
-async def main():
-    async for item in amap(Limiter(concurrency=8), ask, range(400), checkpoint=sys.argv[1]):
-        pass
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.real_clock
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_run_pays_again_only_for_calls_in_flight(path: Path) -> None:
-    paid: list[int] = []
-    for lines in (50, 120, 1):
-        with subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(path)],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            paid += [int(process.stdout.readline()) for _ in range(lines)]
-            os.kill(process.pid, signal.SIGKILL)
-            paid += [int(line) for line in process.stdout if line.endswith("\n")]
-    end = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    paid += map(int, end.stdout.split())
-
-    assert set(paid) == set(range(400))
-    # Three kills, eight calls in flight at each, and those whose transaction was not committed yet.
-    assert len(paid) - 400 <= 3 * 8 * 3

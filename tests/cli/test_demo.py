@@ -16,10 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from asyncbucket import Limit
-from asyncbucket.cli import as_ctrl_c, demo_load
 from asyncbucket.cli.app import app
 from asyncbucket.cli.demo import CALLS_PER_AGENT, TOKENS_PER_CALL, Run, bundled, real
-from asyncbucket.testing import Arrival, ProviderProcess, RateLimitedProvider
+from asyncbucket.testing import Arrival, RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 COMMAND = [sys.executable, "-m", "asyncbucket", "demo"]
@@ -137,34 +136,6 @@ def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
     assert [run.wait(quantile) for quantile in (0.5, 0.9, 0.95)] == [0.0, 1.0, 2.0]
     assert run.bound_by() == {"tokens": 1, "requests": 1}
     assert run_of(seconds=1.0).wait(0.5) is None
-
-
-# How it ends.
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_the_provider_starts_ends_the_demo(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the provider's first line would be taken for its last, which is an error."""
-    called: list[str] = []
-
-    def start(_: ProviderProcess) -> None:
-        signal.raise_signal(number)
-        called.append("started")
-
-    def stop(_: ProviderProcess) -> None:
-        called.append("stopped")
-
-    monkeypatch.setattr(ProviderProcess, "start", start)
-    monkeypatch.setattr(ProviderProcess, "stop", stop)
-    before = signal.signal(signal.SIGTERM, as_ctrl_c)
-    try:
-        with pytest.raises(KeyboardInterrupt), demo_load.bundled_provider(bundled()):
-            called.append("used")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert called == ["started", "stopped"]
 
 
 # The demo itself.

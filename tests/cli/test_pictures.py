@@ -2,7 +2,6 @@
 
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,22 +89,6 @@ def test_trace_of_any_name_and_without_admissions_is_drawn(tmp_path: Path, name:
         limiter.pause(1)
 
     drawn(trace, tmp_path, "out.png")
-
-
-def test_trace_is_drawn_with_whole_units_on_its_axes(
-    virtual_time: VirtualTime, tmp_path: Path
-) -> None:
-    """A mark at 2.5 requests would read 2, and if nobody waited all marks would read 0."""
-    limiter = Limiter("10/s", name="a", clock=virtual_time.clock)
-    with limiter.trace() as trace:
-        limiter.acquire_nowait()
-
-    texts = re.findall("<!-- (.*) -->", drawn(trace, tmp_path, "x.svg").read_text())
-    assert {"a: 1 admission", "requests", "calls", "seconds"} <= {*texts}
-    title = texts.index("in the last 1 s; limit 10")
-    requests = [int(text) for text in texts[:title] if text.isdigit()]
-    assert len({mark - before for before, mark in pairwise(requests)}) == 1
-    assert [text for text in texts[title:] if text.isdigit()] == ["0", "1"]
 
 
 HEAD = '{"limits": [], "limiter": "a"}\n'

@@ -1,7 +1,6 @@
 """`asyncbucket plan`: what people type, see and draw."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -86,18 +85,6 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
     ]
 
 
-def test_outdated_preset_gives_a_one_line_note_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncbucket.core.presets._OLD", -1)
-
-    result = CliRunner().invoke(
-        app, ["plan", "--calls", "5", "--preset", "openrouter/free/any", "--json"]
-    )
-
-    assert result.stderr.startswith("note: the limits of 'openrouter/free/any' were read ")
-    assert result.stderr.count("\n") == 1
-    assert json.loads(result.stdout)["calls"] == 5
-
-
 def test_plan_without_waits_has_no_plot() -> None:
     assert "│" not in typed("--calls", "5", "--rpm", "500")
 
@@ -129,9 +116,3 @@ def test_plan_without_waits_has_no_plot() -> None:
 )
 def test_mistake_is_explained_with_status_2(arguments: tuple[str, ...], error: str) -> None:
     assert typed(*arguments, status=2).startswith(error)
-
-
-def test_plot_gives_peak_in_the_unit_of_its_axis() -> None:
-    shown = typed("--calls", "20", "--also", "60 RPH burst 10", "--latency", "5")
-
-    assert re.search(r"____ is 60 requests per 3,600 s, [\d,]+/h the peak\n +120/h ", shown)

@@ -114,11 +114,6 @@ def test_axis_has_one_unit_in_which_the_limit_has_digits(
     assert [plotted[row].split("│")[0].strip() for row in (3, 1)] == [once, twice]
 
 
-@pytest.mark.parametrize(("seconds", "end"), [(4.0, "4 s"), (2_400.0, "40 min")])
-def test_time_axis_says_where_it_begins_and_ends(seconds: float, end: str) -> None:
-    assert rows([1], 1.0, seconds=seconds)[-1] == f"{'':8}0 s{end:>7}"
-
-
 @pytest.mark.parametrize("columns", [3, 7, 240, 1_000])
 def test_resampled_rates_keep_their_sum(columns: int) -> None:
     rates = [float(number % 5) for number in range(100)]

@@ -6,29 +6,13 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, LimitSyntaxError
 from asyncbucket.planning import Plan, Poisson, plan
-from asyncbucket.planning.result import binds, change, duration_in_words, percent
-
-EXAMPLE = """\
-39 min 39 s, tokens bind: 10,000 calls with 8,000,000 tokens
-waits: 19 min 31 s at the median, 37 min 37 s at 95 %, 39 min 38 s at most
-in flight: 6.3 on average, 32 at most
-
-limit                       used          if doubled          if removed
-500 requests per 60 s     50.3 %  39 min 26 s (-1 %)  39 min 26 s (-1 %)
-200,000 tokens per 60 s  100.0 %  20 min 2 s (-49 %)  20 min 2 s (-49 %)
-32 at once                19.7 %            the same            the same"""
+from asyncbucket.planning.result import change, duration_in_words, percent
 
 
 def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | None]:
     """Return the durations with twice the limit of a resource, and without it."""
     (limit,) = (each for each in plan.limits if each.resource == resource)
     return limit.if_doubled, limit.if_removed
-
-
-def test_readme_example_prints_a_sentence_and_a_table() -> None:
-    planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
-
-    assert str(planned) == EXAMPLE
 
 
 @pytest.mark.parametrize(
@@ -214,9 +198,3 @@ def test_shares_and_changes_are_not_rounded_up() -> None:
     assert [change(100.4, 100), change(50, 100), change(None, 100)] == [
         *("the same", "50 s (-50 %)", ""),
     ]
-
-
-def test_binding_resource_is_worded_in_singular_or_plural() -> None:
-    assert binds("input_tokens") == "input tokens bind"
-    assert binds("concurrency") == "concurrency binds"
-    assert binds(None) == "nothing binds"
