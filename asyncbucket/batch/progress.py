@@ -17,7 +17,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import named, rounded
 
 #: Seconds between two updates, and how many of them the rate is computed from: half a minute.
-REFRESH_INTERVAL: Final = 0.2
+_REFRESH_INTERVAL: Final = 0.2
 _SAMPLES: Final = 150
 
 
@@ -126,7 +126,7 @@ class Bar:
             binds = outlook.bound_by()
             waiting = [] if binds is None else [f"waiting for {binds}"]
             self._show(bar, *outlook.words(self._done - self._restored, left), *waiting)
-            await anyio.sleep(REFRESH_INTERVAL)
+            await anyio.sleep(_REFRESH_INTERVAL)
 
     def _show(self, bar: Progress, *words: str) -> None:
         of = "" if self._total is None else f"/{self._total:,}"

@@ -5,8 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from asyncbucket.cli import demo, doctor, pictures, plan, watch
-from asyncbucket.cli.run import options as run
+from asyncbucket.cli import demo, doctor, pictures, plan, run, watch
 
 app = typer.Typer(
     add_completion=False,

@@ -20,11 +20,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.batch.progress import REFRESH_INTERVAL
 from asyncbucket.planning.result import duration_in_words
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _BAR: Final = 30
+#: Seconds between two pictures of a moving panel.
+_REFRESH_INTERVAL: Final = 0.2
 #: A plot: the columns of a number and the axis, its rows, an even number, and the most columns.
 _MARGIN: Final = 8
 _ROWS: Final = 6
@@ -97,7 +98,7 @@ class Screen:
 
     def interval(self, seconds: float) -> float:
         """Return the seconds between two updates: less than ``seconds`` where it is drawn in place."""
-        return seconds if self._live is None else REFRESH_INTERVAL
+        return seconds if self._live is None else _REFRESH_INTERVAL
 
     def __enter__(self) -> Self:
         if self._live is not None:
