@@ -94,11 +94,6 @@ def test_plan_without_waits_has_no_plot() -> None:
     [
         ((), "error: how many calls? give calls, samples or a file of them, or instants"),
         (
-            ("--calls", "3", "--also", "3 images/10s"),
-            "error: a limit counts images, and a plan counts requests and tokens alone: leave it",
-        ),
-        (("--calls", "3", "--also", "many"), "error: 'many' is not a limit; write e.g."),
-        (
             ("--calls", "3", "--tokens", "none.jsonl"),
             "error: 'none.jsonl' is neither a number nor a file that is there\n",
         ),
@@ -107,8 +102,6 @@ def test_plan_without_waits_has_no_plot() -> None:
             "error: Format 'docx' is not supported (supported formats: ",
         ),
         (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
-        (("--calls", "3", "--rpm", "5", "--poisson", "1e-12"), "error: a plan covers 292 years"),
-        (("--calls", "4000000000", "--rpm", "5"), "error: 4,000,000,000 calls are more than the"),
         (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known: openai"),
         (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
         (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),

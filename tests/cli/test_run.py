@@ -517,6 +517,7 @@ def test_full_disk_is_a_one_line_error(rate_limited_provider: ProviderFactory) -
     assert (status, said.count("\n")) == (2, 1)
     assert said.startswith("error: out.jsonl")
     assert "make room" in said
+    assert Path("out.jsonl").read_bytes().endswith(b"\n")  # half a line would spoil the next one
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")

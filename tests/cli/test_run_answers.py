@@ -2,13 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asyncbucket.cli.run.answers import Answers, append, line_of
+from asyncbucket.cli.run.answers import Answers, line_of
 from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.lines import BadLine, Request, read_request
 
@@ -209,27 +208,6 @@ def test_answers_after_a_change_are_rescued_with_those_that_are_gone_from_the_pa
     kept = {"truncated": [True, False], "emptied": [False, False]}.get(how, [True, True])
     assert are_done(out, "a", "b", "c", "d") == [*kept, True, True]
     assert len(out.read_bytes().splitlines()) == sum(kept) + 2
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
-def test_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(out: Path) -> None:
-    """Half a line would spoil the next one; the error names the file, which the system does not."""
-    import resource
-    import signal
-
-    out.write_bytes(b"before\n")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (17, before[1]))
-    try:
-        with out.open("ab") as file, pytest.raises(OSError, match="File too large") as raised:
-            append(b"a line of twenty-one\n", file.fileno(), out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-    assert raised.value.filename == str(out)
-    assert out.read_bytes() == b"before\n"
 
 
 def test_line_has_the_members_of_openais_files() -> None:

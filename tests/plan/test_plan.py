@@ -165,9 +165,11 @@ def test_invalid_arguments_are_refused_with_the_remedy(
         plan(**arguments)
 
 
-def test_unreadable_limit_raises_limit_syntax_error() -> None:
+def test_unreadable_limit_or_one_on_another_resource_is_refused() -> None:
     with pytest.raises(LimitSyntaxError):
         plan("many", calls=3)
+    with pytest.raises(ValueError, match="counts images, and a plan counts requests and tokens"):
+        plan("3 images/10s", calls=3)
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), True, "5"])
