@@ -5,19 +5,19 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import timedelta
 from typing import Any, Final
 
 import anyio
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import named, rounded
 
 #: Seconds between two updates, and how many of them the rate is computed from: half a minute.
-REFRESH_INTERVAL: Final = 0.2
+_REFRESH_INTERVAL: Final = 0.2
 _SAMPLES: Final = 150
 
 
@@ -51,23 +51,13 @@ class Outlook:
             for use in self.limiter.statistics().limits:
                 more = left.get(use.limit.resource, 0.0) - max(0, use.available)
                 seconds = max(seconds, more * use.limit.per / use.limit.amount)
-            words += [f"{duration(seconds)} left"] if seconds else []
+            words += [f"{_clock_time(seconds)} left"] if seconds else []
         return words
 
     def bound_by(self) -> str | None:
         """Return what holds up the first call in line, for people; None if nobody waits."""
         binds = self.limiter.statistics().bound_by
         return "a pause" if binds == "paused" else binds and named(binds)
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words: "45 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:  # noqa: PLR2004 - below, seconds matter
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:  # noqa: PLR2004 - as above
-        return f"{minutes} min"
-    return f"{minutes // 60:,} h {minutes % 60} min"
 
 
 class _StandardError(io.TextIOBase):
@@ -92,37 +82,6 @@ def standard_error() -> Console:
     return Console(file=file, highlight=False, emoji=False)
 
 
-class Lines(Progress):
-    """A bar with words behind it, and a line below; refreshed only by `show`."""
-
-    def __init__(self, console: Console, total: int | None, *, transient: bool = False) -> None:
-        # A thread of rich's would compete with the calls.
-        self.below = ""
-        super().__init__(
-            TextColumn("[bold]{task.fields[count]}"),
-            *([] if total is None else [BarColumn(bar_width=28)]),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            auto_refresh=False,
-            transient=transient,
-            # What is printed meanwhile appears above the bar, unless it goes somewhere else.
-            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
-        )
-        self._task = self.add_task("", total=total, count="")
-
-    def show(self, done: int, count: str, words: Iterable[str]) -> None:
-        """Draw it anew."""
-        self.update(
-            self._task, completed=done, count=count, description="  ".join(words), refresh=True
-        )
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """See rich's `Progress`."""
-        yield from super().get_renderables()
-        if self.below:
-            yield Text(self.below, "dim")
-
-
 class Bar:
     """Show a batch on standard error, a few times a second; counting costs next to nothing."""
 
@@ -140,27 +99,44 @@ class Bar:
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncGenerator[None]:
         """Show the bar during an ``async with`` block."""
-        outlook = Outlook(self._limiter, clock=anyio.current_time)
         started = anyio.current_time()
-        with Lines(standard_error(), self._total) as lines:
+        bar = Progress(
+            TextColumn("[bold]{task.fields[count]}"),
+            *([] if self._total is None else [BarColumn(bar_width=28)]),
+            TextColumn("{task.description}", markup=False),
+            console=standard_error(),
+            auto_refresh=False,  # a thread of rich's would compete with the calls
+            # What is printed meanwhile appears above the bar, unless it goes somewhere else.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+        )
+        bar.add_task("", total=self._total, count="")
+        with bar:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._refresh, lines, outlook)
+                group.start_soon(self._refresh, bar)
                 try:
                     yield
                 finally:
                     group.cancel_scope.cancel()
-                    self._show(lines, f"in {duration(anyio.current_time() - started)}")
+                    self._show(bar, f"in {_clock_time(anyio.current_time() - started)}")
 
-    async def _refresh(self, lines: Lines, outlook: Outlook) -> None:
+    async def _refresh(self, bar: Progress) -> None:
+        outlook = Outlook(self._limiter, clock=anyio.current_time)
         while True:
             left = {} if self._total is None else {"requests": self._total - self._done}
             binds = outlook.bound_by()
             waiting = [] if binds is None else [f"waiting for {binds}"]
-            self._show(lines, *outlook.words(self._done - self._restored, left), *waiting)
-            await anyio.sleep(REFRESH_INTERVAL)
+            self._show(bar, *outlook.words(self._done - self._restored, left), *waiting)
+            await anyio.sleep(_REFRESH_INTERVAL)
 
-    def _show(self, lines: Lines, *words: str) -> None:
+    def _show(self, bar: Progress, *words: str) -> None:
         of = "" if self._total is None else f"/{self._total:,}"
         parts = [f"{self._restored:,} restored"] if self._restored else []
         parts += [f"{self._failed:,} failed"] if self._failed else []
-        lines.show(self._done, f"{self._done:,}{of}", [*words, *parts])
+        text, count = "  ".join([*words, *parts]), f"{self._done:,}{of}"
+        bar.update(bar.task_ids[0], completed=self._done, count=count, description=text)
+        bar.refresh()
+
+
+def _clock_time(seconds: float) -> str:
+    """Return a time as rich and tqdm show it: "0:12:30"."""
+    return str(timedelta(seconds=round(seconds)))

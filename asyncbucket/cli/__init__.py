@@ -3,7 +3,6 @@
 Needs `pip install "asyncbucket[cli]"`. Nothing in the package imports this.
 """
 
-import atexit
 import signal
 import sys
 from collections.abc import Generator
@@ -19,8 +18,6 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command that `sys.argv` names, and exit with its status."""
     signal.signal(signal.SIGTERM, as_ctrl_c)
-    for number in (signal.SIGINT, signal.SIGTERM):  # when all is done, they end nothing
-        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         with interrupts_blocked():
             from asyncbucket.cli.app import app
@@ -33,11 +30,6 @@ def main() -> None:
         sys.exit(f'error: the command line needs {package}: pip install "asyncbucket[cli]"')
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except OSError as error:  # raised by help or a version, as no command has begun
-        from asyncbucket.cli.options import CANNOT_RUN, error_message
-
-        print(f"error: {error_message(error)}", file=sys.stderr)  # noqa: T201 - the command's output
-        sys.exit(CANNOT_RUN)
 
 
 def as_ctrl_c(number: int, frame: FrameType | None) -> None:

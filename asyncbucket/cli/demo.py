@@ -9,29 +9,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from asyncbucket.cli import INTERRUPTED, interrupts_blocked
-from asyncbucket.cli.options import (
-    DONE,
-    FAILED,
-    OPENAI,
-    AsJson,
-    Rpm,
-    Tpm,
-    check_url,
-    count_option,
-    errors_in_one_line,
-    flag_option,
-    name_option,
-    shown_url,
-    text_option,
-)
+from asyncbucket.cli import INTERRUPTED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, plot, silenced, table
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
@@ -40,15 +25,6 @@ from asyncbucket.planning.result import percent
 
 if TYPE_CHECKING:
     from asyncbucket.testing import Arrival
-
-#: A backspace keeps the lines of a paragraph as they are.
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket demo
-  asyncbucket demo --agents 500 --rpm 2400
-  export OPENAI_API_KEY=...
-  asyncbucket demo --model gpt-4o-mini --rpm 500 --tpm 200000 --agents 20
-"""
 
 #: The bundled provider's limits hold over windows of this length, unless the demo is too short.
 _WINDOW: Final = 6.0
@@ -64,40 +40,34 @@ CALLS_PER_AGENT: Final = 2
 #: What a call takes on average; and the least that a window must hold, or none would ever pass.
 TOKENS_PER_CALL: Final = 150
 _MIN_WINDOW_TOKENS: Final = 250
-#: Seconds between two plain lines of progress.
-_LINE_INTERVAL: Final = 2.0
 
 
 def demo(  # noqa: PLR0913 - one for each option
     *,
-    agents: Annotated[int | None, count_option("Agents that run at once.", maximum=10_000)] = None,
-    rpm: Rpm = None,
-    tpm: Tpm = None,
-    concurrency: Annotated[int | None, count_option("Calls in flight at most, when paced.")] = None,
-    model: Annotated[str | None, name_option("A chat model of a real provider.")] = None,
-    api_base: Annotated[str | None, text_option("Its URL; default: OpenAI.", metavar="URL")] = None,
-    compare: Annotated[bool, flag_option("Also run it without asyncbucket.", "--compare")] = False,
+    agents: Annotated[int | None, options.count("Agents at once.", maximum=10_000)] = None,
+    rpm: options.Rpm = None,
+    tpm: options.Tpm = None,
+    concurrency: Annotated[int | None, options.count("Calls in flight, when paced.")] = None,
+    model: Annotated[str | None, options.name("A chat model of a real provider.")] = None,
+    api_base: Annotated[
+        str | None, options.text("Its URL, if not OpenAI's.", metavar="URL")
+    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = None,
-    quick: Annotated[bool, flag_option("The same as --seconds 6.", "--quick")] = False,
-    as_json: AsJson = False,
+    quick: Annotated[bool, options.flag("The same as --seconds 6.", "--quick")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
 
     The provider is bundled: it runs on this machine, costs nothing, and answers 429 above its limits.
     Use --model or --api-base to call a real one, with the key in OPENAI_API_KEY; that costs money.
-    Say with --rpm or --tpm what the key allows. A real provider is called without asyncbucket only
-    if you add --compare.
+    Say with --rpm or --tpm what the key allows. A real provider is called with asyncbucket alone.
     """
     seconds = _QUICK_SECONDS if quick and seconds is None else seconds
-    with errors_in_one_line("the demo"):
+    with options.errors_in_one_line("the demo"):
         if not (model or api_base):
-            if compare:
-                raise ValueError(
-                    "--compare is for a real provider; the bundled one always compares"
-                )
             scenario = bundled(agents, rpm=rpm, tpm=tpm, seconds=seconds, concurrency=concurrency)
         elif seconds is not None:
             raise ValueError(
@@ -111,8 +81,7 @@ def demo(  # noqa: PLR0913 - one for each option
                 tpm=tpm,
                 concurrency=concurrency or 20,
                 model=model or MODEL,
-                api_base=api_base or OPENAI,
-                compare=compare,
+                api_base=api_base or options.OPENAI,
             )
         raise typer.Exit(_run(scenario, as_json=as_json))
 
@@ -129,7 +98,6 @@ class Scenario:
         model: the chat model.
         api_base: a real provider's URL, or None for the bundled one.
         api_key: the key; never shown.
-        compare: whether to run without asyncbucket as well.
     """
 
     agents: int
@@ -139,7 +107,6 @@ class Scenario:
     model: str = MODEL
     api_base: str | None = None
     api_key: str = field(default="bundled", repr=False)
-    compare: bool = True
 
     def amount(self, resource: str) -> int | None:
         """Return the limit of a resource, if there is one."""
@@ -158,7 +125,7 @@ class Scenario:
             work += (
                 f", {self.batches:,} {'batch' if self.batches == 1 else 'batches'} of embeddings"
             )
-        where = "a bundled provider" if self.api_base is None else shown_url(self.api_base)
+        where = "a bundled provider" if self.api_base is None else options.shown_url(self.api_base)
         return f"{work}, all at once;\n{where} allows {', '.join(map(str, self.limits))}\n"
 
 
@@ -212,7 +179,7 @@ def real(agents: int, *, rpm: int | None, tpm: int | None, **others: Any) -> Sce
         raise ValueError(
             "give the limits of your key with --rpm and --tpm, e.g. --rpm 500 --tpm 200000"
         )
-    check_url(others["api_base"])
+    options.check_url(others["api_base"])
     return Scenario(agents=agents, limits=limits, api_key=key, **others)
 
 
@@ -255,10 +222,13 @@ class Run:
             return 0.0
         return ((self.ended_ns or time.monotonic_ns()) - self.started_ns) * 1e-9
 
-    def instants(self, *, admitted: bool) -> list[float]:
-        """Return when requests were admitted, or else refused, in seconds from the start."""
-        arrivals = [each for each in self.arrivals if each.admitted is admitted]
-        return [(arrival.time_ns - self.started_ns) * 1e-9 for arrival in arrivals]
+    def counts(self, *, admitted: bool) -> list[int]:
+        """Return how many requests were admitted, or refused, in parts of about a second."""
+        counts = [0] * max(1, round(self.seconds))
+        for arrival in self.arrivals:
+            part = int((arrival.time_ns - self.started_ns) * 1e-9 / self.seconds * len(counts))
+            counts[min(max(part, 0), len(counts) - 1)] += arrival.admitted is admitted
+        return counts
 
     def wait(self, quantile: float) -> float | None:
         """Return a quantile of the waits (nearest rank), or None if none is known."""
@@ -309,24 +279,10 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures in values that JSON can hold; times are seconds."""
-        shares = {limit.resource: self.share(limit) for limit in self.scenario.limits}
-        return {
-            "name": self.name,
-            "paced": self.limiter is not None,
-            "interrupted": self.interrupted,
-            "agents": self.scenario.agents,
-            "agents_finished": self.agents_finished,
-            "calls": self.answered + self.failed,
-            "failed": self.failed,
-            "requests": self.requests,
-            "refused": self.refused,
-            "seconds": self.seconds,
-            "shares": {name: share for name, share in shares.items() if share is not None},
+        names = ("name", "agents_finished", "answered", "failed", "requests", "refused", "seconds")
+        return {name: getattr(self, name) for name in names} | {
+            "shares": {limit.resource: self.share(limit) for limit in self.scenario.limits},
             "waits": {"p50": self.wait(0.5), "p95": self.wait(0.95)},
-            "bound_by": self.bound_by(),
-            "failures": dict(self.failures.most_common()),
-            "admitted_at": [round(instant, 4) for instant in self.instants(admitted=True)],
-            "refused_at": [round(instant, 4) for instant in self.instants(admitted=False)],
         }
 
 
@@ -340,16 +296,9 @@ def _run(scenario: Scenario, *, as_json: bool) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     if as_json:
-        shown = {
-            "provider": "bundled" if scenario.api_base is None else shown_url(scenario.api_base),
-            "model": scenario.model,
-            "limits": [asdict(limit) for limit in scenario.limits],
-            "concurrency": scenario.concurrency,
-            "agents": scenario.agents,
-            "batches": scenario.batches,
-            "runs": [run.as_dict() for run in runs],
-        }
-        typer.echo(json.dumps(shown, indent=2))
+        ran = {"agents": scenario.agents, "batches": scenario.batches}
+        limits, done = [*map(str, scenario.limits)], [run.as_dict() for run in runs]
+        typer.echo(json.dumps({**ran, "limits": limits, "runs": done}, indent=2))
     elif runs:
         _show(console, scenario, runs)
     return status
@@ -363,22 +312,22 @@ def _run_all(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bo
     with interrupts_blocked():
         from asyncbucket.cli.demo_load import Fatal, run_once
 
-    for paced in (False, True) if scenario.compare else (True,):
+    for paced in (False, True) if scenario.api_base is None else (True,):
         limiter = Limiter(*scenario.limits, concurrency=scenario.concurrency) if paced else None
         run = Run(scenario=scenario, limiter=limiter)
         try:
-            with Screen(console, every=_LINE_INTERVAL, quiet=quiet) as screen:
+            with Screen(console, quiet=quiet) as screen:
                 run_once(run, screen)
         except Fatal as error:
             typer.echo(f"error: {one_line(str(error))}", err=True)
-            return FAILED
+            return options.FAILED
         if run.requests or not run.interrupted:
             runs.append(run)
         if run.interrupted:
             return INTERRUPTED
         if not quiet:
             console.print(f"{run.panel()}", markup=False, soft_wrap=True)
-    return FAILED if runs[-1].failed else DONE
+    return options.FAILED if runs[-1].failed else options.DONE
 
 
 def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
@@ -392,7 +341,7 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
     requests = scenario.amount("requests") or 0
     longest = max(run.seconds for run in runs)
     for run in runs if requests and longest else ():
-        admitted, refused = (_counts(run, admitted=admitted) for admitted in (True, False))
+        admitted, refused = (run.counts(admitted=admitted) for admitted in (True, False))
         title = f"{run.name}: admitted over time; ____ is the limit"
         limit, share = requests / scenario.window, run.seconds / longest
         console.print(plot(console, title, admitted, limit, seconds=run.seconds, share=share))
@@ -400,14 +349,6 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
             most = max(refused) * len(refused) / run.seconds
             console.print(f"{'':8}up to {most:,.0f} refused a second (429)", style="red")
         console.print()
-
-
-def _counts(run: Run, *, admitted: bool) -> list[int]:
-    """Return how many requests were admitted, or refused, in parts of about a second."""
-    counts = [0] * max(1, round(run.seconds))
-    for instant in run.instants(admitted=admitted):
-        counts[min(max(int(instant / run.seconds * len(counts)), 0), len(counts) - 1)] += 1
-    return counts
 
 
 def _column(run: Run) -> dict[str, str | Text]:

@@ -24,7 +24,8 @@ from asyncbucket.cli.ui import Screen
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.testing import Arrival, ProviderProcess
 
-_REFRESH: Final = 0.2
+#: Seconds between two plain lines of progress.
+_LINE_INTERVAL: Final = 2.0
 #: The range of seconds that the bundled provider takes for a reply.
 _LATENCY: Final = (0.2, 0.6)
 _REPLY_TOKENS: Final = 40
@@ -84,7 +85,7 @@ def _ignore(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 async def _tick(run: Run, screen: Screen) -> None:
     while True:
         screen.show([run.panel()])
-        await asyncio.sleep(_REFRESH)
+        await asyncio.sleep(screen.interval(_LINE_INTERVAL))
 
 
 @contextmanager

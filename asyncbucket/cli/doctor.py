@@ -20,16 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncbucket import Limit, Limiter, StoreError
-from asyncbucket.cli.options import FAILED, AsJson, errors_in_one_line, text_option
+from asyncbucket.cli import options
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
-
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket doctor
-  asyncbucket doctor --store redis://127.0.0.1:6379/0
-"""
 
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
 #: Each SDK: its package, which is its module too, and the first major version that uses httpx2.
@@ -76,14 +70,14 @@ class Finding(NamedTuple):
 
 def doctor(
     *,
-    store: Annotated[str | None, text_option("A store to look at.", metavar="URL")] = None,
-    as_json: AsJson = False,
+    store: Annotated[str | None, options.text("A store to look at.", metavar="URL")] = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Check what is installed and set up here, and say what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
     """
-    with errors_in_one_line("doctor"):
+    with options.errors_in_one_line("doctor"):
         findings = [*machine(), *http_clients(), *versions(), *settings()]
         findings += [] if store is None else shared_store(store)
         if as_json:
@@ -91,7 +85,7 @@ def doctor(
         else:
             _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
-        raise typer.Exit(FAILED)
+        raise typer.Exit(options.FAILED)
 
 
 def _show(console: Console, findings: Sequence[Finding]) -> None:

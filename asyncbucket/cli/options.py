@@ -28,7 +28,7 @@ _SHORTEST_KEY: Final = 8
 # Typer's functions return Any, whatever the option's type.
 
 
-def count_option(help_text: str, *names: str, maximum: int | None = None) -> Any:
+def count(help_text: str, *names: str, maximum: int | None = None) -> Any:
     """Return an option whose help is ``help_text``: a whole number from 1 on, and at most ``maximum``."""
 
     def read(typed: str) -> int:
@@ -40,24 +40,24 @@ def count_option(help_text: str, *names: str, maximum: int | None = None) -> Any
     return typer.Option(*names, parser=read, metavar="N", help=help_text)
 
 
-def text_option(help_text: str, *names: str, metavar: str | None = "TEXT") -> Any:
+def text(help_text: str, *names: str, metavar: str | None = "TEXT") -> Any:
     """Return an option that takes a text; ``metavar`` names it."""
     return typer.Option(*names, metavar=metavar, help=help_text)
 
 
-def name_option(help_text: str, *names: str) -> Any:
+def name(help_text: str, *names: str) -> Any:
     """Return an option that takes a name."""
-    return text_option(help_text, *names, metavar="NAME")
+    return text(help_text, *names, metavar="NAME")
 
 
-def file_option(help_text: str, *names: str) -> Any:
+def file(help_text: str, *names: str) -> Any:
     """Return an option that takes a file."""
-    return text_option(help_text, *names, metavar="FILE")
+    return text(help_text, *names, metavar="FILE")
 
 
-def flag_option(help_text: str, *names: str) -> Any:
+def flag(help_text: str, *names: str) -> Any:
     """Return an option that is a flag."""
-    return text_option(help_text, *names, metavar=None)
+    return text(help_text, *names, metavar=None)
 
 
 def read_count(typed: str, *, maximum: int | None = None) -> int:
@@ -76,16 +76,16 @@ def read_count(typed: str, *, maximum: int | None = None) -> int:
     return number
 
 
-Rpm: TypeAlias = Annotated[int | None, count_option("Requests a minute.")]
-Tpm: TypeAlias = Annotated[int | None, count_option("Tokens a minute.")]
-Rpd: TypeAlias = Annotated[int | None, count_option("Requests a day.")]
-Tpd: TypeAlias = Annotated[int | None, count_option("Tokens a day.")]
-Preset: TypeAlias = Annotated[str | None, name_option("A provider's published limits.")]
+Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]
+Tpm: TypeAlias = Annotated[int | None, count("Tokens a minute.")]
+Rpd: TypeAlias = Annotated[int | None, count("Requests a day.")]
+Tpd: TypeAlias = Annotated[int | None, count("Tokens a day.")]
+Preset: TypeAlias = Annotated[str | None, name("A provider's published limits.")]
 Also: TypeAlias = Annotated[
-    list[str] | None, text_option('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
+    list[str] | None, text('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
 ]
-AsJson: TypeAlias = Annotated[bool, flag_option("Print it as JSON instead.", "--json")]
-Dark: TypeAlias = Annotated[bool, flag_option("Draw on a dark background.", "--dark")]
+AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
+Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]
 
 
 def preset_limits(preset: str | None) -> Iterable[Limit]:

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli.options import Dark, errors_in_one_line, file_option
+from asyncbucket.cli import options
 from asyncbucket.core.wording import counted, named, written_out
 from asyncbucket.planning.result import Plan, duration_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket plot trace.jsonl -o out.png
-  asyncbucket plot trace.jsonl -o out.svg --dark
-"""
 
 _ADMITTED: Final = "#1f9d55"
 _OTHER: Final = "#9aa0a6"
@@ -51,11 +45,11 @@ def plot(
         Path, typer.Argument(metavar="TRACE", help="What limiter.trace().save(...) wrote.")
     ],
     *,
-    out: Annotated[Path, file_option("A .png, .svg or .pdf.", "-o", "--out")],
-    dark: Dark = False,
+    out: Annotated[Path, options.file("A .png, .svg or .pdf.", "-o", "--out")],
+    dark: options.Dark = False,
 ) -> None:
     """Draw a trace: admissions against each limit, the calls that waited, and pauses."""
-    with errors_in_one_line("plot"):
+    with options.errors_in_one_line("plot"):
         draw_trace(read_trace(trace), out, dark=dark)
         typer.echo(f"drawn: {out}")
 

@@ -3,84 +3,59 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from asyncbucket.cli.options import (
-    Also,
-    AsJson,
-    Dark,
-    Preset,
-    Rpd,
-    Rpm,
-    Tpd,
-    Tpm,
-    count_option,
-    errors_in_one_line,
-    file_option,
-    flag_option,
-    name_option,
-    preset_limits,
-    read_count,
-    text_option,
-)
+from asyncbucket.cli import options
 from asyncbucket.cli.ui import plot, table
 from asyncbucket.planning import Plan, Poisson
 from asyncbucket.planning import plan as make_plan
 from asyncbucket.planning.result import details, rows_of
 
-#: A backspace keeps the lines of a paragraph as they are.
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
-  asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
-  asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
-"""
-
 
 def _samples_option(text: str) -> Any:
-    return text_option(text, metavar="N|FILE")
+    return options.text(text, metavar="N|FILE")
 
 
 def plan(  # noqa: PLR0913 - one for each option
     *,
     # What is asked.
-    calls: Annotated[int | None, count_option("How many calls; default: all samples.")] = None,
+    calls: Annotated[int | None, options.count("How many calls; default: all samples.")] = None,
     tokens: Annotated[str | None, _samples_option("Tokens a call, or JSONL of prompts.")] = None,
     input_tokens: Annotated[str | None, _samples_option("Tokens sent, if limited apart.")] = None,
     output_tokens: Annotated[str | None, _samples_option("Tokens expected back.")] = None,
     used_tokens: Annotated[str | None, _samples_option("Tokens really used.")] = None,
     latency: Annotated[str, _samples_option("Seconds a call takes, or JSONL of them.")] = "0",
-    poisson: Annotated[float | None, text_option("Calls a second, by chance.", metavar="N")] = None,
+    poisson: Annotated[float | None, options.text("Random calls a second.", metavar="N")] = None,
     # What is allowed.
-    rpm: Rpm = None,
-    tpm: Tpm = None,
-    rpd: Rpd = None,
-    tpd: Tpd = None,
-    limits: Also = None,
-    preset: Preset = None,
-    concurrency: Annotated[int | None, count_option("Calls in flight at most.")] = None,
-    profile: Annotated[str, name_option("Whose charging rules: openai, anthropic, ...")] = "openai",
+    rpm: options.Rpm = None,
+    tpm: options.Tpm = None,
+    rpd: options.Rpd = None,
+    tpd: options.Tpd = None,
+    limits: options.Also = None,
+    preset: options.Preset = None,
+    concurrency: Annotated[int | None, options.count("Calls in flight at most.")] = None,
+    profile: Annotated[str, options.name("Whose charging rules, e.g. anthropic.")] = "openai",
     # What is found out, and shown.
     what_if: Annotated[
-        bool | None, flag_option("Say what other limits would bring.", "--what-if/--no-what-if")
+        bool | None, options.flag("Say what other limits would bring.", "--what-if/--no-what-if")
     ] = None,
-    seed: Annotated[int, text_option("Seed of all random numbers.", metavar="N")] = 0,
-    out: Annotated[Path | None, file_option("Draw it: .png, .svg or .pdf.")] = None,
-    dark: Dark = False,
-    as_json: AsJson = False,
+    seed: Annotated[int, options.text("Seed of all random numbers.", metavar="N")] = 0,
+    out: Annotated[Path | None, options.file("Draw it: .png, .svg or .pdf.")] = None,
+    dark: options.Dark = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say how long calls take under limits, what binds, and what other limits would bring.
 
     The calls run through the real limits on virtual time: nothing is sent, nothing waits.
     """
-    with errors_in_one_line("plan"):
+    with options.errors_in_one_line("plan"):
         planned = make_plan(
             *(limits or ()),
-            *preset_limits(preset),
+            *options.preset_limits(preset),
             calls=calls,
             tokens=_samples(tokens),
             input_tokens=_samples(input_tokens),
@@ -117,7 +92,7 @@ def _samples(text: str | None) -> float | Path | None:
     """
     if text is None:
         return None
-    for read in (float, read_count):
+    for read in (float, options.read_count):
         with contextlib.suppress(ValueError):
             return read(text)
     if not Path(text).exists():

@@ -5,7 +5,7 @@ A terminal that cannot draw, a pipe and a log get the same as plain lines.
 
 import logging
 import math
-import time
+import sys
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -24,6 +24,8 @@ from asyncbucket.planning.result import duration_in_words
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _BAR: Final = 30
+#: Seconds between two pictures of a moving panel.
+_REFRESH_INTERVAL: Final = 0.2
 #: A plot: the columns of a number and the axis, its rows, an even number, and the most columns.
 _MARGIN: Final = 8
 _ROWS: Final = 6
@@ -73,22 +75,30 @@ class Screen:
 
     Args:
         console: where to.
-        every: the least seconds between two lines for the same panel.
         quiet: show nothing.
         stays: whether the last picture stays when the block ends.
+        shared: whether the terminal also shows other output, which drawing in place would wipe out.
     """
 
     def __init__(
-        self, console: Console, *, every: float = 0.0, quiet: bool = False, stays: bool = False
+        self, console: Console, *, quiet: bool = False, stays: bool = False, shared: bool = False
     ) -> None:
         self._console = console
-        self._every = every
         self._quiet = quiet
-        self._next = -math.inf
         self._live: Live | None = None
-        if console.is_terminal and not (console.is_dumb_terminal or quiet):
+        if console.is_terminal and not (console.is_dumb_terminal or quiet or shared):
             # Refreshed only by `show`: a thread of rich's would compete with the calls.
-            self._live = Live(console=console, auto_refresh=False, transient=not stays)
+            redirected = sys.stdout is not None and sys.stdout.isatty()
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                transient=not stays,
+                redirect_stdout=redirected,
+            )
+
+    def interval(self, seconds: float) -> float:
+        """Return the seconds between two updates: less than ``seconds`` where it is drawn in place."""
+        return seconds if self._live is None else _REFRESH_INTERVAL
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -103,12 +113,14 @@ class Screen:
         """Show ``panels`` instead of those before."""
         if self._live is not None:
             self._live.update(draw(panels), refresh=True)
-        elif not self._quiet and time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._every
+        else:
             for panel in panels:
-                self._console.print(
-                    str(panel), markup=False, soft_wrap=not self._console.is_terminal
-                )
+                self.say(str(panel))
+
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Print a text that stays, if not ``quiet``, or in any case."""
+        if always or not self._quiet:
+            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
 
 def draw(panels: Iterable[Panel]) -> RenderableType:

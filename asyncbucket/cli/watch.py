@@ -12,19 +12,12 @@ from urllib.parse import unquote, urlsplit
 import typer
 from rich.console import Console
 
-from asyncbucket.cli.options import FAILED, AsJson, error_message, errors_in_one_line, flag_option
+from asyncbucket.cli import options
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.wording import counted, in_seconds, one_line
 from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import row_of
-
-EXAMPLES: Final = """\b
-Examples:
-  asyncbucket watch http://127.0.0.1:4294
-  asyncbucket watch unix:///run/limits.sock --once
-  asyncbucket watch redis://127.0.0.1:6379/0
-"""
 
 _PATIENCE: Final = 5.0
 #: Members that every limiter has, a program's or a store's.
@@ -49,15 +42,15 @@ def watch(
     interval: Annotated[
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
     ] = 1.0,
-    once: Annotated[bool, flag_option("Look once, then exit.", "--once")] = False,
-    as_json: AsJson = False,
+    once: Annotated[bool, options.flag("Look once, then exit.", "--once")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what running limiters do: how full each limit is, what binds, and who waits.
 
     A program must call limiter.serve_stats() to be watched; programs that share a store are seen in
     the store. It ends when the program does, or with Ctrl-C.
     """
-    with errors_in_one_line("watch"):
+    with options.errors_in_one_line("watch"):
         try:
             readings = _readings(reader_of(url), None if once else interval)
             if as_json:
@@ -66,8 +59,8 @@ def watch(
             else:
                 _show(readings)
         except SourceError as error:
-            typer.echo(f"error: {error_message(error)}", err=True)
-            raise typer.Exit(FAILED) from error
+            typer.echo(f"error: {options.error_message(error)}", err=True)
+            raise typer.Exit(options.FAILED) from error
 
 
 def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:

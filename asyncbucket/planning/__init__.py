@@ -5,12 +5,11 @@ is no second model of a limiter that could be wrong. `samples` and `load` decide
 how long they take and when they come; `outlook` and `result` say what came of it.
 """
 
-from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.core.wording import read_count, shown
+from asyncbucket.core.wording import read_count
 
 if TYPE_CHECKING:
     from asyncbucket.planning.load import Arrivals, Poisson
@@ -49,12 +48,10 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     input_tokens: "Samples | None" = None,
     output_tokens: "Samples | None" = None,
     used_tokens: "Samples | None" = None,
-    resources: "Mapping[str, Samples] | None" = None,
     concurrency: int | None = None,
     latency: "Samples | None" = None,
     arrivals: "Arrivals" = None,
     what_if: bool | None = None,
-    count_tokens: Callable[[str], int] | None = None,
     profile: str = "openai",
     seed: int = 0,
     **limits_by_keyword: float | None,
@@ -69,7 +66,7 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     Properties of the calls (``tokens``, ``latency`` and the like) may be given as a number; as
     samples, taken in order if there are as many as calls, else drawn with replacement; as the path
     of a JSONL file of samples; or as a function that gets a ``random.Random`` and returns a number.
-    A sample of tokens is a number, a `Cost`, a text whose tokens are counted, or an object: amounts
+    A sample of tokens is a number, a `Cost`, a text (four characters are a token), or an object: amounts
     such as ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's
     batch files. A sample of latency is a number or an object with ``latency``.
 
@@ -85,13 +82,11 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         output_tokens: tokens expected back.
         used_tokens: tokens that a call turns out to have used when it ends, if not those reserved;
             see `Lease.settle`.
-        resources: amounts of other resources that are limited, e.g. ``{"images": 3}``.
         concurrency: the most calls in flight at once.
         latency: seconds from a call's admission to its end; none by default.
         arrivals: when calls come: all at once, `Poisson`, or the instants in seconds.
         what_if: whether to find out what other limits would gain, which takes two more runs for
             each limit that any call waits for; by default up to 100,000 calls.
-        count_tokens: counts the tokens of a text; by default four characters are a token.
         profile: how the provider charges a request's body: see `asyncbucket.providers.profiles`.
         seed: the seed of everything that is drawn at random.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
@@ -109,18 +104,13 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
     read = read_limits(limits, limits_by_keyword)
     if concurrency is not None:
         concurrency = read_count(concurrency, "concurrency", least=1)
-    if resources is not None and not isinstance(resources, Mapping):
-        raise TypeError(
-            f'resources must be given by name, such as {{"images": 3}}, not {shown(resources)}'
-        )
     units = {
-        **(resources or {}),
         "tokens": tokens,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
         "used_tokens": used_tokens,
     }
-    read_units = Tokens(count=count_tokens, profile=profile)
+    read_units = Tokens(profile)
     series = {name: Series(samples, name, read_units) for name, samples in units.items()}
     series["latency"] = Series(0.0 if latency is None else latency, "latency", read_seconds)
     try:

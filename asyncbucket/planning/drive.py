@@ -53,19 +53,13 @@ class Record:
         return self.end / _NANOSECONDS
 
 
-def drive(limits: Sequence[Limit], slots: int | None, calls: Iterable[tuple[int, Call]]) -> Record:
-    """Run every call from its arrival to its end, first come first served.
+class Drive:
+    """One run of calls, first come first served; time never goes back.
 
     Args:
         limits: what the calls pass, with nothing booked yet.
         slots: the most calls in flight, if there is a bound.
-        calls: instants of arrival (ns), ascending, and calls.
     """
-    return _Drive(limits, slots).run(calls)
-
-
-class _Drive:
-    """One run; time never goes back."""
 
     def __init__(self, limits: Sequence[Limit], slots: int | None) -> None:
         self._limits = limits
@@ -82,7 +76,7 @@ class _Drive:
         )
 
     def run(self, calls: Iterable[tuple[int, Call]]) -> Record:
-        """Run all calls, and return when the last one has ended."""
+        """Run every call from its arrival to its end; ``calls`` are instants (ns), ascending, and calls."""
         record, running, now = self._record, self._running, 0
         amounts: Amounts = {}
         for arrived, call in calls:

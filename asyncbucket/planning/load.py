@@ -17,8 +17,6 @@ from asyncbucket.planning.samples import Series
 _MOST: Final = 10_000_000
 _NANOSECONDS: Final = 1_000_000_000
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
-#: The names of series that are no resources of their own.
-_ABOUT_CALLS: Final = _TOKENS | {"used_tokens", "latency"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class Load:
 
     Args:
         series: what calls cost and how long they take, under the names that arguments of `plan`
-            have; other resources under their own.
+            have.
         calls: see `plan`.
         arrivals: see `plan`.
         seed: see `plan`.
@@ -89,20 +87,16 @@ class Load:
             ValueError: the message says what is missing.
         """
         limited = {limit.resource for limit in limits}
-        others = set(self._series) - _ABOUT_CALLS
         tokens = sorted(limited & _TOKENS)
         if tokens and not any(self._series[name].given for name in _TOKENS):
             raise ValueError(
                 f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
                 "call has: give tokens=, or input_tokens= and output_tokens="
             )
-        for name in sorted(limited - _TOKENS - others - {"requests"}):
+        for name in sorted(limited - _TOKENS - {"requests"}):
             raise ValueError(
-                f"a limit counts {name}, but nothing says how many a call takes: "
-                f"plan(..., resources={{{name!r}: 1}}) does"
+                f"a limit counts {name}, and a plan counts requests and tokens alone: leave it out"
             )
-        for name in others - limited:
-            raise ValueError(f"no limit counts {name}, which resources= names: leave it out")
         if concurrency is not None and self._series["latency"].is_zero:
             raise ValueError(
                 f"what concurrency={concurrency} allows depends on how long calls take: give "
@@ -130,9 +124,6 @@ def _call(drawn: dict[str, Any]) -> Call:
     sent, received = (_part(drawn[name], name) for name in ("input_tokens", "output_tokens"))
     amounts = dict(tokens if isinstance(tokens, Cost) else amounts_of(1, tokens, sent, received))
     amounts.pop("concurrency", None)
-    amounts |= {
-        name: rounded_up(amount, name) for name, amount in drawn.items() if name not in _ABOUT_CALLS
-    }
     return Call(
         amounts,
         round(drawn["latency"] * _NANOSECONDS),

@@ -8,7 +8,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import CostExceedsLimit
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.planning.drive import Call, Record, drive
+from asyncbucket.planning.drive import Call, Drive, Record
 from asyncbucket.planning.load import Load
 from asyncbucket.planning.result import Plan, PlannedLimit, PlannedWaits
 
@@ -23,7 +23,7 @@ def make_plan(
     load: Load, limits: Sequence[Limit], concurrency: int | None, *, what_if: bool | None
 ) -> Plan:
     """Return the plan of calls under limits; see `asyncbucket.planning.plan`."""
-    record = drive(limits, concurrency, load)
+    record = Drive(limits, concurrency).run(load)
     refusal = _refusal(limits, record.refused[0]) if record.refused else None
     calls, end = len(record.admitted), record.end
     if refusal is not None and not calls:
@@ -34,7 +34,8 @@ def make_plan(
             doubled = removed = record.seconds
             if record.held_up.get(limit.resource):
                 doubled, removed = (
-                    drive(*others, load).seconds for others in _changed(limits, concurrency, number)
+                    Drive(*others).run(load).seconds
+                    for others in _changed(limits, concurrency, number)
                 )
             planned[number] = replace(limit, if_doubled=doubled, if_removed=removed)
     held_up = sum(record.held_up.values())

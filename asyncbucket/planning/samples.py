@@ -100,18 +100,13 @@ def _lines(path: Path) -> Iterator[tuple[int, object]]:
 class Tokens:
     """Read a sample of tokens; it costs what a paced call like it would be charged.
 
+    Four characters of a text are one token, OpenAI's estimate at admission.
+
     Args:
-        count: counts the tokens of a text; by default four characters are one, OpenAI's estimate at
-            admission.
         profile: how the provider charges a request's body: "openai", "anthropic", ...
     """
 
-    def __init__(self, *, count: Callable[[str], int] | None, profile: str) -> None:
-        if count is not None and not callable(count):
-            raise TypeError(
-                f"count_tokens must be a function from a text to its tokens, not {shown(count)}"
-            )
-        self._count = count
+    def __init__(self, profile: str) -> None:
         self._profile = profile
         if profile != "openai":  # a misspelled name is an error, with or without bodies
             from asyncbucket.providers.profiles import profile_named
@@ -125,7 +120,11 @@ class Tokens:
             TypeError, ValueError: it has no tokens.
         """
         if isinstance(sample, str):
-            return self._of_text(sample)
+            from asyncbucket.providers.request import RequestSize
+
+            size = RequestSize()
+            size.add(sample)
+            return size.by_characters
         if isinstance(sample, Cost):
             return sample
         if not isinstance(sample, Mapping):
@@ -141,15 +140,6 @@ class Tokens:
                 "prompt or input"
             )
         return self._of_body(body, sample.get("url"))
-
-    def _of_text(self, text: str) -> int:
-        if self._count is not None:
-            return self._count(text)
-        from asyncbucket.providers.request import RequestSize
-
-        size = RequestSize()
-        size.add(text)
-        return size.by_characters
 
     def _of_body(self, body: Mapping[str, Any], url: object) -> Cost:
         from asyncbucket.providers.forecast import FORESEEN

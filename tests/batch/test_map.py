@@ -1,7 +1,6 @@
 """`amap` for code without an event loop. Threads use the machine's clock."""
 
 import asyncio
-import functools
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.batch import CheckpointError, map_sync
+from asyncbucket.batch import map_sync
 
 pytestmark = pytest.mark.real_clock
 
@@ -96,21 +95,6 @@ def test_map_takes_errors_checkpoint_and_cost_options(tmp_path: Path) -> None:
     assert limiter.statistics().limits[0].used == 40
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
-        ({"workers": 2.5}, r"workers must be a whole number of at least 1, not 2\.5"),
-        ({"window": 0}, "window must be a whole number of at least 1, not 0"),
-        ({"cost": 3}, "a cost must be a Cost, a dict such as"),
-        ({"order": True}, "unexpected keyword argument 'order'"),
-    ],
-)
-def test_invalid_option_is_refused_at_once(option: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        map_sync(Limiter(concurrency=1), str, [1], **option)
-
-
 def test_map_works_inside_a_running_event_loop() -> None:
     limiter = Limiter("6000 RPM", concurrency=2)
 
@@ -120,11 +104,3 @@ def test_map_works_inside_a_running_event_loop() -> None:
 
     assert asyncio.run(main()) == [1, 2]
     assert limiter.statistics().admitted == 2
-
-
-def test_checkpoint_of_map_belongs_to_the_mapped_function(tmp_path: Path) -> None:
-    limiter, path = Limiter(concurrency=1), tmp_path / "run.db"
-    list(limiter.map(functools.partial(pow, 2), [3], checkpoint=path))
-
-    with pytest.raises(CheckpointError, match="holds results of pow, not of divmod"):
-        list(limiter.map(functools.partial(divmod, 2), [3], checkpoint=path))

@@ -118,10 +118,6 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
         async with here.acquire():
             return prompt
 
-    async def by_a_child(prompt: str) -> str:
-        async with here.child("below").acquire():
-            return prompt
-
     async def by_a_model(prompt: str) -> str:
         return str(await model.acomplete(prompt))
 
@@ -132,8 +128,7 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
         return [item.result async for item in here.amap(plain, prompt.split())]
 
     return {
-        function.__name__: function
-        for function in (by_hand, by_a_child, by_a_model, by_a_client, by_a_batch)
+        function.__name__: function for function in (by_hand, by_a_model, by_a_client, by_a_batch)
     }
 
 
@@ -168,21 +163,6 @@ def test_unmarked_plain_function_that_acquires_fails_without_waiting_for_itself(
         list(here.map(ask, ["a", "b", "c"]))
     assert [item.result for item in here.map(ask, ["a"], paced=True)] == ["a"]
     assert (here.statistics().in_flight, here.statistics().overridden) == (0, 0)
-
-
-def test_function_that_acquires_from_an_unrelated_limiter_is_admitted_by_both() -> None:
-    with virtual_time() as time:
-        here, other = (Limiter(concurrency=1, clock=time.clock) for _ in range(2))
-
-        async def ask(prompt: str) -> str:
-            async with other.acquire():
-                return prompt
-
-        async def main() -> int:
-            return len([item async for item in amap(here, ask, ["a", "b"])])
-
-        assert time.run(main()) == 2
-        assert (here.statistics().admitted, other.statistics().admitted) == (2, 2)
 
 
 @pytest.mark.parametrize("inner", ["other", "same"])

@@ -46,24 +46,6 @@ def test_version_option_shows_the_package_version() -> None:
     assert result.output == f"asyncbucket {version('asyncbucket')}\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_that_cannot_be_written_is_a_one_line_error(option: str) -> None:
-    with Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "asyncbucket", option],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-
-    assert (result.returncode, result.stderr) == (
-        2,
-        "error: the output cannot be written (No space left on device): make room\n",
-    )
-
-
 @pytest.mark.parametrize(
     ("module", "extra"),
     [("typer", "cli"), ("rich", "cli"), ("llama_index", "cli"), ("starlette", "testing")],
@@ -126,23 +108,6 @@ main()
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_after_a_command_ended_does_not_change_its_status(number: int) -> None:
-    program = f"""
-import os, sys
-from asyncbucket.cli import main
-
-class Unloaded:
-    def __del__(self, kill=os.kill, me=os.getpid()):
-        kill(me, {number:d})
-
-sys.argv, unloaded = ["asyncbucket", "--version"], Unloaded()
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ The last part has real agents and real HTTP on loopback, on the machine's clock:
 and a wall time, and the provider runs in another process, so virtual time won't do.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -17,10 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from asyncbucket import Limit
-from asyncbucket.cli import as_ctrl_c, demo_load
 from asyncbucket.cli.app import app
 from asyncbucket.cli.demo import CALLS_PER_AGENT, TOKENS_PER_CALL, Run, bundled, real
-from asyncbucket.testing import Arrival, ProviderProcess, RateLimitedProvider
+from asyncbucket.testing import Arrival, RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 COMMAND = [sys.executable, "-m", "asyncbucket", "demo"]
@@ -39,22 +37,16 @@ def typed(*arguments: str, status: int = 2, key: str = "sk-very-secret") -> str:
 # What is run.
 
 
-@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0, 120.0])
-@pytest.mark.parametrize("limits", [{"rpm": 600}, {"rpm": 1_200}, {"rpm": 3_000}, {"tpm": 60_000}])
+@pytest.mark.parametrize("seconds", [2.0, 36.0])
+@pytest.mark.parametrize("limits", [{"rpm": 600}, {"rpm": 3_000}, {"tpm": 60_000}])
 def test_paced_run_lasts_the_requested_seconds(limits: dict[str, int], seconds: float) -> None:
     scenario = bundled(seconds=seconds, **limits)
     calls = scenario.agents * CALLS_PER_AGENT + scenario.batches
     a_second = limits.get("rpm", 60_000 / TOKENS_PER_CALL) / 60
 
     assert calls / a_second == pytest.approx(seconds, rel=0.05, abs=0.1)
-
-
-@pytest.mark.parametrize("seconds", [2.0, 6.0, 36.0])
-def test_agents_and_batches_exceed_the_request_limit(seconds: float) -> None:
-    """Otherwise nothing would happen without asyncbucket."""
-    scenario = bundled(seconds=seconds)
-
-    assert scenario.agents + scenario.batches > 1.5 * (scenario.amount("requests") or 0)
+    # More than pass at once; otherwise nothing would happen without asyncbucket.
+    assert scenario.agents + scenario.batches > 1.5 * min(a_second, 20) * scenario.window
 
 
 def test_limits_per_minute_are_scaled_to_windows_of_6_s() -> None:
@@ -76,26 +68,21 @@ def test_token_limit_too_low_for_any_call_is_refused_with_one_that_works() -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "key", "error"),
     [
-        (("--rpm", "5"), "--compare is for a real provider; the bundled one always compares"),
-        (("--model", "m"), "give the limits of your key with --rpm and --tpm, e.g. --rpm 500"),
-        (("--model", "m", "--rpm", "5", "--quick"), "--seconds and --quick are for the bundled"),
-        *(
-            (("--api-base", url, "--rpm", "5"), "--api-base must begin with http:// or https://")
-            for url in ("localhost:8000", "http://", "ftp://example.org")
+        ("--model m", "k", "give the limits of your key with --rpm and --tpm, e.g. --rpm 500"),
+        ("--model m --rpm 5 --quick", "k", "--seconds and --quick are for the bundled"),
+        ("--model m --rpm 5", "", "OPENAI_API_KEY is not set: a real provider needs a key"),
+        (
+            "--api-base localhost:8000 --rpm 5",
+            "k",
+            "--api-base must begin with http:// or https://",
         ),
+        ("--api-base ftp://example.org --rpm 5", "k", "--api-base must begin with http:// or http"),
     ],
 )
-def test_option_that_does_not_fit_is_refused(arguments: tuple[str, ...], error: str) -> None:
-    assert f"error: {error}" in typed(*arguments, "--compare")
-
-
-def test_real_provider_needs_a_key_from_the_environment() -> None:
-    """Then it gets into no shell history."""
-    error = typed("--model", "m", "--rpm", "500", key="")
-
-    assert "OPENAI_API_KEY is not set: a real provider needs a key" in error
+def test_option_that_does_not_fit_is_refused(arguments: str, key: str, error: str) -> None:
+    assert typed(*arguments.split(), key=key).startswith(f"error: {error}")
 
 
 def test_real_provider_shows_neither_key_nor_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +97,6 @@ def test_real_provider_shows_neither_key_nor_password(monkeypatch: pytest.Monkey
         "1 LlamaIndex agent with a tool, all at once;\n"
         "http://example.org/v1 allows 1 request per 60 s\n"
     )
-
-
-def test_more_than_10000_agents_are_refused() -> None:
-    assert "from 1 to 10,000" in typed("--agents", "1000000")
 
 
 # The figures.
@@ -155,67 +138,6 @@ def test_wait_percentiles_include_calls_that_passed_at_once() -> None:
     assert run_of(seconds=1.0).wait(0.5) is None
 
 
-# How it ends.
-
-
-class Dropped:
-    """An object that is collected just when the program is told to end."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-
-class NoScreen:
-    """Shows nothing."""
-
-    def show(self, _: object) -> None: ...
-
-
-def test_sigterm_during_a_finalizer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a finalizer raises is lost, but the run still ends."""
-
-    async def hang(*_: Any) -> None:
-        Dropped()
-        await asyncio.wait_for(asyncio.Event().wait(), 5)
-
-    monkeypatch.setattr(demo_load, "load", hang)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    run = Run(scenario=real(1, rpm=1, tpm=None, api_base="http://localhost", concurrency=3))
-    screen: Any = NoScreen()
-    before = signal.signal(signal.SIGTERM, as_ctrl_c)
-    try:
-        demo_load.run_once(run, screen)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-    assert run.interrupted
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_the_provider_starts_ends_the_demo(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the provider's first line would be taken for its last, which is an error."""
-    called: list[str] = []
-
-    def start(_: ProviderProcess) -> None:
-        signal.raise_signal(number)
-        called.append("started")
-
-    def stop(_: ProviderProcess) -> None:
-        called.append("stopped")
-
-    monkeypatch.setattr(ProviderProcess, "start", start)
-    monkeypatch.setattr(ProviderProcess, "stop", stop)
-    before = signal.signal(signal.SIGTERM, as_ctrl_c)
-    try:
-        with pytest.raises(KeyboardInterrupt), demo_load.bundled_provider(bundled()):
-            called.append("used")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert called == ["started", "stopped"]
-
-
 # The demo itself.
 
 
@@ -254,10 +176,9 @@ def test_demo_has_429s_and_failures_only_without_asyncbucket() -> None:
             break
 
     assert stormy
-    assert (calm["refused"], calm["failed"], calm["interrupted"]) == (0, 0, False)
+    assert (calm["refused"], calm["failed"]) == (0, 0)
     assert calm["agents_finished"] == figures["agents"]
-    assert calm["requests"] == calm["calls"] == 2 * figures["agents"] + figures["batches"]
-    assert len(calm["admitted_at"]) == calm["requests"]
+    assert calm["requests"] == calm["answered"] == 2 * figures["agents"] + figures["batches"]
     assert 0.5 < calm["shares"]["requests"] <= 1
     assert 0 < calm["waits"]["p50"] <= calm["waits"]["p95"] < calm["seconds"]
 

@@ -1,7 +1,6 @@
 """`asyncbucket plan`: what people type, see and draw."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncbucket.cli.app import app
-from asyncbucket.cli.plan import EXAMPLES
 from asyncbucket.planning import plan
 
 EXAMPLE = (
@@ -34,16 +32,14 @@ def test_docs_example_prints_sentence_table_and_plot() -> None:
     assert lines[-1].split("s", 1)[1].strip() == "39 min 39 s"
 
 
-@pytest.mark.parametrize("line", [line for line in EXAMPLES.splitlines() if "plan " in line])
-def test_examples_in_help_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
+    examples = typed("--help").partition("Examples:")[2].split("asyncbucket plan")[1:]
 
-    _, command, *arguments = shlex.split(line)
-
-    assert command == "plan"
-    assert line.strip() in CliRunner().invoke(app, ["plan", "--help"]).stdout
-    assert " calls" in typed(*arguments).splitlines()[0]
+    assert len(examples) == 3
+    for line in examples:
+        assert " calls" in typed(*shlex.split(line)).splitlines()[0]
 
 
 def test_json_has_the_fields_of_the_plan() -> None:
@@ -60,7 +56,6 @@ def test_json_has_the_fields_of_the_plan() -> None:
 def test_numbers_may_have_separators_or_a_k_suffix() -> None:
     plain = typed("--calls", "3", "--tokens", "2000", "--tpm", "2000", "--json")
     assert typed("--calls", "3", "--tokens", "2k", "--tpm", "2k", "--json") == plain
-    assert typed("--calls", "3", "--tokens", "2,000", "--tpm", "2,000", "--json") == plain
 
 
 def test_token_and_latency_samples_are_read_from_files(tmp_path: Path) -> None:
@@ -90,18 +85,6 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
     ]
 
 
-def test_outdated_preset_gives_a_one_line_note_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncbucket.core.presets._OLD", -1)
-
-    result = CliRunner().invoke(
-        app, ["plan", "--calls", "5", "--preset", "openrouter/free/any", "--json"]
-    )
-
-    assert result.stderr.startswith("note: the limits of 'openrouter/free/any' were read ")
-    assert result.stderr.count("\n") == 1
-    assert json.loads(result.stdout)["calls"] == 5
-
-
 def test_plan_without_waits_has_no_plot() -> None:
     assert "│" not in typed("--calls", "5", "--rpm", "500")
 
@@ -111,11 +94,6 @@ def test_plan_without_waits_has_no_plot() -> None:
     [
         ((), "error: how many calls? give calls, samples or a file of them, or instants"),
         (
-            ("--calls", "3", "--also", "3 images/10s"),
-            "error: a limit counts images, but nothing says how many a call takes: plan(..., res",
-        ),
-        (("--calls", "3", "--also", "many"), "error: 'many' is not a limit; write e.g."),
-        (
             ("--calls", "3", "--tokens", "none.jsonl"),
             "error: 'none.jsonl' is neither a number nor a file that is there\n",
         ),
@@ -124,8 +102,6 @@ def test_plan_without_waits_has_no_plot() -> None:
             "error: Format 'docx' is not supported (supported formats: ",
         ),
         (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
-        (("--calls", "3", "--rpm", "5", "--poisson", "1e-12"), "error: a plan covers 292 years"),
-        (("--calls", "4000000000", "--rpm", "5"), "error: 4,000,000,000 calls are more than the"),
         (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known: openai"),
         (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
         (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),
@@ -133,9 +109,3 @@ def test_plan_without_waits_has_no_plot() -> None:
 )
 def test_mistake_is_explained_with_status_2(arguments: tuple[str, ...], error: str) -> None:
     assert typed(*arguments, status=2).startswith(error)
-
-
-def test_plot_gives_peak_in_the_unit_of_its_axis() -> None:
-    shown = typed("--calls", "20", "--also", "60 RPH burst 10", "--latency", "5")
-
-    assert re.search(r"____ is 60 requests per 3,600 s, [\d,]+/h the peak\n +120/h ", shown)

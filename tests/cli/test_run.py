@@ -29,6 +29,7 @@ from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 pytestmark = pytest.mark.real_clock
 
+PIPE = subprocess.PIPE
 COMMAND = [sys.executable, "-m", "asyncbucket", "run"]
 SECRET = "sk-very-secret"
 
@@ -40,29 +41,41 @@ def in_a_folder_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
 
 
-def batch(count: int, *, path: str = "in.jsonl", **body: Any) -> str:
+def batch(count: int, path: str = "in.jsonl") -> str:
     """Write a batch file of chats and return its name."""
-    with Path(path).open("w") as file:
-        for number in range(count):
-            chat = {
-                "model": "gpt",
-                "max_tokens": 16,
-                "messages": [{"role": "user", "content": f"What is {number} times {number}?"}],
-            }
-            line = {
-                "custom_id": f"q{number}",
-                "method": "POST",
-                "url": "/v1/chat/completions",
-                "body": chat | body,
-            }
-            file.write(json.dumps(line) + "\n")
+    lines: list[str] = []
+    for number in range(count):
+        question = {"role": "user", "content": f"What is {number} times {number}?"}
+        body = {"model": "gpt", "max_tokens": 16, "messages": [question]}
+        line = {"custom_id": f"q{number}", "method": "POST", "url": "/v1/chat/completions"}
+        lines.append(json.dumps(line | {"body": body}) + "\n")
+    Path(path).write_text("".join(lines))
     return path
 
 
 def run(provider: Any, *arguments: str) -> Result:
     """Run the command in this process."""
-    given = ["run", *arguments, "--api-base", provider.base_url]
-    return CliRunner().invoke(app, given, prog_name="asyncbucket")
+    return typed(*arguments, "--api-base", provider.base_url)
+
+
+def typed(*arguments: str) -> Result:
+    """Run the command in this process, at a provider that ``arguments`` name."""
+    return CliRunner().invoke(app, ["run", *arguments], prog_name="asyncbucket")
+
+
+def started(provider: Any, *arguments: str, **streams: Any) -> "subprocess.Popen[str]":
+    """Start the command in a process of its own; its standard error is read."""
+    command = [*COMMAND, *arguments, "--api-base", provider.base_url]
+    options: dict[str, Any] = {"stderr": PIPE, "text": True} | streams
+    return subprocess.Popen(command, **options)
+
+
+def done(*command: str, **streams: Any) -> tuple[int, str]:
+    """Run a command in a process of its own, and return its status and standard error."""
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, **streams
+    )
+    return ended.returncode, ended.stderr
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:
@@ -90,11 +103,8 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
     assert not Path("out.errors.jsonl").exists()
 
 
-@pytest.mark.parametrize("out", ["out.jsonl", "50 % off? #1.jsonl"])
-def test_second_run_sends_only_added_lines(
-    out: str, rate_limited_provider: ProviderFactory
-) -> None:
-    provider = rate_limited_provider()
+def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactory) -> None:
+    provider, out = rate_limited_provider(), "50 % off? #1.jsonl"
     arguments = ["-o", out, "--rpm", "6000"]
     run(provider, batch(10), *arguments)
 
@@ -154,8 +164,9 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
 def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider()
     provider.fail_next(1, status=429, retry_after=0.1)
+    base = f"{provider.base_url}/?api-version=2024-10-21"
 
-    result = run(provider, batch(1), "-o", "out.jsonl", "--rpm", "6000")
+    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "6000", "--api-base", base)
 
     (answer,) = lines_of("out.jsonl")
     assert result.exit_code == 0
@@ -201,7 +212,7 @@ def test_refused_first_line_does_not_stop_the_others(
     assert len(lines_of("out.jsonl")) == 19
 
 
-@pytest.mark.parametrize("status", [403, 404, 500])
+@pytest.mark.parametrize("status", [403, 500])
 def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     status: int,
     rate_limited_provider: ProviderFactory,
@@ -224,30 +235,20 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
 def test_prompts_from_stdin_are_answered_on_stdout(
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    provider = rate_limited_provider()
-    options = ["-", "-o", "-", "--model", "m", "--rpm", "6000", "--api-base", provider.base_url]
-    done = subprocess.run(
-        [*COMMAND, *options],
-        input="Why?\n\nWhy not?\nWhy?",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["-", "-o", "-", "--model", "m", "--rpm", "6000"]
+    with started(rate_limited_provider(), *options, stdin=PIPE, stdout=PIPE) as process:
+        output, errors = process.communicate("Why?\n\nWhy not?\nWhy?", timeout=60)
 
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in output.splitlines()]
+    assert process.returncode == 0, errors
     assert sorted(answer["custom_id"] for answer in answers) == ["line-1", "line-3", "line-4"]
     assert list(Path().iterdir()) == []
 
 
-def test_closed_output_pipe_ends_the_run_quietly(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_closed_output_pipe_ends_the_run_quietly(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=0.05)
-    options = [batch(500), "--rpm", "60000", "--concurrency", "4", "--api-base", provider.base_url]
-    with subprocess.Popen(
-        [*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    options = [batch(500), "--rpm", "60000", "--concurrency", "4"]
+    with started(provider, *options, stdout=PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -263,12 +264,9 @@ def test_closed_output_pipe_ends_the_run_quietly(
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pipe's size cannot be set")
 def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=(0.1, 0.8))
-    options = ["--rpm", "60000", "--concurrency", "8", "--timeout", "1"]
-    with subprocess.Popen(
-        [*COMMAND, batch(32), *options, "--api-base", provider.base_url],
-        stdout=subprocess.PIPE,
-        pipesize=4_096,  # room for a few answers
-    ) as process:
+    options = [batch(32), "--rpm", "60000", "--concurrency", "8", "--timeout", "1"]
+    # A pipe of this size has room for a few answers.
+    with started(provider, *options, stdout=PIPE, pipesize=4_096) as process:
         time.sleep(3)
         sent = provider.statistics().requests
         taken, _ = process.communicate(timeout=30)
@@ -302,15 +300,6 @@ def test_embeddings_and_responses_are_counted_and_priced(
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-def test_api_base_may_have_a_query(rate_limited_provider: ProviderFactory) -> None:
-    base = f"{rate_limited_provider().base_url}/?api-version=2024-10-21"
-    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
-
-    result = CliRunner().invoke(app, ["run", batch(1), *arguments])
-
-    assert (result.exit_code, len(lines_of("out.jsonl"))) == (0, 1)
-
-
 def test_key_quoted_by_the_provider_is_never_shown_or_written(
     server_answering: Callable[..., str],
 ) -> None:
@@ -331,7 +320,6 @@ def test_key_quoted_by_the_provider_is_never_shown_or_written(
     [
         (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
-        (b"[" * 100_000, 200, "HTTP 200: the reply is not JSON: [[["),
         (b"[" * 100_000, 404, "HTTP 404: [[["),
         (b"<html>", 405, "HTTP 405: <html>"),
     ],
@@ -342,7 +330,7 @@ def test_server_that_is_no_api_ends_the_run(
     base = server_answering("", page=page, status=status)
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
 
-    result = CliRunner().invoke(app, ["run", batch(100), *arguments, "--api-base", base])
+    result = typed(batch(100), *arguments, "--api-base", base)
 
     assert result.exit_code == 2
     assert f"\nerror: no request succeeds: {said}" in result.stderr
@@ -356,7 +344,7 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         nobody.bind(("127.0.0.1", 0))
         base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
         arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
-        result = CliRunner().invoke(app, ["run", batch(3), *arguments])
+        result = typed(batch(3), *arguments)
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
@@ -391,14 +379,6 @@ def server_answering() -> Generator[Callable[..., str]]:
             return f"http://somebody:pass-word@127.0.0.1:{server.server_port}/v1"
 
         yield start
-
-
-def test_limit_option_sends_only_the_first_lines(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-
-    run(provider, batch(100), "-o", "out.jsonl", "--rpm", "6000", "--limit", "5")
-
-    assert sorted(line["line"] for line in lines_of("out.jsonl")) == [1, 2, 3, 4, 5]
 
 
 def test_run_with_another_model_is_refused_without_restart(
@@ -441,15 +421,14 @@ def test_dry_run_sends_nothing_and_estimates_the_duration(
     [
         ("", "512 out (256 for a reply without max_tokens): $0.0077"),
         ("--max-tokens 4000", "8,000 out at most: $0.1200"),
-        ("--max-tokens 4000 --profile anthropic", "8,000 out at most: $0.1200"),
         ("--endpoint embeddings", "0 out at most: $0.0000"),
     ],
 )
 def test_dry_run_estimates_the_highest_cost_of_replies(options: str, said: str) -> None:
     Path("in.txt").write_text("One\nTwo\n")
-    command = "run in.txt --model m --rpm 60 --price 3/15 --dry-run"
+    command = f"in.txt --model m --rpm 60 --price 3/15 --dry-run {options}"
 
-    result = CliRunner().invoke(app, [*command.split(), *options.split()])
+    result = typed(*command.split())
 
     assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
 
@@ -458,9 +437,7 @@ def test_dry_run_json_has_the_plan_and_the_bad_lines() -> None:
     lines = Path(batch(600)).read_text() + "{\n"
     Path("in.jsonl").write_text(lines)
 
-    result = CliRunner().invoke(
-        app, ["run", "in.jsonl", "--rpm", "60", "--price", "0/1", "--dry-run", "--json"]
-    )
+    result = typed("in.jsonl", "--rpm", "60", "--price", "0/1", "--dry-run", "--json")
 
     said = json.loads(result.stdout)
     assert result.exit_code == 1
@@ -473,212 +450,81 @@ def test_dry_run_json_has_the_plan_and_the_bad_lines() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["in.jsonl"], "say what your key may do: --rpm and --tpm"),
-        (
-            ["none.jsonl", "--rpm", "1"],
-            "'none.jsonl' is not a file that can be read: name one, or pipe",
-        ),
-        (["in.jsonl", "--rpm", "1", "-o", "no/out.jsonl"], "no is not a folder"),
-        (["in.jsonl", "--rpm", "1", "-o", "."], ". is not a file that can be written"),
-        (["in.jsonl", "--rpm", "1", "-o", os.devnull], "is not a file that can be written"),
-        (["in.jsonl", "--rpm", "1", "--errors", "no/errors.jsonl"], "no is not a folder"),
-        (["in.jsonl", "--rpm", "1", "--api-base", "localhost:8000"], "--api-base must begin with"),
-        (
-            ["in.jsonl", "--rpm", "1", "--api-base", "http://me:pass-word@/v1"],
-            "and a host, not 'http:///v1'",
-        ),
-        (["in.jsonl", "--rpm", "1", "--api-base", "http://x:99999"], "Port out of range 0-65535"),
-        (["in.jsonl", "--rpm", "1", "--price", "cheap"], "--price must be dollars for a mill"),
-        (["in.jsonl", "--concurrency", "many"], "--concurrency must be a number from 1 on"),
-        (["in.jsonl", "--rpm", "1", "--endpoint", "x"], "--endpoint must be one of chat, resp"),
-        (
-            ["in.jsonl", "--rpm", "1", "--key-from", "NO_SUCH"],
-            "NO_SUCH is not set: export your key",
-        ),
-        (["in.jsonl", "--rpm", "1", "--json"], "--json prints on standard output"),
-        (["in.jsonl", "--rpm", "1", "--errors", "-"], "--errors takes a file, standard output"),
-        (["in.jsonl", "--also", "many"], "'many' is not a limit"),
-        (
-            ["in.jsonl", "--also", "500 pages/minute"],
-            "no request takes any pages, so 500 pages per 60 s would hold up none: limit requests, ",
-        ),
-        (["in.jsonl", "--rpm", "1", "--profile", "x"], "no profile is called 'x'"),
-        (
-            ["in.txt", "--rpm", "1", "-o", "out.jsonl"],
-            "no model: give --model, or name one in the b",
-        ),
+        ("in.jsonl", "say what your key may do: --rpm and --tpm"),
+        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one, or pipe"),
+        ("in.jsonl --rpm 1 -o no/out.jsonl", "no is not a folder"),
+        ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
+        (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
+        ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
+        ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
+        ("in.jsonl --rpm 1 --api-base http://x:99999", "Port out of range 0-65535"),
+        ("in.jsonl --rpm 1 --price cheap", "--price must be dollars for a mill"),
+        ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
+        ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
+        ("in.jsonl --rpm 1 --key-from NO_SUCH", "NO_SUCH is not set: export your key"),
+        ("in.jsonl --rpm 1 --key-from ODD", "ODD holds characters that no key has: export the key"),
+        ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
+        ("in.jsonl --also many", "'many' is not a limit"),
+        ("in.jsonl --also 5_pages/minute", "no request takes any pages, so 5 pages per 60 s "),
+        ("in.txt --rpm 1 -o out.jsonl --quiet", "no model: give --model, or name one in the body"),
     ],
 )
-def test_usage_error_is_one_line_with_status_2(arguments: list[str], message: str) -> None:
+def test_usage_error_is_one_line_with_status_2(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ODD", f"{SECRET}\n{SECRET}")
     batch(1)
     Path("in.txt").write_text("\nWhy?\n")
 
-    result = CliRunner().invoke(app, ["run", *arguments])
+    result = typed(*arguments.split())
 
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
+    assert SECRET not in result.stderr
     assert result.stderr.count("\n") == 1
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", "in.txt"}
-
-
-def test_prompts_from_a_pipe_without_a_model_are_refused_and_leave_no_file() -> None:
-    command = [*COMMAND, "-", "--rpm", "1", "-o", "out.jsonl", "--quiet"]
-    done = subprocess.run(
-        command, input="Why?\nWhy not?\n", capture_output=True, text=True, check=False
-    )
-
-    said = "error: no model: give --model, or name one in the body\n"
-    assert (done.returncode, done.stderr) == (2, said)
-    assert list(Path().iterdir()) == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="streams are closed so on Unix")
-@pytest.mark.parametrize(
-    ("arguments", "closed", "message"),
-    [
-        ("-", "<&-", "standard input is closed: name a file, or pipe the lines in"),
-        ("- --dry-run", "<&-", "standard input is closed: name a file, or pipe the lines in"),
-        ("in.jsonl", ">&-", "standard output is closed, where the answers go: give -o"),
-    ],
-)
-def test_closed_stream_is_a_one_line_error_with_status_2(
-    arguments: str, closed: str, message: str
-) -> None:
-    batch(1)
-    line = f'exec "$0" -m asyncbucket run {arguments} --rpm 1 {closed}'
-
-    done = subprocess.run(
-        ["/bin/sh", "-c", line, sys.executable], capture_output=True, text=True, check=False
-    )
-
-    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
 
 
 @pytest.mark.parametrize(
     "files",
     [
-        ["-o", "in.jsonl"],
-        ["-o", "./in.jsonl", "--restart"],
-        ["-o", "out.jsonl", "--errors", "in.jsonl"],
-        ["-o", "in.jsonl.out", "--errors", "in.jsonl.out"],
-        ["-o", "out.jsonl", "--errors", "out.jsonl.limits"],
-        ["-o", "hardlink", "--restart"],
+        "in.errors.jsonl -o in.errors.jsonl",
+        "in.errors.jsonl -o ./in.errors.jsonl --restart",
+        "in.errors.jsonl -o in.jsonl",
+        "in.errors.jsonl -o hardlink --restart",
     ],
 )
-def test_file_given_for_two_purposes_is_refused(files: list[str]) -> None:
-    before = Path(batch(1)).read_bytes()
-    Path("hardlink").hardlink_to("in.jsonl")
+def test_file_given_for_two_purposes_is_refused(files: str) -> None:
+    before = Path(batch(1, "in.errors.jsonl")).read_bytes()
+    Path("hardlink").hardlink_to("in.errors.jsonl")
 
-    result = CliRunner().invoke(app, ["run", "in.jsonl", "--rpm", "1", *files])
+    result = typed("--rpm", "1", *files.split())
 
     assert result.exit_code == 2
     assert "is read or written already: give another" in result.stderr
-    assert Path("in.jsonl").read_bytes() == before
-    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "hardlink"}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="links are of Unix")
-def test_errors_may_go_through_a_symbolic_link(rate_limited_provider: ProviderFactory) -> None:
-    Path("in.txt").write_text("{\n")
-    Path("link").symlink_to("log")
-    Path("log").write_text("before\n")
-
-    arguments = ["-o", "out.jsonl", "--errors", "link", "--rpm", "1"]
-    result = run(rate_limited_provider(), "in.txt", *arguments)
-
-    assert result.exit_code == 1
-    assert Path("link").is_symlink()
-    assert Path("log").read_text().startswith('before\n{"id":null')
-
-
-@pytest.mark.parametrize("key", ["sk-secret\nsk-secret", "sk-s\u00e9cret"])
-def test_key_with_invalid_characters_is_refused_and_not_shown(
-    key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-
-    result = CliRunner().invoke(app, ["run", batch(1), "--rpm", "1"])
-
-    assert result.exit_code == 2
-    assert result.stderr == (
-        "error: OPENAI_API_KEY holds characters that no key has: export the key alone in it\n"
-    )
+    assert Path("in.errors.jsonl").read_bytes() == before
+    assert {path.name for path in Path().iterdir()} == {"in.errors.jsonl", "hardlink"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
 def test_full_disk_is_a_one_line_error(rate_limited_provider: ProviderFactory) -> None:
-    limited = [
-        "sh",
-        "-c",
-        'ulimit -f 16; exec "$0" "$@"',
-        *COMMAND,
-        batch(200),
-        "-o",
-        "out.jsonl",
-        "--api-base",
-        rate_limited_provider().base_url,
-        "--concurrency",
-        "20",
-        "--quiet",
-    ]
-
-    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=60)
-
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: out.jsonl")
-    assert done.stderr.count("\n") == 1
-    assert "make room" in done.stderr
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_full_standard_output_is_a_one_line_error(rate_limited_provider: ProviderFactory) -> None:
+    command = [*COMMAND, batch(200), "-o", "out.jsonl", "--concurrency", "20", "--quiet"]
     base = rate_limited_provider().base_url
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [*COMMAND, batch(2), "--api-base", base, "--concurrency", "2", "--quiet"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
 
-    said = "error: the output cannot be written (No space left on device): make room\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    status, said = done("sh", "-c", 'ulimit -f 16; exec "$0" "$@"', *command, "--api-base", base)
 
-
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of Unix")
-@pytest.mark.parametrize("made", ["pipe", "openpty"])
-def test_answers_are_written_though_standard_error_is_closed(
-    made: str, rate_limited_provider: ProviderFactory
-) -> None:
-    provider = rate_limited_provider()
-    reader, writer = getattr(os, made)()
-    os.close(reader)
-
-    done = subprocess.run(
-        [*COMMAND, batch(5), "--rpm", "6000", "--api-base", provider.base_url],
-        stdout=subprocess.PIPE,
-        stderr=writer,
-        check=False,
-        timeout=60,
-    )
-    os.close(writer)
-
-    assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == provider.statistics().admitted == 5
+    assert (status, said.count("\n")) == (2, 1)
+    assert said.startswith("error: out.jsonl")
+    assert "make room" in said
+    assert Path("out.jsonl").read_bytes().endswith(b"\n")  # half a line would spoil the next one
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
-    with subprocess.Popen(
-        [*COMMAND, *arguments, "--api-base", provider.base_url],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(provider, *arguments, stdout=PIPE) as process:
         while provider.statistics().in_flight < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -703,9 +549,7 @@ def test_second_ctrl_c_drops_and_counts_requests_in_flight(
 ) -> None:
     provider = rate_limited_provider(latency=30)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
-    with subprocess.Popen(
-        [*COMMAND, *arguments, "--api-base", provider.base_url], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(provider, *arguments) as process:
         while provider.statistics().in_flight < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -724,12 +568,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_input(rate_limited_provider: ProviderF
     provider = rate_limited_provider()
     reader, writer = os.pipe()
     arguments = ["-", "-o", "out.jsonl", "--rpm", "600", "--model", "m"]
-    with subprocess.Popen(
-        [*COMMAND, *arguments, "--api-base", provider.base_url],
-        stdin=reader,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(provider, *arguments, stdin=reader) as process:
         os.write(writer, b"Hi\n")
         while not Path("out.jsonl").exists() or not lines_of("out.jsonl"):
             time.sleep(0.01)
@@ -749,24 +588,21 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     lines, rpm, at_once = 400, 3_000, 16
     with ProviderProcess(rpm=rpm, latency=(0.05, 0.2), policy="sliding_window") as provider:
         arguments = [batch(lines), "-o", "out.jsonl", "--rpm", str(rpm), "--quiet"]
-        arguments += ["--concurrency", str(at_once), "--api-base", provider.base_url]
+        arguments += ["--concurrency", str(at_once)]
         for _ in range(5):
-            with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE) as process:
+            with started(provider, *arguments) as process:
                 wait_for_admissions(provider, chance.randrange(5, 60))
                 process.send_signal(signal.SIGKILL)
-        end = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        end = done(*COMMAND, *arguments, "--api-base", provider.base_url)
         seen = provider.statistics()
 
     answers = Counter(line["custom_id"] for line in lines_of("out.jsonl"))
-    assert (end.returncode, end.stderr) == (0, "")
+    assert end == (0, "")
     assert answers == Counter(f"q{number}" for number in range(lines))
     assert seen.refused == 0
     assert seen.admitted - lines <= 5 * at_once
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "in.jsonl",
-        "out.jsonl",
-        "out.jsonl.limits",
-    }
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
 def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
@@ -776,40 +612,20 @@ def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_restarted_run_does_not_burst_over_the_limit() -> None:
-    with ProviderProcess() as provider:
-        arguments = [batch(40), "-o", "out.jsonl", "--rpm", "60", "--api-base", provider.base_url]
-        for _ in range(3):
-            with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE) as process:
-                wait_for_admissions(provider, 1)
-                time.sleep(0.2)
-                process.send_signal(signal.SIGKILL)
-        times = [arrival.time_ns for arrival in provider.arrivals]
-
-    seconds = (times[-1] - times[0]) / 1e9
-    assert len(times) <= 6 + seconds + 1
-
-
-@pytest.mark.parametrize("how", ["removed", "emptied", "replaced"])
+@pytest.mark.parametrize("how", ["removed", "emptied"])
 def test_output_changed_during_a_run_ends_it_and_loses_no_later_answer(
     how: str, rate_limited_provider: ProviderFactory
 ) -> None:
     provider = rate_limited_provider(latency=0.2)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
-    with subprocess.Popen(
-        [*COMMAND, *arguments, "--api-base", provider.base_url], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(provider, *arguments) as process:
         out = Path("out.jsonl")
         while not out.exists() or len(out.read_bytes().splitlines()) < 4:
             time.sleep(0.01)
         if how == "removed":
             out.unlink()
-        elif how == "emptied":
-            os.truncate(out, 0)
         else:
-            Path("new").write_bytes(out.read_bytes().splitlines(keepends=True)[0])
-            Path("new").replace(out)
+            os.truncate(out, 0)
         _, errors = process.communicate(timeout=30)
 
     assert process.returncode == 1
@@ -820,35 +636,27 @@ def test_output_changed_during_a_run_ends_it_and_loses_no_later_answer(
     if how == "emptied":
         assert f", and {paid - rescued} answers in it went lost" in errors
     else:
-        assert rescued == paid - (how == "replaced")
+        assert rescued == paid
     again = run(provider, *arguments)
     assert again.exit_code == 2
     assert "an earlier run could not write all answers; out.rescued.jsonl holds" in again.stderr
 
 
-@pytest.mark.parametrize("content", [b"\0" * 9_000, b"SQLite format 3\0" + b"?" * 4_080])
-def test_damaged_record_of_limits_is_made_anew(
+@pytest.mark.parametrize(
+    "content", [b"weights, and many of them " * 100, b"SQLite format 3\0" + b"?" * 4_080]
+)
+def test_damaged_or_foreign_record_of_limits_is_one_line_and_left_unchanged(
     content: bytes, rate_limited_provider: ProviderFactory
 ) -> None:
-    provider = rate_limited_provider()
     Path("out.jsonl.limits").write_bytes(content)
-
-    result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000")
-
-    assert (result.exit_code, len(lines_of("out.jsonl"))) == (0, 2)
-
-
-def test_foreign_file_in_place_of_the_record_of_limits_is_one_line_and_unchanged(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    Path("out.jsonl.limits").write_bytes(b"weights, and many of them " * 100)
 
     result = run(rate_limited_provider(), batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
 
     assert result.exit_code == 2
     assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
+    assert "move it away, and a new one is made\n" in result.stderr
     assert result.stderr.count("\n") == 1
-    assert Path("out.jsonl.limits").read_bytes().startswith(b"weights")
+    assert Path("out.jsonl.limits").read_bytes() == content
     assert not Path("out.jsonl").exists()
 
 
@@ -861,19 +669,13 @@ def test_examples_in_help_run_one_after_another(
     batch(3, path="in.jsonl")
     for path in ("prompts.txt", "a.txt"):
         Path(path).write_text("# two\none\ntwo\n")
-    help_ = CliRunner().invoke(app, ["run", "--help"], prog_name="asyncbucket").output
+    help_ = typed("--help").output
     examples = [line for line in help_.partition("Examples:")[2].splitlines() if "run" in line]
     this = f"{sys.executable} -m asyncbucket run"
 
     for example in examples:
         command = example.replace("asyncbucket run", this).replace(" | jq .", "")
-        done = subprocess.run(
-            ["/bin/sh", "-c", command.replace("http://127.0.0.1:8000/v1", base)],
-            env={**os.environ, "OPENAI_BASE_URL": base},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, (example, done.stderr)
+        line = command.replace("http://127.0.0.1:8000/v1", base)
+        ended = done("/bin/sh", "-c", line, env={**os.environ, "OPENAI_BASE_URL": base})
+        assert ended[0] == 0, (example, ended)
     assert len(examples) == 4

@@ -2,13 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asyncbucket.cli.run.answers import Answers, append, line_of
+from asyncbucket.cli.run.answers import Answers, line_of
 from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.lines import BadLine, Request, read_request
 
@@ -40,6 +39,8 @@ def answered(out: Path, *texts: str) -> bytes:
     """Make a file of answers as one run does, and return what is in it."""
     with Answers(out, SETTINGS) as answers:
         answer(answers, *texts)
+        answers.check()
+        assert answers.trouble is None
     return out.read_bytes()
 
 
@@ -50,43 +51,32 @@ def are_done(out: Path, *texts: str) -> list[bool]:
 
 
 def test_answers_in_the_file_are_done_and_nothing_is_beside_it(out: Path) -> None:
-    answered(out, "a", "b")
+    answered(out, "a", "b", "b")
 
-    assert are_done(out, "b", "a", "c") == [True, True, False]
+    assert are_done(out, "b", "a", "c", "b", "b") == [True, True, False, True, False]
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_equal_prompts_are_counted_as_separate_lines(out: Path) -> None:
-    answered(out, "a", "a")
+@pytest.mark.parametrize(
+    ("first", "end", "more", "done"),
+    [
+        (0, None, b'{"id":"batch_req_00', [True, True]),  # a kill
+        (0, -1, b"", [True, True]),  # some editors leave out the last line's end
+        (1, None, b"", [False, True]),
+    ],
+    ids=["cut off", "no line end", "removed"],
+)
+def test_whole_answers_in_a_file_that_was_changed_between_runs_are_done(
+    out: Path, first: int, end: int | None, more: bytes, done: list[bool]
+) -> None:
+    kept = answered(out, "a", "b").splitlines(keepends=True)[first:]
+    out.write_bytes(b"".join(kept)[:end] + more)
 
-    assert are_done(out, "a", "a", "a") == [True, True, False]
-
-
-def test_line_cut_off_by_a_kill_is_removed_and_asked_again(out: Path) -> None:
-    whole = answered(out, "a")
-    out.write_bytes(whole + b'{"id":"batch_req_00')
-
-    assert are_done(out, "a") == [True]
-    assert out.read_bytes() == whole
-
-
-def test_last_answer_without_its_line_end_is_kept(out: Path) -> None:
-    """Some editors leave it out."""
-    whole = answered(out, "a", "b")
-    out.write_bytes(whole[:-1])
-
-    assert are_done(out, "a", "b") == [True, True]
-    assert out.read_bytes() == whole
+    assert are_done(out, "a", "b") == done
+    assert out.read_bytes() == b"".join(kept)
 
 
-def test_answers_removed_between_runs_are_asked_again(out: Path) -> None:
-    whole = answered(out, "a", "b")
-    out.write_bytes(whole.splitlines(keepends=True)[1])
-
-    assert are_done(out, "a", "b") == [False, True]
-
-
-@pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', '{"my": "notes"}', "notes", "{}\n"])
+@pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', "notes", "{}\n"])
 def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> None:
     out.write_text(text)
 
@@ -133,14 +123,6 @@ def test_second_run_on_the_same_file_is_refused_under_any_name(out: Path, name: 
         with pytest.raises(ValueError, match="is being written by another run"):
             Answers(path, SETTINGS, restart=True)
     Answers(path, SETTINGS).close()
-
-
-def test_restart_deletes_the_answers(out: Path) -> None:
-    answered(out, "a")
-
-    with Answers(out, {"model": "n"}, restart=True) as answers:
-        assert not answers.look_up(prompt("a"))[1]
-    assert out.read_bytes() == b""
 
 
 def test_dry_run_reads_without_changing_or_locking(out: Path) -> None:
@@ -226,37 +208,6 @@ def test_answers_after_a_change_are_rescued_with_those_that_are_gone_from_the_pa
     kept = {"truncated": [True, False], "emptied": [False, False]}.get(how, [True, True])
     assert are_done(out, "a", "b", "c", "d") == [*kept, True, True]
     assert len(out.read_bytes().splitlines()) == sum(kept) + 2
-
-
-def test_unchanged_file_is_no_trouble(out: Path) -> None:
-    with Answers(out, SETTINGS) as answers:
-        answer(answers, "a", "b")
-        os.utime(out)
-        answer(answers, "c")
-        answers.check()
-
-    assert answers.trouble is None
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
-def test_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(out: Path) -> None:
-    """Half a line would spoil the next one; the error names the file, which the system does not."""
-    import resource
-    import signal
-
-    out.write_bytes(b"before\n")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (17, before[1]))
-    try:
-        with out.open("ab") as file, pytest.raises(OSError, match="File too large") as raised:
-            append(b"a line of twenty-one\n", file.fileno(), out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-    assert raised.value.filename == str(out)
-    assert out.read_bytes() == b"before\n"
 
 
 def test_line_has_the_members_of_openais_files() -> None:

@@ -27,15 +27,12 @@ def batch(**members: Any) -> dict[str, Any]:
     return {name: value for name, value in (line | members).items() if value is not None}
 
 
-def test_batch_line_keeps_its_id_url_and_body() -> None:
+def test_batch_line_keeps_its_id_url_and_body_unless_a_model_is_given() -> None:
     request = read(batch(), Job(source="-", out="-"))
 
     assert (request.custom_id, request.path, request.named) == ("a", "/v1/chat/completions", True)
     assert request.body == batch()["body"]
-
-
-def test_model_option_replaces_the_model_of_a_batch_line() -> None:
-    assert read(batch()).body["model"] == "m"
+    assert read(batch()).body == batch()["body"] | {"model": "m"}
 
 
 @pytest.mark.parametrize(
@@ -71,15 +68,7 @@ def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
     assert (embedding.path, embedding.body) == ("/v1/embeddings", {"input": "Why?", "model": "m"})
 
 
-def test_max_tokens_of_a_line_overrides_the_option() -> None:
-    body = {"messages": [1], "max_tokens": 3}
-
-    assert read(body, Job(source="-", out="-", model="m", max_tokens=9)).body == body | {
-        "model": "m"
-    }
-
-
-def test_other_fields_of_a_prompt_line_are_kept() -> None:
+def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
 
@@ -143,8 +132,3 @@ def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
             reasons.append(None)
     assert (reasons[0], reasons[-1]) == (None, "its brackets are nested deeper than can be sent")
     assert len(set(reasons)) == 2
-
-
-def test_line_without_a_model_asks_for_one() -> None:
-    with pytest.raises(BadLine, match="no model: give --model, or name one in the body"):
-        read(b"Why?", Job(source="-", out="-"))

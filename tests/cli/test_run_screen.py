@@ -3,16 +3,16 @@
 import asyncio
 import io
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from asyncbucket import Limiter
 from asyncbucket.cli.run.job import Job, Price
-from asyncbucket.cli.run.screen import Screen, Tally, headline, summary
+from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.ui import Screen
 from asyncbucket.core.limits import read_limits
 from asyncbucket.testing import VirtualTime
 
@@ -30,44 +30,37 @@ def tally_in_the_middle(total: int | None = 5_000) -> Tally:
 
 
 def shown(
-    time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float, **options: bool
+    time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float = 1.0, shared: bool = False
 ) -> str:
     """Return what is shown within some seconds."""
     file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=terminal, color_system=None)
     limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stderr", file)
-        if terminal:
-            patch.setenv("FORCE_COLOR", "1")
-        screen = Screen(tally, **{"quiet": False} | options)
 
-        async def main() -> None:
-            showing = asyncio.create_task(screen.show(limiter))
+    async def main() -> None:
+        with Screen(console, shared=shared) as screen:
+            showing = asyncio.create_task(show_progress(screen, tally, limiter))
             await asyncio.sleep(seconds)
-            screen.say("stopping")
             showing.cancel()
             await asyncio.wait([showing])
 
-        time.run(main())
+    time.run(main())
     return ESCAPES.sub("", file.getvalue())
 
 
-def widest(text: str) -> int:
-    """Return the length of the longest line."""
-    return max(map(len, text.splitlines()))
-
-
 def test_terminal_of_80_columns_shows_all_figures_uncut(virtual_time: VirtualTime) -> None:
-    output = shown(virtual_time, tally_in_the_middle(), terminal=True, seconds=1.0)
+    output = shown(virtual_time, tally_in_the_middle(), terminal=True)
 
-    assert "2,244 of 5,000" in output
-    assert re.search(r"\d+ min left", output)
-    assert "0 in flight  2 429s  7 failed  3 bad  1,203,400 + 301,200 tokens  $0.3612" in output
-    assert widest(output) <= 80
+    words = " ".join(output.split())
+    assert re.search(
+        r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 2 429s, 7 failed,", words
+    )
+    assert "3 bad, 1,203,400 + 301,200 tokens, $0.3612" in words
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_input_of_unknown_length_shows_a_count_without_time_left(virtual_time: VirtualTime) -> None:
-    output = shown(virtual_time, tally_in_the_middle(None), terminal=True, seconds=1.0)
+    output = shown(virtual_time, tally_in_the_middle(None), terminal=True)
 
     assert "2,244 lines" in output
     assert "left" not in output
@@ -77,27 +70,22 @@ def test_stopping_run_says_so_and_shows_no_time_left(virtual_time: VirtualTime) 
     tally = tally_in_the_middle()
     tally.stopped = True
 
-    output = shown(virtual_time, tally, terminal=True, seconds=1.0)
+    output = shown(virtual_time, tally, terminal=True)
 
     assert "stopping" in output
     assert "left" not in output
 
 
-def test_terminal_that_also_shows_answers_gets_plain_progress_lines(
-    virtual_time: VirtualTime,
+@pytest.mark.parametrize("terminal", [False, True])
+def test_pipe_or_terminal_with_answers_gets_a_line_every_ten_seconds(
+    *, terminal: bool, virtual_time: VirtualTime
 ) -> None:
-    output = shown(virtual_time, tally_in_the_middle(), terminal=True, shared=True, seconds=10.5)
+    tally = tally_in_the_middle()
 
-    assert output.splitlines()[0].endswith("$0.3612")
-    assert len(output.splitlines()) == 2
+    output = shown(virtual_time, tally, terminal=terminal, shared=terminal, seconds=35.0)
 
-
-def test_pipe_gets_a_progress_line_every_ten_seconds(virtual_time: VirtualTime) -> None:
-    output = shown(virtual_time, tally_in_the_middle(), terminal=False, seconds=35.0)
-
-    lines = output.splitlines()
-    assert (len(lines), lines[-1]) == (4, "stopping")
-    assert "2,244 of 5,000 done" in lines[0]
+    assert output.count("progress: 2,244 of 5,000, ") == 3
+    assert output.count("$0.3612") == 3
 
 
 def job(**options: object) -> Job:
@@ -121,7 +109,7 @@ def ended(change: Callable[[Tally], None]) -> str:
     tally = tally_in_the_middle()
     tally.seconds = 100.0
     change(tally)
-    return summary(job(errors=Path("bad.jsonl")), tally)
+    return summary(job(), tally)
 
 
 def test_summary_counts_every_line_and_lists_reasons() -> None:
@@ -129,11 +117,11 @@ def test_summary_counts_every_line_and_lists_reasons() -> None:
         tally.reasons.update({"http_500: overloaded": 6, "line 3: not JSON": 1})
 
     assert ended(change).splitlines() == [
-        "done in 2 min: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
+        "done in 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
         "1,250 requests (12.3 answers/s), 2 429s, 1,203,400 + 301,200 tokens, $0.3612",
         "  6 x http_500: overloaded",
         "  line 3: not JSON",
-        "answers: out.jsonl, failed lines: bad.jsonl",
+        "answers: out.jsonl, failed lines: out.errors.jsonl",
     ]
 
 
@@ -144,7 +132,9 @@ def test_stopped_run_says_how_to_go_on_unless_its_error_is_fatal() -> None:
     def fail(tally: Tally) -> None:
         tally.stopped, tally.fatal = True, "HTTP 401"
 
-    assert ended(stop).startswith("stopped after 2 min: 1,234 answered and 1,000 earlier, 7 failed")
+    assert ended(stop).startswith(
+        "stopped after 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed"
+    )
     assert ", 2,756 left\n" in ended(stop)
     assert ended(stop).endswith("\nthe same command goes on from here")
     assert "goes on" not in ended(fail)

@@ -63,16 +63,6 @@ def test_pipe_gets_one_line_per_panel() -> None:
     )
 
 
-def test_screen_shows_the_first_panel_at_once_and_not_every_one_after_it() -> None:
-    on = console()
-
-    with on.capture() as captured, Screen(on, every=60) as screen:
-        for _ in range(3):
-            screen.show([PANEL])
-
-    assert len(captured.get().splitlines()) == 1
-
-
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     on = console(terminal=terminal)
@@ -122,11 +112,6 @@ def test_axis_has_one_unit_in_which_the_limit_has_digits(
     plotted = rows([0], limit)
 
     assert [plotted[row].split("│")[0].strip() for row in (3, 1)] == [once, twice]
-
-
-@pytest.mark.parametrize(("seconds", "end"), [(4.0, "4 s"), (2_400.0, "40 min")])
-def test_time_axis_says_where_it_begins_and_ends(seconds: float, end: str) -> None:
-    assert rows([1], 1.0, seconds=seconds)[-1] == f"{'':8}0 s{end:>7}"
 
 
 @pytest.mark.parametrize("columns", [3, 7, 240, 1_000])

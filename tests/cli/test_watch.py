@@ -19,6 +19,14 @@ from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
 
+
+def limit(resource: str, amount: int, used: int, available: int) -> dict[str, Any]:
+    """Return what is told of a limit a minute."""
+    shown = f"{amount:,} {resource} per 60 s"
+    told = {"limit": shown, "resource": resource, "amount": amount, "used": used}
+    return told | {"available": available}
+
+
 LOOK: dict[str, Any] = {
     "name": "openai",
     "admitted": 120,
@@ -31,22 +39,7 @@ LOOK: dict[str, Any] = {
     "upstream_429": 1,
     "bound_by": "tokens",
     "waits": {"tokens": {"count": 10, "seconds": 25.0}},
-    "limits": [
-        {
-            "limit": "300 requests per 60 s",
-            "resource": "requests",
-            "amount": 300,
-            "used": 120,
-            "available": 30,
-        },
-        {
-            "limit": "10,000 tokens per 60 s",
-            "resource": "tokens",
-            "amount": 10_000,
-            "used": 9_900,
-            "available": 100,
-        },
-    ],
+    "limits": [limit("requests", 300, 120, 30), limit("tokens", 10_000, 9_900, 100)],
 }
 
 
@@ -73,7 +66,7 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
 
 
 def test_limit_that_binds_by_its_burst_is_called_paced() -> None:
-    limits = [{**LOOK["limits"][1], "used": 4_000, "available": 0}]
+    limits = [limit("tokens", 10_000, 4_000, 0)]
     panel = panel_of({**LOOK, "limits": limits, "paused": 0.02})
 
     assert panel.bars[0].note == "binds, paced"
@@ -106,7 +99,7 @@ def test_only_the_limit_that_binds_is_marked(virtual_time: VirtualTime) -> None:
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
-    limits = [{**LOOK["limits"][0], "limit": "300 \x1b[2Jimages per 60 s"}]
+    limits = [limit("\x1b[2Jimages", 300, 120, 30)]
     shown = str(panel_of({**LOOK, "name": "open\x1b[2Jai\n", "limits": limits}))
     assert shown.isprintable()
     assert shown.startswith("open [2Jai")
@@ -122,7 +115,7 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
     assert json.loads(told.output)["limiters"][0]["name"] == "openai"
 
 
-@pytest.mark.parametrize("name", ["s", "a b#1?", "100%25"])
+@pytest.mark.parametrize("name", ["s", "a b#1?100%25"])
 def test_watch_reads_a_unix_socket_of_any_name(tmp_path: Path, name: str) -> None:
     with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / name) as server:
         assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output

@@ -55,12 +55,6 @@ def test_input_limit_binds_on_the_input_tokens_of_a_body() -> None:
     assert planned.bound_by == "input_tokens"
 
 
-def test_texts_are_counted_by_the_given_tokenizer() -> None:
-    assert (
-        plan(tokens=["one two", "three"], count_tokens=lambda text: len(text.split())).tokens == 3
-    )
-
-
 def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
     assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
 

@@ -1,6 +1,124 @@
 """`asyncbucket run`: a file of requests or prompts in, a file of answers out, under your limits.
 
-From the inside out: `job` says what is to be done, `lines` reads what goes in, `answers` is the file
-that comes out, `work` sends and writes, `screen` counts and shows; `estimate` is the dry run, and
-`options` what can be typed.
+Here is what can be typed. From the inside out: `job` says what is to be done, `lines` reads what goes
+in, `answers` is the file that comes out, `work` sends and writes, `screen` counts and shows;
+`estimate` is the dry run.
 """
+
+import os
+import sqlite3
+from typing import Annotated, Literal
+
+import typer
+
+from asyncbucket.cli import options
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
+from asyncbucket.core.errors import StoreError
+from asyncbucket.core.limits import read_limits
+
+
+def run(  # noqa: PLR0913 - one for each option
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
+    ],
+    *,
+    out: Annotated[str, options.file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD,
+    model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None,
+    # What is allowed.
+    rpm: options.Rpm = None,
+    tpm: options.Tpm = None,
+    rpd: options.Rpd = None,
+    tpd: options.Tpd = None,
+    limits: options.Also = None,
+    preset: options.Preset = None,
+    concurrency: Annotated[
+        str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+    ] = None,
+    # Where requests go, and what is in them.
+    api_base: Annotated[
+        str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
+    ] = None,
+    key_variable: Annotated[
+        str, options.name("The variable that holds the key.", "--key-from")
+    ] = "OPENAI_API_KEY",
+    endpoint: Annotated[
+        str, options.name("Where prompts go: chat, responses, embeddings.")
+    ] = "chat",
+    system: Annotated[str | None, options.text("The system message before each prompt.")] = None,
+    max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None,
+    # How much, and how often.
+    most: Annotated[int | None, options.count("The first N lines only.", "--limit")] = None,
+    price: Annotated[
+        str | None, options.text("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
+    ] = None,
+    attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
+    ] = 600.0,
+    dry_run: Annotated[
+        bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
+    ] = False,
+    restart: Annotated[
+        bool, options.flag("Start over: delete the answers so far.", "--restart")
+    ] = False,
+    # What is shown.
+    quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False,
+    as_json: Annotated[
+        bool, options.flag("Print the summary as JSON on stdout.", "--json")
+    ] = False,
+) -> None:
+    """Send every line of a file to a model, under your limits, and write every answer once.
+
+    A line is a request of OpenAI's batch files, the body of one, or a prompt. Answers are
+    written as they arrive, with the custom_id and line of the request, as in OpenAI's output files.
+    Killed and started again, it continues where it stopped and stays under the limits. Ctrl-C lets
+    the requests under way finish; a second one drops them.
+
+    Status: 0 when all lines are answered, 1 when some failed (the errors file says why), 2 when none
+    can be, 130 after Ctrl-C.
+    """
+    base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
+    with options.errors_in_one_line("run"):
+        from asyncbucket.cli.run import estimate, work
+
+        if as_json and out == STANDARD and not dry_run:
+            raise ValueError("--json prints on standard output, where the answers go: give -o")
+        also = [*(limits or ()), *options.preset_limits(preset)]
+        job = Job(
+            source=source,
+            out=out,
+            limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm, "rpd": rpd, "tpd": tpd})),
+            concurrency=_concurrency(concurrency),
+            model=model,
+            endpoint=endpoint,
+            system=system,
+            max_tokens=max_tokens,
+            api_base=base,
+            api_key=None if dry_run else key_from(key_variable, api_base=base),
+            price=None if price is None else Price.parse(price),
+            attempts=attempts,
+            timeout=timeout,
+            max_lines=most,
+            restart=restart,
+        )
+        job.check()
+        try:
+            if dry_run:
+                status = estimate.dry_run(job, as_json=as_json)
+            else:
+                status = work.run(job, quiet=quiet, as_json=as_json)
+        except StoreError as error:
+            raise ValueError(str(error)) from error
+        except sqlite3.Error as error:
+            raise ValueError(f"{error}: make room for temporary files") from error
+        raise typer.Exit(status)
+
+
+def _concurrency(text: str | None) -> int | Literal["auto"] | None:
+    try:
+        return None if text is None else "auto" if text == "auto" else options.read_count(text)
+    except ValueError:
+        raise ValueError(
+            f"--concurrency must be a number from 1 on, or auto, not {text!r}"
+        ) from None

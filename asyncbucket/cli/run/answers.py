@@ -214,9 +214,8 @@ class Errors:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._fd: int | None = None
-        # No device, nor a link to one such as /dev/stderr: it could not be made again.
-        if path is not None and path.is_file() and not path.is_symlink():
-            path.unlink()
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def write(self, *, hide: Callable[[str], str] = str, **members: Any) -> None:
         """Append a line of these members, without what ``hide`` removes from its text."""

@@ -3,8 +3,7 @@
 import asyncio
 import json
 import random
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from asyncbucket.cli.options import DONE, FAILED
@@ -15,7 +14,7 @@ from asyncbucket.cli.run.work import tasks
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.wording import counted
 from asyncbucket.providers.forecast import FORESEEN
-from asyncbucket.providers.profiles import Call, profile_named, profile_of
+from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.request import request_size
 
 if TYPE_CHECKING:
@@ -23,102 +22,71 @@ if TYPE_CHECKING:
 
 #: How many costs are kept for the plan: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
+#: Seconds that a call is taken to last.
+_LATENCY: Final = 2.0
 
 
-@dataclass(slots=True)
-class Estimate:
-    """What was found in the lines."""
+def dry_run(job: Job, *, as_json: bool = False) -> int:
+    """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
+    tally = Tally(price=job.price)
+    costs, unbounded = asyncio.run(_read(job, tally))
+    planned = _plan(job, tally, costs) if costs else None
+    if as_json:
+        found = tally.as_dict() | {"plan": None if planned is None else planned.as_dict()}
+        print(json.dumps(found, indent=2))  # noqa: T201 - a command's output
+    else:
+        print(_describe(tally, planned, unbounded=unbounded))  # noqa: T201 - a command's output
+    return FAILED if tally.bad else DONE
 
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    #: Whether some reply is unlimited, and so counts as `FORESEEN`.
-    unbounded: bool = False
-    #: A random sample of the costs.
-    costs: list[Cost] = field(default_factory=list[Cost])
 
+async def _read(job: Job, tally: Tally) -> tuple[list[Cost], bool]:
+    """Count the requests that would be sent, and their tokens if replies are as long as allowed.
 
-async def estimate(job: Job, tally: Tally) -> Estimate:
-    """Read the lines that would be sent."""
+    Return a random sample of what they cost, and whether some reply is unlimited.
+    """
     host = urlsplit(job.api_base).hostname or ""
-    profile = profile_of(host) if job.profile is None else profile_named(job.profile)
-    found, rng = Estimate(), random.Random(0)  # noqa: S311 - a sample, no secret
+    profile, rng = profile_of(host), random.Random(0)  # noqa: S311 - a sample, no secret
+    costs: list[Cost] = []
+    unbounded = False
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         async for task in tasks(job, answers, Errors(None), tally):
             request = task.request
             cost = profile.cost(Call("POST", host, request.path, request.body, FORESEEN))
-            if cost is None:
-                continue
-            found.calls += 1
-            found.input_tokens += cost.get("input_tokens", 0)
+            tally.requests += 1
+            tally.input_tokens += cost.get("input_tokens", 0)
             # What may be written and has to be paid, even if a provider charges less at admission.
             asked = request_size(request.path, request.body)
-            found.output_tokens += asked.output(FORESEEN)
-            found.unbounded |= asked.writes and asked.max_output is None
-            if len(found.costs) < _SAMPLES:
-                found.costs.append(cost)
-            elif (index := rng.randrange(found.calls)) < _SAMPLES:
-                found.costs[index] = cost
-    return found
+            tally.output_tokens += asked.output(FORESEEN)
+            unbounded |= asked.writes and asked.max_output is None
+            if len(costs) < _SAMPLES:
+                costs.append(cost)
+            elif (index := rng.randrange(tally.requests)) < _SAMPLES:
+                costs[index] = cost
+    return costs, unbounded
 
 
-def dry_run(job: Job, *, latency: float, as_json: bool = False) -> int:
-    """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
-    tally = Tally(price=job.price)
-    found = asyncio.run(estimate(job, tally))
-    planned = _plan(job, found, latency=latency)
-    # The highest cost, if replies are as long as allowed.
-    price = job.price
-    cost = None if price is None else price.of(found.input_tokens, found.output_tokens)
-    if as_json:
-        print(json.dumps(_as_dict(tally, found, planned, cost), indent=2))  # noqa: T201 - a command's output
-    else:
-        print(_describe(tally, found, planned, cost))  # noqa: T201 - a command's output
-    return FAILED if tally.bad else DONE
-
-
-def _plan(job: Job, found: Estimate, *, latency: float) -> "Plan | None":
-    if not found.calls:
-        return None
+def _plan(job: Job, tally: Tally, costs: list[Cost]) -> "Plan":
     from asyncbucket.planning import plan
 
     slots = job.concurrency or CONCURRENCY
     return plan(
         *job.limits,
-        calls=found.calls,
-        tokens=found.costs,
-        # Requests that take no time take no slots.
-        concurrency=None if slots == "auto" or not latency else slots,
-        latency=latency,
+        calls=tally.requests,
+        tokens=costs,
+        concurrency=None if slots == "auto" else slots,
+        latency=_LATENCY,
     )
 
 
-def _describe(tally: Tally, found: Estimate, planned: "Plan | None", cost: float | None) -> str:
+def _describe(tally: Tally, planned: "Plan | None", *, unbounded: bool) -> str:
     """Say how long the calls take, what binds, and what they cost."""
     earlier = f", {tally.answered_earlier:,} answered earlier" if tally.answered_earlier else ""
     bad = f", {tally.bad:,} bad" if tally.bad else ""
-    lines = [f"{counted(found.calls, 'requests')} to send{earlier}{bad}"]
+    lines = [f"{counted(tally.requests, 'requests')} to send{earlier}{bad}"]
     if planned is not None:
-        most = f"({FORESEEN} for a reply without max_tokens)" if found.unbounded else "at most"
+        most = f"({FORESEEN} for a reply without max_tokens)" if unbounded else "at most"
+        cost = "" if tally.cost is None else f": {dollars(tally.cost)}"
         # Named separately, as it may exceed the plan's tokens: limits count those beforehand.
-        tokens = (
-            f"to pay for: about {counted(found.input_tokens, 'tokens')} in, "
-            f"{found.output_tokens:,} out {most}"
-        )
-        lines += [str(planned), tokens if cost is None else f"{tokens}: {dollars(cost)}"]
+        paid = f"about {counted(tally.input_tokens, 'tokens')} in, {tally.output_tokens:,} out"
+        lines += [str(planned), f"to pay for: {paid} {most}{cost}"]
     return "\n".join([*lines, *reasons(tally.reasons)])
-
-
-def _as_dict(
-    tally: Tally, found: Estimate, planned: "Plan | None", cost: float | None
-) -> dict[str, Any]:
-    return {
-        "requests": found.calls,
-        "answered_earlier": tally.answered_earlier,
-        "bad": tally.bad,
-        "input_tokens": found.input_tokens,
-        "output_tokens": found.output_tokens,
-        "cost": cost,
-        "plan": None if planned is None else planned.as_dict(),
-        "reasons": dict(tally.reasons),
-    }

@@ -3,15 +3,13 @@
 import hashlib
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from asyncbucket.cli import options as provider
+from asyncbucket.cli import options
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit
-from asyncbucket.providers.profiles import profile_named
 
 #: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {
@@ -76,14 +74,12 @@ class Job:
     endpoint: str = "chat"
     system: str | None = None
     max_tokens: int | None = None
-    api_base: str = provider.OPENAI
+    api_base: str = options.OPENAI
     api_key: str | None = field(default=None, repr=False)
-    profile: str | None = None
     price: Price | None = None
     attempts: int = 5
     timeout: float = 600.0
     max_lines: int | None = None
-    errors: Path | None = None
     restart: bool = False
 
     @property
@@ -100,18 +96,16 @@ class Job:
     def errors_file(self) -> Path | None:
         """The file of lines without an answer; None if the answers go to standard output."""
         out = self.out_file
-        if self.errors is not None or out is None:
-            return self.errors
-        return out.parent / f"{out.stem}.errors{out.suffix}"
+        return None if out is None else out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
     def shown_api_base(self) -> str:
         """Where requests go, in a form that may be shown: without a password in the URL."""
-        return provider.shown_url(self.api_base)
+        return options.shown_url(self.api_base)
 
     def without_key(self, text: str) -> str:
         """Return ``text`` without the key, which a provider's error may quote."""
-        return provider.without_key(text, self.api_key)
+        return options.without_key(text, self.api_key)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -143,40 +137,28 @@ class Job:
                     f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
                     f"requests, tokens, input_tokens or output_tokens"
                 )
-        provider.check_url(self.api_base)
+        options.check_url(self.api_base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
-        if self.profile is not None:
-            profile_named(self.profile)
-        if self.source == STANDARD and sys.stdin is None:
-            raise ValueError("standard input is closed: name a file, or pipe the lines in")
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
             )
-        if self.out == STANDARD and sys.stdout is None:
-            raise ValueError("standard output is closed, where the answers go: give -o")
-        if self.errors == Path(STANDARD):
-            raise ValueError("--errors takes a file, standard output is for answers: give its name")
         self._check_files()
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one file for two purposes: it would be lost."""
         taken = {None if self.source == STANDARD else _identity(Path(self.source))}
-        written = [(self.out_file, "-o"), (self.limits_file, "-o"), (self.errors_file, "--errors")]
-        for path, option in written:
+        for path in (self.out_file, self.limits_file, self.errors_file):
             if path is None:
                 continue
             if not path.parent.is_dir():
-                raise ValueError(
-                    f"{path.parent} is not a folder: make it, or give another {option}"
-                )
-            pipe = path.exists() and not path.is_file()
-            if path.is_dir() or (pipe and option == "-o"):  # answers are read again, errors are not
-                raise ValueError(f"{path} is not a file that can be written: give another {option}")
+                raise ValueError(f"{path.parent} is not a folder: make it, or give another -o")
+            if path.exists() and not path.is_file():  # answers are read again
+                raise ValueError(f"{path} is not a file that can be written: give another -o")
             if _identity(path) in taken:
                 raise ValueError(
-                    f"{path} is read or written already: give another {option}, or it would be lost"
+                    f"{path} is read or written already: give another -o, or it would be lost"
                 )
             taken.add(_identity(path))
 
@@ -199,7 +181,7 @@ def key_from(variable: str, *, api_base: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
-    if not key and api_base == provider.OPENAI:
+    if not key and api_base == options.OPENAI:
         raise ValueError(
             f"{variable} is not set: export your key in it, or name another variable with "
             f"--key-from, or another provider with --api-base"

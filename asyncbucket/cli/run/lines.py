@@ -158,22 +158,6 @@ def _build(
     return Request(number, name, path, body, key, named=custom_id is not None)
 
 
-def check_first_line(job: Job) -> None:
-    """Refuse a file of prompts without a model at once, not line by line.
-
-    Raises:
-        ValueError: there is no model.
-    """
-    if job.source != STANDARD and job.model is None:
-        with Path(job.source).open("rb") as file:
-            first = next((line for line in file if not line.isspace()), b"")
-        try:
-            read_request(1, first, job)
-        except BadLine as bad:
-            if bad.is_fatal:
-                raise ValueError(str(bad)) from None
-
-
 def count_lines(path: str, most: int | None) -> int:
     """Return how many of the first lines are not empty; a gigabyte takes about a second."""
     with Path(path).open("rb") as file:

@@ -1,6 +1,5 @@
 """What a run has done so far, and how it is shown: while it runs, before it and after it."""
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -9,14 +8,16 @@ from typing import Any, Final
 
 import anyio
 
-from asyncbucket.batch.progress import REFRESH_INTERVAL, Lines, Outlook, duration, standard_error
+from asyncbucket.batch.progress import Outlook
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price
+from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line, rounded, with_verb
+from asyncbucket.planning.result import duration_in_words
 from asyncbucket.providers.usage import Usage
 
-#: Updates between two lines in a pipe: ten seconds.
-_UPDATES_A_LINE: Final = 50
+#: Seconds between two plain lines of progress.
+_LINE_INTERVAL: Final = 10.0
 #: Reasons that are told apart: a screenful.
 _REASONS: Final = 20
 
@@ -76,6 +77,12 @@ class Tally:
         """Dollars for the tokens so far, if the price is known."""
         return None if self.price is None else self.price.of(self.input_tokens, self.output_tokens)
 
+    @property
+    def usage(self) -> str:
+        """The tokens so far, and what they cost if the price is known."""
+        tokens = f"{self.input_tokens:,} + {self.output_tokens:,} tokens"
+        return tokens if self.cost is None else f"{tokens}, {dollars(self.cost)}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return it in values that JSON can hold."""
         names = [
@@ -92,61 +99,32 @@ class Tally:
         return lines | {name: getattr(self, name) for name in names}
 
 
-class Screen:
-    """Show a run on standard error: live lines on a terminal, a line now and then in a pipe.
+def progress(tally: Tally, outlook: Outlook) -> Panel:
+    """Return what is shown while it runs."""
+    done, total = tally.done, tally.total
+    calls = max(1, tally.admitted["requests"])
+    left = {name: tally.left * units / calls for name, units in tally.admitted.items()}
+    facts = outlook.words(tally.answered + tally.failed, left | {"requests": tally.left})
+    binds = outlook.bound_by()
+    facts += [] if binds is None else [with_verb(binds, "bind")]
+    if tally.stopped:  # the rest is left for the next run
+        facts = ["stopping"]
+    facts += [f"{outlook.limiter.statistics().in_flight:,} in flight"]
+    facts += [f"{tally.refused_429:,} 429s"]
+    facts += [f"{tally.failed:,} failed"] if tally.failed else []
+    facts += [f"{tally.bad:,} bad"] if tally.bad else []
+    if not total:
+        return Panel(counted(done, "lines"), (), (*facts, tally.usage))
+    bar = Bar(f"{done:,} of {total:,}", min(1.0, done / total))
+    return Panel("progress", (bar,), (*facts, tally.usage))
 
-    On a terminal that is ``shared`` with the answers nothing moves, because it would wipe them out.
-    """
 
-    def __init__(self, tally: Tally, *, quiet: bool, shared: bool = False) -> None:
-        self._tally = tally
-        self._quiet = quiet
-        self._console = standard_error()
-        self._live = self._console.is_terminal and not (self._console.is_dumb_terminal or shared)
-
-    def say(self, text: str, *, always: bool = False) -> None:
-        """Show a text that stays."""
-        if always or not self._quiet:
-            self._console.print(text, markup=False, soft_wrap=True)
-
-    async def show(self, limiter: Limiter) -> None:
-        """Show the progress until cancelled; ``limiter`` has the limits."""
-        outlook = Outlook(limiter, clock=anyio.current_time)
-        if self._quiet:
-            return
-        if self._live:
-            with Lines(self._console, self._tally.total, transient=True) as lines:
-                while True:
-                    lines.below = "  ".join(self._counts(limiter))
-                    lines.show(self._tally.done, self._done(), self._pace(outlook))
-                    await anyio.sleep(REFRESH_INTERVAL)
-        for update in itertools.count(1):
-            await anyio.sleep(REFRESH_INTERVAL)
-            pace = self._pace(outlook)
-            if update % _UPDATES_A_LINE == 0:
-                self.say(", ".join([f"{self._done()} done", *pace, *self._counts(limiter)]))
-
-    def _done(self) -> str:
-        total, done = self._tally.total, self._tally.done
-        return counted(done, "lines") if total is None else f"{done:,} of {total:,}"
-
-    def _pace(self, outlook: Outlook) -> list[str]:
-        tally = self._tally
-        calls = max(1, tally.admitted["requests"])
-        left = {name: tally.left * units / calls for name, units in tally.admitted.items()}
-        words = outlook.words(tally.answered + tally.failed, left | {"requests": tally.left})
-        if tally.stopped:  # the rest is left for the next run
-            return ["stopping"]
-        binds = outlook.bound_by()
-        return words if binds is None else [*words, with_verb(binds, "bind")]
-
-    def _counts(self, limiter: Limiter) -> list[str]:
-        tally = self._tally
-        words = [f"{limiter.statistics().in_flight:,} in flight", f"{tally.refused_429:,} 429s"]
-        words += [f"{tally.failed:,} failed"] if tally.failed else []
-        words += [f"{tally.bad:,} bad"] if tally.bad else []
-        words.append(f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens")
-        return words if tally.cost is None else [*words, dollars(tally.cost)]
+async def show_progress(screen: Screen, tally: Tally, limiter: Limiter) -> None:
+    """Show the progress until cancelled; ``limiter`` has the limits."""
+    outlook = Outlook(limiter, clock=anyio.current_time)
+    while True:
+        await anyio.sleep(screen.interval(_LINE_INTERVAL))
+        screen.show([progress(tally, outlook)])
 
 
 def headline(job: Job, tally: Tally) -> str:
@@ -168,12 +146,10 @@ def summary(job: Job, tally: Tally) -> str:
     parts += [f"{tally.left:,} left"] if tally.stopped and tally.left else []
     ended = "stopped after" if tally.stopped else "done in"
     rate = tally.answered / tally.seconds if tally.seconds else 0.0
-    tokens = f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens"
-    cost = "" if tally.cost is None else f", {dollars(tally.cost)}"
     requests = f"{counted(tally.requests, 'requests')} ({rounded(rate)} answers/s)"
     lines = [
-        f"{ended} {duration(tally.seconds)}: {', '.join(parts)}",
-        f"{requests}, {tally.refused_429:,} 429s, {tokens}{cost}",
+        f"{ended} {duration_in_words(round(tally.seconds, 1))}: {', '.join(parts)}",
+        f"{requests}, {tally.refused_429:,} 429s, {tally.usage}",
         *reasons(tally.reasons),
     ]
     if job.out != STANDARD:

@@ -4,15 +4,12 @@ import asyncio
 import contextlib
 import functools
 import json
-import logging
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -20,12 +17,14 @@ import anyio
 import httpx
 
 from asyncbucket.batch import amap
+from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import INTERRUPTED
 from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines, read_request
-from asyncbucket.cli.run.screen import Screen, Tally, headline, summary
+from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.core.errors import AsyncBucketError, StoreError
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.limiter import Limiter
@@ -55,8 +54,6 @@ _FORBIDDEN: Final = 403
 _OUTAGE_FAILURES: Final = 50
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
-#: How SQLite files begin, unless they were never flushed.
-_SQLITE_STARTS: Final = (b"SQLite format 3\0", bytes(16))
 
 
 class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
@@ -138,7 +135,7 @@ class Run:
         self._under_way = 0
         #: Consecutive requests, since the last answer, that failed in a way that all others may.
         self._failures_in_a_row = 0
-        store = _store_at(job.limits_file) if job.limits_file and job.limits else None
+        store = f"sqlite:///{quote(str(job.limits_file))}" if job.out_file and job.limits else None
         #: Its limits are in a store, which remembers across runs what was admitted.
         self._root = Limiter(*job.limits, name="run", store=store)
         #: Slots are this process's own: a store would keep those of a killed run for a while.
@@ -150,7 +147,6 @@ class Run:
         self._query = mark + query
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
-            profile=job.profile,
             timeout=job.timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             headers=_headers(job),
@@ -162,7 +158,7 @@ class Run:
         try:
             async with self._client, anyio.create_task_group() as group:
                 with _on_signal(self._begin_stop):
-                    group.start_soon(self._screen.show, self._root)
+                    group.start_soon(show_progress, self._screen, self._tally, self._root)
                     with anyio.CancelScope() as sending:
                         group.start_soon(self._end_when_stopped, sending)
                         feed = tasks(self._job, self._answers, self._errors, self._tally)
@@ -318,20 +314,6 @@ def _headers(job: Job) -> dict[str, str]:
     return headers
 
 
-def _store_at(file: Path) -> str:
-    """Return the URL of the store; what is left of a damaged one goes: it only knew the last calls."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
-            database.execute("PRAGMA quick_check(1)").fetchall()
-    except sqlite3.OperationalError:  # there is none, or it is locked
-        pass
-    except sqlite3.DatabaseError:
-        if file.read_bytes()[:16] in _SQLITE_STARTS:
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{file}{suffix}").unlink(missing_ok=True)
-    return f"sqlite:///{quote(str(file))}"
-
-
 @contextlib.contextmanager
 def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
     """Make the first SIGINT or SIGTERM call ``stop``, and the second cancel this task."""
@@ -361,7 +343,9 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         OSError, StoreError, sqlite3.Error: a file cannot be written.
     """
     tally = Tally(price=job.price)
-    screen = Screen(tally, quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty())
+    screen = Screen(
+        standard_error(), quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty()
+    )
     with (
         Answers(job.out_file, job.settings, restart=job.restart) as answers,
         contextlib.closing(Errors(job.errors_file)) as errors,
@@ -370,13 +354,11 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
             tally.total = count_lines(job.source, job.max_lines)
         screen.say(headline(job, tally))
         tally.started = time.monotonic()
-        logging.disable(logging.CRITICAL)  # what logs say is counted and shown
         try:
-            asyncio.run(Run(job, tally, screen, answers, errors).run())
+            with silenced(), screen:  # what logs say is counted and shown
+                asyncio.run(Run(job, tally, screen, answers, errors).run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             tally.stopped = True
-        finally:
-            logging.disable(logging.NOTSET)
         tally.seconds = round(time.monotonic() - tally.started, 3)
         answers.check()
     screen.say(summary(job, tally))
