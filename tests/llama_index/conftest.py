@@ -44,7 +44,8 @@ class Person(BaseModel):
 
 
 def make_openai(**options: Any) -> OpenAI:
-    return OpenAI(**{"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE, **options})
+    usual: dict[str, Any] = {"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE}
+    return OpenAI(**usual | options)
 
 
 def make_completing_openai() -> OpenAI:

@@ -7,6 +7,7 @@ import gc
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import httpcore
 import httpx
@@ -341,7 +342,8 @@ async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
         await paced.achat(MESSAGES)
         assert limiter.statistics().limits[0].available == 59
 
-        monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", lambda _: OPENAI)
+        profile_of = Mock(return_value=OPENAI)
+        monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", profile_of)
         if synchronous:
             await asyncio.to_thread(paced.chat, MESSAGES)
         else:

@@ -173,7 +173,7 @@ async def test_calls_with_tools_are_paced(
     await llm.achat_with_tools([TOOL], "hi")
     await drain(llm.astream_chat_with_tools([TOOL], "hi"))
     await asyncio.to_thread(llm.chat_with_tools, [TOOL], "hi")
-    await asyncio.to_thread(lambda: list(llm.stream_chat_with_tools([TOOL], "hi")))
+    await asyncio.to_thread(list, llm.stream_chat_with_tools([TOOL], "hi"))
 
     assert admitted(limiter) == len(openai_api.requests) == 4
 

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -64,7 +65,7 @@ class Threaded(Plain, AsyncBaseTool):
     def call(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return ToolOutput("threaded", content=str(input), raw_input={})
 
-    __call__ = AsyncBaseTool.__call__
+    __call__ = AsyncBaseTool.__call__  # pyright: ignore[reportAssignmentType]
 
     async def acall(self, input: Any) -> ToolOutput:  # noqa: A002 - LlamaIndex's name
         return await asyncio.to_thread(self.call, input)
@@ -128,12 +129,16 @@ def product(a: int, b: int) -> int:
     return a * b
 
 
+def both(a: int, b: int) -> dict[str, int]:
+    return {"requests": a, "images": b}
+
+
 @pytest.mark.parametrize(
     ("cost", "requests", "images"),
     [
         ({"images": 3}, 1, 3),
         ({"images": product, "requests": 2}, 2, 20),
-        (lambda a, b: {"requests": a, "images": b}, 4, 5),
+        (both, 4, 5),
     ],
 )
 async def test_tool_cost_can_be_a_mapping_or_computed_from_all_arguments(
@@ -156,7 +161,7 @@ def test_invalid_tool_costs_are_refused() -> None:
     with pytest.raises(TypeError, match=r"cost= must be amounts by resource, .* not 3"):
         limiter.wrap(inner, cost=wrong)
     with pytest.raises(TypeError, match=r"cost= returned 3; it must return amounts by resource"):
-        limiter.wrap(inner, cost=lambda **_: wrong)(a=1, b=2)
+        limiter.wrap(inner, cost=Mock(return_value=wrong))(a=1, b=2)
     with pytest.raises(TypeError, match="no limit counts images: this limiter counts"):
         limiter.wrap(inner, cost={"images": 1})(a=1, b=2)
     assert admitted(limiter) == 0
