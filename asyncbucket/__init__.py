@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from asyncbucket.core import errors, events
+from asyncbucket import errors, events
 from asyncbucket.core.context import deadline, priority, tenant
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
@@ -21,15 +21,16 @@ from asyncbucket.core.limiter import Limiter, pace
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
-from asyncbucket.planning import plan
+from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
-    from asyncbucket.core import presets, settings
-    from asyncbucket.planning import Plan
+    from asyncbucket import presets
+    from asyncbucket.core import settings
+    from asyncbucket.plan import Plan
 
 _LAZY = {
     "batch": "asyncbucket.batch",
-    "presets": "asyncbucket.core.presets",
+    "presets": "asyncbucket.presets",
     "settings": "asyncbucket.core.settings",
     "stores": "asyncbucket.stores",
     "telemetry": "asyncbucket.telemetry",
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return import_module(_LAZY[name])
     if name == "Plan":
-        return import_module("asyncbucket.planning").Plan
+        return import_module("asyncbucket.plan").Plan
     raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
 
 

@@ -21,7 +21,7 @@ from asyncbucket.cli.ui import Bar, Panel, Screen, plot, silenced, table
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, named, one_line
-from asyncbucket.planning.result import percent
+from asyncbucket.plan.result import percent
 
 if TYPE_CHECKING:
     from asyncbucket.testing import Arrival

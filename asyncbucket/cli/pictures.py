@@ -14,7 +14,7 @@ import typer
 
 from asyncbucket.cli import options
 from asyncbucket.core.wording import counted, named, written_out
-from asyncbucket.planning.result import Plan, duration_in_words
+from asyncbucket.plan.result import Plan, duration_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

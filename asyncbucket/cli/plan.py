@@ -11,9 +11,9 @@ from rich.text import Text
 
 from asyncbucket.cli import options
 from asyncbucket.cli.ui import plot, table
-from asyncbucket.planning import Plan, Poisson
-from asyncbucket.planning import plan as make_plan
-from asyncbucket.planning.result import details, rows_of
+from asyncbucket.plan import Plan, Poisson
+from asyncbucket.plan import plan as make_plan
+from asyncbucket.plan.result import details, rows_of
 
 
 def _samples_option(text: str) -> Any:

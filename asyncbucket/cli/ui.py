@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.planning.result import duration_in_words
+from asyncbucket.plan.result import duration_in_words
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _BAR: Final = 30

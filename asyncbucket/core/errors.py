@@ -13,6 +13,16 @@
 Every message says what happened, the numbers, and the remedy.
 """
 
+__all__ = [
+    "AcquireTimeout",
+    "AsyncBucketError",
+    "CostExceedsLimit",
+    "LimitSyntaxError",
+    "QueueFull",
+    "StoreError",
+    "WouldBlock",
+]
+
 
 class AsyncBucketError(Exception):
     """The base of every error that asyncbucket raises on purpose."""

@@ -145,7 +145,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
         """Note that it passed at ``now``, after it had waited as ``waiter``."""
-        seat, line = waiter.seat, waiter.line
+        seat, line = waiter.seat.home, waiter.line
         seat.leases += 1
         self._seat = seat
         self._when = now
@@ -225,6 +225,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 seat = pacer.seat_here_locked()
                 waiter = Waiter(loop=seat.loop)
             else:
+                seat.home = pacer.seat_here_locked()
                 pacer.seats[seat] = seat
                 waiter = SyncWaiter()
             waiter.lease = self

@@ -20,6 +20,8 @@ from typing import Final
 
 from asyncbucket.core.limits import Limit
 
+__all__ = ["Preset", "PresetWarning", "preset", "preset_names"]
+
 #: A preset this many days old causes a warning.
 _OLD: Final = 180
 

@@ -41,6 +41,9 @@ class Seat:
     def __init__(self, look: Look | None = None) -> None:
         #: None once its calls count nowhere any more: its process was forked.
         self.look = look
+        #: Where the leases of its calls count: those of a waiting thread belong to the loop that it
+        #: blocks, or to all threads.
+        self.home: Seat = self
         #: Open leases of calls made here, and calls that wait here.
         self.leases = self.waiting = 0
         #: When it will look again.

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncbucket.cli.app import app
-from asyncbucket.planning import plan
+from asyncbucket.plan import plan
 
 EXAMPLE = (
     *("--calls", "10000", "--tokens", "800", "--rpm", "500", "--tpm", "200000"),

@@ -23,7 +23,7 @@ ADMITTED = Admitted(
 )
 KINDS = [
     kind
-    for kind in (getattr(events, name) for name in events.__all__)
+    for kind in (getattr(events, name) for name in dir(events))
     if isinstance(kind, type) and issubclass(kind, Event)
 ]
 

@@ -354,6 +354,22 @@ def test_slot_held_where_code_runs_is_waited_for(impatient: float, holder: str) 
     assert limiter.statistics().overridden == 0
 
 
+def test_slot_held_by_thread_that_had_to_wait_for_it_is_waited_for(impatient: float) -> None:
+    limiter = Limiter(concurrency=2)
+    leaked = asyncio.run(take(limiter))
+    first = limiter.acquire_nowait()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(limiter.acquire_sync)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        first.release()
+        second = job.result(ENOUGH)
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire_sync(timeout=3 * impatient)
+    second.release()
+    leaked.release()
+    assert limiter.statistics().overridden == limiter.statistics().in_flight == 0
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("path", [(), ("chat",)])
 def test_calls_without_slot_run_no_more_at_once_than_there_are_slots(path: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ MODULES = (
     "core.events",
     "http",
     "llama_index",
-    "planning",
+    "plan",
     "retry",
     "stores",
     "telemetry",

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.planning import Plan, plan
+from asyncbucket.plan import Plan, plan
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 #: A timer of the event loop may be late by this much (s), because its instants are floats.

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import CostExceedsLimit, LimitSyntaxError
-from asyncbucket.planning import Plan, Poisson, plan
-from asyncbucket.planning.result import change, duration_in_words, percent
+from asyncbucket.plan import Plan, Poisson, plan
+from asyncbucket.plan.result import change, duration_in_words, percent
 
 
 def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | None]:

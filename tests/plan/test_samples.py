@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost
-from asyncbucket.planning import plan
+from asyncbucket.plan import plan
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "w" * 4_000}], "max_tokens": 300}
 BATCH = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}

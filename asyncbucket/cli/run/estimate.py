@@ -18,7 +18,7 @@ from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.request import request_size
 
 if TYPE_CHECKING:
-    from asyncbucket.planning import Plan
+    from asyncbucket.plan import Plan
 
 #: How many costs are kept for the plan: enough for any distribution, and little memory.
 _SAMPLES: Final = 20_000
@@ -66,7 +66,7 @@ async def _read(job: Job, tally: Tally) -> tuple[list[Cost], bool]:
 
 
 def _plan(job: Job, tally: Tally, costs: list[Cost]) -> "Plan":
-    from asyncbucket.planning import plan
+    from asyncbucket.plan import plan
 
     slots = job.concurrency or CONCURRENCY
     return plan(

@@ -13,7 +13,7 @@ from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line, rounded, with_verb
-from asyncbucket.planning.result import duration_in_words
+from asyncbucket.plan.result import duration_in_words
 from asyncbucket.providers.usage import Usage
 
 #: Seconds between two plain lines of progress.

@@ -10,8 +10,8 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.core.cost import Cost, amounts_of, rounded_up
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import is_number, named, plain, read_count, shown
-from asyncbucket.planning.drive import Call
-from asyncbucket.planning.samples import Series
+from asyncbucket.plan.drive import Call
+from asyncbucket.plan.samples import Series
 
 #: The most calls of a plan: they take a minute or two and some gigabytes.
 _MOST: Final = 10_000_000

@@ -8,9 +8,9 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import CostExceedsLimit
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.planning.drive import Call, Drive, Record
-from asyncbucket.planning.load import Load
-from asyncbucket.planning.result import Plan, PlannedLimit, PlannedWaits
+from asyncbucket.plan.drive import Call, Drive, Record
+from asyncbucket.plan.load import Load
+from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
 
 _NANOSECONDS: Final = 1_000_000_000
 #: Up to this many calls, other limits are tried by default.
@@ -22,7 +22,7 @@ _PARTS: Final = 240
 def make_plan(
     load: Load, limits: Sequence[Limit], concurrency: int | None, *, what_if: bool | None
 ) -> Plan:
-    """Return the plan of calls under limits; see `asyncbucket.planning.plan`."""
+    """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
     record = Drive(limits, concurrency).run(load)
     refusal = _refusal(limits, record.refused[0]) if record.refused else None
     calls, end = len(record.admitted), record.end

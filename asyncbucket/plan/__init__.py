@@ -1,6 +1,6 @@
 """Know before you pay: how long calls take, what binds, and what other limits would gain.
 
-`plan` runs the calls through the real meters on virtual time (`asyncbucket.planning.drive`), so there
+`plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there
 is no second model of a limiter that could be wrong. `samples` and `load` decide what calls cost,
 how long they take and when they come; `outlook` and `result` say what came of it.
 """
@@ -12,9 +12,9 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import read_count
 
 if TYPE_CHECKING:
-    from asyncbucket.planning.load import Arrivals, Poisson
-    from asyncbucket.planning.result import Plan, PlannedLimit, PlannedWaits
-    from asyncbucket.planning.samples import Sample, Samples
+    from asyncbucket.plan.load import Arrivals, Poisson
+    from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
+    from asyncbucket.plan.samples import Sample, Samples
 
 #: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
 _LAZY: Final = {
@@ -97,9 +97,9 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         ValueError, TypeError: something is missing or makes no sense; the message says what.
         OSError: a file cannot be read.
     """
-    from asyncbucket.planning.load import Load
-    from asyncbucket.planning.outlook import make_plan
-    from asyncbucket.planning.samples import Series, Tokens, read_seconds
+    from asyncbucket.plan.load import Load
+    from asyncbucket.plan.outlook import make_plan
+    from asyncbucket.plan.samples import Series, Tokens, read_seconds
 
     read = read_limits(limits, limits_by_keyword)
     if concurrency is not None:

@@ -1,0 +1,3 @@
+"""What providers publish about their limits, with date and source."""
+
+from asyncbucket.core.presets import *  # noqa: F403 - all its public names
