@@ -11,7 +11,6 @@ from typing import (
     Any,
     ParamSpec,
     Self,
-    TypedDict,
     TypeVar,
     Unpack,
     cast,
@@ -30,24 +29,13 @@ if TYPE_CHECKING:
     from asyncbucket.batch.results import MapOptions
     from asyncbucket.core.limiter import Limiter
     from asyncbucket.http.transport import TransportOptions
+    from asyncbucket.llama_index.wrap import WrapOptions
     from asyncbucket.telemetry.stats import StatsServer
     from asyncbucket.telemetry.trace import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-
-
-class Wrapping(TypedDict, total=False):
-    """What `Doors.wrap` takes by keyword."""
-
-    child: "str | Limiter | None"
-    #: A ``Retry``, the most attempts, or False.
-    retry: Any
-    #: An ``Estimator``.
-    estimator: Any
-    #: A ``ToolCost``.
-    cost: Any
 
 
 class Doors:
@@ -145,12 +133,12 @@ class Doors:
         return decorated
 
     @overload
-    def wrap(self, obj: list[Any], **options: Unpack["Wrapping"]) -> list[Any]: ...
+    def wrap(self, obj: list[Any], **options: Unpack["WrapOptions"]) -> list[Any]: ...
     @overload
-    def wrap(self, obj: tuple[Any, ...], **options: Unpack["Wrapping"]) -> tuple[Any, ...]: ...
+    def wrap(self, obj: tuple[Any, ...], **options: Unpack["WrapOptions"]) -> tuple[Any, ...]: ...
     @overload
-    def wrap(self, obj: T, **options: Unpack["Wrapping"]) -> T: ...
-    def wrap(self, obj: Any, **options: Unpack["Wrapping"]) -> Any:
+    def wrap(self, obj: T, **options: Unpack["WrapOptions"]) -> T: ...
+    def wrap(self, obj: Any, **options: Unpack["WrapOptions"]) -> Any:
         """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
 
         The result is of the same class, with the same fields, tools, streaming and structured

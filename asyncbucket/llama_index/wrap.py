@@ -42,7 +42,7 @@ many requests did go out. Between attempts no slot is held.
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypedDict, TypeVar, cast
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
@@ -76,6 +76,16 @@ from asyncbucket.retry import Retry
 T = TypeVar("T")
 
 _PLAIN_CLASS = "__asyncbucket_plain_class__"
+
+
+class WrapOptions(TypedDict, total=False):
+    """What `Limiter.wrap` takes by keyword."""
+
+    child: str | Limiter | None
+    retry: Retry | int | None
+    #: An `Estimator`, or what has as much of it as is called.
+    estimator: Any
+    cost: ToolCost | None
 
 
 def wrap(

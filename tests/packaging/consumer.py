@@ -148,3 +148,12 @@ def limiters_are_made_from_outside() -> None:
     assert_type(Mine.from_toml("limits.toml"), Mine)
     Limiter("500 RPM", Limit("tokens", 200_000, per=60), concurrency="auto", name="openai")
     Limiter(rps="five")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def typos_are_found(limiter: Limiter, model: Model) -> None:
+    """A keyword that does not exist fails here, not at run time."""
+    limiter.wrap(model, chlid="a")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    limiter.transport(route={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    limiter.amap(model.acomplete, [], orderd=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    limiter.acquire(token=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Limiter(rmp=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
