@@ -164,6 +164,7 @@ def test_every_code_block_of_a_page_runs(
     """A reader who types what a page shows sees no error."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, STAGES[stage_of(page)](patch) as run:
+        patch.syspath_prepend(ROOT / "tests" / "stores")  # where a page imports `conformance` from
         run_page(page, run)
     # A page leaves its clients open, as LlamaIndex does; they must not warn in another test.
     _ = gc.collect()
