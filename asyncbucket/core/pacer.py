@@ -608,10 +608,11 @@ class Pacer:
             return heard + _PATIENCE
         back = sum(each.leases for each in holders)
         waiter, due = self.top.head(now, back)
-        if waiter is None or waiter.seat is not seat:
-            return due
-        due, _ = self.root.earliest(waiter.amounts, waiter.line.since, back)
-        if due > now:
+        if (
+            waiter is None
+            or waiter.seat is not seat
+            or (due := self.root.earliest(waiter.amounts, waiter.line.since, back)[0]) > now
+        ):
             return due
         self._serve(waiter, now)
         self.overridden += 1

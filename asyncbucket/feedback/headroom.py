@@ -176,8 +176,7 @@ class Headroom(Meter):
         """Tell the slices; rule out those that are too short for the report."""
         if self._slices is not None:
             self._slices.update(low, remaining, high, now)
-            if self._slices.are_refuted:
-                self._slice_counts = ()
+            self._slice_counts = () if self._slices.are_refuted else self._slice_counts
         limit, before = self._provider_limit, self._slice_counts
         self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
         if self._slice_counts != before or not before:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+import asyncbucket
 from asyncbucket import Limiter, LimitSyntaxError
-from asyncbucket.core.settings import from_env, from_toml
+from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 
 
 def env(**variables: str) -> Limiter:
@@ -268,3 +269,18 @@ def test_store_url_from_environment_is_passed_on_unchanged() -> None:
     found = from_env(make, environ={"ASYNCBUCKET_RPM": "5", "ASYNCBUCKET_STORE": "sqlite:///a.db"})
 
     assert found == ((), {"rpm": 5, "store": "sqlite:///a.db"})
+
+
+def test_tables_of_limiters_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table itself is None, if it describes a limiter."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "rpm = 500\n[chat]\nrpm = 100\n[batch]\nrpm = 50\n", "asyncbucket.toml")
+    assert limiters_in_toml() == [None, "chat", "batch"]
+
+
+def test_modules_are_found_on_first_use_and_listed() -> None:
+    assert asyncbucket.settings.from_env is from_env
+    assert asyncbucket.Plan.__name__ == "Plan"
+    assert {"Limiter", "presets", "telemetry"} <= set(dir(asyncbucket))
+    with pytest.raises(AttributeError, match="has no attribute 'Limitre'"):
+        _ = asyncbucket.Limitre
