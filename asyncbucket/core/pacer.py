@@ -195,9 +195,10 @@ class Pacer:
         line.join(waiter, now)
         if deadline is not None:
             seat.watch(waiter, deadline)
-        if self.waiting == 1 and self._joins_alone(line, waiter, deadline or EMPTY, now):
+        end = EMPTY if deadline is None else deadline
+        if self.waiting == 1 and self._joins_alone(line, waiter, end, now):
             return
-        if line.living == 1 or seat.looks_at >= EMPTY or (deadline or EMPTY) < seat.looks_at:
+        if line.living == 1 or seat.looks_at >= EMPTY or end < seat.looks_at:
             seat.ring(now)
 
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:

@@ -39,6 +39,18 @@ async def test_call_that_would_be_late_is_refused_at_once(virtual_time: VirtualT
     assert limiter.statistics().refused == 3
 
 
+async def test_call_without_time_to_wait_fails_at_once_also_when_the_clock_says_0(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    lease = await limiter.acquire()
+    assert virtual_time.clock() == 0
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(timeout=0)
+    assert virtual_time.now == 0
+    lease.release()
+
+
 async def test_call_that_may_use_refund_of_open_call_is_not_refused(
     virtual_time: VirtualTime,
 ) -> None:
