@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
-_TOKENS: Final = ("input_tokens", "output_tokens")
+_PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
 #: reserved, so giving them back errs on the safe side.
 _PARTS: Final = 16
@@ -250,17 +250,16 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     def _notify_admitted(self) -> None:
         node = self._node
         pacer: Pacer = node.pacer
-        if pacer.observed:
-            pacer.notify(
-                node,
-                Admitted,
-                self._when,
-                cost=self.cost,
-                waited=self.waited,
-                bound_by=self.bound_by,
-                waiting=node.waiting,
-                in_flight=node.in_flight,
-            )
+        pacer.notify(
+            node,
+            Admitted,
+            self._when,
+            cost=self.cost,
+            waited=self.waited,
+            bound_by=self.bound_by,
+            waiting=node.waiting,
+            in_flight=node.in_flight,
+        )
 
     async def __aenter__(self) -> Self:
         if self._entered:
@@ -379,7 +378,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             return
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer
-        if "tokens" not in used and not used.keys().isdisjoint(_TOKENS):
+        if "tokens" not in used and not used.keys().isdisjoint(_PARTS_OF_TOKENS):
             used = {
                 **used,
                 "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
@@ -401,11 +400,13 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         If the split was unknown, each was reserved as the whole. Then one that is not reported yet
         adds no more than the other leaves of the whole.
         """
-        total = sum(booked.get(name, 0) for name in _TOKENS)
-        if all(name in reported for name in _TOKENS):
+        total = sum(booked.get(name, 0) for name in _PARTS_OF_TOKENS)
+        if all(name in reported for name in _PARTS_OF_TOKENS):
             return total
         reserved = self._amounts
-        beyond = sum(max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _TOKENS)
+        beyond = sum(
+            max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _PARTS_OF_TOKENS
+        )
         return min(total, reserved.get("tokens", 0) + beyond)
 
     def _correct(self, resource: str, delta: int) -> None:

@@ -88,7 +88,7 @@ def undo(lease: Lease) -> None:
 
 def emit(limiter: Limiter, event: Event) -> None:
     """Send an adapter's event to the observers."""
-    limiter._emit(event)
+    limiter._node.emit(event)
 
 
 def observe_remaining(limiter: Limiter, remaining: int, **options: Unpack[Heard]) -> None:

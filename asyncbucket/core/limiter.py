@@ -26,7 +26,7 @@ from asyncbucket.core.context import (
 from asyncbucket.core.cost import Cost, amounts_of
 from asyncbucket.core.doors import Doors
 from asyncbucket.core.errors import LimitSyntaxError
-from asyncbucket.core.events import Callback, Event, LimitChanged, LimitLearned, Observers, Paused
+from asyncbucket.core.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.core.explain import Explanation, explain_locked
 from asyncbucket.core.lease import FirstLease, Lease
 from asyncbucket.core.limits import Limit, read_limits
@@ -444,10 +444,6 @@ class Limiter(Doors, OfThisProcess):
             self._tenants = _Tenants()
         return self._tenants
 
-    def _busy_tenants(self) -> list["Limiter"]:
-        """Return the tenants' limiters with calls that wait or are in flight now."""
-        return [] if self._tenants is None else self._tenants.busy()
-
     def _make_child(self, name: str, terms: Terms) -> "Limiter":
         """Return a new limiter below this one."""
         self._keep()
@@ -664,10 +660,6 @@ class Limiter(Doors, OfThisProcess):
 
         return unobserve
 
-    def _emit(self, event: Event) -> None:
-        """Send an adapter's event to the observers."""
-        self._node.emit(event)
-
     async def aclose(self) -> None:
         """Leave the store, if one keeps the limits: what is booked ahead is given back.
 
@@ -708,7 +700,6 @@ class Limiter(Doors, OfThisProcess):
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         node = self._node
         pacer: Pacer = node.pacer
-        pacer.catch_up()
         with pacer:
             pacer.run_jobs_locked()
             pacer.bury_locked()
@@ -843,15 +834,6 @@ class _Tenants:
     def keep(self, limiter: Limiter) -> None:
         """Never let go of ``limiter``: one made anew would be another, or lack what is below it."""
         self._kept[limiter._node.name] = limiter
-
-    def busy(self) -> list[Limiter]:
-        """Return the limiters with calls that wait or are in flight now."""
-        with self._lock:
-            return [
-                each
-                for each in tuple(self._limiters.values())
-                if each._node.waiting or each._node.in_flight
-            ]
 
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""

@@ -487,14 +487,16 @@ class Pacer:
                 group.append(waited)
         return group
 
-    def _let_go(self, waiter: AnyWaiter, now: int, bound_by: str | None) -> bool:
+    def _let_go(
+        self, waiter: AnyWaiter, now: int, bound_by: str | None, meters: Meters | None = None
+    ) -> bool:
         """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
         try:
             waiter.set_result(True)
         except _DONE:  # cancelled since it was looked at, in a signal handler
             return False
         if waiter.lease is not None:
-            waiter.lease._hold_locked(now, waiter, bound_by)  # noqa: SLF001 - as above
+            waiter.lease._hold_locked(now, waiter, bound_by, meters)  # noqa: SLF001 - as above
         else:
             waiter.asked = now  # from now on when it passed
         return True
@@ -525,35 +527,31 @@ class Pacer:
         line.calls.popleft()
         line.since = now
         node = line.node
-        for each in node.path[:-1]:
-            for meter, resource in each.own:
-                amount = waiter.amounts.get(resource)
-                if amount:
-                    meter.book(amount, now)
+        below = tuple(pair for each in node.path[:-1] for pair in each.own)
+        for meter, resource in below:
+            amount = waiter.amounts.get(resource)
+            if amount:
+                meter.book(amount, now)
         for each in node.path:
             each.in_flight += 1
         self.top.serve(waiter)
         if len(node.path) > 2:  # noqa: PLR2004 - as in `_serve`
             rouse(node)
-        place.push(waiter, now)
+        place.push(waiter, below, now)
 
     def pass_on_locked(
         self, waiter: AnyWaiter, meters: Meters, now: int, bound_by: str | None
     ) -> bool:
         """Let a call go that the store has booked in ``meters``; return whether it still waited."""
-        line, seat = waiter.line, waiter.seat
-        try:
-            waiter.set_result(True)
-        except _DONE:  # its task gives back what it took
+        if not self._let_go(waiter, now, bound_by, meters):  # its task gives back what it took
             return False
-        waited = now - waiter.asked
-        waiter.lease._hold_locked(now, waiter, bound_by, meters)  # noqa: SLF001 - as above
-        for each in line.node.path:
+        node = waiter.line.node
+        for each in node.path:
             each.admitted += 1
         if bound_by is not None:
-            line.node.count_waits(1, waited, bound_by)
-        self._count_out(line.node, seat)
-        self.ring_locked(line.node, now)
+            node.count_waits(1, now - waiter.asked, bound_by)
+        self._count_out(node, waiter.seat)
+        self.ring_locked(node, now)
         return True
 
     def _is_late(self, seat: Seat, now: int) -> bool:

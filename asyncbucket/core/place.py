@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.node import Meters
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import LimitUse
@@ -21,8 +22,8 @@ class Place(Protocol):
         """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
         ...
 
-    def push(self, waiter: AnyWaiter, now: int) -> None:
-        """Take over ``waiter``, booked below the root at ``now``.
+    def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
+        """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
 
         Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
         """

@@ -111,9 +111,8 @@ class StorePlace:
                 each.redate(now)
         return True
 
-    def push(self, waiter: AnyWaiter, now: int) -> None:
-        below = [pair for node in waiter.line.node.path[:-1] for pair in node.own]
-        self._session(self._loop_of(waiter.seat)).push(waiter, (tuple(below), now))
+    def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
+        self._session(self._loop_of(waiter.seat)).push(waiter, (below, now))
 
     def leave(self, waiter: AnyWaiter) -> bool:
         return any(session.leave(waiter) for session in self._sessions.values())

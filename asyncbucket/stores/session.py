@@ -436,9 +436,8 @@ class Session:
         with self._place.lock:
             self.held += booking.slot
             self._reported += booking.slot
-            if (
-                waiter.done() or waiter not in self._line
-            ):  # it gave up while the batch was in flight
+            # It may have given up while the batch was in flight.
+            if waiter.done() or waiter not in self._line:
                 self._cancel(waiter.amounts, reservation)
                 return
             self._reserved[waiter] = reservation, self._line.pop(waiter)

@@ -19,6 +19,7 @@ from asyncbucket.core.events import (
     Retried,
     Settled,
 )
+from asyncbucket.core.levels import emit
 from asyncbucket.testing import VirtualTime
 
 
@@ -128,7 +129,7 @@ def test_pauses_limit_changes_and_adapter_events_reach_observers(virtual_time: V
     child.reconfigure(weight=2)
     key.learn(Limit("requests", 500))
     key.learn(Limit("requests", 500))
-    child._emit(Retried(limiter=child.name, at=0.0, attempt=1, error="HTTP 429", delay=3.0))
+    emit(child, Retried(limiter=child.name, at=0.0, attempt=1, error="HTTP 429", delay=3.0))
     stop()
     stop()
     child.pause(5)

@@ -9,6 +9,7 @@ import pytest
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limit, Limiter, WouldBlock
 from asyncbucket.core.levels import give_back, terms_of
 from asyncbucket.core.meters import NEVER, Window
+from asyncbucket.core.node import Meters
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import LimitUse
@@ -55,7 +56,8 @@ class Store:
         assert seat.waiting
         return len(self.standing) < self.places
 
-    def push(self, waiter: AnyWaiter, now: int) -> None:
+    def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
+        assert below == waiter.line.node.meters[: len(below)]  # all but the root's
         assert now == self.pacer.clock()
         self.standing.append((waiter, now))
 

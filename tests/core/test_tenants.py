@@ -39,21 +39,6 @@ def test_tenant_is_same_limiter_by_key_and_by_acquire(virtual_time: VirtualTime)
     assert key.statistics().admitted == 3
 
 
-async def test_telemetry_lists_only_tenants_with_calls(virtual_time: VirtualTime) -> None:
-    key = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-    assert key._busy_tenants() == []
-    first, second = key.key("first"), key.key("second")
-    key.key("idle")
-    assert key._busy_tenants() == []
-    lease = await first.acquire()
-    waiting = asyncio.create_task(second.acquire())
-    await virtual_time.all_blocked()
-    assert key._busy_tenants() == [first, second]
-    lease.release()
-    (await waiting).release()
-    assert key._busy_tenants() == []
-
-
 def test_name_of_tenant_is_never_shown(virtual_time: VirtualTime) -> None:
     """It appears in no name, repr, error or statistics, and `children` does not list it."""
     key = Limiter(name="openai", clock=virtual_time.clock)
