@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import give_back, is_under, sent
+from asyncbucket.core.levels import give_back, on_one_path, sent
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 
@@ -124,15 +124,6 @@ def held_leases() -> Iterator[tuple[HeldLease, Lease]]:
         if lease is not None:
             yield held, lease
         held = held.outer
-
-
-def on_one_path(limiter: Limiter, other: Limiter) -> bool:
-    """Tell whether a call of one of these limiters counts at the other, too.
-
-    Then a lease of each would be two for the same call: if there is only one slot, the call would
-    wait for itself.
-    """
-    return is_under(limiter, other) or is_under(other, limiter)
 
 
 def paying_limiter(limiter: Limiter) -> Limiter | None:

@@ -1,27 +1,19 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
 from collections.abc import Iterator
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any
 
-from asyncbucket.core.context import inherited
+from asyncbucket.core.context import inherited, nanoseconds
+from asyncbucket.core.doors import find_headroom
 from asyncbucket.core.events import Event
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.node import shown_name as _shown_name
+from asyncbucket.core.wording import read_count
 
 # The face of the core's private parts.
 # ruff: noqa: SLF001
-
-
-class Heard(TypedDict, total=False):
-    """What else a provider says of what is left."""
-
-    resource: Required[str]
-    per: Required[float]
-    limit: int | None
-    since: float | None
-    rounding: int
 
 
 def levels(limiter: Limiter) -> Iterator[Limiter]:
@@ -35,6 +27,15 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
 def is_under(limiter: Limiter, other: Limiter) -> bool:
     """Tell whether what ``limiter`` admits also counts at ``other``."""
     return other._node in limiter._node.path
+
+
+def on_one_path(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether a call of one of these limiters counts at the other, too.
+
+    Then a lease of each would be two for the same call: if there is only one slot, the call would
+    wait for itself.
+    """
+    return is_under(limiter, other) or is_under(other, limiter)
 
 
 def provider_of(limiter: Limiter) -> Limiter:
@@ -91,9 +92,56 @@ def emit(limiter: Limiter, event: Event) -> None:
     limiter._node.emit(event)
 
 
-def observe_remaining(limiter: Limiter, remaining: int, **options: Unpack[Heard]) -> None:
-    """Take in what the provider says is left of a limit; see `Limiter._observe_remaining`."""
-    limiter._observe_remaining(remaining, **options)
+def observe_remaining(
+    limiter: Limiter,
+    remaining: int,
+    *,
+    resource: str,
+    per: float,
+    limit: int | None = None,
+    since: float | None = None,
+    rounding: int = 0,
+) -> None:
+    """Take in what the provider says is left of a limit that others spend from, too.
+
+    It may lower what is available, but never raise it above the limits here. It is forgotten if
+    nothing more is heard for a whole window. It is ignored if ``limiter`` does not limit that
+    window, or if a store keeps its limits. Transports call this; `asyncbucket.feedback.headroom`
+    explains what happens then.
+
+    Args:
+        limiter: the level whose limits are the provider's.
+        remaining: units left.
+        resource: what the units count, such as ``"tokens"``.
+        per: the window of the limit, in seconds.
+        limit: the provider's own limit, if it says.
+        since: when the call with this answer was sent, in seconds of the limiter's clock; calls
+            sent later may or may not be counted in ``remaining`` yet.
+        rounding: by how many units ``remaining`` may have been rounded down.
+
+    Raises:
+        ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
+    """
+    remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
+    limit = None if limit is None else read_count(limit, "limit")
+    node = limiter._node
+    pacer = node.pacer
+    with pacer:
+        now = pacer.clock()
+        sent = now if since is None else nanoseconds(since, "since")
+        window = node.limits.get((resource, per))
+        if window is None or limiter._place is not None:
+            return
+        find_headroom(node, window, now).update(
+            remaining,
+            now,
+            amount=window.amount if limit is None else max(1, min(limit, window.amount)),
+            limit=limit,
+            booked_since=sum(units for date, units in window.entries(now) if date > sent),
+            lent=window.lent(node.in_flight),
+            rounding=rounding,
+        )
+        pacer.ring_locked(node, now)
 
 
 def shown_name(limiter: Limiter) -> str:

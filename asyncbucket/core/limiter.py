@@ -18,7 +18,6 @@ from asyncbucket.core.context import (
     Priority,
     deadline_of,
     inherited,
-    nanoseconds,
     read_priority,
     read_tenant,
     span_of,
@@ -33,6 +32,7 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import EMPTY_MAPPING, Node
 from asyncbucket.core.pacer import Pacer
+from asyncbucket.core.place import Place
 from asyncbucket.core.process import OfThisProcess, reset_after_fork
 from asyncbucket.core.queue import reweigh
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
@@ -499,60 +499,10 @@ class Limiter(Doors, OfThisProcess):
             now = pacer.clock()
             pause = doors.find_pause(node)
             pause.begin(now + span, now, gradually=gradually)
-            if pacer.place is not None and node.parent is None:
-                pacer.place.pause(span, gradually=gradually)
+            if self._place is not None:
+                self._place.pause(span, gradually=gradually)
             pacer.ring_locked(node, now)
         pacer.notify(node, Paused, seconds=float(seconds), reason=reason)
-
-    def _observe_remaining(
-        self,
-        remaining: int,
-        *,
-        resource: str,
-        per: float,
-        limit: int | None = None,
-        since: float | None = None,
-        rounding: int = 0,
-    ) -> None:
-        """Take in what the provider says is left of a limit that others spend from, too.
-
-        It may lower what is available, but never raise it above this limiter's limits. It is
-        forgotten if nothing more is heard for a whole window. It is ignored if this limiter does
-        not limit that window, or if a store keeps the limits. Transports call this;
-        `asyncbucket.feedback.headroom` explains what happens then.
-
-        Args:
-            remaining: units left.
-            resource: what the units count, such as ``"tokens"``.
-            per: the window of the limit, in seconds.
-            limit: the provider's own limit, if it says.
-            since: when the call with this answer was sent, in seconds of the limiter's clock; calls
-                sent later may or may not be counted in ``remaining`` yet.
-            rounding: by how many units ``remaining`` may have been rounded down.
-
-        Raises:
-            ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
-        """
-        remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
-        limit = None if limit is None else read_count(limit, "limit")
-        node = self._node
-        pacer: Pacer = node.pacer
-        with pacer:
-            now = pacer.clock()
-            sent = now if since is None else nanoseconds(since, "since")
-            window = node.limits.get((resource, per))
-            if window is None or (pacer.place is not None and node.parent is None):
-                return
-            doors.find_headroom(node, window, now).update(
-                remaining,
-                now,
-                amount=window.amount if limit is None else max(1, min(limit, window.amount)),
-                limit=limit,
-                booked_since=sum(units for date, units in window.entries(now) if date > sent),
-                lent=window.lent(node.in_flight),
-                rounding=rounding,
-            )
-            pacer.ring_locked(node, now)
 
     def learn(self, limit: Limit) -> None:
         """Adopt a limit that the provider announces, if this limiter was given none.
@@ -615,10 +565,15 @@ class Limiter(Doors, OfThisProcess):
         if self._parent is not None and "/*" in self._node.name and self._parent._tenants:
             self._parent._tenants.keep(self)
 
+    @property
+    def _place(self) -> Place | None:
+        """What keeps these limits, if a store does."""
+        return None if self._parent is not None else self._node.pacer.place
+
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """Refuse what the store cannot keep, if one keeps these limits."""
-        if self._node.pacer.place is not None and self._parent is None:
-            self._node.pacer.place.check(limits, concurrency)
+        if self._place is not None:
+            self._place.check(limits, concurrency)
 
     def _put_in_force_locked(
         self, limits: Iterable[Limit], concurrency: Concurrency | None, *, learned: bool = False
@@ -633,8 +588,8 @@ class Limiter(Doors, OfThisProcess):
             node.slots = bounds[0] if node.sizer is None else node.sizer.size
             node.is_plain = node.is_plain and node.sizer is None
         pacer.limits_changed_locked(node)
-        if pacer.place is not None and node.parent is None:
-            pacer.place.configure()
+        if self._place is not None:
+            self._place.configure()
 
     def observe(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with each event here and below; the returned function ends that.
@@ -666,8 +621,8 @@ class Limiter(Doors, OfThisProcess):
         Without a store it does nothing. Call it on the event loop that used the limiter. If only
         calls without a loop used it, any loop will do, once none of them waits.
         """
-        if self._node.pacer.place is not None and self._parent is None:
-            await self._node.pacer.place.aclose()
+        if self._place is not None:
+            await self._place.aclose()
 
     # --- watching ---
 
@@ -724,8 +679,8 @@ class Limiter(Doors, OfThisProcess):
     def _use_locked(self, now: int) -> Iterable[LimitUse]:
         """Yield how much of each limit is used."""
         node = self._node
-        if node.pacer.place is not None and node.parent is None:
-            yield from node.pacer.place.use()
+        if self._place is not None:
+            yield from self._place.use()
             return
         for key, window in node.limits.items():
             beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]

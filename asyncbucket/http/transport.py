@@ -20,13 +20,13 @@ import logging
 from typing import Any, Final, Literal, Self, TypedDict
 
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
-from asyncbucket.core.levels import is_under
+from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.bodies import reply_body, request_body
 from asyncbucket.http.pricing import RequestReader
 from asyncbucket.http.routes import Routing
-from asyncbucket.nesting import give_up_slots, on_one_path, paying_limiter
+from asyncbucket.nesting import give_up_slots, paying_limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run

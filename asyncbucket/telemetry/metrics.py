@@ -14,7 +14,7 @@ from typing import ClassVar, Final, TypeAlias
 from asyncbucket.core import events
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Event
-from asyncbucket.core.levels import is_under, shown_name
+from asyncbucket.core.levels import on_one_path, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.statistics import shares_used
 from asyncbucket.core.wording import read_count
@@ -88,7 +88,7 @@ class Metrics(ABC):
         key = object()
         with self._lock:
             for other in self._sources.values():
-                if is_under(other, limiter) or is_under(limiter, other):
+                if on_one_path(other, limiter):
                     raise ValueError(
                         f"{where} watches limiter {other.name!r} already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Cost, Lease, Limiter, TokenBucket
+from asyncbucket.core.levels import observe_remaining
 from asyncbucket.testing import VirtualTime, virtual_time
 
 
@@ -272,7 +273,7 @@ async def test_provider_without_tokens_left_refuses_no_call_that_costs_none(
     virtual_time: VirtualTime,
 ) -> None:
     limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-    limiter._observe_remaining(0, resource="tokens", per=60)
+    observe_remaining(limiter, 0, resource="tokens", per=60)
     held = await limiter.acquire()
     waiting = asyncio.ensure_future(limiter.acquire(timeout=1))
     await asyncio.sleep(0.5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
+from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.statistics import LimitUse, Waits, shares_used
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import used
@@ -335,7 +336,7 @@ def test_observe_remaining_refuses_invalid_numbers(heard: dict[str, Any], messag
     """Anything else is refused before it has any effect."""
     limiter = Limiter("60 RPM")
     with pytest.raises(ValueError, match=re.escape(message)):
-        limiter._observe_remaining(resource="requests", per=60, **{"remaining": 0, **heard})
+        observe_remaining(limiter, resource="requests", per=60, **{"remaining": 0, **heard})
     assert limiter.acquire_nowait().waited == 0
 
 

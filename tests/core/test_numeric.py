@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, TokenBucket, plan
+from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.wording import is_integer, is_number
 from asyncbucket.testing import VirtualTime
 
@@ -66,7 +67,7 @@ def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
     limiter = Limiter("100 requests/s")
     assert sorted(item.result for item in limiter.map(str, [1, 2], workers=three)) == ["1", "2"]
     limiter = Limiter("1k TPM")
-    limiter._observe_remaining(three, resource="tokens", per=60, limit=three, rounding=three)
+    observe_remaining(limiter, three, resource="tokens", per=60, limit=three, rounding=three)
     assert limiter.statistics().limits[0].available == three
 
 

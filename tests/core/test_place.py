@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limit, Limiter, WouldBlock
-from asyncbucket.core.levels import give_back, terms_of
+from asyncbucket.core.levels import give_back, observe_remaining, terms_of
 from asyncbucket.core.meters import NEVER, Window
 from asyncbucket.core.node import Meters
 from asyncbucket.core.queue import AnyWaiter
@@ -246,7 +246,7 @@ async def test_changes_of_root_are_told_to_store_and_those_of_children_are_not(
     with pytest.raises(ValueError, match="a store keeps a fixed number"):
         key.reconfigure("40 TPM", concurrency="auto")
     assert key.limits == (Limit("tokens", 50),)
-    key._observe_remaining(0, resource="tokens", per=60)
+    observe_remaining(key, 0, resource="tokens", per=60)
     assert used(key) == [0]
     assert terms_of(key)["store"] == "sqlite:///somewhere"
 

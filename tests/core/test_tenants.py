@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limit, Limiter, WouldBlock
-from asyncbucket.core.levels import is_under
+from asyncbucket.core.levels import is_under, observe_remaining
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import available, used
 
@@ -115,7 +115,7 @@ DONE: dict[str, tuple[Callable[[Limiter], Any], bool, Callable[[Limiter], object
         lambda tenant: used(tenant.key("user")) == [1],
     ),
     "told what is left": (
-        lambda tenant: tenant._observe_remaining(0, resource="requests", per=60),
+        lambda tenant: observe_remaining(tenant, 0, resource="requests", per=60),
         False,
         lambda tenant: not available(tenant),
     ),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limit, Limiter, WouldBlock
+from asyncbucket.core.levels import observe_remaining
 from asyncbucket.feedback.headroom import Headroom, share_of
 from asyncbucket.testing import VirtualClock, assert_never_over, virtual_time
 
@@ -357,10 +358,10 @@ def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
 
         async def main() -> float:
             async with limiter.acquire(tokens=1) as lease:
-                limiter._observe_remaining(0, resource="tokens", per=60)
+                observe_remaining(limiter, 0, resource="tokens", per=60)
                 waiting = asyncio.create_task(limiter.acquire(tokens=500, timeout=30).__aenter__())
                 await asyncio.sleep(1)
-                limiter._observe_remaining(600, resource="tokens", per=60, limit=600)
+                observe_remaining(limiter, 600, resource="tokens", per=60, limit=600)
                 lease.settle(tokens=1)
                 return (await waiting).waited
 
@@ -373,7 +374,7 @@ def test_calls_that_wait_in_one_line_come_evenly_as_well() -> None:
         limiter = Limiter("600 tokens/minute", clock=time.clock)
 
         async def main() -> list[float]:
-            limiter._observe_remaining(10, resource="tokens", per=60)
+            observe_remaining(limiter, 10, resource="tokens", per=60)
             calls = [asyncio.create_task(limiter.acquire(tokens=1).__aenter__()) for _ in range(20)]
             return sorted([(await call).waited for call in calls])
 
@@ -384,8 +385,8 @@ def test_calls_that_wait_in_one_line_come_evenly_as_well() -> None:
 
 def test_report_on_window_without_limit_is_ignored() -> None:
     limiter = Limiter("600 RPM burst 600")
-    limiter._observe_remaining(0, resource="tokens", per=60)
-    limiter._observe_remaining(0, resource="requests", per=1)
+    observe_remaining(limiter, 0, resource="tokens", per=60)
+    observe_remaining(limiter, 0, resource="requests", per=1)
 
     assert limiter.acquire_nowait(tokens=5).waited == 0
 
@@ -402,7 +403,7 @@ def test_user_limit_is_never_exceeded_whatever_provider_reports(
     for pause, hears, amount in history:
         clock.advance(pause * 1e-9)
         if hears:
-            limiter._observe_remaining(amount, resource="units", per=10, since=clock.seconds - 1)
+            observe_remaining(limiter, amount, resource="units", per=10, since=clock.seconds - 1)
         else:
             with contextlib.suppress(WouldBlock):
                 limiter.acquire_nowait(Cost(units=amount % 40 + 1))
