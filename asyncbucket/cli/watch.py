@@ -167,9 +167,7 @@ def _row(name: str, snapshot: Snapshot) -> dict[str, Any]:
         "paused": max(0, snapshot.paused_until - snapshot.now) * 1e-9,
         "ahead": max(0, snapshot.last_start - snapshot.now) * 1e-9,
         "workers": snapshot.workers,
-        "limits": [
-            row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits
-        ],
+        "limits": list(map(row_of, snapshot.limits)),
     }
 
 

@@ -1,8 +1,8 @@
 """What can be seen of limiters from outside: plain values, and the endpoint that serves them.
 
 The endpoint is for `asyncbucket watch` and for scripts. It is read-only, listens only on loopback or
-on a unix socket, and has its own thread, so it answers even while the event loop is busy. A browser that was directed to it under a foreign host name gets nothing (DNS
-rebinding).
+on a unix socket, and has its own thread, so it answers even while the event loop is busy. A browser
+that was directed to it under a foreign host name gets nothing (DNS rebinding).
 
 A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
 numbers of the limiter above, and are not listed.
@@ -28,9 +28,8 @@ from typing import Any, Final, Self
 from urllib.parse import quote, urlsplit
 
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
 from asyncbucket.core.process import reset_after_fork
-from asyncbucket.core.statistics import Statistics
+from asyncbucket.core.statistics import LimitUse, Statistics
 from asyncbucket.core.wording import is_integer
 from asyncbucket.telemetry.metrics import with_children
 
@@ -50,16 +49,17 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     return {"time": time.time(), "limiters": rows}
 
 
-def row_of(limit: Limit, *, used: int, available: int) -> dict[str, Any]:
+def row_of(use: LimitUse) -> dict[str, Any]:
     """Return how much of a limit is used, in values that JSON can hold."""
+    limit = use.limit
     return {
         "limit": str(limit),
         "label": limit.label,
         "resource": limit.resource,
         "amount": limit.amount,
         "per": limit.per,
-        "used": used,
-        "available": available,
+        "used": use.used,
+        "available": use.available,
     }
 
 
@@ -163,8 +163,8 @@ def _check_names(limiters: Sequence[Limiter]) -> None:
 
 
 def _row(snapshot: Statistics) -> dict[str, Any]:
-    rows = [row_of(use.limit, used=use.used, available=use.available) for use in snapshot.limits]
     plain = asdict(replace(snapshot, limits=()))
+    rows = list(map(row_of, snapshot.limits))
     return {**plain, "paused": round(snapshot.paused, 3), "limits": rows}
 
 
