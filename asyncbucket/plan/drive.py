@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts, Meter, Window
+from asyncbucket.core.node import Meters, latest
 
 _NANOSECONDS: Final = 1_000_000_000
 
@@ -63,12 +64,11 @@ class Drive:
 
     def __init__(self, limits: Sequence[Limit], slots: int | None) -> None:
         self._limits = limits
-        self._meters: tuple[tuple[Meter, str], ...] = tuple(
-            (Window(limit), limit.resource) for limit in limits
-        )
+        self._meters: Meters = tuple((Window(limit), limit.resource) for limit in limits)
         self._slots = NEVER if slots is None else slots
-        #: The meters that the call at hand passes: each with its amount and resource.
-        self._charges: list[tuple[Meter, int, str]] = []
+        #: What the call at hand costs, and the meters that it passes, each with its amount.
+        self._amounts: Amounts = {}
+        self._charges: list[tuple[Meter, int]] = []
         #: Calls in flight: when each ends, a number, when it was admitted, and the call.
         self._running: list[tuple[int, int, int, Call]] = []
         self._record = Record(
@@ -81,9 +81,9 @@ class Drive:
         amounts: Amounts = {}
         for arrived, call in calls:
             if call.amounts is not amounts:
-                amounts = call.amounts
+                self._amounts = amounts = call.amounts
                 self._charges = [
-                    (meter, amounts[resource], resource)
+                    (meter, amounts[resource])
                     for meter, resource in self._meters
                     if amounts.get(resource)
                 ]
@@ -110,9 +110,9 @@ class Drive:
         """Book the call in all meters if all allow it now, else in none."""
         if len(self._running) >= self._slots:
             return False
-        for number, (meter, amount, _) in enumerate(self._charges):
+        for number, (meter, amount) in enumerate(self._charges):
             if not meter.take(amount, now):
-                for earlier, taken, _ in self._charges[:number]:
+                for earlier, taken in self._charges[:number]:
                     earlier.unbook(taken, now)
                 return False
         return True
@@ -125,23 +125,19 @@ class Drive:
             if due <= now:
                 break
             until = min(due, self._running[0][0]) if self._running else due
+            assert bound_by is not None  # as it has to wait
             held_up[bound_by] = held_up.get(bound_by, 0) + until - now
             now = until
             self._end_calls(now)
-        for meter, amount, _ in self._charges:
+        for meter, amount in self._charges:
             meter.book(amount, now)
         return now
 
-    def _earliest(self, since: int) -> tuple[int, str]:
+    def _earliest(self, since: int) -> tuple[int, str | None]:
         """Return from when on a call that is first in line ``since`` may pass, and what binds."""
         if len(self._running) >= self._slots:
             return NEVER, "concurrency"
-        when, bound_by = since, ""
-        for meter, amount, resource in self._charges:
-            due = meter.earliest(amount, since)
-            if due > when:
-                when, bound_by = due, resource
-        return when, bound_by
+        return latest(self._meters, self._amounts, since)
 
     def _end_calls(self, now: int) -> None:
         """End the calls that end until ``now``, and correct the meters to what they used."""
