@@ -5,7 +5,6 @@ after that gives the lease back. So nothing is handed over that could be lost on
 may be cancelled at whichever await.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.cost import Cost
@@ -16,10 +15,9 @@ from asyncbucket.core.errors import (
     QueueFull,
     WouldBlock,
 )
-from asyncbucket.core.events import Cancelled, Reason, Refused
+from asyncbucket.core.events import Reason, Refused
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.wording import counted, in_seconds, with_verb
 
 if TYPE_CHECKING:
@@ -60,26 +58,6 @@ def refuse(node: Node, amounts: Amounts) -> None:
     except REFUSALS as error:
         count_refusal(node, amounts, error)
         raise
-
-
-def give_up(waiter: AnyWaiter, asked: int, *, is_finalizer: bool) -> None:
-    """Withdraw a call that waits no longer; a finalizer tells nobody."""
-    pacer: Pacer = waiter.line.node.pacer
-    pacer.do(partial(_withdraw_locked, waiter, asked))
-    if pacer.news and not is_finalizer:
-        pacer.catch_up()
-
-
-def _withdraw_locked(waiter: AnyWaiter, asked: int) -> None:
-    node = waiter.line.node
-    pacer: Pacer = node.pacer
-    now = pacer.clock()
-    if pacer.withdraw_locked(waiter, now):
-        for each in node.path:
-            each.cancelled += 1
-    if pacer.observed:
-        cost, waited = Cost.of(waiter.amounts), (now - asked) * 1e-9
-        pacer.notify_locked(node, Cancelled, cost=cost, waited=waited)
 
 
 def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:

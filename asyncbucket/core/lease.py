@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 from asyncbucket.core.admission import (
     REFUSALS,
     count_refusal,
-    give_up,
     too_late,
     too_late_locked,
     too_many_wait_locked,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
+_USED: Final = "a lease serves one call, and this one was used already: call acquire() for another"
 _PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
 #: reserved, so giving them back errs on the safe side.
@@ -51,8 +51,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     ``await`` it, or enter it with ``async with``, which releases it on leaving. Nothing is taken
     before that, and ``timeout`` counts from then. For ``asyncio.create_task`` and the like it is a
-    coroutine. A lease that is held is a plain context manager, too. It may be entered again after
-    it was left, but not by several tasks at a time.
+    coroutine. A lease that is held is a plain context manager, too. It serves one call: the next
+    one needs another.
 
     `settle` reports what the call really used; `release` gives the slot back. Both are synchronous
     and may be called from any thread, repeatedly, and in any order. A lease that is dropped
@@ -99,7 +99,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     def _try_now(self) -> bool:
         """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
         if self._state != ASKED:
-            self._ask_again()
+            raise RuntimeError(_USED)
         node = self._node
         pacer: Pacer = node.pacer
         pacer.lock.acquire()  # `with` would take twice the time
@@ -133,13 +133,6 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             pacer.catch_up()
             self._notify_admitted()
         return True
-
-    def _ask_again(self) -> None:
-        """Forget an earlier admission that is over, of a lease that is entered again."""
-        if self._state != OVER:
-            raise RuntimeError("this lease is held already: call acquire() for another lease")
-        for name in ("_admitted", "_levels", "_line", "_meters", "_parts", "bound_by", "waited"):
-            self.__dict__.pop(name, None)
 
     def _hold_locked(
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
@@ -192,7 +185,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             except CostExceedsLimit:  # whoever raised it has taken the waiter out
                 raise
             except BaseException as error:
-                give_up(waiter, asked, is_finalizer=isinstance(error, GeneratorExit))
+                pacer.do(partial(pacer.withdraw_locked, waiter))
+                if pacer.news and not isinstance(error, GeneratorExit):  # a finalizer tells nobody
+                    pacer.catch_up()
                 raise
             if not in_time:
                 raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
@@ -263,15 +258,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     async def __aenter__(self) -> Self:
         if self._entered:
-            raise RuntimeError("this lease is entered already: call acquire() for another lease")
+            raise RuntimeError(_USED)
         self._entered = True
-        if self._state != HELD:
-            try:
-                if not self._try_now():
-                    await self._wait()
-            except BaseException:
-                self._entered = False
-                raise
+        if self._state != HELD and not self._try_now():
+            await self._wait()
         return self
 
     async def __aexit__(
@@ -280,7 +270,6 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._entered = False
         if error is None:
             self.release()
         else:
@@ -475,14 +464,17 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if (
             ATOMIC
             and self._state == HELD
-            and node.is_plain
+            and pacer.is_plain
             and not (pacer.waiting or pacer.observed)
         ):
-            # No call and no jump from the test to the last store, so no other thread interleaves;
-            # whoever is about to wait looks at the slots after having joined the line.
+            # No other thread interleaves between the tests and the first store. Whoever is about to
+            # wait looks at the slots after having joined the line, or is rung.
             self._state = OVER
             self._seat.leases -= 1
-            node.in_flight -= 1
+            for level in node.path:
+                level.in_flight -= 1
+            if pacer.waiting:
+                pacer.do(partial(pacer.ring_locked, node))
             return
         self._end("ok")
 

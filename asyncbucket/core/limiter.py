@@ -142,7 +142,7 @@ class Limiter(Doors, OfThisProcess):
             self._node.pacer.place = doors.open_place(
                 self._node, store, on_outage=on_outage, slot_ttl=slot_ttl
             )
-            self._node.is_plain = False
+            self._node.pacer.is_plain = False
 
     def _set_up(self, node: Node, parent: "Limiter | None", terms: Terms) -> None:
         """Set up the public object in front of ``node``."""
@@ -586,7 +586,7 @@ class Limiter(Doors, OfThisProcess):
             fixed = is_integer(concurrency)
             node.sizer = None if fixed else doors.make_sizer(bounds, node.sizer)
             node.slots = bounds[0] if node.sizer is None else node.sizer.size
-            node.is_plain = node.is_plain and node.sizer is None
+            pacer.is_plain = pacer.is_plain and node.sizer is None
         pacer.limits_changed_locked(node)
         if self._place is not None:
             self._place.configure()

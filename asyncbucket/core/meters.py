@@ -96,10 +96,6 @@ class Meter(Protocol):
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
         ...
 
-    def spare(self, amount: int) -> int:  # noqa: ARG002 - for those that know better
-        """Return for how long (ns) nothing is lost if ``amount`` goes later than it could."""
-        return 0
-
 
 class Bucket(Meter):
     """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
@@ -273,10 +269,6 @@ class Bucket(Meter):
         self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
         self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
 
-    def spare(self, amount: int) -> int:
-        """See `Meter.spare`: until the bucket is full."""
-        return max(0, (self.burst - amount) * self.p // self.q)
-
 
 def exact_rate(rate: float | Fraction) -> Fraction:
     """Return the ``rate`` that is meant: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
@@ -405,10 +397,6 @@ class Window(Meter):
         """See `Meter.available`."""
         left = self._left(now)
         return left if self.pace is None else min(left, self.pace.available(now))
-
-    def spare(self, amount: int) -> int:
-        """See `Meter.spare`: a window loses nothing, its pace may."""
-        return NEVER if self.pace is None else self.pace.spare(amount)
 
     def state(self) -> list[Any]:
         """Return all that it remembers, as plain data for `restore`."""

@@ -68,7 +68,6 @@ class Node:
         "children",
         "extra",
         "in_flight",
-        "is_plain",
         "last_words",
         "learned",
         "limits",
@@ -125,9 +124,6 @@ class Node:
         self.sizer: Sizer | None = None
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
-        #: Whether nobody has to be told when a call ends: a root that finds no number of slots, has
-        #: no store, and whose open calls were all made in this process.
-        self.is_plain = parent is None
         self.max_queue: int | None = None
         self.in_flight = self.admitted = self.waiting = 0
         self.cancelled = self.refused = self.upstream_429 = 0
@@ -279,11 +275,6 @@ class Node:
                     most = room
         return most
 
-    def spare(self, amounts: Amounts) -> int:
-        """Return for how long (ns) nothing is lost if such a call goes later than it could."""
-        spares = (meter.spare(amounts[name]) for meter, name in self.meters if amounts.get(name))
-        return min(spares, default=NEVER)
-
     def price(self, amounts: Amounts) -> float:
         """Return what a call costs here: the largest part, in seconds, that it takes of any limit.
 
@@ -401,7 +392,6 @@ class Node:
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
         self.in_flight = self.waiting = 0
-        self.is_plain = False
         self.lines = self.branches = EMPTY_MAPPING
         for child in self.children or ():
             child.after_fork()

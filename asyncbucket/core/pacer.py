@@ -34,8 +34,9 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
+from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
-from asyncbucket.core.events import Event
+from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.place import Place
@@ -45,8 +46,6 @@ from asyncbucket.core.seats import EMPTY, NOWHERE, LoopSeat, Seat
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
 _BATCH: Final = 256
-#: Calls that become due within this time (ns) go together: waking up takes longer than admitting.
-_SLACK: Final = 2_000_000
 #: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
 _GRACE: Final = 50_000_000
 _PATIENCE: Final = 1_000_000_000
@@ -87,6 +86,9 @@ class Pacer:
         self.overridden = 0
         #: What keeps the root's limits, if they are not kept here.
         self.place: Place | None = None
+        #: Whether nobody has to be told when a call ends: no limiter finds its number of slots, no
+        #: store keeps them, and all open calls were made in this process.
+        self.is_plain = True
         self.threads = Seat(self.look)
         self.seats: dict[object, Seat] = {}
         self.by_thread: dict[int, LoopSeat] = {}
@@ -238,14 +240,16 @@ class Pacer:
         for each in node.path:
             each.waiting -= calls
 
-    def withdraw_locked(self, waiter: AnyWaiter, now: int) -> bool:
-        """Take a call that gives up out of the line, or give back what it was just handed.
-
-        Return whether it still counted: not if its loop was closed, or in a forked process.
-        """
-        seat, node = waiter.seat, waiter.line.node
-        if seat.look is None:
-            return False
+    def withdraw_locked(self, waiter: AnyWaiter) -> None:
+        """Take a call that gives up out of the line, or give back what it was just handed."""
+        seat, node, now = waiter.seat, waiter.line.node, self.clock()
+        if seat.look is None:  # it waited in the parent process
+            return
+        for each in node.path:
+            each.cancelled += 1
+        if self.observed:
+            cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
+            self.notify_locked(node, Cancelled, cost=cost, waited=waited)
         if waiter.done() and not waiter.cancelled():
             if waiter.exception() is None and waiter.result():
                 if waiter.lease is None:
@@ -262,7 +266,6 @@ class Pacer:
         else:
             waiter.cancel()
             self.gone_locked(waiter, now)
-        return True
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -390,7 +393,7 @@ class Pacer:
                     continue
                 return self._leave_to(waiter.seat, due, now)
             if due > now:
-                return self._override(seat, now) if due >= NEVER else self._wake(waiter, due, now)
+                return self._override(seat, now) if due >= NEVER else due
             if place is not None:
                 self._push(place, waiter, now)
             elif passed < _BATCH:
@@ -405,15 +408,6 @@ class Pacer:
         if other.looks_at > max(due, now):
             other.ring(now)
         return due if due >= NEVER else max(due, now) + _GRACE
-
-    def _wake(self, head: AnyWaiter, due: int, now: int) -> int:
-        """Return when to look for ``head``, due at ``due``; later if then several are due at once.
-
-        Waking up takes longer than admitting.
-        """
-        if due < now + _SLACK and self.waiting > 1 and self._is_single_file():
-            return min(now + _SLACK, due + head.line.node.spare(head.amounts) // 8)
-        return due
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat, and no store has a say."""
@@ -627,6 +621,7 @@ class Pacer:
 
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's loops, waiters and leases are not here."""
+        self.is_plain = False
         for seat in (self.threads, *self.seats.values()):
             seat.look = None
         self.lock = threading.Lock()

@@ -230,7 +230,7 @@ class TokenBucket(OfThisProcess):
 
     def _withdraw_locked(self, waiter: Waiter) -> None:
         before, self._open = self._open, None
-        self._pacer.withdraw_locked(waiter, self._clock())
+        self._pacer.withdraw_locked(waiter)
         self._open = before
 
     def _timeout_error(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:

@@ -30,22 +30,19 @@ async def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> N
     assert limiter.statistics().in_flight == 0
 
 
-async def test_acquisition_takes_nothing_until_it_is_awaited(virtual_time: VirtualTime) -> None:
-    """It may be made early, thrown away, closed, or awaited again once it is released."""
+async def test_lease_takes_nothing_until_it_is_awaited_and_serves_one_call(
+    virtual_time: VirtualTime,
+) -> None:
     limiter = Limiter("10 RPS burst 10", clock=virtual_time.clock)
-    acquisition = limiter.acquire()
+    asked = limiter.acquire()
     limiter.acquire().close()
     assert limiter.statistics().admitted == 0
-    lease = await acquisition
-    with pytest.raises(RuntimeError, match=r"held already: call acquire\(\) for another lease"):
-        await acquisition
-    lease.settle(requests=4)
-    lease.release()
-    assert not (await acquisition).released
-    assert used(limiter) == [5]
-    lease.settle(requests=0)
-    assert used(limiter) == [4]
-    assert limiter.statistics().admitted == 2
+    lease = await asked
+    for _ in "held", "over":
+        with pytest.raises(RuntimeError, match=r"used already: call acquire\(\) for another"):
+            await asked
+        lease.release()
+    assert limiter.statistics().admitted == 1
 
 
 async def test_leaving_acquisition_that_was_not_entered_is_harmless(
@@ -76,42 +73,32 @@ async def test_acquisition_never_awaited_causes_warning(virtual_time: VirtualTim
     limiter.acquire()
 
 
-async def test_timeout_restarts_each_time_acquisition_is_entered(virtual_time: VirtualTime) -> None:
+async def test_timeout_counts_from_entering(virtual_time: VirtualTime) -> None:
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-    acquisition = limiter.acquire(timeout=1)
-    for second in range(0, 12, 4):
-        limiter.acquire_nowait().release()
-        async with acquisition:
-            assert virtual_time.now == second + 1
-        await asyncio.sleep(3)
+    asked = limiter.acquire(timeout=1)
+    await asyncio.sleep(5)
+    limiter.acquire_nowait().release()
+    async with asked:
+        assert virtual_time.now == 6
 
 
-async def test_acquisition_can_be_entered_by_one_task_at_a_time(virtual_time: VirtualTime) -> None:
-    """A second task is refused while the first waits or holds a lease."""
+async def test_lease_is_entered_by_one_task(virtual_time: VirtualTime) -> None:
+    """A second task is refused, whether the first waits, holds the lease or has left it."""
     limiter = Limiter("1 RPS burst 1", concurrency=1, clock=virtual_time.clock)
-    acquisition = limiter.acquire()
+    lease = limiter.acquire()
 
     async def call() -> None:
-        async with acquisition:
+        async with lease:
             await asyncio.sleep(3)
 
-    for begun in (0.0, 1.0):
-        calls = [asyncio.ensure_future(call()) for _ in range(2)]
-        await asyncio.sleep(begun)
-        with pytest.raises(RuntimeError, match=r"entered already: call acquire\(\) for another"):
+    limiter.acquire_nowait().release()
+    first = asyncio.ensure_future(call())
+    for _ in "waiting", "held", "over":
+        await asyncio.sleep(0.6)
+        with pytest.raises(RuntimeError, match="used already"):
             await call()
-        assert limiter.statistics().in_flight == 1
-        ended = await asyncio.gather(*calls, return_exceptions=True)
-        assert [type(each).__name__ for each in ended] == ["NoneType", "RuntimeError"]
-    held = await limiter.acquire()
-    impatient = asyncio.ensure_future(call())
-    await asyncio.sleep(0)
-    with pytest.raises(RuntimeError, match="entered already"):
-        await call()
-    impatient.cancel()
-    await virtual_time.all_blocked()
-    held.release()
-    await call()
+        await asyncio.sleep(1)
+    await first
     assert limiter.statistics().in_flight == 0
 
 

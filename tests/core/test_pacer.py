@@ -114,27 +114,6 @@ async def test_1000_calls_are_admitted_in_batches_of_256(
     assert virtual_time.now == 0
 
 
-@pytest.mark.parametrize(
-    ("waiting", "burst", "wake_ups"), [(1_000, 100, 101), (1_000, 1, 1_000), (1, 100, 1)]
-)
-async def test_one_wake_up_admits_several_calls_in_quick_succession(
-    waiting: int, burst: int, wake_ups: int, virtual_time: VirtualTime
-) -> None:
-    """One wake-up serves several calls if the bucket can hold the refill; one alone is not late."""
-    trace: list[tuple[int, int]] = []
-
-    async def call(bucket: TokenBucket) -> None:
-        await bucket.acquire()
-        trace.append((virtual_time.clock(), 1))
-
-    bucket = TokenBucket(rate=5_000.0, burst=burst, clock=virtual_time.clock)
-    await asyncio.gather(*(call(bucket) for _ in range(burst + waiting)))
-    assert_within_bucket(trace, rate=5_000.0, burst=burst)
-    assert len({when for when, _ in trace[burst:]}) <= wake_ups
-    late = [when - (number + 1) * 200_000 for number, (when, _) in enumerate(trace[burst:])]
-    assert max(late) <= (2_000_000 if waiting > wake_ups else 0)
-
-
 @pytest.mark.parametrize("path", [(), ("child",)])
 async def test_last_of_many_calls_is_not_late(
     path: tuple[str, ...], virtual_time: VirtualTime

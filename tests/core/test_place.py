@@ -25,7 +25,7 @@ class Store:
     def __init__(self, limiter: Limiter, *, places: int = 2) -> None:
         self.pacer = limiter._node.pacer
         self.pacer.place = self
-        limiter._node.is_plain = False
+        limiter._node.pacer.is_plain = False
         self.window = Window(TPM)
         self.places = places
         #: Those that stand here, since when; and those that left.
