@@ -10,7 +10,6 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
@@ -185,7 +184,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             except CostExceedsLimit:  # whoever raised it has taken the waiter out
                 raise
             except BaseException as error:
-                pacer.do(partial(pacer.withdraw_locked, waiter))
+                pacer.do(pacer.withdraw_locked, waiter)
                 if pacer.news and not isinstance(error, GeneratorExit):  # a finalizer tells nobody
                     pacer.catch_up()
                 raise
@@ -240,7 +239,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         except StopIteration:
             pass
         finally:
-            pacer.do(partial(pacer.seats.pop, seat, None))
+            pacer.do(pacer.seats.pop, seat, None)
 
     def _notify_admitted(self) -> None:
         node = self._node
@@ -357,7 +356,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if self._state < HELD:
             raise RuntimeError("this call has not been admitted yet: await it, or enter it")
         pacer: Pacer = self._node.pacer
-        pacer.do(partial(self._settle_locked, used))
+        pacer.do(self._settle_locked, used)
         if pacer.news:
             pacer.catch_up()
 
@@ -474,7 +473,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             for level in node.path:
                 level.in_flight -= 1
             if pacer.waiting:
-                pacer.do(partial(pacer.ring_locked, node))
+                pacer.do(pacer.ring_locked, node)
             return
         self._end("ok")
 
@@ -507,7 +506,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
         slots were held so, they would wait for ever.
         """
-        self._node.pacer.do(partial(self._give_up_slots_locked, path))
+        self._node.pacer.do(self._give_up_slots_locked, path)
 
     def _give_up_slots_locked(self, path: tuple[Node, ...]) -> None:
         held = self._node.path if self._levels is None else self._levels
@@ -527,14 +526,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if self._state not in (HELD, LENT):
             return
         pacer: Pacer = self._node.pacer
-        if pacer.lock.acquire(False):  # a keyword argument would take twice the time
-            try:
-                self._end_locked(outcome)
-            finally:
-                pacer.lock.release()
-        else:
-            pacer.jobs.append(partial(self._end_locked, outcome))
-        if pacer.jobs or pacer.news:
+        pacer.do(self._end_locked, outcome)
+        if pacer.news:
             pacer.catch_up()
 
     def _end_locked(self, outcome: Outcome) -> None:
@@ -575,7 +568,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def __del__(self) -> None:
         if self._state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
-            self._node.pacer.do(partial(self._end_locked, "failed"))
+            self._node.pacer.do(self._end_locked, "failed")
 
     def __repr__(self) -> str:
         state = ("asked", "waiting", "open", "open", "released")[self._state]

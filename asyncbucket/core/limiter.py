@@ -333,13 +333,15 @@ class Limiter(Doors, OfThisProcess):
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
         node = self._node
+        if not node.admitted:
+            return
         place = node.pacer.place
         levels = node.path if place is None else node.path[:-1]
         limits = [window for level in levels for window in level.limits.values()]
-        unpaid = [str(window.limit) for window in limits if not window.was_used]
+        unpaid = [window.limit for window in limits if not window.was_used]
         if place is not None:
-            unpaid += [str(use.limit) for use in place.use() if not use.used]
-        self._is_proven = node.was_called and (not unpaid or node.admitted >= _MANY)
+            unpaid += [use.limit for use in place.use() if not use.used]
+        self._is_proven = not unpaid or node.admitted >= _MANY
         if self._is_proven and unpaid:
             warnings.warn(
                 f"{node.admitted} calls have passed limiter {self.name!r}, and none cost anything "

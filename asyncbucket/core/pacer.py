@@ -104,10 +104,17 @@ class Pacer:
         if self.jobs or self.news:
             self.catch_up()
 
-    def do(self, job: Callable[[], object]) -> None:
+    def do(self, job: Callable[..., object], *args: object) -> None:
         """Run ``job`` with the lock held: now, or when its holder is done; never wait for it."""
-        self.jobs.append(job)
-        self.catch_up(tell=False)
+        if self.jobs or not self.lock.acquire(False):  # a keyword would take twice the time
+            self.jobs.append(partial(job, *args))
+        else:
+            try:
+                job(*args)
+            finally:
+                self.lock.release()
+        if self.jobs:
+            self.catch_up(tell=False)
 
     def catch_up(self, *, tell: bool = True) -> None:
         """Run what was left to whoever releases the lock, in order, and tell the news."""
@@ -258,14 +265,11 @@ class Pacer:
                     waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
                 waiter.line.credit_flows(waiter.amounts)
                 self.ring_locked(node, now)
-        elif seat.is_closed():  # nothing can be resolved there any more
-            if waiter.cancelled():
-                waiter.line.depart()
-                self._count_out(node, seat)
-            self._bury(seat)
-        else:
+        elif waiter.cancelled() or not seat.is_closed():
             waiter.cancel()
             self.gone_locked(waiter, now)
+        else:  # nothing can be resolved there any more
+            self._bury(seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -274,7 +278,7 @@ class Pacer:
             self._fail(waiter, error)
         else:
             with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
-                loop.call_soon_threadsafe(self.do, lambda: self._fail(waiter, error))
+                loop.call_soon_threadsafe(self.do, self._fail, waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         if not waiter.done():

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -123,7 +122,7 @@ class TokenBucket(OfThisProcess):
             if await waiter:
                 return
         except BaseException:
-            self._pacer.do(partial(self._withdraw_locked, waiter))
+            self._pacer.do(self._withdraw_locked, waiter)
             del waiter  # else the error's traceback would keep it alive
             raise
         raise self._timeout_error(amount, timeout, self._wait_of(waiter.amounts))
