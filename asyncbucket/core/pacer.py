@@ -29,6 +29,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from functools import partial
@@ -49,6 +50,8 @@ _BATCH: Final = 256
 #: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
 _GRACE: Final = 50_000_000
 _PATIENCE: Final = 1_000_000_000
+#: After this time (ns) without an admission, slots may have been forgotten.
+_STALL: Final = 60_000_000_000
 #: A waiter may be cancelled between any two lines: by a signal handler.
 _DONE: Final = (asyncio.InvalidStateError, InvalidStateError)
 
@@ -82,6 +85,10 @@ class Pacer:
         self.waiting = self.arrivals = self.looks = 0
         #: What last held up the head.
         self.bound_by: str | None = None
+        #: Since when nobody has passed of those who wait; and whether it was said already that slots
+        #: do not come back.
+        self.since = 0
+        self.has_warned = False
         #: Calls that passed without a slot: see `_override`.
         self.overridden = 0
         #: What keeps the root's limits, if they are not kept here.
@@ -215,11 +222,12 @@ class Pacer:
         seat = waiter.seat
         if self.place is not None or seat.loop is None:
             return False
+        self.since = now
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `_override`
             return False
-        seat.sleep(min(due, end), now)
+        seat.sleep(min(self._wait_for_slots(now) if due == NEVER else due, end), now)
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
@@ -511,7 +519,7 @@ class Pacer:
         """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
         line = last.line
         node = line.node
-        line.since = now
+        line.since = self.since = now
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
         self._count_out(node, last.seat, calls)
@@ -597,7 +605,7 @@ class Pacer:
         """
         holders = [each for each in self.seats.values() if each.leases]
         if not holders or seat.leases or self.threads.leases:
-            return NEVER
+            return self._wait_for_slots(now)
         for each in holders:
             each.ring(now)
         heard = max(each.looks_at for each in holders)
@@ -622,6 +630,33 @@ class Pacer:
                 )
             )
         return now
+
+    def _wait_for_slots(self, now: int) -> int:
+        """Return when to look again while slots have to come back; warn once if none does.
+
+        A lease that is dropped gives its slot back; one that something still holds does not.
+        """
+        if self.has_warned or self.clock is not time.monotonic_ns:
+            return NEVER
+        if now < self.since + _STALL:
+            return (self.since // _STALL + 2) * _STALL  # seldom another: so the timer can stay
+        self.has_warned = True
+        nodes = {node for line in self.top.lines() for node in line.node.bounded}
+        held = (
+            f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
+            for node in sorted(nodes, key=lambda node: node.name)
+            if node.in_flight >= node.slots
+        )
+        self.news.append(
+            partial(
+                _log.warning,
+                "no call has passed for %.0f s: open leases hold %s; if those calls are over, release "
+                "their leases (`async with` does)",
+                (now - self.since) * 1e-9,
+                ", ".join(held),
+            )
+        )
+        return NEVER
 
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's loops, waiters and leases are not here."""

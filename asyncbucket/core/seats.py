@@ -90,6 +90,7 @@ class LoopSeat(Seat):
         self._task: asyncio.Task[None] | None = None
         self._is_asleep = False
         self._timer: asyncio.Handle | None = None
+        self._rings_at = 0
         #: Whether the bell has rung and the loop has not come to look yet.
         self._rung = False
         #: Looks are made for everyone, not in the context of the call that happened to come first.
@@ -150,6 +151,10 @@ class LoopSeat(Seat):
             if self._is_asleep and not self.waiting:  # it has nothing more to do
                 self._bell.notify()
 
+    def _time_up(self) -> None:
+        self._timer = None
+        self._tick()
+
     def _look(self) -> None:
         self._rung = False
         if self.look is not None:  # pragma: no branch - None in a forked process
@@ -158,13 +163,16 @@ class LoopSeat(Seat):
     def sleep(self, until: int, now: int) -> None:
         self.looks_at = until
         if self._timer is not None:
+            if until == self._rings_at:
+                return
             self._timer.cancel()
             self._timer = None
+        self._rings_at = until
         if until <= now:  # in the loop's next iteration
-            self._timer = self.loop.call_soon(self._tick, context=self._context)
+            self._timer = self.loop.call_soon(self._time_up, context=self._context)
         elif until < NEVER:
             delay = min(max((until - now) * 1e-9, NAP), _LONGEST)
-            self._timer = self.loop.call_later(delay, self._tick, context=self._context)
+            self._timer = self.loop.call_later(delay, self._time_up, context=self._context)
 
     def is_closed(self) -> bool:
         return self.loop.is_closed()

@@ -11,7 +11,6 @@ from asyncbucket import Cost, Lease, Limit, Limiter, Statistics, TokenBucket
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.statistics import LimitUse, Waits, shares_used
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import used
 
 
 async def test_acquire_can_be_awaited_or_entered(virtual_time: VirtualTime) -> None:

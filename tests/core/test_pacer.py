@@ -13,7 +13,7 @@ from typing import TypeVarTuple
 import pytest
 
 from asyncbucket import Cost, Limiter, TokenBucket
-from asyncbucket.testing import VirtualTime, VirtualTimeLoop, assert_within_bucket
+from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 
 Ts = TypeVarTuple("Ts")
 
@@ -283,3 +283,23 @@ async def test_one_pass_admits_calls_in_order_and_skips_cancelled_ones(
     assert [number for _, number in went] == [0, 1, 2, 4, 5, 6, 7, 9]
     first, second = (1 + 3 / 512) * 1, (1 + 3 / 512) * 2
     assert [when for when, _ in went] == pytest.approx([first] * 5 + [second] * 3, abs=1 / 512)
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("waiting", [1, 2])
+async def test_slots_that_do_not_come_back_are_named_once(
+    waiting: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the machine's clock says so: on virtual time, a minute is nothing."""
+    monkeypatch.setattr("asyncbucket.core.pacer._STALL", 30_000_000)
+    limiter = Limiter(concurrency=2, name="openai")
+    below = limiter.child("chat", concurrency=5)
+    forgotten = [await below.acquire() for _ in range(2)]
+    calls = [asyncio.ensure_future(below.acquire()) for _ in range(waiting)]
+    await asyncio.sleep(0.5)
+    (said,) = caplog.messages
+    assert said.startswith("no call has passed for 0 s: open leases hold 2 of 2 slots of 'openai';")
+    for lease in forgotten:
+        lease.release()
+    for call in calls:
+        (await call).release()
