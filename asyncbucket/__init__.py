@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from asyncbucket import errors, events
-from asyncbucket.core.context import deadline, priority, tenant
+from asyncbucket.core.context import agent, deadline, priority, tenant
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
     AcquireTimeout,
@@ -71,6 +71,7 @@ __all__ = [
     "TokenBucket",
     "Waits",
     "WouldBlock",
+    "agent",
     "deadline",
     "errors",
     "events",

@@ -49,6 +49,7 @@ PUBLIC_NAMES = {
     "TokenBucket",
     "Waits",
     "WouldBlock",
+    "agent",
     "deadline",
     "errors",
     "events",

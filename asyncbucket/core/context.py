@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
+from asyncbucket.core.cost import Cost
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.wording import is_integer, is_number, plain
 
@@ -27,14 +29,40 @@ _HIGHEST: Final = 100
 _FOR_EVER: Final = NEVER * 1e-9
 
 
+class Agent:
+    """One run of an agent: what its calls have in common."""
+
+    __slots__ = ("expects", "is_over", "kind", "limiters", "name")
+
+    def __init__(
+        self, name: str | None, kind: str | None, expects: Mapping[str, int] | None
+    ) -> None:
+        self.name, self.kind, self.expects = name, kind, expects
+        self.is_over = False
+        #: What orders its calls, at each limiter that it used: `asyncbucket.core.agents.Agents`.
+        self.limiters: list[Any] = []
+
+    def end(self, *, ended_well: bool) -> None:
+        """Tell the limiters that it is over."""
+        self.is_over = True
+        for agents in self.limiters:
+            agents.end(self, ended_well=ended_well)
+
+
 @dataclass(frozen=True, slots=True)
 class Inherited:
     """Hold what was set around a call; None for what was not."""
 
     priority: int | None = None
     tenant: str | None = None
+    agent: Agent | None = None
     #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
+
+    @property
+    def running_agent(self) -> Agent | None:
+        """The agent whose run this is part of, until it is over."""
+        return None if self.agent is None or self.agent.is_over else self.agent
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; 0 once it is over."""
@@ -85,6 +113,24 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
         )
 
 
+class _AgentScope(InheritedScope):
+    """Make the calls inside those of one agent, unless they are another's already."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        outer = inherited.get()
+        if outer is not None and outer.running_agent is not None:
+            self._values = {}
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        agent: Agent | None = self._values.get("agent")
+        if agent is not None:
+            agent.end(ended_well=error[0] is None)
+
+
 def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
     """Set the priority of all calls inside that have none of their own.
 
@@ -108,6 +154,37 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
         ValueError: the name is not a string, or is empty.
     """
     return InheritedScope(tenant=read_tenant(name))
+
+
+def agent(
+    name: str | None = None, kind: str | None = None, expects: Cost | int | None = None
+) -> contextlib.AbstractContextManager[None, None]:
+    """Make all calls inside those of one agent, from which limiters see when agents will finish.
+
+    A limiter under which several agents' calls wait serves them in the order in which fair sharing
+    would finish the agents: see `asyncbucket.core.agents`. Agents finish far earlier on average
+    than with calls in order of arrival, in the same total time. Scopes inside this one belong to
+    it: a sub-agent is part of its agent.
+
+    >>> with asyncbucket.agent("a17", kind="research"):
+    ...     await workflow.run(...)
+
+    Args:
+        name: what you call this run; it is shown to nobody else.
+        kind: what agents of about the same size have in common; their sizes are learned by kind.
+            Telemetry shows it.
+        expects: what all calls together will cost, if you know: a `Cost`, or a number of tokens.
+
+    Raises:
+        ValueError: ``name`` or ``kind`` is not a string, or is empty; ``expects`` is negative.
+        TypeError: ``expects`` is not a `Cost` or a number.
+    """
+    for what, text in ("name", name), ("kind", kind):
+        if text is not None and (not isinstance(text, str) or not text):
+            raise ValueError(f"an agent's {what} must be a non-empty string, not {text!r}")
+    if expects is not None and not isinstance(expects, Cost):
+        expects = Cost(tokens=expects)
+    return _AgentScope(agent=Agent(name, kind, expects))
 
 
 def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:

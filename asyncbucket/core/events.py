@@ -26,6 +26,8 @@ from typing import Final, Literal
 
 __all__ = [
     "Admitted",
+    "AgentFinished",
+    "AgentStarted",
     "Callback",
     "Cancelled",
     "Event",
@@ -149,6 +151,24 @@ class Retried(Event):
     error: str
     #: Seconds until the next attempt asks for its admission.
     delay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStarted(Event):
+    """An agent made its first call at this limiter; see `asyncbucket.agent`."""
+
+    kind: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentFinished(Event):
+    """An agent that had called this limiter is over."""
+
+    kind: str | None
+    #: Seconds since its first call here.
+    seconds: float
+    #: Whether it ended without an exception.
+    ended_well: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,16 +5,17 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asyncbucket.core.context import Agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, latest
+from asyncbucket.core.queue import AnyWaiter, Line
 from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
     from asyncbucket.core.place import Place
-    from asyncbucket.core.queue import Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,16 @@ class Explanation:
     ahead: int
     #: How many such calls each limit admits in the long run, the tightest first.
     rates: tuple[Rate, ...]
+    #: Agents whose calls go before it: see `asyncbucket.agent`.
+    agents: int = 0
 
     def __str__(self) -> str:
         return "; ".join([self._now(), *self._in_the_long_run()])
 
     def _now(self) -> str:
         behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
+        if self.agents:
+            behind += f" of {counted(self.agents, 'agents')}"
         if self.bound_by is None:
             return f"a call would pass at once{behind}"
         if self.bound_by == "concurrency" and self.wait is None:
@@ -88,11 +93,16 @@ class Explanation:
         return f"{rate.limiter}: {text}" if several else text
 
 
-def explain_locked(node: Node, amounts: dict[str, int], priority: int) -> Explanation:
+def explain_locked(
+    node: Node, amounts: dict[str, int], priority: int, agent: Agent | None
+) -> Explanation:
     """Explain what would happen to a call of these amounts; called with the lock held."""
     pacer: Pacer = node.pacer
     now = pacer.clock()
-    meters, ahead, when, waits = _simulate_line(node, now, priority)
+    before, agents = [call for call in _in_order(pacer) if call.line.priority >= priority], 0
+    if node.agents is not None:
+        before, agents = node.agents.ahead(before, agent, amounts)
+    meters, ahead, when, waits = _simulate_line(node, now, before)
     due, binds = latest(meters, amounts, when)
     waits[binds] += due - when
     when = due
@@ -108,18 +118,27 @@ def explain_locked(node: Node, amounts: dict[str, int], priority: int) -> Explan
         bound_by=bound_by if when > now else None,
         ahead=ahead + ahead_in_store,
         rates=tuple(sorted(_rates(node, amounts), key=lambda rate: rate.calls)),
+        agents=agents,
     )
 
 
+def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
+    """Return all who wait: in order of arrival, but for lines that go by agent."""
+    places: list[tuple[int, AnyWaiter]] = []
+    for line in pacer.top.lines():
+        calls = [waiter for waiter in line.calls if not waiter.done()]
+        places += zip(sorted(waiter.number for waiter in calls), calls, strict=True)
+    return [waiter for _, waiter in sorted(places, key=lambda place: place[0])]
+
+
 def _simulate_line(
-    node: Node, now: int, priority: int
+    node: Node, now: int, before: list[AnyWaiter]
 ) -> tuple[Meters, int, int, collections.Counter[str | None]]:
-    """Book all calls ahead in copies of the meters, in order of arrival.
+    """Book all calls ahead in copies of the meters, in order.
 
     Return the copies, how many calls there are, when the last one passes, and how long they wait for
     what. Slots do not count: nobody knows when one comes back, and those that are free now will.
     """
-    pacer: Pacer = node.pacer
     copies: dict[int, object] = {}
     first: dict[Line, int] = {}  # when the first in each line became the first
     # Lines whose first waits for limits that do not apply to the call.
@@ -127,12 +146,12 @@ def _simulate_line(
     meters = copy.deepcopy(node.meters, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
-    for waiter in sorted(pacer.top.waiters()):
+    for waiter in before:
         line, amounts = waiter.line, waiter.amounts
         others = [level for level in line.node.path if level not in node.path]
         if any(level.earliest(amounts, line.since)[0] > now for level in others):
             held_lines.add(line)
-        if line in held_lines or line.priority < priority:
+        if line in held_lines:
             continue
         ahead += 1
         their_meters = copy.deepcopy(line.node.meters, copies)

@@ -74,6 +74,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
     _meters: Meters = ()
     _line: Line | None = None
+    #: Whose run it is part of, if agents are told apart: see `asyncbucket.core.agents`.
+    _run: Any = None
     #: For each settled resource, what is booked, and when.
     _parts: dict[str, Parts] | None = None
     #: The levels at which it still has its slot, if it gave some up.
@@ -146,6 +148,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self._meters = line.node.meters if meters is None else meters
         self.waited = (now - waiter.asked) * 1e-9
         self.bound_by = bound_by
+        if line.node.agents is not None:
+            line.node.agents.passed(self)
 
     def _hand_back_locked(self) -> None:
         """Give everything back that it was just handed: the call gave up at that very moment."""

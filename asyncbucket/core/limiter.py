@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, TypeVar, Unpack
 
 from asyncbucket.core import doors
 from asyncbucket.core.admission import refuse
+from asyncbucket.core.agents import AgentLease
 from asyncbucket.core.context import (
     Inherited,
     Priority,
@@ -226,6 +227,8 @@ class Limiter(Doors, OfThisProcess):
             end = partial(limiter._deadline, timeout, deadline, context)
             end()  # report mistakes at once
             urgency = limiter._urgency(priority, context)
+            if context is not None and context.agent is not None:
+                return limiter._lease(amounts, context, end, urgency)
         if limiter._is_proven:
             return Lease(limiter._node, amounts, end, urgency)
         limiter._prove()
@@ -245,7 +248,7 @@ class Limiter(Doors, OfThisProcess):
         """
         limiter = self._limiter_for(tenant, inherited.get())
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
-        lease = Lease(node, whole)
+        lease = limiter._lease(whole, inherited.get())
         if not lease._try_now():
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
@@ -265,7 +268,7 @@ class Limiter(Doors, OfThisProcess):
         end = partial(limiter._deadline, timeout, deadline, context)
         end()
         urgency = limiter._urgency(priority, context)
-        lease = Lease(limiter._node, limiter._amounts(cost, amounts), end, urgency)
+        lease = limiter._lease(limiter._amounts(cost, amounts), context, end, urgency)
         if not lease._try_now():
             lease._block()
         return lease
@@ -278,7 +281,8 @@ class Limiter(Doors, OfThisProcess):
         (200,000 tokens per 60 s); without that limit, requests would allow 500 a minute (500 requests
         per 60 s, burst 50)
 
-        It takes nothing. It uses the tenant and the priority that a call from here would inherit.
+        It takes nothing. It uses the tenant, the priority and the agent that a call from here would
+        inherit.
         If many calls wait, it takes about 10 µs for each.
 
         Raises:
@@ -289,7 +293,8 @@ class Limiter(Doors, OfThisProcess):
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
         with node.pacer:
             node.check(whole)
-            return explain_locked(node, whole, limiter._urgency(None, context))
+            agent = None if context is None else context.running_agent
+            return explain_locked(node, whole, limiter._urgency(None, context), agent)
 
     def _amounts(self, cost: Cost | None, given: dict[str, Any]) -> dict[str, int]:
         """Return the amounts of a call, the slot it takes included."""
@@ -329,6 +334,18 @@ class Limiter(Doors, OfThisProcess):
         if context is None or context.priority is None:
             return self._priority
         return context.priority
+
+    def _lease(
+        self,
+        amounts: dict[str, int],
+        context: Inherited | None,
+        end: Callable[[], int | None] | None = None,
+        urgency: int = 0,
+    ) -> Lease:
+        agent = None if context is None else context.running_agent
+        if agent is None:
+            return Lease(self._node, amounts, end, urgency)
+        return AgentLease(agent, self._node, amounts, end, urgency)
 
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
@@ -676,6 +693,7 @@ class Limiter(Doors, OfThisProcess):
                 refunded=dict(node.refunded),
                 limits=tuple(self._use_locked(now)),
                 bound_by=pacer.binding_locked(node),
+                agents=None if node.agents is None else node.agents.statistics(),
             )
 
     def _use_locked(self, now: int) -> Iterable[LimitUse]:

@@ -62,6 +62,7 @@ class Node:
     __slots__ = (
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "admitted",
+        "agents",
         "bounded",
         "branches",
         "cancelled",
@@ -132,6 +133,8 @@ class Node:
         #: How many calls waited, and how long (ns) in total, by what bound them.
         self.waits: dict[str, list[int]] = EMPTY_MAPPING
         self.observers: Observers | None = None
+        #: What orders its calls by agent: see `asyncbucket.core.agents`.
+        self.agents: Any = None
         #: Called before it is forgotten, if it was let go.
         self.last_words: Callable[[Node], object] | None = None
         #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
@@ -375,6 +378,7 @@ class Node:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
             not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and not (self.agents and self.agents.running)
             and all(window.is_as_new(now) for window in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
@@ -393,6 +397,7 @@ class Node:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
         self.in_flight = self.waiting = 0
         self.lines = self.branches = EMPTY_MAPPING
+        self.agents = None
         for child in self.children or ():
             child.after_fork()
 

@@ -237,7 +237,9 @@ class Pacer:
         calls = line.calls
         while calls and calls[0] is not waiter and calls[0].done():  # gave up before
             calls.popleft()
-        first = stood_here or (bool(calls) and calls[0].number >= waiter.number)
+        first = stood_here or (
+            bool(calls) and (calls[0].number >= waiter.number or not line.in_order_of_arrival)
+        )
         if stood_here:
             for each in line.node.path:
                 each.in_flight -= 1
@@ -455,7 +457,7 @@ class Pacer:
             if waiter.done():
                 calls.popleft()
                 continue
-            if len(calls) > 1 and calls[1].amounts == amounts:
+            if line.in_order_of_arrival and len(calls) > 1 and calls[1].amounts == amounts:
                 room = node.room(amounts, now, most - count)
                 if room < 1:
                     break
@@ -477,9 +479,7 @@ class Pacer:
             self._count_served(last, now, count, worth, waited, bound_by)
         return count
 
-    def _let_alike_go(
-        self, calls: "collections.deque[AnyWaiter]", most: int, now: int, bound_by: str | None
-    ) -> list[int]:
+    def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
         """Let the first call go and up to ``most`` that cost the same; return how long each waited."""
         group: list[int] = []
         amounts = calls[0].amounts
@@ -574,7 +574,7 @@ class Pacer:
         seat.is_late = False
         waiters, seat.set_aside = seat.set_aside, []
         for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
-            line.calls = collections.deque(sorted((*group, *line.calls)))
+            line.refill((*group, *line.calls))
             line.arrive()
 
     def bury_locked(self) -> bool:
@@ -592,9 +592,7 @@ class Pacer:
                 self._count_out(waiter.line.node, seat)
                 waiter.seat = NOWHERE
         for line in lines:  # those that gave up before go, too: their tasks count them out
-            line.calls = collections.deque(
-                each for each in line.calls if each.seat not in (NOWHERE, seat)
-            )
+            line.refill(each for each in line.calls if each.seat not in (NOWHERE, seat))
         seat.set_aside.clear()
 
     def _override(self, seat: Seat, now: int) -> int:

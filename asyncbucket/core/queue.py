@@ -45,7 +45,7 @@ import asyncio
 import concurrent.futures
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.meters import Amounts
@@ -154,7 +154,8 @@ class Line(Flow):
     def __init__(self, node: Node, above: "Branch", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
-        self.calls: deque[AnyWaiter] = deque()
+        #: In order of arrival, or in that of the agents that make them.
+        self.calls: Any = deque()
         #: Since when somebody has been first here without anyone being served.
         self.since = 0
         #: What last held up its head.
@@ -166,6 +167,9 @@ class Line(Flow):
     def join(self, waiter: AnyWaiter, now: int) -> None:
         """Append ``waiter``."""
         waiter.line = self
+        agents = self.node.agents
+        if agents is not None and bool(agents.running) is self.in_order_of_arrival:
+            self.refill(self.calls)
         self.calls.append(waiter)
         if not self.living:
             self.since = now
@@ -194,7 +198,17 @@ class Line(Flow):
             branch.living -= 1
             flow = branch
         if len(self.calls) > 2 * self.living + SWEEP:
-            self.calls = deque(self.waiters())
+            self.refill(self.waiters())
+
+    def refill(self, calls: Iterable[AnyWaiter]) -> None:
+        """Hold ``calls`` instead, each in its place."""
+        agents = self.node.agents
+        self.calls = deque(sorted(calls)) if agents is None else agents.order(calls)
+
+    @property
+    def in_order_of_arrival(self) -> bool:
+        """Whether calls go in order of arrival; else in that of the agents that make them."""
+        return type(self.calls) is deque
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
         """Return the first that waits on a seat that keeps up; `EMPTY` if there is none."""

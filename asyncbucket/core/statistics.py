@@ -28,6 +28,27 @@ class LimitUse:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentKind:
+    """Show what is known of one kind of agents at a limiter."""
+
+    running: int
+    #: Finished runs that are remembered.
+    known: int
+    #: Their mean use, in seconds of the limits; that of all kinds if there are none; or None.
+    size: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatistics:
+    """Show the agents of a limiter at one instant: see `asyncbucket.agent`."""
+
+    #: Agents that have made a call here and are not over, and those that ended well.
+    running: int
+    finished: int
+    kinds: Mapping[str | None, AgentKind]
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Show a limiter at one instant; counts begin when it was made."""
 
@@ -58,6 +79,8 @@ class Statistics:
     limits: tuple[LimitUse, ...] = ()
     #: What holds up the first call in line now; None if nobody waits.
     bound_by: str | None = None
+    #: The agents that call this limiter itself; None if there were none.
+    agents: AgentStatistics | None = None
 
     def _repr_html_(self) -> str:
         """Show it as a table in a notebook."""

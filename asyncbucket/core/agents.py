@@ -1,0 +1,325 @@
+"""Order the calls of one limiter by the agents that make them, so that agents finish early.
+
+Whoever runs many agents on one key waits for agents, not for calls. Served by call, every agent
+finishes near the end; with fair shares, too. The fair sojourn protocol (Friedman and Henderson,
+SIGMETRICS 2003) serves agents in the order in which fair sharing *would* finish them. With true
+sizes, each agent then finishes no later than under fair sharing, and most finish far earlier.
+
+Fair sharing is simulated as a fluid. Each call that passes adds its price (`Node.price`, seconds of
+the limits) to the service that is handed out, and an equal part of it to each agent that the fluid
+has not finished yet: that sum is the virtual time V. An agent that arrives at V and needs ``size``
+would finish at its *tag*, V + size. The lowest tag goes first, and an agent's own calls go in order
+of arrival. Tags stay, and V grows with every call that passes, so newcomers' tags pass those of all
+who wait, and nobody starves. A call outside any agent is an agent of one call.
+
+Sizes are learned. The expected size of an agent is the mean of its kind's latest runs; once the
+agent has used more than that, it is the mean of those runs that were larger than what it has used.
+A kind without a history is sized by all kinds. If no run was larger, the agent pays as it goes: its
+tag is V at its arrival plus what it has used, which is fair sharing.
+
+All of this is called with the pacer's lock held, unless it says otherwise.
+"""
+
+import bisect
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
+
+from asyncbucket.core.context import Agent
+from asyncbucket.core.events import AgentFinished, AgentStarted
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.meters import Amounts
+from asyncbucket.core.node import Node
+from asyncbucket.core.statistics import AgentKind, AgentStatistics
+
+if TYPE_CHECKING:
+    from asyncbucket.core.pacer import Pacer
+
+# Whose call it is, is the lease's own business.
+# ruff: noqa: SLF001
+
+#: How many finished runs are kept of a kind, and how many kinds.
+_RUNS: Final = 200
+_KINDS: Final = 200
+
+
+class Run:
+    """One agent at one limiter, or one call that no agent makes."""
+
+    __slots__ = ("agent", "began", "fluid", "is_open", "number", "size", "start", "tag", "used")
+
+    def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
+        self.agent = agent
+        #: When it made its first call here (ns).
+        self.began = 0
+        #: V when it came; what it is expected to use, and what it has used; when the fluid would
+        #: finish it, and whether it has yet to.
+        self.start, self.used, self.fluid = start, 0.0, False
+        self.expect(size)
+        #: Who goes first among equals: whoever came first.
+        self.number = number
+
+    def expect(self, size: float | None) -> None:
+        """Set what it is expected to use; None if nobody knows: then it pays as it goes."""
+        self.is_open = size is None
+        self.size = self.used if size is None else size
+        self.tag = self.start + self.size
+
+
+class Agents:
+    """Keep the agents that run at one limiter, and the sizes of those that finished."""
+
+    def __init__(self, node: Node, above: "Agents | None") -> None:
+        self._node = node
+        self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
+        self._all: _Sizes = _Sizes() if above is None else above._all
+        self._runs: dict[Agent, Run] = {}
+        self._finished = self._numbers = 0
+        #: Virtual time; those that the fluid has not finished, by tag, stale entries included; and
+        #: how many they are.
+        self._clock = 0.0
+        self._fluid: list[tuple[float, int, Run]] = []
+        self._in_fluid = 0
+
+    @property
+    def running(self) -> int:
+        """How many agents run here."""
+        return len(self._runs)
+
+    def run_of(self, agent: Agent) -> Run:
+        """Return the run of ``agent`` here, which begins with its first call."""
+        run = self._runs.get(agent)
+        if run is None:
+            run = self._runs[agent] = self._enter(agent, self._size_of(agent))
+            run.began = self._node.pacer.clock()
+            agent.limiters.append(self)
+            self._node.pacer.notify_locked(self._node, AgentStarted, kind=agent.kind)
+        return run
+
+    def ahead(
+        self, calls: Iterable[Any], agent: Agent | None, amounts: Amounts
+    ) -> tuple[list[Any], int]:
+        """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
+        run = None if agent is None else self._runs.get(agent)
+        size = self._node.price(amounts) if agent is None else self._size_of(agent)
+        tag = self._clock + (size or 0.0) if run is None else run.tag
+        runs = [(call, call.lease._run) for call in calls]
+        before = [
+            (call, theirs)
+            for call, theirs in runs
+            if theirs is None or call.line.node is not self._node or theirs.tag <= tag
+        ]
+        agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
+        return [call for call, _ in before], len(agents)
+
+    def _size_of(self, agent: Agent) -> float | None:
+        """Return what an agent is expected to use that has just come."""
+        return (
+            self.expected(agent.kind) if agent.expects is None else self._node.price(agent.expects)
+        )
+
+    def lone(self, price: float) -> Run:
+        """Return the run of a call that no agent makes."""
+        return self._enter(None, price)
+
+    def _enter(self, agent: Agent | None, size: float | None) -> Run:
+        self._numbers += 1
+        run = Run(agent, self._clock, size, self._numbers)
+        self._join_fluid(run)
+        return run
+
+    def _join_fluid(self, run: Run) -> None:
+        if not run.fluid:
+            run.fluid = True
+            self._in_fluid += 1
+        if not run.is_open:
+            heapq.heappush(self._fluid, (run.tag, run.number, run))
+
+    def expected(self, kind: str | None, above: float = -1.0) -> float | None:
+        """Return the mean size of finished runs that used more than ``above``; None if there is none."""
+        return (self._sizes.get(kind) or self._all).mean_above(above)
+
+    def pay(self, run: Run, price: float) -> None:
+        """Take in that a call of ``run`` has passed, at ``price``: virtual time moves."""
+        fluid, left = self._fluid, price
+        while fluid:
+            tag, _, first = fluid[0]
+            if first.fluid and first.tag == tag:
+                until = max(0.0, tag - self._clock) * self._in_fluid
+                if until > left:
+                    break
+                left -= until
+                self._clock, first.fluid = max(tag, self._clock), False
+                self._in_fluid -= 1
+            heapq.heappop(fluid)
+        self._clock += left / max(1, self._in_fluid)
+        if run.agent is not None:
+            self.correct(run, price)
+
+    def passed(self, lease: Lease) -> None:
+        """Take in that a call has passed that had to wait."""
+        if lease._run is not None:
+            self.pay(lease._run, self._node.price(lease._amounts))
+
+    def correct(self, run: Run, price: float) -> None:
+        """Take in what an agent's call cost more or, if negative, less than it had paid."""
+        run.used += price
+        if run.used > run.size and run.agent is not None:
+            run.expect(self.expected(run.agent.kind, run.used))
+            if run.agent in self._runs:
+                self._join_fluid(run)
+
+    def end(self, agent: Agent, *, ended_well: bool) -> None:
+        """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
+        pacer = self._node.pacer
+        pacer.do(self._end_locked, agent, ended_well)
+        if pacer.news:
+            pacer.catch_up()
+
+    def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
+        run = self._runs.pop(agent)
+        node, now = self._node, self._node.pacer.clock()
+        if ended_well:
+            self._finished += 1
+            sizes = self._sizes.get(agent.kind)
+            if sizes is None:
+                if len(self._sizes) >= _KINDS:
+                    self._sizes.pop(next(iter(self._sizes)))
+                sizes = self._sizes[agent.kind] = _Sizes()
+            for each in sizes, self._all:
+                each.add(run.used)
+        if run.fluid:  # now its true size is known
+            run.expect(run.used)
+            self._join_fluid(run)
+        if not self._runs:
+            self._fluid.clear()
+            self._in_fluid = 0
+        seconds = (now - run.began) * 1e-9
+        node.pacer.notify_locked(
+            node, AgentFinished, kind=agent.kind, seconds=seconds, ended_well=ended_well
+        )
+
+    def order(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
+        """Return a line of ``calls``: by agent while any runs, else in order of arrival."""
+        return CallsByAgent(self, calls) if self._runs else deque(sorted(calls))
+
+    def statistics(self) -> AgentStatistics:
+        """Return a frozen snapshot."""
+        kinds: dict[str | None, int] = {}
+        for agent in self._runs:
+            kinds[agent.kind] = kinds.get(agent.kind, 0) + 1
+        return AgentStatistics(
+            running=len(self._runs),
+            finished=self._finished,
+            kinds={
+                kind: AgentKind(
+                    running=kinds.get(kind, 0),
+                    known=0 if kind not in self._sizes else len(self._sizes[kind]),
+                    size=self.expected(kind),
+                )
+                for kind in {*kinds, *self._sizes}
+            },
+        )
+
+
+class CallsByAgent:
+    """Hold the calls of a line in the order of their agents' tags; to be used like a deque."""
+
+    def __init__(self, agents: Agents, calls: Iterable[Any]) -> None:
+        self._agents = agents
+        #: A tag may have grown since: then the entry is put back when it is first.
+        self._heap: list[tuple[float, int, int, Any]] = []
+        for call in sorted(calls):
+            self.append(call)
+
+    def append(self, call: Any) -> None:
+        """Add a call."""
+        run = call.lease._run
+        if run is None:
+            run = call.lease._run = self._agents.lone(call.line.node.price(call.amounts))
+        heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
+
+    def popleft(self) -> Any:
+        """Take the first call out."""
+        first = self[0]
+        heapq.heappop(self._heap)
+        return first
+
+    def __getitem__(self, index: int) -> Any:
+        """Return the first call; no other can be asked for."""
+        heap = self._heap
+        while True:
+            tag, number, _, call = heap[index]
+            run = None if call.lease is None else call.lease._run
+            if run is None or run.tag <= tag:
+                return call
+            heapq.heapreplace(heap, (run.tag, number, call.number, call))
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the calls in order."""
+        return (entry[-1] for entry in sorted(self._heap))
+
+
+class _Sizes:
+    """What the latest runs of a kind have used, in order of size."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._sorted: list[float] = []
+        #: The sums of the largest one, the two largest, and so on.
+        self._sums: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, size: float) -> None:
+        if len(self._latest) >= _RUNS:
+            self._sorted.remove(self._latest.popleft())
+        self._latest.append(size)
+        bisect.insort(self._sorted, size)
+        self._sums = list(accumulate(reversed(self._sorted)))
+
+    def mean_above(self, used: float) -> float | None:
+        larger = len(self._sorted) - bisect.bisect_right(self._sorted, used)
+        return self._sums[larger - 1] / larger if larger else None
+
+
+class AgentLease(Lease):
+    """Ask for an admission as part of a run of an agent, which pays for what its calls use."""
+
+    def __init__(self, agent: Agent, node: Node, *asked: Any) -> None:
+        super().__init__(node, *asked)
+        self._agent = agent
+
+    def _try_now(self) -> bool:
+        pacer: Pacer = self._node.pacer
+        with pacer:
+            self._run = agents_of(self._node).run_of(self._agent)
+        if not super()._try_now():
+            return False
+        pacer.do(agents_of(self._node).passed, self)
+        return True
+
+    def _hand_back_locked(self) -> None:
+        super()._hand_back_locked()
+        self._run.used -= self._node.price(self._amounts)
+
+    def _settle_locked(self, used: dict[str, int]) -> None:
+        price, before = self._node.price, self._booked()
+        super()._settle_locked(used)
+        agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
+
+
+def agents_of(node: Node) -> Agents:
+    """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
+    agents: Agents | None = node.agents
+    if agents is None:
+        is_tenant = node.parent is not None and "/*" in node.name
+        above = agents_of(node.parent) if is_tenant and node.parent is not None else None
+        agents = node.agents = Agents(node, above)
+    return agents

@@ -1,0 +1,197 @@
+"""When do agents finish? ``python -m benchmarks.agents``: by call, in fair shares, or by agent.
+
+Each mix of agents runs on virtual time under one limiter: calls in order of arrival; a child for
+each agent, which share fairly; `asyncbucket.agent` scopes, with no history, with the sizes that 60
+earlier agents taught, and told the true sizes.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import statistics
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from asyncbucket import Cost, Limiter, agent
+from asyncbucket.testing import virtual_time
+
+Order = Literal["by call", "fair shares", "first agents", "by agent", "true sizes"]
+ORDERS: Final[tuple[Order, ...]] = get_args(Order)
+#: Tokens a minute.
+TPM: Final = 400_000
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One agent's work: rounds of calls that run side by side, each with its tokens and seconds."""
+
+    kind: str
+    arrives: float
+    rounds: Sequence[Sequence[tuple[int, float]]]
+
+    @property
+    def tokens(self) -> int:
+        """What it uses in all."""
+        return sum(tokens for each in self.rounds for tokens, _ in each)
+
+
+def _calls(
+    draw: random.Random, rounds: int, beside: int, tokens: int
+) -> list[list[tuple[int, float]]]:
+    """Return calls of about ``tokens``, each of about two seconds."""
+    return [
+        [
+            (
+                max(50, round(tokens * draw.lognormvariate(-0.06, 0.35))),
+                draw.lognormvariate(0.6, 0.4),
+            )
+            for _ in range(beside)
+        ]
+        for _ in range(rounds)
+    ]
+
+
+def mixed(seed: int, count: int = 150, over: float = 0.0) -> list[Agent]:
+    """Return chats of a few calls, agents with tools, and research that fans out."""
+    draw = random.Random(seed)
+    agents = []
+    for _ in range(count):
+        kind = draw.choices(["chat", "tools", "research"], [0.5, 0.35, 0.15])[0]
+        if kind == "chat":
+            rounds = _calls(draw, draw.randint(1, 4), 1, 1_500)
+        elif kind == "tools":
+            rounds = _calls(draw, draw.randint(5, 14), 1, 4_000)
+        else:
+            rounds = _calls(draw, draw.randint(3, 6), 6, 5_000)
+        agents.append(Agent(kind, draw.uniform(0, over), rounds))
+    return agents
+
+
+def heavy_tailed(seed: int, count: int = 150) -> list[Agent]:
+    """Return agents of one kind that call one after the other; lognormal in length, sigma 1."""
+    draw = random.Random(seed)
+    return [
+        Agent("agent", 0.0, _calls(draw, max(1, round(draw.lognormvariate(1.8, 1.0))), 1, 4_000))
+        for _ in range(count)
+    ]
+
+
+def mixed_over_600_s(seed: int) -> list[Agent]:
+    """Return mixed agents that come within ten minutes."""
+    return mixed(seed, over=600.0)
+
+
+def alike(_seed: int, count: int = 100) -> list[Agent]:
+    """Return agents that all do the same."""
+    return [Agent("agent", 0.0, [[(4_000, 2.0)]] * 8) for _ in range(count)]
+
+
+MIXES: Final[dict[str, Callable[[int], list[Agent]]]] = {
+    "mixed, all at once": mixed,
+    "mixed, over 600 s": mixed_over_600_s,
+    "heavy-tailed": heavy_tailed,
+    "all alike": alike,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How long each agent took, and the whole run (s)."""
+
+    seconds: list[float]
+    makespan: float
+    #: The most tokens admitted in any minute.
+    most: int
+
+    @property
+    def mean(self) -> float:
+        """The mean time of an agent."""
+        return statistics.fmean(self.seconds)
+
+
+def play(
+    agents: Sequence[Agent], order: Order, *, earlier: Sequence[Agent] = (), wrong_by: float = 0.0
+) -> Result:
+    """Run ``agents`` on virtual time, after ``earlier`` ones that teach the sizes.
+
+    Sizes that are told are wrong by lognormal ``wrong_by``.
+    """
+    draw = random.Random(0)
+    seconds: list[float] = []
+    admitted: list[tuple[float, int]] = []
+
+    with virtual_time() as time:
+        limiter = Limiter(f"{TPM} TPM burst {TPM // 60}", clock=time.clock)
+
+        @contextlib.contextmanager
+        def scope(one: Agent) -> Generator[Limiter]:
+            if order == "by call":
+                yield limiter
+            elif order == "fair shares":
+                yield limiter.child(str(id(one)))
+            else:
+                told = one.tokens * draw.lognormvariate(0, wrong_by)
+                expects = Cost(requests=0, tokens=told) if order == "true sizes" else None
+                with agent(kind=one.kind, expects=expects):
+                    yield limiter
+
+        async def call(mine: Limiter, tokens: int, lasts: float) -> None:
+            async with mine.acquire(tokens=tokens):
+                admitted.append((time.now, tokens))
+                await asyncio.sleep(lasts)
+
+        async def run(one: Agent) -> float:
+            await asyncio.sleep(one.arrives)
+            began = time.now
+            with scope(one) as mine:
+                for each in one.rounds:
+                    await asyncio.gather(*(call(mine, *each_call) for each_call in each))
+            return time.now - began
+
+        async def main() -> float:
+            if order == "by agent":
+                await asyncio.gather(*map(run, earlier))
+                await asyncio.sleep(120)
+            began = time.now
+            seconds[:] = await asyncio.gather(*map(run, agents))
+            return time.now - began
+
+        makespan = time.run(main())
+    return Result(seconds, makespan, _most(admitted))
+
+
+def _most(admitted: Sequence[tuple[float, int]]) -> int:
+    """Return the most tokens admitted within any minute."""
+    most = total = first = 0
+    for when, tokens in admitted:
+        total += tokens
+        while admitted[first][0] <= when - 60:
+            total -= admitted[first][1]
+            first += 1
+        most = max(most, total)
+    return most
+
+
+def main() -> None:
+    """Print a table: mean time of an agent, the slowest tenth, and the whole run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    seed = parser.parse_args().seed
+    for name, mix in MIXES.items():
+        agents = mix(seed)
+        print(f"\n{name}: {len(agents)} agents, {sum(each.tokens for each in agents):,} tokens")
+        by_call = None
+        for order in ORDERS:
+            result = play(agents, order, earlier=mix(seed + 1)[:60])
+            by_call = by_call or result
+            late = statistics.quantiles(result.seconds, n=10)[-1]
+            print(
+                f"  {order:12} mean {result.mean:6.1f} s ({result.mean / by_call.mean:.2f}), slowest "
+                f"tenth from {late:6.1f} s, all {result.makespan:6.1f} s, {result.most:,} in a minute"
+            )
+
+
+if __name__ == "__main__":
+    main()

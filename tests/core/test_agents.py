@@ -1,0 +1,479 @@
+"""Agents are ordered, not calls: in the order in which fair shares would finish them."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import random
+import sys
+from typing import Any
+
+import pytest
+
+from asyncbucket import Cost, Limit, Limiter, agent, priority, tenant
+from asyncbucket.events import AgentFinished, AgentStarted, Event
+from asyncbucket.testing import VirtualTime, assert_never_over
+from benchmarks.agents import MIXES, alike, mixed, play
+
+#: One call a second, one at a time.
+RATE = "60 RPM burst 1"
+
+
+class Crowd:
+    """Agents that make calls under one limiter; the names of those whose calls have passed."""
+
+    def __init__(self, time: VirtualTime, *limits: str, **terms: Any) -> None:
+        self.limiter = Limiter(*(limits or (RATE,)), clock=time.clock, **terms)
+        self.passed: list[str] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def start(
+        self, name: str, calls: int, *, by: Limiter | None = None, **scope: Any
+    ) -> asyncio.Task[None]:
+        """Start an agent whose calls are asked for at once; return when they wait."""
+
+        async def one() -> None:
+            async with (by or self.limiter).acquire():
+                self.passed.append(name)
+
+        async def run() -> None:
+            with agent(name, **scope):
+                await asyncio.gather(*(one() for _ in range(calls)))
+
+        task = asyncio.ensure_future(run())
+        self.tasks.append(task)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return task
+
+    async def order(self) -> str:
+        """Wait for all; return the names in the order in which their calls passed."""
+        await asyncio.gather(*self.tasks)
+        return "".join(self.passed)
+
+
+async def test_agents_finish_in_the_order_in_which_fair_shares_would_finish_them(
+    virtual_time: VirtualTime,
+) -> None:
+    """Among equals, and within an agent, calls go in order of arrival."""
+    crowd = Crowd(virtual_time)
+    crowd.limiter.pause(1)
+    for name, calls in ("a", 5), ("b", 2), ("c", 3), ("d", 2):
+        await crowd.start(name, calls, expects=Cost(requests=calls))
+    assert await crowd.order() == "bbddcccaaaaa"
+
+
+async def test_newcomer_waits_for_those_that_fair_shares_would_finish_before_it(
+    virtual_time: VirtualTime,
+) -> None:
+    """After 8 calls of two agents of 10, each would have made 4: six are left to each."""
+    crowd = Crowd(virtual_time)
+    crowd.limiter.pause(1)
+    for name in "ab":
+        await crowd.start(name, 10, expects=Cost(requests=10))
+    await asyncio.sleep(8.5)
+    assert crowd.passed == ["a"] * 8
+    await crowd.start("s", 5, expects=Cost(requests=5))
+    await crowd.start("t", 7, expects=Cost(requests=7))
+    assert await crowd.order() == "a" * 8 + "s" * 5 + "a" * 2 + "b" * 10 + "t" * 7
+
+
+async def test_without_history_agents_share_fairly(virtual_time: VirtualTime) -> None:
+    crowd = Crowd(virtual_time)
+    crowd.limiter.pause(1)
+    for name in "abc":
+        await crowd.start(name, 4)
+    assert await crowd.order() == "abcabcabcabc"
+
+
+async def test_sizes_are_learned_by_kind(virtual_time: VirtualTime) -> None:
+    """An agent that has used more than its kind's mean is as large as those that used more, too."""
+    crowd = Crowd(virtual_time, "600 RPM burst 1")
+    for kind, calls in ("chat", 2), ("chat", 4), ("deep", 12):
+        await (await crowd.start("-", calls, kind=kind))
+    known = crowd.limiter.statistics().agents
+    assert known is not None
+    assert (known.running, known.finished) == (0, 3)
+    assert {kind: each.known for kind, each in known.kinds.items()} == {"chat": 2, "deep": 1}
+    assert known.kinds["chat"].size == pytest.approx(0.3)
+    assert known.kinds["deep"].size == pytest.approx(1.2)
+    crowd.passed.clear()
+    crowd.limiter.pause(1)
+    await crowd.start("d", 4, kind="deep")
+    await crowd.start("n", 4, kind="new")  # as all are in the mean: 6 calls
+    await crowd.start("c", 4, kind="chat")  # 3 calls; from the fourth on, 4
+    assert await crowd.order() == "ccccnnnndddd"
+
+
+async def test_agent_larger_than_all_that_are_known_pays_as_it_goes(
+    virtual_time: VirtualTime,
+) -> None:
+    crowd = Crowd(virtual_time)
+    await (await crowd.start("-", 2, kind="k"))
+    crowd.passed.clear()
+    crowd.limiter.pause(1)
+    await crowd.start("a", 9, kind="k")
+    await crowd.start("b", 3, kind="k")
+    await crowd.start("c", 2, kind="k")
+    assert await crowd.order() == "aaabbbccaaaaaa"
+
+
+async def test_settling_corrects_what_an_agent_has_used(virtual_time: VirtualTime) -> None:
+    """It paid 40 tokens for a call, and used 400."""
+    limiter = Limiter("600 tokens/min", clock=virtual_time.clock)
+    for used, kind in (400, "a"), (40, "b"), (0, "c"):
+        with agent(kind=kind):
+            async with limiter.acquire(tokens=40) as lease:
+                lease.settle(tokens=used)
+    known = limiter.statistics().agents
+    assert known is not None
+    assert {kind: each.size for kind, each in known.kinds.items()} == {"a": 40, "b": 4, "c": 0}
+
+
+async def test_call_outside_agents_is_an_agent_of_one_call(virtual_time: VirtualTime) -> None:
+    """A stream of them that takes all there is does not starve an agent for ever."""
+    crowd = Crowd(virtual_time)
+    crowd.limiter.pause(1)
+    await crowd.start("a", 4, expects=Cost(requests=4))
+
+    async def alone() -> None:
+        async with crowd.limiter.acquire():
+            crowd.passed.append(".")
+
+    async def stream() -> None:
+        for _ in range(20):
+            crowd.tasks.append(asyncio.ensure_future(alone()))
+            await asyncio.sleep(1)
+
+    crowd.tasks.append(asyncio.ensure_future(stream()))
+    await asyncio.sleep(20)
+    assert await crowd.order() == "." * 14 + "aaaa" + "." * 6
+
+
+async def test_line_goes_in_order_of_arrival_again_when_no_agent_runs(
+    virtual_time: VirtualTime,
+) -> None:
+    crowd = Crowd(virtual_time, "60 TPM")
+    crowd.limiter.pause(1)
+    big = asyncio.ensure_future(crowd.limiter.acquire(tokens=50))
+    await asyncio.sleep(0)
+    gone = await crowd.start("a", 1)
+    small = asyncio.ensure_future(crowd.limiter.acquire(tokens=1))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    crowd.tasks.clear()
+    await crowd.start("b", 0)
+    after = asyncio.ensure_future(crowd.limiter.acquire(tokens=1))
+    (await big).release()
+    assert not small.done() or (await small).waited == (await big).waited
+    (await small).release()
+    (await after).release()
+
+
+async def test_nested_scopes_belong_to_the_outermost(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(RATE, clock=virtual_time.clock)
+    with agent("outer", kind="research"):
+        with agent("inner", kind="chat"):
+            (await limiter.acquire()).release()
+        running = limiter.statistics().agents
+        assert running is not None
+        assert running.kinds.keys() == {"research"}
+        assert running.running == 1
+    over = limiter.statistics().agents
+    assert over is not None
+    assert (over.running, over.finished) == (0, 1)
+
+
+async def test_task_that_outlives_its_agent_makes_calls_of_its_own(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter(RATE, clock=virtual_time.clock)
+
+    async def later() -> None:
+        await asyncio.sleep(5)
+        (await limiter.acquire()).release()
+
+    with agent(kind="k"):
+        (await limiter.acquire()).release()
+        task = asyncio.ensure_future(later())
+    await task
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert (agents.running, agents.kinds["k"].known) == (0, 1)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_every_way_to_ask_counts_for_the_agent(
+    virtual_time: VirtualTime, *, sync: bool
+) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    with agent(kind="k"):
+        lease = limiter.acquire_sync() if sync else limiter.acquire_nowait()
+        lease.release()
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert agents.kinds["k"].size == 1
+
+
+async def test_cancelled_agents_leave_no_trace(virtual_time: VirtualTime) -> None:
+    """Nor does one that fails teach a size; those that stay go on in order."""
+    crowd = Crowd(virtual_time)
+    crowd.limiter.pause(1)
+    doomed = [await crowd.start(name, 50, expects=Cost(requests=1)) for name in "xyz"]
+    await crowd.start("a", 3, expects=Cost(requests=3))
+    await crowd.start("b", 2, expects=Cost(requests=2))
+    await asyncio.sleep(3.5)
+    for task in doomed:
+        task.cancel()
+    await asyncio.gather(*doomed, return_exceptions=True)
+    crowd.tasks = crowd.tasks[-2:]
+    assert (await crowd.order())[-5:] == "bbaaa"
+    now = crowd.limiter.statistics()
+    assert (now.waiting, now.in_flight) == (0, 0)
+    assert now.agents is not None
+    assert (now.agents.running, now.agents.finished) == (0, 2)
+    line = crowd.limiter._node.lines[0]
+    assert not line.calls
+    assert not crowd.limiter._node.agents._fluid
+
+
+async def test_100_000_agents_in_a_row_leave_no_memory(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("1M RPM", clock=virtual_time.clock)
+
+    async def visit(count: int) -> int:
+        for number in range(count):
+            with agent(f"a{number}", kind=f"kind {number % 1_000}"):
+                (await limiter.acquire()).release()
+            virtual_time.advance(0.001)
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = await visit(5_000)
+    assert await visit(20_000) < before + 1_000
+
+
+async def test_tenants_priorities_and_children_stand_above_agents(
+    virtual_time: VirtualTime,
+) -> None:
+    """Agents are ordered within one line only; what is known of sizes is shared by tenants."""
+    crowd = Crowd(virtual_time)
+    await (await crowd.start("-", 3, kind="k"))
+    crowd.passed.clear()
+    crowd.limiter.pause(1)
+    with tenant("acme"):
+        await crowd.start("a", 3, expects=Cost(requests=3))
+        await crowd.start("b", 1, expects=Cost(requests=1))
+    with tenant("globex"):
+        await crowd.start("c", 4, expects=Cost(requests=4))
+    with priority("interactive"):
+        await crowd.start("u", 2, expects=Cost(requests=2))
+    order = await crowd.order()
+    assert order.startswith("uu")
+    assert order[2:] in {"bcacacac", "cbcacaca"}
+
+
+async def test_what_tenants_agents_use_is_known_to_all_tenants(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    with tenant("acme"), agent(kind="k"):
+        (await limiter.acquire()).release()
+    with tenant("globex"), agent(kind="other"):
+        (await limiter.acquire()).release()
+        agents = limiter.key("globex").statistics().agents
+    assert agents is not None
+    assert {kind: each.size for kind, each in agents.kinds.items()} == {"k": 1, "other": 1}
+
+
+async def test_tenant_with_a_running_agent_is_kept(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    limiter.per_key("10 RPM", alive=1)
+    with tenant("acme"), agent(kind="k"):
+        (await limiter.acquire()).release()
+        await asyncio.sleep(600)
+        for number in range(50):
+            (await limiter.acquire(tenant=str(number))).release()
+            await asyncio.sleep(120)
+        agents = limiter.key("acme").statistics().agents
+        assert agents is not None
+        assert agents.running == 1
+
+
+async def test_explain_says_how_many_agents_go_before(virtual_time: VirtualTime) -> None:
+    crowd = Crowd(virtual_time)
+    crowd.limiter.acquire_nowait().release()
+    for name, calls in ("a", 4), ("b", 2):
+        await crowd.start(name, calls, expects=Cost(requests=calls))
+    alone = crowd.limiter.explain()
+    assert (alone.ahead, alone.agents, alone.wait) == (0, 0, 1.0)
+    with agent(expects=Cost(requests=5)):
+        assert crowd.limiter.explain().agents == 2
+    with agent(kind="k", expects=Cost(requests=3)):
+        asked = asyncio.ensure_future(crowd.limiter.acquire())
+        await asyncio.sleep(0)
+        mine = crowd.limiter.explain()
+        assert (mine.ahead, mine.agents, mine.wait) == (3, 1, 4.0)
+        assert "behind 3 calls of 1 agent: requests bind" in str(mine)
+        (await asked).release()
+    with agent():
+        assert crowd.limiter.explain().ahead == 0
+    await crowd.order()
+
+
+async def test_observers_hear_of_agents_but_not_their_names(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    heard: list[Event] = []
+    limiter.observe(heard.append)
+    for fails in (False, True):
+        with contextlib.suppress(ZeroDivisionError), agent("secret name", kind="chat"):
+            (await limiter.acquire()).release()
+            await asyncio.sleep(2)
+            assert 1 / (not fails)
+    about = [each for each in heard if isinstance(each, (AgentStarted, AgentFinished))]
+    assert [type(each).__name__ for each in about] == ["AgentStarted", "AgentFinished"] * 2
+    assert [each.seconds for each in about if isinstance(each, AgentFinished)] == [2, 2]
+    assert [each.ended_well for each in about if isinstance(each, AgentFinished)] == [True, False]
+    assert {each.kind for each in about} == {"chat"}
+    assert "secret name" not in repr(heard)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"name": ""}, ValueError, "an agent's name must be a non-empty string, not ''"),
+        ({"kind": 3}, ValueError, "an agent's kind must be a non-empty string, not 3"),
+        ({"expects": -1}, ValueError, "tokens must be finite and not negative, not -1"),
+        ({"expects": "much"}, TypeError, "tokens must be a number, not str"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    given: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        agent(**given)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+async def test_forked_process_knows_nothing_of_the_parents_agents(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    with agent(kind="k"):
+        (await limiter.acquire()).release()
+        limiter._node.after_fork()
+        assert limiter.statistics().agents is None
+    with agent(kind="k"):
+        (await limiter.acquire()).release()
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert agents.finished == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_never_over_and_nothing_leaks_whatever_agents_do(
+    virtual_time: VirtualTime, seed: int
+) -> None:
+    """Agents of any size come, fail, are cancelled, settle, and wait behind slots and limits."""
+    draw = random.Random(seed)
+    limiter = Limiter("300 TPM burst 20", concurrency=3, clock=virtual_time.clock)
+    trace: list[tuple[int, int]] = []
+
+    async def call() -> None:
+        tokens = draw.randint(1, 30)
+        used = draw.randint(1, tokens)
+        async with limiter.acquire(tokens=tokens) as lease:
+            trace.append((virtual_time.clock(), used))
+            await asyncio.sleep(draw.random() * 3)
+            lease.settle(tokens=used)
+
+    async def run(number: int) -> None:
+        await asyncio.sleep(draw.random() * 100)
+        expects = draw.choice([None, draw.randint(1, 200)])
+        with agent(str(number), kind=draw.choice(["a", "b", None]), expects=expects):
+            for _ in range(draw.randint(1, 4)):
+                await asyncio.gather(*(call() for _ in range(draw.randint(1, 5))))
+                if draw.random() < 0.1:
+                    raise OSError
+
+    tasks = [asyncio.ensure_future(run(number)) for number in range(40)]
+    await asyncio.sleep(60)
+    for task in draw.sample(tasks, 8):
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert_never_over(trace, Limit("tokens", 300))
+    now = limiter.statistics()
+    assert (now.waiting, now.in_flight) == (0, 0)
+    assert now.agents is not None
+    assert now.agents.running == 0
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_call_cancelled_as_it_passes_costs_its_agent_nothing(
+    virtual_time: VirtualTime, turns: int
+) -> None:
+    limiter = Limiter("600 RPM", concurrency=1, clock=virtual_time.clock)
+    holder = await limiter.acquire()
+
+    async def run() -> None:
+        with agent(kind="k"):
+            asked = asyncio.ensure_future(limiter.acquire())
+            await asyncio.sleep(1)
+            holder.release()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asked.cancel()
+            for lease in await asyncio.gather(asked, return_exceptions=True):
+                if not isinstance(lease, BaseException):
+                    lease.settle(requests=0)
+                    lease.release()
+
+    await run()
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert agents.kinds["k"].size == 0
+    assert limiter.statistics().in_flight == 0
+
+
+async def test_usage_reported_late_is_not_taken_for_another_agents(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("600 RPM", clock=virtual_time.clock)
+    with agent(kind="k"):
+        lease = await limiter.acquire()
+    lease.settle(requests=50)
+    lease.release()
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert agents.kinds["k"].size == pytest.approx(0.1)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", MIXES)
+def test_agents_finish_earlier_on_average_than_by_call_or_in_fair_shares(name: str) -> None:
+    agents = MIXES[name](1)
+    by_call, fair = play(agents, "by call"), play(agents, "fair shares")
+    learned = play(agents, "by agent", earlier=MIXES[name](2)[:60])
+    told = play(agents, "true sizes")
+    if "mixed" in name:
+        assert learned.mean <= 0.45 * by_call.mean
+    assert learned.mean <= 1.01 * fair.mean
+    assert told.mean <= 0.65 * fair.mean
+    assert max(each.most for each in (by_call, fair, learned, told)) <= 400_000
+    assert learned.makespan <= 1.03 * by_call.makespan
+
+
+@pytest.mark.heavy
+def test_with_true_sizes_no_agent_is_later_than_in_fair_shares() -> None:
+    """But for the end of the run, when calls that wait for each other leave the limit idle."""
+    agents = mixed(1)
+    fair, told = play(agents, "fair shares"), play(agents, "true sizes")
+    late = [mine - theirs for mine, theirs in zip(told.seconds, fair.seconds, strict=True)]
+    assert max(late) <= 0.03 * fair.makespan
+    wrong = play(agents, "true sizes", wrong_by=0.7)
+    late = [mine - theirs for mine, theirs in zip(wrong.seconds, fair.seconds, strict=True)]
+    assert sum(each > 30 for each in late) <= 0.05 * len(agents)
+
+
+@pytest.mark.heavy
+def test_first_agents_ever_do_as_well_as_in_fair_shares() -> None:
+    agents = alike(0, count=40)
+    assert play(agents, "first agents").mean <= 1.01 * play(agents, "fair shares").mean
