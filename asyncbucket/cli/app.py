@@ -71,7 +71,6 @@ _COMMANDS: Final = (
         "Show what running limiters do, live.",
         """
         asyncbucket watch http://127.0.0.1:4294
-        asyncbucket watch unix:///run/limits.sock --once
         asyncbucket watch redis://127.0.0.1:6379/0
         """,
     ),

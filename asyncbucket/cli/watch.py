@@ -3,11 +3,10 @@
 import asyncio
 import http.client
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -71,7 +70,7 @@ def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
         try:
             yield read()
         except SourceError as error:
-            if not isinstance(error.__cause__, ConnectionError | FileNotFoundError):
+            if not isinstance(error.__cause__, ConnectionError):
                 raise
             typer.echo("the program that was watched has ended", err=True)
             return
@@ -102,27 +101,13 @@ def reader_of(url: str) -> Reader:
         except ValueError:  # which might quote a password
             raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
         return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
-    if scheme == "unix" and "?" not in url:
-        return lambda: _fetch(_UnixConnection(unquote(urlsplit(url).path)), shown)
     if not separator or scheme == "https":
         raise ValueError(
             f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
-            f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
+            f"(http://127.0.0.1:4294) or a store's (redis://host:6379/0)"
         )
     open_store(url)
     return lambda: asyncio.run(_peek(url))
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_PATIENCE)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from asyncbucket.core.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
-    from os import PathLike
 
     from asyncbucket.batch import Item, Results
     from asyncbucket.batch.results import MapOptions
@@ -249,13 +248,7 @@ class Doors:
 
         return map_sync(cast("Limiter", self), fn, items, **options)
 
-    def serve_stats(
-        self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        path: "str | PathLike[str] | None" = None,
-    ) -> "StatsServer":
+    def serve_stats(self, *, port: int = 0) -> "StatsServer":
         """Serve the statistics of this limiter and its children, read-only, on this machine only.
 
         >>> server = limiter.serve_stats()
@@ -263,17 +256,15 @@ class Doors:
         'http://127.0.0.1:40317'
 
         Args:
-            host: a loopback address.
-            port: where to listen; by default any that is free.
-            path: a Unix socket to listen at instead; see `asyncbucket.telemetry.serve_stats`.
+            port: where to listen on 127.0.0.1; by default any that is free.
 
         Raises:
-            ValueError: ``host`` is not a loopback address.
-            OSError: the port or the path is taken.
+            ValueError: there is no such port.
+            OSError: the port is taken.
         """
         from asyncbucket.telemetry.stats import serve_stats
 
-        return serve_stats(cast("Limiter", self), host=host, port=port, path=path)
+        return serve_stats(cast("Limiter", self), port=port)
 
     def trace(self, last: int = 10_000) -> "Trace":
         """Keep the latest events from now on, for a plot or a test; see `asyncbucket.telemetry.Trace`.
@@ -282,7 +273,7 @@ class Doors:
             last: how many are kept, at least 1.
 
         Raises:
-            ValueError: ``last`` is not a whole number from 1 to a thousand million.
+            ValueError: ``last`` is not a whole number from 1 on.
         """
         from asyncbucket.telemetry.trace import Trace
 

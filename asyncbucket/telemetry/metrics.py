@@ -1,4 +1,4 @@
-"""What metrics say of limiters, whoever shows them: measurements of events, and the load that gauges show.
+"""What metrics say of limiters, whoever shows them: measurements of events, and loads for gauges.
 
 A limiter's numbers include those of all limiters below it, as its statistics do: a call of
 ``openai/chat`` counts there and at ``openai``. So a sum is taken over limiters that are not below
@@ -6,22 +6,21 @@ each other. Tenants have no numbers of their own but what events say of all of t
 ``openai/*``.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, Self, TypeAlias, cast
 
 from asyncbucket.core import events
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Event
 from asyncbucket.core.levels import on_one_path, shown_name
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.statistics import shares_used
+from asyncbucket.core.statistics import Statistics, shares_used
 from asyncbucket.core.wording import read_count
 from asyncbucket.waiting import Lock
 
-#: The label of limiters beyond those that are told apart.
-OTHER: Final = "other"
 #: How a call's request for admission is decided, besides the reasons of a refusal.
 ACQUIRED: Final = "acquired"
 CANCELED: Final = "request_canceled"
@@ -50,115 +49,113 @@ class Load:
     #: The fraction of each limit that is used; of several limiters the highest.
     used: dict[str, float] = field(default_factory=dict)
 
+    def add(self, now: Statistics) -> None:
+        """Count a limiter in."""
+        self.queued += now.waiting
+        self.in_flight += now.in_flight
+        for limit, share in shares_used(now).items():
+            self.used[limit] = max(share, self.used.get(limit, 0.0))
+
 
 class Metrics(ABC):
-    """Hold the limiters that one registry observes, and count what happens in them.
-
-    Args:
-        max_limiters: how many limiters are told apart. A child beyond that counts only in the
-            limiters above it; a limiter that has none above counts as `OTHER`.
-
-    Raises:
-        ValueError: ``max_limiters`` is not a whole number from 1 on.
-    """
+    """Hold the limiters that one registry observes, and count what happens in them."""
 
     #: What is shown as 0 from the first sight of a limiter on: metrics and their labels.
     zeros: ClassVar[Sequence[tuple[str, tuple[str, ...]]]] = ()
 
-    def __init__(self, max_limiters: int) -> None:
-        self._max_labels = read_count(max_limiters, "max_limiters", least=1)
-        self._lock = Lock()
-        #: The labels of a limiter's events, from the top: its own is the last one.
-        self._paths: dict[str, tuple[str, ...]] = {}
+    def __init__(self, registry: Any) -> None:  # noqa: ARG002 - for those who register with it
         self._adders: dict[tuple[tuple[str, ...], str, tuple[str, ...]], tuple[Add, ...]] = {}
-        self._labels: set[str] = set()
-        #: The observed limiters, each by a key of its own.
-        self._sources: dict[object, Limiter] = {}
+        self._sources: tuple[_Source, ...] = ()
+
+    @classmethod
+    def of(cls, registry: Any) -> Self:
+        """Return the metrics of a registry, which refuses a second set of the same names."""
+        with _LOCK:
+            metrics = _METRICS.get(registry)
+            if metrics is None:
+                metrics = _METRICS[registry] = cls(registry)
+        return cast("Self", metrics)
 
     @abstractmethod
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         """Return what adds to a metric; None if it isn't shown."""
 
-    def watch(self, limiter: Limiter, where: str) -> Callable[[], None]:
+    def watch(self, limiter: Limiter, max_limiters: int) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
         Raises:
-            ValueError: it, or one above or below it, is observed already.
+            ValueError: it, or one above or below it, is observed already, or ``max_limiters`` is
+                not a whole number from 1 on.
         """
-        key = object()
-        with self._lock:
-            for other in self._sources.values():
-                if on_one_path(other, limiter):
+        source = _Source(self, limiter, read_count(max_limiters, "max_limiters", least=1))
+        with _LOCK:
+            for other in self._sources:
+                if on_one_path(other.limiter, limiter):
                     raise ValueError(
-                        f"{where} watches limiter {other.name!r} already, and the calls of "
+                        f"limiter {other.limiter.name!r} is watched here already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
-            self._sources = {**self._sources, key: limiter}
-            self._paths = {}  # it may be above limiters that were watched alone
-        self._path(shown_name(limiter))
-        stop = limiter.observe(self.observe)
+            self._sources = (*self._sources, source)
+        source.path(source.root)
+        stop = limiter.observe(source.observe)
 
         def off() -> None:
             stop()
-            with self._lock:
-                kept = {each: source for each, source in self._sources.items() if each is not key}
-                self._sources = kept
+            with _LOCK:
+                self._sources = tuple(each for each in self._sources if each is not source)
 
         return off
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether any limiter is observed."""
-        return bool(self._sources)
-
-    def observe(self, event: Event) -> None:
-        """Count an event."""
-        measured = _measurements(event)
-        if measured:
-            labels = self._paths.get(event.limiter) or self._path(event.limiter)
-            for metric, amount, values in measured:
-                adders = self._adders.get((labels, metric, values))
-                if adders is None:
-                    made = [self.adder(metric, label, values) for label in labels]
-                    adders = tuple(add for add in made if add is not None)
-                    self._adders[labels, metric, values] = adders
-                for add in adders:
-                    add(amount)
+    def count(self, event: Event, labels: tuple[str, ...]) -> None:
+        """Count an event for each of ``labels``."""
+        for metric, amount, values in _measurements(event):
+            adders = self._adders.get((labels, metric, values))
+            if adders is None:
+                made = [self.adder(metric, label, values) for label in labels]
+                adders = tuple(add for add in made if add is not None)
+                self._adders[labels, metric, values] = adders
+            for add in adders:
+                add(amount)
 
     def loads(self) -> dict[str, Load]:
         """Return how full each limiter is now, by label."""
         loads: dict[str, Load] = {}
-        for source in self._sources.values():
-            for member in with_children(source):
-                now = member.statistics()
+        for source in self._sources:
+            for member in with_children(source.limiter):
                 name = shown_name(member)
-                label = self._path(name)[-1]
-                if label == name or member is source:
-                    load = loads.setdefault(label, Load())
-                    load.queued += now.waiting
-                    load.in_flight += now.in_flight
-                    for limit, share in shares_used(now).items():
-                        load.used[limit] = max(share, load.used.get(limit, 0.0))
+                if name in source.path(name):
+                    loads.setdefault(name, Load()).add(member.statistics())
         return loads
 
-    def _path(self, name: str) -> tuple[str, ...]:
-        """Return the labels under which a limiter called ``name`` counts."""
-        roots = [shown_name(source) for source in self._sources.values()]
-        root = next((each for each in roots if f"{name}/".startswith(f"{each}/")), name)
-        parts = name[len(root) :].split("/")
-        names = [root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
-        with self._lock:
-            told_apart = [each for each in names if self._has_label(each)]
-            path = tuple(told_apart if root in told_apart else [OTHER, *told_apart])
-            if path == tuple(names):
-                self._paths[name] = path
+
+class _Source:
+    """One observed limiter, and the labels under which it and those below it count."""
+
+    def __init__(self, metrics: Metrics, limiter: Limiter, most: int) -> None:
+        self.limiter = limiter
+        self.root = shown_name(limiter)
+        self._metrics = metrics
+        self._most = most
+        self._labels: set[str] = set()
+        self._paths: dict[str, tuple[str, ...]] = {}
+
+    def observe(self, event: Event) -> None:
+        self._metrics.count(event, self._paths.get(event.limiter) or self.path(event.limiter))
+
+    def path(self, name: str) -> tuple[str, ...]:
+        """Return the labels of ``name``, from the top; those above stand for one too many."""
+        parts = name[len(self.root) :].split("/")
+        names = [self.root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
+        path = tuple(filter(self._has_label, names))
+        if len(path) == len(names):
+            self._paths[name] = path
         return path
 
     def _has_label(self, name: str) -> bool:
-        if name not in self._labels and len(self._labels) < self._max_labels:
+        if name not in self._labels and len(self._labels) < self._most:
             self._labels.add(name)
-            for metric, values in self.zeros:
-                self.adder(metric, name, values)
+            for metric, values in self._metrics.zeros:
+                self._metrics.adder(metric, name, values)
         return name in self._labels
 
 
@@ -209,3 +206,8 @@ def with_children(limiter: Limiter) -> Iterator[Limiter]:
     yield limiter
     for child in tuple(limiter.children.values()):
         yield from with_children(child)
+
+
+#: The metrics of each registry, which cannot be made twice.
+_METRICS: Final["weakref.WeakKeyDictionary[Any, Metrics]"] = weakref.WeakKeyDictionary()
+_LOCK: Final = Lock()

@@ -1,10 +1,8 @@
-"""Metrics for Prometheus: plain counters, a histogram and gauges, in one collector per registry.
+"""Metrics for Prometheus: plain counters, a histogram, and gauges that are read at each scrape.
 
-Limiters of one registry share them; they are removed with the last. Gauges are read when somebody
-scrapes, because the use of a limit changes even if nothing happens.
+Gauges are read when somebody scrapes, because the use of a limit changes even if nothing happens.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Final, get_args
 
@@ -14,8 +12,7 @@ from prometheus_client.registry import Collector
 
 from asyncbucket.core import events
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics
-from asyncbucket.waiting import Lock
+from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, check_source
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -23,30 +20,30 @@ BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 30
 _OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancelled")
 
 
-def watch(
-    limiter: Limiter, registry: CollectorRegistry | None, *, max_limiters: int
+def prometheus(
+    limiter: Limiter, *, registry: CollectorRegistry = REGISTRY, max_limiters: int = 100
 ) -> Callable[[], None]:
-    """Count what happens in ``limiter`` into ``registry`` until the returned function is called."""
-    registry = REGISTRY if registry is None else registry
-    if not isinstance(registry, CollectorRegistry):
-        type_name = type(registry).__name__
-        raise TypeError(f"registry must be prometheus_client's CollectorRegistry, not {type_name}")
-    with _LOCK:
-        metrics = _COLLECTORS.get(registry)
-        if metrics is None:
-            metrics = PrometheusMetrics(max_limiters)
-            registry.register(metrics)
-            _COLLECTORS[registry] = metrics
-        stop = metrics.watch(limiter, "this registry")
+    """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
-    def off() -> None:
-        with _LOCK:
-            stop()
-            if not metrics.is_watching and _COLLECTORS.get(registry) is metrics:
-                registry.unregister(metrics)
-                del _COLLECTORS[registry]
+    Any number of limiters may share a registry; those of one name share their numbers. A limiter's
+    numbers include those of the limiters below it, as in its statistics. When it is switched off,
+    its gauges disappear, and its counters stay where they are. In prometheus_client's multiprocess
+    mode the gauges are missing: what waits now is known to its own process alone.
 
-    return off
+    Args:
+        limiter: the limiter to observe.
+        registry: what to register with; by default prometheus_client's own ``REGISTRY``.
+        max_limiters: how many are told apart, this one and those below it; further children count
+            only in the limiters above them.
+
+    Raises:
+        ImportError: prometheus_client is not installed; the message names the extra.
+        ValueError: this registry already observes the limiter, or one above or below it, so its
+            calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
+        TypeError: ``limiter`` is not a limiter.
+    """
+    check_source(limiter)
+    return PrometheusMetrics.of(registry).watch(limiter, max_limiters)
 
 
 class PrometheusMetrics(Metrics, Collector):
@@ -59,26 +56,26 @@ class PrometheusMetrics(Metrics, Collector):
         ("retries", ()),
     )
 
-    def __init__(self, max_limiters: int) -> None:
-        super().__init__(max_limiters)
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        registry.register(self)  # first: a limiter that is seen by a scrape begins at 0 in it
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            labels = ("limiter", *labels)
+            return Counter(f"asyncbucket_{name}_total", text, labels, registry=registry)
+
         self._wait = Histogram(
             "asyncbucket_wait_seconds",
             "Seconds between asking and admission, by what bound the call.",
             ("limiter", "bound_by"),
-            registry=None,
+            registry=registry,
             buckets=BUCKETS,
         )
         self._counters = {
-            "ended": _counter("requests", "Calls by how they ended.", "outcome"),
-            "tokens": _counter(
-                "tokens",
-                "Tokens reserved by admissions; used and refunded, as calls were settled.",
-                "kind",
-            ),
-            "upstream_429": _counter(
-                "upstream_429", "Calls that the provider refused for rate all the same."
-            ),
-            "retries": _counter("retries", "Failed calls that are tried again."),
+            "ended": counter("requests", "Calls by how they ended.", "outcome"),
+            "tokens": counter("tokens", "Tokens reserved, used, and refunded by settling.", "kind"),
+            "upstream_429": counter("upstream_429", "Calls that the provider refused for rate."),
+            "retries": counter("retries", "Failed calls that are tried again."),
         }
 
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
@@ -88,25 +85,13 @@ class PrometheusMetrics(Metrics, Collector):
         return None if counter is None else counter.labels(label, *values).inc
 
     def collect(self) -> Iterator[Metric]:
-        loads = self.loads()  # first: counters of limiters that were not seen yet begin at 0
-        for each in (self._wait, *self._counters.values()):
-            yield from each.collect()
-        queued = GaugeMetricFamily(
-            "asyncbucket_queued_requests",
-            "Calls that wait for their admission now.",
-            labels=["limiter"],
-        )
-        in_flight = GaugeMetricFamily(
-            "asyncbucket_in_flight_requests",
-            "Calls admitted and not yet over.",
-            labels=["limiter"],
-        )
-        used = GaugeMetricFamily(
-            "asyncbucket_limit_used_ratio",
-            "Share of a limit that is used now, 1 for all of it.",
-            labels=["limiter", "limit"],
-        )
-        for label, load in loads.items():
+        def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"asyncbucket_{name}", text, labels=["limiter", *labels])
+
+        queued = gauge("queued_requests", "Calls that wait for their admission now.")
+        in_flight = gauge("in_flight_requests", "Calls admitted and not yet over.")
+        used = gauge("limit_used_ratio", "Share of a limit in use, 1 for all of it.", "limit")
+        for label, load in self.loads().items():
             queued.add_metric([label], load.queued)
             in_flight.add_metric([label], load.in_flight)
             for limit, share in load.used.items():
@@ -116,14 +101,3 @@ class PrometheusMetrics(Metrics, Collector):
     def describe(self) -> Iterator[Metric]:
         """Give the names, by which a registry refuses others like them and selects what is asked."""
         return self.collect()
-
-
-def _counter(name: str, text: str, *labels: str) -> Counter:
-    return Counter(f"asyncbucket_{name}_total", text, ("limiter", *labels), registry=None)
-
-
-#: A registry refuses a name that it knows, so its limiters share what was registered.
-_COLLECTORS: Final["weakref.WeakKeyDictionary[CollectorRegistry, PrometheusMetrics]"] = (
-    weakref.WeakKeyDictionary()
-)
-_LOCK: Final = Lock()

@@ -2,7 +2,8 @@
 
 import collections
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
@@ -11,15 +12,7 @@ from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
 
-#: The most events that are kept; no machine would hold more.
-_MOST: Final = 1_000_000_000
-_EVENT_NAMES: Final[dict[type[Event], str]] = {
-    Admitted: "admitted",
-    Queued: "queued",
-    Refused: "refused",
-    Cancelled: "cancelled",
-    Paused: "paused",
-}
+_KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
 
 class Trace:
@@ -36,20 +29,17 @@ class Trace:
         last: how many events are kept, at about 300 bytes each.
 
     Raises:
-        ValueError: ``last`` is not a whole number from 1 to a thousand million.
+        ValueError: ``last`` is not a whole number from 1 on.
     """
 
     def __init__(self, limiter: Limiter, *, last: int) -> None:
         self._limiter = limiter
-        kept = read_count(last, "last", least=1)
-        if kept > _MOST:
-            raise ValueError(f"last must be at most {_MOST:,} events, some 300 GB, not {last!r}")
         #: A deque's `append` and `copy` are atomic, so no lock is needed.
-        self._events: collections.deque[Event] = collections.deque(maxlen=kept)
-        self._unobserve: Callable[[], None] = limiter.observe(self._record)
+        self._events = collections.deque[Event](maxlen=read_count(last, "last", least=1))
+        self._unobserve = limiter.observe(self._record)
 
     def _record(self, event: Event) -> None:
-        if type(event) in _EVENT_NAMES:
+        if isinstance(event, _KEPT):
             self._events.append(event)
 
     def __len__(self) -> int:
@@ -71,22 +61,12 @@ class Trace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as JSON lines: first the limits, then one event per line."""
-        lines = [self._header(), *map(_line, self)]
+        limiter, named = self._limiter, ("resource", "amount", "per", "burst")
+        limits = [{name: getattr(limit, name) for name in named} for limit in limiter.limits]
+        head = {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
+        lines = [head, *map(_line, self)]
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         Path(path).write_text(text, "utf-8")
-
-    def _header(self) -> dict[str, Any]:
-        limiter = self._limiter
-        limits = [
-            {
-                "resource": limit.resource,
-                "amount": limit.amount,
-                "per": limit.per,
-                "burst": limit.burst,
-            }
-            for limit in limiter.limits
-        ]
-        return {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
 
     def stop(self) -> None:
         """Stop recording; what was kept stays."""
@@ -103,10 +83,9 @@ class Trace:
 
 
 def _line(event: Event) -> dict[str, Any]:
-    line: dict[str, Any] = {"event": _EVENT_NAMES[type(event)], "at": round(event.at, 6)}
-    line["limiter"] = event.limiter
-    for name in ("cost", "waited", "bound_by", "waiting", "in_flight", "reason", "seconds"):
-        value = getattr(event, name, None)
-        if value is not None:
-            line[name] = dict(value) if name == "cost" else value
-    return line
+    told = {each.name: getattr(event, each.name) for each in fields(event)}
+    if "cost" in told:
+        told["cost"] = dict(told["cost"])
+    told["at"] = round(event.at, 6)
+    known = {name: value for name, value in told.items() if value is not None}
+    return {"event": type(event).__name__.lower(), **known}

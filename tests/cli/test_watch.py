@@ -115,12 +115,6 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
     assert json.loads(told.output)["limiters"][0]["name"] == "openai"
 
 
-@pytest.mark.parametrize("name", ["s", "a b#1?100%25"])
-def test_watch_reads_a_unix_socket_of_any_name(tmp_path: Path, name: str) -> None:
-    with Limiter("600 RPM", name="openai").serve_stats(path=tmp_path / name) as server:
-        assert "openai" in run.invoke(app, ["watch", server.url, "--once"]).output
-
-
 @pytest.mark.parametrize(
     ("url", "status", "message"),
     [

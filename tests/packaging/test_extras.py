@@ -28,7 +28,7 @@ SERVES = {
     "providers": ("http",),
     "retry.py": ("llama-index",),
     "stores/redis": ("redis",),
-    "telemetry/to_llama_index.py": ("llama-index",),
+    "telemetry/observers.py": ("llama-index",),
     "telemetry/to_opentelemetry.py": ("otel",),
     "telemetry/to_prometheus.py": ("prometheus",),
     "testing": ("testing",),

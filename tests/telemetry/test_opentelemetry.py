@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
@@ -7,9 +8,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import StatusCode
 
-from asyncbucket import Cost, Limiter, events, telemetry
+from asyncbucket import Limiter, events, telemetry
 from asyncbucket.telemetry import to_opentelemetry
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
@@ -121,7 +122,9 @@ def test_requests_are_counted_by_result_and_waits_by_binding_limit(
     assert waits[0].explicit_bounds == to_opentelemetry.BUCKETS
 
 
-def test_gauges_are_read_at_collection_and_include_limiters_below(otel: Telemetry) -> None:
+def test_gauges_are_read_once_at_collection_and_include_limiters_below(
+    otel: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limiter = Limiter("500 RPM burst 500", concurrency=8, name="openai")
     chat = limiter.child("chat")
     otel.watch(limiter)
@@ -135,20 +138,20 @@ def test_gauges_are_read_at_collection_and_include_limiters_below(otel: Telemetr
     assert values("requests") == {"openai": 4, "openai/chat": 1}
     assert values("limit.utilization", "limit") == {"rpm": 0.008, "concurrency": 0.5}
 
+    loads = Mock(return_value={})
+    monkeypatch.setattr(to_opentelemetry.Instruments, "loads", loads)
+    otel.metrics()
+    loads.assert_called_once_with()
 
-def test_limiters_sharing_meter_provider_switch_off_separately(otel: Telemetry, admit: Any) -> None:
+
+def test_limiters_sharing_meter_provider_switch_off_separately(otel: Telemetry) -> None:
     one, two = Limiter(name="openai"), Limiter(name="anthropic")
     off_one, off_two = otel.watch(one), otel.watch(two)
     assert set(otel.points("queued_requests", "policy")) == {"openai", "anthropic"}
-
     off_one()
-    off_one()
-    admit(one)
     assert set(otel.points("queued_requests", "policy")) == {"anthropic"}
-
     off_two()
     assert "queued_requests" not in otel.metrics()
-
     otel.watch(one)
     assert set(otel.points("queued_requests", "policy")) == {"openai"}
 
@@ -156,14 +159,13 @@ def test_limiters_sharing_meter_provider_switch_off_separately(otel: Telemetry, 
 def test_wait_span_is_inside_the_callers_span(
     limiter: Limiter, otel: Telemetry, say: Any, admit: Any
 ) -> None:
-    otel.watch(limiter)
+    otel.watch(limiter, attributes={"gen_ai.request.model": "gpt-4o"})
     with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
         say(limiter, events.Queued, cost=COST, waiting=4)
         admit(limiter, waited=1.8, bound_by="tokens", waiting=3)
 
     wait, step = otel.spans
     assert wait.name == "wait openai"
-    assert wait.kind is SpanKind.INTERNAL
     assert wait.parent is not None
     assert step.context is not None
     assert wait.parent.span_id == step.context.span_id
@@ -172,7 +174,7 @@ def test_wait_span_is_inside_the_callers_span(
     assert wait.end_time - wait.start_time == 1_800_000_000
     assert wait.status.status_code is StatusCode.UNSET
     assert dict(wait.attributes or {}) == {
-        "gen_ai.provider.name": "openai",
+        "gen_ai.request.model": "gpt-4o",
         "asyncbucket.rate_limiting.policy": "openai",
         "asyncbucket.rate_limiting.result": "acquired",
         "asyncbucket.rate_limiting.bound_by": "tokens",
@@ -182,25 +184,6 @@ def test_wait_span_is_inside_the_callers_span(
         "asyncbucket.rate_limiting.cost.input_tokens": 600,
         "asyncbucket.rate_limiting.cost.output_tokens": 300,
     }
-
-
-def test_total_of_tokens_is_not_shown_as_input_and_output(
-    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
-) -> None:
-    otel.watch(limiter)
-    say(limiter, events.Queued, cost=COST, waiting=1)
-    admit(limiter, cost={**Cost(tokens=900), "concurrency": 1}, waited=1.8, bound_by="tokens")
-    say(limiter, events.Queued, cost=COST, waiting=1)
-    admit(limiter, cost=Cost(input_tokens=900), waited=1.8, bound_by="tokens")
-
-    prefix = "asyncbucket.rate_limiting.cost."
-    total, sent = (dict(span.attributes or {}) for span in otel.spans)
-    assert {name: total[name] for name in total if name.startswith(prefix)} == {
-        prefix + "requests": 1,
-        prefix + "tokens": 900,
-    }
-    assert sent[prefix + "tokens"] == sent[prefix + "input_tokens"] == 900
-    assert prefix + "output_tokens" not in sent
 
 
 def test_call_that_does_not_wait_has_no_span(
@@ -233,16 +216,3 @@ def test_wait_that_ends_in_refusal_is_an_error_span(
     assert cancelled.status.status_code is StatusCode.UNSET
     assert cancelled.attributes is not None
     assert cancelled.attributes["asyncbucket.rate_limiting.result"] == "request_canceled"
-
-
-def test_wait_span_carries_attributes_given_by_user(otel: Telemetry, admit: Any) -> None:
-    limiter = Limiter(name="mine")
-    otel.watch(
-        limiter, attributes={"gen_ai.request.model": "gpt-4o", "gen_ai.provider.name": "openai"}
-    )
-    admit(limiter, waited=1.0, bound_by="tokens")
-
-    (span,) = otel.spans
-    assert span.attributes is not None
-    assert span.attributes["gen_ai.request.model"] == "gpt-4o"
-    assert span.attributes["gen_ai.provider.name"] == "openai"

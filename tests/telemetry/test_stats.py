@@ -1,11 +1,9 @@
 """What other programs on this machine can see of a limiter."""
 
 import asyncio
-import http.client
 import json
 import os
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -14,13 +12,15 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.telemetry import report, serve_stats
 from asyncbucket.testing import VirtualTime, assert_never_over
+
+PARENT = Limiter("5 RPM", name="chat")
 
 
 def busy() -> Limiter:
@@ -56,91 +56,42 @@ def test_report_lists_children_and_counts_tenants_without_names() -> None:
     assert "secret" not in json.dumps(seen)
 
 
-def test_endpoint_serves_the_report_as_json() -> None:
-    limiter = busy()
-    with limiter.serve_stats() as server:
-        seen = json.loads(get(server.url))
-        assert repr(server) == f"<StatsServer at {server.url}>"
-    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
-
-
-def test_unix_socket_is_private_and_removed_afterwards(tmp_path: Path) -> None:
-    path = tmp_path / "limits.sock"
-    left = socket.socket(socket.AF_UNIX)
-    left.bind(str(path))
-    left.close()
-    with serve_stats([busy()], path=path) as server:
-        assert server.url == f"unix://{path}"
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        connection = http.client.HTTPConnection("localhost")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(str(path))
-        connection.request("GET", "/")
-        assert json.loads(connection.getresponse().read())["limiters"]
-        connection.close()
-        with pytest.raises(OSError, match="Address already in use"):
-            serve_stats([busy()], path=path)
-    assert not path.exists()
-
-
 @pytest.mark.parametrize(
-    ("limiters", "options", "message"),
+    ("limiters", "port", "error", "message"),
     [
-        ("chat", {}, "shows limiters, not str$"),
-        ([3], {}, "shows limiters, not int$"),
-        (
-            [Limiter("5 RPM"), Limiter("6 RPM")],
-            {},
-            "called 'default': give each a name= of its own",
-        ),
+        ("chat", 0, TypeError, "only a limiter can be watched, not str$"),
+        ([PARENT, PARENT.child("a")], 0, ValueError, "'chat', 'chat/a', 'chat/a': .* out children"),
         *(
-            ([], {"host": host}, "on this machine alone: host must be a loopback address")
-            for host in ("0.0.0.0", "192.168.0.1", "example.org")  # noqa: S104 - refused
-        ),
-        *(
-            ([], {"port": port}, rf"number from 0 .any.* to 65535, not {port!r}$")
+            ([], port, ValueError, rf"number from 0 .any.* to 65535, not {port!r}$")
             for port in (99_999, -1, "80", True, 80.0)
         ),
     ],
 )
-def test_what_cannot_be_served_is_refused(limiters: Any, options: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        serve_stats(limiters, **options)
+def test_what_cannot_be_served_is_refused(
+    limiters: Any, port: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        serve_stats(limiters, port=port)
 
 
-def test_child_is_not_served_beside_its_parent() -> None:
-    limiter = Limiter("5 RPM", name="chat")
-    with pytest.raises(ValueError, match=r"called 'chat/a': .* leave out children"):
-        serve_stats([limiter, limiter.child("a")])
-
-
-def test_error_names_the_address_that_cannot_be_served(tmp_path: Path) -> None:
-    notes = tmp_path / "notes.txt"
-    notes.write_text("mine")
-    with pytest.raises(OSError, match="Address already in use"):
-        serve_stats([busy()], path=notes)
-    assert notes.read_text() == "mine"
+def test_error_names_the_address_that_is_taken() -> None:
     with busy().serve_stats() as server:
         where = server.url.removeprefix("http://")
-        port = int(where.partition(":")[2])
         with pytest.raises(OSError, match=rf"Address already in use: '{where}'$"):
-            busy().serve_stats(port=port)
-    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/none/x'$"):
-        busy().serve_stats(path=tmp_path / "none" / "x")
-    with pytest.raises(OSError, match=r"AF_UNIX path too long: '.*x'$"):
-        busy().serve_stats(path=tmp_path / ("x" * 200))
+            busy().serve_stats(port=int(where.partition(":")[2]))
 
 
-def test_foreign_host_name_gets_403_and_unknown_path_404() -> None:
-    with busy().serve_stats(host="localhost") as server:
+def test_report_is_served_but_foreign_host_name_gets_403_and_unknown_path_404() -> None:
+    with busy().serve_stats() as server:
+        assert repr(server) == f"<StatsServer at {server.url}>"
         for host in ("localhost", "127.0.0.1:80", "[::1]", "[::1]:4294"):
-            assert "openai" in get(server.url, Host=host)
+            seen = json.loads(get(server.url, Host=host))
+            assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
         for host in ("evil.example", "::1", "[", "localhost.evil.example"):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 get(server.url, Host=host)
-        with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        with pytest.raises(urllib.error.HTTPError, match=r"404: .* telemetry\.prometheus"):
             get(f"{server.url}/metrics")
-        assert b"asyncbucket.telemetry.prometheus for metrics" in caught.value.read()
 
 
 def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -162,32 +113,26 @@ def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_child_leaves_the_server_to_its_parent(tmp_path: Path) -> None:
+def test_forked_child_leaves_the_server_to_its_parent() -> None:
     script = """
 import os, sys, urllib.request
 from asyncbucket import Limiter
 
 limiter = Limiter("5 RPM", name="openai")
 (read, write), (closed_read, closed_write) = os.pipe(), os.pipe()
-with limiter.serve_stats() as server, limiter.serve_stats(path=sys.argv[1]) as unix:
+with limiter.serve_stats() as server:
     if not os.fork():
         server.close()
-        unix.close()
         os.write(closed_write, b"x")
         os.close(write)
         os.read(read, 1)  # the child lives as long as its parent
         sys.exit()
     os.read(closed_read, 1)
-    assert os.path.exists(sys.argv[1])
     print(urllib.request.urlopen(server.url).status)
 limiter.serve_stats(port=int(server.url.rpartition(":")[2])).close()  # the child keeps no port
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "limits.sock")],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
@@ -245,14 +190,7 @@ def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_pa
     }
 
 
-@pytest.mark.parametrize(
-    ("last", "message"),
-    [
-        (0, "whole number of at least 1, not 0"),
-        (1.5, "whole number of at least 1, not 1.5"),
-        (10**30, "at most 1,000,000,000 events, .* not 10{30}$"),
-    ],
-)
-def test_invalid_length_of_a_trace_is_refused(last: object, message: str) -> None:
-    with pytest.raises(ValueError, match=f"last must be (a )?{message}"):
-        Limiter("5 RPM").trace(cast("int", last))
+@pytest.mark.parametrize("last", [0, 1.5])
+def test_invalid_length_of_a_trace_is_refused(last: Any) -> None:
+    with pytest.raises(ValueError, match=f"last must be a whole number of at least 1, not {last}"):
+        Limiter("5 RPM").trace(last)
