@@ -119,32 +119,26 @@ def _check_bucket(admissions: list[tuple[int, int]], rate: Fraction, burst: floa
     """Count in units of 1 / scale, so that a nanosecond's refill and the burst are integers."""
     size = Fraction(burst)
     scale = NANOSECONDS * rate.denominator * size.denominator
-    refill = rate.numerator * size.denominator
-    full = size.numerator * (scale // size.denominator)
-    total = worst = lowest = start = 0
+    refill, full = rate.numerator * size.denominator, int(size * scale)
+    total = excess = lowest = start = 0
     interval = (0, 0)
     for index, (now, amount) in enumerate(admissions):
         below = total - refill * now + max(0, amount * scale - full)
         if index == 0 or below < lowest:
             lowest, start = below, index
         total += amount * scale
-        excess = total - refill * now - lowest - full
-        if excess > worst:
-            worst, interval = excess, (start, index)
+        if total - refill * now - lowest - full > excess:
+            excess, interval = total - refill * now - lowest - full, (start, index)
+    worst = Fraction(excess, scale)
     if worst:
-        _fail_bucket(admissions[interval[0] : interval[1] + 1], rate, burst, Fraction(worst, scale))
-
-
-def _fail_bucket(
-    interval: list[tuple[int, int]], rate: Fraction, burst: float, excess: Fraction
-) -> None:
-    amount = sum(amount for _, amount in interval)
-    raise AssertionError(
-        f"over the burst by {_number(float(excess))}: {counted(amount, 'units')} in "
-        f"{counted(len(interval), 'admissions')} from {_seconds(interval[0][0])} to {_seconds(interval[-1][0])}, where a "
-        f"bucket of {_number(burst)} refilled at {_number(float(rate))}/s admits "
-        f"{_number(float(amount - excess))}"
-    )
+        over = admissions[interval[0] : interval[1] + 1]
+        amount = sum(amount for _, amount in over)
+        raise AssertionError(
+            f"over the burst by {_number(float(worst))}: {counted(amount, 'units')} in "
+            f"{counted(len(over), 'admissions')} from {_seconds(over[0][0])} to "
+            f"{_seconds(over[-1][0])}, where a bucket of {_number(burst)} refilled at "
+            f"{_number(float(rate))}/s admits {_number(float(amount - worst))}"
+        )
 
 
 def _admissions(trace: TimedAmounts) -> list[tuple[int, int]]:
@@ -156,19 +150,17 @@ def _admissions(trace: TimedAmounts) -> list[tuple[int, int]]:
                 f"a trace must be pairs of time and amount, such as (0.5, 1), or what a limiter's "
                 f'trace.amounts("requests") gives, not {pair!r}'
             )
-    time_types = {type(when) for when, _ in pairs}
+    kinds = {type(when) for when, _ in pairs}
     for when, amount in pairs:
         if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
             raise ValueError(f"an amount in a trace must be an integer >= 0, not {amount!r}")
         if type(when) not in (int, float):
             raise TypeError(f"a time in a trace must be int (ns) or float (s), not {when!r}")
-    if len(time_types) > 1:
+    if len(kinds) > 1:
         raise TypeError(
             "a trace mixes int times (nanoseconds) and float times (seconds); use one kind"
         )
-    if float in time_types:
-        return sorted((_nanoseconds(when), amount) for when, amount in pairs)
-    return sorted((int(when), amount) for when, amount in pairs)
+    return sorted((when if type(when) is int else _nanoseconds(when), n) for when, n in pairs)
 
 
 def _window(per: float) -> int:

@@ -106,7 +106,7 @@ async def broken_stream(client: AsyncOpenAI, provider: RateLimitedProvider) -> O
 
 async def outcome(script: Script, http_client: Any) -> Any:
     """Run a script with a provider of its own, whose replies are the same each time."""
-    with RateLimitedProvider(seed=1) as provider:
+    with RateLimitedProvider() as provider:
         client = AsyncOpenAI(base_url=provider.base_url, api_key="k", http_client=http_client)
         async with client:
             return await script(client, provider)

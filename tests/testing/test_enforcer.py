@@ -78,9 +78,12 @@ def test_limits_can_change_while_provider_runs(clock: VirtualClock) -> None:
     assert gate.enter(CHAT, 1) == Failure(400)
     assert isinstance(gate.enter(CHAT, 1), RateRefusal)
 
-    gate.reconfigure(rpm=None, tpm=10, always=None)
+    gate.reconfigure({"rpm": None, "tpm": 10, "always": None})
     assert gate.enter(CHAT, 10) is None
     assert isinstance(gate.enter(CHAT, 1), RateRefusal)
 
+    with pytest.raises(ValueError, match=r"tpm must be a whole number of at least 1, not -1"):
+        gate.reconfigure({"rpm": 5, "tpm": -1})
+    assert gate.options.rpm is None
     with pytest.raises(ValueError, match=r"^minute, policy can't change while the provider runs$"):
-        gate.reconfigure(policy="fixed_window", minute=1.0)
+        gate.reconfigure({"policy": "fixed_window", "minute": 1.0})

@@ -10,50 +10,49 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from typing import Any
+from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from asyncbucket.testing.provider import replies
 from asyncbucket.testing.provider.enforcer import Enforcer, RateRefusal, is_refusal
 from asyncbucket.testing.provider.options import NANOSECONDS, Failure
-from asyncbucket.testing.provider.prompt import (
-    Answer,
-    InvalidRequestError,
-    Json,
-    Prompt,
-    answer,
-    read_model,
-    read_prompt,
-    read_texts,
-)
+from asyncbucket.testing.provider.prompt import Answer, Json, answer
+from asyncbucket.testing.provider.replies import DIALECTS, as_events, embeddings
 
-DEFAULT_MAX_TOKENS = 16
+DEFAULT_MAX_TOKENS: Final = 16
 """What a call without `max_tokens` is charged for its output."""
-_MILLISECOND = 1_000_000
-_QUOTA = "You exceeded your current quota, please check your plan and billing details."
-_UNITS = {
+_MILLISECOND: Final = 1_000_000
+_QUOTA: Final = "You exceeded your current quota, please check your plan and billing details."
+_UNITS: Final = {
     "requests": "requests per min (RPM)",
     "tokens": "tokens per min (TPM)",
     "concurrency": "concurrent requests",
 }
 #: Type and code of an error by its status, at OpenAI and at Anthropic.
-_OPENAI = {
+_OPENAI: Final = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
     404: ("invalid_request_error", "unknown_url"),
     429: ("requests", "rate_limit_exceeded"),
     503: ("server_error", "overloaded"),
 }
-_ANTHROPIC = {
+_ANTHROPIC: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     429: "rate_limit_error",
     529: "overloaded_error",
 }
+
+
+class InvalidRequestError(Exception):
+    """The request is not what the endpoint takes; it becomes an error with this status."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StreamBrokenError(Exception):
@@ -108,10 +107,9 @@ class _Exchange:
 
     async def response(self) -> Response:
         """Return the reply."""
-        request = self._request
         try:
-            _check_key(request)
-            model, tokens, reply = await self._read()
+            _check_key(self._request)
+            model, tokens, reply = self._read(await self._request.body())
         except InvalidRequestError as exc:
             self._enforcer.count_invalid()
             return self._error(exc.status, str(exc))
@@ -130,63 +128,55 @@ class _Exchange:
         self.leave()
         return JSONResponse(reply, headers=self._headers())
 
-    async def _read(self) -> tuple[str, int, dict[str, Any] | list[bytes]]:
+    def _read(self, content: bytes) -> tuple[str, int, Json | list[bytes]]:
         """Return the model, what the call is charged, and the reply: whole or in chunks."""
         request, options = self._request, self._enforcer.options
-        writer = replies.WRITERS.get(self.endpoint)
-        if request.method != "POST" or not (writer or self.endpoint == "embeddings"):
-            raise InvalidRequestError(
-                f"Invalid URL ({request.method} {request.url.path})", status=404
-            )
+        dialect = DIALECTS.get(self.endpoint)
+        if request.method != "POST" or not (dialect or self.endpoint == "embeddings"):
+            url = f"{request.method} {request.url.path}"
+            raise InvalidRequestError(f"Invalid URL ({url})", status=404)
         try:
-            body = json.loads(await request.body())
-        except (RecursionError, ValueError) as exc:
-            raise InvalidRequestError(f"the body isn't JSON: {exc}") from exc
-        if not isinstance(body, dict):
-            raise InvalidRequestError("the body must be a JSON object")
-        try:
-            if writer is None:
-                model, (texts, tokens) = read_model(body), read_texts(body)
-                return model, tokens, replies.embeddings(model, texts, tokens, body)
-            prompt = read_prompt(self.endpoint, body)
-            reply = answer(prompt, reply_tokens=options.reply_tokens)
-            tokens = charge(options.charge, prompt, reply)
-            whole, events = writer
-            if prompt.stream:
-                if events is None:
-                    raise InvalidRequestError(f"{self.endpoint} can't be streamed here")
-                chunks = replies.as_events(events(prompt, reply, self._number))
-                return prompt.model, tokens, chunks
-            return prompt.model, tokens, whole(prompt, reply, self._number)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
-            # A part of the wrong JSON type, anywhere: reading takes the types for granted.
+            body = json.loads(content)
+            if not body["model"]:
+                raise InvalidRequestError("you must provide a model parameter")
+            if dialect is None:
+                return body["model"], *embeddings(body)
+            reply = answer(body[dialect.asked], body, reply_tokens=options.reply_tokens)
+            tokens = charge(options.charge, reply)
+            if not body.get("stream"):
+                return reply.model, tokens, dialect.whole(reply, self._number)
+            if dialect.events is None:
+                raise InvalidRequestError(f"{self.endpoint} can't be streamed here")
+            return reply.model, tokens, as_events(dialect.events(reply, self._number, body))
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as exc:
+            # No JSON, or a part of the wrong type, anywhere: reading takes the types for granted.
             raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
 
     async def _stream(
         self, chunks: Sequence[bytes], pause: float, failure: Failure | None
     ) -> AsyncIterator[bytes]:
-        for left, chunk in zip(reversed(range(len(chunks))), chunks, strict=True):
-            if failure is not None and len(chunks) - left > (failure.after_chunks or 0):
+        for sent, chunk in enumerate(chunks):
+            if failure is not None and sent >= (failure.after_chunks or 0):
                 raise StreamBrokenError
             await asyncio.sleep(pause)
-            if left == 0:
+            if sent == len(chunks) - 1:
                 self.leave()
             yield chunk
 
     async def _pause(self, seconds: float) -> None:
         """Sleep until the reply is due, or until the client goes away."""
-        if seconds > 0:
-            gone = asyncio.ensure_future(self._wait_until_gone())
-            try:
-                await asyncio.wait([gone], timeout=seconds)
-                if gone.done():
-                    raise ClientDisconnect
-            finally:
-                gone.cancel()
-
-    async def _wait_until_gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (await self._request.receive())["type"] != "http.disconnect":
+                    pass
+                raise ClientDisconnect
 
     def _refuse(self, refusal: RateRefusal, model: str) -> Response:
         """Answer 429 for rate."""
@@ -238,10 +228,8 @@ class _Exchange:
 
     def _headers(self) -> dict[str, str]:
         """Return the request's id, and limit, remainder and reset of each limit."""
-        headers = {"x-request-id": f"req_{self._number}"}
         is_anthropic = self.endpoint == "messages"
-        if is_anthropic:
-            headers = {"request-id": f"req_{self._number}"}
+        headers = {"request-id" if is_anthropic else "x-request-id": f"req_{self._number}"}
         for name, limit, remaining, reset in self._enforcer.budget():
             if is_anthropic:
                 until = datetime.now(UTC) + timedelta(seconds=reset / NANOSECONDS)
@@ -249,16 +237,15 @@ class _Exchange:
             else:
                 full = go_duration(reset)
             for part, value in {"limit": limit, "remaining": remaining, "reset": full}.items():
-                key = (
-                    f"anthropic-ratelimit-{name}-{part}"
-                    if is_anthropic
-                    else f"x-ratelimit-{part}-{name}"
+                openai, anthropic = (
+                    f"x-ratelimit-{part}-{name}",
+                    f"anthropic-ratelimit-{name}-{part}",
                 )
-                headers[key] = str(value)
+                headers[anthropic if is_anthropic else openai] = str(value)
         return headers
 
 
-def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
+def charge(rule: str, reply: Answer) -> int:
     """Return the tokens that a call costs when it is admitted, before its reply is known.
 
     OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
@@ -268,21 +255,16 @@ def charge(rule: str, prompt: Prompt, reply: Answer) -> int:
     """
     if rule == "usage":
         return reply.prompt_tokens + reply.completion_tokens
-    output = DEFAULT_MAX_TOKENS if prompt.max_tokens is None else prompt.max_tokens
+    output = DEFAULT_MAX_TOKENS if reply.max_tokens is None else reply.max_tokens
     return max(reply.prompt_tokens, output)
 
 
 def go_duration(nanoseconds: int) -> str:
-    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 1s, 8.64s, 6m0s."""
-    milliseconds = -(-nanoseconds // _MILLISECOND)
-    if milliseconds < 1000:  # noqa: PLR2004 - a second
-        return f"{milliseconds}ms" if milliseconds else "0s"
-    minutes, rest = divmod(milliseconds, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    seconds = f"{rest / 1000:g}s"
-    if hours:
-        return f"{hours}h{minutes}m{seconds}"
-    return f"{minutes}m{seconds}" if minutes else seconds
+    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 8.64s, 6m0s."""
+    minutes, milliseconds = divmod(-(-nanoseconds // _MILLISECOND), 60_000)
+    if minutes:
+        return f"{minutes}m{milliseconds / 1000:g}s"
+    return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds / 1000:g}s"  # noqa: PLR2004 - a second
 
 
 def _check_key(request: Request) -> None:

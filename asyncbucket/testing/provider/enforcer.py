@@ -6,7 +6,8 @@ is charged even if it fails. All public methods may be called from any thread.
 
 import random
 from collections import Counter, deque
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from asyncbucket.core.wording import read_count
@@ -17,11 +18,11 @@ from asyncbucket.testing.provider.options import (
     Options,
     ProviderStatistics,
 )
-from asyncbucket.testing.provider.policies import Policy, make_policy
+from asyncbucket.testing.provider.policies import Policy
 from asyncbucket.waiting import Lock
 
 TOO_MANY_REQUESTS = 429
-_FIXED_AT_START = frozenset({"policy", "minute", "seed", "port", "clock"})
+_FIXED_AT_START = frozenset({"policy", "minute", "port", "clock"})
 _ARRIVALS_KEPT = 1_000_000
 
 
@@ -50,14 +51,14 @@ class Enforcer:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._lock = Lock()
-        self._policies: dict[str, Policy] = {}
+        minute = round(options.minute * NANOSECONDS)
+        self._policies = {name: Policy(options.policy, minute) for name in ("requests", "tokens")}
         self._scripted: deque[Failure] = deque()
-        self._latencies = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
+        self._latencies = random.Random(0)  # noqa: S311 - repeatable, not secret
         self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
         self._refused: Counter[str] = Counter()
         self._endpoints: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-        self._set_limits()
 
     def enter(self, endpoint: str, tokens: int) -> RateRefusal | Failure | None:
         """Admit a call or say why not; None means that it is in and must `leave`.
@@ -102,8 +103,8 @@ class Enforcer:
         with self._lock:
             now = self.options.clock()
             return [
-                (name, policy.limit, policy.remaining(now), policy.reset(now))
-                for name, policy in self._policies.items()
+                (name, limit, policy.remaining(limit, now), policy.reset(limit, now))
+                for name, limit, policy in self._limits()
             ]
 
     def statistics(self) -> ProviderStatistics:
@@ -130,27 +131,20 @@ class Enforcer:
             else:
                 self._scripted.clear()
 
-    def reconfigure(self, **changes: Any) -> None:
+    def reconfigure(self, changes: dict[str, Any]) -> None:
         """Change options while running; what was used stays used."""
         fixed = sorted(_FIXED_AT_START & changes.keys())
         if fixed:
             raise ValueError(f"{', '.join(fixed)} can't change while the provider runs")
+        Options(**{**self.options.given(), **changes})  # refuses what is invalid
         with self._lock:
-            now = {each.name: getattr(self.options, each.name) for each in fields(Options)}
-            self.options = Options(**{**now, **changes})
-            self._set_limits()
+            for name, value in changes.items():
+                setattr(self.options, name, value)
 
-    def _set_limits(self) -> None:
-        options = self.options
-        now = options.clock()
-        for name, limit in (("requests", options.rpm), ("tokens", options.tpm)):
-            if limit is None:
-                self._policies.pop(name, None)
-            elif name in self._policies:
-                self._policies[name].resize(limit, now)
-            else:
-                minute = round(options.minute * NANOSECONDS)
-                self._policies[name] = make_policy(options.policy, limit, minute=minute, now=now)
+    def _limits(self) -> Iterator[tuple[str, int, Policy]]:
+        for name, limit in (("requests", self.options.rpm), ("tokens", self.options.tpm)):
+            if limit is not None:
+                yield name, limit, self._policies[name]
 
     def _decide(self, tokens: int, now: int) -> RateRefusal | Failure | None:
         always = self.options.always
@@ -167,19 +161,19 @@ class Enforcer:
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]
         if slots is not None and in_flight >= slots:
             return RateRefusal("concurrency", slots, in_flight, 1, None)
-        worst = None
-        for name, policy in self._policies.items():
+        refusals: list[RateRefusal] = []
+        for name, limit, policy in self._limits():
             amount = tokens if name == "tokens" else 1
-            wait = policy.wait(amount, now)
-            if wait == 0 or (worst and (worst.wait is None or (wait and wait <= worst.wait))):
-                continue
-            used = policy.limit - policy.remaining(now)
-            worst = RateRefusal(name, policy.limit, used, amount, wait)
-        return worst
+            wait = policy.wait(amount, limit, now)
+            if wait != 0:
+                used = limit - policy.remaining(limit, now)
+                refusals.append(RateRefusal(name, limit, used, amount, wait))
+        # The one that lasts longest.
+        return max(refusals, key=lambda each: (each.wait is None, each.wait or 0), default=None)
 
     def _charge(self, tokens: int, now: int) -> None:
-        for name, policy in self._policies.items():
-            policy.charge(tokens if name == "tokens" else 1, now)
+        for name, limit, policy in self._limits():
+            policy.charge(tokens if name == "tokens" else 1, limit, now)
         counts = self._counts
         counts["admitted"] += 1
         counts["tokens"] += tokens

@@ -33,7 +33,6 @@ class Options:
         latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
         always: Answer every call with this status.
         reply_tokens: Length to which text replies are padded.
-        seed: The seed of latencies.
         minute: Seconds a minute lasts. A short one makes tests on a real clock short.
         port: Port on 127.0.0.1; 0 takes a free one.
         clock: The clock of the limits, in integer nanoseconds.
@@ -51,7 +50,6 @@ class Options:
     latency: Latency = 0.0
     always: int | None = None
     reply_tokens: int = 0
-    seed: int = 0
     minute: float = 60.0
     port: int = 0
     clock: Callable[[], int] = time.monotonic_ns

@@ -5,136 +5,95 @@ With `tool_choice` it does as told. A response format gets the smallest valid JS
 question is repeated, so that an answer can be matched with its call.
 
 Reading is only as tolerant as the provider needs to be: what the model, the charge and the reply
-use is read, the rest of the body is ignored.
+use is read, the rest of the body is ignored. A part of the wrong JSON type raises whatever Python
+raises, which becomes an error 400.
 """
 
-import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-
-from asyncbucket.core.wording import is_integer
+from typing import Any, Final, TypeAlias
 
 Json: TypeAlias = Mapping[str, Any]
 
-IMAGE_CHARACTERS = 340
+IMAGE_CHARACTERS: Final = 340
 """An image in low detail is 85 tokens, which is this many characters at four a token."""
-_TEXT: Json = {"type": "string"}
-FILLER = " and so on"
-_MAX_TOKENS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-_MOST = 1_000_000
-"""The largest number of tokens or dimensions; any more would take long to make."""
-QUOTE = 200
+QUOTE: Final = 200
 """How much of a question is repeated."""
-
-
-class InvalidRequestError(Exception):
-    """The request is not what the endpoint takes; it becomes an error with this status."""
-
-    def __init__(self, message: str, *, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """What one call asks of the model.
-
-    Attributes:
-        model: The model's name, echoed.
-        characters: Length of all text in the request, tools and response format included.
-        question: The last message of the user.
-        observed: Whether a tool's result follows the question.
-        tools: The JSON schema of the parameters of each function offered, by its name.
-        forced: The tool that must be called, "required" for any or "none"; None if it may be.
-        schema: JSON schema of the reply; empty for any object, None for text.
-        max_tokens: Limit of the output, if any.
-        stream: Whether the reply is streamed.
-        include_usage: Whether a stream of chat chunks ends with the usage.
-    """
-
-    model: str
-    characters: int
-    question: str
-    observed: bool
-    tools: Mapping[str, Json]
-    forced: str | None
-    schema: Json | None
-    max_tokens: int | None
-    stream: bool
-    include_usage: bool
+_FILLER: Final = " and so on"
+_MAX_TOKENS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_MOST: Final = 1_000_000
+"""The largest number of tokens or dimensions; any more would take long to make."""
+#: Members of messages that are no text.
+_SILENT: Final = {"role", "type", "id", "call_id", "tool_call_id", "tool_use_id"}
+_TEXT: Final[Json] = {"type": "string"}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the model says: text, or the call of a tool with its arguments as text."""
 
+    model: str
     text: str
     tool: str | None
     truncated: bool
+    max_tokens: int | None
     prompt_tokens: int
     completion_tokens: int
 
 
-def read_prompt(endpoint: str, body: Json) -> Prompt:
-    """Read the body of chat/completions, responses or messages."""
-    model = read_model(body)
-    named = "input" if endpoint == "responses" else "messages"
-    messages = body.get(named)
-    if endpoint == "responses" and isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequestError(f"'{named}' must be a list of messages")
-    _, system_length, _ = _read_content(body.get("instructions") or body.get("system"))
-    question, observed, characters = _read_messages(messages)
-    tools = [tool.get("function") or tool for tool in body.get("tools") or ()]
+def answer(asked: Any, body: Json, *, reply_tokens: int = 0) -> Answer:
+    """Answer messages; a text is padded to `reply_tokens` and cut at the body's `max_tokens`.
+
+    Args:
+        asked: The messages of the body, or a text.
+        body: What else is asked: tools, a format.
+        reply_tokens: Length to which text replies are padded.
+    """
+    messages: list[Json] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not messages:
+        raise ValueError("there are no messages")
+    question, observed = _last_question(messages)
+    offered = [tool.get("function") or tool for tool in body.get("tools") or ()]
+    tools = {tool["name"]: tool for tool in offered if "name" in tool}
     reply_format = body.get("response_format") or (body.get("text") or {}).get("format") or {}
-    return Prompt(
-        model=model,
-        characters=characters + system_length + sum(map(_length, [*tools, reply_format])),
-        question=question,
-        observed=observed,
-        tools={
-            tool["name"]: tool.get("parameters") or tool.get("input_schema") or {}
-            for tool in tools
-            if "name" in tool
-        },
-        forced=_forced(body.get("tool_choice")),
-        schema=_schema(reply_format),
-        max_tokens=read_count(body, *_MAX_TOKENS),
-        stream=bool(body.get("stream")),
-        include_usage=bool((body.get("stream_options") or {}).get("include_usage")),
+    characters = _characters([messages, body.get("system"), body.get("instructions")])
+    characters += sum(len(json.dumps(part)) for part in (*offered, reply_format) if part)
+    max_tokens = read_count(body, *_MAX_TOKENS)
+    quote = question[:QUOTE]
+    most = None
+    tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
+    if tool is not None:
+        parameters = tools[tool].get("parameters") or tools[tool].get("input_schema") or {}
+        text = json.dumps(smallest_instance(parameters, text=quote or "text"))
+    else:
+        text = f"You said: {quote}"
+        if reply_format.get("type", "text") != "text":
+            schema = (reply_format.get("json_schema") or reply_format).get("schema", {})
+            text = json.dumps(smallest_instance(schema))
+        elif len(text) < reply_tokens * 4:
+            text = (text + _FILLER * reply_tokens)[: reply_tokens * 4]
+        most = None if max_tokens is None else max_tokens * 4
+    cut = text[:most]
+    return Answer(
+        model=str(body["model"]),
+        text=cut,
+        tool=tool,
+        truncated=len(cut) < len(text),
+        max_tokens=max_tokens,
+        prompt_tokens=tokens_of(characters),
+        completion_tokens=max(1, tokens_of(len(tool or "") + len(cut))),
     )
-
-
-def read_texts(body: Json) -> tuple[list[str], int]:
-    """Read what is to be embedded, texts or lists of token ids, and how many tokens that is."""
-    asked = body.get("input")
-    is_one = isinstance(asked, str) or (isinstance(asked, list) and asked and is_integer(asked[0]))
-    items: Any = [asked] if is_one else asked
-    if not isinstance(items, list) or not items:
-        raise InvalidRequestError("'input' must be a string or a list of strings")
-    tokens = sum(tokens_of(len(item)) if isinstance(item, str) else len(item) for item in items)
-    return [str(item) for item in items], tokens
-
-
-def read_model(body: Json) -> str:
-    """Read the name of the model."""
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequestError("you must provide a model parameter")
-    return model
 
 
 def read_count(body: Json, *names: str) -> int | None:
     """Read a number that may have several names; None if it isn't there."""
     for name in names:
         value = body.get(name)
-        if value is not None and not (is_integer(value) and 1 <= value <= _MOST):
-            raise InvalidRequestError(f"'{name}' must be an integer from 1 to {_MOST:,}")
         if value is not None:
+            if not 1 <= value <= _MOST:
+                raise ValueError(f"{name} must be from 1 to {_MOST:,}, not {value}")
             return int(value)
     return None
 
@@ -144,30 +103,13 @@ def tokens_of(characters: int) -> int:
     return -(-characters // 4)
 
 
-def answer(prompt: Prompt, *, reply_tokens: int = 0) -> Answer:
-    """Answer `prompt`; texts are padded to `reply_tokens` and cut at the prompt's `max_tokens`."""
-    prompt_tokens = tokens_of(prompt.characters)
-    tool = _tool_to_call(prompt)
-    if tool is not None:
-        quoted = prompt.question[:QUOTE] or "text"
-        text = json.dumps(smallest_instance(prompt.tools[tool], text=quoted))
-        return Answer(text, tool, False, prompt_tokens, tokens_of(len(tool + text)))
-    if prompt.schema is not None:
-        text = json.dumps(smallest_instance(prompt.schema))
-    else:
-        text = f"You said: {prompt.question[:QUOTE]}"
-        if len(text) < reply_tokens * 4:
-            text = (text + FILLER * reply_tokens)[: reply_tokens * 4]
-    most = len(text) if prompt.max_tokens is None else prompt.max_tokens * 4
-    cut = text[:most]
-    return Answer(cut, None, len(text) > most, prompt_tokens, max(1, tokens_of(len(cut))))
-
-
-def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = None) -> Any:
+def smallest_instance(  # noqa: PLR0911 - one for each type
+    schema: Json, *, text: str = "text", root: Json | None = None
+) -> Any:
     """Return a value that a JSON schema accepts, with only the required properties.
 
-    References into the schema itself, `enum`, `const`, `anyOf`, `oneOf`, and bounds of numbers and
-    lengths are understood; `allOf`, `pattern` and `format` aren't.
+    References into the schema itself, `enum`, `const`, `anyOf`, `oneOf`, `minItems` and
+    bounds of numbers are understood; `allOf`, `pattern` and lengths of strings aren't.
 
     Args:
         schema: A JSON schema; an empty one stands for any object.
@@ -177,27 +119,29 @@ def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = N
     root = schema if root is None else root
     while "$ref" in schema or "anyOf" in schema or "oneOf" in schema:
         schema = _followed(schema, root)
-    write = functools.partial(smallest_instance, text=text, root=root)
+
+    def write(part: Json) -> Any:
+        return smallest_instance(part, text=text, root=root)
+
     kind = schema.get("type") or ("object" if "properties" in schema or not schema else "string")
-    if isinstance(kind, list):
-        kind = "null" if "null" in kind else kind[0]
-    value: Any = None
     if "const" in schema or "enum" in schema:
-        value = schema["const"] if "const" in schema else schema["enum"][0]
-    elif kind == "object":
-        parts = schema.get("properties") or {}
-        names = schema.get("required", ())
-        value = {name: write(parts.get(name) or _TEXT) for name in names}
-    elif kind == "array":
-        value = [write(schema.get("items") or _TEXT) for _ in range(schema.get("minItems", 0))]
-    elif kind in ("integer", "number"):
-        least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
-        most = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - 1)
-        value = min(max(1, least), most)
-    elif kind != "null":
-        filled = text.ljust(schema.get("minLength", 0), "x")[: schema.get("maxLength")]
-        value = kind == "boolean" or filled
-    return value
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    match kind:
+        case "object":
+            parts, names = schema.get("properties") or {}, schema.get("required", ())
+            return {name: write(parts.get(name) or _TEXT) for name in names}
+        case "array":
+            return [write(schema.get("items") or _TEXT) for _ in range(schema.get("minItems", 0))]
+        case "integer" | "number":
+            least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+            most = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - 1)
+            return min(max(1, least), most)
+        case "null":
+            return None
+        case "boolean":
+            return True
+        case _:
+            return text
 
 
 def _followed(schema: Json, root: Json) -> Json:
@@ -212,63 +156,41 @@ def _followed(schema: Json, root: Json) -> Json:
     return next((option for option in options if option.get("type") == "null"), options[0])
 
 
-def _read_messages(messages: Sequence[Json]) -> tuple[str, bool, int]:
-    """Return the last question, whether a tool's result follows it, and all characters."""
-    question, observed, characters = "", False, 0
+def _last_question(messages: Iterable[Json]) -> tuple[str, bool]:
+    """Return the last question, and whether a tool's result follows it."""
+    question, observed = "", False
     for message in messages:
-        text, length, has_result = _read_content(message.get("content") or message.get("output"))
-        calls = message.get("tool_calls") or message.get("arguments")
-        characters += length + (len(calls) if isinstance(calls, str) else _length(calls))
-        role = message.get("role") or message.get("type")
-        if role in ("tool", "function", "function_call_output") or has_result:
+        content, role = message.get("content") or "", message.get("role") or message.get("type")
+        parts = [{"text": content}] if isinstance(content, str) else content
+        if role in ("tool", "function_call_output") or any(
+            part.get("type") == "tool_result" for part in parts
+        ):
             observed = True
         elif role == "user":
-            question, observed = text, False
-    return question, observed, characters
+            question, observed = "\n".join(part.get("text") or "" for part in parts), False
+    return question, observed
 
 
-def _read_content(content: Any) -> tuple[str, int, bool]:
-    """Return a message's text, its length with images and calls, and whether it has a tool's result."""
-    if content is None or isinstance(content, str):
-        return content or "", len(content or ""), False
-    texts: list[str] = []
-    length, has_result = 0, False
-    for part in content:
-        kind = str(part.get("type"))
-        has_result = has_result or kind == "tool_result"
-        inner, inner_length, _ = _read_content(part.get("content"))
-        texts.append(str(part.get("text") or part.get("refusal") or inner))
-        length += len(texts[-1]) if not inner else inner_length
-        length += IMAGE_CHARACTERS * ("image" in kind) + _length(part.get("input"))
-    return "\n".join(texts), length, has_result
-
-
-def _forced(choice: object) -> str | None:
-    """Read `tool_choice`: the tool's name, "required", "none", or None for the model's choice."""
-    if isinstance(choice, dict):
-        function = choice.get("function") or choice
-        choice = function.get("name") or choice.get("type")
-    return None if choice in (None, "auto") else "required" if choice == "any" else str(choice)
-
-
-def _schema(reply_format: Json) -> Json | None:
-    match reply_format.get("type"):
-        case "json_schema":
-            return (reply_format.get("json_schema") or reply_format).get("schema") or {}
-        case "json_object":
-            return {}
+def _characters(value: object) -> int:
+    """Count the characters of all text in a part of a request."""
+    match value:
+        case str():
+            return len(value)
+        case list():
+            return sum(map(_characters, value))
+        case {"type": str(kind)} if "image" in kind:
+            return IMAGE_CHARACTERS
+        case dict():
+            return sum(_characters(part) for name, part in value.items() if name not in _SILENT)
         case _:
-            return None
+            return 0
 
 
-def _tool_to_call(prompt: Prompt) -> str | None:
-    if not prompt.tools or prompt.forced == "none":
-        return None
-    if prompt.forced in (None, "required"):
-        wanted = prompt.forced == "required" or not prompt.observed
-        return next(iter(prompt.tools)) if wanted else None
-    return prompt.forced if prompt.forced in prompt.tools else None
-
-
-def _length(value: object) -> int:
-    return len(json.dumps(value)) if value else 0
+def _tool_to_call(choice: Any, tools: Mapping[str, Json], *, observed: bool) -> str | None:
+    """Return the tool that `tool_choice` names, or the first; None for an answer in text."""
+    if isinstance(choice, dict):
+        choice = (choice.get("function") or choice).get("name") or choice.get("type")
+    if choice in tools:
+        return str(choice)
+    wanted = choice in ("required", "any") or (choice == "auto" and not observed)
+    return next(iter(tools), None) if wanted else None

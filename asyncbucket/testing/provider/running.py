@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import importlib
-import json
+import pickle
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, get_args
 
 import uvicorn
 
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 Family: TypeAlias = Literal["httpx", "httpx2"]
 
-_HOST = "127.0.0.1"
-_BACKLOG = 4096
+_HOST: Final = "127.0.0.1"
+_BACKLOG: Final = 4096
 """Thousands of agents may connect in one instant."""
-_KEEP_ALIVE = 600
+_KEEP_ALIVE: Final = 600
 """Seconds. Longer than any client's own expiry, so no request meets a closing connection."""
-_STOPPING = 10.0
+_STOPPING: Final = 10.0
 """Seconds that a process gets to end."""
+_SERVE: Final = f"from {__name__} import serve_parent; serve_parent()"
 
 
 class Provider(Options, ABC):
@@ -56,20 +57,22 @@ class Provider(Options, ABC):
     @property
     def arrivals(self) -> list[Arrival]:
         """The latest million calls and whether they were admitted, oldest first."""
-        return [Arrival(*fields) for fields in self._ask("arrivals")]
+        arrivals: list[Arrival] = self._ask("arrivals")
+        return arrivals
 
     def statistics(self) -> ProviderStatistics:
         """Take a snapshot of what was seen since the start."""
-        return ProviderStatistics(**self._ask("statistics"))
+        statistics: ProviderStatistics = self._ask("statistics")
+        return statistics
 
     def reconfigure(self, **changes: Any) -> None:
-        """Change limits, latency, error rate and the like; what was used stays used.
+        """Change limits, latency and the like; what was used stays used.
 
         Raises:
             ValueError: For a value out of range, or an option that is fixed at the start.
             TypeError: There is no such option.
         """
-        self._ask("reconfigure", **changes)
+        self._ask("reconfigure", changes)
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -80,7 +83,7 @@ class Provider(Options, ABC):
             count: How many calls.
             failure: `status`, `code`, `retry_after` and `after_chunks`, as `Failure` has them.
         """
-        self._ask("fail_next", count=count, **asdict(Failure(**failure)))
+        self._ask("fail_next", count, Failure(**failure))
 
     @abstractmethod
     def start(self) -> None:
@@ -91,7 +94,8 @@ class Provider(Options, ABC):
         """Stop, and return when nothing is left. Done by leaving the context. Idempotent."""
 
     @abstractmethod
-    def _ask(self, command: str, **arguments: Any) -> Any: ...
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        """Call a method of the `Enforcer`."""
 
     def __enter__(self) -> Self:
         self.start()
@@ -109,21 +113,6 @@ class Provider(Options, ABC):
     def __repr__(self) -> str:
         given = "".join(f" {name}={value}" for name, value in self.given().items())
         return f"<{type(self).__name__}{given} {self._url or 'not running'}>"
-
-
-def carry_out(enforcer: Enforcer, command: str, arguments: dict[str, Any]) -> Any:
-    """Do what a `Provider` was asked to do; return it in values that JSON can hold."""
-    match command:
-        case "arrivals":
-            return enforcer.arrivals()
-        case "statistics":
-            return asdict(enforcer.statistics())
-        case "fail_next":
-            return enforcer.fail_next(arguments.pop("count"), Failure(**arguments))
-        case _:
-            if isinstance(arguments.get("latency"), list):
-                arguments["latency"] = tuple(arguments["latency"])
-            return enforcer.reconfigure(**arguments)
 
 
 class RateLimitedProvider(Provider):
@@ -194,21 +183,18 @@ class RateLimitedProvider(Provider):
     def start(self) -> None:
         if self._server is not None:
             raise RuntimeError(f"the provider runs already, at {self.url}")
-        self._server = _ProviderServer(self.app, self.port)
-        try:
-            self._server.start()
-        except BaseException:
-            self._server = None
-            raise
-        self._url = f"http://{_HOST}:{self._server.port}"
+        server = _ProviderServer(self.app, self.port)
+        server.start()
+        self._server = server
+        self._url = f"http://{_HOST}:{server.port}"
 
     def stop(self) -> None:
         if self._server is not None:
             server, self._server = self._server, None
             server.stop()
 
-    def _ask(self, command: str, **arguments: Any) -> Any:
-        return carry_out(self.enforcer, command, arguments)
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        return getattr(self.enforcer, command)(*arguments)
 
 
 class ProviderProcess(Provider):
@@ -226,9 +212,9 @@ class ProviderProcess(Provider):
         super().__post_init__()
         if "clock" in self.given() or callable(self.latency):
             raise ValueError("a clock or a callable latency can't be sent to another process")
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._lock = Lock()
-        self._last_statistics = asdict(ProviderStatistics())
+        self._last_statistics = ProviderStatistics()
 
     @property
     def pid(self) -> int | None:
@@ -238,38 +224,33 @@ class ProviderProcess(Provider):
     def start(self) -> None:
         if self._process is not None:
             raise RuntimeError(f"the provider runs already, at {self.url}")
-        options = [
-            f"--{name.replace('_', '-')}={':'.join(map(str, value)) if isinstance(value, tuple) else value}"
-            for name, value in self.given().items()
-        ]
-        self._process = process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
-            [sys.executable, "-m", "asyncbucket.testing.provider", "--commands", *options],
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
+            [sys.executable, "-c", _SERVE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             process_group=0,  # the parent handles Ctrl-C, and ends this process
         )
-        assert process.stdout is not None
-        self._url = process.stdout.readline().strip().removesuffix("/v1")
-        if not self._url:
-            status = process.wait()
-            self.stop()
-            raise RuntimeError(f"the provider's process ended with status {status} at its start")
+        try:
+            self._url = self._ask("start", self.given())
+        except BaseException:
+            self._end(self._process)
+            raise
 
     def stop(self) -> None:
-        if self._process is None:
-            return
-        with contextlib.suppress(RuntimeError):  # it may be dead already
-            self._last_statistics = self._ask("statistics")
-        process, self._process = self._process, None
+        if self._process is not None:
+            with contextlib.suppress(RuntimeError):  # it may be dead already
+                self._last_statistics = self._ask("statistics")
+            self._end(self._process)
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = None
         try:
             process.communicate(timeout=_STOPPING)  # closes its standard input, upon which it ends
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
 
-    def _ask(self, command: str, **arguments: Any) -> Any:
-        """Send a command as a line of JSON, and read the answer from another."""
+    def _ask(self, command: str, *arguments: Any) -> Any:
         process = self._process
         if process is None and command == "statistics":
             return self._last_statistics
@@ -279,19 +260,44 @@ class ProviderProcess(Provider):
         assert process.stdout is not None
         with self._lock:
             try:
-                process.stdin.write(json.dumps([command, arguments]) + "\n")
+                pickle.dump((command, arguments), process.stdin)
                 process.stdin.flush()
-                line = process.stdout.readline()
-            except OSError:
-                line = ""
-        if not line:
-            raise RuntimeError(
-                f"the provider's process doesn't answer (its exit status: {process.poll()})"
-            )
-        answer, error = json.loads(line)
+                answer, error = pickle.load(process.stdout)  # noqa: S301 - our own child
+            except (OSError, EOFError) as exc:
+                raise RuntimeError(
+                    f"the provider's process doesn't answer (its exit status: {process.poll()})"
+                ) from exc
         if error is not None:
-            raise (TypeError if error[0] == "TypeError" else ValueError)(error[1])
+            raise error
         return answer
+
+
+def serve_parent() -> None:
+    """Be the process of a `ProviderProcess`: obey its commands until it closes standard input."""
+    commands, answers = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # whatever is printed, it is no answer
+    # Ctrl-C goes to all processes of a terminal; the parent says when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    provider = RateLimitedProvider()
+
+    def start(options: dict[str, Any]) -> str:
+        nonlocal provider
+        provider = RateLimitedProvider(**options)
+        provider.start()
+        return provider.url
+
+    with contextlib.suppress(EOFError):
+        while True:
+            command, arguments = pickle.load(commands)  # noqa: S301 - our own parent
+            obey = start if command == "start" else getattr(provider.enforcer, command)
+            answer: tuple[Any, Exception | None]
+            try:
+                answer = obey(*arguments), None
+            except (OSError, TypeError, ValueError) as exc:
+                answer = None, exc
+            pickle.dump(answer, answers)
+            answers.flush()
+    provider.stop()
 
 
 class _ProviderServer(uvicorn.Server):
@@ -322,11 +328,7 @@ class _ProviderServer(uvicorn.Server):
     def start(self) -> None:
         """Start the thread and return when the server answers."""
         self._thread.start()
-        try:
-            self._ready.result()
-        except Exception as exc:
-            self._socket.close()
-            raise RuntimeError("the provider's server did not start") from exc
+        self._ready.result()
 
     def stop(self) -> None:
         """Cut off what is left, and return when thread and socket are gone."""
