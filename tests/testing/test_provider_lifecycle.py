@@ -27,6 +27,9 @@ CALL: dict[str, Any] = {
 }
 
 
+KINDS = [RateLimitedProvider, ProviderProcess]
+
+
 def call(provider: RateLimitedProvider | ProviderProcess) -> httpx.Response:
     return httpx.post(f"{provider.base_url}/chat/completions", **CALL)
 
@@ -86,12 +89,10 @@ def test_stopped_provider_can_be_started_again() -> None:
     assert provider.statistics().admitted == 2
 
 
-def test_provider_that_is_not_running_raises_with_remedy() -> None:
-    for provider in (RateLimitedProvider(), ProviderProcess()):
-        with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
-            _ = provider.base_url
-    with pytest.raises(RuntimeError, match="isn't running"):
-        ProviderProcess().fail_next()
+@pytest.mark.parametrize("kind", KINDS)
+def test_provider_that_is_not_running_raises_with_remedy(kind: Any) -> None:
+    with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
+        _ = kind().base_url
 
 
 async def test_provider_process_has_the_interface_of_the_provider() -> None:
@@ -112,6 +113,8 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
         assert call(provider).status_code == 429
         with pytest.raises(ValueError, match="policy can't change while the provider runs"):
             provider.reconfigure(policy="fixed_window")
+        with pytest.raises(TypeError, match="unexpected keyword argument 'rpms'"):
+            provider.reconfigure(rpms=3)
         with pytest.raises(RuntimeError, match="runs already"):
             provider.start()
         running = provider.statistics()
@@ -142,7 +145,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
+@pytest.mark.parametrize("kind", KINDS)
 def test_port_in_use_is_an_error_at_a_start_that_can_be_retried(kind: Any) -> None:
     with RateLimitedProvider() as first:
         second = kind(port=urlsplit(first.url).port)
@@ -200,6 +203,7 @@ def test_command_that_cannot_start_prints_a_one_line_error() -> None:
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -214,43 +218,30 @@ def test_command_that_cannot_start_prints_a_one_line_error() -> None:
         ({"latency": (2, 1)}, r"latency must be seconds >= 0 or \(low, high\), not \(2, 1\)"),
         ({"latency": float("nan")}, "latency must be .* not nan"),
         ({"always": 200}, "status must be 400 to 599, not 200"),
+        ({"clock": time.monotonic}, "clock must return integer nanoseconds"),
+        ({"rpms": 3}, "unexpected keyword argument 'rpms'"),
     ],
 )
-def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
-    for provider in (RateLimitedProvider, ProviderProcess):
-        with pytest.raises(ValueError, match=message):
-            provider(**options)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "error", "message"),
-    [
-        (RateLimitedProvider, {"rpms": 3}, TypeError, "unexpected keyword argument 'rpms'"),
-        (ProviderProcess, {"rpms": 3}, TypeError, "unexpected keyword argument 'rpms'"),
-        (
-            RateLimitedProvider,
-            {"clock": time.monotonic},
-            TypeError,
-            "clock must return integer nanoseconds",
-        ),
-        (ProviderProcess, {"clock": time.time_ns}, ValueError, "can't be sent to another process"),
-        (ProviderProcess, {"latency": time.time}, ValueError, "can't be sent to another process"),
-    ],
-)
-def test_option_that_no_provider_takes_is_refused(
-    kind: Any, options: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
+def test_invalid_option_is_refused_at_once(kind: Any, options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         kind(**options)
 
 
-@pytest.mark.parametrize("kind", [RateLimitedProvider, ProviderProcess])
-def test_invalid_change_or_scripted_failure_is_refused_at_once(kind: Any) -> None:
-    with pytest.raises(ValueError, match="status must be 400 to 599, not 200"):
-        kind().fail_next(status=200)
-    with pytest.raises(ValueError, match=r"retry_after must be finite and >= 0 s, not -1"):
-        kind().fail_next(retry_after=-1)
-    with pytest.raises(ValueError, match="after_chunks must be a whole number of at least 0"):
-        kind().fail_next(after_chunks=-1)
-    with pytest.raises((TypeError, RuntimeError)):
-        kind().reconfigure(rpms=3)
+@pytest.mark.parametrize("options", [{"clock": time.time_ns}, {"latency": time.time}])
+def test_function_cannot_be_sent_to_a_process(options: Any) -> None:
+    with pytest.raises(ValueError, match="can't be sent to another process"):
+        ProviderProcess(**options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ({"status": 200}, "status must be 400 to 599, not 200"),
+        ({"retry_after": -1}, "retry_after must be finite and >= 0 s, not -1"),
+        ({"after_chunks": -1}, "after_chunks must be a whole number of at least 0"),
+    ],
+)
+def test_invalid_failure_is_refused_at_once(kind: Any, failure: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind().fail_next(**failure)

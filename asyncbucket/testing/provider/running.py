@@ -32,6 +32,8 @@ _BACKLOG: Final = 4096
 """Thousands of agents may connect in one instant."""
 _KEEP_ALIVE: Final = 600
 """Seconds. Longer than any client's own expiry, so no request meets a closing connection."""
+_STARTING: Final = 60.0
+"""Seconds that a server gets to start; a thread's own error is on standard error."""
 _STOPPING: Final = 10.0
 """Seconds that a process gets to end."""
 _SERVE: Final = f"from {__name__} import serve_parent; serve_parent()"
@@ -322,26 +324,22 @@ class _ProviderServer(uvicorn.Server):
         #: Resolved with what stops the server, once it answers.
         self._ready: Future[Callable[[], object]] = Future()
         self._thread = threading.Thread(
-            target=self._run, name=f"asyncbucket-provider:{self.port}", daemon=True
+            target=asyncio.run,
+            args=(self.serve([self._socket]),),
+            name=f"asyncbucket-provider:{self.port}",
+            daemon=True,
         )
 
     def start(self) -> None:
         """Start the thread and return when the server answers."""
         self._thread.start()
-        self._ready.result()
+        self._ready.result(_STARTING)
 
     def stop(self) -> None:
         """Cut off what is left, and return when thread and socket are gone."""
         self._ready.result()()
         self._thread.join()
         self._socket.close()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self.serve([self._socket]))
-        except BaseException as exc:  # noqa: BLE001 - handed over to the thread that waits
-            if not self._ready.done():
-                self._ready.set_exception(exc)
 
     async def main_loop(self) -> None:
         stopped = asyncio.Event()
