@@ -259,8 +259,8 @@ class Doors:
             port: where to listen on 127.0.0.1; by default any that is free.
 
         Raises:
-            ValueError: there is no such port.
             OSError: the port is taken.
+            OverflowError: a port is from 0 to 65535.
         """
         from asyncbucket.telemetry.stats import serve_stats
 

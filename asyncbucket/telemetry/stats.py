@@ -24,11 +24,9 @@ from urllib.parse import urlsplit
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.wording import is_integer
 from asyncbucket.telemetry.metrics import check_source, with_children
 
 _HOST: Final = "127.0.0.1"
-_LAST_PORT: Final = 65_535
 
 
 def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
@@ -107,8 +105,9 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int = 0) -> Stat
         port: 0 for any free one; `StatsServer.url` shows which.
 
     Raises:
-        ValueError: there is no such port, or two limiters have the same name.
+        ValueError: two limiters have the same name.
         TypeError: one of ``limiters`` is not a `Limiter`.
+        OverflowError: a port is from 0 to 65535.
         OSError: the port is taken, or not available; the message says which.
     """
     served = [limiters] if isinstance(limiters, Limiter) else list(limiters)
@@ -119,10 +118,6 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int = 0) -> Stat
         raise ValueError(
             f"limiters to be shown are called {', '.join(map(repr, names))}: give each a name= of "
             f"its own, and leave out children, which are seen with their parents"
-        )
-    if not is_integer(port) or not 0 <= port <= _LAST_PORT:
-        raise ValueError(
-            f"port must be a whole number from 0 (any that is free) to {_LAST_PORT}, not {port!r}"
         )
     return StatsServer(served, port)
 

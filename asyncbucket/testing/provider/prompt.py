@@ -60,22 +60,15 @@ def answer(asked: Any, body: Json, *, reply_tokens: int = 0) -> Answer:
     reply_format = body.get("response_format") or (body.get("text") or {}).get("format") or {}
     characters = _characters([messages, body.get("system"), body.get("instructions")])
     characters += sum(len(json.dumps(part)) for part in (*offered, reply_format) if part)
+    tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
     max_tokens = read_count(body, *_MAX_TOKENS)
     quote = question[:QUOTE]
-    most = None
-    tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
     if tool is not None:
         parameters = tools[tool].get("parameters") or tools[tool].get("input_schema") or {}
-        text = json.dumps(smallest_instance(parameters, text=quote or "text"))
+        text = cut = json.dumps(smallest_instance(parameters, text=quote or "text"))
     else:
-        text = f"You said: {quote}"
-        if reply_format.get("type", "text") != "text":
-            schema = (reply_format.get("json_schema") or reply_format).get("schema", {})
-            text = json.dumps(smallest_instance(schema))
-        elif len(text) < reply_tokens * 4:
-            text = (text + _FILLER * reply_tokens)[: reply_tokens * 4]
-        most = None if max_tokens is None else max_tokens * 4
-    cut = text[:most]
+        text = _text(f"You said: {quote}", reply_format, reply_tokens)
+        cut = text if max_tokens is None else text[: max_tokens * 4]
     return Answer(
         model=str(body["model"]),
         text=cut,
@@ -85,6 +78,14 @@ def answer(asked: Any, body: Json, *, reply_tokens: int = 0) -> Answer:
         prompt_tokens=tokens_of(characters),
         completion_tokens=max(1, tokens_of(len(tool or "") + len(cut))),
     )
+
+
+def _text(text: str, reply_format: Json, tokens: int) -> str:
+    """Return JSON if a format asks for it, else `text`, padded to so many tokens."""
+    if reply_format.get("type", "text") != "text":
+        schema = (reply_format.get("json_schema") or reply_format).get("schema", {})
+        return json.dumps(smallest_instance(schema))
+    return text if len(text) >= tokens * 4 else (text + _FILLER * tokens)[: tokens * 4]
 
 
 def read_count(body: Json, *names: str) -> int | None:

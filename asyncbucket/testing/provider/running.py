@@ -265,7 +265,7 @@ class ProviderProcess(Provider):
                 pickle.dump((command, arguments), process.stdin)
                 process.stdin.flush()
                 answer, error = pickle.load(process.stdout)  # noqa: S301 - our own child
-            except (OSError, EOFError) as exc:
+            except (OSError, EOFError, pickle.UnpicklingError) as exc:
                 raise RuntimeError(
                     f"the provider's process doesn't answer (its exit status: {process.poll()})"
                 ) from exc
