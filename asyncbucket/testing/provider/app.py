@@ -228,20 +228,17 @@ class _Exchange:
 
     def _headers(self) -> dict[str, str]:
         """Return the request's id, and limit, remainder and reset of each limit."""
-        is_anthropic = self.endpoint == "messages"
-        headers = {"request-id" if is_anthropic else "x-request-id": f"req_{self._number}"}
+        key, shown = "x-request-id", "x-ratelimit-{part}-{name}"
+        if self.endpoint == "messages":
+            key, shown = "request-id", "anthropic-ratelimit-{name}-{part}"
+        headers = {key: f"req_{self._number}"}
         for name, limit, remaining, reset in self._enforcer.budget():
-            if is_anthropic:
+            full = go_duration(reset)
+            if self.endpoint == "messages":
                 until = datetime.now(UTC) + timedelta(seconds=reset / NANOSECONDS)
                 full = until.isoformat(timespec="seconds").replace("+00:00", "Z")
-            else:
-                full = go_duration(reset)
             for part, value in {"limit": limit, "remaining": remaining, "reset": full}.items():
-                openai, anthropic = (
-                    f"x-ratelimit-{part}-{name}",
-                    f"anthropic-ratelimit-{name}-{part}",
-                )
-                headers[anthropic if is_anthropic else openai] = str(value)
+                headers[shown.format(part=part, name=name)] = str(value)
         return headers
 
 
