@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket.feedback.adaptive import Adaptive
@@ -234,6 +234,7 @@ def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
     assert adaptive.size == 18
 
 
+@settings(deadline=None)
 @given(
     least=st.integers(1, 5),
     more=st.integers(0, 60),
