@@ -34,7 +34,7 @@ from asyncbucket.providers.errors import FIRST_ERROR
 
 if TYPE_CHECKING:
     from asyncbucket.providers.learn import HeaderReader
-    from asyncbucket.providers.profiles import Profile, ProviderProfile
+    from asyncbucket.providers.profiles import Profile
 
 
 class LeaseRef:
@@ -73,7 +73,7 @@ class HeldLease(LeaseRef):
         self._header_reader = header_reader
         self._sent_at: float | None = None
         #: The profile of the provider that its requests go to, once one was seen to leave.
-        self.profile: ProviderProfile | None = None
+        self.profile: Profile | None = None
         self.outer = _HELD.get()
         #: Requests that were seen to leave under this lease.
         self.requests = 0

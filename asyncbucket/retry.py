@@ -243,7 +243,6 @@ class Retrier:
         policy = self.policy
         return self._refusals.pause(
             verdict.retry_after,
-            whole_after=verdict.whole_after,
             first=policy.backoff,
             longest=policy.max_wait,
             sent_at=sent_at,

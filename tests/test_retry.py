@@ -297,14 +297,8 @@ def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
     assert passed == [("retried", 0.0), ("other", 0.0), ("retried", 5.0)]
 
 
-def refused(retry_after: float | None = None, *, whole_after: float | None = None) -> Verdict:
-    return Verdict(
-        retry=True,
-        reason="HTTP 429",
-        retry_after=retry_after,
-        whole_after=whole_after,
-        rate_limited=True,
-    )
+def refused(retry_after: float | None = None) -> Verdict:
+    return Verdict(retry=True, reason="HTTP 429", retry_after=retry_after, rate_limited=True)
 
 
 def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> None:

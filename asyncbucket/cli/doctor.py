@@ -30,9 +30,7 @@ _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("
 _SDKS: Final = {"openai": 3, "anthropic": 1}
 _FAMILIES: Final = ("httpx", "httpx2")
 #: The packages of asyncbucket's extras that have a range of versions worth checking.
-_CHECKED: Final = frozenset(
-    {"llama-index-core", "stamina", "redis", "prometheus-client", "durationpy"}
-)
+_CHECKED: Final = frozenset({"llama-index-core", "stamina", "redis", "prometheus-client"})
 _PREFIX: Final = "ASYNCBUCKET_"
 #: The limiter that is made in a store for this check; nobody else uses it.
 _NAME: Final = "asyncbucket-doctor"
@@ -135,9 +133,6 @@ def http_clients() -> Iterator[Finding]:
     else:
         nothing = "no client is installed, so limiter.transport() has nothing to pace"
         yield Finding("HTTP", "note", nothing, "pip install httpx")
-    if found and version_of("durationpy") is None:
-        unread = "headers that say durations such as 6m0s cannot be read"
-        yield Finding("HTTP", "note", unread, 'pip install "asyncbucket[http]"')
     retrying: list[str] = []
     for package, first_httpx2_major in _SDKS.items():
         number = version_of(package)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asyncbucket.batch import Item, Results
     from asyncbucket.batch.results import MapOptions
     from asyncbucket.core.limiter import Limiter
-    from asyncbucket.http.transport import TransportOptions
+    from asyncbucket.http.transport import PacedTransport, TransportOptions
     from asyncbucket.llama_index.wrap import WrapOptions
     from asyncbucket.telemetry.stats import StatsServer
     from asyncbucket.telemetry.trace import Trace
@@ -161,32 +161,31 @@ class Doors:
 
         return wrap(obj, cast("Limiter", self), **options)
 
-    def transport(self, inner: Any = None, **options: Unpack["TransportOptions"]) -> Any:
-        """Return a paced transport for ``httpx.AsyncClient`` or ``httpx2.AsyncClient``.
+    def transport(
+        self, inner: Any = None, **options: Unpack["TransportOptions"]
+    ) -> "PacedTransport":
+        """Return a paced transport for any client of httpx or httpx2, async or synchronous.
 
         Each HTTP attempt waits for its admission, and holds its slot until the body of the reply is
-        read, closed or dropped. Everything else is unchanged. Needs ``asyncbucket[http]``.
+        read, closed or dropped. Everything else is unchanged.
 
         >>> http = httpx.AsyncClient(transport=limiter.transport())
         >>> client = AsyncOpenAI(http_client=http, max_retries=0)
 
         Args:
             inner: the transport that sends the requests; by default the client's own kind.
-            options: ``family=``, ``profile=``, ``learn=`` and ``routes=``, as in
-                `asyncbucket.http.transport.transport`.
+            options: ``profile=``, ``learn=`` and ``routes=``, as in
+                `asyncbucket.http.transport.PacedTransport`.
 
         Raises:
             ValueError, TypeError: an option cannot be understood.
         """
-        from asyncbucket.http.transport import transport
+        from asyncbucket.http.transport import PacedTransport
 
-        return transport(cast("Limiter", self), inner, **options)
+        return PacedTransport(cast("Limiter", self), inner, **options)
 
-    def transport_sync(self, inner: Any = None, **options: Unpack["TransportOptions"]) -> Any:
-        """Return a paced transport for ``httpx.Client`` or ``httpx2.Client``; see `transport`."""
-        from asyncbucket.http.transport import transport_sync
-
-        return transport_sync(cast("Limiter", self), inner, **options)
+    #: The same, for those who look for it.
+    transport_sync = transport
 
     def http_client(self, **options: Any) -> Any:
         """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.

@@ -1,8 +1,7 @@
 """Any SDK on httpx or httpx2, paced: every HTTP attempt waits its turn, and headers are read.
 
 The entry points are `Limiter.transport`, `Limiter.transport_sync` and `Limiter.http_client`. This
-module has the profiles of known providers, and `Profile`, which describes a provider of your own;
-see `profiles`.
+module has the profiles of known providers, and `Profile`, which describes a provider of your own.
 """
 
 from asyncbucket.providers.profiles import (
@@ -13,7 +12,6 @@ from asyncbucket.providers.profiles import (
     OPENAI,
     Call,
     Profile,
-    ProviderProfile,
     Told,
 )
 from asyncbucket.providers.usage import Usage
@@ -26,7 +24,6 @@ __all__ = [
     "OPENAI",
     "Call",
     "Profile",
-    "ProviderProfile",
     "Told",
     "Usage",
 ]

@@ -11,10 +11,9 @@ from typing import Any, Final
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
-from asyncbucket.http.pricing import Lane
+from asyncbucket.http.lanes import PricedRequest
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
-from asyncbucket.providers.learn import header_pairs
-from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.headers import header_pairs
 from asyncbucket.providers.request import (
     is_input_only,
     read_json,
@@ -33,24 +32,18 @@ class Attempt:
     """Hold a lease until a call is over, and note the usage that passes.
 
     Args:
-        lane: what is known of the limiter.
+        priced: the request.
         lease: what the attempt holds.
-        call: the request as it was priced.
-        profile: how its provider counts.
         teaches: whether the headers of its reply are the provider's.
     """
 
-    def __init__(
-        self, lane: Lane, lease: Lease, call: Call, profile: Profile, *, teaches: bool
-    ) -> None:
+    def __init__(self, priced: PricedRequest, lease: Lease, *, teaches: bool) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
-        self._lane = lane
+        self._lane, self._call, self._profile, _ = priced
         self._lease = lease
-        self._call = call
-        self._profile = profile
         self._teaches = teaches
-        self._sent_at = lane.limiter.now()
+        self._sent_at = self._lane.limiter.now()
         self._ended = False
         self._reply: Any = None
         self._tail: Tail | None = None

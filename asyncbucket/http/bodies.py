@@ -168,7 +168,7 @@ def decoded(data: bytes, encoding: str) -> bytes:
     limit = _MAX_DECODED_BYTES + 1
     try:
         if encoding in ("gzip", "deflate"):
-            found = _inflated(data, limit)
+            found = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit)
         elif encoding == "br":
             unpacker = importlib.import_module("brotli").Decompressor()
             found = unpacker.process(data, output_buffer_limit=limit)
@@ -180,11 +180,3 @@ def decoded(data: bytes, encoding: str) -> bytes:
     except Exception:  # noqa: BLE001 - not installed, too old, or not what it says
         return b""
     return found if len(found) < limit else b""
-
-
-def _inflated(data: bytes, limit: int) -> bytes:
-    """Return what zlib makes of gzip, of deflate, or of deflate without a header."""
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit)
-    except zlib.error:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limit)

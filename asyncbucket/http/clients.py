@@ -3,20 +3,12 @@
 import functools
 import importlib.util
 import sys
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.routes import Routing
-from asyncbucket.http.transport import (
-    FAMILIES,
-    POOL,
-    Family,
-    PacedTransport,
-    check_family,
-    family_of,
-    library_named,
-)
+from asyncbucket.http.lanes import Routing
+from asyncbucket.http.transport import FAMILIES, POOL, PacedTransport, family_of, library_named
 from asyncbucket.providers.profiles import Profile
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
@@ -30,7 +22,7 @@ _SDK_CLIENT: Final = "DefaultHttpxClient"
 def http_client(
     limiter: Limiter,
     *,
-    family: Family = "auto",
+    family: Literal["auto", "httpx", "httpx2"] = "auto",
     sync: bool = False,
     profile: Profile | str | None = None,
     learn: bool = True,
@@ -56,7 +48,8 @@ def http_client(
         ImportError: the library is not installed.
         ValueError: ``family`` or ``profile`` is not known, or imported SDKs are built on both.
     """
-    check_family(family)
+    if family not in ("auto", *FAMILIES):
+        raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
     library = library_named(_wanted_family() if family == "auto" else family)
     defaults = {
         "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),

@@ -17,21 +17,36 @@ which host was asked in the first place: what the headers of another host say is
 
 import importlib
 import logging
-from typing import Any, Final, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
 from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
 from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.bodies import reply_body, request_body
-from asyncbucket.http.pricing import RequestReader
-from asyncbucket.http.routes import Routing
+from asyncbucket.http.lanes import Lanes, Routing
 from asyncbucket.nesting import give_up_slots, paying_limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
 
-Family = Literal["auto", "httpx", "httpx2"]
+if TYPE_CHECKING:
+    import httpx
+    import httpx2
+
+    class _AnyTransport(
+        httpx.AsyncBaseTransport,
+        httpx.BaseTransport,
+        httpx2.AsyncBaseTransport,
+        httpx2.BaseTransport,
+    ):
+        """A transport for any client, to type checkers; the libraries themselves ask for no base."""
+
+        async def handle_async_request(self, request: Any) -> Any: ...
+        def handle_request(self, request: Any) -> Any: ...
+
+else:
+    _AnyTransport = object
 
 FAMILIES: Final = ("httpx", "httpx2")
 #: The SDKs' pool size; the limiter decides how many calls are in flight.
@@ -62,13 +77,12 @@ class _Note:
 class TransportOptions(TypedDict, total=False):
     """What `Limiter.transport` takes by keyword."""
 
-    family: Family
     profile: Profile | str | None
     learn: bool
     routes: Routing | None
 
 
-class PacedTransport:
+class PacedTransport(_AnyTransport):
     """Pace every request of a client, async or synchronous, by ``limiter``.
 
     A synchronous client blocks its thread while it waits. A client that is given a transport ignores
@@ -78,20 +92,19 @@ class PacedTransport:
 
     Args:
         limiter: what admits the requests.
-        inner: the transport that sends them; it is closed with this one. By default the library's
-            own, with the SDKs' pool of 1,000 connections; each event loop gets one of its own.
-        family: the library of the default ``inner``; ``"auto"`` takes that of the first request.
+        inner: the transport that sends them; it is closed with this one. By default that of the
+            first request's library, with the SDKs' pool of 1,000 connections; each event loop gets
+            one of its own.
         profile: a provider's name or a profile; by default it is found by the host of each request.
         learn: read what headers say is left; a limiter without limits adopts those that they
             announce.
         routes: which child a request is for, by its path and model, with wildcards:
-            ``{"/v1/embeddings": "embeddings", "gpt-4o*": "big"}``; see `asyncbucket.http.routes`.
+            ``{"/v1/embeddings": "embeddings", "gpt-4o*": "big"}``; see `asyncbucket.http.lanes`.
             A refusal then pauses that child.
 
     Raises:
-        ValueError: ``family``, ``profile`` or a route cannot be understood.
+        ValueError: ``profile`` or a route cannot be understood.
         TypeError: ``inner`` is not a transport, or a route's target is not a child or a name.
-        ImportError: the library that ``family`` names is not installed.
     """
 
     def __init__(
@@ -99,12 +112,10 @@ class PacedTransport:
         limiter: Limiter,
         inner: Any = None,
         *,
-        family: Family = "auto",
         profile: Profile | str | None = None,
         learn: bool = True,
         routes: Routing | None = None,
     ) -> None:
-        check_family(family)
         sends = any(callable(getattr(inner, method, None)) for method in _METHODS)
         if inner is not None and (isinstance(inner, type) or not sends):
             what = inner if isinstance(inner, type) else type(inner).__name__
@@ -113,11 +124,10 @@ class PacedTransport:
             )
         self.limiter: Limiter = limiter
         self._inner = inner
-        self._family = None if family == "auto" else library_named(family)
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
         self._making = Lock()
-        self._reader = RequestReader(limiter, profile=profile, learn=learn, routes=routes)
+        self._lanes = Lanes(limiter, profile=profile, learn=learn, routes=routes)
         self._counted = self._seen_failure = False
         self._warned: set[str] = set()
 
@@ -156,20 +166,19 @@ class PacedTransport:
         above: _Note | None = extensions.get(_NOTE)
         first_host = host if above is None else above.host
         teaches = host == first_host
-        lane, call, profile, cost = self._reader.read(request, teaches=teaches)
-        limiter = lane.limiter
+        priced = self._lanes.read(request, teaches=teaches)
+        limiter = priced.lane.limiter
         self._check(request)
-        if cost is None or self._is_paid(limiter, above):
+        if priced.cost is None or self._is_paid(limiter, above):
             sent_at = limiter.now()
             reply = await io.call(send, request)
             if teaches:
-                ok = reply.status_code < FIRST_ERROR
-                lane.header_reader.read(reply.headers, profile, since=sent_at, ok=ok)
+                ok, reader = reply.status_code < FIRST_ERROR, priced.lane.header_reader
+                reader.read(reply.headers, priced.profile, since=sent_at, ok=ok)
             return reply
         give_up_slots(limiter)
-        attempt = Attempt(
-            lane, await io.acquire(limiter, cost=cost), call, profile, teaches=teaches
-        )
+        lease = await io.acquire(limiter, cost=priced.cost)
+        attempt = Attempt(priced, lease, teaches=teaches)
         note = _Note(limiter, first_host)
         request.extensions = {**extensions, _NOTE: note}
         body = request.stream
@@ -206,7 +215,7 @@ class PacedTransport:
         if family is None:
             what = type(request).__name__
             raise TypeError(f"a transport sends requests of httpx or httpx2, not {what}")
-        library = self._family or library_named(family)
+        library = library_named(family)
         limits = library.Limits(**POOL)
         with self._making:  # the first requests may come on several threads
             if method not in self._made and method == "handle_request":
@@ -293,16 +302,6 @@ class PacedTransport:
             self.close()
         else:
             self._inner.__exit__(*error)
-
-
-#: One transport serves both kinds of client; both names are in use.
-transport = transport_sync = PacedTransport
-
-
-def check_family(family: str) -> None:
-    """Raise a `ValueError` unless ``family`` is a library, or ``"auto"``."""
-    if family != "auto" and family not in FAMILIES:
-        raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
 
 
 def library_named(family: str) -> Any:

@@ -8,9 +8,8 @@ contains only a status, a code of a few letters and a clamped number of it.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from time import time as wall_clock
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.levels import undo
@@ -98,8 +97,6 @@ class Verdict:
     reason: str
     #: Seconds that the server asks to wait, if it says so.
     retry_after: float | None = None
-    #: Seconds until all limits are fully available again, if it says so: no longer wait is needed.
-    whole_after: float | None = None
     #: Whether it was refused for rate, which concerns all calls of the limiter.
     rate_limited: bool = False
     #: Whether the server was overloaded: fewer calls at once would have helped.
@@ -117,9 +114,9 @@ def classify(error: BaseException) -> Verdict:
     refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
-    status, codes = _status(error), _codes(error)
+    status, reply_headers, codes = _facts(error)
     if status is not None and status >= FIRST_ERROR:
-        return _judge_status(status, _headers(error), codes)
+        return _judge_status(status, reply_headers, codes)
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
         rate_limited = reason.startswith(_RATE_LIMIT_CODES)
@@ -176,45 +173,35 @@ def _judge_status(status: int, reply_headers: Mapping[str, Any], codes: set[str]
         reason=reason,
         # A wait of 0 means none was named: the call is retried after a back-off.
         retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
-        whole_after=headers.full_reset_after(reply_headers, now=wall_clock()),
         rate_limited=status == RATE_LIMITED,
         overloaded=status in _OVERLOADED_STATUSES,
     )
 
 
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error or its response carries under the usual names."""
-    holders = (error, getattr(error, "response", None))
-    names = ("status_code", "status", "code")
-    found = (getattr(holder, name, None) for holder in holders for name in names)
-    for value in chain(found, [_botocore(error, "ResponseMetadata").get("HTTPStatusCode")]):
-        if isinstance(value, int) and 100 <= value < 600:  # noqa: PLR2004 - HTTP's range
-            return int(value)
-    return None
+def _facts(error: Exception) -> tuple[int | None, Mapping[str, Any], set[str]]:
+    """Return the status, the headers and the codes that an error or its response carries."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, Mapping):  # botocore's
+        meta = _mapping(response.get("ResponseMetadata"))
+        statuses, found = [meta.get("HTTPStatusCode")], [meta.get("HTTPHeaders")]
+        holders = [response.get("Error")]
+    else:
+        names, holding = ("status_code", "status", "code"), (error, response)
+        statuses = [getattr(holder, name, None) for holder in holding for name in names]
+        found = [getattr(holder, "headers", None) for holder in (response, error)]
+        body = getattr(error, "body", None)
+        holders = [vars(error), body, _mapping(body).get("error")]
+    status = next((int(value) for value in statuses if _is_status(value)), None)
+    reply_headers = next((each for each in found if isinstance(each, Mapping)), {})
+    return status, reply_headers, _codes_in(*holders)
 
 
-def _headers(error: Exception) -> Mapping[str, Any]:
-    """Return the headers of the reply that an error is about: its response's, or aiohttp's own."""
-    found = [
-        getattr(holder, "headers", None) for holder in (getattr(error, "response", None), error)
-    ]
-    for value in (*found, _botocore(error, "ResponseMetadata").get("HTTPHeaders")):
-        if isinstance(value, Mapping):
-            return value
-    return {}
+def _is_status(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 100 <= value < 600  # noqa: PLR2004 - HTTP's range
 
 
-def _botocore(error: Exception, part: str) -> Mapping[str, Any]:
-    """Return a part of the response, a mapping of mappings, in an error of botocore."""
-    response = getattr(error, "response", None)
-    found = response.get(part) if isinstance(response, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _codes(error: Exception) -> set[str]:
-    body: Any = getattr(error, "body", None)
-    inner = body.get("error") if isinstance(body, Mapping) else None
-    return _codes_in(vars(error), body, inner, _botocore(error, "Error"))
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _codes_in(*holders: object) -> set[str]:

@@ -1,29 +1,26 @@
 """Read what a provider's headers say of its limits, and tell the limiter.
 
-The values come from outside. A number is one to fifteen ASCII digits and nothing else; any other
-value is ignored. No value, however long or odd, raises anything. All headers of a reply
-are scanned once, because httpx's mappings search theirs again for every name.
+The values come from outside; no value, however long or odd, raises anything.
 
 A limiter may be below others, and only one of them has the limit that the provider reports: the one
-whose number is announced, or else the one with the next lower number.
+whose number is announced, or else the one whose number is nearest.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.levels import in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.feedback.headroom import share_of
+from asyncbucket.providers.headers import count, header_pairs
 from asyncbucket.providers.profiles import Profile, Told
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]
 
-_MAX_LENGTH: Final = 64
-_MAX_DIGITS: Final = 15
 #: How many times in a window replies are read, at most.
 _READS_PER_WINDOW: Final = 6_000
 #: Windows longer than this (s) are not counted in slices.
@@ -91,15 +88,16 @@ class HeaderReader:
         if not self._learn or not profile.tells:
             return
         _, index = self._profiles.get(id(profile)) or (profile, _headers_of(profile))
-        left: dict[Told, int] = {}
-        amounts: dict[Told, int] = {}
+        reports: dict[tuple[str, float], _Report] = {}
         for name, value in header_pairs(headers):
             told, is_left = index.get(name.lower(), (None, False))
-            number = None if told is None else _number(value)
+            number = None if told is None else count(value)
             if told is not None and number is not None:
-                (left if is_left else amounts)[told] = number
-        if left or amounts:
-            self._report(left, amounts, since)
+                report = reports.setdefault((told.resource, told.per), _Report())
+                report.add(number, told.rounding if is_left else None)
+        self._adopt(reports)
+        for window, report in reports.items():
+            self._report(window, report, since)
         if self._assumed and ok:
             assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
@@ -108,77 +106,70 @@ class HeaderReader:
             windows = (limit.per for limit in in_force(self._limiter))
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
 
-    def _report(self, left: dict[Told, int], amounts: dict[Told, int], since: float | None) -> None:
-        """Tell the limiter; if several headers report one window, the lowest of each kind counts."""
-        self._adopt(amounts)
-        remaining_by_limit: dict[_LimitId, list[tuple[int, int]]] = {}
-        announced: dict[_LimitId, int] = {}
-        for told in left.keys() | amounts.keys():
-            amount = amounts.get(told) or math.inf
-            limit_id = self._find_limit(told, amount)
-            if amount < math.inf:
-                announced[limit_id] = min(int(amount), announced.get(limit_id, int(amount)))
-            if told in left:
-                remaining = int(min(left[told], amount))
-                remaining_by_limit.setdefault(limit_id, []).append((remaining, told.rounding))
-        for limit_id, reports in remaining_by_limit.items():
-            if self._assumed:
-                self._assumed.pop(limit_id, None)
-            remaining, rounding = min(reports)
-            limiter, resource, per = limit_id
-            observe_remaining(
-                limiter,
-                remaining,
-                resource=resource,
-                per=per,
-                limit=announced.get(limit_id),
-                since=since,
-                rounding=rounding,
-            )
+    def _report(self, window: tuple[str, float], report: "_Report", since: float | None) -> None:
+        """Tell the limiter what is left of a window."""
+        if report.left == math.inf:
+            return
+        limiter, resource, per = limit_id = self._find_limit(window, report.amount)
+        if self._assumed:
+            self._assumed.pop(limit_id, None)
+        observe_remaining(
+            limiter,
+            int(min(report.left, report.amount)),
+            resource=resource,
+            per=per,
+            limit=None if report.amount == math.inf else int(report.amount),
+            since=since,
+            rounding=report.rounding,
+        )
 
-    def _adopt(self, amounts: dict[Told, int]) -> None:
-        """Adopt limits; if a reply announces several for one window, the lowest counts."""
+    def _adopt(self, reports: dict[tuple[str, float], "_Report"]) -> None:
+        """Adopt announced limits, unless a limiter above has any."""
         if any(above.limits for above in self._levels[1:]):
             return
-        windows = {(told.resource, told.per) for told, amount in amounts.items() if amount}
-        for resource, per in windows:
-            amount = min(
-                amount
-                for told, amount in amounts.items()
-                if amount and (told.resource, told.per) == (resource, per)
-            )
+        for (resource, per), report in reports.items():
+            if report.amount == math.inf:
+                continue
             with contextlib.suppress(ValueError):  # no real limit is more than a store can count
-                limit = Limit(resource, amount, per=per)
+                limit = Limit(resource, int(report.amount), per=per)
                 if limit not in self._limiter.limits:
                     self._limiter.learn(limit)
 
-    def _find_limit(self, told: Told, amount: float) -> _LimitId:
+    def _find_limit(self, window: tuple[str, float], amount: float) -> _LimitId:
         """Find the limiter and the window that a header reports, by the amount if it is finite."""
+        resource, per = window
         candidates = [
             (limit, limiter)
             for limiter in self._levels
             for limit in limiter.limits
-            if limit.resource == told.resource
+            if limit.resource == resource
         ]
-        same_window = [pair for pair in candidates if pair[0].per == told.per]
+        same_window = [pair for pair in candidates if pair[0].per == per]
         for limit, limiter in (*same_window, *candidates):
             if limit.amount == amount:  # perhaps of another window
-                return limiter, told.resource, limit.per
+                return limiter, resource, limit.per
         nearest = self._limiter
         if same_window and amount == math.inf:
             _, nearest = same_window[-1]
         elif same_window:
-            below = [pair for pair in same_window if pair[0].amount < amount]
-            _, nearest = max(
-                below or same_window, key=lambda pair: pair[0].amount if below else -pair[0].amount
-            )
-        return nearest, told.resource, told.per
+            _, nearest = min(same_window, key=lambda pair: abs(pair[0].amount - amount))
+        return nearest, resource, per
 
 
-def _number(value: bytes) -> int | None:
-    value = value.strip(b" \t") if len(value) <= _MAX_LENGTH else b""
-    # In bytes, these are ASCII digits.
-    return int(value) if value.isdigit() and len(value) <= _MAX_DIGITS else None
+@dataclass(slots=True)
+class _Report:
+    """Hold what a reply says of one window; if several headers do, the lowest of each kind counts."""
+
+    left: float = math.inf
+    amount: float = math.inf
+    rounding: int = 0
+
+    def add(self, number: int, rounding: int | None) -> None:
+        """Take in what is left, rounded like that, or else the amount of the limit."""
+        if rounding is None:
+            self.amount = min(self.amount, number or math.inf)
+        elif number < self.left:
+            self.left, self.rounding = number, rounding
 
 
 def _headers_of(profile: Profile) -> dict[bytes, tuple[Told, bool]]:
@@ -186,15 +177,3 @@ def _headers_of(profile: Profile) -> dict[bytes, tuple[Told, bool]]:
     left = {told.remaining.lower().encode(): (told, True) for told in profile.tells}
     amounts = {told.limit.lower().encode(): (told, False) for told in profile.tells if told.limit}
     return left | amounts
-
-
-def header_pairs(headers: Any) -> Iterable[tuple[bytes, bytes]]:
-    """Return names and values in bytes, as httpx and httpx2 keep them."""
-    pairs: Any = getattr(headers, "raw", headers)
-    if isinstance(pairs, list):
-        return pairs
-    return [(_bytes(name), _bytes(value)) for name, value in headers.items()]
-
-
-def _bytes(value: object) -> bytes:
-    return value if isinstance(value, bytes) else str(value).encode("latin-1", "replace")

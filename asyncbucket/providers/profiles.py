@@ -3,20 +3,13 @@
 This is the one place for such facts; each has its source and the date when it was read. A profile
 is found by the host that a request goes to, or given by name, or written by the user::
 
-    @dataclass(frozen=True)
-    class Mine:
-        name: str = "mine"
-        settles: frozenset[str] = frozenset()
-        tells: tuple[Told, ...] = (Told("requests", per=60, remaining="x-left", limit="x-limit"),)
-
+    class Pictures(Profile):
         def cost(self, call: Call) -> Cost | None:
             return Cost(images=call.body.get("n", 1))
 
-        def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
-            return {}
 
-
-    httpx.AsyncClient(transport=limiter.transport(profile=Mine()))
+    mine = Pictures(name="mine", settles=frozenset(), tells=(Told("images", 60, "x-left"),))
+    httpx.AsyncClient(transport=limiter.transport(profile=mine))
 
 Providers count in two ways. Some charge a call at admission, by what it asks for, and leave it at
 that: the lease is charged alike and not corrected by the usage (except for limits of input or
@@ -27,7 +20,7 @@ settled by the usage.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.providers.request import RequestSize, request_size
@@ -62,70 +55,6 @@ class Told:
     limit: str | None = None
     #: By how many units ``remaining`` may be rounded down.
     rounding: int = 0
-
-
-class Profile(Protocol):
-    """Say what a provider's calls cost and what its headers mean."""
-
-    @property
-    def name(self) -> str:
-        """The profile's name."""
-        ...
-
-    @property
-    def settles(self) -> frozenset[str]:
-        """The resources that the usage corrects; if none is limited, replies are not searched."""
-        ...
-
-    @property
-    def tells(self) -> tuple[Told, ...]:
-        """The limits that its headers report."""
-        ...
-
-    def cost(self, call: Call) -> Cost | None:
-        """Return what ``call`` is charged at admission; None lets it pass unpaced."""
-        ...
-
-    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
-        """Return how much of those resources a POST really used, once the usage is known."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProviderProfile:
-    """The usual profile: a rule for tokens, and which resources the usage corrects."""
-
-    name: str
-    #: Hosts, or domains with all their subdomains, by which it is found.
-    hosts: tuple[str, ...] = ()
-    tells: tuple[Told, ...] = ()
-    #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
-    charge: Callable[[RequestSize, int], tuple[int, int, int]]
-    settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
-    #: Whether its limits count the part of the input that came from its cache.
-    counts_cached: bool = True
-
-    def cost(self, call: Call) -> Cost:
-        """See `Profile.cost`: one request, and tokens if a model reads or writes."""
-        asked = RequestSize()
-        if call.method == "POST":  # a GET lists
-            asked = request_size(call.path, call.body)
-        given, received, both = self.charge(asked, call.foreseen)
-        return Cost(tokens=both, input_tokens=given, output_tokens=received)
-
-    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may use it
-        """See `Profile.settled`."""
-        usage = self.counted(usage)
-        used = {
-            "tokens": usage.total,
-            "input_tokens": usage.input_tokens,
-            "output_tokens": usage.output_tokens,
-        }
-        return {name: amount for name, amount in used.items() if name in self.settles}
-
-    def counted(self, usage: Usage) -> Usage:
-        """Return the part of ``usage`` that its limits count."""
-        return usage if self.counts_cached else usage.without_cached()
 
 
 #: The default of ``max_tokens`` for completions in OpenAI's API reference, and the number that its
@@ -174,6 +103,48 @@ def _prompt_and_output(asked: RequestSize, foreseen: int) -> tuple[int, int, int
     return given, received, given + received
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Say what a provider's calls cost and what its headers mean; override what is different."""
+
+    name: str
+    #: Hosts, or domains with all their subdomains, by which it is found.
+    hosts: tuple[str, ...] = ()
+    #: The limits that its headers report.
+    tells: tuple[Told, ...] = ()
+    #: Returns the tokens charged at admission: input, output, and both as the provider counts them.
+    charge: Callable[[RequestSize, int], tuple[int, int, int]] = _prompt_and_output
+    #: The resources that the usage corrects; if none is limited, replies are not searched.
+    settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
+    #: Whether its limits count the part of the input that came from its cache.
+    counts_cached: bool = True
+
+    def cost(self, call: Call) -> Cost | None:
+        """Return what ``call`` is charged at admission; None lets it pass unpaced.
+
+        That is one request, and tokens if a model reads or writes.
+        """
+        asked = RequestSize()
+        if call.method == "POST":  # a GET lists
+            asked = request_size(call.path, call.body)
+        given, received, both = self.charge(asked, call.foreseen)
+        return Cost(tokens=both, input_tokens=given, output_tokens=received)
+
+    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may use it
+        """Return how much of those resources a POST really used, once the usage is known."""
+        usage = self.counted(usage)
+        used = {
+            "tokens": usage.total,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+        }
+        return {name: amount for name, amount in used.items() if name in self.settles}
+
+    def counted(self, usage: Usage) -> Usage:
+        """Return the part of ``usage`` that its limits count."""
+        return usage if self.counts_cached else usage.without_cached()
+
+
 def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE) -> Told:
     return Told(
         resource, per, remaining=f"x-ratelimit-remaining-{name}", limit=f"x-ratelimit-limit-{name}"
@@ -197,7 +168,7 @@ _OPENAI_TELLS: Final = (
 )
 
 #: The larger of prompt and ``max_tokens`` is charged at admission, and not corrected.
-OPENAI: Final = ProviderProfile(
+OPENAI: Final = Profile(
     name="openai",
     hosts=("api.openai.com",),
     tells=_OPENAI_TELLS,
@@ -206,7 +177,7 @@ OPENAI: Final = ProviderProfile(
 )
 
 #: The same headers. Counters are per minute; requests are also checked over 1 or 10 s.
-AZURE: Final = ProviderProfile(
+AZURE: Final = Profile(
     name="azure",
     hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
     tells=_OPENAI_TELLS,
@@ -216,7 +187,7 @@ AZURE: Final = ProviderProfile(
 
 #: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to
 #: the nearest thousand. ``-tokens-`` is left out, because it reports whichever limit is nearest.
-ANTHROPIC: Final = ProviderProfile(
+ANTHROPIC: Final = Profile(
     name="anthropic",
     hosts=("api.anthropic.com",),
     tells=(
@@ -230,21 +201,20 @@ ANTHROPIC: Final = ProviderProfile(
 #: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are per day,
 #: tokens per minute. What came from its cache is taken off again once the reply is there: its
 #: console, "Prompt caching", read in 2026.
-GROQ: Final = ProviderProfile(
+GROQ: Final = Profile(
     name="groq",
     hosts=("api.groq.com",),
     tells=(
         _ratelimit_headers("requests", "requests", per=_DAY),
         _ratelimit_headers("tokens", "tokens"),
     ),
-    charge=_prompt_and_output,
     counts_cached=False,
 )
 
 #: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
-GENERIC: Final = ProviderProfile(name="generic", tells=_OPENAI_TELLS, charge=_prompt_and_output)
+GENERIC: Final = Profile(name="generic", tells=_OPENAI_TELLS)
 
-_ALL: Final = (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)
+_BY_NAME: Final = {each.name: each for each in (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)}
 
 
 def profile_named(name: str) -> Profile:
@@ -253,18 +223,17 @@ def profile_named(name: str) -> Profile:
     Raises:
         ValueError: there is no such profile; the message lists those that exist.
     """
-    for profile in _ALL:
-        if profile.name == name:
-            return profile
-    known = ", ".join(profile.name for profile in _ALL)
-    raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
+    if name not in _BY_NAME:
+        known = ", ".join(_BY_NAME)
+        raise ValueError(f"no profile is called {name!r}; known: {known}; or pass one of your own")
+    return _BY_NAME[name]
 
 
 @functools.lru_cache(maxsize=256)
-def profile_of(host: str) -> ProviderProfile:
+def profile_of(host: str) -> Profile:
     """Return the profile of the provider at ``host``."""
     host = host.lower().rstrip(".")
-    for profile in _ALL:
+    for profile in _BY_NAME.values():
         if any(host == domain or host.endswith(f".{domain}") for domain in profile.hosts):
             return profile
     return GENERIC

@@ -4,8 +4,7 @@
 the limiter. A refusal for rate, or for lack of slots, concerns all calls, and so does an overloaded
 provider (529, or a 503 that says so). The refusals of one wave, which is everything in flight when
 the first one came back, make one pause. If the provider names no time, the pause doubles from wave
-to wave until a call succeeds, up to the time when the provider says that its limits are fully
-available again. If the limiter finds its concurrency by itself, a first wave that names no time
+to wave until a call succeeds, up to two minutes. If the limiter finds its concurrency by itself, a first wave that names no time
 reduces the slots and makes no pause: that is how a server says that there was one call too many. An
 exhausted quota does not pass by waiting, and pauses nobody.
 
@@ -112,7 +111,7 @@ class Refusals:
             if not can_give_slots_up(self._limiter):  # else there are fewer slots now
                 self._limiter.pause(_PAUSE_FOR_BODY)
         elif verdict.rate_limited:
-            self.pause(asked, whole_after=verdict.whole_after, sent_at=sent_at)
+            self.pause(asked, sent_at=sent_at)
         elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
             self.pause(asked, reason="overload", sent_at=sent_at)
         elif status == RATE_LIMITED and body is not None and not self._waves.quota_warned:
@@ -130,7 +129,6 @@ class Refusals:
         retry_after: float | None,
         *,
         reason: str = "429",
-        whole_after: float | None = None,
         first: float = _FIRST_PAUSE,
         longest: float = _MAX_PAUSE,
         sent_at: float | None = None,
@@ -144,8 +142,6 @@ class Refusals:
         Args:
             retry_after: the seconds that the server asks for, if it does.
             reason: ``"429"`` or ``"overload"``.
-            whole_after: the seconds until its limits are fully available again, if it says so: a
-                pause without ``retry_after`` is no longer than that, but at least ``first``.
             first: the seconds of a first pause for which the server names no time; the next ones
                 double.
             longest: the most seconds.
@@ -166,8 +162,7 @@ class Refusals:
             elif waves.count == 1 and can_give_slots_up(self._limiter):
                 seconds = 0.0
             else:
-                cap = longest if whole_after is None else min(longest, max(first, whole_after))
-                seconds = doubled(first, waves.count, most=cap)
+                seconds = doubled(first, waves.count, most=longest)
             waves.paused_until = max(waves.paused_until, now + seconds)
             level = logging.NOTSET
             if new_wave and seconds > 0:

@@ -6,9 +6,10 @@ the model counts: messages, instructions, tools and formats. Pictures, sound and
 constants and by size, because in JSON they are base64 and not text; a document may be text.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
 
@@ -19,7 +20,6 @@ _OUTPUT_PATHS: Final = (
     "/responses",
     "/responses/compact",
     "/messages",
-    "/v1/complete",  # not an upload's
     "/api/chat",
     "/api/generate",
     "/v1/chat",
@@ -29,46 +29,9 @@ _OUTPUT_PATHS: Final = (
 #: has its own limit of requests, and none of tokens (docs.anthropic.com, "Token counting", read in
 #: 2025).
 _INPUT_ONLY_PATHS: Final = ("/embeddings", "/api/embed", "/v1/embed", "/v2/embed", "/rerank")
-#: The end of a path that adds a message to a thread, for a run to read later.
-_THREAD_MESSAGE_PATH: Final = re.compile(r"/threads/[^/]+/messages/?$")
 #: The ends of paths that change an existing object: they cancel or archive it, or label a stored
-#: reply, a run or a session, whose answer reports its total usage.
-_UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/(chat/completions|runs|sessions)/[^/]+/?$")
-#: The kinds of a body's members, by their names in OpenAI's chat, completions, responses and
-#: embeddings, Anthropic's messages, Cohere and Ollama.
-_MEMBER_KINDS: Final = {
-    **dict.fromkeys(
-        (
-            "messages",
-            "input",
-            "prompt",
-            "instructions",
-            "system",
-            "suffix",
-            "query",
-            "documents",
-            "texts",
-            "message",
-            "chat_history",
-            "preamble",
-        ),
-        "text",
-    ),
-    **dict.fromkeys(("tools", "functions"), "tools"),
-    **dict.fromkeys(("response_format", "text", "format", "output_config"), "json"),
-    **dict.fromkeys(
-        (
-            "max_completion_tokens",
-            "max_tokens",
-            "max_output_tokens",
-            "max_new_tokens",
-            "max_tokens_to_sample",
-        ),
-        "limit",
-    ),
-    "options": "options",
-    "images": "pictures",
-}
+#: reply, whose answer reports its total usage.
+_UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/chat/completions/[^/]+/?$")
 #: Members that ask for several replies to one prompt.
 _REPLY_COUNTS: Final = ("n", "best_of")
 #: Members of a message that are not sent to the model.
@@ -142,10 +105,25 @@ class RequestSize:
         if value:
             self.add(json.dumps(value, ensure_ascii=False))
 
+    def add_tools(self, value: object) -> None:
+        """Add tools, without OpenAI's wrapper."""
+        for tool in value if isinstance(value, list) else ():
+            self.add_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
+
     def add_images(self, value: object) -> None:
         """Add pictures that are sent as plain base64, as to Ollama."""
         if isinstance(value, list):
             self.extra += IMAGE_TOKENS * len(value)
+
+    def limit_output(self, value: object) -> None:
+        """Take in the most tokens of a reply."""
+        if is_positive_integer(value):
+            self.max_output = value
+
+    def add_options(self, value: object) -> None:
+        """Take in Ollama's options, one of which limits the output."""
+        if isinstance(value, dict):
+            self.limit_output(value.get("num_predict"))
 
     def _add_part(self, part: dict[str, Any]) -> None:
         part_type = part.get("type")
@@ -177,15 +155,13 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:
     """Return what a call to ``path`` with the JSON ``body`` sends and asks for."""
-    found = RequestSize(
-        writes=path.rstrip("/").endswith(_OUTPUT_PATHS) and not _THREAD_MESSAGE_PATH.search(path)
-    )
-    found.replies = replies_of(body)
-    if found.writes or is_input_only(path):
-        try:
-            _add_members(body, found)
-        except RecursionError:  # nested deeper than any real call
-            return found
+    writes = path.rstrip("/").endswith(_OUTPUT_PATHS)
+    found = RequestSize(writes=writes, replies=replies_of(body))
+    if writes or is_input_only(path):
+        with contextlib.suppress(RecursionError):  # nested deeper than any real call
+            for name, value in body.items():
+                if name in _MEMBERS:
+                    _MEMBERS[name](found, value)
     return found
 
 
@@ -217,29 +193,6 @@ def replies_of(body: Mapping[str, Any]) -> int:
     return per_prompt * max(1, sum(not isinstance(prompt, int) for prompt in prompts))
 
 
-def _add_members(body: Mapping[str, Any], found: RequestSize) -> None:
-    """Add up in ``found`` what ``body`` holds."""
-    for name, value in body.items():
-        kind = _MEMBER_KINDS.get(name)
-        if kind == "text":
-            found.add(value)
-        elif kind == "json":
-            found.add_json(value)
-        elif kind == "tools" and isinstance(value, list):
-            for tool in value:  # without OpenAI's wrapper
-                found.add_json(tool.get("function", tool) if isinstance(tool, dict) else tool)
-        elif kind == "pictures":
-            found.add_images(value)
-        elif kind == "limit" and is_positive_integer(value):
-            found.max_output = value
-        elif (
-            kind == "options"
-            and isinstance(value, dict)
-            and is_positive_integer(value.get("num_predict"))
-        ):
-            found.max_output = value["num_predict"]
-
-
 def _is_inline_text(part: dict[str, Any]) -> bool:
     """Tell whether a document is not a file, but text that is sent as it is."""
     source = part.get("source")
@@ -260,3 +213,18 @@ def _detail(part: dict[str, Any]) -> object:
 def is_positive_integer(value: object) -> TypeGuard[int]:
     """Tell whether a member of a body is a whole number from 1 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+#: What the members of a body mean, by their names in OpenAI's chat, completions, responses and
+#: embeddings, Anthropic's messages, Cohere and Ollama.
+_MEMBERS: Final[Mapping[str, Callable[[RequestSize, object], None]]] = {
+    **dict.fromkeys(("messages", "input", "prompt", "instructions", "system"), RequestSize.add),
+    **dict.fromkeys(("suffix", "query", "documents", "texts"), RequestSize.add),
+    **dict.fromkeys(("message", "chat_history", "preamble"), RequestSize.add),
+    **dict.fromkeys(("response_format", "text", "format", "output_config"), RequestSize.add_json),
+    **dict.fromkeys(("tools", "functions"), RequestSize.add_tools),
+    **dict.fromkeys(("max_completion_tokens", "max_tokens"), RequestSize.limit_output),
+    **dict.fromkeys(("max_output_tokens", "max_new_tokens"), RequestSize.limit_output),
+    "options": RequestSize.add_options,
+    "images": RequestSize.add_images,
+}

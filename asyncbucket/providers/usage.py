@@ -11,6 +11,7 @@ key. It is the key of an object, or, from Ollama, that of a number at the very e
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -59,10 +60,11 @@ _MAX_TOKENS: Final = 10_000_000
 
 #: How much of the end, and after a key, is searched.
 _SEARCHED_BYTES: Final = 4_096
-#: The keys of an object with the usage: everybody's, and that of Cohere's first version and of its
+#: The key of an object with the usage: everybody's, or that of Cohere's first version and of its
 #: embeddings.
-_USAGE_KEYS: Final = (b'"usage"', b'"meta"')
-_OBJECT_KEY: Final = re.compile(rb'"\w+"\s*:\s*(?=\{)')
+_USAGE_KEY: Final = re.compile(rb'"(?:usage|meta)"\s*:\s*(?=\{)')
+#: How many of them are tried, from the end.
+_MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
 _TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
 #: After one of these a stream is complete, even if the client reads no further. They cannot occur
@@ -206,35 +208,17 @@ def is_complete(end: bytes) -> bool:
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     """Return the usage at the end of a reply's body, merged with that in its ``head``."""
-    key = next((key for key in _USAGE_KEYS if key in end), None)
-    usage = (None if key is None else _last_usage(end, key)) or _usage_from_counts(end)
-    first = head.find(_USAGE_KEYS[0])
-    early = None if first < 0 else _usage_at(head, first)
+    counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
+    objects = deque(_USAGE_KEY.finditer(end), _MAX_OBJECTS)
+    late = (_usage_at(end, key.end()) for key in reversed(objects))
+    usage = next(filter(None, late), None) or read_usage(counts)
+    first = _USAGE_KEY.search(head)
+    early = None if first is None else _usage_at(head, first.end())
     return early if usage is None else usage | early
 
 
-def _last_usage(end: bytes, key: bytes) -> Usage | None:
-    position = len(end)
-    for _ in range(8):
-        position = end.rfind(key, 0, position)
-        if position < 0:
-            return None
-        usage = _usage_at(end, position)
-        if usage is not None:
-            return usage
-    return None
-
-
-def _usage_from_counts(end: bytes) -> Usage | None:
-    counts = _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])
-    return read_usage({name.decode(): int(count) for name, count in counts})
-
-
 def _usage_at(data: bytes, start: int) -> Usage | None:
-    value = _OBJECT_KEY.match(data, start)
-    if value is None:
-        return None
-    text = data[value.end() : value.end() + _SEARCHED_BYTES].decode("utf-8", "replace")
+    text = data[start : start + _SEARCHED_BYTES].decode("utf-8", "replace")
     try:
         found, _ = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):  # cut off, or not JSON

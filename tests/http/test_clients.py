@@ -50,9 +50,10 @@ def test_missing_http_library_error_says_what_to_install(
     limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "httpx2", None)
-    for make in (limiter.http_client, limiter.transport, limiter.transport_sync):
-        with pytest.raises(ImportError, match="httpx2 is not installed: pip install httpx2"):
-            make(family="httpx2")
+    with pytest.raises(ImportError, match="httpx2 is not installed: pip install httpx2"):
+        limiter.http_client(family="httpx2")
+    with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
+        limiter.http_client(family="requests")
 
     monkeypatch.setattr("importlib.util.find_spec", {}.get)
     monkeypatch.setattr(clients, "_SDKS", ())

@@ -7,7 +7,6 @@ import pytest
 
 from asyncbucket import Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
-from asyncbucket.nesting import HeldLease
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.testing import VirtualClock
 
@@ -160,18 +159,6 @@ def test_first_calls_are_capped_at_half_a_slice_until_a_reply(clock: VirtualCloc
         assert passing(limiter) == 0
         reader.read(reply, OPENAI)
         assert passing(limiter) == 55  # a tenth of the limit, as usual
-
-
-def test_error_reported_by_wrapped_model_keeps_first_calls_cap() -> None:
-    limiter = Limiter("600 RPM burst 600")
-    reader = HeaderReader(limiter)
-    reader.expect(OPENAI)
-    held = HeldLease(limiter, limiter.acquire_nowait(), reader)
-
-    held.headers_received(502, [], OPENAI)
-    assert available(limiter) == [9]
-    held.headers_received(200, [], OPENAI)
-    assert available(limiter) == [599]
 
 
 def test_second_transport_keeps_what_first_one_learned(clock: VirtualClock) -> None:

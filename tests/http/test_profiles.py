@@ -78,7 +78,8 @@ def test_call_costs_what_provider_charges(
 def test_each_prompt_of_completion_reserves_its_replies(prompt: object, replies: int) -> None:
     cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
 
-    assert cost.get("output_tokens") == replies * 3 * 20
+    assert cost is not None
+    assert cost["output_tokens"] == replies * 3 * 20
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
@@ -90,8 +91,6 @@ def test_embeddings_cost_only_their_input_and_calls_reaching_no_model_no_tokens(
         "/v1/files",
         "/v1/messages/count_tokens",
         "/v1/responses/input_tokens",
-        "/v1/threads/t1/messages",
-        "/v1/uploads/u1/complete",
     ):
         assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
     assert profile.cost(Call("GET", "host", "/v1/chat/completions", {}, 256)) == Cost()
@@ -164,7 +163,6 @@ def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
     ("body", "limit"),
     [
         ({"max_output_tokens": 5}, 5),
-        ({"max_tokens_to_sample": 5}, 5),
         ({"max_new_tokens": 5}, 5),
         ({"options": {"num_predict": 5}}, 5),
         ({"options": {"num_predict": -1}}, None),
@@ -221,6 +219,7 @@ def test_any_json_body_gets_a_whole_number_cost() -> None:
         for value in odd:
             body = json.loads(json.dumps({name: value}))
             cost = GENERIC.cost(Call("POST", "h", "/v1/responses", body, 9))
+            assert cost is not None
             assert all(type(amount) is int for amount in cost.values())
 
 

@@ -64,26 +64,6 @@ def test_pause_awaits_the_body_if_the_account_may_be_exhausted(
     assert limiter.statistics().paused == pytest.approx(at_once if exhausted else in_all)
 
 
-@pytest.mark.parametrize(
-    ("headers", "longest"),
-    [
-        ({"x-ratelimit-reset-requests": "120ms", "X-RateLimit-Reset-Tokens": "5s"}, 5),
-        ({"x-ratelimit-reset-requests": "20ms"}, 1),
-        ({"anthropic-ratelimit-requests-reset": "9999-12-31T23:59:59Z"}, 8),
-        ({"x-ratelimit-reset-requests": "soon"}, 8),
-    ],
-)
-def test_pause_without_retry_after_lasts_at_most_until_limits_reset(
-    limiter: Limiter, clock: VirtualClock, headers: dict[str, str], longest: float
-) -> None:
-    refusals = Refusals(limiter)
-    for _ in range(4):
-        clock.advance(100)
-        refusals.judge(429, headers, {})
-
-    assert limiter.statistics().paused == pytest.approx(longest)
-
-
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals(limiter)
     for _ in range(20):

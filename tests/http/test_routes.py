@@ -88,9 +88,9 @@ async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> No
 
 async def test_refusal_of_tenant_pauses_whole_key(library: Any) -> None:
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
-    tenant = limiter.child("acme", "50 RPM")
     inner = library.MockTransport(answering(library, b"{}", status=429, retry_after="7"))
-    async with library.AsyncClient(transport=tenant.transport(inner)) as client:
+    transport = limiter.child("acme", "50 RPM").transport(inner)
+    async with library.AsyncClient(transport=transport) as client:
         await client.post(HOST + CHAT, json={"model": "m"})
 
     assert limiter.statistics().paused == pytest.approx(7)

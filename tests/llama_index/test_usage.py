@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from pydantic import BaseModel
@@ -135,6 +135,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
     usage = usage_of(reply)
@@ -144,35 +145,16 @@ def test_usage_total_is_sum_of_its_parts_for_any_reply(reply: object) -> None:
         assert 0 <= usage.cached_tokens <= usage.input_tokens
 
 
-@given(
-    st.lists(st.integers(min_value=0, max_value=10_000), max_size=120),
-    st.integers(min_value=1, max_value=30),
-    st.floats(min_value=0.01, max_value=1.0),
-)
-def test_forecast_is_nearest_rank_quantile_of_window(
-    replies: list[int], window: int, quantile: float
-) -> None:
-    forecast = OutputForecast(start=256, quantile=quantile, window=window)
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(min_value=0, max_value=10_000), max_size=240))
+def test_forecast_is_ninth_decile_of_latest_replies(replies: list[int]) -> None:
+    forecast = OutputForecast()
     assert forecast.foresee() == 256
     for reply in replies:
         forecast.observe(reply)
-    latest = [256, *replies][-window:]
+    latest = [256, *replies][-200:]
     foreseen = forecast.foresee()
 
     assert foreseen in latest
-    assert sum(reply <= foreseen for reply in latest) >= quantile * len(latest)
-    assert sum(reply < foreseen for reply in latest) < quantile * len(latest)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"quantile": 0}, "quantile must be above 0 and at most 1, not 0"),
-        ({"quantile": 1.1}, "quantile must be above 0 and at most 1, not 1.1"),
-        ({"start": -1}, "start must be at least 0 and window at least 1, not -1 and 200"),
-        ({"window": 0}, "start must be at least 0 and window at least 1, not 256 and 0"),
-    ],
-)
-def test_invalid_forecast_parameters_are_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        _ = OutputForecast(**wrong)
+    assert sum(reply <= foreseen for reply in latest) >= 0.9 * len(latest)
+    assert sum(reply < foreseen for reply in latest) < 0.9 * len(latest)

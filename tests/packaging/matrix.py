@@ -33,8 +33,6 @@ ALONE = (
 )
 #: Milliseconds that `import asyncbucket` may add to `import asyncio`.
 ALLOWED = 50.0
-#: What a user brings along himself.
-BROUGHT = {"http": ("httpx",)}
 
 
 def main() -> int:
@@ -74,7 +72,7 @@ def _try(python: str, extra: str, archive: Path) -> tuple[str, bool]:
         start = time.monotonic()
         install = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         wanted = f"{archive.resolve()}[{extra}]" if named else str(archive.resolve())
-        subprocess.run([*install, wanted, *BROUGHT.get(extra, ())], check=True)
+        subprocess.run([*install, wanted], check=True)
         took = time.monotonic() - start
         done = subprocess.run(
             [inside, "-I", "-W", "error", str(PROMISES), *named],

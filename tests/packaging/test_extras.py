@@ -25,7 +25,6 @@ SERVES = {
     "cli/pictures.py": ("cli", "plot"),
     "http": ("http",),
     "llama_index": ("llama-index",),
-    "providers": ("http",),
     "retry.py": ("llama-index",),
     "stores/redis": ("redis",),
     "telemetry/observers.py": ("llama-index",),
@@ -36,8 +35,9 @@ SERVES = {
 #: Distributions for the user's own imports, or for use without an import of ours.
 FOR_THE_USER = {
     "openai": {"llama-index-llms-openai", "llama-index-embeddings-openai", "openai"},
-    # The wrap reads what httpx's clients and errors contain, without importing its classes.
+    # What httpx's clients, streams and errors contain is read without importing its classes.
     "llama-index": {"httpx"},
+    "http": {"httpx"},
 }
 
 

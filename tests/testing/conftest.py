@@ -9,7 +9,7 @@ import pytest
 #: Tests that need an SDK are left out if it is missing, as on a Python with the core alone.
 collect_ignore: list[str] = (
     []
-    if find_spec("openai") and find_spec("anthropic") and find_spec("durationpy")
+    if find_spec("openai") and find_spec("anthropic")
     else [
         "test_provider_anthropic.py",
         "test_provider_lifecycle.py",

@@ -51,7 +51,8 @@ async def _read(job: Job, tally: Tally) -> tuple[list[Cost], bool]:
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         async for task in tasks(job, answers, Errors(None), tally):
             request = task.request
-            cost = profile.cost(Call("POST", host, request.path, request.body, FORESEEN))
+            call = Call("POST", host, request.path, request.body, FORESEEN)
+            cost = profile.cost(call) or Cost()
             tally.requests += 1
             tally.input_tokens += cost.get("input_tokens", 0)
             # What may be written and has to be paid, even if a provider charges less at admission.

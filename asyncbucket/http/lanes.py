@@ -1,0 +1,186 @@
+"""What a transport makes of a request: its limiter, its profile, and what it costs.
+
+A key may have limits that differ from model to model and from endpoint to endpoint. Each of these
+is a child of the transport's limiter; ``routes=`` decides which one a request is for, by its path
+and by the model that it names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.wording import shown
+from asyncbucket.providers.forecast import OutputForecast, price
+from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.providers.refusals import Refusals
+from asyncbucket.providers.request import read_json
+
+if TYPE_CHECKING:
+    from asyncbucket.core.cost import Cost
+
+#: A child's name, or the child itself; None for the transport's own limiter.
+Target: TypeAlias = str | Limiter | None
+#: What people pass as ``routes=``: patterns with wildcards, of which the first match counts, or a
+#: function. In a pattern, a path begins with a slash (``"/v1/embeddings"``), anything else is a model
+#: (``"gpt-4o*"``), and both may be combined (``"/v1/chat/completions gpt-4o*"``).
+Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
+#: A path and a model, each with wildcards, or None for any; and where such calls go.
+_Rule: TypeAlias = tuple[str | None, str | None, Target]
+
+#: How many children are remembered.
+_MAX_REMEMBERED: Final = 256
+
+
+class Lane:
+    """What a transport knows about one limiter.
+
+    Args:
+        limiter: what admits the calls.
+        paused_limiter: the one that a refusal pauses.
+        learn: whether to read what headers say.
+    """
+
+    __slots__ = ("forecast", "header_reader", "limiter", "refusals")
+
+    def __init__(self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool) -> None:
+        self.limiter = limiter
+        self.header_reader = HeaderReader(limiter, learn=learn)
+        self.refusals = Refusals(paused_limiter)
+        self.forecast = OutputForecast()
+
+    def settles_any_limit(self, profile: Profile) -> bool:
+        """Tell whether a reply's usage corrects any limit in force."""
+        limits = in_force(effective_limiter(self.limiter))
+        return any(limit.resource in profile.settles for limit in limits)
+
+
+class PricedRequest(NamedTuple):
+    """A request as its profile sees it."""
+
+    lane: Lane
+    call: Call
+    profile: Profile
+    #: None if it needs no admission.
+    cost: "Cost | None"
+
+
+class Lanes:
+    """Read the requests of one transport.
+
+    Args:
+        limiter: the limiter for requests that no route matches.
+        profile: a provider's name or a profile; None finds it by the host.
+        learn: whether headers are read.
+        routes: which child a request is for.
+
+    Raises:
+        ValueError: ``profile`` is not known, a pattern is neither a path nor a model, ``limiter``
+            has no child of that name, or a limiter is not below it.
+        TypeError: ``profile`` or ``routes`` is of another type, or so is a target.
+    """
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        *,
+        profile: Profile | str | None,
+        learn: bool,
+        routes: Routing | None,
+    ) -> None:
+        self._fixed_profile = profile_named(profile) if isinstance(profile, str) else profile
+        if not (profile is None or isinstance(self._fixed_profile, Profile)):
+            raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
+        self._limiter = limiter
+        self._learn = learn
+        self._default = Lane(limiter, paused_limiter=provider_of(limiter), learn=learn)
+        self._by_limiter: dict[Limiter, Lane] = {limiter: self._default}
+        self._choose = None if routes is None else self._chooser(routes)
+
+    def read(self, request: Any, *, teaches: bool) -> PricedRequest:
+        """Price ``request``; expect headers from a host that ``teaches``."""
+        url = request.url
+        try:
+            content: bytes | None = request.content
+        except RuntimeError:  # still to be streamed, so it is left alone
+            content = None
+        call = Call(request.method, url.host, url.path, read_json(content))
+        lane = self._default if self._choose is None else self._lane_of(self._choose(call))
+        call = replace(call, foreseen=lane.forecast.foresee())
+        profile = self._fixed_profile or profile_of(url.host)
+        if teaches:
+            lane.header_reader.expect(profile)
+        limits = in_force(effective_limiter(lane.limiter))
+        return PricedRequest(lane, *price(call, profile, limits))
+
+    def _lane_of(self, target: Target) -> Lane:
+        limiter = self._resolve(target)
+        lane = self._by_limiter.get(limiter)
+        if lane is None:
+            if len(self._by_limiter) >= _MAX_REMEMBERED:  # tenants, perhaps
+                self._by_limiter = {self._limiter: self._default}
+            lane = Lane(limiter, paused_limiter=limiter, learn=self._learn)
+            self._by_limiter[limiter] = lane
+        return lane
+
+    def _chooser(self, routes: Routing) -> Callable[[Call], Target]:
+        """Return what finds a call's target; report mistakes at once."""
+        if isinstance(routes, Mapping):
+            rules = [(*_parse(pattern), target) for pattern, target in routes.items()]
+            for *_, target in rules:
+                self._refuse_unknown(target)
+            return partial(_first_match, rules)
+        if not callable(routes):
+            raise TypeError(
+                f'routes must be a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
+                f"not {routes!r}"
+            )
+        return routes
+
+    def _refuse_unknown(self, target: Target) -> None:
+        """Refuse unknown names: a misspelt one would become a child without limits."""
+        if isinstance(target, str) and target not in self._limiter.children:
+            known = ", ".join(self._limiter.children) or "none"
+            raise ValueError(
+                f"{self._limiter.name!r} has no child {target!r} (it has: {known}): correct the name, "
+                f"or make it first by child({target!r}, ...)"
+            )
+        self._resolve(target)
+
+    def _resolve(self, target: Target) -> Limiter:
+        if target is None:
+            return self._limiter
+        if isinstance(target, str):
+            return self._limiter.child(target)
+        if not isinstance(target, Limiter):
+            raise TypeError(f"a route must lead to a child or its name, not to {shown(target)}")
+        if not is_under(target, self._limiter):
+            raise ValueError(f"{target.name!r} is not a child of {self._limiter.name!r}")
+        return target
+
+
+def _first_match(rules: list[_Rule], call: Call) -> Target:
+    named = call.body.get("model")
+    for path, model, target in rules:
+        if path is not None and not fnmatchcase(call.path, path):
+            continue
+        if model is None or (isinstance(named, str) and fnmatchcase(named, model)):
+            return target
+    return None
+
+
+def _parse(pattern: str) -> tuple[str | None, str | None]:
+    """Return the path and the model of a pattern."""
+    parts = pattern.split() if isinstance(pattern, str) else []
+    path = parts.pop(0) if parts and parts[0].startswith("/") else None
+    model = parts.pop(0) if parts else None
+    if parts or (path is None and model is None):
+        raise ValueError(
+            f'a route must be a path, a model, or both, such as "/v1/chat/completions gpt-4o*", '
+            f"not {pattern!r}"
+        )
+    return path, model
