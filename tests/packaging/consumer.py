@@ -6,6 +6,9 @@
 import asyncio
 from typing import TYPE_CHECKING, Any, assert_type
 
+import httpx
+import httpx2
+
 from asyncbucket import (
     AcquireTimeout,
     BucketStatistics,
@@ -85,6 +88,19 @@ def pacing_keeps_the_signature(limiter: Limiter) -> None:
     coroutine: Coroutine[Any, Any, int] = ask("salve", loud=True)
     coroutine.close()
     ask(3).close()  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def any_client_takes_a_transport(limiter: Limiter) -> None:
+    """One transport serves clients of both libraries, async and synchronous."""
+    transport = limiter.transport(httpx.AsyncHTTPTransport(), profile="openai", learn=False)
+    httpx.AsyncClient(transport=transport, mounts={"all://": limiter.transport_sync()})
+    httpx.Client(transport=transport, mounts={"all://": transport})
+    httpx2.AsyncClient(transport=transport, mounts={"all://": transport})
+    httpx2.Client(transport=transport, mounts={"all://": limiter.transport_sync()})
+    assert_type(transport.limiter, Limiter)
+    limiter.transport(famly="httpx")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client: httpx2.Client = limiter.http_client(family="httpx2", sync=True)
+    client.close()
 
 
 def children_are_limiters(limiter: Limiter) -> None:

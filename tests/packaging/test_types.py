@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 CONSUMER = Path(__file__).with_name("consumer.py")
+#: Checkers read httpx, httpx2 and the libraries beneath, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def check(*command: str, where: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         cwd=where,
-        timeout=110,
+        timeout=280,
     )
 
 
