@@ -46,7 +46,9 @@ class TokenBucket(OfThisProcess):
 
     Args:
         rate: units a second, from 1e-9 to 1e9.
-        burst: whole units that a full bucket holds, from 1 to 1e12.
+        burst: whole units that a full bucket holds, from 1 to 1e12. What flows in while it is full is
+            lost, as with a burst of 1 while the event loop is busy: to use all of ``rate``, choose
+            what flows in during the loop's longest delays, a tenth of ``rate`` for 0.1 s.
         clock: a callable that returns monotonic integer nanoseconds.
 
     Raises:

@@ -13,7 +13,6 @@ from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
 from asyncbucket.http.lanes import PricedRequest
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
-from asyncbucket.providers.headers import header_pairs
 from asyncbucket.providers.request import (
     is_input_only,
     read_json,
@@ -94,7 +93,8 @@ class Attempt:
 
     def _new_tail(self, reply: Any) -> Tail:
         # A body that came with the reply, as in tests, is decoded already.
-        return Tail(None if reply.is_closed else _encoding(reply.headers))
+        encoding = None if reply.is_closed else reply.headers.get("content-encoding")
+        return Tail((encoding or "identity").lower())
 
     def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
@@ -134,11 +134,3 @@ class Attempt:
             self._lease.settle(**amounts)
         if usage.output_tokens:
             self._lane.forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
-
-
-def _encoding(headers: Any) -> str | None:
-    """Return the encoding of a body, or None."""
-    for name, value in header_pairs(headers):
-        if name.lower() == b"content-encoding" and value != b"identity":
-            return value.decode("latin-1").lower()
-    return None

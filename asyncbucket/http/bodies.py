@@ -128,17 +128,17 @@ class Tail:
     """Keep the head and the end of a body that passes by, without copying the end.
 
     Args:
-        encoding: how the body is compressed; None if it isn't.
+        encoding: how the body is compressed, or ``"identity"``.
     """
 
     __slots__ = ("_chunks", "_encoding", "_head", "_limit", "_size")
 
-    def __init__(self, encoding: str | None = None) -> None:
+    def __init__(self, encoding: str) -> None:
         self._encoding = encoding
         self._chunks: deque[bytes] = deque()
         self._head = b""
         self._size = 0
-        self._limit = _TAIL_BYTES if encoding is None else _ENCODED_TAIL_BYTES
+        self._limit = _TAIL_BYTES if encoding == "identity" else _ENCODED_TAIL_BYTES
 
     def add(self, chunk: bytes) -> None:
         """Note the next chunk."""
@@ -153,7 +153,7 @@ class Tail:
     def read(self) -> tuple[bytes, bytes]:
         """Return head and end, decoded; empty if that cannot be done."""
         end = b"".join(self._chunks)
-        if self._encoding is None:
+        if self._encoding == "identity":
             return self._head, end
         end = decoded(end, self._encoding)
         return end, end

@@ -28,7 +28,7 @@ from asyncbucket.http.lanes import Lanes, Routing
 from asyncbucket.nesting import give_up_slots, paying_limiter
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.profiles import Profile
-from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
+from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 if TYPE_CHECKING:
     import httpx
@@ -126,7 +126,6 @@ class PacedTransport(_AnyTransport):
         self._inner = inner
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
-        self._making = Lock()
         self._lanes = Lanes(limiter, profile=profile, learn=learn, routes=routes)
         self._counted = self._seen_failure = False
         self._warned: set[str] = set()
@@ -217,13 +216,10 @@ class PacedTransport(_AnyTransport):
             raise TypeError(f"a transport sends requests of httpx or httpx2, not {what}")
         library = library_named(family)
         limits = library.Limits(**POOL)
-        with self._making:  # the first requests may come on several threads
-            if method not in self._made and method == "handle_request":
-                self._made[method] = library.HTTPTransport(limits=limits)
-            elif method not in self._made:
-                make = library.AsyncHTTPTransport
-                self._made[method] = PerLoopTransport(lambda: make(limits=limits))
-            return self._made[method]
+        made = PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
+        if method == "handle_request":
+            made = library.HTTPTransport(limits=limits)
+        return self._made.setdefault(method, made)  # the first may come on several threads
 
     def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
         """Tell whether a layer above has already paid for the request, and warn once."""
