@@ -44,11 +44,13 @@ with others at 0, 10, 40 and 60 %.
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Meter, Window
-from asyncbucket.feedback.slices import Slices
+
+if TYPE_CHECKING:
+    from asyncbucket.feedback.slices import Slices
 
 #: Less than this fraction (1/32) of the limit is noise: calls may arrive in another order.
 _NOISE: Final = 32
@@ -149,7 +151,7 @@ class Headroom(Meter):
         since = self._last_report
         self._adopt_limit(amount, limit, now)
         low, high = remaining - booked_since, remaining + rounding
-        self._find_slices(remaining)
+        self._update_slices(low, remaining, high, now)
         self._correct(low, high, now)
         if not (self._is_long or self._slices):
             ours = amount - self._ours.available(now)
@@ -170,33 +172,37 @@ class Headroom(Meter):
             self._provider_limit = provider_limit
             self._slices = None  # of another size, if there are any
 
-    def _find_slices(self, remaining: int) -> None:
-        """Rule out the slices that are too short for a report."""
+    def _update_slices(self, low: int, remaining: int, high: int, now: int) -> None:
+        """Tell the slices; rule out those that are too short for the report."""
+        if self._slices is not None:
+            self._slices.update(low, remaining, high, now)
+            self._slice_counts = () if self._slices.are_refuted else self._slice_counts
         limit, before = self._provider_limit, self._slice_counts
         self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
-        if self._slice_counts != before:
+        if self._slice_counts != before or not before:
             self._slices = None
         if self._slice_counts and self._slices is None:
+            from asyncbucket.feedback.slices import Slices
+
             count = self._slice_counts[0]
-            self._slices = Slices(share_of(limit, count), self.window // count)
+            self._slices = Slices(share_of(limit, count), self.window // count, self._last_report)
+            self._slices.update(low, remaining, high, now)
 
     def _correct(self, low: int, high: int, now: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
         self._reported_left = low
         self._most_left = min(self.amount, max(self._most_left, high))
-        expected, slices = self._expected_level(now), self._slices
+        expected = self._expected_level(now)
         if expected is None:
             self._level, self._missing = low * self.window, 0
         else:
             self._level = min(max(expected, low * self.window), high * self.window)
             # What we took of a slice ourselves comes back at once, later.
-            is_explained = slices is not None and slices.taken_by_others(high, now) <= 0
-            if not (is_explained and expected > self._level):
+            is_ours = self._slices is not None and self._slices.taken_by_others(high, now) <= 0
+            if not (is_ours and expected > self._level):
                 since_report = now - self._last_report + self.window // _SMOOTHING
                 shortfall = (expected - self._level) // since_report
                 self._missing = min(self.amount, max(0, self._missing + shortfall))
-        if slices:
-            slices.update(high, now, at_most=slices.share * self._missing // self.amount)
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
         is_missing = self._missing * _NOISE >= self.amount
         self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
@@ -208,14 +214,17 @@ class Headroom(Meter):
         level = self._expected_level(now, needed)
         if level is None or back:
             return now
+        slices = self._slices
+        if slices and slices.are_known:
+            return slices.earliest(amount, now)
         when = now
         if needed > level:
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve or (now < self._first_report + self.window and not self._is_long):
             when = max(when, self._earliest_evenly(amount, now, reserve))
-        if self._slices:
-            when = max(when, self._slices.earliest(amount, now))
+        if slices:
+            when = max(when, slices.earliest(amount, now))
         return min(when, self._last_report + _MEMORY * self.window)
 
     def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import itertools
+import subprocess
+import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limit, Limiter, WouldBlock
 from asyncbucket.core.levels import observe_remaining
-from asyncbucket.feedback.headroom import Headroom
+from asyncbucket.feedback.headroom import Headroom, share_of
 from asyncbucket.testing import VirtualClock, assert_never_over, virtual_time
 
 SECOND = 1_000_000_000
@@ -43,6 +46,13 @@ def test_headroom_admits_remaining_then_refills_at_limit_rate() -> None:
     assert headroom.earliest(1, 0) == 6 * SECOND
     assert not headroom.take(1, 6 * SECOND - 1)
     assert headroom.take(1, 6 * SECOND)
+
+
+def test_report_applies_to_calls_already_waiting() -> None:
+    headroom = meter(remaining=60)
+    headroom.update(0, SECOND, amount=600)
+
+    assert headroom.earliest(1, 0) > SECOND
 
 
 def test_unbooked_units_return_and_debt_is_subtracted() -> None:
@@ -187,7 +197,6 @@ def test_log_that_others_fill_is_not_taken_for_a_full_bucket() -> None:
     assert headroom.others.estimate > 400
 
 
-@settings(deadline=None)
 @given(
     counts=st.sampled_from(["log", "clock", "bucket"]),
     calls=st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
@@ -233,6 +242,115 @@ def used(counts: str, booked: list[int], now: int) -> int:
     return -(-max(0, level - (now - last) * 100) // MINUTE)
 
 
+def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
+    """Return when calls of ``amount`` pass that wait in line from 0 on."""
+    times: list[int] = []
+    now = 0
+    while (now := headroom.earliest(amount, now)) < until:
+        headroom.book(amount, now)
+        times.append(now)
+    return times
+
+
+def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
+    """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
+    times = passed(meter(remaining=10), 1, until=MINUTE)
+
+    assert_never_over([(when, 1) for when in times], Limit("units", 10, per=1))
+    assert times[:5] == [0] * 5
+    assert times[5] > 0
+    assert 0.97 < len(times) / 600 <= 1
+
+
+def test_report_above_slice_share_ends_slicing() -> None:
+    """After that, a tenth of the limit may pass at once."""
+    headroom = meter(remaining=10)
+    headroom.update(600, 0, amount=600)
+
+    assert all(headroom.take(1, 0) for _ in range(60))
+
+
+def test_longer_slices_are_tried_after_shorter_ones() -> None:
+    """If more is left than fits into a second, the limit may be counted in ten-second slices."""
+    assert (share_of(600), share_of(601)) == (10, 11)
+    headroom = meter(remaining=90)
+    assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
+    headroom.update(600, MINUTE + 2 * SECOND, amount=600)
+
+    assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
+
+
+def test_call_larger_than_slice_uses_up_following_slices() -> None:
+    """A call of 25 takes a slice of ten and the two after it: a provider closes them, too."""
+    headroom = meter(remaining=10)
+    times = passed(headroom, 25, until=10 * SECOND)
+
+    assert len(times) > 3
+    assert all(
+        3 * SECOND <= later - earlier < 3.5 * SECOND for earlier, later in itertools.pairwise(times)
+    )
+
+
+def test_refund_of_large_call_reopens_slices() -> None:
+    headroom = meter(remaining=10)
+    headroom.book(45, 0)
+    assert headroom.earliest(5, 0) > 4 * SECOND
+    headroom.unbook(40, 0, left=5)
+    headroom.update(10, 2 * SECOND, amount=600)
+
+    assert headroom.take(5, 2 * SECOND)
+
+
+def test_unbooked_call_returns_its_units_to_the_slice() -> None:
+    headroom = meter(remaining=10)
+    headroom.book(10, 0)
+    assert not headroom.take(10, 0)
+    headroom.unbook(10, 0)
+
+    assert headroom.take(10, 0)
+
+
+def test_slice_reserves_what_others_use() -> None:
+    """Others take four of ten by the end of each slice, so less than six are ours."""
+    headroom = meter(remaining=10)
+    for tenth in range(400):
+        headroom.update(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
+    headroom.book(3, 41 * SECOND)
+
+    assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
+
+
+def test_lowered_limit_shrinks_slices() -> None:
+    headroom = meter(remaining=10)
+    headroom.update(5, 2 * SECOND, amount=300, limit=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
+
+
+def test_slice_size_follows_providers_limit_not_ours() -> None:
+    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
+    headroom = meter(amount=300)
+    headroom.update(10, SECOND, amount=300, limit=600)
+    headroom.update(10, 2 * SECOND, amount=300)
+
+    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
+    assert headroom.others.estimate == 0
+
+
+def test_slices_are_loaded_only_when_reports_show_them() -> None:
+    code = (
+        "import sys; from asyncbucket import Limit; from asyncbucket.feedback.headroom import Headroom;"
+        "headroom = Headroom(Limit('requests', 600)); loaded = lambda: print(*sys.modules);"
+        "headroom.update(599, 1, amount=600); loaded();"
+        "headroom = Headroom(Limit('requests', 600)); headroom.update(9, 1, amount=600); loaded()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = done.stdout.splitlines()
+
+    assert "asyncbucket.feedback.slices" not in before.split()
+    assert "asyncbucket.feedback.slices" in after.split()
+
+
 def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
     """A call whose deadline only the headroom rules out waits while a reply is awaited."""
     with virtual_time() as time:
@@ -273,7 +391,6 @@ def test_report_on_window_without_limit_is_ignored() -> None:
     assert limiter.acquire_nowait(tokens=5).waited == 0
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3 * SECOND), st.booleans(), st.integers(0, 130)), max_size=60)
 )

@@ -196,10 +196,10 @@ def shared(counts: Counts, refused: float, used: float, **options: Any) -> Any:
         *(shared(counts, 0.005, 0.9, others=0.6) for counts in WHOLE),
         # In slices of ten, four calls of others that come by chance don't always fit: without room
         # for them, 18 % would be refused.
-        shared("second", 0.09, 0.88),
-        shared("second", 0.07, 0.8, tokens=True),
-        shared("second", 0.03, 0.87, evenly=True),
-        shared("second", 0.03, 0.9, rpm=6_000, seconds=90),
+        shared("second", 0.07, 0.88),
+        shared("second", 0.07, 0.88, tokens=True),
+        shared("second", 0.005, 0.85, evenly=True),
+        shared("second", 0.005, 0.9, rpm=6_000, seconds=90),
     ],
 )
 def test_key_is_well_used_and_hardly_a_call_is_refused(

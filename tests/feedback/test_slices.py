@@ -1,158 +1,333 @@
-"""Limits counted in slices: no more than a share passes in each, and what others take is left to them."""
+"""Limits counted in slices: where they begin, what is left to others, and that the rest is used."""
 
-import itertools
+import heapq
+import random
+from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 
 from asyncbucket import Limit
-from asyncbucket.feedback.headroom import Headroom, share_of
-from asyncbucket.feedback.slices import Slices
+from asyncbucket.feedback.headroom import Headroom
+from asyncbucket.feedback.slices import Beat, Slices, with_small_margin
 from asyncbucket.testing import assert_never_over
 
 SECOND = 1_000_000_000
-MINUTE = 60 * SECOND
+MS = 1_000_000
 
 
-def meter(*, remaining: int | None = 10, amount: int = 600) -> Headroom:
-    """Return the headroom of a limit; by a first reply, that much is left, as of a slice of ten."""
-    headroom = Headroom(Limit("units", amount))
-    if remaining is not None:
-        headroom.update(remaining, 0, amount=amount)
-    return headroom
+def beat(*words: tuple[float, int]) -> Beat:
+    """Return a detector of one-second slices of ten units that heard these reports."""
+    found = Beat(10, SECOND)
+    for when, left in words:
+        found.update(left, round(when * SECOND))
+    return found
 
 
-def passed(meter: Headroom | Slices, amount: int, *, until: int, start: int = 0) -> list[int]:
-    """Return when calls of ``amount`` pass that wait in line from ``start`` on."""
-    times: list[int] = []
-    now = start
-    while (now := meter.earliest(amount, now)) < until:
-        meter.book(amount, now)
-        times.append(now)
-    return times
+def test_jumps_in_remaining_show_where_slices_begin() -> None:
+    """Two jumps show where each slice begins, and so where later ones will."""
+    heard = beat((0.2, 1), (0.4, 9))
+    assert heard.fits == 1
+    assert not heard.is_sure
+    heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
 
-
-def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
-    """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
-    times = passed(meter(), 1, until=MINUTE)
-
-    assert_never_over([(when, 1) for when in times], Limit("units", 10, per=1))
-    assert times[:5] == [0] * 5
-    assert times[5] > 0
-    assert 0.97 < len(times) / 600 <= 1
-
-
-def test_report_above_slice_share_ends_slicing() -> None:
-    """After that, a tenth of the limit may pass at once."""
-    headroom = meter()
-    headroom.update(600, 0, amount=600)
-
-    assert all(headroom.take(1, 0) for _ in range(60))
-
-
-def test_longer_slices_are_tried_after_shorter_ones() -> None:
-    """If more is left than fits into a second, the limit may be counted in ten-second slices."""
-    assert (share_of(600), share_of(601)) == (10, 11)
-    headroom = meter(remaining=90)
-    assert 90 <= len(passed(headroom, 1, until=10 * SECOND)) <= 100
-    headroom.update(600, MINUTE, amount=600)
-
-    assert sum(headroom.take(1, MINUTE + 10 * SECOND) for _ in range(600)) == 600
-
-
-def test_call_larger_than_slice_uses_up_following_slices() -> None:
-    """A call of 25 takes a slice of ten and the two after it: a provider closes them, too."""
-    times = passed(meter(), 25, until=10 * SECOND)
-
-    assert len(times) > 3
-    assert all(
-        3 * SECOND <= later - earlier < 3.5 * SECOND for earlier, later in itertools.pairwise(times)
-    )
-
-
-def test_refund_of_large_call_reopens_slices() -> None:
-    headroom = meter()
-    headroom.book(45, 0)
-    assert headroom.earliest(5, 0) > 4 * SECOND
-    headroom.unbook(40, 0, left=5)
-    headroom.update(10, 2 * SECOND, amount=600)
-
-    assert headroom.take(5, 2 * SECOND)
-
-
-def test_unbooked_call_returns_its_units_to_the_slice() -> None:
-    headroom = meter()
-    headroom.book(10, 0)
-    assert not headroom.take(10, 0)
-    headroom.unbook(10, 0)
-
-    assert headroom.take(10, 0)
-
-
-def test_lowered_limit_shrinks_slices() -> None:
-    headroom = meter()
-    headroom.update(5, 2 * SECOND, amount=300, limit=300)
-
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
-
-
-def test_slice_size_follows_providers_limit_not_ours() -> None:
-    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
-    headroom = meter(remaining=None, amount=300)
-    headroom.update(10, SECOND, amount=300, limit=600)
-    headroom.update(10, 2 * SECOND, amount=300)
-
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
-    assert headroom.others.estimate == 0
-
-
-def shared(taken: int, *, at_most: int = 10, ours: int = 0) -> Slices:
-    """Return slices of ten of which others took a part for 20 s, and we as well."""
-    slices = Slices(10, SECOND)
-    for second in range(1, 21):
-        for _ in range(ours):
-            slices.book(1, second * SECOND)
-        end = second * SECOND + 900_000_000
-        slices.update(10 - taken - ours, end, at_most=at_most)
-    return slices
-
-
-@pytest.mark.parametrize(("taken", "ours"), [(4, 5), (6, 2), (9, 1)])
-def test_what_others_take_and_a_margin_is_left_to_them_evenly(taken: int, ours: int) -> None:
-    """At least one call passes in each slice, and at most two at once."""
-    times = passed(shared(taken), 1, start=30 * SECOND, until=40 * SECOND)
-
-    assert_never_over([(when, 1) for when in times], Limit("units", ours, per=1))
-    assert len(times) >= 9 * ours
-    assert all(third > first for first, third in zip(times, times[2:], strict=False))
+    assert heard.is_sure
+    assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
+    assert heard.uncertainty <= 0.2 * SECOND
 
 
 @pytest.mark.parametrize(
-    "slices",
+    "words",
     [
-        pytest.param(shared(0, ours=8), id="what we booked ourselves"),
-        pytest.param(shared(6, at_most=0), id="what is never there, as in a small bucket"),
+        pytest.param([(0, 1), (0.4, 5)], id="four more after 0.4 s are a bucket's refill"),
+        pytest.param([(0, 5), (0.1, 4)], id="no more"),
+        pytest.param([(0, 0), (0.5, 10)], id="after half a slice of silence, no one knows when"),
     ],
 )
-def test_nothing_is_left_to_others_who_take_nothing(slices: Slices) -> None:
-    assert len(passed(slices, 1, start=30 * SECOND, until=40 * SECOND)) >= 97
+def test_no_slice_is_found_where_nothing_jumps(words: list[tuple[float, int]]) -> None:
+    assert not beat(*words).fits
 
 
-def test_calls_of_ours_that_come_back_late_are_not_taken_for_missing() -> None:
-    """In a sliding second, what was booked at once comes back at once, a second later."""
-    headroom = meter()
+def test_irregular_jumps_do_not_make_slices_sure() -> None:
+    """A sliding window jumps, too, but irregularly: nothing is sure, and the search starts anew."""
+    words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
+    jumps = [(when + 0.05, 9) for when, _ in words]
+    heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
+
+    assert heard.fits
+    assert not heard.is_sure
+
+
+def test_stray_jump_does_not_move_sure_slice_start() -> None:
+    """Once, something else made room in the middle of a slice."""
+    words = [(second + part, left) for second in range(6) for part, left in ((0.2, 1), (0.4, 9))]
+    heard = beat(*words)
+    before = heard.nearest(20 * SECOND)
+    heard.update(0, round(6.7 * SECOND))
+    heard.update(9, round(6.75 * SECOND))
+
+    assert heard.is_sure
+    assert heard.nearest(20 * SECOND) == before
+
+
+def test_slice_start_keeps_a_margin_for_reply_delay() -> None:
+    """However many jumps fit, replies may be late or early, so a margin stays on either side."""
+    words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
+
+    assert beat(*words, (40.29, 0), (40.31, 9)).uncertainty >= SECOND // 16
+
+
+@dataclass
+class Provider:
+    """Count in slices of a second that begin at `phase`, and refuse what is above the share."""
+
+    phase: int
+    share: int = 10
+    used: Counter[int] = field(default_factory=Counter)
+    refused: int = 0
+
+    def left(self, now: int) -> int:
+        return self.share - self.used[(now + self.phase) // SECOND]
+
+    def admit(self, amount: int, now: int) -> None:
+        if self.left(now) >= amount:
+            self.used[(now + self.phase) // SECOND] += amount
+        else:
+            self.refused += amount
+
+
+def saturate(
+    provider: Provider, *, others: float = 0, seconds: int = 60, way: int = 0, seed: int = 1
+) -> float:
+    """Send all that passes while others come at random; return the part that was used.
+
+    A reply is written after about half a second with what is left then; its way takes up to
+    ``way`` ns. The first 16 seconds, in which slices are detected, do not count as use.
+    """
+    chance = random.Random(seed)
+    slices = Slices(provider.share, SECOND, SECOND)
+    hear(slices, provider.share, SECOND)
+    events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
+    number = 0
+
+    def later(delay: float, what: str, left: int = 0) -> None:
+        nonlocal number
+        number += 1
+        heapq.heappush(events, (now + round(delay), number, what, left))
+
+    now = SECOND
+    if others:
+        later(0, "others")
+    end = (seconds + 1) * SECOND
+    asked = 0
+    while now < end:
+        now, _, what, left = heapq.heappop(events)
+        if what == "others":
+            provider.admit(1, now)
+            later(chance.expovariate(others) * SECOND, "others")
+        elif what == "arrive":
+            provider.admit(1, now)
+            later(chance.uniform(0.1, 0.9) * SECOND, "reply")
+        elif what == "reply":
+            later(chance.randint(0, way), "hear", provider.left(now))
+        elif what == "hear":
+            hear(slices, left, now)
+            later(0, "ask")
+        else:
+            while (when := slices.earliest(1, now)) <= now:
+                slices.book(1, now)
+                later(chance.randint(0, way), "arrive")
+            if when != asked:
+                asked = when
+                later(when - now, "ask")
+    late = [used for index, used in provider.used.items() if 16 < index <= seconds]
+    return sum(late) / (provider.share * (seconds - 16))
+
+
+def hear(slices: Slices, left: int, now: int) -> None:
+    """Report what is left; all that was booked is counted in it."""
+    slices.update(left, left, left, now)
+
+
+@pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
+@pytest.mark.parametrize("way", [0, 50 * MS])
+def test_unshared_slices_are_well_used_and_never_refused(phase: int, way: int) -> None:
+    """Whenever slices begin, and with delays of up to 50 ms either way."""
+    provider = Provider(phase)
+
+    assert saturate(provider, way=way) > 0.95
+    assert provider.refused == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_shared_large_slices_are_well_used_with_few_refusals(seed: int) -> None:
+    """Others take a random 40 of a hundred: under 0.5 % is refused, and 90 % is used."""
+    provider = Provider(370 * MS, share=100)
+    used = saturate(provider, others=40, way=10 * MS, seed=seed)
+
+    assert used > 0.9
+    assert provider.refused < 0.005 * 6_000
+
+
+def test_shared_small_slices_are_well_used_with_few_refusals() -> None:
+    """Others take a random four of ten; without making room for them, 18 % would be refused."""
+    provider = Provider(370 * MS)
+    used = saturate(provider, others=4, seconds=200)
+
+    assert used > 0.88
+    assert provider.refused < 0.05 * 2_000
+
+
+def listen(meter: Slices | Headroom, taken: int) -> None:
+    """Hear for half a minute of slices of ten that begin with each second; others take a part.
+
+    For some of that time we take the rest of each. The last report comes at 29.99 s.
+    """
+    for second in range(1, 30):
+        ours = 10 - taken if 9 < second < 25 else 0
+        end = 10 - taken - ours
+        for part, left in ((10, 10), (450, 10 - taken), (900, end), (990, end)):
+            when = second * SECOND + part * MS
+            if isinstance(meter, Slices):
+                hear(meter, left, when)
+            else:
+                meter.update(left, when, amount=600)
+            if part == 450:
+                for _ in range(ours):
+                    meter.book(1, second * SECOND + 500 * MS)
+
+
+def known(*, taken: int = 0) -> Slices:
+    """Return slices of a second whose beginning is known, and of which others take `taken`."""
+    slices = Slices(10, SECOND, SECOND)
+    listen(slices, taken)
+    assert slices.are_known
+    return slices
+
+
+def test_slice_reserves_others_share_until_its_end() -> None:
+    """Others take six of ten: early at most two pass, and more once they have taken less."""
+    slices = known(taken=6)
+    start = 30 * SECOND + 100 * MS
+    early = 0
+    while early < 9 and slices.earliest(1, start) <= start:
+        slices.book(1, start)
+        early += 1
+    late = 30 * SECOND + 950 * MS
+    hear(slices, 9 - early, late)
+
+    assert early <= 2
+    assert slices.earliest(1, late) == late
+
+
+def test_full_slice_delays_calls_until_next_slice() -> None:
+    slices = known(taken=6)
+    hear(slices, 0, 30 * SECOND + 500 * MS)
+    slices.book(1, 30 * SECOND + 500 * MS)
+    when = slices.earliest(1, 30 * SECOND + 600 * MS)
+
+    assert 31 * SECOND <= when <= 31 * SECOND + 100 * MS
+    assert slices.earliest(1, when) == when
+
+
+def test_one_call_passes_per_slice_however_much_others_take() -> None:
+    """If anything is left, one call passes, so that its reply can tell whether that has changed."""
+    slices = known(taken=9)
+    now = 30 * SECOND + 200 * MS
+    assert slices.earliest(1, now) == now
+    slices.book(1, now)
+
+    assert slices.earliest(1, now) >= 31 * SECOND
+
+
+def test_call_at_slice_end_counts_in_next_slice_too() -> None:
+    """It may arrive in either of the two."""
+    slices = known()
+    late = 30 * SECOND + 990 * MS
+    for _ in range(10):
+        slices.book(1, late)
+    begun = slices.earliest(1, late)
+    slices.book(1, begun)
+
+    assert begun >= 31 * SECOND
+    assert slices.earliest(1, begun + 500 * MS) >= 32 * SECOND
+
+
+def test_unbooked_call_returns_units_only_to_its_own_slice() -> None:
+    """Undoing a call of a slice that is over brings nothing back."""
+    slices = known()
+    now = 30 * SECOND + 200 * MS
+    for _ in range(10):
+        slices.book(1, now)
+    assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
+    slices.unbook(1, 29 * SECOND)
+    assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
+    slices.unbook(5, now)
+
+    assert slices.earliest(1, now + 600 * MS) == now + 600 * MS
+
+
+def test_slices_continue_while_no_calls_are_made() -> None:
+    """After a time without calls, bookings count in the slice of that time."""
+    slices = known()
+    now = 90 * SECOND + 500 * MS
     for _ in range(5):
-        headroom.book(1, SECOND)
-    for tenth in range(9):
-        headroom.update(5, SECOND + tenth * SECOND // 10, amount=600)
+        assert slices.earliest(1, now) == now
+        slices.book(1, now)
 
-    assert headroom.available(SECOND + 900_000_000) == 6
+    assert 90 * SECOND < slices.earliest(10, now) <= 91 * SECOND + 100 * MS
 
 
-def test_others_share_is_left_to_them_by_headroom_too() -> None:
-    """Others take four of ten by the end of each slice, so less than six are ours."""
-    headroom = meter()
-    for tenth in range(400):
-        headroom.update(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
-    headroom.book(3, 41 * SECOND)
+def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
+    slices = Slices(10, SECOND, SECOND // 2)
+    hear(slices, 10, SECOND)
+    times: list[int] = []
+    while (when := slices.earliest(1, SECOND)) < 5 * SECOND:
+        slices.book(1, when)
+        times.append(when)
 
-    assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
+    assert_never_over([(when, 1) for when in times], Limit("units", 5, per=1))
+    assert len(times) >= 19
+    assert times[2] - times[1] > 200 * MS
+    assert slices.are_searched
+    for second in range(2, 11):
+        hear(slices, 9, second * SECOND)
+    assert not slices.are_searched
+
+
+def refill(*, every: int) -> Slices:
+    """Return slices of ten seconds after 14 s in which we took 5 a second, and all was back `every` s."""
+    slices = Slices(100, 10 * SECOND, SECOND)
+    hear(slices, 90, SECOND)
+    for second in range(2, 15):
+        slices.book(5, second * SECOND - SECOND // 2)
+        hear(slices, 90 - 5 * (second % every), second * SECOND)
+    return slices
+
+
+def test_units_that_come_back_all_the_time_rule_slices_out() -> None:
+    """In a slice, what was booked stays missing until it ends."""
+    assert refill(every=1).are_refuted
+    assert not refill(every=10).are_refuted
+
+
+def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
+    """The reserve is counted in whole calls, however large they are."""
+    assert with_small_margin(40, 1) == 40 + 18
+    assert with_small_margin(4, 1) == 4 + 4
+    assert with_small_margin(0.8, 1) == 1
+    assert with_small_margin(0.2, 1) == 0
+    assert with_small_margin(400, 100) == 800
+    assert with_small_margin(400, 100, minimal=True) == 600
+
+
+def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
+    """What is left at the end of a slice tells nothing of the next one."""
+    headroom = Headroom(Limit("requests", 600))
+    listen(headroom, 0)
+    for _ in range(10):
+        headroom.book(1, 29 * SECOND + 500 * MS)
+    begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
+
+    assert 30 * SECOND <= begun <= 30 * SECOND + 200 * MS
+    assert headroom.take(1, begun)
