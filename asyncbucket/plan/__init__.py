@@ -1,8 +1,8 @@
 """Know before you pay: how long calls take, what binds, and what other limits would gain.
 
 `plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there
-is no second model of a limiter that could be wrong. `samples` and `load` decide what calls cost,
-how long they take and when they come; `outlook` and `result` say what came of it.
+is no second model of a limiter that could be wrong. `calls` decides what calls cost, how long they
+take and when they come; `result` says what came of it.
 """
 
 from importlib import import_module
@@ -12,27 +12,16 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import read_count
 
 if TYPE_CHECKING:
-    from asyncbucket.plan.load import Arrivals, Poisson
+    from asyncbucket.plan.calls import Poisson, Sample, Samples
     from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
-    from asyncbucket.plan.samples import Sample, Samples
 
 #: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
 _LAZY: Final = {
-    **dict.fromkeys(("Arrivals", "Poisson"), "load"),
+    **dict.fromkeys(("Poisson", "Sample", "Samples"), "calls"),
     **dict.fromkeys(("Plan", "PlannedLimit", "PlannedWaits"), "result"),
-    **dict.fromkeys(("Sample", "Samples"), "samples"),
 }
 
-__all__ = [
-    "Arrivals",
-    "Plan",
-    "PlannedLimit",
-    "PlannedWaits",
-    "Poisson",
-    "Sample",
-    "Samples",
-    "plan",
-]
+__all__ = ["Plan", "PlannedLimit", "PlannedWaits", "Poisson", "Sample", "Samples", "plan"]
 
 
 def __getattr__(name: str) -> object:
@@ -41,16 +30,13 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
-def plan(  # noqa: PLR0913 - a plan has this many parameters
+def plan(
     *limits: str | Limit,
     calls: int | None = None,
     tokens: "Samples | None" = None,
-    input_tokens: "Samples | None" = None,
-    output_tokens: "Samples | None" = None,
-    used_tokens: "Samples | None" = None,
     concurrency: int | None = None,
     latency: "Samples | None" = None,
-    arrivals: "Arrivals" = None,
+    arrivals: "Poisson | None" = None,
     what_if: bool | None = None,
     profile: str = "openai",
     seed: int = 0,
@@ -63,28 +49,23 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
 
     >>> print(plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5))
 
-    Properties of the calls (``tokens``, ``latency`` and the like) may be given as a number; as
-    samples, taken in order if there are as many as calls, else drawn with replacement; as the path
-    of a JSONL file of samples; or as a function that gets a ``random.Random`` and returns a number.
-    A sample of tokens is a number, a `Cost`, a text (four characters are a token), or an object: amounts
+    ``tokens`` and ``latency`` may be one sample for every call; many, taken in order if there are
+    as many as calls, else drawn with replacement; or the path of a JSONL file of samples. A sample
+    of tokens is a number, a `Cost`, a text (four characters are a token), or an object: amounts
     such as ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's
-    batch files. A sample of latency is a number or an object with ``latency``.
+    batch files. A sample of latency is a number of seconds or an object with ``latency``.
 
     All calls stand in one line. To see how tenants, children or agents that start agents share
     limits, run them with a `Limiter` on virtual time: `asyncbucket.testing.virtual_time`.
 
     Args:
         limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
-        calls: how many; may be omitted if samples or instants determine it. At most 10 million: a
-            plan simulates each one.
-        tokens: tokens reserved by a call, input and output together.
-        input_tokens: tokens sent.
-        output_tokens: tokens expected back.
-        used_tokens: tokens that a call turns out to have used when it ends, if not those reserved;
-            see `Lease.settle`.
+        calls: how many; may be omitted if samples determine it. At most 10 million: a plan
+            simulates each one.
+        tokens: tokens that a call costs.
         concurrency: the most calls in flight at once.
         latency: seconds from a call's admission to its end; none by default.
-        arrivals: when calls come: all at once, `Poisson`, or the instants in seconds.
+        arrivals: when calls come: all at once, or `Poisson`.
         what_if: whether to find out what other limits would gain, which takes two more runs for
             each limit that any call waits for; by default up to 100,000 calls.
         profile: how the provider charges a request's body: see `asyncbucket.providers.profiles`.
@@ -97,24 +78,21 @@ def plan(  # noqa: PLR0913 - a plan has this many parameters
         ValueError, TypeError: something is missing or makes no sense; the message says what.
         OSError: a file cannot be read.
     """
-    from asyncbucket.plan.load import Load
-    from asyncbucket.plan.outlook import make_plan
-    from asyncbucket.plan.samples import Series, Tokens, read_seconds
+    from asyncbucket.plan.calls import Load
+    from asyncbucket.plan.result import make_plan
 
     read = read_limits(limits, limits_by_keyword)
     if concurrency is not None:
         concurrency = read_count(concurrency, "concurrency", least=1)
-    units = {
-        "tokens": tokens,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "used_tokens": used_tokens,
-    }
-    read_units = Tokens(profile)
-    series = {name: Series(samples, name, read_units) for name, samples in units.items()}
-    series["latency"] = Series(0.0 if latency is None else latency, "latency", read_seconds)
     try:
-        load = Load(series, calls=calls, arrivals=arrivals, seed=seed)
+        load = Load(
+            tokens=tokens,
+            latency=latency,
+            calls=calls,
+            arrivals=arrivals,
+            profile=profile,
+            seed=seed,
+        )
         load.check(read, concurrency)
         return make_plan(load, read, concurrency, what_if=what_if)
     except OverflowError as error:

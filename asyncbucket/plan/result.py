@@ -1,10 +1,21 @@
-"""What a plan says, in numbers and in words."""
+"""What a plan says, in numbers and in words, and how it comes from a run of its calls."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
+from asyncbucket.plan.calls import Load
+from asyncbucket.plan.drive import NANOSECONDS, PlannedCall, Record, run_calls
+
+#: Up to this many calls, other limits are tried by default.
+_MAX_WHAT_IF_CALLS: Final = 100_000
+#: Parts of the timeline.
+_PARTS: Final = 240
 
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
@@ -77,10 +88,34 @@ class Plan:
     timeline: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        lines = [self.summary, *details(self)]
-        if self.limits:
-            lines += ["", *_aligned(rows_of(self))]
-        return "\n".join(lines)
+        waits, lines = self.waits, [self.summary]
+        if waits.max:
+            lines.append(
+                f"waits: {duration_in_words(waits.p50)} at the median, "
+                f"{duration_in_words(waits.p95)} at 95 %, {duration_in_words(waits.max)} at most"
+            )
+        if self.mean_in_flight:
+            mean, most = rounded(self.mean_in_flight), f"{self.peak_in_flight:,}"
+            lines.append(f"in flight: {mean} on average, {most} at most")
+        if self.refused:
+            lines.append(f"never passed: {counted(self.refused, 'calls')}: {self.refusal}")
+        return "\n".join([*lines, *self._table()])
+
+    def _table(self) -> Iterator[str]:
+        """Yield a header and a line for each limit: what is used of it, and what changes would do."""
+        if not self.limits:
+            return
+        rows = [("limit", "used", "if doubled", "if removed")]
+        for limit in self.limits:
+            doubled, removed = (
+                change(seconds, self.duration) for seconds in (limit.if_doubled, limit.if_removed)
+            )
+            rows.append((limit.limit, percent(limit.used), doubled, removed))
+        width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        yield ""
+        for first, *others in rows:
+            cells = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
+            yield "  ".join([first.ljust(width), *cells]).rstrip()
 
     @property
     def binding(self) -> PlannedLimit | None:
@@ -125,45 +160,113 @@ def percent(share: float) -> str:
     return f"{int(share * 1000 + 1e-6) / 10:.1f} %"
 
 
-def details(plan: Plan) -> Iterator[str]:
-    """Yield what is to be said besides the summary and the table."""
-    waits = plan.waits
-    if waits.max:
-        yield (
-            f"waits: {duration_in_words(waits.p50)} at the median, {duration_in_words(waits.p95)} at 95 %, "
-            f"{duration_in_words(waits.max)} at most"
-        )
-    if plan.mean_in_flight:
-        yield f"in flight: {rounded(plan.mean_in_flight)} on average, {plan.peak_in_flight:,} at most"
-    if plan.refused:
-        calls = counted(plan.refused, "calls")
-        yield f"never passed: {calls}: {plan.refusal}"
-
-
-def rows_of(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the header and a row for each limit: what is used of it, and what changes would do."""
-    rows: list[tuple[str, ...]] = [("limit", "used", "if doubled", "if removed")]
-    for limit in plan.limits:
-        others = (limit.if_doubled, limit.if_removed)
-        changes = (change(seconds, plan.duration) for seconds in others)
-        rows.append((limit.limit, percent(limit.used), *changes))
-    if all(limit.if_doubled is None for limit in plan.limits):
-        rows = [row[:2] for row in rows]
-    return rows
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells])
-
-
 def change(seconds: float | None, duration: float) -> str:
     """Say how long all would take instead of ``duration``: "19 min 52 s (-50 %)", or "the same"."""
     if seconds is None:
-        return ""
+        return "-"
     share = (seconds - duration) / duration if duration else 0.0
     if abs(share) < 0.005:  # noqa: PLR2004 - it would be written as 0 %
         return "the same"
     return f"{duration_in_words(seconds)} ({share:+.0%})".replace("%", " %")
+
+
+def make_plan(
+    load: Load, limits: Sequence[Limit], concurrency: int | None, *, what_if: bool | None
+) -> Plan:
+    """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
+    record = run_calls(load, limits, concurrency)
+    refusal = _refusal(limits, record.refused[0]) if record.refused else None
+    calls, end = len(record.admitted), record.end
+    if refusal is not None and not calls:
+        raise CostExceedsLimit(f"no call can ever pass: {refusal}")
+    planned = list(_limits(limits, concurrency, record))
+    if load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if:
+        for number, limit in enumerate(planned):
+            doubled = removed = record.seconds
+            if record.held_up.get(limit.resource):
+                doubled, removed = (
+                    run_calls(load, *others).seconds
+                    for others in _changed(limits, concurrency, number)
+                )
+            planned[number] = replace(limit, if_doubled=doubled, if_removed=removed)
+    held_up = sum(record.held_up.values())
+    return Plan(
+        duration=record.seconds,
+        calls=calls,
+        tokens=record.used["tokens"],
+        waits=_waits(record),
+        limits=tuple(planned),
+        held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
+        peak_in_flight=record.peak,
+        mean_in_flight=record.busy / end if end else 0.0,
+        refused=len(record.refused),
+        refusal=refusal,
+        timeline=_timeline(record),
+    )
+
+
+def _refusal(limits: Sequence[Limit], call: PlannedCall) -> str | None:
+    """Return what the limiter tells a call that can never pass."""
+    try:
+        Limiter(*limits).acquire_nowait(Cost.of(call.amounts))
+    except CostExceedsLimit as error:
+        return str(error)
+    return None
+
+
+def _limits(
+    limits: Sequence[Limit], concurrency: int | None, record: Record
+) -> Iterator[PlannedLimit]:
+    """Describe each limit, and the slots as the last one."""
+    calls = len(record.admitted)
+    for limit in limits:
+        used = record.used[limit.resource]
+        rate = limit.amount / limit.per * calls / used if used else None
+        part = _part_used(limit, record)
+        yield PlannedLimit(limit=str(limit), resource=limit.resource, used=part, rate=rate)
+    if concurrency is not None:
+        part = record.busy / (concurrency * record.end) if record.end else 0.0
+        rate = concurrency * calls * NANOSECONDS / record.busy if record.busy else None
+        slots = f"{concurrency:,} at once"
+        yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
+
+
+def _part_used(limit: Limit, record: Record) -> float:
+    """Return which part of a limit was used, of the most that was possible in that time."""
+    last = record.admitted[-1] if record.admitted else 0
+    most: float = limit.amount * (last // limit.window + 1)
+    if limit.burst is not None:
+        most = min(most, limit.burst + limit.amount * last / limit.window)
+    # Calls that use more than they reserved may exceed it: then all was used.
+    return min(1.0, record.used[limit.resource] / most)
+
+
+def _changed(
+    limits: Sequence[Limit], concurrency: int | None, number: int
+) -> tuple[tuple[Sequence[Limit], int | None], tuple[Sequence[Limit], int | None]]:
+    """Return limits and slots with one of them doubled, and without it; the slots come last."""
+    before, rest = limits[:number], limits[number:]
+    if not rest:
+        assert concurrency is not None
+        return (limits, 2 * concurrency), (limits, None)
+    limit = rest[0]
+    # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
+    default = replace(limit, burst=None).burst
+    burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
+    doubled = replace(limit, amount=2 * limit.amount, burst=burst)
+    return ([*before, doubled, *rest[1:]], concurrency), ([*before, *rest[1:]], concurrency)
+
+
+def _waits(record: Record) -> PlannedWaits:
+    ranked = sorted(record.waited) or [0]
+    p50, p95, most = (
+        ranked[max(0, -(-len(ranked) * rank // 100) - 1)] / NANOSECONDS for rank in (50, 95, 100)
+    )
+    return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / NANOSECONDS)
+
+
+def _timeline(record: Record) -> tuple[int, ...]:
+    counts = [0] * _PARTS
+    for instant in record.admitted:
+        counts[min(instant * _PARTS // max(1, record.end), _PARTS - 1)] += 1
+    return tuple(counts)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.plan import Plan, plan
+from asyncbucket.plan import Plan, Poisson, plan
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
 #: A timer of the event loop may be late by this much (s), because its instants are floats.
@@ -17,7 +17,7 @@ LATE = 1e-6
 
 
 def run(
-    limits: Sequence[str], concurrency: int, calls: Sequence[tuple[float, int, float, int]]
+    limits: Sequence[str], concurrency: int, calls: Sequence[tuple[float, int, float]]
 ) -> tuple[float, list[float]]:
     """Return how long the calls take with a real limiter, and how long each waited."""
     waits: list[float] = []
@@ -25,12 +25,11 @@ def run(
     with virtual_time() as time:
         limiter = Limiter(*limits, concurrency=concurrency, clock=time.clock)
 
-        async def call(arrival: float, tokens: int, latency: float, used: int) -> None:
+        async def call(arrival: float, tokens: int, latency: float) -> None:
             await asyncio.sleep(arrival)
             async with limiter.acquire(tokens=tokens) as lease:
                 waits.append(lease.waited)
                 await asyncio.sleep(latency)
-                lease.settle(tokens=used)
 
         async def main() -> None:
             await asyncio.gather(*(call(*each) for each in calls))
@@ -52,7 +51,7 @@ def assert_same(planned: Plan, real: tuple[float, list[float]]) -> None:
 
 @pytest.mark.parametrize("seed", range(32))
 def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
-    """Whatever limits there are, whenever calls come, whatever they use, and if some cannot pass."""
+    """Whatever limits there are, whenever calls come, and if some cannot pass."""
     chance = random.Random(seed)
     calls, tpm = chance.randint(20, 250), chance.choice([4, 10, 40])
     limits = [
@@ -62,25 +61,25 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
     chosen = chance.sample(limits, k=chance.choice([1, 2, 2]))
     concurrency = chance.randint(1, 12)
     tokens = [chance.randint(50, 4_500) for _ in range(calls)]
-    latencies = [chance.uniform(0.01, chance.choice([1, 5, 30])) for _ in range(calls)]
-    arrivals = sorted(chance.uniform(0, chance.choice([1, 60, 600])) for _ in range(calls))
-    used = [chance.randint(0, 5_000) for _ in range(calls)] if chance.random() < 0.7 else tokens
+    latency = [chance.uniform(0.01, chance.choice([1, 5, 30])) for _ in range(calls)]
+    arrivals = Poisson(calls / chance.choice([1, 60, 600]))
 
     planned = plan(
         *chosen,
         concurrency=concurrency,
         tokens=tokens,
-        latency=latencies,
+        latency=latency,
         arrivals=arrivals,
-        used_tokens=used,
+        seed=seed,
         what_if=False,
     )
 
     largest = 1_000 * tpm if limits[1] in chosen else 5_000
-    history = list(zip(arrivals, tokens, latencies, used, strict=True))
+    instants = [instant * 1e-9 for instant in arrivals.instants(calls, seed)]
+    history = zip(instants, tokens, latency, strict=True)
     passing = [each for each in history if each[1] <= largest]
     assert_same(planned, run(chosen, concurrency, passing))
-    assert planned.tokens == sum(each[3] for each in passing)
+    assert planned.tokens == sum(each[1] for each in passing)
     assert planned.refused == calls - len(passing)
 
 

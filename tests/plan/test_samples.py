@@ -70,8 +70,9 @@ def test_latency_samples_may_be_lines_of_a_log(tmp_path: Path) -> None:
     assert plan(calls=3, latency=path).duration == 2.5
 
 
-def test_drawn_amounts_are_rounded_up() -> None:
-    assert plan(calls=2, tokens=lambda _: 10.2).tokens == 22
+def test_one_sample_may_be_amounts_and_is_rounded_up() -> None:
+    assert plan(calls=2, tokens=10.2).tokens == 22
+    assert plan(calls=2, tokens={"input_tokens": 40, "output_tokens": 2}).tokens == 84
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""The calls of a plan: how many, what they cost, how long they take, and when they come."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from os import PathLike
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import is_number, named, plain, read_count, shown
+from asyncbucket.core.meters import NEVER
+from asyncbucket.plan.drive import NANOSECONDS, PlannedCall
+
+if TYPE_CHECKING:
+    from asyncbucket.providers.profiles import Profile
+
+Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
+"""A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
+
+Samples: TypeAlias = Sample | PathLike[str] | Iterable[Sample]
+"""One sample for every call, samples, or the path of a JSONL file of them."""
+
+T = TypeVar("T")
+
+#: The most calls of a plan: they take a minute or two and some gigabytes.
+_MOST: Final = 10_000_000
+_TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
+_SECONDS: Final = ("latency", "seconds", "duration")
+#: What holds for any number of calls.
+_ONE: Final = (float, int, Mapping, NoneType)
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Let calls come at random, independently: ``rate`` a second on average."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Refuse an invalid rate."""
+        if not is_number(self.rate) or not 0 < self.rate < math.inf:
+            raise ValueError(
+                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
+            )
+
+    def instants(self, calls: int, seed: int) -> Iterator[int]:
+        """Yield when each call comes, in nanoseconds."""
+        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        now = 0.0
+        for _ in range(calls):
+            now += rng.expovariate(self.rate)
+            yield round(now * NANOSECONDS)
+
+
+class Load:
+    """Yield each call with the instant (ns) at which it comes: the same ones every time.
+
+    Args:
+        tokens, latency, calls, arrivals, profile, seed: see `asyncbucket.plan.plan`.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: Samples | None,
+        latency: Samples | None,
+        calls: int | None,
+        arrivals: Poisson | None,
+        profile: str,
+        seed: int,
+    ) -> None:
+        if arrivals is not None and not isinstance(arrivals, Poisson):
+            raise TypeError(
+                f"arrivals must be Poisson(8.0), for so many calls a second, not {shown(arrivals)}"
+            )
+        from asyncbucket.providers.profiles import profile_named
+
+        self._has_tokens = tokens is not None
+        read_tokens = partial(_read_tokens, profile=profile_named(profile))
+        self._costs = _Series("tokens", 0 if tokens is None else tokens, read_tokens)
+        self._lengths = _Series("latency", 0 if latency is None else latency, _read_seconds)
+        self._arrivals = arrivals
+        self._seed = seed
+        calls = None if calls is None else read_count(calls, "calls", least=1)
+        #: How many calls there are, from whichever argument determines it.
+        self.calls = calls or max(len(self._costs.values), len(self._lengths.values))
+        if calls is None and all(isinstance(each, _ONE) for each in (tokens, latency)):
+            raise ValueError("how many calls? give calls, samples or a file of them")
+        if self.calls > _MOST:
+            raise ValueError(
+                f"{self.calls:,} calls are more than the {_MOST:,} that a plan runs through: plan "
+                "a part of them; where limits bind, twice the calls take twice as long"
+            )
+
+    def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
+        """Refuse limits on something unknown, which would not bind in the plan.
+
+        Raises:
+            ValueError: the message says what is missing.
+        """
+        limited = {limit.resource for limit in limits}
+        tokens = sorted(limited & _TOKENS)
+        if tokens and not self._has_tokens:
+            raise ValueError(
+                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
+                "call has: give tokens="
+            )
+        for name in sorted(limited - _TOKENS - {"requests"}):
+            raise ValueError(
+                f"a limit counts {name}, and a plan counts requests and tokens alone: leave it out"
+            )
+        if concurrency is not None and not any(self._lengths.values):
+            raise ValueError(
+                f"what concurrency={concurrency} allows depends on how long calls take: give "
+                "latency= in seconds"
+            )
+
+    def __iter__(self) -> Iterator[tuple[int, PlannedCall]]:
+        instants: Iterable[int] = repeat(0, self.calls)
+        if self._arrivals is not None:
+            instants = self._arrivals.instants(self.calls, self._seed)
+        drawn = (each.draw(self.calls, self._seed) for each in (self._costs, self._lengths))
+        cost, latency = Cost(), -1
+        call = PlannedCall({}, 0)
+        for instant, values in zip(instants, zip(*drawn, strict=True), strict=True):
+            if values[0] is not cost or values[1] != latency:  # most plans have many calls alike
+                cost, latency = values
+                call = PlannedCall(dict(cost), latency)
+            yield instant, call
+
+
+class _Series(Generic[T]):
+    """Return a value for each call, the same for the same seed.
+
+    Samples are taken in order if there are as many as calls, else drawn with replacement.
+    """
+
+    def __init__(self, name: str, given: Samples, read: Callable[[Any], T]) -> None:
+        """Read what was ``given`` as ``name``; ``read`` turns a sample into a value."""
+        self._name = name
+        if isinstance(given, str | PathLike):
+            samples = _lines(name, Path(given))
+        elif isinstance(given, Iterable) and not isinstance(given, Mapping | bytes):
+            samples = ((f"{name}, sample {n}", sample) for n, sample in enumerate(given, 1))
+        else:
+            samples = iter([(name, given)])
+        self.values = [_checked(sample, where, read) for where, sample in samples]
+        if not self.values:
+            raise ValueError(f"{name} has no samples: give at least one")
+
+    def draw(self, calls: int, seed: int) -> Iterable[T]:
+        """Return a value for each of ``calls`` calls."""
+        rng = random.Random(f"{seed} {self._name}")  # noqa: S311 - repeatable, not secret
+        if len(self.values) == calls:
+            return self.values
+        if len(self.values) == 1:
+            return repeat(self.values[0], calls)
+        return (rng.choice(self.values) for _ in range(calls))
+
+
+def _checked(sample: Any, where: str, read: Callable[[Any], T]) -> T:
+    try:
+        return read(sample)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _lines(name: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the samples in a file, and where each is; empty lines are skipped."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{name}: {path}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{where}: not JSON: {error}; a line is a number, a text in quotes or an object"
+                    ) from error
+
+
+def _read_tokens(sample: object, profile: "Profile") -> Cost:
+    """Return what a call costs, as ``profile`` charges it if the sample is a request.
+
+    Four characters of a text are one token, OpenAI's estimate at admission.
+
+    Raises:
+        TypeError, ValueError: the sample has no tokens.
+    """
+    if isinstance(sample, str):
+        from asyncbucket.providers.request import RequestSize
+
+        size = RequestSize()
+        size.add(sample)
+        return Cost(tokens=size.by_characters)
+    if isinstance(sample, Cost):
+        return sample
+    if not isinstance(sample, Mapping):
+        return Cost(tokens=_number(sample))
+    amounts = {name: _number(sample[name]) for name in _TOKENS & sample.keys()}
+    if amounts:
+        return Cost(**amounts)
+    body = sample.get("body", sample)
+    if not isinstance(body, Mapping) or not body.keys() & {"messages", "prompt", "input"}:
+        raise ValueError(
+            f"an object with {', '.join(sorted(map(str, sample))) or 'nothing'} gives no "
+            "tokens: give tokens, input_tokens and output_tokens, or a request's messages, "
+            "prompt or input"
+        )
+    from asyncbucket.providers.forecast import FORESEEN
+    from asyncbucket.providers.profiles import Call
+
+    url = sample.get("url")
+    path = url if isinstance(url, str) else _path_of(body)
+    return profile.cost(Call("POST", "", path, body, foreseen=FORESEEN)) or Cost()
+
+
+def _path_of(body: Mapping[str, Any]) -> str:
+    """Return where a body would be sent; embeddings and responses differ only in the model."""
+    if "messages" in body:
+        return "/v1/chat/completions"
+    if "prompt" in body:
+        return "/v1/completions"
+    return "/v1/embeddings" if "embedding" in str(body.get("model")) else "/v1/responses"
+
+
+def _read_seconds(sample: object) -> int:
+    """Return a sample of seconds in nanoseconds, from a number or an object that has one.
+
+    Raises:
+        TypeError, ValueError: it is not a number of seconds from 0 on.
+    """
+    if isinstance(sample, Mapping):
+        seconds = next((sample[name] for name in _SECONDS if name in sample), None)
+        if seconds is None:
+            raise ValueError(f"an object without {', '.join(_SECONDS)} gives no seconds")
+        sample = seconds
+    length = round(_number(sample) * NANOSECONDS)
+    if length >= NEVER:
+        raise OverflowError
+    return length
+
+
+def _number(value: object) -> float:
+    if not is_number(value):
+        raise TypeError(f"expected a number, not {shown(value)}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"expected a finite number from 0 on, not {value!r}")
+    return plain(value)
