@@ -1,4 +1,5 @@
-# `make help` lists what there is to do. Each target makes its own environment, `.venv`, on first use.
+# `make help` lists what there is to do. Each target makes its environment on first use: `.venv`, and
+# `.venv-demo` for the demo alone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -16,7 +17,9 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # Named after what pyproject.toml says, not after its date: a fresh checkout, a switched branch or
 # a touched file costs nothing, and without a network everything works from the second time on.
-STAMP := $(VENV)/.installed-$(firstword $(shell cksum pyproject.toml))
+INSTALLED := .installed-$(firstword $(shell cksum pyproject.toml))
+STAMP := $(VENV)/$(INSTALLED)
+DEMO_STAMP := $(VENV)-demo/$(INSTALLED)
 
 # What the tests must cover to the last branch: the core, as pyproject.toml's import contract lists it.
 CORE := __init__ $(shell sed -n '/^source_modules/,/^]/s/.*"asyncbucket[.]\(.*\)".*/\1/p' pyproject.toml)
@@ -43,8 +46,8 @@ SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## Run agents under a provider's limits, without asyncbucket and with it
-	@$(VENV)/bin/asyncbucket demo $(DEMO_ARGS)
+demo: $(DEMO_STAMP) ## Run agents under a provider's limits, without asyncbucket and with it
+	@$(VENV)-demo/bin/asyncbucket demo $(DEMO_ARGS)
 
 # What waits on the machine's clock runs last: it is idle for most of the time, so four at once.
 test: $(STAMP) ## Run all tests; the core must be covered to the last branch
@@ -113,10 +116,19 @@ clean: ## Remove environments, caches and everything built
 	rm -rf mutants .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml
-	@test -x $(PY) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyncbucket needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@echo "installing what pyproject.toml names into $(VENV) (once)"
-	@$(PY) $(PIP_INSTALL) -e '.[dev,all]'
-	@rm -f $(VENV)/.installed-*
+# Install an extra of this tree into an environment: $(call install,environment,extra,pip's options)
+define install
+	@test -x $(1)/bin/python || { echo "making $(1)"; $(PYTHON) -m venv $(1); }
+	@$(1)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyncbucket needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "installing what pyproject.toml names into $(1) (once)"
+	@$(1)/bin/python -m pip install --disable-pip-version-check $(3) -e '.[$(2)]'
+	@rm -f $(1)/.installed-*
 	@touch $@
+endef
+
+$(STAMP): pyproject.toml
+	$(call install,$(VENV),dev$(comma)all,--quiet)
+
+# Packages are shown as they come. Python compiles what it imports: all of LlamaIndex is far more than that.
+$(DEMO_STAMP): pyproject.toml
+	$(call install,$(VENV)-demo,cli,--no-compile)

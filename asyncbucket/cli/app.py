@@ -9,7 +9,7 @@ from asyncbucket.cli import demo, doctor, pictures, plan, run, watch
 
 app = typer.Typer(
     add_completion=False,
-    epilog="Example: asyncbucket demo --quick",
+    epilog="Example: asyncbucket demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around help and errors do not suit a pipe
@@ -43,8 +43,6 @@ _COMMANDS: Final = (
         """
         asyncbucket demo
         asyncbucket demo --agents 500 --rpm 2400
-        export OPENAI_API_KEY=...
-        asyncbucket demo --model gpt-4o-mini --rpm 500 --tpm 200000 --agents 20
         """,
     ),
     (

@@ -5,80 +5,82 @@ The same code runs in both halves; only the models differ, plain or wrapped.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
 from importlib import import_module
 from typing import Any, Final
 
 import httpx
 from llama_index.core.agent.workflow import FunctionAgent
-from llama_index.core.llms import LLMMetadata
 from llama_index.core.utils import get_tokenizer
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket.cli import interrupts_blocked
-from asyncbucket.cli.demo import Run, Scenario
-from asyncbucket.cli.options import without_key
+from asyncbucket.cli.demo import Run
 from asyncbucket.cli.ui import Screen
-from asyncbucket.core.events import Admitted, Event
-from asyncbucket.testing import Arrival, ProviderProcess
+from asyncbucket.testing import ProviderProcess
 
 #: Seconds between two plain lines of progress.
 _LINE_INTERVAL: Final = 2.0
-#: The range of seconds that the bundled provider takes for a reply.
+#: The range of seconds that the provider takes for a reply.
 _LATENCY: Final = (0.2, 0.6)
 _REPLY_TOKENS: Final = 40
+_MODEL: Final = "gpt-4o-mini"
 _EMBED_MODEL: Final = "text-embedding-3-small"
 _BATCH_SIZE: Final = 10
 #: How many agents start before the loop gets a break; each costs some milliseconds of CPU.
 _STARTS_BEFORE_BREAK: Final = 4
 _CITIES: Final = ("Lima", "Oslo", "Accra", "Perth", "Quito", "Turin", "Kyoto", "Dakar")
 _RATE_LIMITED: Final = 429
-#: Errors that any other call would get, too: the demo ends at the first one.
-_FATAL: Final = frozenset({401, 403, 404})
 
 Job = Callable[[], Awaitable[object]]
 
 
-class Fatal(Exception):  # noqa: N818 - its name says it
-    """Say that no call can succeed, and why."""
-
-
-def run_once(run: Run, screen: Screen) -> None:
-    """Run the agents once, from the provider's start to its end, even if Ctrl-C ends it.
-
-    Raises:
-        Fatal: the provider refuses in a way that any call would meet.
-    """
-    if run.scenario.api_base is not None:
-        _run(run, screen, run.scenario.api_base)
-        return
-    with bundled_provider(run.scenario) as provider:
-        _run(run, screen, provider.base_url)
-        run.arrivals = provider.arrivals
-
-
-def _run(run: Run, screen: Screen, api_base: str) -> None:
+def run_once(run: Run, screen: Screen) -> bool:
+    """Run the agents once, from the provider's start to its end; return False if Ctrl-C ended it."""
+    provider = ProviderProcess(
+        rpm=run.scenario.requests.amount,
+        tpm=run.scenario.tokens.amount,
+        minute=run.scenario.requests.per,
+        charge="usage",
+        latency=_LATENCY,
+        reply_tokens=_REPLY_TOKENS,
+    )
     try:
-        asyncio.run(_drive(run, screen, api_base))
-    except KeyboardInterrupt:  # the second one, or one before or after the loop
-        run.interrupted = True
+        with interrupts_blocked():
+            provider.start()
+        asyncio.run(_drive(run, screen, provider.base_url))
+    except KeyboardInterrupt:
+        return False
+    finally:
+        if provider.pid is not None:
+            run.arrivals = provider.arrivals
+        provider.stop()
+    return True
 
 
 async def _drive(run: Run, screen: Screen, api_base: str) -> None:
+    # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
     asyncio.get_running_loop().set_exception_handler(_ignore)
     ticker = asyncio.create_task(_tick(run, screen))
+    # What the first call would load: half a second of CPU that belongs to neither run.
+    import_module("openai.resources")
+    get_tokenizer()
     try:
-        await load(run, api_base)
-    except asyncio.CancelledError:  # how asyncio passes on a Ctrl-C
-        run.interrupted = True
+        async with _counting_client(run) as client:
+            jobs = list(_jobs(run, *_models(run, api_base, client)))
+            run.started_ns = time.monotonic_ns()
+            async with asyncio.TaskGroup() as group:
+                for number, job in enumerate(jobs, 1):
+                    group.create_task(_run_job(job, run))
+                    if number % _STARTS_BEFORE_BREAK == 0:
+                        await asyncio.sleep(0.001)
     finally:
+        run.ended_ns = time.monotonic_ns()
         ticker.cancel()
 
 
 def _ignore(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Keep off the screen what LlamaIndex's workflows leave behind when they are cancelled."""
     del loop, context
 
 
@@ -88,102 +90,25 @@ async def _tick(run: Run, screen: Screen) -> None:
         await asyncio.sleep(screen.interval(_LINE_INTERVAL))
 
 
-@contextmanager
-def bundled_provider(scenario: Scenario) -> Generator[ProviderProcess]:
-    """Provide the bundled provider in a process of its own."""
-    provider = ProviderProcess(
-        rpm=scenario.amount("requests"),
-        tpm=scenario.amount("tokens"),
-        minute=scenario.window,
-        charge="usage",
-        latency=_LATENCY,
-        reply_tokens=_REPLY_TOKENS,
-    )
-    try:
-        with interrupts_blocked():
-            provider.start()
-        yield provider
-    finally:
-        provider.stop()
-
-
-async def load(run: Run, api_base: str) -> None:
-    """Run all jobs at once and return when the last one is done.
-
-    Cancelling ends them all; what they did stays in ``run``.
-
-    Raises:
-        Fatal: the first call failed in a way that all others would, too.
-    """
-    # What the first call would load: half a second of CPU that belongs to neither run.
-    import_module("openai.resources")
-    get_tokenizer()
-
-    def note(event: Event) -> None:
-        if isinstance(event, Admitted):
-            run.waits.append((event.waited, event.bound_by if event.waited else None))
-
-    if run.limiter is not None:
-        run.limiter.observe(note)
-    async with _models(run, api_base) as (llm, embed_model):
-        jobs = list(_jobs(run, llm, embed_model))
-        run.started_ns = time.monotonic_ns()
-        try:
-            await _run_all(jobs, run)
-        finally:
-            run.ended_ns = time.monotonic_ns()
-
-
-class _AnyOpenAI(OpenAI):
-    """Accept models whose context size LlamaIndex does not know, such as other providers'."""
-
-    @property
-    def metadata(self) -> LLMMetadata:
-        return LLMMetadata(
-            context_window=32_000,
-            is_chat_model=True,
-            is_function_calling_model=True,
-            model_name=self.model,
-        )
-
-
-@asynccontextmanager
-async def _models(run: Run, api_base: str) -> AsyncGenerator[tuple[Any, Any]]:
-    """Open chat and embedding model as usual; paced if the run has a limiter."""
-    async with _counting_client(run) as client:
-        common: dict[str, Any] = {
-            "api_base": api_base,
-            "api_key": run.scenario.api_key,
-            "async_http_client": client,
-        }
-        llm: Any = OpenAI(model=run.scenario.model, **common)
-        try:
-            _ = llm.metadata
-        except ValueError:
-            llm = _AnyOpenAI(model=run.scenario.model, **common)
-        embed_model: Any = OpenAIEmbedding(
-            model_name=_EMBED_MODEL, embed_batch_size=_BATCH_SIZE, **common
-        )
-        if run.limiter is not None:
-            llm, embed_model = run.limiter.wrap(llm), run.limiter.wrap(embed_model)
-        yield llm, embed_model
+def _models(run: Run, api_base: str, client: httpx.AsyncClient) -> tuple[Any, Any]:
+    """Return chat and embedding model as usual; paced if the run has a limiter."""
+    common: Any = {"api_base": api_base, "api_key": "none", "async_http_client": client}
+    llm = OpenAI(model=_MODEL, **common)
+    embed_model = OpenAIEmbedding(model_name=_EMBED_MODEL, embed_batch_size=_BATCH_SIZE, **common)
+    if run.limiter is None:
+        return llm, embed_model
+    return run.limiter.wrap(llm), run.limiter.wrap(embed_model)
 
 
 def _counting_client(run: Run) -> httpx.AsyncClient:
-    """Return a client that counts every attempt; one is under way until its headers are there."""
+    """Return a client that counts every attempt."""
 
-    async def sent(request: httpx.Request) -> None:
+    async def sent(_: httpx.Request) -> None:
         run.requests += 1
-        run.in_flight += 1
-        request.extensions["asyncbucket_demo"] = time.monotonic_ns()
 
     async def replied(response: httpx.Response) -> None:
-        is_refusal = response.status_code == _RATE_LIMITED
-        run.in_flight -= 1
-        run.refused += is_refusal
+        run.refused += response.status_code == _RATE_LIMITED
         run.answered += response.is_success
-        sent_ns: int = response.request.extensions["asyncbucket_demo"]
-        run.arrivals.append(Arrival(sent_ns, "", 0, not is_refusal))
 
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
@@ -191,29 +116,14 @@ def _counting_client(run: Run) -> httpx.AsyncClient:
     return httpx.AsyncClient(limits=limits, timeout=60, event_hooks=hooks)
 
 
-async def _run_all(jobs: list[Job], run: Run) -> None:
-    try:
-        async with asyncio.TaskGroup() as group:
-            for number, job in enumerate(jobs, 1):
-                group.create_task(_run_job(job, run))
-                if number % _STARTS_BEFORE_BREAK == 0:
-                    await asyncio.sleep(0.001)
-    except* Fatal as errors:
-        raise errors.exceptions[0] from None
-
-
 async def _run_job(job: Job, run: Run) -> None:
     try:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
-        name = type(error).__name__
-        whole = without_key(f"{name}: {error}", run.scenario.api_key)
-        status, code = (getattr(error, field, None) for field in ("status_code", "code"))
-        if status in _FATAL:
-            raise Fatal(whole) from None
+        name, code = type(error).__name__, getattr(error, "code", None)
         # Equal errors are counted together; providers' messages all differ.
-        short = f"{name} ({code})" if code else name
-        run.failures[whole if status is None else short] += 1
+        whole = name if hasattr(error, "status_code") else f"{name}: {error}"
+        run.failures[f"{name} ({code})" if code else whole] += 1
 
 
 def _jobs(run: Run, llm: Any, embed_model: Any) -> Iterator[Job]:

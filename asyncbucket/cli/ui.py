@@ -4,7 +4,6 @@ A terminal that cannot draw, a pipe and a log get the same as plain lines.
 """
 
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Generator, Iterable, Sequence
@@ -20,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.plan.result import duration_in_words
+from asyncbucket.core.wording import in_seconds
 
 _EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
 _BAR: Final = 30
@@ -161,7 +160,7 @@ def plot(
     limit: float,
     *,
     seconds: float,
-    share: float = 1.0,
+    share: float,
 ) -> Text:
     """Plot rates up to twice the limit, with the limit as a line.
 
@@ -177,37 +176,17 @@ def plot(
         return Text()
     width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
     rates = [count * len(counts) / seconds for count in counts]
-    top, middle, peak = format_rates(2 * limit, limit, max(rates))
-    labels: dict[int, str] = {_ROWS - 1: top, _ROWS // 2: middle}
-    text = Text(title + (f", {peak} the peak" if max(rates) > 2 * limit else ""), "bold")
-    columns = resampled(rates, width)
+    labels = {_ROWS - 1: f"{2 * limit:,.0f}/s", _ROWS // 2: f"{limit:,.0f}/s"}
+    peak = f", {max(rates):,.0f}/s the peak" if max(rates) > 2 * limit else ""
+    text = Text(title + peak, "bold")
     for row in reversed(range(_ROWS)):
         text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
         text.append("│", "dim")
-        for rate in columns:
-            filled = rate / limit * _ROWS / 2 - row
+        for column in range(width):
+            filled = rates[column * len(rates) // width] / limit * _ROWS / 2 - row
             cell = _EIGHTHS[min(8, max(0, round(filled * 8)))]
             is_line = row == _ROWS // 2 and cell == " "
             text.append("_" if is_line else cell, "yellow" if is_line else "green")
-    end = duration_in_words(seconds)
+    end = in_seconds(seconds)
     text.append(f"\n{'':{_MARGIN - 1}}└{'─' * width}\n", "dim")
     return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")
-
-
-def resampled(rates: Sequence[float], columns: int) -> list[float]:
-    """Return the mean rate in each of ``columns`` equal parts, from other equal parts."""
-    size = len(rates) / columns
-    means = [0.0] * columns
-    for number, rate in enumerate(rates):
-        start, end = number / size, (number + 1) / size
-        for column in range(int(start), min(columns, math.ceil(end))):
-            means[column] += rate * (min(end, column + 1) - max(start, column))
-    return means
-
-
-def format_rates(*values: float) -> list[str]:
-    """Return rates in one unit, in which the second of them has significant digits."""
-    units = ((1, "s", 0.1), (3_600, "h", 10), (86_400, "d", 0))
-    per, unit = next((per, unit) for per, unit, least in units if values[1] * per >= least)
-    counts = [value * per for value in values]
-    return [f"{n:,.0f}/{unit}" if n >= 10 else f"{n:.2g}/{unit}" for n in counts]  # noqa: PLR2004 - two digits

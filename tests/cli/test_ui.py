@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from asyncbucket.cli.ui import Bar, Panel, Screen, draw, plot, resampled
+from asyncbucket.cli.ui import Bar, Panel, Screen, draw, plot
 
 PANEL = Panel(
     "openai",
@@ -47,7 +47,7 @@ def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: boo
 def test_terminal_without_unicode_gets_no_plot() -> None:
     on = console(unicode=False)
 
-    assert shown(on, plot(on, "admitted", [0, 5, 25], 10.0, seconds=3)) == [""]
+    assert shown(on, plot(on, "admitted", [0, 5, 25], 10.0, seconds=3, share=1.0)) == [""]
 
 
 def test_pipe_gets_one_line_per_panel() -> None:
@@ -73,10 +73,10 @@ def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     assert captured.get() == ""
 
 
-def rows(counts: list[int], limit: float, *, seconds: float = 10.0) -> list[str]:
-    """Return the title and the rows of a plot with ten columns."""
+def rows(counts: list[int], limit: float) -> list[str]:
+    """Return the title and the rows of a plot of ten seconds in ten columns."""
     on = console(width=18)
-    return str(plot(on, "admitted", counts, limit, seconds=seconds)).splitlines()
+    return str(plot(on, "admitted", counts, limit, seconds=10.0, share=1.0)).splitlines()
 
 
 def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
@@ -95,27 +95,3 @@ def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
 
     assert title == "admitted, 90/s the peak"
     assert top.endswith("█" * 10)
-
-
-@pytest.mark.parametrize(
-    ("limit", "once", "twice"),
-    [
-        (1_200, "1,200/s", "2,400/s"),
-        (25 / 3, "8.3/s", "17/s"),
-        (0.08, "288/h", "576/h"),
-        (0.001, "86/d", "173/d"),
-    ],
-)
-def test_axis_has_one_unit_in_which_the_limit_has_digits(
-    limit: float, once: str, twice: str
-) -> None:
-    plotted = rows([0], limit)
-
-    assert [plotted[row].split("│")[0].strip() for row in (3, 1)] == [once, twice]
-
-
-@pytest.mark.parametrize("columns", [3, 7, 240, 1_000])
-def test_resampled_rates_keep_their_sum(columns: int) -> None:
-    rates = [float(number % 5) for number in range(100)]
-
-    assert sum(resampled(rates, columns)) / columns == pytest.approx(sum(rates) / len(rates))
