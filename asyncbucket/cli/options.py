@@ -78,11 +78,9 @@ def read_count(typed: str, *, maximum: int | None = None) -> int:
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]
 Tpm: TypeAlias = Annotated[int | None, count("Tokens a minute.")]
-Rpd: TypeAlias = Annotated[int | None, count("Requests a day.")]
-Tpd: TypeAlias = Annotated[int | None, count("Tokens a day.")]
 Preset: TypeAlias = Annotated[str | None, name("A provider's published limits.")]
 Also: TypeAlias = Annotated[
-    list[str] | None, text('Any other limit, e.g. "40k ITPM" or "10/s burst 1".', "--also")
+    list[str] | None, text('Any other limit, e.g. "10k RPD" or "40k ITPM".', "--also")
 ]
 AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]

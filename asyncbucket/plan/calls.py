@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import is_number, named, plain, read_count, shown
 from asyncbucket.core.meters import NEVER
+from asyncbucket.core.wording import is_number, named, plain, read_count, shown
 from asyncbucket.plan.drive import NANOSECONDS, PlannedCall
 
 if TYPE_CHECKING:

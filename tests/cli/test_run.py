@@ -137,7 +137,7 @@ def test_bad_lines_are_reported_and_the_rest_is_sent(
     assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
     assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
     assert "5 bad lines" in result.stderr
-    assert "line 1: not JSON" in result.stderr
+    assert "errors: 5 x bad_line; the first: line 1: not JSON" in result.stderr
 
 
 def test_failed_request_is_recorded_and_retried_by_the_next_run(
@@ -155,7 +155,6 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
     assert error["error"]["code"] == "string_above_max_length"
     assert error["response"]["status_code"] == 400
     assert error["response"]["request_id"].startswith("req_")
-    assert error["waited"] < 1
     assert error["custom_id"] == "q0"
     assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
     assert not Path("out.errors.jsonl").exists()
@@ -177,9 +176,9 @@ def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) 
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
-        ({"status": 401}, r"HTTP 401: .*; correct the key, or name its variable with --key-from"),
+        ({"status": 401}, r"HTTP 401: .*; correct the key in OPENAI_API_KEY, or see to the acc"),
         ({"status": 429, "code": "insufficient_quota"}, "HTTP 429: "),
-        ({"status": 404}, r"HTTP 404: .*; correct --api-base or --model"),
+        ({"status": 404}, r"HTTP 404: .*; see that it runs, or correct --api-base or --model"),
     ],
 )
 def test_error_that_every_request_would_get_ends_the_run(
@@ -192,24 +191,21 @@ def test_error_that_every_request_would_get_ends_the_run(
 
     assert result.exit_code == 2
     assert re.search(f"error: no request succeeds: {said}", result.stderr)
-    assert provider.statistics().requests < 50
+    assert provider.statistics().requests < 100
     assert SECRET not in result.output + Path("out.errors.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("status", "earlier"), [(403, 0), (404, 1)])
-def test_refused_first_line_does_not_stop_the_others(
-    status: int, earlier: int, rate_limited_provider: ProviderFactory
+@pytest.mark.parametrize(("status", "count"), [(403, 1), (404, 1), (400, 60)])
+def test_refused_lines_do_not_stop_the_others(
+    status: int, count: int, rate_limited_provider: ProviderFactory
 ) -> None:
-    provider = rate_limited_provider(latency=0.1)
-    arguments = [batch(20), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
-    if earlier:
-        run(provider, *arguments, "--limit", f"{earlier}")
-    provider.fail_next(1, status=status)
+    provider = rate_limited_provider(latency=0.05)
+    provider.fail_next(count, status=status)
 
-    result = run(provider, *arguments)
+    result = run(provider, batch(80), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
 
     assert result.exit_code == 1, result.stderr
-    assert len(lines_of("out.jsonl")) == 19
+    assert len(lines_of("out.jsonl")) == 80 - count
 
 
 @pytest.mark.parametrize("status", [403, 500])
@@ -217,9 +213,7 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     status: int,
     rate_limited_provider: ProviderFactory,
 ) -> None:
-    provider = rate_limited_provider()
-    run(provider, batch(500), "-o", "out.jsonl", "--rpm", "60000", "--limit", "1")
-    provider.reconfigure(always=status)
+    provider = rate_limited_provider(always=status)
     arguments = [batch(500), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
 
     result = run(provider, *arguments, "--concurrency", "4")
@@ -264,7 +258,7 @@ def test_closed_output_pipe_ends_the_run_quietly(rate_limited_provider: Provider
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pipe's size cannot be set")
 def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=(0.1, 0.8))
-    options = [batch(32), "--rpm", "60000", "--concurrency", "8", "--timeout", "1"]
+    options = [batch(32), "--rpm", "60000", "--concurrency", "8"]
     # A pipe of this size has room for a few answers.
     with started(provider, *options, stdout=PIPE, pipesize=4_096) as process:
         time.sleep(3)
@@ -279,12 +273,12 @@ def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderF
     assert provider.statistics().requests == 32
 
 
-def test_embeddings_and_responses_are_counted_and_priced(
+def test_tokens_of_embeddings_and_responses_are_counted(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     provider = rate_limited_provider()
     Path("in.txt").write_text("How far is the moon?\n")
-    arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--price", "1000/2000", "--json"]
+    arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--json"]
 
     for endpoint in ("embeddings", "responses"):
         result = run(provider, *arguments, "-o", f"{endpoint}.jsonl", "--endpoint", endpoint)
@@ -294,9 +288,6 @@ def test_embeddings_and_responses_are_counted_and_priced(
         sent = usage.get("prompt_tokens", usage.get("input_tokens"))
         assert summary["input_tokens"] == sent > 0
         assert summary["output_tokens"] == usage.get("output_tokens", 0)
-        assert summary["cost"] == pytest.approx(
-            (sent * 1_000 + summary["output_tokens"] * 2_000) / 1e6
-        )
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
@@ -335,7 +326,7 @@ def test_server_that_is_no_api_ends_the_run(
     assert result.exit_code == 2
     assert f"\nerror: no request succeeds: {said}" in result.stderr
     assert " (http://127" in result.stderr
-    assert len(lines_of("out.errors.jsonl")) < 10
+    assert len(lines_of("out.errors.jsonl")) < 60
     assert "\x1b" not in result.stderr
 
 
@@ -344,12 +335,12 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         nobody.bind(("127.0.0.1", 0))
         base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
         arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
-        result = typed(batch(3), *arguments)
+        result = typed(batch(60), *arguments)
 
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
         f"error: no request succeeds: All connection attempts failed ({base}); "
-        f"see that it runs, or correct --api-base"
+        f"see that it runs, or correct --api-base or --model"
     )
 
 
@@ -401,50 +392,20 @@ def test_dry_run_sends_nothing_and_estimates_the_duration(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     provider = rate_limited_provider()
-    arguments = [batch(600), "-o", "out.jsonl", "--rpm", "60", "--price", "1/1"]
-    run(provider, *arguments, "--limit", "2")
+    arguments = ["-o", "out.jsonl", "--rpm", "60"]
+    run(provider, batch(2), *arguments)
     before = Path("out.jsonl").read_bytes()
+    Path("in.jsonl").write_text(Path(batch(600)).read_text() + "{\n")
 
-    result = run(provider, *arguments, "--dry-run")
+    result = run(provider, "in.jsonl", *arguments, "--dry-run")
 
-    assert result.exit_code == 0
-    assert result.stdout.startswith("598 requests to send, 2 answered earlier\n")
-    assert re.search(r"^(9|10) min.*requests bind", result.stdout, re.MULTILINE)
-    assert "tokens in" in result.stdout
-    assert "$" in result.stdout
+    sending, bad, plan, *_ = result.stdout.splitlines()
+    assert result.exit_code == 1
+    assert sending == "598 requests to send, 2 answered earlier, 1 bad"
+    assert bad.startswith("errors: 1 x bad_line; the first: line 601: not JSON")
+    assert re.search(r"^(9|10) min.*requests bind", plan)
     assert provider.statistics().requests == 2
     assert Path("out.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("", "512 out (256 for a reply without max_tokens): $0.0077"),
-        ("--max-tokens 4000", "8,000 out at most: $0.1200"),
-        ("--endpoint embeddings", "0 out at most: $0.0000"),
-    ],
-)
-def test_dry_run_estimates_the_highest_cost_of_replies(options: str, said: str) -> None:
-    Path("in.txt").write_text("One\nTwo\n")
-    command = f"in.txt --model m --rpm 60 --price 3/15 --dry-run {options}"
-
-    result = typed(*command.split())
-
-    assert result.stdout.splitlines()[-1] == f"to pay for: about 2 tokens in, {said}"
-
-
-def test_dry_run_json_has_the_plan_and_the_bad_lines() -> None:
-    lines = Path(batch(600)).read_text() + "{\n"
-    Path("in.jsonl").write_text(lines)
-
-    result = typed("in.jsonl", "--rpm", "60", "--price", "0/1", "--dry-run", "--json")
-
-    said = json.loads(result.stdout)
-    assert result.exit_code == 1
-    assert (said["requests"], said["bad"], said["answered_earlier"]) == (600, 1, 0)
-    assert said["cost"] == pytest.approx(said["output_tokens"] / 1e6)
-    assert said["plan"]["bound_by"] == "requests"
-    assert [reason[:8] for reason in said["reasons"]] == ["line 601"]
 
 
 @pytest.mark.parametrize(
@@ -458,21 +419,15 @@ def test_dry_run_json_has_the_plan_and_the_bad_lines() -> None:
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "Port out of range 0-65535"),
-        ("in.jsonl --rpm 1 --price cheap", "--price must be dollars for a mill"),
         ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
-        ("in.jsonl --rpm 1 --key-from NO_SUCH", "NO_SUCH is not set: export your key"),
-        ("in.jsonl --rpm 1 --key-from ODD", "ODD holds characters that no key has: export the key"),
         ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
         ("in.jsonl --also many", "'many' is not a limit"),
         ("in.jsonl --also 5_pages/minute", "no request takes any pages, so 5 pages per 60 s "),
         ("in.txt --rpm 1 -o out.jsonl --quiet", "no model: give --model, or name one in the body"),
     ],
 )
-def test_usage_error_is_one_line_with_status_2(
-    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ODD", f"{SECRET}\n{SECRET}")
+def test_usage_error_is_one_line_with_status_2(arguments: str, message: str) -> None:
     batch(1)
     Path("in.txt").write_text("\nWhy?\n")
 
@@ -484,6 +439,24 @@ def test_usage_error_is_one_line_with_status_2(
     assert SECRET not in result.stderr
     assert result.stderr.count("\n") == 1
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", "in.txt"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("", "OPENAI_API_KEY is not set: export your key in it, or name another provider"),
+        (f"{SECRET}\n{SECRET}", "OPENAI_API_KEY holds characters that no key has: export the key"),
+    ],
+)
+def test_missing_or_broken_key_is_refused_and_never_shown(
+    key: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    result = typed(batch(1), "--rpm", "1")
+
+    assert (result.exit_code, message in result.stderr) == (2, True)
+    assert SECRET not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -614,9 +587,8 @@ def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("how", ["removed", "emptied"])
-def test_output_changed_during_a_run_ends_it_and_loses_no_later_answer(
-    how: str, rate_limited_provider: ProviderFactory
+def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
+    rate_limited_provider: ProviderFactory,
 ) -> None:
     provider = rate_limited_provider(latency=0.2)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
@@ -624,24 +596,16 @@ def test_output_changed_during_a_run_ends_it_and_loses_no_later_answer(
         out = Path("out.jsonl")
         while not out.exists() or len(out.read_bytes().splitlines()) < 4:
             time.sleep(0.01)
-        if how == "removed":
-            out.unlink()
-        else:
-            os.truncate(out, 0)
+        out.unlink()
         _, errors = process.communicate(timeout=30)
 
+    kept, paid = len(lines_of("out.jsonl")), provider.statistics().admitted
     assert process.returncode == 1
     assert "error: out.jsonl was changed by another program during the run" in errors
-    assert "cat out.rescued.jsonl >> out.jsonl" in errors
-    rescued, paid = len(lines_of("out.rescued.jsonl")), provider.statistics().admitted
+    assert f", and {paid - kept} answers in it went lost" in errors
     assert paid < 30
-    if how == "emptied":
-        assert f", and {paid - rescued} answers in it went lost" in errors
-    else:
-        assert rescued == paid
-    again = run(provider, *arguments)
-    assert again.exit_code == 2
-    assert "an earlier run could not write all answers; out.rescued.jsonl holds" in again.stderr
+    assert run(provider, *arguments).exit_code == 0
+    assert provider.statistics().admitted == 200 + paid - kept
 
 
 @pytest.mark.parametrize(

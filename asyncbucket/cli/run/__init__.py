@@ -1,18 +1,16 @@
 """`asyncbucket run`: a file of requests or prompts in, a file of answers out, under your limits.
 
 Here is what can be typed. From the inside out: `job` says what is to be done, `lines` reads what goes
-in, `answers` is the file that comes out, `work` sends and writes, `screen` counts and shows;
-`estimate` is the dry run.
+in, `answers` is the file that comes out, `work` sends and writes, `screen` counts and shows.
 """
 
 import os
-import sqlite3
 from typing import Annotated, Literal
 
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price, key_from
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, api_key
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import read_limits
 
@@ -27,8 +25,6 @@ def run(  # noqa: PLR0913 - one for each option
     # What is allowed.
     rpm: options.Rpm = None,
     tpm: options.Tpm = None,
-    rpd: options.Rpd = None,
-    tpd: options.Tpd = None,
     limits: options.Also = None,
     preset: options.Preset = None,
     concurrency: Annotated[
@@ -38,24 +34,13 @@ def run(  # noqa: PLR0913 - one for each option
     api_base: Annotated[
         str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
     ] = None,
-    key_variable: Annotated[
-        str, options.name("The variable that holds the key.", "--key-from")
-    ] = "OPENAI_API_KEY",
     endpoint: Annotated[
         str, options.name("Where prompts go: chat, responses, embeddings.")
     ] = "chat",
     system: Annotated[str | None, options.text("The system message before each prompt.")] = None,
     max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None,
-    # How much, and how often.
-    most: Annotated[int | None, options.count("The first N lines only.", "--limit")] = None,
-    price: Annotated[
-        str | None, options.text("Dollars for a million tokens, e.g. 0.15/0.60.", metavar="IN/OUT")
-    ] = None,
+    # How often, and how.
     attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5,
-    timeout: Annotated[
-        float,
-        typer.Option(min=1, metavar="S", help="Seconds for a reply, time in line not counted."),
-    ] = 600.0,
     dry_run: Annotated[
         bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
     ] = False,
@@ -72,6 +57,7 @@ def run(  # noqa: PLR0913 - one for each option
 
     A line is a request of OpenAI's batch files, the body of one, or a prompt. Answers are
     written as they arrive, with the custom_id and line of the request, as in OpenAI's output files.
+    The key is read from OPENAI_API_KEY.
     Killed and started again, it continues where it stopped and stays under the limits. Ctrl-C lets
     the requests under way finish; a second one drops them.
 
@@ -80,38 +66,30 @@ def run(  # noqa: PLR0913 - one for each option
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
     with options.errors_in_one_line("run"):
-        from asyncbucket.cli.run import estimate, work
+        from asyncbucket.cli.run import work
 
-        if as_json and out == STANDARD and not dry_run:
+        if as_json and out == STANDARD:
             raise ValueError("--json prints on standard output, where the answers go: give -o")
         also = [*(limits or ()), *options.preset_limits(preset)]
         job = Job(
             source=source,
             out=out,
-            limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm, "rpd": rpd, "tpd": tpd})),
+            limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm})),
             concurrency=_concurrency(concurrency),
             model=model,
             endpoint=endpoint,
             system=system,
             max_tokens=max_tokens,
             api_base=base,
-            api_key=None if dry_run else key_from(key_variable, api_base=base),
-            price=None if price is None else Price.parse(price),
+            api_key=None if dry_run else api_key(base),
             attempts=attempts,
-            timeout=timeout,
-            max_lines=most,
             restart=restart,
         )
         job.check()
         try:
-            if dry_run:
-                status = estimate.dry_run(job, as_json=as_json)
-            else:
-                status = work.run(job, quiet=quiet, as_json=as_json)
+            status = work.dry_run(job) if dry_run else work.run(job, quiet=quiet, as_json=as_json)
         except StoreError as error:
             raise ValueError(str(error)) from error
-        except sqlite3.Error as error:
-            raise ValueError(f"{error}: make room for temporary files") from error
         raise typer.Exit(status)
 
 

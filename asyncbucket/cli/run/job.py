@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,34 +19,7 @@ PATHS: Final[dict[str, str]] = {
 #: Calls at once, by default.
 CONCURRENCY: Final = 100
 STANDARD: Final = "-"
-
-_PRICE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Dollars for a million tokens."""
-
-    input: float
-    output: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Price":
-        """Read ``0.15/0.60``.
-
-        Raises:
-            ValueError: it is not such a pair.
-        """
-        match = _PRICE.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(
-                f"--price must be dollars for a million tokens, input/output, e.g. 0.15/0.60; not {text!r}"
-            )
-        return cls(float(match[1]), float(match[2]))
-
-    def of(self, input_tokens: int, output_tokens: int) -> float:
-        """Return what tokens cost, in dollars."""
-        return (input_tokens * self.input + output_tokens * self.output) / 1_000_000
+_KEY: Final = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +33,6 @@ class Job:
         endpoint: where a plain prompt is sent.
         system: the system message before each prompt.
         max_tokens: the most tokens of a reply, if a line does not say.
-        max_lines: only this many lines are read, from the first; None for all.
         restart: start over, whatever was answered before.
         concurrency: the most calls in flight; None if the user did not say.
     """
@@ -76,10 +47,7 @@ class Job:
     max_tokens: int | None = None
     api_base: str = options.OPENAI
     api_key: str | None = field(default=None, repr=False)
-    price: Price | None = None
     attempts: int = 5
-    timeout: float = 600.0
-    max_lines: int | None = None
     restart: bool = False
 
     @property
@@ -172,18 +140,17 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def key_from(variable: str, *, api_base: str) -> str | None:
-    """Return the API key in an environment variable.
+def api_key(api_base: str) -> str | None:
+    """Return the API key in the environment.
 
     Raises:
         ValueError: there is none, and the provider needs one; or it cannot be sent.
     """
-    key = os.environ.get(variable, "").strip()
+    key = os.environ.get(_KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
+        raise ValueError(f"{_KEY} holds characters that no key has: export the key alone in it")
     if not key and api_base == options.OPENAI:
         raise ValueError(
-            f"{variable} is not set: export your key in it, or name another variable with "
-            f"--key-from, or another provider with --api-base"
+            f"{_KEY} is not set: export your key in it, or name another provider with --api-base"
         )
     return key or None

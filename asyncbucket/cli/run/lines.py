@@ -6,7 +6,6 @@ Lines are read as they are wanted, from a file of a million or from a pipe that 
 import asyncio
 import concurrent.futures
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -18,19 +17,13 @@ from typing import Any, BinaryIO, Final
 
 from asyncbucket.cli.run.job import PATHS, STANDARD, Job
 
-#: By path, the member of a body that holds the question, and the one that limits the reply.
-_QUESTION: Final = {
-    "/v1/chat/completions": "messages",
-    "/v1/responses": "input",
-    "/v1/embeddings": "input",
-    "/v1/completions": "prompt",
-}
+#: The paths that are known, each with the member of a body that limits the reply.
 _MAX_TOKENS: Final = {
     "/v1/chat/completions": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
     "/v1/completions": "max_tokens",
+    "/v1/embeddings": None,
 }
-_MAX_ID_LENGTH: Final = 512
 #: How a line begins that is meant as JSON. Other brackets may begin a prompt.
 _JSON_STARTS: Final = ("{", '"', "[{", '["', "[[")
 _CHUNK: Final = 1 << 18
@@ -108,24 +101,18 @@ def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
         return _build(number, None, path, _prompt_body(line, job), job)
     if "custom_id" not in line and "body" not in line:
         prompt = line.get("prompt")
-        if isinstance(prompt, str) and _QUESTION[path] not in line:
+        if isinstance(prompt, str) and line.keys().isdisjoint({"messages", "input"}):
             rest = {name: value for name, value in line.items() if name != "prompt"}
             line = _prompt_body(prompt, job) | rest
         return _build(number, None, path, line, job)
     custom_id, path, body = line.get("custom_id"), line.get("url", path), line.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("custom_id is missing, or no text")
-    if len(custom_id) > _MAX_ID_LENGTH:
-        why = f"custom_id has {len(custom_id):,} characters, more than {_MAX_ID_LENGTH}"
-    elif line.get("method", "POST") != "POST":
-        why = f"method is {line['method']!r}, only POST can be sent"
-    elif not isinstance(path, str) or path not in _QUESTION:
-        why = f"url is {path!r}, known: {', '.join(_QUESTION)}"
-    elif isinstance(body, dict):
-        return _build(number, custom_id, path, body, job)
-    else:
-        why = "body is missing, or no object"
-    raise BadLine(why, custom_id)
+    if path not in _MAX_TOKENS:
+        raise BadLine(f"url is {path!r}, known: {', '.join(_MAX_TOKENS)}", custom_id)
+    if not isinstance(body, dict):
+        raise BadLine("body is missing, or no object", custom_id)
+    return _build(number, custom_id, path, body, job)
 
 
 def _prompt_body(prompt: str, job: Job) -> dict[str, Any]:
@@ -145,11 +132,9 @@ def _build(
         body = {**body, "model": job.model}
     if not isinstance(body.get("model"), str):
         raise BadLine("no model: give --model, or name one in the body", custom_id, is_fatal=True)
-    if not body.get(_QUESTION[path]):
-        raise BadLine(f"the body has no {_QUESTION[path]}, which {path} needs", custom_id)
     if body.get("stream"):
         raise BadLine("the body asks for a stream, which cannot be a line of a file", custom_id)
-    limit = _MAX_TOKENS.get(path)
+    limit = _MAX_TOKENS[path]
     if job.max_tokens and limit and body.keys().isdisjoint(_MAX_TOKENS.values()):
         body = {**body, limit: job.max_tokens}
     identity = json.dumps([custom_id, path, body], sort_keys=True, separators=(",", ":"))
@@ -158,10 +143,10 @@ def _build(
     return Request(number, name, path, body, key, named=custom_id is not None)
 
 
-def count_lines(path: str, most: int | None) -> int:
-    """Return how many of the first lines are not empty; a gigabyte takes about a second."""
+def count_lines(path: str) -> int:
+    """Return how many lines are not empty; a gigabyte takes about a second."""
     with Path(path).open("rb") as file:
-        return sum(not line.isspace() for line in itertools.islice(file, most))
+        return sum(not line.isspace() for line in file)
 
 
 async def read_lines(source: str) -> AsyncIterator[list[bytes]]:

@@ -1,15 +1,13 @@
 """What a run has done so far, and how it is shown: while it runs, before it and after it."""
 
-import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import anyio
 
 from asyncbucket.batch.progress import Outlook
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, Price
+from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line, rounded, with_verb
@@ -18,15 +16,12 @@ from asyncbucket.providers.usage import Usage
 
 #: Seconds between two plain lines of progress.
 _LINE_INTERVAL: Final = 10.0
-#: Reasons that are told apart: a screenful.
-_REASONS: Final = 20
 
 
 @dataclass(slots=True)
 class Tally:
     """Count lines, requests and tokens."""
 
-    price: Price | None = None
     #: Lines that are requests or should be; None while unknown.
     total: int | None = None
     answered: int = 0
@@ -39,21 +34,19 @@ class Tally:
     refused_429: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    #: The total of what was admitted, by resource.
-    admitted: Counter[str] = field(default_factory=Counter[str])
-    #: Why lines failed or were bad, and how many.
-    reasons: Counter[str] = field(default_factory=Counter[str])
-    started: float = field(default_factory=time.monotonic)
+    #: The codes of errors, and how many lines each of them failed; and what the first one said.
+    errors: Counter[str] = field(default_factory=Counter[str])
+    first_error: str = ""
     seconds: float = 0.0
     #: Whether it was told to stop.
     stopped: bool = False
     #: Why no call can succeed, if none can.
     fatal: str | None = None
 
-    def count_reason(self, reason: str) -> None:
-        """Count why a line has no answer; reasons beyond the first few are one."""
-        known = reason in self.reasons or len(self.reasons) < _REASONS
-        self.reasons[reason if known else "others"] += 1
+    def count_error(self, code: str, message: str) -> None:
+        """Count why a line has no answer."""
+        self.errors[code] += 1
+        self.first_error = self.first_error or message
 
     def count_answer(self, usage: Usage | None) -> None:
         """Count an answer and its tokens."""
@@ -72,29 +65,10 @@ class Tally:
         """Lines that are not finished, as far as known."""
         return max(0, (self.total or 0) - self.done)
 
-    @property
-    def cost(self) -> float | None:
-        """Dollars for the tokens so far, if the price is known."""
-        return None if self.price is None else self.price.of(self.input_tokens, self.output_tokens)
-
-    @property
-    def usage(self) -> str:
-        """The tokens so far, and what they cost if the price is known."""
-        tokens = f"{self.input_tokens:,} + {self.output_tokens:,} tokens"
-        return tokens if self.cost is None else f"{tokens}, {dollars(self.cost)}"
-
     def as_dict(self) -> dict[str, Any]:
         """Return it in values that JSON can hold."""
-        names = [
-            "answered",
-            "answered_earlier",
-            "failed",
-            "bad",
-            "seconds",
-            "requests",
-            "refused_429",
-        ]
-        names += ["input_tokens", "output_tokens", "cost", "stopped", "reasons"]
+        names = ["answered", "answered_earlier", "failed", "bad", "seconds", "requests"]
+        names += ["refused_429", "input_tokens", "output_tokens", "stopped", "errors"]
         lines = {"lines": self.done if self.total is None else self.total, "left": self.left}
         return lines | {name: getattr(self, name) for name in names}
 
@@ -102,9 +76,7 @@ class Tally:
 def progress(tally: Tally, outlook: Outlook) -> Panel:
     """Return what is shown while it runs."""
     done, total = tally.done, tally.total
-    calls = max(1, tally.admitted["requests"])
-    left = {name: tally.left * units / calls for name, units in tally.admitted.items()}
-    facts = outlook.words(tally.answered + tally.failed, left | {"requests": tally.left})
+    facts = outlook.words(tally.answered + tally.failed, {"requests": tally.left})
     binds = outlook.bound_by()
     facts += [] if binds is None else [with_verb(binds, "bind")]
     if tally.stopped:  # the rest is left for the next run
@@ -114,9 +86,9 @@ def progress(tally: Tally, outlook: Outlook) -> Panel:
     facts += [f"{tally.failed:,} failed"] if tally.failed else []
     facts += [f"{tally.bad:,} bad"] if tally.bad else []
     if not total:
-        return Panel(counted(done, "lines"), (), (*facts, tally.usage))
+        return Panel(counted(done, "lines"), (), tuple(facts))
     bar = Bar(f"{done:,} of {total:,}", min(1.0, done / total))
-    return Panel("progress", (bar,), (*facts, tally.usage))
+    return Panel("progress", (bar,), tuple(facts))
 
 
 async def show_progress(screen: Screen, tally: Tally, limiter: Limiter) -> None:
@@ -147,27 +119,22 @@ def summary(job: Job, tally: Tally) -> str:
     ended = "stopped after" if tally.stopped else "done in"
     rate = tally.answered / tally.seconds if tally.seconds else 0.0
     requests = f"{counted(tally.requests, 'requests')} ({rounded(rate)} answers/s)"
+    tokens = f"{tally.input_tokens:,} + {tally.output_tokens:,} tokens"
     lines = [
         f"{ended} {duration_in_words(round(tally.seconds, 1))}: {', '.join(parts)}",
-        f"{requests}, {tally.refused_429:,} 429s, {tally.usage}",
-        *reasons(tally.reasons),
+        f"{requests}, {tally.refused_429:,} 429s, {tokens}",
     ]
+    if tally.errors:
+        lines.append(errors_of(tally))
     if job.out != STANDARD:
-        failed = f", failed lines: {job.errors_file}" if tally.failed or tally.bad else ""
+        failed = f", failed lines: {job.errors_file}" if tally.errors else ""
         lines.append(f"answers: {job.out}{failed}")
         if tally.stopped and not tally.fatal:
             lines.append("the same command goes on from here")
     return "\n".join(lines)
 
 
-def reasons(counts: Mapping[str, int]) -> list[str]:
-    """Return the most common reasons why lines have no answer, one per line."""
-    return [
-        f"  {one_line(reason)}" if count == 1 else f"  {count:,} x {one_line(reason)}"
-        for reason, count in Counter(counts).most_common(5)
-    ]
-
-
-def dollars(amount: float) -> str:
-    """Return an amount of money, with as many digits as matter."""
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"
+def errors_of(tally: Tally) -> str:
+    """Return the most common codes of errors, and the first error in words."""
+    codes = ", ".join(f"{count:,} x {code}" for code, count in tally.errors.most_common(5))
+    return one_line(f"errors: {codes}; the first: {tally.first_error}")

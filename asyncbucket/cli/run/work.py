@@ -1,4 +1,7 @@
-"""The run itself: requests are sent, answers and failures written, from the first line to the last."""
+"""The run itself: requests are sent, answers and failures written, from the first line to the last.
+
+The dry run reads the same lines, sends none, and says how long they would take.
+"""
 
 import asyncio
 import contextlib
@@ -23,35 +26,38 @@ from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines, read_request
-from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
+from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, StoreError
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line
 from asyncbucket.providers.errors import EXHAUSTED, FIRST_ERROR, RATE_LIMITED
+from asyncbucket.providers.forecast import FORESEEN
+from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.usage import read_usage
-from asyncbucket.retry import Retrier, Retry, Sent, classify
+from asyncbucket.retry import Retrier, Retry, Sent
 
 _MAX_MESSAGE: Final = 500
 #: The error code of a reply that does not come from the API.
 _NO_JSON: Final = "no_json"
 #: What parsing an unreadable reply raises; too deep nesting raises the latter.
 _JSON_ERRORS: Final = (ValueError, RecursionError)
-#: Nobody could be reached, so nothing was sent.
-_UNREACHABLE: Final = (httpx.ConnectError, httpx.ConnectTimeout)
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
 #: hundred of them would take more time than everything else together.
 _MAX_IDLE: Final = 32
-#: Statuses that any other request would get, too: because of the key or the account.
+#: Seconds for a reply.
+_TIMEOUT: Final = 600.0
 _UNAUTHORIZED: Final = 401
+#: Statuses that any other request would get, too: because of the key or the account.
 _FATAL: Final = frozenset({_UNAUTHORIZED, 402})
-#: Statuses of a server, or of a path on it, that is not the API; or of one line's model.
-_WRONG_SERVER: Final = frozenset({404, 405})
-#: A key that may send no line, or one prompt that a moderator or a firewall turned away.
-_FORBIDDEN: Final = 403
-#: This many failures in a row, each after its own attempts, are an outage, which ends the run.
-_OUTAGE_FAILURES: Final = 50
+#: Statuses of a request that is wrong in itself, whatever becomes of others.
+_OF_ONE_REQUEST: Final = frozenset({400, 413, 422})
+#: This many failures in a row, each after its own attempts, end the run.
+_MAX_FAILURES_IN_A_ROW: Final = 50
+#: Seconds that a request is taken to last in a dry run.
+_LATENCY: Final = 2.0
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
 
@@ -69,7 +75,9 @@ class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
         error = self.body.get("error") if isinstance(self.body, dict) else None
         error = error if isinstance(error, dict) else {}
         text = error.get("message") or self.body
-        self.error_code = str(error.get("code") or error.get("type") or f"http_{self.status_code}")
+        self.error_code = str(error.get("code") or error.get("type") or f"http_{self.status_code}")[
+            :64
+        ]
         if self.status_code < FIRST_ERROR:  # the API would have answered in JSON
             self.error_code, text = _NO_JSON, f"the reply is not JSON: {text or 'it is empty'}"
         self.message = str(text or "no reason given")[:_MAX_MESSAGE]
@@ -83,8 +91,6 @@ class Task:
     request: Request
     key: bytes
     attempts: int = 0
-    #: Seconds in line, over all attempts.
-    waited: float = 0.0
     #: Whether an attempt was admitted and is not over.
     under_way: bool = False
     sent: Sent = field(default_factory=Sent)
@@ -99,7 +105,7 @@ async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Asy
     async for lines in read_lines(job.source):
         for data in lines:
             number += 1
-            if tally.stopped or number > (job.max_lines or number):
+            if tally.stopped:
                 return
             try:
                 request = read_request(number, data, job)
@@ -110,8 +116,7 @@ async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Asy
                 if bad.is_fatal and not tally.done:
                     raise ValueError(str(bad)) from None
                 tally.bad += 1
-                few = tally.bad <= 3  # noqa: PLR2004 - a few tell enough
-                tally.count_reason(f"line {number}: {bad}" if few else "other bad lines")
+                tally.count_error("bad_line", f"line {number}: {bad}")
                 error = {"code": "bad_line", "message": str(bad)}
                 errors.write(line=number, custom_id=bad.custom_id, error=error)
                 continue
@@ -133,7 +138,7 @@ class Run:
         self._errors = errors
         self._stopped = anyio.Event()
         self._under_way = 0
-        #: Consecutive requests, since the last answer, that failed in a way that all others may.
+        #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
         store = f"sqlite:///{quote(str(job.limits_file))}" if job.out_file and job.limits else None
         #: Its limits are in a store, which remembers across runs what was admitted.
@@ -147,40 +152,39 @@ class Run:
         self._query = mark + query
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
-            timeout=job.timeout,
+            timeout=_TIMEOUT,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             headers=_headers(job),
         )
 
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
+        sending = anyio.CancelScope()
+        beside = (
+            asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
+            asyncio.create_task(self._end_when_stopped(sending)),
+        )
         stop_observing = self._limiter.observe(self._on_event)
         try:
-            async with self._client, anyio.create_task_group() as group:
-                with _on_signal(self._begin_stop):
-                    group.start_soon(show_progress, self._screen, self._tally, self._root)
-                    with anyio.CancelScope() as sending:
-                        group.start_soon(self._end_when_stopped, sending)
-                        feed = tasks(self._job, self._answers, self._errors, self._tally)
-                        async with amap(self._limiter, self._send, feed, paced=True) as results:
-                            async for _ in results:
-                                pass
-                    group.cancel_scope.cancel()
-        except BaseExceptionGroup as group_error:
-            error: BaseException = group_error
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            with _on_signal(self._begin_stop), sending:
+                feed = tasks(self._job, self._answers, self._errors, self._tally)
+                async with (
+                    self._client,
+                    amap(self._limiter, self._send, feed, paced=True) as results,
+                ):
+                    async for _ in results:
+                        pass
         finally:
+            for task in beside:
+                task.cancel()
             stop_observing()
+            self._tally.requests = self._root.statistics().admitted
             with anyio.CancelScope(shield=True):
                 await self._root.aclose()
 
     def _on_event(self, event: Event) -> None:
         task = _CURRENT.get()
         if isinstance(event, Admitted) and task is not None:
-            self._tally.admitted.update(event.cost)
-            task.waited += event.waited
             task.sent.at = event.at
             task.under_way = True
             self._under_way += 1
@@ -199,22 +203,17 @@ class Run:
 
     async def _attempt(self, task: Task) -> tuple[httpx.Response, Any]:
         task.attempts += 1
-        tally, request = self._tally, task.request
-        url = self._base + request.path.removeprefix("/v1") + self._query
-        text = json.dumps(request.body, ensure_ascii=False)
+        url = self._base + task.request.path.removeprefix("/v1") + self._query
+        content = json.dumps(task.request.body, ensure_ascii=False)
         try:
             response = await self._client.post(
-                url, content=text.encode("utf-8", "backslashreplace")
+                url, content=content.encode("utf-8", "backslashreplace")
             )
-            tally.requests += 1
-        except BaseException as error:
-            tally.requests += task.under_way and not isinstance(error, _UNREACHABLE)
-            raise
         finally:
             self._under_way -= task.under_way
             task.under_way = False
+        self._tally.refused_429 += response.status_code == RATE_LIMITED
         if response.status_code >= FIRST_ERROR:
-            tally.refused_429 += response.status_code == RATE_LIMITED
             raise HTTPFailure(response)
         try:
             return response, response.json()
@@ -239,34 +238,25 @@ class Run:
             code, message = error.error_code, error.message
             response = _described(error.response, error.body)
         self._tally.failed += 1
-        self._tally.count_reason(self._job.without_key(f"{code}: {message}"[:200]))
+        self._tally.count_error(code, self._job.without_key(message))
         members = _members(task, response=response, error={"code": code, "message": message})
         self._errors.write(hide=self._job.without_key, **members)
         self._stop_if_hopeless(error)
 
     def _stop_if_hopeless(self, error: Exception) -> None:
         """Stop if every further request would fail, too."""
-        tally, reply = self._tally, error if isinstance(error, HTTPFailure) else None
+        reply = error if isinstance(error, HTTPFailure) else None
         status, code = (reply.status_code, reply.error_code) if reply else (0, "")
-        unreachable = isinstance(error, _UNREACHABLE)
-        wrong_server = unreachable or status in _WRONG_SERVER or code == _NO_JSON
-        worked_before = tally.answered or (tally.answered_earlier and not unreachable)
-        self._failures_in_a_row += wrong_server or status == _FORBIDDEN or classify(error).retry
-        if tally.fatal is None and (
-            status in _FATAL
-            or code in EXHAUSTED
-            or (wrong_server and not worked_before)
-            or self._failures_in_a_row >= _OUTAGE_FAILURES
+        self._failures_in_a_row += status not in _OF_ONE_REQUEST
+        is_account = status in _FATAL or code in EXHAUSTED
+        if self._tally.fatal is None and (
+            is_account or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW
         ):
-            remedy = ""
-            if unreachable:
-                remedy = "; see that it runs, or correct --api-base"
-            elif wrong_server:
-                remedy = "; correct --api-base or --model"
-            elif status == _UNAUTHORIZED:
-                remedy = "; correct the key, or name its variable with --key-from"
-            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base}){remedy}"
-            tally.fatal = self._job.without_key(text)
+            remedy = "see that it runs, or correct --api-base or --model"
+            if is_account:
+                remedy = "correct the key in OPENAI_API_KEY, or see to the account"
+            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base}); {remedy}"
+            self._tally.fatal = self._job.without_key(text)
             self._stop()
 
     def _stop(self) -> None:
@@ -295,9 +285,8 @@ class Run:
 
 def _members(task: Task, **members: Any) -> dict[str, Any]:
     """Return the members of the line of a request that was sent."""
-    attempts, waited = task.attempts, round(task.waited, 3)
     ids = {"custom_id": task.request.custom_id, "line": task.request.line}
-    return {**ids, **members, "attempts": attempts, "waited": waited}
+    return {**ids, **members, "attempts": task.attempts}
 
 
 def _described(response: httpx.Response, body: Any) -> Mapping[str, Any]:
@@ -335,14 +324,44 @@ def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
             loop.remove_signal_handler(number)
 
 
+def dry_run(job: Job) -> int:
+    """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
+    from asyncbucket.plan import plan
+
+    tally = Tally()
+    costs = asyncio.run(_costs(job, tally))
+    slots = job.concurrency or CONCURRENCY
+    earlier = f", {tally.answered_earlier:,} answered earlier" if tally.answered_earlier else ""
+    bad = f", {tally.bad:,} bad" if tally.bad else ""
+    print(f"{counted(len(costs), 'requests')} to send{earlier}{bad}")  # noqa: T201
+    if tally.errors:
+        print(errors_of(tally))  # noqa: T201 - a command's output
+    if costs:
+        concurrency = None if slots == "auto" else slots
+        planned = plan(*job.limits, tokens=costs, concurrency=concurrency, latency=_LATENCY)
+        print(planned)  # noqa: T201 - a command's output
+    return FAILED if tally.bad else DONE
+
+
+async def _costs(job: Job, tally: Tally) -> list[Cost]:
+    """Return what each request that would be sent is charged at admission."""
+    host = urlsplit(job.api_base).hostname or ""
+    charge = profile_of(host).cost
+    with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
+        return [
+            charge(Call("POST", host, task.request.path, task.request.body, FORESEEN))
+            async for task in tasks(job, answers, Errors(None), tally)
+        ]
+
+
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
     Raises:
         ValueError: the file of answers is in use, or was made otherwise.
-        OSError, StoreError, sqlite3.Error: a file cannot be written.
+        OSError, StoreError: a file cannot be written.
     """
-    tally = Tally(price=job.price)
+    tally = Tally()
     screen = Screen(
         standard_error(), quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty()
     )
@@ -351,15 +370,15 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         contextlib.closing(Errors(job.errors_file)) as errors,
     ):
         if job.source != STANDARD:
-            tally.total = count_lines(job.source, job.max_lines)
+            tally.total = count_lines(job.source)
         screen.say(headline(job, tally))
-        tally.started = time.monotonic()
+        started = time.monotonic()
         try:
             with silenced(), screen:  # what logs say is counted and shown
                 asyncio.run(Run(job, tally, screen, answers, errors).run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             tally.stopped = True
-        tally.seconds = round(time.monotonic() - tally.started, 3)
+        tally.seconds = round(time.monotonic() - started, 3)
         answers.check()
     screen.say(summary(job, tally))
     if tally.fatal is not None:
