@@ -4,7 +4,6 @@ Here is what is run, and what is shown of it; `demo_load` runs it, and needs Lla
 """
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,16 +33,14 @@ _CONCURRENCY: Final = 60
 #: One call in this many is a batch of embeddings; an agent makes two calls, around its tool.
 _CALLS_PER_BATCH: Final = 12
 CALLS_PER_AGENT: Final = 2
-#: What a call takes on average; and the least that a window must hold, or none would ever pass.
-TOKENS_PER_CALL: Final = 150
-_MIN_WINDOW_TOKENS: Final = 250
+#: More than a call takes, so that requests bind.
+_TOKENS_PER_CALL: Final = 250
 
 
 def demo(
     *,
     agents: Annotated[int | None, options.count("Agents at once.", maximum=10_000)] = None,
     rpm: options.Rpm = None,
-    tpm: options.Tpm = None,
     seconds: Annotated[
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
@@ -55,14 +52,14 @@ def demo(
     The provider is bundled: it runs on this machine, costs nothing, and answers 429 above its limits.
     """
     with options.errors_in_one_line("the demo"):
-        scenario = scenario_of(agents, rpm=rpm, tpm=tpm, seconds=seconds)
+        scenario = scenario_of(agents, rpm=rpm, seconds=seconds)
         console, runs = Console(highlight=False), list[Run]()
         with silenced():
             status = _run_both(scenario, console, runs, quiet=as_json)
-        if as_json:
-            typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
-        elif runs:
-            _show(console, scenario, runs)
+            if as_json:
+                typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
+            else:
+                _show(console, scenario, runs)
         raise typer.Exit(status)
 
 
@@ -93,33 +90,19 @@ class Scenario:
 
 
 def scenario_of(
-    agents: int | None = None,
-    *,
-    rpm: int | None = None,
-    tpm: int | None = None,
-    seconds: float = 24.0,
+    agents: int | None = None, *, rpm: int | None = None, seconds: float = 24.0
 ) -> Scenario:
-    """Return a scenario with as many calls as the provider lets pass in ``seconds``.
-
-    Raises:
-        ValueError: no call would ever pass.
-    """
+    """Return a scenario with as many calls as the provider lets pass in ``seconds``."""
     rpm = rpm or _RPM
-    tpm = tpm or max(rpm, _RPM) * _MIN_WINDOW_TOKENS  # enough for all requests
     window = round(min(_WINDOW, seconds / _MIN_WINDOWS), 3)
-    requests, tokens = (max(1, round(amount * window / 60)) for amount in (rpm, tpm))
-    if tokens < _MIN_WINDOW_TOKENS:
-        raise ValueError(
-            f"{tpm:,} tokens a minute are {tokens:,} in the demo's {window:g} s, and a call takes up to "
-            f"{_MIN_WINDOW_TOKENS}: give --tpm {math.ceil(_MIN_WINDOW_TOKENS * 60 / window)} or more"
-        )
-    calls = agents * CALLS_PER_AGENT if agents else min(rpm, tpm / TOKENS_PER_CALL) * seconds / 60
+    requests = max(1, round(rpm * window / 60))
+    calls = agents * CALLS_PER_AGENT if agents else rpm * seconds / 60
     batches = round(calls / _CALLS_PER_BATCH)
     return Scenario(
         agents=agents or max(1, round((calls - batches) / CALLS_PER_AGENT)),
         batches=max(1, batches),
         requests=Limit("requests", requests, per=window),
-        tokens=Limit("tokens", tokens, per=window),
+        tokens=Limit("tokens", requests * _TOKENS_PER_CALL, per=window),
     )
 
 
@@ -175,24 +158,10 @@ class Run:
         return counts
 
     def share(self) -> float:
-        """Return the fraction of the limit of requests that was used, from 0 to 1.
-
-        The time is cut into windows of the limit; the last one is shorter, and allows less in
-        proportion.
-        """
-        if not self.seconds:
-            return 0.0
+        """Return the fraction of the limit of requests that was used, from 0 to 1."""
         limit = self.scenario.requests
-        used = Counter(
-            int((arrival.time_ns - self.started_ns) * 1e-9 / limit.per)
-            for arrival in self.arrivals
-            if arrival.admitted
-        )
-        allowed = [
-            limit.amount * min(1.0, self.seconds / limit.per - window)
-            for window in range(math.ceil(self.seconds / limit.per))
-        ]
-        return sum(min(used[n], amount) for n, amount in enumerate(allowed)) / sum(allowed)
+        allowed = limit.amount * self.seconds / limit.per
+        return min(1.0, sum(each.admitted for each in self.arrivals) / allowed) if allowed else 0.0
 
     def panel(self) -> Panel:
         """Return what is shown while it runs."""

@@ -1,10 +1,8 @@
 """`asyncbucket doctor`: what is installed and configured here, what is wrong, and the remedy."""
 
 import asyncio
-import importlib.util
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -39,22 +37,6 @@ _TRIPS: Final = 20
 _SLOW: Final = 0.02
 #: Seconds that the check of a store may take.
 _PATIENCE: Final = 10.0
-#: What a store may say of itself, how to recognize it, what it means, and what to do.
-_RISKS: Final = (
-    ("clock", "ahead|behind", "a fail-over may let a limit more pass", "keep clocks in step (NTP)"),
-    (
-        *("persistence", "snapshots alone", "after a restart, some calls may pass again"),
-        'set save "" or appendonly yes',
-    ),
-    (
-        *(
-            "memory",
-            "(allkeys|volatile)-",
-            "a limiter may be evicted, and then begins with nothing",
-        ),
-        "set maxmemory-policy noeviction",
-    ),
-)
 
 
 class Finding(NamedTuple):
@@ -112,17 +94,10 @@ def version_of(package: str) -> str | None:
 
 
 def machine() -> Iterator[Finding]:
-    """Report the interpreter, and the event loop that ``asyncio.run`` takes."""
+    """Report the package and the interpreter."""
     number = version_of("asyncbucket") or "(not installed)"
-    threads = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else ", free-threaded"
-    python = f"{sys.implementation.name} {'.'.join(map(str, sys.version_info[:3]))}{threads}"
+    python = f"{sys.implementation.name} {'.'.join(map(str, sys.version_info[:3]))}"
     yield Finding("asyncbucket", "good", f"{number} on {python}")
-    loop = asyncio.new_event_loop()
-    loop.close()
-    name = f"{type(loop).__module__.partition('.')[0]}.{type(loop).__name__}"
-    if importlib.util.find_spec("uvloop") is not None and not name.startswith("uvloop"):
-        name += " (uvloop is installed, and not used)"
-    yield Finding("event loop", "good", name)
 
 
 def http_clients() -> Iterator[Finding]:
@@ -232,7 +207,6 @@ def shared_store(url: str) -> Iterator[Finding]:
         yield Finding("store", "note", text, remedy)
     else:
         yield Finding("store", "good", text)
-    yield from risky_settings(details)
 
 
 async def _measure(url: str) -> tuple[float, dict[str, str]]:
@@ -251,10 +225,3 @@ async def _measure(url: str) -> tuple[float, dict[str, str]]:
         return statistics.median(trips), details
     finally:
         await store.aclose()
-
-
-def risky_settings(details: dict[str, str]) -> Iterator[Finding]:
-    """Find settings with which a server forgets bookings: at a restart, a fail-over or any time."""
-    for name, pattern, found, remedy in _RISKS:
-        if re.search(pattern, details.get(name, "")):  # or so says one node of a cluster
-            yield Finding(f"store {name}", "note", f"{details[name]}: {found}", remedy)

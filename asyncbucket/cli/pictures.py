@@ -14,14 +14,13 @@ import typer
 
 from asyncbucket.cli import options
 from asyncbucket.core.wording import counted, named, written_out
-from asyncbucket.plan.result import Plan, duration_in_words
+from asyncbucket.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _ADMITTED: Final = "#1f9d55"
-_OTHER: Final = "#9aa0a6"
 _WAITING: Final = "#3b7dd8"
 _LIMIT: Final = "#d98c00"
 _PAUSE: Final = "#d9534f"
@@ -95,47 +94,31 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
 
 
 def draw_plan(plan: Plan, path: Path, *, dark: bool) -> None:
-    """Draw admissions over time, and how long it would take under other limits.
+    """Draw admissions over time.
 
     Raises:
         ValueError, ImportError, OSError: it cannot be drawn, or not there; the message says why.
     """
-    bars = [(f"twice {each.limit}", each.if_doubled) for each in plan.limits if each.if_doubled]
-    heights = [3.0, 0.35 * (len(bars) + 2)] if bars else [3.6]
-    with _figure(path, (8, 0.6 + sum(heights)), dark=dark) as figure:
-        axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        _draw_admissions(axes[0], plan)
-        if bars:
-            _draw_durations(axes[1], [*reversed(bars), ("as planned", plan.duration)])
-
-
-def _draw_admissions(axes: "Axes", plan: Plan) -> None:
     unit, seconds = _unit(plan.duration)
     part = plan.duration / len(plan.timeline)
     rates = [count / (part or 1.0) for count in plan.timeline]
     edges = [number * part / seconds for number in range(len(rates) + 1)]
-    axes.stairs(rates, edges, fill=True, color=_ADMITTED, alpha=0.85, linewidth=0)
-    axes.set(title=plan.summary, xlabel=unit, ylabel="admitted a second", xlim=(0, edges[-1] or 1))
-    limit = plan.binding
-    if limit is not None and limit.rate is not None:
-        label = f"{limit.limit}: {limit.rate:,.3g}/s in the long run"
-        axes.axhline(limit.rate, color=_LIMIT, linewidth=1.5, label=label)
-        axes.legend(loc="upper right", fontsize=8, framealpha=0.85, edgecolor="none")
-        # Waves are shown completely; a burst at the start is cut off, and the axis says so.
-        usual, peak = sorted(rates)[len(rates) * 98 // 100], max(rates)
-        top = 1.3 * max(limit.rate, min(usual, 4 * limit.rate))
-        axes.set_ylim(0, top)
-        if peak > top:
-            axes.set_ylabel(f"admitted a second, {peak:,.3g} the peak")
-
-
-def _draw_durations(axes: "Axes", rows: list[tuple[str, float]]) -> None:
-    names, durations = zip(*rows, strict=True)
-    unit, seconds = _unit(max(durations))
-    colors = [_OTHER] * (len(rows) - 1) + [_ADMITTED]
-    bars = axes.barh(names, [each / seconds for each in durations], color=colors, height=0.7)
-    axes.bar_label(bars, [duration_in_words(each) for each in durations], padding=4, fontsize=8)
-    axes.set(title="how long it takes", xlabel=unit, xlim=(0, 1.2 * max(durations) / seconds))
+    with _figure(path, (8, 4.2), dark=dark) as figure:
+        axes = figure.subplots()
+        axes.stairs(rates, edges, fill=True, color=_ADMITTED, alpha=0.85, linewidth=0)
+        axes.set(title=plan.summary, xlabel=unit, ylabel="admitted a second")
+        axes.set_xlim(0, edges[-1] or 1)
+        limit = plan.binding
+        if limit is not None and limit.rate is not None:
+            label = f"{limit.limit}: {limit.rate:,.3g}/s in the long run"
+            axes.axhline(limit.rate, color=_LIMIT, linewidth=1.5, label=label)
+            axes.legend(loc="upper right", fontsize=8, framealpha=0.85, edgecolor="none")
+            # Waves are shown completely; a burst at the start is cut off, and the axis says so.
+            usual, peak = sorted(rates)[len(rates) * 98 // 100], max(rates)
+            top = 1.3 * max(limit.rate, min(usual, 4 * limit.rate))
+            axes.set_ylim(0, top)
+            if peak > top:
+                axes.set_ylabel(f"admitted a second, {peak:,.3g} the peak")
 
 
 def _unit(duration: float) -> tuple[str, int]:

@@ -1,13 +1,14 @@
 """`asyncbucket watch`: what running limiters do, live, in a terminal."""
 
 import asyncio
-import http.client
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -21,6 +22,12 @@ from asyncbucket.telemetry.stats import row_of
 _PATIENCE: Final = 5.0
 #: Members that every limiter has, a program's or a store's.
 _REQUIRED_MEMBERS: Final = frozenset({"name", "limits", "paused", "in_flight"})
+#: What is shown of counters that are not 0.
+_COUNTS: Final = {
+    "upstream_429": "refused by the provider (429)",
+    "refused": "turned away",
+    "cancelled": "gave up",
+}
 #: From this part on a limit is nearly used up.
 _FULL: Final = 0.9
 
@@ -70,7 +77,7 @@ def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
         try:
             yield read()
         except SourceError as error:
-            if not isinstance(error.__cause__, ConnectionError):
+            if not isinstance(error.__cause__, httpx.NetworkError):
                 raise
             typer.echo("the program that was watched has ended", err=True)
             return
@@ -92,41 +99,40 @@ def reader_of(url: str) -> Reader:
     Raises:
         ValueError: the URL is of an unknown kind.
     """
-    scheme, separator, _ = url.partition("://")
+    scheme, separator, rest = url.partition("://")
     shown = without_password(url)
+    if scheme == "unix":
+        return partial(_fetch, "http://localhost", shown, socket=unquote(rest))
     if scheme == "http":
         try:
-            parts = urlsplit(url)
-            host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        except ValueError:  # which might quote a password
+            httpx.URL(url)
+        except httpx.InvalidURL:  # which might quote a password
             raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
-        return lambda: _fetch(http.client.HTTPConnection(host, port, timeout=_PATIENCE), shown)
+        return partial(_fetch, url, shown)
     if not separator or scheme == "https":
         raise ValueError(
             f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
-            f"(http://127.0.0.1:4294) or a store's (redis://host:6379/0)"
+            f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
         )
     open_store(url)
     return lambda: asyncio.run(_peek(url))
 
 
-def _fetch(connection: http.client.HTTPConnection, url: str) -> dict[str, Any]:
+def _fetch(url: str, shown: str, *, socket: str | None = None) -> dict[str, Any]:
     try:
-        connection.request("GET", "/")
-        report: Any = json.loads(connection.getresponse().read())
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=socket), timeout=_PATIENCE) as client:
+            report: Any = client.get(url).json()
+    except (httpx.HTTPError, ValueError, RecursionError) as error:
         raise SourceError(
-            f"nobody serves statistics at {url} ({str(error) or type(error).__name__}): does the "
+            f"nobody serves statistics at {shown} ({str(error) or type(error).__name__}): does the "
             f"program run, and did it call limiter.serve_stats()?"
         ) from error
-    finally:
-        connection.close()
     limiters = report.get("limiters") if isinstance(report, dict) else None
     if isinstance(limiters, list) and all(
         isinstance(limiter, dict) and limiter.keys() >= _REQUIRED_MEMBERS for limiter in limiters
     ):
         return {**report}
-    raise SourceError(f"{url} answers something else: is that limiter.serve_stats()?")
+    raise SourceError(f"{shown} answers something else: is that limiter.serve_stats()?")
 
 
 async def _peek(url: str) -> dict[str, Any]:
@@ -227,10 +233,9 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
         yield counted(now["workers"], "workers")
     if "admitted" in now:
         yield f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else "")
-    phrases = (("refused by the provider (429)", "upstream_429"), ("turned away", "refused"))
-    for phrase, field in (*phrases, ("gave up", "cancelled")):
+    for field, words in _COUNTS.items():
         if now.get(field):
-            yield f"{now[field]:,} {phrase}"
+            yield f"{now[field]:,} {words}"
     waits = (now.get("waits") or {}).values()
     count = sum(wait["count"] for wait in waits)
     if count:

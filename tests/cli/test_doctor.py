@@ -61,23 +61,6 @@ def test_reachable_store_is_reported_with_its_answer_time(tmp_path: Path) -> Non
     assert " answers in " in shown
 
 
-def test_store_server_that_may_forget_bookings_is_noted() -> None:
-    good = {"valkey": "8.1.1", "clock": "in step", "memory": "unbounded", "persistence": "none"}
-    risks = {
-        "clock": ("in step or 5 s ahead", "a fail-over may let a limit more pass"),
-        "persistence": ("snapshots alone", "after a restart, some calls may pass again"),
-        "memory": (
-            "9 bytes at most and volatile-ttl",
-            "a limiter may be evicted, and then begins ",
-        ),
-    }
-    found = doctor.risky_settings({name: value for name, (value, _) in risks.items()})
-
-    assert list(doctor.risky_settings(good)) == list(doctor.risky_settings({"schema": "1"})) == []
-    for finding, (value, risk) in zip(found, risks.values(), strict=True):
-        assert finding.found.startswith(f"{value}: {risk}")
-
-
 def store_finding(url: str) -> dict[str, str]:
     """Return what is found wrong with a store."""
     found = json.loads(typed("--json", "--store", url, status=1))
