@@ -5,19 +5,17 @@ The dry run reads the same lines, sends none, and says how long they would take.
 
 import asyncio
 import contextlib
-import functools
 import json
 import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import anyio
 import httpx
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
@@ -29,29 +27,23 @@ from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines,
 from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import AsyncBucketError, StoreError
-from asyncbucket.core.events import Admitted, Event
+from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line
-from asyncbucket.providers.errors import EXHAUSTED, FIRST_ERROR, RATE_LIMITED
+from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
 from asyncbucket.providers.forecast import FORESEEN
 from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.usage import read_usage
 from asyncbucket.retry import Retrier, Retry, Sent
 
 _MAX_MESSAGE: Final = 500
-#: The error code of a reply that does not come from the API.
-_NO_JSON: Final = "no_json"
-#: What parsing an unreadable reply raises; too deep nesting raises the latter.
-_JSON_ERRORS: Final = (ValueError, RecursionError)
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
 #: hundred of them would take more time than everything else together.
 _MAX_IDLE: Final = 32
 #: Seconds for a reply.
 _TIMEOUT: Final = 600.0
-_UNAUTHORIZED: Final = 401
 #: Statuses that any other request would get, too: because of the key or the account.
-_FATAL: Final = frozenset({_UNAUTHORIZED, 402})
+_FATAL: Final = frozenset({401, 402})
 #: Statuses of a request that is wrong in itself, whatever becomes of others.
 _OF_ONE_REQUEST: Final = frozenset({400, 413, 422})
 #: This many failures in a row, each after its own attempts, end the run.
@@ -62,41 +54,11 @@ _LATENCY: Final = 2.0
 _DAY: Final = 86_400.0
 
 
-class HTTPFailure(Exception):  # noqa: N818 - a reply that is an error
-    """Carry a reply that is an error, or not JSON, in a form that `asyncbucket.retry` reads."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self.response = response
-        self.status_code: int = response.status_code
-        try:
-            self.body: Any = response.json()
-        except _JSON_ERRORS:
-            self.body = response.text[:_MAX_MESSAGE]
-        error = self.body.get("error") if isinstance(self.body, dict) else None
-        error = error if isinstance(error, dict) else {}
-        text = error.get("message") or self.body
-        self.error_code = str(error.get("code") or error.get("type") or f"http_{self.status_code}")[
-            :64
-        ]
-        if self.status_code < FIRST_ERROR:  # the API would have answered in JSON
-            self.error_code, text = _NO_JSON, f"the reply is not JSON: {text or 'it is empty'}"
-        self.message = str(text or "no reason given")[:_MAX_MESSAGE]
-        super().__init__(f"HTTP {self.status_code}: {self.message}")
-
-
-@dataclass(slots=True)
-class Task:
-    """A request that is not answered yet, and what became of it so far."""
+class Task(NamedTuple):
+    """A request that is not answered yet."""
 
     request: Request
     key: bytes
-    attempts: int = 0
-    #: Whether an attempt was admitted and is not over.
-    under_way: bool = False
-    sent: Sent = field(default_factory=Sent)
-
-
-_CURRENT: Final[ContextVar[Task | None]] = ContextVar("asyncbucket_run", default=None)
 
 
 async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
@@ -137,7 +99,6 @@ class Run:
         self._answers = answers
         self._errors = errors
         self._stopped = anyio.Event()
-        self._under_way = 0
         #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
         store = f"sqlite:///{quote(str(job.limits_file))}" if job.out_file and job.limits else None
@@ -146,15 +107,20 @@ class Run:
         #: Slots are this process's own: a store would keep those of a killed run for a while.
         self._limiter = self._root.child("calls", concurrency=job.concurrency or CONCURRENCY)
         self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
-        base, mark, query = job.api_base.partition("?")
-        self._base = base.rstrip("/")
-        #: Appended to each path, such as the version of Azure's API.
-        self._query = mark + query
-        self._client: httpx.AsyncClient = self._limiter.http_client(
-            family="httpx",
-            timeout=_TIMEOUT,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
-            headers=_headers(job),
+        url = urlsplit(job.api_base)
+        is_azure = (url.hostname or "").endswith(".azure.com")
+        self._client = AsyncOpenAI(
+            api_key=job.api_key or "none",
+            base_url=url._replace(query="").geturl(),
+            default_query=dict(parse_qsl(url.query)),  # such as the version of Azure's API
+            default_headers={"api-key": job.api_key} if is_azure and job.api_key else {},
+            max_retries=0,
+            http_client=self._limiter.http_client(
+                family="httpx",
+                timeout=_TIMEOUT,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
+                event_hooks={"response": [self._on_response]},
+            ),
         )
 
     async def run(self) -> None:
@@ -164,7 +130,6 @@ class Run:
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._end_when_stopped(sending)),
         )
-        stop_observing = self._limiter.observe(self._on_event)
         try:
             with _on_signal(self._begin_stop), sending:
                 feed = tasks(self._job, self._answers, self._errors, self._tally)
@@ -177,54 +142,35 @@ class Run:
         finally:
             for task in beside:
                 task.cancel()
-            stop_observing()
             self._tally.requests = self._root.statistics().admitted
             with anyio.CancelScope(shield=True):
                 await self._root.aclose()
 
-    def _on_event(self, event: Event) -> None:
-        task = _CURRENT.get()
-        if isinstance(event, Admitted) and task is not None:
-            task.sent.at = event.at
-            task.under_way = True
-            self._under_way += 1
+    async def _on_response(self, response: httpx.Response) -> None:
+        self._tally.refused_429 += response.status_code == RATE_LIMITED
 
     async def _send(self, task: Task) -> None:
-        _CURRENT.set(task)
-        attempt = functools.partial(self._attempt, task)
+        request, sent = task.request, Sent()
+        response: httpx.Response | None = None
+
+        async def attempt() -> httpx.Response:
+            sent.at = self._root.now()
+            path = request.path.removeprefix("/v1")
+            return await self._client.post(path, cast_to=httpx.Response, body=request.body)
+
         try:
-            response, body = await self._retrier.call(attempt, sent=task.sent)
-        except StoreError:
-            raise
-        except (AsyncBucketError, HTTPFailure, httpx.HTTPError, httpx.InvalidURL) as error:
-            self._write_failure(task, error)
+            response = await self._retrier.call(attempt, sent=sent)
+            body = response.json()
+        except Exception as error:  # noqa: BLE001 - whatever fails a line is written and counted
+            self._write_failure(request, error, response)
         else:
             self._write_answer(task, response, body)
-
-    async def _attempt(self, task: Task) -> tuple[httpx.Response, Any]:
-        task.attempts += 1
-        url = self._base + task.request.path.removeprefix("/v1") + self._query
-        content = json.dumps(task.request.body, ensure_ascii=False)
-        try:
-            response = await self._client.post(
-                url, content=content.encode("utf-8", "backslashreplace")
-            )
-        finally:
-            self._under_way -= task.under_way
-            task.under_way = False
-        self._tally.refused_429 += response.status_code == RATE_LIMITED
-        if response.status_code >= FIRST_ERROR:
-            raise HTTPFailure(response)
-        try:
-            return response, response.json()
-        except _JSON_ERRORS:
-            raise HTTPFailure(response) from None
 
     def _write_answer(self, task: Task, response: httpx.Response, body: Any) -> None:
         """Write an answer as soon as it arrives, with nothing in between."""
         usage = body.get("usage") if isinstance(body, dict) else None
         usage = usage if isinstance(usage, dict) else None
-        members = _members(task, response=_described(response, body), usage=usage)
+        members = _members(task.request, response=_described(response, body), usage=usage)
         has_reader = self._answers.write(task.key, members)
         if not has_reader or self._answers.trouble is not None:
             self._stop()
@@ -232,31 +178,38 @@ class Run:
             self._failures_in_a_row = 0
             self._tally.count_answer(read_usage(usage))
 
-    def _write_failure(self, task: Task, error: Exception) -> None:
-        code, message, response = type(error).__name__, str(error) or "no more is known", None
-        if isinstance(error, HTTPFailure):
-            code, message = error.error_code, error.message
-            response = _described(error.response, error.body)
+    def _write_failure(
+        self, request: Request, error: Exception, response: httpx.Response | None
+    ) -> None:
+        if isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # what the SDK met
+        if isinstance(error, StoreError):
+            raise error
+        code, message, status = type(error).__name__, str(error) or "no more is known", 0
+        described: Mapping[str, Any] | None = None
+        if isinstance(error, APIStatusError):
+            status, body = error.status_code, error.body
+            told = body if isinstance(body, dict) else {"message": body}
+            code = str(error.code or error.type or f"http_{status}")[:64]
+            message = f"HTTP {status}: {told.get('message') or 'no reason given'}"
+            described = _described(error.response, body)
+        elif response is not None:
+            code, text = "no_json", response.text[:_MAX_MESSAGE]
+            message = f"HTTP {response.status_code}: the reply is not JSON: {text or 'it is empty'}"
+            described = _described(response, text)
+        message = self._job.without_key(message)[:_MAX_MESSAGE]
         self._tally.failed += 1
-        self._tally.count_error(code, self._job.without_key(message))
-        members = _members(task, response=response, error={"code": code, "message": message})
+        self._tally.count_error(code, message)
+        members = _members(request, response=described, error={"code": code, "message": message})
         self._errors.write(hide=self._job.without_key, **members)
-        self._stop_if_hopeless(error)
-
-    def _stop_if_hopeless(self, error: Exception) -> None:
-        """Stop if every further request would fail, too."""
-        reply = error if isinstance(error, HTTPFailure) else None
-        status, code = (reply.status_code, reply.error_code) if reply else (0, "")
         self._failures_in_a_row += status not in _OF_ONE_REQUEST
         is_account = status in _FATAL or code in EXHAUSTED
-        if self._tally.fatal is None and (
-            is_account or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW
-        ):
+        if is_account or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             remedy = "see that it runs, or correct --api-base or --model"
             if is_account:
                 remedy = "correct the key in OPENAI_API_KEY, or see to the account"
-            text = f"{str(error) or type(error).__name__} ({self._job.shown_api_base}); {remedy}"
-            self._tally.fatal = self._job.without_key(text)
+            fatal = f"{message} ({self._job.shown_api_base}); {remedy}"
+            self._tally.fatal = self._tally.fatal or fatal
             self._stop()
 
     def _stop(self) -> None:
@@ -270,37 +223,30 @@ class Run:
         if self._tally.stopped:
             return False
         self._stop()
-        if self._under_way:
-            requests = counted(self._under_way, "requests")
+        under_way = self._root.statistics().in_flight
+        if under_way:
+            requests = counted(under_way, "requests")
             self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
         return True
 
     async def _end_when_stopped(self, sending: anyio.CancelScope) -> None:
         """End what waits: in line, in a back-off, or for the next line of a pipe."""
         await self._stopped.wait()
-        while self._under_way:  # noqa: ASYNC110 - it changes with each request
+        idle = 0
+        while idle < 5:  # noqa: PLR2004 - an answer that is there takes a moment until it is written
             await anyio.sleep(0.02)
+            idle = 0 if self._root.statistics().in_flight else idle + 1
         sending.cancel()
 
 
-def _members(task: Task, **members: Any) -> dict[str, Any]:
+def _members(request: Request, **members: Any) -> dict[str, Any]:
     """Return the members of the line of a request that was sent."""
-    ids = {"custom_id": task.request.custom_id, "line": task.request.line}
-    return {**ids, **members, "attempts": task.attempts}
+    return {"custom_id": request.custom_id, "line": request.line, **members}
 
 
 def _described(response: httpx.Response, body: Any) -> Mapping[str, Any]:
     request_id = response.headers.get("x-request-id", "")  # which the provider's support asks for
     return {"status_code": response.status_code, "request_id": request_id, "body": body}
-
-
-def _headers(job: Job) -> dict[str, str]:
-    headers = {"content-type": "application/json", "user-agent": "asyncbucket-run"}
-    if job.api_key is not None:
-        azure = (urlsplit(job.api_base).hostname or "").endswith(".azure.com")
-        name, prefix = ("api-key", "") if azure else ("authorization", "Bearer ")
-        headers[name] = prefix + job.api_key
-    return headers
 
 
 @contextlib.contextmanager
