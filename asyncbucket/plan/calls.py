@@ -9,7 +9,6 @@ from functools import partial
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
@@ -33,8 +32,6 @@ T = TypeVar("T")
 _MOST: Final = 10_000_000
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
-#: What holds for any number of calls.
-_ONE: Final = (float, int, Mapping, NoneType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +88,7 @@ class Load:
         calls = None if calls is None else read_count(calls, "calls", least=1)
         #: How many calls there are, from whichever argument determines it.
         self.calls = calls or max(len(self._costs.values), len(self._lengths.values))
-        if calls is None and all(isinstance(each, _ONE) for each in (tokens, latency)):
+        if calls is None and not (_are_many(tokens) or _are_many(latency)):
             raise ValueError("how many calls? give calls, samples or a file of them")
         if self.calls > _MOST:
             raise ValueError(
@@ -163,6 +160,11 @@ class _Series(Generic[T]):
         if len(self.values) == 1:
             return repeat(self.values[0], calls)
         return (rng.choice(self.values) for _ in range(calls))
+
+
+def _are_many(given: object) -> bool:
+    """Tell whether this is samples, or a file of them, not one sample for every call."""
+    return isinstance(given, Iterable | PathLike) and not isinstance(given, Mapping | bytes)
 
 
 def _checked(sample: Any, where: str, read: Callable[[Any], T]) -> T:
