@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import subprocess
 import sys
-import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, cast
 
@@ -165,28 +164,6 @@ def test_batch_takes_at_most_a_window_of_items_ahead_of_its_reader(
     virtual_time.run(main())
 
     assert taken == 15
-
-
-class Thing:
-    """An item that can be counted."""
-
-    __slots__ = ("__weakref__",)  # pyright: ignore[reportUninitializedInstanceVariable]
-
-
-async def test_batch_keeps_at_most_a_window_of_items_alive() -> None:
-    limiter = Limiter("1000000000 RPM", concurrency=20)
-    alive: weakref.WeakSet[Thing] = weakref.WeakSet()
-    most = 0
-
-    async def touch(thing: Thing) -> None:
-        nonlocal most
-        alive.add(thing)
-        most = max(most, len(alive))
-
-    async for _ in amap(limiter, touch, (Thing() for _ in range(2_000)), window=100):
-        pass
-
-    assert most <= 102
 
 
 def test_async_generator_of_items_is_read_and_closed(virtual_time: VirtualTime) -> None:

@@ -108,7 +108,7 @@ def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
     custom_id, path, body = line.get("custom_id"), line.get("url", path), line.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("custom_id is missing, or no text")
-    if path not in _MAX_TOKENS:
+    if not isinstance(path, str) or path not in _MAX_TOKENS:
         raise BadLine(f"url is {path!r}, known: {', '.join(_MAX_TOKENS)}", custom_id)
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object", custom_id)
