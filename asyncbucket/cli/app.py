@@ -1,11 +1,18 @@
-"""The commands of `asyncbucket`, and what they are for."""
+"""The commands of `asyncbucket`, and how they fail: in one line."""
 
+import errno
+import functools
+import inspect
 import textwrap
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli import demo, doctor, pictures, plan, run, watch
+from asyncbucket.cli import INTERRUPTED, demo, doctor, pictures, plan, run, watch
+from asyncbucket.cli.options import CANNOT_RUN
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.wording import one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -14,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes around help and errors do not suit a pipe
 )
+#: A full disk, a full quota, or a file of the largest possible size.
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
@@ -36,61 +45,38 @@ def root(
     """Put any number of concurrent agents behind one rate limit."""
 
 
-_COMMANDS: Final = (
-    (
-        demo.demo,
-        "Run agents under a provider's limits, with and without pacing.",
-        """
-        asyncbucket demo
-        asyncbucket demo --agents 500 --rpm 2400
-        """,
-    ),
-    (
-        plan.plan,
-        "Say how long calls take under limits, and what binds.",
-        """
-        asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
-        asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
-        asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
-        """,
-    ),
-    (
-        run.run,
-        "Send every line of a file to a model, under your limits.",
-        """
-        asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
-        asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --tpm 200000 --dry-run
-        asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
-        grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
-        """,
-    ),
-    (
-        watch.watch,
-        "Show what running limiters do, live.",
-        """
-        asyncbucket watch http://127.0.0.1:4294
-        asyncbucket watch redis://127.0.0.1:6379/0
-        """,
-    ),
-    (
-        pictures.plot,
-        "Draw what limiter.trace() recorded.",
-        """
-        asyncbucket plot trace.jsonl -o out.png
-        asyncbucket plot trace.jsonl -o out.svg --dark
-        """,
-    ),
-    (
-        doctor.doctor,
-        "Check this installation, and say what to fix.",
-        """
-        asyncbucket doctor
-        asyncbucket doctor --store redis://127.0.0.1:6379/0
-        """,
-    ),
-)
+def _with_errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """End ``command`` with one line if the user can correct the error, and silently on Ctrl-C."""
 
-for command, purpose, examples in _COMMANDS:
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError:  # whoever reads the output has had enough: no error
+            raise
+        except (AsyncBucketError, ImportError, OSError, ValueError) as error:
+            typer.echo(f"error: {_message(error, command.__name__)}", err=True)
+            raise typer.Exit(CANNOT_RUN) from error
+
+    return wrapped
+
+
+def _message(error: Exception, command: str) -> str:
+    """Return what to say of ``error``; our own errors name their remedy already."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}): give another path"
+    if not isinstance(error, ModuleNotFoundError):
+        return one_line(str(error))
+    package = (error.name or "").partition(".")[0]
+    return f'{command} needs {package}: pip install "asyncbucket[cli]"'
+
+
+for each in (demo.demo, plan.plan, run.run, watch.watch, pictures.plot, doctor.doctor):
+    said, _, examples = inspect.cleandoc(each.__doc__ or "").partition("Examples:\n")
     # A backspace keeps the lines of a paragraph as they are.
-    shown = "\b\nExamples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ")
-    app.command(short_help=purpose, epilog=shown)(command)
+    shown = f"{said}\b\nExamples:\n{textwrap.indent(textwrap.dedent(examples), '  ')}"
+    app.command(help=shown)(_with_errors_in_one_line(each))

@@ -47,20 +47,23 @@ def demo(
     ] = 24.0,
     as_json: options.AsJson = False,
 ) -> None:
-    """Run LlamaIndex agents under a provider's limits, without asyncbucket and with it.
+    """Run agents under a provider's limits, with and without pacing.
 
     The provider is bundled: it runs on this machine, costs nothing, and answers 429 above its limits.
+
+    Examples:
+        asyncbucket demo
+        asyncbucket demo --agents 500 --rpm 2400
     """
-    with options.errors_in_one_line("the demo"):
-        scenario = scenario_of(agents, rpm=rpm, seconds=seconds)
-        console, runs = Console(highlight=False), list[Run]()
-        with silenced():
-            status = _run_both(scenario, console, runs, quiet=as_json)
-            if as_json:
-                typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
-            else:
-                _show(console, scenario, runs)
-        raise typer.Exit(status)
+    scenario = scenario_of(agents, rpm=rpm, seconds=seconds)
+    console, runs = Console(highlight=False), list[Run]()
+    with silenced():
+        status = _run_both(scenario, console, runs, quiet=as_json)
+        if as_json:
+            typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
+        else:
+            _show(console, scenario, runs)
+    raise typer.Exit(status)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,14 +56,17 @@ def doctor(
     """Check what is installed and set up here, and say what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
+
+    Examples:
+        asyncbucket doctor
+        asyncbucket doctor --store redis://127.0.0.1:6379/0
     """
-    with options.errors_in_one_line("doctor"):
-        findings = [*machine(), *http_clients(), *versions(), *settings()]
-        findings += [] if store is None else shared_store(store)
-        if as_json:
-            typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
-        else:
-            _show(Console(highlight=False), findings)
+    findings = [*machine(), *http_clients(), *versions(), *settings()]
+    findings += [] if store is None else shared_store(store)
+    if as_json:
+        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(options.FAILED)
 

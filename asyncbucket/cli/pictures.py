@@ -47,10 +47,16 @@ def plot(
     out: Annotated[Path, options.file("A .png, .svg or .pdf.", "-o", "--out")],
     dark: options.Dark = False,
 ) -> None:
-    """Draw a trace: admissions against each limit, the calls that waited, and pauses."""
-    with options.errors_in_one_line("plot"):
-        draw_trace(read_trace(trace), out, dark=dark)
-        typer.echo(f"drawn: {out}")
+    """Draw what limiter.trace() recorded.
+
+    Admissions against each limit, the calls that waited, and pauses.
+
+    Examples:
+        asyncbucket plot trace.jsonl -o out.png
+        asyncbucket plot trace.jsonl -o out.svg --dark
+    """
+    draw_trace(read_trace(trace), out, dark=dark)
+    typer.echo(f"drawn: {out}")
 
 
 @contextmanager

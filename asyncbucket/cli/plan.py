@@ -39,32 +39,36 @@ def plan(  # noqa: PLR0913 - one for each option
     dark: options.Dark = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Say how long calls take under limits, what binds, and what other limits would bring.
+    """Say how long calls take under limits, and what binds.
 
     The calls run through the real limits on virtual time: nothing is sent, nothing waits.
-    """
-    with options.errors_in_one_line("plan"):
-        planned = make_plan(
-            *(limits or ()),
-            *options.preset_limits(preset),
-            calls=calls,
-            tokens=_samples(tokens),
-            latency=_samples(latency),
-            concurrency=concurrency,
-            arrivals=None if poisson is None else Poisson(poisson),
-            profile=profile,
-            what_if=what_if,
-            seed=seed,
-            rpm=rpm,
-            tpm=tpm,
-        )
-        if out is not None:
-            from asyncbucket.cli.pictures import draw_plan
 
-            draw_plan(planned, out, dark=dark)
-        typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else planned)
-        if out is not None and not as_json:
-            typer.echo(f"drawn: {out}")
+    Examples:
+        asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
+        asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
+        asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
+    """
+    planned = make_plan(
+        *(limits or ()),
+        *options.preset_limits(preset),
+        calls=calls,
+        tokens=_samples(tokens),
+        latency=_samples(latency),
+        concurrency=concurrency,
+        arrivals=None if poisson is None else Poisson(poisson),
+        profile=profile,
+        what_if=what_if,
+        seed=seed,
+        rpm=rpm,
+        tpm=tpm,
+    )
+    if out is not None:
+        from asyncbucket.cli.pictures import draw_plan
+
+        draw_plan(planned, out, dark=dark)
+    typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else planned)
+    if out is not None and not as_json:
+        typer.echo(f"drawn: {out}")
 
 
 def _samples(text: str | None) -> float | Path | dict[str, Any] | None:

@@ -51,22 +51,27 @@ def watch(
     once: Annotated[bool, options.flag("Look once, then exit.", "--once")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what running limiters do: how full each limit is, what binds, and who waits.
+    """Show what running limiters do, live.
 
-    A program must call limiter.serve_stats() to be watched; programs that share a store are seen in
-    the store. It ends when the program does, or with Ctrl-C.
+    It shows how full each limit is, what binds, and who waits. A program must call
+    limiter.serve_stats() to be watched; programs that share a store are seen in the store. It ends
+    when the program does, or with Ctrl-C.
+
+    Examples:
+        asyncbucket watch http://127.0.0.1:4294
+        asyncbucket watch unix:///run/limits.sock --once
+        asyncbucket watch redis://127.0.0.1:6379/0
     """
-    with options.errors_in_one_line("watch"):
-        try:
-            readings = _readings(reader_of(url), None if once else interval)
-            if as_json:
-                for reading in readings:
-                    typer.echo(json.dumps(reading))
-            else:
-                _show(readings)
-        except SourceError as error:
-            typer.echo(f"error: {options.error_message(error)}", err=True)
-            raise typer.Exit(options.FAILED) from error
+    try:
+        readings = _readings(reader_of(url), None if once else interval)
+        if as_json:
+            for reading in readings:
+                typer.echo(json.dumps(reading))
+        else:
+            _show(readings)
+    except SourceError as error:
+        typer.echo(f"error: {one_line(str(error))}", err=True)
+        raise typer.Exit(options.FAILED) from error
 
 
 def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:

@@ -130,16 +130,3 @@ def test_time_left_follows_the_measured_rate_when_slower_than_limits() -> None:
     now = 10.0
 
     assert outlook.words(20, {"requests": 100}) == ["2/s", "0:00:50 left"]
-
-
-def test_rate_follows_recent_progress() -> None:
-    """A fast start does not promise a fast end."""
-    now = 0.0
-    outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
-    looks: list[str] = []
-    for step in range(1, 500):
-        now = step / 5
-        looks += outlook.words(1_000 + step // 5)
-
-    assert looks[0] == "5,000/s"
-    assert looks[-1] == "1/s"

@@ -7,7 +7,6 @@ and a wall time, and the provider runs in another process, so virtual time won't
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -83,23 +82,3 @@ def test_demo_output_in_a_pipe_is_plain_text() -> None:
     for name in ("without asyncbucket", "with asyncbucket"):
         assert f"\n{name}, 0 s: 0 of " in result.stdout  # progress from the start
         assert f"\n{name}: admitted over time; ____ is the limit" in result.stdout
-
-
-@pytest.mark.real_clock
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_ends_demo_with_the_table_so_far_and_status_130() -> None:
-    with subprocess.Popen(
-        [*COMMAND, "--seconds", "20"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    ) as process:
-        assert process.stdout is not None
-        # Wait for the first line of progress with answers: agents are running.
-        next(line for line in process.stdout if re.search(r"[1-9][\d,]* calls answered", line))
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
-
-    assert (process.returncode, errors) == (130, "")
-    assert re.search(r"^ agents finished +\d+ of \d+ *$", output, re.MULTILINE)

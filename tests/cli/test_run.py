@@ -635,7 +635,9 @@ def test_examples_in_help_run_one_after_another(
     for path in ("prompts.txt", "a.txt"):
         Path(path).write_text("# two\none\ntwo\n")
     help_ = typed("--help").output
-    examples = [line for line in help_.partition("Examples:")[2].splitlines() if "run" in line]
+    examples = [
+        line for line in help_.partition("Examples:")[2].splitlines() if "asyncbucket run" in line
+    ]
     this = f"{sys.executable} -m asyncbucket run"
 
     for example in examples:

@@ -9,7 +9,7 @@ import pytest
 
 from asyncbucket.cli.run.answers import Answers, line_of
 from asyncbucket.cli.run.job import Job
-from asyncbucket.cli.run.lines import BadLine, Request, read_request
+from asyncbucket.cli.run.lines import Request, read_request
 
 JOB = Job(source="-", out="-", model="m")
 SETTINGS: dict[str, Any] = {"model": "m"}
@@ -85,29 +85,6 @@ def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> Non
     ):
         Answers(out, SETTINGS)
     assert out.read_text() == text
-
-
-def test_second_line_with_the_same_id_is_bad(out: Path) -> None:
-    line = json.dumps({"custom_id": "x", "body": {"messages": [1]}}).encode()
-    first, second = (read_request(number, line, JOB) for number in (1, 7))
-    assert first is not None
-    assert second is not None
-
-    with Answers(out, SETTINGS) as answers:
-        answers.look_up(first)
-        with pytest.raises(BadLine, match="custom_id 'x' is that of line 1 already"):
-            answers.look_up(second)
-
-
-def test_answers_with_other_settings_are_refused(out: Path) -> None:
-    """The file would hold answers of two models; --restart would delete those that were paid."""
-    Answers(out, {"model": "n"}).close()
-    answered(out, "a")
-
-    with pytest.raises(ValueError, match=r"answers with model 'm', not 'n': give another -o$"):
-        Answers(out, {"model": "n"})
-    with pytest.raises(ValueError, match="answers with system None, not 'x': give another -o"):
-        Answers(out, {"model": "m", "system": "x"})
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "symlink", "hardlink"])

@@ -11,7 +11,6 @@ import typer
 
 from asyncbucket.cli import options
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job, api_key
-from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import read_limits
 
 
@@ -53,44 +52,46 @@ def run(  # noqa: PLR0913 - one for each option
         bool, options.flag("Print the summary as JSON on stdout.", "--json")
     ] = False,
 ) -> None:
-    """Send every line of a file to a model, under your limits, and write every answer once.
+    """Send every line of a file to a model, under your limits.
 
-    A line is a request of OpenAI's batch files, the body of one, or a prompt. Answers are
-    written as they arrive, with the custom_id and line of the request, as in OpenAI's output files.
+    A line is a request of OpenAI's batch files, the body of one, or a prompt. Every answer is
+    written once, as it arrives, with the custom_id and line of the request, as in OpenAI's output files.
     The key is read from OPENAI_API_KEY.
     Killed and started again, it continues where it stopped and stays under the limits. Ctrl-C lets
     the requests under way finish; a second one drops them.
 
     Status: 0 when all lines are answered, 1 when some failed (the errors file says why), 2 when none
     can be, 130 after Ctrl-C.
+
+    Examples:
+        asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
+        asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --tpm 200000 --dry-run
+        asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
+        grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
-    with options.errors_in_one_line("run"):
-        from asyncbucket.cli.run import work
+    from asyncbucket.cli.run import work
 
-        if as_json and out == STANDARD:
-            raise ValueError("--json prints on standard output, where the answers go: give -o")
-        also = [*(limits or ()), *options.preset_limits(preset)]
-        job = Job(
-            source=source,
-            out=out,
-            limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm})),
-            concurrency=_concurrency(concurrency),
-            model=model,
-            endpoint=endpoint,
-            system=system,
-            max_tokens=max_tokens,
-            api_base=base,
-            api_key=None if dry_run else api_key(base),
-            attempts=attempts,
-            restart=restart,
-        )
-        job.check()
-        try:
-            status = work.dry_run(job) if dry_run else work.run(job, quiet=quiet, as_json=as_json)
-        except StoreError as error:
-            raise ValueError(str(error)) from error
-        raise typer.Exit(status)
+    if as_json and out == STANDARD:
+        raise ValueError("--json prints on standard output, where the answers go: give -o")
+    also = [*(limits or ()), *options.preset_limits(preset)]
+    job = Job(
+        source=source,
+        out=out,
+        limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm})),
+        concurrency=_concurrency(concurrency),
+        model=model,
+        endpoint=endpoint,
+        system=system,
+        max_tokens=max_tokens,
+        api_base=base,
+        api_key=None if dry_run else api_key(base),
+        attempts=attempts,
+        restart=restart,
+    )
+    job.check()
+    status = work.dry_run(job) if dry_run else work.run(job, quiet=quiet, as_json=as_json)
+    raise typer.Exit(status)
 
 
 def _concurrency(text: str | None) -> int | Literal["auto"] | None:
