@@ -214,6 +214,9 @@ def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: b
 
 def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
     """Print the table, what went wrong, and a plot of each run against the limit."""
+    runs = [run for run in runs if run.seconds]
+    if not runs:  # Ctrl-C before anything began
+        return
     columns = [_column(run) for run in runs]
     console.print(table([(name, *(each[name] for each in columns)) for name in columns[0]]))
     for run in runs:
@@ -222,7 +225,7 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
             console.print(line, markup=False, highlight=False)
     rate = scenario.requests.amount / scenario.requests.per
     longest = max(run.seconds for run in runs)
-    for run in runs if longest else ():
+    for run in runs:
         admitted, refused = (run.counts(admitted=admitted) for admitted in (True, False))
         title = f"{run.name}: admitted over time; ____ is the limit"
         share = run.seconds / longest
