@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Final
-from urllib.parse import unquote
 
 import httpx
 import typer
@@ -59,7 +58,6 @@ def watch(
 
     Examples:
         asyncbucket watch http://127.0.0.1:4294
-        asyncbucket watch unix:///run/limits.sock --once
         asyncbucket watch redis://127.0.0.1:6379/0
     """
     try:
@@ -104,10 +102,8 @@ def reader_of(url: str) -> Reader:
     Raises:
         ValueError: the URL is of an unknown kind.
     """
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     shown = without_password(url)
-    if scheme == "unix":
-        return partial(_fetch, "http://localhost", shown, socket=unquote(rest))
     if scheme == "http":
         try:
             httpx.URL(url)
@@ -117,15 +113,15 @@ def reader_of(url: str) -> Reader:
     if not separator or scheme == "https":
         raise ValueError(
             f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
-            f"(http://127.0.0.1:4294, unix:///run/limits.sock) or a store's (redis://host:6379/0)"
+            f"(http://127.0.0.1:4294) or a store's (redis://host:6379/0)"
         )
     open_store(url)
     return lambda: asyncio.run(_peek(url))
 
 
-def _fetch(url: str, shown: str, *, socket: str | None = None) -> dict[str, Any]:
+def _fetch(url: str, shown: str) -> dict[str, Any]:
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=socket), timeout=_PATIENCE) as client:
+        with httpx.Client(trust_env=False, timeout=_PATIENCE) as client:
             report: Any = client.get(url).json()
     except (httpx.HTTPError, ValueError, RecursionError) as error:
         raise SourceError(

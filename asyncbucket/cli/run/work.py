@@ -295,7 +295,7 @@ async def _costs(job: Job, tally: Tally) -> list[Cost]:
     charge = profile_of(host).cost
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         return [
-            charge(Call("POST", host, task.request.path, task.request.body, FORESEEN))
+            charge(Call("POST", host, task.request.path, task.request.body, FORESEEN)) or Cost()
             async for task in tasks(job, answers, Errors(None), tally)
         ]
 
