@@ -3,7 +3,8 @@
 **Paying once.** Layers are stacked. LlamaIndex's public methods call each other: ``CustomLLM.achat``
 calls ``chat``, which calls ``complete``, and each of them is paced. Beneath them there may be an
 HTTP client whose transport is paced, too. The outermost layer pays, and notes it in a context
-variable while the inner code runs; a layer that finds the note does not pay.
+variable while the inner code runs; a layer that finds the note does not pay. A tool's note differs:
+it pays for the tool alone, and what the tool calls pays for itself.
 
 **Giving slots back.** A tool may call a paced model, or another tool, or run a whole agent. While
 it waits for that it does nothing itself, yet holds a slot. If both pass the same limiter, be it
@@ -24,26 +25,31 @@ import contextlib
 import weakref
 from collections.abc import Generator, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import give_back, on_one_path, sent
+from asyncbucket.core.levels import give_back, on_one_path
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.providers.errors import FIRST_ERROR
-
-if TYPE_CHECKING:
-    from asyncbucket.providers.learn import HeaderReader
-    from asyncbucket.providers.profiles import Profile
 
 
-class LeaseRef:
-    """Refer to a lease while it is held, without keeping it alive."""
+class HeldLease:
+    """Note that calls in this context run under a lease of ``limiter``.
 
-    __slots__ = ("_lease",)
+    Args:
+        limiter: the limiter that was asked.
+        lease: the lease; it is not kept alive.
+        tool: the tool whose call it is; None if the lease pays for the calls inside.
+    """
 
-    def __init__(self, lease: Lease) -> None:
+    __slots__ = ("_has_inner_calls", "_lease", "limiter", "outer", "tool")
+
+    def __init__(self, limiter: Limiter, lease: Lease, *, tool: object = None) -> None:
+        self.limiter = limiter
+        self.tool = tool
+        self.outer = _HELD.get()
         self._lease = weakref.ref(lease)
+        self._has_inner_calls = False
 
     @property
     def lease(self) -> Lease | None:
@@ -51,61 +57,16 @@ class LeaseRef:
         lease = self._lease()
         return None if lease is None or lease.released else lease
 
-
-class HeldLease(LeaseRef):
-    """Note that calls in this context run under a lease of ``limiter``."""
-
-    __slots__ = (
-        "_header_reader",
-        "_paid_requests",
-        "_sent_at",
-        "limiter",
-        "outer",
-        "profile",
-        "requests",
-    )
-
-    def __init__(
-        self, limiter: Limiter, lease: Lease, header_reader: "HeaderReader | None" = None
-    ) -> None:
-        super().__init__(lease)
-        self.limiter = limiter
-        self._header_reader = header_reader
-        self._sent_at: float | None = None
-        #: The profile of the provider that its requests go to, once one was seen to leave.
-        self.profile: Profile | None = None
-        self.outer = _HELD.get()
-        #: Requests that were seen to leave under this lease.
-        self.requests = 0
-        #: Requests that the lease pays for.
-        self._paid_requests = 1
-
-    def request_prepared(self) -> None:
-        """Count a request that is about to leave, and date the booking to now."""
+    def give_up_slot(self, limiter: Limiter) -> None:
+        """Give back the slots that a call of ``limiter``, inside this one, needs."""
+        self._has_inner_calls = True
         lease = self.lease
         if lease is not None:
-            self.requests += 1
-            self.pay_for(self.requests)  # one call of the model may send several requests
-            sent(lease)
+            give_back(lease, limiter)
 
-    def pay_for(self, requests: int) -> None:
-        """Make the lease pay for ``requests`` requests, unless it does so already."""
-        lease = self.lease
-        if lease is not None and requests > self._paid_requests:
-            self._paid_requests = requests
-            lease.settle(requests=requests)
-
-    def request_sent(self) -> None:
-        """Date the booking to now, when the request really goes out."""
-        self._sent_at = self.limiter.now()
-        lease = self.lease
-        if lease is not None:
-            sent(lease)
-
-    def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
-        """Take in what the headers of a reply say of the provider's limits."""
-        if self._header_reader is not None:
-            self._header_reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
+    def is_call_of(self, tool: object) -> bool:
+        """Tell whether ``tool`` is at work here, and nothing else was called inside."""
+        return self.tool is tool and not self._has_inner_calls and self.lease is not None
 
 
 _HELD: Final[ContextVar[HeldLease | None]] = ContextVar("asyncbucket_held", default=None)
@@ -116,20 +77,18 @@ def innermost_held_lease() -> HeldLease | None:
     return _HELD.get()
 
 
-def held_leases() -> Iterator[tuple[HeldLease, Lease]]:
-    """Yield the notes of this context whose leases are held, and the leases, innermost first."""
+def held_leases() -> Iterator[HeldLease]:
+    """Yield the notes of this context, innermost first."""
     held = _HELD.get()
     while held is not None:
-        lease = held.lease
-        if lease is not None:
-            yield held, lease
+        yield held
         held = held.outer
 
 
 def paying_limiter(limiter: Limiter) -> Limiter | None:
-    """Return the limiter whose lease is held here, if it is on one path with ``limiter``."""
-    for held, _ in held_leases():
-        if on_one_path(held.limiter, limiter):
+    """Return the limiter whose lease pays for calls here, if it is on one path with ``limiter``."""
+    for held in held_leases():
+        if held.tool is None and on_one_path(held.limiter, limiter) and held.lease is not None:
             return held.limiter
     return None
 
@@ -144,54 +103,16 @@ def holding(held: HeldLease) -> Generator[None]:
         put_back(_HELD, token)
 
 
-class RunningCall(LeaseRef):
-    """Note that a tool's call runs in this context."""
-
-    __slots__ = ("has_inner_calls", "outer", "tool")
-
-    def __init__(self, tool: object, lease: Lease, outer: "RunningCall | None") -> None:
-        super().__init__(lease)
-        self.tool = tool
-        self.outer = outer
-        #: Whether another call was made inside.
-        self.has_inner_calls = False
-
-
-_RUNNING: Final[ContextVar[RunningCall | None]] = ContextVar("asyncbucket tools", default=None)
-
-
-@contextlib.contextmanager
-def running(tool: object, lease: Lease) -> Generator[None]:
-    """Note that ``tool`` runs under ``lease`` in a ``with`` block."""
-    token = _RUNNING.set(RunningCall(tool, lease, _RUNNING.get()))
-    try:
-        yield
-    finally:
-        put_back(_RUNNING, token)
-
-
 def is_running(tool: object) -> bool:
     """Tell whether a method of ``tool`` is running here: then another method is part of its call.
 
     Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
     """
-    current = _RUNNING.get()
-    return (
-        current is not None
-        and current.tool is tool
-        and not current.has_inner_calls
-        and current.lease is not None
-    )
+    held = _HELD.get()
+    return held is not None and held.is_call_of(tool)
 
 
 def give_up_slots(limiter: Limiter) -> None:
     """Make the calls around this context give back the slots that a call of ``limiter`` needs."""
-    current = _RUNNING.get()
-    while current is not None:
-        current.has_inner_calls = True
-        lease = current.lease
-        if lease is not None:
-            give_back(lease, limiter)
-        current = current.outer
-    for _, lease in held_leases():
-        give_back(lease, limiter)
+    for held in held_leases():
+        held.give_up_slot(limiter)

@@ -11,7 +11,7 @@ What is decided here, for each failed attempt:
 3. *When?* As the server says, plus up to a tenth; otherwise by exponential back-off, of which a
    random part between a half and the whole is waited. Never past the deadline, and never longer
    than `max_wait`: then the call fails at once.
-4. *May we?* A retry budget bounds the load that an outage would multiply; see `RetryBudget`.
+4. *May we?* A retry budget bounds the load that an outage would multiply; see `Retry`.
 
 Each attempt acquires anew: during a back-off a call holds no slot and no tokens. The user sees the
 provider's last error, the same object, with a note that says how often the call was tried.
@@ -25,8 +25,8 @@ import functools
 import math
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, cast
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
@@ -36,28 +36,34 @@ from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.providers.headers import WEEK
 from asyncbucket.providers.refusals import Refusals, doubled
-from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
+from asyncbucket.waiting import ASYNC, IO, Lock
 
 try:
     import stamina
 except ModuleNotFoundError as missing:
     raise ImportError('retrying needs stamina: pip install "asyncbucket[llama-index]"') from missing
 
-__all__ = ["Retrier", "Retry", "RetryBudget", "Sent", "Verdict", "classify"]
+__all__ = ["Retrier", "Retry", "Sent", "Verdict", "classify"]
 
 T = TypeVar("T")
 
+#: Units that a successful call puts back into the budget of retries; see `Retry`.
+_PER_SUCCESS: Final = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetryBudget:
-    """Bound what retries add to the load: a bucket that successes refill and retries drain.
+class Retry:
+    """Configure how failed calls are retried.
+
+    A budget bounds what retries add to the load: a bucket that retries drain, and that each success
+    refills by half a unit.
 
     *Random errors are always retried.* At an error rate e there are e / (1 - e) failures per
     success; 0.5 per success pays for them up to e = 1/3. At e = 0.2 the bucket gains 0.25 units per
     success, and the chance that bad luck drains 100 units is below 1e-30. Only failures that come
     back sooner than the first successes may drain it; a full bucket is enough for 300 calls in
     flight at e = 0.2. With more calls, or to survive the loss of every connection at once, set the
-    capacity to your `concurrency`.
+    budget to your `concurrency`.
 
     *A total outage costs little.* Nothing succeeds, so there are at most 100 retries however many
     calls there are: 1.1 times the load of 1,000 calls, 1.01 times that of 10,000. For smaller error
@@ -67,37 +73,20 @@ class RetryBudget:
     and the limits bound the load already; each call is still bound by its attempts.
 
     Args:
-        capacity: units of a full bucket, as at the start; a retry takes one.
-        per_success: units that a successful call puts back.
-    """
-
-    capacity: float = 100.0
-    per_success: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("capacity", "per_success"):
-            _check_number(getattr(self, name), f"the retry budget's {name}", most=math.inf)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
-    """Configure how failed calls are retried.
-
-    Args:
         attempts: the most attempts for one call, the first included; 1 switches retries off.
         max_wait: the longest wait (s) before an attempt. A call told to wait longer fails at once,
             and so does one that gets a 429 without a time after nothing else came for longer.
         jitter: the fraction of a ``Retry-After`` added at random, so that calls do not come all at
             once.
         backoff: the wait (s) after a first failure if the server names none; it doubles.
-        budget: how much retries may add to the load of one model.
+        budget: retries of one model that a full bucket holds, as at the start.
     """
 
     attempts: int = 5
     max_wait: float = 120.0
     jitter: float = 0.1
     backoff: float = 1.0
-    budget: RetryBudget = field(default_factory=RetryBudget)
+    budget: float = 100.0
 
     def __post_init__(self) -> None:
         if not is_integer(self.attempts):
@@ -106,11 +95,12 @@ class Retry:
             raise ValueError(
                 f"attempts must be at least 1, not {self.attempts}; 1 or retry=False means no retry"
             )
-        _check_number(self.max_wait, "max_wait", most=WEEK)
-        _check_number(self.backoff, "backoff", most=WEEK)
-        _check_number(self.jitter, "jitter", most=1.0)
-        if not isinstance(self.budget, RetryBudget):
-            raise TypeError(f"budget must be a RetryBudget, not {self.budget!r}")
+        for name, most in (("max_wait", WEEK), ("backoff", WEEK), ("jitter", 1), ("budget", 1e9)):
+            value = getattr(self, name)
+            if not is_number(value):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must be at least 0 and at most {most:g}, not {value!r}")
 
     @classmethod
     def of(cls, value: "Retry | int | None") -> "Retry":
@@ -124,14 +114,6 @@ class Retry:
         if value is None or value is True:
             return cls()
         return cls(attempts=1 if value is False else value)
-
-
-def _check_number(value: float, name: str, *, most: float) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 <= value <= most:
-        bound = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{name} must be at least 0{bound}, not {value!r}")
 
 
 class Sent:
@@ -169,7 +151,7 @@ class Retrier:
         self._caller = limiter if caller is None else caller
         self._chance = chance
         self._lock = Lock()
-        self._budget = policy.budget.capacity
+        self._budget = policy.budget
         self._refusals = Refusals(limiter)
 
     def __repr__(self) -> str:
@@ -211,10 +193,16 @@ class Retrier:
         else:
             self.succeeded(None if sent is None else sent.at)
             return result
-        again = io.function(_named_like(trial.again, tried or attempt))
+
+        async def again() -> T:
+            result: T = await trial.again()
+            return result
+
+        # stamina's hooks see the name of what is tried.
+        functools.update_wrapper(again, tried or attempt, ("__module__", "__qualname__"), ())
         retry = stamina.retry(on=trial.back_off, attempts=self.policy.attempts, timeout=None)
         try:
-            retried = cast("T", await io.call(retry(again)))
+            retried = cast("T", await io.call(retry(io.function(again))))
         except Exception as error:  # noqa: BLE001 - which one to raise is decided there
             failed = trial.final_error(error)
         else:
@@ -224,18 +212,12 @@ class Retrier:
             trial.error, trial.attempt = None, _nothing
         raise failed
 
-    def call_sync(self, attempt: Callable[[], T], **options: Any) -> T:
-        """Call a plain ``attempt()`` as `call` does, and block this thread during a back-off."""
-        options.setdefault("tried", attempt)
-        result: T = run(self.call(functools.partial(SYNC.call, attempt), io=SYNC, **options))
-        return result
-
     def succeeded(self, sent_at: float | None = None) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""
-        budget = self.policy.budget
-        if self._budget < budget.capacity:
+        most = self.policy.budget
+        if self._budget < most:
             with self._lock:
-                self._budget = min(budget.capacity, self._budget + budget.per_success)
+                self._budget = min(most, self._budget + _PER_SUCCESS)
         self._refusals.succeeded(sent_at)
 
     def pause(self, verdict: Verdict, sent_at: float | None = None) -> float:
@@ -295,7 +277,7 @@ class Retrier:
         longest = doubled(policy.backoff, attempts, most=policy.max_wait)
         return longest * (1 + self._chance()) / 2
 
-    def notify(self, attempt: int, verdict: Verdict, delay: float) -> None:
+    def report(self, attempt: int, verdict: Verdict, delay: float) -> None:
         """Tell the observers of the limiter that was asked that a call will be retried."""
         caller = effective_limiter(self._caller)
         name, at = shown_name(caller), self.now()
@@ -339,7 +321,7 @@ class _Trial:
         self.error, verdict = error, classify(error)
         wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent.at, self.deadline)
         if reason is None:
-            self.retrier.notify(self.attempts, verdict, wait)
+            self.retrier.report(self.attempts, verdict, wait)
             # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
             error.__traceback__ = None
             return wait
@@ -368,16 +350,3 @@ class _Trial:
 
 async def _nothing() -> None:
     """Stand in for an attempt that is over."""
-
-
-def _named_like(again: Callable[[], Awaitable[T]], tried: Callable[..., object]) -> Any:
-    """Return ``again``, named like what is ``tried``, below partials and bound methods."""
-
-    async def named() -> T:
-        return await again()
-
-    while isinstance(tried, functools.partial):
-        tried = tried.func
-    source = tried if hasattr(tried, "__qualname__") else type(tried)
-    named.__module__, named.__qualname__ = source.__module__, str(source.__qualname__)
-    return named

@@ -24,7 +24,7 @@ T = TypeVar("T")
 class AsyncIO:
     """Wait on the running event loop."""
 
-    def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Awaitable[Any]:
         """Call an async function."""
         result: Awaitable[Any] = fn(*args, **kwargs)
         return result
@@ -50,7 +50,7 @@ class AsyncIO:
 class SyncIO:
     """Block this thread; no method suspends."""
 
-    async def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a plain function."""
         return fn(*args, **kwargs)
 

@@ -16,8 +16,9 @@ from stamina.instrumentation import RetryDetails
 
 from asyncbucket import Limiter, QueueFull
 from asyncbucket.providers.refusals import Refusals
-from asyncbucket.retry import Retrier, Retry, RetryBudget, Verdict
+from asyncbucket.retry import Retrier, Retry, Verdict
 from asyncbucket.testing import VirtualTime, virtual_time
+from asyncbucket.waiting import SYNC, run
 
 T = TypeVar("T")
 REQUEST = httpx.Request("POST", "http://provider.test/v1/chat/completions")
@@ -71,9 +72,10 @@ class Stage:
 
     def call(self, retrier: Retrier, script: Script, *, is_sync: bool, **options: Any) -> str:
         """Make a call of either kind."""
-        if is_sync:
-            return retrier.call_sync(script.play, **options)
-        return self.run(retrier.call(script, **options))
+        if not is_sync:
+            return self.run(retrier.call(script, **options))
+        reply: str = run(retrier.call(partial(SYNC.call, script.play), io=SYNC, **options))
+        return reply
 
 
 @pytest.fixture(name="stage")
@@ -109,7 +111,7 @@ def test_retry_of_accepts_policy_attempts_bool_or_none() -> None:
         ({"backoff": -1}, "backoff must be at least 0 and at most 604800, not -1"),
         ({"jitter": 1.5}, "jitter must be at least 0 and at most 1, not 1.5"),
         ({"jitter": "0"}, "jitter must be a number, not '0'"),
-        ({"budget": 5}, "budget must be a RetryBudget, not 5"),
+        ({"budget": -1}, "budget must be at least 0 and at most 1e+09, not -1"),
     ],
 )
 def test_invalid_retry_policy_is_refused(wrong: dict[str, Any], message: str) -> None:
@@ -147,13 +149,6 @@ def test_failed_call_is_retried_when_the_server_says_or_after_doubling_waits(
         (
             partial(status_error, 500),
             Retry(),
-            None,
-            [0.0, 1.0, 3.0, 7.0, 15.0],
-            "tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more",
-        ),
-        (
-            partial(status_error, 429),
-            Retry(jitter=0),
             None,
             [0.0, 1.0, 3.0, 7.0, 15.0],
             "tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more",
@@ -371,7 +366,7 @@ def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
 
 
 def test_retries_after_429_do_not_spend_the_budget(stage: Stage) -> None:
-    retrier = stage.retrier(Retry(budget=RetryBudget(capacity=0)))
+    retrier = stage.retrier(Retry(budget=0))
     refused = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
 
     async def main() -> list[str]:
@@ -421,7 +416,7 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
     for hooks in (None, [record]):
         stamina.instrumentation.set_on_retry_hooks(hooks)
         script = stage.script(error, "reply")
-        stage.call(stage.retrier(chance=1.0), script, is_sync=is_sync, tried=partial(tried))
+        stage.call(stage.retrier(chance=1.0), script, is_sync=is_sync, tried=tried)
     stamina.instrumentation.set_on_retry_hooks(None)
 
     (details,) = seen
@@ -433,7 +428,7 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
 
 
 def test_threads_share_one_retry_budget() -> None:
-    retrier = Retrier(Retry(backoff=0.0, budget=RetryBudget(capacity=50)), Limiter("500 RPM"))
+    retrier = Retrier(Retry(backoff=0.0, budget=50), Limiter("500 RPM"))
     tried: list[int] = []
 
     def attempt() -> None:
@@ -443,7 +438,7 @@ def test_threads_share_one_retry_budget() -> None:
     def work() -> None:
         for _ in range(50):
             with pytest.raises(openai.APIStatusError):
-                retrier.call_sync(attempt)
+                run(retrier.call(partial(SYNC.call, attempt), io=SYNC))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -451,18 +446,3 @@ def test_threads_share_one_retry_budget() -> None:
     for thread in threads:
         thread.join()
     assert len(tried) == 4 * 50 + 50
-
-
-def test_retry_events_of_tenants_are_labelled_with_a_star(stage: Stage) -> None:
-    tenant = stage.limiter.key("acme")
-    heard: set[str] = set()
-    stage.limiter.observe(lambda event: heard.add(f"{type(event).__name__} {event.limiter}"))
-    retrier = Retrier(Retry(), tenant, chance=lambda: 0.0)
-
-    async def play() -> str:
-        async with tenant.acquire():
-            return await script()
-
-    script = stage.script(status_error(503), "answer")
-    stage.run(retrier.call(play))
-    assert heard == {"Admitted openai/*", "Released openai/*", "Retried openai/*"}

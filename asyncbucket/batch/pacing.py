@@ -44,12 +44,14 @@ def limiter_of(fn: object) -> Limiter | None:
     """Return the limiter that admits each call of ``fn``, if ``fn`` is marked as paced."""
     for layer in layers_of(fn):
         owner = getattr(layer, "__self__", layer)
-        mark = getattr(layer, "paced_by", None)
-        for model in (owner, getattr(owner, "llm", None)):  # a structured LLM calls its `llm`
-            if any(cls.__module__.startswith("asyncbucket.") for cls in type(model).__mro__):
-                mark = getattr(model, "limiter", mark)
-        if isinstance(mark, Limiter):
-            return mark
+        for marked in (
+            getattr(owner, "llm", None),
+            owner,
+            layer,
+        ):  # a structured LLM calls its `llm`
+            mark = getattr(marked, "paced_by", None)
+            if isinstance(mark, Limiter):
+                return mark
     return None
 
 

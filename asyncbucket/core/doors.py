@@ -143,19 +143,17 @@ class Doors:
         The result is of the same class, with the same fields, tools, streaming and structured
         output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``.
 
-        >>> llm = limiter.wrap(OpenAI(model="gpt-4o-mini"), child="chat")
-        >>> tools = limiter.wrap([search, weather], child="tools")
+        >>> llm = limiter.child("chat").wrap(OpenAI(model="gpt-4o-mini"))
+        >>> tools = limiter.child("tools").wrap([search, weather])
 
         Args:
             obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of
                 them; plain functions in it become tools.
-            options: ``child=``, a limiter below this one to use instead, or its name; ``retry=``
-                and ``estimator=`` of models; ``cost=`` of tools, one request by default. See
-                `asyncbucket.llama_index.wrap`.
+            options: ``retry=`` and ``estimator=`` of models; see `asyncbucket.llama_index.wrap`.
 
         Raises:
             TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
-            ValueError: ``obj`` is paced by another limiter, or ``child`` is not below this one.
+            ValueError: ``obj`` is paced by another limiter.
         """
         from asyncbucket.llama_index.wrap import wrap
 

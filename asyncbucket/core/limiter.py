@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, Unpack
 
 from asyncbucket.core import doors
 from asyncbucket.core.admission import refuse
@@ -53,6 +53,10 @@ from asyncbucket.core.terms import (
     read_weight,
 )
 from asyncbucket.core.wording import is_integer, read_count, shown
+
+if TYPE_CHECKING:
+    from asyncbucket.llama_index.estimate import Estimator
+    from asyncbucket.retry import Retry
 
 T = TypeVar("T")
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
@@ -823,8 +827,8 @@ def pace(
     max_queue: int | None = None,
     timeout: float | None = None,
     store: Any = None,
-    retry: Any = None,
-    estimator: Any = None,
+    retry: "Retry | int | None" = None,
+    estimator: "Estimator | None" = None,
     **limits_by_keyword: Unpack[LimitKeywords],
 ) -> T:
     """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
@@ -859,5 +863,4 @@ def pace(
     )
     if not limiter.limits and limiter.concurrency is None:
         raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
-    options = {"retry": retry, "estimator": estimator}
-    return limiter.wrap(obj, **{key: value for key, value in options.items() if value is not None})
+    return limiter.wrap(obj, retry=retry, estimator=estimator)

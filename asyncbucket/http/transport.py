@@ -19,7 +19,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD, PerLoopTransport
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
@@ -58,7 +58,6 @@ _METHODS: Final = ("handle_async_request", "handle_request")
 _NOTE: Final = "asyncbucket"
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 #: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.
-_KEY_HEADERS: Final = ("authorization", "x-api-key", "api-key")
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -127,7 +126,7 @@ class PacedTransport(_AnyTransport):
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
         self._lanes = Lanes(limiter, profile=profile, learn=learn, routes=routes)
-        self._counted = self._seen_failure = False
+        self._seen_failure = False
         self._warned: set[str] = set()
 
     @property
@@ -243,17 +242,7 @@ class PacedTransport(_AnyTransport):
         return True
 
     def _check(self, request: Any) -> None:
-        """Warn once if an SDK above retries by itself, or if many similar limiters are made."""
-        if not self._counted:
-            self._counted = True
-            key = next(filter(None, map(request.headers.get, _KEY_HEADERS)), None)
-            if DUPLICATE_LIMITERS.is_one_too_many(self.limiter, key, request.url.host):
-                _log.warning(
-                    "%d limiters like %r were made for the same host and key: one that is made for "
-                    "each request remembers nothing, and limits nothing; make it and its client "
-                    "once, when the program starts",
-                    *(WARNING_THRESHOLD, self.limiter),
-                )
+        """Warn once if an SDK above retries by itself."""
         if self._seen_failure and request.headers.get(_RETRY_COUNT, "0") != "0":
             self._warn_once(
                 _RETRY_COUNT,

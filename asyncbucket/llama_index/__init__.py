@@ -1,4 +1,4 @@
-"""LlamaIndex behind limits: `wrap` for models and tools, mixins for model classes of your own.
+"""LlamaIndex behind limits: `wrap` for models and tools.
 
 Read `asyncbucket.llama_index.wrap` first: how wrapping works, and why it works that way.
 """
@@ -20,14 +20,8 @@ from asyncbucket.llama_index.events import (
     RateLimitRetryEvent,
     RateLimitWaitEvent,
 )
-from asyncbucket.llama_index.models import (
-    RateLimitedEmbedding,
-    RateLimitedLLM,
-    RateLimitedMultiModalEmbedding,
-)
-from asyncbucket.llama_index.tools import ToolCost
 from asyncbucket.llama_index.wrap import limiter_of, wrap
-from asyncbucket.retry import Retry, RetryBudget
+from asyncbucket.retry import Retry
 
 __all__ = [
     "DefaultEstimator",
@@ -37,12 +31,7 @@ __all__ = [
     "RateLimitRefusedEvent",
     "RateLimitRetryEvent",
     "RateLimitWaitEvent",
-    "RateLimitedEmbedding",
-    "RateLimitedLLM",
-    "RateLimitedMultiModalEmbedding",
     "Retry",
-    "RetryBudget",
-    "ToolCost",
     "limiter_of",
     "wrap",
 ]

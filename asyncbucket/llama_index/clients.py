@@ -26,13 +26,12 @@ import asyncio
 import functools
 import inspect
 import sys
-import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from asyncbucket.by_loop import ByLoop
 from asyncbucket.llama_index.pacing import HeldCall
-from asyncbucket.nesting import HeldLease, innermost_held_lease
+from asyncbucket.nesting import innermost_held_lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
 from asyncbucket.waiting import ASYNC, SYNC
@@ -47,7 +46,7 @@ _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
 
-def _tracer(held: HeldLease, host: str) -> Callable[..., Coroutine[Any, Any, None]]:
+def _tracer(held: HeldCall, host: str) -> Callable[..., Coroutine[Any, Any, None]]:
     """Return what follows one request to ``host`` on its way, as httpcore's trace extension."""
     profile = held.profile = profile_of(host)
 
@@ -83,43 +82,21 @@ def without_retries(client: C) -> C:
     return copied
 
 
-def client_of(model: object, make: Callable[[], Any]) -> Any:
-    """Return the client that ``make()`` returns, which reports and doesn't retry if ``model`` made it.
+def client_of(model: object, client: Any) -> Any:
+    """Return ``client``, which ``model`` uses, so that it reports and doesn't retry if the model made it.
 
     One in a field is the user's.
     """
-    _note_client(reports=True)  # making it sends nothing, even if that fails
-    client = make()
     is_users = any(client is value for value in vars(model).values())
     if is_client(client) and not is_users and not is_reporting(client):
         _make_reporting(client)
         client.max_retries = 0
-    _note_client(reports=is_reporting(client))
     return client
 
 
-def _note_client(*, reports: bool) -> None:
-    """Note whether the client that this context's call asks for reports its requests."""
-    held = innermost_held_lease()
-    if isinstance(held, HeldCall):
-        held.reports_requests = reports
-
-
 def _make_reporting(client: Any) -> None:
-    _detect_platform(client)
     cls: Any = type(client)
     client.__class__ = _reporting_class(cls)
-
-
-def _detect_platform(client: Any) -> None:
-    """Let ``client`` find out its platform before its first request.
-
-    An asynchronous client would do that in one of the event loop's threads, with a slot held, while
-    all of these threads may be waiting for slots, as with ``asyncio.to_thread(llm.chat, ...)``.
-    """
-    find = getattr(_sdk(type(client)), "get_platform", None)
-    if find is not None and getattr(client, "_platform", "") is None:
-        client._platform = find()  # noqa: SLF001 - it exists for this
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,7 +106,8 @@ def _reporting_class(cls: Any) -> type[Any]:
 
     async def prepare(self: Any, request: Any) -> None:
         await io.call(cls._prepare_request, self, request)
-        if (held := innermost_held_lease()) is not None:
+        held = innermost_held_lease()
+        if isinstance(held, HeldCall):
             held.request_prepared()
             trace = io.function(_tracer(held, request.url.host))
             request.extensions = {"trace": trace, **request.extensions}
@@ -145,15 +123,12 @@ def _reporting_class(cls: Any) -> type[Any]:
         "request": io.function(request),
         _REPORTS: True,
     }
-    own_http_class = getattr(_sdk(cls), "AsyncHttpxClientWrapper", None)
+    # The SDK's module that has what all its clients share.
+    sdk = sys.modules[cls.request.__module__]
+    own_http_class = getattr(sdk, "AsyncHttpxClientWrapper", None)
     if io is ASYNC and own_http_class is not None:
         names["_client"] = _http_client_by_loop(own_http_class)
     return type(cls.__name__, (cls,), names)
-
-
-def _sdk(cls: type[Any]) -> types.ModuleType:
-    """Return the SDK's module that has what all its clients share."""
-    return sys.modules[cls.request.__module__]
 
 
 def _http_client_by_loop(own_class: Callable[..., Any]) -> property:

@@ -86,16 +86,16 @@ class Estimator(Protocol):
     """
 
     def chat(
-        self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
+        self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any], /
     ) -> Estimate:
         """Estimate a chat: ``messages`` hold the system prompt, ``kwargs`` tools and the like."""
         ...
 
-    def completion(self, llm: "LLM", prompt: str, kwargs: Mapping[str, Any]) -> Estimate:
+    def completion(self, llm: "LLM", prompt: str, kwargs: Mapping[str, Any], /) -> Estimate:
         """Estimate a completion of ``prompt``."""
         ...
 
-    def embedding(self, texts: Sequence[str]) -> int:
+    def embedding(self, texts: Sequence[str], /) -> int:
         """Estimate the tokens of one batch of texts to embed."""
         ...
 

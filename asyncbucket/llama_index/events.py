@@ -1,23 +1,21 @@
-"""Queueing as LlamaIndex's instrumentation shows it, and the admissions that it reports."""
+"""Queueing as LlamaIndex's instrumentation shows it.
 
-from collections.abc import Mapping
-from contextvars import ContextVar
-from typing import Any, ClassVar, Final
+Models and tools report their waits by themselves; `observe` sends the rest, if asked to.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Final
 
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
+from asyncbucket.core.events import Event, Paused, Refused, Retried
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import shown_name
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.nesting import give_up_slots
-from asyncbucket.waiting import IO
 
 _dispatcher: Final = get_dispatcher(__name__)
-
-#: Whether the code that asks for the current admission reports its wait.
-_wait_is_reported: Final[ContextVar[bool]] = ContextVar("asyncbucket told of waits", default=False)
 
 
 class RateLimitEvent(BaseEvent):
@@ -76,23 +74,29 @@ class RateLimitPauseEvent(RateLimitEvent):
     reason: str
 
 
-async def admit(io: IO, limiter: Limiter, amounts: Mapping[str, Any]) -> Lease:
-    """Wait for the admission of a call and report the wait; calls around it give up slots it needs."""
-    give_up_slots(limiter)
-    _wait_is_reported.set(True)
-    try:
-        lease = await io.acquire(limiter, **amounts)
-    finally:
-        # No token: a coroutine may be closed in another context than it ran in.
-        _wait_is_reported.set(False)
+_KINDS: Final[dict[type[Event], type[RateLimitEvent]]] = {
+    Refused: RateLimitRefusedEvent,
+    Retried: RateLimitRetryEvent,
+    Paused: RateLimitPauseEvent,
+}
+
+
+def report_wait(limiter: Limiter, lease: Lease) -> None:
+    """Say how long an admission by ``limiter`` waited, if it did."""
     if lease.waited > 0:
         name = shown_name(limiter)
         _dispatcher.event(
             RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
         )
-    return lease
 
 
-def is_wait_reported() -> bool:
-    """Return whether the code that asks for the current admission reports its wait."""
-    return _wait_is_reported.get()
+def observe(limiter: Limiter) -> Callable[[], None]:
+    """Send refusals, pauses and retries of ``limiter``; return a function that ends this."""
+
+    def send(event: Event) -> None:
+        kind = _KINDS.get(type(event))
+        if kind is not None:
+            names = [name for name in kind.model_fields if hasattr(event, name)]
+            _dispatcher.event(kind(**{name: getattr(event, name) for name in names}))
+
+    return limiter.observe(send)

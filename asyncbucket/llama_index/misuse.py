@@ -7,28 +7,23 @@ paced model's methods cannot be detected; the docs mention them.)
 """
 
 import functools
-import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncbucket
-from asyncbucket.by_loop import DUPLICATE_LIMITERS, WARNING_THRESHOLD
-from asyncbucket.llama_index.clients import is_client
 
 if TYPE_CHECKING:
     from asyncbucket.llama_index.pacing import Pacing
 
-#: What switches off retries beneath these classes, by module and for one call: of llama-index-llms-
-#: litellm 0.8 with litellm 1.110, and llama-index-llms-cohere 0.9 with cohere 7.3.
-_UNRETRIED: Final[Mapping[str, Mapping[str, Any]]] = {
+#: What retries beneath these classes, by module: the arguments that switch it off for one call, or
+#: what to do about it. Of llama-index-llms-litellm 0.8 with litellm 1.110, and llama-index-llms-cohere
+#: 0.9 with cohere 7.3.
+_RETRYING: Final[Mapping[str, Mapping[str, Any] | str]] = {
     "llama_index.llms.litellm": {"num_retries": 0},
     "llama_index.llms.cohere": {"request_options": {"max_retries": 0}},
-}
-#: What retries unseen and can't be switched off from here, and what to do about it.
-_UNSEEN: Final = {
     "llama_index.embeddings.cohere": (
         "pass httpx_client=limiter.http_client(sync=True) and "
         "httpx_async_client=limiter.http_client() instead of wrapping it"
@@ -47,8 +42,8 @@ _PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
 
 def unretried_options(llm: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that keep others from retrying a call of ``llm``, unless they are given."""
-    options = _UNRETRIED.get(_integration(llm.__class__))
-    if options is None:
+    options = _retrying(llm.__class__)
+    if not isinstance(options, Mapping):
         return {}
     given = vars(llm).get("additional_kwargs") or {}
     return {k: v for k, v in options.items() if k not in kwargs and k not in given}
@@ -56,45 +51,18 @@ def unretried_options(llm: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def warn_of_misuse(model: Any, pacing: "Pacing") -> None:
     """Warn of each thing that undoes the pacing of ``model``."""
-    name, limiter, attempts = type(model).__name__, pacing.limiter, pacing.retrier.policy.attempts
+    name = type(model).__name__
     if getattr(model, "rate_limiter", None) is not None:
         _warn(
             f"{name} has a rate_limiter of its own: each call would wait there, too, "
             f"with its slot held and as part of the model's latency; make it without rate_limiter="
         )
-    for field, retries in _other_retries(model) if attempts > 1 else ():
-        _warn(
-            f"{name}.{field} tries again by itself (max_retries={retries}): one call "
-            f"may become {attempts} x {retries + 1} requests, of which the limiter sees {attempts}; "
-            f"make it with max_retries=0, or wrap with retry=False"
-        )
-    remedy = _UNSEEN.get(_integration(model.__class__))
-    if remedy is None and _has_retrying_botocore(model):
-        remedy = _BOTOCORE_REMEDY
-    if remedy is not None and attempts > 1:
+    remedy = _BOTOCORE_REMEDY if _has_retrying_botocore(model) else _retrying(model.__class__)
+    if isinstance(remedy, str) and pacing.retrier.policy.attempts > 1:
         _warn(
             f"{name} tries failed requests again by itself, unseen by the limiter: {remedy}; "
             f"or wrap with retry=False, so that only one layer retries"
         )
-    model_id = tuple(str(getattr(model, name, "")) for name in ("model", "model_name", "api_base"))
-    key = getattr(model, "api_key", None)
-    if DUPLICATE_LIMITERS.is_one_too_many(limiter, key, type(model), model_id):
-        _warn(
-            f"{WARNING_THRESHOLD} limiters like {limiter!r} were made for the same model and key: "
-            f"one that is made for each request remembers nothing, and limits nothing; make it once, "
-            f"when the program starts, and wrap with that"
-        )
-
-
-def _other_retries(model: Any) -> Iterator[tuple[str, int]]:
-    """Yield what retries inside ``model`` and may not be changed: the user's own fields."""
-    private: dict[str, Any] = getattr(model, "__pydantic_private__", None) or {}
-    replaced = {name for name, value in private.items() if is_client(value)}
-    for name, value in {**vars(model), **private}.items():
-        # No code of an unknown object is run: its properties may open connections.
-        retries = inspect.getattr_static(value, "max_retries", None)
-        if type(retries) is int and retries > 0 and name not in replaced:
-            yield name, retries
 
 
 def _has_retrying_botocore(model: Any) -> bool:
@@ -108,11 +76,11 @@ def _has_retrying_botocore(model: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _integration(cls: Any) -> str:
-    """Return the integration that ``cls``, or one above it, is from: ``llama_index.llms.openai``."""
+def _retrying(cls: Any) -> Mapping[str, Any] | str | None:
+    """Return what is known of the integration that ``cls``, or one above it, is from."""
     modules = (base.__module__ for base in cls.__mro__)
     found = (each for each in modules if each.startswith(_INTEGRATIONS))
-    return ".".join(next(found, "").split(".")[:3])
+    return _RETRYING.get(".".join(next(found, "").split(".")[:3]))
 
 
 def _warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""How one model is paced, and one call of it: admitted, held, retried, settled.
+"""How one model or tool is paced, and one call of it: admitted, held, retried, settled.
 
 The guard against paying twice is `asyncbucket.nesting`, which the models share with the transports
 beneath them. Here its note also carries the usage, which is looked for once a call: in what the SDK
@@ -7,91 +7,153 @@ others several times makes that many requests; calls within those are part of th
 is read inside a call is not counted, unless the SDK reports its request.) The note also knows the
 SDK's stream, to close the request: that stream is part of a reference cycle, so closing the model's
 stream, which only drops it, leaves the provider at work until the garbage collector runs.
+
+A tool's call is simpler: it is admitted as one request, and never retried, because only its author
+knows what it has done by then. What it holds while it makes calls itself: see `asyncbucket.nesting`.
 """
 
 import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of
+from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of, sent
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
-from asyncbucket.llama_index.events import admit
-from asyncbucket.nesting import HeldLease, held_leases, holding
-from asyncbucket.providers.errors import end_failed, never_sent
+from asyncbucket.llama_index.events import report_wait
+from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, holding, is_running
+from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
 from asyncbucket.providers.learn import HeaderReader
-from asyncbucket.providers.usage import Usage, usage_of
+from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry, Sent
 from asyncbucket.waiting import ASYNC, IO
 
-#: Finds the usage in a reply.
+if TYPE_CHECKING:
+    from asyncbucket.providers.profiles import Profile
+
+#: Where a paced model or tool keeps its `Pacing`.
+PACING: Final = "_asyncbucket_pacing"
+#: Finds the usage in a reply, or in a part of one.
 Reader: TypeAlias = Callable[[Any], Usage | None]
-
-
-def usage_in(reply: Any) -> Usage | None:
-    """Return the usage in one of LlamaIndex's replies, if there is any."""
-    if getattr(reply, "raw", None) is None and not getattr(reply, "additional_kwargs", None):
-        return None
-    return usage_of(reply)
 
 
 def no_usage(_: object) -> None:
     """Return None: what such a reply says comes from the model, not from the provider."""
 
 
+class Method(NamedTuple):
+    """How calls of one of a model's methods are paced."""
+
+    #: The name of its first argument.
+    argument: str
+    #: Estimates a call from an estimator, the model, and what the method is called with.
+    estimate: Callable[..., Estimate]
+    read: Reader = no_usage
+    #: Whether what a class inherits from LlamaIndex's base calls other paced methods, which pay.
+    by_others: bool = False
+
+
 @dataclass(slots=True)
-class Call:
+class ModelCall:
     """One call of a model."""
 
     io: IO
-    #: Sends it: the model's own method with its arguments.
-    send: Callable[..., Any]
-    estimate: Callable[[], Estimate]
-    #: Finds the usage in a reply, or in a part of one.
-    read: Reader
+    method: Method
+    model: Any
+    #: The model's own method.
+    own: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     #: What it is sent with besides, if the provider takes it.
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
     sent: Sent = field(default_factory=Sent)
+
+    def send(self, **options: Any) -> Awaitable[Any]:
+        """Send it."""
+        return self.io.call(self.own, *self.args, **self.kwargs, **options)
+
+    def estimate(self, estimator: Estimator) -> Estimate:
+        """Estimate what it will cost."""
+        return self.method.estimate(estimator, self.model, *self.args, **self.kwargs)
 
 
 class HeldCall(HeldLease):
-    """Note that a model's call runs in this context under a lease of ``limiter``."""
+    """Note that a model's call runs in this context, and what its requests show."""
 
-    __slots__ = ("_methods", "_stream", "hides_usage", "reports_requests", "usages")
+    __slots__ = (
+        "_header_reader",
+        "_methods",
+        "_paid_requests",
+        "_requests",
+        "_sent_at",
+        "_stream",
+        "hides_usage",
+        "profile",
+        "usages",
+    )
 
     def __init__(self, limiter: Limiter, lease: Lease, header_reader: HeaderReader) -> None:
-        super().__init__(limiter, lease, header_reader)
+        super().__init__(limiter, lease)
+        self._header_reader = header_reader
+        #: Methods of models that were called inside, by which the call may make more requests.
         self._methods = 0
-        #: What each of the SDK's replies said was used, or each of the methods' called inside.
-        self.usages: list[Usage | None] = []
+        #: Requests that were seen to leave, and requests that the lease pays for.
+        self._requests = 0
+        self._paid_requests = 1
+        self._sent_at: float | None = None
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
-        #: Whether it sends its requests by a client that reports them.
-        self.reports_requests = False
+        #: What each of the SDK's replies said was used, or each of the methods' called inside.
+        self.usages: list[Usage | None] = []
         #: Whether a stream was asked for its usage by us, not by the user.
         self.hides_usage = False
+        #: The profile of the provider that its requests go to, once one was seen to leave.
+        self.profile: Profile | None = None
 
-    async def call_inside(self, call: Call) -> Any:
-        """Call a method inside: each but the first adds a request, and those in it none."""
-        if _INSIDE.get() is self:
-            return await call.io.call(call.send)
+    async def call_inside(self, call: ModelCall) -> Any:
+        """Call a method inside: each but the first adds a request; those in it are part of it."""
         self._methods += 1
-        self.pay_for(self._methods)
+        self._pay_for(self._methods)
         token = _INSIDE.set(self)
         try:
-            reply = await call.io.call(call.send)
+            reply = await call.send()
         finally:
             put_back(_INSIDE, token)
-        if not self.requests:  # otherwise the SDK's replies say it
-            self.usages.append(call.read(reply))
+        if not self._requests:  # otherwise the SDK's replies say it
+            self.usages.append(call.method.read(reply))
         return reply
+
+    def request_prepared(self) -> None:
+        """Count a request that is about to leave, and date the booking to now."""
+        lease = self.lease
+        if lease is not None:
+            self._requests += 1
+            self._pay_for(self._requests)  # one call of the model may send several requests
+            sent(lease)
+
+    def request_sent(self) -> None:
+        """Date the booking to now, when the request really goes out."""
+        self._sent_at = self.limiter.now()
+        lease = self.lease
+        if lease is not None:
+            sent(lease)
+
+    def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
+        """Take in what the headers of a reply say of the provider's limits."""
+        self._header_reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
+
+    def _pay_for(self, requests: int) -> None:
+        """Make the lease pay for ``requests`` requests, unless it does so already."""
+        lease = self.lease
+        if lease is not None and requests > self._paid_requests:
+            self._paid_requests = requests
+            lease.settle(requests=requests)
 
     def actual_usage(self, find: Callable[[], Usage | None]) -> Usage | None:
         """Return what the call used, as was noted or as ``find`` says.
@@ -105,14 +167,10 @@ class HeldCall(HeldLease):
         return self.profile.counted(usage)
 
     def failed(self, lease: Lease, error: BaseException) -> None:
-        """End the call's lease; a call that is known to have sent nothing costs nothing."""
-        if self.requests:
-            # The SDK's own error says only that there was no connection; its cause says why.
-            only = self.requests == 1 and self._sent_at is None
-            unsent = only and never_sent(error.__cause__)
-        else:
-            unsent = self.reports_requests
-        end_failed(lease, error, unsent=unsent)
+        """End the call's lease; a request that found no connection costs nothing."""
+        # The SDK's own error says only that there was no connection; its cause says why.
+        only = self._requests == 1 and self._sent_at is None
+        end_failed(lease, error, unsent=only and never_sent(error.__cause__))
 
     @property
     def is_streaming(self) -> bool:
@@ -136,38 +194,33 @@ _INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", d
 
 
 def held_call(limiter: Limiter) -> HeldCall | None:
-    """Return the note of a lease in this context that counts at ``limiter``, or None."""
-    for held, _ in held_leases():
-        if isinstance(held, HeldCall) and is_under(held.limiter, limiter):
+    """Return the note of a model's call in this context that counts at ``limiter``, or None."""
+    for held in held_leases():
+        if (
+            isinstance(held, HeldCall)
+            and is_under(held.limiter, limiter)
+            and held.lease is not None
+        ):
             return held
     return None
 
 
-class Terms:
-    """How one model or tool is paced; its copies share it."""
-
-    __slots__ = ("limiter", "options")
-
-    def __init__(self, limiter: Limiter, **options: Any) -> None:
-        if not isinstance(limiter, Limiter):
-            raise TypeError(f"limiter= takes a Limiter, not {limiter!r}")
-        self.limiter = limiter
-        #: The options as given, to pace a copy alike.
-        self.options = options
-
-    def copy_for(self, limiter: Limiter, options: Mapping[str, Any]) -> Self:
-        """Return the same for ``limiter`` with the same options, except those given."""
-        return type(self)(limiter, **{**self.options, **options})
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        """Return this object: a copy of a model or tool spends from the same budget."""
-        return self
+def is_part_of_call(limiter: Limiter) -> bool:
+    """Tell whether a method runs in this context that was called inside a call of ``limiter``."""
+    inside = _INSIDE.get()
+    return inside is not None and held_call(limiter) is inside
 
 
-class Pacing(Terms):
-    """Pace the calls of one model."""
+class Pacing:
+    """Pace the calls of one model or tool; its copies share this object.
 
-    __slots__ = ("asks_for_usage", "estimator", "header_reader", "retrier")
+    Args:
+        limiter: what admits the calls.
+        retry: how a model's failed calls are retried; see `Retry.of`.
+        estimator: what estimates the cost of a model's calls.
+    """
+
+    __slots__ = ("asks_for_usage", "estimator", "header_reader", "limiter", "retrier")
 
     def __init__(
         self,
@@ -176,16 +229,15 @@ class Pacing(Terms):
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
     ) -> None:
-        super().__init__(limiter, retry=retry, estimator=estimator)
-        methods = ("chat", "completion", "embedding")
-        if isinstance(estimator, type) or not (
-            estimator is None or any(hasattr(estimator, name) for name in methods)
-        ):
-            raise TypeError(
-                f"an estimator must have chat(), completion() or embedding(), whichever are asked, and "
-                f"{estimator!r} has none"
-            )
+        self.limiter = limiter
         self.estimator = DefaultEstimator() if estimator is None else estimator
+        methods = (
+            getattr(self.estimator, each, None) for each in ("chat", "completion", "embedding")
+        )
+        if isinstance(estimator, type) or not all(map(callable, methods)):
+            raise TypeError(
+                f"estimator= takes an object with chat(), completion() and embedding(), not {estimator!r}"
+            )
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
         #: What reads the headers of replies, if the HTTP client passes them on.
@@ -193,21 +245,33 @@ class Pacing(Terms):
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
-    def copy_for(self, limiter: Limiter, options: Mapping[str, Any]) -> Self:
-        """Return the same for ``limiter`` with the same options, except those given."""
-        new = super().copy_for(limiter, options)
-        if new.options["estimator"] is None:
-            new.estimator = self.estimator  # it has learned from the replies so far
-        return new
+    @property
+    def options(self) -> dict[str, Any]:
+        """What paces a copy alike; the estimator has learned from the replies so far."""
+        return {"retry": self.retrier.policy, "estimator": self.estimator}
 
-    async def call(self, call: Call) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Return this object: a copy of a model or tool spends from the same budget."""
+        return self
+
+    async def call_tool(self, io: IO, tool: object, send: "functools.partial[Any]") -> Any:
+        """Return what ``send()`` returns, paced; inside a call of the same tool, without pacing."""
+        if is_running(tool):
+            return await io.call(send)
+        lease = await self._acquire(io)
+        with lease, holding(HeldLease(self.limiter, lease, tool=tool)):
+            return await io.call(send)
+
+    async def call(self, call: ModelCall) -> Any:
         """Return the reply, paced and retried; inside a paced call, without pacing."""
         held = held_call(self.limiter)
         if held is not None:
             return await held.call_inside(call)
-        return await self.retry(call, functools.partial(self._attempt, call, call.estimate()))
+        return await self.retry(
+            call, functools.partial(self._attempt, call, call.estimate(self.estimator))
+        )
 
-    async def retry(self, call: Call, attempt: Callable[[], Any]) -> Any:
+    async def retry(self, call: ModelCall, attempt: Callable[[], Any]) -> Any:
         """Return what ``attempt()`` returns, one attempt at ``call``, after as many as it takes."""
         terms = inherited.get()
         left = None if terms is None else terms.seconds_left()
@@ -215,27 +279,34 @@ class Pacing(Terms):
             attempt,
             io=call.io,
             deadline=None if left is None else self.limiter.now() + left,
-            tried=call.send,
+            tried=call.own,
             sent=call.sent,
         )
 
-    async def _attempt(self, call: Call, estimate: Estimate) -> Any:
+    async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
         lease, held = await self.admit(call, estimate)
         try:
             with holding(held):
-                reply = await call.io.call(call.send)
-            self.settle(lease, held.actual_usage(functools.partial(call.read, reply)))
+                reply = await call.send()
+            self.settle(lease, held.actual_usage(lambda: call.method.read(reply)))
         except BaseException as error:
             held.failed(lease, error)
             raise
         lease.release()
         return reply
 
-    async def admit(self, call: Call, estimate: Estimate) -> tuple[Lease, HeldCall]:
+    async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
         """Wait for the admission of a call that costs ``estimate``; note when it leaves."""
-        lease = await admit(call.io, self.limiter, self._amounts(estimate))
+        lease = await self._acquire(call.io, **self._amounts(estimate))
         call.sent.at = self.limiter.now()
         return lease, HeldCall(self.limiter, lease, self.header_reader)
+
+    async def _acquire(self, io: IO, **amounts: float) -> Lease:
+        """Wait for the admission of a call, for which calls around it give up slots."""
+        give_up_slots(self.limiter)
+        lease = await io.acquire(self.limiter, **amounts)
+        report_wait(self.limiter, lease)
+        return lease
 
     def _amounts(self, estimate: Estimate) -> dict[str, float]:
         """Return the tokens to reserve; a guess of the output must not make a call impossible."""
@@ -256,3 +327,10 @@ class Pacing(Terms):
             observe = getattr(self.estimator, "observe", None)
             if usage.output_tokens and observe is not None:  # embeddings teach nothing
                 observe(usage.output_tokens)
+
+
+def pacing_of(paced: Any) -> Pacing:
+    """Return the pacing of a paced model or tool."""
+    private: Mapping[str, Any] = getattr(paced, "__pydantic_private__", None) or {}
+    pacing: Pacing = private.get(PACING) or vars(paced)[PACING]
+    return pacing

@@ -30,12 +30,7 @@ from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.llama_index.estimate import Estimate
-from asyncbucket.llama_index.pacing import (
-    Call,
-    HeldCall,
-    Pacing,
-    held_call,
-)
+from asyncbucket.llama_index.pacing import HeldCall, ModelCall, Pacing, held_call
 from asyncbucket.nesting import holding
 from asyncbucket.waiting import ASYNC, run
 
@@ -58,7 +53,7 @@ _END: Final[Any] = object()
 class _Stream(Generic[T]):
     """Hold a lease, note the usage that passes, let go once."""
 
-    def __init__(self, pacing: Pacing, call: Call) -> None:
+    def __init__(self, pacing: Pacing, call: ModelCall) -> None:
         """Pace the stream that ``call.send()`` gives; nothing is taken and nothing sent yet."""
         self._pacing = pacing
         self._call = call
@@ -92,16 +87,15 @@ class _Stream(Generic[T]):
         return item
 
     async def _first_item(self) -> T:
-        attempt = functools.partial(self._attempt, self._call.estimate())
-        with self._in_caller_context():
-            item: T = await self._pacing.retry(self._call, attempt)
-            return item
+        attempt = functools.partial(self._attempt, self._call.estimate(self._pacing.estimator))
+        item: T = await self._pacing.retry(self._call, attempt)
+        return item
 
     async def _attempt(self, estimate: Estimate) -> T:
         """Make one attempt; return the first item, or the end."""
         _, held = self._lease, self._held = await self._pacing.admit(self._call, estimate)
         try:
-            with self._in_caller_context(), holding(held):
+            with holding(held):
                 self._inner = await _started(self._pacing, self._call, held)
             return await self._pull()
         except BaseException as error:
@@ -114,12 +108,12 @@ class _Stream(Generic[T]):
         return await self._attempt(estimate)
 
     async def _pull(self) -> T:
-        """Run the model's own code: under our lease, in the context of the request for the stream."""
+        """Let the model's own stream go on under our lease."""
         assert self._held is not None
-        with self._in_caller_context(), holding(self._held):
+        with holding(self._held):
             item: T = await self._call.io.next_item(self._inner, _END)
         if not self._held.is_streaming:
-            usage = self._call.read(item)
+            usage = self._call.method.read(item)
             self._usage = self._usage if usage is None else usage | self._usage
         return item
 
@@ -137,10 +131,15 @@ class _Stream(Generic[T]):
 
     @contextlib.contextmanager
     def _step(self) -> Generator[None]:
-        """Do one thing at a time, like any generator: two first steps would be two calls."""
+        """Do one thing at a time, like any generator: two first steps would be two calls.
+
+        It is done in the context in which the stream was requested: inherited terms, span and tags.
+        Engines hand streams to threads and tasks of their own, which know none of these.
+        """
         if self._busy:
             raise RuntimeError("this stream is being read already, by another task or thread")
         self._busy = True
+        tokens = [(variable, variable.set(value)) for variable, value in self._caller_context]
         try:
             yield
         except BaseException as error:
@@ -148,17 +147,6 @@ class _Stream(Generic[T]):
             raise
         finally:
             self._busy = False
-
-    @contextlib.contextmanager
-    def _in_caller_context(self) -> Generator[None]:
-        """Restore the context in which the stream was requested: inherited terms, span and tags.
-
-        Engines hand streams to threads and tasks of their own, which know none of these.
-        """
-        tokens = [(variable, variable.set(value)) for variable, value in self._caller_context]
-        try:
-            yield
-        finally:
             for variable, token in tokens:
                 put_back(variable, token)
 
@@ -243,7 +231,7 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
         run(self._close())
 
 
-async def paced_stream(pacing: Pacing, call: Call) -> Any:
+async def paced_stream(pacing: Pacing, call: ModelCall) -> Any:
     """Return the stream that ``call.send()`` gives, paced; inside a paced call, without pacing."""
     held = held_call(pacing.limiter)
     if held is not None:
@@ -251,8 +239,8 @@ async def paced_stream(pacing: Pacing, call: Call) -> Any:
     return AsyncPacedStream(pacing, call) if call.io is ASYNC else PacedStream(pacing, call)
 
 
-async def _started(pacing: Pacing, call: Call, held: HeldCall) -> Any:
+async def _started(pacing: Pacing, call: ModelCall, held: HeldCall) -> Any:
     """Start a stream; it is asked for its usage unless the provider has refused to say that."""
     held.hides_usage = bool(call.options) and pacing.asks_for_usage
-    stream = await call.io.call(call.send, **(call.options if held.hides_usage else {}))
+    stream = await call.send(**(call.options if held.hides_usage else {}))
     return aiter(stream) if call.io is ASYNC else iter(stream)

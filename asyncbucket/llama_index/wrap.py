@@ -1,4 +1,4 @@
-"""How a LlamaIndex model is paced, and why this way.
+"""How a LlamaIndex model or tool is paced, and why this way.
 
 `wrap` returns an object of a subclass of the model's own class, made on the fly, that shares the
 model's fields. It *is* the model in all respects but one: before a call goes out, it waits for an
@@ -16,24 +16,18 @@ not by ``__init__`` (which would open clients, and would need to know each class
 its ``__dict__`` is the inner model's. Its private values are copies: among them are the limiter,
 and HTTP clients that do not retry. The inner model is left as it was, and stays unpaced.
 
-Where a call is paced
-    *LLMs*: at ``chat``, ``complete``, their streams and asynchronous twins. Everything else that
-    LlamaIndex does with a model goes through these; ``predict_and_call`` must not be paced as a
-    whole, since tools run inside it.
-    *Embeddings*: beneath the cache, at the private methods that make one request. See `models`.
-    *Structured LLMs* (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
-    *Tools*: at ``call`` and ``acall``, with which agents run them, without the calls that they
-    make. See `tools`, and `asyncbucket.nesting` for what they hold meanwhile.
+Where a call is paced: see `methods`. *Structured LLMs* (``llm.as_structured_llm(...)``) have a model
+inside; that one is paced. ``predict_and_call`` must not be paced as a whole, since tools run inside.
 
 The traps, and where they are handled
     Public methods call public methods, and would pay twice: `asyncbucket.nesting` and `pacing`. A
     stream holds its slot until it ends, and may never be started or never be ended: `streams`. The
     model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`,
-    `misuse`, and `Paced.max_retries`. Pickling: `copies`.
+    `misuse`, and ``max_retries`` below. Pickling: `copies`.
     Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
-    The overrides are in a mixin that is not a model, so this does not apply: a call has the same span
-    and events as before, and the wait comes before them (`events`). A span is called after the
-    object's class, so the subclass has the class's own name.
+    The overrides are set when the class is there, so this does not apply: a call has the same span
+    and events as before. A span is called after the object's class, so the subclass has the class's
+    own name.
 
 Each attempt of a retried call has an admission, a span and a start event of its own, because that
 many requests did go out. Between attempts no slot is held.
@@ -41,61 +35,50 @@ many requests did go out. Between attempts no slot is held.
 
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any, Final, TypedDict, TypeVar, cast
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool, FunctionTool
 
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.llama_index.clients import is_client
+from asyncbucket.llama_index.clients import client_of, is_client, without_retries
+from asyncbucket.llama_index.copies import Passport
 from asyncbucket.llama_index.estimate import Estimator
+from asyncbucket.llama_index.methods import paced_methods
 from asyncbucket.llama_index.misuse import warn_of_misuse
-from asyncbucket.llama_index.models import (
-    Paced,
-    RateLimitedEmbedding,
-    RateLimitedLLM,
-    RateLimitedMultiModalEmbedding,
-    bind,
-    paced_subclass,
-    pacing_of,
-)
-from asyncbucket.llama_index.pacing import Pacing
-from asyncbucket.llama_index.tools import (
-    PacedTool,
-    ToolCost,
-    ToolPacing,
-    paced_tool,
-)
+from asyncbucket.llama_index.pacing import PACING, Pacing, pacing_of
 from asyncbucket.retry import Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 T = TypeVar("T")
 
-_PLAIN_CLASS = "__asyncbucket_plain_class__"
+#: Fields that set how often a model's own class retries.
+_RETRY_FIELDS: Final = ("max_retries", "retries")
+#: Methods by which models make their clients.
+_CLIENT_METHODS: Final = ("_get_client", "_get_aclient")
 
 
 class WrapOptions(TypedDict, total=False):
     """What `Limiter.wrap` takes by keyword."""
 
-    child: str | Limiter | None
     retry: Retry | int | None
-    #: An `Estimator`, or what has as much of it as is called.
-    estimator: Any
-    cost: ToolCost | None
+    estimator: Estimator | None
 
 
 def wrap(
     obj: T,
     limiter: Limiter,
     *,
-    child: str | Limiter | None = None,
     retry: Retry | int | None = None,
     estimator: Estimator | None = None,
-    cost: ToolCost | None = None,
 ) -> T:
     """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by ``limiter``.
 
@@ -108,141 +91,61 @@ def wrap(
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
             back as one. Plain functions in it become tools, as they would in an agent.
         limiter: what admits the calls; it may be shared with other models and plain code.
-        child: a limiter below ``limiter``, or the name of its child, to use instead.
         retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
             Models only: a tool is never retried.
         estimator: what estimates the cost of a model's call in tokens, instead of the default.
-        cost: what a tool's call costs, instead of one request; see `ToolCost`.
 
     Raises:
         TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
-        ValueError: ``obj`` is paced by another limiter, or ``child`` is not below ``limiter``.
+        ValueError: ``obj`` is paced by another limiter.
     """
-    options = {"retry": retry, "estimator": estimator, "cost": cost}
-    given = {name: value for name, value in options.items() if value is not None}
-    limiter = _child_of(limiter, child)
+    given = {"retry": retry, "estimator": estimator}
+    options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(obj, (list, tuple)):
-        _check_options(given, [obj])
-        one: T = _wrap_one(obj, limiter, given)
+        one: T = _wrap_one(obj, limiter, options)
         return one
-    objects = [_as_tool(item) for item in obj]
-    _check_options(given, objects)
-    several: Any = [_wrap_one(item, limiter, given) for item in objects]
-    if isinstance(obj, tuple):
-        several = tuple(several)
-    return cast("T", several)
+    several: Any = [_wrap_one(_as_tool(item), limiter, options) for item in obj]
+    return cast("T", tuple(several) if isinstance(obj, tuple) else several)
 
 
 def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return ``obj`` paced by ``limiter``, with the options that apply to it."""
+    """Return ``obj`` paced by ``limiter``."""
     if isinstance(obj, StructuredLLM):
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
-    is_tool = _kind(obj) == "tool"
-    options = {name: options[name] for name in _OPTIONS[_kind(obj)] if name in options}
-    pacing: Any
-    if isinstance(obj, (Paced, PacedTool)):
-        pacing = pacing_of(obj)
-        if is_under(pacing.limiter, limiter):
-            limiter = pacing.limiter
-            if not options:
-                return obj
-        elif not is_under(limiter, pacing.limiter):
-            raise ValueError(
-                f"{obj!r} is paced already and can't be paced by {limiter!r} too: neither limiter is under the "
-                f"other, so that a call would wait in two lines; wrap what it was made of, or make one of "
-                f"them a child of the other"
-            )
-        pacing = pacing.copy_for(limiter, options)
-    elif is_tool:
-        pacing = ToolPacing(limiter, **options)
-    else:
-        pacing = Pacing(limiter, **options)
-        warn_of_misuse(obj, pacing)
-    return paced_tool(obj, pacing) if is_tool else _paced_model(obj, pacing)
-
-
-#: The options of each kind of object.
-_OPTIONS: Final = {"model": ("retry", "estimator"), "tool": ("cost",)}
-
-
-def _kind(obj: object) -> str:
-    """Return ``"model"`` or ``"tool"``.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if isinstance(obj, (LLM, BaseEmbedding)):
-        return "model"
-    if isinstance(obj, BaseTool):
-        return "tool"
-    raise TypeError(_refusal_message(obj))
-
-
-def _check_options(options: Mapping[str, Any], objects: list[Any]) -> None:
-    """Refuse options that would have no effect."""
-    kinds = {_kind(item) for item in objects}
-    unused = options.keys() - {name for kind in kinds for name in _OPTIONS[kind]}
-    if unused and kinds:
+    if not isinstance(obj, (LLM, BaseEmbedding, BaseTool)):
         raise TypeError(
-            f"{', '.join(sorted(unused))}= is for {'models' if kinds == {'tool'} else 'tools'}: "
-            f"a model's calls are estimated and tried again, a tool's have a cost"
+            f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {_what(obj)}; wrap the llm "
+            f"and the tools of an agent or engine, and spec.to_tool_list() of a tool spec; give an SDK's "
+            f"client http_client=limiter.http_client(); pace other code by `async with "
+            f"limiter.acquire(...)` or @limiter.paced"
         )
-
-
-def _as_tool(obj: Any) -> Any:
-    """Return a plain function as the tool that an agent would make of it."""
-    return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj
-
-
-def _child_of(limiter: Limiter, child: str | Limiter | None) -> Limiter:
-    if child is None:
-        return limiter
-    if not isinstance(child, Limiter):
-        return limiter.child(child)
-    if not is_under(child, limiter):
+    if options and isinstance(obj, BaseTool):
+        raise TypeError(
+            f"{', '.join(sorted(options))}= is for models: a tool is never tried again, and costs one "
+            f"request"
+        )
+    if not isinstance(obj, Paced):
+        pacing = Pacing(limiter, **options)
+        if not isinstance(obj, BaseTool):
+            warn_of_misuse(obj, pacing)
+        return _paced(obj, paced_class(type(obj)), pacing)
+    pacing = pacing_of(obj)
+    if is_under(pacing.limiter, limiter):
+        if not options:
+            return obj
+        limiter = pacing.limiter
+    elif not is_under(limiter, pacing.limiter):
         raise ValueError(
-            f"{child!r} is not under {limiter!r}: make it by child(...), or wrap with it alone"
+            f"{obj!r} is paced by {pacing.limiter!r} already and can't be paced by {limiter!r} too: "
+            f"neither limiter is under the other, so that a call would wait in two lines; wrap what "
+            f"it was made of, or make one of them a child of the other"
         )
-    return child
-
-
-def plain_class(cls: type[Any]) -> type[Any]:
-    """Return the class that ``cls`` was generated from, or ``cls`` if it was written by hand."""
-    plain: type[Any] = vars(cls).get(_PLAIN_CLASS, cls)
-    return plain
-
-
-def _paced_model(model: T, pacing: Pacing) -> T:
-    """Return a paced model with the fields of ``model``, which stays as it is."""
-    cls: Any = type(model)
-    if not isinstance(model, Paced):
-        cls = paced_class(cls)
-    paced: T = cls.__new__(cls)
-    for name in (
-        "__dict__",
-        "__pydantic_fields_set__",
-        "__pydantic_extra__",
-        "__pydantic_private__",
-    ):
-        object.__setattr__(paced, name, getattr(model, name))
-    bind(paced, pacing)
-    return paced
-
-
-@functools.lru_cache(maxsize=256)
-def paced_class(cls: type[Any]) -> type[Any]:
-    """Return the paced subclass of a model's class; it keeps that class's public name."""
-    if issubclass(cls, MultiModalEmbedding):
-        mixin: type[Any] = RateLimitedMultiModalEmbedding
-    else:
-        mixin = RateLimitedLLM if issubclass(cls, LLM) else RateLimitedEmbedding
-
-    return paced_subclass(mixin, cls, **{_PLAIN_CLASS: cls})
+    return _paced(obj, type(obj), Pacing(limiter, **{**pacing.options, **options}))
 
 
 def limiter_of(paced: object) -> Limiter:
-    """Return the limiter that paces a model or tool; a type checker knows no ``llm.limiter``.
+    """Return the limiter that paces a model or tool.
 
     >>> limiter_of(pace(OpenAI(model="gpt-4o-mini"), rpm=500)).statistics()
 
@@ -251,27 +154,120 @@ def limiter_of(paced: object) -> Limiter:
     """
     if isinstance(paced, StructuredLLM):
         return limiter_of(paced.llm)
-    if not isinstance(paced, (Paced, PacedTool)):
+    if not isinstance(paced, Paced):
         raise TypeError(f"{paced!r} is not paced: limiter.wrap(...) and pace(...) return what is")
-    limiter: Limiter = pacing_of(paced).limiter
-    return limiter
+    return paced.paced_by
 
 
-def _refusal_message(obj: object) -> str:
-    if isinstance(obj, type):
-        return f"wrap a model or tool, not its class: limiter.wrap({obj.__name__}(...))"
-    if inspect.getattr_static(obj, "llm", None) is not None:  # `Settings` would make one
-        return f"wrap what {type(obj).__name__} is made of: its llm, and its tools if it has any"
-    if hasattr(obj, "to_tool_list"):
-        return f"wrap the tools of {type(obj).__name__}: limiter.wrap(spec.to_tool_list())"
-    if is_client(obj):
-        name = type(obj).__name__
-        sync = "" if name.startswith("Async") else "sync=True"
-        return (
-            f"an SDK's client is paced where it sends: "
-            f"{name}(http_client=limiter.http_client({sync}), max_retries=0)"
-        )
-    return (
-        f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {type(obj).__name__}; pace "
-        f"other code by `async with limiter.acquire(...)` or @limiter.paced"
-    )
+class Paced:
+    """The part of a paced model or tool that is neither.
+
+    It is not a pydantic model, so mixing it in adds no field and changes no default.
+    """
+
+    @property
+    def paced_by(self) -> Limiter:
+        """The limiter, by the mark that `Limiter.paced` leaves on functions, too."""
+        return pacing_of(self).limiter
+
+    def __repr_args__(self) -> "Generator[tuple[str | None, Any]]":
+        """Show what helps a reader; a model's fields include its API key."""
+        for name in ("model", "model_name"):
+            if name in vars(self):
+                yield name, vars(self)[name]
+                break
+        yield "limiter", self.paced_by
+
+
+@functools.lru_cache(maxsize=256)
+def paced_class(cls: type[Any]) -> type[Any]:
+    """Return the paced subclass of ``cls``, which people and their dashboards know as ``cls``."""
+    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    paced = types.new_class(cls.__name__, (Paced, cls), {}, lambda ns: ns.update(names))
+    for name, override in (*paced_methods(cls, paced), *_overrides(cls, paced)):
+        setattr(paced, name, override)
+    return paced
+
+
+def _overrides(cls: type[Any], paced: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what else ``paced``, a subclass of a model's class ``cls``, does in its own way."""
+    if not issubclass(cls, BaseComponent):
+        return
+    yield "__reduce_ex__", _reduce
+    for name in _RETRY_FIELDS:
+        if name in cls.model_fields:
+            yield name, _zero(name)
+    for name in _CLIENT_METHODS:
+        if hasattr(cls, name):
+            yield name, _client_method(paced, name)
+
+
+def _zero(name: str) -> property:
+    """Return a property that reads 0, whatever the field says: one layer retries, and it is ours.
+
+    The field's own value stays where it is, so it is serialised, copied and set as before.
+    """
+
+    def set_field(model: object, value: int) -> None:
+        vars(model)[name] = value
+
+    return property(lambda _: 0, set_field)
+
+
+def _client_method(paced: type[Any], name: str) -> Callable[..., Any]:
+    def get_client(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return client_of(model, getattr(super(paced, model), name)(*args, **kwargs))
+
+    return get_client
+
+
+def _paced(obj: Any, cls: type[Any], pacing: Pacing) -> Any:
+    """Return an object of ``cls`` with the attributes of ``obj``, which stays as it is."""
+    paced: Any = object.__new__(cls)
+    if isinstance(obj, BaseTool):
+        vars(paced).update(vars(obj), **{PACING: pacing})
+        return paced
+    # Not a field, so it appears in no schema, dump, hash of an ingestion cache, or request.
+    private = {
+        name: without_retries(value) if is_client(value) else value
+        for name, value in (obj.__pydantic_private__ or {}).items()
+    }
+    _set_state(paced, obj, vars(obj), {**private, PACING: pacing})
+    return paced
+
+
+def _set_state(model: Any, source: Any, fields: dict[str, Any], private: Any) -> None:
+    """Give ``model`` the state of ``source``, but with ``fields`` and ``private``."""
+    object.__setattr__(model, "__dict__", fields)
+    object.__setattr__(model, "__pydantic_private__", private)
+    for name in ("__pydantic_extra__", "__pydantic_fields_set__"):
+        object.__setattr__(model, name, getattr(source, name))
+
+
+def _reduce(model: Any, _: object) -> tuple[Any, ...]:
+    """Return what ``pickle`` needs to make a copy of ``model``.
+
+    LlamaIndex's own ``__getstate__`` deletes from the live object whatever cannot be pickled, so the
+    state is taken from a twin here.
+    """
+    cls: Any = type(model).__bases__[1]
+    twin, pacing = cls.__new__(cls), pacing_of(model)
+    private = {name: each for name, each in model.__pydantic_private__.items() if name != PACING}
+    _set_state(twin, model, dict(vars(model)), private or None)
+    state = BaseComponent.__getstate__(twin)
+    return _restore, (cls, state, Passport.of(pacing.limiter), pacing.options)
+
+
+def _restore(cls: Any, state: Any, passport: Passport, options: dict[str, Any]) -> object:
+    model = cls.__new__(cls)
+    model.__setstate__(state)
+    return wrap(model, passport.limiter(), **options)
+
+
+def _as_tool(obj: Any) -> Any:
+    """Return a plain function as the tool that an agent would make of it."""
+    return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj
+
+
+def _what(obj: object) -> str:
+    return f"the class {obj.__name__}" if isinstance(obj, type) else type(obj).__name__

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from logging import DEBUG, INFO, Logger, getLogger
 from typing import Any, Final
 
-from asyncbucket.core.events import Admitted, Event, Paused, Refused, Retried
+from asyncbucket.core.events import Event
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import is_number
 from asyncbucket.telemetry.metrics import as_given, check_source
@@ -66,10 +66,10 @@ def _line(told: dict[str, Any]) -> str:
 
 
 def llama_index(limiter: Limiter) -> Callable[[], None]:
-    """Send waits, refusals, pauses and retries through LlamaIndex's instrumentation.
+    """Send refusals, pauses and retries through LlamaIndex's instrumentation.
 
     They are events of `asyncbucket.llama_index`, dispatched in the span of the code that asked for
-    the admission. Waits that a wrapped model reports by itself are not reported twice.
+    the admission. Wrapped models and tools report their waits by themselves, with or without this.
 
     Args:
         limiter: the limiter to observe.
@@ -80,27 +80,9 @@ def llama_index(limiter: Limiter) -> Callable[[], None]:
     """
     check_source(limiter)
     try:
-        from llama_index_instrumentation import get_dispatcher
-
-        from asyncbucket.llama_index import events as told
+        from asyncbucket.llama_index.events import observe
     except ModuleNotFoundError as error:
         raise ImportError(
             f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
         ) from error
-    dispatch = get_dispatcher(__name__).event
-    kinds: dict[type[Event], type[told.RateLimitEvent]] = {
-        Admitted: told.RateLimitWaitEvent,
-        Refused: told.RateLimitRefusedEvent,
-        Retried: told.RateLimitRetryEvent,
-        Paused: told.RateLimitPauseEvent,
-    }
-
-    def observe(event: Event) -> None:
-        if isinstance(event, Admitted) and (not event.waited or told.is_wait_reported()):
-            return
-        kind = kinds.get(type(event))
-        if kind is not None:
-            names = [name for name in kind.model_fields if hasattr(event, name)]
-            dispatch(kind(**{name: getattr(event, name) for name in names}))
-
-    return limiter.observe(observe)
+    return observe(limiter)

@@ -524,26 +524,6 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     assert warning in record.message
 
 
-async def test_new_limiter_per_request_warns_once(
-    library: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    shared, answer = Limiter("600 RPM", name="shared"), answering(library, REPLY)
-    for number in range(30):
-        for limiter, url, headers in (
-            (Limiter("600 RPM", name="openai"), URL, {"authorization": "Bearer secret"}),
-            (Limiter("600 RPM", name="many"), URL, {"api-key": f"{number}"}),
-            (Limiter("600 RPM", name="many"), f"http://{number}.test/v1", {"x-api-key": "k"}),
-            (Limiter("600 RPM", name="many"), URL, {}),
-            (shared.child(f"{number}"), URL, {"authorization": "Bearer secret"}),
-            (shared, URL, {"authorization": "Bearer secret"}),
-        ):
-            async with client_over(library, limiter, answer) as client:
-                await client.post(url, json=BODY, headers=headers)
-
-    (record,) = caplog.records
-    assert record.getMessage().startswith("10 limiters like <Limiter 'openai', 600 requests per 60")
-    assert "make it and its client once, when the program starts" in record.getMessage()
-    assert "secret" not in record.getMessage()
 
 
 @pytest.mark.parametrize("between", [False, True])

@@ -94,60 +94,60 @@ def in_flight(limiter: Limiter) -> int:
     return limiter.statistics().in_flight
 
 
-class _Events(BaseEventHandler):
-    _names: list[str] = PrivateAttr()
-    _events: list[BaseEvent] = PrivateAttr()
-
-    def __init__(self, names: list[str], events: list[BaseEvent]) -> None:
-        super().__init__()
-        self._names, self._events = names, events
-
-    @classmethod
-    def class_name(cls) -> str:
-        return "Events"
-
-    def handle(self, event: BaseEvent, **_: Any) -> None:
-        self._names.append(event.class_name())
-        self._events.append(event)
-
-
-class _Spans(NullSpanHandler):
-    _names: list[str] = PrivateAttr()
-    _parents: list[str | None] = PrivateAttr()
-
-    def __init__(self, names: list[str], parents: list[str | None]) -> None:
-        super().__init__()
-        self._names, self._parents = names, parents
-
-    def span_enter(self, id_: str, *_: Any, parent_id: str | None = None, **__: Any) -> None:
-        self._names.append(id_.split("-", maxsplit=1)[0])
-        self._parents.append(parent_id)
-
-
 @dataclass
 class Instrumentation:
     """The names of events and spans, in the order in which LlamaIndex reported them."""
 
-    events: list[str] = field(default_factory=list)
     spans: list[str] = field(default_factory=list)
-    parents: list[str | None] = field(default_factory=list)
     objects: list[BaseEvent] = field(default_factory=list)
 
+    @property
+    def events(self) -> list[str]:
+        return [event.class_name() for event in self.objects]
+
     def take(self) -> tuple[list[str], list[str]]:
-        events = [name for name, _ in itertools.groupby(self.events)]
-        taken = list(self.spans), events
+        taken = list(self.spans), [name for name, _ in itertools.groupby(self.events)]
         self.spans.clear()
-        self.events.clear()
+        self.objects.clear()
         return taken
+
+
+class Estimating:
+    """Estimate every call as ``estimate()`` says."""
+
+    def __init__(self, estimate: Callable[[], Any]) -> None:
+        self._estimate = estimate
+
+    def __repr__(self) -> str:
+        return "<Estimating>"
+
+    def chat(self, *_: Any) -> Any:
+        return self._estimate()
+
+    completion = embedding = chat
+
+
+class _Events(BaseEventHandler):
+    _seen: Instrumentation = PrivateAttr()
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        self._seen.objects.append(event)
+
+
+class _Spans(NullSpanHandler):
+    _seen: Instrumentation = PrivateAttr()
+
+    def span_enter(self, id_: str, *_: Any, **__: Any) -> None:
+        self._seen.spans.append(id_.split("-", maxsplit=1)[0])
 
 
 @pytest.fixture
 def instrumentation() -> Iterator[Instrumentation]:
-    seen = Instrumentation()
-    root = get_dispatcher()
+    seen, root, events, spans = Instrumentation(), get_dispatcher(), _Events(), _Spans()
+    events._seen = spans._seen = seen
     before = list(root.event_handlers), list(root.span_handlers)
-    root.add_event_handler(_Events(seen.events, seen.objects))
-    root.add_span_handler(_Spans(seen.spans, seen.parents))
+    root.add_event_handler(events)
+    root.add_span_handler(spans)
     yield seen
     root.event_handlers[:], root.span_handlers[:] = before
 
@@ -282,59 +282,41 @@ def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
         yield scripted_openai
 
 
-class AsyncReader:
-    """Read a model's streams on the event loop; `SyncReader` does the same on this thread."""
+@dataclass(frozen=True)
+class Reader:
+    """Call a model's methods and read its streams, on the event loop or on this thread."""
 
-    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
-        return await on_loop(*args)
+    is_sync: bool
+
+    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:
+        return here(*args) if self.is_sync else await on_loop(*args)
 
     async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
-        return await getattr(llm, f"a{method}")(*(args or (MESSAGES,)))
+        args = args or (MESSAGES,)
+        on_loop, here = getattr(llm, f"a{method}"), getattr(llm, method)
+        return await self.call(on_loop, here, *args)
 
     async def next(self, stream: Any) -> Any:
-        return await anext(stream, None)
+        return next(stream, None) if self.is_sync else await anext(stream, None)
 
     async def rest(self, stream: Any) -> list[Any]:
-        return [item async for item in stream]
+        return list(stream) if self.is_sync else [item async for item in stream]
 
     async def close(self, stream: Any) -> None:
-        await stream.aclose()
+        stream.close() if self.is_sync else await stream.aclose()
 
     async def throw(self, stream: Any, *error: Any) -> None:
-        await stream.athrow(*error)
+        stream.throw(*error) if self.is_sync else await stream.athrow(*error)
 
     async def read(self, llm: Any, *args: Any) -> list[Any]:
         """Read a stream from its beginning to its end."""
         return await self.rest(await self.begin(llm, *args))
 
 
-class SyncReader(AsyncReader):
-    """Read a model's synchronous streams."""
-
-    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:  # noqa: ARG002 - the other way's
-        return here(*args)
-
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
-        return getattr(llm, method)(*(args or (MESSAGES,)))
-
-    async def next(self, stream: Any) -> Any:
-        return next(stream, None)
-
-    async def rest(self, stream: Any) -> list[Any]:
-        return list(stream)
-
-    async def close(self, stream: Any) -> None:
-        stream.close()
-
-    async def throw(self, stream: Any, *error: Any) -> None:
-        stream.throw(*error)
-
-
-@pytest.fixture(params=[AsyncReader(), SyncReader()], ids=["async", "sync"])
-def reader(request: pytest.FixtureRequest) -> AsyncReader:
+@pytest.fixture(params=[False, True], ids=["async", "sync"])
+def reader(request: pytest.FixtureRequest) -> Reader:
     """Return what reads streams, in both ways."""
-    reader: AsyncReader = request.param
-    return reader
+    return Reader(is_sync=request.param)
 
 
 class Bench:
@@ -351,13 +333,13 @@ class Bench:
             "http_client": self._http_client,
             "async_http_client": self._async_http_client,
         }
-        self.llm = limiter.wrap(make_openai(**options), child="chat")
-        self.like = limiter.wrap(make_like(**options), child="chat")
-        self.embed_model: Any = limiter.wrap(
-            OpenAIEmbedding(api_key="k", embed_batch_size=2, **options), child="embeddings"
+        self.llm = limiter.child("chat").wrap(make_openai(**options))
+        self.like = limiter.child("chat").wrap(make_like(**options))
+        self.embed_model: Any = limiter.child("embeddings").wrap(
+            OpenAIEmbedding(api_key="k", embed_batch_size=2, **options)
         )
-        self.tool: Any = limiter.wrap(
-            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up"), child="tools"
+        self.tool: Any = limiter.child("tools").wrap(
+            FunctionTool.from_defaults(async_fn=self._look_up, name="look_up")
         )
         limiter.observe(self._note)
 

@@ -12,8 +12,8 @@ from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
     MESSAGES,
     PROMPT,
-    AsyncReader,
     Person,
+    Reader,
     admitted,
     charged,
     in_flight,
@@ -88,7 +88,7 @@ def api() -> ScriptedAnthropic:
 
 
 async def test_each_call_is_one_request_admitted_once_and_settled(
-    api: ScriptedAnthropic, reader: AsyncReader
+    api: ScriptedAnthropic, reader: Reader
 ) -> None:
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())

@@ -1,11 +1,9 @@
 """Only one layer retries, a booking is dated when its request is sent, and clients fit their loop."""
 
 import asyncio
-import contextlib
 import functools
 import gc
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
@@ -13,8 +11,7 @@ import httpcore
 import httpx
 import openai
 import pytest
-from llama_index.core.base.llms.types import CompletionResponse
-from llama_index.core.llms import LLM, MockLLM
+from llama_index.core.llms import LLM
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from openai import AsyncOpenAI
@@ -22,10 +19,11 @@ from openai import AsyncOpenAI
 from asyncbucket import Limiter
 from asyncbucket.core.lease import Lease
 from asyncbucket.providers.profiles import OPENAI
-from asyncbucket.testing import RateLimitedProvider, VirtualTime
+from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
     API_BASE,
     MESSAGES,
+    Reader,
     ScriptedOpenAI,
     admitted,
     charged,
@@ -141,7 +139,7 @@ def test_429_pauses_all_models_of_the_limiter(
     assert limiter.statistics().upstream_429 == 1
 
 
-def test_wrapping_leaves_users_sdk_client_unchanged() -> None:
+def test_users_sdk_client_is_copied_on_its_own_connections() -> None:
     theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
 
     llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=theirs))
@@ -150,54 +148,9 @@ def test_wrapping_leaves_users_sdk_client_unchanged() -> None:
     assert isinstance(ours, AsyncOpenAI)
     assert (ours.max_retries, theirs.max_retries) == (0, 4)
     assert ours._client is theirs._client
-    assert type(theirs) is AsyncOpenAI
     assert theirs._client.event_hooks == {"request": [], "response": []}
     transport: Any = ours._client._transport
     assert transport._pool._max_connections == 1_000  # the SDK's own pool
-
-
-async def test_client_in_a_model_field_is_left_alone_and_its_failed_call_stays_charged() -> None:
-    theirs = AsyncOpenAI(api_key="k", max_retries=0)
-
-    class WithField(MockLLM):
-        client: Any = None
-
-        def _get_aclient(self) -> Any:
-            return self.client
-
-        async def acomplete(self, *_: Any, **__: Any) -> CompletionResponse:
-            await self._get_aclient().completions.create(model="m", prompt="hi", nonsense=1)
-            raise AssertionError("unreachable")
-
-    limiter = Limiter("1000 RPM")
-    inner = WithField(max_tokens=None)
-    inner.client = theirs
-    llm = limiter.wrap(inner)
-
-    assert llm._get_aclient() is theirs
-    assert type(theirs) is AsyncOpenAI
-    with pytest.raises(TypeError, match="nonsense"):
-        await llm.acomplete("hi")
-    assert charged(limiter) == [1]
-
-
-class NoThreads(ThreadPoolExecutor):
-    """A pool whose threads are all busy waiting for slots."""
-
-    def submit(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("a call that holds a slot waits for a thread")
-
-
-@pytest.mark.parametrize("make", MAKERS, ids=name_of)
-async def test_call_holding_a_slot_needs_no_executor_thread(
-    make: Callable[..., LLM], openai_api: ScriptedOpenAI
-) -> None:
-    with NoThreads() as threads:
-        asyncio.get_running_loop().set_default_executor(threads)
-
-        await Limiter("1000 RPM").wrap(make()).achat(MESSAGES)
-
-    assert len(openai_api.requests) == 1
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
@@ -209,7 +162,7 @@ async def test_booking_is_dated_just_before_each_request_is_sent(
     def sent(_: Lease) -> None:
         seen.append(len(openai_api.requests))
 
-    monkeypatch.setattr("asyncbucket.nesting.sent", sent)
+    monkeypatch.setattr("asyncbucket.llama_index.pacing.sent", sent)
     llm = Limiter("1000 RPM").wrap(make())
 
     await llm.achat(MESSAGES)
@@ -219,9 +172,8 @@ async def test_booking_is_dated_just_before_each_request_is_sent(
     assert seen == [0, 1, 2]
 
 
-@pytest.mark.parametrize("synchronous", [False, True])
 async def test_booking_is_dated_again_when_request_body_is_sent(
-    monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
+    monkeypatch: pytest.MonkeyPatch, reader: Reader
 ) -> None:
     seen: list[str] = []
 
@@ -232,64 +184,25 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
     async def write_async(_: object, buffer: bytes, **__: Any) -> None:
         write(_, buffer)
 
-    def sent(_: Lease) -> None:
+    def dated(_: Lease) -> None:
         seen.append("dated")
 
-    monkeypatch.setattr("asyncbucket.nesting.sent", sent)
+    monkeypatch.setattr("asyncbucket.llama_index.pacing.sent", dated)
     monkeypatch.setattr(httpcore.MockStream, "write", write)
     monkeypatch.setattr(httpcore.AsyncMockStream, "write", write_async)
     reply = b'{"choices": [{"message": {"role": "assistant", "content": "hi"}}]}'
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     wire = [head % len(reply), reply]
-    there, there_async = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
-    there._pool = httpcore.ConnectionPool(network_backend=httpcore.MockBackend(wire))
-    there_async._pool = httpcore.AsyncConnectionPool(
-        network_backend=httpcore.AsyncMockBackend(wire)
-    )
-    with httpx.Client(transport=there) as client:
-        async with httpx.AsyncClient(transport=there_async) as async_client:
-            llm = Limiter("1000 RPM").wrap(
-                make_openai(http_client=client, async_http_client=async_client)
-            )
-            if synchronous:
-                await asyncio.to_thread(llm.chat, MESSAGES)
-            else:
-                await llm.achat(MESSAGES)
+    here, there = httpx.HTTPTransport(), httpx.AsyncHTTPTransport()
+    here._pool = httpcore.ConnectionPool(network_backend=httpcore.MockBackend(wire))
+    there._pool = httpcore.AsyncConnectionPool(network_backend=httpcore.AsyncMockBackend(wire))
+    with httpx.Client(transport=here) as client:
+        async with httpx.AsyncClient(transport=there) as async_client:
+            llm = make_openai(http_client=client, async_http_client=async_client)
+            llm = Limiter("1000 RPM").wrap(llm)
+            await reader.call(llm.achat, llm.chat, MESSAGES)
 
     assert seen == ["dated", "head", "dated", "body"]
-
-
-async def test_call_making_two_requests_is_charged_for_both(openai_api: ScriptedOpenAI) -> None:
-    class Twice(OpenAI):
-        async def achat(self, *args: Any, **kwargs: Any) -> Any:
-            await super().achat(*args, **kwargs)
-            return await super().achat(*args, **kwargs)
-
-    limiter = Limiter("1000 RPM", "100k TPM")
-
-    await limiter.wrap(Twice(api_key="k", api_base=API_BASE)).achat(MESSAGES)
-
-    assert len(openai_api.requests) == 2
-    assert charged(limiter) == [2, 2 * 18]
-
-
-@pytest.mark.parametrize(
-    "make", [each for each in MAKERS if each is not make_responses], ids=name_of
-)
-async def test_call_failing_before_its_request_costs_nothing(make: Callable[..., LLM]) -> None:
-    limiter = Limiter("1000 RPM", "100k TPM")
-    llm = limiter.wrap(make())
-
-    with pytest.raises(TypeError, match="nonsense"):
-        await llm.achat(MESSAGES, nonsense=1)
-    with pytest.raises(TypeError, match="nonsense"):
-        await anext(await llm.astream_chat(MESSAGES, nonsense=1))
-    with pytest.raises(TypeError, match="nonsense"):
-        llm.chat(MESSAGES, nonsense=1)
-    with pytest.raises(TypeError, match="nonsense"):
-        next(llm.stream_chat(MESSAGES, nonsense=1))
-
-    assert charged(limiter) == [0, 0]
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
@@ -316,38 +229,25 @@ async def test_request_whose_reply_is_lost_stays_charged(openai_api: ScriptedOpe
     assert charged(limiter) == [1]
 
 
-@contextlib.asynccontextmanager
-async def spent_from(provider: RateLimitedProvider) -> AsyncGenerator[OpenAI]:
-    with httpx.Client() as client:
-        async with httpx.AsyncClient() as async_client:
-            llm = OpenAI(
-                model="gpt-4o-mini",
-                api_key="k",
-                api_base=provider.base_url,
-                http_client=client,
-                async_http_client=async_client,
-            )
+async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
+    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, reader: Reader
+) -> None:
+    provider = rate_limited_provider(rpm=60, tpm=100_000)
+    limiter = Limiter("60 RPM burst 60", "100k TPM")
+    async with httpx.AsyncClient() as async_client:
+        with httpx.Client() as client:
+            options: Any = {"http_client": client, "async_http_client": async_client}
+            llm = make_openai(api_base=provider.base_url, **options)
             for _ in range(40):
                 await llm.achat(MESSAGES)
-            yield llm
+            paced = limiter.wrap(llm)
+            await reader.call(paced.achat, paced.chat, MESSAGES)
+            assert limiter.statistics().limits[0].available == 59
 
-
-@pytest.mark.parametrize("synchronous", [False, True])
-async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
-    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, *, synchronous: bool
-) -> None:
-    async with spent_from(rate_limited_provider(rpm=60, tpm=100_000)) as llm:
-        limiter = Limiter("60 RPM burst 60", "100k TPM")
-        paced = limiter.wrap(llm)
-        await paced.achat(MESSAGES)
-        assert limiter.statistics().limits[0].available == 59
-
-        profile_of = Mock(return_value=OPENAI)
-        monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", profile_of)
-        if synchronous:
-            await asyncio.to_thread(paced.chat, MESSAGES)
-        else:
-            await paced.achat(MESSAGES)
+            monkeypatch.setattr(
+                "asyncbucket.llama_index.clients.profile_of", Mock(return_value=OPENAI)
+            )
+            await reader.call(paced.achat, paced.chat, MESSAGES)
     assert 14 <= limiter.statistics().limits[0].available <= 20
 
 
@@ -427,25 +327,3 @@ def test_client_given_by_the_user_is_kept_on_every_loop() -> None:
         asyncio.run(ask(llm))
         assert llm._get_aclient() is ours
     assert not theirs.is_closed()
-
-
-@pytest.mark.real_clock
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_loops_on_several_threads_share_no_connection(
-    rate_limited_provider: "ProviderFactory",
-) -> None:
-    provider = rate_limited_provider(latency=0.01)
-    limiter = Limiter("60k RPM burst 1000")
-    llm = limiter.wrap(OpenAI(api_key="k", api_base=provider.base_url), retry=False)
-
-    def work() -> None:
-        for _ in range(3):
-            asyncio.run(ask(llm))
-
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(work) for _ in range(4)]:
-            done.result(timeout=30)
-    asyncio.run(hang_up(llm))
-    gc.collect()
-
-    assert provider.statistics().requests == admitted(limiter) == 4 * 3 * 2

@@ -192,7 +192,7 @@ def test_agents_with_tools_that_ask_models_get_no_429(bench: Bench) -> None:
         running.pop()
         return found
 
-    tools = bench.limiter.wrap([FunctionTool.from_defaults(async_fn=search)], child=searches)
+    tools = searches.wrap([FunctionTool.from_defaults(async_fn=search)])
 
     async def main() -> list[Any]:
         async with asyncio.timeout(600):

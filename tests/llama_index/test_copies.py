@@ -16,31 +16,27 @@ from llama_index.llms.openai import OpenAI
 import asyncbucket
 from asyncbucket import AcquireTimeout, Limit, Limiter
 from asyncbucket.core.levels import terms_of
-from asyncbucket.llama_index import DefaultEstimator, RateLimitedLLM
-from asyncbucket.llama_index.models import pacing_of
+from asyncbucket.llama_index import DefaultEstimator, limiter_of
+from asyncbucket.llama_index.pacing import pacing_of
 from tests.llama_index.conftest import KEY, some_models
-
-
-class PacedMock(RateLimitedLLM, MockLLM):
-    """A class written by hand."""
 
 
 @pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
 def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
     limiter = Limiter("100 RPM")
-    paced = limiter.wrap(inner)
+    paced = limiter.wrap(inner, retry=2)
 
     twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
 
-    assert twin.limiter is limiter
+    assert limiter_of(twin) is limiter
+    assert pacing_of(twin).retrier.policy.attempts == 2
     assert type(twin) is type(paced)
     assert twin.to_dict() == paced.to_dict()
 
 
 def test_pickling_leaves_original_unchanged() -> None:
-    limiter = Limiter("100 RPM")
     inner = OpenAI(api_key=KEY, completion_to_prompt=lambda prompt: prompt)
-    paced = limiter.wrap(inner)
+    paced = Limiter("100 RPM").wrap(inner)
     client = paced._get_aclient()
     before = dict(vars(paced))
 
@@ -48,19 +44,6 @@ def test_pickling_leaves_original_unchanged() -> None:
 
     assert vars(paced) == vars(inner) == before
     assert paced._get_aclient() is client
-
-
-def test_handwritten_paced_class_survives_pickling() -> None:
-    limiter = Limiter("100 RPM")
-    paced = PacedMock(max_tokens=3, limiter=limiter)
-    paced.max_tokens = 2
-
-    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
-
-    assert type(twin) is PacedMock
-    assert twin.limiter is limiter
-    assert twin.max_tokens == 2
-    assert str(twin.complete("hi"))
 
 
 @pytest.mark.parametrize("tokenizer", [None, str.split])
@@ -98,15 +81,15 @@ def terms(limiter: Limiter) -> list[Any]:
 def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first, second, tenant = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
-    first.complete("hi")
-    second.complete("hi")
-    root = second.limiter
+        models = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
+    models[0].complete("hi")
+    models[1].complete("hi")
+    chat, root, tenant = map(limiter_of, models)
     return {
-        "terms": terms(first.limiter),
-        "admitted": [root.statistics().admitted, first.limiter.statistics().admitted],
-        "tree": first.limiter.parent.parent is root is tenant.limiter.parent,
-        "tenant": tenant.limiter.limits,
+        "terms": terms(chat),
+        "admitted": [root.statistics().admitted, chat.statistics().admitted],
+        "tree": chat.parent and chat.parent.parent is root is tenant.parent,
+        "tenant": tenant.limits,
         "warnings": [str(each.message) for each in caught if each.category is RuntimeWarning],
     }
 
@@ -115,9 +98,7 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
 def test_copies_in_another_process_share_one_rebuilt_limiter_tree(method: str) -> None:
     root, chat = tree()
     llm = MockLLM(max_tokens=2)
-    acme = root.key("acme", "7 RPM")
-    models = [root.wrap(llm, child=chat), root.wrap(llm), root.wrap(llm, child=acme)]
-    pickled = [pickle.dumps(model) for model in models]
+    pickled = [pickle.dumps(each.wrap(llm)) for each in (chat, root, root.key("acme", "7 RPM"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
         with multiprocessing.get_context(method).Pool(1) as pool:
@@ -127,10 +108,10 @@ def test_copies_in_another_process_share_one_rebuilt_limiter_tree(method: str) -
     assert seen["admitted"] == [2, 1]
     assert seen["tree"]
     assert seen["tenant"] == (Limit("requests", 7),)
-    assert seen["warnings"][0].startswith(
-        "this copy of MockLLM came from another process, where 'openai/acme/chat' paces"
-    )
-    assert "give each process its share" in seen["warnings"][0]
+    (warning,) = seen["warnings"]
+    assert warning.startswith("<Limiter 'openai', ")
+    assert "came from another process with a copy of a model; together the processes" in warning
+    assert "give each process its share" in warning
     assert root.statistics().admitted == 0
 
 
@@ -147,7 +128,7 @@ def _spend(pickled: bytes) -> list[str]:
 def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/limits.db?patience=5"
     limiter = Limiter("3 RPM burst 3", name="openai", store=store)
-    paced = limiter.wrap(MockLLM(max_tokens=2), child="chat")
+    paced = limiter.child("chat").wrap(MockLLM(max_tokens=2))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_spend, (pickle.dumps(paced),)) == []
 
@@ -158,17 +139,6 @@ def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None
         asyncbucket.deadline(0.2),
     ):
         paced.complete("four")
-
-
-def test_unpickling_after_limiter_is_gone_recreates_it_with_warning() -> None:
-    paced = Limiter("100 RPM", name="gone").wrap(MockLLM())
-    pickled = pickle.dumps(paced)
-    del paced
-
-    with pytest.warns(RuntimeWarning, match="'gone'"):
-        twin = pickle.loads(pickled)  # noqa: S301 - our own
-
-    assert twin.limiter.name == "gone"
 
 
 def test_ingestion_pipeline_runs_paced_model_in_worker_processes(

@@ -12,7 +12,7 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.openai import OpenAIEmbedding
 
 from asyncbucket import Limiter
-from asyncbucket.llama_index import DefaultEstimator, RateLimitedMultiModalEmbedding
+from asyncbucket.llama_index import DefaultEstimator
 from tests.llama_index.conftest import (
     API_BASE,
     Instrumentation,
@@ -57,44 +57,27 @@ def limiter() -> Limiter:
     return Limiter("1000 RPM", concurrency=1)
 
 
-async def test_embedding_batch_is_one_admission_and_one_request(
-    limiter: Limiter, openai_api: ScriptedOpenAI
+async def test_batch_text_and_query_are_one_admission_and_one_request_each(
+    openai_api: ScriptedOpenAI, instrumentation: Instrumentation
 ) -> None:
-    model = limiter.wrap(openai_embedding())
+    limiter = Limiter("1000 RPM")
 
-    await model.aget_text_embedding_batch(TEXTS)
-    assert admitted(limiter) == len(openai_api.requests) == 3
-    await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
-
-    assert admitted(limiter) == len(openai_api.requests) == 6
-    assert in_flight(limiter) == 0
-
-
-async def test_single_text_and_query_embeddings_are_paced(
-    limiter: Limiter, openai_api: ScriptedOpenAI
-) -> None:
-    model = limiter.wrap(openai_embedding())
-
-    await model.aget_text_embedding("a")
-    await model.aget_query_embedding("a")
-    await model.aget_agg_embedding_from_queries(["a", "b"])
-    await asyncio.to_thread(model.get_text_embedding, "a")
-    await asyncio.to_thread(model.get_query_embedding, "a")
-
-    assert admitted(limiter) == len(openai_api.requests) == 6
-
-
-async def test_estimator_returning_none_raises_before_anything_is_sent(limiter: Limiter) -> None:
-    class Forgetful:
-        def embedding(self, texts: list[str]) -> Any:
-            len(texts)
-
-    model = limiter.wrap(MockEmbedding(embed_dim=2), estimator=Forgetful())
-
-    with pytest.raises(TypeError, match="input_tokens must be a number, not None"):
+    async def use(model: BaseEmbedding) -> None:
+        await model.aget_text_embedding_batch(TEXTS)
+        await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
         await model.aget_text_embedding("a")
+        await model.aget_query_embedding("a")
+        await model.aget_agg_embedding_from_queries(["a", "b"])
+        await asyncio.to_thread(model.get_text_embedding, "a")
+        await asyncio.to_thread(model.get_query_embedding, "a")
 
-    assert admitted(limiter) == 0
+    await use(openai_embedding())
+    plain = instrumentation.take()
+    await use(limiter.wrap(openai_embedding()))
+
+    assert instrumentation.take() == plain
+    assert (admitted(limiter), in_flight(limiter)) == (12, 0)
+    assert len(openai_api.requests) == 12 * 2
 
 
 async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: ScriptedOpenAI) -> None:
@@ -159,8 +142,21 @@ async def test_async_fallback_to_synchronous_embedding_does_not_block_loop() -> 
     assert admitted(limiter) == 2
 
 
-async def test_each_image_costs_one_request_without_batch_method(limiter: Limiter) -> None:
-    model = limiter.wrap(MockMultiModalEmbedding(embed_dim=2))
+class BatchingImages(MockMultiModalEmbedding):
+    """A model with a batch method for images."""
+
+    def _get_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
+        return [[0.5] for _ in img_file_paths]
+
+    async def _aget_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
+        return self._get_image_embeddings(img_file_paths)
+
+
+@pytest.mark.parametrize(("cls", "requests"), [(MockMultiModalEmbedding, 7), (BatchingImages, 5)])
+async def test_images_cost_a_request_each_or_one_a_batch(
+    limiter: Limiter, cls: Any, requests: int
+) -> None:
+    model = limiter.wrap(cls(embed_dim=2))
 
     await model.aget_image_embedding("a.png")
     await model.aget_image_embedding_batch(["a.png", "b.png"])
@@ -168,37 +164,4 @@ async def test_each_image_costs_one_request_without_batch_method(limiter: Limite
     await asyncio.to_thread(model.get_image_embedding_batch, ["a.png", "b.png"])
     await model.aget_text_embedding("text")
 
-    assert isinstance(model, RateLimitedMultiModalEmbedding)
-    assert admitted(limiter) == 7
-
-
-async def test_image_batch_method_costs_one_request_per_batch(limiter: Limiter) -> None:
-    class BatchingImages(MockMultiModalEmbedding):
-        def _get_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
-            return [[0.5] for _ in img_file_paths]
-
-        async def _aget_image_embeddings(self, img_file_paths: Any) -> list[list[float]]:
-            return self._get_image_embeddings(img_file_paths)
-
-    model = limiter.wrap(BatchingImages(embed_dim=1))
-
-    await model.aget_image_embedding_batch(["a.png", "b.png"])
-    await asyncio.to_thread(model.get_image_embedding_batch, ["a.png", "b.png"])
-
-    assert admitted(limiter) == 2
-
-
-async def test_pacing_adds_no_spans_or_events(
-    openai_api: ScriptedOpenAI, instrumentation: Instrumentation
-) -> None:
-    async def use(model: BaseEmbedding) -> None:
-        await model.aget_text_embedding_batch(TEXTS)
-        await model.aget_query_embedding("a")
-        await asyncio.to_thread(model.get_text_embedding, "a")
-
-    await use(openai_embedding())
-    plain = instrumentation.take()
-    await use(Limiter("1000 RPM").wrap(openai_embedding()))
-
-    assert instrumentation.take() == plain
-    assert len(openai_api.requests) == 10
+    assert admitted(limiter) == requests

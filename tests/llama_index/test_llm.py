@@ -25,6 +25,7 @@ from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
     MESSAGES,
     PROMPT,
+    Estimating,
     Instrumentation,
     Person,
     ScriptedOpenAI,
@@ -279,13 +280,11 @@ def test_wait_event_is_emitted_before_call_starts(
 
 
 async def test_custom_estimator_decides_what_is_reserved(openai_api: ScriptedOpenAI) -> None:
-    class Fixed:
-        def chat(self, *_: Any) -> Estimate:
-            return Estimate(input_tokens=100, output_tokens=400)
-
     limiter = Limiter("100k TPM")
 
-    await limiter.wrap(make_openai(), estimator=Fixed()).achat(MESSAGES)
+    await limiter.wrap(make_openai(), estimator=Estimating(lambda: Estimate(100, 400))).achat(
+        MESSAGES
+    )
 
     assert charged(limiter) == [openai_api.usage["total_tokens"]]
     assert limiter.statistics().refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
@@ -300,8 +299,8 @@ def fail() -> None:
 @pytest.mark.parametrize(
     ("estimate", "said"),
     [
-        (lambda: None, r"<Odd> returned None; it must return an Estimate"),
-        (lambda: (900, 300), r"<Odd> returned \(900, 300\); it must return an Estimate"),
+        (lambda: None, r"<Estimating> returned None; it must return an Estimate"),
+        (lambda: (900, 300), r"<Estimating> returned \(900, 300\); it must return an Estimate"),
         (lambda: Estimate(-1, 5), "input_tokens must be finite and not negative, not -1"),
         (lambda: Estimate(5, ODD["nan"], foreseen=True), "output_tokens must be finite"),
         (lambda: Estimate(5, ODD["nothing"]), "output_tokens must be a number, not None"),
@@ -311,17 +310,8 @@ def fail() -> None:
 async def test_invalid_or_failed_estimate_fails_the_call_without_sending_or_retry(
     estimate: Callable[[], Any], said: str
 ) -> None:
-    class Odd:
-        def chat(self, *_: Any) -> Any:
-            return estimate()
-
-        completion = chat
-
-        def __repr__(self) -> str:
-            return "<Odd>"
-
     limiter = Limiter("100 RPM")
-    llm = limiter.wrap(MockLLM(), estimator=Odd())
+    llm = limiter.wrap(MockLLM(), estimator=Estimating(estimate))
 
     for name in CALLS:
         with pytest.raises((TypeError, ValueError, OSError), match=said) as caught:

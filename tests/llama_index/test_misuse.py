@@ -1,4 +1,4 @@
-"""One layer retries; what undoes pacing is warned of once, at its line and with the remedy."""
+"""What undoes pacing is switched off for each call, or warned of with the remedy."""
 
 import warnings
 from types import SimpleNamespace
@@ -14,87 +14,29 @@ from openai import AsyncOpenAI
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter, pace
-from asyncbucket.llama_index import RateLimitedLLM
-
-KEY = "sk-very-secret"
-NATIVE = TokenBucketRateLimiter(requests_per_minute=10)
-
-
-class PacedOpenAI(RateLimitedLLM, OpenAI):
-    """A class written by hand."""
-
-
-class Holder(MockLLM):
-    """A model that contains something else."""
-
-    inner: Any = None
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__(max_tokens=None)
-        self.inner = inner
-
-
-@pytest.fixture
-async def client() -> Any:
-    async with AsyncOpenAI(api_key=KEY, base_url="https://llm.test/v1") as made:
-        yield made
+from tests.llama_index.conftest import KEY
 
 
 def test_native_rate_limiter_warning_points_to_callers_line() -> None:
-    limiter = Limiter("100 RPM")
-    inner = OpenAI(api_key=KEY, rate_limiter=NATIVE)
+    native = TokenBucketRateLimiter(requests_per_minute=10)
+    inner = OpenAI(api_key=KEY, rate_limiter=native)
 
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        limiter.wrap(inner)
-        limiter.wrap([inner])
+        Limiter("100 RPM").wrap([inner])
         pace(inner, rpm=5)
-        PacedOpenAI(api_key=KEY, rate_limiter=NATIVE, limiter=limiter)
 
-    assert {str(each.message).partition(":")[0] for each in seen} == {
-        "OpenAI has a rate_limiter of its own",
-        "PacedOpenAI has a rate_limiter of its own",
-    }
-    assert [each.filename for each in seen] == [__file__] * 4
+    said = "OpenAI has a rate_limiter of its own"
+    assert [str(each.message).partition(":")[0] for each in seen] == [said] * 2
+    assert [each.filename for each in seen] == [__file__] * 2
 
 
-def test_retrying_client_in_model_field_causes_warning(client: AsyncOpenAI) -> None:
+async def test_retries_that_wrap_switches_off_cause_no_warning() -> None:
     limiter = Limiter("100 RPM")
 
-    with pytest.warns(
-        UserWarning,
-        match=r"Holder.inner tries again by itself \(max_retries=2\): one call may become 5 x 3 "
-        r"requests, of which the limiter sees 5; make it with max_retries=0, or wrap with retry=F",
-    ):
-        limiter.wrap(Holder(client))
-    with pytest.warns(UserWarning, match=r"Holder.inner .*5 x 8"):
-        limiter.wrap(Holder(OpenAI(api_key=KEY, max_retries=7)))
-
-    limiter.wrap(Holder(client), retry=False)
-    limiter.wrap(Holder(client.with_options(max_retries=0)))
-    limiter.wrap(Holder(limiter.wrap(OpenAI(api_key=KEY))))
-
-
-def test_retries_that_wrap_switches_off_cause_no_warning(client: AsyncOpenAI) -> None:
-    limiter = Limiter("100 RPM")
-
-    limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
-    limiter.wrap(OpenAIEmbedding(api_key=KEY, max_retries=9))
-    limiter.wrap(MockEmbedding(embed_dim=2))
-    PacedOpenAI(api_key=KEY, max_retries=9, limiter=limiter)
-
-
-async def test_new_limiter_per_request_warns_once() -> None:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for _ in range(30):
-            pace(OpenAI(model="gpt-4o-mini", api_key=KEY), rpm=500, name="openai")
-
-    (said,) = seen
-    assert said.filename == __file__
-    assert str(said.message).startswith("10 limiters like <Limiter 'openai', 500 requests per 60 s")
-    assert "make it once, when the program starts" in str(said.message)
-    assert KEY not in str(said.message)
+    async with AsyncOpenAI(api_key=KEY, max_retries=9) as client:
+        limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
+        limiter.wrap(OpenAIEmbedding(api_key=KEY, max_retries=9))
 
 
 def integration(module: str, base: type[Any], **names: Any) -> Any:

@@ -9,7 +9,7 @@ from llama_index.core.llms.mock import MockLLM
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter
-from tests.llama_index.conftest import AsyncReader, in_flight
+from tests.llama_index.conftest import Reader, in_flight
 
 
 class FailingLLM(MockLLM):
@@ -34,7 +34,7 @@ class FailingLLM(MockLLM):
 
 @pytest.mark.parametrize(("status", "slots"), [(503, 3), (400, 4)])
 async def test_overload_error_cuts_slots_and_bad_request_does_not(
-    reader: AsyncReader, status: int, slots: int
+    reader: Reader, status: int, slots: int
 ) -> None:
     for streaming in (False, True):
         limiter = Limiter(concurrency="auto")

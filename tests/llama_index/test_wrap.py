@@ -1,10 +1,9 @@
-"""A wrapped model is still the model: its class, its fields, its name."""
+"""A wrapped model is still the model: its class, its fields, its name; limiters and options apply."""
 
 import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -24,32 +23,16 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 from asyncbucket import Limiter, pace
-from asyncbucket.llama_index import (
-    DefaultEstimator,
-    RateLimitedEmbedding,
-    RateLimitedLLM,
-    limiter_of,
-)
+from asyncbucket.llama_index import DefaultEstimator, limiter_of
+from asyncbucket.llama_index.pacing import pacing_of
 from tests.llama_index.conftest import KEY, Person, admitted, charged, some_models
-
-
-class PacedOpenAI(RateLimitedLLM, OpenAI):
-    """A paced class, as the docs tell users to write it."""
-
-
-class PacedMockEmbedding(RateLimitedEmbedding, MockEmbedding):
-    """The same for an embedding model."""
 
 
 def predict_ada(*_: Any, **__: Any) -> Person:
     return Person(name="Ada")
 
 
-def named(model: object) -> str:
-    return type(model).__name__
-
-
-@pytest.mark.parametrize("inner", some_models(), ids=named)
+@pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
 def test_wrapped_model_keeps_its_class_and_serialises_like_the_inner_one(inner: Any) -> None:
     paced = Limiter("100 RPM").wrap(inner)
 
@@ -67,7 +50,7 @@ def test_wrapped_model_keeps_its_class_and_serialises_like_the_inner_one(inner: 
         assert get_transformation_hash(nodes, paced) == get_transformation_hash(nodes, inner)
 
 
-def test_wrapping_leaves_inner_model_unchanged() -> None:
+def test_wrapping_leaves_inner_model_and_its_client_unchanged() -> None:
     client = AsyncOpenAI(api_key=KEY, max_retries=4)
     inner = OpenAI(api_key=KEY, max_retries=7, async_openai_client=client)
     fields, private = dict(vars(inner)), dict(inner.__pydantic_private__ or {})
@@ -78,6 +61,19 @@ def test_wrapping_leaves_inner_model_unchanged() -> None:
     assert inner.__pydantic_private__ == private
     assert inner._aclient is client
     assert (client.max_retries, type(client)) == (4, AsyncOpenAI)
+
+
+def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> None:
+    inner = OpenAI(api_key=KEY)
+    paced = Limiter("100 RPM").wrap(inner)
+    manager: Any = Settings.callback_manager
+
+    paced.callback_manager = manager
+    inner.temperature = 0.7
+    paced.max_retries = 8
+
+    assert (inner.callback_manager, inner.max_retries) == (manager, 8)
+    assert (paced.temperature, paced.max_retries, paced.to_dict()["max_retries"]) == (0.7, 0, 8)
 
 
 def test_models_own_limiter_field_and_helpers_still_work() -> None:
@@ -117,57 +113,69 @@ def test_wrapped_model_repr_shows_limiter_and_no_api_key() -> None:
     assert KEY not in repr(paced) + str(paced)
 
 
-def test_rewrapping_with_options_returns_new_model_charged_once() -> None:
+def test_paced_model_is_wrapped_again_for_options_or_a_limiter_below() -> None:
     limiter = Limiter("100 RPM")
-    paced = limiter.wrap(MockLLM(max_tokens=2))
+    acme = limiter.child("acme")
+    paced = limiter.wrap(MockLLM(max_tokens=2), retry=2)
 
-    again = limiter.wrap(paced, retry=1)
-    again.complete("hi")
+    below, estimated = acme.wrap(paced), limiter.wrap(paced, estimator=DefaultEstimator())
+    again = limiter.wrap(below, retry=1)
+    for each in (below, estimated, again):
+        each.complete("hi")
 
-    assert limiter.wrap(paced) is paced is not again
-    assert type(again) is type(paced)
-    assert admitted(limiter) == 1
+    assert limiter.wrap(paced) is paced
+    assert limiter.wrap(below) is below
+    assert type(below) is type(estimated) is type(paced)
+    assert [limiter_of(each) for each in (below, estimated, again)] == [acme, limiter, acme]
+    attempts = [pacing_of(each).retrier.policy.attempts for each in (below, estimated, again)]
+    assert attempts == [2, 2, 1]
+    assert pacing_of(again).estimator is pacing_of(paced).estimator
+    assert [admitted(each) for each in (limiter, acme)] == [3, 2]
 
 
-class Spec:
-    """A tool spec."""
+@pytest.mark.parametrize("thing", [MockLLM(), FunctionTool.from_defaults(predict_ada)])
+def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) -> None:
+    limiter = Limiter("100 RPM", name="openai")
+    paced = limiter.child("chat").wrap(thing)
 
-    def to_tool_list(self) -> list[Any]:
-        return []
+    for other in (limiter.child("embeddings"), Limiter("100 RPM", name="b")):
+        with pytest.raises(
+            ValueError,
+            match=rf"paced by <Limiter 'openai/chat', .* already and can't be paced by "
+            rf"<Limiter '{other.name}', .* make one of them a child of the other",
+        ):
+            other.wrap(paced)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("thing", "what"),
     [
-        (
-            lambda: AsyncOpenAI(api_key="k"),
-            "is paced where it sends: AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)",
-        ),
-        (
-            lambda: openai.OpenAI(api_key="k"),
-            "sends: OpenAI(http_client=limiter.http_client(sync=True), max_retries=0)",
-        ),
-        (lambda: "gpt-4o", "not str; pace other code by `async with"),
-        (lambda: Limiter("1 RPM"), "not Limiter; pace other code by `async with"),
-        (lambda: MockLLM, "not its class: limiter.wrap(MockLLM(...))"),
-        (Spec, "wrap the tools of Spec: limiter.wrap(spec.to_tool_list())"),
-        (
-            lambda: FunctionAgent(name="f", description="f", llm=MockLLM(), tools=[]),
-            "wrap what FunctionAgent is made of: its llm, and its tools if it has any",
-        ),
+        (openai.OpenAI(api_key="k"), "OpenAI"),
+        ("gpt-4o", "str"),
+        (MockLLM, "the class MockLLM"),
+        (FunctionAgent(name="f", description="f", llm=MockLLM(), tools=[]), "FunctionAgent"),
     ],
 )
-def test_error_for_what_cannot_be_wrapped_names_the_remedy(
-    make: Callable[[], Any], said: str
-) -> None:
-    with pytest.raises(TypeError, match=re.escape(said)):
-        Limiter("100 RPM").wrap(make())
+def test_error_for_what_cannot_be_wrapped_names_the_remedies(thing: Any, what: str) -> None:
+    said = (
+        rf"tool can be wrapped, not {what}; wrap the llm and the tools of an agent .*"
+        r"spec.to_tool_list\(\) of .* http_client=limiter.http_client\(\); pace other code by `async"
+    )
+    with pytest.raises(TypeError, match=said):
+        Limiter("100 RPM").wrap(thing)
 
 
-@pytest.mark.parametrize("estimator", [5, DefaultEstimator])
-def test_object_that_is_not_an_estimator_is_refused(estimator: Any) -> None:
-    with pytest.raises(TypeError, match=r"must have chat\(\), completion\(\) or embedding"):
-        Limiter("1 RPM").wrap(MockLLM(), estimator=estimator)
+@pytest.mark.parametrize(
+    ("thing", "options", "said"),
+    [
+        (MockLLM(), {"estimator": 5}, r"estimator= takes an object with chat\(\), .*, not 5"),
+        (MockLLM(), {"estimator": DefaultEstimator}, r"estimator= takes an object with chat\(\)"),
+        (print, {"retry": 2}, "retry= is for models: a tool is never tried again"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(thing: Any, options: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Limiter("1 RPM").wrap([thing], **options)
 
 
 def test_pace_creates_its_own_limiter() -> None:
@@ -208,58 +216,8 @@ def test_copy_is_paced_by_the_same_limiter(make_copy: Any, inner: Any) -> None:
     assert twin.complete("hi") if isinstance(inner, LLM) else twin()
 
     assert twin is not paced
-    assert twin.limiter is limiter
+    assert limiter_of(twin) is limiter
     assert admitted(limiter) == 1
-
-
-def test_mixin_class_takes_model_arguments_and_limiter() -> None:
-    limiter = Limiter("100 RPM")
-
-    llm = PacedOpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7, limiter=limiter)
-
-    assert (llm.model, llm.limiter, llm.max_retries) == ("gpt-4o-mini", limiter, 0)
-    assert llm.to_dict() == OpenAI(model="gpt-4o-mini", api_key=KEY, max_retries=7).to_dict()
-    assert limiter.wrap(llm) is llm
-    assert PacedOpenAI.model_fields.keys() == OpenAI.model_fields.keys()
-    assert PacedOpenAI.model_fields["max_retries"].default == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({}, "required keyword-only argument: 'limiter'"),
-        ({"limiter": 500}, "limiter= takes a Limiter, not 500"),
-    ],
-)
-def test_mixin_class_without_a_limiter_is_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(TypeError, match=said):
-        PacedOpenAI(api_key=KEY, **options)
-
-
-@pytest.mark.parametrize(
-    ("model", "mixin"), [(OpenAI, RateLimitedLLM), (MockEmbedding, RateLimitedEmbedding)]
-)
-def test_mixin_listed_after_model_class_is_refused(model: type[Any], mixin: type[Any]) -> None:
-    right = rf"Mine would not be paced: .*; write class Mine\({mixin.__name__}, {model.__name__}\)$"
-
-    with pytest.raises(TypeError, match=right):
-        type("Mine", (model, mixin), {})
-
-
-def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> None:
-    inner = OpenAI(api_key=KEY)
-    paced = Limiter("100 RPM").wrap(inner)
-    manager: Any = Settings.callback_manager
-
-    paced.callback_manager = manager
-    inner.temperature = 0.7
-    paced.max_retries = 8
-
-    assert (inner.callback_manager, inner.max_retries) == (manager, 8)
-    assert paced.temperature == 0.7
-    object.__setattr__(paced, "max_retries", 9)
-
-    assert (paced.max_retries, inner.max_retries, paced.to_dict()["max_retries"]) == (0, 9, 9)
 
 
 def test_missing_llama_index_error_names_the_extra() -> None:

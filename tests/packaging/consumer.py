@@ -45,7 +45,7 @@ class Model:
 def wrapping_keeps_the_type(limiter: Limiter, model: Model) -> None:
     """A wrapped model keeps its type; functions in a list become tools."""
     assert_type(limiter.wrap(model), Model)
-    assert_type(limiter.wrap([model], child="tools"), list[Any])
+    assert_type(limiter.wrap([model]), list[Any])
     assert_type(pace(model, rpm=500, tpm=200_000, concurrency=20), Model)
 
 

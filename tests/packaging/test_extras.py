@@ -27,7 +27,6 @@ SERVES = {
     "llama_index": ("llama-index",),
     "retry.py": ("llama-index",),
     "stores/redis": ("redis",),
-    "telemetry/observers.py": ("llama-index",),
     "telemetry/to_opentelemetry.py": ("otel",),
     "telemetry/to_prometheus.py": ("prometheus",),
     "testing": ("testing",),
