@@ -21,10 +21,9 @@ only until the lease is released. Second, a variable set in the body of an async
 into the code that iterates over it. So it is set around one step of the inner stream at a time.
 """
 
-import contextlib
 import weakref
-from collections.abc import Generator, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextvars import ContextVar, Token
 from typing import Final
 
 from asyncbucket.core.context import put_back
@@ -34,7 +33,7 @@ from asyncbucket.core.limiter import Limiter
 
 
 class HeldLease:
-    """Note that calls in this context run under a lease of ``limiter``.
+    """Note that the calls in a ``with`` block of this object run under a lease of ``limiter``.
 
     Args:
         limiter: the limiter that was asked.
@@ -42,7 +41,7 @@ class HeldLease:
         tool: the tool whose call it is; None if the lease pays for the calls inside.
     """
 
-    __slots__ = ("_has_inner_calls", "_lease", "limiter", "outer", "tool")
+    __slots__ = ("_has_inner_calls", "_lease", "_token", "limiter", "outer", "tool")
 
     def __init__(self, limiter: Limiter, lease: Lease, *, tool: object = None) -> None:
         self.limiter = limiter
@@ -50,6 +49,15 @@ class HeldLease:
         self.outer = _HELD.get()
         self._lease = weakref.ref(lease)
         self._has_inner_calls = False
+        self._token: Token[HeldLease | None] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _HELD.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            put_back(_HELD, token)
 
     @property
     def lease(self) -> Lease | None:
@@ -91,16 +99,6 @@ def paying_limiter(limiter: Limiter) -> Limiter | None:
         if held.tool is None and on_one_path(held.limiter, limiter) and held.lease is not None:
             return held.limiter
     return None
-
-
-@contextlib.contextmanager
-def holding(held: HeldLease) -> Generator[None]:
-    """Make ``held`` the innermost note for the time of a ``with`` block."""
-    token = _HELD.set(held)
-    try:
-        yield
-    finally:
-        put_back(_HELD, token)
 
 
 def is_running(tool: object) -> bool:

@@ -27,7 +27,7 @@ from asyncbucket.core.levels import effective_limiter, in_force, is_under, provi
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
-from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, holding, is_running
+from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.usage import Usage
@@ -259,7 +259,7 @@ class Pacing:
         if is_running(tool):
             return await io.call(send)
         lease = await self._acquire(io)
-        with lease, holding(HeldLease(self.limiter, lease, tool=tool)):
+        with lease, HeldLease(self.limiter, lease, tool=tool):
             return await io.call(send)
 
     async def call(self, call: ModelCall) -> Any:
@@ -286,7 +286,7 @@ class Pacing:
     async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
         lease, held = await self.admit(call, estimate)
         try:
-            with holding(held):
+            with held:
                 reply = await call.send()
             self.settle(lease, held.actual_usage(lambda: call.method.read(reply)))
         except BaseException as error:

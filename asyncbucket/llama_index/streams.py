@@ -31,7 +31,6 @@ from llama_index_instrumentation.span import active_span_id
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.pacing import HeldCall, ModelCall, Pacing, held_call
-from asyncbucket.nesting import holding
 from asyncbucket.waiting import ASYNC, run
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class _Stream(Generic[T]):
         """Make one attempt; return the first item, or the end."""
         _, held = self._lease, self._held = await self._pacing.admit(self._call, estimate)
         try:
-            with holding(held):
+            with held:
                 self._inner = await _started(self._pacing, self._call, held)
             return await self._pull()
         except BaseException as error:
@@ -110,7 +109,7 @@ class _Stream(Generic[T]):
     async def _pull(self) -> T:
         """Let the model's own stream go on under our lease."""
         assert self._held is not None
-        with holding(self._held):
+        with self._held:
             item: T = await self._call.io.next_item(self._inner, _END)
         if not self._held.is_streaming:
             usage = self._call.method.read(item)

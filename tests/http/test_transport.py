@@ -17,7 +17,7 @@ import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, WouldBlock, tenant
 from asyncbucket.http import Call, Profile, Told, Usage
-from asyncbucket.nesting import HeldLease, holding
+from asyncbucket.nesting import HeldLease
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import answering, chunked
@@ -513,7 +513,7 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     child = limiter.child("chat")
     answer = answering(library, REPLY, x_ratelimit_remaining_requests="40")
     async with client_over(library, limiter, answer, routes=routes) as client:
-        with await limiter.acquire(tokens=5) as lease, holding(HeldLease(limiter, lease)):
+        with await limiter.acquire(tokens=5) as lease, HeldLease(limiter, lease):
             await client.post(URL, json=BODY)
             await client.post(URL, json=BODY)
 
