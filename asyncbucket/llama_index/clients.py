@@ -18,18 +18,17 @@ like one may mean something else by the same headers.
 
 Connections belong to an event loop. On another one, a request would still go out, but its reply
 would be lost: after a second `asyncio.run` every call would be made twice, and two threads with a
-loop each would wait for ever. So a client that made its own httpx client has another one on each
-further loop.
+loop each would wait for ever. So an httpx client that the SDK made itself gets connections of its
+own on each loop.
 """
 
-import asyncio
 import functools
 import inspect
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
-from asyncbucket.by_loop import ByLoop
+from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.llama_index.pacing import HeldCall
 from asyncbucket.nesting import innermost_held_lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
@@ -40,8 +39,6 @@ C = TypeVar("C")
 
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
-#: Where an httpx client keeps those of all loops.
-_BY_LOOP: Final = "_asyncbucket_by_loop"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
@@ -96,7 +93,31 @@ def client_of(model: object, client: Any) -> Any:
 
 def _make_reporting(client: Any) -> None:
     cls: Any = type(client)
+    # The module has what all clients of the SDK share, and the class of those httpx clients that
+    # the SDK makes itself; all others are the user's.
+    sdk = sys.modules[cls.request.__module__]
+    http_client = client._client  # noqa: SLF001 - there is no public way
+    if type(http_client) is getattr(sdk, "AsyncHttpxClientWrapper", None):
+        _connect_by_loop(http_client, client)
     client.__class__ = _reporting_class(cls)
+
+
+def _connect_by_loop(http_client: Any, client: Any) -> None:
+    """Give an httpx client that an SDK made for ``client`` connections of its own on each event loop."""
+    make_client: Any = type(http_client).__base__  # it has no `__del__`, which would close them
+
+    def per_loop(pattern: Any, first: Any) -> PerLoopTransport:
+        def make() -> Any:
+            new = make_client(base_url=client.base_url, timeout=client.timeout)
+            return new._mounts.get(pattern, new._transport)  # noqa: SLF001 - as above
+
+        return PerLoopTransport(make, first)
+
+    transport, mounts = http_client._transport, http_client._mounts  # noqa: SLF001 - as above
+    if not isinstance(transport, PerLoopTransport):  # another copy of the client may share it
+        http_client._transport = per_loop(None, transport)  # noqa: SLF001 - as above
+        for pattern, first in mounts.items():
+            mounts[pattern] = first and per_loop(pattern, first)
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,37 +144,7 @@ def _reporting_class(cls: Any) -> type[Any]:
         "request": io.function(request),
         _REPORTS: True,
     }
-    # The SDK's module that has what all its clients share.
-    sdk = sys.modules[cls.request.__module__]
-    own_http_class = getattr(sdk, "AsyncHttpxClientWrapper", None)
-    if io is ASYNC and own_http_class is not None:
-        names["_client"] = _http_client_by_loop(own_http_class)
     return type(cls.__name__, (cls,), names)
-
-
-def _http_client_by_loop(own_class: Callable[..., Any]) -> property:
-    """Return the attribute for a client's httpx client: one for each loop if it is of ``own_class``.
-
-    That is the class of those that the SDK makes itself; all others are the user's.
-    """
-
-    def get(client: Any) -> Any:
-        original = vars(client)["_client"]
-        on_loop = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
-        if not on_loop or original.__class__ is not own_class:
-            return original
-        attributes = vars(original)  # copies of an SDK's client share it
-        by_loop: ByLoop = attributes.get(_BY_LOOP) or attributes.setdefault(
-            _BY_LOOP, ByLoop(original, keep_first=True)
-        )
-        return by_loop.current(
-            functools.partial(own_class, base_url=client.base_url, timeout=client.timeout)
-        )
-
-    def set_(client: Any, http_client: Any) -> None:
-        vars(client)["_client"] = http_client
-
-    return property(get, set_)
 
 
 def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:

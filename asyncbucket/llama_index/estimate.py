@@ -45,12 +45,14 @@ _MEDIA: Final = {
     "video": ("video", 2048, 950),
     "document": ("data", 2048, 20),
 }
-_OUTPUT_LIMITS: Final = (
-    "max_completion_tokens",
-    "max_output_tokens",
-    "max_tokens",
-    "max_new_tokens",
-    "num_predict",
+_OUTPUT_LIMITS: Final = frozenset(
+    {
+        "max_completion_tokens",
+        "max_output_tokens",
+        "max_tokens",
+        "max_new_tokens",
+        "num_predict",
+    }
 )
 #: What is kept in fields, and sent with every call; the latter two by OpenAIResponses.
 _SENT_FIELDS: Final = ("model", "instructions", "built_in_tools")
@@ -108,14 +110,11 @@ class DefaultEstimator:
     Args:
         tokenizer: turns a text into tokens, which count if they are more. It must do no I/O, as
             some models' own tokenizers do, and it takes the event loop's time.
-        forecast: estimates the length of replies without `max_tokens`.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer | None = None, *, forecast: OutputForecast | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer = tokenizer
-        self._forecast = OutputForecast() if forecast is None else forecast
+        self._forecast = OutputForecast()
 
     def __repr__(self) -> str:
         return f"<DefaultEstimator {self._forecast!r}>"
@@ -206,11 +205,8 @@ class _Media:
 
 def _output_limit(holder: Mapping[str, Any]) -> int:
     """Return the most tokens of a reply; 0 if nothing limits them."""
-    for name in _OUTPUT_LIMITS:
-        value = holder.get(name)
-        if value is not None and is_positive_integer(value):
-            return value
-    return 0
+    found = (holder[name] for name in _OUTPUT_LIMITS & holder.keys())
+    return max(filter(is_positive_integer, found), default=0)
 
 
 def _json(value: object) -> str:

@@ -106,7 +106,7 @@ def test_client_has_connections_of_its_own_on_each_event_loop() -> None:
     llm = Limiter("1 RPM").wrap(integration.Anthropic(model="claude-sonnet-4-5", api_key="k"))
 
     async def connections() -> Any:
-        return llm._aclient._client
+        return llm._aclient._client._transport.current()
 
     first, second = asyncio.run(connections()), asyncio.run(connections())
 

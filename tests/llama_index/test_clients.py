@@ -139,7 +139,7 @@ def test_429_pauses_all_models_of_the_limiter(
     assert limiter.statistics().upstream_429 == 1
 
 
-def test_users_sdk_client_is_copied_on_its_own_connections() -> None:
+async def test_users_sdk_client_is_copied_on_its_own_connections() -> None:
     theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
 
     llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=theirs))
@@ -150,6 +150,7 @@ def test_users_sdk_client_is_copied_on_its_own_connections() -> None:
     assert ours._client is theirs._client
     assert theirs._client.event_hooks == {"request": [], "response": []}
     transport: Any = ours._client._transport
+    transport = transport.current()
     assert transport._pool._max_connections == 1_000  # the SDK's own pool
 
 
