@@ -524,8 +524,6 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     assert warning in record.message
 
 
-
-
 @pytest.mark.parametrize("between", [False, True])
 async def test_transport_around_transport_of_same_limiter_charges_once(
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture, *, between: bool

@@ -334,7 +334,6 @@ class Bench:
             "async_http_client": self._async_http_client,
         }
         self.llm = limiter.child("chat").wrap(make_openai(**options))
-        self.like = limiter.child("chat").wrap(make_like(**options))
         self.embed_model: Any = limiter.child("embeddings").wrap(
             OpenAIEmbedding(api_key="k", embed_batch_size=2, **options)
         )

@@ -17,7 +17,6 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms import LLM, CustomLLM, MockLLM
 from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.tools import FunctionTool
-from pydantic import ValidationError
 
 from asyncbucket import Limiter
 from asyncbucket.llama_index import Estimate, RateLimitWaitEvent
@@ -333,23 +332,6 @@ async def test_messages_added_before_admission_are_not_sent(openai_api: Scripted
     llm.chat(messages)
 
     assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
-
-
-async def test_string_instead_of_messages_raises_models_own_error() -> None:
-    text: Any = "hi"
-
-    with pytest.raises(ValidationError, match=r"Input should be .* ChatMessage"):
-        await Limiter("100 RPM").wrap(make_openai()).achat(text)
-
-
-async def test_failed_call_gives_its_slot_back(openai_api: ScriptedOpenAI) -> None:
-    limiter = Limiter("100 RPM", concurrency=1)
-    openai_api.refuse(400)
-
-    with pytest.raises(Exception, match="400"):
-        await limiter.wrap(make_openai()).achat(MESSAGES)
-
-    assert in_flight(limiter) == 0
 
 
 async def test_cancelled_call_gives_its_slot_back() -> None:

@@ -2,19 +2,17 @@
 
 import copy
 import re
-import subprocess
-import sys
 from typing import Any
 from unittest.mock import patch
 
 import openai
 import pytest
 from llama_index.core import Settings
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion.pipeline import get_transformation_hash
-from llama_index.core.llms import LLM, ChatMessage, CompletionResponse, MockLLM
+from llama_index.core.llms import LLM, MockLLM
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import TextNode
@@ -74,27 +72,6 @@ def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> 
 
     assert (inner.callback_manager, inner.max_retries) == (manager, 8)
     assert (paced.temperature, paced.max_retries, paced.to_dict()["max_retries"]) == (0.7, 0, 8)
-
-
-def test_models_own_limiter_field_and_helpers_still_work() -> None:
-    class Mine(MockLLM):
-        limiter: str = "mine"
-
-        def _get_client(self, region: str) -> str:
-            return region
-
-        def _stream(self, prompt: str) -> list[str]:
-            return [prompt, self.limiter, self._get_client("eu")]
-
-        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            return CompletionResponse(text=" ".join(self._stream(prompt)))
-
-    limiter = Limiter("100 RPM")
-    paced = limiter.wrap(Mine(max_tokens=None))
-
-    assert paced.complete("hi").text == "hi mine eu"
-    assert paced.chat([ChatMessage("hi")]).message.content == "user: hi\nassistant:  mine eu"
-    assert admitted(limiter) == 2
 
 
 def test_limiter_of_finds_the_limiter_of_whatever_is_paced() -> None:
@@ -187,25 +164,6 @@ def test_pace_creates_its_own_limiter() -> None:
     assert (limiter.name, limiter.statistics().admitted, limiter.concurrency) == ("own", 1, 2)
 
 
-def test_settings_and_agents_keep_wrapped_model_object() -> None:
-    limiter = Limiter("100 RPM")
-    llm, embed_model = limiter.wrap(OpenAI(api_key=KEY)), limiter.wrap(MockEmbedding(embed_dim=2))
-    before = Settings._llm, Settings._embed_model
-    try:
-        Settings.llm, Settings.embed_model = llm, embed_model
-        assert Settings.llm is llm
-        assert Settings.embed_model is embed_model
-    finally:
-        Settings._llm, Settings._embed_model = before
-
-    agents: list[Any] = [
-        cls(name="a", description="a", llm=llm, tools=[]) for cls in (FunctionAgent, ReActAgent)
-    ]
-    workflow = AgentWorkflow(agents=agents[:1], root_agent="a")
-
-    assert [each.llm is llm for each in (*agents, workflow.agents["a"])] == [True] * 3
-
-
 @pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("inner", [MockLLM(max_tokens=2), FunctionTool.from_defaults(predict_ada)])
 def test_copy_is_paced_by_the_same_limiter(make_copy: Any, inner: Any) -> None:
@@ -218,20 +176,6 @@ def test_copy_is_paced_by_the_same_limiter(make_copy: Any, inner: Any) -> None:
     assert twin is not paced
     assert limiter_of(twin) is limiter
     assert admitted(limiter) == 1
-
-
-def test_missing_llama_index_error_names_the_extra() -> None:
-    code = (
-        "import sys; sys.modules['llama_index.core'] = None\n"
-        "from asyncbucket import pace\n"
-        "try: pace(object(), rpm=1)\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-
-    assert 'pip install "asyncbucket[llama-index]"' in done.stdout
 
 
 def unnamed(function: Any) -> Any:
