@@ -30,6 +30,8 @@ _WINDOW: Final = 6.0
 _MIN_WINDOWS: Final = 4
 _RPM: Final = 600
 _CONCURRENCY: Final = 60
+#: Seconds of a quick run.
+_QUICK: Final = 6.0
 #: One call in this many is a batch of embeddings; an agent makes two calls, around its tool.
 _CALLS_PER_BATCH: Final = 12
 CALLS_PER_AGENT: Final = 2
@@ -45,6 +47,7 @@ def demo(
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = 24.0,
+    quick: Annotated[bool, typer.Option("--quick", help="The same as --seconds 6.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run agents under a provider's limits, with and without pacing.
@@ -53,9 +56,10 @@ def demo(
 
     Examples:
         asyncbucket demo
+        asyncbucket demo --quick
         asyncbucket demo --agents 500 --rpm 2400
     """
-    scenario = scenario_of(agents, rpm=rpm, seconds=seconds)
+    scenario = scenario_of(agents, rpm=rpm, seconds=_QUICK if quick else seconds)
     console, runs = Console(highlight=False), list[Run]()
     with silenced():
         status = _run_both(scenario, console, runs, quiet=as_json)

@@ -71,7 +71,7 @@ def test_demo_has_429s_only_without_asyncbucket() -> None:
 
 @pytest.mark.real_clock
 def test_demo_output_in_a_pipe_is_plain_text() -> None:
-    result = demo("--seconds", "2", TERM="xterm-256color")
+    result = demo("--quick", TERM="xterm-256color")
 
     assert (result.returncode, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout

@@ -204,7 +204,9 @@ class Run:
         self._errors.write(hide=self._job.without_key, **members)
         self._failures_in_a_row += status not in _OF_ONE_REQUEST
         is_account = status in _FATAL or code in EXHAUSTED
-        if is_account or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+        # Each failure without a reply takes many attempts: before the first answer, one is enough.
+        is_nowhere = not status and response is None and not self._tally.answered
+        if is_account or is_nowhere or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             remedy = "see that it runs, or correct --api-base or --model"
             if is_account:
                 remedy = "correct the key in OPENAI_API_KEY, or see to the account"
