@@ -17,6 +17,7 @@ What remains is what others took since this worker last heard from the store: by
 may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 """
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.events import StoreLost, StoreRecovered
-from asyncbucket.core.meters import NEVER, Amounts, Bucket, Meter, Window
-from asyncbucket.core.terms import OnOutage
+from asyncbucket.core.meters import NEVER, Amounts, Bucket, Window
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.store import SLOT, Booking, Correction, LimitConfig, Receipt
 
@@ -45,7 +45,10 @@ _log: Final = logging.getLogger("asyncbucket")
 
 
 class Record:
-    """Remember what this worker took of every limit; instants are ns of the store's clock."""
+    """Remember what this worker took of every limit, and work out its share of them.
+
+    Instants are ns of the store's clock, as last known.
+    """
 
     def __init__(self, config: LimitConfig) -> None:
         self.last = 0
@@ -88,80 +91,27 @@ class Record:
             elif more < 0:
                 window.unbook(-more, correction.start)
 
+    def share(self, workers: int, left: Sequence[int], now: int) -> None:
+        """Let `earliest` allow one of ``workers`` its part, of which it may have taken some already.
 
-class Outage:
-    """Admit without the store; instants are ns of the store's clock, as last known."""
-
-    def __init__(
-        self, policy: OnOutage, record: Record, *, workers: int, left: Sequence[int], now: int
-    ) -> None:
-        """Begin an outage at ``now``.
-
-        Args:
-            policy: what a worker may do.
-            record: what the worker took; it is kept up.
-            workers: how many workers there are.
-            left: what the store had left of each limit when last heard; nothing if empty.
-            now: when the outage began.
+        ``left`` is what the store had left of each limit when last heard; nothing if empty.
         """
-        self.policy = policy
-        #: Units admitted alone, by resource; they are reported to the store afterwards.
-        self.admitted: Counter[str] = Counter()
-        self._record = record
-        self._buckets: list[tuple[Bucket, str]] = []
-        self._meters: list[tuple[Meter, str]] = []
-        slots = record.config.concurrency
-        self._slots = NEVER if slots is None else slots // workers
-        if policy == "share":
-            self._share_limits(workers, left, now)
-
-    def _share_limits(self, workers: int, left: Sequence[int], now: int) -> None:
-        date = self._record.last = max(now, self._record.last)
-        for number, limit in enumerate(self._record.config.limits):
-            window = self._record.windows[limit.key]
-            window.amount = share = limit.amount // workers
-            known = left[number] if number < len(left) else 0
-            own = share - window.available(date)
-            window.book(max(0, share - own - max(0, known) // workers), date)
-            self._meters.append((window, limit.resource))
+        self.last = date = max(now, self.last)
+        for limit, known in zip(self.config.limits, left or itertools.repeat(0), strict=False):
+            window = self.windows[limit.key]
+            window.amount, window.pace = limit.amount // workers, None
+            own = window.amount - window.available(date)
+            window.book(max(0, window.amount - own - max(0, known) // workers), date)
             if limit.burst is not None and limit.burst != limit.amount:
                 rate = Fraction(limit.amount * 1_000_000_000, limit.window * workers)
-                bucket = Bucket(rate=rate, burst=max(1, limit.burst // workers))
-                bucket.book(bucket.burst, date)
-                self._buckets.append((bucket, limit.resource))
+                window.pace = Bucket(rate=rate, burst=max(1, limit.burst // workers))
+                window.pace.book(window.pace.burst, date)
 
-    def earliest(self, amounts: Amounts, now: int, *, held: int) -> int:
-        """Return from when on ``amounts`` may pass, if this worker holds ``held`` slots.
-
-        `NEVER` means that it depends on the store, or on a slot being given back.
-        """
-        if self.policy == "open":
-            return now
-        if self.policy == "closed" or held + amounts.get(SLOT, 0) > self._slots:
-            return NEVER
-        due = max(now, self._record.last)
-        for meter, resource in (*self._meters, *self._buckets):
-            if amount := amounts.get(resource):
-                due = max(due, meter.earliest(amount, max(now, self._record.last)))
-        return due
-
-    def fitting(self, calls: Sequence[Any], now: int, *, held: int) -> tuple[int, int]:
-        """Return how many of ``calls``, in order, may pass now, and from when on the next one may."""
-        total: Counter[str] = Counter()
-        for number, call in enumerate(calls):
-            total.update(call.amounts)
-            when = self.earliest(total, now, held=held)
-            if when > max(now, self._record.last):
-                return number, when
-        return len(calls), NEVER
-
-    def book(self, amounts: Amounts, now: int) -> None:
-        """Count an admission that `earliest` allowed."""
-        for bucket, resource in self._buckets:
-            if amounts.get(resource):
-                bucket.book(amounts[resource], now)
-        self._record.book(amounts, now)
-        self.admitted.update({n: amount for n, amount in amounts.items() if amount and n != SLOT})
+    def earliest(self, amounts: Amounts, now: int) -> int:
+        """Return from when on the share allows ``amounts``."""
+        windows = self.windows.values()
+        wanted = ((window, amounts.get(window.limit.resource, 0)) for window in windows)
+        return max((each.earliest(units, now) for each, units in wanted if units), default=now)
 
 
 class StoreHealth:
@@ -172,92 +122,105 @@ class StoreHealth:
 
     def __init__(self, place: "StorePlace", config: LimitConfig) -> None:
         self.record = Record(config)
-        self.outage: Outage | None = None
-        #: The worker's share, while others may still have to report what they admitted alone.
-        self._share: Outage | None = None
-        self._share_until = 0
+        self.is_gone = False
         #: When to try a store again that is gone.
         self.retry_at = NEVER
         self._retry_interval = 0
-        self.workers = 1
-        #: What the store has left of each limit, as last heard.
-        self.left: tuple[int, ...] = ()
+        self._lost_at = 0
+        #: Units admitted alone, by resource; they are reported to the store afterwards.
+        self._admitted: Counter[str] = Counter()
+        #: How many slots this worker may hold alone.
+        self._slots = 0
+        #: Until when it takes no more than its share, as others may still have to report theirs.
+        self._share_until = 0
+        #: How many workers there are, and what the store has left of each limit, as last heard.
+        self._workers = 1
+        self._left: tuple[int, ...] = ()
         self._place = place
         self._clock = place.clock
         #: The store's clock minus this one.
         self._offset = 0
-        self._lost_at = 0
 
     def note_answer(self, receipt: Receipt, config: LimitConfig) -> None:
         """Note what an answer says; ``config`` is in force."""
         now = self._clock()
         self._offset = receipt.now - now
-        self.left = receipt.left
+        self._left = receipt.left
         # Soon after an outage, or after a loss of data, some workers are still away.
         soon = now < self._share_until or receipt.lost
-        self.workers = max(self.workers, receipt.workers) if soon else receipt.workers
+        self._workers = max(self._workers, receipt.workers) if soon else receipt.workers
         if self.record.config != config:
             self.record.adopt(config)
 
     def fail(self, error: StoreError) -> None:
         """Note that the store did not answer: go on alone from now on, and try again later."""
-        now = self._clock()
-        if self.outage is not None:
+        place, workers, now = self._place, self._workers, self._clock()
+        if self.is_gone:
             self._retry_interval = min(_MAX_RETRY_INTERVAL, 2 * self._retry_interval)
             self.retry_at = now + self._retry_interval
             return
-        self._lost_at, self._share = now, None
+        self.is_gone, self._lost_at, self._share_until = True, now, 0
         self._retry_interval = _RETRY_INTERVAL
         self.retry_at = now + _RETRY_INTERVAL
-        self.outage = Outage(
-            self._place.on_outage,
-            self.record,
-            workers=self.workers,
-            left=self.left,
-            now=now + self._offset,
-        )
+        slots = self.record.config.concurrency
+        self._slots = NEVER if slots is None else slots // workers
+        if place.on_outage == "share":
+            self.record.share(workers, self._left, now + self._offset)
         manner = {
-            "share": f"with its share, 1 of {self.workers}",
+            "share": f"with its share, 1 of {workers}",
             "open": "admitting everybody",
             "closed": "admitting nobody",
-        }[self._place.on_outage]
-        _log.warning("%s; limiter %s goes on %s", error, self._place.name, manner)
-        self._place.emit(StoreLost(limiter=self._place.name, at=now * 1e-9, reason=str(error)))
+        }[place.on_outage]
+        _log.warning("%s; limiter %s goes on %s", error, place.name, manner)
+        place.emit(StoreLost(limiter=place.name, at=now * 1e-9, reason=str(error)))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
-        """Book a call without the store if it may pass now; return when it may."""
-        assert self.outage is not None
-        due = self.outage.earliest(amounts, now + self._offset, held=held)
-        if due > max(now + self._offset, self.record.last):
-            return due - self._offset
-        self.outage.book(amounts, due)
-        return now
+        """Book a call without the store if it may pass now; return when it may.
+
+        `NEVER` means that it depends on the store, or on a slot being given back.
+        """
+        due = self._earliest(amounts, now, held)
+        if due <= now:
+            self.record.book(amounts, now + self._offset)
+            self._admitted.update({n: units for n, units in amounts.items() if units and n != SLOT})
+        return due
 
     def within_share(self, calls: Sequence[Any], *, held: int) -> tuple[int, int]:
         """Return how many of ``calls`` the store may be asked for, and when to look for more."""
         now = self._clock()
-        if self._share is None or now >= self._share_until:
-            self._share = None
-            return len(calls), NEVER
-        number, due = self._share.fitting(calls, now + self._offset, held=held)
-        return number, min(due - self._offset, self._share_until)
+        if now < self._share_until:
+            total: Counter[str] = Counter()
+            for number, call in enumerate(calls):
+                total.update(call.amounts)
+                due = self._earliest(total, now, held)
+                if due > now:
+                    return number, min(due, self._share_until)
+        return len(calls), NEVER
+
+    def _earliest(self, amounts: Amounts, now: int, held: int) -> int:
+        if self._place.on_outage == "open":
+            return now
+        if self._place.on_outage == "closed" or held + amounts.get(SLOT, 0) > self._slots:
+            return NEVER
+        date = max(now + self._offset, self.record.last)
+        due = self.record.earliest(amounts, date)
+        return now if due <= date else due - self._offset
 
     def recover(self) -> Correction | None:
         """Go on with the store; return what was admitted without it, as a debt."""
-        if self.outage is None:
+        if not self.is_gone:
             return None
-        now, outage, self.outage = self._clock(), self.outage, None
-        self.retry_at = NEVER
-        if outage.policy == "share":
-            self._share, self._share_until = outage, now + RECOVERY_TIME
+        place, now = self._place, self._clock()
+        self.is_gone, self.retry_at = False, NEVER
+        if place.on_outage == "share":
+            self._share_until = now + RECOVERY_TIME
+        admitted, self._admitted = self._admitted, Counter()
         seconds = (now - self._lost_at) * 1e-9
         _log.warning(
             "the store of limiter %s is back after %s; admitted without it: %s",
-            self._place.name,
+            place.name,
             in_seconds(seconds),
-            ", ".join(f"{n:,} {name}" for name, n in outage.admitted.items()) or "nothing",
+            ", ".join(f"{units:,} {name}" for name, units in admitted.items()) or "nothing",
         )
-        self._place.emit(StoreRecovered(limiter=self._place.name, at=now * 1e-9, seconds=seconds))
-        if not outage.admitted.total():
-            return None
-        return Correction(start=0, booked={}, used=dict(outage.admitted))
+        place.emit(StoreRecovered(limiter=place.name, at=now * 1e-9, seconds=seconds))
+        return Correction(start=0, booked={}, used=dict(admitted)) if admitted else None

@@ -1,4 +1,4 @@
-"""What one event loop does at a store: calls, corrections and slots, one batch at a time.
+"""What a process does at a store: calls, corrections and slots, one batch at a time.
 
 The limiter's own order decides who goes next. The session sends as many of these calls as may start
 soon, with all that came back since. One batch is in flight; what comes up meanwhile goes with the
@@ -7,6 +7,10 @@ urgent call may still pass them. The line here is kept about as long as what one
 
 A batch is also the worker's sign of life: if there is nothing to say, an empty one is sent. While
 the store is gone, calls pass as `asyncbucket.stores.outage` allows.
+
+A session serves all loops and threads of a process. It lives on a loop of its own, in a thread that
+ends with it; only a store that was made by the user has it on the user's loop. When the limiter is
+closed it ends as soon as no call waits, no slot is held, and the store has been told everything.
 """
 
 import asyncio
@@ -14,25 +18,21 @@ import contextlib
 import contextvars
 import itertools
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asyncbucket.core.errors import StoreError
-from asyncbucket.core.meters import NEVER
+from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.node import Meters
 from asyncbucket.stores.outage import StoreHealth
-from asyncbucket.stores.pending import Below, Leftover, Reservation, redated
-from asyncbucket.stores.store import (
-    SLOT,
-    Batch,
-    Booking,
-    Correction,
-    Ledger,
-    Outcome,
-    Receipt,
-    Store,
-)
+from asyncbucket.stores.pending import Reservation
+from asyncbucket.stores.store import SLOT, Booking, Correction, Ledger, Outcome, Receipt, Store
 
 if TYPE_CHECKING:
+    import concurrent.futures
+
     from asyncbucket.stores.place import StorePlace
 
 #: How long after its first start (ns) the others of a batch may start.
@@ -52,34 +52,41 @@ _MIN_ROOM: Final = 8
 _MAX_ROOM: Final = 512
 #: The shortest sleep (s).
 _NAP: Final = 20e-6
-_CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
 )
 
 _log: Final = logging.getLogger("asyncbucket")
 
+#: What a call has booked below the root, and when.
+Below: TypeAlias = tuple[Meters, int]
+
+
+def redated(waiter: Any, below: Below, now: int) -> Below:
+    """Date to ``now`` what ``waiter`` has booked below the root."""
+    meters, when = below
+    for meter, resource in meters:
+        if amount := waiter.amounts.get(resource):
+            meter.redate(amount, when, now)
+    return meters, now
+
 
 class Session:
-    """Serve the calls of one event loop; with the limiter's lock held unless said otherwise."""
+    """Serve the calls of one process; with the limiter's lock held unless said otherwise."""
 
     def __init__(
-        self, place: "StorePlace", loop: asyncio.AbstractEventLoop, *, is_visit: bool = False
+        self, place: "StorePlace", loop: asyncio.AbstractEventLoop | None, *, is_closing: bool
     ) -> None:
-        """Begin; ``is_visit``: only to tell the store what came back, if no calls come."""
-        self.loop = loop
-        self.successor: Leftover | None = None
-        self._place = place
+        """Begin, on ``loop`` or on one of its own; ``is_closing``: to tell what came back, and end."""
+        #: A limiter that nobody has any more ends its session.
+        self._place: StorePlace = weakref.proxy(place, lambda _: self.ring())
+        self._pending = place.pending
         self._clock = place.clock
         #: Calls that wait to be booked, in order, with what they have booked below the root.
         self._line: dict[Any, Below] = {}
         self._room = _MIN_ROOM
         #: Calls that are booked and wait for their start, in that order.
         self._reserved: dict[Any, tuple[Reservation, Below]] = {}
-        #: Slots of calls in flight, and of booked calls; and as many as the store knows of.
-        self.held = self._reported = 0
-        self._corrections: list[Correction] = []
-        self._gone: list[Leftover] = []
         #: When what came back must be reported, even if no call goes, and when to give a sign of life.
         self._report_at = self._beat_at = NEVER
         #: Before this instant the line's heads are not sent, because they would not be booked.
@@ -91,18 +98,25 @@ class Session:
         #: Whether calls wait in the store's line, for slots among others; whether others wait there.
         self._in_line = self._awaits_slots = self._is_crowded = False
         self._bell = asyncio.Event()
+        self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
         self._helpers: set[asyncio.Task[Any]] = set()
         self._error: Exception | None = None
-        self._probe: asyncio.Task[Receipt] | None = None
-        self._listener: asyncio.Task[None] | None = None
-        self._is_visit = is_visit
-        self._is_closing = False
+        self._probe: asyncio.Task[Any] | None = None
+        self._listener: asyncio.Task[Any] | None = None
+        self._is_closing = is_closing
+        #: Who wants to know when the store has been told everything.
+        self._closers: list[concurrent.futures.Future[None]] = []
         self._store: Store | None = None
         self._ledger: Ledger | None = None
         self._health: StoreHealth | None = None
         self._task: asyncio.Task[None] | None = None
-        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - None in a plain thread
+        self._owns_store = place.owns_store
+        self.loop = asyncio.new_event_loop() if loop is None else loop
+        if loop is None:
+            name = "asyncbucket session"
+            threading.Thread(target=self._run_in_thread, name=name, daemon=True).start()
+        elif asyncio._get_running_loop() is loop:  # noqa: SLF001 - None in a plain thread
             self._start()
         else:
             loop.call_soon_threadsafe(self._start)
@@ -117,16 +131,30 @@ class Session:
             context=contextvars.Context(),
         )
 
+    def _run_in_thread(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._run())
+
     # --- what the limiter asks, from any thread ---
 
     def has_room(self) -> bool:
-        """Return whether it takes another call."""
-        return len(self._line) < self._room
+        """Return whether it takes another call; date to now what stands here below the root.
 
-    def push(self, waiter: Any, below: "Below") -> None:
+        Otherwise limits there would forget those that wait for long, and let too many leave at once.
+        """
+        if len(self._line) >= self._room:
+            return False
+        now = self._clock()
+        for waiter, below in self._line.items():
+            self._line[waiter] = redated(waiter, below, now)
+        for waiter, (reservation, below) in self._reserved.items():
+            self._reserved[waiter] = reservation, redated(waiter, below, now)
+        return True
+
+    def push(self, waiter: Any, below: Below) -> None:
         """Take over ``waiter``, which has booked ``below`` the root."""
         self._line[waiter] = below
-        self._is_visit = False
+        self._is_closing = self._is_closing and self._has_failed(waiter)
         self.ring()
 
     def leave(self, waiter: Any) -> bool:
@@ -148,73 +176,49 @@ class Session:
             self._cancel(waiter.amounts, reservation)
         return True
 
-    def redate(self, now: int) -> None:
-        """Date to ``now`` what the calls here have booked below the root.
-
-        Otherwise limits there would forget those that wait for long, and let too many leave at once.
-        """
-        for waiter, below in self._line.items():
-            self._line[waiter] = redated(waiter, below, now)
-        for waiter, (reservation, below) in self._reserved.items():
-            self._reserved[waiter] = reservation, redated(waiter, below, now)
-
     def waiting(self) -> int:
         """Return how many calls wait here."""
         return sum(not waiter.done() for waiter in (*self._line, *self._reserved))
 
-    @property
-    def left(self) -> dict[Any, int]:
-        """The units left of each limit, as last heard; the store sorts limits in its own order."""
-        if self._health is None:
-            return {}
-        return dict(zip(self._health.record.config.limits, self._health.left, strict=False))
-
-    def correct(self, correction: Correction) -> None:
-        """Have a booking changed; it goes with the next batch.
-
-        For a call that was admitted without the store (``start`` is 0) nothing comes back, but
-        debts count.
-        """
-        if not correction.start:
-            booked, used = correction.booked, correction.used
-            more = {name: max(amount, booked.get(name, 0)) for name, amount in used.items()}
-            correction = Correction(start=0, booked=booked, used=more)
-        elif self._health is not None:
-            self._health.record.correct(correction)
-        self._corrections.append(correction)
-        self._report_soon(is_awaited=self._in_line)
-
-    def release(self) -> None:
-        """Give a slot back; it goes with the next batch."""
-        self.held -= 1
-        is_awaited = self._awaits_slots or self._is_crowded
-        self._report_soon(is_awaited=is_awaited, late=_GATHER if is_awaited else _GATHER_SLOTS)
+    def report(self, correction: Correction | None) -> None:
+        """Report a correction, or else a slot that came back, with the next batch."""
+        if correction is not None:
+            if correction.start and self._health is not None:
+                self._health.record.correct(correction)
+            self._report_soon(is_awaited=self._in_line)
+        else:
+            is_awaited = self._awaits_slots or self._is_crowded
+            is_soon = is_awaited or self._is_closing
+            self._report_soon(is_awaited=is_awaited, late=_GATHER if is_soon else _GATHER_SLOTS)
 
     def ring(self) -> None:
-        """Make the session look, from any thread."""
+        """Make the session look, from any thread, with or without the lock."""
         if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
             self._bell.set()
-        else:
+        elif not self._is_rung:
+            self._is_rung = True
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self._bell.set)
 
-    def end(self) -> Leftover:
-        """Let nobody go any more; return what is left: the loop has ended, or the session closes."""
+    def close(self, told: "concurrent.futures.Future[None]") -> None:
+        """End when no call waits and no slot is held; ``told`` is set once the store knows all."""
+        self._closers.append(told)
+        self._is_closing = True
+        self._report_at = self._clock()
+        self.ring()
+
+    def give_back(self) -> None:
+        """Give back what was booked for calls on the loop, which has ended."""
         for waiter, (reservation, _) in self._reserved.items():
             self._cancel(waiter.amounts, reservation)
         self._reserved.clear()
-        worker = "" if self._ledger is None else self._ledger.worker
-        self.successor = Leftover(worker, self.held, self._corrections)
-        if self.loop.is_closed():  # perhaps the store has not heard of them
-            self._place.leftovers.extend(Leftover(each.worker) for each in self._gone)
-        return self.successor
 
-    def _cancel(self, amounts: Any, reservation: Reservation) -> None:
+    def _cancel(self, amounts: Amounts, reservation: Reservation) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
         if reservation.booked_at:
-            self.correct(Correction.undo(amounts, reservation.booked_at))
+            self._place.correct(Correction.undo(amounts, reservation.booked_at))
         if reservation.slot:
-            self.release()
+            self._place.release()
 
     def _report_soon(self, *, is_awaited: bool, late: int = _GATHER) -> None:
         """Report what came back: very soon if a call waits for it, here or elsewhere, else soon.
@@ -229,87 +233,127 @@ class Session:
 
     # --- on the loop, without the lock ---
 
-    async def aclose(self) -> None:
-        """End the session: bookings that have not started are given back, waiting calls fail."""
-        self._is_closing = True
-        self.ring()
-        while self._task is None:  # noqa: ASYNC110 - it is about to start
-            await asyncio.sleep(0)
-        await asyncio.wait((self._task,))  # cancelling this does not stop it
-
     async def _run(self) -> None:
-        error: Exception | None = None
+        try:
+            while not await self._serve():
+                pass
+        except ReferenceError:  # nobody has the limiter any more
+            pass
+        except BaseException as error:  # whatever it is, those that wait must not wait on
+            if isinstance(error, Exception):
+                _log.error(
+                    "the session of limiter %s has failed; calls that wait are told, later ones "
+                    "get another; please report this",
+                    self._place.name,
+                    exc_info=error,
+                )
+            with self._place.lock():
+                self._place.fail_all(StoreError(_FAILED))
+                self._fail_early_calls()
+                self._place.forget(self)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._answer_closers()
+
+    async def _serve(self) -> bool:
+        """Open the store, serve while it is wanted, and leave it; return whether that is all."""
         try:
             if await self._open():
-                while not self._is_closing and not (self._is_visit and self._is_idle()):
+                while not self._is_over():
                     await self._step()
-        except Exception as failure:  # noqa: BLE001 - whatever it is, those that wait must not wait on
-            error = failure
-            _log.error(
-                "the session of limiter %s has failed; calls that wait are told, later ones get "
-                "another; please report this",
-                self._place.name,
-                exc_info=error,
-            )
-        await self._close(_CLOSED if error is None else _FAILED, error)
-
-    def _is_idle(self) -> bool:
-        with self._place.lock:
-            is_told = not self._corrections and not self._gone and self.held == self._reported
-            return is_told and not self._place.leftovers
+        finally:
+            await self._leave()
+        with self._place.lock():
+            self._fail_early_calls()
+            is_last = not self._heads()
+            if is_last:
+                self._place.forget(self)
+            return is_last
 
     async def _open(self) -> bool:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
         place = self._place
-        if self._fail_earlier_calls() and not self._line and not self._is_visit:
-            return False
+        with place.lock():
+            if self._fail_early_calls() and not self._heads():
+                return False
         try:
             self._store = place.make_store()
             config = place.config()
-            if self._is_visit:  # what others have set meanwhile stays
+            if self._is_closing:  # what others have set meanwhile stays
                 snapshot = await self._store.peek(place.name)
                 config = config if snapshot is None else snapshot.config
-            self._ledger = await self._store.open(place.name, config, slot_ttl=place.slot_ttl)
+            self._ledger = await self._store.open(
+                place.name, config, worker=place.worker, slot_ttl=place.slot_ttl
+            )
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
-            place.failure = error, place.arrivals()
-            self._fail_earlier_calls()
+            with place.lock():
+                place.fail_all(error)
+                self._fail_early_calls()
             return False
-        place.failure = None
         self._health = StoreHealth(place, self._ledger.config)
         self._beat_at = 0
         return True
 
-    def _fail_earlier_calls(self) -> bool:
-        """Fail calls that had come when the store could not be opened; return whether it could not.
+    def _is_over(self) -> bool:
+        """Tell whether to leave the store; tell those who close the limiter when it knows all."""
+        assert self._health is not None
+        if not self._is_closing:
+            return False
+        with self._place.lock():
+            self._fail_early_calls()
+            loops = [waiter.seat.loop for waiter in (*self._line, *self._reserved)]
+            is_busy = any(loop is None or loop.is_running() for loop in loops)
+            if not self._health.is_gone and (is_busy or self._pending):
+                return False
+            if not self._health.is_gone and self._pending.held:
+                self._answer_closers()
+                return False
+            return True
+
+    def _answer_closers(self) -> None:
+        while self._closers:
+            told = self._closers.pop()
+            if told.set_running_or_notify_cancel():
+                told.set_result(None)
+
+    def _has_failed(self, waiter: Any) -> bool:
+        _, last = self._place.failure
+        return bool(waiter.number <= last)
+
+    def _fail_early_calls(self) -> bool:
+        """Fail calls that had come when the store could not be opened, or the limiter was closed.
+
+        Return whether there were any.
 
         More of them wait in the pacer's line than fit in here. Each of those would otherwise try
         the store anew, in vain: it may take seconds to notice that it is gone.
         """
-        if self._place.failure is None:
-            return False
-        error, last = self._place.failure
-        with self._place.lock:
-            for waiter in [waiter for waiter in self._line if waiter.number <= last]:
-                self._place.fail(waiter, error)
-        return True
+        early = [each for each in (*self._line, *self._reserved) if self._has_failed(each)]
+        for waiter in early:
+            if waiter.seat.is_closed():
+                self.leave(waiter)
+            else:
+                self._place.fail(waiter)
+        return bool(early)
 
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
         assert self._health is not None
         if self._error is not None:
             raise self._error
-        with self._place.lock:
-            self._take_over()
+        with self._place.lock():
             heads = self._heads()
+            held = self._pending.held
         now = self._clock()
-        if self._health.outage is not None:
+        if self._health.is_gone:
             is_probing = self._probe is not None and not self._probe.done()
             if not is_probing and now >= self._health.retry_at:
-                self._probe = self._spawn(self._commit(self._batch(None)))
+                self._probe = self._spawn(self._commit(None))
                 self._health.retry_at = NEVER
             await self._sleep(min(self._admit_alone(heads), self._health.retry_at))
             return
-        number, look_again_at = self._health.within_share(heads, held=self.held)
+        number, look_again_at = self._health.within_share(heads, held=held)
         heads = heads[:number]
         if self._in_line and not heads:  # nobody waits any more: leave the store's line
             self._in_line = self._awaits_slots = False
@@ -318,47 +362,27 @@ class Session:
             return
         now = self._clock()
         is_due = bool(heads) and now >= self._ask_at
-        report_at = 0 if self._place.pending else min(self._report_at, self._beat_at)
+        report_at = 0 if self._pending.is_urgent() else min(self._report_at, self._beat_at)
         if is_due or now >= report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
         await self._sleep(min(self._ask_at if heads else NEVER, report_at, look_again_at))
 
-    def _take_over(self) -> None:
-        self._place.drop_ended_sessions()
-        while self._place.leftovers:
-            leftover = self._place.leftovers.popleft()
-            leftover.successor = self
-            self.held += leftover.held
-            self._corrections += leftover.corrections
-            if leftover.worker:
-                self._gone.append(leftover)
-            self._report_at = 0
-
     def _heads(self) -> Sequence[Any]:
         """Return the calls that go next; they stay in line."""
-        waiting = (waiter for waiter in self._line if not waiter.done())
+        waiting = (each for each in self._line if not (each.done() or self._has_failed(each)))
         return list(itertools.islice(waiting, self._room))
 
     def _adapt_room(self, sent: int, booked: int) -> None:
         wanted = self._room * 5 // 4 if booked == sent else 2 * booked
         self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
 
-    def _batch(self, heads: Sequence[Any] | None) -> Batch:
-        calls = None if heads is None else tuple(waiter.amounts for waiter in heads)
-        with self._place.lock:
-            corrections, self._corrections = tuple(self._corrections), []
-            self._reported = self.held
-            self._report_at = NEVER
-        gone = tuple(leftover.worker for leftover in self._gone)
-        return Batch(
-            gone=gone, corrections=corrections, held=self.held, calls=calls, horizon=_HORIZON
-        )
-
-    async def _commit(self, batch: Batch) -> Receipt:
+    async def _commit(self, calls: Sequence[Amounts] | None) -> Receipt:
         assert self._ledger is not None
         assert self._health is not None
-        batch, heard = self._place.pending.add_to(batch, self._clock())
+        with self._place.lock():
+            batch, heard = self._pending.batch(calls, self._clock(), _HORIZON)
+            self._report_at = NEVER
         try:
             receipt = await self._ledger.commit(batch)
         except StoreError as error:
@@ -366,24 +390,25 @@ class Session:
             self._in_line, self._awaits_slots, self._ask_at = False, False, 0
             raise
         heard()
-        self._gone = self._gone[len(batch.gone) :]
         self._beat_at = self._clock() + min(_MAX_BEAT_INTERVAL, round(self._place.slot_ttl * 3.3e8))
         self._is_crowded = receipt.crowded
         debts = self._health.recover()
         self._health.note_answer(receipt, self._ledger.config)
-        if receipt.changed is not None and self._place.pending.config is None:
+        if receipt.changed is not None and self._pending.config is None:
             self._place.adopt(receipt.changed)
-        with self._place.lock:
+        with self._place.lock():
+            # The store sorts limits in its own order.
+            self._place.left = dict(zip(self._ledger.config.limits, receipt.left, strict=False))
             if debts is not None:
-                self._corrections.append(debts)
-            if debts is not None or self.held != self._reported:
+                self._pending.corrections.append(debts)
+            if debts is not None or self._pending.held != self._pending.reported:
                 self._report_soon(is_awaited=True)
         return receipt
 
     async def _send(self, heads: Sequence[Any] | None) -> None:
         asked_at = self._clock()
         try:
-            receipt = await self._commit(self._batch(heads))
+            receipt = await self._commit(heads and [waiter.amounts for waiter in heads])
         except StoreError:
             return
         now = self._clock()
@@ -420,7 +445,7 @@ class Session:
                 start = max(now, booking.start + offset)
                 self._reserve(waiter, booking, start, booking.bound_by or bounds.get(waiter))
             elif booking.outcome is Outcome.NEVER:
-                with self._place.lock:
+                with self._place.lock():
                     self._place.refuse(waiter, booking.bound_by or "")
             else:
                 self._awaits_slots |= booking.outcome is Outcome.FULL
@@ -432,10 +457,10 @@ class Session:
         self._adapt_room(len(heads), booked)
 
     def _reserve(self, waiter: Any, booking: Booking, start: int, bound_by: str | None) -> None:
-        reservation = Reservation(self, booking.start, start, booking.slot, bound_by)
-        with self._place.lock:
-            self.held += booking.slot
-            self._reported += booking.slot
+        reservation = Reservation(booking.start, start, booking.slot, bound_by)
+        with self._place.lock():
+            self._pending.held += booking.slot
+            self._pending.reported += booking.slot
             # It may have given up while the batch was in flight.
             if waiter.done() or waiter not in self._line:
                 self._cancel(waiter.amounts, reservation)
@@ -443,30 +468,53 @@ class Session:
             self._reserved[waiter] = reservation, self._line.pop(waiter)
 
     def _let_go(self) -> None:
-        """Admit the calls whose start has come, and set the timer for the next."""
+        """Admit the calls of this loop whose start has come.
+
+        The session's own loop also has the other loops do so, and sets the timer for the next call.
+        """
+        here = asyncio.get_running_loop()
+        with self._place.lock():
+            next_start, elsewhere = self._admit_due(here)
+            if self.has_room():
+                self._place.ring_seats()
+        if here is not self.loop:
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        with self._place.lock:
-            now = self._clock()
-            for waiter, (reservation, below) in list(self._reserved.items()):
-                if reservation.start > now:
-                    nap = (reservation.start - now) * 1e-9
-                    self._timer = self.loop.call_later(max(_NAP, nap), self._on_timer)
-                    break
-                if not waiter.done():  # else it gave up, and will leave
-                    meters, _ = redated(waiter, below, now)
-                    if self._place.admit(waiter, reservation, meters, now):
-                        del self._reserved[waiter]
-            if self.has_room():
-                self._place.ring_seats(self.loop)
+        if next_start < NEVER:
+            nap = max(_NAP, (next_start - self._clock()) * 1e-9)
+            self._timer = self.loop.call_later(nap, self._on_timer)
+        for loop in elsewhere:
+            with contextlib.suppress(RuntimeError):  # it has just been closed
+                loop.call_soon_threadsafe(self._on_timer, context=contextvars.Context())
+
+    def _admit_due(
+        self, here: asyncio.AbstractEventLoop
+    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
+        """Admit what is due ``here``; return when the next start is, and where else calls are due."""
+        elsewhere: set[asyncio.AbstractEventLoop] = set()
+        now = self._clock()
+        for waiter, (reservation, below) in list(self._reserved.items()):
+            loop = waiter.seat.loop or self.loop
+            if reservation.start > now:
+                return reservation.start, elsewhere
+            if loop.is_closed():
+                self.leave(waiter)
+            elif loop is not here:
+                elsewhere.add(loop)
+            elif not waiter.done():  # else it gave up, and will leave
+                meters, _ = redated(waiter, below, now)
+                if self._place.admit(waiter, reservation, meters, now):
+                    del self._reserved[waiter]
+        return NEVER, elsewhere
 
     def _on_timer(self) -> None:
         try:
             self._let_go()
         except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
             self._error = error
-            self._bell.set()
+            self.ring()
 
     async def _listen(self) -> None:
         """Ask again when the store notifies, or at the time that it named."""
@@ -488,7 +536,7 @@ class Session:
         assert self._ledger is not None
         when = now = self._clock()
         for waiter in heads:
-            when = self._health.earliest_alone(waiter.amounts, now, held=self.held)
+            when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
             if when > now:
                 break
             slot = self._ledger.config.concurrency is not None and bool(waiter.amounts.get(SLOT))
@@ -502,9 +550,10 @@ class Session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._bell.wait()
+        self._is_rung = False  # first: another thread may ring at once
         self._bell.clear()
 
-    def _spawn(self, work: Any) -> "asyncio.Task[Any]":
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         task = asyncio.create_task(work, name="asyncbucket store")
         self._helpers.add(task)
         task.add_done_callback(self._note_end)
@@ -518,40 +567,15 @@ class Session:
             self._error = error
         self._bell.set()
 
-    async def _close(self, why: str, error: Exception | None) -> None:
-        """Fail the calls that wait, tell the store what came back, and leave it."""
-        place = self._place
+    async def _leave(self) -> None:
+        """Leave the store, and close it."""
         if self._timer is not None:
             self._timer.cancel()
         for task in tuple(self._helpers):
             task.cancel()
         await asyncio.gather(*self._helpers, return_exceptions=True)
-        with place.lock:
-            waiting = [*self._line, *self._reserved]
-            for waiter in waiting:
-                place.fail(waiter, error or StoreError(why), why)
-            if self._is_closing and not self._is_visit:  # those that stand in the pacer's line, too
-                place.failure = StoreError(why), place.arrivals()
-            if self._ledger is not None:
-                self._take_over()
-            leftover = self.end()
-            leftover.corrections, corrections = [], leftover.corrections
-            place.forget(self, leftover)
-        if self._ledger is not None:
-            await self._say_good_bye(self._ledger, leftover, corrections)
-        if self._store is not None:
-            await place.close_store(self._store)
-        place.ending.discard(self)
-
-    async def _say_good_bye(
-        self, ledger: Ledger, leftover: Leftover, corrections: list[Correction]
-    ) -> None:
-        gone = tuple(each.worker for each in self._gone)
-        batch = Batch(gone=gone, corrections=tuple(corrections), held=leftover.held)
-        batch, heard = self._place.pending.add_to(batch, self._clock())
-        try:
-            await ledger.commit(batch)
-            heard()
-        except Exception as error:  # noqa: BLE001 - nobody awaits it
-            _log.debug("the store is gone, and slots expire by themselves: %s", error)
-        await ledger.aclose()
+        ledger, self._ledger, store, self._store = self._ledger, None, self._store, None
+        if ledger is not None:
+            await ledger.aclose()
+        if store is not None and self._owns_store:
+            await store.aclose()

@@ -32,17 +32,23 @@ the receipt arrived is never early. Amounts are whole units by resource; ``"conc
 slot. The arithmetic is that of `asyncbucket.core.meters`. A store may answer later than that by at
 most one grain of its clock (a microsecond in Redis), never earlier.
 
-A failure raises `StoreError` within the store's patience (0.2 s). The calls of a failed batch count
-as not booked: anything that was booked nevertheless is given back when the store answers again. The
-batch's corrections are kept and applied then, once; all else has to be sent again.
+A failure raises `StoreError` within the store's patience (0.2 s). Whether the batch was applied is
+then unknown, so nothing is sent again blindly. Each batch has a number, and a store answers a number
+that it knows as it did before. The ledger keeps the batch that is in doubt, asks about it before it
+sends another, and gives back what was booked for its calls. A caller that is cancelled counts as a
+failure. Corrections are kept until they are applied, once; all else has to be sent again.
 """
 
+import abc
 import asyncio
+import contextlib
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
+from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.statistics import LimitUse
@@ -54,8 +60,9 @@ FAR: Final = 250_000_000
 GRACE: Final = 100_000_000
 #: The resource of which a slot is one unit.
 SLOT: Final = "concurrency"
-#: After how many seconds a ledger reports by itself what it has to give back.
-FLUSH_DELAY: Final = 0.02
+#: Within so many seconds a store answers, or counts as gone; and the first time, when it is opened.
+PATIENCE: Final = 0.2
+OPEN_PATIENCE: Final = 5.0
 _LONGEST_NAME: Final = 200
 #: Seconds of one step of `wait_patiently`.
 _STEP: Final = 0.05
@@ -146,8 +153,6 @@ class Batch:
     #: already given. ``gradually``: a slow start afterwards, see `asyncbucket.feedback.pause`.
     pause: int = 0
     gradually: bool = False
-    #: Workers that have ended without saying so: their slots and places come back.
-    gone: tuple[str, ...] = ()
     corrections: tuple[Correction, ...] = ()
     #: How many slots this worker holds, for calls that were booked earlier; None if unchanged.
     held: int | None = None
@@ -218,22 +223,34 @@ class Snapshot:
     details: dict[str, str] = field(default_factory=dict)
 
 
-class Ledger(Protocol):
+class Ledger(abc.ABC):
     """Keep the limits of one limiter, as one worker sees them.
 
     Methods may be called by several tasks of one event loop; the ledger puts them in order. Every
     method raises `StoreError` within the store's patience if the store is out of reach or unusable.
     """
 
-    #: The limiter's name; all who open the same name share the same limits.
-    name: str
-    #: This worker's unique name.
-    worker: str
+    #: Seconds until the store counts as gone.
+    patience: float = PATIENCE
 
-    @property
-    def config(self) -> LimitConfig:
-        """The limits in force, as last heard."""
-        ...
+    def __init__(self, name: str, worker: str | None) -> None:
+        #: The limiter's name; all who open the same name share the same limits.
+        self.name = name
+        #: This worker's unique name.
+        self.worker = secrets.token_hex(8) if worker is None else worker
+        #: The limits in force, as last heard.
+        self.config = LimitConfig()
+        self._turn = asyncio.Lock()
+        #: The number of the last batch; a worker that opens the limiter again repeats none.
+        self._number = secrets.randbelow(1 << 48)
+        #: That batch, while it is unknown whether it was applied.
+        self._in_doubt: Batch | None = None
+        #: Corrections that have not been sent, and how many slots it holds, as far as callers know.
+        self._owed: tuple[Correction, ...] = ()
+        self._held = 0
+        #: Whether a batch in doubt found the store's state lost.
+        self._has_lost = False
+        self._is_open = True
 
     async def commit(self, batch: Batch) -> Receipt:
         """Apply ``batch`` in one step; each call of it is charged once or not at all.
@@ -243,8 +260,53 @@ class Ledger(Protocol):
         Raises:
             StoreError: the store does not answer, or fails. See the module's last paragraph.
         """
-        ...
+        return await self._commit(batch, self.patience)
 
+    async def join(self, config: LimitConfig) -> None:
+        """Make the limiter if necessary, and put ``config`` in force."""
+        await self._commit(Batch(config=config), max(self.patience, OPEN_PATIENCE))
+
+    async def _commit(self, batch: Batch, patience: float) -> Receipt:
+        self._held = self._held if batch.held is None else batch.held
+        self._owed += batch.corrections
+        async with self._turn:
+            receipt: Receipt = await self._in_time(self._exchange(batch), patience)
+            self._in_doubt = None
+        self._held += sum(booking.slot for booking in receipt.bookings)
+        lost, self._has_lost = self._has_lost or receipt.lost, False
+        return replace(receipt, lost=lost)
+
+    async def _exchange(self, batch: Batch) -> Receipt:
+        if self._in_doubt is not None:
+            receipt = await self._send(self._number, self._in_doubt)
+            self._has_lost |= receipt.lost
+            self._owed += undone(self._in_doubt.calls, receipt)
+            self._in_doubt = None
+        corrections, self._owed = self._owed, ()
+        self._in_doubt = replace(batch, corrections=corrections, held=self._held)
+        self._number += 1
+        return await self._send(self._number, self._in_doubt)
+
+    async def _in_time(self, work: Coroutine[Any, Any, Any], patience: float) -> Any:
+        """Return the result of ``work``, or end it when it takes longer than ``patience`` seconds."""
+        task = asyncio.create_task(work, name="asyncbucket store")
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            return await wait_patiently(task, patience)
+        except TimeoutError:
+            raise StoreError(self._too_late(patience)) from None
+        finally:
+            task.cancel()
+
+    @abc.abstractmethod
+    async def _send(self, number: int, batch: Batch) -> Receipt:
+        """Apply ``batch``; if ``number`` was applied before, only answer as then."""
+
+    @abc.abstractmethod
+    def _too_late(self, patience: float) -> str:
+        """Return what to say if there was no answer within ``patience`` seconds."""
+
+    @abc.abstractmethod
     async def changed(self, *, timeout: float) -> bool:
         """Wait until this worker's turn has come, or the limits have changed.
 
@@ -252,15 +314,24 @@ class Ledger(Protocol):
         batch was answered count, so none is missed in between. A store that cannot notify checks by
         itself, at a low rate.
         """
-        ...
 
+    @abc.abstractmethod
     async def peek(self) -> Snapshot:
         """Look at the state of the limiter; this changes nothing."""
-        ...
 
     async def aclose(self) -> None:
-        """Leave: the worker no longer counts and stands in no line. Slots in use stay, and expire."""
-        ...
+        """Leave: the worker no longer counts, stands in no line and holds no slots."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.suppress(StoreError):  # it expires by itself
+            if self._in_doubt is not None or self._owed:
+                await self.commit(Batch())
+            await self._in_time(self._leave(), self.patience)
+
+    @abc.abstractmethod
+    async def _leave(self) -> None:
+        """Tell the store that this worker is gone."""
 
 
 class Store(Protocol):

@@ -161,7 +161,7 @@ def start_server(
     They may be frozen or killed, so replies are waited for as long as users wait.
     """
     assert patient is None
-    monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 0.2)
+    monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 0.2)
     running: list[RunningServer] = []
     assert server_program
 
@@ -189,7 +189,7 @@ def shared_server(
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait longer than 0.2 s for replies, as the machine may be busy."""
-    monkeypatch.setattr("asyncbucket.stores.redis.PATIENCE", 5.0)
+    monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 5.0)
 
 
 class Fault:

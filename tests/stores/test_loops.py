@@ -131,7 +131,7 @@ def test_loops_and_threads_of_a_process_share_the_limit(url: str) -> None:
     asyncio.run(limiter.aclose())
 
 
-def test_closing_disconnects_background_loop_unless_a_call_waits(url: str, redis_sync: Any) -> None:
+def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: Any) -> None:
     limiter = Limiter(concurrency=1, store=url, name="openai")
 
     def connections() -> set[str]:
@@ -146,9 +146,9 @@ def test_closing_disconnects_background_loop_unless_a_call_waits(url: str, redis
             while not limiter.statistics().waiting:
                 time.sleep(0.001)
             asyncio.run(limiter.aclose())
-            lease.release()
-            waiting.result().release()
-        asyncio.run(limiter.aclose())
+            with pytest.raises(StoreError, match="was closed while this call waited"):
+                waiting.result()
+        lease.release()
         while connections() - before:  # the server may notice it later
             time.sleep(0.001)
 

@@ -24,7 +24,6 @@ class MemoryStore:
     def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
         self.state = State(LimitConfig())
-        self.workers = 0
         self.gone = False
         #: How long an answer takes (s).
         self.delay = 0.0
@@ -32,9 +31,10 @@ class MemoryStore:
     def check(self, config: LimitConfig) -> None:
         """Accept all limits."""
 
-    async def open(self, name: str, config: LimitConfig, **_: Any) -> "MemoryLedger":
-        self.workers += 1
-        ledger = MemoryLedger(self, name, f"w{self.workers}")
+    async def open(
+        self, name: str, config: LimitConfig, *, worker: str, **_: Any
+    ) -> "MemoryLedger":
+        ledger = MemoryLedger(self, name, worker)
         await ledger.commit(Batch(config=config))
         return ledger
 

@@ -244,11 +244,11 @@ async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any)
     state = await redis.execute_command(
         "HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[]
     )
-    other = state.replace(b"\xa6schema\x02", b"\xa6schema\x03")
+    other = state.replace(b"\xa6schema\x03", b"\xa6schema\x04")
     assert other != state
     await redis.hset("asyncbucket:{schema}:state", "state", other)
     with pytest.raises(
-        StoreError, match="has schema 3, and this asyncbucket needs 2: use one version"
+        StoreError, match="has schema 4, and this asyncbucket needs 3: use one version"
     ):
         await store.open("schema", terms("1000/s"))
 

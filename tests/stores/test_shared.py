@@ -303,12 +303,12 @@ def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next() ->
     updates, (one, two) = PendingUpdates(), [terms(f"{number} RPM") for number in (1, 2)]
     updates.config = one
     updates.pause(5, gradually=True)
-    batch, heard = updates.add_to(Batch(), now=2)
+    batch, heard = updates.batch((), now=2, horizon=0)
     assert (batch.config, batch.pause, batch.gradually) == (one, 3, True)
     updates.config = two
     updates.pause(4, gradually=False)  # ends earlier
     heard()
-    batch, heard = updates.add_to(Batch(), now=2)
+    batch, heard = updates.batch((), now=2, horizon=0)
     assert (batch.config, batch.pause) == (two, 0)
     heard()
     assert not updates

@@ -2,16 +2,13 @@
 --
 -- `state` is packed numbers, `config` the limits as their last author wrote them, `r:<worker>` what
 -- the worker's last batch was answered, `h:<worker>` how many slots it holds (in sum `total`, by `holders`
--- workers); the rest are windows' entries. KEYS[2] holds workers by their expiry; `gone` of them have left
--- while calls of theirs are in flight, and have LEFT before their names. Instants are microseconds of
--- the server's clock plus an offset that grows when that clock goes back: they never decrease.
+-- workers); the rest are windows' entries. KEYS[2] holds workers by their expiry. Instants are microseconds
+-- of the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
-local SCHEMA = 2 -- of this state; others are refused
+local SCHEMA = 3 -- of this state; others are refused
 local MINUTE = 60000000
 local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
-
-local LEFT = '~'
 
 local function as_integer(number)
   return string.format('%.0f', number)
@@ -74,7 +71,7 @@ end
 local function new_state(epoch)
   return {
     schema = SCHEMA, epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0,
-    ttl = 0, total = 0, holders = 0, gone = 0, windows = {}, buckets = {}, line = {},
+    ttl = 0, total = 0, holders = 0, windows = {}, buckets = {}, line = {},
   }
 end
 
@@ -156,7 +153,7 @@ local function save(s)
   local kept = cmsgpack.pack({
     epoch = s.epoch, before = s.before, seen = s.seen, offset = s.offset, last = s.last,
     bound = s.bound, paused = s.paused, ramp = s.ramp, line = s.line, ttl = s.ttl, total = s.total,
-    holders = s.holders, gone = s.gone, schema = s.schema, windows = windows, buckets = buckets,
+    holders = s.holders, schema = s.schema, windows = windows, buckets = buckets,
   })
   redis.call('HSET', KEYS[1], 'state', kept, 'config', s.text)
   for _, m in ipairs(s.meters) do
@@ -201,13 +198,10 @@ local function set_held(s, worker, held)
   return before
 end
 
--- Forget workers; `names` as in KEYS[2]. What is removed at the end is noted in `s.removed`.
+-- Forget workers; they are removed at the end: see `save_workers`.
 local function forget_workers(s, names)
-  for _, name in ipairs(names) do
-    local worker = name:sub(1, 1) == LEFT and name:sub(2) or name
-    if worker ~= name then
-      s.gone = s.gone - 1
-    end
+  for _, worker in ipairs(names) do
+    s.removed[#s.removed + 1] = worker
     set_held(s, worker, 0)
     for i, place in ipairs(s.line) do
       if place.worker == worker then
@@ -215,7 +209,6 @@ local function forget_workers(s, names)
         break
       end
     end
-    s.removed[#s.removed + 1] = name
   end
 end
 
@@ -228,9 +221,8 @@ end
 -- Write what `forget_workers` and `set_held` have noted; behind `save`, which a server short of memory refuses.
 local function save_workers(s, worker, held, ttl)
   for _, name in ipairs(s.removed) do
-    local other = name:sub(1, 1) == LEFT and name:sub(2) or name
     redis.call('ZREM', KEYS[2], name)
-    redis.call('HDEL', KEYS[1], 'r:' .. other, 'h:' .. other)
+    redis.call('HDEL', KEYS[1], 'r:' .. name, 'h:' .. name)
   end
   if ttl then
     redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)

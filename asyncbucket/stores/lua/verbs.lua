@@ -27,11 +27,7 @@ ttl = tonumber(ttl)
 
 local verbs = {}
 
-local function workers(s)
-  return redis.call('ZCARD', KEYS[2]) - s.gone
-end
-
-function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause, step, gone)
+function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause, step)
   seq, horizon, held = tonumber(seq), tonumber(horizon), tonumber(held)
   if sets_config == '1' then
     redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
@@ -49,13 +45,6 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
     end
   end
   expire(s)
-  for _, name in ipairs(read(gone)) do
-    for _, each in ipairs({ name, LEFT .. name }) do
-      if redis.call('ZSCORE', KEYS[2], each) then
-        forget_workers(s, { each })
-      end
-    end
-  end
   local till = s.now + tonumber(pause)
   if till > s.now and till > s.paused then
     s.paused, s.ramp = till, nil
@@ -103,7 +92,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
     lost = s.lost and 'true' or 'false',
     life = as_integer(lifetime(s)),
     left = left(s),
-    workers = workers(s),
+    workers = redis.call('ZCARD', KEYS[2]),
     crowded = tostring(crowded),
     inline = tostring(own ~= nil),
     bookings = '[' .. table.concat(a.answers, ',') .. ']',
@@ -157,7 +146,7 @@ function verbs.peek()
     slots = as_integer(s.config.concurrency and s.total or 0),
     paused = as_integer(s.paused),
     last = as_integer(s.last),
-    workers = workers(s) - #s.removed,
+    workers = redis.call('ZCARD', KEYS[2]) - #s.removed,
   })
 end
 
@@ -167,20 +156,9 @@ function verbs.leave()
   end
   local s = load('', new_epoch, config, ttl)
   expire(s)
-  local held = tonumber(redis.call('HGET', KEYS[1], 'h:' .. worker) or 0)
-  line_leave(s, worker)
-  local until_then = redis.call('ZSCORE', KEYS[2], worker)
-  if held > 0 and until_then then -- calls of it are in flight: their slots stay until they expire
-    s.gone = s.gone + 1
-  elseif until_then then
-    forget_workers(s, { worker })
-  end
+  forget_workers(s, { worker })
   local notices = call(s)
   save(s)
-  if held > 0 and until_then then
-    redis.call('ZREM', KEYS[2], worker)
-    redis.call('ZADD', KEYS[2], until_then, LEFT .. worker)
-  end
   save_workers(s)
   notify(channel, notices)
   return '{}'

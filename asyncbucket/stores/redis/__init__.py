@@ -3,14 +3,7 @@
 A batch is one run of one script, so it happens at once or not at all; the server's clock is the
 only one. `script` says how the script is called, `servers` where it runs.
 
-*Charged once.* Nothing is sent again blindly. A batch carries a running number of its worker, and
-the script keeps its last answer. So if an answer is lost, it can be asked for again, and nothing is
-booked twice.
-
-*In doubt.* A batch that got no answer may have been booked. The ledger raises `StoreError` and
-keeps the batch. Before anything else is sent, it asks again with the same number, and gives back
-whatever was booked for calls that have already failed. Cancellation of the caller is handled
-likewise: the script runs in a task of the ledger's own, and what it books is given back.
+*Charged once.* The script keeps its last answer to each worker, and the number of the batch.
 
 *Lost.* The state has an epoch. If a worker knows an epoch that the server does not (because it was
 flushed, or restarted without its data), everything counts as used up: a full window must pass.
@@ -18,11 +11,9 @@ flushed, or restarted without its data), everything counts as used up: a full wi
 
 import asyncio
 import contextlib
-import functools
 import json
 import secrets
 import time
-from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, Final
 
@@ -31,23 +22,19 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.redis import servers
 from asyncbucket.stores.redis.script import GRAIN, Codec
-from asyncbucket.stores.redis.servers import FAILURES, PATIENCE, Server
+from asyncbucket.stores.redis.servers import FAILURES, Server
 from asyncbucket.stores.store import (
-    FLUSH_DELAY,
+    OPEN_PATIENCE,
     Batch,
-    Correction,
+    Ledger,
     LimitConfig,
     Receipt,
     Snapshot,
     check_membership,
-    undone,
-    wait_patiently,
 )
 
 __all__ = ["RedisLedger", "RedisStore", "from_url"]
 
-#: Seconds that the first answer may take, including connecting and parsing the script.
-_FIRST_PATIENCE: Final = 2.0
 #: Seconds before listening is tried again.
 _RETRY_INTERVAL: Final = 0.5
 
@@ -85,7 +72,7 @@ class RedisStore:
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         check_membership(name, slot_ttl)
-        ledger = RedisLedger(self._server, name, worker or secrets.token_hex(8), slot_ttl)
+        ledger = RedisLedger(self._server, name, worker, slot_ttl)
         await ledger.join(config)
         return ledger
 
@@ -107,13 +94,12 @@ class RedisStore:
         return f"<RedisStore {self.url}>"
 
 
-class RedisLedger:
-    """Keep one limiter on a server, for one worker; see `asyncbucket.stores.store.Ledger`."""
+class RedisLedger(Ledger):
+    """Keep one limiter on a server, for one worker."""
 
-    def __init__(self, server: Server, name: str, worker: str, slot_ttl: float) -> None:
+    def __init__(self, server: Server, name: str, worker: str | None, slot_ttl: float) -> None:
+        super().__init__(name, worker)
         self._server = server
-        self.name = name
-        self.worker = worker
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers")
@@ -122,18 +108,6 @@ class RedisLedger:
         #: The epoch that the worker knows, when it last heard of it, and how long it lives unused.
         self._epoch = ""
         self._epoch_heard_at = self._epoch_life = 0.0
-        self._request_lock = asyncio.Lock()
-        self._is_closed = False
-        self._number = 0
-        #: The last batch, if it is unknown whether it was booked.
-        self._in_doubt: Batch | None = None
-        #: Whether that batch found the store's state lost.
-        self._has_lost = False
-        #: How many slots it holds, as far as callers were told.
-        self._held = 0
-        #: What came back while the store could not be told.
-        self._pending: tuple[Correction, ...] = ()
-        self._tasks: set[asyncio.Task[Any]] = set()
         #: Whether the last batch left calls waiting.
         self._is_waiting = False
         #: Whether the worker was called, and when it will be.
@@ -141,75 +115,8 @@ class RedisLedger:
         self._timer: asyncio.TimerHandle | None = None
         self._listener: asyncio.Task[None] | None = None
 
-    @property
-    def config(self) -> LimitConfig:
-        return self._codec.config
-
-    async def join(self, config: LimitConfig) -> None:
-        """Make or join the limiter, under ``config``."""
-        await self.commit(Batch(config=config), patience=_FIRST_PATIENCE)
-
-    async def commit(self, batch: Batch, *, patience: float | None = None) -> Receipt:
-        """See `asyncbucket.stores.store.Ledger.commit`."""
-        self._held = self._held if batch.held is None else batch.held
-        task = self._spawn(self._commit(batch))
-        try:
-            receipt: Receipt = await self._answer(task, patience)
-        except asyncio.CancelledError:
-            task.add_done_callback(functools.partial(self._abandon, batch))
-            raise
-        self._held += sum(booking.slot for booking in receipt.bookings)
-        return receipt
-
-    async def _commit(self, batch: Batch) -> Receipt:
-        is_sent = False
-        try:
-            async with self._request_lock:
-                if self._in_doubt is not None:  # ask again, and give back what was booked
-                    receipt = await self._send(self._in_doubt)
-                    self._pending += undone(self._in_doubt.calls, receipt)
-                    self._in_doubt = None
-                    self._has_lost |= receipt.lost
-                batch = replace(
-                    batch, corrections=self._pending + batch.corrections, held=self._held
-                )
-                self._pending, self._in_doubt, is_sent = (), batch, True
-                self._number += 1
-                receipt = await self._send(batch)
-                self._in_doubt = None
-                lost, self._has_lost = self._has_lost or receipt.lost, False
-                return replace(receipt, lost=lost)
-        finally:
-            if not is_sent:
-                self._pending += batch.corrections
-
-    def _abandon(self, batch: Batch, task: asyncio.Task[Receipt]) -> None:
-        """Give back what was booked for a caller that is gone."""
-        if not task.cancelled() and task.exception() is None:
-            self._pending += undone(batch.calls, task.result())
-            # With a timer, which a loop that ends drops; it would warn of a task made at its end.
-            task.get_loop().call_later(FLUSH_DELAY, lambda: self._spawn(self._flush()))
-
-    async def _flush(self) -> None:
-        with contextlib.suppress(StoreError):  # it waits for the next batch
-            await self.commit(Batch(calls=None))
-
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(work, name="asyncbucket store")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _answer(self, task: asyncio.Task[Any], patience: float | None = None) -> Any:
-        patience = patience or PATIENCE
-        try:
-            return await wait_patiently(task, patience)
-        except TimeoutError:
-            task.cancel()
-            raise self._server.timeout_error(patience) from None
-
-    async def _send(self, batch: Batch) -> Receipt:
-        """Send ``batch`` under the current number; if the limits have changed, under the new ones."""
+    async def _send(self, number: int, batch: Batch) -> Receipt:
+        """Send ``batch``; if the limits have changed, under the new ones."""
         self._reset_call()
         changed = None
         codec = self._codec if batch.config is None else Codec(batch.config)
@@ -219,7 +126,7 @@ class RedisLedger:
             reply = await self._run(
                 codec,
                 "commit",
-                self._number,
+                number,
                 batch.horizon // GRAIN,
                 batch.held or 0,
                 codec.corrections(batch.corrections),
@@ -227,13 +134,12 @@ class RedisLedger:
                 int(batch.config is not None),
                 -(-batch.pause // GRAIN),
                 local.step // GRAIN,
-                json.dumps(batch.gone) if batch.gone else "",
             )
             if "bookings" in reply:
                 break
             codec = Codec.from_text(json.dumps(reply["config"]))
             changed = codec.config
-        self._codec = codec
+        self._codec, self.config = codec, codec.config
         receipt = codec.receipt(reply, batch, changed)
         if batch.calls is not None:
             self._is_waiting = receipt.ask_at > 0
@@ -279,7 +185,7 @@ class RedisLedger:
             for _ in channels:
                 if not servers.is_cancelling():
                     await pubsub.get_message(timeout=None)
-            self._call((await self._ask("turn", int(self._is_waiting)))["come"])
+            self._call((await self._run(self._codec, "turn", int(self._is_waiting)))["come"])
             while not servers.is_cancelling():
                 message = await pubsub.get_message(timeout=None)
                 if message is not None and message["type"] == "message":
@@ -293,7 +199,8 @@ class RedisLedger:
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
-        reply = await self._ask("peek", patience=None if self.worker else _FIRST_PATIENCE)
+        patience = self.patience if self.worker else OPEN_PATIENCE
+        reply = await self._in_time(self._run(self._codec, "peek"), patience)
         if not reply:
             return None
         config = Codec.from_text(json.dumps(reply["config"])).config
@@ -310,23 +217,15 @@ class RedisLedger:
 
     async def aclose(self) -> None:
         """See `asyncbucket.stores.store.Ledger.aclose`."""
-        if self._is_closed:
-            return
-        self._is_closed = True
         self._reset_call()
         await servers.cancel_and_wait(self._listener)
-        with contextlib.suppress(StoreError):
-            if self._in_doubt or self._pending:
-                await self.commit(Batch())
-            await self._ask("leave")
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().aclose()
 
-    async def _ask(
-        self, verb: str, *args: str | int, patience: float | None = None
-    ) -> dict[str, Any]:
-        task = self._spawn(self._run(self._codec, verb, *args))
-        reply: dict[str, Any] = await self._answer(task, patience)
-        return reply
+    async def _leave(self) -> None:
+        await self._run(self._codec, "leave")
+
+    def _too_late(self, patience: float) -> str:
+        return self._server.too_late(patience)
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
         # An epoch that may have expired by itself, with nothing left to remember, is not a loss.

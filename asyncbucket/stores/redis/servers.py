@@ -35,8 +35,6 @@ except ImportError as missing:
         'a redis:// store needs redis-py: pip install "asyncbucket[redis]"'
     ) from missing
 
-#: Seconds after which a server counts as gone; the caller gets its answer within 0.3 s.
-PATIENCE: Final = 0.2
 #: Where in the script a command was refused, which servers append to the reason.
 _TRAILER: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @?user_script:\d+$")
 #: Seconds after which a connection gives up by itself, if nobody has ended it before.
@@ -151,16 +149,16 @@ class Server:
             raise self._store_error(error) from error
         return [key.decode() if isinstance(key, bytes) else key for key in found]
 
-    def timeout_error(self, patience: float = PATIENCE) -> StoreError:
-        """Return the error of a server that does not answer within ``patience`` seconds."""
-        return StoreError(
+    def too_late(self, patience: float) -> str:
+        """Return what to say of a server that does not answer within ``patience`` seconds."""
+        return (
             f"the store {self.url} gave no answer within {patience:g} s; "
             f"see whether it runs and how far away it is"
         )
 
     def _store_error(self, error: Exception) -> StoreError:
         if isinstance(error, exceptions.TimeoutError):
-            return self.timeout_error()
+            return StoreError(self.too_late(_BACKSTOP))
         message = _without_secrets(str(error), _secrets_of(self.client)).rstrip(".")
         message = _TRAILER.sub("", message)
         return StoreError(f"the store {self.url} {_remedy(error, message)}")

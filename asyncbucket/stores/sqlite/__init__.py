@@ -8,11 +8,8 @@ errors, and the clock of all processes; here is what workers use, on a thread fo
 
 import asyncio
 import concurrent.futures
-import contextlib
-import functools
 import os
 import secrets
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,14 +21,14 @@ from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.sqlite.file import File, SharedClock
 from asyncbucket.stores.sqlite.state import State
 from asyncbucket.stores.store import (
-    FLUSH_DELAY,
+    OPEN_PATIENCE,
+    PATIENCE,
     Batch,
-    Correction,
+    Ledger,
     LimitConfig,
     Receipt,
     Snapshot,
     check_membership,
-    undone,
     wait_patiently,
 )
 
@@ -39,12 +36,8 @@ __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
 
 T = TypeVar("T")
 
-#: Within this many seconds the store answers or says why not.
-PATIENCE: Final = 0.2
 #: How much longer (s) than for the lock to wait for the thread's report.
 _GRACE: Final = 0.05
-#: Seconds that opening may take at least: a new file is flushed to the disk.
-_OPEN_PATIENCE: Final = 5.0
 #: How often (s) a worker in line looks whether its turn has come.
 _POLL_INTERVAL: Final = 0.005
 _HOW: Final = (
@@ -84,8 +77,6 @@ class SQLiteStore:
         self.known: dict[str, tuple[str, int, State]] = {}
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._is_closed = False
-        #: When work last failed, and how: what was asked for before that fails as well.
-        self._failed: tuple[float, StoreError] | None = None
         weakref.finalize(self, self.file.close).atexit = False
 
     @property
@@ -102,7 +93,6 @@ class SQLiteStore:
     ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         check_membership(name, slot_ttl)
-        worker = worker or f"{os.getpid()}-{secrets.token_hex(6)}"
         ledger = SQLiteLedger(self, name, worker, life=round(slot_ttl * 1_000_000_000))
         await ledger.join(config)
         return ledger
@@ -128,12 +118,14 @@ class SQLiteStore:
         Raises:
             StoreError: it failed, or took too long.
         """
-        job = self.submit(work, *args)
+        job = asyncio.wrap_future(self.submit(work, *args))
         try:
-            return await self.answer(job)
-        except BaseException:
+            answer: T = await wait_patiently(job, max(self.patience + _GRACE, OPEN_PATIENCE))
+        except TimeoutError:
+            raise StoreError(self.too_late(OPEN_PATIENCE)) from None
+        finally:
             job.cancel()
-            raise
+        return answer
 
     def submit(self, work: Callable[..., T], *args: Any) -> "concurrent.futures.Future[T]":
         """Have ``work`` done on the store's thread."""
@@ -142,35 +134,24 @@ class SQLiteStore:
         self.file.refuse_fork()
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
-        return self._thread.submit(self._do, time.monotonic(), work, *args)
+        return self._thread.submit(self._do, work, *args)
 
-    async def answer(
-        self, job: "concurrent.futures.Future[T]", *, patience: float | None = None
-    ) -> T:
-        """Wait for what `submit` returned, as long as the patience lasts."""
-        patience = patience or self.patience
-        try:
-            answer: T = await wait_patiently(asyncio.wrap_future(job), patience + _GRACE)
-        except TimeoutError:
-            raise StoreError(
-                f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow "
-                f"more with ?patience={max(5, patience * 4):g}"
-            ) from None
-        return answer
+    def too_late(self, patience: float) -> str:
+        """Return what to say if there was no answer within ``patience`` seconds."""
+        return (
+            f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow "
+            f"more with ?patience={max(5, patience * 4):g}"
+        )
 
-    def _do(self, asked_at: float, work: Callable[..., T], *args: Any) -> T:
-        if self._failed is not None and asked_at < self._failed[0]:
-            raise self._failed[1]
+    def _do(self, work: Callable[..., T], *args: Any) -> T:
         try:
             return work(*args)
-        except StoreError as error:
-            failure = error
-        except Exception as error:  # noqa: BLE001 - our own mistake is the store's failure to callers
-            failure = StoreError(f"{self._path}: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-        self.known.clear()
-        self._failed = time.monotonic(), failure
-        raise failure
+        except StoreError:
+            self.known.clear()
+            raise
+        except Exception as error:
+            self.known.clear()
+            raise StoreError(f"{self._path}: {type(error).__name__}: {error}") from error
 
     def change(
         self,
@@ -243,70 +224,33 @@ class SQLiteStore:
         return f"<SQLiteStore {self._path}>"
 
 
-class SQLiteLedger:
+class SQLiteLedger(Ledger):
     """Keep one limiter in a file, for one worker; made by `SQLiteStore.open`."""
 
-    def __init__(self, store: SQLiteStore, name: str, worker: str, *, life: int) -> None:
+    def __init__(self, store: SQLiteStore, name: str, worker: str | None, *, life: int) -> None:
+        super().__init__(name, worker)
+        self.patience = store.patience + _GRACE
         self._store = store
-        self.name = name
-        self.worker = worker
-        self.config = LimitConfig()
         self._life = life
         self._epoch = ("", 0)
-        #: How many slots it holds, as far as callers were told.
-        self._held = 0
-        #: What failed batches wanted corrected.
-        self._pending: tuple[Correction, ...] = ()
-        self._is_open = True
+        #: The number of the last batch, and what the thread makes of it.
+        self._sent = -1
+        self._job: concurrent.futures.Future[tuple[Receipt, LimitConfig]] | None = None
         #: The file's changes when it was last looked at.
         self._seen: object = None
 
-    async def join(self, config: LimitConfig) -> None:
-        """Make the limiter if necessary, and put ``config`` in force."""
-        job = self._store.submit(self._apply, Batch(config=config))
-        await self._store.answer(job, patience=max(self._store.patience, _OPEN_PATIENCE))
-        self.config = config
-
-    async def commit(self, batch: Batch) -> Receipt:
-        """See `asyncbucket.stores.store.Ledger.commit`."""
-        pending, self._pending = self._pending, ()
-        self._held = self._held if batch.held is None else batch.held
-        batch = replace(batch, corrections=pending + batch.corrections, held=self._held)
-        job = None
-        try:
+    async def _send(self, number: int, batch: Batch) -> Receipt:
+        job = self._job
+        if job is None or number != self._sent or _has_failed(job):
             job = self._store.submit(self._apply, batch)
-            receipt, config = await self._store.answer(job)
-        except BaseException:
-            if job is None or job.cancel() or (job.done() and job.exception() is not None):
-                self._pending = batch.corrections + self._pending
-            else:
-                loop = asyncio.get_running_loop()
-                job.add_done_callback(functools.partial(self._settle, loop, batch))
-            raise
-        self._held += sum(booking.slot for booking in receipt.bookings)
+            self._sent, self._job = number, job
+        receipt, config = await asyncio.wrap_future(job)
         changed = None if config in (self.config, batch.config) else config
         self.config = config
         return replace(receipt, changed=changed)
 
-    def _settle(
-        self, loop: asyncio.AbstractEventLoop, batch: Batch, job: "concurrent.futures.Future[Any]"
-    ) -> None:
-        """Note what became of a batch whose caller has gone, and give back what it booked."""
-
-        def note() -> None:
-            if job.cancelled() or job.exception() is not None:
-                self._pending = batch.corrections + self._pending
-                return
-            self._pending += undone(batch.calls, job.result()[0])
-            # With a timer, which a loop that ends drops; it would warn of a task made at its end.
-            loop.call_later(FLUSH_DELAY, lambda: loop.create_task(self._flush()))
-
-        with contextlib.suppress(RuntimeError):  # the loop has ended: it is not given back
-            loop.call_soon_threadsafe(note)
-
-    async def _flush(self) -> None:
-        with contextlib.suppress(StoreError):  # it is kept for the next batch
-            await self.commit(Batch(calls=None))
+    def _too_late(self, patience: float) -> str:
+        return self._store.too_late(patience - _GRACE)
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
         def change(state: State, now: int) -> tuple[Receipt, LimitConfig]:
@@ -352,23 +296,19 @@ class SQLiteLedger:
             raise StoreError(f"the file no longer has a limiter {self.name!r}")
         return snapshot
 
-    async def aclose(self) -> None:
-        """See `asyncbucket.stores.store.Ledger.aclose`."""
-        if self._is_open:
-            self._is_open = False
-            if self._pending:
-                await self._flush()
-            with contextlib.suppress(StoreError):  # it expires by itself
-                await self._store.run(self._leave)
-
-    def _leave(self) -> None:
+    async def _leave(self) -> None:
         def change(state: State, now: int) -> None:
-            state.retire(self.worker, now)
+            state.leave(self.worker)
+            state.call(now)
 
-        self._store.change(self.name, change, self._epoch, self.config)
+        await self._store.run(self._store.change, self.name, change, self._epoch, self.config)
 
     def __repr__(self) -> str:
         return f"<SQLiteLedger {self.name!r}, worker {self.worker}>"
+
+
+def _has_failed(job: "concurrent.futures.Future[Any]") -> bool:
+    return job.done() and (job.cancelled() or job.exception() is not None)
 
 
 def from_url(url: str) -> SQLiteStore:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
 #: The version of the tables, and of what a state means.
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 #: The range of sleeps (s) before another attempt at a lock that is held.
 _NAP: Final = (0.0002, 0.002)
 _TABLES: Final = (

@@ -42,8 +42,6 @@ class Worker:
 
     until: int
     held: int = 0
-    #: Whether it has closed while calls of it are still in flight.
-    has_left: bool = False
 
 
 @dataclass(slots=True)
@@ -99,8 +97,6 @@ class State:
     def apply(self, worker: str, batch: Batch, now: int, *, life: int) -> Receipt:
         """Do what ``batch`` says; ``life`` (ns) is how long ``worker`` may be silent."""
         self._expire(now)
-        for name in batch.gone:
-            self.leave(name)
         if batch.config is not None:
             self.configure(batch.config, now)
         if batch.pause:
@@ -112,13 +108,13 @@ class State:
         me.held = me.held if batch.held is None else batch.held
         admission = Admission(self, worker, now, gave=before - me.held)
         bookings = admission.run(batch)
-        self._call(now)
+        self.call(now)
         return Receipt(
             now=now,
             bookings=bookings,
             ask_at=admission.ask_at,
             left=self._left(now),
-            workers=self._living(),
+            workers=len(self.workers),
             in_line=admission.is_in_line,
             crowded=self._is_crowded(worker),
         )
@@ -127,15 +123,6 @@ class State:
         """Forget ``worker``, its place and its slots."""
         self.workers.pop(worker, None)
         self.line = [place for place in self.line if place.worker != worker]
-
-    def retire(self, worker: str, now: int) -> None:
-        """Let ``worker`` leave; slots of its calls in flight stay until they expire."""
-        me = self.workers.get(worker)
-        self.leave(worker)
-        if me is not None and me.held:
-            me.has_left = True
-            self.workers[worker] = me
-        self._call(now)
 
     def place_of(self, worker: str) -> Place | None:
         """Return the place of ``worker`` in line."""
@@ -201,7 +188,7 @@ class State:
             slots=sum(each.held for each in self.workers.values()) if counted else 0,
             paused_until=self.pause.until,
             last_start=self.last_start,
-            workers=self._living(),
+            workers=len(self.workers),
         )
 
     def expires_at(self, now: int) -> int:
@@ -246,9 +233,6 @@ class State:
         others = any(each.bound_by == SLOT and each.worker != worker for each in self.line)
         return others or 2 * self.free() < (self.config.concurrency or 0)
 
-    def _living(self) -> int:
-        return sum(not each.has_left for each in self.workers.values())
-
     def _left(self, now: int) -> tuple[int, ...]:
         for window in self.windows.values():
             window.available(now)  # which makes it forget
@@ -274,7 +258,7 @@ class State:
         there.sort(key=lambda place: self.workers[place.worker].held >= share)
         return there
 
-    def _call(self, now: int) -> None:
+    def call(self, now: int) -> None:
         """Note whose turn it is: as many as there are free slots, and the first that waits for units."""
         share, free, first = self.share(), self.free(), True
         for place in self.in_order(now, share):
