@@ -6,7 +6,6 @@
 import importlib
 import re
 from typing import Final
-from urllib.parse import urlsplit
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.stores.store import (
@@ -36,12 +35,9 @@ __all__ = [
     "without_password",
 ]
 
-#: The usual cause of URLs that cannot be parsed.
-ESCAPES: Final = (
-    "write special characters of a password as %2F for /, %5B for [, %40 for @ and so on"
-)
-#: What follows a host's colon and is not a port.
-_INVALID_PORT: Final = re.compile(r"(?<=:)(?!\d+(?:,|$))[^:\[\],]+(?=,|$)")
+_SCHEME: Final = re.compile(r"[a-z]+://")
+#: What may be shown of an address: a host, a port, and a path.
+_ADDRESS: Final = re.compile(r"([\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?(/.*)?")
 #: Which module serves a scheme; each has ``from_url(url) -> Store``.
 _MODULES: Final = {
     "sqlite": "asyncbucket.stores.sqlite",
@@ -50,10 +46,6 @@ _MODULES: Final = {
     "valkey": "asyncbucket.stores.redis",
     "valkeys": "asyncbucket.stores.redis",
     "unix": "asyncbucket.stores.redis",
-    "redis+sentinel": "asyncbucket.stores.redis",
-    "rediss+sentinel": "asyncbucket.stores.redis",
-    "redis+cluster": "asyncbucket.stores.redis",
-    "rediss+cluster": "asyncbucket.stores.redis",
 }
 
 
@@ -73,11 +65,8 @@ def open_store(url: str) -> Store:
             f"a store must be a URL such as sqlite:///limits.db, or made by RedisStore.of(client), not "
             f"{type(url).__name__}"
         )
-    try:
-        scheme = urlsplit(url).scheme
-    except ValueError:  # which might quote a password
-        raise ValueError(f"{without_password(url)!r} is not a URL: {ESCAPES}") from None
-    if scheme not in _MODULES or "://" not in url:
+    scheme, slashes, _ = url.partition("://")
+    if scheme not in _MODULES or not slashes:
         raise ValueError(
             f"{without_password(url)!r} is not a store: write sqlite:///limits.db, "
             f"redis://host:6379/0 or one of {', '.join(sorted(_MODULES))}"
@@ -87,19 +76,14 @@ def open_store(url: str) -> Store:
 
 
 def without_password(url: str) -> str:
-    """Return ``url`` in a form that may be shown: without its query, and without any password.
+    """Return ``url`` in a form that may be shown: without its query, and without any login.
 
-    A login without a user may be a password, and so may what stands where a port belongs.
+    What stands where a host and a port belong may be a password, too.
     """
-    without_query = url.partition("?")[0]
     if url.startswith("sqlite:///"):  # a path may contain an @
-        return without_query
-    head, at, hosts = url.rpartition("@")
-    if not at:
-        scheme, slashes, rest = without_query.partition("://")
-        host, slash, path = rest.partition("/")
-        return f"{scheme}{slashes}{_INVALID_PORT.sub('***', host)}{slash}{path}"
-    scheme, slashes, login = head.partition("://")
-    user, colon, _ = login.partition(":")
-    shown = f"{scheme}{slashes}{user}:***" if colon else f"{scheme}{slashes}***"
-    return f"{shown if slashes else '***'}@{hosts.partition('?')[0]}"
+        return url.partition("?")[0]
+    scheme = match[0] if (match := _SCHEME.match(url)) else ""
+    _, at, address = url.removeprefix(scheme).rpartition("@")
+    address = address.partition("?")[0]
+    shown = address if _ADDRESS.fullmatch(address) else "***"
+    return f"{scheme}{'***@' if at else ''}{shown}"

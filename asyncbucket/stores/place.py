@@ -22,7 +22,6 @@ from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
@@ -77,7 +76,7 @@ class StorePlace:
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
         self._node = node
-        self._pacer: Pacer = node.pacer
+        self._pacer = node.pacer
         self._given = store
         #: Whether the session makes the store, and closes it.
         self.owns_store = isinstance(store, str)
@@ -163,10 +162,9 @@ class StorePlace:
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
         """Hold the limiter's lock; observers are told on a loop of theirs afterwards."""
-        pacer = self._pacer
-        with pacer.lock:
+        with self._pacer.lock:
             yield
-        pacer.catch_up(tell=False)
+        self._pacer.catch_up(tell=False)
         self._tell_observers()
 
     def emit(self, event: Event) -> None:

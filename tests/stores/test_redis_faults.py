@@ -138,7 +138,7 @@ async def test_restart_from_snapshot_forgets_only_later_bookings(
     assert isinstance(store, RedisStore)
     ledger = await store.open("saved", terms("5 requests/minute burst 5"))
     await ledger.commit(Batch(calls=(FREE,) * 2))
-    await store._server.client.save()
+    await store.client.save()
     await ledger.commit(Batch(calls=(FREE,) * 3))
     server.kill()
     server.start()
@@ -204,7 +204,7 @@ async def test_server_short_of_memory_books_nothing(
     store = open_store(server.url)
     assert isinstance(store, RedisStore)
     ledger = await store.open("memory", terms("100 requests/minute burst 100"))
-    client = store._server.client
+    client = store.client
     await client.config_set("maxmemory", "1")
     error = await refused(ledger, Batch(calls=(FREE,) * 5))
     assert "out of memory" in str(error)

@@ -1,6 +1,5 @@
 """URLs: what they lead to, what is refused, and that no password is ever shown."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ from asyncbucket.stores.redis import RedisStore
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("redis://user:s3cret@127.0.0.1:1/0?db=1", "redis://user:***@127.0.0.1:1/0"),
+        ("redis://user:s3cret@127.0.0.1:1/0?db=1", "redis://***@127.0.0.1:1/0"),
         ("redis://s3cret@host:6379/0", "redis://***@host:6379/0"),
-        ("redis://:s3cret", "redis://:***"),
-        ("redis://user:s3cret/0", "redis://user:***/0"),
-        ("redis+cluster://a:1,b:s3cret", "redis+cluster://a:1,b:***"),
-        ("redis+cluster://a:1,b:2", "redis+cluster://a:1,b:2"),
+        ("redis://user:s3://cret@host", "redis://***@host"),
+        ("redis://:s3cret", "redis://***"),
+        ("redis://user:s3cret/0", "redis://***"),
+        ("s3cret:s3cret@host", "***@host"),
         ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
         ("redis://[::1]", "redis://[::1]"),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock"),
-        ("sqlite:limits.db", "sqlite:limits.db"),
+        ("sqlite:limits.db", "***"),
         ("sqlite:///a@b:c.db", "sqlite:///a@b:c.db"),
     ],
 )
@@ -37,35 +36,31 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
     [
         (
             "postgres://user:s3cret@host/db",
-            r"'postgres://user:\*\*\*@host/db' is not a store: write",
+            r"'postgres://\*\*\*@host/db' is not a store: write",
         ),
         ("user:s3cret@host:6379/0", "is not a store"),
         (":s3cret@host:6379", "is not a store"),
         ("redis:user:s3cret@host", "is not a store"),
-        ("redis://:s3[cret@host/0", r"'redis://:\*\*\*@host/0' is not a URL"),
-        ("redis://:s3\uff1acret@host/0", r"'redis://:\*\*\*@host/0' is not a URL"),
+        ("redis+sentinel://host:1/main", "is not a store"),
+        ("redis://:s3[cret@host/0", r"'redis://\*\*\*@host/0' cannot be read"),
+        ("redis://:s3\uff1acret@host/0", r"\*\*\*@host/0' cannot be read"),
         ("redis://:s3cret", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/0", r"\*\*\*.* cannot be read"),
-        ("redis+cluster://a:1,b:s3cret", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
         ("redis://user:s3cret#more@host:6379/0", "special characters of a password"),
         ("redis://user:s3cret?more@host:6379/0", "special characters of a password"),
         ("redis://user:1/s3cret@host:6379/0", "special characters of a password"),
-        ("redis+sentinel://user:s3cret/more@host:1/main", "special characters of a password"),
-        ("redis+sentinel://:s3cret@host/mymaster", "write host:port, with commas in between"),
-        ("redis+sentinel://a:1", "write the service after the hosts"),
-        ("redis://127.0.0.1/production", "a database must be a number, not 'production': redis://"),
-        ("redis://127.0.0.1/1/2", "a database must be a number, not '1/2'"),
+        ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
+        ("redis://127.0.0.1/1/2", "cannot be read: write redis://user:password@host:6379/0"),
         (
             "redis://127.0.0.1/0?timeout=5",
             "cannot be read: .*unexpected keyword argument 'timeout'",
         ),
-        ("redis://127.0.0.1:1,127.0.0.1:2/0", r"for several servers write redis\+cluster:// or"),
         ("sqlite://user:s3cret@host/limits.db", "names a host, and a file has none"),
         ("sqlite://host/limits.db?password=s3cret", "names a host"),
         (
             "sqlite://:memory:",
-            "'sqlite://:memory:' names a host, and a file has none: write sqlite:///",
+            "names a host, and a file has none: write sqlite:///",
         ),
         ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
         ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
@@ -101,8 +96,6 @@ def test_what_is_no_url_is_refused_and_not_shown() -> None:
         "rediss://127.0.0.1",
         "redis://host:6379/0?client_name=me@here",
         "unix:///run/valkey.sock",
-        "redis+sentinel://a:1,b:2/main",
-        "redis+cluster://a:1,b:2",
     ],
 )
 async def test_url_scheme_selects_redis_store(url: str) -> None:
@@ -111,39 +104,13 @@ async def test_url_scheme_selects_redis_store(url: str) -> None:
     assert store.url.startswith(url.partition("://")[0])
 
 
-@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
-async def test_url_settings_are_typed_for_sentinel_and_cluster(kind: str) -> None:
-    settings = "ssl_check_hostname=false&socket_timeout=1.5&max_connections=7"
-    store = open_store(f"rediss+{kind}://me:p%40ss@a:1,b:2/main?{settings}")
-    assert isinstance(store, RedisStore)
-    client: Any = store._server.client
-    kept = (client if kind == "cluster" else client.connection_pool).connection_kwargs
-    assert (kept["username"], kept["password"]) == ("me", "p@ss")
-    assert (kept["ssl_check_hostname"], kept["socket_timeout"]) == (False, 1.5)
-    await store.aclose()
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("redis://user:s3cret@127.0.0.1:1/0", r"user:\*\*\*@127\.0\.0\.1:1/0 cannot be reached: "),
-        (
-            "redis+cluster://127.0.0.1:1",
-            r"the store redis\+cluster://127\.0\.0\.1:1 cannot be reached: .*; see whether it runs",
-        ),
-        (
-            "redis+sentinel://127.0.0.1:1/mymaster/0",
-            r"cannot be reached: No master found for 'mymaster'; see whether the Sentinels run",
-        ),
-    ],
-)
-async def test_unreachable_server_raises_store_error_without_secrets(
-    url: str, message: str
-) -> None:
-    store = open_store(url)
-    with pytest.raises(StoreError, match=message) as error:
+async def test_unreachable_server_raises_store_error_without_secrets() -> None:
+    store = open_store("redis://user:s3cret@127.0.0.1:1/0")
+    with pytest.raises(
+        StoreError, match=r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; see whether it runs"
+    ) as error:
         await store.open("x", LimitConfig())
-    assert not re.search("s3cret|<redis", f"{error.value}{store!r}")
+    assert "s3cret" not in f"{error.value}{store!r}"
     await store.aclose()
 
 

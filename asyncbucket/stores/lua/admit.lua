@@ -3,18 +3,18 @@
 local NOT_BOOKED = { full = -1, later = -2, never = -3 }
 
 -- The resource of which the call wants more than ever passes, or nil.
-local function exceeded(s, amounts, at)
+local function exceeded(s, call)
   for _, m in ipairs(s.meters) do
-    if amounts[at + m.resource] > m.window.amount then
+    if (call[m.resource] or 0) > m.window.amount then
       return m.resource
     end
   end
   return nil
 end
 
-local function book(s, amounts, at, when, bound)
+local function book(s, call, when, bound)
   for _, m in ipairs(s.meters) do
-    local amount = amounts[at + m.resource]
+    local amount = call[m.resource] or 0
     if amount > 0 then
       window_book(m.window, amount, when)
       if m.bucket then
@@ -33,15 +33,14 @@ local function book(s, amounts, at, when, bound)
   end
 end
 
--- `corrections`: flat, for each its start and then booked and used of every resource.
+-- For each correction its start, and what was booked and used of each resource.
 local function correct(s, corrections)
-  local n = s.config.resources
   local date = math.max(s.now, s.last)
-  for at = 1, #corrections, 1 + 2 * n do
-    local start = corrections[at]
+  for _, correction in ipairs(corrections) do
+    local start, was_booked, was_used = unpack(correction)
     for _, m in ipairs(s.meters) do
-      local used = corrections[at + n + m.resource]
-      local more = used - corrections[at + m.resource]
+      local used = was_used[m.resource] or 0
+      local more = used - (was_booked[m.resource] or 0)
       if more > 0 then
         window_book(m.window, more, date)
         if m.bucket then
@@ -57,9 +56,9 @@ local function correct(s, corrections)
   end
 end
 
-local function is_same(s, place, calls, at)
-  for i = 1, s.config.resources do
-    if place.amounts[i] ~= calls[at + i] then
+local function is_same(s, place, call)
+  for _, m in ipairs(s.meters) do
+    if (place.call[m.resource] or 0) ~= (call[m.resource] or 0) then
       return false
     end
   end
@@ -85,7 +84,7 @@ local function look_ahead(s, a)
     elseif not above then
       break
     end
-    if ahead and is_full(s, place) then
+    if ahead and is_full(place) then
       kept = kept + reserved(place, a.share)
     elseif ahead then
       a.first = a.first or place
@@ -95,43 +94,43 @@ local function look_ahead(s, a)
 end
 
 -- Book one call; return its start, or one of NOT_BOOKED, and what binds it.
-local function answer(s, a, calls, at, horizon)
-  local n, place = s.config.resources, a.place
-  local slot = s.config.concurrency and calls[at + n + 1] > 0
+local function answer(s, a, call, horizon)
+  local place = a.place
+  local slot = s.config.concurrency and (call[SLOT] or 0) > 0
   local kept = look_ahead(s, a)
   if slot and free_slots(s) <= kept then
-    return NOT_BOOKED.full, n + 1
+    return NOT_BOOKED.full, SLOT
   end
-  local since = a.booked == 0 and place and is_same(s, place, calls, at) and place.first or nil
-  local when, bound = earliest(s, calls, at, since)
+  local since = a.booked == 0 and place and is_same(s, place, call) and place.first or nil
+  local when, bound = earliest(s, call, since)
   if a.booked > 0 then
     if when > a.latest_start then
       a.ask = math.max(s.now, s.last - horizon)
       return NOT_BOOKED.later, bound
     end
   elseif a.first then
-    return NOT_BOOKED.later, bound ~= 0 and bound or a.first.bound
+    return NOT_BOOKED.later, bound ~= '' and bound or a.first.bound
   elseif when > s.now + FAR then
     a.ask = math.max(s.now + SOON, when - FAR)
     return NOT_BOOKED.later, bound
   else
     a.latest_start = when + horizon
   end
-  book(s, calls, at, when, when > s.now and bound or 0)
+  book(s, call, when, when > s.now and bound or '')
   a.booked = a.booked + 1
   if slot then
     a.held, a.gave = a.held + 1, a.gave - 1
     s.total = s.total + 1
     s.holders = s.holders + (a.held == 1 and 1 or 0)
   end
-  if bound == 0 and place and a.booked <= (is_full(s, place) and place.wanted or 1) then
+  if bound == '' and place and a.booked <= (is_full(place) and place.wanted or 1) then
     bound = place.bound -- it may start at once, but it has waited
   end
   return when - s.now, bound
 end
 
 -- Leave the line, or stand in it: where it stood, or at the end if it was served.
-local function settle_place(s, a, calls, wanted, at, bound, next_expiry)
+local function settle_place(s, a, call, wanted, bound, next_expiry)
   local place, full = a.place, a.stopped == NOT_BOOKED.full
   local stays = a.stopped and (full or a.booked == 0 or #s.line > (place and 1 or 0))
   if place and not (stays and (a.passed or a.booked == 0)) then
@@ -141,12 +140,12 @@ local function settle_place(s, a, calls, wanted, at, bound, next_expiry)
   if not stays then
     return
   end
-  local is_known = place and is_same(s, place, calls, at)
+  local is_known = place and is_same(s, place, call)
   if not place then
     place = { worker = a.worker, since = s.now, first = 0 }
     table.insert(s.line, place)
   end
-  place.amounts = { unpack(calls, at + 1, at + s.config.resources) }
+  place.call = call
   place.bound, place.wanted, place.held, place.due = bound, wanted, a.held, s.now
   if not full and not a.first and a.booked == 0 then
     if place.first == 0 or not is_known then
@@ -160,7 +159,7 @@ local function settle_place(s, a, calls, wanted, at, bound, next_expiry)
     end
     for i = 2, #order do
       if order[i] == place then -- the first may be dead
-        local come = is_full(s, order[1]) and s.now or math.max(s.now, order[1].due)
+        local come = is_full(order[1]) and s.now or math.max(s.now, order[1].due)
         a.ask = come + (i - 1) * STEP
       end
     end
@@ -168,10 +167,9 @@ local function settle_place(s, a, calls, wanted, at, bound, next_expiry)
   place.due = a.ask
 end
 
--- Book `calls`, flat, for each the amount of every resource and its slots; see Ledger.commit. The
--- first that has to wait stops those behind it.
+-- Book `calls`, for each the amount of every resource and its slots; see Ledger.commit. The first
+-- that has to wait stops those behind it.
 local function admit(s, worker, calls, horizon, held, gave, next_expiry)
-  local n = s.config.resources
   local a = {
     worker = worker, place = place_of(s, worker), held = held, gave = gave,
     share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, answers = {},
@@ -179,26 +177,26 @@ local function admit(s, worker, calls, horizon, held, gave, next_expiry)
   if a.place then -- whenever it comes, it stands where it stood
     a.place.due = s.now
   end
-  local wanted, stopped_at, stop_bound = 0, 0, 0
-  for at = 0, #calls - 1, n + 1 do
+  local wanted, stopped_call, stop_bound = 0, nil, ''
+  for _, call in ipairs(calls) do
     local offset, bound = a.stopped, stop_bound
-    local exceeded_resource = exceeded(s, calls, at)
+    local exceeded_resource = exceeded(s, call)
     if exceeded_resource then
       offset, bound = NOT_BOOKED.never, exceeded_resource
     else
       if not offset then
-        offset, bound = answer(s, a, calls, at, horizon)
+        offset, bound = answer(s, a, call, horizon)
         if offset < 0 then
-          a.stopped, stopped_at, stop_bound = offset, at, bound
+          a.stopped, stopped_call, stop_bound = offset, call, bound
         end
       end
       if offset < 0 then
-        wanted = wanted + calls[at + n + 1]
+        wanted = wanted + (call[SLOT] or 0)
       end
     end
     a.answers[#a.answers + 1] = as_integer(offset)
-    a.answers[#a.answers + 1] = as_integer(bound)
+    a.answers[#a.answers + 1] = cjson.encode(bound)
   end
-  settle_place(s, a, calls, wanted, stopped_at, stop_bound, next_expiry)
+  settle_place(s, a, stopped_call, wanted, stop_bound, next_expiry)
   return a
 end

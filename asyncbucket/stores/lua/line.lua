@@ -1,27 +1,26 @@
 -- Line: the workers that wait, in order of arrival, for units and slots alike; and who is next.
 --
--- A place is a worker, `since` when it stands there, what its first call costs (`amounts`) and waits for
+-- A place is a worker, `since` when it stands there, what its first call costs (`call`) and waits for
 -- (`bound`), for how many slots it waits (`wanted`) and how many it holds (`held`), `first` since when it
 -- has been the first with this call (0: others come first), and when it is `due` to ask again.
 -- The rules are those of asyncbucket/stores/store.py; asyncbucket/stores/sqlite/state.py follows them too.
 
-local PAUSED = -1
+local SLOT, PAUSED = 'concurrency', 'paused'
 local SOON = 5000 -- before it no worker is asked to come again
 local GRACE = 100000 -- who does not come within it is passed over
 local ROUND = 20000 -- for each slot held, how long another waits until slots given back are not taken back
 local STEP = 500000 -- how much later than the one before it a worker asks though nobody called it
 
 -- The first instant from now and the last start on that suits all limits, and the resource that binds.
--- `amounts` lie behind each other in the order of resources, those of the call from `at` + 1 on. A call
--- above a burst earns what is above it while it is first in line: `since` when, if not since now.
-local function earliest(s, amounts, at, since)
-  local when, bound = math.max(s.now, s.last), 0
+-- A call above a burst earns what is above it while it is first in line: `since` when, if not since now.
+local function earliest(s, call, since)
+  local when, bound = math.max(s.now, s.last), ''
   if when > s.now then -- those who came first are held up by it
     bound = s.bound
   end
   local earned_since = since and since > 0 and since or when
   for _, m in ipairs(s.meters) do
-    local amount = amounts[at + m.resource]
+    local amount = call[m.resource] or 0
     if amount > 0 then
       local first = window_earliest(m.window, amount, earned_since)
       if m.bucket then
@@ -54,8 +53,8 @@ local function line_leave(s, worker)
   end
 end
 
-local function is_full(s, place)
-  return place.bound == s.config.resources + 1
+local function is_full(place)
+  return place.bound == SLOT
 end
 
 local function free_slots(s)
@@ -104,14 +103,14 @@ local function call(s)
   local share, free, first, notices = share_of(s), free_slots(s), true, {}
   for _, place in ipairs(in_order(s, share)) do
     local come = place.due
-    if is_full(s, place) then
+    if is_full(place) then
       if free > 0 then
         free = free - reserved(place, share)
         come = s.now
       end
     elseif first then
       first = false
-      come = math.max(s.now, earliest(s, place.amounts, 0, place.first) - FAR)
+      come = math.max(s.now, earliest(s, place.call, place.first) - FAR)
     end
     if come < place.due - SOON then
       place.due = come

@@ -70,7 +70,7 @@ end
 
 local function new_state(epoch)
   return {
-    schema = SCHEMA, epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = 0, paused = 0,
+    schema = SCHEMA, epoch = epoch, before = '', seen = 0, offset = 0, last = 0, bound = '', paused = 0,
     ttl = 0, total = 0, holders = 0, windows = {}, buckets = {}, line = {},
   }
 end

@@ -8,10 +8,6 @@ local function reply(s, fields)
   return '{' .. table.concat(parts, ',') .. '}'
 end
 
-local function read(text)
-  return text == '' and {} or cjson.decode(text)
-end
-
 -- What the windows have left, or less, for whoever must go on alone: booking makes them forget.
 local function left(s)
   local units = {}
@@ -52,7 +48,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
       s.ramp = { start = till, step = tonumber(step), calls = 1 }
     end
   end
-  correct(s, read(corrections))
+  correct(s, cjson.decode(corrections))
   local before = 0
   for _, name in ipairs(s.removed) do
     if name == worker then -- it was silent for too long, and counts again
@@ -68,7 +64,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
   end
   local a = { answers = {}, ask = 0, held = held }
   if calls ~= 'same' then
-    a = admit(s, worker, read(calls), horizon, held, before - held, function()
+    a = admit(s, worker, cjson.decode(calls), horizon, held, before - held, function()
       local others = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. as_integer(s.now), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
       return math.max(s.now + SOON, tonumber(others[1] ~= worker and others[2] or others[4]) or s.now + ttl)
     end)
@@ -83,7 +79,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
   local notices = call(s)
   local crowded = s.config.concurrency and 2 * free_slots(s) < s.config.concurrency or false
   for _, place in ipairs(s.line) do
-    crowded = crowded or (place ~= own and is_full(s, place))
+    crowded = crowded or (place ~= own and is_full(place))
   end
   save(s)
   save_workers(s, worker, a.held, ttl)

@@ -12,6 +12,7 @@ flushed, or restarted without its data), everything counts as used up: a full wi
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import time
 from dataclasses import replace
@@ -20,9 +21,9 @@ from typing import Any, Final
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.stores.redis import servers
+from asyncbucket.stores.redis import script, servers
 from asyncbucket.stores.redis.script import GRAIN, Codec
-from asyncbucket.stores.redis.servers import FAILURES, Server
+from asyncbucket.stores.redis.servers import FAILURES, NO_SCRIPT
 from asyncbucket.stores.store import (
     OPEN_PATIENCE,
     Batch,
@@ -41,27 +42,31 @@ _RETRY_INTERVAL: Final = 0.5
 
 def from_url(url: str) -> "RedisStore":
     """Return the store at ``url``: see `asyncbucket.stores.open_store`."""
-    return RedisStore(servers.connect(url))
+    from asyncbucket.stores import without_password
+
+    shown = without_password(url)
+    return RedisStore(servers.connect(url, shown), url=shown, owned=True)
 
 
 class RedisStore:
     """Keep limiters on a Redis or Valkey server; see `asyncbucket.stores.store.Store`."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, client: Any, *, url: str, owned: bool) -> None:
+        self.client = client
+        #: Where it is, without a password.
+        self.url = url
+        self._owned = owned
+        #: Connections belong to the loop and the process in which they were made.
+        self._used_in: tuple[asyncio.AbstractEventLoop, int] | None = None
 
     @classmethod
     def of(cls, client: Any) -> "RedisStore":
         """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
 
-        The client stays yours: closing the store leaves it open. Set its time-outs below a second.
+        So limits are kept behind Sentinels (``Sentinel(...).master_for(...)``), in a cluster, or
+        wherever else redis-py gets to. The client stays yours: closing the store leaves it open.
         """
-        return cls(servers.server_of(client))
-
-    @property
-    def url(self) -> str:
-        """Where it is, without a password."""
-        return self._server.url
+        return cls(client, url=servers.name_of(client), owned=False)
 
     def check(self, config: LimitConfig) -> None:
         """See `asyncbucket.stores.store.Store.check`."""
@@ -72,23 +77,52 @@ class RedisStore:
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         check_membership(name, slot_ttl)
-        ledger = RedisLedger(self._server, name, worker, slot_ttl)
+        ledger = RedisLedger(self, name, worker, slot_ttl)
         await ledger.join(config)
         return ledger
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`."""
-        return await RedisLedger(self._server, name, "", 0).look()
+        return await RedisLedger(self, name, "", 0).look()
 
     async def names(self) -> list[str]:
         """See `asyncbucket.stores.store.Store.names`."""
         head, tail = "asyncbucket:{", "}:state"
-        keys = await self._server.keys(f"{head}*{tail}")
+        try:
+            found = [key async for key in self.client.scan_iter(f"{head}*{tail}", count=1_000)]
+        except FAILURES as error:
+            raise servers.store_error(self.url, self.client, error) from error
+        keys = [key.decode() if isinstance(key, bytes) else key for key in found]
         return sorted(key.removeprefix(head).removesuffix(tail) for key in keys)
 
+    async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
+        """Run the script and return its answer.
+
+        Raises:
+            StoreError: it could not be run, or it is unknown whether it was.
+        """
+        here = (asyncio.get_running_loop(), os.getpid())
+        self._used_in = self._used_in or here
+        if self._used_in != here:
+            raise StoreError(
+                f"the store {self.url} was made for another event loop or process, where it was first "
+                f"used: give the limiter a URL, and it makes one for each"
+            )
+        command, given = self.client.execute_command, (len(keys), *keys, *args)
+        try:
+            try:
+                text = await command("EVALSHA", script.digest(), *given)
+            except NO_SCRIPT:
+                text = await command("EVAL", script.source(), *given)
+        except FAILURES as error:
+            raise servers.store_error(self.url, self.client, error) from error
+        reply: dict[str, Any] = json.loads(text)
+        return reply
+
     async def aclose(self) -> None:
-        """Close the connections."""
-        await self._server.aclose()
+        """Close the connections that were made here."""
+        if self._owned:
+            await self.client.aclose()
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.url}>"
@@ -97,9 +131,9 @@ class RedisStore:
 class RedisLedger(Ledger):
     """Keep one limiter on a server, for one worker."""
 
-    def __init__(self, server: Server, name: str, worker: str | None, slot_ttl: float) -> None:
+    def __init__(self, store: RedisStore, name: str, worker: str | None, slot_ttl: float) -> None:
         super().__init__(name, worker)
-        self._server = server
+        self._store = store
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers")
@@ -130,14 +164,14 @@ class RedisLedger(Ledger):
                 batch.horizon // GRAIN,
                 batch.held or 0,
                 codec.corrections(batch.corrections),
-                "same" if batch.calls is None else codec.calls(batch.calls),
+                codec.calls(batch.calls),
                 int(batch.config is not None),
                 -(-batch.pause // GRAIN),
                 local.step // GRAIN,
             )
             if "bookings" in reply:
                 break
-            codec = Codec.from_text(json.dumps(reply["config"]))
+            codec = Codec.from_reply(reply["config"])
             changed = codec.config
         self._codec, self.config = codec, codec.config
         receipt = codec.receipt(reply, batch, changed)
@@ -180,7 +214,7 @@ class RedisLedger(Ledger):
 
     async def _receive(self) -> None:
         channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
-        async with self._server.pubsub() as pubsub:
+        async with self._store.client.pubsub() as pubsub:
             await pubsub.subscribe(*channels)
             for _ in channels:
                 if not servers.is_cancelling():
@@ -195,7 +229,7 @@ class RedisLedger(Ledger):
         """See `asyncbucket.stores.store.Ledger.peek`."""
         snapshot = await self.look()
         assert snapshot is not None
-        return replace(snapshot, details=await servers.details(self._server.client))
+        return replace(snapshot, details=await servers.details(self._store.client))
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
@@ -203,7 +237,7 @@ class RedisLedger(Ledger):
         reply = await self._in_time(self._run(self._codec, "peek"), patience)
         if not reply:
             return None
-        config = Codec.from_text(json.dumps(reply["config"])).config
+        config = Codec.from_reply(reply["config"]).config
         uses = zip(config.limits, reply["uses"][::2], reply["uses"][1::2], strict=True)
         return Snapshot(
             now=reply["now"] * GRAIN,
@@ -225,13 +259,16 @@ class RedisLedger(Ledger):
         await self._run(self._codec, "leave")
 
     def _too_late(self, patience: float) -> str:
-        return self._server.too_late(patience)
+        return (
+            f"the store {self._store.url} gave no answer within {patience:g} s; "
+            f"see whether it runs and how far away it is"
+        )
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
         # An epoch that may have expired by itself, with nothing left to remember, is not a loss.
         is_alive = time.monotonic() < self._epoch_heard_at + self._epoch_life
         sent = time.monotonic()
-        reply = await self._server.run(
+        reply = await self._store.run(
             self._keys,
             verb,
             self.worker,
@@ -248,4 +285,4 @@ class RedisLedger(Ledger):
         return reply
 
     def __repr__(self) -> str:
-        return f"<RedisLedger {self.name!r} on {self._server.url}, worker {self.worker}>"
+        return f"<RedisLedger {self.name!r} on {self._store.url}, worker {self.worker}>"

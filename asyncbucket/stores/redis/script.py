@@ -35,7 +35,6 @@ _MAX_AMOUNT: Final = 1 << 46
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MAX_USED: Final = _MAX_AMOUNT << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
-_PAUSED: Final = -1
 
 
 @functools.cache
@@ -52,34 +51,22 @@ def digest() -> str:
 
 
 class Codec:
-    """Encode batches and decode answers under given limits: which resource has which number."""
+    """Encode limits, batches and answers."""
 
     def __init__(self, config: LimitConfig) -> None:
         limits = sorted(config.limits, key=lambda limit: (limit.resource, limit.window))
         self.config = LimitConfig(limits=tuple(limits), concurrency=config.concurrency)
-        self.resources = tuple(dict.fromkeys(limit.resource for limit in limits))
-        self.text = json.dumps(self._encoded(), separators=(",", ":"))
-        names = (None, *self.resources, SLOT)
-        self._bound_names = {_PAUSED: "paused", **dict(enumerate(names))}
-
-    def _encoded(self) -> dict[str, Any]:
-        numbers = {name: number for number, name in enumerate(self.resources, 1)}
-        limits = self.config.limits
-        config: dict[str, Any] = {
+        encoded: dict[str, Any] = {
             "limits": [[limit.resource, limit.amount, limit.per, limit.burst] for limit in limits],
-            "resources": len(numbers),
-            "meters": [
-                _meter_config(limit) | {"resource": numbers[limit.resource]} for limit in limits
-            ],
+            "meters": [_meter_config(limit) for limit in limits],
         }
-        if self.config.concurrency is not None:
-            config["concurrency"] = self.config.concurrency
-        return config
+        if config.concurrency is not None:
+            encoded["concurrency"] = config.concurrency
+        self.text = _as_json(encoded)
 
     @classmethod
-    def from_text(cls, text: str) -> "Codec":
+    def from_reply(cls, config: dict[str, Any]) -> "Codec":
         """Return the codec for limits that another worker has set."""
-        config: dict[str, Any] = json.loads(text)
         limits = tuple(
             Limit(resource, amount, per=per, burst=burst)
             for resource, amount, per, burst in config["limits"]
@@ -87,34 +74,33 @@ class Codec:
         return cls(LimitConfig(limits=limits, concurrency=config.get("concurrency")))
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
-        """Encode corrections: for each its start, then what was booked and used of every resource."""
-        flat: list[int] = []
-        for correction in corrections:
-            flat.append(correction.start // GRAIN)
-            flat += [correction.booked.get(name, 0) for name in self.resources]
-            used = {**correction.booked, **correction.used}
-            flat += [min(used.get(name, 0), _MAX_USED) for name in self.resources]
-        return json.dumps(flat, separators=(",", ":")) if flat else ""
+        """Encode corrections: for each its start, and what was booked and used of each resource."""
+        return _as_json(
+            [
+                (
+                    each.start // GRAIN,
+                    each.booked,
+                    {n: min(used, _MAX_USED) for n, used in {**each.booked, **each.used}.items()},
+                )
+                for each in corrections
+            ]
+        )
 
-    def calls(self, calls: Sequence[Amounts]) -> str:
-        """Encode calls: for each the amount of every resource, then its slots."""
-        names = (*self.resources, SLOT)
-        flat = [call.get(name, 0) for call in calls for name in names]
-        return json.dumps(flat, separators=(",", ":")) if flat else ""
+    def calls(self, calls: Sequence[Amounts] | None) -> str:
+        """Encode the waiting calls."""
+        return "same" if calls is None else _as_json([dict(call) for call in calls])
 
     def receipt(self, reply: dict[str, Any], batch: Batch, changed: LimitConfig | None) -> Receipt:
         """Decode the answer to ``batch``."""
-        now = reply["now"] * GRAIN
-        flat = reply["bookings"]
-        counts_slots = self.config.concurrency is not None
+        now, flat = reply["now"] * GRAIN, reply["bookings"]
         bookings: list[Booking] = []
         for call, offset, bound in zip(batch.calls or (), flat[::2], flat[1::2], strict=True):
-            bound_by = self._bound_names.get(bound)  # may be missing if set under earlier limits
             if offset < 0:
-                bookings.append(Booking(_OUTCOMES[offset], 0, bound_by))
+                bookings.append(Booking(_OUTCOMES[offset], 0, bound or None))
             else:
-                slot = counts_slots and bool(call.get(SLOT))
-                bookings.append(Booking(Outcome.BOOKED, now + offset * GRAIN, bound_by, slot))
+                slot = self.config.concurrency is not None and bool(call.get(SLOT))
+                start = now + offset * GRAIN
+                bookings.append(Booking(Outcome.BOOKED, start, bound or None, slot))
         return Receipt(
             now=now,
             bookings=tuple(bookings),
@@ -128,6 +114,10 @@ class Codec:
         )
 
 
+def _as_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
 def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
     if limit.amount > _MAX_AMOUNT:
@@ -135,6 +125,7 @@ def _meter_config(limit: Limit) -> dict[str, Any]:
     window = Window(limit)
     meter: dict[str, Any] = {
         "key": f"{limit.resource}:{limit.window}",
+        "resource": limit.resource,
         "amount": limit.amount,
         "grain": -(-window.grain // GRAIN),
         "hold": -(-window.hold // GRAIN),

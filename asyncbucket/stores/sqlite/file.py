@@ -19,10 +19,9 @@ import random
 import shutil
 import sqlite3
 import time
-import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from asyncbucket.core.errors import StoreError
 
@@ -51,7 +50,10 @@ _LOCKED: Final = (
     "another process has held the write lock for over {patience:g} s; find it with `fuser {path}`, "
     "or allow more with ?patience={more:g}"
 )
-_RIGHTS: Final = "give this user the right to write the file and its folder {folder}"
+_UNREADABLE: Final = (
+    "it cannot be opened or written ({error}): see that the folder {folder} exists and this user may "
+    "write there, or give another path"
+)
 _DAMAGED: Final = (
     "it is not a SQLite file, or is damaged ({error}): move it away, and a new one is made"
 )
@@ -59,25 +61,24 @@ _DAMAGED: Final = (
 _MEANINGS: Final = {
     sqlite3.SQLITE_BUSY: _LOCKED,
     sqlite3.SQLITE_LOCKED: _LOCKED,
-    sqlite3.SQLITE_FULL: (
-        "no space is left ({free} free), so nothing was booked; free some, or move the file to "
-        "another disk"
-    ),
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: {trouble}, or give another path",
-    sqlite3.SQLITE_READONLY: _RIGHTS,
-    sqlite3.SQLITE_PERM: _RIGHTS,
+    sqlite3.SQLITE_CANTOPEN: _UNREADABLE,
+    sqlite3.SQLITE_READONLY: _UNREADABLE,
+    sqlite3.SQLITE_PERM: _UNREADABLE,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
-    sqlite3.SQLITE_IOERR: (
-        "the disk failed to read or write ({error}; {free} free): look at the disk, or move the "
-        "file to another"
-    ),
 }
-_UNKNOWN: Final = "SQLite failed ({error}), and nothing was booked; please report this"
+_FAILED: Final = (
+    "SQLite failed ({error}; {free} free), and nothing was booked: look at the disk, or move the "
+    "file to another"
+)
 _FORKED: Final = (
     "{path} was open when this process forked, and SQLite files cannot be shared with a fork: make "
     "the limiter in the child, or close it before with `await limiter.aclose()`"
 )
+#: What SQLite knows about locks on a file belongs to a process: a child that inherits it believes
+#: that it holds the locks. So a file that was open at a fork cannot be opened in the child, and what
+#: the child inherited must not even be closed there.
+_OPEN: Final[dict[sqlite3.Connection, tuple[int, Path]]] = {}
 
 
 class SharedClock:
@@ -125,7 +126,6 @@ class File:
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._connections = 0
-        _FILES.add(self)
 
     @contextlib.contextmanager
     def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
@@ -170,15 +170,10 @@ class File:
     def close(self) -> None:
         """Close the connection; the next transaction opens another."""
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is not None and _OPEN[connection][0] == os.getpid():
+            del _OPEN[connection]
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
-
-    def after_fork(self) -> None:
-        """Leave the connection to the parent: it must not even be closed here."""
-        if self._connection is not None:
-            _INHERITED[self.path] = self._connection
-            self._connection = None
 
     def refuse_fork(self) -> None:
         """Refuse to be used in the child of a process that had the file open.
@@ -186,8 +181,9 @@ class File:
         Raises:
             StoreError: it was open.
         """
-        if self.path in _INHERITED:
-            raise StoreError(_FORKED.format(path=self.path))
+        for pid, path in list(_OPEN.values()):
+            if path == self.path and pid != os.getpid():
+                raise StoreError(_FORKED.format(path=self.path))
 
     def _current_connection(self) -> sqlite3.Connection:
         """Return the connection to the file that is there now."""
@@ -215,6 +211,7 @@ class File:
         except BaseException:
             connection.close()
             raise
+        _OPEN[connection] = os.getpid(), self.path
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
@@ -279,14 +276,13 @@ class File:
                 free = f"{shutil.disk_usage(folder).free:,} bytes"
             except OSError:
                 free = "an unknown amount"
-            meaning = _MEANINGS.get(_code_of(error), _UNKNOWN).format(
+            meaning = _MEANINGS.get(_code_of(error), _FAILED).format(
                 path=self.path,
                 folder=folder,
                 error=error,
                 patience=self._patience,
                 more=max(5, self._patience * 4),
                 free=free,
-                trouble=_trouble(folder),
             )
             raise StoreError(f"{self.path}: {meaning}") from error
 
@@ -294,14 +290,6 @@ class File:
 def _code_of(error: sqlite3.Error) -> int:
     """Return the primary result code; 0 for errors of the module itself."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
-def _trouble(folder: Path) -> str:
-    if not folder.exists():
-        return f"there is no folder {folder}; make the folder"
-    if not os.access(folder, os.W_OK):
-        return f"the folder {folder} is not writable; give this user the right to write there"
-    return "it is not a plain file, or may not be read; see what it is"
 
 
 def _steady() -> int:
@@ -315,18 +303,3 @@ def _boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return ""
-
-
-#: What SQLite knows about locks on a file belongs to a process: a child that inherits it believes
-#: that it holds the locks. So files that were open at a fork cannot be opened in the child.
-_FILES: Final["weakref.WeakSet[File]"] = weakref.WeakSet()
-_INHERITED: Final[dict[Path, Any]] = {}
-
-
-def _after_fork() -> None:
-    for file in tuple(_FILES):
-        file.after_fork()
-
-
-with contextlib.suppress(AttributeError):  # Windows does not fork
-    os.register_at_fork(after_in_child=_after_fork)
