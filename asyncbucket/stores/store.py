@@ -64,7 +64,7 @@ SLOT: Final = "concurrency"
 PATIENCE: Final = 0.2
 OPEN_PATIENCE: Final = 5.0
 _LONGEST_NAME: Final = 200
-#: Seconds of one step of `wait_patiently`.
+#: Seconds of one wait of `wait_patiently`.
 _STEP: Final = 0.05
 
 
@@ -83,18 +83,23 @@ def check_membership(name: str, slot_ttl: float) -> None:
 
 
 async def wait_patiently(work: "asyncio.Future[Any]", patience: float) -> Any:
-    """Return the result of ``work``; time for which the event loop itself was late does not count.
+    """Return the result of ``work``, unless it takes too long.
+
+    A short wait that ends late proves that this process, or the machine, is too busy to tell whether
+    the store is: it does not count.
 
     Raises:
-        TimeoutError: it took longer than ``patience`` seconds.
+        TimeoutError: it took longer than ``patience`` seconds of waits in time, or than any wait.
     """
     loop, left = asyncio.get_running_loop(), patience
-    while left > 0:
-        began, step = loop.time(), min(_STEP, left)
-        await asyncio.wait((work,), timeout=step)
+    latest = loop.time() + max(patience, OPEN_PATIENCE)
+    while left > 0 and loop.time() < latest:
+        began = loop.time()
+        await asyncio.wait((work,), timeout=_STEP)
         if work.done():
             return work.result()
-        left -= min(step, loop.time() - began)
+        if loop.time() - began < 1.5 * _STEP:
+            left -= _STEP
     raise TimeoutError
 
 
@@ -223,6 +228,12 @@ class Snapshot:
     details: dict[str, str] = field(default_factory=dict)
 
 
+def _spawn(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    task = asyncio.create_task(work, name="asyncbucket store")
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return task
+
+
 class Ledger(abc.ABC):
     """Keep the limits of one limiter, as one worker sees them.
 
@@ -243,8 +254,9 @@ class Ledger(abc.ABC):
         self._turn = asyncio.Lock()
         #: The number of the last batch; a worker that opens the limiter again repeats none.
         self._number = secrets.randbelow(1 << 48)
-        #: That batch, while it is unknown whether it was applied.
+        #: That batch, while it is unknown whether it was applied, and what is on its way.
         self._in_doubt: Batch | None = None
+        self._flight: asyncio.Task[Receipt] | None = None
         #: Corrections that have not been sent, and how many slots it holds, as far as callers know.
         self._owed: tuple[Correction, ...] = ()
         self._held = 0
@@ -271,26 +283,32 @@ class Ledger(abc.ABC):
         self._owed += batch.corrections
         async with self._turn:
             receipt: Receipt = await self._in_time(self._exchange(batch), patience)
-            self._in_doubt = None
+            self._in_doubt = self._flight = None
         self._held += sum(booking.slot for booking in receipt.bookings)
         lost, self._has_lost = self._has_lost or receipt.lost, False
         return replace(receipt, lost=lost)
 
     async def _exchange(self, batch: Batch) -> Receipt:
         if self._in_doubt is not None:
-            receipt = await self._send(self._number, self._in_doubt)
+            receipt = await self._deliver(self._in_doubt)
             self._has_lost |= receipt.lost
             self._owed += undone(self._in_doubt.calls, receipt)
-            self._in_doubt = None
+            self._in_doubt = self._flight = None
         corrections, self._owed = self._owed, ()
         self._in_doubt = replace(batch, corrections=corrections, held=self._held)
         self._number += 1
-        return await self._send(self._number, self._in_doubt)
+        return await self._deliver(self._in_doubt)
+
+    async def _deliver(self, batch: Batch) -> Receipt:
+        """Send ``batch``, again if that has failed; or wait on for what is on its way."""
+        flight = self._flight
+        if flight is None or (flight.done() and (flight.cancelled() or flight.exception())):
+            flight = self._flight = _spawn(self._send(self._number, batch))
+        return await asyncio.shield(flight)
 
     async def _in_time(self, work: Coroutine[Any, Any, Any], patience: float) -> Any:
         """Return the result of ``work``, or end it when it takes longer than ``patience`` seconds."""
-        task = asyncio.create_task(work, name="asyncbucket store")
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        task = _spawn(work)
         try:
             return await wait_patiently(task, patience)
         except TimeoutError:
@@ -328,6 +346,8 @@ class Ledger(abc.ABC):
             if self._in_doubt is not None or self._owed:
                 await self.commit(Batch())
             await self._in_time(self._leave(), self.patience)
+        if self._flight is not None:
+            self._flight.cancel()
 
     @abc.abstractmethod
     async def _leave(self) -> None:

@@ -28,7 +28,7 @@ except ImportError as missing:
 #: Where in the script a command was refused, which servers append to the reason.
 _TRAILER: Final = re.compile(r"\.? script: [0-9a-f]{40}, on @?user_script:\d+$")
 #: Seconds after which a connection gives up by itself, if nobody has ended it before.
-_BACKSTOP: Final = 10.0
+_BACKSTOP: Final = 5.0
 #: Clocks that differ by less (s) are in step.
 _IN_STEP: Final = 0.5
 #: Seconds to wait for what a server reports about itself; what has not been answered is left out.
@@ -58,6 +58,10 @@ _REMEDIES: Final = (
         exceptions.OutOfMemoryError,
         "is out of memory: {}; raise maxmemory or delete what is not needed",
     ),
+    (
+        exceptions.TimeoutError,
+        f"gave no answer within {_BACKSTOP:g} s; see whether it runs and how far away it is",
+    ),
     (exceptions.ReadOnlyError, "is a replica: {}; give the primary's address"),
     (
         exceptions.MovedError,
@@ -77,7 +81,7 @@ def connect(url: str, shown: str) -> Any:
         ValueError: the URL cannot be read.
     """
     settings: dict[str, Any] = {
-        "retry": Retry(NoBackoff(), 1),
+        "retry": Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
         "socket_timeout": _BACKSTOP,
         "socket_connect_timeout": _BACKSTOP,
         "protocol": 2,

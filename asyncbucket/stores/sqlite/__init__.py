@@ -233,17 +233,11 @@ class SQLiteLedger(Ledger):
         self._store = store
         self._life = life
         self._epoch = ("", 0)
-        #: The number of the last batch, and what the thread makes of it.
-        self._sent = -1
-        self._job: concurrent.futures.Future[tuple[Receipt, LimitConfig]] | None = None
         #: The file's changes when it was last looked at.
         self._seen: object = None
 
-    async def _send(self, number: int, batch: Batch) -> Receipt:
-        job = self._job
-        if job is None or number != self._sent or _has_failed(job):
-            job = self._store.submit(self._apply, batch)
-            self._sent, self._job = number, job
+    async def _send(self, number: int, batch: Batch) -> Receipt:  # noqa: ARG002 - what failed was not applied
+        job = self._store.submit(self._apply, batch)
         receipt, config = await asyncio.wrap_future(job)
         changed = None if config in (self.config, batch.config) else config
         self.config = config
@@ -305,10 +299,6 @@ class SQLiteLedger(Ledger):
 
     def __repr__(self) -> str:
         return f"<SQLiteLedger {self.name!r}, worker {self.worker}>"
-
-
-def _has_failed(job: "concurrent.futures.Future[Any]") -> bool:
-    return job.done() and (job.cancelled() or job.exception() is not None)
 
 
 def from_url(url: str) -> SQLiteStore:
