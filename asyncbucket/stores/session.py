@@ -266,14 +266,15 @@ class Session:
             await self._leave()
         with self._place.lock():
             self._fail_early_calls()
-            is_last = not self._heads()
+            has_more = self._pending and self._health is not None and not self._health.is_gone
+            is_last = not self._heads() and not has_more
             if is_last:
                 self._place.forget(self)
             return is_last
 
     async def _open(self) -> bool:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
-        place = self._place
+        place, self._health = self._place, None
         with place.lock():
             if self._fail_early_calls() and not self._heads():
                 return False
@@ -324,9 +325,7 @@ class Session:
     def _fail_early_calls(self) -> bool:
         """Fail calls that had come when the store could not be opened, or the limiter was closed.
 
-        Return whether there were any.
-
-        More of them wait in the pacer's line than fit in here. Each of those would otherwise try
+        Return whether there were any. More of them wait in the pacer's line than fit in here. Each of those would otherwise try
         the store anew, in vain: it may take seconds to notice that it is gone.
         """
         early = [each for each in (*self._line, *self._reserved) if self._has_failed(each)]

@@ -63,6 +63,9 @@ SLOT: Final = "concurrency"
 #: Within so many seconds a store answers, or counts as gone; and the first time, when it is opened.
 PATIENCE: Final = 0.2
 OPEN_PATIENCE: Final = 5.0
+#: A store that has been slow gets more time: so many of its slowest trips, which fade by this factor.
+_TRIPS: Final = 5
+_FADING: Final = 0.9
 _LONGEST_NAME: Final = 200
 #: Seconds of one wait of `wait_patiently`.
 _STEP: Final = 0.05
@@ -257,6 +260,8 @@ class Ledger(abc.ABC):
         #: That batch, while it is unknown whether it was applied, and what is on its way.
         self._in_doubt: Batch | None = None
         self._flight: asyncio.Task[Receipt] | None = None
+        #: How long (s) the slowest trip took, of those of late.
+        self._slowest = 0.0
         #: Corrections that have not been sent, and how many slots it holds, as far as callers know.
         self._owed: tuple[Correction, ...] = ()
         self._held = 0
@@ -272,7 +277,8 @@ class Ledger(abc.ABC):
         Raises:
             StoreError: the store does not answer, or fails. See the module's last paragraph.
         """
-        return await self._commit(batch, self.patience)
+        patience = max(self.patience, min(_TRIPS * self._slowest, OPEN_PATIENCE))
+        return await self._commit(batch, patience)
 
     async def join(self, config: LimitConfig) -> None:
         """Make the limiter if necessary, and put ``config`` in force."""
@@ -303,8 +309,15 @@ class Ledger(abc.ABC):
         """Send ``batch``, again if that has failed; or wait on for what is on its way."""
         flight = self._flight
         if flight is None or (flight.done() and (flight.cancelled() or flight.exception())):
-            flight = self._flight = _spawn(self._send(self._number, batch))
+            flight = self._flight = _spawn(self._fly(batch))
         return await asyncio.shield(flight)
+
+    async def _fly(self, batch: Batch) -> Receipt:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        receipt = await self._send(self._number, batch)
+        self._slowest = max(loop.time() - began, _FADING * self._slowest)
+        return receipt
 
     async def _in_time(self, work: Coroutine[Any, Any, Any], patience: float) -> Any:
         """Return the result of ``work``, or end it when it takes longer than ``patience`` seconds."""

@@ -131,6 +131,35 @@ def test_loops_and_threads_of_a_process_share_the_limit(url: str) -> None:
     asyncio.run(limiter.aclose())
 
 
+def test_session_ends_with_its_limiter_though_nobody_closed_it(where: str) -> None:
+    limiter = Limiter("1000 RPM", concurrency=3, store=where, name="openai")
+    asyncio.run(take(limiter))
+    threads = [each for each in threading.enumerate() if each.name == "asyncbucket session"]
+    assert threads
+    del limiter
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert asyncio.run(peek_at(open_store(where))).workers == 0
+
+
+def test_blocked_loop_keeps_its_slots_and_gives_other_loops_no_cause_to_wait(where: str) -> None:
+    limiter = Limiter("1000 RPM burst 1000", concurrency=2, store=where, slot_ttl=0.2, name="openai")
+
+    async def block() -> None:
+        async with limiter.acquire():
+            time.sleep(0.8)  # noqa: ASYNC251 - four times the time to live
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        blocked = threads.submit(asyncio.run, block())
+        time.sleep(0.5)
+        assert asyncio.run(peek_at(open_store(where))).slots == 1
+        limiter.acquire_sync(timeout=0.2).release()
+        blocked.result()
+    asyncio.run(limiter.aclose())
+
+
 def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: Any) -> None:
     limiter = Limiter(concurrency=1, store=url, name="openai")
 
@@ -151,23 +180,3 @@ def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: An
         lease.release()
         while connections() - before:  # the server may notice it later
             time.sleep(0.001)
-
-
-def test_pause_and_new_limits_reach_store_despite_resting_loop(url: str) -> None:
-    limiter = Limiter("1000 RPM burst 100", store=url, name="openai")
-
-    async def use_and_steer() -> None:
-        await take(limiter)
-        limiter.pause(30)
-        limiter.reconfigure("500 RPM burst 50")
-        await limiter.aclose()
-
-    resting = asyncio.new_event_loop()
-    resting.run_until_complete(take(limiter))
-    asyncio.run(use_and_steer())
-
-    snapshot = asyncio.run(peek_at(open_store(url)))
-    assert snapshot.paused_until - snapshot.now > 20e9
-    assert snapshot.config.limits == (Limit("requests", 500, burst=50),)
-    resting.run_until_complete(limiter.aclose())
-    resting.close()

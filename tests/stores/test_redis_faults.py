@@ -271,12 +271,3 @@ async def test_window_in_redis_uses_bounded_memory(store: RedisStore, redis: Any
     for _ in range(700):
         await ledger.commit(Batch(calls=(FREE,) * 3))
     assert await redis.hlen("asyncbucket:{memory}:state") < 530
-
-
-async def test_users_redis_client_is_accepted_and_left_open(redis: Any) -> None:
-    store = RedisStore.of(redis)
-    ledger = await store.open("own", terms("10/s"))
-    assert outcomes(await ledger.commit(Batch(calls=(FREE,)))) == ["booked"]
-    await ledger.aclose()
-    await store.aclose()
-    assert await redis.ping()

@@ -249,7 +249,8 @@ async def test_failover_to_replica_keeps_replicated_bookings(
         "sentinel down-after-milliseconds main 300\n"
         "sentinel failover-timeout main 2000\n",
     )
-    sentinels: Any = Sentinel([("127.0.0.1", sentinel.port)], socket_timeout=0.5)
+    sentinel_class: Any = Sentinel
+    sentinels = sentinel_class([("127.0.0.1", sentinel.port)], socket_timeout=0.5)
     client = sentinels.master_for("main", socket_timeout=0.5)
     store = RedisStore.of(client)
     ledger = await store.open("failover", terms("100 requests/minute burst 100", concurrency=99))

@@ -48,25 +48,6 @@ async def used(ledger: SQLiteLedger) -> int:
     return (await ledger.peek()).limits[0].used
 
 
-def test_relative_path_is_resolved_when_limiter_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    limiter = Limiter("9 RPD burst 9", store="sqlite:///limits.db", name="moves")
-
-    async def call() -> None:
-        (await limiter.acquire()).release()
-        await limiter.aclose()
-
-    for folder in ("there", "here"):
-        monkeypatch.chdir(tmp_path / folder)
-        asyncio.run(call())
-    assert [path.name for path in tmp_path.glob("*/limits.db")] == ["limits.db"]
-    assert limiter.statistics().limits[0].used == 2
-
-
 async def test_file_is_made_when_used_and_alone_when_closed(path: Path) -> None:
     store = SQLiteStore(path)
     assert not path.exists()

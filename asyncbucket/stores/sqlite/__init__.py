@@ -134,7 +134,10 @@ class SQLiteStore:
         self.file.refuse_fork()
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
-        return self._thread.submit(self._do, work, *args)
+        try:
+            return self._thread.submit(self._do, work, *args)
+        except RuntimeError as error:  # the interpreter is ending
+            raise StoreError(f"{self._path}: {error}") from error
 
     def too_late(self, patience: float) -> str:
         """Return what to say if there was no answer within ``patience`` seconds."""

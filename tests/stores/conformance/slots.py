@@ -120,16 +120,6 @@ class Slots(Suite):
         await _slots(second, 1)
 
     @scenario
-    async def test_newcomer_does_not_take_the_slot_of_the_first_in_line(self, place: Place) -> None:
-        limits = config(_ROOMY, concurrency=1)
-        holder, first, newcomer = [await place.worker(limits) for _ in range(3)]
-        await _slots(holder, 1)
-        await _no_slot(first)
-        await holder.commit(Batch(held=0))
-        await _no_slot(newcomer)
-        await _slots(first, 1)
-
-    @scenario
     async def test_worker_without_waiting_calls_leaves_the_line(self, place: Place) -> None:
         limits = config(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(limits) for _ in range(3)]
