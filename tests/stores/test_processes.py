@@ -28,6 +28,7 @@ pytestmark = pytest.mark.real_clock
 AGENTS = """
 import asyncio, json, sys, time
 from asyncbucket import Limiter
+from asyncbucket.core.events import StoreLost
 
 def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
     return next(m._reservation.booked_at for m, _ in lease._meters if hasattr(m, "_reservation"))
@@ -36,6 +37,8 @@ async def main():
     limiter = Limiter(
         "400 requests/4s burst 20", "100k TPM", concurrency=50, store=sys.argv[1], name="openai"
     )
+    lost = []
+    limiter.observe(lambda event: isinstance(event, StoreLost) and lost.append(event.reason))
     (await limiter.acquire(tokens=1)).release()
     print("ready", flush=True)
     sys.stdin.readline()
@@ -48,9 +51,16 @@ async def main():
                 await asyncio.sleep(0.05)
                 lease.settle(tokens=50)
 
+    async def block():
+        while True:
+            await asyncio.sleep(2)
+            time.sleep(0.3)
+
+    blocking = asyncio.create_task(block())
     await asyncio.gather(*(agent() for _ in range(15)), return_exceptions=True)
+    blocking.cancel()
     await limiter.aclose()
-    print(json.dumps(went))
+    print(json.dumps([went, lost]))
 
 asyncio.run(main())
 """
@@ -129,7 +139,9 @@ def test_processes_share_one_limit_in_equal_parts(
         assert each.stdin is not None
         each.stdin.write("go\n")
         each.stdin.flush()
-    went = [json.loads(each.communicate()[0]) for each in processes]
+    reports = [json.loads(each.communicate()[0]) for each in processes]
+    went = [starts for starts, _ in reports]
+    assert not any(lost for _, lost in reports)
     every = sorted(when for each in went for when in each if when)  # 0 in an outage
     assert_never_over([(when, 1) for when in every], Limit("requests", 400, per=4, burst=20))
     until = every[0] + 8_000_000_000

@@ -168,6 +168,26 @@ async def test_frozen_server_is_reported_in_time_and_charges_once(
     await store.aclose()
 
 
+async def test_server_that_has_been_slow_gets_more_time(
+    start_server: "Callable[..., RunningServer]",
+) -> None:
+    server = start_server()
+    store = open_store(server.url)
+    ledger = await store.open("slow", terms("100 requests/minute"))
+    for seconds in (0.15, 0.5):
+        server.freeze()
+        answer = asyncio.create_task(ledger.commit(Batch()))
+        await asyncio.sleep(seconds)
+        server.thaw()
+        await answer
+    for _ in range(30):
+        await ledger.commit(Batch())
+    server.freeze()
+    await refused(ledger, Batch())
+    server.thaw()
+    await store.aclose()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", times: int) -> None:
     store = open_store(proxy.url)
