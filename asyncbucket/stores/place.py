@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Final
 
-from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit, StoreError
+from asyncbucket.core.errors import CostExceedsLimit, StoreError
 from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
@@ -27,7 +27,6 @@ from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
-from asyncbucket.core.wording import counted
 from asyncbucket.stores import open_store
 from asyncbucket.stores.pending import BookedMeter, PendingUpdates, Reservation
 from asyncbucket.stores.session import Session
@@ -225,17 +224,15 @@ class StorePlace:
         error.__cause__ = None if isinstance(cause, StoreError) else cause
         self._pacer.fail_locked(waiter, error)
 
-    def refuse(self, waiter: AnyWaiter, bound_by: str) -> None:
-        """Make a call fail that exceeds a limit and can never pass; with the lock held."""
-        error: AsyncBucketError = CostExceedsLimit(
-            f"cost of {counted(waiter.amounts.get(bound_by, 0), bound_by)} exceeds the limit that "
-            f"another process has set and can never pass; raise the limit or split the request"
-        )
+    def refuse(self, waiter: AnyWaiter) -> None:
+        """Make a call fail that exceeds a limit and can never pass; with the lock held.
+
+        If own limits allow it, the store has not heard of them: the call is asked for again.
+        """
         try:
             self._node.check(waiter.amounts)
-        except CostExceedsLimit as own_error:
-            error = own_error
-        self._pacer.fail_locked(waiter, error)
+        except CostExceedsLimit as error:
+            self._pacer.fail_locked(waiter, error)
 
     def admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> bool:
         """Let a booked call go, because its start has come; return whether it still waited."""

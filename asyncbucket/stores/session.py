@@ -445,7 +445,7 @@ class Session:
                 self._reserve(waiter, booking, start, booking.bound_by or bounds.get(waiter))
             elif booking.outcome is Outcome.NEVER:
                 with self._place.lock():
-                    self._place.refuse(waiter, booking.bound_by or "")
+                    self._place.refuse(waiter)
             else:
                 self._awaits_slots |= booking.outcome is Outcome.FULL
                 if booking.bound_by is not None:

@@ -21,7 +21,7 @@ from asyncbucket import (
 from asyncbucket.core.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
-from asyncbucket.stores import Batch, LimitConfig, open_store
+from asyncbucket.stores import LimitConfig, open_store
 from asyncbucket.stores.pending import PendingUpdates
 from asyncbucket.stores.redis import RedisLedger
 from asyncbucket.testing import assert_never_over
@@ -91,7 +91,7 @@ async def test_closing_limiter_fails_waiting_calls_with_store_error(
     assert (snapshot.limits[0].used, snapshot.workers) == (1 + len(calls) - len(told), 0)
 
 
-@pytest.mark.parametrize("turns", range(1, 12, 2))
+@pytest.mark.parametrize("turns", [1, 4, 9])
 async def test_cancelled_closing_is_completed_by_closing_again(
     turns: int, where: str, shared: Limiters
 ) -> None:
@@ -184,7 +184,8 @@ async def test_refunds_and_slots_released_after_closing_reach_store(
 
     async with asyncio.timeout(5):
         await waiting
-    await two.aclose()
+    for limiter in (one, two):  # the first leaves with its last slot
+        await limiter.aclose()
     snapshot = await peek_at(open_store(where))
     assert (snapshot.config.concurrency, snapshot.slots, snapshot.workers) == (1, 0, 0)
 
@@ -282,7 +283,7 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(shared: Limit
     assert told == ["5 requests per 60 s", "concurrency 5"]
 
 
-@pytest.mark.parametrize("turns", range(8))
+@pytest.mark.parametrize("turns", [0, 3])
 async def test_limits_changed_while_store_opens_reach_it(
     turns: int, where: str, shared: Limiters
 ) -> None:
@@ -328,20 +329,6 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(shared: Limite
     await asyncio.sleep(0.1)
     (await two.acquire(tokens=11)).release()
     assert one.limits == two.limits == (Limit("requests", 50, burst=50),)
-
-
-async def test_limit_announced_by_provider_applies_to_all_limiters(shared: Limiters) -> None:
-    one = shared()
-    two = shared()
-    for limiter in (one, two):
-        (await limiter.acquire()).release()
-    for number in (10**15 - 1, 3):
-        HeaderReader(one).read([(b"x-ratelimit-limit-requests", str(number).encode())], OPENAI)
-    await asyncio.sleep(0.1)
-    (await one.acquire(timeout=0.5)).release()
-    with pytest.raises(AcquireTimeout, match="requests bind"):
-        await two.acquire(timeout=0.5)
-    assert one.limits == two.limits == (Limit("requests", 3, per=60),)
 
 
 async def test_remaining_headers_count_only_for_limits_of_a_child(shared: Limiters) -> None:
@@ -437,28 +424,6 @@ async def test_statistics_match_limits_whatever_their_order(shared: Limiters) ->
     (await one.acquire(tokens=70)).release()
     used = {use.limit.keyword: (use.used, use.available) for use in one.statistics().limits}
     assert used == {"rpm": (5, 495), "tpm": (350, 19_650), "rpd": (5, 9_995)}
-
-
-async def test_statistics_name_limit_that_binds_at_store(shared: Limiters) -> None:
-    limiter = shared("1 requests/2s", concurrency=9)
-    roomy, narrow = limiter.child("roomy", concurrency=8), limiter.child("narrow", concurrency=1)
-
-    async def hold(each: Limiter) -> None:
-        async with each.acquire():
-            await asyncio.sleep(60)
-
-    async with limiter.acquire(), asyncio.timeout(20):
-        holder = asyncio.create_task(hold(narrow))
-        waiting = [asyncio.create_task(hold(each)) for each in (narrow, roomy)]
-        while limiter.statistics().bound_by is None:  # noqa: ASYNC110 - it takes a trip to the store
-            await asyncio.sleep(0.01)
-        assert limiter.statistics().bound_by == "requests"
-        assert roomy.statistics().bound_by == "requests"
-        assert narrow.statistics().bound_by == "concurrency"
-    for task in (holder, *waiting):
-        task.cancel()
-    await asyncio.gather(holder, *waiting, return_exceptions=True)
-    assert limiter.statistics().bound_by is None
 
 
 async def test_child_limits_hold_when_calls_leave_the_store_line(shared: Limiters) -> None:

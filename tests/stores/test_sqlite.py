@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limit, Limiter, StoreError
+from asyncbucket import Limit, StoreError
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome
 from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore
 from asyncbucket.stores.sqlite.file import SCHEMA, SharedClock

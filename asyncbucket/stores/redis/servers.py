@@ -171,7 +171,9 @@ async def details(client: Any) -> dict[str, str]:
             told[name] = str(info.get(f"{name}_version", info.get("redis_version")))
             told["scripts"] = f"{info.get('number_of_cached_scripts', 0)} cached"
             policy = info.get("maxmemory_policy", "unknown policy")
-            told["memory"] = f"{maxmemory:,} bytes at most and {policy}" if maxmemory else "unbounded"
+            told["memory"] = (
+                f"{maxmemory:,} bytes at most and {policy}" if maxmemory else "unbounded"
+            )
             told["persistence"] = "append-only file" if info.get("aof_enabled") else "unknown"
             if not info.get("aof_enabled"):
                 save = (await client.config_get("save", **node)).get("save")

@@ -144,6 +144,18 @@ class Slots(Suite):
         assert max(got) - min(got) <= 2, got
 
     @scenario
+    async def test_slot_given_back_goes_to_another_that_has_waited(self, place: Place) -> None:
+        limits = config(_ROOMY, concurrency=4)
+        busy, waiting, third = [await place.worker(limits) for _ in range(3)]
+        for worker, count in ((busy, 2), (waiting, 1), (third, 1)):
+            await _slots(worker, count)
+        await _no_slot(waiting)
+        await asyncio.sleep(0.03)
+        receipt = await busy.commit(Batch(held=1, calls=(_CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.FULL
+        await _slots(waiting, 1)
+
+    @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
         limits = config(_ROOMY, concurrency=1)
         holder, dead, living = [await place.worker(limits) for _ in range(3)]
