@@ -641,8 +641,8 @@ class Limiter(Doors, OfThisProcess):
     async def aclose(self) -> None:
         """Leave the store, if one keeps the limits: what is booked ahead is given back.
 
-        Without a store it does nothing. Call it on the event loop that used the limiter. If only
-        calls without a loop used it, any loop will do, once none of them waits.
+        Without a store it does nothing. It closes the limiter for all loops and threads of the
+        process: calls that still wait fail with `StoreError`, later ones open it again.
         """
         if self._place is not None:
             await self._place.aclose()
