@@ -62,7 +62,7 @@ async def test_errors_say_when_other_limiters_hold_all_slots(shared: Limiters) -
     one, two = [shared("1000 RPM", concurrency=1) for _ in range(2)]
     async with one.acquire():
         with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
-            await two.acquire(timeout=0.2)
+            await two.acquire(timeout=1)
         child = two.child("child", concurrency=3)
         waiting = asyncio.gather(*(take(child) for _ in range(3)))
         await asyncio.sleep(0.05)
