@@ -118,7 +118,7 @@ class StorePlace:
         return 0 if self._session is None else self._session.waiting()
 
     def held_up(self) -> tuple[str, int] | None:
-        return None if self._session is None else self._session.held_up
+        return None if self._session is None else self._session.held_up()
 
     def use(self) -> Iterator[LimitUse]:
         for limit in self.config().limits:

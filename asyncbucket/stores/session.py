@@ -50,6 +50,8 @@ _MAX_BEAT_INTERVAL: Final = 10_000_000_000
 #: The bounds of the number of calls that wait here.
 _MIN_ROOM: Final = 8
 _MAX_ROOM: Final = 512
+#: For how long (ns) a call that has given up may ask in another thread what it waited for.
+_REMEMBER: Final = 500_000_000
 #: The shortest sleep (s).
 _NAP: Final = 20e-6
 _FAILED: Final = (
@@ -91,8 +93,9 @@ class Session:
         self._report_at = self._beat_at = NEVER
         #: Before this instant the line's heads are not sent, because they would not be booked.
         self._ask_at = self._last_start = 0
-        #: What the first unbooked call waits for, and until when at least.
-        self.held_up: tuple[str, int] | None = None
+        #: What the first unbooked call waits for, until when at least, and when that is forgotten.
+        self._held_up: tuple[str, int] | None = None
+        self._forget_at = NEVER
         #: What each unbooked call waits for.
         self._bounds: dict[Any, str] = {}
         #: Whether calls wait in the store's line, for slots among others; whether others wait there.
@@ -179,6 +182,10 @@ class Session:
     def waiting(self) -> int:
         """Return how many calls wait here."""
         return sum(not waiter.done() for waiter in (*self._line, *self._reserved))
+
+    def held_up(self) -> tuple[str, int] | None:
+        """Return what the first unbooked call waits for, and until when at least."""
+        return self._held_up if self._clock() < self._forget_at else None
 
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch."""
@@ -356,7 +363,7 @@ class Session:
         heads = heads[:number]
         if self._in_line and not heads:  # nobody waits any more: leave the store's line
             self._in_line = self._awaits_slots = False
-            self._ask_at, self.held_up = 0, None
+            self._ask_at, self._forget_at = 0, now + _REMEMBER
             await self._send(())
             return
         now = self._clock()
@@ -437,7 +444,7 @@ class Session:
         assert self._health is not None
         offset, bounds, booked = now - receipt.now, self._bounds, 0
         self._in_line, self._awaits_slots = receipt.in_line, False
-        self._bounds, self.held_up = {}, None
+        self._bounds, self._held_up, self._forget_at = {}, None, NEVER
         for waiter, booking in zip(heads, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 booked += 1
@@ -451,7 +458,7 @@ class Session:
                 if booking.bound_by is not None:
                     self._bounds[waiter] = booking.bound_by
                     until = NEVER if booking.bound_by == SLOT else self._ask_at
-                    self.held_up = self.held_up or (booking.bound_by, until)
+                    self._held_up = self._held_up or (booking.bound_by, until)
         self._health.record.book_all(heads, receipt.bookings)
         self._adapt_room(len(heads), booked)
 
