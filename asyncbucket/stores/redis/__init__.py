@@ -186,6 +186,8 @@ class RedisLedger(Ledger):
         try:
             async with asyncio.timeout(timeout):
                 await self._called.wait()
+                async with self._turn:  # a batch under way is answered first, as of before the call
+                    pass
         except TimeoutError:
             return False
         self._reset_call()
