@@ -1,83 +1,64 @@
 """What the tests of the core share, and what holds in all of them."""
 
 import asyncio
+import contextlib
 import functools
 import inspect
-import logging
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+from unittest.mock import ANY
 
 import pytest
 
-from asyncbucket import Limiter
-from asyncbucket.testing import VirtualTime
+from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket.testing import VirtualTime, VirtualTimeLoop
+
+T = TypeVar("T")
+Refusal = WouldBlock | AcquireTimeout | QueueFull
+
+#: How much longer than its span a window remembers a call.
+HELD = 515 / 512
+
+
+@pytest.fixture(name="time")
+def time_of_test(virtual_time: VirtualTime) -> VirtualTime:
+    """Give the virtual time on which the test runs."""
+    return virtual_time
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(
     collector: pytest.Module | pytest.Class, name: str, obj: object
 ) -> list[pytest.Function] | None:
-    """Run an async test that takes ``virtual_time`` on it."""
-    if not (
-        name.startswith("test_")
-        and inspect.iscoroutinefunction(obj)
-        and "virtual_time" in inspect.signature(obj).parameters
-    ):
+    """Run an async test that takes ``time`` (or ``virtual_time``) on it."""
+    if not (name.startswith("test_") and inspect.iscoroutinefunction(obj)):
         return None
-    test = _run_on_virtual_time(obj)
+    taken = {"time", "virtual_time"} & inspect.signature(obj).parameters.keys()
+    if not taken:
+        return None
+    test = _run_on_virtual_time(obj, taken.pop())
     setattr(collector.obj, name, test)
     return list(collector._genfunctions(name, test))
 
 
-def _run_on_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+def _run_on_virtual_time(
+    test: Callable[..., Coroutine[Any, Any, None]], name: str
+) -> Callable[..., None]:
     @functools.wraps(test)
-    def run(*, virtual_time: VirtualTime, **others: Any) -> None:
-        virtual_time.run(test(virtual_time=virtual_time, **others))
+    def run(**fixtures: Any) -> None:
+        time: VirtualTime = fixtures[name]
+        time.run(test(**fixtures))
 
     return run
 
 
-class _Kept(logging.Handler):
-    """Keep log records of exceptions."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info:
-            self.messages.append(self.format(record))
-
-
 @pytest.fixture(autouse=True)
-def no_callback_fails() -> Iterator[None]:
+def no_callback_fails(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Fail a test in which a timer or a callback raised: a loop only logs such errors."""
-    kept = _Kept()
-    log = logging.getLogger("asyncio")
-    log.addHandler(kept)
     yield
-    log.removeHandler(kept)
-    assert kept.messages == []
-
-
-class FakeLock:
-    """Stand in for a pacer's lock; subclasses change how it is acquired."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002 - as `Lock.acquire`
-        return self._lock.acquire(blocking)
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
+    told = [each for each in caplog.get_records("call") if each.name == "asyncio" and each.exc_info]
+    assert [each.getMessage() for each in told] == []
 
 
 def used(limiter: Limiter) -> list[int]:
@@ -98,7 +79,47 @@ def nothing_is_left(*limiters: Limiter) -> None:
         assert (now.waiting, now.in_flight) == (0, 0)
 
 
+@contextlib.contextmanager
+def refused(
+    kind: type[Refusal],
+    says: str = " ",
+    *,
+    retry_after: object = ANY,
+    bound_by: object = ANY,
+) -> Generator[None]:
+    """Expect an error with this in its message, and with these attributes."""
+    with pytest.raises(kind, match=re.escape(says)) as error:
+        yield
+    assert error.value.retry_after == retry_after
+    assert error.value.bound_by == bound_by
+
+
 async def steps(count: int) -> None:
     """Let the loop run ``count`` times."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def all_blocked() -> None:
+    """Let the other tasks of a loop on virtual time run until all of them wait."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    await loop.all_blocked()
+
+
+async def start(call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """Start a call, and let it run until it waits."""
+    return (await start_all([call]))[0]
+
+
+async def start_all(calls: Iterable[Coroutine[Any, Any, T]]) -> "list[asyncio.Task[T]]":
+    """Start calls in this order, and let them run until they wait."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    await all_blocked()
+    return tasks
+
+
+def cancel(*calls: "asyncio.Task[Any]") -> None:
+    """Cancel calls."""
+    for call in calls:
+        call.cancel()

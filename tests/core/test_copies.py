@@ -27,7 +27,6 @@ def test_copied_lease_gives_its_slot_back_once(copied: Callable[[Any], Any]) -> 
 
 @COPIES
 def test_copy_of_limiter_or_bucket_is_same_object(copied: Callable[[Any], Any]) -> None:
-    """An agent that is copied spends from the same budget."""
     limiter = Limiter("60 RPM")
     child = limiter.child("chat")
     bucket = TokenBucket(1.0)

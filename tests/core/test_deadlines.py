@@ -9,53 +9,31 @@ from hypothesis import strategies as st
 from asyncbucket import AcquireTimeout, Cost, Lease, Limiter, TokenBucket
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core.conftest import HELD, refused, start
 
 
-async def test_call_above_burst_that_would_be_late_is_refused_at_once(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter("100 requests/s burst 10", clock=virtual_time.clock)
-    await asyncio.sleep(5)
-    with pytest.raises(AcquireTimeout) as error:
-        await limiter.acquire(requests=50, timeout=0.3)
-    assert virtual_time.now == 5
-    assert error.value.retry_after == pytest.approx(0.4)
-    assert (await limiter.acquire(requests=50, timeout=0.4)).waited == pytest.approx(0.4)
-
-
-async def test_call_that_would_be_late_is_refused_at_once(virtual_time: VirtualTime) -> None:
-    """This holds for `timeout` and `deadline`, and the message has both times."""
-    limiter = Limiter("60 TPM", clock=virtual_time.clock)
-    (await limiter.acquire(tokens=60)).release()
+async def test_call_that_would_be_late_is_refused_at_once(time: VirtualTime) -> None:
+    """This holds for `timeout` and `deadline`, in line or not, and the message has both times."""
+    limiter = Limiter("60 TPM", "100 requests/s burst 10", concurrency=1, clock=time.clock)
+    (await limiter.acquire(requests=0, tokens=60)).release()
+    says = (
+        "a call of 1 request, 1 token cannot pass within 30 s: tokens bind for 60.4 s more; raise"
+    )
     for timeout, deadline in ((30.0, None), (None, 30.0), (99, 30)):
-        with pytest.raises(AcquireTimeout) as error:
+        late = pytest.approx(60 * HELD)
+        with refused(AcquireTimeout, says, retry_after=late, bound_by="tokens"):
             await limiter.acquire(tokens=1, timeout=timeout, deadline=deadline)
-        assert str(error.value) == (
-            "a call of 1 token cannot pass within 30 s: tokens bind for 60.4 s more; "
-            "raise the timeout or the limit"
-        )
-        assert error.value.bound_by == "tokens"
-        assert error.value.retry_after == pytest.approx(60 * 515 / 512)
-    assert virtual_time.now == 0
-    assert limiter.statistics().refused == 3
-
-
-async def test_call_without_time_to_wait_fails_at_once_also_when_the_clock_says_0(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-    lease = await limiter.acquire()
-    assert virtual_time.clock() == 0
-    with pytest.raises(AcquireTimeout):
+    with refused(AcquireTimeout, retry_after=pytest.approx(0.4)):
+        await limiter.acquire(requests=50, timeout=0.3)
+    with limiter.acquire_nowait(), refused(AcquireTimeout, "the one slot is taken"):
         await limiter.acquire(timeout=0)
-    assert virtual_time.now == 0
-    lease.release()
+    assert time.now == 0
+    assert limiter.statistics().refused == 5
+    assert (await limiter.acquire(requests=50, timeout=0.5)).waited == pytest.approx(0.41)
 
 
-async def test_call_that_may_use_refund_of_open_call_is_not_refused(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter("60 TPM", clock=virtual_time.clock)
+async def test_call_that_may_use_refund_of_open_call_is_not_refused(time: VirtualTime) -> None:
+    limiter = Limiter("60 TPM", clock=time.clock)
     lease = await limiter.acquire(tokens=60)
     waiting = asyncio.ensure_future(limiter.acquire(tokens=50, timeout=10))
     await asyncio.sleep(5)
@@ -64,31 +42,26 @@ async def test_call_that_may_use_refund_of_open_call_is_not_refused(
     lease.settle(tokens=60)
     with pytest.raises(AcquireTimeout, match=r"within .* s: tokens bind for 59\.4 s more"):
         await limiter.acquire(tokens=50, timeout=1)  # it is still open, and may be settled again
-    assert virtual_time.now == 6.0
+    assert time.now == 6.0
     lease.release()
     (await waiting).release()
 
 
-async def test_open_call_of_sibling_does_not_help_call_at_own_limit(
-    virtual_time: VirtualTime,
-) -> None:
-    key = Limiter("1k TPM", clock=virtual_time.clock)
+async def test_open_call_of_sibling_does_not_help_call_at_own_limit(time: VirtualTime) -> None:
+    key = Limiter("1k TPM", clock=time.clock)
     open_calls = [await key.child("other").acquire(tokens=60)]
     for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
         (await acme.acquire(tokens=60)).release()
         with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
             await acme.acquire(tokens=60, timeout=5)
-    assert (virtual_time.now, len(open_calls)) == (0, 1)
+    assert (time.now, len(open_calls)) == (0, 1)
 
 
-async def test_call_that_may_use_units_just_handed_over_is_not_refused(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_call_that_may_use_units_just_handed_over_is_not_refused(time: VirtualTime) -> None:
     """Between an admission and its lease, what was booked still counts as lent."""
-    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
+    limiter = Limiter("100 TPM", concurrency=1, clock=time.clock)
     first = await limiter.acquire()
-    handed = asyncio.ensure_future(limiter.acquire(tokens=99))
-    await virtual_time.all_blocked()
+    handed = await start(limiter.acquire(tokens=99))
     first.release()
     await asyncio.sleep(0)
     assert limiter.statistics().limits[0].used == 99
@@ -101,63 +74,49 @@ async def test_call_that_may_use_units_just_handed_over_is_not_refused(
     assert limiter.statistics().waiting == 0
 
 
-async def test_call_above_burst_is_in_time_with_units_earned_by_head(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+async def test_call_above_burst_is_in_time_with_units_earned_by_head(time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM burst 1", clock=time.clock)
     first = asyncio.ensure_future(limiter.acquire(requests=30))
     await asyncio.sleep(20)
-    second = asyncio.ensure_future(limiter.acquire(requests=30, timeout=15))
-    await virtual_time.all_blocked()
+    second = await start(limiter.acquire(requests=30, timeout=15))
     first.cancel()
     assert (await second).waited == 9
 
 
-async def test_token_debt_does_not_refuse_call_without_tokens(virtual_time: VirtualTime) -> None:
-    """A call waits only for the limits of what it costs."""
-    limiter = Limiter("1/s", "100 TPM burst 100", clock=virtual_time.clock)
+@pytest.mark.parametrize("missing", ["debt", "none left at the provider"])
+async def test_missing_tokens_refuse_no_call_that_costs_none(
+    time: VirtualTime, missing: str
+) -> None:
+    limiter = Limiter("1/s", "100 TPM burst 100", clock=time.clock)
     with await limiter.acquire(tokens=10) as lease:
-        lease.settle(tokens=500)
+        if missing == "debt":
+            lease.settle(tokens=500)
+        else:
+            observe_remaining(limiter, 0, resource="tokens", per=60)
     assert (await limiter.acquire(timeout=5)).bound_by == "requests"
 
 
-async def test_call_passes_at_exact_instant_of_its_deadline(virtual_time: VirtualTime) -> None:
-    """The bucket has its unit after one second, so a timeout of one second is enough."""
-    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
-    for second in range(5):
-        await bucket.acquire(timeout=1)
-        assert virtual_time.now == second
-    with pytest.raises(AcquireTimeout):
-        await bucket.acquire(timeout=0.999_999_999)
-    assert virtual_time.now == 4
-
-
-async def test_late_loop_does_not_time_out_call_that_could_have_passed(
-    virtual_time: VirtualTime,
-) -> None:
-    bucket = TokenBucket(rate=1.0, burst=1, clock=virtual_time.clock)
+async def test_late_loop_does_not_time_out_call_that_could_have_passed(time: VirtualTime) -> None:
+    bucket = TokenBucket(rate=1.0, burst=1, clock=time.clock)
     await bucket.acquire()
     first = asyncio.create_task(bucket.acquire(timeout=1.5))
-    second = asyncio.create_task(bucket.acquire(timeout=2.5))
-    await virtual_time.all_blocked()
-    virtual_time.advance(3.0)  # as blocking code would
+    second = await start(bucket.acquire(timeout=2.5))
+    time.advance(3.0)  # as blocking code would
     await first
     with pytest.raises(AcquireTimeout, match=r"2\.5 s at 1 a second"):
         await second
-    assert virtual_time.now == 3.0
+    assert time.now == 3.0
 
 
-async def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime) -> None:
-    """Wherever a call is in line, it fails at its own instant, and the others move up."""
-    limiter = Limiter("1 RPS", concurrency=1, clock=virtual_time.clock)
+async def test_each_call_times_out_at_its_own_deadline(time: VirtualTime) -> None:
+    limiter = Limiter("1 RPS", concurrency=1, clock=time.clock)
     holder = await limiter.acquire()
     gone: list[tuple[float, float]] = []
 
     async def call(timeout: float) -> None:
-        with pytest.raises(AcquireTimeout) as error:
+        with refused(AcquireTimeout, "the one slot is taken"):
             await limiter.acquire(timeout=timeout)
-        assert "the one slot is taken" in str(error.value)
-        gone.append((virtual_time.now, timeout))
+        gone.append((time.now, timeout))
 
     async with asyncio.TaskGroup() as group:
         for timeout in (5.0, 2.0, 0.0, 9.0, 2.0, 1.0):
@@ -169,15 +128,14 @@ async def test_each_call_times_out_at_its_own_deadline(virtual_time: VirtualTime
     assert limiter.statistics().waiting == 0
 
 
-async def test_new_earliest_deadline_wakes_pacer(virtual_time: VirtualTime) -> None:
+async def test_new_earliest_deadline_wakes_pacer(time: VirtualTime) -> None:
     """It would sleep for the head's minute, but a call with a timeout of a second ends in time."""
-    limiter = Limiter("1 RPM", "2 images/m", clock=virtual_time.clock)
+    limiter = Limiter("1 RPM", "2 images/m", clock=time.clock)
     await limiter.acquire(Cost(images=1))
-    head = asyncio.ensure_future(limiter.acquire())
-    await virtual_time.all_blocked()
+    head = await start(limiter.acquire())
     with pytest.raises(AcquireTimeout):
         await limiter.acquire(Cost(requests=0, images=1), timeout=1)
-    assert virtual_time.now == 1.0
+    assert time.now == 1.0
     await head
 
 
@@ -244,20 +202,24 @@ def test_call_that_could_pass_in_time_is_never_refused(
             assert time.run(undone(time)) > timeout - 1e-6
 
 
-async def test_1000_calls_due_exactly_at_their_deadline_all_pass(virtual_time: VirtualTime) -> None:
-    """Calls behind the first are not late, however many passes it takes to admit all."""
-    limiter = Limiter("1000/s burst 1000", clock=virtual_time.clock)
+async def test_calls_due_exactly_at_their_deadline_pass(time: VirtualTime) -> None:
+    """Alone or a thousand of them, and none that is due a nanosecond later."""
+    bucket = TokenBucket(rate=0.1, burst=1, clock=time.clock)
+    await bucket.acquire()
+    with pytest.raises(AcquireTimeout):
+        await bucket.acquire(timeout=9.999_999_999)
+    alone = asyncio.create_task(bucket.acquire(timeout=10))
+    limiter = Limiter("1000/s burst 1000", clock=time.clock)
     limiter.pause(10)
     calls = [asyncio.ensure_future(limiter.acquire(timeout=10)) for _ in range(1_000)]
     leases = await asyncio.gather(*calls)
     assert {lease.waited for lease in leases} == {10.0}
-    assert virtual_time.now == 10.0
+    await alone
+    assert time.now == 10.0
 
 
-async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
-    virtual_time: VirtualTime,
-) -> None:
-    key = Limiter("1000 TPM", clock=virtual_time.clock)
+async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(time: VirtualTime) -> None:
+    key = Limiter("1000 TPM", clock=time.clock)
     costly, cheap = key.child("costly"), key.child("cheap")
     key.pause(1)
     calls = [
@@ -266,16 +228,4 @@ async def test_waiting_for_emptied_flow_makes_no_call_miss_its_deadline(
         asyncio.ensure_future(cheap.acquire(tokens=1)),
     ]
     assert {lease.waited for lease in await asyncio.gather(*calls)} == {1.0}
-    assert virtual_time.now == 1.0
-
-
-async def test_provider_without_tokens_left_refuses_no_call_that_costs_none(
-    virtual_time: VirtualTime,
-) -> None:
-    limiter = Limiter("100 TPM", concurrency=1, clock=virtual_time.clock)
-    observe_remaining(limiter, 0, resource="tokens", per=60)
-    held = await limiter.acquire()
-    waiting = asyncio.ensure_future(limiter.acquire(timeout=1))
-    await asyncio.sleep(0.5)
-    held.release()
-    assert (await waiting).waited == 0.5
+    assert time.now == 1.0

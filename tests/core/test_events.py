@@ -1,5 +1,7 @@
-"""The stream of events and its observers, without a limiter."""
+"""The stream of events: what observers of a limiter hear, and how they are called."""
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
 import pickle
@@ -9,8 +11,32 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import events
-from asyncbucket.core.events import Admitted, Event, Observers, Paused, Settled
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Limit,
+    Limiter,
+    QueueFull,
+    WouldBlock,
+    events,
+)
+from asyncbucket.core.events import (
+    Admitted,
+    Cancelled,
+    Event,
+    LimitChanged,
+    LimitLearned,
+    Observers,
+    Paused,
+    Queued,
+    Refused,
+    Released,
+    Retried,
+    Settled,
+)
+from asyncbucket.core.levels import emit
+from asyncbucket.testing import VirtualTime
+from tests.core.conftest import all_blocked, start
 
 ADMITTED = Admitted(
     limiter="openai/chat",
@@ -28,93 +54,58 @@ KINDS = [
 ]
 
 
-def paused(seconds: float = 1.0) -> Paused:
-    """Return an event that can be told apart by its number."""
-    return Paused(limiter="openai", at=0.0, seconds=seconds, reason="429")
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_event_is_frozen_value_without_instance_dict(kind: type[Event]) -> None:
+def test_event_is_frozen_value_that_names_its_limiter_and_instant(kind: type[Event]) -> None:
     """No observer can change what the next one sees, and many events take little memory."""
     fields: dict[str, Any] = {field.name: "x" for field in dataclasses.fields(kind)}
     event, same = kind(**fields), kind(**fields)
 
     assert event == same
+    assert {"limiter", "at"} <= fields.keys()
+    assert kind.__doc__
     assert not hasattr(event, "__dict__")
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(event, "limiter", "other")  # noqa: B010 - what type checkers refuse
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_event_names_its_limiter_and_instant(kind: type[Event]) -> None:
-    assert {"limiter", "at"} <= {field.name for field in dataclasses.fields(kind)}
-    assert kind.__doc__
-
-
 def test_event_has_plain_values_and_survives_pickling() -> None:
-    settled = Settled(limiter="openai", at=1.0, reserved={"tokens": 9}, used={"tokens": 7})
-
-    assert dataclasses.asdict(settled) == {
-        "limiter": "openai",
-        "at": 1.0,
-        "reserved": {"tokens": 9},
-        "used": {"tokens": 7},
-        "corrects": {},
-    }
     assert pickle.loads(pickle.dumps(ADMITTED)) == ADMITTED  # noqa: S301 - our own
-
-
-def test_event_repr_shows_all_fields() -> None:
     assert repr(ADMITTED) == (
         "Admitted(limiter='openai/chat', at=12.5, cost={'requests': 1, 'tokens': 900}, "
         "waited=1.8, bound_by='tokens', waiting=3, in_flight=20)"
     )
 
 
-def test_observers_are_called_in_order_they_were_added() -> None:
+# --- observers ---
+
+
+def test_observers_are_called_in_order_until_they_are_removed() -> None:
+    """Removing one twice, or one of two registrations of a callback, removes no other."""
     observers = Observers()
-    seen: list[tuple[str, Event]] = []
-    observers.add(lambda event: seen.append(("first", event)))
-    observers.add(lambda event: seen.append(("second", event)))
+    assert not observers  # so that no events are made
+    seen: list[str] = []
 
-    observers.emit(ADMITTED)
+    def first(_: Event) -> None:
+        seen.append("first")
 
-    assert seen == [("first", ADMITTED), ("second", ADMITTED)]
-    assert all(event is ADMITTED for _, event in seen)
-
-
-def test_removed_observer_gets_no_more_events() -> None:
-    """Removing it twice, or one of two registrations of a callback, removes no other."""
-    observers = Observers()
-    seen: list[Event] = []
-    first, second = observers.add(seen.append), observers.add(seen.append)
-
-    first()
-    first()
-    observers.emit(ADMITTED)
-    assert len(seen) == 1
-
-    second()
-    observers.emit(ADMITTED)
-    assert len(seen) == 1
-
-
-def test_observers_are_truthy_only_while_one_is_registered() -> None:
-    """The core makes no events while there are no observers."""
-    observers = Observers()
-    assert not observers
-
-    remove = observers.add(print)
-    assert observers
-
-    remove()
-    assert not observers
+    stops = [observers.add(first), observers.add(lambda _: seen.append("second"))]
+    stops.append(observers.add(first))
+    expected = ["first", "second", "first"]
+    while observers:
+        observers.emit(ADMITTED)
+        assert seen == expected
+        seen.clear()
+        expected.pop(0)
+        stop = stops.pop(0)
+        stop()
+        stop()
+    assert expected == []
 
 
 def test_observer_that_raises_is_logged_once_and_stops_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log says which one, on what event and why; the other observers get every event."""
+    """The log says which one, on what event and why."""
     observers = Observers()
     seen: list[Event] = []
 
@@ -123,7 +114,6 @@ def test_observer_that_raises_is_logged_once_and_stops_no_other(
 
     observers.add(faulty)
     observers.add(seen.append)
-
     with caplog.at_level(logging.DEBUG):
         for _ in range(3):
             observers.emit(ADMITTED)
@@ -137,6 +127,13 @@ def test_observer_that_raises_is_logged_once_and_stops_no_other(
     )
     assert record.exc_info
     assert str(record.exc_info[1]) == "disk full"
+
+    def interrupted(_: Event) -> None:
+        raise KeyboardInterrupt
+
+    observers.add(interrupted)
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C ends the program, as it does elsewhere
+        observers.emit(ADMITTED)
 
 
 def test_logged_observer_error_does_not_show_repr_of_observer(
@@ -159,19 +156,7 @@ def test_logged_observer_error_does_not_show_repr_of_observer(
     assert "sk-canary" not in caplog.text
 
 
-def test_keyboard_interrupt_in_observer_is_not_swallowed() -> None:
-    """Ctrl-C while an observer runs ends the program, as it does elsewhere."""
-    observers = Observers()
-
-    def interrupted(_: Event) -> None:
-        raise KeyboardInterrupt
-
-    observers.add(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        observers.emit(ADMITTED)
-
-
-def test_observer_may_add_and_remove_observers_while_it_is_called() -> None:
+def test_observer_may_change_observers_and_emit_events_while_it_is_called() -> None:
     """An event goes to the observers that were there when it was sent."""
     observers = Observers()
     seen: list[str] = []
@@ -180,30 +165,12 @@ def test_observer_may_add_and_remove_observers_while_it_is_called() -> None:
         seen.append("once")
         remove()
         observers.add(lambda _: seen.append("new"))
+        observers.emit(ADMITTED)
 
     remove = observers.add(once)
+    observers.add(lambda _: seen.append("other"))
     observers.emit(ADMITTED)
-    assert seen == ["once"]
-
-    observers.emit(ADMITTED)
-    assert seen == ["once", "new"]
-
-
-def test_observer_may_emit_events_itself() -> None:
-    """Each event is delivered when it happens, and the first one is not lost."""
-    observers = Observers()
-    seen: list[float] = []
-
-    def echo(event: Event) -> None:
-        assert isinstance(event, Paused)
-        seen.append(event.seconds)
-        if event.seconds < 3:
-            observers.emit(paused(event.seconds + 1))
-
-    observers.add(echo)
-    observers.emit(paused(1))
-
-    assert seen == [1, 2, 3]
+    assert seen == ["once", "other", "new", "other"]
 
 
 async def watch(_: Event) -> None: ...
@@ -231,9 +198,193 @@ def test_observer_that_cannot_be_called_like_function_is_refused(callback: Any, 
 
 
 def test_warning_reaches_stderr_when_logging_is_not_configured() -> None:
-    """Without any logging set up, warnings still go to standard error."""
     code = "import asyncbucket, logging; logging.getLogger('asyncbucket').warning('look here')"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == ("", "look here\n")
+
+
+# --- what they hear of a limiter ---
+
+
+async def test_events_of_call_come_in_order(time: VirtualTime) -> None:
+    heard: list[Event] = []
+    limiter = Limiter("60 RPM burst 1", "1k TPM", name="openai", clock=time.clock)
+    limiter.observe(heard.append)
+    (await limiter.acquire(tokens=10)).release()
+    async with limiter.acquire(tokens=100) as lease:
+        lease.settle(tokens=40)
+        lease.settle(tokens=50)
+        await asyncio.sleep(2)
+    cost = {"requests": 1, "tokens": 100, "input_tokens": 100, "output_tokens": 100}
+    common: Any = {"limiter": "openai", "at": 1.0}
+    admitted: Any = {"waited": 1.0, "bound_by": "requests", "waiting": 0, "in_flight": 1}
+    assert heard[2:] == [
+        Queued(limiter="openai", at=0.0, cost=cost, waiting=1),
+        Admitted(**common, cost=cost, **admitted),
+        Settled(**common, reserved=cost, used={"tokens": 40}, corrects={}),
+        Settled(**common, reserved=cost, used={"tokens": 50}, corrects={"tokens": 40}),
+        Released(limiter="openai", at=3.0, cost=cost, held=2.0, outcome="ok"),
+    ]
+    assert [type(event) for event in heard[:2]] == [Admitted, Released]
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(None, "ok"), (ValueError("wrong"), "failed"), (TimeoutError("slow"), "overloaded")],
+)
+async def test_outcome_tells_how_block_was_left(
+    time: VirtualTime, error: Exception | None, outcome: str, how: str
+) -> None:
+    heard: list[Any] = []
+    limiter = Limiter(clock=time.clock)
+    limiter.observe(heard.append)
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        if how == "with":
+            with limiter.acquire_sync():
+                if error:
+                    raise error
+        else:
+            async with limiter.acquire():
+                if error:
+                    raise error
+    assert heard[-1].outcome == outcome
+
+
+async def test_refusal_events_say_why(time: VirtualTime) -> None:
+    heard: list[Any] = []
+    limiter = Limiter("2 RPM burst 1", max_queue=1, clock=time.clock)
+    limiter.observe(heard.append)
+    await limiter.acquire()
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait()
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(timeout=1)
+    waiting = await start(limiter.acquire())
+    with pytest.raises(QueueFull):
+        await limiter.acquire()
+    with pytest.raises(CostExceedsLimit):
+        await limiter.acquire(requests=3)
+    waiting.cancel()
+    await all_blocked()
+    refused = [event for event in heard if isinstance(event, Refused)]
+    assert [(e.reason, e.bound_by, e.retry_after, e.cost["requests"]) for e in refused] == [
+        ("would_block", "requests", pytest.approx(30), 1),
+        ("timeout", "requests", pytest.approx(30), 1),
+        ("queue_full", "requests", pytest.approx(30), 1),
+        ("too_costly", None, None, 3),
+    ]
+    assert isinstance(heard[-1], Cancelled)
+    assert (heard[-1].cost, heard[-1].waited) == ({"requests": 1}, 0)
+
+
+async def test_events_reach_only_observers_of_limiter_and_those_above(time: VirtualTime) -> None:
+    heard: dict[str, list[str]] = {"key": [], "chat": [], "tools": [], "agent": []}
+    key = Limiter(name="key", clock=time.clock)
+    chat, tools = key.child("chat"), key.child("tools")
+    agent = chat.child("agent")
+    for limiter, told in zip((key, chat, tools, agent), heard.values(), strict=True):
+        limiter.observe(
+            lambda event, told=told: told.append(f"{event.limiter} {type(event).__name__}")  # type: ignore[misc]
+        )
+    (await agent.acquire()).release()
+    (await key.acquire()).release()
+    below = ["key/chat/agent Admitted", "key/chat/agent Released"]
+    above = [*below, "key Admitted", "key Released"]
+    assert heard == {"key": above, "chat": below, "tools": [], "agent": below}
+
+
+async def test_events_show_star_in_place_of_tenant(time: VirtualTime) -> None:
+    heard: list[str] = []
+    key = Limiter(name="key", clock=time.clock)
+    key.per_key("100 RPM", alive=1)
+    key.observe(lambda event: heard.append(event.limiter))
+    for number in range(10):
+        (await key.acquire(tenant=f"tenant {number}")).release()
+    (await key.key("tenant 3").child("chat").acquire()).release()
+    (await key.child("model").acquire(tenant="acme")).release()
+    assert heard == ["key/*"] * 20 + ["key/*/chat"] * 2 + ["key/model/*"] * 2
+
+
+def test_pauses_limit_changes_and_adapter_events_reach_observers(time: VirtualTime) -> None:
+    heard: list[Any] = []
+    key = Limiter(name="key", clock=time.clock)
+    stop = key.observe(heard.append)
+    child = key.child("child", rpm=10)
+    child.pause(3, reason="429")
+    child.reconfigure("20 RPM", concurrency=4)
+    child.reconfigure(weight=2)
+    for _ in range(2):
+        key.learn(Limit("requests", 500))
+    emit(child, Retried(limiter=child.name, at=0.0, attempt=1, error="HTTP 429", delay=3.0))
+    stop()
+    child.pause(5)
+    assert heard == [
+        Paused(limiter="key/child", at=0.0, seconds=3, reason="429"),
+        LimitChanged(limiter="key/child", at=0.0, limit="20 requests per 60 s"),
+        LimitChanged(limiter="key/child", at=0.0, limit="concurrency 4"),
+        LimitLearned(limiter="key", at=0.0, limit="500 requests per 60 s"),
+        Retried(limiter="key/child", at=0.0, attempt=1, error="HTTP 429", delay=3.0),
+    ]
+
+
+async def test_observer_may_call_limiter(time: VirtualTime) -> None:
+    """No lock is held while an observer runs; its errors do no harm."""
+    limiter = Limiter("60 RPM burst 1", name="key", clock=time.clock)
+    seen: list[tuple[int, str]] = []
+
+    def look(_: Event) -> None:
+        seen.append((limiter.statistics().admitted, str(limiter.explain().wait)))
+        limiter.child("another")
+        raise ValueError
+
+    limiter.observe(look)
+    (await limiter.acquire()).release()
+    (await limiter.acquire()).release()
+    assert [admitted for admitted, _ in seen] == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("what", ["lease", "waiter"])
+def test_what_the_collector_ends_is_reported_with_next_event(time: VirtualTime, what: str) -> None:
+    """Not at once, because any lock may be held when the collector runs."""
+    heard: list[Any] = []
+    key = Limiter(concurrency=1, clock=time.clock)
+    limiter = key.child("child")
+    key.observe(heard.append)
+
+    async def waiting() -> None:
+        call = limiter.acquire()
+        call.send(None)
+        time.advance(3)
+        call.close()
+        assert [type(event) for event in heard] == [Admitted, Queued]
+
+    lease = limiter.acquire_nowait()
+    if what == "waiter":
+        time.run(waiting())
+        expected: list[type[Event]] = [Queued, Cancelled]
+    else:
+        time.advance(3)
+        del lease
+        expected = [Released]
+        assert len(heard) == 1
+    limiter.pause(0)
+    assert [type(event) for event in heard] == [Admitted, *expected, Paused]
+    ended = heard[-2]
+    assert (ended.held if isinstance(ended, Released) else ended.waited) == 3.0
+
+
+def test_no_events_are_made_without_observers(
+    time: VirtualTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter = Limiter(clock=time.clock)
+    limiter.observe(lambda _: None)()
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Event, "__init__", fail)
+    monkeypatch.setattr(Admitted, "__init__", fail)
+    limiter.acquire_nowait().release()

@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 
+#: What every program begins with, for a fork copies the locks of all threads of its process.
 HEAD = """
 import asyncio, os, signal, sys, threading, time
 from asyncbucket import Limiter, TokenBucket
@@ -17,54 +18,79 @@ def in_child(check):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)
         check()
         sys.exit(0)
     _, status = os.waitpid(pid, 0)
     assert status == 0, status
+
+def state(limiter):
+    now = limiter.statistics()
+    return now.waiting, now.in_flight, [use.used for use in now.limits]
+
+def thread(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+def until_waiting(limiter):
+    while limiter.statistics().waiting == 0:
+        time.sleep(0.001)
 """
 
 
-def run(code: str) -> str:
-    """Run a program in a fresh interpreter, because a fork copies the locks of all threads."""
+def run(code: str) -> None:
+    """Run a program in a fresh interpreter."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
     program = HEAD + textwrap.dedent(code)
     done = subprocess.run(
         [*command, program], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def test_forked_process_has_all_slots_free_and_keeps_used_units() -> None:
-    """The parent's leases neither count in the child nor give back anything there."""
+    """The parent's leases neither count in the child nor give back or settle anything there."""
     run("""
         limiter = Limiter("100 TPM", concurrency=2)
+        bucket = TokenBucket(rate=0.001, burst=3)
+        bucket.acquire_nowait()
         held = [limiter.acquire_nowait(tokens=10) for _ in range(2)]
-        unlimited = Limiter("5 RPS")
+
+        async def hopeful():
+            async with limiter.acquire(tokens=70) as lease:
+                waiting = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
+                await asyncio.sleep(0.01)
+                lease.settle(tokens=0)
+                await waiting
 
         def check():
-            now = limiter.statistics()
-            assert (now.in_flight, now.limits[0].used) == (0, 20)
+            assert state(limiter) == (0, 0, [20])
             mine = [limiter.acquire_sync(timeout=0), limiter.acquire_sync(timeout=0)]
+            held[0].settle(tokens=0)
+            held[1]._undo()
             for lease in held:
                 lease.release()
-            assert limiter.statistics().in_flight == 2
+            assert state(limiter) == (0, 2, [20])
             for lease in mine:
                 lease.release()
             held.clear()
-            assert limiter.statistics().in_flight == 0
+            assert state(limiter) == (0, 0, [20])
+            asyncio.run(hopeful())
+            bucket.acquire_nowait(2)
+            assert bucket.statistics().available == 0
 
         in_child(check)
-        assert limiter.statistics().in_flight == 2
+        bucket.acquire_nowait(2)
+        assert state(limiter) == (0, 2, [20])
         for lease in held:
             lease.release()
-        assert limiter.statistics().in_flight == 0
+        assert state(limiter) == (0, 0, [20])
     """)
 
 
 @pytest.mark.parametrize("lock", ["limiter._node.pacer.lock", "limiter._all_tenants()._lock"])
 def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process(lock: str) -> None:
-    """It does not matter which thread holds which lock at the fork."""
     run(f"""
         limiter = Limiter("100 TPM", concurrency=1)
         limiter.observe(lambda _: None)
@@ -75,12 +101,10 @@ def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process(lock
                 inside.set()
                 out.wait(20)
 
-        thread = threading.Thread(target=hold)
-        thread.start()
+        holder = thread(hold)
         inside.wait(20)
 
         def check():
-            signal.alarm(5)
             limiter.acquire_nowait(tokens=5).release()
             limiter.key("tenant").observe(print)()
             limiter.observe(lambda _: None)()
@@ -89,29 +113,24 @@ def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process(lock
 
         in_child(check)
         out.set()
-        thread.join()
+        holder.join()
     """)
 
 
 def test_calls_waiting_in_parent_process_do_not_wait_in_forked_process() -> None:
     run("""
         limiter = Limiter(concurrency=1)
-        holder = limiter.acquire_nowait()
-        thread = threading.Thread(target=lambda: limiter.acquire_sync().release())
-        thread.start()
-        while limiter.statistics().waiting == 0:
-            time.sleep(0.001)
+        held = limiter.acquire_nowait()
+        waiting = thread(lambda: limiter.acquire_sync().release())
+        until_waiting(limiter)
 
         def check():
             assert limiter.statistics().waiting == 0
             lease = limiter.acquire_nowait()
-            second = threading.Thread(target=lambda: limiter.acquire_sync().release())
-            second.start()
-            while limiter.statistics().waiting == 0:
-                time.sleep(0.001)
+            second = thread(lambda: limiter.acquire_sync().release())
+            until_waiting(limiter)
             lease.release()
-            second.join(20)
-            assert not second.is_alive()
+            second.join()
 
             async def main():
                 async with limiter.acquire():
@@ -120,9 +139,9 @@ def test_calls_waiting_in_parent_process_do_not_wait_in_forked_process() -> None
             asyncio.run(main())
 
         in_child(check)
-        holder.release()
-        thread.join(20)
-        assert not thread.is_alive()
+        held.release()
+        waiting.join(20)
+        assert not waiting.is_alive()
     """)
 
 
@@ -151,20 +170,16 @@ def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() ->
                 call.get_coro().close()
             for each in (limiter, chat):
                 now = each.statistics()
-                assert (now.waiting, now.cancelled) == (0, 0), now
+                assert (now.waiting, now.cancelled, now.in_flight) == (0, 0, 0), now
             assert bucket.statistics().waiting == 0
-            assert "concurrency 0/1" in repr(limiter)
-            thread = threading.Thread(target=lambda: asyncio.run(own()))
-            thread.start()
-            thread.join(20)
-            os._exit(thread.is_alive())
+            thread(lambda: asyncio.run(own())).join()
+            os._exit(0)
 
         async def main():
             lease = await limiter.acquire()
             await bucket.acquire()
-            calls[:] = [asyncio.ensure_future(limiter.acquire().__aenter__())]
-            calls.extend(asyncio.ensure_future(chat.acquire().__aenter__()) for _ in range(2))
-            calls.append(asyncio.ensure_future(bucket.acquire()))
+            asked = [limiter.acquire(), chat.acquire(), chat.acquire(), bucket.acquire()]
+            calls.extend(asyncio.create_task(call) for call in asked)
             await asyncio.sleep(0.01)
             lease.release()
             while not calls[0]._fut_waiter.done():
@@ -180,20 +195,6 @@ def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() ->
     """)
 
 
-def test_bucket_works_in_forked_process_with_units_of_its_own() -> None:
-    run("""
-        bucket = TokenBucket(rate=0.001, burst=3)
-        bucket.acquire_nowait()
-
-        def check():
-            bucket.acquire_nowait(2)
-            assert bucket.statistics().available == 0
-
-        in_child(check)
-        bucket.acquire_nowait(2)
-    """)
-
-
 def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -> None:
     run("""
         key = Limiter("100 RPM", concurrency=3)
@@ -201,29 +202,22 @@ def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -
         chat = key.child("chat", "50 RPM", concurrency=1)
         held = [chat.acquire_nowait(), key.acquire_nowait(tenant="acme")]
 
+        def check():
+            for limiter in (key, chat, key.key("acme")):
+                waiting, in_flight, used = state(limiter)
+                assert (waiting, in_flight) == (0, 0) and used[0] > 0
+            with chat.acquire_nowait(), key.acquire_nowait(tenant="acme"):
+                pass
+            for number in range(9):
+                key.key(str(number))
+            os._exit(0)
+
         async def main():
-            waiting = [
-                asyncio.ensure_future(chat.acquire(timeout=60)),
-                asyncio.ensure_future(key.acquire(tenant="acme", timeout=60)),
-            ]
+            asked = [chat.acquire(timeout=60), key.acquire(tenant="acme", timeout=60)]
+            waiting = [asyncio.create_task(call) for call in asked]
             await asyncio.sleep(0)
             assert key.statistics().waiting == 2
-            key._tenants._lock.acquire()
-
-            def check():
-                for limiter in (key, chat, key.key("acme")):
-                    now = limiter.statistics()
-                    assert (now.waiting, now.in_flight) == (0, 0), now
-                    assert now.limits[0].used > 0
-                with chat.acquire_nowait(), key.acquire_nowait(tenant="acme"):
-                    pass
-                key.key("acme").statistics()
-                for number in range(9):
-                    key.key(str(number))
-                os._exit(0)
-
             in_child(check)
-            key._tenants._lock.release()
             for call in waiting:
                 call.cancel()
 

@@ -1,22 +1,21 @@
 """A call that waits for one made inside it gives back the slots that the inner call needs."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from asyncbucket import Lease, Limit, Limiter, pace, tenant
+from asyncbucket import Limit, Limiter, tenant
 from asyncbucket.core.levels import (
     can_give_slots_up,
     effective_limiter,
     give_back,
     in_force,
-    is_under,
     provider_of,
     shown_name,
     terms_of,
 )
 from asyncbucket.testing import VirtualClock, VirtualTime
+from tests.core.conftest import start
 
 
 def in_flight(*limiters: Limiter) -> list[int]:
@@ -31,23 +30,28 @@ def make_tree() -> tuple[Limiter, Limiter, Limiter]:
 
 
 def test_outer_call_gives_up_slots_of_common_levels_once() -> None:
-    """The root's slot is given up for the inner call; the child's is kept until the call ends."""
+    """Only in its own tree; a lease that was released would give up another call's slot."""
     root, a, b = make_tree()
+    elsewhere = Limiter(concurrency=1)
     with a.acquire_nowait() as lease:
+        give_back(lease, elsewhere)
+        assert in_flight(root, a, b) == [1, 1, 0]
         for _ in range(2):
             give_back(lease, b)
             assert in_flight(root, a, b) == [0, 1, 0]
         give_back(lease, a)
         assert in_flight(root, a, b) == [0, 0, 0]
+    with a.acquire_nowait():
+        give_back(lease, a)
+        assert in_flight(root, a, b) == [1, 1, 0]
     assert in_flight(root, a, b) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("slots", ["before", "after"])
 async def test_inner_call_passes_when_outer_call_gives_up_its_slot(
-    virtual_time: VirtualTime, slots: str
+    time: VirtualTime, slots: str
 ) -> None:
-    """It passes at once, though the outer call goes on; also if slots were bounded meanwhile."""
-    root = Limiter("1000/s", clock=virtual_time.clock)
+    root = Limiter("1000/s", clock=time.clock)
     tools = root.child("tools")
     if slots == "before":
         root.reconfigure(concurrency=1)
@@ -55,8 +59,7 @@ async def test_inner_call_passes_when_outer_call_gives_up_its_slot(
         if slots == "after":
             root.reconfigure(concurrency=1)
             tools.reconfigure(concurrency=1)
-        inside = asyncio.create_task(take(root))
-        await asyncio.sleep(1)
+        inside = await start(root.acquire())
         assert not inside.done()
         give_back(lease, root)
         give_back(lease, root)
@@ -65,59 +68,13 @@ async def test_inner_call_passes_when_outer_call_gives_up_its_slot(
     assert in_flight(root, tools) == [0, 0]
 
 
-async def take(limiter: Limiter) -> Lease:
-    """Return a lease of ``limiter``."""
-    return await limiter.acquire()
-
-
-@pytest.mark.parametrize("of_parent", [False, True])
-def test_released_or_inherited_lease_gives_up_no_slot(*, of_parent: bool) -> None:
-    """It would be another call's slot."""
-    root, *_ = make_tree()
-    lease = root.acquire_nowait()
-    if of_parent:
-        root._node.pacer.after_fork()
-    else:
-        lease.release()
-    other = root.acquire_nowait()
-    give_back(lease, root)
-    assert in_flight(root) == [1]
-    other.release()
-
-
-def test_outer_call_keeps_its_slot_for_call_in_another_tree() -> None:
-    root, elsewhere = (Limiter("1000/s", concurrency=1, clock=VirtualClock()) for _ in range(2))
-    with root.acquire_nowait() as lease:
-        give_back(lease, elsewhere)
-        assert in_flight(root) == [1]
-
-
 async def test_slot_in_store_is_given_up_for_inner_call(tmp_path: Path) -> None:
-    """The slot in the store comes back, whichever limiter object the inner call uses."""
     root = Limiter("1000/s", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db?patience=5")
     async with root.acquire() as lease:
         give_back(lease, root.child("a"))
         async with root.acquire(timeout=5):
             pass
     await root.aclose()
-
-
-def test_call_counts_at_levels_above_it_only() -> None:
-    root, a, b = make_tree()
-    below = a.child("below")
-    assert is_under(below, a)
-    assert is_under(below, root)
-    assert not is_under(a, below)
-    assert not is_under(b, a)
-
-
-def test_pace_wraps_llm_and_refuses_missing_limit() -> None:
-    mock = pytest.importorskip("llama_index.core.llms").MockLLM
-    llm = pace(mock(), rpm=60, timeout=3.0)
-    assert isinstance(llm, mock)
-    assert str(llm.complete("one word")) == "one word"
-    with pytest.raises(ValueError, match="without a limit would pace nothing"):
-        pace(mock())
 
 
 def test_level_whose_limits_are_the_providers_is_highest_with_any() -> None:

@@ -1,109 +1,122 @@
-"""What counts as a number wherever one is given."""
+"""Costs, and what counts as a number wherever one is given."""
 
 import json
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Limit, Limiter, TokenBucket, plan
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, TokenBucket, plan
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.wording import is_integer, is_number
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import available, used
+
+amounts = st.none() | st.integers(0, 10**6) | st.floats(0, 1e6)
 
 
-@pytest.mark.parametrize("value", [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)])
-def test_nan_infinity_and_fractions_count_as_numbers(value: object) -> None:
+def test_cost_maps_resources_to_whole_amounts() -> None:
+    """One request is the default, fractions are rounded up, and only zeros are left out."""
+    cost = Cost(tokens=10.1, images=3)
+    assert isinstance(cost, Mapping)
+    tokens = {"tokens": 11, "input_tokens": 11, "output_tokens": 11}
+    assert dict(cost) == {"requests": 1, **tokens, "images": 3}
+    assert (cost["tokens"], len(cost)) == (11, 5)
+    assert cost == Cost(tokens=11, images=3)
+    assert "concurrency" not in cost
+    assert repr(Cost(images=0)) == "Cost(requests=1)"
+    assert dict(Cost(requests=0, tokens=1))["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ({"input_tokens": 900, "output_tokens": 300}, {"tokens": 1_200}),
+        ({"input_tokens": 5}, {"tokens": 5}),
+        ({"tokens": 9, "output_tokens": 5}, {}),
+    ],
+)
+def test_tokens_default_to_sum_of_input_and_output_tokens(
+    given: dict[str, Any], whole: dict[str, int]
+) -> None:
+    assert dict(Cost(**given)) == {"requests": 1, **given, **whole}
+
+
+@given(amounts, amounts, amounts)
+def test_amounts_of_cost_are_whole_positive_and_never_less_than_given(
+    tokens: float | None, inputs: float | None, outputs: float | None
+) -> None:
+    cost = Cost(tokens=tokens, input_tokens=inputs, output_tokens=outputs)
+    assert all(type(amount) is int and amount > 0 for amount in cost.values())
+    assert cost.get("tokens", 0) >= (tokens if tokens is not None else (inputs or 0))
+
+
+NUMBERS = [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, True, "3", None, 1j, [3]])
+def test_nan_infinity_and_fractions_count_as_numbers_but_bools_do_not(value: object) -> None:
     """Whether a number makes sense is checked elsewhere."""
-    assert is_number(value)
-    assert is_integer(value) == isinstance(value, int)
+    assert is_number(value) == any(value is each for each in NUMBERS)
+    assert is_integer(value) == (type(value) is int)
 
 
-@pytest.mark.parametrize("value", [True, "3", None, 1j, [3]])
-def test_bools_strings_and_complex_do_not_count_as_numbers(value: object) -> None:
-    assert not is_number(value)
-    assert not is_integer(value)
-
-
-async def test_numpy_numbers_are_accepted_everywhere() -> None:
-    """Lengths counted in arrays come as numpy's types; they are kept as Python's own."""
-    numpy: Any = pytest.importorskip("numpy")
-    whole, real = numpy.int64, numpy.float32
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "int32", "int64"])
+async def test_numpy_numbers_are_accepted_everywhere_and_do_not_overflow(
+    time: VirtualTime, kind: str
+) -> None:
+    """Token counts may come from data frames; they are kept as Python's own numbers."""
+    numpy = pytest.importorskip("numpy")
+    n, real = getattr(numpy, kind), numpy.float32
     limiter = Limiter(
-        rpm=whole(100), tpm=real(2000), concurrency=whole(3), max_queue=whole(5), timeout=whole(4)
+        rpm=n(60), tpm=n(100), concurrency=n(3), max_queue=n(5), timeout=n(40), clock=time.clock
     )
-    child = limiter.child("child", weight=whole(2), concurrency=(whole(1), whole(4)))
-    async with child.acquire(tokens=whole(5), timeout=real(1.5), priority=whole(2)) as lease:
-        lease.settle(tokens=real(3))
-    limiter.pause(real(0))
-
-    assert "concurrency 0/3" in repr(limiter)
-    limit = Limit("tokens", whole(10), per=real(60), burst=whole(3))
+    child = limiter.child("child", weight=n(2), concurrency=(n(1), n(4)))
+    async with child.acquire(tokens=n(50), timeout=real(30), priority=n(2)) as lease:
+        lease.settle(tokens=real(2.5))
+    assert used(limiter) == [1, 3]
+    limiter.pause(n(30))
+    await limiter.acquire(timeout=n(30), deadline=n(30), tokens=n(5))
+    assert time.now == 30
+    limit = Limit("tokens", n(10), per=real(60), burst=n(3))
     told = json.dumps([limit.amount, limit.per, limit.burst, limiter.concurrency])
     assert told == "[10, 60.0, 3, 3]"
-
-
-@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "int32", "int64", "float32"])
-async def test_seconds_in_small_numpy_integers_do_not_overflow(
-    virtual_time: VirtualTime, kind: str
-) -> None:
-    numpy: Any = pytest.importorskip("numpy")
-    thirty = getattr(numpy, kind)(30)
-    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, slot_ttl=thirty)
-    limiter.pause(thirty)
-    await limiter.acquire(timeout=thirty, deadline=thirty)
-    assert virtual_time.now == 30
-    told = plan(rpm=100, latency=[thirty, thirty], what_if=False)
-    assert told.duration == 30
+    bucket = TokenBucket(n(1), n(2), clock=time.clock)
+    for _ in range(4):
+        await bucket.acquire(n(1))
+    assert time.now == 32
+    with pytest.raises(TypeError, match="tokens must be a number, not bool"):
+        Cost(tokens=numpy.bool_(True))
 
 
 def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
     """Neither in a plan, which multiplies slots by time, nor where threads are counted."""
-    numpy: Any = pytest.importorskip("numpy")
-    three = numpy.int8(3)
+    three = pytest.importorskip("numpy").int8(3)
     told = plan(rpm=100, calls=three, concurrency=three, latency=three, what_if=True)
     assert told.duration == 3
+    assert told == plan(rpm=100, calls=3, concurrency=3, latency=3, what_if=True)
+    assert plan(rpm=100, latency=[three] * 2, what_if=False).duration == 3
     limiter = Limiter("100 requests/s")
     assert sorted(item.result for item in limiter.map(str, [1, 2], workers=three)) == ["1", "2"]
     limiter = Limiter("1k TPM")
     observe_remaining(limiter, three, resource="tokens", per=60, limit=three, rounding=three)
-    assert limiter.statistics().limits[0].available == three
+    assert available(limiter) == three
 
 
-def test_fraction_as_seconds_is_shown_as_decimal_number(virtual_time: VirtualTime) -> None:
+def test_fraction_as_seconds_is_shown_as_decimal_number(time: VirtualTime) -> None:
     """Before Python 3.12 fractions cannot be formatted, and they are never valid JSON."""
     third: Any = Fraction(1, 3)
-    bucket = TokenBucket(rate=third, burst=1, clock=virtual_time.clock)
+    bucket = TokenBucket(rate=third, burst=1, clock=time.clock)
     bucket.acquire_nowait()
-    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    limiter = Limiter("60 RPM", clock=time.clock)
     paused: list[Any] = []
     limiter.observe(paused.append)
     limiter.pause(third)
 
     with pytest.raises(AcquireTimeout, match=r"cannot pass within 0\.333 s at 0\.333333 a"):
-        virtual_time.run(bucket.acquire(timeout=third))
+        time.run(bucket.acquire(timeout=third))
     assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"
-
-
-def test_plan_accepts_numpy_numbers() -> None:
-    """They give the same plan as Python's own."""
-    numpy: Any = pytest.importorskip("numpy")
-    whole, real = numpy.int64, numpy.float32
-
-    planned = plan(calls=whole(100), tokens=whole(30), rpm=whole(60), latency=real(1.5))
-
-    assert planned == plan(calls=100, tokens=30, rpm=60, latency=1.5)
-
-
-def test_bucket_with_numpy_rate_is_exact(virtual_time: VirtualTime) -> None:
-    numpy: Any = pytest.importorskip("numpy")
-
-    async def take() -> None:
-        bucket = TokenBucket(numpy.int64(1), numpy.int32(1), clock=virtual_time.clock)
-        for _ in range(3):
-            await bucket.acquire(numpy.int8(1))
-
-    virtual_time.run(take())
-
-    assert virtual_time.now == 2.0

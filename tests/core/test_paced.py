@@ -1,3 +1,5 @@
+"""`@limiter.paced`: functions of any kind, and what cannot be paced."""
+
 import asyncio
 import functools
 import inspect
@@ -7,13 +9,11 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limiter
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import HELD, nothing_is_left, used
 
 
-async def test_each_call_of_paced_async_function_waits_for_admission(
-    virtual_time: VirtualTime,
-) -> None:
-    """With the bare decorator, arguments, result and name of an async function are kept."""
-    limiter = Limiter("1/s", concurrency=1, clock=virtual_time.clock)
+async def test_each_call_of_paced_async_function_waits_for_admission(time: VirtualTime) -> None:
+    limiter = Limiter("1/s", concurrency=1, clock=time.clock)
 
     @limiter.paced
     async def ask(prompt: str, *, loud: bool = False) -> str:
@@ -22,19 +22,16 @@ async def test_each_call_of_paced_async_function_waits_for_admission(
         await asyncio.sleep(0)
         return prompt.upper() if loud else prompt
 
-    replies = await asyncio.gather(ask("a"), ask("b", loud=True))
-    assert list(replies) == ["a", "B"]
-    assert virtual_time.now == 515 / 512
-    assert limiter.statistics().in_flight == 0
+    assert list(await asyncio.gather(ask("a"), ask("b", loud=True))) == ["a", "B"]
+    assert time.now == HELD
+    nothing_is_left(limiter)
     assert (ask.__name__, ask.__doc__) == ("ask", "Ask.")
     assert inspect.iscoroutinefunction(ask)
 
 
-async def test_cost_given_as_function_is_computed_from_call_arguments(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_cost_given_as_function_is_computed_from_call_arguments(time: VirtualTime) -> None:
     """A number is the price of every call."""
-    limiter = Limiter("100 TPM", "50 images/m", clock=virtual_time.clock)
+    limiter = Limiter("100 TPM", "50 images/m", clock=time.clock)
 
     @limiter.paced(tokens=len, images=2)
     async def ask(prompt: str) -> str:
@@ -42,7 +39,7 @@ async def test_cost_given_as_function_is_computed_from_call_arguments(
 
     await ask("seven ch")
     await ask("two")
-    assert [use.used for use in limiter.statistics().limits] == [11, 4]
+    assert used(limiter) == [11, 4]
     with pytest.raises(CostExceedsLimit):
         await ask("x" * 101)
 
@@ -58,30 +55,35 @@ def test_paced_plain_function_holds_its_slot_while_it_runs() -> None:
     assert ask(2) == 0.5
     with pytest.raises(ZeroDivisionError):
         ask(0)
-    now = limiter.statistics()
-    assert (now.in_flight, now.limits[0].used) == (0, 6)
+    nothing_is_left(limiter)
+    assert used(limiter) == [6]
 
 
-async def test_methods_and_partials_can_be_paced(virtual_time: VirtualTime) -> None:
-    """`self` is the first argument; a partial of an async function is async."""
-    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+async def test_methods_partials_and_objects_can_be_paced(time: VirtualTime) -> None:
+    """`self` is the first argument; a partial of an async function is async, and so is an object."""
+    limiter = Limiter("1/s", concurrency=1, clock=time.clock)
 
     class Agent:
         @limiter.paced
         async def ask(self, prompt: str) -> str:
             return prompt
 
+        async def __call__(self, prompt: str) -> str:
+            return prompt.upper()
+
     async def plain(one: int, other: int) -> int:
         return one + other
 
     assert await Agent().ask("x") == "x"
     assert await limiter.paced(functools.partial(plain, 1))(2) == 3
-    assert limiter.statistics().admitted == 2
+    ask = limiter.paced(Agent())
+    assert list(await asyncio.gather(ask("a"), ask("b"))) == ["A", "B"]
+    assert limiter.statistics().admitted == 4
+    assert time.now == pytest.approx(3 * HELD)
 
 
 def test_paced_refuses_generator_functions() -> None:
     """Calling it would hold nothing yet; the message says where to acquire."""
-    limiter = Limiter(concurrency=1)
 
     async def stream() -> AsyncIterator[int]:
         yield 1
@@ -91,7 +93,7 @@ def test_paced_refuses_generator_functions() -> None:
 
     for function in (stream, items):
         with pytest.raises(TypeError) as error:
-            limiter.paced(function)
+            Limiter().paced(function)
         assert str(error.value) == (
             f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
             f"acquire inside it, around what it iterates over"
@@ -107,28 +109,7 @@ def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() ->
         ran.append(number)
 
     ask = limiter.paced(lambda: work(1))
-    with pytest.raises(
-        TypeError, match=r"is a plain function that returns a coroutine, .*async def"
-    ):
+    with pytest.raises(TypeError, match=r"is a plain function that returns a coroutine, .*async d"):
         _ = ask()
-    now = limiter.statistics()
-    assert (now.in_flight, now.limits[0].used, ran) == (0, 0, [])
-
-
-def test_paced_refuses_object_that_is_not_callable() -> None:
-    """The error says how to give a number as a cost."""
-    with pytest.raises(
-        TypeError, match="paced decorates a function, not 500; amounts go by keyword"
-    ):
-        Limiter("1/s").paced(500)  # type: ignore[call-overload] # pyright: ignore[reportArgumentType]
-
-
-async def test_paced_object_with_async_call_does_not_block_loop(virtual_time: VirtualTime) -> None:
-    class Model:
-        async def __call__(self, prompt: str) -> str:
-            return prompt.upper()
-
-    limiter = Limiter("1/s", clock=virtual_time.clock)
-    ask = limiter.paced(Model())
-    assert {*await asyncio.gather(ask("a"), ask("b"))} == {"A", "B"}
-    assert virtual_time.now == 515 / 512
+    nothing_is_left(limiter)
+    assert (used(limiter), ran) == ([0], [])

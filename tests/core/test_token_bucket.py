@@ -1,11 +1,16 @@
+"""The primitive: exact instants, first come, first served; nobody overtaken, however cheap."""
+
 import asyncio
 import enum
+import random
 from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, TokenBucket, WouldBlock
+from asyncbucket import AcquireTimeout, Limiter, TokenBucket, WouldBlock
+from asyncbucket.core.meters import Bucket
 from asyncbucket.testing import VirtualTime
+from tests.core.conftest import all_blocked, refused, start
 
 
 async def instants(time: VirtualTime, bucket: TokenBucket, calls: int) -> list[float]:
@@ -22,55 +27,54 @@ async def instants(time: VirtualTime, bucket: TokenBucket, calls: int) -> list[f
     ("rate", "bursts", "passed"),
     [(2.0, [2], [0.0, 0.0, 0.5, 1.0, 1.5, 2.0]), (0.5, [], [0.0, 2.0, 4.0, 6.0, 8.0])],
 )
-def test_bucket_passes_its_burst_at_once_and_then_keeps_its_rate(
-    virtual_time: VirtualTime, rate: float, bursts: list[int], passed: list[float]
+async def test_bucket_passes_its_burst_at_once_and_then_keeps_its_rate(
+    time: VirtualTime, rate: float, bursts: list[int], passed: list[float]
 ) -> None:
-    """By default the burst is one."""
-    bucket = TokenBucket(rate, *bursts, clock=virtual_time.clock)
-    assert virtual_time.run(instants(virtual_time, bucket, len(passed))) == passed
-
-
-async def test_idle_bucket_fills_up_to_its_burst(virtual_time: VirtualTime) -> None:
-    """After a minute it has three units, not sixty."""
-    bucket = TokenBucket(rate=1.0, burst=3, clock=virtual_time.clock)
-    await bucket.acquire(3)
+    """After a minute without calls it has its burst again, and no more."""
+    bucket = TokenBucket(rate, *bursts, clock=time.clock)
+    assert await instants(time, bucket, len(passed)) == passed
     await asyncio.sleep(60)
-    assert bucket.statistics().available == 3
-    before = virtual_time.now
-    passed = await instants(virtual_time, bucket, 5)
-    assert [now - before for now in passed] == [0, 0, 0, 1, 2]
+    assert bucket.statistics().available == bucket.burst
+    before = time.now
+    assert [now - before for now in await instants(time, bucket, len(passed))] == passed
 
 
-def test_acquire_nowait_takes_unit_or_says_how_long_to_wait(virtual_time: VirtualTime) -> None:
-    bucket = TokenBucket(rate=4.0, burst=2, clock=virtual_time.clock)
+def test_acquire_nowait_takes_unit_or_says_how_long_to_wait(time: VirtualTime) -> None:
+    bucket = TokenBucket(rate=4.0, burst=2, clock=time.clock)
     bucket.acquire_nowait(2)
-    with pytest.raises(WouldBlock) as error:
+    says = "1 unit cannot pass before 0.25 s from now at 4 a second; wait with acquire()"
+    with refused(WouldBlock, says, retry_after=0.25, bound_by="units"):
         bucket.acquire_nowait()
-    assert str(error.value) == (
-        "1 unit cannot pass before 0.25 s from now at 4 a second; wait with acquire()"
-    )
-    assert (error.value.retry_after, error.value.bound_by) == (0.25, "units")
-    virtual_time.advance(0.25)
+    time.advance(0.25)
     bucket.acquire_nowait()
     assert bucket.statistics().available == 0
 
 
-async def test_acquire_nowait_does_not_pass_waiting_calls(virtual_time: VirtualTime) -> None:
-    """One unit is available, but a call that waits for two came first."""
-    bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
-    await bucket.acquire(1)
-    waiting = asyncio.create_task(bucket.acquire(2))
-    await virtual_time.all_blocked()
+async def test_newcomer_does_not_pass_waiting_calls_and_hears_when_they_will(
+    time: VirtualTime,
+) -> None:
+    """A caller that sleeps for ``retry_after`` seconds and tries again does not spin."""
+    bucket = TokenBucket(rate=1.0, burst=5, clock=time.clock)
+    await bucket.acquire(4)
+    first = await start(bucket.acquire(5))
     assert bucket.statistics().available == 1
-    with pytest.raises(WouldBlock):
+    with refused(WouldBlock, "1 unit cannot pass before 4 s from now", retry_after=4.0):
         bucket.acquire_nowait()
-    await waiting
-    assert virtual_time.now == 1.0
+    says = "1 unit cannot pass within 3 s at 1 a second; raise the timeout or the rate"
+    with refused(AcquireTimeout, says, retry_after=1.0, bound_by="units"):
+        await bucket.acquire(timeout=3)
+    assert time.now == 3.0
+    await first
+    with refused(AcquireTimeout, "2 units cannot pass within 1.5 s", retry_after=2.0):
+        await bucket.acquire(2, timeout=1.5)
+    assert time.now == 4.0
+    await bucket.acquire(timeout=10)
+    assert time.now == 5.0
 
 
-async def test_bucket_as_context_manager_takes_one_unit_for_good(virtual_time: VirtualTime) -> None:
-    """Entering takes one unit; leaving gives nothing back, not even after an error."""
-    bucket = TokenBucket(rate=1.0, burst=2, clock=virtual_time.clock)
+async def test_bucket_as_context_manager_takes_one_unit_for_good(time: VirtualTime) -> None:
+    """Leaving gives nothing back, not even after an error."""
+    bucket = TokenBucket(rate=1.0, burst=2, clock=time.clock)
     async with bucket as entered:
         assert entered is bucket
         assert bucket.statistics().available == 1
@@ -80,73 +84,133 @@ async def test_bucket_as_context_manager_takes_one_unit_for_good(virtual_time: V
     assert bucket.statistics().available == 0
 
 
-async def test_retry_after_tells_when_first_waiting_call_will_pass(
-    virtual_time: VirtualTime,
-) -> None:
-    """A caller that sleeps for ``retry_after`` seconds and tries again does not spin."""
-    bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
-    await bucket.acquire(4)
-    first = asyncio.create_task(bucket.acquire(5))
-    await virtual_time.all_blocked()
-    with pytest.raises(WouldBlock, match="1 unit cannot pass before 4 s from now") as error:
-        bucket.acquire_nowait()
-    assert error.value.retry_after == 4.0
-    await first
-
-
-async def test_call_behind_another_fails_exactly_at_its_timeout(virtual_time: VirtualTime) -> None:
-    bucket = TokenBucket(rate=1.0, burst=5, clock=virtual_time.clock)
-    await bucket.acquire(4)
-    first = asyncio.create_task(bucket.acquire(5))
-    await virtual_time.all_blocked()
-    with pytest.raises(AcquireTimeout) as error:
-        await bucket.acquire(timeout=3)
-    assert virtual_time.now == 3.0
-    assert str(error.value) == (
-        "1 unit cannot pass within 3 s at 1 a second; raise the timeout or the rate"
-    )
-    assert error.value.retry_after == 1.0
-    await first
-    assert virtual_time.now == 4.0
-    await bucket.acquire(timeout=10)
-    assert virtual_time.now == 5.0
-
-
-async def test_bucket_repr_shows_units_available_and_calls_waiting(
-    virtual_time: VirtualTime,
-) -> None:
-    bucket = TokenBucket(rate=0.5, burst=2_000, clock=virtual_time.clock)
+async def test_bucket_shows_rate_burst_units_available_and_calls_waiting(time: VirtualTime) -> None:
+    """Its rate and burst cannot be set: that would change what it shows, but not how it paces."""
+    bucket: Any = TokenBucket(rate=0.5, burst=2_000.0, clock=time.clock)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     await bucket.acquire(1_500)
-    waiting = asyncio.create_task(bucket.acquire(501))
-    await virtual_time.all_blocked()
+    waiting = await start(bucket.acquire(501))
     assert repr(bucket) == "<TokenBucket rate=0.5/s burst=2,000 available=500 waiting=1>"
     await waiting
     now = bucket.statistics()
     assert (now.available, now.waiting) == (0, 0)
-
-
-def test_whole_float_is_accepted_as_burst() -> None:
-    """2.0 counts as two."""
-    assert TokenBucket(1, 2.0).burst == 2  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-
-
-def test_rate_and_burst_of_bucket_cannot_be_set() -> None:
-    """Setting its rate or burst would change what it shows, but not how it paces."""
-    bucket: Any = TokenBucket(rate=2, burst=3)
     for name in ("rate", "burst"):
         with pytest.raises(AttributeError):
             setattr(bucket, name, 10)
-    assert (bucket.rate, bucket.burst) == (2.0, 3)
+    assert (bucket.rate, bucket.burst) == (0.5, 2_000)
 
 
-async def test_int_enum_member_is_accepted_as_amount(virtual_time: VirtualTime) -> None:
-    """An IntEnum's member counts as its value."""
-
+async def test_int_enum_member_is_accepted_as_amount(time: VirtualTime) -> None:
     class Size(enum.IntEnum):
         SMALL = 1
         LARGE = 3
 
-    bucket = TokenBucket(rate=1.0, burst=4, clock=virtual_time.clock)
+    bucket = TokenBucket(rate=1.0, burst=4, clock=time.clock)
     await bucket.acquire(Size.LARGE)
     bucket.acquire_nowait(Size.SMALL)
     assert bucket.statistics().available == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("rate", [1.0, 3.0, 0.7, 1e6])
+@pytest.mark.parametrize("burst", [1, 2, 50])
+def test_bucket_books_and_gives_back_as_its_meter_does(rate: float, burst: int, seed: int) -> None:
+    """`TokenBucket.acquire` contains a copy of `Bucket.take`, and leaves the same state."""
+    now = 10**12
+    bucket = TokenBucket(rate, burst, clock=lambda: now)
+    written, plain = bucket._bucket, Bucket(rate=rate, burst=burst)
+    booked: list[tuple[int, int]] = []
+    chance = random.Random(seed)
+    for _ in range(60):
+        now += chance.choice([0, 0, 1, int(chance.random() * 2e9 / rate)])
+        choice = chance.random()
+        amount = 1 if choice < 0.5 else chance.randint(1, burst)
+        if choice < 0.75:
+            if plain.take(amount, now):
+                if choice < 0.5:
+                    with pytest.raises(StopIteration):  # it passes at once
+                        bucket.acquire().send(None)
+                else:
+                    bucket.acquire_nowait(amount)
+                    booked.append((amount, now))
+        elif booked:
+            refund = booked.pop(chance.randrange(len(booked)))
+            plain.unbook(*refund)
+            written.unbook(*refund)
+        assert written.available(now) == plain.available(now)
+        assert written.earliest(burst, now) == plain.earliest(burst, now)
+
+
+# --- in order ---
+
+
+async def test_calls_pass_in_order_of_arrival(time: VirtualTime) -> None:
+    chance = random.Random(3)
+    limiter = Limiter("20 RPS", "500 tokens/s", concurrency=5, clock=time.clock)
+    served: list[int] = []
+
+    async def call(number: int) -> None:
+        async with limiter.acquire(tokens=chance.randint(1, 200)):
+            served.append(number)
+            await asyncio.sleep(chance.random())
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(400):
+            group.create_task(call(number))
+            if chance.random() < 0.5:
+                await asyncio.sleep(chance.random() / 10)
+    assert served == list(range(400))
+
+
+async def test_costly_call_waits_no_longer_than_its_turn(time: VirtualTime) -> None:
+    """It costs 90 % of the burst, among cheap calls that ask for twice the rate."""
+    bucket = TokenBucket(rate=100.0, burst=100, clock=time.clock)
+
+    async def flood() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2000):
+                group.create_task(bucket.acquire())
+                await asyncio.sleep(0.005)
+
+    flooding = asyncio.create_task(flood())
+    for _ in range(5):
+        await asyncio.sleep(1)
+        before, turn = time.now, (bucket.statistics().waiting + 90) / 100
+        await bucket.acquire(90)
+        assert time.now - before <= turn + 1e-9
+    await flooding
+
+
+async def test_call_above_burst_waits_no_longer_than_its_turn(time: VirtualTime) -> None:
+    """It earns the rest while it is first in line, and no other call takes that."""
+    limiter = Limiter("6000 TPM burst 100", clock=time.clock)
+    served: list[str] = []
+
+    async def call(name: str, tokens: int) -> None:
+        async with limiter.acquire(tokens=tokens) as lease:
+            served.append(name)
+            assert lease.waited <= 4.0
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(call("first", 100))
+        group.create_task(call("costly", 300))
+        group.create_task(call("cheap", 1))
+    assert served == ["first", "costly", "cheap"]
+    assert time.now == pytest.approx(3.01)
+
+
+async def test_newcomer_never_passes_waiting_calls(time: VirtualTime) -> None:
+    """There is room for its one token, but a call for 99 came first."""
+    limiter = Limiter("100 tokens/s", clock=time.clock)
+    bucket = TokenBucket(rate=100.0, burst=100, clock=time.clock)
+    served: list[str] = []
+
+    async def call(name: str, tokens: int) -> None:
+        async with limiter.acquire(tokens=tokens):
+            await bucket.acquire(tokens)
+            served.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        for name, tokens in (("first", 50), ("costly", 99), ("newcomer", 1)):
+            group.create_task(call(name, tokens))
+            await all_blocked()
+    assert served == ["first", "costly", "newcomer"]

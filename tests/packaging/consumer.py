@@ -38,19 +38,16 @@ class Model:
     """Stand for a LlamaIndex model: as far as types go, any class may be wrapped."""
 
     async def acomplete(self, prompt: str) -> str:
-        """Answer."""
         return prompt
 
 
 def wrapping_keeps_the_type(limiter: Limiter, model: Model) -> None:
-    """A wrapped model keeps its type; functions in a list become tools."""
     assert_type(limiter.wrap(model), Model)
     assert_type(limiter.wrap([model]), list[Any])
     assert_type(pace(model, rpm=500, tpm=200_000, concurrency=20), Model)
 
 
 async def acquiring_gives_a_lease(limiter: Limiter) -> None:
-    """This holds for awaiting, entering, `acquire_nowait` and `acquire_sync`."""
     async with limiter.acquire(input_tokens=900, output_tokens=300, timeout=30) as lease:
         assert_type(lease, Lease)
         lease.settle(tokens=800)
@@ -71,8 +68,6 @@ async def acquiring_gives_a_lease(limiter: Limiter) -> None:
 
 
 def pacing_keeps_the_signature(limiter: Limiter) -> None:
-    """Parameters and results stay the same, and async functions stay async."""
-
     def tokens(prompt: str, *, loud: bool = False) -> float:
         return len(prompt) / 4 + loud
 
@@ -104,7 +99,6 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
 
 
 def children_are_limiters(limiter: Limiter) -> None:
-    """So are those of tenants, and the parent."""
     assert_type(limiter.child("chat", "100 RPM", weight=2, concurrency=4), Limiter)
     assert_type(limiter.key("acme"), Limiter)
     assert_type(limiter.parent, Limiter | None)
@@ -119,7 +113,6 @@ def children_are_limiters(limiter: Limiter) -> None:
 
 
 def planning_gives_a_plan() -> None:
-    """The plan says how long the calls take, and what binds."""
     planned = plan("500 RPM", calls=10_000, tokens=800, latency=1.5)
     assert_type(planned, Plan)
     assert_type(planned.duration, float)
@@ -127,8 +120,6 @@ def planning_gives_a_plan() -> None:
 
 
 async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
-    """The types of inputs and results are known."""
-
     async def measure(prompt: str) -> int:
         return len(prompt)
 
@@ -147,7 +138,6 @@ async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
 
 
 async def buckets_are_typed() -> None:
-    """The primitive is typed, too."""
     bucket = TokenBucket(rate=2.0, burst=2)
     async with bucket:
         bucket.acquire_nowait()
@@ -155,8 +145,6 @@ async def buckets_are_typed() -> None:
 
 
 def limiters_are_made_from_outside() -> None:
-    """They come from variables or a file, and a subclass stays a subclass."""
-
     class Mine(Limiter):
         pass
 
@@ -167,7 +155,6 @@ def limiters_are_made_from_outside() -> None:
 
 
 def typos_are_found(limiter: Limiter, model: Model) -> None:
-    """A keyword that does not exist fails here, not at run time."""
     limiter.wrap(model, chlid="a")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     limiter.transport(route={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     limiter.amap(model.acomplete, [], orderd=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -18,18 +18,8 @@ from pathlib import Path
 PROMISES = Path(__file__).with_name("promises.py")
 #: Without extras, and with each of those that users install.
 ALONE = (
-    "none",
-    "llama-index",
-    "openai",
-    "http",
-    "batch",
-    "redis",
-    "prometheus",
-    "otel",
-    "testing",
-    "cli",
-    "plot",
-    "all",
+    *("none", "llama-index", "openai", "http", "batch", "redis", "prometheus", "otel", "testing"),
+    *("cli", "plot", "all"),
 )
 #: Milliseconds that `import asyncbucket` may add to `import asyncio`.
 ALLOWED = 50.0

@@ -8,18 +8,18 @@ from pathlib import Path
 PROMISES = Path(__file__).with_name("promises.py")
 #: Modules of the standard library that the core needs, and asyncio has not loaded.
 ALSO = {
-    "_bisect",
-    "_decimal",
-    "bisect",
-    "copy",
-    "dataclasses",
-    "decimal",
-    "fractions",
-    "gc",
-    "numbers",
-    "org",  # copy looks for Jython
-    "org.python",
-    "org.python.core",
+    *(
+        "_bisect",
+        "_decimal",
+        "bisect",
+        "copy",
+        "dataclasses",
+        "decimal",
+        "fractions",
+        "gc",
+        "numbers",
+    ),
+    *("org", "org.python", "org.python.core"),  # copy looks for Jython
 }
 
 

@@ -3,16 +3,13 @@
 import ast
 import configparser
 import email.message
-import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 #: Extras for those who work on asyncbucket; all others are for users.
 FOR_DEVELOPERS = {"bench", "dev", "docs", "test"}
 
@@ -29,13 +26,6 @@ def metadata(unpacked: Path) -> email.message.Message:
     return Parser().parsestr(info(unpacked, "METADATA"))
 
 
-def requirements(metadata: email.message.Message, extra: str) -> set[str]:
-    """Return what an extra installs, according to the wheel."""
-    condition = f"extra == '{extra}'"
-    lines = metadata.get_all("Requires-Dist", [])
-    return {line.partition(";")[0].strip() for line in lines if condition in line}
-
-
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     """It has all of `asyncbucket/`: modules, scripts of the Redis store, the typing marker."""
     with zipfile.ZipFile(wheel) as archive:
@@ -50,28 +40,23 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".lua") for name in ours)
 
 
-def test_wheel_without_extras_requires_nothing(metadata: email.message.Message) -> None:
-    """All its requirements belong to extras."""
-    assert [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each] == []
-
-
-def test_all_extra_installs_exactly_what_user_extras_install(
+def test_all_extra_installs_what_user_extras_install_and_no_extra_nothing(
     metadata: email.message.Message,
 ) -> None:
     """`asyncbucket[all]` leaves out no user's extra, and brings no developer's tool."""
+    lines = [line.partition(";") for line in metadata.get_all("Requires-Dist", [])]
     extras = set(metadata.get_all("Provides-Extra", []))
-    wanted = {
-        requirement
-        for extra in extras - FOR_DEVELOPERS - {"all"}
-        for requirement in requirements(metadata, extra)
-    }
 
+    def requirements(extra: str) -> set[str]:
+        return {name.strip() for name, _, marker in lines if f"extra == '{extra}'" in marker}
+
+    users = extras - FOR_DEVELOPERS - {"all"}
     assert extras >= FOR_DEVELOPERS
-    assert requirements(metadata, "all") == wanted
+    assert requirements("all") == {name for extra in users for name in requirements(extra)}
+    assert all("extra ==" in marker for _, _, marker in lines)
 
 
 def test_metadata_has_readme_licence_python_and_typing(metadata: email.message.Message) -> None:
-    """They are the readme, the licence, the oldest Python and the marker for types."""
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Description-Content-Type"] == "text/markdown"
@@ -80,7 +65,6 @@ def test_metadata_has_readme_licence_python_and_typing(metadata: email.message.M
 
 
 def test_entry_points_exist_in_the_wheel(unpacked: Path) -> None:
-    """The command's function and the fixtures' module are in the wheel."""
     points = configparser.ConfigParser()
     points.read_string(info(unpacked, "entry_points.txt"))
     named = [value for section in points.sections() for _, value in points.items(section)]
@@ -95,24 +79,20 @@ def test_entry_points_exist_in_the_wheel(unpacked: Path) -> None:
 
 
 def test_source_distribution_builds_the_same_wheel(wheel: Path, rebuilt: Path) -> None:
-    """They are equal to the byte, except for the archive's time stamps."""
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(rebuilt) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())
         assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tests/core/test_limiter.py",
-        "benchmarks/__main__.py",
-        "docs/index.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "Makefile",
-        "SECURITY.md",
-    ],
-)
-def test_source_distribution_holds_what_packagers_need(source: Path, name: str) -> None:
+@pytest.mark.parametrize("folder", ["tests/core", "benchmarks", "docs", "examples", "."])
+def test_source_distribution_holds_what_packagers_need(source: Path, folder: str) -> None:
     """With tests, docs and licence, a distribution can build and test from it alone."""
-    assert (source / name).is_file()
+    kinds = {".py", ".md", ".toml", ""}
+    ours = {
+        file.name
+        for file in (ROOT / folder).iterdir()
+        if file.is_file() and file.suffix in kinds and not file.name.startswith(".")
+    }
+    theirs = {file.name for file in (source / folder).iterdir()}
+    assert ours <= theirs
+    assert folder != "." or {"LICENSE", "Makefile", "CHANGELOG.md", "SECURITY.md"} <= theirs

@@ -1,16 +1,26 @@
-"""llms.txt, the docs on one page for language models, is complete and has no wrong links."""
+"""The page of examples and llms.txt, the docs on one page for language models, leave nothing out."""
 
 import re
 from pathlib import Path
 
 from asyncbucket.cli.app import app
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 TEXT = (DOCS / "llms.txt").read_text("utf-8")
 
 
+def test_page_of_examples_lists_exactly_the_examples() -> None:
+    page = (DOCS / "examples.md").read_text("utf-8")
+    files = {
+        file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
+    }
+
+    assert set(re.findall(r"^\| \[([\w.]+)\]", page, re.MULTILINE)) == files
+    assert set(re.findall(r"\.\./examples/([\w.]+)", page)) == files
+
+
 def test_llms_txt_lists_exactly_the_pages_of_the_docs() -> None:
-    """A page that is added or renamed must be changed here, too."""
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
 
     assert set(re.findall(r"\]\(([\w-]+)\.html\)", TEXT)) == pages

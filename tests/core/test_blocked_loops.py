@@ -1,0 +1,338 @@
+"""Loops that are blocked, stopped or closed hold up no call elsewhere, and keep nothing for ever."""
+
+import asyncio
+import concurrent.futures
+import gc
+import logging
+from collections.abc import Callable
+from time import monotonic, monotonic_ns, sleep
+
+import pytest
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter
+from asyncbucket.core import pacer
+from asyncbucket.testing import VirtualClock, VirtualTime
+from tests.core.conftest import nothing_is_left
+from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Take loops for blocked after a tenth of a second."""
+    monkeypatch.setattr(pacer, "_PATIENCE", 100_000_000)
+    return 0.1
+
+
+def below(key: Limiter, depth: int, concurrency: int) -> Limiter:
+    """Return a limiter some levels below ``key``, with its own number of slots."""
+    limiter = key
+    for level in range(depth):
+        limiter = limiter.child(f"level {level}")
+    limiter.reconfigure(concurrency=concurrency)
+    return limiter
+
+
+def overridden(key: Limiter) -> int:
+    """Assert that nothing is left over; return how many calls passed without a slot."""
+    nothing_is_left(key)
+    return key.statistics().overridden
+
+
+@pytest.mark.usefixtures("impatient")
+def test_blocked_loop_that_holds_all_slots_does_not_deadlock(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Calls on other loops pass after a second; they are counted, and one warning is logged."""
+    limiter = Limiter(concurrency=2)
+
+    async def main() -> None:
+        held = [await limiter.acquire() for _ in range(2)]
+        for _ in range(2):  # as VectorStoreIndex(use_async=True) does in a running loop
+            in_another_thread(lambda: take(limiter))
+        for lease in held:
+            lease.release()
+
+    with caplog.at_level(logging.WARNING, logger="asyncbucket"):
+        asyncio.run(main())
+    assert overridden(limiter) == 2
+    # In its debug mode, asyncio warns of the blocked loop, too.
+    (record,) = (each for each in caplog.records if each.name == "asyncbucket")
+    assert record.getMessage() == (
+        "a call passed without a slot: every slot is held on an event loop that has been blocked "
+        "for over 1 s; await on that loop instead of blocking it"
+    )
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_acquire_sync_on_loop_that_holds_all_slots_does_not_deadlock(depth: int) -> None:
+    """Blocking code on the loop's own thread passes, too, at any level of the tree."""
+    key = Limiter(concurrency=10)
+    limiter = below(key, depth, 1)
+
+    async def main() -> None:
+        async with limiter.acquire():
+            with limiter.child("agent").acquire_sync():
+                pass
+
+    asyncio.run(main())
+    assert overridden(key) == 1
+
+
+@pytest.mark.parametrize("stopped_first", [False, True])
+def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
+    impatient: float, *, stopped_first: bool
+) -> None:
+    """It is ignored like one held on a blocked loop, also by a call on a stopped loop before it."""
+    limiter = Limiter(concurrency=1)
+    leaked = asyncio.run(take(limiter))
+    stopped = asyncio.new_event_loop()
+    first = stopped.create_task(take(limiter))
+    if stopped_first:
+        run_until_waiting(stopped, limiter)
+    with limiter.acquire_sync(timeout=1) as lease:
+        assert lease.waited >= impatient
+    first.cancel()
+    stopped.run_until_complete(asyncio.wait([first]))
+    stopped.close()
+    leaked.release()
+    assert overridden(limiter) == 1
+
+
+@pytest.mark.parametrize("holder", ["thread", "same loop"])
+def test_slot_held_where_code_runs_is_waited_for(impatient: float, holder: str) -> None:
+    """A plain thread may release it at any time, and so may the loop on which the call waits."""
+    limiter = Limiter(concurrency=1)
+    lease = limiter.acquire_nowait() if holder == "thread" else None
+
+    async def main() -> None:
+        held = lease or await limiter.acquire()
+        with pytest.raises(AcquireTimeout):
+            await limiter.acquire(timeout=3 * impatient)
+        held.release()
+
+    asyncio.run(main())
+    assert overridden(limiter) == 0
+
+
+def test_slot_held_by_thread_that_had_to_wait_for_it_is_waited_for(impatient: float) -> None:
+    limiter = Limiter(concurrency=2)
+    leaked = asyncio.run(take(limiter))
+    first = limiter.acquire_nowait()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(limiter.acquire_sync)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        first.release()
+        second = job.result(ENOUGH)
+    with pytest.raises(AcquireTimeout):
+        limiter.acquire_sync(timeout=3 * impatient)
+    second.release()
+    leaked.release()
+    assert overridden(limiter) == 0
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_calls_without_slot_run_no_more_at_once_than_there_are_slots(depth: int) -> None:
+    """At most as many pass at once as if the slots were free; they wait one second in all."""
+    key = Limiter()
+    limiter = below(key, depth, 2)
+    inside, most = 0, 0
+
+    async def call() -> None:
+        nonlocal inside, most
+        async with limiter.acquire():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0.01)
+            inside -= 1
+
+    async def elsewhere() -> None:
+        await asyncio.gather(*(call() for _ in range(9)))
+
+    async def main() -> float:
+        held = [await limiter.acquire() for _ in range(2)]
+        start = monotonic()
+        in_another_thread(elsewhere)
+        for lease in held:
+            lease.release()
+        return monotonic() - start
+
+    assert asyncio.run(main()) < 5
+    assert 1 <= most <= 2
+    assert overridden(key) == 9
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_call_that_passes_without_slot_keeps_other_limits(depth: int) -> None:
+    """The windows are kept: the third call waits until the first has left its window."""
+    key = Limiter(concurrency=1)
+    limiter = below(key, depth, 1)
+    limiter.reconfigure("2 requests/s burst 2")
+    trace: list[int] = []
+
+    async def elsewhere() -> None:
+        await limiter.acquire()
+        trace.append(monotonic_ns())
+
+    async def main() -> None:
+        async with limiter.acquire():
+            trace.append(monotonic_ns())
+            for _ in range(2):
+                in_another_thread(elsewhere)
+
+    asyncio.run(main())
+    assert overridden(key) == 2
+    assert trace[2] - trace[0] >= 900_000_000
+
+
+def test_calls_wait_for_busy_loop_that_holds_all_slots() -> None:
+    clock = VirtualClock()
+    limiter = Limiter(concurrency=1, clock=clock)
+    with loop_in_thread() as loop:
+        lease = asyncio.run_coroutine_threadsafe(take(limiter), loop).result(ENOUGH)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            job = pool.submit(limiter.acquire_sync)
+            eventually(lambda: limiter.statistics().waiting == 1)
+            for _ in range(20):
+                clock.advance(0.6)
+                limiter.pause(0)  # it rings the pacer
+                sleep(0.005)
+            assert not job.done()
+            lease.release()
+            job.result(ENOUGH).release()
+    assert overridden(limiter) == 0
+
+
+# --- loops that are gone ---
+
+
+def run_until_waiting(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None:
+    """Run `loop` until a call waits, and then abandon it."""
+
+    async def waiting() -> None:
+        async with asyncio.timeout(ENOUGH):
+            while not limiter.statistics().waiting:  # noqa: ASYNC110 - two turns of the loop
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(waiting())
+
+
+def waiting_on_closed_loop(
+    limiter: Limiter, *, tokens: int | None = None, rung: Callable[[], object] = int
+) -> asyncio.Task[Lease]:
+    """Return a call that waits on a loop that was closed; ``rung`` was called just before."""
+    dead = asyncio.new_event_loop()
+    dead.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
+    task = dead.create_task(take(limiter, tokens))
+    run_until_waiting(dead, limiter)
+    assert limiter.statistics().waiting == 1
+    rung()
+    dead.close()
+    return task
+
+
+@pytest.mark.parametrize("path", [(), ("chat", "agent")])
+@pytest.mark.parametrize("rung", [False, True])
+@pytest.mark.parametrize("how", ["thread", "at once", "loop", "cancelled", "coroutine", "dropped"])
+def test_call_waiting_on_closed_loop_is_counted_out_once(
+    path: tuple[str, ...], how: str, *, rung: bool
+) -> None:
+    """It holds up no other call, and may still be cancelled, closed or dropped."""
+    key = limiter = Limiter("1000/s burst 2", concurrency=1)
+    for name in path:
+        limiter = limiter.child(name)
+    holder = key.acquire_nowait()
+    task = [waiting_on_closed_loop(limiter, rung=holder.release if rung else int)]
+    holder.release()
+    if how == "thread":
+        limiter.acquire_sync(timeout=ENOUGH).release()
+    elif how == "at once":
+        sleep(0.01)
+        limiter.acquire_nowait().release()
+    elif how == "loop":
+        asyncio.run(asyncio.wait_for(limiter.acquire(), ENOUGH)).release()
+    elif how == "cancelled":
+        with pytest.raises(RuntimeError, match="closed"):
+            task[0].cancel()
+    elif how == "coroutine":
+        coroutine = task[0].get_coro()
+        assert coroutine is not None
+        coroutine.close()
+    task.clear()
+    gc.collect()
+    nothing_is_left(key, limiter)
+    sleep(0.01)
+    key.acquire_nowait().release()
+    assert key.statistics().waiting == 0
+
+
+def test_waiter_on_stopped_loop_holds_up_no_other_call() -> None:
+    limiter = Limiter("1000/s burst 1", concurrency=1)
+    holder = limiter.acquire_nowait()
+    stopped = asyncio.new_event_loop()
+    task = stopped.create_task(take(limiter))
+    run_until_waiting(stopped, limiter)
+
+    async def main() -> None:
+        async with asyncio.timeout(ENOUGH):
+            waiting = asyncio.create_task(take(limiter))
+            await asyncio.sleep(0)
+            holder.release()
+            (await waiting).release()
+            (await take(limiter)).release()
+
+    asyncio.run(main())
+    task.cancel()
+    stopped.run_until_complete(asyncio.wait([task]))
+    stopped.close()
+    nothing_is_left(limiter)
+
+
+def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop() -> None:
+    """The call on the closed loop cannot be told, which is no error; calls on other loops are."""
+    limiter = Limiter("1k TPM")
+    limiter.acquire_nowait(tokens=1_000)
+
+    async def main() -> None:
+        waiting = asyncio.create_task(limiter.acquire(tokens=900))
+        await asyncio.sleep(0)
+        limiter.reconfigure(tpm=100)
+        with pytest.raises(CostExceedsLimit):
+            await waiting
+
+    task = waiting_on_closed_loop(limiter, tokens=900)
+    asyncio.run(main())
+    nothing_is_left(limiter)
+    del task
+
+
+def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(time: VirtualTime) -> None:
+    """Nothing is left at the root or in between, and the places in a child's queue are free."""
+    key = Limiter("1 RPS", concurrency=1, clock=time.clock)
+    chat = key.child("chat", max_queue=20)
+    agent = chat.child("agent")
+
+    async def call() -> None:
+        async with agent.acquire():
+            await asyncio.sleep(3)
+
+    async def left_behind() -> None:
+        held = await key.acquire()
+        for _ in range(20):
+            asyncio.create_task(call())  # noqa: RUF006 - to be cancelled by asyncio.run
+        await asyncio.sleep(0)
+        assert agent.statistics().waiting == 20
+        held.release()
+
+    asyncio.run(left_behind())
+    nothing_is_left(key, chat, agent)
+
+    async def once() -> None:
+        async with agent.acquire() as lease:
+            assert lease.waited == 0
+
+    time.advance(2)
+    asyncio.run(once())

@@ -1,0 +1,140 @@
+"""What happens while the lock is held: the collector may run at any point, also in its holder.
+
+It may then drop a lease, or close a generator or coroutine that holds one: no deadlock, nothing lost.
+"""
+
+import asyncio
+import gc
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from asyncbucket import Lease, Limiter
+from asyncbucket.core.events import Released, Settled
+from asyncbucket.testing import VirtualTime
+from tests.core.conftest import all_blocked, nothing_is_left, start, used
+
+
+def locked(limiter: Limiter) -> Any:
+    """Hold the lock of a tree of limiters."""
+    return limiter._node.pacer
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+async def test_dropped_lease_gives_its_slot_to_waiting_call(
+    time: VirtualTime, *, is_locked: bool
+) -> None:
+    limiter, other = (Limiter(concurrency=1, clock=time.clock) for _ in range(2))
+    lease: Lease | None = await limiter.acquire()
+    waiting = await start(limiter.acquire())
+    with locked(limiter if is_locked else other):
+        del lease
+    (await waiting).release()
+    nothing_is_left(limiter)
+
+
+def test_lease_dropped_while_lock_is_held_frees_its_slot_for_newcomer() -> None:
+    limiter = Limiter(concurrency=1)
+    for look in (limiter.acquire_nowait, limiter.statistics):
+        lease: Lease | None = limiter.acquire_nowait()
+        with locked(limiter):
+            del lease
+        look()
+        nothing_is_left(limiter)
+
+
+def test_generator_holding_lease_can_be_closed_while_lock_is_held() -> None:
+    limiter = Limiter("100 TPM", concurrency=1)
+    told: list[str] = []
+    limiter.observe(lambda event: told.append(type(event).__name__))
+
+    def generator() -> Generator[None]:
+        with limiter.acquire_sync(tokens=60) as lease:
+            try:
+                yield
+            finally:
+                lease.settle(tokens=10)
+
+    abandoned = generator()
+    next(abandoned)
+    with locked(limiter):
+        abandoned.close()
+    nothing_is_left(limiter)
+    assert used(limiter) == [10]
+    limiter.acquire_nowait(tokens=90).release()
+    assert told == ["Admitted", "Settled", "Released", "Admitted", "Released"]
+
+
+async def test_coroutine_closed_while_lock_is_held_leaves_line(time: VirtualTime) -> None:
+    limiter = Limiter(concurrency=1, clock=time.clock)
+    holder = await limiter.acquire()
+    acquisition = limiter.acquire()
+    acquisition.send(None)
+    with locked(limiter):
+        acquisition.close()
+    await asyncio.sleep(0.01)
+    assert limiter.statistics().waiting == 0
+    holder.release()
+    (await limiter.acquire()).release()
+
+
+def test_settlements_and_outcomes_told_while_lock_is_held_apply_in_order() -> None:
+    """Of several settlements of one lease, the last holds; each event says what it corrects."""
+    limiter = Limiter("100 ITPM", "100 OTPM", "100 TPM", concurrency=3)
+    heard: list[Any] = []
+    limiter.observe(heard.append)
+    leases = [limiter.acquire_nowait(input_tokens=30, output_tokens=40)]
+    leases += [limiter.acquire_nowait() for _ in range(2)]
+    with locked(limiter):
+        leases[0].settle(input_tokens=10)
+        leases[0].settle(output_tokens=5)
+        leases[0].release()
+        leases[1].overloaded()
+        leases[2].failed()
+    leases[0].settle(input_tokens=20)
+    assert used(limiter) == [20, 5, 25]
+    corrected = [dict(event.corrects) for event in heard if isinstance(event, Settled)]
+    assert corrected == [{}, {"tokens": 50}, {"input_tokens": 10, "tokens": 15}]
+    outcomes = [event.outcome for event in heard if isinstance(event, Released)]
+    assert outcomes == ["ok", "overloaded", "failed"]
+
+
+def test_calls_cancelled_by_ending_loop_while_lock_is_held_are_counted_out() -> None:
+    key = Limiter(concurrency=1, max_queue=3)
+    chat = key.child("chat")
+    held = key.acquire_nowait()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, __: None)  # "Task was destroyed": this is intended
+    tasks = [loop.create_task(chat.acquire()) for _ in range(3)]
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert chat.statistics().waiting == 3
+    with locked(key):
+        loop.close()
+        tasks.clear()
+        gc.collect()
+    assert (chat.statistics().waiting, key.statistics().waiting) == (0, 0)
+    held.release()
+    key.acquire_nowait().release()
+
+
+async def test_call_that_joins_the_line_while_a_slot_is_given_back_gets_it(
+    time: VirtualTime,
+) -> None:
+    """It may come from another thread, after `release` has seen that nobody waits."""
+    limiter = Limiter(concurrency=1, clock=time.clock)
+    lease, late = await limiter.acquire(), limiter.acquire()
+
+    class Racing(int):
+        def __sub__(self, _: int) -> int:
+            late.send(None)
+            return 0
+
+    limiter._node.in_flight = Racing(1)
+    lease.release()
+    await all_blocked()
+    with pytest.raises(StopIteration):
+        late.send(None)
+    late.release()
+    nothing_is_left(limiter)

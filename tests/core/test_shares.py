@@ -1,0 +1,383 @@
+"""Fair shares among the children of a limiter: of what it costs, by weight, and nobody starves."""
+
+import asyncio
+import collections
+import itertools
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, Limiter
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.core.conftest import HELD, cancel, start, start_all
+
+#: When a call passed, whose it was, and what it used.
+Passed = list[tuple[float, str, int]]
+Price = Callable[[], int]
+
+
+async def saturate(
+    time: VirtualTime,
+    until: float,
+    *callers: tuple[Limiter, int | Price],
+    latency: float = 0.0,
+    used: float = 1.0,
+) -> Passed:
+    """Let one caller for each pair ask for so many tokens again and again; return who passed when.
+
+    Calls last ``latency`` on average, and use a part of what they reserve.
+    """
+    passed: Passed = []
+    chance = random.Random(5)
+
+    async def caller(limiter: Limiter, price: int | Price) -> None:
+        while True:
+            reserved = price if isinstance(price, int) else price()
+            spent = round(used * reserved)
+            async with limiter.acquire(tokens=reserved) as lease:
+                passed.append((time.now, limiter.name.removeprefix("key/"), spent))
+                if latency:
+                    await asyncio.sleep(2 * latency * chance.random())
+                if used < 1:
+                    lease.settle(tokens=spent)
+            if time.now >= until:
+                break
+
+    await asyncio.gather(*(caller(*each) for each in callers))
+    return passed
+
+
+def count(passed: Passed, since: float = 0, until: float = math.inf) -> collections.Counter[str]:
+    """Return how many calls each made from ``since`` on, and before ``until``."""
+    return collections.Counter(name for when, name, _ in passed if since <= when < until)
+
+
+#: Tokens a minute of the key that tenants share, and its burst.
+TPM, BURST = 60_000, 3_000
+MINUTES = 10
+
+
+async def share_a_key(
+    time: VirtualTime,
+    weights: list[float],
+    callers: list[int],
+    prices: list[Price],
+    *,
+    limits: tuple[str, ...] = (f"{TPM} TPM burst {BURST}",),
+    **how: float,
+) -> tuple[list[int], float]:
+    """Let tenants saturate one key for ten minutes; the first does not count.
+
+    Return what each got, and the part of the key that was used.
+    """
+    key = Limiter(*limits, name="key", clock=time.clock)
+    tenants = [key.child(str(number), weight=weight) for number, weight in enumerate(weights)]
+    each = zip(tenants, prices, callers, strict=True)
+    asking = [(tenant, price) for tenant, price, calls in each for _ in range(calls)]
+    passed = await saturate(time, 60 * MINUTES, *asking, **how)
+    assert_never_over(
+        [(round(when * 1e9), spent) for when, _, spent in passed], Limit("tokens", TPM)
+    )
+    got = [0] * len(weights)
+    for when, name, spent in passed:
+        got[int(name)] += spent if 60 <= when < 60 * MINUTES else 0
+    return got, sum(got) / (TPM * (MINUTES - 1))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"latency": 0.5},
+        {"limits": (f"{TPM} TPM", "900 RPM"), "callers": 20},
+        {"limits": (f"{TPM} TPM",), "callers": 20},
+    ],
+    ids=["paced", "calls with latency", "with a request limit", "unpaced"],
+)
+async def test_one_heavy_and_99_light_tenants_get_equal_shares(
+    time: VirtualTime, how: dict[str, Any]
+) -> None:
+    chance = random.Random(5)
+    prices = [lambda: chance.randint(400, 800), *[lambda: chance.randint(20, 120)] * 99]
+    callers = [200] + [how.pop("callers", 2)] * 99
+    got, use = await share_a_key(time, [1.0] * 100, callers, prices, **how)
+    jain = sum(got) ** 2 / (len(got) * sum(share * share for share in got))  # 1 if all are equal
+    assert jain >= 0.99
+    if "900 RPM" not in how.get("limits", ()):
+        assert use >= 0.99
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("callers", "within", "how"),
+    [
+        (20, 0.02, {}),
+        (20, 0.02, {"latency": 0.2}),
+        (20, 0.02, {"latency": 0.2, "used": 0.5}),
+        (200, 0.02, {"limits": (f"{TPM} TPM",)}),
+        (1, 0.05, {}),
+    ],
+    ids=["instant calls", "calls with latency", "refunds", "unpaced", "one caller each"],
+)
+async def test_children_get_cost_in_proportion_to_their_weights(
+    time: VirtualTime, callers: int, within: float, how: dict[str, Any]
+) -> None:
+    chance, weights = random.Random(5), [1.0, 2.0, 4.0]
+    prices = [lambda: chance.randint(50, 300)] * 3
+    got, use = await share_a_key(time, weights, [callers] * 3, prices, **how)
+    assert use >= 0.985 or callers == 1
+    for share, weight in zip(got, weights, strict=True):
+        assert share / sum(got) == pytest.approx(weight / 7, rel=within)
+
+
+@pytest.fixture(name="key")
+def ten_a_second(time: VirtualTime) -> Limiter:
+    """Return a limiter of ten calls a second, one at a time."""
+    return Limiter("10 RPS burst 1", name="key", clock=time.clock)
+
+
+async def test_share_of_idle_child_goes_to_its_sibling_at_once(
+    time: VirtualTime, key: Limiter
+) -> None:
+    """While a sibling pauses, the other gets all; when it is back, it gets its half and no more."""
+    a, b = [(key.child("a"), 0)] * 20, [(key.child("b"), 0)] * 20
+    assert count(await saturate(time, 100, *a, *b), 60, 100)["a"] == pytest.approx(200, abs=2)
+    assert count(await saturate(time, 200, *a), 105, 200)["a"] == pytest.approx(945, abs=4)
+    assert count(await saturate(time, 300, *a, *b), 205, 300)["b"] == pytest.approx(472, abs=8)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rpm", [5, 8, 9])
+async def test_child_below_its_share_gets_what_its_own_limit_allows(
+    time: VirtualTime, rpm: int
+) -> None:
+    """A child that may call again waits for one call of the others at most, not for a round."""
+    minutes = 60
+    key = Limiter("50 RPM", name="key", clock=time.clock)
+    children = (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm))
+    got = count(await saturate(time, 60 * minutes, *[(child, 0) for child in children * 3]))
+    slow = got.pop("slow")
+    assert slow >= 0.97 * 60 / (60 / rpm + 60 / 50) * minutes
+    assert max(got.values()) - min(got.values()) <= 6
+    assert slow + sum(got.values()) >= 0.99 * 50 * minutes
+
+
+@pytest.mark.parametrize(("burst", "calls"), [(1, 250), (2, 301)])
+async def test_child_with_burst_of_one_loses_what_flows_in_while_key_is_busy(
+    time: VirtualTime, burst: int, calls: int
+) -> None:
+    """With a burst of one it makes a call every so many whole gaps of its key: 40 ms, not 33."""
+    key = Limiter("6000 RPM burst 1", name="key", clock=time.clock)
+    small = key.child("small", f"1800 RPM burst {burst}")
+    passed = await saturate(time, 10, *[(key.child("busy"), 0), (small, 0)] * 3)
+    when = [when for when, name, _ in passed if name == "small" and when < 10]
+    assert len(when) == calls
+    if burst == 1:
+        gaps = {round(late - early, 9) for early, late in itertools.pairwise(when)}
+        assert gaps == {0.04}
+
+
+async def test_child_held_up_long_is_only_one_call_ahead_of_sibling(time: VirtualTime) -> None:
+    """When its quota comes back all at once, it is not used up before others get their turns."""
+    key = Limiter("1 RPS burst 1", name="key", clock=time.clock)
+    quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
+    passed = await saturate(time, 1200, *[(quota, 0), (key.child("free"), 0)] * 5)
+    later = [name for when, name, _ in passed if when > 500]
+    first = later.index("quota")
+    assert first > 400
+    for end in range(first, first + 40):
+        ahead = 2 * later[first : end + 1].count("quota") - (end + 1 - first)
+        assert -1 <= ahead <= 3
+
+
+@pytest.mark.parametrize(("tokens", "weight"), [(6_000, 1.0), (100, 0.01)])
+async def test_costly_call_does_not_let_newcomers_overtake_waiting_child(
+    time: VirtualTime, tokens: int, weight: float
+) -> None:
+    passed: list[str] = []
+
+    async def call(child: Limiter, tokens: int = 100) -> None:
+        async with child.acquire(tokens=tokens):
+            passed.append(child.name)
+
+    async def newcomers(row: int) -> None:
+        for number in range(60):
+            await call(key.child(f"{row}-{number}"))
+
+    key = Limiter("60k TPM burst 100", name="key", clock=time.clock)
+    many, costly = key.child("many"), key.child("costly", weight=weight)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(60):
+            group.create_task(call(many))
+        for row in range(10):
+            group.create_task(newcomers(row))
+        await asyncio.sleep(5)
+        group.create_task(call(costly, tokens))
+    turns = [place for place, name in enumerate(passed) if name == "key/many"]
+    assert max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 24
+
+
+async def test_grandchild_keeps_its_pace_while_costly_sibling_waits(time: VirtualTime) -> None:
+    model = Limiter(clock=time.clock).child("model", Limit("tokens", 1000, per=100))
+    slow, costly = model.child("slow", Limit("requests", 1, per=30)), model.child("costly")
+    got = count(await saturate(time, 1000, *[(costly, 900)] * 3, (slow, 10)))
+    assert got[slow.name] >= 25
+
+
+async def test_costly_call_does_not_starve_among_cheap_siblings(time: VirtualTime) -> None:
+    """A call for 90 % of the window is admitted once the others have had as much."""
+    key = Limiter("1000 TPM", name="key", clock=time.clock)
+    cheap, costly = key.child("cheap"), key.child("costly")
+    passed = await saturate(time, 1200, *[(cheap, 20)] * 20, (costly, 900))
+    when = [0.0, *(when for when, name, _ in passed if name == "costly")]
+    assert len(when) > 7
+    assert max(later - earlier for earlier, later in itertools.pairwise(when)) <= 2 * 60 * HELD + 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rate", [9, 10, 12, 20])
+async def test_endless_new_children_do_not_starve_old_child(
+    time: VirtualTime, key: Limiter, rate: int
+) -> None:
+    """Of those that came later, at most as many as were waiting, plus four dozen, pass first."""
+    passed: list[float] = []
+    most = 0
+
+    async def old(limiter: Limiter) -> None:
+        nonlocal most
+        while time.now < 200:
+            asked, waiting = time.now, key.statistics().waiting
+            await limiter.acquire()
+            most = max(most, sum(came >= asked for came in passed) - waiting)
+
+    async def new(limiter: Limiter) -> None:
+        came = time.now
+        await limiter.acquire()
+        passed.append(came)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(old(key.child("old")))
+        for number in range(200 * rate):
+            group.create_task(new(key.child(f"new {number}")))
+            await asyncio.sleep(1 / rate)
+    assert len(passed) == 200 * rate
+    assert most <= 45
+
+
+@pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
+async def test_refunds_are_credited_to_limiter_that_reserved(time: VirtualTime, who: str) -> None:
+    """A tenant that uses a tenth of what it reserves gets its share of use, not of reservations."""
+    got = {"thrifty": 0, "honest": 0}
+
+    async def caller(limiter: Limiter, name: str, used: int, priority: int) -> None:
+        while time.now < 200:
+            async with limiter.acquire(tokens=500, priority=priority) as lease:
+                got[name] += used
+                lease.settle(tokens=used)
+
+    key = Limiter(f"{TPM} TPM burst 1000", clock=time.clock)
+    thrifty = key if who == "the parent's own" else key.child("thrifty")
+    urgent = int(who == "a priority")
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(caller(thrifty, "thrifty", 50, 0))
+            group.create_task(caller(key.child("honest"), "honest", 500, urgent))
+    fair = 1 / 9 if who == "a priority" else 1 / 2
+    assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.06)
+
+
+async def order(
+    key: Limiter, calls: list[tuple[Limiter, int]], *, first: tuple[int, int] | None = None
+) -> list[str]:
+    """Return in which order calls of so many tokens pass one by one; the first may be settled."""
+    went: list[str] = []
+
+    async def call(limiter: Limiter, tokens: int) -> None:
+        async with limiter.acquire(tokens=tokens) as lease:
+            if first is not None and not went:
+                lease.settle(tokens=first[1])
+            went.append(limiter.name.rpartition("/")[2])
+
+    key.pause(1)
+    await asyncio.gather(*(call(*each) for each in calls))
+    return went
+
+
+@pytest.mark.parametrize("children", [1, 2, 7])
+async def test_siblings_of_equal_cost_keep_order_of_arrival_in_every_round(
+    time: VirtualTime, key: Limiter, children: int
+) -> None:
+    limiters = [key.child(str(number)) for number in range(children)] * 3
+    went = await order(key, [(limiter, 1) for limiter in limiters])
+    assert went == [limiter.name.rpartition("/")[2] for limiter in limiters]
+    assert time.now >= 1 + (len(went) - 1) / 10
+
+
+@pytest.mark.parametrize(("reserved", "used"), [(10, 2), (10, 10), (1, 9)])
+async def test_refund_and_debt_count_in_the_share(
+    time: VirtualTime, reserved: int, used: int
+) -> None:
+    """In sum, both have used as much in the end, whatever the first call had reserved."""
+    key = Limiter("60 tokens/60s burst 10", name="key", clock=time.clock)
+    spender, other = key.child("spender"), key.child("other")
+    line = [(spender, reserved), *[(other, 1), (spender, 1)] * 40]
+    went = await order(key, line, first=(reserved, used))
+    assert went[1:61].count("spender") == pytest.approx((60 - used) / 2, abs=1)
+
+
+async def test_call_cancelled_at_handover_does_not_count_against_its_share(
+    time: VirtualTime,
+) -> None:
+    """If a costly call is taken back before it began, its child is served no less for it."""
+    key = Limiter("60 tokens/60s burst 10", clock=time.clock)
+    chat, tools = key.child("chat"), key.child("tools")
+    went: list[str] = []
+
+    async def call(limiter: Limiter, tokens: int) -> None:
+        await limiter.acquire(tokens=tokens)
+        went.append(limiter.name)
+
+    held = key.acquire_nowait(tokens=10)
+    costly = await start(call(chat, 10))
+    calls = await start_all(call(each, 1) for each in (tools, chat) * 30)
+    held.settle(tokens=0)
+    await asyncio.sleep(0)  # it was admitted, but its task has not run yet
+    costly.cancel()
+    await asyncio.sleep(20.5)
+    assert key.statistics().cancelled == 1
+    assert went.count(chat.name) == went.count(tools.name) == 15
+    cancel(*calls)
+
+
+async def test_changed_weight_applies_while_calls_wait(time: VirtualTime, key: Limiter) -> None:
+    """Shares change from equal to 1 : 3, though no line was ever empty."""
+    a, b = key.child("a"), key.child("b")
+    asyncio.get_running_loop().call_at(20, lambda: b.reconfigure(weight=3))
+    passed = await saturate(time, 60, *[(a, 0), (b, 0)] * 20)
+    before, after = count(passed, 0, 20), count(passed, 20, 60)
+    assert before["a"] == pytest.approx(before["b"], abs=3)
+    assert after["b"] == pytest.approx(3 * after["a"], abs=8)
+    a.reconfigure(weight=2)  # nobody waits there now
+
+
+async def test_invalid_reconfigure_keeps_weight_of_child(time: VirtualTime, key: Limiter) -> None:
+    """The weight is changed together with everything else, or not at all."""
+    a, b = key.child("a"), key.child("b")
+    with pytest.raises(ValueError, match="concurrency must be a whole number"):
+        a.reconfigure(weight=9, concurrency=0)
+    got = count(await saturate(time, 10, *[(a, 0), (b, 0)] * 12))
+    assert got["a"] == pytest.approx(got["b"], abs=3)
+
+
+async def test_price_of_call_is_its_largest_part_of_any_short_term_limit(time: VirtualTime) -> None:
+    """A tenth of a second of requests or a second of tokens; limits of days do not count."""
+    limits = ("600 RPM burst 600", "100 requests/d burst 100", "60k TPM burst 1k", "10 images/s")
+    key = Limiter(*limits, name="key", clock=time.clock)
+    small, large = key.child("small"), key.child("large")
+    went = await order(key, [(small, 0)] * 50 + [(large, 1_000)] * 10)
+    firsts = [place for place, name in enumerate(went) if name == "large"]
+    assert all(9 <= later - earlier <= 13 for earlier, later in itertools.pairwise(firsts[:5]))
