@@ -46,6 +46,8 @@ class Load:
 
     queued: int = 0
     in_flight: int = 0
+    #: Agents that call the limiter itself.
+    agents: int = 0
     #: The fraction of each limit that is used; of several limiters the highest.
     used: dict[str, float] = field(default_factory=dict)
 
@@ -53,6 +55,7 @@ class Load:
         """Count a limiter in."""
         self.queued += now.waiting
         self.in_flight += now.in_flight
+        self.agents += 0 if now.agents is None else now.agents.running
         for limit, share in shares_used(now).items():
             self.used[limit] = max(share, self.used.get(limit, 0.0))
 
@@ -184,6 +187,8 @@ def _measurements(event: Event) -> list[Measurement]:
             measured = [("upstream_429", 1, ())]
         case events.Retried():
             measured = [("retries", 1, ())]
+        case events.AgentFinished(kind=kind, seconds=seconds, ended_well=ended_well):
+            measured = [("agents", seconds, (kind or "none", "ok" if ended_well else "failed"))]
         case _:
             pass
     return measured

@@ -40,6 +40,7 @@ _SCOPE: Final = "asyncbucket"
 _PREFIX: Final = "asyncbucket.rate_limiting."
 _POLICY: Final = _PREFIX + "policy"
 _USED: Final = "limit.utilization"
+_AGENTS: Final = "active_agents"
 #: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
 _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
@@ -109,6 +110,8 @@ class Instruments(Metrics):
         histogram("waited", "request.time_in_queue", waited, "result", "bound_by")
         held = "The time that a lease was held by a request."
         histogram("held", "request_lease.duration", held, "outcome")
+        agents = "The time from an agent's first request to its end."
+        histogram("agents", "agent.duration", agents, "kind", "outcome")
         asked = "Number of requests that tried to acquire a lease."
         counter("asked", "requests", "request", asked, "result")
         refused = "Requests that the provider refused for rate all the same."
@@ -120,6 +123,7 @@ class Instruments(Metrics):
         for create, name, unit, text in (
             (up_down, "queued_requests", "{request}", "Requests that are currently queued."),
             (up_down, "active_request_leases", "{request}", "Requests that hold a lease."),
+            (up_down, _AGENTS, "{agent}", "Agents that make requests and are not over."),
             (gauge, _USED, "1", "Share of a limit that is used now, 1 for all of it."),
         ):
             create(_PREFIX + name, [partial(self._observe, name)], unit, text)
@@ -142,8 +146,8 @@ class Instruments(Metrics):
                 for limit, share in load.used.items():
                     yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
             else:
-                count = load.queued if name == "queued_requests" else load.in_flight
-                yield Observation(count, {_POLICY: label})
+                counts = {"queued_requests": load.queued, _AGENTS: load.agents}
+                yield Observation(counts.get(name, load.in_flight), {_POLICY: label})
 
 
 class Spans:

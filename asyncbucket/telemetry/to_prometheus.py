@@ -16,6 +16,8 @@ from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, check_source
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+#: An agent takes seconds or hours.
+AGENT_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1_200, 1_800, 3_600, 7_200)
 #: How a call may end.
 _OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancelled")
 
@@ -71,6 +73,13 @@ class PrometheusMetrics(Metrics, Collector):
             registry=registry,
             buckets=BUCKETS,
         )
+        self._agents = Histogram(
+            "asyncbucket_agent_seconds",
+            "Seconds from an agent's first call to its end, by kind of agent.",
+            ("limiter", "kind", "outcome"),
+            registry=registry,
+            buckets=AGENT_BUCKETS,
+        )
         self._counters = {
             "ended": counter("requests", "Calls by how they ended.", "outcome"),
             "tokens": counter("tokens", "Tokens reserved, used, and refunded by settling.", "kind"),
@@ -81,6 +90,8 @@ class PrometheusMetrics(Metrics, Collector):
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         if metric == "waited" and values[0] == ACQUIRED:
             return self._wait.labels(label, values[1]).observe
+        if metric == "agents":
+            return self._agents.labels(label, *values).observe
         counter = self._counters.get(metric)
         return None if counter is None else counter.labels(label, *values).inc
 
@@ -90,13 +101,15 @@ class PrometheusMetrics(Metrics, Collector):
 
         queued = gauge("queued_requests", "Calls that wait for their admission now.")
         in_flight = gauge("in_flight_requests", "Calls admitted and not yet over.")
+        agents = gauge("running_agents", "Agents that call the limiter itself and are not over.")
         used = gauge("limit_used_ratio", "Share of a limit in use, 1 for all of it.", "limit")
         for label, load in self.loads().items():
             queued.add_metric([label], load.queued)
             in_flight.add_metric([label], load.in_flight)
+            agents.add_metric([label], load.agents)
             for limit, share in load.used.items():
                 used.add_metric([label, limit], share)
-        yield from (queued, in_flight, used)
+        yield from (queued, in_flight, agents, used)
 
     def describe(self) -> Iterator[Metric]:
         """Give the names, by which a registry refuses others like them and selects what is asked."""

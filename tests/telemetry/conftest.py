@@ -23,8 +23,8 @@ def limiter() -> Limiter:
 def say() -> Say:
     """Let an event happen in a limiter."""
 
-    def emit_event(limiter: Limiter, kind: type[Event], **what: Any) -> None:
-        emit(limiter, kind(limiter=shown_name(limiter), at=1.0, **what))
+    def emit_event(limiter: Limiter, event_type: type[Event], **what: Any) -> None:
+        emit(limiter, event_type(limiter=shown_name(limiter), at=1.0, **what))
 
     return emit_event
 

@@ -58,6 +58,7 @@ def exposed(say: Any) -> dict[str, set[str]]:
     limiter.acquire_nowait(tokens=900).release()
     limiter.pause(0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+    say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
     return {
         sample.name: set(sample.labels)
         for family in text_string_to_metric_families(generate_latest(registry).decode())
@@ -95,7 +96,7 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
 
 def test_all_alert_rules_and_dashboard_queries_are_found() -> None:
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
-    assert len(queries()) == 15
+    assert len(queries()) == 17
 
 
 @needs_promtool

@@ -80,6 +80,7 @@ def test_metric_names_and_units_follow_aspnet_conventions(
     say(limiter, events.Settled, reserved=COST, used={"tokens": 700})
     say(limiter, events.Paused, seconds=1.0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
+    say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
 
     metrics = otel.metrics()
     tokens = otel.points("tokens", "kind")
@@ -90,6 +91,8 @@ def test_metric_names_and_units_follow_aspnet_conventions(
     }
     assert otel.points("request_lease.duration", "outcome")["ok"].sum == 2.0
     assert otel.points("upstream_refusals", "policy")["openai"].value == 1
+    assert otel.points("agent.duration", "kind")["chat"].sum == 30.0
+    assert otel.points("active_agents", "policy")["openai"].value == 0
     assert otel.points("retries", "policy")["openai"].value == 1
     assert {name: metrics[name].unit for name in STABLE} == STABLE
     assert all(metric.description for metric in metrics.values())

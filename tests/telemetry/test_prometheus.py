@@ -5,7 +5,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import Limiter, TokenBucket, events, telemetry
+from asyncbucket import Limiter, TokenBucket, agent, events, telemetry
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
 #: Every metric, and its labels.
@@ -15,6 +15,8 @@ METRICS = {
     "asyncbucket_tokens": {"limiter", "kind"},
     "asyncbucket_queued_requests": {"limiter"},
     "asyncbucket_in_flight_requests": {"limiter"},
+    "asyncbucket_running_agents": {"limiter"},
+    "asyncbucket_agent_seconds": {"limiter", "kind", "outcome"},
     "asyncbucket_limit_used_ratio": {"limiter", "limit"},
     "asyncbucket_upstream_429": {"limiter"},
     "asyncbucket_retries": {"limiter"},
@@ -45,6 +47,8 @@ def test_metric_names_and_labels_are_exactly_as_expected(
 ) -> None:
     limiter = Limiter(concurrency=5, name="openai")
     telemetry.prometheus(limiter, registry=registry)
+    with agent():
+        limiter.acquire_nowait().release()
     admit(limiter)
 
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
@@ -71,6 +75,23 @@ def test_wait_is_counted_by_binding_limit(
     assert seen["wait_seconds_count", "tokens", "openai"] == 2
     assert seen["wait_seconds_sum", "tokens", "openai"] == 4.0
     assert seen["wait_seconds_count", "none", "openai"] == 1
+
+
+def test_agents_are_counted_while_they_run_and_timed_by_kind(
+    limiter: Limiter, registry: CollectorRegistry
+) -> None:
+    telemetry.prometheus(limiter, registry=registry)
+    with agent("a name", kind="chat"):
+        limiter.acquire_nowait().release()
+        assert scrape(registry)["running_agents", "openai"] == 1
+    with pytest.raises(ZeroDivisionError), agent():
+        limiter.acquire_nowait().release()
+        raise ZeroDivisionError
+    seen = scrape(registry)
+    assert seen["running_agents", "openai"] == 0
+    assert seen["agent_seconds_count", "chat", "openai", "ok"] == 1
+    assert seen["agent_seconds_count", "none", "openai", "failed"] == 1
+    assert "a name" not in str(seen)
 
 
 def test_counters_begin_at_zero(limiter: Limiter, registry: CollectorRegistry, say: Any) -> None:
