@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import random
 import statistics
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal, get_args
 
 from asyncbucket import Cost, Limiter, agent
@@ -19,6 +20,7 @@ from asyncbucket.testing import virtual_time
 
 Order = Literal["by call", "fair shares", "first agents", "by agent", "true sizes"]
 ORDERS: Final[tuple[Order, ...]] = get_args(Order)
+RESULTS: Final = Path(__file__).parent / "results"
 #: Tokens a minute.
 TPM: Final = 400_000
 
@@ -174,23 +176,75 @@ def _most(admitted: Sequence[tuple[float, int]]) -> int:
     return most
 
 
-def main() -> None:
-    """Print a table: mean time of an agent, the slowest tenth, and the whole run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    seed = parser.parse_args().seed
+def table(seed: int) -> Iterator[str]:
+    """Yield the lines of a table: what agents of each mix took, in each order."""
+    yield "| mix | order | mean, s | to by call | slowest tenth from, s | all, s | most in a minute |"
+    yield "|---|---|---|---|---|---|---|"
     for name, mix in MIXES.items():
         agents = mix(seed)
-        print(f"\n{name}: {len(agents)} agents, {sum(each.tokens for each in agents):,} tokens")
-        by_call = None
+        by_call = play(agents, "by call")
         for order in ORDERS:
             result = play(agents, order, earlier=mix(seed + 1)[:60])
-            by_call = by_call or result
             late = statistics.quantiles(result.seconds, n=10)[-1]
-            print(
-                f"  {order:12} mean {result.mean:6.1f} s ({result.mean / by_call.mean:.2f}), slowest "
-                f"tenth from {late:6.1f} s, all {result.makespan:6.1f} s, {result.most:,} in a minute"
+            yield (
+                f"| {name} | {order} | {result.mean:.0f} | {result.mean / by_call.mean:.2f} | {late:.0f} | "
+                f"{result.makespan:.0f} | {result.most:,} |"
             )
+
+
+def draw(path: Path, http: dict[Order, list[float]]) -> None:
+    """Draw how many agents had finished by when: on virtual time and, if measured, over HTTP."""
+    from benchmarks.plot import OURS, THEIRS, pages
+
+    agents, earlier = mixed(1), mixed(2)[:60]
+    simulated = {
+        order: play(agents, order, earlier=earlier).seconds
+        for order in ("by call", "fair shares", "by agent")
+    }
+    panels = [
+        (f"{len(agents)} agents, 400k tokens a minute", 60.0, "minutes", simulated),
+        ("60 LlamaIndex agents over HTTP, 10 calls a second", 1.0, "seconds", http),
+    ]
+    colours = {"by call": THEIRS, "fair shares": "#c58a2b", "by agent": OURS}
+    for canvas, ink in pages(path, 9, 3.2):
+        for axes, (title, unit, unit_name, orders) in zip(
+            canvas.subplots(1, 2), panels, strict=True
+        ):
+            for order, seconds in orders.items():
+                times = [0.0, *(each / unit for each in sorted(seconds))]
+                axes.step(times, range(len(times)), where="post", color=colours[order], label=order)
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xlabel(f"{unit_name} since the start", fontsize=9)
+            axes.set_ylabel("agents that have finished", fontsize=9)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.tick_params(labelsize=8)
+            axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=ink)
+
+
+def main() -> None:
+    """Print a table; with ``--write``, measure over HTTP too and write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    text = "\n".join(table(options.seed))
+    print(text)
+    if options.write:
+        from benchmarks import agents_http
+
+        by_call, whole, refused = agents_http.play(scopes=False)
+        by_agent, whole_too, refused_too = agents_http.play(scopes=True)
+        draw(RESULTS / "agents", {"by call": by_call, "by agent": by_agent})
+        text = (
+            f"# When agents finish\n\n`python -m benchmarks.agents --write`, on virtual time, "
+            f"{TPM:,} tokens a minute:\n\n{text}\n\n60 LlamaIndex `FunctionAgent`s of three kinds over "
+            f"HTTP against the bundled provider: mean {statistics.fmean(by_call):.1f} s by call ({whole:.1f} s in "
+            f"all, {refused} refused), {statistics.fmean(by_agent):.1f} s by agent ({whole_too:.1f} s in "
+            f"all, {refused_too} refused).\n"
+        )
+        (RESULTS / "agents.md").write_text(text, "utf-8")
+        print(f"wrote {RESULTS}/agents.md and its picture")
 
 
 if __name__ == "__main__":

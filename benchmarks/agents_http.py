@@ -13,7 +13,7 @@ from asyncbucket.testing import ProviderProcess
 
 #: Agents of each kind; how many conversations one holds side by side, and questions in each.
 KINDS: Final = {"chat": (28, 1, 1), "tools": (22, 1, 4), "research": (10, 5, 2)}
-_RPM: Final = 150
+_RPM: Final = 60
 #: Seconds that the provider's minute lasts.
 _MINUTE: Final = 6.0
 
@@ -46,7 +46,7 @@ async def _run(kind: str, number: int, llm: Any, *, scopes: bool) -> float:
 
 
 async def _drive(base_url: str, *, scopes: bool) -> tuple[list[float], float]:
-    limiter = Limiter(f"{_RPM} requests/{_MINUTE:g}s burst 15")
+    limiter = Limiter(f"{_RPM} requests/{_MINUTE:g}s burst 6")
     llm = limiter.wrap(OpenAI(model="gpt-4o-mini", api_base=base_url, api_key="none"))
     for kind in KINDS:  # what agents of each kind use
         await _run(kind, -1, llm, scopes=scopes)
@@ -60,7 +60,9 @@ async def _drive(base_url: str, *, scopes: bool) -> tuple[list[float], float]:
 
 def play(*, scopes: bool) -> tuple[list[float], float, int]:
     """Return the seconds that each agent took, those of the whole run, and refusals."""
-    provider = ProviderProcess(rpm=_RPM, minute=_MINUTE, latency=(0.1, 0.4), policy="sliding_window")
+    provider = ProviderProcess(
+        rpm=_RPM, minute=_MINUTE, latency=(0.1, 0.4), policy="sliding_window"
+    )
     provider.start()
     try:
         seconds, whole = asyncio.run(_drive(provider.base_url, scopes=scopes))
