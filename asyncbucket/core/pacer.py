@@ -421,7 +421,7 @@ class Pacer:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
         if other.looks_at > max(due, now):
             other.ring(now)
-        return due if due >= NEVER else max(due, now) + _GRACE
+        return max(min(due, other.looks_at), now) + _GRACE
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat, and no store has a say."""

@@ -79,10 +79,6 @@ def llama_index(limiter: Limiter) -> Callable[[], None]:
         TypeError: ``limiter`` is not a limiter.
     """
     check_source(limiter)
-    try:
-        from asyncbucket.llama_index.events import observe
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'events for LlamaIndex need {error.name}: pip install "asyncbucket[llama-index]"'
-        ) from error
+    from asyncbucket.llama_index.events import observe
+
     return observe(limiter)

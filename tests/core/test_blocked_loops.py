@@ -90,8 +90,8 @@ def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
     first = stopped.create_task(take(limiter))
     if stopped_first:
         run_until_waiting(stopped, limiter)
-    with limiter.acquire_sync(timeout=1) as lease:
-        assert lease.waited >= impatient
+    with limiter.acquire_sync(timeout=10) as lease:
+        assert impatient <= lease.waited < 5
     first.cancel()
     stopped.run_until_complete(asyncio.wait([first]))
     stopped.close()
