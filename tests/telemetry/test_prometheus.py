@@ -253,8 +253,8 @@ def test_default_registry_is_that_of_prometheus_client(limiter: Limiter) -> None
         ("opentelemetry", "opentelemetry", "opentelemetry needs opentelemetry: .*otel]"),
         (
             "llama_index",
-            "llama_index_instrumentation",
-            "LlamaIndex models needs llama_index_instrumentation: .*llama-index]",
+            "llama_index.core.llms.llm",
+            "LlamaIndex models needs llama_index.core.llms.llm: .*llama-index]",
         ),
     ],
 )
