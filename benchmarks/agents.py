@@ -197,11 +197,12 @@ def draw(path: Path, http: dict[Order, list[float]]) -> None:
     from benchmarks.plot import OURS, THEIRS, pages
 
     agents, earlier = mixed(1), mixed(2)[:60]
-    simulated = {
+    simulated: dict[Order, list[float]] = {
         order: play(agents, order, earlier=earlier).seconds
-        for order in ("by call", "fair shares", "by agent")
+        for order in ORDERS
+        if order in {"by call", "fair shares", "by agent"}
     }
-    panels = [
+    panels: list[tuple[str, float, str, dict[Order, list[float]]]] = [
         (f"{len(agents)} agents, 400k tokens a minute", 60.0, "minutes", simulated),
         ("60 LlamaIndex agents over HTTP, 10 calls a second", 1.0, "seconds", http),
     ]

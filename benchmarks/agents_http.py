@@ -26,7 +26,7 @@ def look_up_weather(city: str) -> str:
 async def _run(kind: str, number: int, llm: Any, *, scopes: bool) -> float:
     """Run one agent; return how long it took."""
     _, beside, questions = KINDS[kind]
-    tools = [] if kind == "chat" else [look_up_weather]
+    tools: list[Any] = [] if kind == "chat" else [look_up_weather]
     worker: Any = FunctionAgent(tools=tools, llm=llm, timeout=None)
 
     async def converse(part: int) -> None:

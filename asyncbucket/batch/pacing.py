@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Admitted, Event, Queued, Refused
 from asyncbucket.core.lease import Lease
@@ -105,6 +106,7 @@ class Pacing:
         fn: an async function of one item.
         cost: what a call costs, if it is not one request.
         paced: whether ``fn`` acquires by itself; None to look for its mark.
+        agents: whether each call is an agent, which acquires by itself; or of which kind.
 
     Raises:
         ValueError, TypeError: ``cost`` is not a cost, or contradicts ``paced``; ``fn`` cannot be
@@ -112,8 +114,20 @@ class Pacing:
     """
 
     def __init__(
-        self, limiter: Limiter, fn: AsyncFunction, *, cost: PriceOf | None, paced: bool | None
+        self,
+        limiter: Limiter,
+        fn: AsyncFunction,
+        *,
+        cost: PriceOf | None,
+        paced: bool | None,
+        agents: bool | str = False,
     ) -> None:
+        self._scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if agents:
+            kind = None if agents is True else agents
+            self._scope = functools.partial(agent, kind=kind)
+            self._scope()  # report mistakes at once
+            paced = paced or cost is None
         if cost is not None and paced:
             raise ValueError(
                 "cost= says that the batch acquires, paced=True that fn does: give one of them"
@@ -175,14 +189,15 @@ class Pacing:
             finally:
                 _CALL.reset(token)
 
-    def _start(self, item: Any) -> Awaitable[Any]:
-        awaitable = self._fn(item)
-        if not inspect.isawaitable(awaitable):
-            raise TypeError(
-                f"{_name(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: amap "
-                f"takes async functions; map takes plain ones"
-            )
-        return awaitable
+    async def _start(self, item: Any) -> Any:
+        with self._scope():
+            awaitable = self._fn(item)
+            if not inspect.isawaitable(awaitable):
+                raise TypeError(
+                    f"{_name(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: "
+                    f"amap takes async functions; map takes plain ones"
+                )
+            return await awaitable
 
 
 def _name(fn: object) -> str:

@@ -49,6 +49,7 @@ class MapOptions(TypedDict, total=False):
     errors: Errors
     cost: PriceOf | None
     paced: bool | None
+    agents: bool | str
     show_progress: bool
     checkpoint: str | os.PathLike[str] | Checkpoint | None
     workers: int | None
@@ -64,6 +65,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     errors: Errors = "raise",
     cost: PriceOf | None = None,
     paced: bool | None = None,
+    agents: bool | str = False,
     show_progress: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     workers: int | None = None,
@@ -91,6 +93,8 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         cost: what a call costs, if not one request: a `Cost`, a dict such as ``{"tokens": 500}``,
             or a function from an item to one. If given, it is acquired here, whatever ``fn`` does.
         paced: True if ``fn`` acquires by itself and is not marked; False to acquire here, too.
+        agents: True, or a kind, if ``fn`` runs an agent, which acquires for each of its calls: each
+            item is one agent to the limiters then, see `asyncbucket.agent`.
         show_progress: a bar on standard error.
         checkpoint: a path, or a `Checkpoint`: results are kept there, and items found in it are not
             called again.
@@ -109,7 +113,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         )
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
-    pacing = Pacing(limiter, fn, cost=cost, paced=paced)
+    pacing = Pacing(limiter, fn, cost=cost, paced=paced, agents=agents)
     if workers is not None:
         workers = read_count(workers, "workers", least=1)
     elif not pacing.fn_acquires:

@@ -179,9 +179,8 @@ def agent(
         ValueError: ``name`` or ``kind`` is not a string, or is empty; ``expects`` is negative.
         TypeError: ``expects`` is not a `Cost` or a number.
     """
-    for what, text in ("name", name), ("kind", kind):
-        if text is not None and (not isinstance(text, str) or not text):
-            raise ValueError(f"an agent's {what} must be a non-empty string, not {text!r}")
+    read_label(name, "name")
+    read_label(kind, "kind")
     if expects is not None and not isinstance(expects, Cost):
         expects = Cost(tokens=expects)
     return _AgentScope(agent=Agent(name, kind, expects))
@@ -201,6 +200,17 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
     """
     for_ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
     return InheritedScope(deadline=math.inf if for_ever else _now() + seconds)
+
+
+def read_label(text: str | None, what: str) -> str | None:
+    """Return the name or the kind of an agent.
+
+    Raises:
+        ValueError: it is not a string, or is empty.
+    """
+    if text is not None and (not isinstance(text, str) or not text):
+        raise ValueError(f"an agent's {what} must be a non-empty string, not {text!r}")
+    return text
 
 
 def put_back(variable: ContextVar[T], token: Token[T]) -> None:

@@ -45,6 +45,7 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool, FunctionTool
 
+from asyncbucket.core.context import read_label
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.clients import client_of, is_client, without_retries
@@ -71,6 +72,7 @@ class WrapOptions(TypedDict, total=False):
 
     retry: Retry | int | None
     estimator: Estimator | None
+    kind: str | None
 
 
 def wrap(
@@ -79,8 +81,9 @@ def wrap(
     *,
     retry: Retry | int | None = None,
     estimator: Estimator | None = None,
+    kind: str | None = None,
 ) -> T:
-    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by ``limiter``.
+    """Return ``obj``, a LlamaIndex LLM, embedding model, tool, agent or workflow, paced by ``limiter``.
 
     It is of a subclass of its class, and shares its fields; ``obj`` itself stays unpaced. What is
     already paced by ``limiter``, or by one below it, is returned as it is, or paced anew if options
@@ -89,17 +92,20 @@ def wrap(
 
     Args:
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
-            back as one. Plain functions in it become tools, as they would in an agent.
+            back as one. Plain functions in it become tools, as they would in an agent. Or an agent
+            or another ``Workflow``: its own model is paced, if it has one, and each ``run`` is one
+            agent to the limiters that it calls; see `asyncbucket.agent`.
         limiter: what admits the calls; it may be shared with other models and plain code.
         retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
             Models only: a tool is never retried.
         estimator: what estimates the cost of a model's call in tokens, instead of the default.
+        kind: what agents of about the same size have in common; for agents and workflows.
 
     Raises:
         TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
         ValueError: ``obj`` is paced by another limiter.
     """
-    given = {"retry": retry, "estimator": estimator}
+    given = {"retry": retry, "estimator": estimator, "kind": read_label(kind, "kind")}
     options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(obj, (list, tuple)):
         one: T = _wrap_one(obj, limiter, options)
@@ -114,12 +120,9 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
     if not isinstance(obj, (LLM, BaseEmbedding, BaseTool)):
-        raise TypeError(
-            f"a LlamaIndex LLM, embedding model or tool can be wrapped, not {_what(obj)}; wrap the llm "
-            f"and the tools of an agent or engine, and spec.to_tool_list() of a tool spec; give an SDK's "
-            f"client http_client=limiter.http_client(); pace other code by `async with "
-            f"limiter.acquire(...)` or @limiter.paced"
-        )
+        return _wrap_workflow(obj, limiter, options)
+    if "kind" in options:
+        raise TypeError("kind= is for agents and workflows, whose runs it sorts by size")
     if options and isinstance(obj, BaseTool):
         raise TypeError(
             f"{', '.join(sorted(options))}= is for models: a tool is never tried again, and costs one "
@@ -142,6 +145,21 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
             f"it was made of, or make one of them a child of the other"
         )
     return _paced(obj, type(obj), Pacing(limiter, **{**pacing.options, **options}))
+
+
+def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    """Return an agent or workflow with a scope for each run, its model paced by ``limiter``."""
+    from asyncbucket.llama_index.agents import is_workflow, with_scopes  # it takes long to load
+
+    if not is_workflow(obj):
+        raise TypeError(
+            f"a LlamaIndex LLM, embedding model, tool or agent can be wrapped, not {_what(obj)}; wrap "
+            f"the llm and the tools of an engine, and spec.to_tool_list() of a tool spec; give an SDK's "
+            f"client http_client=limiter.http_client(); pace other code by `async with "
+            f"limiter.acquire(...)` or @limiter.paced"
+        )
+    model = {name: value for name, value in options.items() if name != "kind"}
+    return with_scopes(obj, options.get("kind"), lambda llm: _wrap_one(llm, limiter, model))
 
 
 def limiter_of(paced: object) -> Limiter:

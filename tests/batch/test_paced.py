@@ -1,5 +1,6 @@
 """Each call is admitted once: by the function itself if it is marked, else by the batch."""
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -213,3 +214,28 @@ async def test_batch_inside_a_paced_tool_gets_the_tools_slot() -> None:
     tool = here.wrap(FunctionTool.from_defaults(async_fn=summarize))
 
     assert (await tool.acall(words="a b")).raw_output == 2
+
+
+@pytest.mark.parametrize("agents", [True, "chat"])
+def test_each_item_of_a_batch_of_agents_is_one_agent(*, agents: bool | str) -> None:
+    """Its calls acquire, not the batch; a wrong kind is refused at once."""
+    with virtual_time() as time:
+        limiter = Limiter("600 RPM burst 600", clock=time.clock)
+
+        async def run(calls: int) -> int:
+            for _ in range(calls):
+                async with limiter.acquire():
+                    await asyncio.sleep(1)
+            return calls
+
+        async def main() -> list[int]:
+            return [each.result async for each in limiter.amap(run, [1, 3, 2], agents=agents)]
+
+        assert sorted(time.run(main())) == [1, 2, 3]
+    now = limiter.statistics()
+    assert now.admitted == 6
+    assert now.agents is not None
+    assert (now.agents.finished, now.agents.running) == (3, 0)
+    assert now.agents.kinds.keys() == {None if agents is True else agents}
+    with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not 3"):
+        limiter.amap(run, [1], **{"agents": 3})

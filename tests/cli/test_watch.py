@@ -118,11 +118,11 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
 @pytest.mark.parametrize(
     ("url", "status", "message"),
     [
-        ("http://me:s3cret@127.0.0.1:1", 1, "nobody serves statistics at http://me:***@127"),
+        ("http://me:s3cret@127.0.0.1:1", 1, "nobody serves statistics at http://***@127"),
         ("localhost:4294", 2, "'localhost:4294' is not a limiter to watch: give the URL that"),
         ("https://example.org", 2, "is not a limiter to watch"),
         ("ftp://example.org", 2, "is not a store"),
-        ("http://me:s3cret/x@127.0.0.1", 2, "'http://me:***@127.0.0.1' names no port: give one"),
+        ("http://me:s3cret/x@127.0.0.1", 2, "'http://***@127.0.0.1' names no port: give one"),
     ],
 )
 def test_watch_explains_an_invalid_or_unreachable_url(url: str, status: int, message: str) -> None:

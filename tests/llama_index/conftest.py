@@ -1,5 +1,6 @@
 """What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -333,7 +334,9 @@ class Bench:
             "http_client": self._http_client,
             "async_http_client": self._async_http_client,
         }
-        self.llm = limiter.child("chat").wrap(make_openai(**options))
+        #: Makes a model that is not paced.
+        self.plain_llm: Callable[[], Any] = functools.partial(make_openai, **options)
+        self.llm = limiter.child("chat").wrap(self.plain_llm())
         self.embed_model: Any = limiter.child("embeddings").wrap(
             OpenAIEmbedding(api_key="k", embed_batch_size=2, **options)
         )

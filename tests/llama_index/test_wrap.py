@@ -7,8 +7,7 @@ from unittest.mock import patch
 
 import openai
 import pytest
-from llama_index.core import Settings
-from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core import Settings, SummaryIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion.pipeline import get_transformation_hash
@@ -130,12 +129,12 @@ def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) ->
         (openai.OpenAI(api_key="k"), "OpenAI"),
         ("gpt-4o", "str"),
         (MockLLM, "the class MockLLM"),
-        (FunctionAgent(name="f", description="f", llm=MockLLM(), tools=[]), "FunctionAgent"),
+        (SummaryIndex([]), "SummaryIndex"),
     ],
 )
 def test_error_for_what_cannot_be_wrapped_names_the_remedies(thing: Any, what: str) -> None:
     said = (
-        rf"tool can be wrapped, not {what}; wrap the llm and the tools of an agent .*"
+        rf"tool or agent can be wrapped, not {what}; wrap the llm and the tools of an engine, .*"
         r"spec.to_tool_list\(\) of .* http_client=limiter.http_client\(\); pace other code by `async"
     )
     with pytest.raises(TypeError, match=said):
