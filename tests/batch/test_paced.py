@@ -43,6 +43,9 @@ def logged(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     return outer
 
 
+three: Any = 3
+
+
 async def prefixed(prefix: str, prompt: str) -> str:
     """Use no limiter."""
     return prefix + prompt
@@ -238,4 +241,4 @@ def test_each_item_of_a_batch_of_agents_is_one_agent(*, agents: bool | str) -> N
     assert (now.agents.finished, now.agents.running) == (3, 0)
     assert now.agents.kinds.keys() == {None if agents is True else agents}
     with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not 3"):
-        limiter.amap(run, [1], **{"agents": 3})
+        limiter.amap(run, [1], agents=three)
