@@ -1,6 +1,7 @@
 """Agents are ordered, not calls: in the order in which fair shares would finish them."""
 
 import asyncio
+import collections
 import contextlib
 import gc
 import os
@@ -12,8 +13,8 @@ import pytest
 
 from asyncbucket import Cost, Limit, Limiter, agent, priority, tenant
 from asyncbucket.events import AgentFinished, AgentStarted, Event
-from asyncbucket.testing import VirtualTime, assert_never_over
-from benchmarks.agents import MIXES, alike, mixed, play
+from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+from benchmarks.agents import MIXES, Agent, alike, heavy_tailed, mixed, play
 
 #: One call a second, one at a time.
 RATE = "60 RPM burst 1"
@@ -459,6 +460,39 @@ def test_agents_finish_earlier_on_average_than_by_call_or_in_fair_shares(name: s
     assert told.mean <= 0.65 * fair.mean
     assert max(each.most for each in (by_call, fair, learned, told)) <= 400_000
     assert learned.makespan <= 1.03 * by_call.makespan
+
+
+@pytest.mark.heavy
+def test_tenants_get_their_shares_whatever_agents_they_have() -> None:
+    """Within 2 %, while all are busy."""
+    used: collections.Counter[str] = collections.Counter()
+    with virtual_time() as time:
+        key = Limiter("400k TPM burst 6k", clock=time.clock)
+
+        async def call(tenant: Limiter, tokens: int, lasts: float) -> None:
+            async with tenant.acquire(tokens=tokens):
+                if 30 < time.now < 900:
+                    used[tenant.name] += tokens
+                await asyncio.sleep(lasts)
+
+        async def run(tenant: Limiter, work: Agent) -> None:
+            with agent(kind=work.kind):
+                for each in work.rounds:
+                    await asyncio.gather(*(call(tenant, *one) for one in each))
+
+        async def main() -> None:
+            async with asyncio.timeout(900), asyncio.TaskGroup() as group:
+                for weight, agents in (1, mixed(1)), (2, heavy_tailed(2)), (3, alike(3, count=200)):
+                    tenant = key.child(f"{weight}", weight=weight)
+                    for work in agents:
+                        group.create_task(run(tenant, work))
+
+        with contextlib.suppress(TimeoutError):
+            time.run(main())
+    shares = {name: tokens / used.total() for name, tokens in used.items()}
+    assert shares == pytest.approx(
+        {"default/1": 1 / 6, "default/2": 2 / 6, "default/3": 3 / 6}, rel=0.02
+    )
 
 
 @pytest.mark.heavy
