@@ -88,10 +88,10 @@ class Agents:
         """How many agents run here."""
         return len(self._runs)
 
-    def run_of(self, agent: Agent) -> Run:
-        """Return the run of ``agent`` here, which begins with its first call."""
+    def run_of(self, agent: Agent) -> Run | None:
+        """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
         run = self._runs.get(agent)
-        if run is None:
+        if run is None and not agent.is_over:
             run = self._runs[agent] = self._enter(agent, self._size_of(agent))
             run.began = self._node.pacer.clock()
             agent.limiters.append(self)
@@ -307,12 +307,14 @@ class AgentLease(Lease):
 
     def _hand_back_locked(self) -> None:
         super()._hand_back_locked()
-        self._run.used -= self._node.price(self._amounts)
+        if self._run is not None:
+            self._run.used -= self._node.price(self._amounts)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         price, before = self._node.price, self._booked()
         super()._settle_locked(used)
-        agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
+        if self._run is not None:
+            agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
 
 
 def agents_of(node: Node) -> Agents:

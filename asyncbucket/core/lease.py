@@ -287,16 +287,11 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             )
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, *error: object) -> None:
+        if error[1] is None:
             self.release()
         else:
-            self._broken(error)
+            self._broken(error[1])
 
     def _open_coroutine(self) -> Generator[Any, Any, Self]:
         if self._coroutine is None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Self
 
 from asyncbucket.core.context import deadline_of
@@ -153,12 +152,7 @@ class TokenBucket(OfThisProcess):
         await self.acquire()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Give nothing back: a bucket limits how often calls pass, not how many run."""
 
     @property

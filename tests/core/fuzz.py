@@ -6,7 +6,8 @@ runs on virtual time. The oracle writes down what each call took at each level, 
 
 - every window of every limit, and every interval of every bucket, at every level, whenever a call
   was admitted; no more calls in flight than there are slots; nobody passes during a pause;
-- order: of the calls of one limiter and priority, none passes one that came first;
+- order: of the calls of one limiter and priority, none passes one that came first; with agents, that
+  holds within an agent;
 - nobody is admitted after its deadline, or waits while every call that may be next has room;
 - in the end nobody waits, nothing is in flight, and all limits are full again.
 
@@ -19,6 +20,7 @@ runs on virtual time. The oracle writes down what each call took at each level, 
 import argparse
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import random
 import sys
@@ -28,7 +30,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limit, Limiter, WouldBlock
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Lease,
+    Limit,
+    Limiter,
+    WouldBlock,
+    agent,
+)
 from asyncbucket.testing import DeadlockError, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
@@ -70,12 +80,19 @@ class Call:
     priority: int
     asked: int
     deadline: int | None
+    #: Whose calls go in order of arrival: everyone's or, in a history with agents, one agent's.
+    agent: int = -1
     when: int | None = None
     #: When it gave up or was refused.
     gone: int | None = None
     ended: int | None = None
     task: asyncio.Task[None] | None = None
     entries: dict[str, list[Entry]] = field(default_factory=dict)
+
+    @property
+    def line(self) -> tuple[str, int, int]:
+        """The calls that go in order of arrival."""
+        return self.path[0], self.priority, self.agent
 
     @property
     def waits(self) -> bool:
@@ -268,9 +285,9 @@ class Oracle:
             assert open_calls <= most, f"{level.name}: {open_calls} of {most} slots at {when}"
 
     def _check_order(self) -> None:
-        lines: dict[tuple[str, int], list[Call]] = {}
+        lines: dict[tuple[str, int, int], list[Call]] = {}
         for call in self.calls:
-            lines.setdefault((call.path[0], call.priority), []).append(call)
+            lines.setdefault(call.line, []).append(call)
         for calls in lines.values():
             latest: int | None = None
             for call in reversed(calls):
@@ -287,10 +304,10 @@ class Oracle:
 
         A call that is next at a limit may wait for it, and others behind it.
         """
-        heads: dict[tuple[str, int], Call] = {}
+        heads: dict[tuple[str, int, int], Call] = {}
         for call in self.calls:
             if call.waits:
-                heads.setdefault((call.path[0], call.priority), call)
+                heads.setdefault(call.line, call)
         root = next(iter(self.levels.values()))
         may, must = self._below(root, list(heads.values()), now)
         stuck = must and all(self.has_room(root, call, now) for call in may)
@@ -358,9 +375,14 @@ class History:
         self.time, self.seed = time, seed
         self.chance = random.Random(seed)
         self.oracle = Oracle()
+        self.number = 0
         self.root = Limiter(*self._some_limits(), concurrency=self._slots(), clock=time.clock)
         self.limiters = [self.root]
         self.tasks: list[asyncio.Task[None]] = []
+        #: Agents that run: their scopes, and the contexts inside; None if the history has none.
+        self.agents: dict[int, tuple[Any, contextvars.Context]] | None = (
+            {} if self.chance.random() < 0.4 else None
+        )
         for number in range(self.chance.randint(0, 5)):
             above = self.chance.choice(self.limiters)
             self.limiters.append(
@@ -389,7 +411,7 @@ class History:
     async def play(self) -> None:
         """Do some sixty random things, and then let everything come to its end."""
         moves = [self.ask] * 12 + [self.ask_at_once] * 2 + [self.cancel] * 2
-        moves += [self.pause, self.change, self.jump]
+        moves += [self.pause, self.change, self.jump, *[self.start_or_end_agent] * 3]
         for _ in range(self.chance.randint(10, 60)):
             self.chance.choice(moves)()
             await self.wait_a_little()
@@ -401,6 +423,8 @@ class History:
         for task in self.tasks:
             task.result()
         self.oracle.check()
+        for scope, inside in (self.agents or {}).values():
+            inside.run(scope.__exit__, None, None, None)
         await self.check_rest()
 
     async def wait_a_little(self) -> None:
@@ -442,8 +466,32 @@ class History:
     def ask(self) -> None:
         limiter, call, amounts = self._call()
         timeout = self.chance.choice([None, None, None, 0.5, 5.0, 30.0])
-        lease = limiter.acquire(**amounts, timeout=timeout, priority=call.priority)
+        inside = contextvars.copy_context()
+        if self.agents is not None:
+            self.number += 1
+            call.agent = self.number  # an agent of one call
+            if self.agents and self.chance.random() < 0.8:
+                call.agent = self.chance.choice(list(self.agents))
+                inside = self.agents[call.agent][1]
+        lease = inside.run(limiter.acquire, **amounts, timeout=timeout, priority=call.priority)
         call.task = self.start(self.run(lease, call, timeout))
+
+    def start_or_end_agent(self) -> None:
+        """Let an agent come or go, perhaps before its calls are over."""
+        if self.agents is None:
+            return
+        if self.agents and self.chance.random() < 0.4:
+            scope, inside = self.agents.pop(self.chance.choice(list(self.agents)))
+            inside.run(scope.__exit__, self.chance.choice([None, OSError]), None, None)
+            return
+        expects = self.chance.choice([None, None, 0, 30, 200])
+        scope, inside = (
+            agent(kind=self.chance.choice("ab"), expects=expects),
+            contextvars.copy_context(),
+        )
+        inside.run(scope.__enter__)
+        self.number += 1
+        self.agents[self.number] = scope, inside
 
     def start(self, running: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         self.tasks.append(asyncio.get_running_loop().create_task(running))
@@ -560,6 +608,7 @@ class History:
         for limiter in self.limiters:
             now = limiter.statistics()
             assert (now.waiting, now.in_flight) == (0, 0), now
+            assert now.agents is None or not now.agents.running, now
             for use in now.limits:
                 assert (use.used, use.available) == (0, burst_of(use.limit)), now
 
