@@ -97,7 +97,8 @@ format: $(STAMP) ## Format the code and mend what can be mended
 bench: $(STAMP) ## Measure against the peers; tables and plots go to benchmarks/results
 	$(PY) -m benchmarks
 
-docs: $(STAMP) ## Build the documentation; warnings are errors
+docs: $(STAMP) ## Build the documentation; warnings and pages that are hard to read are errors
+	@$(PY) tests/docs/reading.py
 	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 

@@ -1,0 +1,142 @@
+"""How hard pages are to read: `make docs` prints it, and the tests hold every page to the bounds.
+
+What is measured is prose: paragraphs and the items of lists. Code, comments, tables and headings
+have no sentences; tables and headings have words, though. A sentence is passive if a form of *be* or
+*get* comes right before a participle, or with one adverb between the two.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+
+#: Words a sentence on average; passive sentences among all; words a page, outside *Understand*.
+SENTENCE: Final = 22
+PASSIVE: Final = 0.15
+PAGE: Final = 1_200
+
+_FENCE: Final = re.compile(r"^ *(```+|~~~+).*?^ *\1 *$", re.MULTILINE | re.DOTALL)
+_COMMENT: Final = re.compile(r"<!--.*?-->", re.DOTALL)
+_TAG: Final = re.compile(r"</?\w[^>]*>")
+_LINK: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+_ROLE: Final = re.compile(r"\{\w+\}`([^`<]*)[^`]*`")
+_CODE: Final = re.compile(r"`+[^`]+`+")
+#: Where another sentence begins: behind a stop, with a capital, a digit, a quote or something set apart.
+_STOP: Final = re.compile(r"(?<=[.!?])[)*\"']*\s+(?=[(*\"']*[A-Z0-9§])")
+_WORD: Final = re.compile(r"[\w§]+(?:[.,'/-]\w+)*")
+_ITEM: Final = re.compile(r"^\s*(?:[-*+]|\d+\.)\s+")
+
+_IRREGULAR: Final = (
+    "begun bound broken brought built caught chosen cut done drawn driven drunk fed felt forgotten "
+    "found given had heard held hidden hit kept known laid led left lent lost made meant met paid put "
+    "read run said seen sent set shown shut sold spent split spread taken taught thought thrown told "
+    "understood withdrawn won worn written"
+)
+_PASSIVE: Final = re.compile(
+    r"\b(?:am|is|are|was|were|be|been|being|gets?|got|isn't|aren't|wasn't|weren't)\s+"
+    rf"(?:(?:not|never|also|still|often|only|already|then|just|all|both|\w+ly)\s+)?"
+    rf"(?:\w{{2,}}[^e\W]ed|{_IRREGULAR.replace(' ', '|')})\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a page asks of its reader."""
+
+    words: int
+    sentences: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        """Words a sentence."""
+        words = sum(len(_WORD.findall(each)) for each in self.sentences)
+        return words / max(1, len(self.sentences))
+
+    @property
+    def passive(self) -> tuple[str, ...]:
+        """Return the sentences that don't say who does it."""
+        return tuple(each for each in self.sentences if _PASSIVE.search(each))
+
+    @property
+    def passive_share(self) -> float:
+        """Return the passive sentences among all."""
+        return len(self.passive) / max(1, len(self.sentences))
+
+
+def read(text: str) -> Reading:
+    """Measure a page of Markdown."""
+    text = _FENCE.sub("\n\n", _COMMENT.sub("", text))
+    for mark, words in (_ROLE, r"\1"), (_LINK, r"\1"), (_TAG, ""), (_CODE, "§"):
+        text = mark.sub(words, text)
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if not line.strip() or line.lstrip().startswith(("|", "#", ":::", ">")):
+            paragraphs.append([])
+            continue
+        if _ITEM.match(line):
+            paragraphs.append([])
+        paragraphs[-1].append(_ITEM.sub("", line).strip())
+    sentences = [
+        sentence
+        for paragraph in paragraphs
+        for sentence in _STOP.split(" ".join(paragraph))
+        if _WORD.search(sentence)
+    ]
+    return Reading(words=len(_WORD.findall(text)), sentences=tuple(sentences))
+
+
+def pages() -> list[Path]:
+    """Return README and the pages of the docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def to_understand() -> set[str]:
+    """Return the pages that may be long: those that index.md has under *Understand*."""
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```", index, re.MULTILINE | re.DOTALL)
+    return {
+        name.rpartition("<")[2].strip("> ")
+        for tree in trees
+        if ":caption: Understand\n" in tree
+        for name in tree.splitlines()
+        if name and not name.startswith(":")
+    }
+
+
+def faults(page: Path) -> list[str]:
+    """Say what makes a page hard to read."""
+    reading = read(page.read_text("utf-8"))
+    found: list[str] = []
+    if reading.mean > SENTENCE:
+        longest = max(reading.sentences, key=len)
+        found.append(f"{reading.mean:.1f} words a sentence, not {SENTENCE}; as in: {longest}")
+    if reading.passive_share >= PASSIVE:
+        listed = "\n  ".join(reading.passive)
+        found.append(
+            f"{reading.passive_share:.0%} passive sentences, not {PASSIVE:.0%}:\n  {listed}"
+        )
+    if page.parent.name == "docs" and page.stem not in to_understand() and reading.words > PAGE:
+        found.append(f"{reading.words:,} words, not {PAGE:,}: cut it, or make two pages of it")
+    return found
+
+
+def main() -> int:
+    """Print a line for each page, and what is wrong with it; return 1 if anything is."""
+    is_wrong = False
+    print(f"{'':28}{'words':>7}{'a sentence':>12}{'passive':>9}")
+    for page in pages():
+        reading = read(page.read_text("utf-8"))
+        name = page.relative_to(ROOT).as_posix()
+        print(f"{name:28}{reading.words:7,}{reading.mean:12.1f}{reading.passive_share:9.0%}")
+        for fault in faults(page):
+            is_wrong = True
+            print(f"  {fault}")
+    return int(is_wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
