@@ -10,7 +10,6 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.core.admission import (
@@ -267,12 +266,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             await self._wait()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None:
             self.release()
         else:
@@ -287,11 +281,11 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             )
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if error[1] is None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
             self.release()
         else:
-            self._broken(error[1])
+            self._broken(error)
 
     def _open_coroutine(self) -> Generator[Any, Any, Self]:
         if self._coroutine is None:

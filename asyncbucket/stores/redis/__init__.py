@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.statistics import LimitUse
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.redis import script, servers
 from asyncbucket.stores.redis.script import GRAIN, Codec
@@ -262,7 +263,7 @@ class RedisLedger(Ledger):
 
     def _too_late(self, patience: float) -> str:
         return (
-            f"the store {self._store.url} gave no answer within {patience:g} s; "
+            f"the store {self._store.url} gave no answer within {in_seconds(patience)}; "
             f"see whether it runs and how far away it is"
         )
 
