@@ -1,9 +1,9 @@
 """A rate-limited provider on loopback, for tests, demos and benchmarks.
 
-It speaks OpenAI's `/v1/chat/completions` (with tools, streams and response formats), `/v1/responses`
-(the same without streams) and `/v1/embeddings`, and Anthropic's `/v1/messages`. It refuses what exceeds
-its limits as they do: with 429, `retry-after` and headers about what is left. Its answers are a
-fake model's text, the same every time.
+It speaks OpenAI's `/v1/chat/completions` and `/v1/responses` (with tools, streams and response formats)
+and `/v1/embeddings`, and Anthropic's `/v1/messages`. It refuses what exceeds its limits as they do:
+with 429, `retry-after` and headers about what is left. Its answers are a fake model's text, the same
+every time.
 
 `RateLimitedProvider` runs in a thread, `ProviderProcess` in a process of its own, and
 `python -m asyncbucket.testing.provider --rpm 500` in a terminal. Needs

@@ -145,8 +145,6 @@ class _Exchange:
             tokens = charge(options.charge, reply)
             if not body.get("stream"):
                 return reply.model, tokens, dialect.whole(reply, self._number)
-            if dialect.events is None:
-                raise InvalidRequestError(f"{self.endpoint} can't be streamed here")
             return reply.model, tokens, as_events(dialect.events(reply, self._number, body))
         except (
             ArithmeticError,

@@ -26,13 +26,12 @@ class Dialect:
     Attributes:
         asked: The member that holds the messages.
         whole: Writes a reply, given the answer and the call's number.
-        events: Writes the same as a stream's chunks, given the request's body, too; None if it
-            can't be streamed here.
+        events: Writes the same as a stream's chunks, given the request's body, too.
     """
 
     asked: str
     whole: Callable[[Answer, str], Chunk]
-    events: Callable[[Answer, str, Json], list[Chunk]] | None = None
+    events: Callable[[Answer, str, Json], list[Chunk]]
 
 
 def as_events(events: Sequence[Chunk]) -> list[bytes]:
@@ -131,6 +130,35 @@ def _response(reply: Answer, call_id: str) -> Chunk:
     }
 
 
+def _response_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
+    whole = _response(reply, call_id)
+    (item,) = whole["output"]
+    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
+    started = {**item, "status": "in_progress"}
+    if reply.tool is None:
+        (part,) = item["content"]
+        started["content"] = []
+        where: Chunk = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        delta: Chunk = {"type": "response.output_text.delta", "logprobs": [], **where}
+        head = [{"type": "response.content_part.added", "part": {**part, "text": ""}, **where}]
+        tail = [{"type": "response.content_part.done", "part": part, **where}]
+    else:
+        started["arguments"] = ""
+        where = {"item_id": item["id"], "output_index": 0}
+        delta = {"type": "response.function_call_arguments.delta", **where}
+        head, tail = [], []
+    events: list[Chunk] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.output_item.added", "output_index": 0, "item": started},
+        *head,
+        *({**delta, "delta": piece} for piece in _pieces(reply.text)),
+        *tail,
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": f"response.{whole['status']}", "response": whole},
+    ]
+    return [{**event, "sequence_number": number} for number, event in enumerate(events)]
+
+
 def _message(reply: Answer, call_id: str) -> Chunk:
     """Return one block of content, a text or the use of a tool."""
     reason = "max_tokens" if reply.truncated else "end_turn"
@@ -205,6 +233,6 @@ def _vector(text: str, size: int) -> list[float]:
 
 DIALECTS: Final = {
     "chat/completions": Dialect("messages", _chat, _chat_events),
-    "responses": Dialect("input", _response),
+    "responses": Dialect("input", _response, _response_events),
     "messages": Dialect("messages", _message, _message_events),
 }
