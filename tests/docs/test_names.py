@@ -4,6 +4,7 @@ import ast
 import functools
 import pkgutil
 import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
     missing += [link for link in links if not (page.parent / link).exists()]
 
     assert missing == []
+
+
+def test_absolute_links_of_readme_lead_to_pages_and_files_of_this_tree() -> None:
+    """README is also read where relative links lead nowhere."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    raw = urls["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    pages = re.findall(rf"{re.escape(urls['Documentation'])}([\w-]+)\.html", text)
+    files = re.findall(rf"(?:{urls['Repository']}/blob/main/|{raw})([\w/.-]+)", text)
+
+    assert len(pages) > 10
+    assert [page for page in pages if not (ROOT / "docs" / f"{page}.md").exists()] == []
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert re.findall(r"(?:\]\(|src=\"|srcset=\")(?!https://)([^)\"]+)", text) == []
+
+
+def test_readme_and_llms_txt_call_pages_by_their_titles() -> None:
+    """The sidebar does so by itself."""
+    for text in ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/llms.txt")):
+        links = re.findall(r"\[([^\]]+)\]\((?:https://[^)]*/)?([\w-]+)\.html\)", text)
+        pages = {page: (ROOT / "docs" / f"{page}.md").read_text("utf-8") for _, page in links}
+
+        assert len(pages) > 10
+        assert [title for title, page in links if f"# {title}\n" not in pages[page]] == []
 
 
 @each_page
