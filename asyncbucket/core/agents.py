@@ -292,8 +292,8 @@ class _Sizes:
 class AgentLease(Lease):
     """Ask for an admission as part of a run of an agent, which pays for what its calls use."""
 
-    def __init__(self, agent: Agent, node: Node, *asked: Any) -> None:
-        super().__init__(node, *asked)
+    def __init__(self, agent: Agent, node: Node, amounts: dict[str, int]) -> None:
+        super().__init__(node, amounts)
         self._agent = agent
 
     def _try_now(self) -> bool:

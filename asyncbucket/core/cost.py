@@ -19,7 +19,7 @@ def rounded_up(value: float, what: str) -> int:
     return math.ceil(value)
 
 
-def amounts_of(  # noqa: C901 - a row of checks
+def amounts_of(
     requests: float,
     tokens: float | None,
     input_tokens: float | None,
@@ -27,22 +27,6 @@ def amounts_of(  # noqa: C901 - a row of checks
     others: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Return the whole amounts of one call, and its one slot; see `Cost` for their meaning."""
-    if (
-        type(tokens) is int
-        and tokens >= 0
-        and type(requests) is int
-        and requests == 1
-        and input_tokens is None
-        and output_tokens is None
-        and not others
-    ):  # the usual case: a short cut
-        return {
-            "requests": 1,
-            "tokens": tokens,
-            "input_tokens": tokens,
-            "output_tokens": tokens,
-            "concurrency": 1,
-        }
     if type(requests) is not int or requests < 0:
         requests = rounded_up(requests, "requests")
     if tokens is not None and (type(tokens) is not int or tokens < 0):

@@ -7,9 +7,9 @@ does the work: see `asyncbucket.core.pacer.Pacer.do`.
 """
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.core.admission import (
@@ -67,6 +67,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
     #: did not wait.
     bound_by: str | None = None
+    #: Until when it may wait, worked out as it begins to; and how urgent it is.
+    _deadline: Callable[[], int | None] | None = None
+    _priority = 0
     _state = ASKED
     _entered = False
     _coroutine: Generator[Any, Any, Any] | None = None
@@ -82,17 +85,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     #: When it was admitted, if `_sent` has moved ``_when``, the date of its cost.
     _admitted: int | None = None
 
-    def __init__(
-        self,
-        node: Node,
-        amounts: dict[str, int],
-        deadline: Callable[[], int | None] | None = None,
-        priority: int = 0,
-    ) -> None:
+    def __init__(self, node: Node, amounts: dict[str, int]) -> None:
         self._node = node
         self._amounts = amounts
-        self._deadline = deadline
-        self._priority = priority
 
     # --- asking ---
 
@@ -119,7 +114,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             for level in node.path:
                 level.in_flight += 1
                 level.admitted += 1
-            seat: Seat | None = pacer.by_thread.get(threading.get_ident())
+            seat: Seat | None = pacer.by_thread.get(get_ident())
             if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
                 seat = pacer.seat_here_locked()
             seat.leases += 1

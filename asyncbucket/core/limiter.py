@@ -115,6 +115,7 @@ class Limiter(Doors, OfThisProcess):
         "__dict__",
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "_children",
+        "_has_terms",
         "_is_proven",
         "_node",
         "_parent",
@@ -156,6 +157,7 @@ class Limiter(Doors, OfThisProcess):
         if parent is not None:
             self._timeout = parent._timeout if terms.timeout is None else terms.timeout
             self._priority = parent._priority if terms.priority is None else terms.priority
+        self._has_terms = bool(self._timeout is not None or self._priority)
         #: Whether calls have come this way, and have paid for all that is limited.
         self._is_proven = False
         self._children: dict[str, Limiter] = EMPTY_MAPPING
@@ -210,7 +212,24 @@ class Limiter(Doors, OfThisProcess):
         context, limiter = inherited.get(), self
         if tenant is not None or context is not None:
             limiter = self._limiter_for(tenant, context)
-        if cost is None and not resources:  # the usual case: a short cut
+        if (
+            type(tokens) is int
+            and tokens >= 0
+            and type(requests) is int
+            and requests == 1
+            and input_tokens is None
+            and output_tokens is None
+            and cost is None
+            and not resources
+        ):  # the usual case, as `amounts_of` has it, without the call: this is the hottest path
+            amounts = {
+                "requests": 1,
+                "tokens": tokens,
+                "input_tokens": tokens,
+                "output_tokens": tokens,
+                "concurrency": 1,
+            }
+        elif cost is None and not resources:
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
             given = {
@@ -220,23 +239,19 @@ class Limiter(Doors, OfThisProcess):
                 "output_tokens": output_tokens,
             }
             amounts = limiter._amounts(cost, {**given, **resources})
-        end, urgency = None, limiter._priority
+        if not limiter._is_proven:
+            limiter._prove()
         if (
-            context is not None
-            or priority is not None
-            or timeout is not None
-            or deadline is not None
-            or limiter._timeout is not None
+            context is None
+            and timeout is None
+            and deadline is None
+            and priority is None
+            and not limiter._has_terms
         ):
-            end = partial(limiter._deadline, timeout, deadline, context)
-            end()  # report mistakes at once
-            urgency = limiter._urgency(priority, context)
-            if context is not None and context.agent is not None:
-                return limiter._lease(amounts, context, end, urgency)
-        if limiter._is_proven:
-            return Lease(limiter._node, amounts, end, urgency)
-        limiter._prove()
-        return FirstLease(limiter._node, amounts, end, urgency)
+            if limiter._is_proven:
+                return Lease(limiter._node, amounts)
+            return FirstLease(limiter._node, amounts)
+        return limiter._lease(amounts, context, timeout, deadline, priority)
 
     def acquire_nowait(
         self, cost: Cost | None = None, *, tenant: str | None = None, **amounts: Unpack[CallAmounts]
@@ -250,9 +265,10 @@ class Limiter(Doors, OfThisProcess):
                 the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        limiter = self._limiter_for(tenant, inherited.get())
+        context = inherited.get()
+        limiter = self._limiter_for(tenant, context)
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
-        lease = limiter._lease(whole, inherited.get())
+        lease = Lease(node, whole) if context is None else limiter._lease(whole, context)
         if not lease._try_now():
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
@@ -269,10 +285,8 @@ class Limiter(Doors, OfThisProcess):
         timeout, deadline = amounts.pop("timeout", None), amounts.pop("deadline", None)
         priority, tenant = amounts.pop("priority", None), amounts.pop("tenant", None)
         limiter = self._limiter_for(tenant, context)
-        end = partial(limiter._deadline, timeout, deadline, context)
-        end()
-        urgency = limiter._urgency(priority, context)
-        lease = limiter._lease(limiter._amounts(cost, amounts), context, end, urgency)
+        whole = limiter._amounts(cost, amounts)
+        lease = limiter._lease(whole, context, timeout, deadline, priority)
         if not lease._try_now():
             lease._block()
         return lease
@@ -343,13 +357,21 @@ class Limiter(Doors, OfThisProcess):
         self,
         amounts: dict[str, int],
         context: Inherited | None,
-        end: Callable[[], int | None] | None = None,
-        urgency: int = 0,
+        timeout: float | None = None,
+        deadline: float | None = None,
+        priority: Priority | None = None,
     ) -> Lease:
+        """Return the lease of a call on the given terms, the inherited ones, and the limiter's."""
+        end = partial(self._deadline, timeout, deadline, context)
+        end()  # report mistakes at once
+        urgency = self._urgency(priority, context)
         agent = None if context is None else context.running_agent
-        if agent is None:
-            return Lease(self._node, amounts, end, urgency)
-        return AgentLease(agent, self._node, amounts, end, urgency)
+        if agent is not None:
+            lease: Lease = AgentLease(agent, self._node, amounts)
+        else:
+            lease = (Lease if self._is_proven else FirstLease)(self._node, amounts)
+        lease._deadline, lease._priority = end, urgency
+        return lease
 
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
