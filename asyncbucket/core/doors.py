@@ -74,7 +74,9 @@ class Doors:
         return from_toml(cls, path, **options)
 
     @overload
-    def paced(self, function: Callable[P, R], /) -> Callable[P, R]: ...
+    def paced(
+        self, function: Callable[P, R], /, **cost: float | str | Callable[..., float | str] | None
+    ) -> Callable[P, R]: ...
     @overload
     def paced(
         self, /, **cost: float | str | Callable[..., float | str] | None
@@ -83,7 +85,8 @@ class Doors:
         """Decorate a function, async or plain, so that each call waits for an admission first.
 
         Keywords are those of `acquire`. A callable is called with the call's own arguments:
-        ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``.
+        ``@limiter.paced(tokens=lambda prompt: len(prompt) // 4)``. Without decorating it:
+        ``paced_ask = limiter.paced(ask, tokens=500)``.
 
         Raises:
             TypeError: it is not a function, or it is a generator function; or, when called, it is a
@@ -91,7 +94,7 @@ class Doors:
         """
         if function is None:
             return functools.partial(self._paced, cost=cost)
-        return self._paced(function, cost={})
+        return self._paced(function, cost=cost)
 
     def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
         if not callable(function):

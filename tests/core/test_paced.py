@@ -40,6 +40,8 @@ async def test_cost_given_as_function_is_computed_from_call_arguments(time: Virt
     await ask("seven ch")
     await ask("two")
     assert used(limiter) == [11, 4]
+    await limiter.paced(asyncio.sleep, tokens=9, images=1)(0)
+    assert used(limiter) == [20, 5]
     with pytest.raises(CostExceedsLimit):
         await ask("x" * 101)
 
