@@ -12,11 +12,13 @@ import pytest
 
 from asyncbucket import (
     AcquireTimeout,
+    Cost,
     CostExceedsLimit,
     Limit,
     Limiter,
     StoreError,
     WouldBlock,
+    agent,
 )
 from asyncbucket.core.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
@@ -41,6 +43,24 @@ async def test_acquire_nowait_with_store_raises_would_block(shared: Limiters) ->
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
         limiter.acquire_nowait()
     assert told.value.retry_after is None
+
+
+async def test_calls_of_agents_go_to_the_store_in_the_order_of_the_agents(shared: Limiters) -> None:
+    limiter = shared("60 requests/s burst 1")
+    (await limiter.acquire()).release()
+    limiter.pause(0.3)
+    passed: list[str] = []
+
+    async def call(name: str) -> None:
+        async with limiter.acquire():
+            passed.append(name)
+
+    async def run(name: str, calls: int) -> None:
+        with agent(name, expects=Cost(requests=calls)):
+            await asyncio.gather(*(call(name) for _ in range(calls)))
+
+    await asyncio.gather(run("a", 5), run("b", 2), run("c", 3))
+    assert "".join(passed) == "bbcccaaaaa"
 
 
 async def test_timed_out_call_does_not_hold_up_other_limiters(where: str, shared: Limiters) -> None:
