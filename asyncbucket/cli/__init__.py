@@ -13,6 +13,8 @@ __all__ = ["main"]
 
 #: The exit status of a command ended by Ctrl-C or SIGTERM, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
+#: The exit status of a command that cannot do what was asked.
+CANNOT_RUN = 2
 
 
 def main() -> None:
@@ -24,10 +26,11 @@ def main() -> None:
 
         app(prog_name="asyncbucket")
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in {"click", "rich", "typer"}:
+        package = (error.name or "asyncbucket").partition(".")[0]
+        if package == "asyncbucket":
             raise
-        sys.exit(f'error: the command line needs {package}: pip install "asyncbucket[cli]"')
+        sys.stderr.write(f'error: the commands need {package}: pip install "asyncbucket[cli]"\n')
+        sys.exit(CANNOT_RUN)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli import INTERRUPTED, demo, doctor, pictures, plan, run, watch
-from asyncbucket.cli.options import CANNOT_RUN
+from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, pictures, plan, run, watch
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.wording import one_line
 

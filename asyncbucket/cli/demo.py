@@ -109,7 +109,7 @@ def scenario_of(
         agents=agents or max(1, round((calls - batches) / CALLS_PER_AGENT)),
         batches=max(1, batches),
         requests=Limit("requests", requests, per=window),
-        tokens=Limit("tokens", requests * _TOKENS_PER_CALL, per=window),
+        tokens=Limit("tokens", max(2, requests) * _TOKENS_PER_CALL, per=window),
     )
 
 
@@ -212,7 +212,7 @@ def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: b
         if not finished:
             return INTERRUPTED
         if not quiet:
-            console.print(f"{run.panel()}", markup=False, soft_wrap=True)
+            screen.say(f"{run.panel()}")
     return options.FAILED if runs[-1].failed else options.DONE
 
 
@@ -231,7 +231,7 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
     longest = max(run.seconds for run in runs)
     for run in runs:
         admitted, refused = (run.counts(admitted=admitted) for admitted in (True, False))
-        title = f"{run.name}: admitted over time; ____ is the limit"
+        title = f"{run.name}: requests admitted"
         share = run.seconds / longest
         console.print(plot(console, title, admitted, rate, seconds=run.seconds, share=share))
         if any(refused):

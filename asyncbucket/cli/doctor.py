@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,6 @@ from typing import Annotated, Final, Literal, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from asyncbucket import Limit, Limiter, StoreError
@@ -23,6 +23,8 @@ from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 
+#: Columns of what stands before each finding.
+_INDENT: Final = 6
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
 #: Each SDK: its package, which is its module too, and the first major version that uses httpx2.
 _SDKS: Final = {"openai": 3, "anthropic": 1}
@@ -72,17 +74,16 @@ def doctor(
 
 
 def _show(console: Console, findings: Sequence[Finding]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        sign, style = _STYLES[finding.state]
-        text = Text(one_line(finding.found))
-        if finding.remedy is not None:
-            text.append(f"\n-> {finding.remedy}", style)
-        table.add_row(Text(sign, style), finding.about, text)
-    console.print(table)
+    # A pipe gets whole lines.
+    width = max(20, console.width - _INDENT) if console.is_terminal else sys.maxsize
+    for about, state, found, remedy in findings:
+        sign, style = _STYLES[state]
+        text = Text(f"{sign:{_INDENT}}", style)
+        indent = "\n" + " " * _INDENT
+        text.append(indent.join(textwrap.wrap(f"{about}: {one_line(found)}", width)), "default")
+        if remedy is not None:
+            text.append(indent + indent.join(textwrap.wrap(f"-> {remedy}", width)))
+        console.print(text, soft_wrap=True)
     states = [finding.state for finding in findings]
     wrong, notes, ok = (states.count(state) for state in ("bad", "note", "good"))
     console.print(f"\n{wrong} wrong, {notes} to note, {ok} ok")
@@ -160,7 +161,7 @@ def settings() -> Iterator[Finding]:
     if named:
         remedy = f"correct or unset {', '.join(named)}"
         yield from _limiter("Limiter.from_env()", partial(from_env, Limiter), remedy)
-    remedy = "correct the table; docs/plan.md shows one"
+    remedy = 'correct the table, such as [tool.asyncbucket] with rpm = 500 and tpm = "200k"'
     try:
         names = limiters_in_toml()
     except FileNotFoundError:
@@ -193,15 +194,12 @@ def shared_store(url: str) -> Iterator[Finding]:
     shown = without_password(url)
     try:
         seconds, details = asyncio.run(asyncio.wait_for(_measure(url), _PATIENCE))
-    except (StoreError, TimeoutError, OSError) as error:
-        why = str(error) or f"no answer within {_PATIENCE:g} s"
-        is_file = url.startswith("sqlite:")
-        first = "make the file one that can be written" if is_file else "start the server"
-        text = why if shown in why else f"{shown}: {why}"
-        yield Finding("store", "bad", text, f"{first}, or correct the URL")
+    except TimeoutError:
+        why = f"{shown}: no answer within {_PATIENCE:g} s"
+        yield Finding("store", "bad", why, "see whether it runs, or correct the URL")
         return
-    except (ImportError, ValueError) as error:
-        yield Finding("store", "bad", str(error), "correct the URL, or install what it names")
+    except (ImportError, OSError, StoreError, ValueError) as error:  # which name their remedies
+        yield Finding("store", "bad", str(error))
         return
     told = ", ".join(f"{name} {value}" for name, value in details.items())
     text = f"{shown} answers in {seconds * 1e3:.2g} ms" + (f" ({told})" if told else "")

@@ -10,10 +10,9 @@ import typer
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limits import Limit, read_amount
 
-#: Exit statuses: all is well; it was done, but something is wrong; it cannot be done as requested.
+#: Exit statuses: all is well; it was done, but something is wrong. The others are in `asyncbucket.cli`.
 DONE: Final = 0
 FAILED: Final = 1
-CANNOT_RUN: Final = 2
 #: Where a provider is unless something else is said.
 OPENAI: Final = "https://api.openai.com/v1"
 #: Anything shorter is no secret: a word such as "none", for a local server that wants some key.

@@ -21,7 +21,9 @@ from rich.text import Text
 
 from asyncbucket.core.wording import in_seconds
 
-_EIGHTHS: Final = " ▁▂▃▄▅▆▇█"
+#: What a plot is drawn with: a cell from empty to full, the limit, an axis, its corner and its base.
+_UNICODE: Final = " ▁▂▃▄▅▆▇█", "▁", "│", "└", "─"
+_ASCII: Final = "    #####", "-", "|", "+", "-"
 _BAR: Final = 30
 #: Seconds between two pictures of a moving panel.
 _REFRESH_INTERVAL: Final = 0.2
@@ -162,7 +164,7 @@ def plot(
     seconds: float,
     share: float,
 ) -> Text:
-    """Plot rates up to twice the limit, with the limit as a line.
+    """Plot requests a second up to twice the limit, with the limit as a line.
 
     Args:
         console: where it will be printed.
@@ -172,21 +174,21 @@ def plot(
         seconds: the whole time.
         share: the part of the width that is used; so several plots have one scale.
     """
-    if not console.encoding.startswith("utf"):  # it has no characters for it
-        return Text()
+    eighths, line, axis, corner, base = _UNICODE if console.encoding.startswith("utf") else _ASCII
     width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
     rates = [count * len(counts) / seconds for count in counts]
     labels = {_ROWS - 1: f"{2 * limit:,.0f}/s", _ROWS // 2: f"{limit:,.0f}/s"}
     peak = f", {max(rates):,.0f}/s the peak" if max(rates) > 2 * limit else ""
-    text = Text(title + peak, "bold")
+    text = Text(f"{title} a second{peak}; ", "bold").append(line * 2, "yellow")
+    text.append(" the limit")
     for row in reversed(range(_ROWS)):
         text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
-        text.append("│", "dim")
+        text.append(axis, "dim")
         for column in range(width):
             filled = rates[column * len(rates) // width] / limit * _ROWS / 2 - row
-            cell = _EIGHTHS[min(8, max(0, round(filled * 8)))]
+            cell = eighths[min(8, max(0, round(filled * 8)))]
             is_line = row == _ROWS // 2 and cell == " "
-            text.append("_" if is_line else cell, "yellow" if is_line else "green")
+            text.append(line if is_line else cell, "yellow" if is_line else "green")
     end = in_seconds(seconds)
-    text.append(f"\n{'':{_MARGIN - 1}}└{'─' * width}\n", "dim")
+    text.append(f"\n{'':{_MARGIN - 1}}{corner}{base * width}\n", "dim")
     return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")

@@ -16,7 +16,7 @@ from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.wording import counted, in_seconds, one_line
 from asyncbucket.stores import Snapshot, open_store, without_password
-from asyncbucket.telemetry.stats import row_of
+from asyncbucket.telemetry.stats import DEFAULT_PORT, row_of
 
 _PATIENCE: Final = 5.0
 #: Members that every limiter has, a program's or a store's.
@@ -41,8 +41,8 @@ class SourceError(Exception):
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="The URL of limiter.serve_stats(), or of a store.")
-    ],
+        str, typer.Argument(metavar="[URL]", help="A URL of limiter.serve_stats(), or a store's.")
+    ] = f"http://127.0.0.1:{DEFAULT_PORT}",
     *,
     interval: Annotated[
         float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
@@ -57,6 +57,7 @@ def watch(
     when the program does, or with Ctrl-C.
 
     Examples:
+        asyncbucket watch
         asyncbucket watch http://127.0.0.1:4294
         asyncbucket watch redis://127.0.0.1:6379/0
     """
@@ -80,7 +81,7 @@ def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
         try:
             yield read()
         except SourceError as error:
-            if not isinstance(error.__cause__, httpx.NetworkError):
+            if not isinstance(error.__cause__, httpx.NetworkError | httpx.RemoteProtocolError):
                 raise
             typer.echo("the program that was watched has ended", err=True)
             return

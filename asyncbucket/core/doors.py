@@ -248,15 +248,15 @@ class Doors:
 
         return map_sync(cast("Limiter", self), fn, items, **options)
 
-    def serve_stats(self, *, port: int = 0) -> "StatsServer":
+    def serve_stats(self, *, port: int | None = None) -> "StatsServer":
         """Serve the statistics of this limiter and its children, read-only, on this machine only.
 
         >>> server = limiter.serve_stats()
-        >>> server.url  # for: asyncbucket watch http://127.0.0.1:40317
-        'http://127.0.0.1:40317'
+        >>> server.url  # where `asyncbucket watch` looks
+        'http://127.0.0.1:4294'
 
         Args:
-            port: where to listen on 127.0.0.1; by default any that is free.
+            port: where to listen on 127.0.0.1; by default 4294, or any free port if that is taken.
 
         Raises:
             OSError: the port is taken.

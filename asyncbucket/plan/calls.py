@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
 """A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
 
 Samples: TypeAlias = Sample | PathLike[str] | Iterable[Sample]
-"""One sample for every call, samples, or the path of a JSONL file of them."""
+"""One sample for every call, samples, or the path of a file of them, one a line: JSON, or plain text."""
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 _MOST: Final = 10_000_000
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 _SECONDS: Final = ("latency", "seconds", "duration")
+#: How a line begins that is meant as JSON. Other brackets may begin a text.
+_JSON_START: Final = re.compile(r'[{"]|\[\s*[\[\]{"\d-]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +184,32 @@ def _lines(name: str, path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{name}: {path}, line {number}"
                 try:
-                    yield where, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        f"{where}: not JSON: {error}; a line is a number, a text in quotes or an object"
-                    ) from error
+                    yield where, read_line(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+
+
+def read_line(line: bytes) -> Any:
+    """Return the JSON in a line of a file, or the whole line as a text if it is not JSON.
+
+    Raises:
+        ValueError: it is broken JSON, or not UTF-8.
+    """
+    try:
+        text = line.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text at byte {error.start}") from None
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except ValueError as error:
+        if _JSON_START.match(text):
+            raise ValueError(f"not JSON: {error}") from None
+        return text
+    except RecursionError:
+        raise ValueError("its brackets are nested deeper than can be read") from None
+    if end < len(text) and text.startswith(("{", "[")):
+        raise ValueError(f"not JSON: there is more after its end at column {end + 1}")
+    return text if end < len(text) else found  # a quotation or a number may begin a text
 
 
 def _read_tokens(sample: object, profile: "Profile") -> Cost:

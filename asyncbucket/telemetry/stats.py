@@ -14,6 +14,7 @@ import http.server
 import ipaddress
 import json
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.telemetry.metrics import check_source, with_children
 
 _HOST: Final = "127.0.0.1"
+#: Where `asyncbucket watch` looks.
+DEFAULT_PORT: Final = 4294
 
 
 def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
@@ -97,12 +100,13 @@ class StatsServer:
         return f"<StatsServer at {self.url}>"
 
 
-def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int = 0) -> StatsServer:
+def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int | None = None) -> StatsServer:
     """Serve the statistics of ``limiters`` and their children at 127.0.0.1, read-only.
 
     Args:
         limiters: one, or several that are shown together.
-        port: 0 for any free one; `StatsServer.url` shows which.
+        port: 0 for any free one; default: 4294, or any free one if that is taken.
+            `StatsServer.url` shows which.
 
     Raises:
         ValueError: two limiters have the same name.
@@ -119,12 +123,15 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int = 0) -> Stat
             f"limiters to be shown are called {', '.join(map(repr, names))}: give each a name= of "
             f"its own, and leave out children, which are seen with their parents"
         )
-    return StatsServer(served, port)
+    if port is None:
+        with contextlib.suppress(OSError):
+            return StatsServer(served, DEFAULT_PORT)
+    return StatsServer(served, port or 0)
 
 
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
-    allow_reuse_address = True
+    allow_reuse_address = sys.platform != "win32"  # where it would share the port of another
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -43,13 +43,18 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_findings_are_listed_once_each_and_counted_with_their_remedies() -> None:
+def test_findings_are_listed_once_each_and_counted_with_their_remedies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
     lines = typed().splitlines()
     findings = json.loads(typed("--json"))
 
-    assert lines[0].split()[:2] == ["ok", "asyncbucket"]
+    assert lines[0].split()[:2] == ["ok", "asyncbucket:"]
     assert lines[-1].startswith("0 wrong, ")
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 60
     assert len({each["found"] for each in findings}) == len(findings)
     assert all(each.keys() == {"about", "state", "found", "remedy"} for each in findings)
     assert all(each["remedy"] for each in findings if each["state"] != "good")
@@ -77,14 +82,14 @@ def test_unreachable_store_is_named_without_its_password() -> None:
 
     assert finding["found"].count(f"redis://***@127.0.0.1:{port}/0") == 1
     assert "secret" not in finding["found"]
-    assert finding["remedy"] == "start the server, or correct the URL"
+    assert finding["found"].endswith("; see whether it runs")
 
 
-def test_store_file_in_missing_folder_is_reported_with_its_remedy(tmp_path: Path) -> None:
+def test_store_file_in_missing_folder_is_reported_with_one_remedy(tmp_path: Path) -> None:
     finding = store_finding(f"sqlite:///{tmp_path}/nowhere/limits.db")
 
     assert f"see that the folder {tmp_path}/nowhere exists" in finding["found"]
-    assert finding["remedy"] == "make the file one that can be written, or correct the URL"
+    assert finding["remedy"] is None
 
 
 @pytest.mark.parametrize(

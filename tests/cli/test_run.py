@@ -192,7 +192,9 @@ def test_error_that_every_request_would_get_ends_the_run(
     assert result.exit_code == 2
     assert re.search(f"error: no request succeeds: {said}", result.stderr)
     assert provider.statistics().requests < 100
-    assert SECRET not in result.output + Path("out.errors.jsonl").read_text()
+    assert SECRET not in result.output
+    left = {path.name for path in Path().iterdir()}
+    assert left == {"in.jsonl"} or failure["status"] == 404  # which may be of one request
 
 
 @pytest.mark.parametrize(("status", "count"), [(403, 1), (404, 1), (400, 60)])
@@ -341,6 +343,7 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         f"error: no request succeeds: All connection attempts failed ({base}); "
         f"see that it runs, or correct --api-base or --model"
     )
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
 @pytest.fixture
@@ -387,6 +390,22 @@ def test_run_with_another_model_is_refused_without_restart(
     assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
 
 
+def test_line_that_costs_more_than_a_limit_fails_alone_and_the_dry_run_says_so(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    Path("in.txt").write_text("why " * 12_000 + "\nWhy?\nHow?\n")
+    options = ["--model", "m", "--tpm", "9000", "-o", "out.jsonl", "--concurrency", "1"]
+
+    planned = typed("in.txt", *options, "--dry-run", "--json")
+    result = run(rate_limited_provider(), "in.txt", *options)
+
+    told = json.loads(planned.stdout)
+    assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (2, 1, 2)
+    assert (planned.exit_code, result.exit_code) == (1, 1)
+    assert "2 answered, 1 failed\n" in result.stderr
+    assert "1 x CostExceedsLimit" in result.stderr
+
+
 def test_dry_run_sends_nothing_and_estimates_the_duration(
     rate_limited_provider: ProviderFactory,
 ) -> None:
@@ -423,12 +442,12 @@ def test_dry_run_sends_nothing_and_estimates_the_duration(
         ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
         ("in.jsonl --also many", "'many' is not a limit"),
         ("in.jsonl --also 5_pages/minute", "no request takes any pages, so 5 pages per 60 s "),
-        ("in.txt --rpm 1 -o out.jsonl --quiet", "no model: give --model, or name one in the body"),
+        ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
 )
 def test_usage_error_is_one_line_with_status_2(arguments: str, message: str) -> None:
     batch(1)
-    Path("in.txt").write_text("\nWhy?\n")
+    Path("in.txt").write_text("\n{\nWhy?\n")
 
     result = typed(*arguments.split())
 
@@ -480,18 +499,29 @@ def test_file_given_for_two_purposes_is_refused(files: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
-def test_full_disk_is_a_one_line_error(rate_limited_provider: ProviderFactory) -> None:
-    command = [*COMMAND, batch(200), "-o", "out.jsonl", "--concurrency", "20", "--quiet"]
-    base = rate_limited_provider().base_url
+@pytest.mark.parametrize("are_paid", [False, True])
+def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
+    *, are_paid: bool, rate_limited_provider: ProviderFactory
+) -> None:
+    provider = rate_limited_provider()
+    room = "0" if are_paid else "answers._ROOM"
+    program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import answers; answers._ROOM = {room}; main()"
+    options = ["-o", "out.jsonl", "--concurrency", "20", "--api-base", provider.base_url]
+    command = [sys.executable, "-c", program, "run", batch(300), *options]
 
     # Python would compile modules into files that are cut short, too.
     small = 'ulimit -f 16; PYTHONDONTWRITEBYTECODE=1 exec "$0" "$@"'
-    status, said = done("sh", "-c", small, *command, "--api-base", base)
+    status, said = done("sh", "-c", small, *command)
 
-    assert (status, said.count("\n")) == (2, 1)
-    assert said.startswith("error: out.jsonl")
-    assert "make room" in said
-    assert Path("out.jsonl").read_bytes().endswith(b"\n")  # half a line would spoil the next one
+    assert status == 2
+    assert "error: out.jsonl cannot be written (File too large): make room\n" in said
+    assert (provider.statistics().requests > 0) is are_paid
+    assert (said.count("\n") == 1) is not are_paid
+    assert Path("out.jsonl").exists() is are_paid
+    if are_paid:
+        left = 300 - len(lines_of("out.jsonl"))  # half a line would spoil the next one
+        assert f", {left} left\n" in said
+        assert "the same command goes on from here" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")

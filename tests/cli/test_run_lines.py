@@ -100,6 +100,13 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
         (b'{"prompt": "Why?"} {"prompt": "How?"}', "not JSON: there is more after its end"),
         (b'[{"role": "user"}, ', "not JSON: Expecting value"),
         (b'[{"role": "user"}]', "JSON, but neither a text nor an object: put quotes"),
+        (b"[1, 2", "not JSON: Expecting ',' delimiter"),
+        (b'""', "the prompt is empty"),
+        (b'{"prompt": " "}', "the prompt is empty"),
+        (b'{"text": "Why?"}', "nothing to answer: a body for /v1/chat/completions needs messages"),
+        (b'{"messages": "Why?"}', "nothing to answer: a body for /v1/chat/completions needs mess"),
+        (batch(body={"model": "m"}), "nothing to answer: a body for /v1/chat/completions needs"),
+        (batch(url="/v1/embeddings"), "nothing to answer: a body for /v1/embeddings needs input"),
         (b"42", "JSON, but neither a text nor an object: put quotes"),
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
         (batch(custom_id=7), "custom_id is missing, or no text"),
@@ -125,5 +132,5 @@ def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
             reasons.append(str(bad))
         else:
             reasons.append(None)
-    assert (reasons[0], reasons[-1]) == (None, "its brackets are nested deeper than can be sent")
+    assert (reasons[0], reasons[-1]) == (None, "its brackets are nested deeper than can be read")
     assert len(set(reasons)) == 2

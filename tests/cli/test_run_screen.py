@@ -85,7 +85,7 @@ def test_pipe_or_terminal_with_answers_gets_a_line_every_ten_seconds(
     assert output.count("progress: 2,244 of 5,000, ") == 3
 
 
-def job(**options: object) -> Job:
+def job_with(**options: object) -> Job:
     """Return a job with limits."""
     limits = tuple(read_limits(["40k ITPM"], {"rpm": 500, "tpm": 200_000}))
     given = {"source": "in.jsonl", "out": "out.jsonl", "limits": limits, "model": "gpt-4o-mini"}
@@ -93,7 +93,7 @@ def job(**options: object) -> Job:
 
 
 def test_headline_shows_input_model_and_limits_without_password() -> None:
-    text = headline(job(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
+    text = headline(job_with(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
 
     assert text.splitlines() == [
         "in.jsonl, 5,000 lines with gpt-4o-mini; https://example.org:8443/v1",
@@ -101,13 +101,13 @@ def test_headline_shows_input_model_and_limits_without_password() -> None:
     ]
 
 
-def ended(**changes: object) -> str:
+def ended(job: Job | None = None, **changes: object) -> str:
     """Return the summary of a run that ended after 100 s."""
     tally = tally_in_the_middle()
     tally.seconds = 100.0
     for name, value in changes.items():
         setattr(tally, name, value)
-    return summary(job(), tally)
+    return summary(job or job_with(), tally)
 
 
 def test_summary_counts_every_line_and_names_errors() -> None:
@@ -121,12 +121,13 @@ def test_summary_counts_every_line_and_names_errors() -> None:
     ]
 
 
-def test_stopped_run_says_how_to_go_on_unless_its_error_is_fatal() -> None:
+def test_stopped_run_says_how_many_are_left_and_how_to_go_on() -> None:
     stopped = ended(stopped=True)
+    to_standard_output = ended(job_with(out="-"), stopped=True)
 
     assert stopped.startswith(
         "stopped after 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed"
     )
     assert ", 2,756 left\n" in stopped
     assert stopped.endswith("\nthe same command goes on from here")
-    assert "goes on" not in ended(stopped=True, fatal="HTTP 401")
+    assert to_standard_output.endswith("\nwith -o FILE, the same command goes on from here")

@@ -44,10 +44,13 @@ def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: boo
     assert unicode or all(line.isascii() for line in below)
 
 
-def test_terminal_without_unicode_gets_no_plot() -> None:
-    on = console(unicode=False)
+def test_terminal_without_unicode_gets_a_plot_in_ascii() -> None:
+    on = console(unicode=False, width=18)
 
-    assert shown(on, plot(on, "admitted", [0, 5, 25], 10.0, seconds=3, share=1.0)) == [""]
+    plotted = shown(on, plot(on, "admitted", [5] * 5 + [20] * 5, 10.0, seconds=10, share=1.0))
+
+    assert plotted[-6:-4] == ["  10/s |-----#####", "       |     #####"]
+    assert plotted[-2] == "       +----------"
 
 
 def test_pipe_gets_one_line_per_panel() -> None:
@@ -82,9 +85,9 @@ def rows(counts: list[int], limit: float) -> list[str]:
 def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
     title, *plotted = rows([10] * 5 + [5] * 5, 10.0)
 
-    assert title == "admitted"
+    assert title == "admitted a second; ▁▁ the limit"
     assert [line.partition("│")[2].rstrip() for line in plotted[:6]] == [
-        *("", "", "_" * 10),
+        *("", "", "▁" * 10),
         *("█" * 5, "█" * 5 + "▄" * 5, "█" * 10),
     ]
     assert plotted[2].startswith("  10/s ")
@@ -93,5 +96,5 @@ def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
 def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
     title, top, *_ = rows([90] * 10, 10.0)
 
-    assert title == "admitted, 90/s the peak"
+    assert title == "admitted a second, 90/s the peak; ▁▁ the limit"
     assert top.endswith("█" * 10)

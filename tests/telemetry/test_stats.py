@@ -78,6 +78,16 @@ def test_error_names_the_address_that_is_taken() -> None:
             busy().serve_stats(port=int(where.partition(":")[2]))
 
 
+def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with busy().serve_stats(port=0) as free:
+        port = int(free.url.rpartition(":")[2])
+    monkeypatch.setattr("asyncbucket.telemetry.stats.DEFAULT_PORT", port)
+
+    with busy().serve_stats() as first, busy().serve_stats() as second:
+        assert first.url == f"http://127.0.0.1:{port}"
+        assert second.url != first.url
+
+
 def test_report_is_served_but_foreign_host_name_gets_403_and_unknown_path_404() -> None:
     with busy().serve_stats() as server:
         assert repr(server) == f"<StatsServer at {server.url}>"

@@ -70,9 +70,9 @@ def run(  # noqa: PLR0913 - one for each option
         grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
-    from asyncbucket.cli.run import work
+    from asyncbucket.cli.run import dry, work
 
-    if as_json and out == STANDARD:
+    if as_json and out == STANDARD and not dry_run:
         raise ValueError("--json prints on standard output, where the answers go: give -o")
     also = [*(limits or ()), *options.preset_limits(preset)]
     job = Job(
@@ -90,7 +90,11 @@ def run(  # noqa: PLR0913 - one for each option
         restart=restart,
     )
     job.check()
-    status = work.dry_run(job) if dry_run else work.run(job, quiet=quiet, as_json=as_json)
+    status = (
+        dry.dry_run(job, as_json=as_json)
+        if dry_run
+        else work.run(job, quiet=quiet, as_json=as_json)
+    )
     raise typer.Exit(status)
 
 

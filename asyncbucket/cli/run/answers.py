@@ -24,6 +24,8 @@ from asyncbucket.core.wording import counted
 _PREFIX: Final = "batch_req_"
 #: How each of our lines begins, complete or not.
 _LINE_START: Final = b'{"id":"' + _PREFIX.encode()
+#: Bytes that must fit on the disk before anything is paid for.
+_ROOM: Final = 1 << 20
 _APPENDING: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
@@ -122,6 +124,17 @@ class Answers:
         key = request.key + self._times[request.key].to_bytes(4, "big")
         return key, key in self._answered
 
+    def check_room(self) -> None:
+        """See that answers can be written, before the first one is paid for.
+
+        Raises:
+            OSError: the disk is full, or almost.
+        """
+        if self._fd is not None:
+            # A kill in between leaves half an answer, which the next run cuts off.
+            append(_LINE_START + b" " * _ROOM, self._fd, self._path)
+            os.ftruncate(self._fd, self._size)
+
     def write(self, key: bytes, members: Mapping[str, Any]) -> bool:
         """Append an answer, which from then on survives the end of this process.
 
@@ -173,19 +186,17 @@ class Answers:
 
 
 class Errors:
-    """Write failures to a file that is made with the first one; without a file, discard them."""
+    """Write failures to a file that is made anew with the first one; without a file, discard them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._fd: int | None = None
-        if path is not None:
-            path.unlink(missing_ok=True)
 
     def write(self, *, hide: Callable[[str], str] = str, **members: Any) -> None:
         """Append a line of these members, without what ``hide`` removes from its text."""
         if self._path is not None:
             if self._fd is None:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                self._fd = os.open(self._path, _APPENDING | os.O_TRUNC, 0o666)
             append(hide(line_of(None, members).decode()).encode(), self._fd, self._path)
 
     def close(self) -> None:

@@ -13,30 +13,42 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from asyncbucket.cli.run.job import PATHS, STANDARD, Job
+from asyncbucket.plan.calls import read_line
 
-#: The paths that are known, each with the member of a body that limits the reply.
-_MAX_TOKENS: Final = {
-    "/v1/chat/completions": "max_completion_tokens",
-    "/v1/responses": "max_output_tokens",
-    "/v1/completions": "max_tokens",
-    "/v1/embeddings": None,
+
+class _Body(NamedTuple):
+    """What bodies for a path have: members of which one must be there, and the reply's limit."""
+
+    asked: dict[str, tuple[type, ...]]
+    max_tokens: str | None = None
+
+
+_BODIES: Final = {
+    "/v1/chat/completions": _Body({"messages": (list,)}, "max_completion_tokens"),
+    "/v1/responses": _Body(
+        {"input": (str, list), "prompt": (dict,), "previous_response_id": (str,)},
+        "max_output_tokens",
+    ),
+    "/v1/completions": _Body({"prompt": (str, list)}, "max_tokens"),
+    "/v1/embeddings": _Body({"input": (str, list)}),
 }
-#: How a line begins that is meant as JSON. Other brackets may begin a prompt.
-_JSON_STARTS: Final = ("{", '"', "[{", '["', "[[")
+_MAX_TOKENS: Final = frozenset(body.max_tokens for body in _BODIES.values())
 _CHUNK: Final = 1 << 18
 
 
 class BadLine(ValueError):  # noqa: N818 - it is about a line
     """Say why a line cannot be sent, with its ``custom_id`` if that can be read."""
 
-    def __init__(self, why: str, custom_id: str | None = None, *, is_fatal: bool = False) -> None:
+    def __init__(self, why: str, custom_id: str | None = None) -> None:
         super().__init__(why)
         self.custom_id = custom_id
-        #: Whether the same is probably wrong with all lines.
-        self.is_fatal = is_fatal
+
+
+class NoModelError(BadLine):
+    """Say that a line names no model; probably none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +80,24 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
     Raises:
         BadLine: it is none of these; the message is for people.
     """
+    if not data.strip():
+        return None
     try:
-        text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 text at byte {error.start}") from None
-    try:
-        return _request(number, _parsed(text), job) if text else None
-    except RecursionError:
-        raise BadLine("its brackets are nested deeper than can be sent") from None
-
-
-def _parsed(text: str) -> str | dict[str, Any]:
-    """Return a prompt, or the JSON object in ``text``."""
-    try:
-        found, end = json.JSONDecoder().raw_decode(text)
+        return _request(number, read_line(data), job)
+    except BadLine:
+        raise
     except ValueError as error:
-        if text.startswith(_JSON_STARTS):
-            raise BadLine(f"not JSON: {error}") from None
-        return text
-    if end < len(text):
-        if text.startswith(("{", "[")):
-            raise BadLine(f"not JSON: there is more after its end at column {end + 1}")
-        return text  # a quotation or a number begins it
-    if isinstance(found, (str, dict)):
-        return found
-    raise BadLine("JSON, but neither a text nor an object: put quotes around a prompt")
+        raise BadLine(str(error)) from None
+    except RecursionError:
+        raise BadLine("its brackets are nested deeper than can be read") from None
 
 
-def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
+def _request(number: int, line: object, job: Job) -> Request:
     path = PATHS[job.endpoint]
     if isinstance(line, str):
         return _build(number, None, path, _prompt_body(line, job), job)
+    if not isinstance(line, dict):
+        raise BadLine("JSON, but neither a text nor an object: put quotes around a prompt")
     if "custom_id" not in line and "body" not in line:
         prompt = line.get("prompt")
         if isinstance(prompt, str) and line.keys().isdisjoint({"messages", "input"}):
@@ -108,8 +107,8 @@ def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
     custom_id, path, body = line.get("custom_id"), line.get("url", path), line.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("custom_id is missing, or no text")
-    if not isinstance(path, str) or path not in _MAX_TOKENS:
-        raise BadLine(f"url is {path!r}, known: {', '.join(_MAX_TOKENS)}", custom_id)
+    if not isinstance(path, str) or path not in _BODIES:
+        raise BadLine(f"url is {path!r}, known: {', '.join(_BODIES)}", custom_id)
     if not isinstance(body, dict):
         raise BadLine("body is missing, or no object", custom_id)
     return _build(number, custom_id, path, body, job)
@@ -117,6 +116,8 @@ def _request(number: int, line: str | dict[str, Any], job: Job) -> Request:
 
 def _prompt_body(prompt: str, job: Job) -> dict[str, Any]:
     """Return the members of a body that ask ``prompt``."""
+    if not prompt.strip():
+        raise BadLine("the prompt is empty")
     if job.endpoint == "chat":
         system = [] if job.system is None else [{"role": "system", "content": job.system}]
         return {"messages": [*system, {"role": "user", "content": prompt}]}
@@ -128,14 +129,16 @@ def _prompt_body(prompt: str, job: Job) -> dict[str, Any]:
 def _build(
     number: int, custom_id: str | None, path: str, body: dict[str, Any], job: Job
 ) -> Request:
+    asked, limit = _BODIES[path]
+    if not any(isinstance(body.get(name), types) and body[name] for name, types in asked.items()):
+        raise BadLine(f"nothing to answer: a body for {path} needs {' or '.join(asked)}", custom_id)
+    if body.get("stream"):
+        raise BadLine("the body asks for a stream, which cannot be a line of a file", custom_id)
     if job.model is not None:
         body = {**body, "model": job.model}
     if not isinstance(body.get("model"), str):
-        raise BadLine("no model: give --model, or name one in the body", custom_id, is_fatal=True)
-    if body.get("stream"):
-        raise BadLine("the body asks for a stream, which cannot be a line of a file", custom_id)
-    limit = _MAX_TOKENS[path]
-    if job.max_tokens and limit and body.keys().isdisjoint(_MAX_TOKENS.values()):
+        raise NoModelError("no model: give --model, or name one in the body", custom_id)
+    if job.max_tokens and limit and body.keys().isdisjoint(_MAX_TOKENS):
         body = {**body, limit: job.max_tokens}
     identity = json.dumps([custom_id, path, body], sort_keys=True, separators=(",", ":"))
     key = hashlib.sha256(identity.encode()).digest()[:16]

@@ -42,6 +42,8 @@ class Tally:
     stopped: bool = False
     #: Why no call can succeed, if none can.
     fatal: str | None = None
+    #: Whether it ended before anything could be answered; then it leaves no file.
+    refused: bool = False
 
     def count_error(self, code: str, message: str) -> None:
         """Count why a line has no answer."""
@@ -124,13 +126,15 @@ def summary(job: Job, tally: Tally) -> str:
         f"{ended} {duration_in_words(round(tally.seconds, 1))}: {', '.join(parts)}",
         f"{requests}, {tally.refused_429:,} 429s, {tokens}",
     ]
-    if tally.errors:
+    files = [f"answers: {job.out}"] if tally.answered or tally.answered_earlier else []
+    if tally.errors and not tally.refused:
         lines.append(errors_of(tally))
-    if job.out != STANDARD:
-        failed = f", failed lines: {job.errors_file}" if tally.errors else ""
-        lines.append(f"answers: {job.out}{failed}")
-        if tally.stopped and not tally.fatal:
-            lines.append("the same command goes on from here")
+        files.append(f"failed lines: {job.errors_file}")
+    if files and job.out != STANDARD:
+        lines.append(", ".join(files))
+    if tally.stopped:
+        give = "" if job.out != STANDARD else "with -o FILE, "
+        lines.append(f"{give}the same command goes on from here")
     return "\n".join(lines)
 
 

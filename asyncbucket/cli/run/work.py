@@ -1,7 +1,4 @@
-"""The run itself: requests are sent, answers and failures written, from the first line to the last.
-
-The dry run reads the same lines, sends none, and says how long they would take.
-"""
+"""The run itself: requests are sent, answers and failures written, from the first line to the last."""
 
 import asyncio
 import contextlib
@@ -19,20 +16,24 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
-from asyncbucket.cli import INTERRUPTED
-from asyncbucket.cli.options import CANNOT_RUN, DONE, FAILED
+from asyncbucket.cli import CANNOT_RUN, INTERRUPTED
+from asyncbucket.cli.options import DONE, FAILED
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
-from asyncbucket.cli.run.lines import BadLine, Request, count_lines, read_lines, read_request
-from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
+from asyncbucket.cli.run.lines import (
+    BadLine,
+    NoModelError,
+    Request,
+    count_lines,
+    read_lines,
+    read_request,
+)
+from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import StoreError
+from asyncbucket.core.errors import AsyncBucketError, StoreError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line
 from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
-from asyncbucket.providers.forecast import FORESEEN
-from asyncbucket.providers.profiles import Call, profile_of
 from asyncbucket.providers.usage import read_usage
 from asyncbucket.retry import Retrier, Retry, Sent
 
@@ -63,7 +64,7 @@ class Task(NamedTuple):
 
 async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
     """Yield what is to be sent; lines that are answered or cannot be read are counted and skipped."""
-    number = 0
+    number, begun = 0, False
     async for lines in read_lines(job.source):
         for data in lines:
             number += 1
@@ -75,13 +76,14 @@ async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Asy
                     continue
                 key, done = answers.look_up(request)
             except BadLine as bad:
-                if bad.is_fatal and not tally.done:
-                    raise ValueError(str(bad)) from None
+                if isinstance(bad, NoModelError) and not begun:
+                    raise
                 tally.bad += 1
                 tally.count_error("bad_line", f"line {number}: {bad}")
                 error = {"code": "bad_line", "message": str(bad)}
                 errors.write(line=number, custom_id=bad.custom_id, error=error)
                 continue
+            begun = True
             tally.answered_earlier += done
             if not done:
                 yield Task(request, key)
@@ -132,10 +134,9 @@ class Run:
         )
         try:
             with _on_signal(self._begin_stop), sending:
-                feed = tasks(self._job, self._answers, self._errors, self._tally)
                 async with (
                     self._client,
-                    amap(self._limiter, self._send, feed, paced=True) as results,
+                    amap(self._limiter, self._send, self._feed(), paced=True) as results,
                 ):
                     async for _ in results:
                         pass
@@ -145,6 +146,18 @@ class Run:
             self._tally.requests = self._root.statistics().admitted
             with anyio.CancelScope(shield=True):
                 await self._root.aclose()
+
+    async def _feed(self) -> AsyncGenerator[Task]:
+        """Yield what is to be sent; with the first of it, what can refuse a run has not done so."""
+        is_first = True
+        async for task in tasks(self._job, self._answers, self._errors, self._tally):
+            if is_first:
+                is_first = False
+                self._answers.check_room()
+                if self._job.source != STANDARD:
+                    self._tally.total = count_lines(self._job.source)
+                self._screen.say(headline(self._job, self._tally))
+            yield task
 
     async def _on_response(self, response: httpx.Response) -> None:
         self._tally.refused_429 += response.status_code == RATE_LIMITED
@@ -202,10 +215,12 @@ class Run:
         self._tally.count_error(code, message)
         members = _members(request, response=described, error={"code": code, "message": message})
         self._errors.write(hide=self._job.without_key, **members)
-        self._failures_in_a_row += status not in _OF_ONE_REQUEST
+        is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
+        self._failures_in_a_row += not is_of_one
         is_account = status in _FATAL or code in EXHAUSTED
         # Each failure without a reply takes many attempts: before the first answer, one is enough.
-        is_nowhere = not status and response is None and not self._tally.answered
+        is_nowhere = not (status or response or is_of_one or self._tally.answered)
+        self._tally.refused |= is_account or is_nowhere
         if is_account or is_nowhere or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
             remedy = "see that it runs, or correct --api-base or --model"
             if is_account:
@@ -272,41 +287,11 @@ def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
             loop.remove_signal_handler(number)
 
 
-def dry_run(job: Job) -> int:
-    """Say what ``job`` would take, and return the exit status: 1 if lines are bad."""
-    from asyncbucket.plan import plan
-
-    tally = Tally()
-    costs = asyncio.run(_costs(job, tally))
-    slots = job.concurrency or CONCURRENCY
-    earlier = f", {tally.answered_earlier:,} answered earlier" if tally.answered_earlier else ""
-    bad = f", {tally.bad:,} bad" if tally.bad else ""
-    print(f"{counted(len(costs), 'requests')} to send{earlier}{bad}")  # noqa: T201
-    if tally.errors:
-        print(errors_of(tally))  # noqa: T201 - a command's output
-    if costs:
-        concurrency = None if slots == "auto" else slots
-        planned = plan(*job.limits, tokens=costs, concurrency=concurrency, latency=_LATENCY)
-        print(planned)  # noqa: T201 - a command's output
-    return FAILED if tally.bad else DONE
-
-
-async def _costs(job: Job, tally: Tally) -> list[Cost]:
-    """Return what each request that would be sent is charged at admission."""
-    host = urlsplit(job.api_base).hostname or ""
-    charge = profile_of(host).cost
-    with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
-        return [
-            charge(Call("POST", host, task.request.path, task.request.body, FORESEEN)) or Cost()
-            async for task in tasks(job, answers, Errors(None), tally)
-        ]
-
-
 def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
     Raises:
-        ValueError: the file of answers is in use, or was made otherwise.
+        ValueError: the file of answers is in use, or was made otherwise; or no model is named.
         OSError, StoreError: a file cannot be written.
     """
     tally = Tally()
@@ -315,20 +300,24 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     )
     with (
         Answers(job.out_file, job.settings, restart=job.restart) as answers,
+        _tidied(job, tally),
         contextlib.closing(Errors(job.errors_file)) as errors,
     ):
-        if job.source != STANDARD:
-            tally.total = count_lines(job.source)
-        screen.say(headline(job, tally))
         started = time.monotonic()
         try:
             with silenced(), screen:  # what logs say is counted and shown
                 asyncio.run(Run(job, tally, screen, answers, errors).run())
         except (KeyboardInterrupt, asyncio.CancelledError):
             tally.stopped = True
-        tally.seconds = round(time.monotonic() - started, 3)
-        answers.check()
-    screen.say(summary(job, tally))
+        except Exception:
+            tally.stopped, tally.refused = True, not tally.requests
+            raise
+        finally:
+            tally.seconds = round(time.monotonic() - started, 3)
+            tally.refused &= not tally.answered
+            answers.check()
+            if tally.requests or not tally.refused:
+                screen.say(summary(job, tally))
     if tally.fatal is not None:
         screen.say(f"error: no request succeeds: {one_line(tally.fatal)}", always=True)
     if answers.trouble is not None:
@@ -340,3 +329,16 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     if tally.stopped and answers.trouble is None:
         return INTERRUPTED
     return FAILED if tally.failed or tally.bad or answers.trouble else DONE
+
+
+@contextlib.contextmanager
+def _tidied(job: Job, tally: Tally) -> Generator[None]:
+    """Remove what a run leaves beside its answers for nothing: all of it, if it was refused."""
+    errors, limits = job.errors_file, job.limits_file
+    new = [path for path in (errors, limits) if path and not path.exists()]
+    try:
+        yield
+    finally:
+        unused = [errors] if errors and not tally.errors else []
+        for path in new if tally.refused else unused:
+            path.unlink(missing_ok=True)
