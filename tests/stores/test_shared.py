@@ -284,7 +284,15 @@ async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
 async def test_pause_and_new_limits_apply_to_all_limiters_on_store(shared: Limiters) -> None:
     one, two = [shared("1000 RPM burst 100", concurrency=9) for _ in range(2)]
     told: list[str] = []
-    two.observe(lambda event: told.append(event.limit) if isinstance(event, LimitChanged) else None)
+    both = asyncio.Event()
+
+    def note(event: Event) -> None:
+        if isinstance(event, LimitChanged):
+            told.append(event.limit)
+            if len(told) == 2:
+                both.set()
+
+    two.observe(note)
     for limiter in (one, two):
         (await limiter.acquire()).release()
     one.pause(0.6, reason="429")
@@ -294,7 +302,8 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(shared: Limit
     assert lease.bound_by == "paused"
     lease.release()
     one.reconfigure("5 RPM burst 5", concurrency=5)
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        await both.wait()
     for _ in range(2):  # three were admitted before
         (await two.acquire(timeout=0.5)).release()
     with pytest.raises(AcquireTimeout):
