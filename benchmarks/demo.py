@@ -69,8 +69,8 @@ def draw(recorders: Sequence[Recorder]) -> None:
         failed = f"{agents - without.run.agents_finished} gave up by {without.run.seconds:.1f} s"
         _label(
             finished,
-            0.5,
-            without.run.agents_finished + 6,
+            without.run.seconds + 5,
+            0.06 * agents,
             f"without asyncbucket:\n{failed}",
             REFUSED,
         )

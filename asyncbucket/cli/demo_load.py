@@ -15,8 +15,9 @@ from llama_index.core.utils import get_tokenizer
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
+from asyncbucket import Cost, agent
 from asyncbucket.cli import interrupts_blocked
-from asyncbucket.cli.demo import Run
+from asyncbucket.cli.demo import CALLS_PER_AGENT, Run
 from asyncbucket.cli.ui import Screen
 from asyncbucket.testing import ProviderProcess
 
@@ -143,11 +144,12 @@ def look_up_weather(city: str) -> str:
 
 def _agent(number: int, run: Run, llm: Any) -> Job:
     # As `Any`, because type checkers pick a deprecated overload of `run`.
-    agent: Any = FunctionAgent(tools=[look_up_weather], llm=llm, timeout=None)
+    worker: Any = FunctionAgent(tools=[look_up_weather], llm=llm, timeout=None)
     question = f"I am traveler {number}. What should I wear in {_CITIES[number % len(_CITIES)]}?"
 
     async def job() -> None:
-        await agent.run(user_msg=question)
+        with agent(kind="traveler", expects=Cost(requests=CALLS_PER_AGENT)):
+            await worker.run(user_msg=question)
         run.agents_finished += 1
 
     return job

@@ -166,10 +166,14 @@ class Agents:
     def correct(self, run: Run, price: float) -> None:
         """Take in what an agent's call cost more or, if negative, less than it had paid."""
         run.used += price
-        if run.used > run.size and run.agent is not None:
+        if run.used > run.size:
+            self._resize(run)
+
+    def _resize(self, run: Run) -> None:
+        """Expect more of an agent that has used more than expected."""
+        if run.agent in self._runs:
             run.expect(self.expected(run.agent.kind, run.used))
-            if run.agent in self._runs:
-                self._join_fluid(run)
+            self._join_fluid(run)
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
@@ -190,6 +194,9 @@ class Agents:
                 sizes = self._sizes[agent.kind] = _Sizes()
             for each in sizes, self._all:
                 each.add(run.used)
+            for other in self._runs.values():
+                if other.is_open:
+                    self._resize(other)
         if run.fluid:  # now its true size is known
             run.expect(run.used)
             self._join_fluid(run)
