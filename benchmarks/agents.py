@@ -125,7 +125,7 @@ def play(
     admitted: list[tuple[float, int]] = []
 
     with virtual_time() as time:
-        limiter = Limiter(f"{TPM} TPM burst {TPM // 60}", clock=time.clock)
+        limiter = Limiter(f"{TPM} TPM burst {TPM // 15}", clock=time.clock)
 
         @contextlib.contextmanager
         def scope(one: Agent) -> Generator[Limiter]:

@@ -456,10 +456,10 @@ def test_agents_finish_earlier_on_average_than_by_call_or_in_fair_shares(name: s
     told = play(agents, "true sizes")
     if "mixed" in name:
         assert learned.mean <= 0.45 * by_call.mean
-    assert learned.mean <= 1.01 * fair.mean
+    assert learned.mean <= fair.mean
     assert told.mean <= 0.65 * fair.mean
     assert max(each.most for each in (by_call, fair, learned, told)) <= 400_000
-    assert learned.makespan <= 1.03 * by_call.makespan
+    assert learned.makespan <= 1.02 * by_call.makespan
 
 
 @pytest.mark.heavy
