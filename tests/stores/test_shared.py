@@ -477,7 +477,7 @@ async def test_last_settlement_determines_what_a_call_used(shared: Limiters) -> 
     limiter = shared("100 tokens/minute", "9 images/minute")
 
     async def available(*left: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while tuple(use.available for use in limiter.statistics().limits) != left:  # noqa: ASYNC110 - the store is told by and by
                 await asyncio.sleep(0.01)
 
