@@ -16,6 +16,10 @@ What is decided here, for each failed attempt:
 Each attempt acquires anew: during a back-off a call holds no slot and no tokens. The user sees the
 provider's last error, the same object, with a note that says how often the call was tried.
 
+Layers are stacked, and only the outermost retries: while an attempt runs, a context variable holds
+its `Sent`, and a paced transport that finds one makes a single attempt. It notes there which limiter
+it has paused, so that a refusal seen by both is counted once.
+
 stamina is used as it is. Its ``on=`` hook makes these decisions and returns the back-off, so its
 instrumentation, its testing mode and its switch work as for any other code. (Its time-out is off: it
 would count the time in line.) A call that succeeds at once never gets to it.
@@ -25,9 +29,11 @@ import functools
 import math
 import random
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
+from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
 from asyncbucket.core.levels import effective_limiter, emit, shown_name
@@ -40,10 +46,10 @@ from asyncbucket.waiting import ASYNC, IO, Lock
 
 try:
     import stamina
-except ModuleNotFoundError as missing:
-    raise ImportError('retrying needs stamina: pip install "asyncbucket[llama-index]"') from missing
+except ModuleNotFoundError:  # `Retrier` says so
+    stamina = None  # type: ignore[assignment]
 
-__all__ = ["Retrier", "Retry", "Sent", "Verdict", "classify"]
+__all__ = ["Retrier", "Retry", "Sent", "Verdict", "classify", "sent_above"]
 
 T = TypeVar("T")
 
@@ -115,14 +121,57 @@ class Retry:
             return cls()
         return cls(attempts=1 if value is False else value)
 
+    @classmethod
+    def times(cls, retries: "Retry | int | None") -> "Retry":
+        """Read what people pass as ``retries=``: a policy, how many, 0 (none) or None (default).
+
+        Raises:
+            TypeError, ValueError: it is not one of these.
+        """
+        if retries is None or isinstance(retries, Retry | bool):
+            return cls.of(retries)
+        if not is_integer(retries):
+            raise TypeError(f"retries must be a whole number or a Retry, not {retries!r}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, which means none, not {retries}")
+        return cls(attempts=retries + 1)
+
 
 class Sent:
-    """Hold when the latest attempt was sent, in seconds of the limiter's clock; None until then."""
+    """Hold what is known of a call's latest attempt; while it is entered, a layer above retries."""
 
-    __slots__ = ("at",)
+    __slots__ = ("_is_open", "_token", "at", "paused")
 
     def __init__(self) -> None:
+        #: When it was sent, in seconds of the limiter's clock; None until then.
         self.at: float | None = None
+        #: The limiter that was paused already, if the attempt was refused for rate.
+        self.paused: Limiter | None = None
+        self._is_open = False
+        self._token: Token[Sent | None] | None = None
+
+    def __enter__(self) -> None:
+        self.paused = None
+        self._is_open, self._token = True, _SENT.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        self._is_open = False  # a task that was started inside has a copy of the context
+        if self._token is not None:
+            put_back(_SENT, self._token)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the layer that retries still waits for the attempt."""
+        return self._is_open
+
+
+_SENT: Final[ContextVar[Sent | None]] = ContextVar("asyncbucket_sent", default=None)
+
+
+def sent_above() -> Sent | None:
+    """Return the attempt that this code is part of, if a layer above retries it."""
+    sent = _SENT.get()
+    return sent if sent is not None and sent.is_open else None
 
 
 class Retrier:
@@ -146,6 +195,8 @@ class Retrier:
         caller: Limiter | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
+        if stamina is None:
+            raise ImportError('retrying needs stamina: pip install "asyncbucket[http]"')
         self.policy = policy
         self.now = limiter.now
         self._caller = limiter if caller is None else caller
@@ -174,7 +225,7 @@ class Retrier:
             attempt: makes one attempt; it acquires for itself, and gives back whatever happens.
             io: how ``attempt`` waits, and how back-offs do; see `asyncbucket.waiting`.
             deadline: the latest instant at which an attempt may begin, in seconds of the limiter's
-                clock.
+                clock; `asyncbucket.deadline` around the call counts besides.
             tried: what the attempt calls in the end; stamina's hooks see its name.
             sent: where attempts note when they were sent, so that a late refusal is assigned to its
                 own wave.
@@ -182,23 +233,24 @@ class Retrier:
         Raises:
             Exception: the provider's last error, with a note; or whatever else `attempt` raised.
         """
-        started = self.now()
+        started, sent = self.now(), sent or Sent()
         try:
-            result: T = await attempt()
+            with sent:
+                result: T = await attempt()
         except Exception as error:
             if isinstance(error, AsyncBucketError):
                 raise
-            latest = math.inf if deadline is None else deadline
-            trial = _Trial(self, attempt, error, started, latest, sent or Sent())
+            trial = _Trial(self, attempt, error, started, self._latest(deadline), sent)
         else:
-            self.succeeded(None if sent is None else sent.at)
+            self.succeeded(sent.at)
             return result
 
         async def again() -> T:
             result: T = await trial.again()
             return result
 
-        # stamina's hooks see the name of what is tried.
+        assert stamina is not None
+        # Its hooks see the name of what is tried.
         functools.update_wrapper(again, tried or attempt, ("__module__", "__qualname__"), ())
         retry = stamina.retry(on=trial.back_off, attempts=self.policy.attempts, timeout=None)
         try:
@@ -212,6 +264,13 @@ class Retrier:
             trial.error, trial.attempt = None, _nothing
         raise failed
 
+    def _latest(self, deadline: float | None) -> float:
+        """Return when the last attempt may begin: by ``deadline``, and by those set around the call."""
+        terms = inherited.get()
+        left = None if terms is None else terms.seconds_left()
+        latest = math.inf if deadline is None else deadline
+        return latest if left is None else min(latest, self.now() + left)
+
     def succeeded(self, sent_at: float | None = None) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""
         most = self.policy.budget
@@ -220,18 +279,20 @@ class Retrier:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
         self._refusals.succeeded(sent_at)
 
-    def pause(self, verdict: Verdict, sent_at: float | None = None) -> float:
-        """Pause the limiter after a refusal for rate; return the seconds until it ends."""
+    def pause(self, verdict: Verdict, sent: Sent) -> float:
+        """Pause the limiter after a refusal for rate, once; return the seconds until it ends."""
         policy = self.policy
+        if sent.paused is self._refusals.limiter:  # by the transport that got the reply
+            return self._refusals.seconds_left()
         return self._refusals.pause(
             verdict.retry_after,
             first=policy.backoff,
             longest=policy.max_wait,
-            sent_at=sent_at,
+            sent_at=sent.at,
         )
 
     def next_wait(
-        self, verdict: Verdict, attempts: int, sent_at: float | None, deadline: float
+        self, verdict: Verdict, attempts: int, sent: Sent, deadline: float
     ) -> tuple[float, str | None]:
         """Return how long to wait before the next attempt, and why there will be none, if so."""
         policy, asked = self.policy, verdict.retry_after
@@ -240,7 +301,7 @@ class Retrier:
         refused_for = 0.0
         known = asked
         if verdict.rate_limited:
-            paused = self.pause(verdict, sent_at)
+            paused = self.pause(verdict, sent)
             if asked is None:
                 known, refused_for = paused, self._refusals.lasted(waves=policy.attempts)
         wait, left = self._jittered(known, attempts), deadline - self.now()
@@ -310,7 +371,8 @@ class _Trial:
                 raise first
             finally:
                 del first
-        result = await self.attempt()
+        with self.sent:
+            result = await self.attempt()
         self.retrier.succeeded(self.sent.at)
         return result
 
@@ -319,7 +381,7 @@ class _Trial:
         if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
             return False
         self.error, verdict = error, classify(error)
-        wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent.at, self.deadline)
+        wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent, self.deadline)
         if reason is None:
             self.retrier.report(self.attempts, verdict, wait)
             # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
@@ -335,7 +397,7 @@ class _Trial:
         if self.error is None:  # stamina is switched off, so it did not ask
             verdict = classify(ended)
             if verdict.rate_limited:
-                self.retrier.pause(verdict, self.sent.at)
+                self.retrier.pause(verdict, self.sent)
         elif isinstance(ended, AsyncBucketError):
             self.attempts -= 1  # it was refused before it reached the provider
             self._add_note(self.error, f"no other attempt was admitted: {ended}")

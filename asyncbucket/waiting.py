@@ -38,6 +38,10 @@ class AsyncIO:
         item: Awaitable[Any] = anext(iterator, end)
         return item
 
+    async def read(self, chunks: Any) -> bytes:
+        """Return what an async iterable of bytes gives."""
+        return b"".join([chunk async for chunk in chunks])
+
     async def close(self, resource: Any) -> None:
         """Close what has an ``aclose``."""
         await resource.aclose()
@@ -61,6 +65,10 @@ class SyncIO:
     async def next_item(self, iterator: Any, end: Any) -> Any:
         """Return the next item of an iterator, or ``end``."""
         return next(iterator, end)
+
+    async def read(self, chunks: Any) -> bytes:
+        """Return what an iterable of bytes gives."""
+        return b"".join(chunks)
 
     async def close(self, resource: Any) -> None:
         """Close what has a ``close``."""

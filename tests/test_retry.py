@@ -16,7 +16,7 @@ from stamina.instrumentation import RetryDetails
 
 from asyncbucket import Limiter, QueueFull
 from asyncbucket.providers.refusals import Refusals
-from asyncbucket.retry import Retrier, Retry, Verdict
+from asyncbucket.retry import Retrier, Retry, Sent, Verdict
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.waiting import SYNC, run
 
@@ -95,6 +95,25 @@ def test_retry_of_accepts_policy_attempts_bool_or_none() -> None:
     assert Retry.of(3) == Retry(attempts=3)
     policy = Retry(max_wait=5)
     assert Retry.of(policy) is policy
+
+
+def test_retries_are_a_number_a_policy_or_the_default() -> None:
+    assert [Retry.times(each).attempts for each in (0, False, 3, None, True)] == [1, 1, 4, 5, 5]
+    policy = Retry(max_wait=5)
+    assert Retry.times(policy) is policy
+    with pytest.raises(TypeError, match=r"retries must be a whole number or a Retry, not 1\.5"):
+        Retry.times(1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="retries must be at least 0, which means none, not -1"):
+        Retry.times(-1)
+
+
+def test_retrier_without_stamina_names_what_to_install(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncbucket.retry.stamina", None)
+    stage.limiter.transport(retries=0)
+    with pytest.raises(ImportError, match=r'needs stamina: pip install "asyncbucket\[http\]"'):
+        stage.limiter.transport()
 
 
 @pytest.mark.parametrize(
@@ -303,11 +322,11 @@ def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> 
 
     async def main() -> None:
         for _ in range(3):
-            pauses.append(first.pause(refused()))
-            assert second.pause(refused()) == transport.pause(None) == pauses[-1]
+            pauses.append(first.pause(refused(), Sent()))
+            assert second.pause(refused(), Sent()) == transport.pause(None) == pauses[-1]
             await asyncio.sleep(pauses[-1])
         transport.succeeded()
-        pauses.append(second.pause(refused()))
+        pauses.append(second.pause(refused(), Sent()))
 
     stage.run(main())
     assert pauses == [1.0, 2.0, 4.0, 1.0]

@@ -168,17 +168,19 @@ class Doors:
         """Return a paced transport for any client of httpx or httpx2, async or synchronous.
 
         Each HTTP attempt waits for its admission, and holds its slot until the body of the reply is
-        read, closed or dropped. Everything else is unchanged.
+        read, closed or dropped. A request that fails temporarily is sent again. Everything else is
+        unchanged. Needs the extra ``asyncbucket[http]``.
 
         >>> http = httpx.AsyncClient(transport=limiter.transport())
         >>> client = AsyncOpenAI(http_client=http, max_retries=0)
 
         Args:
             inner: the transport that sends the requests; by default the client's own kind.
-            options: ``profile=``, ``learn=`` and ``routes=``, as in
+            options: ``profile=``, ``learn=``, ``routes=`` and ``retries=``, as in
                 `asyncbucket.http.transport.PacedTransport`.
 
         Raises:
+            ImportError: the extra is not installed.
             ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.transport import PacedTransport
@@ -194,11 +196,11 @@ class Doors:
         >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
 
         Args:
-            options: ``family=``, ``sync=``, ``profile=``, ``learn=`` and ``routes=``, as in
-                `asyncbucket.http.clients.http_client`, and arguments for the client itself.
+            options: ``family=``, ``sync=``, ``profile=``, ``learn=``, ``routes=`` and ``retries=``,
+                as in `asyncbucket.http.clients.http_client`, and arguments for the client itself.
 
         Raises:
-            ImportError: neither httpx nor httpx2 is installed.
+            ImportError: neither httpx nor httpx2 is installed, or stamina is not.
             ValueError, TypeError: an option cannot be understood.
         """
         from asyncbucket.http.clients import http_client

@@ -21,6 +21,7 @@ __all__ = [
     "QueueFull",
     "StoreError",
     "WouldBlock",
+    "refusal_in",
 ]
 
 
@@ -64,3 +65,22 @@ class QueueFull(_NotNow):
 
 class StoreError(AsyncBucketError):
     """Say that the state shared by several processes is out of reach or unusable."""
+
+
+def refusal_in(error: BaseException | None) -> AsyncBucketError | None:
+    """Return asyncbucket's own error inside ``error``; None if there is none.
+
+    An SDK reports a call that the limiter refused as a lost connection. The limiter's error, with
+    its ``retry_after``, is among the causes. Exception groups are searched, too.
+    """
+    seen: set[int] = set()
+    found = [error]
+    while found:
+        each = found.pop()
+        if isinstance(each, AsyncBucketError):
+            return each
+        if each is not None and id(each) not in seen:  # a chain may be circular
+            seen.add(id(each))
+            found += [None if each.__suppress_context__ else each.__context__, each.__cause__]
+            found += reversed(each.exceptions) if isinstance(each, BaseExceptionGroup) else ()
+    return None

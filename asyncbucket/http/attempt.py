@@ -6,13 +6,14 @@ refused call is over with its headers, whether or not anybody reads what else it
 GET for a stream of events, which may stay open as long as the program runs.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
 from asyncbucket.http.lanes import PricedRequest
-from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
+from asyncbucket.providers.errors import FIRST_ERROR, Verdict, end_failed, never_sent
 from asyncbucket.providers.request import (
     is_input_only,
     read_json,
@@ -20,6 +21,7 @@ from asyncbucket.providers.request import (
     reports_own_usage,
 )
 from asyncbucket.providers.usage import Usage, find_usage, is_complete
+from asyncbucket.retry import Sent
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2
@@ -34,15 +36,20 @@ class Attempt:
         priced: the request.
         lease: what the attempt holds.
         teaches: whether the headers of its reply are the provider's.
+        noted: what the layer that retries reads.
     """
 
-    def __init__(self, priced: PricedRequest, lease: Lease, *, teaches: bool) -> None:
+    def __init__(self, priced: PricedRequest, lease: Lease, *, teaches: bool, noted: Sent) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
         self._lane, self._call, self._profile, _ = priced
         self._lease = lease
         self._teaches = teaches
         self._sent_at = self._lane.limiter.now()
+        self._noted = noted
+        noted.at = self._sent_at
+        #: What a reply means whose status is an error.
+        self.verdict: Verdict | None = None
         self._ended = False
         self._reply: Any = None
         self._tail: Tail | None = None
@@ -55,7 +62,7 @@ class Attempt:
         """Note that the request leaves only now."""
         now = self._lane.limiter.now()
         if now - self._sent_at > _REDATE_AFTER:
-            self._sent_at = now
+            self._sent_at = self._noted.at = now
             sent(self._lease)
 
     def headers_received(self, reply: Any) -> None:
@@ -79,10 +86,8 @@ class Attempt:
         if not self._teaches:
             self._lease.failed()
             return
-        body = read_json(reply.content) if reply.is_closed else None
-        refusals, sent_at = self._lane.refusals, self._sent_at
-        verdict, needs_body = refusals.judge(
-            reply.status_code, reply.headers, body, sent_at=sent_at
+        verdict, needs_body = self._judge(
+            reply, read_json(reply.content) if reply.is_closed else None
         )
         if needs_body:
             self._tail = self._new_tail(reply)
@@ -90,6 +95,15 @@ class Attempt:
             self._lease.overloaded()
         else:
             self._lease.failed()
+
+    def _judge(self, reply: Any, body: Mapping[str, Any] | None) -> tuple[Verdict, bool]:
+        """Judge a failed reply, pause the limiter if need be, and note both for the layer that retries."""
+        refusals = self._lane.refusals
+        judged = refusals.judge(reply.status_code, reply.headers, body, sent_at=self._sent_at)
+        self.verdict = judged[0]
+        if self.verdict.rate_limited:
+            self._noted.paused = refusals.limiter
+        return judged
 
     def _new_tail(self, reply: Any) -> Tail:
         # A body that came with the reply, as in tests, is decoded already.
@@ -113,8 +127,7 @@ class Attempt:
                 return
             head, end = tail.read()
             if reply.status_code >= FIRST_ERROR:
-                body, sent_at = read_json(end), self._sent_at
-                self._lane.refusals.judge(reply.status_code, reply.headers, body, sent_at=sent_at)
+                self._judge(reply, read_json(end))
             elif complete or is_complete(end):
                 self._settle(head, end)
         finally:

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from asyncbucket.waiting import IO
+
 if TYPE_CHECKING:
     from asyncbucket.http.attempt import Attempt
 
@@ -102,6 +104,43 @@ class _RequestBody:
         attempt = self._attempt()
         if attempt is not None:
             attempt.request_sent()
+
+
+class _KeptBody:
+    """Give a reply's body that was read already."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._data
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._data
+
+
+async def keep_body(reply: Any, io: IO) -> None:
+    """Read a reply's body, which frees its connection, and put it back for whoever reads the reply."""
+    stream: Any = reply.stream
+    stream_class: Any = type(stream)
+    kept = _body_class(stream_class, _KeptBody)
+    if kept is not None and not reply.is_closed:
+        try:
+            data = await io.read(stream)
+        finally:
+            await io.close(stream)
+        reply.stream = kept(data)
+
+
+def can_be_resent(request: Any) -> bool:
+    """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
+    try:
+        request.content  # noqa: B018 - raises for a stream
+    except RuntimeError:
+        # A file of unknown length cannot be rewound.
+        is_form = type(request.stream).__name__ == "MultipartStream"
+        return is_form and "content-length" in request.headers
+    return True
 
 
 def request_body(stream: Any, attempt: "Attempt") -> Any:

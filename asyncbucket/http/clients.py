@@ -10,6 +10,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.lanes import Routing
 from asyncbucket.http.transport import FAMILIES, POOL, PacedTransport, family_of, library_named
 from asyncbucket.providers.profiles import Profile
+from asyncbucket.retry import Retry
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0
@@ -27,6 +28,7 @@ def http_client(
     profile: Profile | str | None = None,
     learn: bool = True,
     routes: Routing | None = None,
+    retries: Retry | int | None = None,
     **options: Any,
 ) -> Any:
     """Return a paced ``AsyncClient`` or ``Client``: ``limiter`` admits each of its requests.
@@ -42,6 +44,7 @@ def http_client(
         profile: see `asyncbucket.http.transport.PacedTransport`.
         learn: see there.
         routes: see there.
+        retries: see there.
         options: arguments for the client, ``timeout=`` for example.
 
     Raises:
@@ -65,7 +68,9 @@ def http_client(
         inner = _transport_for(pattern, client)
         if not sync and inner not in given:  # one that was given is the same on every loop
             inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
-        return PacedTransport(limiter, inner, profile=profile, learn=learn, routes=routes)
+        return PacedTransport(
+            limiter, inner, profile=profile, learn=learn, routes=routes, retries=retries
+        )
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.

@@ -19,6 +19,7 @@ from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.providers.refusals import Refusals
 from asyncbucket.providers.request import read_json
+from asyncbucket.retry import Retrier, Retry
 
 if TYPE_CHECKING:
     from asyncbucket.core.cost import Cost
@@ -43,14 +44,21 @@ class Lane:
         limiter: what admits the calls.
         paused_limiter: the one that a refusal pauses.
         learn: whether to read what headers say.
+        retry: how its failed calls are retried.
     """
 
-    __slots__ = ("forecast", "header_reader", "limiter", "refusals")
+    __slots__ = ("forecast", "header_reader", "limiter", "refusals", "retrier")
 
-    def __init__(self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool) -> None:
+    def __init__(
+        self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool, retry: Retry
+    ) -> None:
         self.limiter = limiter
         self.header_reader = HeaderReader(limiter, learn=learn)
         self.refusals = Refusals(paused_limiter)
+        #: None if failed calls are not retried.
+        self.retrier = (
+            Retrier(retry, paused_limiter, caller=limiter) if retry.attempts > 1 else None
+        )
         self.forecast = OutputForecast()
 
     def settles_any_limit(self, profile: Profile) -> bool:
@@ -76,6 +84,7 @@ class Lanes:
         limiter: the limiter for requests that no route matches.
         profile: a provider's name or a profile; None finds it by the host.
         learn: whether headers are read.
+        retry: how failed calls are retried.
         routes: which child a request is for.
 
     Raises:
@@ -90,14 +99,15 @@ class Lanes:
         *,
         profile: Profile | str | None,
         learn: bool,
+        retry: Retry,
         routes: Routing | None,
     ) -> None:
         self._fixed_profile = profile_named(profile) if isinstance(profile, str) else profile
         if not (profile is None or isinstance(self._fixed_profile, Profile)):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._limiter = limiter
-        self._learn = learn
-        self._default = Lane(limiter, paused_limiter=provider_of(limiter), learn=learn)
+        self._new_lane = partial(Lane, learn=learn, retry=retry)
+        self._default = self._new_lane(limiter, paused_limiter=provider_of(limiter))
         self._by_limiter: dict[Limiter, Lane] = {limiter: self._default}
         self._choose = None if routes is None else self._chooser(routes)
 
@@ -123,7 +133,7 @@ class Lanes:
         if lane is None:
             if len(self._by_limiter) >= _MAX_REMEMBERED:  # tenants, perhaps
                 self._by_limiter = {self._limiter: self._default}
-            lane = Lane(limiter, paused_limiter=limiter, learn=self._learn)
+            lane = self._new_lane(limiter, paused_limiter=limiter)
             self._by_limiter[limiter] = lane
         return lane
 

@@ -23,11 +23,12 @@ from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.bodies import reply_body, request_body
-from asyncbucket.http.lanes import Lanes, Routing
+from asyncbucket.http.bodies import can_be_resent, keep_body, reply_body, request_body
+from asyncbucket.http.lanes import Lanes, PricedRequest, Routing
 from asyncbucket.nesting import give_up_slots, paying_limiter
-from asyncbucket.providers.errors import FIRST_ERROR
+from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
 from asyncbucket.providers.profiles import Profile
+from asyncbucket.retry import Retry, Sent, sent_above
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ _METHODS: Final = ("handle_async_request", "handle_request")
 #: Where the note is in a request's extensions.
 _NOTE: Final = "asyncbucket"
 _RETRY_COUNT: Final = "x-stainless-retry-count"
-#: The headers that carry keys: of OpenAI and most others, Anthropic, Azure.
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -79,10 +79,11 @@ class TransportOptions(TypedDict, total=False):
     profile: Profile | str | None
     learn: bool
     routes: Routing | None
+    retries: Retry | int | None
 
 
 class PacedTransport(_AnyTransport):
-    """Pace every request of a client, async or synchronous, by ``limiter``.
+    """Pace every request of a client, async or synchronous, by ``limiter``; retry what is worth it.
 
     A synchronous client blocks its thread while it waits. A client that is given a transport ignores
     its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment. For those, pass
@@ -100,10 +101,14 @@ class PacedTransport(_AnyTransport):
         routes: which child a request is for, by its path and model, with wildcards:
             ``{"/v1/embeddings": "embeddings", "gpt-4o*": "big"}``; see `asyncbucket.http.lanes`.
             A refusal then pauses that child.
+        retries: how often a failed request is sent again, or a `Retry`: 4 times by default, 0 for
+            never. A streamed body is not sent again, and if a layer above retries, this one does
+            not.
 
     Raises:
-        ValueError: ``profile`` or a route cannot be understood.
+        ValueError: ``profile``, ``retries`` or a route cannot be understood.
         TypeError: ``inner`` is not a transport, or a route's target is not a child or a name.
+        ImportError: stamina, which retries, is not installed.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class PacedTransport(_AnyTransport):
         profile: Profile | str | None = None,
         learn: bool = True,
         routes: Routing | None = None,
+        retries: Retry | int | None = None,
     ) -> None:
         sends = any(callable(getattr(inner, method, None)) for method in _METHODS)
         if inner is not None and (isinstance(inner, type) or not sends):
@@ -125,7 +131,8 @@ class PacedTransport(_AnyTransport):
         self._inner = inner
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
-        self._lanes = Lanes(limiter, profile=profile, learn=learn, routes=routes)
+        retry = Retry.times(retries)
+        self._lanes = Lanes(limiter, profile=profile, learn=learn, retry=retry, routes=routes)
         self._seen_failure = False
         self._warned: set[str] = set()
 
@@ -174,15 +181,41 @@ class PacedTransport(_AnyTransport):
                 ok, reader = reply.status_code < FIRST_ERROR, priced.lane.header_reader
                 reader.read(reply.headers, priced.profile, since=sent_at, ok=ok)
             return reply
+        retrier, noted = priced.lane.retrier, sent_above()
+        if noted is not None or _is_sdk_retry(request) or not can_be_resent(request):
+            retrier = None
+        noted = noted or Sent()
+
+        async def once() -> Any:
+            note = _Note(limiter, first_host)
+            reply, attempt = await self._attempt(request, priced, io, send, note, noted)
+            if retrier is None or attempt.verdict is None:
+                return reply
+            if attempt.verdict.retry:
+                await keep_body(reply, io)  # which may change the verdict
+            raise RefusedReply(reply, attempt.verdict)
+
+        if retrier is None:
+            return await once()
+        try:
+            return await retrier.call(once, io=io, tried=getattr(self, method), sent=noted)
+        except RefusedReply as refused:
+            return refused.reply
+
+    async def _attempt(
+        self, request: Any, priced: PricedRequest, io: IO, send: Any, note: _Note, noted: Sent
+    ) -> tuple[Any, Attempt]:
+        """Send ``request`` once; return the reply, and the attempt, which lasts as long as that."""
+        limiter = note.limiter
         give_up_slots(limiter)
         lease = await io.acquire(limiter, cost=priced.cost)
-        attempt = Attempt(priced, lease, teaches=teaches)
-        note = _Note(limiter, first_host)
-        request.extensions = {**extensions, _NOTE: note}
+        teaches = request.url.host == note.host
+        attempt = Attempt(priced, lease, teaches=teaches, noted=noted)
+        request.extensions = {**request.extensions, _NOTE: note}
         body = request.stream
         request.stream = request_body(body, attempt)
         try:
-            return self._watched(attempt, await io.call(send, request))
+            reply = self._watched(attempt, await io.call(send, request))
         except BaseException as error:
             self._seen_failure = True
             attempt.failed(error)
@@ -190,6 +223,7 @@ class PacedTransport(_AnyTransport):
         finally:
             note.sending = False
             request.stream = body
+        return reply, attempt
 
     def _watched(self, attempt: Attempt, reply: Any) -> Any:
         """Return ``reply`` with a stream that watches the body."""
@@ -243,12 +277,12 @@ class PacedTransport(_AnyTransport):
 
     def _check(self, request: Any) -> None:
         """Warn once if an SDK above retries by itself."""
-        if self._seen_failure and request.headers.get(_RETRY_COUNT, "0") != "0":
+        if self._seen_failure and _is_sdk_retry(request):
             self._warn_once(
                 _RETRY_COUNT,
-                "the SDK above the transport of limiter %r tries failed calls again by itself: "
-                "each attempt is charged and waits in line after the SDK's own back-off; if "
-                "anything above it retries too, pass max_retries=0 to the SDK",
+                "the SDK above the transport of limiter %r retries failed calls, too: each of its "
+                "retries is one more attempt, after the SDK's own back-off; pass max_retries=0 to "
+                "the SDK",
                 self.limiter.name,
             )
 
@@ -287,6 +321,12 @@ class PacedTransport(_AnyTransport):
             self.close()
         else:
             self._inner.__exit__(*error)
+
+
+def _is_sdk_retry(request: Any) -> bool:
+    """Tell whether an SDK sends a request again by itself."""
+    count: str = request.headers.get(_RETRY_COUNT, "0")
+    return count != "0"
 
 
 def library_named(family: str) -> Any:

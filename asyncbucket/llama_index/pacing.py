@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
-from asyncbucket.core.context import inherited, put_back
+from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of, sent
 from asyncbucket.core.limiter import Limiter
@@ -273,15 +273,7 @@ class Pacing:
 
     async def retry(self, call: ModelCall, attempt: Callable[[], Any]) -> Any:
         """Return what ``attempt()`` returns, one attempt at ``call``, after as many as it takes."""
-        terms = inherited.get()
-        left = None if terms is None else terms.seconds_left()
-        return await self.retrier.call(
-            attempt,
-            io=call.io,
-            deadline=None if left is None else self.limiter.now() + left,
-            tried=call.own,
-            sent=call.sent,
-        )
+        return await self.retrier.call(attempt, io=call.io, tried=call.own, sent=call.sent)
 
     async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
         lease, held = await self.admit(call, estimate)

@@ -103,6 +103,15 @@ class Verdict:
     overloaded: bool = False
 
 
+class RefusedReply(Exception):  # noqa: N818 - no error yet: another attempt may follow
+    """Carry a reply whose status is an error, and the verdict on it, to the layer that retries."""
+
+    def __init__(self, reply: Any, verdict: Verdict) -> None:
+        super().__init__(verdict.reason)
+        self.reply = reply
+        self.verdict = verdict
+
+
 def classify(error: BaseException) -> Verdict:
     """Judge an error of OpenAI's or Anthropic's SDK, httpx or the like, by its shape.
 
@@ -111,7 +120,10 @@ def classify(error: BaseException) -> Verdict:
     error, an error of asyncbucket itself, and anything that is not an `Exception` are not to be
     retried. (SDKs report a refusal by a limiter beneath them as a lost connection.)
     """
-    refused = isinstance(error, AsyncBucketError) or isinstance(error.__cause__, AsyncBucketError)
+    if isinstance(error, RefusedReply):
+        return error.verdict
+    # Not `refusal_in`: the refusal of another call, during whose handling this one failed, is no cause.
+    refused = any(isinstance(each, AsyncBucketError) for each in _causes(error, implicit=False))
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
     status, reply_headers, codes = _facts(error)
@@ -218,10 +230,10 @@ def _class_names(error: BaseException | None) -> set[str]:
     return {cls.__name__ for cls in type(error).__mro__}
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None, *, implicit: bool = True) -> Iterator[BaseException]:
     """Yield an error, its cause, and so on; a chain may be circular."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if implicit else None)

@@ -72,10 +72,10 @@ class Refusals:
     Safe on several threads.
     """
 
-    __slots__ = ("_limiter", "_waves")
+    __slots__ = ("_waves", "limiter")
 
     def __init__(self, limiter: Limiter) -> None:
-        self._limiter = limiter
+        self.limiter = limiter
         self._waves: _Waves = vars(limiter).setdefault("_refusals", _Waves())
 
     def succeeded(self, sent_at: float | None = None) -> None:
@@ -83,13 +83,17 @@ class Refusals:
         waves = self._waves
         if waves.count:
             with waves.lock:
-                if waves.is_over(self._limiter.now(), sent_at):
+                if waves.is_over(self.limiter.now(), sent_at):
                     waves.count = 0
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
         known = self._waves
-        return self._limiter.now() - known.first_at if known.count > waves else 0.0
+        return self.limiter.now() - known.first_at if known.count > waves else 0.0
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the pause of the latest wave ends."""
+        return max(0.0, self._waves.paused_until - self.limiter.now())
 
     def judge(
         self,
@@ -108,8 +112,8 @@ class Refusals:
         says_so = asked is not None or "overloaded" in verdict.reason
         unsure = verdict.rate_limited and body is None and (asked or math.inf) > _SURELY_A_RATE
         if unsure:
-            if not can_give_slots_up(self._limiter):  # else there are fewer slots now
-                self._limiter.pause(_PAUSE_FOR_BODY)
+            if not can_give_slots_up(self.limiter):  # else there are fewer slots now
+                self.limiter.pause(_PAUSE_FOR_BODY)
         elif verdict.rate_limited:
             self.pause(asked, sent_at=sent_at)
         elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
@@ -119,7 +123,7 @@ class Refusals:
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",
-                *(self._limiter.name, verdict.reason),
+                *(self.limiter.name, verdict.reason),
             )
         needs_body = unsure or (status in (RATE_LIMITED, _UNAVAILABLE) and asked is None)
         return verdict, needs_body and body is None
@@ -149,7 +153,7 @@ class Refusals:
         """
         waves = self._waves
         with waves.lock:
-            now = self._limiter.now()
+            now = self.limiter.now()
             new_wave = waves.is_over(now, sent_at)
             if new_wave:
                 waves.count += 1
@@ -159,7 +163,7 @@ class Refusals:
                 seconds = min(retry_after, longest)
             elif not new_wave:
                 seconds = max(0.0, waves.paused_until - now)
-            elif waves.count == 1 and can_give_slots_up(self._limiter):
+            elif waves.count == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
                 seconds = doubled(first, waves.count, most=longest)
@@ -169,9 +173,9 @@ class Refusals:
                 level = logging.WARNING if now >= waves.quiet_until else logging.DEBUG
             if level == logging.WARNING:
                 waves.quiet_until = now + _WARNING_INTERVAL
-        self._limiter.pause(seconds, reason=reason, gradually=True)
+        self.limiter.pause(seconds, reason=reason, gradually=True)
         if level:
-            name, why = self._limiter.name, _EXPLANATIONS[reason]
+            name, why = self.limiter.name, _EXPLANATIONS[reason]
             _log.log(level, "limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
         return seconds
 

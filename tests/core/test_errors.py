@@ -216,3 +216,23 @@ async def test_timeout_of_limiter_is_default_for_calls_and_children(time: Virtua
     assert time.now == 0
     await key.acquire(timeout=math.inf)
     assert time.now > 60
+
+
+def raised(error: BaseException, *, cause: BaseException | None = None) -> BaseException:
+    """Return ``error`` with an explicit cause."""
+    error.__cause__ = cause
+    return error
+
+
+def test_refusal_is_found_among_causes_contexts_and_groups() -> None:
+    refusal = QueueFull("full")
+    implicit, hidden, circular = ValueError("a"), ValueError("b"), ValueError("c")
+    implicit.__context__ = hidden.__context__ = refusal
+    hidden.__suppress_context__ = True
+    circular.__context__ = raised(KeyError("d"), cause=circular)
+    group = BaseExceptionGroup("e", [ValueError("f"), ExceptionGroup("g", [implicit])])
+
+    for error in (refusal, implicit, group, raised(OSError("h"), cause=group)):
+        assert errors.refusal_in(error) is refusal
+    for other in (None, hidden, circular, asyncio.CancelledError()):
+        assert errors.refusal_in(other) is None

@@ -123,6 +123,7 @@ def test_error_means_what_its_status_code_or_class_says(error: Exception, verdic
         openai.APIError("no", REQUEST, body={"code": "invalid_prompt"}),
         # The SDK takes any error of a transport for a lost connection.
         *map(caused_by, (httpx.UnsupportedProtocol("no scheme"), CostExceedsLimit("ours"))),
+        caused_by(caused_by(QueueFull("ours"))),
         *(ValueError("yours"), KeyError("k"), FileNotFoundError(), RuntimeError()),
         *(AcquireTimeout("ours"), QueueFull("ours"), CostExceedsLimit("ours")),
         *(asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(500), GeneratorExit()),
@@ -130,6 +131,13 @@ def test_error_means_what_its_status_code_or_class_says(error: Exception, verdic
 )
 def test_errors_of_callers_limiters_and_exits_are_final(error: BaseException) -> None:
     assert not classify(error).retry
+
+
+def test_call_that_fails_while_another_ones_refusal_is_handled_is_retried() -> None:
+    error = status_error(503)
+    error.__context__ = AcquireTimeout("of the model that was asked first")
+
+    assert classify(error).retry
 
 
 def test_circular_causes_are_followed_once() -> None:

@@ -76,7 +76,7 @@ async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> No
         return library.Response(429 if refused else 200, headers={"retry-after": "7"}, json={})
 
     routes = {"gpt-4o*": "big", "gpt-3*": "small"}
-    transport = limiter.transport(library.MockTransport(answer), routes=routes)
+    transport = limiter.transport(library.MockTransport(answer), routes=routes, retries=0)
     async with library.AsyncClient(transport=transport) as client:
         for model in ("gpt-4o", "gpt-3.5"):
             await client.post(HOST + CHAT, json={"model": model})
@@ -89,7 +89,7 @@ async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> No
 async def test_refusal_of_tenant_pauses_whole_key(library: Any) -> None:
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     inner = library.MockTransport(answering(library, b"{}", status=429, retry_after="7"))
-    transport = limiter.child("acme", "50 RPM").transport(inner)
+    transport = limiter.child("acme", "50 RPM").transport(inner, retries=0)
     async with library.AsyncClient(transport=transport) as client:
         await client.post(HOST + CHAT, json={"model": "m"})
 

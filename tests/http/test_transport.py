@@ -36,10 +36,10 @@ def used(limiter: Limiter, resource: str) -> int:
 
 
 def client_over(
-    library: Any, limiter: Limiter, answer: Any, *, io: IO = ASYNC, **options: Any
+    library: Any, limiter: Limiter, answer: Any, *, io: IO = ASYNC, retries: int = 0, **options: Any
 ) -> Any:
     """Return a client whose paced transport gets its replies from `answer`."""
-    transport = limiter.transport(library.MockTransport(answer), **options)
+    transport = limiter.transport(library.MockTransport(answer), retries=retries, **options)
     return (library.AsyncClient if io is ASYNC else library.Client)(transport=transport)
 
 
@@ -78,7 +78,7 @@ async def test_slot_is_held_until_body_ends_however_that_is(
     def answer(_: Any) -> Any:
         return library.Response(200, stream=body)
 
-    client = client_over(library, limiter, answer, io=io, profile="generic")
+    client = client_over(library, limiter, answer, io=io, profile="generic", retries=4)
 
     with pytest.raises(library.ReadError, match="gone") if error else contextlib.nullcontext():
         await use(client, io, way)
@@ -315,7 +315,8 @@ async def test_waiting_in_queue_does_not_use_up_request_timeout(library: Any) ->
     headers = {"authorization": "Bearer k"}
     with RateLimitedProvider(latency=0.15) as provider:
         url = f"{provider.base_url}/chat/completions"
-        client = library.AsyncClient(transport=limiter.transport(), headers=headers, timeout=0.4)
+        transport = limiter.transport(retries=0)
+        client = library.AsyncClient(transport=transport, headers=headers, timeout=0.4)
         async with client:
             replies = await asyncio.gather(*(client.post(url, json=BODY) for _ in range(4)))
             assert [reply.status_code for reply in replies] == [200] * 4
@@ -572,18 +573,6 @@ async def test_transports_of_parent_and_child_charge_once(
     assert (gateway.statistics().admitted, limiter.statistics().admitted) == (1, 3)
 
 
-async def test_sdk_retries_are_charged_and_warned_about_once(
-    library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with client_over(library, limiter, answering(library, b"{}", status=500)) as client:
-        for attempt in range(3):
-            await client.get(URL, headers={"x-stainless-retry-count": str(attempt)})
-
-    assert limiter.statistics().admitted == 3
-    (record,) = caplog.records
-    assert "pass max_retries=0 to the SDK" in record.message
-
-
 async def test_one_transport_serves_both_kinds_of_client(library: Any, limiter: Limiter) -> None:
     paced = limiter.transport()
     assert paced.inner is None
@@ -671,7 +660,8 @@ async def test_only_what_fewer_calls_would_have_avoided_costs_slots(
 
     limiter = Limiter(concurrency="auto")
     assert limiter.concurrency == 4
-    async with httpx.AsyncClient(transport=limiter.transport(httpx.MockTransport(handler))) as http:
+    transport = limiter.transport(httpx.MockTransport(handler), retries=0)
+    async with httpx.AsyncClient(transport=transport) as http:
         with contextlib.suppress(httpx.HTTPError):
             await http.post(URL, json=BODY)
 
