@@ -25,8 +25,8 @@ limiter = Limiter("60 requests/3s", "40k tokens/3s burst 10k", concurrency=32, n
 async def main() -> None:
     """Ask eighty questions at once, then stream an answer, then embed them all."""
     with RateLimitedProvider(rpm=60, tpm=40_000, minute=3, latency=(0.05, 0.2)) as provider:
-        # Each HTTP attempt is admitted at the transport. `max_retries=0` because at most one layer
-        # should retry. Here none does: nothing is refused, so there is nothing to retry.
+        # Each HTTP attempt is admitted at the transport, which also retries. `max_retries=0` because
+        # only one layer should.
         async with AsyncOpenAI(
             base_url=provider.base_url,
             api_key="any",

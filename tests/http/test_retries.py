@@ -6,7 +6,7 @@ import gzip
 import io as files
 import itertools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import httpx
 import openai
@@ -63,12 +63,14 @@ def test_readme_client_loses_no_call_whatever_the_provider_counts(
     virtual_time: VirtualTime, policy: PolicyName, rpm: int
 ) -> None:
     """README's limits are the provider's, or more than three times as high."""
-    clock = virtual_time.clock
+    clock, family = virtual_time.clock, cast("Any", FAMILY)
     provider = RateLimitedProvider(
         rpm=rpm, tpm=200_000, policy=policy, latency=(0.2, 1.5), clock=clock
     )
     limiter = Limiter("500 RPM", "200k TPM", "10k RPD", concurrency=20, name="openai", clock=clock)
-    http_client = httpx.AsyncClient(transport=limiter.transport(provider.mock_transport()))
+    http_client = limiter.http_client(
+        family=FAMILY, transport=provider.mock_transport(family=family)
+    )
     client = AsyncOpenAI(
         base_url="https://api.openai.com/v1", api_key="k", http_client=http_client, max_retries=0
     )
