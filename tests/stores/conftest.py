@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 
 from asyncbucket import Limiter
 from asyncbucket.stores import open_store
-from asyncbucket.stores.redis import RedisStore
+from asyncbucket.stores.redis import RedisStore, script
 
 pytest.register_assert_rewrite("tests.stores.conformance")
 
@@ -303,6 +303,22 @@ def url(shared_server: RunningServer, redis_sync: Any) -> str:
 def path(tmp_path: Path) -> Path:
     """Return the path of a file that does not exist yet."""
     return tmp_path / "limits.db"
+
+
+@pytest.fixture
+def server_clock(redis_sync: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets the time (ns) that the script reads for the limiter ``oracle``."""
+    ours, text = "redis.call('TIME')", script.source()
+    assert ours in text
+    text = text.replace(ours, "redis.call('HMGET', KEYS[1] .. ':test', 's', 'us')")
+    monkeypatch.setattr(script, "source", lambda: text)
+    monkeypatch.setattr(script, "digest", lambda: "0" * 40)
+
+    def set_to(instant: int) -> None:
+        seconds, rest = divmod(instant // 1_000, 1_000_000)
+        redis_sync.hset("asyncbucket:{oracle}:state:test", mapping={"s": seconds, "us": rest})
+
+    return set_to
 
 
 class Proxy:

@@ -66,7 +66,7 @@ class MemoryLedger:
         return place is None or place.due <= self.place.clock()
 
     async def aclose(self) -> None:
-        self.place.state.leave(self.worker)
+        self.place.state.leave(self.worker, self.place.clock())
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])

@@ -42,10 +42,7 @@ local function correct(s, corrections)
       local used = was_used[m.resource] or 0
       local more = used - (was_booked[m.resource] or 0)
       if more > 0 then
-        window_book(m.window, more, date)
-        if m.bucket then
-          bucket_owe(m.bucket, more, date)
-        end
+        owe(m, more, date)
       elseif more < 0 then
         window_unbook(m.window, -more, start)
         if m.bucket then
@@ -69,7 +66,6 @@ end
 local function look_ahead(s, a)
   local kept, behind = 0, false
   local above = a.held >= a.share
-  a.first = nil
   for _, place in ipairs(in_order(s, a.share)) do
     local ahead = true
     if place == a.place then
@@ -120,6 +116,9 @@ local function answer(s, a, call, horizon)
   a.booked = a.booked + 1
   if slot then
     a.held, a.gave = a.held + 1, a.gave - 1
+    if place then
+      place.held = a.held
+    end
     s.total = s.total + 1
     s.holders = s.holders + (a.held == 1 and 1 or 0)
   end
@@ -170,13 +169,14 @@ end
 -- Book `calls`, for each the amount of every resource and its slots; see Ledger.commit. The first
 -- that has to wait stops those behind it.
 local function admit(s, worker, calls, horizon, held, gave, next_expiry)
+  local place = place_of(s, worker)
+  if place then -- whenever it comes, it stands where it stood
+    place.due = s.now
+  end
   local a = {
-    worker = worker, place = place_of(s, worker), held = held, gave = gave,
+    worker = worker, place = place, held = held, gave = gave,
     share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, answers = {},
   }
-  if a.place then -- whenever it comes, it stands where it stood
-    a.place.due = s.now
-  end
   local wanted, stopped_call, stop_bound = 0, nil, ''
   for _, call in ipairs(calls) do
     local offset, bound = a.stopped, stop_bound

@@ -6,8 +6,8 @@
 
 local LOWS = 511
 
-local function bucket_new()
-  return { at = 0, backlog = 0, full_at = 0, dates = {}, lows = {} }
+local function bucket_new(began)
+  return { at = began, backlog = 0, full_at = began + 1, dates = {}, lows = {} }
 end
 
 -- The backlog at `when`; negative if the bucket has been full before.
@@ -89,7 +89,7 @@ local function bucket_unbook(b, amount, when, left)
   -- A debt found the bucket full just then, or neither full nor empty: it has earned nothing.
   local as_debt = b.full_at == when or (dates[later - 1] == when and lows[later - 1] ~= b.room)
   -- A part, or something was booked since: what was earned by standing first stays.
-  if not as_debt and (left > 0 or b.at ~= when or b.backlog ~= b.room) then
+  if not as_debt and (left > 0 or bucket_backlog(b, when) ~= b.room) then
     amount = math.min(left + amount, b.burst) - math.min(left, b.burst)
   end
   local back = amount * b.p
@@ -119,14 +119,7 @@ end
 local function bucket_reshape(b, p, q, now)
   local missing = math.max(0, bucket_backlog(b, now)) / b.p
   b.backlog = missing > 0 and math.ceil(missing * p) or 0
-  b.p, b.q = p, q
   b.at, b.full_at = now, now
-  b.dates, b.lows = {}, {}
-end
-
-local function bucket_drain(b, now)
-  b.at, b.full_at = now, now
-  b.backlog = math.max(b.room, bucket_backlog(b, now))
   b.dates, b.lows = {}, {}
 end
 

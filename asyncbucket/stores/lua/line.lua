@@ -126,3 +126,39 @@ local function notify(channel, notices)
     redis.call('PUBLISH', channel .. each[1], as_integer(each[2]))
   end
 end
+
+-- Note how many slots a worker holds; return how many it held.
+local function set_held(s, worker, held)
+  local before = s.removed[worker] and 0 or tonumber(redis.call('HGET', KEYS[1], 'h:' .. worker) or 0)
+  s.total = s.total + held - before
+  s.holders = s.holders + (held > 0 and 1 or 0) - (before > 0 and 1 or 0)
+  return before
+end
+
+-- Forget a worker; it is removed at the end: see `save_workers`.
+local function forget(s, worker)
+  set_held(s, worker, 0)
+  s.removed[worker] = true
+  line_leave(s, worker)
+end
+
+-- Forget those that gave no sign of life in time.
+local function expire(s)
+  s.removed = {}
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', as_integer(s.now))) do
+    forget(s, worker)
+  end
+end
+
+-- Write what `forget` and `set_held` have noted; behind `save`, which a server short of memory refuses.
+local function save_workers(s, worker, held, ttl)
+  for name in pairs(s.removed) do
+    redis.call('ZREM', KEYS[2], name)
+    redis.call('HDEL', KEYS[1], 'r:' .. name, 'h:' .. name)
+  end
+  if ttl then
+    redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)
+    redis.call('HSET', KEYS[1], 'h:' .. worker, as_integer(held))
+  end
+  redis.call('PEXPIRE', KEYS[2], as_integer(lifetime(s) + s.ttl * 2 / 1000))
+end

@@ -24,26 +24,20 @@ local function clock(s)
   s.now = raw + s.offset
 end
 
-local function prefix_of(key)
-  return 'e:' .. key .. ':'
-end
-
--- Give the meters of `config` their numbers and what was kept of them; return what is new.
+-- Give the meters of `config` their numbers and what was kept of them.
 local function build_meters(s, config)
-  local meters, new_keys = {}, {}
+  local meters = {}
   for i, m in ipairs(config.meters) do
     local w, b = s.windows[m.key], s.buckets[m.key]
-    if not w then
-      w = window_new()
-      new_keys[#new_keys + 1] = m.key
-    end
-    w.amount, w.grain, w.hold, w.prefix = m.amount, m.grain, m.hold, prefix_of(m.key)
+    local date = math.max(s.now, s.last)
+    w = w or window_new(date) -- what was booked before gives nothing back
+    w.amount, w.grain, w.hold, w.prefix = m.amount, m.grain, m.hold, 'e:' .. m.key .. ':'
     w.cache, w.dirty, w.gone = {}, {}, {}
     s.windows[m.key] = w
     if m.p then
-      b = b or bucket_new()
+      b = b or bucket_new(date)
       if b.p and (b.p ~= m.p or b.q ~= m.q) then
-        bucket_reshape(b, m.p, m.q, math.max(s.now, s.last))
+        bucket_reshape(b, m.p, m.q, date)
       end
       b.p, b.q, b.burst, b.room = m.p, m.q, m.burst, m.burst * m.p
       s.buckets[m.key] = b
@@ -54,17 +48,20 @@ local function build_meters(s, config)
     meters[i] = { resource = m.resource, window = w, bucket = b }
   end
   s.meters, s.config = meters, config
-  return new_keys
+end
+
+local function owe(m, amount, date)
+  window_book(m.window, amount, date)
+  if m.bucket then
+    bucket_owe(m.bucket, amount, date)
+  end
 end
 
 -- Nothing is available until all has flowed in anew, behind the calls that were booked ahead: they go.
 local function drain(s)
   s.last = math.max(s.now + 2 * FAR, s.last)
   for _, m in ipairs(s.meters) do
-    window_drain(m.window, s.last)
-    if m.bucket then
-      bucket_drain(m.bucket, s.last)
-    end
+    owe(m, m.window.amount, s.last)
   end
 end
 
@@ -85,14 +82,12 @@ local function load(known_epoch, new_epoch, config_text, ttl)
       error({ err = 'SCHEMA ' .. as_integer(s.schema or 1) .. ' ' .. SCHEMA })
     end
     s.text = kept[2]
-    clock(s)
-    build_meters(s, cjson.decode(s.text))
   else
     s = new_state(new_epoch)
     s.text = config_text
-    clock(s)
-    build_meters(s, cjson.decode(s.text))
   end
+  clock(s)
+  build_meters(s, cjson.decode(s.text))
   s.ttl = math.max(s.ttl, tonumber(ttl))
   if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
     s.lost = true
@@ -103,22 +98,13 @@ local function load(known_epoch, new_epoch, config_text, ttl)
 end
 
 local function save_window(w)
-  for at = 1, #w.gone, 500 do
-    redis.call('HDEL', KEYS[1], unpack(w.gone, at, math.min(at + 499, #w.gone)))
+  for _, field in ipairs(w.gone) do
+    redis.call('HDEL', KEYS[1], field)
   end
-  local fields = {}
   for i in pairs(w.dirty) do
     if i >= w.head then
-      fields[#fields + 1] = w.prefix .. i
-      fields[#fields + 1] = struct.pack(ENTRY, w.cache[i][1], w.cache[i][2])
+      redis.call('HSET', KEYS[1], w.prefix .. i, struct.pack(ENTRY, w.cache[i][1], w.cache[i][2]))
     end
-    if #fields >= 1000 then
-      redis.call('HSET', KEYS[1], unpack(fields))
-      fields = {}
-    end
-  end
-  if #fields > 0 then
-    redis.call('HSET', KEYS[1], unpack(fields))
   end
 end
 
@@ -181,52 +167,9 @@ local function configure(s, text)
     end
   end
   s.text = text
-  s.line = {} -- what they wait for is named by other numbers now: they ask again
-  for _, key in ipairs(build_meters(s, config)) do -- what was booked before it began gives nothing back
-    s.windows[key].forgotten = math.max(s.now, s.last)
+  build_meters(s, config)
+  for _, place in ipairs(s.line) do -- they look anew
+    place.due = s.now
   end
   return true
-end
-
--- Note how many slots a worker holds, and that it lives; return how many it held.
-local function set_held(s, worker, held)
-  local before = tonumber(redis.call('HGET', KEYS[1], 'h:' .. worker) or 0)
-  if held and held ~= before then
-    s.total = s.total + held - before
-    s.holders = s.holders + (held > 0 and 1 or 0) - (before > 0 and 1 or 0)
-  end
-  return before
-end
-
--- Forget workers; they are removed at the end: see `save_workers`.
-local function forget_workers(s, names)
-  for _, worker in ipairs(names) do
-    s.removed[#s.removed + 1] = worker
-    set_held(s, worker, 0)
-    for i, place in ipairs(s.line) do
-      if place.worker == worker then
-        table.remove(s.line, i)
-        break
-      end
-    end
-  end
-end
-
--- Forget those that gave no sign of life in time.
-local function expire(s)
-  s.removed = {}
-  forget_workers(s, redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', as_integer(s.now)))
-end
-
--- Write what `forget_workers` and `set_held` have noted; behind `save`, which a server short of memory refuses.
-local function save_workers(s, worker, held, ttl)
-  for _, name in ipairs(s.removed) do
-    redis.call('ZREM', KEYS[2], name)
-    redis.call('HDEL', KEYS[1], 'r:' .. name, 'h:' .. name)
-  end
-  if ttl then
-    redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)
-    redis.call('HSET', KEYS[1], 'h:' .. worker, as_integer(held))
-  end
-  redis.call('PEXPIRE', KEYS[2], as_integer(lifetime(s) + s.ttl * 2 / 1000))
 end

@@ -49,30 +49,19 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
     end
   end
   correct(s, cjson.decode(corrections))
-  local before = 0
-  for _, name in ipairs(s.removed) do
-    if name == worker then -- it was silent for too long, and counts again
-      before = nil
-    end
-  end
-  if before then
-    before = set_held(s, worker, held)
-    held = held or before
-  else
-    before, held = 0, held or 0
-    s.total, s.holders = s.total + held, s.holders + (held > 0 and 1 or 0)
+  local before = set_held(s, worker, held)
+  local own = place_of(s, worker)
+  if own then
+    own.held = held
   end
   local a = { answers = {}, ask = 0, held = held }
   if calls ~= 'same' then
     a = admit(s, worker, cjson.decode(calls), horizon, held, before - held, function()
       local others = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. as_integer(s.now), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
-      return math.max(s.now + SOON, tonumber(others[1] ~= worker and others[2] or others[4]) or s.now + ttl)
+      return tonumber(others[1] ~= worker and others[2] or others[4]) or s.now + ttl
     end)
   end
-  local own = place_of(s, worker)
-  if own then
-    own.held = a.held
-  end
+  own = place_of(s, worker)
   for _, m in ipairs(s.meters) do -- perhaps nobody has booked anything for long
     window_forget(m.window, s.now)
   end
@@ -142,7 +131,7 @@ function verbs.peek()
     slots = as_integer(s.config.concurrency and s.total or 0),
     paused = as_integer(s.paused),
     last = as_integer(s.last),
-    workers = redis.call('ZCARD', KEYS[2]) - #s.removed,
+    workers = #redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. as_integer(s.now), '+inf'),
   })
 end
 
@@ -152,7 +141,7 @@ function verbs.leave()
   end
   local s = load('', new_epoch, config, ttl)
   expire(s)
-  forget_workers(s, { worker })
+  forget(s, worker)
   local notices = call(s)
   save(s)
   save_workers(s)

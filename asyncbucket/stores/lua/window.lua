@@ -5,8 +5,8 @@
 
 local ENTRY = '<dd'
 
-local function window_new()
-  return { used = 0, last = 0, recent = 0, closes = 0, forgotten = -1, head = 0, tail = 0 }
+local function window_new(began)
+  return { used = 0, last = 0, recent = 0, closes = 0, forgotten = began, head = 0, tail = 0 }
 end
 
 local function window_entry(w, i)
@@ -111,11 +111,6 @@ local function window_unbook(w, amount, when)
     w.recent = w.recent - back
   end
   w.used = w.used - back
-end
-
--- Nothing is left until a whole window has passed.
-local function window_drain(w, now)
-  window_book(w, w.amount, now)
 end
 
 local function window_available(w, now)

@@ -295,8 +295,7 @@ class SQLiteLedger(Ledger):
 
     async def _leave(self) -> None:
         def change(state: State, now: int) -> None:
-            state.leave(self.worker)
-            state.call(now)
+            state.leave(self.worker, now)
 
         await self._store.run(self._store.change, self.name, change, self._epoch, self.config)
 

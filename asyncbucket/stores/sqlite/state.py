@@ -78,11 +78,10 @@ class State:
         if config == self.config:
             return
         before, self.windows = self.windows, {}
+        date = max(now, self.last_start)
         for limit in config.limits:
-            window = before.get(limit.key)
-            if window is None:
-                window = Window(limit, began=max(now, self.last_start))
-            window.reshape(limit, now)
+            window = before.get(limit.key) or Window(limit, began=date)
+            window.reshape(limit, date)
             self.windows[limit.key] = window
         self.config = config
         for place in self.line:  # they look anew
@@ -105,22 +104,30 @@ class State:
             self._correct(correction, max(now, self.last_start))
         me = self.workers.setdefault(worker, Worker(0))
         me.until, before = now + life, me.held
-        me.held = me.held if batch.held is None else batch.held
-        admission = Admission(self, worker, now, gave=before - me.held)
-        bookings = admission.run(batch)
+        me.held = batch.held or 0
+        bookings: tuple[Booking, ...] = ()
+        ask_at = 0
+        if batch.calls is not None:
+            admission = Admission(self, worker, now, gave=before - me.held)
+            bookings = admission.run(batch.calls, batch.horizon)
+            ask_at = admission.ask_at
         self.call(now)
         return Receipt(
             now=now,
             bookings=bookings,
-            ask_at=admission.ask_at,
+            ask_at=ask_at,
             left=self._left(now),
             workers=len(self.workers),
-            in_line=admission.is_in_line,
+            in_line=self.place_of(worker) is not None,
             crowded=self._is_crowded(worker),
         )
 
-    def leave(self, worker: str) -> None:
+    def leave(self, worker: str, now: int) -> None:
         """Forget ``worker``, its place and its slots."""
+        self._forget(worker)
+        self.call(now)
+
+    def _forget(self, worker: str) -> None:
         self.workers.pop(worker, None)
         self.line = [place for place in self.line if place.worker != worker]
 
@@ -175,9 +182,10 @@ class State:
         """Return what there is, for people."""
         self._expire(now)
         uses: list[LimitUse] = []
+        date = max(now, self.last_start)  # nothing more starts before
         for window in self.windows.values():
-            available = window.available(now)
-            if self.last_start > now:
+            available = window.available(date)
+            if date > now:
                 available = min(available, 0)
             uses.append(LimitUse(window.limit, window.used, available))
         counted = self.config.concurrency is not None
@@ -240,7 +248,7 @@ class State:
 
     def _expire(self, now: int) -> None:
         for name in [name for name, each in self.workers.items() if each.until <= now]:
-            self.leave(name)
+            self._forget(name)
 
     def _correct(self, correction: Correction, debts_at: int) -> None:
         for resource, used in correction.used.items():
@@ -297,25 +305,23 @@ class Admission:
         #: Calls that would start later than this have to ask again.
         self._latest_start = 0
         self.ask_at = 0
-        self.is_in_line = self._place is not None
 
-    def run(self, batch: Batch) -> tuple[Booking, ...]:
+    def run(self, calls: tuple[Amounts, ...], horizon: int) -> tuple[Booking, ...]:
         """Return the answers."""
         answers: list[Booking] = []
         stop: Booking | None = None
         waiting: list[Amounts] = []
-        for amounts in batch.calls or ():
+        for amounts in calls:
             exceeded = self._exceeded(amounts)
             if exceeded is not None:
                 answers.append(Booking(Outcome.NEVER, bound_by=exceeded))
                 continue
-            answer = stop or self._answer(amounts, batch.horizon)
+            answer = stop or self._answer(amounts, horizon)
             answers.append(answer)
             if answer.outcome is not Outcome.BOOKED:
                 stop = answer
                 waiting.append(amounts)
-        if batch.calls is not None:
-            self._settle_place(stop, waiting)
+        self._settle_place(stop, waiting)
         return tuple(answers)
 
     def _exceeded(self, amounts: Amounts) -> str | None:
@@ -331,8 +337,8 @@ class Admission:
         reserved = self._look_ahead()
         if slot and state.free() <= reserved:
             return Booking(Outcome.FULL, bound_by=SLOT)
-        waited = None if place is None or place.amounts != _wanted(amounts) else place
-        since = waited.first_since if waited is not None and not self._booked else 0
+        has_waited = place is not None and not self._booked and self._is_same(place, amounts)
+        since = place.first_since if place is not None and has_waited else 0
         start, bound_by = state.earliest(amounts, now, since)
         if self._booked and start > self._latest_start:
             self.ask_at = max(now, state.last_start - horizon)
@@ -357,7 +363,6 @@ class Admission:
         """Find who comes before this worker's next call; return how many slots are kept for them."""
         state, share, reserved, is_behind = self._state, self._share, 0, False
         is_above = self._me.held >= share
-        self._first = None
         for place in state.in_order(self._now, share):
             held = state.workers[place.worker].held
             if place is self._place:
@@ -387,17 +392,16 @@ class Admission:
         if place is not None and not (stays and (self._has_passed or not self._booked)):
             state.line.remove(place)
             place = None
-        self.is_in_line = stays
         if stop is None or not stays:
             return
         if place is None:
             place = Place(self._worker, now)
             state.line.append(place)
-        amounts, known = _wanted(waiting[0]), place.amounts
-        place.amounts, place.bound_by, place.due = amounts, stop.bound_by, now
+        is_known = self._is_same(place, waiting[0])
+        place.amounts, place.bound_by, place.due = dict(waiting[0]), stop.bound_by, now
         place.wanted = sum(1 for each in waiting if each.get(SLOT))
         if stop.outcome is Outcome.LATER and self._first is None and not self._booked:
-            if not place.first_since or known != amounts:
+            if not place.first_since or not is_known:
                 place.first_since = max(now, state.last_start)
         else:
             place.first_since = 0
@@ -407,10 +411,11 @@ class Admission:
                 come = now if first.bound_by == SLOT else max(now, first.due)
                 self.ask_at = come + behind * STEP
             else:  # a slot may expire
-                others = [w.until for w in state.workers.values() if w.held and w is not self._me]
+                others = [each.until for each in state.workers.values() if each is not self._me]
                 self.ask_at = min(others, default=self._me.until)
         place.due = self.ask_at
 
-
-def _wanted(amounts: Amounts) -> dict[str, int]:
-    return {name: amount for name, amount in amounts.items() if amount}
+    def _is_same(self, place: Place, amounts: Amounts) -> bool:
+        """Return whether a call costs what ``place`` waits for."""
+        resources = (window.limit.resource for window in self._state.windows.values())
+        return all(place.amounts.get(each, 0) == amounts.get(each, 0) for each in resources)

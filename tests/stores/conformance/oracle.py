@@ -54,7 +54,9 @@ class Oracle:
     def _check_calls(self, worker: str, batch: Batch, receipt: Receipt) -> None:
         horizon_end: int | None = None
         later = False
-        for amounts, booking in zip(batch.calls or (), receipt.bookings, strict=True):
+        for call, booking in zip(batch.calls or (), receipt.bookings, strict=True):
+            resources = {window.limit.resource for window in self.windows}
+            amounts = {name: call.get(name, 0) for name in resources}
             exceeded = {
                 window.limit.resource
                 for window in self.windows

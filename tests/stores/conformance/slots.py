@@ -13,6 +13,7 @@ from .place import (
     batch,
     booked,
     config,
+    outcomes,
     scenario,
 )
 
@@ -120,6 +121,16 @@ class Slots(Suite):
         await _slots(second, 1)
 
     @scenario
+    async def test_slots_of_a_worker_that_leaves_go_to_the_next_at_once(self, place: Place) -> None:
+        limits = config(_ROOMY, concurrency=1)
+        holder, waiting = [await place.worker(limits) for _ in range(2)]
+        await _slots(holder, 1)
+        await _no_slot(waiting)
+        await holder.aclose()
+        assert await waiting.changed(timeout=0.2)
+        await _slots(waiting, 1)
+
+    @scenario
     async def test_worker_without_waiting_calls_leaves_the_line(self, place: Place) -> None:
         limits = config(_ROOMY, concurrency=1)
         holder, first, second = [await place.worker(limits) for _ in range(3)]
@@ -154,6 +165,23 @@ class Slots(Suite):
         receipt = await busy.commit(Batch(held=1, calls=(_CALL,)))
         assert receipt.bookings[0].outcome is Outcome.FULL
         await _slots(waiting, 1)
+
+    @scenario
+    async def test_worker_takes_back_what_it_gave_and_keeps_its_place_in_line(
+        self, place: Place
+    ) -> None:
+        limits = config(_ROOMY, concurrency=401)
+        first, busy, last, other = [await place.worker(limits) for _ in range(4)]
+        for worker, count in ((first, 100), (busy, 100), (last, 100), (other, 101)):
+            await _slots(worker, count)
+        await _no_slot(first, busy, last)
+        await other.commit(Batch(held=100, calls=None))
+        receipt = await busy.commit(Batch(held=99, calls=(_CALL, _CALL)))
+        assert outcomes(receipt) == ["booked", "full"]
+        await _slots(first, 1)
+        await busy.commit(Batch(held=99, calls=None))
+        await _no_slot(last)
+        await _slots(busy, 1)
 
     @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:

@@ -41,10 +41,12 @@ class Steering(Suite):
         worker = await place.worker(limits)
         await worker.commit(Batch(calls=None, pause=160 * MILLISECOND, gradually=True))
         starts = [
-            booking.start for booking in booked(await worker.commit(batch(*[{"requests": 1}] * 17)))
+            booking.start
+            for booking in booked(await worker.commit(batch(*[{"requests": 1}] * 300)))
         ]
         since = [(start - starts[0]) / (10 * MILLISECOND) for start in starts]
         assert [round(since[n - 1], 2) for n in (1, 2, 4, 8, 16)] == [0, 1, 2, 3, 4], since
+        assert [round(since[n - 1], 2) for n in (255, 256, 257, 300)] == [7.99, 8, 8, 8], since
 
     @scenario
     async def test_latest_terms_apply_to_all_workers(self, place: Place) -> None:
@@ -74,6 +76,17 @@ class Steering(Suite):
         receipt = await second.commit(batch({"requests": 1, "concurrency": 1}))
         assert receipt.changed == more
         booked(receipt)
+
+    @scenario
+    async def test_worker_is_told_of_terms_that_changed_before_it_listens(
+        self, place: Place
+    ) -> None:
+        few, more = [config(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
+        first, second = [await place.worker(few) for _ in range(2)]
+        await first.commit(batch({"requests": 1, "concurrency": 1}))
+        await second.commit(batch({"requests": 1, "concurrency": 1}))
+        await first.commit(Batch(calls=None, config=more))
+        assert await second.changed(timeout=0.2)
 
     @scenario
     async def test_changed_terms_keep_bookings_of_remaining_limits(self, place: Place) -> None:
