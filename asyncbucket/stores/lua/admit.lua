@@ -107,7 +107,7 @@ local function answer(s, a, call, horizon)
   elseif a.first then
     return NOT_BOOKED.later, bound ~= '' and bound or a.first.bound
   elseif when > s.now + FAR then
-    a.ask = math.max(s.now + SOON, when - FAR)
+    a.ask = when - FAR
     return NOT_BOOKED.later, bound
   else
     a.latest_start = when + horizon

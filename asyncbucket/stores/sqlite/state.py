@@ -347,7 +347,7 @@ class Admission:
             if self._first is not None:
                 return Booking(Outcome.LATER, bound_by=bound_by or self._first.bound_by)
             if start > now + FAR:
-                self.ask_at = max(now + SOON, start - FAR)
+                self.ask_at = start - FAR
                 return Booking(Outcome.LATER, bound_by=bound_by)
             self._latest_start = start + horizon
         state.book(amounts, start, bound_by)

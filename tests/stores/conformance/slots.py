@@ -126,6 +126,7 @@ class Slots(Suite):
         holder, waiting = [await place.worker(limits) for _ in range(2)]
         await _slots(holder, 1)
         await _no_slot(waiting)
+        assert not await waiting.changed(timeout=0.05)
         await holder.aclose()
         assert await waiting.changed(timeout=0.2)
         await _slots(waiting, 1)
@@ -182,6 +183,18 @@ class Slots(Suite):
         await busy.commit(Batch(held=99, calls=None))
         await _no_slot(last)
         await _slots(busy, 1)
+
+    @scenario
+    async def test_worker_that_reaches_its_share_comes_after_those_before_it_in_line(
+        self, place: Place
+    ) -> None:
+        limits = config(_ROOMY, concurrency=6)
+        holder, first, second = [await place.worker(limits) for _ in range(3)]
+        for worker, count in ((holder, 3), (first, 2), (second, 1)):
+            await _slots(worker, count)
+        await _no_slot(first, second)
+        await holder.commit(Batch(held=1, calls=None))
+        assert outcomes(await second.commit(batch(_CALL, _CALL))) == ["booked", "full"]
 
     @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
