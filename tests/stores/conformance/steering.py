@@ -31,7 +31,7 @@ class Steering(Suite):
         assert receipt.bookings[0].outcome is Outcome.LATER
         assert receipt.bookings[0].bound_by == "paused"
         snapshot = await second.peek()
-        assert 700 * MILLISECOND < snapshot.paused_until - snapshot.now <= 800 * MILLISECOND
+        assert 150 * MILLISECOND < snapshot.paused_until - snapshot.now <= 800 * MILLISECOND
         (booking,) = await book_all(second, {"requests": 1})
         assert booking.start >= snapshot.paused_until
 
