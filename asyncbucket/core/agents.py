@@ -306,7 +306,8 @@ class AgentLease(Lease):
     def _try_now(self) -> bool:
         pacer: Pacer = self._node.pacer
         with pacer:
-            self._run = agents_of(self._node).run_of(self._agent)
+            agents = agents_of(self._node)
+            self._run = agents.run_of(self._agent) or agents.lone(self._node.price(self._amounts))
         if not super()._try_now():
             return False
         pacer.do(agents_of(self._node).passed, self)
@@ -314,14 +315,12 @@ class AgentLease(Lease):
 
     def _hand_back_locked(self) -> None:
         super()._hand_back_locked()
-        if self._run is not None:
-            self._run.used -= self._node.price(self._amounts)
+        self._run.used -= self._node.price(self._amounts)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         price, before = self._node.price, self._booked()
         super()._settle_locked(used)
-        if self._run is not None:
-            agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
+        agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
 
 
 def agents_of(node: Node) -> Agents:

@@ -204,6 +204,20 @@ async def test_task_that_outlives_its_agent_makes_calls_of_its_own(
     assert (agents.running, agents.kinds["k"].known) == (0, 1)
 
 
+async def test_lease_asked_for_inside_and_awaited_after_is_a_call_of_its_own(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 RPM", clock=virtual_time.clock)
+    with agent(kind="k"):
+        lease = limiter.acquire()
+    await lease
+    lease.settle(requests=3)
+    lease.release()
+    agents = limiter.statistics().agents
+    assert agents is not None
+    assert (agents.running, agents.finished) == (0, 0)
+
+
 @pytest.mark.parametrize("sync", [False, True])
 async def test_every_way_to_ask_counts_for_the_agent(
     virtual_time: VirtualTime, *, sync: bool
