@@ -45,11 +45,8 @@ def limiter_of(fn: object) -> Limiter | None:
     """Return the limiter that admits each call of ``fn``, if ``fn`` is marked as paced."""
     for layer in layers_of(fn):
         owner = getattr(layer, "__self__", layer)
-        for marked in (
-            getattr(owner, "llm", None),
-            owner,
-            layer,
-        ):  # a structured LLM calls its `llm`
+        inner = getattr(owner, "llm", None)  # a structured LLM calls its `llm`
+        for marked in (inner, owner, layer):
             mark = getattr(marked, "paced_by", None)
             if isinstance(mark, Limiter):
                 return mark

@@ -45,7 +45,7 @@ _RUNS: Final = 200
 _KINDS: Final = 200
 
 
-class Run:
+class AgentRun:
     """One agent at one limiter, or one call that no agent makes."""
 
     __slots__ = ("agent", "began", "fluid", "is_open", "number", "size", "start", "tag", "used")
@@ -75,12 +75,12 @@ class Agents:
         self._node = node
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
         self._all: _Sizes = _Sizes() if above is None else above._all
-        self._runs: dict[Agent, Run] = {}
+        self._runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
         #: Virtual time; those that the fluid has not finished, by tag, stale entries included; and
         #: how many they are.
         self._clock = 0.0
-        self._fluid: list[tuple[float, int, Run]] = []
+        self._fluid: list[tuple[float, int, AgentRun]] = []
         self._in_fluid = 0
 
     @property
@@ -88,7 +88,7 @@ class Agents:
         """How many agents run here."""
         return len(self._runs)
 
-    def run_of(self, agent: Agent) -> Run | None:
+    def run_of(self, agent: Agent) -> AgentRun | None:
         """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
         run = self._runs.get(agent)
         if run is None and not agent.is_over:
@@ -120,17 +120,17 @@ class Agents:
             self.expected(agent.kind) if agent.expects is None else self._node.price(agent.expects)
         )
 
-    def lone(self, price: float) -> Run:
+    def lone(self, price: float) -> AgentRun:
         """Return the run of a call that no agent makes."""
         return self._enter(None, price)
 
-    def _enter(self, agent: Agent | None, size: float | None) -> Run:
+    def _enter(self, agent: Agent | None, size: float | None) -> AgentRun:
         self._numbers += 1
-        run = Run(agent, self._clock, size, self._numbers)
+        run = AgentRun(agent, self._clock, size, self._numbers)
         self._join_fluid(run)
         return run
 
-    def _join_fluid(self, run: Run) -> None:
+    def _join_fluid(self, run: AgentRun) -> None:
         if not run.fluid:
             run.fluid = True
             self._in_fluid += 1
@@ -141,7 +141,7 @@ class Agents:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
         return (self._sizes.get(kind) or self._all).mean_above(above)
 
-    def pay(self, run: Run, price: float) -> None:
+    def pay(self, run: AgentRun, price: float) -> None:
         """Take in that a call of ``run`` has passed, at ``price``: virtual time moves."""
         fluid, left = self._fluid, price
         while fluid:
@@ -155,21 +155,20 @@ class Agents:
                 self._in_fluid -= 1
             heapq.heappop(fluid)
         self._clock += left / max(1, self._in_fluid)
-        if run.agent is not None:
-            self.correct(run, price)
+        self.correct(run, price)
 
     def passed(self, lease: Lease) -> None:
-        """Take in that a call has passed that had to wait."""
+        """Take in that a call has passed; one that waited while no agent ran has no run."""
         if lease._run is not None:
             self.pay(lease._run, self._node.price(lease._amounts))
 
-    def correct(self, run: Run, price: float) -> None:
-        """Take in what an agent's call cost more or, if negative, less than it had paid."""
+    def correct(self, run: AgentRun, price: float) -> None:
+        """Take in what a call has paid or, if negative, got back."""
         run.used += price
         if run.used > run.size:
             self._resize(run)
 
-    def _resize(self, run: Run) -> None:
+    def _resize(self, run: AgentRun) -> None:
         """Expect more of an agent that has used more than expected."""
         if run.agent in self._runs:
             run.expect(self.expected(run.agent.kind, run.used))
@@ -310,7 +309,7 @@ class AgentLease(Lease):
             self._run = agents.run_of(self._agent) or agents.lone(self._node.price(self._amounts))
         if not super()._try_now():
             return False
-        pacer.do(agents_of(self._node).passed, self)
+        pacer.do(agents.passed, self)
         return True
 
     def _hand_back_locked(self) -> None:

@@ -59,11 +59,6 @@ class Inherited:
     #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
 
-    @property
-    def running_agent(self) -> Agent | None:
-        """The agent whose run this is part of, until it is over."""
-        return None if self.agent is None or self.agent.is_over else self.agent
-
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; 0 once it is over."""
         return None if self.deadline is None else max(0.0, self.deadline - _now())
@@ -71,6 +66,12 @@ class Inherited:
 
 #: One variable for all three, so that a call does one look-up. For most it is None.
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
+
+
+def running_agent(context: Inherited | None) -> Agent | None:
+    """Return the agent whose run code in ``context`` is part of, until it is over."""
+    found = None if context is None else context.agent
+    return None if found is None or found.is_over else found
 
 
 class InheritedScope(contextlib.AbstractContextManager[None, None]):
@@ -119,8 +120,7 @@ class _AgentScope(InheritedScope):
     __slots__ = ()
 
     def __enter__(self) -> None:
-        outer = inherited.get()
-        if outer is not None and outer.running_agent is not None:
+        if running_agent(inherited.get()) is not None:
             self._values = {}
         super().__enter__()
 

@@ -21,6 +21,7 @@ from asyncbucket.core.context import (
     inherited,
     read_priority,
     read_tenant,
+    running_agent,
     span_of,
 )
 from asyncbucket.core.cost import Cost, amounts_of
@@ -300,8 +301,7 @@ class Limiter(Doors, OfThisProcess):
         per 60 s, burst 50)
 
         It takes nothing. It uses the tenant, the priority and the agent that a call from here would
-        inherit.
-        If many calls wait, it takes about 10 µs for each.
+        inherit. If many calls wait, it takes about 10 µs for each.
 
         Raises:
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
@@ -311,8 +311,8 @@ class Limiter(Doors, OfThisProcess):
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
         with node.pacer:
             node.check(whole)
-            agent = None if context is None else context.running_agent
-            return explain_locked(node, whole, limiter._urgency(None, context), agent)
+            urgency = limiter._urgency(None, context)
+            return explain_locked(node, whole, urgency, running_agent(context))
 
     def _amounts(self, cost: Cost | None, given: dict[str, Any]) -> dict[str, int]:
         """Return the amounts of a call, the slot it takes included."""
@@ -365,7 +365,7 @@ class Limiter(Doors, OfThisProcess):
         end = partial(self._deadline, timeout, deadline, context)
         end()  # report mistakes at once
         urgency = self._urgency(priority, context)
-        agent = None if context is None else context.running_agent
+        agent = running_agent(context)
         if agent is not None:
             lease: Lease = AgentLease(agent, self._node, amounts)
         else:

@@ -431,8 +431,7 @@ def rouse(node: Node) -> None:
     """Ask the flows of a limiter and of those above anew, because something has changed there."""
     for each in node.path:
         for branch in each.branches.values():
-            if branch.asleep:  # also asked by `Branch.rouse`; most are not
-                branch.above.rouse(branch)
+            branch.above.rouse(branch)
 
 
 def reweigh(node: Node, weight: float) -> None:

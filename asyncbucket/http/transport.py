@@ -173,7 +173,7 @@ class PacedTransport(_AnyTransport):
         teaches = host == first_host
         priced = self._lanes.read(request, teaches=teaches)
         limiter = priced.lane.limiter
-        self._check(request)
+        is_sdk_retry = self._is_sdk_retry(request)
         if priced.cost is None or self._is_paid(limiter, above):
             sent_at = limiter.now()
             reply = await io.call(send, request)
@@ -182,7 +182,7 @@ class PacedTransport(_AnyTransport):
                 reader.read(reply.headers, priced.profile, since=sent_at, ok=ok)
             return reply
         retrier, noted = priced.lane.retrier, sent_above()
-        if noted is not None or _is_sdk_retry(request) or not can_be_resent(request):
+        if noted is not None or is_sdk_retry or not can_be_resent(request):
             retrier = None
         noted = noted or Sent()
 
@@ -275,9 +275,11 @@ class PacedTransport(_AnyTransport):
         )
         return True
 
-    def _check(self, request: Any) -> None:
-        """Warn once if an SDK above retries by itself."""
-        if self._seen_failure and _is_sdk_retry(request):
+    def _is_sdk_retry(self, request: Any) -> bool:
+        """Tell whether an SDK above sends a request again by itself; warn once after a failure."""
+        if request.headers.get(_RETRY_COUNT, "0") == "0":
+            return False
+        if self._seen_failure:
             self._warn_once(
                 _RETRY_COUNT,
                 "the SDK above the transport of limiter %r retries failed calls, too: each of its "
@@ -285,6 +287,7 @@ class PacedTransport(_AnyTransport):
                 "the SDK",
                 self.limiter.name,
             )
+        return True
 
     def _warn_once(self, topic: str, message: str, *args: object) -> None:
         if topic not in self._warned:
@@ -321,12 +324,6 @@ class PacedTransport(_AnyTransport):
             self.close()
         else:
             self._inner.__exit__(*error)
-
-
-def _is_sdk_retry(request: Any) -> bool:
-    """Tell whether an SDK sends a request again by itself."""
-    count: str = request.headers.get(_RETRY_COUNT, "0")
-    return count != "0"
 
 
 def library_named(family: str) -> Any:

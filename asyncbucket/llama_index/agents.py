@@ -9,7 +9,7 @@ from typing import Any
 from llama_index.core.llms.llm import LLM
 from llama_index.core.workflow import Workflow
 
-from asyncbucket.core.context import Agent, InheritedScope, inherited
+from asyncbucket.core.context import Agent, InheritedScope, inherited, running_agent
 
 
 def is_workflow(obj: object) -> bool:
@@ -28,8 +28,8 @@ def with_scopes(workflow: Any, kind: str | None, pace: Callable[[Any], Any]) -> 
 
     @functools.wraps(workflow.run)
     def run(*args: Any, **kwargs: Any) -> Any:
-        context, plain = inherited.get(), type(scoped).run
-        if context is not None and context.running_agent is not None:
+        plain = type(scoped).run
+        if running_agent(inherited.get()) is not None:
             return plain(scoped, *args, **kwargs)
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):

@@ -112,10 +112,6 @@ class Level:
     #: Changes of what is booked: when, in which order, what, the call's resource, its entry, units.
     changes: list[tuple[int, int, str, Call, Entry, int]] = field(default_factory=list)
 
-    def now_in_force(self) -> Iterator[Limit]:
-        for history in self.limits.values():
-            yield history[-1][1]
-
 
 def in_force(history: list[tuple[int, Any]], start: int, end: int) -> list[Any]:
     """Return all that was in force at any time from ``start`` to ``end``."""

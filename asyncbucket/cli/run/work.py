@@ -35,7 +35,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import counted, one_line
 from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
 from asyncbucket.providers.usage import read_usage
-from asyncbucket.retry import Retrier, Retry, Sent
+from asyncbucket.retry import Retrier, Retry
 
 _MAX_MESSAGE: Final = 500
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
@@ -163,16 +163,15 @@ class Run:
         self._tally.refused_429 += response.status_code == RATE_LIMITED
 
     async def _send(self, task: Task) -> None:
-        request, sent = task.request, Sent()
+        request = task.request
         response: httpx.Response | None = None
 
         async def attempt() -> httpx.Response:
-            sent.at = self._root.now()
             path = request.path.removeprefix("/v1")
             return await self._client.post(path, cast_to=httpx.Response, body=request.body)
 
         try:
-            response = await self._retrier.call(attempt, sent=sent)
+            response = await self._retrier.call(attempt)
             body = response.json()
         except Exception as error:  # noqa: BLE001 - whatever fails a line is written and counted
             self._write_failure(request, error, response)

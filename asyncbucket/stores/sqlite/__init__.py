@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.core.errors import StoreError
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.sqlite.file import File, SharedClock
 from asyncbucket.stores.sqlite.state import State
 from asyncbucket.stores.store import (
@@ -142,7 +143,7 @@ class SQLiteStore:
     def too_late(self, patience: float) -> str:
         """Return what to say if there was no answer within ``patience`` seconds."""
         return (
-            f"the disk has not answered for {patience:g} s: see what keeps it busy, or allow "
+            f"the disk has not answered for {in_seconds(patience)}: see what keeps it busy, or allow "
             f"more with ?patience={max(5, patience * 4):g}"
         )
 
