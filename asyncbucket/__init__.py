@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from asyncbucket import errors, events
-from asyncbucket.core.context import agent, deadline, priority, tenant
+from asyncbucket.core.context import agent, deadline, priority, sticky, tenant
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
     AcquireTimeout,
@@ -26,6 +26,7 @@ from asyncbucket.plan import plan
 if TYPE_CHECKING:
     from asyncbucket import presets
     from asyncbucket.core import settings
+    from asyncbucket.core.pool import Pool
     from asyncbucket.plan import Plan
 
 _LAZY = {
@@ -44,6 +45,8 @@ def __getattr__(name: str) -> object:
         return import_module(_LAZY[name])
     if name == "Plan":
         return import_module("asyncbucket.plan").Plan
+    if name == "Pool":
+        return import_module("asyncbucket.core.pool").Pool
     raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
 
 
@@ -65,6 +68,7 @@ __all__ = [
     "LimitUse",
     "Limiter",
     "Plan",
+    "Pool",
     "QueueFull",
     "Statistics",
     "StoreError",
@@ -80,5 +84,6 @@ __all__ = [
     "presets",
     "priority",
     "settings",
+    "sticky",
     "tenant",
 ]

@@ -58,6 +58,8 @@ class Inherited:
     agent: Agent | None = None
     #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
+    #: What the calls have in common, by which a pool chooses a member.
+    sticky: str | None = None
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; 0 once it is over."""
@@ -156,6 +158,19 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
     return InheritedScope(tenant=read_tenant(name))
 
 
+def sticky(key: str) -> contextlib.AbstractContextManager[None, None]:
+    """Have a `Pool` prefer, for all calls inside, the member that served ``key`` last.
+
+    Args:
+        key: what the calls have in common, such as a conversation, whose prompt is in the cache of
+            that member's provider. It is shown to nobody.
+
+    Raises:
+        ValueError: it is not a string, or is empty.
+    """
+    return InheritedScope(sticky=read_sticky(key))
+
+
 def agent(
     name: str | None = None, kind: str | None = None, expects: Cost | int | None = None
 ) -> contextlib.AbstractContextManager[None, None]:
@@ -247,6 +262,17 @@ def read_tenant(name: str) -> str:
         given = "''" if name == "" else type(name).__name__  # it may be secret
         raise ValueError(f"a tenant must be a non-empty string, not {given}")
     return name
+
+
+def read_sticky(key: str) -> str:
+    """Return what calls have in common.
+
+    Raises:
+        ValueError: it is not a string, or is empty.
+    """
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"sticky must be a non-empty string, not {key!r}")
+    return key
 
 
 def deadline_of(

@@ -15,6 +15,7 @@ from asyncbucket.core import doors
 from asyncbucket.core.admission import refuse
 from asyncbucket.core.agents import AgentLease
 from asyncbucket.core.context import (
+    Agent,
     Inherited,
     Priority,
     deadline_of,
@@ -269,7 +270,8 @@ class Limiter(Doors, OfThisProcess):
         context = inherited.get()
         limiter = self._limiter_for(tenant, context)
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
-        lease = Lease(node, whole) if context is None else limiter._lease(whole, context)
+        plain = context is None and not limiter._has_terms
+        lease = Lease(node, whole) if plain else limiter._lease(whole, context)
         if not lease._try_now():
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
@@ -365,13 +367,14 @@ class Limiter(Doors, OfThisProcess):
         end = partial(self._deadline, timeout, deadline, context)
         end()  # report mistakes at once
         urgency = self._urgency(priority, context)
-        agent = running_agent(context)
-        if agent is not None:
-            lease: Lease = AgentLease(agent, self._node, amounts)
-        else:
-            lease = (Lease if self._is_proven else FirstLease)(self._node, amounts)
+        lease = self._make_lease(running_agent(context), amounts)
         lease._deadline, lease._priority = end, urgency
         return lease
+
+    def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
+        if agent is not None:
+            return AgentLease(agent, self._node, amounts)
+        return (Lease if self._is_proven else FirstLease)(self._node, amounts)
 
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
@@ -492,7 +495,7 @@ class Limiter(Doors, OfThisProcess):
     def _make_child(self, name: str, terms: Terms) -> "Limiter":
         """Return a new limiter below this one."""
         self._keep()
-        child = Limiter.__new__(Limiter)
+        child = type(self).__new__(type(self))  # below a pool, all are pools
         with self._node.pacer:
             node = Node(f"{self._node.name}/{name}", self._node)
             child._set_up(node, self, terms)
@@ -651,12 +654,12 @@ class Limiter(Doors, OfThisProcess):
         with pacer:
             node.observers = node.observers or Observers()
             remove, watching = node.observers.add(callback), [1]
-            pacer.observed += 1
+            pacer.count_observers(1)
 
         def unobserve() -> None:
             remove()
             with pacer:
-                pacer.observed -= watching.pop() if watching else 0
+                pacer.count_observers(-watching.pop() if watching else 0)
 
         return unobserve
 
@@ -807,7 +810,7 @@ class _Tenants:
             name = f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}"
             limiter = above._make_child(name, terms)
         else:
-            limiter = Limiter.__new__(Limiter)
+            limiter = type(above).__new__(type(above))
             limiter._set_up(node, above, terms)
         self._limiters[tenant], self._nodes[tenant] = limiter, limiter._node
         return limiter

@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
-from typing import Any, Final, Protocol, Self, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.errors import CostExceedsLimit
@@ -63,6 +63,7 @@ class Node:
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "admitted",
         "agents",
+        "at_members",
         "bounded",
         "branches",
         "cancelled",
@@ -82,6 +83,7 @@ class Node:
         "pacer",
         "parent",
         "path",
+        "pool",
         "prices",
         "refunded",
         "refused",
@@ -106,10 +108,10 @@ class Node:
     #: How many seconds one unit takes of the fastest limit: see `price`.
     prices: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
 
-    def __init__(self, name: str, parent: Self | None = None, *, pacer: Any = None) -> None:
+    def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent, self.weight = name, parent, 1.0
         #: This node and those above it, up to the root.
-        self.path: tuple[Self, ...] = (self,) if parent is None else (self, *parent.path)
+        self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
         self.children: weakref.WeakSet[Node] | None = None
         #: The `asyncbucket.core.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
@@ -140,6 +142,10 @@ class Node:
         #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.branches: dict[int, Any] = EMPTY_MAPPING
+        #: At the root of a pool, its members; below it, what a call passes at each of them that has
+        #: taken one: see `asyncbucket.core.members`.
+        self.pool: Any = None
+        self.at_members: dict[Any, Node] = EMPTY_MAPPING
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""
@@ -177,6 +183,8 @@ class Node:
                 self.most[resource] = min(limit.amount, self.most.get(resource, limit.amount))
             if limit.per <= _LONG * shortest:
                 self.prices[resource] = min(seconds, self.prices.get(resource, seconds))
+        if self.pool is not None:
+            self.prices = self.pool.prices()
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
@@ -185,8 +193,8 @@ class Node:
                 delattr(self, name)
             except AttributeError:  # nothing was worked out yet, so nothing below either
                 return
-        for child in self.children or ():
-            child.forget()
+        for node in (*(self.children or ()), *self.at_members.values()):
+            node.forget()
 
     # --- what its calls pass ---
 
@@ -246,11 +254,15 @@ class Node:
         for node in self.bounded:
             if node.in_flight >= node.slots:
                 return NEVER, "concurrency"
+        if (pool := self.path[-1].pool) is not None:
+            anywhere: tuple[int, str | None] = pool.earliest(self, amounts, now)
+            return anywhere
         return latest(self.meters, amounts, now)
 
     def soonest(self, amounts: Amounts, now: int) -> int:
         """Return a lower bound of when a call can pass: if open calls gave back all they may."""
-        soonest = now
+        pool = self.path[-1].pool
+        soonest = now if pool is None else pool.soonest(amounts, now)
         since = 0 if self.waiting else now  # a head that gives up leaves what it has earned
         for node in self.path:
             for window in node.limits.values():
@@ -319,6 +331,8 @@ class Node:
             if amounts.get(resource, 0) > most:
                 break
         else:
+            if (pool := self.path[-1].pool) is not None:
+                pool.check(amounts)
             return
         limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
         limit = next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
@@ -329,8 +343,10 @@ class Node:
         )
 
     def resources(self) -> set[str]:
-        """Return the resources that are limited, here or above."""
-        return {resource for node in self.path for resource, _ in node.limits}
+        """Return the resources that are limited, here or above; in a pool, at any member."""
+        pool = self.path[-1].pool
+        own = {resource for node in self.path for resource, _ in node.limits}
+        return own if pool is None else own.union(*(each.node.resources() for each in pool.members))
 
     def check_known(self, names: Iterable[str]) -> None:
         """Refuse resources that nothing counts, here or above.
@@ -396,8 +412,10 @@ class Node:
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
         self.in_flight = self.waiting = 0
-        self.lines = self.branches = EMPTY_MAPPING
+        self.lines = self.branches = self.at_members = EMPTY_MAPPING
         self.agents = None
+        if self.pool is not None:
+            self.pool.after_fork()
         for child in self.children or ():
             child.after_fork()
 

@@ -46,7 +46,7 @@ from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, line_of,
 from asyncbucket.core.seats import EMPTY, NOWHERE, LoopSeat, Seat
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
-_BATCH: Final = 256
+BATCH: Final = 256
 #: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
 _GRACE: Final = 50_000_000
 _PATIENCE: Final = 1_000_000_000
@@ -89,7 +89,7 @@ class Pacer:
         #: do not come back.
         self.since = 0
         self.has_warned = False
-        #: Calls that passed without a slot: see `_override`.
+        #: Calls that passed without a slot: see `override`.
         self.overridden = 0
         #: What keeps the root's limits, if they are not kept here.
         self.place: Place | None = None
@@ -99,6 +99,9 @@ class Pacer:
         self.threads = Seat(self.look)
         self.seats: dict[object, Seat] = {}
         self.by_thread: dict[int, LoopSeat] = {}
+        #: The trees that look together, because pools have calls wait at several of them: an
+        #: `asyncbucket.core.members.Group`.
+        self.group: Any = None
         reset_after_fork(self)
 
     # --- the lock ---
@@ -140,6 +143,11 @@ class Pacer:
             self.jobs.popleft()()
 
     # --- events ---
+
+    def count_observers(self, number: int) -> None:
+        """Count ``number`` observers more; with the lock held."""
+        for pacer in (self,) if self.group is None else self.group.pacers:
+            pacer.observed += number
 
     def event(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
@@ -201,10 +209,7 @@ class Pacer:
         """Let ``waiter`` stand in line at ``node``."""
         waiter.amounts, waiter.seat, waiter.asked = amounts, seat, now
         waiter.number = self.arrivals = self.arrivals + 1
-        self.waiting += 1
-        seat.waiting += 1
-        for each in node.path:
-            each.waiting += 1
+        self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)
         if line is None:
             line = line_of(node, priority)
@@ -220,12 +225,12 @@ class Pacer:
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
         seat = waiter.seat
-        if self.place is not None or seat.loop is None:
+        if self.place is not None or seat.loop is None or self.group is not None:
             return False
         self.since = now
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
         self.bound_by = line.bound_by
-        if due <= now or (due == NEVER and not seat.leases):  # see `_override`
+        if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
         seat.sleep(min(self._wait_for_slots(now) if due == NEVER else due, end), now)
         return True
@@ -233,6 +238,9 @@ class Pacer:
     def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
         """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
         line = waiter.line
+        if line.node.pacer is not self:  # of the group
+            is_another_next: bool = line.node.pacer.gone_locked(waiter, now)
+            return is_another_next
         stood_here = self.place is not None and self.place.leave(waiter)
         calls = line.calls
         while calls and calls[0] is not waiter and calls[0].done():  # gave up before
@@ -246,20 +254,28 @@ class Pacer:
             line.credit_flows(waiter.amounts)
         else:
             line.depart()
-        self._count_out(line.node, waiter.seat)
+        self.count_in(line.waited_at, waiter.seat, -1)
         if first or not line.living:
             self.ring_locked(line.node, now)
         return first or not line.living
 
-    def _count_out(self, node: Node, seat: Seat, calls: int = 1) -> None:
-        self.waiting -= calls
-        seat.waiting -= calls
+    def count_in(self, node: Node, seat: Seat, calls: int) -> None:
+        """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
+        pool = node.path[-1].pool
+        if pool is None:
+            self.waiting += calls
+        else:
+            pool.count_in(calls)
+        seat.waiting += calls
         for each in node.path:
-            each.waiting -= calls
+            each.waiting += calls
 
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
         seat, node, now = waiter.seat, waiter.line.node, self.clock()
+        if node.pacer is not self:  # it has been handed over to a member of its pool
+            node.pacer.withdraw_locked(waiter)
+            return
         if seat.look is None:  # it waited in the parent process
             return
         for each in node.path:
@@ -305,11 +321,13 @@ class Pacer:
         for each in node.path[:-1]:
             if each.waiting:
                 return False
+        if self.group is not None:
+            self.group.rouse(self)
         while True:
             head, due = self.top.head(now)
             if head is None:
                 return due != SOON
-            if not self._is_late(head.seat, now):
+            if not self.is_late(head.seat, now):
                 return False
 
     def next_look_locked(self, now: int) -> int:
@@ -366,7 +384,10 @@ class Pacer:
                 self._return_set_aside(seat)
             seat.looks_at = now
             self.looks += 1
-            due = self._admit(seat, now) if self.waiting else EMPTY
+            if self.group is not None:
+                due = self.group.admit(seat, now)
+            else:
+                due = self.admit(seat, now) if self.waiting else EMPTY
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
                 if self._end_waits(seat, now):
@@ -385,17 +406,19 @@ class Pacer:
                 waiter.set_result(False)
                 is_another_next |= self.gone_locked(waiter, now)
 
-    def _admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
+    def admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
         passed, place = 0, self.place
         served: Line | None = None  # the only line, as far as its calls fit
         while place is None or place.room(seat):  # which dates what stands there to now
             waiter, due = self.top.head(now)
             if waiter is None:
-                return due if due != NEVER else self._override(seat, now)
-            if waiter.line is not served and passed < _BATCH and self._is_single_file():  # pyright: ignore[reportUnnecessaryComparison]
+                return due if due != NEVER else self.override(seat, now)
+            if self.group is not None and waiter.line.node.path[-1] is not self.root:
+                return EMPTY  # a pool's, which chooses among its members
+            if waiter.line is not served and passed < BATCH and self._is_single_file():  # pyright: ignore[reportUnnecessaryComparison]
                 served = waiter.line
-                passed += self._serve_line(served, _BATCH - passed, now)
+                passed += self._serve_line(served, BATCH - passed, now)
                 waiter, _ = served.head(now)
                 if waiter is None or served.node.parent is not None:
                     continue
@@ -403,29 +426,29 @@ class Pacer:
             if due > now:
                 self.bound_by = waiter.line.bound_by = bound_by
             if waiter.seat is not seat:
-                if self._is_late(waiter.seat, now):
+                if self.is_late(waiter.seat, now):
                     continue
-                return self._leave_to(waiter.seat, due, now)
+                return self.leave_to(waiter.seat, due, now)
             if due > now:
-                return self._override(seat, now) if due >= NEVER else due
+                return self.override(seat, now) if due >= NEVER else due
             if place is not None:
                 self._push(place, waiter, now)
-            elif passed < _BATCH:
+            elif passed < BATCH:
                 passed += self._serve(waiter, now)
                 served = None
             else:
                 return now
         return NEVER
 
-    def _leave_to(self, other: Seat, due: int, now: int) -> int:
+    def leave_to(self, other: Seat, due: int, now: int) -> int:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
         if other.looks_at > max(due, now):
             other.ring(now)
         return max(min(due, other.looks_at), now) + _GRACE
 
     def _is_single_file(self) -> bool:
-        """Tell whether all who wait stand in one line, on one seat, and no store has a say."""
-        if len(self.seats) > 1 or self.place is not None:
+        """Tell whether all who wait stand in one line, on one seat, and nobody else has a say."""
+        if len(self.seats) > 1 or self.place is not None or self.group is not None:
             return False
         flow: Flow | None = self.top
         while isinstance(flow, Branch):
@@ -435,11 +458,14 @@ class Pacer:
     def _serve(self, waiter: AnyWaiter, now: int) -> int:
         """Let the head of a line go; return 1 if it still waited, else 0."""
         line = waiter.line
+        if line.node.pacer is not self:
+            passed: int = line.node.path[-1].pool.serve(waiter, self, now)
+            return passed
         if waiter.done():
             return 0
         line.calls.popleft()
         bound_by = line.bound_by or self.bound_by
-        if not self._let_go(waiter, now, bound_by):
+        if not self.let_go(waiter, now, bound_by):
             return 0
         line.node.book(waiter.amounts, now)
         self._count_served(waiter, now, 1, 1.0, now - waiter.asked, bound_by)
@@ -489,11 +515,11 @@ class Pacer:
                 break
             calls.popleft()
             waited = now - waiter.asked
-            if not waiter.done() and self._let_go(waiter, now, bound_by):
+            if not waiter.done() and self.let_go(waiter, now, bound_by):
                 group.append(waited)
         return group
 
-    def _let_go(
+    def let_go(
         self, waiter: AnyWaiter, now: int, bound_by: str | None, meters: Meters | None = None
     ) -> bool:
         """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
@@ -522,7 +548,7 @@ class Pacer:
         line.since = self.since = now
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
-        self._count_out(node, last.seat, calls)
+        self.count_in(node, last.seat, -calls)
         self.top.serve(last, calls, worth)
         if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(node)
@@ -532,7 +558,13 @@ class Pacer:
         line = waiter.line
         line.calls.popleft()
         line.since = now
-        node = line.node
+        self.push_at(line.node, place, waiter, now)
+        self.top.serve(waiter)
+        if len(line.node.path) > 2:  # noqa: PLR2004 - as in `_serve`
+            rouse(line.node)
+
+    def push_at(self, node: Node, place: Place, waiter: AnyWaiter, now: int) -> None:
+        """Hand ``waiter`` over to the store, booked at ``node`` and below the root."""
         below = tuple(pair for each in node.path[:-1] for pair in each.own)
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
@@ -540,27 +572,24 @@ class Pacer:
                 meter.book(amount, now)
         for each in node.path:
             each.in_flight += 1
-        self.top.serve(waiter)
-        if len(node.path) > 2:  # noqa: PLR2004 - as in `_serve`
-            rouse(node)
         place.push(waiter, below, now)
 
     def pass_on_locked(
         self, waiter: AnyWaiter, meters: Meters, now: int, bound_by: str | None
     ) -> bool:
         """Let a call go that the store has booked in ``meters``; return whether it still waited."""
-        if not self._let_go(waiter, now, bound_by, meters):  # its task gives back what it took
+        if not self.let_go(waiter, now, bound_by, meters):  # its task gives back what it took
             return False
         node = waiter.line.node
         for each in node.path:
             each.admitted += 1
         if bound_by is not None:
             node.count_waits(1, now - waiter.asked, bound_by)
-        self._count_out(node, waiter.seat)
+        self.count_in(waiter.line.waited_at, waiter.seat, -1)
         self.ring_locked(node, now)
         return True
 
-    def _is_late(self, seat: Seat, now: int) -> bool:
+    def is_late(self, seat: Seat, now: int) -> bool:
         """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
         if seat.is_closed():
             seat.is_late = True
@@ -585,17 +614,20 @@ class Pacer:
         return bool(closed)
 
     def _bury(self, seat: Seat) -> None:
-        lines = set(self.top.lines()) | {waiter.line for waiter in seat.set_aside}
+        trees = (self,) if self.group is None else self.group.pacers
+        lines = {line for pacer in trees for line in pacer.top.lines()}
+        lines |= {waiter.line for waiter in seat.set_aside}
         for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
             if waiter.seat is seat and not waiter.done():
                 waiter.line.depart()
-                self._count_out(waiter.line.node, seat)
+                node = waiter.line.waited_at
+                node.pacer.count_in(node, seat, -1)
                 waiter.seat = NOWHERE
         for line in lines:  # those that gave up before go, too: their tasks count them out
             line.refill(each for each in line.calls if each.seat not in (NOWHERE, seat))
         seat.set_aside.clear()
 
-    def _override(self, seat: Seat, now: int) -> int:
+    def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if every slot is held on loops that do not run.
 
         Code may block its loop while it waits for a call on another loop (LlamaIndex's
@@ -639,7 +671,9 @@ class Pacer:
         if now < self.since + _STALL:
             return (self.since // _STALL + 2) * _STALL  # seldom another: so the timer can stay
         self.has_warned = True
-        nodes = {node for line in self.top.lines() for node in line.node.bounded}
+        nodes = {
+            node for line in self.top.lines() for node in (*line.node.bounded, *self.root.bounded)
+        }
         held = (
             f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
             for node in sorted(nodes, key=lambda node: node.name)
@@ -670,3 +704,5 @@ class Pacer:
         self.waiting = 0
         self.top = Branch(self.root, None, 1.0)
         self.root.after_fork()
+        if self.group is not None:
+            self.group.share(self)

@@ -151,7 +151,7 @@ class Line(Flow):
 
     __slots__ = ("bound_by", "calls", "priority", "since")
 
-    def __init__(self, node: Node, above: "Branch", priority: int) -> None:
+    def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
         #: In order of arrival, or in that of the agents that make them.
@@ -188,6 +188,8 @@ class Line(Flow):
             if not flow.competes:
                 branch.add(flow)
             flow = branch
+        if (pool := flow.node.pool) is not None:
+            pool.arrive()
 
     def depart(self, calls: int = 1) -> None:
         """Count out ``calls`` calls that are done, wherever they stand."""
@@ -197,6 +199,8 @@ class Line(Flow):
             branch.leave(flow)
             branch.living -= 1
             flow = branch
+        if not flow.living and (pool := flow.node.pool) is not None:
+            pool.depart()
         if len(self.calls) > 2 * self.living + SWEEP:
             self.refill(self.waiters())
 
@@ -222,6 +226,11 @@ class Line(Flow):
             else:
                 return first, now
         return None, EMPTY
+
+    @property
+    def waited_at(self) -> Node:
+        """Where its calls counted while they waited."""
+        return self.node
 
     def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
         """Credit the flows that paid for a call with what it did not use; all, if it was not made."""
@@ -365,14 +374,17 @@ class Branch(Flow):
 
         They cost as much as ``worth`` calls like the last.
         """
-        line = waiter.line
+        self.charge(waiter.line, waiter.amounts, worth)
+        waiter.line.depart(calls)
+
+    def charge(self, line: Line, amounts: Amounts, worth: float = 1.0) -> None:
+        """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
         look = self.node.pacer.looks
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.price(waiter.amounts), worth)  # noqa: SLF001 - its own kind
+            branch._charge_first(branch.node.price(amounts), worth)  # noqa: SLF001 - its own kind
             flow.look = look
             flow = branch
-        line.depart(calls)
 
     def _charge_first(self, price: float, worth: float) -> None:
         """Charge the flow that is first, and move virtual time."""
@@ -410,17 +422,17 @@ def line_of(node: Node, priority: int) -> Line:
     """Return the line for calls of a limiter and a priority."""
     line = node.lines.get(priority)
     if line is None:
-        line = Line(node, _branch_of(node, priority), priority)
+        line = Line(node, branch_of(node, priority), priority)
         node.lines = {**node.lines, priority: line}
     found: Line = line
     return found
 
 
-def _branch_of(node: Node, priority: int) -> Branch:
+def branch_of(node: Node, priority: int) -> Branch:
     """Return where the calls of one priority at a limiter and below it meet."""
     branch = node.branches.get(priority)
     if branch is None:
-        above = node.pacer.top if node.parent is None else _branch_of(node.parent, priority)
+        above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)
         branch = Branch(node, above, node.weight, rank=-priority)
         node.branches = {**node.branches, priority: branch}
     found: Branch = branch

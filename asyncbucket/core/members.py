@@ -1,0 +1,565 @@
+"""One line over several limiters: each call goes to whichever can start it first.
+
+A pool has a tree of its own, with a root, children, tenants and a queue, but no limits. At each
+*member*, a limiter with its own tree, the pool is a child, and competes there for its share with
+whoever uses the member directly: a `PoolLine` stands in the member's queue for it, and its head is
+the head of the pool's. So a call is bound to a member at the last moment, when it goes. From then on
+it counts along one path: the pool's levels, then the member's (`NodeAtMember`).
+
+The trees of a pool and its members look together, under one lock: they are a `Group`. A look lets
+the members' direct calls go as always, up to where the pool is next; then it asks for the pool's
+head who can start it now, and chooses one of them.
+
+A call may prefer one member, where its conversation's prompt cache is warm. If that one is busy when
+the call's turn comes, the call is kept for it, while others go ahead. If its patience ends first,
+the call is next at whichever member has room.
+
+A member that fails is left out for a time that doubles up to a minute. Then one call goes as a
+probe. Its end decides whether the others follow.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Literal, TypeAlias
+
+from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.node import Node
+from asyncbucket.core.pacer import BATCH, Pacer
+from asyncbucket.core.queue import AnyWaiter, Line, branch_of, rouse
+from asyncbucket.core.seats import EMPTY, Seat
+from asyncbucket.core.wording import counted
+
+#: How a pool chooses among the members that can start a call now.
+Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[Sequence[Any]], Any]
+
+#: For how long (ns) a member is left out at its first failure, and at most.
+_FIRST_REST: Final = 1_000_000_000
+_LONGEST_REST: Final = 60_000_000_000
+#: How many conversations are remembered.
+_HOMES: Final = 10_000
+
+
+class PoolLine(Line):
+    """Stand in the queue of a member for a pool."""
+
+    __slots__ = ("member",)
+
+    def __init__(self, member: "Member") -> None:
+        super().__init__(member.node, branch_of(member.node, 0), 0)
+        self.member = member
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the pool's head, if this member may have it; else when to ask again."""
+        return self.member.head(now, back)
+
+    def lines(self) -> Iterator[Line]:
+        yield from self.member.pool.pacer.top.lines()
+
+
+class LineAtMember(Line):
+    """Where a pool's call comes from that a member has taken: the flows on both sides paid for it."""
+
+    __slots__ = ("line", "pool_line")
+
+    def __init__(self, node: "NodeAtMember", line: Line) -> None:
+        super().__init__(node, node.member.line.above, line.priority)
+        self.line, self.pool_line = line, node.member.line
+
+    @property
+    def waited_at(self) -> Node:
+        return self.line.node
+
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        self.line.credit_flows(reserved, used)
+        self.pool_line.credit_flows(reserved, used)
+
+
+class NodeAtMember(Node):
+    """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
+
+    __slots__ = ("inner", "member")
+
+    def __init__(self, inner: Node, member: "Member") -> None:
+        super().__init__(inner.name, pacer=member.pacer)
+        self.inner, self.member = inner, member
+        self.path = (*inner.path, *member.node.path)
+        self.parent = member.node
+
+    @property
+    def agents(self) -> Any:
+        """What orders the calls by agent: the pool's limiter."""
+        return self.inner.agents
+
+    @agents.setter
+    def agents(self, _: object) -> None: ...
+
+    def _work_out(self) -> None:
+        self.own = tuple(pair for node in self.inner.path for pair in node.own)
+        self.meters = (*self.own, *self.member.node.meters)
+        self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self._work_out_limits()
+        self.prices = self.inner.prices  # by which the pool's agents are measured
+        self.bounded = (
+            *(node for node in self.inner.path if node.slots < NEVER),
+            *self.member.node.bounded,
+        )
+
+    def line_from(self, line: Line) -> LineAtMember:
+        """Return the line of calls that came from ``line`` of the pool."""
+        found = self.lines.get(line.priority)
+        if found is None:
+            found = LineAtMember(self, line)
+            self.lines = {**self.lines, line.priority: found}
+        here: LineAtMember = found
+        return here
+
+
+class Member:
+    """A limiter in a pool: the pool's place there, and whether it works."""
+
+    def __init__(self, pool: "Members", limiter: Any, node: Node) -> None:
+        self.pool = pool
+        #: The member itself; and the pool as its child.
+        self.limiter, self.node = limiter, node
+        self.pacer: Pacer = node.pacer
+        #: Calls that are kept for it, and until when.
+        self.kept: deque[tuple[int, AnyWaiter]] = deque()
+        #: How often it has failed in a row, and why; until when it is left out; and the lease that
+        #: probes it.
+        self.failures, self.reason = 0, ""
+        self.out_until = 0
+        self.probe: object = None
+
+    @property
+    def root(self) -> Node:
+        """The node with the member's limits."""
+        return self.node.path[-1]
+
+    @property
+    def line(self) -> PoolLine:
+        """Where the pool stands in its queue."""
+        line = self.node.lines.get(_POOL)
+        if line is None:
+            line = PoolLine(self)
+            self.node.lines = {**self.node.lines, _POOL: line}
+        found: PoolLine = line
+        return found
+
+    def rouse(self) -> None:
+        """Ask for the pool anew in the member's queue: what is next in the pool may have changed."""
+        line = self.line
+        assert line.above is not None
+        line.above.rouse(line)
+        rouse(self.node)
+
+    def at(self, inner: Node) -> NodeAtMember:
+        """Return what a call from ``inner`` passes if this member takes it."""
+        node = inner.at_members.get(self)
+        if node is None:
+            node = NodeAtMember(inner, self)
+            inner.at_members = {**inner.at_members, self: node}
+        assert isinstance(node, NodeAtMember)
+        return node
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the call that this member is to take next, or when there may be one."""
+        return self.choose(self.pool.first(now, back), now)
+
+    def choose(self, first: tuple[AnyWaiter | None, int], now: int) -> tuple[AnyWaiter | None, int]:
+        """Return the call that this member is to take next, if ``first`` is next in the pool."""
+        if self.out_until > now or self.probe is not None:
+            return None, self.out_until if self.probe is None else NEVER
+        if self.kept:
+            kept = (each for _, each in self.kept if not each.done() and not each.seat.is_late)
+            waiter = next(kept, None)
+            if waiter is not None:
+                return waiter, now
+        waiter = first[0]
+        return first if waiter is None or self.takes(waiter.amounts) else (None, NEVER)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether calls wait at it that are not the pool's."""
+        everybody, our_own = self.pacer.waiting, self.pool.pacer.waiting
+        return bool(everybody > our_own)
+
+    def is_in(self, now: int) -> bool:
+        """Tell whether it may be given calls."""
+        return self.out_until <= now and self.probe is None
+
+    def takes(self, amounts: Amounts) -> bool:
+        """Tell whether such a call can ever pass here."""
+        for resource, most in self.node.most.items():  # noqa: SIM110 - `all` takes three times as long
+            if amounts.get(resource, 0) > most:
+                return False
+        return True
+
+    def use(self, now: int) -> float:
+        """Return the largest part of any of its limits, or of its slots, that is used."""
+        root = self.root
+        parts = [1 - window.available(now) / window.limit.amount for window in root.limits.values()]
+        parts.append(root.in_flight / root.slots)
+        return max(parts)
+
+    def began(self, lease: Any, now: int) -> None:
+        """Take in that a call goes here: after a failure, it is the probe."""
+        if self.failures and self.out_until <= now:
+            self.probe = lease
+
+    def ended(self, lease: Any, *, is_proof: bool) -> None:
+        """Take in that a call is over; one that ended well proves that the member works."""
+        if is_proof and self.failures and self.out_until <= self.pacer.clock():
+            self.failures = 0
+        elif lease is not self.probe:
+            return
+        self.probe = None
+        self.pacer.ring_locked(self.node)
+
+    def fail(self, lease: Any, reason: str, now: int) -> bool:
+        """Leave it out for a while; return whether it was in until now."""
+        was_in = not self.failures
+        if self.out_until <= now:  # else several calls that were in flight fail together
+            rest = min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
+            self.failures += 1
+            self.out_until = now + rest
+        if lease is self.probe:
+            self.probe = None
+        self.reason = reason
+        return was_in
+
+
+#: Where the pool's line stands among the lines of its node at a member.
+_POOL: Any = "pool"
+
+
+class Members:
+    """Choose a member for each call of a pool; every method is called with the group's lock held."""
+
+    def __init__(self, root: Node, prefer: Prefer, patience: int) -> None:
+        self.root, self.pacer = root, root.pacer
+        self.prefer = prefer
+        #: For how long (ns) a call waits for its own member while others could start it.
+        self.patience = patience
+        self.members: tuple[Member, ...] = ()
+        #: Calls that were kept in vain, which are next everywhere.
+        self._overdue: deque[AnyWaiter] = deque()
+        #: Which member served a conversation last.
+        self._homes: OrderedDict[str, Member] = OrderedDict()
+
+    # --- who waits ---
+
+    def count_in(self, calls: int) -> None:
+        """Count ``calls`` calls that wait from now on: at every member, nobody may pass them."""
+        self.pacer.waiting += calls
+        for member in self.members:
+            member.pacer.waiting += calls
+
+    def arrive(self) -> None:
+        """Compete at the members while anybody waits."""
+        waits = bool(self.pacer.top.living or self._overdue)
+        for member in self.members:
+            line = member.line
+            if waits or member.kept:
+                if not line.competes:
+                    line.arrive()
+                line.living = 1
+            elif line.living:
+                line.depart()
+
+    depart = arrive
+
+    def first(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the call that is next, or when there may be one."""
+        overdue = self._overdue
+        while overdue and overdue[0].done():
+            overdue.popleft()
+        waiter = next((each for each in overdue if not each.seat.is_late), None)
+        return self.pacer.top.head(now, back) if waiter is None else (waiter, now)
+
+    # --- who goes where ---
+
+    def admit(self, seat: Seat, now: int) -> tuple[int, int]:
+        """Admit all that may go; return how many did, and when this seat must look again."""
+        passed = 0
+        while True:
+            due = self._end_keeping(now)
+            first = self.first(now)
+            able: list[tuple[AnyWaiter, Member]] = []
+            lack_slots = False
+            for member in self.members:
+                waiter, when = self._head_at(member, first, seat, now)
+                if waiter is not None:
+                    able.append((waiter, member))
+                due = min(due, when)
+                lack_slots |= when == NEVER and member.is_in(now)
+            if not able:
+                if lack_slots and due == NEVER:
+                    for member in self.members:
+                        member.rouse()
+                        due = min(due, member.pacer.override(seat, now))
+                return passed, due
+            waiter = min(waiter for waiter, _ in able)
+            candidates = [member for each, member in able if each is waiter]
+            if waiter.seat is not seat:
+                if not self.pacer.is_late(waiter.seat, now):
+                    return passed, self.pacer.leave_to(waiter.seat, now, now)
+            elif passed >= BATCH:
+                return passed, now
+            else:
+                passed += self._assign(waiter, candidates, now)
+
+    def _head_at(
+        self, member: Member, first: tuple[AnyWaiter | None, int], seat: Seat, now: int
+    ) -> tuple[AnyWaiter | None, int]:
+        """Return the pool's call that a member can start now, or when there may be one."""
+        if member.is_shared:
+            member.rouse()
+            waiter, when = member.pacer.top.head(now)
+        else:  # which gives the same
+            waiter, when = member.choose(first, now)
+        if waiter is None:
+            return None, when
+        if waiter.line.node.path[-1] is not self.root:
+            return None, EMPTY  # a call of others, who see to it
+        place = member.pacer.place
+        if place is not None and (not place.room(seat) or place.held_up() is not None):
+            return None, NEVER
+        when, bound_by = member.root.earliest(waiter.amounts, waiter.line.since)
+        if when > now:
+            waiter.line.bound_by = bound_by
+            return None, when
+        return waiter, EMPTY
+
+    def _assign(self, waiter: AnyWaiter, candidates: list[Member], now: int) -> int:
+        """Let a call go at the best of ``candidates``, or keep it for its own; return how many went."""
+        home = self.home_of(waiter.lease)
+        if home in candidates:
+            return self.serve(waiter, home.pacer, now)
+        patience = 0 if waiter in self._overdue else waiter.lease.patience
+        if home is not None and patience and home.is_in(now) and home.takes(waiter.amounts):
+            self._keep(waiter, home, now + patience)
+            return 0
+        return self.serve(waiter, self.best(candidates, now).pacer, now)
+
+    def best(self, candidates: Sequence[Member], now: int) -> Member:
+        """Return the preferred one of ``candidates``, which can all start a call now."""
+        if len(candidates) == 1 or self.prefer == "first":
+            return candidates[0]
+        if callable(self.prefer):
+            chosen = self.prefer([member.limiter for member in candidates])
+            return next(member for member in candidates if member.limiter is chosen)
+        return min(candidates, key=lambda member: member.use(now))
+
+    def in_order(self, lease: Any, amounts: Amounts, now: int) -> Iterator[Member]:
+        """Yield the members that may have a newcomer, the preferred ones first."""
+        members = [each for each in self.members if each.is_in(now) and each.takes(amounts)]
+        home = self.home_of(lease)
+        if home in members and lease.patience:
+            yield home
+            return
+        while members:
+            best = self.best(members, now)
+            members.remove(best)
+            yield best
+
+    def serve(self, waiter: AnyWaiter, pacer: Pacer, now: int) -> int:
+        """Let a call go at the member of ``pacer``; return 1 if it still waited, else 0."""
+        member = next(each for each in self.members if each.pacer is pacer)
+        if not member.is_shared:
+            member.rouse()
+            pacer.top.head(now)  # so that the pool is first everywhere
+        line = waiter.line
+        bound_by = line.bound_by
+        self._take_out(waiter, member)
+        here = member.at(line.node).line_from(line)
+        waiter.line = here
+        if pacer.place is not None:
+            pacer.push_at(here.node, pacer.place, waiter, now)
+        elif not pacer.let_go(waiter, now, bound_by):
+            waiter.line = line
+            return 0
+        else:
+            here.node.book(waiter.amounts, now)
+            if bound_by is not None:
+                here.node.count_waits(1, now - waiter.asked, bound_by)
+            self.pacer.count_in(line.node, waiter.seat, -1)
+        line.since = pacer.since = now
+        self.pacer.top.charge(line, waiter.amounts)
+        pacer.top.charge(member.line, waiter.amounts)
+        line.depart()
+        self.arrive()
+        if line.node.parent is not None:  # a limiter above may sleep because of another call
+            rouse(line.node)
+        return 1
+
+    def _take_out(self, waiter: AnyWaiter, member: Member) -> None:
+        calls = waiter.line.calls
+        if calls and calls[0] is waiter:
+            calls.popleft()
+        elif waiter in self._overdue:
+            self._overdue.remove(waiter)
+        else:
+            member.kept = deque(each for each in member.kept if each[1] is not waiter)
+
+    # --- conversations ---
+
+    def home_of(self, lease: Any) -> Member | None:
+        """Return the member that served a call's conversation last, if it is known."""
+        return None if lease.sticky is None else self._homes.get(lease.sticky)
+
+    def settle_down(self, lease: Any, member: Member) -> None:
+        """Remember that ``member`` serves the conversation of a call."""
+        if lease.sticky is not None:
+            self._homes[lease.sticky] = member
+            self._homes.move_to_end(lease.sticky)
+            if len(self._homes) > _HOMES:
+                self._homes.popitem(last=False)
+
+    def _keep(self, waiter: AnyWaiter, home: Member, until: int) -> None:
+        """Keep the head of the line for ``home``, and let others go ahead."""
+        line = waiter.line
+        line.calls.popleft()
+        self.pacer.top.charge(line, waiter.amounts)
+        line.depart()
+        waiter.line = aside = Line(line.node, None, line.priority)
+        aside.since = line.since
+        home.kept.append((until, waiter))
+        self.arrive()
+
+    def _end_keeping(self, now: int) -> int:
+        """Let calls go elsewhere whose patience has ended; return when the next one's does."""
+        due = EMPTY
+        for member in self.members:
+            kept = member.kept
+            while kept and (kept[0][0] <= now or not member.is_in(now)):
+                _, waiter = kept.popleft()
+                if not waiter.done():
+                    self._overdue.append(waiter)
+                self.arrive()
+            if kept:
+                due = min(due, kept[0][0])
+        return due
+
+    # --- what nodes of the pool ask ---
+
+    def check(self, amounts: Amounts) -> None:
+        """Refuse a cost that no member can ever take.
+
+        Raises:
+            CostExceedsLimit: so it is.
+        """
+        if any(member.takes(amounts) for member in self.members):
+            return
+        above = ", ".join(
+            f"{limit} at {member.limiter.name!r}"
+            for member in self.members
+            if (limit := _exceeded(member.root, amounts)) is not None
+        )
+        cost = ", ".join(
+            counted(amount, resource)
+            for resource, amount in amounts.items()
+            if any(resource in each.node.resources() and amount for each in self.members)
+        )
+        raise CostExceedsLimit(
+            f"cost of {cost} exceeds a limit of every member ({above}) and can never pass; raise a "
+            f"limit or split the request"
+        )
+
+    def earliest(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        """Return from when on a newcomer could pass at any member, and what binds."""
+        able = [member for member in self.members if member.takes(amounts)]
+        dues = [
+            member.at(node).earliest_of_all(amounts, max(now, member.out_until)) for member in able
+        ]
+        return min(dues, key=lambda due: due[0], default=(NEVER, None))
+
+    def soonest(self, amounts: Amounts, now: int) -> int:
+        """Return a lower bound of when a call can pass at any member."""
+        return min(
+            (each.node.soonest(amounts, now) for each in self.members if each.takes(amounts)),
+            default=NEVER,
+        )
+
+    def prices(self) -> dict[str, float]:
+        """Return how many seconds one unit takes of all members' limits together."""
+        rates: dict[str, float] = {}
+        for member in self.members:
+            for resource, seconds in member.node.prices.items():
+                rates[resource] = rates.get(resource, 0.0) + 1 / seconds
+        return {resource: 1 / rate for resource, rate in rates.items()}
+
+    def after_fork(self) -> None:
+        """Start afresh in a child process."""
+        self._overdue.clear()
+        for member in self.members:
+            member.kept.clear()
+            member.probe = None
+
+
+def _exceeded(root: Node, amounts: Amounts) -> Limit | None:
+    """Return a limit that such a call exceeds."""
+    limits = (window.limit for window in root.limits.values() if window.refuses)
+    return next((each for each in limits if amounts.get(each.resource, 0) > each.amount), None)
+
+
+class Group:
+    """Trees that look together, because pools tie them: they share a lock, and where calls wait."""
+
+    def __init__(self, pool: Members) -> None:
+        pacers = [member.pacer for member in pool.members]
+        known = dict.fromkeys(pacer.group for pacer in pacers if pacer.group is not None)
+        self.pools: tuple[Members, ...] = (*(each for group in known for each in group.pools), pool)
+        #: Those of the pools and those of their members.
+        self.pacers: tuple[Pacer, ...] = tuple(
+            dict.fromkeys(
+                (*(each for group in known for each in group.pacers), pool.pacer, *pacers)
+            )
+        )
+        observed = sum({id(p.group or p): p.observed for p in self.pacers}.values())
+        for pacer in self.pacers:
+            pacer.group = self
+            pacer.observed = observed
+        self.share(self.pacers[0])
+
+    def share(self, first: Pacer) -> None:
+        """Have all use the lock of ``first``, and where its calls wait."""
+        for pacer in self.pacers:
+            pacer.lock, pacer.jobs, pacer.news = first.lock, first.jobs, first.news
+            pacer.threads, pacer.seats, pacer.by_thread = (
+                first.threads,
+                first.seats,
+                first.by_thread,
+            )
+
+    def rouse(self, pacer: Pacer) -> None:
+        """Ask for the pools anew in the queue of one member."""
+        for pool in self.pools:
+            for member in pool.members:
+                if member.pacer is pacer:
+                    member.rouse()
+
+    def admit(self, seat: Seat, now: int) -> int:
+        """Admit all that may go, of all trees; return when this seat must look again."""
+        for pacer in self.pacers:
+            pacer.looks += 1
+        while True:
+            due, passed = EMPTY, 0
+            for pacer in self.pacers:
+                if pacer.root.waiting and pacer.root.pool is None:
+                    due = min(due, pacer.admit(seat, now))
+            for pool in self.pools:
+                if pool.pacer.waiting:
+                    count, when = pool.admit(seat, now)
+                    passed += count
+                    due = min(due, when)
+            if not passed or due <= now or not self._is_shared:
+                return due
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether a call that passed may make way for one of another line."""
+        return len(self.pools) > 1 or any(
+            pacer.root.waiting for pacer in self.pacers if pacer.root.pool is None
+        )

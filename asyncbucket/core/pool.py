@@ -1,0 +1,260 @@
+"""Several limiters, one line: each call goes to whichever can start it first."""
+
+import logging
+from functools import partial
+from typing import Any, Final, NoReturn, Unpack
+
+from asyncbucket.core.agents import AgentLease
+from asyncbucket.core.context import Agent, inherited, read_sticky, span_of
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.lease import Lease
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.members import Group, Member, Members, Prefer
+from asyncbucket.core.node import Meters
+from asyncbucket.core.pacer import Pacer
+from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.terms import (
+    CallKeywords,
+    Terms,
+    read_name,
+)
+
+# A pool touches the private parts of its members and of its leases.
+# ruff: noqa: SLF001
+
+_log: Final = logging.getLogger("asyncbucket")
+_PATIENCE: Final = ("patience", "0 never waits for one member")
+_NO_LIMITS: Final = "a pool has no limits of its own: {} a member, such as pool.members[0]"
+
+
+class PoolLease(Lease):
+    """Ask for an admission at any member of a pool; hold what one of them gave."""
+
+    #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
+    sticky: str | None = None
+    patience = 0
+    _member: Member | None = None
+
+    @property
+    def limiter(self) -> Limiter:
+        """The member that took the call.
+
+        Raises:
+            RuntimeError: none has yet.
+        """
+        if self._member is None:
+            raise RuntimeError("no member has taken this call yet: await the lease, or enter it")
+        limiter: Limiter = self._member.limiter
+        return limiter
+
+    def member_failed(self, reason: str) -> None:
+        """Release, and report that the member itself failed, not this call.
+
+        The pool leaves the member out for 1 s, at the next failure for twice as long, up to 60 s.
+        Then one call goes as a probe.
+
+        Args:
+            reason: why, for people: ``"HTTP 401"``. It is logged.
+        """
+        member = self._member
+        if member is not None:
+            pacer = member.pacer
+            pacer.do(self._member_failed_locked, member, reason)
+            if pacer.news:
+                pacer.catch_up()
+        self.failed()
+
+    def _member_failed_locked(self, member: Member, reason: str) -> None:
+        if member.fail(self, reason, member.pacer.clock()):
+            pool, name = member.pool.root.name, member.limiter.name
+            member.pacer.news.append(
+                partial(_log.warning, "pool %r leaves out %r: %s", pool, name, reason)
+            )
+        member.pacer.ring_locked(member.node)
+
+    # --- the machine ---
+
+    def _try_now(self) -> bool:
+        inner = self._node
+        members: Members = inner.path[-1].pool
+        if members.root.waiting:
+            return False
+        with members.pacer:
+            in_order = tuple(members.in_order(self, self._amounts, members.pacer.clock()))
+        for member in in_order:
+            self._node = member.at(inner)
+            if super()._try_now():
+                members.pacer.do(self._bind_locked, member)
+                return True
+        self._node = inner
+        return False
+
+    def _hold_locked(
+        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
+    ) -> None:
+        super()._hold_locked(now, waiter, bound_by, meters)
+        self._node = waiter.line.node
+        self._bind_locked(self._node.member)
+
+    def _bind_locked(self, member: Member) -> None:
+        self._member = member
+        member.began(self, self._when)
+        member.pool.settle_down(self, member)
+
+    def release(self) -> None:
+        if self._member is not None and self._member.failures:
+            self._end("ok")  # which proves that the member works
+        else:
+            super().release()
+
+    def _end_locked(self, outcome: Any) -> None:
+        super()._end_locked(outcome)
+        if self._member is not None:
+            self._member.ended(self, is_proof=outcome == "ok")
+
+
+class _AgentPoolLease(AgentLease, PoolLease):
+    """Ask for both: as part of a run of an agent, at any member."""
+
+
+class Pool(Limiter):
+    """Pace calls under several limiters: each call goes to whichever can start it first.
+
+    All calls stand in one line, in order. The first goes to the first member whose limits, slots
+    and pauses allow it, and it is bound to that one only then. So a pool uses the sum of its
+    members' limits. A member that is also used directly shares with the pool as with a child.
+
+    >>> pool = Pool(openai, azure_east, azure_west)
+    >>> async with pool.acquire(tokens=900) as lease:
+    ...     reply = await clients[lease.limiter].chat.completions.create(...)
+
+    Children, tenants, agents, priorities and deadlines work as with any `Limiter`. A call too
+    costly for one member goes to those that can take it.
+
+    Args:
+        members: limiters without parents, at least one, with different names. Make the pool before
+            calls are in flight at them.
+        name: the name in statistics, events, logs and metrics.
+        prefer: who takes a call that several members could start now: the ``"least_used"``; the
+            ``"first"`` in the order given, so that calls spill over to the next; or what a function
+            of the list of these limiters returns. It is called inside the pool's lock, so it must
+            be quick, and call no limiter.
+        patience: the most seconds that a ``sticky`` call waits for its member when others could
+            start it.
+        max_queue: the most calls that may wait; more are refused with `QueueFull`.
+        timeout: the most seconds to wait, for calls that set no timeout of their own.
+
+    Raises:
+        TypeError: a member is not a `Limiter`.
+        ValueError: there is no member, a name comes twice, members have different clocks, or a
+            number is out of range.
+        RuntimeError: calls wait or are in flight at a member.
+    """
+
+    def __init__(
+        self,
+        *members: Limiter,
+        name: str = "pool",
+        prefer: Prefer = "least_used",
+        patience: float = 2.0,
+        max_queue: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        _check(members, prefer)
+        terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
+        span = span_of(patience, *_PATIENCE)
+        pacer = Pacer(members[0]._node.pacer.clock, read_name(name))
+        pool = pacer.root.pool = Members(pacer.root, prefer, span)
+        self._set_up(pacer.root, None, terms)
+        self._start(terms)
+        nodes = [member.child(name)._node for member in members]
+        pool.members = tuple(
+            Member(pool, member, node) for member, node in zip(members, nodes, strict=True)
+        )
+        Group(pool)
+
+    def _set_up(self, node: Any, parent: Limiter | None, terms: Terms) -> None:
+        super()._set_up(node, parent, terms)
+        self._has_terms = True  # so each call asks `_lease`
+
+    @property
+    def members(self) -> tuple[Limiter, ...]:
+        """The limiters to which calls go."""
+        pool: Members = self._node.path[-1].pool
+        return tuple(member.limiter for member in pool.members)
+
+    def acquire(  # pyright: ignore[reportIncompatibleMethodOverride] - it knows two more
+        self,
+        cost: Cost | None = None,
+        *,
+        sticky: str | None = None,
+        patience: float | None = None,
+        **call: Unpack[CallKeywords],
+    ) -> PoolLease:
+        """Wait for an admission at any member: ``await`` the lease, or enter it.
+
+        Args:
+            cost: as for `Limiter.acquire`.
+            sticky: what the call has in common with earlier ones, such as a conversation. It prefers
+                the member that served those last, where the provider's prompt cache is warm.
+            patience: the most seconds to wait for that member while others could start the call;
+                by default the pool's.
+            call: as for `Limiter.acquire`.
+
+        Raises:
+            CostExceedsLimit: the cost is above a limit of every member.
+            AcquireTimeout, QueueFull, StoreError, TypeError, ValueError: as for `Limiter.acquire`.
+        """
+        lease = super().acquire(cost, **call)
+        assert isinstance(lease, PoolLease)
+        if sticky is not None:
+            lease.sticky = read_sticky(sticky)
+        if patience is not None:
+            lease.patience = span_of(patience, *_PATIENCE)
+        return lease
+
+    def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
+        node, context = self._node, inherited.get()
+        lease = PoolLease(node, amounts) if agent is None else _AgentPoolLease(agent, node, amounts)
+        lease.patience = node.path[-1].pool.patience
+        lease.sticky = None if context is None else context.sticky
+        return lease
+
+    # --- steering ---
+
+    def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
+        """Pause every member; see `Limiter.pause`."""
+        for member in self.members:
+            member.pause(seconds, reason=reason, gradually=gradually)
+
+    def learn(self, limit: Limit) -> NoReturn:  # noqa: ARG002 - as `Limiter.learn`
+        """Refuse: limits are the members'.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(_NO_LIMITS.format("teach"))
+
+
+def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
+    if not members:
+        raise ValueError("a pool needs at least one limiter: Pool(openai, azure)")
+    for member in members:
+        if not isinstance(member, Limiter) or isinstance(member, Pool):
+            raise TypeError(f"a pool's members are limiters, not {member!r}")
+        if member.parent is not None:
+            raise ValueError(f"a pool's members have no parents: {member.name!r} is a child")
+        if member._node.in_flight or member._node.waiting:
+            raise RuntimeError(
+                f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
+            )
+    names = [member.name for member in members]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a pool's members need different names, not {', '.join(names)}")
+    if any(member._node.pacer.clock != members[0]._node.pacer.clock for member in members):
+        raise ValueError("a pool's members need the same clock")
+    if not callable(prefer) and prefer not in ("least_used", "first"):
+        raise ValueError(
+            f"prefer must be 'least_used', 'first' or a function of limiters, not {prefer!r}"
+        )
