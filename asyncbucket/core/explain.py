@@ -51,6 +51,9 @@ class Explanation:
     rates: tuple[Rate, ...]
     #: Agents whose calls go before it: see `asyncbucket.agent`.
     agents: int = 0
+    #: How many such calls a second all members of a pool admit together; then ``rates`` has the
+    #: tightest limit of each.
+    together: float | None = None
 
     def __str__(self) -> str:
         return "; ".join([self._now(), *self._in_the_long_run()])
@@ -75,6 +78,11 @@ class Explanation:
         if not self.rates:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
+        if self.together is not None:
+            unit, seconds = _unit(first)
+            number = rounded(self.together * seconds)
+            each = "; ".join(f"{rate.limiter}: {rate.limit}" for rate in self.rates)
+            return [f"its members allow {number} such calls {unit} together ({each})"]
         unit, seconds = _unit(first)
         number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
         calls = "call" if number == "1" else "calls"
@@ -102,13 +110,14 @@ def explain_locked(
     before, agents = [call for call in _in_order(pacer) if call.line.priority >= priority], 0
     if node.agents is not None:
         before, agents = node.agents.ahead(before, agent, amounts)
-    meters, ahead, when, waits = _simulate_line(node, now, before)
-    due, binds = latest(meters, amounts, when)
+    copies, ahead, when, waits = _simulate_line(node, now, before)
+    due, binds, _ = _soonest_route(node, amounts, when, copies)
     waits[binds] += due - when
     when = due
     ((bound_by, _),) = waits.most_common(1)
-    if any(level.in_flight >= level.slots for level in node.bounded):
+    if all(_is_full(route) for route in _routes(node, amounts)):
         when, bound_by = NEVER, "concurrency"
+    rates = _rates(node, amounts)
     due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
     if due > when:
         when, bound_by = due, binds
@@ -117,9 +126,32 @@ def explain_locked(
         wait=None if when >= NEVER else (when - now) * 1e-9,
         bound_by=bound_by if when > now else None,
         ahead=ahead + ahead_in_store,
-        rates=tuple(sorted(_rates(node, amounts), key=lambda rate: rate.calls)),
+        rates=tuple(sorted(rates, key=lambda rate: rate.calls)),
         agents=agents,
+        together=None if node.path[-1].pool is None else sum(rate.calls for rate in rates),
     )
+
+
+def _routes(node: Node, amounts: Amounts) -> list[Node]:
+    """Return what such a call may pass: its own limiter, or one of a pool's members."""
+    pool = node.path[-1].pool
+    return [node] if pool is None else pool.routes(node, amounts)
+
+
+def _is_full(route: Node) -> bool:
+    return any(level.in_flight >= level.slots for level in route.bounded)
+
+
+def _soonest_route(
+    node: Node, amounts: Amounts, since: int, copies: dict[int, object]
+) -> tuple[int, str | None, Meters]:
+    """Return when such a call could pass by copies of the meters, what binds, and by which ones."""
+    routes = _routes(node, amounts)
+    meters = [copy.deepcopy(route.meters, copies) for route in routes if not _is_full(route)] or [
+        copy.deepcopy(routes[0].meters, copies)
+    ]
+    dues = [(*latest(each, amounts, since), each) for each in meters]
+    return min(dues, key=lambda due: due[0])
 
 
 def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
@@ -133,7 +165,7 @@ def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
 
 def _simulate_line(
     node: Node, now: int, before: list[AnyWaiter]
-) -> tuple[Meters, int, int, collections.Counter[str | None]]:
+) -> tuple[dict[int, object], int, int, collections.Counter[str | None]]:
     """Book all calls ahead in copies of the meters, in order.
 
     Return the copies, how many calls there are, when the last one passes, and how long they wait for
@@ -143,7 +175,6 @@ def _simulate_line(
     first: dict[Line, int] = {}  # when the first in each line became the first
     # Lines whose first waits for limits that do not apply to the call.
     held_lines: set[Line] = set()
-    meters = copy.deepcopy(node.meters, copies)
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
     for waiter in before:
@@ -154,8 +185,8 @@ def _simulate_line(
         if line in held_lines:
             continue
         ahead += 1
-        their_meters = copy.deepcopy(line.node.meters, copies)
-        due, binds = latest(their_meters, amounts, first.get(line, line.since))
+        since = first.get(line, line.since)
+        due, binds, their_meters = _soonest_route(line.node, amounts, since, copies)
         if due > when:
             waits[binds] += due - when
             when = due
@@ -163,7 +194,7 @@ def _simulate_line(
             if amounts.get(resource):
                 meter.book(amounts[resource], when)
         first[line] = when
-    return meters, ahead, when, waits
+    return copies, ahead, when, waits
 
 
 def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
@@ -191,6 +222,9 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
 
 
 def _rates(node: Node, amounts: Amounts) -> list[Rate]:
+    if node.path[-1].pool is not None:
+        each = (_rates(route, amounts) for route in _routes(node, amounts))
+        return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [
         Rate(level.name, limit, limit.amount / limit.per / amounts[limit.resource])
         for level in node.path

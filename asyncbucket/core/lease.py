@@ -240,7 +240,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             pacer.do(pacer.seats.pop, seat, None)
 
     def _notify_admitted(self) -> None:
-        node = self._node
+        node = self._node.path[0]
         pacer: Pacer = node.pacer
         pacer.notify(
             node,

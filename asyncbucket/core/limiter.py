@@ -741,11 +741,11 @@ class Limiter(Doors, OfThisProcess):
 
     def __repr__(self) -> str:
         node = self._node
-        parts = [f"Limiter {self.name!r}", *map(str, self.limits)]
+        parts = [f"{type(self).__name__} {self.name!r}", *map(str, self.limits)]
         if self.concurrency is not None:
             sizer = node.sizer
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
-            parts.append(f"concurrency {node.in_flight}/{node.slots}{found}")
+            parts.append(f"concurrency {node.in_flight}/{self.concurrency}{found}")
         return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
 
 

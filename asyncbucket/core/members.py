@@ -52,7 +52,10 @@ class PoolLine(Line):
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
         """Return the pool's head, if this member may have it; else when to ask again."""
-        return self.member.head(now, back)
+        pool = self.member.pool
+        if pool.going is not None:
+            return pool.going, now
+        return self.member.choose(pool.first(now, back), now)
 
     def lines(self) -> Iterator[Line]:
         yield from self.member.pool.pacer.top.lines()
@@ -94,6 +97,10 @@ class NodeAtMember(Node):
 
     @agents.setter
     def agents(self, _: object) -> None: ...
+
+    @property
+    def queue_path(self) -> tuple[Node, ...]:
+        return self.member.node.path[:-1]
 
     def _work_out(self) -> None:
         self.own = tuple(pair for node in self.inner.path for pair in node.own)
@@ -162,10 +169,6 @@ class Member:
             inner.at_members = {**inner.at_members, self: node}
         assert isinstance(node, NodeAtMember)
         return node
-
-    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
-        """Return the call that this member is to take next, or when there may be one."""
-        return self.choose(self.pool.first(now, back), now)
 
     def choose(self, first: tuple[AnyWaiter | None, int], now: int) -> tuple[AnyWaiter | None, int]:
         """Return the call that this member is to take next, if ``first`` is next in the pool."""
@@ -243,6 +246,8 @@ class Members:
         #: For how long (ns) a call waits for its own member while others could start it.
         self.patience = patience
         self.members: tuple[Member, ...] = ()
+        #: The call that is being handed over to a member.
+        self.going: AnyWaiter | None = None
         #: Calls that were kept in vain, which are next everywhere.
         self._overdue: deque[AnyWaiter] = deque()
         #: Which member served a conversation last.
@@ -328,7 +333,7 @@ class Members:
             return None, NEVER
         when, bound_by = member.root.earliest(waiter.amounts, waiter.line.since)
         if when > now:
-            waiter.line.bound_by = bound_by
+            self.pacer.bound_by = waiter.line.bound_by = bound_by
             return None, when
         return waiter, EMPTY
 
@@ -352,24 +357,31 @@ class Members:
             return next(member for member in candidates if member.limiter is chosen)
         return min(candidates, key=lambda member: member.use(now))
 
-    def in_order(self, lease: Any, amounts: Amounts, now: int) -> Iterator[Member]:
-        """Yield the members that may have a newcomer, the preferred ones first."""
+    def for_newcomer(self, lease: Any, node: Node, amounts: Amounts) -> list[Member]:
+        """Return the members that a newcomer at ``node`` may ask now, the preferred ones first."""
+        now = self.pacer.clock()
+        if self.root.waiting and not (
+            self.pacer.is_free_locked(node, now) and self.first(now)[0] is None
+        ):
+            return []
         members = [each for each in self.members if each.is_in(now) and each.takes(amounts)]
         home = self.home_of(lease)
         if home in members and lease.patience:
-            yield home
-            return
+            return [home]
+        in_order = []
         while members:
-            best = self.best(members, now)
-            members.remove(best)
-            yield best
+            in_order.append(self.best(members, now))
+            members.remove(in_order[-1])
+        return in_order
 
     def serve(self, waiter: AnyWaiter, pacer: Pacer, now: int) -> int:
         """Let a call go at the member of ``pacer``; return 1 if it still waited, else 0."""
         member = next(each for each in self.members if each.pacer is pacer)
         if not member.is_shared:
+            self.going = waiter
             member.rouse()
             pacer.top.head(now)  # so that the pool is first everywhere
+            self.going = None
         line = waiter.line
         bound_by = line.bound_by
         self._take_out(waiter, member)
@@ -452,33 +464,40 @@ class Members:
         """
         if any(member.takes(amounts) for member in self.members):
             return
-        above = ", ".join(
-            f"{limit} at {member.limiter.name!r}"
-            for member in self.members
-            if (limit := _exceeded(member.root, amounts)) is not None
-        )
+        if len(self.members) == 1:
+            self.members[0].root.check(amounts)  # which refuses
+        exceeded = [(member, _exceeded(member.root, amounts)) for member in self.members]
         cost = ", ".join(
-            counted(amount, resource)
-            for resource, amount in amounts.items()
-            if any(resource in each.node.resources() and amount for each in self.members)
+            counted(amounts[resource], resource)
+            for resource in dict.fromkeys(limit.resource for _, limit in exceeded)
         )
+        limits = ", ".join(f"{limit} at {member.limiter.name!r}" for member, limit in exceeded)
         raise CostExceedsLimit(
-            f"cost of {cost} exceeds a limit of every member ({above}) and can never pass; raise a "
+            f"cost of {cost} exceeds a limit of every member ({limits}) and can never pass; raise a "
             f"limit or split the request"
         )
 
+    def routes(self, node: Node, amounts: Amounts) -> list[Node]:
+        """Return what such a call from ``node`` would pass at each member that can take it."""
+        return [member.at(node) for member in self.members if member.takes(amounts)]
+
     def earliest(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Return from when on a newcomer could pass at any member, and what binds."""
-        able = [member for member in self.members if member.takes(amounts)]
         dues = [
-            member.at(node).earliest_of_all(amounts, max(now, member.out_until)) for member in able
+            member.at(node).earliest_of_all(amounts, max(now, member.out_until))
+            for member in self.members
+            if member.takes(amounts)
         ]
         return min(dues, key=lambda due: due[0], default=(NEVER, None))
 
     def soonest(self, amounts: Amounts, now: int) -> int:
         """Return a lower bound of when a call can pass at any member."""
         return min(
-            (each.node.soonest(amounts, now) for each in self.members if each.takes(amounts)),
+            (
+                each.node.soonest(amounts, now, is_first=not self.root.waiting)
+                for each in self.members
+                if each.takes(amounts)
+            ),
             default=NEVER,
         )
 
@@ -498,10 +517,10 @@ class Members:
             member.probe = None
 
 
-def _exceeded(root: Node, amounts: Amounts) -> Limit | None:
+def _exceeded(root: Node, amounts: Amounts) -> Limit:
     """Return a limit that such a call exceeds."""
     limits = (window.limit for window in root.limits.values() if window.refuses)
-    return next((each for each in limits if amounts.get(each.resource, 0) > each.amount), None)
+    return next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
 
 
 class Group:
@@ -532,6 +551,11 @@ class Group:
                 first.seats,
                 first.by_thread,
             )
+
+    def forget(self) -> None:
+        """Have the pools work out anew what their calls pass, because a member has changed."""
+        for pool in self.pools:
+            pool.root.forget()
 
     def rouse(self, pacer: Pacer) -> None:
         """Ask for the pools anew in the queue of one member."""

@@ -196,6 +196,11 @@ class Node:
         for node in (*(self.children or ()), *self.at_members.values()):
             node.forget()
 
+    @property
+    def queue_path(self) -> tuple["Node", ...]:
+        """The levels where others may wait that a newcomer must not pass, but for the root."""
+        return self.path[:-1]
+
     # --- what its calls pass ---
 
     def take(self, amounts: Amounts, now: int) -> bool:
@@ -259,11 +264,14 @@ class Node:
             return anywhere
         return latest(self.meters, amounts, now)
 
-    def soonest(self, amounts: Amounts, now: int) -> int:
-        """Return a lower bound of when a call can pass: if open calls gave back all they may."""
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        """Return a lower bound of when a call can pass: if open calls gave back all they may.
+
+        Unless it ``is_first``, it may inherit what the head of the line has earned.
+        """
         pool = self.path[-1].pool
         soonest = now if pool is None else pool.soonest(amounts, now)
-        since = 0 if self.waiting else now  # a head that gives up leaves what it has earned
+        since = now if is_first and not self.waiting else 0
         for node in self.path:
             for window in node.limits.values():
                 amount = amounts.get(window.limit.resource)

@@ -318,7 +318,7 @@ class Pacer:
         for line in node.lines.values():  # `any` of a generator takes three times as long
             if line.living:
                 return False
-        for each in node.path[:-1]:
+        for each in node.queue_path:
             if each.waiting:
                 return False
         if self.group is not None:
@@ -365,6 +365,8 @@ class Pacer:
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
         node.forget()
+        if self.group is not None:
+            self.group.forget()
         if self.waiting:
             for waiter in list(self.top.waiters()):
                 try:

@@ -1,34 +1,31 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
 import logging
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final, NoReturn, Unpack
+from typing import Any, Final, Unpack
 
 from asyncbucket.core.agents import AgentLease
 from asyncbucket.core.context import Agent, inherited, read_sticky, span_of
 from asyncbucket.core.cost import Cost
-from asyncbucket.core.lease import Lease
+from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.members import Group, Member, Members, Prefer
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.terms import (
-    CallKeywords,
-    Terms,
-    read_name,
-)
+from asyncbucket.core.statistics import Statistics
+from asyncbucket.core.terms import CallKeywords, Concurrency, LimitKeywords, Terms, read_name
 
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
 
 _log: Final = logging.getLogger("asyncbucket")
 _PATIENCE: Final = ("patience", "0 never waits for one member")
-_NO_LIMITS: Final = "a pool has no limits of its own: {} a member, such as pool.members[0]"
 
 
-class PoolLease(Lease):
+class PoolLease(FirstLease):
     """Ask for an admission at any member of a pool; hold what one of them gave."""
 
     #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
@@ -76,12 +73,12 @@ class PoolLease(Lease):
     # --- the machine ---
 
     def _try_now(self) -> bool:
+        if self._state != ASKED:
+            return super()._try_now()  # which refuses
         inner = self._node
         members: Members = inner.path[-1].pool
-        if members.root.waiting:
-            return False
         with members.pacer:
-            in_order = tuple(members.in_order(self, self._amounts, members.pacer.clock()))
+            in_order = members.for_newcomer(self, inner, self._amounts)
         for member in in_order:
             self._node = member.at(inner)
             if super()._try_now():
@@ -221,20 +218,76 @@ class Pool(Limiter):
         lease.sticky = None if context is None else context.sticky
         return lease
 
+    # --- watching ---
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits in force of all members; of a child, its own."""
+        if self._parent is not None:
+            return super().limits
+        return tuple(limit for member in self.members for limit in member.limits)
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; None if unbounded."""
+        bounds = [member.concurrency for member in self.members]
+        if self._parent is not None or None in bounds:
+            return super().concurrency
+        return sum(bound for bound in bounds if bound is not None)
+
+    def statistics(self) -> Statistics:
+        """Return a frozen snapshot of the pool's calls, and of all members' limits."""
+        now = super().statistics()
+        if self._parent is not None:
+            return now
+        each = [member.statistics() for member in self.members]
+        return replace(
+            now,
+            limits=tuple(use for member in each for use in member.limits),
+            paused=min(member.paused for member in each),
+            upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),
+            overridden=sum(member.overridden for member in each),
+        )
+
     # --- steering ---
 
     def pause(self, seconds: float, *, reason: str = "", gradually: bool = False) -> None:
-        """Pause every member; see `Limiter.pause`."""
+        """Pause every member; see `Limiter.pause`. A child is paused by itself."""
+        if self._parent is not None:
+            super().pause(seconds, reason=reason, gradually=gradually)
+            return
         for member in self.members:
             member.pause(seconds, reason=reason, gradually=gradually)
 
-    def learn(self, limit: Limit) -> NoReturn:  # noqa: ARG002 - as `Limiter.learn`
-        """Refuse: limits are the members'.
+    def learn(self, limit: Limit) -> None:
+        """Adopt a limit that a provider announces; see `Limiter.learn`.
 
         Raises:
-            TypeError: always.
+            TypeError: this is no child: limits are the members'.
         """
-        raise TypeError(_NO_LIMITS.format("teach"))
+        self._refuse_own_limits("teach")
+        super().learn(limit)
+
+    def reconfigure(
+        self,
+        *limits: str | Limit,
+        concurrency: Concurrency | None = None,
+        weight: float | None = None,
+        **limits_by_keyword: Unpack[LimitKeywords],
+    ) -> None:
+        """Change the limits of a child; see `Limiter.reconfigure`.
+
+        Raises:
+            TypeError: this is no child: limits are the members'.
+        """
+        self._refuse_own_limits("reconfigure")
+        super().reconfigure(*limits, concurrency=concurrency, weight=weight, **limits_by_keyword)
+
+    def _refuse_own_limits(self, what: str) -> None:
+        if self._parent is None:
+            raise TypeError(
+                f"a pool has no limits of its own: {what} a member, such as pool.members[0]"
+            )
 
 
 def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
