@@ -240,7 +240,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             pacer.do(pacer.seats.pop, seat, None)
 
     def _notify_admitted(self) -> None:
-        node = self._node.path[0]
+        node, asked = self._node, self._node.path[0]
         pacer: Pacer = node.pacer
         pacer.notify(
             node,
@@ -249,8 +249,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             cost=self.cost,
             waited=self.waited,
             bound_by=self.bound_by,
-            waiting=node.waiting,
-            in_flight=node.in_flight,
+            waiting=asked.waiting,
+            in_flight=asked.in_flight,
         )
 
     async def __aenter__(self) -> Self:

@@ -257,6 +257,9 @@ class Members:
 
     def count_in(self, calls: int) -> None:
         """Count ``calls`` calls that wait from now on: at every member, nobody may pass them."""
+        if not self.pacer.waiting:
+            for member in self.members:
+                member.pacer.since = self.pacer.clock()
         self.pacer.waiting += calls
         for member in self.members:
             member.pacer.waiting += calls
@@ -292,28 +295,33 @@ class Members:
             due = self._end_keeping(now)
             first = self.first(now)
             able: list[tuple[AnyWaiter, Member]] = []
-            lack_slots = False
             for member in self.members:
                 waiter, when = self._head_at(member, first, seat, now)
+                due = min(due, when)
                 if waiter is not None:
                     able.append((waiter, member))
-                due = min(due, when)
-                lack_slots |= when == NEVER and member.is_in(now)
+            head = min((waiter for waiter, _ in able), default=first[0])
+            due = now if able else due
+            if head is not None and head.seat is not seat:
+                if self.pacer.is_late(head.seat, now):
+                    continue
+                return passed, self.pacer.leave_to(head.seat, due, now)
             if not able:
-                if lack_slots and due == NEVER:
-                    for member in self.members:
-                        member.rouse()
-                        due = min(due, member.pacer.override(seat, now))
-                return passed, due
-            waiter = min(waiter for waiter, _ in able)
-            candidates = [member for each, member in able if each is waiter]
-            if waiter.seat is not seat:
-                if not self.pacer.is_late(waiter.seat, now):
-                    return passed, self.pacer.leave_to(waiter.seat, now, now)
-            elif passed >= BATCH:
+                return passed, self._override(seat, now) if due == NEVER else due
+            assert head is not None
+            if passed >= BATCH:
                 return passed, now
-            else:
-                passed += self._assign(waiter, candidates, now)
+            candidates = [member for waiter, member in able if waiter is head]
+            passed += self._assign(head, candidates, now)
+
+    def _override(self, seat: Seat, now: int) -> int:
+        """Let a call pass without a slot at a member whose slots are held on blocked loops."""
+        due = NEVER
+        for member in self.members:
+            if member.is_in(now):
+                member.rouse()
+                due = min(due, member.pacer.override(seat, now))
+        return due
 
     def _head_at(
         self, member: Member, first: tuple[AnyWaiter | None, int], seat: Seat, now: int
@@ -342,7 +350,9 @@ class Members:
         home = self.home_of(waiter.lease)
         if home in candidates:
             return self.serve(waiter, home.pacer, now)
-        patience = 0 if waiter in self._overdue else waiter.lease.patience
+        patience = (
+            0 if waiter.line.above is None else waiter.lease.patience
+        )  # else it was kept before
         if home is not None and patience and home.is_in(now) and home.takes(waiter.amounts):
             self._keep(waiter, home, now + patience)
             return 0

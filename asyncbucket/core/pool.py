@@ -82,6 +82,7 @@ class PoolLease(FirstLease):
         for member in in_order:
             self._node = member.at(inner)
             if super()._try_now():
+                self._member = member
                 members.pacer.do(self._bind_locked, member)
                 return True
         self._node = inner
@@ -107,8 +108,8 @@ class PoolLease(FirstLease):
 
     def _end_locked(self, outcome: Any) -> None:
         super()._end_locked(outcome)
-        if self._member is not None:
-            self._member.ended(self, is_proof=outcome == "ok")
+        assert self._member is not None
+        self._member.ended(self, is_proof=outcome == "ok")
 
 
 class _AgentPoolLease(AgentLease, PoolLease):
@@ -203,12 +204,12 @@ class Pool(Limiter):
             CostExceedsLimit: the cost is above a limit of every member.
             AcquireTimeout, QueueFull, StoreError, TypeError, ValueError: as for `Limiter.acquire`.
         """
+        key = None if sticky is None else read_sticky(sticky)
+        span = None if patience is None else span_of(patience, *_PATIENCE)
         lease = super().acquire(cost, **call)
         assert isinstance(lease, PoolLease)
-        if sticky is not None:
-            lease.sticky = read_sticky(sticky)
-        if patience is not None:
-            lease.patience = span_of(patience, *_PATIENCE)
+        lease.sticky = key or lease.sticky
+        lease.patience = lease.patience if span is None else span
         return lease
 
     def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:

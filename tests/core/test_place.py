@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, Pool
 from asyncbucket.core.node import Meters
+from asyncbucket.core.pool import PoolLease
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.testing import VirtualTime
@@ -67,6 +68,33 @@ class Store:
 async def stand_in(limiter: Limiter, calls: int) -> list[asyncio.Task[Lease]]:
     """Let calls wait until the store has the first."""
     return await start_all(limiter.acquire(tokens=30) for _ in range(calls))
+
+
+async def test_member_of_a_pool_in_a_store_takes_the_head_when_it_has_room(
+    time: VirtualTime,
+) -> None:
+    shared, own = (Limiter(rpm=600, name=name, clock=time.clock) for name in ("shared", "own"))
+    store = Store(shared)
+    pool = Pool(shared, own, prefer="first")
+    chat = pool.child("chat", rpm=600)
+    own.pause(5)
+    calls = await stand_in(chat, 3)
+    await asyncio.sleep(1)
+    assert store.let_go()
+    first = await calls[0]
+    assert isinstance(first, PoolLease)
+    assert (first.limiter, first.waited, first.bound_by) == (shared, 1.0, "tokens")
+    await all_blocked()
+    calls[1].cancel()  # which stands in the store
+    await all_blocked()
+    assert store.standing is not None
+    assert (chat.statistics().waiting, chat.statistics().in_flight) == (1, 2)
+    assert store.let_go()
+    for lease in (first, await calls[2]):
+        lease.settle(tokens=10)
+        lease.release()
+    assert store.ended_calls == 2
+    nothing_is_left(pool, chat, shared, own)
 
 
 @pytest.mark.parametrize("path", [(), ("team", "agent")])

@@ -1,0 +1,599 @@
+"""One line over several limiters: late binding, order, preference, stickiness, members that fail."""
+
+import asyncio
+import collections
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import asyncbucket
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Limit,
+    Limiter,
+    Pool,
+    QueueFull,
+    WouldBlock,
+)
+from asyncbucket.core import members as members_module
+from asyncbucket.core.pool import PoolLease
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.core.conftest import all_blocked, cancel, nothing_is_left, refused, start, start_all
+
+Trace = dict[str, list[tuple[float, int]]]
+
+
+def members_of(time: VirtualTime, *rpm: int, **options: Any) -> list[Limiter]:
+    """Return one limiter for each number of requests a minute, called a, b, c..."""
+    return [
+        Limiter(rpm=each, name=chr(97 + n), clock=time.clock, **options)
+        for n, each in enumerate(rpm)
+    ]
+
+
+async def name_of_taker(pool: Pool, **call: Any) -> str:
+    """Make one call, and return who took it."""
+    async with pool.acquire(**call) as lease:
+        return lease.limiter.name
+
+
+# --- late binding ---
+
+
+@pytest.mark.parametrize("number", [2, 5, 20])
+async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
+    time: VirtualTime, number: int
+) -> None:
+    chance = random.Random(number)
+    members = members_of(time, *(chance.randint(30, 600) for _ in range(number)))
+    pool, started = Pool(*members), []
+    took: Trace = collections.defaultdict(list)
+
+    async def call(which: int) -> None:
+        async with pool.acquire() as lease:
+            started.append(which)
+            took[lease.limiter.name].append((time.now, 1))
+
+    rate = sum(limit.amount for limit in pool.limits) / 60
+    calls = round(rate * 180)
+    await asyncio.gather(*(call(which) for which in range(calls)))
+    assert started == sorted(started)
+    bursts = sum(limit.burst or 0 for limit in pool.limits)
+    assert (calls - bursts) / rate <= time.now <= (calls - bursts) / rate / 0.99
+    for member in members:
+        assert_never_over(took[member.name], member.limits[0])
+    nothing_is_left(pool, *members)
+
+
+async def test_head_waits_for_whichever_member_has_room_first(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b)
+    held = [await pool.acquire(), await pool.acquire()]
+    assert {lease.limiter for lease in held} == {a, b}
+    waiting = await start(pool.acquire())
+    await asyncio.sleep(2)
+    held[1].release()
+    lease = await waiting
+    assert (lease.limiter, lease.waited, lease.bound_by) == (held[1].limiter, 2.0, "concurrency")
+
+
+async def test_costly_call_goes_to_members_that_can_take_it(time: VirtualTime) -> None:
+    small = Limiter("100 TPM", name="small", clock=time.clock)
+    large = Limiter("1000 TPM", name="large", clock=time.clock)
+    pool = Pool(small, large, prefer="first")
+    assert await name_of_taker(pool, tokens=100) == "small"
+    assert await name_of_taker(pool, tokens=500) == "large"
+    waiting = await start_all([name_of_taker(pool, tokens=600), name_of_taker(pool, tokens=100)])
+    assert await asyncio.gather(*waiting) == ["large", "small"]
+    with pytest.raises(CostExceedsLimit, match="1,001 tokens exceeds a limit of every member"):
+        await pool.acquire(tokens=1_001)
+    waiting = await start_all([pool.acquire(tokens=1_000)])
+    large.reconfigure(tpm=900)
+    with pytest.raises(CostExceedsLimit):
+        await waiting[0]
+    nothing_is_left(pool, small, large)
+
+
+async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime) -> None:
+    a, b = members_of(time, 600, 600)
+    pool = Pool(a, b, prefer="first")
+    a.pause(5)
+    assert await name_of_taker(pool) == "b"
+    pool.pause(3)
+    with refused(WouldBlock, "paused for 3 s", retry_after=3.0, bound_by="paused"):
+        pool.acquire_nowait()
+    assert (await name_of_taker(pool), time.now) == ("b", 3.0)
+
+
+async def test_call_cancelled_while_it_is_handed_over_takes_nothing(time: VirtualTime) -> None:
+    """As Ctrl-C may do, between any two lines."""
+    a, b = members_of(time, 60, 60)
+
+    def cancel_and_choose(members: list[Limiter]) -> Limiter:
+        cancel(*waiting)
+        return members[0]
+
+    waiting: list[asyncio.Task[Any]] = []
+    pool = Pool(a, b, prefer=cancel_and_choose)
+    a.pause(1)
+    b.pause(1)
+    waiting.append(await start(pool.acquire()))
+    await asyncio.sleep(1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting[0]
+    await all_blocked()
+    nothing_is_left(pool, a, b)
+    assert [member.statistics().admitted for member in (a, b)] == [0, 0]
+
+
+def test_call_on_stopped_loop_holds_up_nobody() -> None:
+    pool = Pool(*(Limiter(concurrency=1, name=name) for name in "ab"))
+    held = [pool.acquire_nowait(), pool.acquire_nowait()]
+    stopped = asyncio.new_event_loop()
+    first = stopped.create_task(name_of_taker(pool))
+    while not pool.statistics().waiting:
+        stopped.run_until_complete(asyncio.sleep(0))
+    threading.Timer(0.05, held[0].release).start()
+    with pool.acquire_sync(timeout=20):
+        pass
+    held[1].release()
+    assert stopped.run_until_complete(first) in "ab"
+    stopped.close()
+    nothing_is_left(pool, *pool.members)
+
+
+def test_threads_and_calls_that_do_not_wait_are_served_too(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b)
+    with pool.acquire_sync() as first:
+        second = pool.acquire_nowait()
+        assert isinstance(first, PoolLease)
+        assert isinstance(second, PoolLease)
+        assert first.limiter is not second.limiter
+        with refused(WouldBlock, "all slots are taken"):
+            pool.acquire_nowait()
+        second.release()
+    nothing_is_left(pool, a, b)
+
+
+def test_calls_of_several_loops_and_threads_share_the_line() -> None:
+    pool = Pool(*(Limiter(rps=100, name=name, concurrency=2) for name in "ab"))
+    ended: list[str] = []
+
+    async def calls() -> None:
+        ended.extend([await name_of_taker(pool) for _ in range(10)])
+
+    def thread() -> None:
+        for _ in range(10):
+            with pool.acquire_sync():
+                ended.append("thread")
+
+    threads = [threading.Thread(target=thread) for _ in range(3)]
+    threads += [threading.Thread(target=asyncio.run, args=(calls(),)) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    assert len(ended) == 60
+    nothing_is_left(pool, *pool.members)
+
+
+async def test_member_used_directly_shares_with_the_pool_as_with_a_child(time: VirtualTime) -> None:
+    a, b = members_of(time, 120, 60)
+    pool = Pool(a, b)
+    served: collections.Counter[str] = collections.Counter()
+
+    async def caller(limiter: Limiter, name: str) -> None:
+        while time.now < 300:
+            async with limiter.acquire():
+                served[name] += 1
+
+    callers = [(a, "direct"), (a.child("other"), "other"), (pool, "pool")]
+    await asyncio.gather(*(caller(*each) for each in callers for _ in range(20)))
+    assert served["direct"] == pytest.approx(216, rel=0.06)
+    assert served["other"] == pytest.approx(216, rel=0.06)
+    assert served["pool"] == pytest.approx(216 + 306, rel=0.06)
+
+
+async def test_newcomer_at_member_does_not_pass_waiting_pool(time: VirtualTime) -> None:
+    (a,) = members_of(time, 60, concurrency=1)
+    pool = Pool(a)
+    held = await a.acquire()
+    waiting = await start_all([pool.acquire()])
+    held.release()
+    with pytest.raises(WouldBlock):
+        a.acquire_nowait()
+    assert (await waiting[0]).limiter is a
+
+
+async def test_two_pools_share_a_member(time: VirtualTime) -> None:
+    a, b, c = members_of(time, 60, 60, 60)
+    left, right = Pool(a, b, name="left"), Pool(b, c, name="right")
+    took = await asyncio.gather(
+        *(name_of_taker(pool) for pool in (left, right) for _ in range(180))
+    )
+    assert collections.Counter(took) == pytest.approx({"a": 120, "b": 120, "c": 120}, abs=3)
+    assert time.now <= 1.07 * (360 - 18) / 3  # in the end, one of them is alone with two members
+
+
+# --- who is preferred ---
+
+
+@pytest.mark.parametrize(
+    ("prefer", "expected"),
+    [
+        ("first", ["a"] * 6 + ["b"] * 4),
+        ("least_used", ["a", "b", "b", "b", "a", "b", "b", "b", "b", "a"]),
+        (lambda members: members[-1], ["b"] * 10),
+    ],
+)
+async def test_preference_decides_among_members_that_could_start_now(
+    time: VirtualTime, prefer: Any, expected: list[str]
+) -> None:
+    """A tenth of 60 and of 180 a minute may pass at once: 6 and 18."""
+    pool = Pool(*members_of(time, 60, 180), prefer=prefer)
+    took = [await name_of_taker(pool) for _ in range(10)]
+    if prefer == "least_used":
+        assert collections.Counter(took) == pytest.approx({"a": 3, "b": 7}, abs=1)
+    else:
+        assert took == expected
+
+
+# --- conversations ---
+
+
+async def test_sticky_call_keeps_to_its_member_as_long_as_that_costs_little(
+    time: VirtualTime,
+) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first", patience=2)
+    assert await name_of_taker(pool, sticky="talk") == "a"
+    with asyncbucket.sticky("talk"):
+        assert await name_of_taker(pool) == "a"
+    held = await a.acquire()
+    sticky, other = await start_all(
+        [name_of_taker(pool, sticky="talk"), name_of_taker(pool, sticky="another")]
+    )
+    assert other.done()  # it does not wait behind the one that waits for its member
+    await asyncio.sleep(1)
+    assert not sticky.done()
+    held.release()
+    assert await sticky == "a"
+
+
+async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first")
+    assert await name_of_taker(pool, sticky="talk") == "a"
+    held = await a.acquire()
+    assert await name_of_taker(pool, sticky="talk", patience=0) == "b"
+    assert await name_of_taker(pool, sticky="talk") == "b"  # where its cache is warm now
+    held.release()
+    assert await name_of_taker(pool, sticky="new") == "a"
+    held = await a.acquire()
+    asked = time.now
+    taken, given_up = await start_all(
+        [name_of_taker(pool, sticky="new"), name_of_taker(pool, sticky="new", timeout=0.5)]
+    )
+    cancelled = await start(name_of_taker(pool, sticky="new"))
+    cancel(cancelled)
+    assert await taken == "b"
+    assert time.now - asked == pytest.approx(2.0)
+    with pytest.raises(AcquireTimeout):
+        await given_up
+    assert pool.statistics().waiting == 0
+    held.release()
+
+
+async def test_latest_conversations_are_remembered(
+    time: VirtualTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members_module, "_HOMES", 2)
+    a, b = members_of(time, 600, 600)
+    pool = Pool(a, b, prefer="first")
+    for key in "xyz":
+        assert await name_of_taker(pool, sticky=key) == "a"
+    a.pause(1)
+    assert await name_of_taker(pool, sticky="x") == "b"  # forgotten, so it does not wait for a
+    assert time.now == 0
+    assert await name_of_taker(pool, sticky="z") == "a"
+
+
+async def test_sticky_call_does_not_wait_for_member_that_is_left_out(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60)
+    pool = Pool(a, b, prefer="first")
+    lease = await pool.acquire(sticky="talk")
+    held = await a.acquire()
+    a.pause(1.5)
+    waiting = await start(name_of_taker(pool, sticky="talk"))
+    assert not waiting.done()
+    lease.member_failed("HTTP 401")
+    assert await waiting == "b"
+    held.release()
+
+
+@pytest.mark.heavy
+async def test_conversations_hit_warm_caches_at_full_throughput(time: VirtualTime) -> None:
+    """At least 95 % of the hits of unlimited stickiness, at no more than 2 % lost throughput."""
+    hits, seconds = {}, {}
+    for patience in (2.0, 1e6, 0.0):
+        began = time.now
+        members = [
+            Limiter(rpm=rpm, name=name, concurrency=8, clock=time.clock)
+            for name, rpm in (("a", 300), ("b", 200), ("c", 100))
+        ]
+        talks = [Conversation(which) for which in range(60)]
+        pool = Pool(*members, patience=patience)
+        await asyncio.gather(*(talk.go_on(pool) for talk in talks))
+        hits[patience] = sum(talk.hits for talk in talks)
+        seconds[patience] = time.now - began
+    assert hits[2.0] >= 0.95 * hits[1e6]
+    assert seconds[2.0] <= seconds[0.0] / 0.98
+    assert hits[0.0] < 0.7 * hits[2.0]
+
+
+class Conversation:
+    """Calls one after the other, each of which hits the cache of the member that took the last."""
+
+    def __init__(self, which: int) -> None:
+        self.key, self.chance = f"talk {which}", random.Random(which)
+        self.hits, self.warm_at = 0, ""
+
+    async def go_on(self, pool: Pool) -> None:
+        for _ in range(40):
+            async with pool.acquire(sticky=self.key) as lease:
+                self.hits += self.warm_at == lease.limiter.name
+                self.warm_at = lease.limiter.name
+                await asyncio.sleep(self.chance.uniform(0.2, 1.0))
+
+
+# --- members that fail ---
+
+
+async def test_member_that_fails_is_left_out_and_probed_by_one_call(
+    time: VirtualTime, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+    pool = Pool(a, b, prefer="first")
+    lease = await pool.acquire()
+    others = [await pool.acquire() for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        lease.member_failed("HTTP 401")
+        for other in others:  # which were in flight, and fail with it
+            other.member_failed("HTTP 401")
+    assert caplog.messages == ["pool 'pool' leaves out 'a': HTTP 401"]
+    for seconds in (1, 2, 4, 8, 16, 32, 60, 60):
+        began = time.now
+        while (lease := await pool.acquire()).limiter is b:
+            lease.release()
+            await asyncio.sleep(0.25)
+        assert time.now - began == pytest.approx(seconds, abs=0.26)
+        assert await name_of_taker(pool) == "b"  # the probe is alone
+        lease.member_failed("HTTP 401")
+    await asyncio.sleep(60)
+    lost = await pool.acquire()
+    assert lost.limiter is a
+    lost.failed()  # says nothing about the member, so the next call is a probe
+    assert await name_of_taker(pool) == "a"
+    held = [await pool.acquire() for _ in range(3)]
+    assert {lease.limiter for lease in held} == {a}
+    held[0].member_failed("HTTP 500")
+    await asyncio.sleep(1)
+    assert await name_of_taker(pool) == "a"  # it rested for 1 s, as at first
+
+
+async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+    pool = Pool(a, b)
+    for _ in range(2):
+        (await pool.acquire()).member_failed("ConnectError")
+    with pytest.raises(WouldBlock):
+        pool.acquire_nowait()
+    waiting = await start_all([pool.acquire() for _ in range(5)])
+    probes = [await each for each in waiting[:2]]
+    assert time.now == pytest.approx(1.0)
+    await asyncio.sleep(1)
+    assert not any(each.done() for each in waiting[2:])
+    for probe in probes:
+        probe.release()
+    await asyncio.gather(*waiting)
+    assert time.now == pytest.approx(2.0)
+
+
+async def test_member_fails_only_for_calls_that_it_took(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 60))
+    lease = pool.acquire()
+    with pytest.raises(RuntimeError, match="no member has taken this call yet"):
+        _ = lease.limiter
+    lease.member_failed("nothing")
+    assert await name_of_taker(pool) == "a"
+
+
+# --- everything else is as with a limiter ---
+
+
+async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60)
+    pool = Pool(a, b)
+    child = pool.child("chat", concurrency=1)
+    held = await child.acquire()
+    assert isinstance(held, PoolLease)
+    assert held.limiter in (a, b)
+    waiting = await start(child.acquire())
+    assert await name_of_taker(pool) in "ab"  # the child's own bound holds up nobody else
+    held.release()
+    (await waiting).release()
+    child.reconfigure(concurrency=2)
+    child.learn(Limit("tokens", 5))  # which was given none
+    child.pause(1)
+    with asyncbucket.tenant("acme"), asyncbucket.agent(kind="research"):
+        async with pool.acquire() as lease:
+            lease.settle(requests=1)
+    assert pool.statistics().admitted == 4
+    assert pool.key("acme").statistics().agents is not None
+    assert child.statistics().paused == 1
+    assert child.limits == (Limit("tokens", 5),)
+    nothing_is_left(pool, child, a, b)
+
+
+async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
+    a = Limiter("60 RPM", "1k TPM", concurrency=2, name="a", clock=time.clock)
+    b = Limiter("120 RPM", concurrency=3, name="b", clock=time.clock)
+    c = Limiter("10k TPM", name="c", clock=time.clock)
+    pool = Pool(a, b)
+    assert (pool.concurrency, Pool(b, c, name="unbounded").concurrency) == (5, None)
+    assert [str(limit) for limit in pool.limits] == [*map(str, a.limits), *map(str, b.limits)]
+    assert str(pool.explain(tokens=100)) == (
+        "a call would pass at once; its members allow 130 such calls a minute together "
+        "(a: 1,000 tokens per 60 s; b: 120 requests per 60 s)"
+    )
+    held = [await pool.acquire(tokens=100) for _ in range(5)]
+    assert str(pool.explain(tokens=100)).startswith(
+        "a call would wait until a slot is given back; its members allow"
+    )
+    now = pool.statistics()
+    assert (now.admitted, now.in_flight, len(now.limits)) == (5, 5, 3)
+    assert repr(pool).endswith("concurrency 5/5, 0 waiting>")
+    for lease in held:
+        lease.release()
+    assert str(Pool(Limiter(name="d", clock=time.clock)).explain()) == (
+        "a call would pass at once; no limit over time binds such calls"
+    )
+
+
+async def test_explained_wait_counts_all_members(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 60, 120))
+    waiting = await start_all([name_of_taker(pool) for _ in range(18 + 30)])
+    explained = pool.explain().wait
+    waiting.append(await start(name_of_taker(pool)))
+    await asyncio.gather(*waiting)
+    assert explained == pytest.approx(time.now, abs=0.3)
+
+
+async def test_observers_of_pool_and_member_hear_of_calls(time: VirtualTime) -> None:
+    (a,) = members_of(time, 60, concurrency=1)
+    heard: dict[str, list[str]] = {"pool": [], "a": []}
+    a.observe(lambda event: heard["a"].append(type(event).__name__))
+    pool = Pool(a)
+    end = pool.observe(lambda event: heard["pool"].append(type(event).__name__))
+    held = await pool.acquire()
+    waiting = await start(pool.acquire())
+    held.release()
+    (await waiting).release()
+    assert heard["pool"] == ["Admitted", "Queued", "Released", "Admitted", "Released"]
+    assert heard["a"] == ["Admitted", "Released", "Admitted", "Released"]
+    end()
+    await name_of_taker(pool)
+    assert len(heard["pool"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda _: Pool(), ValueError, "a pool needs at least one limiter"),
+        (lambda a: Pool(a, "b"), TypeError, "a pool's members are limiters, not 'b'"),
+        (lambda a: Pool(Pool(a)), TypeError, "a pool's members are limiters, not <Pool"),
+        (lambda a: Pool(a.child("c")), ValueError, "have no parents: 'a/c' is a child"),
+        (lambda a: Pool(a, a), ValueError, "different names, not a, a"),
+        (lambda a: Pool(a, Limiter(name="b")), ValueError, "need the same clock"),
+        (lambda a: Pool(a, prefer="best"), ValueError, "prefer must be 'least_used', 'first' or a"),
+        (lambda a: Pool(a, patience=-1), ValueError, "patience must be at least 0 s"),
+        (lambda a: Pool(a, max_queue=-1), ValueError, "max_queue"),
+        (lambda a: [a.acquire_nowait(), Pool(a)], RuntimeError, "wait or are in flight: make the"),
+        (lambda a: Pool(a).reconfigure(rpm=5), TypeError, "no limits of its own: reconfigure a m"),
+        (lambda a: Pool(a).learn(Limit("requests", 5)), TypeError, "no limits of its own: teach"),
+        (lambda a: Pool(a).acquire(sticky=""), ValueError, "sticky must be a non-empty string"),
+        (lambda a: Pool(a).acquire(patience=-1), ValueError, "patience must be at least 0 s"),
+        (lambda _: asyncbucket.sticky(""), ValueError, "sticky must be a non-empty string"),
+        (lambda a: Pool(a).acquire_nowait(images=1), TypeError, "this limiter counts"),
+    ],
+)
+def test_mistakes_are_refused(
+    time: VirtualTime, make: Callable[[Limiter], object], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        make(*members_of(time, 60))
+
+
+async def test_line_of_a_pool_is_bounded_by_max_queue(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 60, concurrency=1), max_queue=1)
+    held = await pool.acquire()
+    waiting = await start(pool.acquire())
+    with pytest.raises(QueueFull):
+        await pool.acquire()
+    held.release()
+    (await waiting).release()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
+async def test_forked_process_starts_afresh(time: VirtualTime) -> None:
+    a, b = members_of(time, 600, 600, concurrency=1)
+    pool = Pool(a, b)
+    held = [await pool.acquire() for _ in range(2)]
+    waiting = await start(pool.acquire(sticky="talk"))
+    child = os.fork()
+    if child == 0:  # pragma: no cover - in the child process
+        with pool.acquire_sync(timeout=0), b.acquire_sync(timeout=0):
+            os._exit(pool.statistics().waiting)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0  # noqa: ASYNC222 - it ends at once
+    for lease in held:
+        lease.release()
+    (await waiting).release()
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_random_histories_keep_every_limit_and_lose_nothing(
+    time: VirtualTime, seed: int
+) -> None:
+    """Pools and members are used at once; calls are cancelled, sticky, late, and fail."""
+    chance = random.Random(seed)
+    limits = ["60 RPM", "300 RPM", "600 TPM", "2k TPM burst 200", "120 RPM burst 5"]
+    took: Trace = collections.defaultdict(list)
+    members = [
+        Limiter(
+            *chance.sample(limits, chance.randint(1, 2))[:1],
+            concurrency=chance.choice([None, 1, 3]),
+            name=chr(97 + n),
+            clock=time.clock,
+        )
+        for n in range(chance.randint(1, 4))
+    ]
+    pool = Pool(*members, prefer=chance.choice(["first", "least_used"]))
+    places = [pool, pool, pool, pool.child("x", rpm=90), *members]
+
+    async def call() -> None:
+        await asyncio.sleep(chance.uniform(0, 60))
+        limiter, tokens = chance.choice(places), chance.choice([1, 20, 100, 600])
+        options: dict[str, Any] = {"timeout": chance.choice([None, None, 30])}
+        if isinstance(limiter, Pool) and chance.random() < 0.3:
+            options["sticky"] = chance.choice("pqr")
+        try:
+            async with limiter.acquire(tokens=tokens, **options) as lease:
+                member = lease.limiter if isinstance(lease, PoolLease) else limiter
+                (limit,) = member.limits
+                took[member.name].append((time.now, 1 if limit.resource == "requests" else tokens))
+                await asyncio.sleep(chance.uniform(0, 3))
+                if isinstance(lease, PoolLease) and chance.random() < 0.05:
+                    lease.member_failed("HTTP 500")
+        except (AcquireTimeout, CostExceedsLimit):
+            pass
+
+    tasks = [asyncio.create_task(call()) for _ in range(150)]
+    for _ in range(25):
+        await asyncio.sleep(chance.uniform(0, 8))
+        chance.choice(tasks).cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled():
+            assert task.exception() is None
+    for member in members:
+        assert_never_over(took[member.name], member.limits[0])
+    await all_blocked()
+    nothing_is_left(pool, *members)

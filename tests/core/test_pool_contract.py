@@ -1,0 +1,99 @@
+"""What holds for a `Limiter` holds for a `Pool`: the same tests, with pools of one member."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limiter, Pool
+from tests.core import (
+    test_cancellation,
+    test_children,
+    test_deadlines,
+    test_lease,
+    test_limiter,
+    test_refused,
+)
+
+MODULES = (
+    test_cancellation,
+    test_children,
+    test_deadlines,
+    test_lease,
+    test_limiter,
+    test_refused,
+)
+#: Those about words that are others for a pool, and those that take long.
+LEFT_OUT = {
+    "test_call_behind_cousin_is_bound_by_same_resource",
+    "test_call_cancelled_within_any_line_of_the_core_leaks_nothing",
+    "test_call_that_could_pass_in_time_is_never_refused",
+    "test_call_that_passes_before_pacer_looks_still_names_what_bound_it",
+    "test_call_that_would_be_late_is_refused_at_once",
+    "test_calls_of_child_count_in_statistics_of_every_level_above",
+    "test_each_call_times_out_at_its_own_deadline",
+    "test_pace_wraps_model",
+    "test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls",
+}
+
+
+class PoolOfOne(Pool):
+    """A pool that can be changed like its only member."""
+
+    __slots__ = ()
+
+    def reconfigure(self, *limits: Any, **terms: Any) -> None:
+        (self.members[0] if self.parent is None else super()).reconfigure(*limits, **terms)
+
+    def learn(self, limit: Any) -> None:
+        (self.members[0] if self.parent is None else super()).learn(limit)
+
+
+def pool_of_one(
+    *limits: Any,
+    name: str = "default",
+    max_queue: int | None = None,
+    timeout: float | None = None,
+    store: object = None,
+    **terms: Any,
+) -> Limiter:
+    """Return what stands in for `Limiter`."""
+    if store is not None:
+        return Limiter(
+            *limits, name=name, max_queue=max_queue, timeout=timeout, store=store, **terms
+        )
+    member = Limiter(*limits, name=name, **terms)
+    return PoolOfOne(member, name=name, max_queue=max_queue, timeout=timeout)
+
+
+def with_pools(module: ModuleType, test: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a test of ``module`` in which each limiter is a pool."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "Limiter", pool_of_one)
+            test(**fixtures)
+
+    @functools.wraps(test)
+    async def run_async(**fixtures: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "Limiter", pool_of_one)
+            await test(**fixtures)
+
+    return run_async if inspect.iscoroutinefunction(test) else run
+
+
+for _module in MODULES:
+    for _name, _test in list(vars(_module).items()):
+        _marks = {mark.name for mark in getattr(_test, "pytestmark", ())}
+        if (
+            _name.startswith("test_")
+            and inspect.isfunction(_test)
+            and _name not in LEFT_OUT
+            and not _marks & {"heavy", "real_clock"}
+        ):
+            globals()[_name] = with_pools(_module, _test)
