@@ -35,6 +35,7 @@ PUBLIC_NAMES = {
     "LimitUse",
     "Limiter",
     "Plan",
+    "Pool",
     "QueueFull",
     "Statistics",
     "StoreError",
@@ -50,6 +51,7 @@ PUBLIC_NAMES = {
     "presets",
     "priority",
     "settings",
+    "sticky",
     "tenant",
 }
 

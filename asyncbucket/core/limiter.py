@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast
 
 from asyncbucket.core import doors
 from asyncbucket.core.admission import refuse
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from asyncbucket.retry import Retry
 
 T = TypeVar("T")
+AnyLimiter = TypeVar("AnyLimiter", bound="Limiter")
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
 # ruff: noqa: SLF001
 
@@ -162,7 +163,7 @@ class Limiter(Doors, OfThisProcess):
         self._has_terms = bool(self._timeout is not None or self._priority)
         #: Whether calls have come this way, and have paid for all that is limited.
         self._is_proven = False
-        self._children: dict[str, Limiter] = EMPTY_MAPPING
+        self._children: dict[str, Self] = EMPTY_MAPPING
         self._tenants: _Tenants | None = None
 
     def _start(self, terms: Terms) -> None:
@@ -412,7 +413,7 @@ class Limiter(Doors, OfThisProcess):
 
     # --- limiters below ---
 
-    def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
+    def child(self, name: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> Self:
         """Return the child with this name, made at the first call.
 
         A child's calls count here, too: once, in the same admission. If children want more than
@@ -450,7 +451,7 @@ class Limiter(Doors, OfThisProcess):
             )
         return child
 
-    def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> "Limiter":
+    def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> Self:
         """Return the limiter of a tenant under this one, made on demand.
 
         There may be any number of tenants. Limiters that have not been used for a while, and whose
@@ -492,7 +493,7 @@ class Limiter(Doors, OfThisProcess):
             self._tenants = _Tenants()
         return self._tenants
 
-    def _make_child(self, name: str, terms: Terms) -> "Limiter":
+    def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
         self._keep()
         child = type(self).__new__(type(self))  # below a pool, all are pools
@@ -774,7 +775,7 @@ class _Tenants:
         self._kept: dict[str, Limiter] = {}
         reset_after_fork(self)
 
-    def get(self, above: Limiter, tenant: str, terms: Terms | None) -> Limiter:
+    def get(self, above: AnyLimiter, tenant: str, terms: Terms | None) -> AnyLimiter:
         """Return a tenant's limiter as it was left, or made on ``terms``.
 
         Raises:
@@ -797,8 +798,8 @@ class _Tenants:
             self._let_go(above._node.pacer)
             return limiter
 
-    def _find(self, above: Limiter, tenant: str) -> Limiter:
-        limiter = self._limiters.get(tenant)
+    def _find(self, above: AnyLimiter, tenant: str) -> AnyLimiter:
+        limiter = cast("AnyLimiter | None", self._limiters.get(tenant))
         if limiter is not None:
             return limiter
         terms = self._own_terms.get(tenant, self.default_terms)

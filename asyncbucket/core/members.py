@@ -32,7 +32,7 @@ from asyncbucket.core.seats import EMPTY, Seat
 from asyncbucket.core.wording import counted
 
 #: How a pool chooses among the members that can start a call now.
-Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[Sequence[Any]], Any]
+Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[list[Any]], Any]
 
 #: For how long (ns) a member is left out at its first failure, and at most.
 _FIRST_REST: Final = 1_000_000_000

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from asyncbucket.core.agents import AgentLease
 from asyncbucket.core.context import Agent, inherited, read_sticky, span_of
@@ -16,7 +16,14 @@ from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.statistics import Statistics
-from asyncbucket.core.terms import CallKeywords, Concurrency, LimitKeywords, Terms, read_name
+from asyncbucket.core.terms import (
+    CallAmounts,
+    CallKeywords,
+    Concurrency,
+    LimitKeywords,
+    Terms,
+    read_name,
+)
 
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
@@ -112,6 +119,17 @@ class PoolLease(FirstLease):
         self._member.ended(self, is_proof=outcome == "ok")
 
 
+if TYPE_CHECKING:
+    from abc import ABC
+    from collections.abc import Coroutine
+    from contextlib import AbstractAsyncContextManager
+
+    class Acquisition(
+        Coroutine[Any, Any, PoolLease], AbstractAsyncContextManager[PoolLease, None], ABC
+    ):
+        """A `PoolLease`, in the words of type checkers."""
+
+
 class _AgentPoolLease(AgentLease, PoolLease):
     """Ask for both: as part of a run of an agent, at any member."""
 
@@ -182,14 +200,14 @@ class Pool(Limiter):
         pool: Members = self._node.path[-1].pool
         return tuple(member.limiter for member in pool.members)
 
-    def acquire(  # pyright: ignore[reportIncompatibleMethodOverride] - it knows two more
+    def acquire(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         cost: Cost | None = None,
         *,
         sticky: str | None = None,
         patience: float | None = None,
         **call: Unpack[CallKeywords],
-    ) -> PoolLease:
+    ) -> "Acquisition":
         """Wait for an admission at any member: ``await`` the lease, or enter it.
 
         Args:
@@ -210,6 +228,21 @@ class Pool(Limiter):
         assert isinstance(lease, PoolLease)
         lease.sticky = key or lease.sticky
         lease.patience = lease.patience if span is None else span
+        acquisition: Any = lease
+        return cast("Acquisition", acquisition)
+
+    def acquire_nowait(
+        self, cost: Cost | None = None, *, tenant: str | None = None, **amounts: Unpack[CallAmounts]
+    ) -> PoolLease:
+        """Take a lease of a member now, or refuse; see `Limiter.acquire_nowait`."""
+        lease = super().acquire_nowait(cost, tenant=tenant, **amounts)
+        assert isinstance(lease, PoolLease)
+        return lease
+
+    def acquire_sync(self, cost: Cost | None = None, **call: Unpack[CallKeywords]) -> PoolLease:
+        """Block this thread until any member admits the call; see `Limiter.acquire_sync`."""
+        lease = super().acquire_sync(cost, **call)
+        assert isinstance(lease, PoolLease)
         return lease
 
     def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:

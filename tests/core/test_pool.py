@@ -3,10 +3,10 @@
 import asyncio
 import collections
 import logging
+import operator
 import os
 import random
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,10 +93,10 @@ async def test_costly_call_goes_to_members_that_can_take_it(time: VirtualTime) -
     assert await asyncio.gather(*waiting) == ["large", "small"]
     with pytest.raises(CostExceedsLimit, match="1,001 tokens exceeds a limit of every member"):
         await pool.acquire(tokens=1_001)
-    waiting = await start_all([pool.acquire(tokens=1_000)])
+    too_costly = await start(pool.acquire(tokens=1_000))
     large.reconfigure(tpm=900)
     with pytest.raises(CostExceedsLimit):
-        await waiting[0]
+        await too_costly
     nothing_is_left(pool, small, large)
 
 
@@ -230,7 +230,7 @@ async def test_two_pools_share_a_member(time: VirtualTime) -> None:
     [
         ("first", ["a"] * 6 + ["b"] * 4),
         ("least_used", ["a", "b", "b", "b", "a", "b", "b", "b", "b", "a"]),
-        (lambda members: members[-1], ["b"] * 10),
+        (operator.itemgetter(-1), ["b"] * 10),
     ],
 )
 async def test_preference_decides_among_members_that_could_start_now(
@@ -408,7 +408,7 @@ async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> N
 
 async def test_member_fails_only_for_calls_that_it_took(time: VirtualTime) -> None:
     pool = Pool(*members_of(time, 60))
-    lease = pool.acquire()
+    lease: Any = pool.acquire()
     with pytest.raises(RuntimeError, match="no member has taken this call yet"):
         _ = lease.limiter
     lease.member_failed("nothing")
@@ -494,31 +494,66 @@ async def test_observers_of_pool_and_member_hear_of_calls(time: VirtualTime) -> 
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "says"),
+    ("members", "options", "error", "says"),
     [
-        (lambda _: Pool(), ValueError, "a pool needs at least one limiter"),
-        (lambda a: Pool(a, "b"), TypeError, "a pool's members are limiters, not 'b'"),
-        (lambda a: Pool(Pool(a)), TypeError, "a pool's members are limiters, not <Pool"),
-        (lambda a: Pool(a.child("c")), ValueError, "have no parents: 'a/c' is a child"),
-        (lambda a: Pool(a, a), ValueError, "different names, not a, a"),
-        (lambda a: Pool(a, Limiter(name="b")), ValueError, "need the same clock"),
-        (lambda a: Pool(a, prefer="best"), ValueError, "prefer must be 'least_used', 'first' or a"),
-        (lambda a: Pool(a, patience=-1), ValueError, "patience must be at least 0 s"),
-        (lambda a: Pool(a, max_queue=-1), ValueError, "max_queue"),
-        (lambda a: [a.acquire_nowait(), Pool(a)], RuntimeError, "wait or are in flight: make the"),
-        (lambda a: Pool(a).reconfigure(rpm=5), TypeError, "no limits of its own: reconfigure a m"),
-        (lambda a: Pool(a).learn(Limit("requests", 5)), TypeError, "no limits of its own: teach"),
-        (lambda a: Pool(a).acquire(sticky=""), ValueError, "sticky must be a non-empty string"),
-        (lambda a: Pool(a).acquire(patience=-1), ValueError, "patience must be at least 0 s"),
-        (lambda _: asyncbucket.sticky(""), ValueError, "sticky must be a non-empty string"),
-        (lambda a: Pool(a).acquire_nowait(images=1), TypeError, "this limiter counts"),
+        ([], {}, ValueError, "a pool needs at least one limiter"),
+        (["a", "text"], {}, TypeError, "a pool's members are limiters, not 'text'"),
+        (["pool"], {}, TypeError, "a pool's members are limiters, not <Pool"),
+        (["child"], {}, ValueError, "have no parents: 'a/c' is a child"),
+        (["a", "a"], {}, ValueError, "different names, not a, a"),
+        (["a", "other clock"], {}, ValueError, "need the same clock"),
+        (["busy"], {}, RuntimeError, "wait or are in flight: make the pool before the first call"),
+        (["a"], {"prefer": "best"}, ValueError, "prefer must be 'least_used', 'first' or a"),
+        (["a"], {"patience": -1}, ValueError, "patience must be at least 0 s"),
+        (["a"], {"max_queue": -1}, ValueError, "max_queue"),
     ],
 )
-def test_mistakes_are_refused(
-    time: VirtualTime, make: Callable[[Limiter], object], error: type[Exception], says: str
+def test_pool_refuses_what_it_cannot_be_made_of(
+    time: VirtualTime,
+    members: list[str],
+    options: dict[str, Any],
+    error: type[Exception],
+    says: str,
+) -> None:
+    a, b, busy = members_of(time, 60, 60, 60)
+    _held = busy.acquire_nowait()
+    known: dict[str, Any] = {
+        "a": a,
+        "text": "text",
+        "pool": Pool(b),
+        "child": a.child("c"),
+        "other clock": Limiter(name="other"),
+        "busy": busy,
+    }
+    with pytest.raises(error, match=says):
+        Pool(*(known[name] for name in members), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "options", "error", "says"),
+    [
+        ("reconfigure", ["5 RPM"], {}, TypeError, "no limits of its own: reconfigure a member"),
+        ("learn", [Limit("requests", 5)], {}, TypeError, "no limits of its own: teach a member"),
+        ("acquire", [], {"sticky": ""}, ValueError, "sticky must be a non-empty string"),
+        ("acquire", [], {"patience": -1}, ValueError, "patience must be at least 0 s"),
+        ("acquire_nowait", [], {"images": 1}, TypeError, "this limiter counts"),
+    ],
+)
+def test_pool_refuses_arguments(
+    time: VirtualTime,
+    method: str,
+    args: list[Any],
+    options: dict[str, Any],
+    error: type[Exception],
+    says: str,
 ) -> None:
     with pytest.raises(error, match=says):
-        make(*members_of(time, 60))
+        getattr(Pool(*members_of(time, 60)), method)(*args, **options)
+
+
+def test_sticky_scope_refuses_empty_key() -> None:
+    with pytest.raises(ValueError, match="sticky must be a non-empty string"):
+        asyncbucket.sticky("")
 
 
 async def test_line_of_a_pool_is_bounded_by_max_queue(time: VirtualTime) -> None:

@@ -46,10 +46,16 @@ class PoolOfOne(Pool):
     __slots__ = ()
 
     def reconfigure(self, *limits: Any, **terms: Any) -> None:
-        (self.members[0] if self.parent is None else super()).reconfigure(*limits, **terms)
+        if self.parent is None:
+            self.members[0].reconfigure(*limits, **terms)
+        else:
+            super().reconfigure(*limits, **terms)
 
     def learn(self, limit: Any) -> None:
-        (self.members[0] if self.parent is None else super()).learn(limit)
+        if self.parent is None:
+            self.members[0].learn(limit)
+        else:
+            super().learn(limit)
 
 
 def pool_of_one(
