@@ -140,7 +140,8 @@ def _reason_locked(
     if bound_by == "paused":
         return due, bound_by, f"the limiter is paused for {left} more"
     if due < NEVER:
-        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more"
+        until = _until_reset(node, bound_by, amounts, now)
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
     taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
     slots = min(taken, default=0)  # 0: they are in a store
     words = (
@@ -151,3 +152,16 @@ def _reason_locked(
         else "all slots are"
     )
     return due, bound_by, f"{words} taken"
+
+
+def _until_reset(node: Node, bound_by: str, amounts: Amounts, now: int) -> str:
+    """Say when the limit that binds resets, if it does so by the calendar."""
+    for window in (each for level in node.path for each in level.limits.values()):
+        limit = window.limit
+        if (
+            limit.resets
+            and limit.resource == bound_by
+            and window.available(now) < amounts[bound_by]
+        ):
+            return f", until the limit resets at {limit.resets}"
+    return ""

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast
@@ -102,6 +103,9 @@ class Limiter(Doors, OfThisProcess):
             limits, admit nobody (``"closed"``) or everybody (``"open"``).
         slot_ttl: seconds after which the slots of a process that died come back.
         clock: a callable that returns monotonic integer nanoseconds.
+        wall_clock: a callable that returns integer nanoseconds since 1970 (UTC), for limits that
+            reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
+            clock set to the current time now. With a store, the store's clock counts.
         limits_by_keyword: ``rpm=500`` for ``"500 RPM"``; also rps, rph, rpd, tpm, tpd, itpm, otpm.
 
     Raises:
@@ -109,7 +113,7 @@ class Limiter(Doors, OfThisProcess):
         ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
             ``on_outage`` is none of these words, the store's URL is not understood, or ``name``
             holds surrogates.
-        TypeError: ``name`` is not a string, ``store`` is not a store, or ``clock`` returns no
+        TypeError: ``name`` is not a string, ``store`` is not a store, or a clock returns no
             integer.
         ImportError: the extra that serves the store is not installed.
     """
@@ -128,7 +132,7 @@ class Limiter(Doors, OfThisProcess):
         "_timeout",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each says something else, and all by keyword
         self,
         *limits: str | Limit,
         concurrency: Concurrency | None = None,
@@ -139,13 +143,14 @@ class Limiter(Doors, OfThisProcess):
         on_outage: OnOutage = "share",
         slot_ttl: float = 30.0,
         clock: Callable[[], int] = time.monotonic_ns,
+        wall_clock: Callable[[], int] | None = None,
         **limits_by_keyword: Unpack[LimitKeywords],
     ) -> None:
         given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
         terms = Terms.read(limits, {**given, **limits_by_keyword})
         read_on_outage(on_outage)
         slot_ttl = read_slot_ttl(slot_ttl)
-        self._set_up(Pacer(clock, read_name(name)).root, None, terms)
+        self._set_up(Pacer(clock, read_name(name), wall_clock).root, None, terms)
         self._start(terms)
         if store is not None:
             self._node.pacer.place = doors.open_place(
@@ -729,13 +734,16 @@ class Limiter(Doors, OfThisProcess):
     def _use_locked(self, now: int) -> Iterable[LimitUse]:
         """Yield how much of each limit is used."""
         node = self._node
+        wall = node.pacer.wall(now)
         if self._place is not None:
-            yield from self._place.use()
+            for use in self._place.use():
+                yield replace(use, resets_in=use.limit.resets_in(wall))
             return
         for key, window in node.limits.items():
             beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
             left = min(meter.available(now) for meter in (window, *beside))
-            yield LimitUse(window.limit, used=window.used, available=left)
+            resets_in = window.limit.resets_in(wall)
+            yield LimitUse(window.limit, window.used, left, resets_in)
 
     def _repr_html_(self) -> str:
         return self.statistics()._repr_html_()

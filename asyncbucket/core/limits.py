@@ -4,15 +4,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, Self, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.wording import counted, is_number, plain, written_out
 
+if TYPE_CHECKING:
+    from asyncbucket.core.calendars import Calendar, Period
+
 #: What identifies a limit within a limiter: its resource, and its window in seconds.
 Key: TypeAlias = tuple[str, float]
 
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
 #: Other words for resources. Without them, a limit of "request", or of "r" in "10r/s", would be a
 #: limit that no call counts against.
@@ -36,6 +40,8 @@ _SHORTEST: Final = 1e-3
 _LONGEST: Final = 400 * 86_400
 #: From this window on, limits of requests are not paced unless ``burst`` says so.
 _UNPACED_FROM: Final = 3_600
+#: The usual lengths of what begins anew by the calendar.
+_PERIODS: Final[dict[float, "Period"]] = {86_400: "day", 604_800: "week", 2_592_000: "month"}
 #: The most units in one of them.
 _LARGEST: Final = 1e18
 
@@ -59,15 +65,17 @@ _EVERY: Final = r"(?P<every>[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
-    rf"(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?){_BURST}"
+    rf"(?P<unit>month|s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?){_BURST}"
 )
+#: What separates a limit from when it resets.
+_RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
 _SYNTAX: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
     'with "burst 20" at the end if wanted'
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Limit:
     """Allow ``amount`` units of ``resource`` in every window of ``per`` seconds.
 
@@ -76,39 +84,61 @@ class Limit:
     burst of a tenth (at least 1), so that fan-outs do not come in minute-long waves; windows of an
     hour or more and other resources are not paced. ``burst=amount`` switches pacing off.
 
+    With ``resets="00:00 America/Los_Angeles"`` it holds in each day, week (from Monday) or month of
+    the calendar instead, and comes back in full at that time of day. ``per`` is then ``"day"``,
+    ``"week"`` or ``"month"``. What was used beyond the amount stays owed, but for no longer than one
+    period. See `asyncbucket.core.calendars` about daylight saving.
+
     Raises:
         LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole number of units from 1 to 1e18, the
-            window is not from 0.001 s to 400 days, or the burst is above the amount.
+            window is not from 0.001 s to 400 days, the burst is above the amount, or ``resets``
+            names no time of day or no time zone.
     """
 
     resource: str
     amount: int
-    per: float = 60
-    burst: int | None = None
+    #: Seconds; of a month, those of 30 days.
+    per: float
+    burst: int | None
+    #: The time of day and the zone, if it resets by the calendar.
+    resets: str | None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        resource: str,
+        amount: int,
+        per: "float | Period" = 60,
+        burst: int | None = None,
+        *,
+        resets: str | None = None,
+    ) -> None:
         """Refuse what is not a limit; fill in the default burst."""
-        if not isinstance(self.resource, str) or not self.resource.isidentifier():
-            raise LimitSyntaxError(
-                f"a resource must be a name such as requests, not {self.resource!r}"
-            )
-        if self.resource == "concurrency":
+        put = partial(object.__setattr__, self)
+        if not isinstance(resource, str) or not resource.isidentifier():
+            raise LimitSyntaxError(f"a resource must be a name such as requests, not {resource!r}")
+        if resource == "concurrency":
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
-        object.__setattr__(self, "resource", _read_resource(self.resource))
-        object.__setattr__(self, "amount", _units(self.amount, f"limit of {self.resource}"))
-        if not is_number(self.per) or not _SHORTEST <= self.per <= _LONGEST:
-            raise LimitSyntaxError(
-                f"a window must last from 0.001 to 34,560,000 seconds (400 days), not {self.per!r}"
-            )
-        object.__setattr__(self, "per", plain(self.per))
-        if self.burst is None:
-            if self.resource == "requests" and self.per < _UNPACED_FROM:
-                object.__setattr__(self, "burst", max(1, self.amount // 10))
+        resource = _read_resource(resource)
+        put("resource", resource)
+        put("amount", _units(amount, f"limit of {resource}"))
+        put("per", _read_per(per, resets))
+        put("resets", resets)
+        if resets is not None:
+            if not isinstance(resets, str):
+                raise LimitSyntaxError(f'resets must be a text such as "00:00 UTC", not {resets!r}')
+            if self.per not in _PERIODS:
+                raise LimitSyntaxError(
+                    f'a limit that resets has per="day", "week" or "month", not {per!r} seconds'
+                )
+            put("resets", str(self.calendar))
+        if burst is None:
+            is_paced = resource == "requests" and self.per < _UNPACED_FROM
+            put("burst", max(1, self.amount // 10) if is_paced else None)
             return
-        object.__setattr__(self, "burst", _units(self.burst, "burst"))
-        if self.burst > self.amount:
+        put("burst", _units(burst, "burst"))
+        if burst > self.amount:
             raise LimitSyntaxError(
-                f"a burst of {self.burst:,} is above the limit of {self}: lower the burst or raise "
+                f"a burst of {burst:,} is above the limit of {self}: lower the burst or raise "
                 f"the limit"
             )
 
@@ -123,17 +153,21 @@ class Limit:
         """
         if not isinstance(text, str):
             raise LimitSyntaxError(f"a limit must be a string or a Limit, not {text!r}; {_SYNTAX}")
-        written = text.strip().lower()
+        written, *resets = _RESETS.split(text.strip(), maxsplit=1)
+        written = written.lower()
         match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:
             raise LimitSyntaxError(f"{text!r} is not a limit; {_SYNTAX}")
         resource = match["resource"] or "requests"
-        every = int((match.groupdict().get("every") or "1").replace(",", ""))
+        every = (match.groupdict().get("every") or "1").replace(",", "")
+        if match["unit"] == "month" and every != "1":
+            raise LimitSyntaxError(f"{text!r} is not a limit: months come one at a time; {_SYNTAX}")
         return cls(
             _RESOURCES.get(resource, resource) if match.re is _SHORT else resource,
             _read_number(match["amount"], text),
-            per=every * _SECONDS[match["unit"][0]],
+            per="month" if match["unit"] == "month" else int(every) * _SECONDS[match["unit"][0]],
             burst=_read_number(match["burst"], text) if match["burst"] else None,
+            resets=resets[0] if resets else None,
         )
 
     @property
@@ -154,10 +188,31 @@ class Limit:
     @property
     def label(self) -> str:
         """Its label in metrics, independent of the amount: ``rpm``, or ``images/10s``."""
-        return self.keyword or f"{self.resource}/{self.per:.9g}s"
+        calendar = self.calendar
+        span = f"{self.per:.9g}s" if calendar is None else calendar.period
+        return self.keyword or f"{self.resource}/{span}"
+
+    @property
+    def calendar(self) -> "Calendar | None":
+        """What says when it resets, if it does."""
+        if self.resets is None:
+            return None
+        from asyncbucket.core.calendars import read_calendar  # few limits need it, and datetime
+
+        return read_calendar(_PERIODS[self.per], self.resets)
+
+    def resets_in(self, wall: int) -> float | None:
+        """Return the seconds until it resets when a wall clock shows ``wall`` (ns since 1970)."""
+        calendar = self.calendar
+        if calendar is None:
+            return None
+        return (calendar.start(calendar.number(wall) + 1) - wall) * 1e-9
 
     def __str__(self) -> str:
-        return f"{counted(self.amount, self.resource)} per {written_out(self.per)} s"
+        calendar, amount = self.calendar, counted(self.amount, self.resource)
+        if calendar is None:
+            return f"{amount} per {written_out(self.per)} s"
+        return f"{amount} per {calendar.period}, reset at {calendar}"
 
 
 def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> list[Limit]:
@@ -181,6 +236,21 @@ def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> l
         if earlier is not limit:
             raise LimitSyntaxError(f"two limits for one window: {earlier} and {limit}; keep one")
     return found
+
+
+def _read_per(per: float | str, resets: str | None) -> float:
+    """Return the seconds of a window; of a calendar's period the usual ones."""
+    if per == "month" and resets is None:
+        raise LimitSyntaxError(
+            'months differ in length: say when they begin, e.g. resets="00:00 UTC", or in a text '
+            '"1M tokens/month resets 00:00 UTC"; or give days, e.g. "1M tokens/30 days"'
+        )
+    seconds = next((each for each, name in _PERIODS.items() if name == per), per)
+    if not is_number(seconds) or not _SHORTEST <= seconds <= _LONGEST:
+        raise LimitSyntaxError(
+            f"a window must last from 0.001 to 34,560,000 seconds (400 days), not {per!r}"
+        )
+    return plain(seconds)
 
 
 def _read_resource(name: str) -> str:

@@ -27,14 +27,24 @@ Bookings are kept by time, and forgotten once the window has passed them. To bou
 bookings within W/512 of each other are kept as one, dated at the last. Each is kept 3W/512 longer
 than the window, to allow for network jitter: two calls admitted exactly W apart may arrive closer
 together. In total that is at most W/128, on the safe side.
+
+A window that resets by the calendar keeps one entry, and the number of the period that is open.
+When a period is opened, the caller's monotonic clock decides when it ends. When that instant comes,
+the wall clock is asked: if it shows a later period, that one is opened, and all comes back; else
+the window waits for the end of the period that it shows. So a wall clock that is set back never
+opens a period twice, one that is set forward ends none early, and no period ends later than one
+period after it should. What was used beyond the amount stays owed in the next period, but no longer.
 """
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from asyncbucket.core.limits import Limit
+
+if TYPE_CHECKING:
+    from asyncbucket.core.calendars import Calendar
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
@@ -283,13 +293,16 @@ class Window(Meter):
     bulk = True
 
     __slots__ = (
+        "_calendar",
         "_closed",
         "_closes",
         "_dates",
         "_forgotten",
         "_largest",
         "_last",
+        "_opened",
         "_units",
+        "_wall",
         "amount",
         "grain",
         "hold",
@@ -300,8 +313,12 @@ class Window(Meter):
         "window",
     )
 
-    def __init__(self, limit: Limit, *, began: int = -1) -> None:
-        """Keep ``limit``; calls booked up to ``began`` give nothing back."""
+    def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
+        """Keep ``limit``; calls booked up to ``began`` give nothing back.
+
+        ``wall`` returns what the wall clock (ns since 1970) shows at an instant, as far as it is
+        known now; by default the instants are the wall clock's own. Only limits that reset ask it.
+        """
         self.window = limit.window
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
@@ -317,17 +334,26 @@ class Window(Meter):
         self._dates: list[int] = _NOTHING
         self._units: list[int] = _NOTHING
         self._closed = 0
-        #: The newest entry: its date, and until when it takes more bookings; 0 if there is none.
-        self._last = self._closes = 0
+        #: The newest entry: its date; and until when it takes more bookings, 0 if there is none.
+        self._last = 0
         #: The date of the last entry that was forgotten.
         self._forgotten = began
+        #: What says when it resets, if it does; and the number of the period that was opened.
+        self._calendar: Calendar | None = None
+        self._opened = NEVER
+        self._wall = wall
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
         self.reshape(limit, began + 1)
+        self._closes = 0
 
     def reshape(self, limit: Limit, now: int) -> None:
-        """Change the amount and the burst; what was booked stays booked."""
+        """Change the amount, the burst and when it resets; what was booked stays booked."""
         self.limit, self.amount = limit, limit.amount
+        if limit.calendar != self._calendar:  # all counts as booked last
+            self._calendar, self._opened = limit.calendar, NEVER
+            self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
+            self._closes = now
         rate = Fraction(limit.amount * 1_000_000_000, limit.window)
         if limit.burst is None or limit.burst == limit.amount:
             self.pace = None
@@ -345,6 +371,10 @@ class Window(Meter):
         over = self.used - back + amount - self.amount
         if over <= 0:
             return due
+        if self._calendar is not None:
+            if amount > self.amount:
+                return NEVER
+            return max(due, self.resets_at(1 if over <= self.amount else 2))
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
@@ -398,16 +428,24 @@ class Window(Meter):
         left = self._left(now)
         return left if self.pace is None else min(left, self.pace.available(now))
 
+    def resets_at(self, times: int = 1) -> int:
+        """Return when it will have reset so many times, by the wall clock as it is now."""
+        calendar = self._calendar
+        assert calendar is not None
+        then = self._wall(self._closes)
+        number = min(calendar.number(then), self._opened)
+        return self._closes + max(0, calendar.start(number + times) - then)
+
     def state(self) -> list[Any]:
         """Return all that it remembers, as plain data for `restore`."""
-        newest = [self._last, self._closes, self.used, self._largest, self._forgotten]
+        newest = [self._last, self._closes, self.used, self._largest, self._forgotten, self._opened]
         return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
 
     def restore(self, state: list[Any]) -> None:
         """Remember what a window of the same limit did when it made ``state``."""
         self._dates, self._units, newest, pace = state
         self._closed = sum(self._units)
-        self._last, self._closes, self.used, self._largest, self._forgotten = newest
+        self._last, self._closes, self.used, self._largest, self._forgotten, self._opened = newest
         if self.pace is not None:
             self.pace.restore(pace)
 
@@ -459,6 +497,8 @@ class Window(Meter):
     def _open(self, when: int) -> None:
         """Close the newest entry, and begin another."""
         self._forget(when)
+        if self._calendar is not None:
+            return
         if self._closes:
             self._dates = self._dates or []
             self._units = self._units or []
@@ -469,6 +509,10 @@ class Window(Meter):
 
     def _forget(self, now: int) -> None:
         """Drop the entries that no window reaching to ``now`` contains."""
+        if self._calendar is not None:
+            if now >= self._closes:
+                self._reset(self._calendar, now)
+            return
         horizon = now - self.hold
         gone = bisect.bisect_right(self._dates, horizon)
         if gone:
@@ -481,3 +525,14 @@ class Window(Meter):
             self._forgotten = self._last
             self.used = self._closed
             self._closes = self._largest = 0
+
+    def _reset(self, calendar: "Calendar", now: int) -> None:
+        """Open the period that the wall clock shows, unless it is one that was opened before."""
+        wall = self._wall(now)
+        number = calendar.number(wall)
+        if number > self._opened:
+            owed = min(max(0, self.used - self.amount), self.amount)
+            self.used = owed if number == self._opened + 1 else 0
+            self._forgotten, self._largest = now - 1, 0
+        self._opened = number
+        self._closes = now + calendar.start(number + 1) - wall

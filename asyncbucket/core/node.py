@@ -322,7 +322,7 @@ class Node:
         for limit in limits:
             window = changed.get(limit.key)
             if window is None:
-                window = changed[limit.key] = Window(limit)
+                window = changed[limit.key] = Window(limit, wall=self.pacer.wall)
             else:
                 window.reshape(limit, now)
             window.refuses = not learned

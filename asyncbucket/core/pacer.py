@@ -64,13 +64,15 @@ class Pacer:
     Methods whose names end in ``_locked`` are called with the lock held.
     """
 
-    def __init__(self, clock: Callable[[], int], name: str) -> None:
-        if not callable(clock) or not isinstance(clock(), int):
-            raise TypeError(
-                f"clock must be a callable that returns integer nanoseconds, such as "
-                f"time.monotonic_ns, not {clock!r}"
-            )
+    def __init__(
+        self, clock: Callable[[], int], name: str, wall_clock: Callable[[], int] | None = None
+    ) -> None:
+        _check_clock("clock", clock, "time.monotonic_ns")
         self.clock = clock
+        if wall_clock is not None:
+            _check_clock("wall_clock", wall_clock, "time.time_ns")
+        #: What the wall clock shows at an instant of the clock.
+        self.wall = _wall_at(clock, wall_clock)
         self.root = Node(name, pacer=self)
         self.lock = threading.Lock()
         #: Work for whoever releases the lock; and what to tell observers and the log once it is
@@ -708,3 +710,28 @@ class Pacer:
         self.root.after_fork()
         if self.group is not None:
             self.group.share(self)
+
+
+def _check_clock(name: str, clock: Callable[[], int], example: str) -> None:
+    """Refuse what tells no time.
+
+    Raises:
+        TypeError: it is not a callable that returns an integer.
+    """
+    if not callable(clock) or not isinstance(clock(), int):
+        raise TypeError(
+            f"{name} must be a callable that returns integer nanoseconds, such as {example}, not "
+            f"{clock!r}"
+        )
+
+
+def _wall_at(
+    clock: Callable[[], int], wall_clock: Callable[[], int] | None
+) -> Callable[[int], int]:
+    """Return a function that tells what the wall clock shows at an instant of ``clock``."""
+    if wall_clock is None and clock is not time.monotonic_ns:  # it is a time of its own
+        ahead = time.time_ns() - clock()
+        return lambda now: now + ahead
+    read = wall_clock or time.time_ns
+    # Read first, so that what passes between the two makes a reset late, not early.
+    return lambda now: now + read() - clock()

@@ -25,6 +25,8 @@ class LimitUse:
     used: int
     #: Units that could pass now; negative while a debt is paid off.
     available: int
+    #: Seconds until it resets by the calendar; None if it does not.
+    resets_in: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class Headroom(Meter):
         self._reported_left = 0
         self._most_left = 0
         #: Units that we booked, in the last window and ever.
-        self._ours = Window(replace(limit, burst=limit.amount))
+        self._ours = Window(replace(limit, burst=limit.amount, resets=None))
         for when, units in ours:
             self._ours.book(units, when)
         self._booked = 0

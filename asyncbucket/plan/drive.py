@@ -5,12 +5,13 @@ a pacer, which sleeps. Here nobody has to sleep: time moves to the next instant 
 can happen, when the meters let the first in line pass, or when a call ends. The meters are asked
 and booked as by the pacer, with the same integers; only futures, tasks and timers are left out. A
 million calls take seconds, and the instants are those of a `Limiter` to the nanosecond (tests/plan
-compares them).
+compares them). A limit that resets by the calendar does so at the start and then after days of 24
+hours, whatever the date is, so that a plan is the same tomorrow; months are those of 2025.
 """
 
 import heapq
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -19,6 +20,8 @@ from asyncbucket.core.meters import NEVER, Amounts, Window
 from asyncbucket.core.node import Meters, latest
 
 NANOSECONDS: Final = 1_000_000_000
+#: When plans begin, for limits that reset by the calendar: early in January 2025.
+_DATE: Final = 1_736_380_800 * NANOSECONDS
 
 
 class PlannedCall(NamedTuple):
@@ -63,7 +66,9 @@ def run_calls(  # noqa: C901 - one loop over time
         limits: what the calls pass.
         slots: the most calls in flight, if there is a bound.
     """
-    meters: Meters = tuple((Window(limit), limit.resource) for limit in limits)
+    meters: Meters = tuple(
+        (Window(limit, wall=_wall_of(limit)), limit.resource) for limit in limits
+    )
     record = Record(used=dict.fromkeys({limit.resource for limit in limits} | {"tokens"}, 0))
     #: When each call in flight ends, the first one first.
     running: list[int] = []
@@ -104,3 +109,10 @@ def run_calls(  # noqa: C901 - one loop over time
             record.used[resource] += amounts.get(resource, 0)
     advance(NEVER)
     return record
+
+
+def _wall_of(limit: Limit) -> Callable[[int], int]:
+    """Return what the wall clock shows in a plan: it begins when the limit has just reset."""
+    calendar = limit.calendar
+    start = 0 if calendar is None else calendar.start(calendar.number(_DATE))
+    return lambda now: now + start

@@ -63,6 +63,8 @@ def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
     limit = Limit.parse(limit) if isinstance(limit, str) else limit
     if not isinstance(limit, Limit):
         raise TypeError(f'a limit must be a Limit or a string such as "100 TPM", not {limit!r}')
+    if limit.resets is not None:
+        raise ValueError(f"{limit} holds by the calendar, and in no other window of that length")
     admissions = _admissions(trace)
     worst = _busiest(admissions, _window(limit.per))
     if worst.amount > limit.amount:

@@ -203,6 +203,7 @@ def test_outdated_preset_in_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) 
 
     limits, age = said(doctor.settings())
 
-    assert limits == ("good", "Limiter.from_env(): 20 requests per 60 s, 50 requests per 86,400 s")
+    free = "20 requests per 60 s, 50 requests per day, reset at 00:00 UTC"
+    assert limits == ("good", f"Limiter.from_env(): {free}")
     assert age[0] == "note"
     assert age[1].startswith("the limits of 'openrouter/free/any' were read ")

@@ -1,7 +1,8 @@
 """Random histories of a tree of limiters, and an oracle that knows nothing of how the core counts.
 
 A history has limiters at any depth, tenants, limits with bursts and without, slots, priorities,
-deadlines, cancellations, settlements, pauses, changed limits, and a clock that jumps. Everything
+deadlines, cancellations, settlements, pauses, changed limits, days that begin anew, and a clock that
+jumps. Everything
 runs on virtual time. The oracle writes down what each call took at each level, and checks:
 
 - every window of every limit, and every interval of every bucket, at every level, whenever a call
@@ -26,7 +27,7 @@ import random
 import sys
 import time as real_time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -48,7 +49,7 @@ LATE = 3_000_000
 #: In the same instant, what was given back comes first, and debts come last.
 BACK, ADMITTED, DEBT = range(3)
 #: After so long everything must be over.
-LONG = 100_000.0
+LONG = 20_000_000.0
 LIMITS: tuple[tuple[Limit, ...], ...] = (
     (),
     (),
@@ -57,6 +58,7 @@ LIMITS: tuple[tuple[Limit, ...], ...] = (
     (Limit("requests", 6, per=5, burst=6),),
     (Limit("requests", 4, per=3), Limit("tokens", 80, per=15)),
     (Limit("requests", 20, per=100), Limit("tokens", 50, per=10, burst=7)),
+    (Limit("tokens", 90, per="day", resets="00:01 UTC"),),
 )
 
 
@@ -131,6 +133,14 @@ def refilled(history: list[tuple[int, Limit]], start: int, end: int) -> Fraction
 def burst_of(limit: Limit) -> int:
     """Return how many units may pass at once."""
     return limit.amount if limit.burst is None else limit.burst
+
+
+def counts(limit: Limit, date: int, now: int, span: Fraction | int = 1) -> bool:
+    """Tell whether a limit counts at ``now`` what was booked at ``date``; time begins at 00:00 UTC."""
+    calendar = limit.calendar
+    if calendar is None:
+        return now - limit.window * span < date
+    return calendar.number(now) == calendar.number(date)
 
 
 class Oracle:
@@ -219,7 +229,6 @@ class Oracle:
                 assert call.when <= max([call.deadline, *in_time]), f"late: {call}"
 
     def _check_limit(self, level: Level, resource: str, history: list[tuple[int, Limit]]) -> None:
-        window = history[0][1].window
         # A bucket begins where a limit begins to be paced.
         paced: list[tuple[int, Limit]] = []
         booked: dict[Entry, int] = {}
@@ -233,7 +242,9 @@ class Oracle:
             booked[entry] = booked.get(entry, 0) + units
             if order != ADMITTED or not units:
                 continue
-            total = sum(left for each, left in booked.items() if when - window < each.date)
+            total = sum(
+                left for each, left in booked.items() if counts(history[0][1], each.date, when)
+            )
             most = max(limit.amount for limit in in_force(history, when, when))
             assert total <= most, f"{level.name}: {total} {resource} of {most} at {when}: {call}"
             paced = [each for each in history if each[0] <= when]
@@ -349,8 +360,11 @@ class Oracle:
                 taken[entry] = max(taken.get(entry, 0), booked[entry])
                 if (call.when or 0) <= history[0][0]:  # it gives nothing back to a later limit
                     booked[entry] = taken[entry]
-        span = limit.window * REMEMBERS
-        held = sum(left for entry, left in booked.items() if entry.date > now - span)
+        held = sum(
+            left for entry, left in booked.items() if counts(limit, entry.date, now, REMEMBERS)
+        )
+        if limit.resets:  # and debts of earlier days
+            held += sum(left for entry, left in taken.items() if not entry.admitted)
         if held + units > limit.amount:
             return False
         if burst_of(limit) == limit.amount:
@@ -372,7 +386,9 @@ class History:
         self.chance = random.Random(seed)
         self.oracle = Oracle()
         self.number = 0
-        self.root = Limiter(*self._some_limits(), concurrency=self._slots(), clock=time.clock)
+        self.root = Limiter(
+            *self._some_limits(), concurrency=self._slots(), clock=time.clock, wall_clock=time.clock
+        )
         self.limiters = [self.root]
         self.tasks: list[asyncio.Task[None]] = []
         #: Agents that run: their scopes, and the contexts inside; None if the history has none.
@@ -412,8 +428,10 @@ class History:
             self.chance.choice(moves)()
             await self.wait_a_little()
         deadline = self.now + int(LONG * SECOND)
+        timeout = 7.0
         while pending := [task for task in self.tasks if not task.done()]:
-            await asyncio.wait(pending, timeout=7)
+            await asyncio.wait(pending, timeout=timeout)
+            timeout *= 1.05
             await self.look()
             assert self.now < deadline, f"still waiting: {pending}"
         for task in self.tasks:
@@ -571,10 +589,9 @@ class History:
     def change(self) -> None:
         limiter = self.chance.choice(self.limiters)
         limits = [
-            Limit(
-                limit.resource,
-                amount,
-                per=limit.per,
+            replace(
+                limit,
+                amount=amount,
                 burst=None
                 if limit.burst is None
                 else max(1, min(amount, round(factor * limit.burst))),
@@ -600,7 +617,7 @@ class History:
 
     async def check_rest(self) -> None:
         """Assert that nothing is left over."""
-        await asyncio.sleep(1_000)
+        await asyncio.sleep(LONG)
         for limiter in self.limiters:
             now = limiter.statistics()
             assert (now.waiting, now.in_flight) == (0, 0), now

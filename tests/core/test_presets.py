@@ -17,6 +17,8 @@ def test_preset_can_be_unpacked_into_a_limiter() -> None:
 
     assert limiter.limits == (Limit("requests", 5_000), Limit("tokens", 2_000_000))
     assert Limit("requests", 1_000, per=86_400, burst=None) in tuple(preset(GROQ, today=NOW))
+    by_day = Limit("requests", 50, per="day", resets="00:00 UTC")
+    assert by_day in tuple(preset("openrouter/free/any", today=NOW))
 
 
 @pytest.mark.parametrize("name", preset_names())

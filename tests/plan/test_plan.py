@@ -55,6 +55,17 @@ def test_limit_that_no_call_waits_for_does_not_bind() -> None:
     assert changed_durations(planned, "requests") == (2.5, 2.5)
 
 
+def test_plan_begins_as_the_limit_has_just_reset() -> None:
+    """Whatever day it is, and whenever and where others reset."""
+    daily = "10 RPD resets 09:30 America/Los_Angeles"
+    planned = plan(daily, "80 tokens/week resets 00:00 UTC", calls=35, tokens=2, latency=1.5)
+
+    assert planned.duration == 3 * 86_400 + 1.5
+    assert planned.bound_by == "requests"
+    monthly = plan("10 requests/month resets 00:00 UTC", calls=11)
+    assert monthly.duration == 31 * 86_400
+
+
 def test_same_seed_gives_the_same_plan() -> None:
     def one(seed: int) -> Plan:
         return plan(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
 from asyncbucket.stores import Batch, Correction, Outcome, Store, open_store
 from asyncbucket.stores.sqlite.state import State
@@ -34,6 +35,10 @@ CONFIGS = (
     config(amount_of("requests", 32, _WINDOW, 4), _SLOW, concurrency=4),
     config(amount_of("tokens", 4_096, 10.24, 1_000)),
     config(concurrency=5),
+    config(_TOKENS, Limit("tokens", 2_000, per="day", resets="11:07 UTC")),  # 20 s from the start
+    config(Limit("tokens", 900, per="day", burst=300, resets="11:07 UTC"), concurrency=4),
+    config(Limit("tokens", 1_500, per="day", resets="11:06 UTC"), concurrency=4),
+    config(amount_of("tokens", 1_500, 86_400)),
 )
 
 
@@ -76,7 +81,7 @@ class History:
                 await self._compare(self._ledgers[name])
                 self._ledgers[name] = await self._open(store, name)
             await self._step(self._ledgers[name])
-        self._now += 3_600 * SECOND
+        self._now += 72 * 3_600 * SECOND
         self._clock(self._now)
         for ledger in self._ledgers.values():
             await ledger.commit(Batch(calls=None))
@@ -99,6 +104,9 @@ class History:
         else:
             longest = random.choice([1, 60, 300, 600, 1_200, 6_000, 40_000, 200_000])
             self._now += random.randint(1, longest) * TICK
+        if random.random() < 0.02:  # about the time when a day begins anew
+            day = 86_400 * SECOND
+            self._now += -(self._now - START) % day + random.randint(1, 2_000_000) * TICK
         self._clock(self._now)
 
     async def _step(self, ledger: Ledger) -> None:

@@ -74,6 +74,10 @@ def test_invalid_limit_or_window_is_refused() -> None:
 
     with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
         assert_never_over([(0, 1)], limit)
+    with pytest.raises(
+        ValueError, match="reset at 00:00 UTC holds by the calendar, and in no other"
+    ):
+        assert_never_over([(0, 1)], "5 RPD resets 00:00 UTC")
     for per in (0, -3):
         with pytest.raises(ValueError, match=f"a positive number of seconds, not {per}"):
             busiest_window([(0, 1)], per=per)

@@ -32,7 +32,9 @@ local function build_meters(s, config)
     local date = math.max(s.now, s.last)
     w = w or window_new(date) -- what was booked before gives nothing back
     w.amount, w.grain, w.hold, w.prefix = m.amount, m.grain, m.hold, 'e:' .. m.key .. ':'
-    w.cache, w.dirty, w.gone = {}, {}, {}
+    w.cache, w.dirty, w.gone, w.offset = {}, {}, {}, s.offset
+    window_set_resets(w, m.resets or '', date)
+    w.starts = s.starts[m.key] or w.starts
     s.windows[m.key] = w
     if m.p then
       b = b or bucket_new(date)
@@ -72,8 +74,9 @@ local function new_state(epoch)
   }
 end
 
--- Load what is kept, or begin: with all available, unless a worker knows of an epoch that is gone.
-local function load(known_epoch, new_epoch, config_text, ttl)
+-- Load what is kept, or begin: with all available, unless a worker knows of an epoch that is gone. `starts` says
+-- when windows begin that reset by the calendar, where a worker was asked to say so.
+local function load(known_epoch, new_epoch, config_text, ttl, starts)
   local kept = redis.call('HMGET', KEYS[1], 'state', 'config')
   local s
   if kept[1] then
@@ -87,6 +90,7 @@ local function load(known_epoch, new_epoch, config_text, ttl)
     s.text = config_text
   end
   clock(s)
+  s.starts = starts and cjson.decode(starts) or {}
   build_meters(s, cjson.decode(s.text))
   s.ttl = math.max(s.ttl, tonumber(ttl))
   if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
@@ -128,6 +132,7 @@ local function save(s)
     windows[key] = {
       used = w.used, last = w.last, recent = w.recent, closes = w.closes,
       forgotten = w.forgotten, head = w.head, tail = w.tail,
+      resets = w.resets, opened = w.opened, starts = w.starts,
     }
   end
   for key, b in pairs(s.buckets) do

@@ -23,15 +23,20 @@ ttl = tonumber(ttl)
 
 local verbs = {}
 
-function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause, step)
+function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause, step, starts)
   seq, horizon, held = tonumber(seq), tonumber(horizon), tonumber(held)
   if sets_config == '1' then
     redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
   end
-  local s = load(known_epoch, new_epoch, config, ttl)
+  local s = load(known_epoch, new_epoch, config, ttl, starts)
   local is_new = sets_config == '1' and configure(s, config)
   if s.text ~= config then
     return reply(s, { config = s.text })
+  end
+  for _, m in ipairs(s.meters) do
+    if m.window.resets ~= '' and not window_knows(m.window, s.now - s.offset) then
+      return '{"wall":' .. as_integer(s.now - s.offset) .. '}'
+    end
   end
   local answered = redis.call('HGET', KEYS[1], 'r:' .. worker)
   if answered then

@@ -2,11 +2,66 @@
 --
 -- Entries lie in fields of the hash, numbered from `head` to `tail` - 1, each a date and units. They
 -- are read when needed and written at the end: a batch touches few of them.
+--
+-- A window that resets by the calendar has `starts`, the starts of some periods by the wall clock, as a worker
+-- last told them: it keeps no fields, and `closes` is when its period ends. `opened` is that period's start.
 
 local ENTRY = '<dd'
+local NEVER = 1e18
 
 local function window_new(began)
-  return { used = 0, last = 0, recent = 0, closes = 0, forgotten = began, head = 0, tail = 0 }
+  return {
+    used = 0, last = 0, recent = 0, closes = 0, forgotten = began, head = 0, tail = 0,
+    resets = '', opened = NEVER, starts = {},
+  }
+end
+
+-- Other times of resetting: all counts as booked last.
+local function window_set_resets(w, resets, now)
+  if resets ~= w.resets then
+    for i = w.head, w.tail - 1 do
+      w.gone[#w.gone + 1] = w.prefix .. i
+    end
+    w.resets, w.opened, w.starts = resets, NEVER, {}
+    w.head, w.recent, w.closes = w.tail, w.used, now
+  end
+end
+
+-- How many of the starts are not after `wall`.
+local function window_period(w, wall)
+  local n = 0
+  while w.starts[n + 1] and w.starts[n + 1] <= wall do
+    n = n + 1
+  end
+  return n
+end
+
+-- Whether the starts say enough about the period that the wall clock shows: two resets before and after it.
+local function window_knows(w, wall)
+  local n = window_period(w, wall)
+  return n > 1 and n < #w.starts - 1
+end
+
+-- When it will have reset so many times, by the wall clock as it is now.
+local function window_resets_at(w, times)
+  local wall = w.closes - w.offset
+  local n = window_period(w, math.min(wall, w.opened))
+  local start = w.starts[n + times] or w.starts[#w.starts] or NEVER
+  return w.closes + math.max(0, start - wall)
+end
+
+-- Open the period that the wall clock shows, unless it is one that was opened before.
+local function window_reset(w, now)
+  local wall = now - w.offset
+  local n = window_period(w, wall)
+  local start, following = w.starts[n], w.starts[n + 1]
+  if start and start > w.opened then
+    local owed = math.min(math.max(0, w.used - w.amount), w.amount)
+    w.used = w.starts[n - 1] and w.starts[n - 1] > w.opened and 0 or owed
+    w.recent, w.forgotten = w.used, now - 1
+  end
+  w.opened = start or w.opened
+  w.closes = following and now + following - wall or now
 end
 
 local function window_entry(w, i)
@@ -44,6 +99,12 @@ local function window_find(w, when)
 end
 
 local function window_forget(w, now)
+  if w.resets ~= '' then
+    if now >= w.closes then
+      window_reset(w, now)
+    end
+    return
+  end
   local horizon = now - w.hold
   while w.head < w.tail do
     local entry = window_entry(w, w.head)
@@ -69,6 +130,9 @@ local function window_earliest(w, amount, since)
   if over <= 0 then
     return since
   end
+  if w.resets ~= '' then
+    return math.max(since, window_resets_at(w, over <= w.amount and 1 or 2))
+  end
   for i = w.head, w.tail - 1 do
     local entry = window_entry(w, i)
     over = over - entry[2]
@@ -82,13 +146,15 @@ end
 local function window_book(w, amount, when)
   if when >= w.closes then
     window_forget(w, when)
-    if w.closes > 0 then
-      w.cache[w.tail] = { w.last, w.recent }
-      w.dirty[w.tail] = true
-      w.tail = w.tail + 1
-      w.recent = 0
+    if w.resets == '' then
+      if w.closes > 0 then
+        w.cache[w.tail] = { w.last, w.recent }
+        w.dirty[w.tail] = true
+        w.tail = w.tail + 1
+        w.recent = 0
+      end
+      w.closes = when + w.grain
     end
-    w.closes = when + w.grain
   end
   w.used = w.used + amount
   w.recent = w.recent + amount

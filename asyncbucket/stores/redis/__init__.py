@@ -151,9 +151,12 @@ class RedisLedger(Ledger):
         self._listener: asyncio.Task[None] | None = None
 
     async def _send(self, number: int, batch: Batch) -> Receipt:
-        """Send ``batch``; if the limits have changed, under the new ones."""
+        """Send ``batch``; if the limits have changed, under the new ones.
+
+        If a period of the calendar begins, the server asks when the next ones do.
+        """
         self._reset_call()
-        changed = None
+        changed, starts = None, "{}"
         codec = self._codec if batch.config is None else Codec(batch.config)
         local = Pause()
         local.begin(batch.pause, 0, gradually=batch.gradually)
@@ -169,9 +172,13 @@ class RedisLedger(Ledger):
                 int(batch.config is not None),
                 -(-batch.pause // GRAIN),
                 local.step // GRAIN,
+                starts,
             )
             if "bookings" in reply:
                 break
+            if "wall" in reply:
+                starts = codec.starts(reply["wall"])
+                continue
             codec = Codec.from_reply(reply["config"])
             changed = codec.config
         self._codec, self.config = codec, codec.config

@@ -57,7 +57,10 @@ class Codec:
         limits = sorted(config.limits, key=lambda limit: (limit.resource, limit.window))
         self.config = LimitConfig(limits=tuple(limits), concurrency=config.concurrency)
         encoded: dict[str, Any] = {
-            "limits": [[limit.resource, limit.amount, limit.per, limit.burst] for limit in limits],
+            "limits": [
+                [limit.resource, limit.amount, limit.per, limit.burst, limit.resets]
+                for limit in limits
+            ],
             "meters": [_meter_config(limit) for limit in limits],
         }
         if config.concurrency is not None:
@@ -68,10 +71,20 @@ class Codec:
     def from_reply(cls, config: dict[str, Any]) -> "Codec":
         """Return the codec for limits that another worker has set."""
         limits = tuple(
-            Limit(resource, amount, per=per, burst=burst)
-            for resource, amount, per, burst in config["limits"]
+            Limit(resource, amount, per=per, burst=burst, resets=resets)
+            for resource, amount, per, burst, resets in config["limits"]
         )
         return cls(LimitConfig(limits=limits, concurrency=config.get("concurrency")))
+
+    def starts(self, wall: int) -> str:
+        """Encode when some periods of the limits begin that reset, around the server's ``wall``."""
+        starts: dict[str, list[int]] = {}
+        for limit in self.config.limits:
+            if (calendar := limit.calendar) is not None:
+                number = calendar.number(wall * GRAIN)
+                near = range(number - 1, number + 4)
+                starts[_key_of(limit)] = [calendar.start(each) // GRAIN for each in near]
+        return _as_json(starts)
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, and what was booked and used of each resource."""
@@ -118,18 +131,25 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def _key_of(limit: Limit) -> str:
+    """Return the name of a limit's meters on the server."""
+    return f"{limit.resource}:{limit.window}"
+
+
 def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
     if limit.amount > _MAX_AMOUNT:
         raise ValueError(f"a store counts to {_MAX_AMOUNT:,}: {limit} is above; lower the limit")
     window = Window(limit)
     meter: dict[str, Any] = {
-        "key": f"{limit.resource}:{limit.window}",
+        "key": _key_of(limit),
         "resource": limit.resource,
         "amount": limit.amount,
         "grain": -(-window.grain // GRAIN),
         "hold": -(-window.hold // GRAIN),
     }
+    if limit.resets is not None:
+        meter |= {"resets": limit.resets, "hold": 3 * limit.window // GRAIN}
     pace = window.pace
     if pace is not None:
         p, q = _ticks_per_unit(Fraction(pace.p, pace.q * GRAIN), limit.amount + pace.burst)

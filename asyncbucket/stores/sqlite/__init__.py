@@ -175,6 +175,7 @@ class SQLiteStore:
             if not current:
                 connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
                 current, state = secrets.token_hex(8), State(config, now)
+            state.ahead = self.file.clock.wall() - now
             known, kept_until = epoch
             is_lost = now < kept_until and known.split()[0] not in current
             if is_lost:
@@ -217,6 +218,7 @@ class SQLiteStore:
             self.known.pop(name, None)  # looking makes it forget, unlike what is in the file
             if state is None:
                 return None
+            state.ahead = self.file.clock.wall() - now
             return replace(state.peek(now), details=self.file.details())
 
     def _names(self) -> list[str]:

@@ -93,6 +93,7 @@ class SharedClock:
     ) -> None:
         self._steady = steady or _steady
         self._boot = _boot_id() if boot is None else boot
+        self.wall = wall
         self._ahead = wall() - self._steady()
 
     def read(self, known: tuple[str, int, int] | None) -> tuple[str, int, int]:

@@ -64,6 +64,8 @@ class State:
     """Keep the limits, slots and line of one limiter; all instants are ns of one clock."""
 
     def __init__(self, config: LimitConfig, now: int = 0) -> None:
+        #: What the wall clock shows minus the store's; set before each use.
+        self.ahead = 0
         self.config = LimitConfig()
         self.windows: dict[tuple[str, float], Window] = {}
         self.workers: dict[str, Worker] = {}
@@ -80,12 +82,15 @@ class State:
         before, self.windows = self.windows, {}
         date = max(now, self.last_start)
         for limit in config.limits:
-            window = before.get(limit.key) or Window(limit, began=date)
+            window = before.get(limit.key) or Window(limit, began=date, wall=self._wall)
             window.reshape(limit, date)
             self.windows[limit.key] = window
         self.config = config
         for place in self.line:  # they look anew
             place.due = now
+
+    def _wall(self, now: int) -> int:
+        return now + self.ahead
 
     def drain(self, now: int) -> None:
         """Leave nothing for a whole window, after all that is booked ahead: what was known is lost."""
@@ -203,7 +208,7 @@ class State:
         """Return from when on there is nothing left to remember, if nothing else happens."""
         ends = [now + _MIN_LIFE, self.pause.until, *(each.until for each in self.workers.values())]
         for window in self.windows.values():
-            ends.append(max(now, self.last_start) + 2 * window.window)
+            ends.append(max(now, self.last_start) + 3 * window.window)  # debts of a long month
             if window.pace is not None:
                 ends.append(window.pace.tat // window.pace.q + 1)
         return min(max(ends), _FOREVER)

@@ -2,10 +2,12 @@
 
 import asyncio
 import time
+from datetime import UTC, datetime, timedelta
 from random import Random
 
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
-from asyncbucket.stores.store import Batch, Correction, Ledger, Outcome
+from asyncbucket.stores.store import FAR, Batch, Correction, Ledger, Outcome
 from asyncbucket.testing.assertions import assert_never_over
 
 from .oracle import Oracle
@@ -100,6 +102,18 @@ class Arithmetic(Suite):
         assert time.monotonic() - began < 0.5
         receipt = await second.commit(batch({"tokens": 800}))
         assert booked(receipt)[0].start == receipt.now
+
+    @scenario
+    async def test_limit_of_the_calendar_comes_back_when_it_resets(self, place: Place) -> None:
+        at = datetime.now(UTC) + timedelta(hours=12)
+        limit = Limit("tokens", 10, per="day", resets=f"{at:%H:%M} UTC")
+        first, second = [await place.worker(config(limit)) for _ in range(2)]
+        booked(await first.commit(batch({"tokens": 10})))
+        receipt = await second.commit(batch({"tokens": 1}))
+        assert receipt.bookings[0].outcome is Outcome.LATER
+        left = limit.resets_in(time.time_ns())
+        assert left is not None
+        assert abs((receipt.ask_at + FAR - receipt.now) / SECOND - left) < 2
 
     @scenario
     async def test_call_above_the_burst_earns_the_rest_as_first_in_line(self, place: Place) -> None:
