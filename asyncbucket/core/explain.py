@@ -128,14 +128,14 @@ def explain_locked(
         ahead=ahead + ahead_in_store,
         rates=tuple(sorted(rates, key=lambda rate: rate.calls)),
         agents=agents,
-        together=None if node.path[-1].pool is None else sum(rate.calls for rate in rates),
+        together=None if node.pacer.pool is None else sum(rate.calls for rate in rates),
     )
 
 
 def _routes(node: Node, amounts: Amounts) -> list[Node]:
     """Return what such a call may pass: its own limiter, or one of a pool's members."""
-    pool = node.path[-1].pool
-    return [node] if pool is None else pool.routes(node, amounts)
+    routes: list[Node] = [node] if node.pacer.pool is None else node.routes(amounts)
+    return routes
 
 
 def _is_full(route: Node) -> bool:
@@ -222,7 +222,7 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
 
 
 def _rates(node: Node, amounts: Amounts) -> list[Rate]:
-    if node.path[-1].pool is not None:
+    if node.pacer.pool is not None:
         each = (_rates(route, amounts) for route in _routes(node, amounts))
         return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [

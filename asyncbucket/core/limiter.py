@@ -503,7 +503,7 @@ class Limiter(Doors, OfThisProcess):
         self._keep()
         child = type(self).__new__(type(self))  # below a pool, all are pools
         with self._node.pacer:
-            node = Node(f"{self._node.name}/{name}", self._node)
+            node = type(self._node)(f"{self._node.name}/{name}", self._node)
             child._set_up(node, self, terms)
             child._start(terms)
         return child

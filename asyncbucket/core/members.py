@@ -79,12 +79,76 @@ class LineAtMember(Line):
         self.pool_line.credit_flows(reserved, used)
 
 
+class PoolNode(Node):
+    """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
+
+    __slots__ = ("at_members",)
+
+    def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
+        super().__init__(name, parent, pacer=pacer)
+        #: What a call from here passes at each member that has taken one.
+        self.at_members: dict[Member, NodeAtMember] = {}
+
+    @property
+    def members(self) -> "Members":
+        """The pool's members."""
+        members: Members = self.pacer.pool
+        return members
+
+    def routes(self, amounts: Amounts) -> list[Node]:
+        """Return what such a call would pass at each member that can take it."""
+        return [each.at(self) for each in self.members.members if each.takes(amounts)]
+
+    def forget(self) -> None:
+        super().forget()
+        for node in self.at_members.values():
+            node.forget()
+
+    def _work_out_limits(self) -> None:
+        super()._work_out_limits()
+        if self.parent is None:
+            self.prices = self.members.prices()
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        dues = [
+            member.at(self).earliest_of_all(amounts, max(now, member.out_until))
+            for member in self.members.members
+            if member.takes(amounts)
+        ]
+        return min(dues, key=lambda due: due[0], default=(NEVER, None))
+
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        anywhere = min(
+            (
+                each.node.soonest(amounts, now, is_first=not self.path[-1].waiting)
+                for each in self.members.members
+                if each.takes(amounts)
+            ),
+            default=NEVER,
+        )
+        return max(super().soonest(amounts, now, is_first=is_first), anywhere)
+
+    def check(self, amounts: Amounts) -> None:
+        super().check(amounts)
+        self.members.check(amounts)
+
+    def resources(self) -> set[str]:
+        anywhere = (each.node.resources() for each in self.members.members)
+        return super().resources().union(*anywhere)
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self.at_members = {}
+        if self.parent is None:
+            self.members.after_fork()
+
+
 class NodeAtMember(Node):
     """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
 
     __slots__ = ("inner", "member")
 
-    def __init__(self, inner: Node, member: "Member") -> None:
+    def __init__(self, inner: PoolNode, member: "Member") -> None:
         super().__init__(inner.name, pacer=member.pacer)
         self.inner, self.member = inner, member
         self.path = (*inner.path, *member.node.path)
@@ -162,12 +226,11 @@ class Member:
         rouse(self.node)
 
     def at(self, inner: Node) -> NodeAtMember:
-        """Return what a call from ``inner`` passes if this member takes it."""
+        """Return what a call from ``inner``, of the pool, passes if this member takes it."""
+        assert isinstance(inner, PoolNode)
         node = inner.at_members.get(self)
         if node is None:
-            node = NodeAtMember(inner, self)
-            inner.at_members = {**inner.at_members, self: node}
-        assert isinstance(node, NodeAtMember)
+            node = inner.at_members[self] = NodeAtMember(inner, self)
         return node
 
     def choose(self, first: tuple[AnyWaiter | None, int], now: int) -> tuple[AnyWaiter | None, int]:
@@ -464,7 +527,7 @@ class Members:
                 due = min(due, kept[0][0])
         return due
 
-    # --- what nodes of the pool ask ---
+    # --- what its nodes ask ---
 
     def check(self, amounts: Amounts) -> None:
         """Refuse a cost that no member can ever take.
@@ -485,30 +548,6 @@ class Members:
         raise CostExceedsLimit(
             f"cost of {cost} exceeds a limit of every member ({limits}) and can never pass; raise a "
             f"limit or split the request"
-        )
-
-    def routes(self, node: Node, amounts: Amounts) -> list[Node]:
-        """Return what such a call from ``node`` would pass at each member that can take it."""
-        return [member.at(node) for member in self.members if member.takes(amounts)]
-
-    def earliest(self, node: Node, amounts: Amounts, now: int) -> tuple[int, str | None]:
-        """Return from when on a newcomer could pass at any member, and what binds."""
-        dues = [
-            member.at(node).earliest_of_all(amounts, max(now, member.out_until))
-            for member in self.members
-            if member.takes(amounts)
-        ]
-        return min(dues, key=lambda due: due[0], default=(NEVER, None))
-
-    def soonest(self, amounts: Amounts, now: int) -> int:
-        """Return a lower bound of when a call can pass at any member."""
-        return min(
-            (
-                each.node.soonest(amounts, now, is_first=not self.root.waiting)
-                for each in self.members
-                if each.takes(amounts)
-            ),
-            default=NEVER,
         )
 
     def prices(self) -> dict[str, float]:
@@ -581,7 +620,7 @@ class Group:
         while True:
             due, passed = EMPTY, 0
             for pacer in self.pacers:
-                if pacer.root.waiting and pacer.root.pool is None:
+                if pacer.root.waiting and pacer.pool is None:
                     due = min(due, pacer.admit(seat, now))
             for pool in self.pools:
                 if pool.pacer.waiting:
@@ -595,5 +634,5 @@ class Group:
     def _is_shared(self) -> bool:
         """Whether a call that passed may make way for one of another line."""
         return len(self.pools) > 1 or any(
-            pacer.root.waiting for pacer in self.pacers if pacer.root.pool is None
+            pacer.root.waiting for pacer in self.pacers if pacer.pool is None
         )

@@ -63,7 +63,6 @@ class Node:
         "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
         "admitted",
         "agents",
-        "at_members",
         "bounded",
         "branches",
         "cancelled",
@@ -83,7 +82,6 @@ class Node:
         "pacer",
         "parent",
         "path",
-        "pool",
         "prices",
         "refunded",
         "refused",
@@ -142,10 +140,6 @@ class Node:
         #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.branches: dict[int, Any] = EMPTY_MAPPING
-        #: At the root of a pool, its members; below it, what a call passes at each of them that has
-        #: taken one: see `asyncbucket.core.members`.
-        self.pool: Any = None
-        self.at_members: dict[Any, Node] = EMPTY_MAPPING
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""
@@ -183,8 +177,6 @@ class Node:
                 self.most[resource] = min(limit.amount, self.most.get(resource, limit.amount))
             if limit.per <= _LONG * shortest:
                 self.prices[resource] = min(seconds, self.prices.get(resource, seconds))
-        if self.pool is not None:
-            self.prices = self.pool.prices()
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
@@ -193,8 +185,8 @@ class Node:
                 delattr(self, name)
             except AttributeError:  # nothing was worked out yet, so nothing below either
                 return
-        for node in (*(self.children or ()), *self.at_members.values()):
-            node.forget()
+        for child in self.children or ():
+            child.forget()
 
     @property
     def queue_path(self) -> tuple["Node", ...]:
@@ -259,9 +251,6 @@ class Node:
         for node in self.bounded:
             if node.in_flight >= node.slots:
                 return NEVER, "concurrency"
-        if (pool := self.path[-1].pool) is not None:
-            anywhere: tuple[int, str | None] = pool.earliest(self, amounts, now)
-            return anywhere
         return latest(self.meters, amounts, now)
 
     def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
@@ -269,8 +258,7 @@ class Node:
 
         Unless it ``is_first``, it may inherit what the head of the line has earned.
         """
-        pool = self.path[-1].pool
-        soonest = now if pool is None else pool.soonest(amounts, now)
+        soonest = now
         since = now if is_first and not self.waiting else 0
         for node in self.path:
             for window in node.limits.values():
@@ -339,8 +327,6 @@ class Node:
             if amounts.get(resource, 0) > most:
                 break
         else:
-            if (pool := self.path[-1].pool) is not None:
-                pool.check(amounts)
             return
         limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
         limit = next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
@@ -351,10 +337,8 @@ class Node:
         )
 
     def resources(self) -> set[str]:
-        """Return the resources that are limited, here or above; in a pool, at any member."""
-        pool = self.path[-1].pool
-        own = {resource for node in self.path for resource, _ in node.limits}
-        return own if pool is None else own.union(*(each.node.resources() for each in pool.members))
+        """Return the resources that are limited, here or above."""
+        return {resource for node in self.path for resource, _ in node.limits}
 
     def check_known(self, names: Iterable[str]) -> None:
         """Refuse resources that nothing counts, here or above.
@@ -420,10 +404,8 @@ class Node:
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
         self.in_flight = self.waiting = 0
-        self.lines = self.branches = self.at_members = EMPTY_MAPPING
+        self.lines = self.branches = EMPTY_MAPPING
         self.agents = None
-        if self.pool is not None:
-            self.pool.after_fork()
         for child in self.children or ():
             child.after_fork()
 

@@ -65,7 +65,11 @@ class Pacer:
     """
 
     def __init__(
-        self, clock: Callable[[], int], name: str, wall_clock: Callable[[], int] | None = None
+        self,
+        clock: Callable[[], int],
+        name: str,
+        wall_clock: Callable[[], int] | None = None,
+        root_type: type[Node] = Node,
     ) -> None:
         _check_clock("clock", clock, "time.monotonic_ns")
         self.clock = clock
@@ -73,7 +77,7 @@ class Pacer:
             _check_clock("wall_clock", wall_clock, "time.time_ns")
         #: What the wall clock shows at an instant of the clock.
         self.wall = _wall_at(clock, wall_clock)
-        self.root = Node(name, pacer=self)
+        self.root = root_type(name, pacer=self)
         self.lock = threading.Lock()
         #: Work for whoever releases the lock; and what to tell observers and the log once it is
         #: released, unless by a finalizer.
@@ -101,6 +105,8 @@ class Pacer:
         self.threads = Seat(self.look)
         self.seats: dict[object, Seat] = {}
         self.by_thread: dict[int, LoopSeat] = {}
+        #: The members of a pool, if this is its tree: `asyncbucket.core.members.Members`.
+        self.pool: Any = None
         #: The trees that look together, because pools have calls wait at several of them: an
         #: `asyncbucket.core.members.Group`.
         self.group: Any = None
@@ -263,7 +269,7 @@ class Pacer:
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
-        pool = node.path[-1].pool
+        pool = node.pacer.pool
         if pool is None:
             self.waiting += calls
         else:
@@ -463,7 +469,7 @@ class Pacer:
         """Let the head of a line go; return 1 if it still waited, else 0."""
         line = waiter.line
         if line.node.pacer is not self:
-            passed: int = line.node.path[-1].pool.serve(waiter, self, now)
+            passed: int = line.node.pacer.pool.serve(waiter, self, now)
             return passed
         if waiter.done():
             return 0

@@ -11,7 +11,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.members import Group, Member, Members, Prefer
+from asyncbucket.core.members import Group, Member, Members, PoolNode, Prefer
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
@@ -83,7 +83,7 @@ class PoolLease(FirstLease):
         if self._state != ASKED:
             return super()._try_now()  # which refuses
         inner = self._node
-        members: Members = inner.path[-1].pool
+        members: Members = inner.pacer.pool
         with members.pacer:
             in_order = members.for_newcomer(self, inner, self._amounts)
         for member in in_order:
@@ -180,8 +180,8 @@ class Pool(Limiter):
         _check(members, prefer)
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
-        pacer = Pacer(members[0]._node.pacer.clock, read_name(name))
-        pool = pacer.root.pool = Members(pacer.root, prefer, span)
+        pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
+        pool = pacer.pool = Members(pacer.root, prefer, span)
         self._set_up(pacer.root, None, terms)
         self._start(terms)
         nodes = [member.child(name)._node for member in members]
@@ -197,7 +197,7 @@ class Pool(Limiter):
     @property
     def members(self) -> tuple[Limiter, ...]:
         """The limiters to which calls go."""
-        pool: Members = self._node.path[-1].pool
+        pool: Members = self._node.pacer.pool
         return tuple(member.limiter for member in pool.members)
 
     def acquire(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -248,7 +248,7 @@ class Pool(Limiter):
     def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
         node, context = self._node, inherited.get()
         lease = PoolLease(node, amounts) if agent is None else _AgentPoolLease(agent, node, amounts)
-        lease.patience = node.path[-1].pool.patience
+        lease.patience = node.pacer.pool.patience
         lease.sticky = None if context is None else context.sticky
         return lease
 

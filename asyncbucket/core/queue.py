@@ -188,7 +188,7 @@ class Line(Flow):
             if not flow.competes:
                 branch.add(flow)
             flow = branch
-        if (pool := flow.node.pool) is not None:
+        if (pool := flow.node.pacer.pool) is not None:
             pool.arrive()
 
     def depart(self, calls: int = 1) -> None:
@@ -199,7 +199,7 @@ class Line(Flow):
             branch.leave(flow)
             branch.living -= 1
             flow = branch
-        if not flow.living and (pool := flow.node.pool) is not None:
+        if not flow.living and (pool := flow.node.pacer.pool) is not None:
             pool.depart()
         if len(self.calls) > 2 * self.living + SWEEP:
             self.refill(self.waiters())
