@@ -288,6 +288,7 @@ class Retrier:
             verdict.retry_after,
             first=policy.backoff,
             longest=policy.max_wait,
+            daily=verdict.daily,
             sent_at=sent.at,
         )
 

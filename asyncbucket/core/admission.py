@@ -138,7 +138,7 @@ def _reason_locked(
         return pacer.next_look_locked(now), None, "others came first"
     left = in_seconds((due - now) * 1e-9)
     if bound_by == "paused":
-        return due, bound_by, f"the limiter is paused for {left} more"
+        return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
     if due < NEVER:
         until = _until_reset(node, bound_by, amounts, now)
         return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"

@@ -134,7 +134,10 @@ class Released(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
-    """Nobody is admitted for a while. The reason is ``"429"`` after a provider's refusal."""
+    """Nobody is admitted for a while.
+
+    The reason is ``"429"`` after a provider's refusal, ``"daily quota"`` if that says so.
+    """
 
     seconds: float
     #: Why, as given by whoever paused it.

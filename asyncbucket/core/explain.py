@@ -54,6 +54,8 @@ class Explanation:
     #: How many such calls a second all members of a pool admit together; then ``rates`` has the
     #: tightest limit of each.
     together: float | None = None
+    #: Why the limiter is paused, in brackets, if somebody said.
+    why_paused: str = ""
 
     def __str__(self) -> str:
         return "; ".join([self._now(), *self._in_the_long_run()])
@@ -67,7 +69,7 @@ class Explanation:
         if self.bound_by == "concurrency" and self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
         why = (
-            "the limiter is paused"
+            f"the limiter is paused{self.why_paused}"
             if self.bound_by == "paused"
             else with_verb(self.bound_by, "bind")
         )
@@ -129,6 +131,7 @@ def explain_locked(
         rates=tuple(sorted(rates, key=lambda rate: rate.calls)),
         agents=agents,
         together=None if node.pacer.pool is None else sum(rate.calls for rate in rates),
+        why_paused=node.why_paused(),
     )
 
 

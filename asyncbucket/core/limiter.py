@@ -531,7 +531,8 @@ class Limiter(Doors, OfThisProcess):
 
         Args:
             seconds: how long.
-            reason: why, for people; ``"429"`` counts as a refusal by the provider.
+            reason: why, for people, who read it in errors; ``"429"`` and ``"daily quota"`` count as
+                refusals by the provider.
             gradually: start slowly after the pause, so that its end causes no storm: one call at
                 first, then twice as many in each step of a 16th of the pause (at most 0.25 s), up
                 to 256.
@@ -548,11 +549,11 @@ class Limiter(Doors, OfThisProcess):
         node = self._node
         pacer: Pacer = node.pacer
         with pacer:
-            if reason == "429":
+            if reason in ("429", "daily quota"):
                 node.count("upstream_429")
             now = pacer.clock()
             pause = doors.find_pause(node)
-            pause.begin(now + span, now, gradually=gradually)
+            pause.begin(now + span, now, gradually=gradually, reason=reason)
             if self._place is not None:
                 self._place.pause(span, gradually=gradually)
             pacer.ring_locked(node, now)

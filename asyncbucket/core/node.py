@@ -253,6 +253,12 @@ class Node:
                 return NEVER, "concurrency"
         return latest(self.meters, amounts, now)
 
+    def why_paused(self) -> str:
+        """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
+        found: list[Any] = [meter for node in self.path for meter, _ in node.extra]
+        pauses = [meter for meter in found if meter.bound_by == "paused" and meter.reason]
+        return f" ({max(pauses, key=lambda pause: pause.until).reason})" if pauses else ""
+
     def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
         """Return a lower bound of when a call can pass: if open calls gave back all they may.
 

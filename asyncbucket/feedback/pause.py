@@ -20,21 +20,24 @@ class Pause(Meter):
     instant.
     """
 
-    __slots__ = ("_calls", "_start", "step", "until")
+    __slots__ = ("_calls", "_start", "reason", "step", "until")
 
     bound_by: ClassVar[str | None] = "paused"
 
     def __init__(self) -> None:
         self.until = 0
+        #: Why, for people.
+        self.reason = ""
         self._start = 0
         #: The length of a step (ns); 0 while there is no slow start.
         self.step = 0
         self._calls = 1
 
-    def begin(self, until: int, now: int, *, gradually: bool) -> None:
+    def begin(self, until: int, now: int, *, gradually: bool, reason: str = "") -> None:
         """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
         if until > max(now, self.until):
             self.until = self._start = until
+            self.reason = reason
             self.step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1
 

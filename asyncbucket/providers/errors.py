@@ -2,7 +2,8 @@
 
 Errors are judged by their shape, so no SDK needs to be imported: those of OpenAI, Anthropic, httpx
 and httpx2 are alike, and others are close enough. What they carry comes from outside; a `Verdict`
-contains only a status, a code of a few letters and a clamped number of it.
+contains only a status, a code of a few letters and a clamped number of it. What the body of a
+refusal says is in `asyncbucket.providers.details`.
 """
 
 import re
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.levels import undo
 from asyncbucket.providers import headers
+from asyncbucket.providers.details import Details
 
 if TYPE_CHECKING:
     from asyncbucket.core.lease import Lease
@@ -22,20 +24,31 @@ if TYPE_CHECKING:
 FIRST_ERROR: Final = 400
 RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
-#: Request time-out, too many requests, unavailable, gateway time-out; Anthropic's and Google's.
-_OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 503, 504, 529})
-_TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED})
+#: Payment required: by OpenRouter also if calls in flight may cost more than is left; then it says
+#: how long to wait (openrouter.ai/docs/api_reference/limits, read in November 2026).
+_PAYMENT_REQUIRED: Final = 402
+#: Request time-out, too many requests, unavailable, gateway time-out; Groq's for flex capacity,
+#: Anthropic's and Google's.
+_OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 498, 503, 504, 529})
+_TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED, 498})
 
-#: A 429 that will not pass by waiting: platform.openai.com/docs/guides/error-codes, read in 2025,
-#: and docs.anthropic.com/en/api/errors, read in 2026.
+#: A 429 that will not pass by waiting: OpenAI's help, "Troubleshooting API usage and spend limits",
+#: and platform.claude.com/docs/en/api/rate-limits, both read in November 2026.
 EXHAUSTED: Final = frozenset(
     {
         "billing_hard_limit_reached",
         "billing_not_active",
+        "credit_balance_exhausted",
         "enforced_spend_limit_reached",
         "insufficient_quota",
+        "organization_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "project_spend_limit_exceeded",
     }
 )
+#: A 429 for want of capacity, which concerns only calls of the same service tier: of OpenAI's flex
+#: (developers.openai.com/api/docs/guides/flex-processing, read in November 2026), and of Mistral.
+_NO_CAPACITY: Final = frozenset({"resource_unavailable", "service_tier_capacity_exceeded"})
 #: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
 #: and Bedrock's `Code`.
 _TRANSIENT_CODES: Final = frozenset(
@@ -99,6 +112,8 @@ class Verdict:
     retry_after: float | None = None
     #: Whether it was refused for rate, which concerns all calls of the limiter.
     rate_limited: bool = False
+    #: Whether a quota of a day is used up; ``retry_after`` then is the time until it is full again.
+    daily: bool = False
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
 
@@ -126,9 +141,10 @@ def classify(error: BaseException) -> Verdict:
     refused = any(isinstance(each, AsyncBucketError) for each in _causes(error, implicit=False))
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
-    status, reply_headers, codes = _facts(error)
+    status, reply_headers, details = _facts(error)
     if status is not None and status >= FIRST_ERROR:
-        return _judge_status(status, reply_headers, codes)
+        return _judge_status(status, reply_headers, details)
+    codes = details.codes
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
         rate_limited = reason.startswith(_RATE_LIMIT_CODES)
@@ -149,7 +165,7 @@ def classify(error: BaseException) -> Verdict:
 
 def judge_reply(status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
     """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
-    return _judge_status(status, headers, _codes_in(body, body.get("error")))
+    return _judge_status(status, headers, Details(body))
 
 
 def never_sent(error: BaseException | None) -> bool:
@@ -174,38 +190,45 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
         lease.failed()
 
 
-def _judge_status(status: int, reply_headers: Mapping[str, Any], codes: set[str]) -> Verdict:
+def _judge_status(status: int, reply_headers: Mapping[str, Any], details: Details) -> Verdict:
+    codes, now = details.codes, wall_clock()
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
+    # A wait of 0 means none was named: the call is retried after a back-off.
+    wait = headers.retry_after(reply_headers, now=now) or details.retry_delay(now) or None
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
-    if not transient or codes & EXHAUSTED or headers.forbids_retry(reply_headers):
+    transient |= status == _PAYMENT_REQUIRED and wait is not None
+    refused = status == RATE_LIMITED
+    used_up = codes & EXHAUSTED or (refused and details.is_monthly)
+    if not transient or used_up or headers.forbids_retry(reply_headers):
         return Verdict(retry=False, reason=reason)
+    rate_limited = refused and not codes & _NO_CAPACITY
+    daily = rate_limited and details.is_daily
     return Verdict(
         retry=True,
         reason=reason,
-        # A wait of 0 means none was named: the call is retried after a back-off.
-        retry_after=headers.retry_after(reply_headers, now=wall_clock()) or None,
-        rate_limited=status == RATE_LIMITED,
-        overloaded=status in _OVERLOADED_STATUSES,
+        retry_after=details.until_next_day(reply_headers, wait, now) if daily else wait,
+        rate_limited=rate_limited,
+        daily=daily,
+        overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
     )
 
 
-def _facts(error: Exception) -> tuple[int | None, Mapping[str, Any], set[str]]:
-    """Return the status, the headers and the codes that an error or its response carries."""
+def _facts(error: Exception) -> tuple[int | None, Mapping[str, Any], Details]:
+    """Return the status, the headers and the details that an error or its response carries."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, Mapping):  # botocore's
         meta = _mapping(response.get("ResponseMetadata"))
         statuses, found = [meta.get("HTTPStatusCode")], [meta.get("HTTPHeaders")]
-        holders = [response.get("Error")]
+        details = Details(response.get("Error"))
     else:
         names, holding = ("status_code", "status", "code"), (error, response)
         statuses = [getattr(holder, name, None) for holder in holding for name in names]
         found = [getattr(holder, "headers", None) for holder in (response, error)]
-        body = getattr(error, "body", None)
-        holders = [vars(error), body, _mapping(body).get("error")]
+        details = Details({**vars(error), "body": getattr(error, "body", None)})
     status = next((int(value) for value in statuses if _is_status(value)), None)
     reply_headers = next((each for each in found if isinstance(each, Mapping)), {})
-    return status, reply_headers, _codes_in(*holders)
+    return status, reply_headers, details
 
 
 def _is_status(value: object) -> TypeGuard[int]:
@@ -214,15 +237,6 @@ def _is_status(value: object) -> TypeGuard[int]:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _codes_in(*holders: object) -> set[str]:
-    """Return the codes and types in these mappings, in lower case; others hold none."""
-    names = ("code", "type", "Code")
-    mappings = [holder for holder in holders if isinstance(holder, Mapping)]
-    found = [holder.get(name) for holder in mappings for name in names]
-    # Anthropic's outer `type` is always "error".
-    return {code.lower() for code in found if isinstance(code, str) and code != "error"}
 
 
 def _class_names(error: BaseException | None) -> set[str]:

@@ -67,10 +67,17 @@ def price(
 
     A mere forecast must not make a call impossible, so it is cut to what ``limits`` can ever admit.
     """
+    unlimited = max(call.foreseen, profile.unlimited_output)
+    if profile.unlimited_output:
+        call = replace(call, unlimited=unlimited)
     cost = profile.cost(call)
     excess = _excess(cost, limits)
     if excess:
-        call = replace(call, foreseen=max(0, call.foreseen - excess))
+        call = replace(
+            call,
+            foreseen=max(0, call.foreseen - excess),
+            unlimited=max(0, unlimited - excess),
+        )
         cost = profile.cost(call)
     return call, profile, cost
 

@@ -16,6 +16,10 @@ from typing import Any, Final
 #: The longest wait (s) that is distinguished: a week.
 WEEK: Final = 604_800.0
 
+#: Numbers from these on are instants, in seconds or in milliseconds since 1970.
+_EPOCH_SECONDS: Final = 1e9
+_EPOCH_MILLISECONDS: Final = 1e12
+
 _MAX_LENGTH: Final = 64
 _MAX_DIGITS: Final = 15
 _NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?")
@@ -28,20 +32,29 @@ def retry_after(headers: Mapping[str, Any], *, now: float) -> float | None:
 
     ``retry-after-ms`` (OpenAI, Azure) takes precedence over ``retry-after``, which is a number of
     seconds or an HTTP date. A date is compared with the reply's own ``date`` header, so this
-    machine's clock does not matter; ``now`` is used if there is none.
+    machine's clock does not matter; ``now`` is used if there is none. If there is neither, a
+    ``x-ratelimit-reset`` (OpenRouter, Together) says when the limit is full again.
     """
     milliseconds = _number(header(headers, "retry-after-ms"))
-    if milliseconds is not None:
+    if milliseconds:  # Azure's may be 0 beside a `retry-after` of a second
         return _clamp(milliseconds / 1000)
     value = header(headers, "retry-after")
     seconds = _number(value)
     if seconds is None:
         date = _http_date(value)
         if date is None:
-            return None
+            return reset_in(header(headers, "x-ratelimit-reset"), now=now)
         sent_at = _http_date(header(headers, "date"))
         seconds = date - (now if sent_at is None else sent_at)
     return _clamp(seconds)
+
+
+def reset_in(value: object, *, now: float) -> float | None:
+    """Return the seconds until a reset, which is given in seconds (perhaps as "9.5s") or as an instant."""
+    number = _number(value.removesuffix("s") if isinstance(value, str) else value)
+    if number is None or number < _EPOCH_SECONDS:
+        return None if number is None else _clamp(number)
+    return _clamp((number / 1000 if number >= _EPOCH_MILLISECONDS else number) - now)
 
 
 def forbids_retry(headers: Mapping[str, Any]) -> bool:

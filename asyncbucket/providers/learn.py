@@ -8,8 +8,9 @@ whose number is announced, or else the one whose number is nearest.
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.core.levels import in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
@@ -41,8 +42,8 @@ class HeaderReader:
         self._levels = tuple(levels(limiter))
         self._learn = learn
         #: By their ids, the profiles for which a first reply is awaited or has come, and for each
-        #: header which of the limits it reports: what is left of it, or its amount.
-        self._profiles: dict[int, tuple[Profile, dict[bytes, tuple[Told, bool]]]] = {}
+        #: header which of the limits it reports, and what of it.
+        self._profiles: dict[int, tuple[Profile, _HeaderIndex]] = {}
         #: What is assumed until that reply.
         self._assumed: dict[_LimitId, int] = {}
         self._ignore_until = -math.inf
@@ -90,14 +91,18 @@ class HeaderReader:
         _, index = self._profiles.get(id(profile)) or (profile, _headers_of(profile))
         reports: dict[tuple[str, float], _Report] = {}
         for name, value in header_pairs(headers):
-            told, is_left = index.get(name.lower(), (None, False))
-            number = None if told is None else count(value)
-            if told is not None and number is not None:
-                report = reports.setdefault((told.resource, told.per), _Report())
-                report.add(number, told.rounding if is_left else None)
-        self._adopt(reports)
-        for window, report in reports.items():
-            self._report(window, report, since)
+            known = index.get(name.lower())
+            number = None if known is None else count(value)
+            if known is not None and number is not None:
+                told, part = known
+                key = told.resource, told.per
+                report = reports.get(key) or reports.setdefault(key, _Report(told))
+                report.add(part, number)
+        for report in reports.values():
+            self._complete(report)
+        self._adopt(reports.values())
+        for report in reports.values():
+            self._report(report, since)
         if self._assumed and ok:
             assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
             for (limiter, resource, per), amount in assumed.items():
@@ -106,10 +111,28 @@ class HeaderReader:
             windows = (limit.per for limit in in_force(self._limiter))
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
 
-    def _report(self, window: tuple[str, float], report: "_Report", since: float | None) -> None:
+    def _complete(self, report: "_Report") -> None:
+        """Find out what an announced limit is for if its window varies.
+
+        A slice of one of our limits says as much of the whole limit. What is left may be of a slice
+        or of the window; `asyncbucket.feedback.headroom` finds out.
+        """
+        told, seconds = report.told, report.seconds
+        if told.period is None:
+            return
+        ours = (limit.key for limiter in self._levels for limit in limiter.limits)
+        if not seconds:
+            report.amount = math.inf
+        elif seconds < told.per and (told.resource, told.per) in ours:
+            report.amount *= told.per / seconds
+        else:
+            report.per = seconds
+
+    def _report(self, report: "_Report", since: float | None) -> None:
         """Tell the limiter what is left of a window."""
         if report.left == math.inf:
             return
+        window = report.told.resource, report.per
         limiter, resource, per = limit_id = self._find_limit(window, report.amount)
         if self._assumed:
             self._assumed.pop(limit_id, None)
@@ -123,15 +146,17 @@ class HeaderReader:
             rounding=report.rounding,
         )
 
-    def _adopt(self, reports: dict[tuple[str, float], "_Report"]) -> None:
+    def _adopt(self, reports: Iterable["_Report"]) -> None:
         """Adopt announced limits, unless a limiter above has any."""
         if any(above.limits for above in self._levels[1:]):
             return
-        for (resource, per), report in reports.items():
+        for report in reports:
             if report.amount == math.inf:
                 continue
+            amount, slices = int(report.amount), report.told.slices
+            burst = None if slices == 1 else max(1, amount // slices)
             with contextlib.suppress(ValueError):  # no real limit is more than a store can count
-                limit = Limit(resource, int(report.amount), per=per)
+                limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
                 if limit not in self._limiter.limits:
                     self._limiter.learn(limit)
 
@@ -160,20 +185,40 @@ class HeaderReader:
 class _Report:
     """Hold what a reply says of one window; if several headers do, the lowest of each kind counts."""
 
+    told: Told
     left: float = math.inf
     amount: float = math.inf
     rounding: int = 0
+    #: The window; and what the reply says of it, if it does.
+    per: float = 0
+    seconds: int = 0
 
-    def add(self, number: int, rounding: int | None) -> None:
-        """Take in what is left, rounded like that, or else the amount of the limit."""
-        if rounding is None:
-            self.amount = min(self.amount, number or math.inf)
+    def __post_init__(self) -> None:
+        self.per = self.told.per
+
+    def add(self, part: "_Part", number: int) -> None:
+        """Take in what a header says: what is left, the amount of the limit, or its window."""
+        if part == "period":
+            self.seconds = number
+        elif part == "amount":
+            self.amount = min(self.amount, number * self.told.times or math.inf)
         elif number < self.left:
-            self.left, self.rounding = number, rounding
+            self.left, self.rounding = number, self.told.rounding
 
 
-def _headers_of(profile: Profile) -> dict[bytes, tuple[Told, bool]]:
-    """Return which limit each header reports, and whether it is what is left of it."""
-    left = {told.remaining.lower().encode(): (told, True) for told in profile.tells}
-    amounts = {told.limit.lower().encode(): (told, False) for told in profile.tells if told.limit}
-    return left | amounts
+#: What a header says of a limit.
+_Part: TypeAlias = Literal["left", "amount", "period"]
+_HeaderIndex: TypeAlias = dict[bytes, tuple[Told, _Part]]
+
+
+def _headers_of(profile: Profile) -> _HeaderIndex:
+    """Return which limit each header reports, and what of it."""
+    index: _HeaderIndex = {}
+    for told in profile.tells:
+        parts: dict[_Part, str | None] = {
+            "left": told.remaining,
+            "amount": told.limit,
+            "period": told.period,
+        }
+        index |= {name.lower().encode(): (told, part) for part, name in parts.items() if name}
+    return index

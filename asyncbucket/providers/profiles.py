@@ -1,7 +1,8 @@
 """What is known of providers: how they charge a call, and which headers report which limit.
 
-This is the one place for such facts; each has its source and the date when it was read. A profile
-is found by the host that a request goes to, or given by name, or written by the user::
+This is the one place for such facts, one entry for each provider; each has its source and the date
+when it was read. (`asyncbucket.providers.errors` has the codes of their refusals.) A profile is
+found by the host that a request goes to, or given by name, or written by the user::
 
     class Pictures(Profile):
         def cost(self, call: Call) -> Cost | None:
@@ -13,13 +14,15 @@ is found by the host that a request goes to, or given by name, or written by the
 
 Providers count in two ways. Some charge a call at admission, by what it asks for, and leave it at
 that: the lease is charged alike and not corrected by the usage (except for limits of input or
-output tokens, which are then the user's own). Others count what was really used: the lease is
-settled by the usage.
+output tokens, which are then the user's own). Others count what was really used, perhaps after they
+reserved more: the lease is settled by the usage. Where a provider does not say what it reserves,
+the longest reply that is allowed is reserved, which is the safe side.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
@@ -29,7 +32,8 @@ from asyncbucket.providers.usage import Usage
 _MINUTE: Final = 60
 #: What the user may limit besides the tokens that are counted at admission.
 _INPUT_AND_OUTPUT: Final = frozenset({"input_tokens", "output_tokens"})
-_DAY: Final = 86_400
+#: Windows by the words that headers use for them.
+_WINDOWS: Final = {"minute": _MINUTE, "hour": 3_600, "day": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,9 @@ class Call:
     body: Mapping[str, Any] = field(repr=False)
     #: Tokens that the reply probably stays under, judged by the latest replies.
     foreseen: int = 0
+    #: Tokens that the provider reserves for the reply if the call does not limit it; None if that
+    #: is what is foreseen.
+    unlimited: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,18 @@ class Told:
 
     resource: str
     per: float
-    remaining: str
+    remaining: str | None = None
     limit: str | None = None
     #: By how many units ``remaining`` may be rounded down.
     rounding: int = 0
+    #: The header with the window that a reply's ``limit`` is for, in seconds, if that varies. A
+    #: reply without it does not say what its ``limit`` means.
+    period: str | None = None
+    #: How many times the number in ``limit`` make up a window.
+    times: int = 1
+    #: In how many slices the window is counted; a learned limit then spends no more than a slice's
+    #: share at once.
+    slices: int = 1
 
 
 #: The default of ``max_tokens`` for completions in OpenAI's API reference, and the number that its
@@ -83,16 +98,9 @@ def _azure(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     return given, asked.output(foreseen), given + asked.output(_DEFAULT_OUTPUT)
 
 
-def _anthropic(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
-    """Charge the prompt, and the output that is expected.
-
-    Output counts as it is produced, whatever ``max_tokens`` says; input counts without what is
-    read from the prompt cache: docs.anthropic.com/en/api/rate-limits, read in 2025.
-    """
-    given = asked.by_size
-    received = 0
-    if asked.writes:
-        received = foreseen if asked.max_output is None else min(asked.max_output, foreseen)
+def _expected(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
+    """Charge the prompt, and the output that is expected: ``max_tokens`` reserves nothing."""
+    given, received = asked.by_size, asked.expected(foreseen)
     return given, received, given + received
 
 
@@ -103,12 +111,17 @@ def _prompt_and_output(asked: RequestSize, foreseen: int) -> tuple[int, int, int
     return given, received, given + received
 
 
+def _prompt(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
+    """Charge the prompt alone."""
+    return asked.by_size, asked.output(foreseen), asked.by_size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """Say what a provider's calls cost and what its headers mean; override what is different."""
 
     name: str
-    #: Hosts, or domains with all their subdomains, by which it is found.
+    #: Hosts, or domains with all their subdomains, by which it is found; or patterns with ``*``.
     hosts: tuple[str, ...] = ()
     #: The limits that its headers report.
     tells: tuple[Told, ...] = ()
@@ -118,6 +131,12 @@ class Profile:
     settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
     #: Whether its limits count the part of the input that came from its cache.
     counts_cached: bool = True
+    #: The tokens that it reserves for a reply whose length the call does not limit; 0 if nobody
+    #: knows, so what is foreseen is reserved.
+    unlimited_output: int = 0
+    #: How many tokens an output token settles as, by the model: the first pattern that matches the
+    #: model's name, in the body or in the path; 1 by default.
+    output_counts: tuple[tuple[str, int], ...] = ()
 
     def cost(self, call: Call) -> Cost | None:
         """Return what ``call`` is charged at admission; None lets it pass unpaced.
@@ -127,35 +146,44 @@ class Profile:
         asked = RequestSize()
         if call.method == "POST":  # a GET lists
             asked = request_size(call.path, call.body)
-        given, received, both = self.charge(asked, call.foreseen)
+        unlimited = call.foreseen if call.unlimited is None else call.unlimited
+        given, received, both = self.charge(asked, unlimited)
+        times = self._output_counts(call)
+        if times > 1:  # more may be settled than was reserved
+            both = max(both, given + times * asked.expected(call.foreseen))
         return Cost(tokens=both, input_tokens=given, output_tokens=received)
 
-    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:  # noqa: ARG002 - others may use it
+    def settled(self, call: Call, usage: Usage) -> Mapping[str, int]:
         """Return how much of those resources a POST really used, once the usage is known."""
         usage = self.counted(usage)
+        more = self._output_counts(call) - 1
         used = {
-            "tokens": usage.total,
+            "tokens": usage.total + more * usage.output_tokens,
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
         }
         return {name: amount for name, amount in used.items() if name in self.settles}
+
+    def _output_counts(self, call: Call) -> int:
+        """Return how many tokens an output token settles as."""
+        if not self.output_counts:
+            return 1
+        model = f"{call.body.get('model', '')} {call.path}"
+        return next((n for pattern, n in self.output_counts if fnmatchcase(model, pattern)), 1)
 
     def counted(self, usage: Usage) -> Usage:
         """Return the part of ``usage`` that its limits count."""
         return usage if self.counts_cached else usage.without_cached()
 
 
-def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE) -> Told:
-    return Told(
-        resource, per, remaining=f"x-ratelimit-remaining-{name}", limit=f"x-ratelimit-limit-{name}"
-    )
+def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE, **more: Any) -> Told:
+    stem = "x-ratelimit-{}-" + name
+    return Told(resource, per, stem.format("remaining"), stem.format("limit"), **more)
 
 
 def _anthropic_headers(resource: str, *, rounding: int = 0) -> Told:
     stem = f"anthropic-ratelimit-{resource.replace('_', '-')}"
-    return Told(
-        resource, _MINUTE, remaining=f"{stem}-remaining", limit=f"{stem}-limit", rounding=rounding
-    )
+    return Told(resource, _MINUTE, f"{stem}-remaining", f"{stem}-limit", rounding)
 
 
 #: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. For models
@@ -176,17 +204,25 @@ OPENAI: Final = Profile(
     settles=_INPUT_AND_OUTPUT,
 )
 
-#: The same headers. Counters are per minute; requests are also checked over 1 or 10 s.
+#: The same headers, and beside them ``renewalperiod``, the seconds that a limit is for. Counters are
+#: per minute; requests are also checked over 1 or 10 s, and a deployment of 120 a minute may announce
+#: 20: learn.microsoft.com/azure/foundry/openai/how-to/quota, read in November 2026. The header itself
+#: is undocumented, and was seen in replies of 2026.
 AZURE: Final = Profile(
     name="azure",
     hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
-    tells=_OPENAI_TELLS,
+    tells=tuple(
+        _ratelimit_headers(name, name, period=f"x-ratelimit-renewalperiod-{name}")
+        for name in ("requests", "tokens")
+    ),
     charge=_azure,
     settles=_INPUT_AND_OUTPUT,
 )
 
-#: docs.anthropic.com/en/api/rate-limits, "Response headers", read in 2025: tokens are rounded to
-#: the nearest thousand. ``-tokens-`` is left out, because it reports whichever limit is nearest.
+#: platform.claude.com/docs/en/api/rate-limits, read in November 2026: output counts as it is produced,
+#: and "max_tokens does not factor into OTPM"; input is estimated and corrected, without what is read
+#: from the prompt cache. Headers round tokens to the nearest thousand. ``-tokens-`` is left out,
+#: because it reports whichever limit is nearest.
 ANTHROPIC: Final = Profile(
     name="anthropic",
     hosts=("api.anthropic.com",),
@@ -195,17 +231,17 @@ ANTHROPIC: Final = Profile(
         _anthropic_headers("input_tokens", rounding=1_000),
         _anthropic_headers("output_tokens", rounding=1_000),
     ),
-    charge=_anthropic,
+    charge=_expected,
 )
 
-#: console.groq.com/docs/rate-limits, "Rate limit headers", read in 2025: requests are per day,
-#: tokens per minute. What came from its cache is taken off again once the reply is there: its
+#: console.groq.com/docs/rate-limits, "Rate limit headers", read in November 2026: requests are per
+#: day, tokens per minute. What came from its cache is taken off again once the reply is there: its
 #: console, "Prompt caching", read in 2026.
 GROQ: Final = Profile(
     name="groq",
     hosts=("api.groq.com",),
     tells=(
-        _ratelimit_headers("requests", "requests", per=_DAY),
+        _ratelimit_headers("requests", "requests", per=_WINDOWS["day"]),
         _ratelimit_headers("tokens", "tokens"),
     ),
     counts_cached=False,
@@ -214,7 +250,110 @@ GROQ: Final = Profile(
 #: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
 GENERIC: Final = Profile(name="generic", tells=_OPENAI_TELLS)
 
-_BY_NAME: Final = {each.name: each for each in (OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC)}
+#: Those that are known by name or host alone; all pages were read in November 2026.
+_OTHERS: Final = (
+    # docs.aws.amazon.com/bedrock/latest/userguide/quotas-token-burndown.html: reserves input +
+    # max_tokens, or the model's maximum (64,000 for Claude 4); settles input + cache writes + output
+    # times the burndown rate, which is 5 for Claude from 3.7 on. No header reports limits.
+    Profile(
+        name="bedrock",
+        hosts=("bedrock-runtime*.amazonaws.com",),
+        unlimited_output=64_000,
+        output_counts=(
+            ("*claude-3-7*", 5),
+            *((f"*claude-{old}*", 1) for old in ("3-", "v", "instant")),
+            ("*claude-*", 5),
+        ),
+    ),
+    # inference-docs.cerebras.ai/support/rate-limits: reserves input + max_completion_tokens, or else
+    # up to the whole context. (Another limit, of tokens that are not from its cache, is not kept.)
+    Profile(
+        name="cerebras",
+        hosts=("api.cerebras.ai",),
+        tells=tuple(
+            _ratelimit_headers(resource, f"{resource}-{window}", per=seconds)
+            for resource in ("requests", "tokens")
+            for window, seconds in _WINDOWS.items()
+        ),
+        unlimited_output=131_072,
+    ),
+    # ai.google.dev/gemini-api/docs/rate-limits: requests, and tokens "(input)". No headers.
+    Profile(
+        name="gemini",
+        hosts=("generativelanguage.googleapis.com",),
+        charge=_prompt,
+        output_counts=(("*", 0),),
+    ),
+    # docs.cloud.google.com/vertex-ai/generative-ai/docs/quotas: capacity is shared dynamically, and
+    # "there are no quotas".
+    Profile(name="vertex", hosts=("*aiplatform.googleapis.com", "aiplatform.*.googleapis.com")),
+    # docs.mistral.ai, "Rate limits and usage tiers": requests a second, input and output a minute.
+    # Its replies have the headers (github.com/mistralai/client-ts/issues/169), among them what a
+    # call did cost, which is what it used.
+    Profile(
+        name="mistral",
+        hosts=("mistral.ai",),
+        tells=(
+            _ratelimit_headers("requests", "req-minute", slices=60),
+            _ratelimit_headers("tokens", "tokens-minute"),
+        ),
+        charge=_expected,
+    ),
+    # openrouter.ai/docs/api_reference/limits: requests of free models, and money. Successful replies
+    # have no headers about limits.
+    Profile(name="openrouter", hosts=("openrouter.ai",)),
+    # docs.cohere.com/docs/rate-limits: requests a minute. Replies to trial keys have the headers.
+    Profile(
+        name="cohere",
+        hosts=("api.cohere.com", "api.cohere.ai"),
+        tells=(
+            Told(
+                "requests",
+                _MINUTE,
+                "x-trial-endpoint-call-remaining",
+                "x-trial-endpoint-call-limit",
+            ),
+        ),
+    ),
+    # docs.x.ai/developers/rate-limits: a sixtieth of the requests of a minute in each second, and
+    # tokens a minute.
+    Profile(
+        name="xai",
+        hosts=("api.x.ai",),
+        tells=(
+            _ratelimit_headers("requests", "requests", slices=60),
+            _ratelimit_headers("tokens", "tokens"),
+        ),
+    ),
+    # docs.together.ai/docs/rate-limits: limits follow recent use; the headers are per second.
+    Profile(
+        name="together",
+        hosts=("api.together.xyz", "api.together.ai"),
+        tells=tuple(
+            Told(resource, _MINUTE, f"{stem}-remaining", f"{stem}-limit", times=60, slices=60)
+            for resource, stem in (("requests", "x-ratelimit"), ("tokens", "x-tokenlimit"))
+        ),
+    ),
+    # docs.fireworks.ai/serverless/rate-limits: limits of input and output a minute, which follow
+    # recent use; the headers are per second. Of the two limits of input, the one without what came
+    # from the cache binds first.
+    Profile(
+        name="fireworks",
+        hosts=("api.fireworks.ai",),
+        tells=tuple(
+            Told(resource, _MINUTE, limit=f"x-ratelimit-limit-tokens-{name}", times=60)
+            for resource, name in (
+                ("input_tokens", "cache-adjusted-prompt"),
+                ("output_tokens", "generated"),
+            )
+        ),
+        counts_cached=False,
+    ),
+    # api-docs.deepseek.com/quick_start/rate_limit: calls in flight, and nothing else.
+    Profile(name="deepseek", hosts=("api.deepseek.com",)),
+)
+
+_BY_NAME: Final = {each.name: each for each in (OPENAI, AZURE, ANTHROPIC, GROQ, *_OTHERS, GENERIC)}
 
 
 def profile_named(name: str) -> Profile:
@@ -234,6 +373,6 @@ def profile_of(host: str) -> Profile:
     """Return the profile of the provider at ``host``."""
     host = host.lower().rstrip(".")
     for profile in _BY_NAME.values():
-        if any(host == domain or host.endswith(f".{domain}") for domain in profile.hosts):
+        if any(fnmatchcase(f".{host}", f"*.{pattern}") for pattern in profile.hosts):
             return profile
     return GENERIC

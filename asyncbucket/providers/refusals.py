@@ -5,8 +5,10 @@ the limiter. A refusal for rate, or for lack of slots, concerns all calls, and s
 provider (529, or a 503 that says so). The refusals of one wave, which is everything in flight when
 the first one came back, make one pause. If the provider names no time, the pause doubles from wave
 to wave until a call succeeds, up to two minutes. If the limiter finds its concurrency by itself, a first wave that names no time
-reduces the slots and makes no pause: that is how a server says that there was one call too many. An
-exhausted quota does not pass by waiting, and pauses nobody.
+reduces the slots and makes no pause: that is how a server says that there was one call too many.
+
+A quota of a day that is used up makes one pause that lasts until the quota is full again. An
+exhausted account does not pass by waiting, and pauses nobody.
 
 Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
 What they have heard is kept with the limiter, so it remains one wave.
@@ -22,6 +24,7 @@ from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
+from asyncbucket.providers.headers import WEEK
 from asyncbucket.waiting import Lock
 
 #: The first pause (s) if the provider names none, and the longest.
@@ -36,6 +39,7 @@ _EXPLANATIONS: Final = {
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
         "same key"
     ),
+    "daily quota": "the provider's quota for the day is used up",
     "overload": "the provider is overloaded; a lower concurrency may serve it better",
 }
 #: At most one pause in this many seconds is logged as a warning; the others for debugging.
@@ -59,7 +63,8 @@ class _Waves:
     paused_until: float = -math.inf
     #: Until when pauses are logged for debugging only.
     quiet_until: float = -math.inf
-    quota_warned: bool = False
+    #: Whether an exhausted account was logged.
+    warned: bool = False
 
     def is_over(self, now: float, sent_at: float | None) -> bool:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
@@ -115,11 +120,11 @@ class Refusals:
             if not can_give_slots_up(self.limiter):  # else there are fewer slots now
                 self.limiter.pause(_PAUSE_FOR_BODY)
         elif verdict.rate_limited:
-            self.pause(asked, sent_at=sent_at)
+            self.pause(asked, daily=verdict.daily, sent_at=sent_at)
         elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
             self.pause(asked, reason="overload", sent_at=sent_at)
-        elif status == RATE_LIMITED and body is not None and not self._waves.quota_warned:
-            self._waves.quota_warned = True
+        elif not (status != RATE_LIMITED or verdict.retry or body is None or self._waves.warned):
+            self._waves.warned = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",
@@ -135,6 +140,7 @@ class Refusals:
         reason: str = "429",
         first: float = _FIRST_PAUSE,
         longest: float = _MAX_PAUSE,
+        daily: bool = False,
         sent_at: float | None = None,
     ) -> float:
         """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
@@ -148,10 +154,13 @@ class Refusals:
             reason: ``"429"`` or ``"overload"``.
             first: the seconds of a first pause for which the server names no time; the next ones
                 double.
-            longest: the most seconds.
+            longest: the most seconds, unless it is ``daily``.
+            daily: whether a quota of a day is used up, so it is no use to ask before.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
         """
         waves = self._waves
+        if daily:
+            reason, longest = "daily quota", WEEK
         with waves.lock:
             now = self.limiter.now()
             new_wave = waves.is_over(now, sent_at)

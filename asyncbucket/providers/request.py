@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
 
-#: Suffixes of paths whose calls make a model write.
+#: Suffixes of paths whose calls make a model write; the last ones are Gemini's and, at Vertex,
+#: Anthropic's.
 _OUTPUT_PATHS: Final = (
     "/chat/completions",
     "/completions",
@@ -24,16 +25,34 @@ _OUTPUT_PATHS: Final = (
     "/api/generate",
     "/v1/chat",
     "/v2/chat",
+    ":generateContent",
+    ":streamGenerateContent",
+    ":rawPredict",
+    ":streamRawPredict",
+)
+#: Bedrock's; other servers have an "/invoke", too.
+_BEDROCK_PATH: Final = re.compile(
+    r"/model/.+/(converse|converse-stream|invoke|invoke-with-response-stream)"
 )
 #: Suffixes of paths whose calls only send tokens. ``/messages/count_tokens`` is not among them: it
 #: has its own limit of requests, and none of tokens (docs.anthropic.com, "Token counting", read in
 #: 2025).
-_INPUT_ONLY_PATHS: Final = ("/embeddings", "/api/embed", "/v1/embed", "/v2/embed", "/rerank")
+_INPUT_ONLY_PATHS: Final = (
+    *("/embeddings", "/api/embed", "/v1/embed", "/v2/embed", "/rerank"),
+    *(":embedContent", ":batchEmbedContents"),
+)
 #: The ends of paths that change an existing object: they cancel or archive it, or label a stored
 #: reply, whose answer reports its total usage.
 _UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/chat/completions/[^/]+/?$")
 #: Members that ask for several replies to one prompt.
-_REPLY_COUNTS: Final = ("n", "best_of")
+_REPLY_COUNTS: Final = ("n", "best_of", "candidateCount")
+#: Members that limit the tokens of a reply: OpenAI's, Anthropic's, Ollama's, Gemini's, Bedrock's.
+_OUTPUT_LIMITS: Final = (
+    *("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens"),
+    *("num_predict", "maxOutputTokens", "maxTokens", "max_gen_len"),
+)
+#: Members that hold such members: Ollama's, Gemini's, Bedrock's.
+_OPTIONS: Final = ("options", "generationConfig", "generation_config", "inferenceConfig")
 #: Members of a message that are not sent to the model.
 _NOT_SENT: Final = frozenset(
     {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
@@ -41,6 +60,8 @@ _NOT_SENT: Final = frozenset(
 #: Parts that are files, except Anthropic's documents whose source is text or content parts.
 _FILE_TYPES: Final = ("document", "file", "input_file")
 _INLINE_SOURCES: Final = ("text", "content")
+#: Members that hold a picture or a file in base64: Gemini's, then Bedrock's.
+_BLOBS: Final = frozenset({"inlineData", "inline_data", "image", "document", "video"})
 #: A data URL: a picture, a video or a file, whatever the part around it is called.
 _DATA_URL: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
@@ -82,6 +103,10 @@ class RequestSize:
         """Return the most tokens of all replies; ``default`` for each if the call sets no limit."""
         return (self.max_output or default) * self.replies if self.writes else 0
 
+    def expected(self, foreseen: int) -> int:
+        """Return the tokens of all replies if each is as long as ``foreseen``, or as is allowed."""
+        return min(self.max_output or foreseen, foreseen) * self.replies if self.writes else 0
+
     def add(self, value: object) -> None:
         """Add text, parts of messages, or lists of them."""
         if isinstance(value, str) and (data := _DATA_URL.match(value)):
@@ -121,9 +146,10 @@ class RequestSize:
             self.max_output = value
 
     def add_options(self, value: object) -> None:
-        """Take in Ollama's options, one of which limits the output."""
+        """Take in options, some of which may limit the output."""
         if isinstance(value, dict):
-            self.limit_output(value.get("num_predict"))
+            for name in _OUTPUT_LIMITS:
+                self.limit_output(value.get(name))
 
     def _add_part(self, part: dict[str, Any]) -> None:
         part_type = part.get("type")
@@ -138,6 +164,11 @@ class RequestSize:
                     self.add_json(value)
                 elif name == "images" and "role" in part:
                     self.add_images(value)
+                elif name in _BLOBS and isinstance(value, dict):
+                    is_image = (
+                        "image" in f"{name} {value.get('mimeType') or value.get('mime_type')}"
+                    )
+                    self.extra += IMAGE_TOKENS if is_image else _file_tokens(json.dumps(value))
                 elif name not in _NOT_SENT:
                     self.add(value)
 
@@ -155,7 +186,8 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:
     """Return what a call to ``path`` with the JSON ``body`` sends and asks for."""
-    writes = path.rstrip("/").endswith(_OUTPUT_PATHS)
+    path = path.rstrip("/")
+    writes = path.endswith(_OUTPUT_PATHS) or _BEDROCK_PATH.fullmatch(path) is not None
     found = RequestSize(writes=writes, replies=replies_of(body))
     if writes or is_input_only(path):
         with contextlib.suppress(RecursionError):  # nested deeper than any real call
@@ -181,11 +213,10 @@ def reports_own_usage(method: str, path: str) -> bool:
 
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies a call with the JSON ``body`` asks for, to all its prompts."""
-    per_prompt = 1
-    for name in _REPLY_COUNTS:
-        value = body.get(name)
-        if is_positive_integer(value):
-            per_prompt = max(per_prompt, value)
+    options = (body.get(name) for name in _OPTIONS)
+    holders = [body, *(each for each in options if isinstance(each, dict))]
+    counts = [holder.get(name) for holder in holders for name in _REPLY_COUNTS]
+    per_prompt = max([1, *filter(is_positive_integer, counts)])
     prompts = body.get("prompt")
     if not isinstance(prompts, list):
         return per_prompt
@@ -216,15 +247,17 @@ def is_positive_integer(value: object) -> TypeGuard[int]:
 
 
 #: What the members of a body mean, by their names in OpenAI's chat, completions, responses and
-#: embeddings, Anthropic's messages, Cohere and Ollama.
+#: embeddings, Anthropic's messages, Cohere, Ollama, Gemini and Bedrock.
 _MEMBERS: Final[Mapping[str, Callable[[RequestSize, object], None]]] = {
     **dict.fromkeys(("messages", "input", "prompt", "instructions", "system"), RequestSize.add),
     **dict.fromkeys(("suffix", "query", "documents", "texts"), RequestSize.add),
     **dict.fromkeys(("message", "chat_history", "preamble"), RequestSize.add),
+    **dict.fromkeys(("contents", "content", "requests"), RequestSize.add),
+    **dict.fromkeys(("systemInstruction", "system_instruction"), RequestSize.add),
     **dict.fromkeys(("response_format", "text", "format", "output_config"), RequestSize.add_json),
     **dict.fromkeys(("tools", "functions"), RequestSize.add_tools),
-    **dict.fromkeys(("max_completion_tokens", "max_tokens"), RequestSize.limit_output),
-    **dict.fromkeys(("max_output_tokens", "max_new_tokens"), RequestSize.limit_output),
-    "options": RequestSize.add_options,
+    "toolConfig": RequestSize.add_json,
+    **dict.fromkeys(_OUTPUT_LIMITS, RequestSize.limit_output),
+    **dict.fromkeys(_OPTIONS, RequestSize.add_options),
     "images": RequestSize.add_images,
 }

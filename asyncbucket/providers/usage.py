@@ -9,6 +9,8 @@ the letters ``"usage"``, but JSON escapes the quotes around them, so those bytes
 key. It is the key of an object, or, from Ollama, that of a number at the very end.
 """
 
+import base64
+import contextlib
 import json
 import re
 from collections import deque
@@ -21,7 +23,7 @@ from asyncbucket.core.wording import is_number
 _Lookup: TypeAlias = Callable[[str], Any]
 
 #: Where a reply, or an event of a stream, keeps its usage.
-_USAGE_FIELDS: Final = ("usage", "usage_metadata", "meta")
+_USAGE_FIELDS: Final = ("usage", "usage_metadata", "usageMetadata", "meta")
 #: Where other objects keep the reply: LlamaIndex's, the first and last events of streams, Mistral's
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
@@ -37,6 +39,7 @@ _INPUT: Final = (
     "input_tokens",
     "inputTokens",
     "prompt_token_count",
+    "promptTokenCount",
     "prompt_eval_count",
 )
 _OUTPUT: Final = (
@@ -44,25 +47,30 @@ _OUTPUT: Final = (
     "output_tokens",
     "outputTokens",
     "candidates_token_count",
+    "candidatesTokenCount",
     "eval_count",
 )
-_TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count")
+_TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count", "totalTokenCount")
 #: Anthropic and Bedrock count separately what is written to their cache, and read from it; limits
 #: of input count what is written, but not what is read.
 _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
-#: OpenAI and those who speak its protocol count in the input what is read from their cache.
+#: OpenAI and those who speak its protocol count in the input what is read from their cache, and so
+#: does Gemini.
 _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
-_CACHED: Final = ("cached_tokens",)
+_CACHED: Final = ("cached_tokens", "cached_content_token_count", "cachedContentTokenCount")
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MAX_TOKENS: Final = 10_000_000
 
 #: How much of the end, and after a key, is searched.
 _SEARCHED_BYTES: Final = 4_096
-#: The key of an object with the usage: everybody's, or that of Cohere's first version and of its
-#: embeddings.
-_USAGE_KEY: Final = re.compile(rb'"(?:usage|meta)"\s*:\s*(?=\{)')
+#: The key of an object with the usage: everybody's, Gemini's, or that of Cohere's first version and
+#: of its embeddings.
+_USAGE_KEY: Final = re.compile(rb'"(?:usage|usageMetadata|meta)"\s*:\s*(?=\{)')
+#: An event of a model's own stream inside a stream of Bedrock's:
+#: docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_PayloadPart.html, read in November 2026.
+_PACKED_EVENT: Final = re.compile(rb'"bytes":"([A-Za-z0-9+/]+={0,2})"')
 #: How many of them are tried, from the end.
 _MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
@@ -78,6 +86,8 @@ _END_MARKERS: Final = (
     b'"message_stop"',
     b'"response.completed"',
     b'"response.incomplete"',
+    b'"finishReason"',
+    b'"totalTokens"',
 )
 _DECODER: Final = json.JSONDecoder()
 
@@ -173,7 +183,7 @@ def _read_counts(lookup: _Lookup) -> Usage | None:
         output_tokens += max(0, rest - cache_writes - _number(lookup, _CACHE_READS))
     input_tokens += cache_writes
     details = (_number(_lookup_in(lookup(name)), _CACHED) for name in _DETAILS)
-    cached = min(input_tokens, max(details))
+    cached = min(input_tokens, max(*details, _number(lookup, _CACHED)))
     return Usage(input_tokens, output_tokens, input_tokens + output_tokens, cached)
 
 
@@ -203,11 +213,13 @@ def _lookup_in(holder: Any) -> _Lookup:
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events was complete, though it was not read to its end."""
     # The last event may be as long as the whole reply.
+    end = _unpacked(end)
     return any(mark in end for mark in _END_MARKERS)
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     """Return the usage at the end of a reply's body, merged with that in its ``head``."""
+    end, head = _unpacked(end), _unpacked(head)
     counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
     objects = deque(_USAGE_KEY.finditer(end), _MAX_OBJECTS)
     late = (_usage_at(end, key.end()) for key in reversed(objects))
@@ -215,6 +227,13 @@ def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     first = _USAGE_KEY.search(head)
     early = None if first is None else _usage_at(head, first.end())
     return early if usage is None else usage | early
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
+    with contextlib.suppress(ValueError):  # the padding is wrong
+        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
+    return data
 
 
 def _usage_at(data: bytes, start: int) -> Usage | None:

@@ -183,7 +183,7 @@ def _measurements(event: Event) -> list[Measurement]:
             booked = reserved.get("tokens", 0) if before is None else before
             more, less = max(0, used - (before or 0)), max(0, booked - used)
             measured = [("tokens", more, ("used",)), ("tokens", less, ("refunded",))]
-        case events.Paused(reason="429"):
+        case events.Paused(reason="429" | "daily quota"):
             measured = [("upstream_429", 1, ())]
         case events.Retried():
             measured = [("retries", 1, ())]

@@ -59,8 +59,8 @@ async def test_call_with_deadline_within_pause_fails(time: VirtualTime) -> None:
     with refused(AcquireTimeout, says):
         await limiter.acquire(timeout=10)
     assert time.now == 0
-    limiter.pause(90)
-    with refused(AcquireTimeout, "within 60 s: the limiter is paused for 30 s more"):
+    limiter.pause(90, reason="deploy")
+    with refused(AcquireTimeout, "within 60 s: the limiter is paused for 30 s more (deploy)"):
         await waiting
     assert time.now == 60
 

@@ -71,7 +71,37 @@ EVENT = {"error": {"type": "overloaded_error"}}
         ),
         *(
             (status_error(429, code), Verdict(retry=False, reason=f"HTTP 429 ({code})"))
-            for code in ("insufficient_quota", "billing_not_active", "enforced_spend_limit_reached")
+            for code in ("insufficient_quota", "billing_not_active", "credit_balance_exhausted")
+        ),
+        (
+            with_attributes(
+                status_code=429,
+                body={
+                    "type": "error",
+                    "error": {
+                        "type": "rate_limit_error",
+                        "details": {"error_code": "enforced_spend_limit_reached"},
+                    },
+                },
+            ),
+            Verdict(retry=False, reason="HTTP 429 (enforced_spend_limit_reached)"),
+        ),
+        # Flex capacity: others go on, and this call is tried again.
+        (
+            status_error(429, "resource_unavailable"),
+            temporary("HTTP 429 (requests)", overloaded=True),
+        ),
+        (with_attributes(status_code=498), temporary("HTTP 498", overloaded=True)),
+        # OpenRouter's budget for calls in flight; without a wait, there is no money.
+        (
+            status_error(402, "402", retry_after="3"),
+            temporary("HTTP 402 (402)", retry_after=3.0, overloaded=True),
+        ),
+        (status_error(402, "402"), Verdict(retry=False, reason="HTTP 402 (402)")),
+        # google-genai's
+        (
+            with_attributes(code=503, status="UNAVAILABLE", details={"error": {"code": 503}}),
+            temporary("HTTP 503 (unavailable)", overloaded=True),
         ),
         (
             with_attributes(status_code=429, body={"error": {"type": "insufficient_quota"}}),

@@ -1,5 +1,6 @@
 """Calls are settled by their usage in every provider's own format."""
 
+import base64
 from typing import Any
 
 import pytest
@@ -19,11 +20,35 @@ COHERE = (
 HI = '"message":{"role":"assistant","content":[{"type":"text","text":"Hi."}]}'
 OLLAMA_END = '"done":true,"prompt_eval_count":90,"prompt_eval_duration":1,"eval_count":7'
 TEXT = "x" * 400
+TURN = {"role": "user", "parts": [{"text": TEXT}]}
+GEMINI = {"contents": [TURN], "generationConfig": {"maxOutputTokens": 300}}
+GEMINI_USAGE = (
+    '"usageMetadata":{"promptTokenCount":90,"candidatesTokenCount":3,"thoughtsTokenCount":4,'
+    '"totalTokenCount":97}'
+)
+CONVERSE = {
+    "messages": [{"role": "user", "content": [{"text": TEXT}]}],
+    "inferenceConfig": {"maxTokens": 300},
+}
+#: What is read from the cache counts in the total alone.
+CONVERSE_USAGE = (
+    '"usage":{"inputTokens":90,"cacheReadInputTokens":500,"outputTokens":7,"totalTokens":597}'
+)
+MODEL = "/model/us.anthropic.claude-sonnet-4-5-20250929-v1:0"
+#: An event of Bedrock's has binary headers.
+EVENT = "\0\0\1\r:event-type\7\0"
+
+
+def packed(event: str) -> str:
+    """Return an event of Anthropic's as Bedrock sends it."""
+    return f'{EVENT}{{"bytes":"{base64.b64encode(event.encode()).decode()}","p":"abc"}}'
+
 
 #: The path, the body, and the answer: 100 tokens are sent, of which the provider counts 90; up to
 #: 300 are asked for, and 7 come, except from embeddings. docs.litellm.ai/docs/completion/usage,
 #: docs.cohere.com/v2/reference/chat-stream and /embed, /v1/reference/chat, docs.ollama.com/api/chat,
-#: /generate and /embed; read in 2026.
+#: /generate and /embed; ai.google.dev/api/generate-content; docs.aws.amazon.com/bedrock/latest/APIReference,
+#: Converse, ConverseStream and InvokeModelWithResponseStream; read in 2026.
 FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a stream of LiteLLM": (
         "/chat/completions",
@@ -84,6 +109,34 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model": "m", "prompt": TEXT, "stream": False, "options": {"num_predict": 300}},
         f'{{"response":"Hi.","context":{list(range(30_000))},{OLLAMA_END}}}\n',
     ),
+    "a reply of Gemini": (
+        "/v1beta/models/gemini-3-flash:generateContent",
+        GEMINI,
+        f'{{"candidates":[{{"finishReason":"STOP"}}],{GEMINI_USAGE}}}',
+    ),
+    "a stream of Gemini": (
+        "/v1beta/models/gemini-3-flash:streamGenerateContent",
+        GEMINI,
+        (
+            'data: {"candidates":[{"content":{"parts":[{"text":"a \\"usage\\": {"}]}}]}\n\n'
+            f'data: {{"candidates":[{{"finishReason":"STOP"}}],{GEMINI_USAGE}}}\n\n'
+        ),
+    ),
+    "embeddings of Gemini": (
+        "/v1beta/models/gemini-embedding-001:embedContent",
+        {"content": {"parts": [{"text": TEXT}]}},
+        '{"embedding":{"values":[0.5]},"usageMetadata":{"promptTokenCount":90}}',
+    ),
+    "a reply of Bedrock": (
+        f"{MODEL}/converse",
+        CONVERSE,
+        f'{{"output":{{}},"stopReason":"end_turn",{CONVERSE_USAGE}}}',
+    ),
+    "a stream of Bedrock": (
+        f"{MODEL}/converse-stream",
+        CONVERSE,
+        f'{EVENT}{{"stopReason":"end_turn"}}{EVENT}{{"metrics":{{}},{CONVERSE_USAGE}}}',
+    ),
     "embeddings of Ollama": (
         "/api/embed",
         {"model": "m", "input": [TEXT]},
@@ -126,3 +179,18 @@ async def test_call_is_settled_from_usage_once_it_was_read(
                 break
 
     assert used(limiter) == (reserved if cut else (90, min(reserved[1], 7)))
+
+
+async def test_events_that_bedrock_packs_settle_a_stream(library: Any) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 300, "anthropic_version": "bedrock-2023-05-31"}
+    answer = (
+        packed('{"type":"message_start","message":{"usage":{"input_tokens":90,"output_tokens":1}}}')
+        + packed('{"type":"message_delta","usage":{"output_tokens":7}}')
+        + packed('{"type":"message_stop"}')
+    )
+    limiter = Limiter("10k ITPM", "10k OTPM")
+    inner = library.MockTransport(answering(library, answer.encode(), b'{"bytes":"odd="}'))
+    async with library.AsyncClient(transport=limiter.transport(inner)) as client:
+        await client.post(f"http://llm.test{MODEL}/invoke-with-response-stream", json=body)
+
+    assert used(limiter) == (90, 7)

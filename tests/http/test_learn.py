@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter, WouldBlock
-from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
+from asyncbucket import Limit, Limiter, WouldBlock
+from asyncbucket.http import ANTHROPIC, AZURE, GROQ, OPENAI, Profile
 from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.profiles import profile_named
 from asyncbucket.testing import VirtualClock
 
 Reply = dict[str, object]
@@ -137,6 +138,52 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
 
     assert [limit.amount for limit in limiter.limits] == [min(project, 200_000)]
     assert len(learned) == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "reply", "learned"),
+    [
+        (
+            AZURE,
+            said(limit_requests="20", renewalperiod_requests="10", limit_tokens="9"),
+            [Limit("requests", 20, per=10)],
+        ),
+        (AZURE, said(limit_requests="20"), []),
+        (AZURE, said(limit_tokens="9000", renewalperiod_tokens="60"), [Limit("tokens", 9_000)]),
+        (
+            profile_named("xai"),
+            said(limit_requests="480"),
+            [Limit("requests", 480, burst=8)],
+        ),
+        (
+            profile_named("mistral"),
+            said(limit_req_minute="30", limit_tokens_minute="9000"),
+            [Limit("requests", 30, burst=1), Limit("tokens", 9_000)],
+        ),
+        (
+            profile_named("together"),
+            {"x-ratelimit-limit": "10", "x-tokenlimit-limit": "3000"},
+            [Limit("requests", 600, burst=10), Limit("tokens", 180_000, burst=3_000)],
+        ),
+        (
+            profile_named("fireworks"),
+            said(limit_tokens_generated="600", limit_tokens_cache_adjusted_prompt="15000"),
+            [Limit("input_tokens", 900_000), Limit("output_tokens", 36_000)],
+        ),
+        (
+            profile_named("cerebras"),
+            said(limit_requests_day="14400", limit_tokens_minute="60000"),
+            [Limit("requests", 14_400, per=86_400), Limit("tokens", 60_000)],
+        ),
+    ],
+)
+def test_announced_limit_is_learned_for_the_window_that_it_means(
+    profile: Profile, reply: Reply, learned: list[Limit]
+) -> None:
+    limiter = Limiter()
+    HeaderReader(limiter).read(reply, profile)
+
+    assert set(limiter.limits) == set(learned)
 
 
 def passing(limiter: Limiter) -> int:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Cost
+from asyncbucket import Cost, Limit
 from asyncbucket.http import ANTHROPIC, AZURE, GENERIC, GROQ, OPENAI, Call, Profile, Usage
+from asyncbucket.providers.forecast import price
 from asyncbucket.providers.profiles import profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
 from asyncbucket.providers.usage import find_usage
@@ -35,6 +36,12 @@ def document(kind: str, **source: Any) -> dict[str, Any]:
         ("mine.openai.azure.com", AZURE),
         ("api.anthropic.com", ANTHROPIC),
         ("api.groq.com", GROQ),
+        ("bedrock-runtime.us-east-1.amazonaws.com", profile_named("bedrock")),
+        ("generativelanguage.googleapis.com", profile_named("gemini")),
+        ("us-central1-aiplatform.googleapis.com", profile_named("vertex")),
+        ("aiplatform.us.rep.googleapis.com", profile_named("vertex")),
+        ("api.eu.mistral.ai", profile_named("mistral")),
+        ("s3.us-east-1.amazonaws.com", GENERIC),
         ("127.0.0.1", GENERIC),
         ("notapi.openai.com", GENERIC),
         ("api.openai.com.evil.test", GENERIC),
@@ -63,12 +70,77 @@ def test_profile_is_found_by_host_or_name(host: str, profile: Profile) -> None:
         (ANTHROPIC, {}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
         (GROQ, {"max_completion_tokens": 20}, Cost(tokens=120, input_tokens=100, output_tokens=20)),
         (GENERIC, {}, Cost(tokens=356, input_tokens=100, output_tokens=256)),
+        *(
+            (profile_named(name), {"max_tokens": 8192}, cost)
+            for name, cost in {
+                "bedrock": Cost(tokens=8292, input_tokens=100, output_tokens=8192),
+                "cerebras": Cost(tokens=8292, input_tokens=100, output_tokens=8192),
+                "gemini": Cost(tokens=100, input_tokens=100, output_tokens=8192),
+                "mistral": Cost(tokens=356, input_tokens=100, output_tokens=256),
+                "xai": Cost(tokens=8292, input_tokens=100, output_tokens=8192),
+            }.items()
+        ),
     ],
 )
 def test_call_costs_what_provider_charges(
     profile: Profile, body: dict[str, Any], cost: Cost
 ) -> None:
     assert profile.cost(call(messages=MESSAGES, **body)) == cost
+
+
+@pytest.mark.parametrize(
+    ("name", "tpm", "tokens"),
+    [
+        ("bedrock", 500_000, 64_100),
+        ("bedrock", 30_000, 30_000),
+        ("cerebras", 500_000, 131_172),
+        ("gemini", 500_000, 100),
+        ("openai", 500_000, 100),
+        ("xai", 500_000, 356),
+    ],
+)
+def test_reply_without_limit_reserves_what_the_provider_does(
+    name: str, tpm: int, tokens: int
+) -> None:
+    """It is cut to what the limit can ever admit: the provider may know a lower maximum."""
+    *_, cost = price(call(messages=MESSAGES), profile_named(name), [Limit("tokens", tpm)])
+
+    assert cost is not None
+    assert cost["tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "times"),
+    [
+        ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", 5),
+        ("anthropic.claude-3-7-sonnet-20250219-v1:0", 5),
+        ("anthropic.claude-3-5-sonnet-20241022-v2:0", 1),
+        ("anthropic.claude-v2:1", 1),
+        ("amazon.nova-lite-v1:0", 1),
+    ],
+)
+def test_output_of_newer_claude_burns_five_times_its_tokens_at_bedrock(
+    model: str, times: int
+) -> None:
+    path, bedrock = f"/model/{model}/converse", profile_named("bedrock")
+
+    assert bedrock.settled(call(path), USAGE)["tokens"] == 90 + times * 7
+    # As many may be settled as 256 replies' tokens say, if that is more than is reserved.
+    cost = bedrock.cost(call(path, messages=MESSAGES, inferenceConfig={"maxTokens": 300}))
+    assert cost is not None
+    assert cost["tokens"] == max(400, 100 + times * 256)
+
+
+def test_expected_burndown_makes_no_call_impossible() -> None:
+    claude = call("/model/anthropic.claude-sonnet-4/invoke", messages=MESSAGES, max_tokens=500)
+    *_, cost = price(claude, profile_named("bedrock"), [Limit("tokens", 1_000)])
+
+    assert cost is not None
+    assert cost["tokens"] == 600
+
+
+def test_gemini_counts_input_alone() -> None:
+    assert profile_named("gemini").settled(call(), USAGE)["tokens"] == 90
 
 
 @pytest.mark.parametrize(
@@ -146,6 +218,15 @@ def test_tokens_are_settled_only_for_providers_that_correct_them() -> None:
         ({"tools": [{"name": "f"}, "odd"]}, 5),
         ({"response_format": {"type": "json_object"}}, 6),
         ({"output_config": {"type": "json_object"}}, 6),
+        ({"contents": [{"role": "user", "parts": [{"text": "four"}]}]}, 1),
+        ({"contents": [{"parts": [{"inlineData": {"mimeType": "image/png", "data": FILE}}]}]}, 765),
+        ({"contents": [{"parts": [{"inline_data": {"data": "x" * 8_530}}]}]}, 100),
+        ({"requests": [{"content": {"parts": [{"text": "four"}]}}] * 2}, 2),
+        ({"systemInstruction": {"parts": [{"text": "four"}]}}, 1),
+        ({"messages": [{"content": [{"image": {"source": {"bytes": "x" * 9_999}}}]}]}, 765),
+        ({"messages": [{"content": [{"document": {"source": {"bytes": "x" * 8_520}}}]}]}, 100),
+        ({"messages": [{"content": [{"toolResult": {"content": [{"text": "four"}]}}]}]}, 1),
+        ({"toolConfig": {"tools": [{"toolSpec": {"name": "f"}}]}}, 10),
         ({"messages": [None, True, 1.5, {"role": "user", "type": 3, "content": "four"}]}, 1),
     ],
 )
@@ -165,6 +246,8 @@ def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
         ({"max_output_tokens": 5}, 5),
         ({"max_new_tokens": 5}, 5),
         ({"options": {"num_predict": 5}}, 5),
+        ({"generationConfig": {"maxOutputTokens": 5}}, 5),
+        ({"inferenceConfig": {"maxTokens": 5}}, 5),
         ({"options": {"num_predict": -1}}, None),
         ({"options": "odd"}, None),
         ({"max_tokens": 0}, None),

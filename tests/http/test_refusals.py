@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter
+from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.providers import errors
 from asyncbucket.providers.refusals import Refusals
 from asyncbucket.testing import VirtualClock
 
@@ -33,6 +34,12 @@ def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
         (500, {"retry-after": "3"}, {}, 0),
         (429, {"retry-after": "7"}, error("insufficient_quota"), 0),
         (429, {"retry-after": "7", "x-should-retry": "false"}, {}, 0),
+        (429, {}, {"error": {"code": "resource_unavailable"}}, 0),
+        (429, {}, {"type": "service_tier_capacity_exceeded", "code": "3505"}, 0),
+        (429, {}, {"message": "limited to 1000 API calls / month"}, 0),
+        (429, {"x-ratelimit-reset": "2.5"}, {"error": {"type": "dynamic_request_limited"}}, 2.5),
+        (429, {"retry-after": "1", "retry-after-ms": "0"}, {}, 1),
+        (402, {"retry-after": "3"}, {}, 0),
         (400, {}, {}, 0),
     ],
 )
@@ -43,6 +50,76 @@ def test_only_rate_and_overload_refusals_pause_limiter(
 
     assert limiter.statistics().paused == pytest.approx(paused)
     assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
+
+
+#: 16:00 on a winter's day in California.
+NOW = 1_796_083_200.0
+HOUR = 3_600
+
+
+def google(*quotas: str, delay: str = "18s") -> dict[str, Any]:
+    """Return a refusal as Gemini's API words it."""
+    failure = {"@type": "QuotaFailure", "violations": [{"quotaId": quota} for quota in quotas]}
+    details = [failure, {"@type": "RetryInfo", "retryDelay": delay}]
+    return {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": details}}
+
+
+def message(text: str) -> dict[str, Any]:
+    return {"error": {"message": text, "type": "requests"}}
+
+
+FREE = {"metadata": {"limit_source": "openrouter_free_tier_daily"}, "code": 429}
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "hours"),
+    [
+        ({}, google("GenerateRequestsPerMinutePerProject", "GenerateRequestsPerDayPerProject"), 8),
+        ({"x-ratelimit-reset": str(round(NOW + 5 * HOUR) * 1_000)}, {"error": FREE}, 5),
+        ({"x-ratelimit-reset": str(round(NOW + 5 * HOUR))}, {"error": FREE}, 5),
+        ({"retry-after": "7200"}, message("on requests per day (RPD): Limit 200, Used 200."), 2),
+        ({"x-ratelimit-reset-requests-day": "10800.5"}, message("Requests per day limit"), 3),
+        ({}, {"message": "Too many tokens per day, please wait before trying again."}, 1),
+    ],
+)
+def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
+    clock: VirtualClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    headers: dict[str, str],
+    body: dict[str, Any],
+    hours: float,
+) -> None:
+    """Nobody tries again every two minutes; those who wait learn for how long."""
+    monkeypatch.setattr(errors, "wall_clock", lambda: NOW)
+    limiter = Limiter("500 RPM", clock=clock, name="shared")
+    Refusals(limiter).judge(429, headers, body)
+
+    assert limiter.statistics().paused == pytest.approx(hours * HOUR, abs=1)
+    assert limiter.statistics().upstream_429 == 1
+    left = f"{hours * HOUR:,}"
+    assert str(limiter.explain()).startswith(
+        f"a call would wait {left} s: the limiter is paused (daily quota)"
+    )
+    with pytest.raises(WouldBlock, match=rf"paused for {left} s more \(daily quota\)"):
+        limiter.acquire_nowait()
+    assert caplog.messages == [
+        f"limiter 'shared' pauses for {left} s: the provider's quota for the day is used up"
+    ]
+
+
+async def test_call_with_a_deadline_fails_at_once_on_a_used_up_quota(limiter: Limiter) -> None:
+    Refusals(limiter).judge(429, {"retry-after": "7200"}, message("tokens per day (TPD)"))
+
+    with pytest.raises(AcquireTimeout, match=r"the limiter is paused for 7,200 s more"):
+        await limiter.acquire(timeout=60)
+    assert limiter.now() == 0
+
+
+def test_quota_of_a_minute_follows_the_wait_in_the_body(limiter: Limiter) -> None:
+    Refusals(limiter).judge(429, {}, google("GenerateRequestsPerMinutePerProject"))
+
+    assert limiter.statistics().paused == 18
 
 
 @pytest.mark.parametrize(
