@@ -18,6 +18,8 @@ steps = st.one_of(
 )
 histories = st.lists(st.tuples(steps, st.integers(min_value=0, max_value=250)), max_size=60)
 policies = st.sampled_from(POLICY_NAMES)
+#: Into how many slices a policy divides a minute.
+SLICES: dict[str, int] = {"one_second_slices": 60, "ten_second_slices": 6}
 
 
 def play(policy: Policy, limit: int, history: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -42,8 +44,9 @@ def sums(trace: list[tuple[int, int]], span: int) -> list[int]:
 def test_policy_admits_no_more_than_its_limit(
     name: PolicyName, limit: int, history: list[tuple[int, int]]
 ) -> None:
-    share = -(-limit // 60)
-    if name == "one_second_slices":
+    slices = SLICES.get(name, 1)
+    share = -(-limit // slices)
+    if name in SLICES:
         history = [(step, min(amount, share)) for step, amount in history]
 
     trace = play(Policy(name, MINUTE), limit, history)
@@ -56,8 +59,8 @@ def test_policy_admits_no_more_than_its_limit(
         assert all(total <= limit for total in sums(trace, MINUTE))
     else:
         assert_never_over(trace, Limit("units", limit, per=60))
-    if name == "one_second_slices":
-        assert all(total <= share for total in sums(trace, SECOND))
+    if name in SLICES:
+        assert all(total <= share for total in sums(trace, MINUTE // slices))
 
 
 def test_fixed_window_admits_twice_the_limit_across_its_edge() -> None:
@@ -107,7 +110,7 @@ def test_remaining_amount_passes_now_and_everything_is_back_at_reset(
     later = now + policy.reset(limit, now)
 
     assert policy.wait(remaining, limit, now) == 0 or remaining == 0
-    assert name == "one_second_slices" or policy.wait(remaining + 1, limit, now) != 0
+    assert name in SLICES or policy.wait(remaining + 1, limit, now) != 0
     assert policy.remaining(limit, later) == fresh.remaining(limit, later)
     assert policy.reset(limit, later) == 0
 
@@ -120,3 +123,16 @@ def test_use_counts_against_another_limit(name: PolicyName) -> None:
     assert policy.wait(1, 1800, 0) == (SECOND if name == "one_second_slices" else 0)
     assert policy.wait(3600, 3600, 0) != 0
     assert policy.wait(2, 1, 0) is None
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_negative_charge_comes_back(name: PolicyName) -> None:
+    """Providers correct what they reserved; what comes back is what was charged last."""
+    policy, less = Policy(name, MINUTE), Policy(name, MINUTE)
+    for each, amounts in ((policy, (6, 3, -5)), (less, (4,))):
+        for amount in amounts:
+            each.charge(amount, 600, 0)
+
+    assert policy.remaining(600, 0) == less.remaining(600, 0)
+    policy.charge(-1_000, 600, 0)
+    assert policy.remaining(600, 0) == Policy(name, MINUTE).remaining(600, 0)

@@ -1,13 +1,15 @@
 """The provider as an ASGI application: endpoints, headers about limits, and errors.
 
-OpenAI's and Anthropic's endpoints are known by the end of the path, at any prefix: `/v1/...`, or
-Azure's `/openai/deployments/x/...`. Headers and errors are those of the endpoint's provider.
+Endpoints are known by the end of the path, at any prefix: `/v1/...`, or Azure's
+`/openai/deployments/x/...`. Headers and errors are those of the profile, or of the endpoint's own
+provider.
 """
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Final
@@ -20,30 +22,17 @@ from asyncbucket.testing.provider.enforcer import Enforcer, RateRefusal, is_refu
 from asyncbucket.testing.provider.options import NANOSECONDS, Failure
 from asyncbucket.testing.provider.prompt import Answer, Json, answer
 from asyncbucket.testing.provider.replies import DIALECTS, as_events, embeddings
+from asyncbucket.testing.provider.rules import RULES, Rules, error_body
 
-DEFAULT_MAX_TOKENS: Final = 16
-"""What a call without `max_tokens` is charged for its output."""
 _MILLISECOND: Final = 1_000_000
 _QUOTA: Final = "You exceeded your current quota, please check your plan and billing details."
 _UNITS: Final = {
     "requests": "requests per min (RPM)",
     "tokens": "tokens per min (TPM)",
+    "input_tokens": "input tokens per min (ITPM)",
+    "output_tokens": "output tokens per min (OTPM)",
+    "daily_requests": "requests per day (RPD)",
     "concurrency": "concurrent requests",
-}
-#: Type and code of an error by its status, at OpenAI and at Anthropic.
-_OPENAI: Final = {
-    400: ("invalid_request_error", None),
-    401: ("invalid_request_error", "invalid_api_key"),
-    404: ("invalid_request_error", "unknown_url"),
-    429: ("requests", "rate_limit_exceeded"),
-    503: ("server_error", "overloaded"),
-}
-_ANTHROPIC: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    529: "overloaded_error",
 }
 
 
@@ -93,16 +82,24 @@ class _Exchange:
     def __init__(self, enforcer: Enforcer, request: Request, number: str) -> None:
         path = request.url.path.rstrip("/")
         chat = path.endswith("/chat/completions")
-        self.endpoint = "chat/completions" if chat else path.rsplit("/", 1)[-1]
+        end = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+        self.endpoint = "chat/completions" if chat else end
         self._enforcer = enforcer
+        own = "anthropic" if self.endpoint == "messages" else "openai"
+        self._rules = enforcer.rules or RULES[own]
         self._request = request
         self._number = number
         self._is_admitted = False
+        #: What the call costs besides tokens, and how the charge is corrected when the reply is done.
+        self._amounts: Mapping[str, int] = {}
+        self._corrections: Mapping[str, int] = {}
 
     def leave(self, *, disconnected: bool = False) -> None:
         """Give the slot back, once."""
         if self._is_admitted:
             self._is_admitted = False
+            if not disconnected:
+                self._enforcer.settle(self._corrections)
             self._enforcer.leave(disconnected=disconnected)
 
     async def response(self) -> Response:
@@ -113,11 +110,12 @@ class _Exchange:
         except InvalidRequestError as exc:
             self._enforcer.count_invalid()
             return self._error(exc.status, str(exc))
-        outcome = self._enforcer.enter(self.endpoint, tokens)
+        outcome = self._enforcer.enter(self.endpoint, tokens, self._amounts)
         self._is_admitted = not is_refusal(outcome)
         if isinstance(outcome, RateRefusal):
             return self._refuse(outcome, model)
         if outcome is not None and (outcome.after_chunks is None or isinstance(reply, dict)):
+            self._corrections = {}
             self.leave()
             return self._fail(outcome)
         seconds = self._enforcer.draw_latency()
@@ -137,12 +135,16 @@ class _Exchange:
             raise InvalidRequestError(f"Invalid URL ({url})", status=404)
         try:
             body = json.loads(content)
+            if dialect is not None:
+                body = dialect.read(body, request.url.path)
             if not body["model"]:
                 raise InvalidRequestError("you must provide a model parameter")
             if dialect is None:
-                return body["model"], *embeddings(body)
+                tokens, vectors = embeddings(body)
+                self._amounts = {"input_tokens": tokens}
+                return body["model"], tokens, vectors
             reply = answer(body[dialect.asked], body, reply_tokens=options.reply_tokens)
-            tokens = charge(options.charge, reply)
+            tokens = self._charge(reply)
             if not body.get("stream"):
                 return reply.model, tokens, dialect.whole(reply, self._number)
             return reply.model, tokens, as_events(dialect.events(reply, self._number, body))
@@ -156,6 +158,20 @@ class _Exchange:
         ) as exc:
             # No JSON, or a part of the wrong type, anywhere: reading takes the types for granted.
             raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
+
+    def _charge(self, reply: Answer) -> int:
+        """Return the tokens that a call costs at admission; note what it costs besides."""
+        counts, rules = self._enforcer.options.charge, self._enforcer.rules or RULES["openai"]
+        tokens = charge("usage" if counts == "usage" else rules.reserves, reply, rules)
+        settled = tokens
+        if rules.settles:
+            settled = reply.prompt_tokens + rules.output_counts * reply.completion_tokens
+        self._amounts = {"input_tokens": reply.prompt_tokens}
+        self._corrections = {
+            "tokens": settled - tokens,
+            "output_tokens": reply.completion_tokens,
+        }
+        return tokens
 
     async def _stream(
         self, chunks: Sequence[bytes], pause: float, failure: Failure | None
@@ -190,6 +206,7 @@ class _Exchange:
             f"Rate limit reached for {model} on {_UNITS[refusal.reason]}: {numbers} {advice}",
             kind="tokens" if refusal.reason == "tokens" else "requests",
             retry_after=refusal.wait,
+            refused=refusal.reason,
         )
 
     def _fail(self, failure: Failure) -> Response:
@@ -209,38 +226,46 @@ class _Exchange:
         kind: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        refused: str | None = None,
     ) -> Response:
         """Return an error; type and code default to those of its status."""
-        if self.endpoint == "messages":
-            error: Json = {"type": _ANTHROPIC.get(status, "api_error"), "message": message}
-            body: Json = {"type": "error", "error": error}
-        else:
-            usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
-            error = {"message": message, "type": kind or usual_kind, "param": None}
-            body = {"error": {**error, "code": code or usual_code}}
-        headers = self._headers()
-        if retry_after is not None:
-            headers["retry-after"] = str(-(-retry_after // NANOSECONDS))
-            headers["retry-after-ms"] = str(-(-retry_after // _MILLISECOND))
+        rules, wait = self._rules, retry_after or 0
+        form = rules.refusal if refused and rules.refusal else rules.error
+        seconds = -(-wait // NANOSECONDS)
+        body = error_body(
+            form, status, message, kind=kind, code=code, refused_by=refused or "", wait=seconds
+        )
+        headers = {**self._headers(), **(rules.refusal_headers if refused else {})}
+        waits = {
+            "retry-after": seconds,
+            "retry-after-ms": -(-wait // _MILLISECOND),
+            "x-ratelimit-reset": round(time.time() * 1_000) + wait // _MILLISECOND,
+        }
+        for name in rules.waits if retry_after is not None else ():
+            headers[name] = str(waits[name])
         return JSONResponse(body, status, headers)
 
     def _headers(self) -> dict[str, str]:
-        """Return the request's id, and limit, remainder and reset of each limit."""
-        key, shown = "x-request-id", "x-ratelimit-{part}-{name}"
-        if self.endpoint == "messages":
-            key, shown = "request-id", "anthropic-ratelimit-{name}-{part}"
-        headers = {key: f"req_{self._number}"}
+        """Return the request's id, and what the headers say about each limit."""
+        rules = self._rules
+        headers = {
+            "request-id" if rules.error == "anthropic" else "x-request-id": f"req_{self._number}",
+        }
         for name, limit, remaining, reset in self._enforcer.budget():
-            full = go_duration(reset)
-            if self.endpoint == "messages":
-                until = datetime.now(UTC) + timedelta(seconds=reset / NANOSECONDS)
-                full = until.isoformat(timespec="seconds").replace("+00:00", "Z")
-            for part, value in {"limit": limit, "remaining": remaining, "reset": full}.items():
-                headers[shown.format(part=part, name=name)] = str(value)
+            slices = rules.slices.get(name, 1)
+            values = {
+                "limit": -(-limit // slices),
+                "remaining": remaining,
+                "reset": _reset(reset, rules),
+                "renewalperiod": round(self._enforcer.options.minute / slices),
+            }
+            template = rules.headers.get(name)
+            for part in rules.parts if template else ():
+                headers[str(template).format(part=part)] = str(values[part])
         return headers
 
 
-def charge(rule: str, reply: Answer) -> int:
+def charge(reserves: str, reply: Answer, rules: Rules) -> int:
     """Return the tokens that a call costs when it is admitted, before its reply is known.
 
     OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
@@ -248,10 +273,21 @@ def charge(rule: str, reply: Answer) -> int:
     (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known only
     to a fake model; it is for tests in which estimate and usage must agree.
     """
-    if rule == "usage":
-        return reply.prompt_tokens + reply.completion_tokens
-    output = DEFAULT_MAX_TOKENS if reply.max_tokens is None else reply.max_tokens
-    return max(reply.prompt_tokens, output)
+    prompt = reply.prompt_tokens
+    if reserves in ("usage", "prompt"):
+        return prompt + (reply.completion_tokens if reserves == "usage" else 0)
+    output = rules.unlimited_output if reply.max_tokens is None else reply.max_tokens
+    return max(prompt, output) if reserves == "larger" else prompt + output
+
+
+def _reset(nanoseconds: int, rules: Rules) -> str:
+    """Return in how long a limit is full again, as the provider writes it."""
+    if rules.reset == "go":
+        return go_duration(nanoseconds)
+    if rules.reset == "seconds":
+        return str(-(-nanoseconds // NANOSECONDS))
+    until = datetime.now(UTC) + timedelta(seconds=nanoseconds / NANOSECONDS)
+    return until.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def go_duration(nanoseconds: int) -> str:
@@ -263,8 +299,9 @@ def go_duration(nanoseconds: int) -> str:
 
 
 def _check_key(request: Request) -> None:
-    """Refuse a call without any API key: OpenAI's, Azure's or Anthropic's."""
+    """Refuse a call without any API key: OpenAI's, Azure's, Anthropic's, Google's or Amazon's."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    others = request.headers.get("api-key") or request.headers.get("x-api-key")
-    if not others and not (scheme.lower() == "bearer" and key.strip()):
+    has_key = any(map(request.headers.get, ("api-key", "x-api-key", "x-goog-api-key")))
+    signed = scheme.lower() in ("bearer", "aws4-hmac-sha256") and key.strip()
+    if not has_key and not signed:
         raise InvalidRequestError("You didn't provide an API key.", status=401)

@@ -6,7 +6,7 @@ is charged even if it fails. All public methods may be called from any thread.
 
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,20 @@ from asyncbucket.testing.provider.options import (
     ProviderStatistics,
 )
 from asyncbucket.testing.provider.policies import Policy
+from asyncbucket.testing.provider.rules import RULES
 from asyncbucket.waiting import Lock
 
 TOO_MANY_REQUESTS = 429
-_FIXED_AT_START = frozenset({"policy", "minute", "port", "clock"})
+#: What is limited, and by which option.
+_LIMITS = {
+    "requests": "rpm",
+    "tokens": "tpm",
+    "input_tokens": "itpm",
+    "output_tokens": "otpm",
+    "daily_requests": "rpd",
+}
+_MINUTES_OF_A_DAY = 1_440
+_FIXED_AT_START = frozenset({"policy", "profile", "minute", "port", "clock"})
 _ARRIVALS_KEPT = 1_000_000
 
 
@@ -31,7 +41,7 @@ class RateRefusal:
     """Why a call was refused for rate.
 
     Attributes:
-        reason: "requests", "tokens" or "concurrency".
+        reason: "requests", "tokens"..., or "concurrency".
         limit: The limit that refuses it.
         used: How much of it is used.
         requested: What the call asked for.
@@ -51,8 +61,14 @@ class Enforcer:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._lock = Lock()
+        #: Whose rules hold, if not each endpoint's.
+        self.rules = None if options.profile is None else RULES[options.profile]
         minute = round(options.minute * NANOSECONDS)
-        self._policies = {name: Policy(options.policy, minute) for name in ("requests", "tokens")}
+        counted_in = {} if self.rules is None else self.rules.counted_in
+        self._policies = {
+            name: Policy(counted_in.get(name, options.policy), minute) for name in _LIMITS
+        }
+        self._policies["daily_requests"] = Policy("fixed_window", minute * _MINUTES_OF_A_DAY)
         self._scripted: deque[Failure] = deque()
         self._latencies = random.Random(0)  # noqa: S311 - repeatable, not secret
         self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
@@ -60,19 +76,28 @@ class Enforcer:
         self._endpoints: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def enter(self, endpoint: str, tokens: int) -> RateRefusal | Failure | None:
+    def enter(
+        self, endpoint: str, tokens: int, amounts: Mapping[str, int] | None = None
+    ) -> RateRefusal | Failure | None:
         """Admit a call or say why not; None means that it is in and must `leave`.
 
         A call with a `Failure` other than 429 is in as well, and must `leave`, too.
+
+        Args:
+            endpoint: The end of its path.
+            tokens: What it costs.
+            amounts: What it costs of other resources.
         """
+        amounts = {"requests": 1, "daily_requests": 1, **(amounts or {}), "tokens": tokens}
         with self._lock:
             now = self.options.clock()
-            outcome = self._decide(tokens, now)
+            outcome = self._decide(amounts, now)
             admitted = not is_refusal(outcome)
             self._endpoints[endpoint] += 1
             self._arrivals.append(Arrival(now, endpoint, tokens, admitted))
             if admitted:
-                self._charge(tokens, now)
+                self._charge(amounts, now)
+                self._count_in()
                 self._counts["errors"] += outcome is not None
             else:
                 reason = outcome.reason if isinstance(outcome, RateRefusal) else "scripted"
@@ -84,6 +109,11 @@ class Enforcer:
         with self._lock:
             self._counts["in_flight"] -= 1
             self._counts["disconnected"] += disconnected
+
+    def settle(self, corrections: Mapping[str, int]) -> None:
+        """Correct what an admitted call was charged, by these differences, once its reply is done."""
+        with self._lock:
+            self._charge(corrections, self.options.clock())
 
     def count_invalid(self) -> None:
         """Count a call that was refused unread."""
@@ -142,28 +172,29 @@ class Enforcer:
                 setattr(self.options, name, value)
 
     def _limits(self) -> Iterator[tuple[str, int, Policy]]:
-        for name, limit in (("requests", self.options.rpm), ("tokens", self.options.tpm)):
+        for name, option in _LIMITS.items():
+            limit: int | None = getattr(self.options, option)
             if limit is not None:
                 yield name, limit, self._policies[name]
 
-    def _decide(self, tokens: int, now: int) -> RateRefusal | Failure | None:
+    def _decide(self, amounts: Mapping[str, int], now: int) -> RateRefusal | Failure | None:
         always = self.options.always
         failure = Failure(always) if always else None
         if self._scripted:
             failure = self._scripted[0]
         if failure is None or failure.status != TOO_MANY_REQUESTS:
-            refusal = self._refusal(tokens, now)
+            refusal = self._refusal(amounts, now)
             if refusal is not None:
                 return refusal
         return self._scripted.popleft() if self._scripted else failure
 
-    def _refusal(self, tokens: int, now: int) -> RateRefusal | None:
+    def _refusal(self, amounts: Mapping[str, int], now: int) -> RateRefusal | None:
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]
         if slots is not None and in_flight >= slots:
             return RateRefusal("concurrency", slots, in_flight, 1, None)
         refusals: list[RateRefusal] = []
         for name, limit, policy in self._limits():
-            amount = tokens if name == "tokens" else 1
+            amount = amounts.get(name, 0)
             wait = policy.wait(amount, limit, now)
             if wait != 0:
                 used = limit - policy.remaining(limit, now)
@@ -171,12 +202,14 @@ class Enforcer:
         # The one that lasts longest.
         return max(refusals, key=lambda each: (each.wait is None, each.wait or 0), default=None)
 
-    def _charge(self, tokens: int, now: int) -> None:
+    def _charge(self, amounts: Mapping[str, int], now: int) -> None:
         for name, limit, policy in self._limits():
-            policy.charge(tokens if name == "tokens" else 1, limit, now)
+            policy.charge(amounts.get(name, 0), limit, now)
+        self._counts["tokens"] += amounts.get("tokens", 0)
+
+    def _count_in(self) -> None:
         counts = self._counts
         counts["admitted"] += 1
-        counts["tokens"] += tokens
         counts["in_flight"] += 1
         counts["peak_in_flight"] = max(counts["peak_in_flight"], counts["in_flight"])
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from asyncbucket.core.wording import is_number, read_count
 from asyncbucket.testing.provider.policies import SLICES, PolicyName
+from asyncbucket.testing.provider.rules import RULES
 
 NANOSECONDS = 1_000_000_000
 _LAST_PORT = 65_535
@@ -25,10 +26,15 @@ class Options:
     Attributes:
         rpm: Requests a minute; None for no limit.
         tpm: Tokens a minute; None for no limit.
-        policy: How both are counted: token_bucket, sliding_window, fixed_window or
-            one_second_slices.
-        charge: What a call costs in tokens at admission: openai (the larger of the prompt and
-            max_tokens) or usage (what the reply will use).
+        itpm: Input tokens a minute; None for no limit.
+        otpm: Output tokens a minute, counted as they are produced; None for no limit.
+        rpd: Requests in 1,440 minutes; None for no limit.
+        profile: Whose rules hold, by its name, such as bedrock: `rules` has them, with their
+            sources. By default OpenAI's, with Anthropic's headers and errors at its endpoint.
+        policy: How they are counted: token_bucket, sliding_window, fixed_window,
+            one_second_slices or ten_second_slices.
+        charge: What a call costs in tokens at admission: openai (as the profile has it, by default
+            the larger of the prompt and max_tokens) or usage (what the reply will use).
         concurrency: The most calls in flight; None for no limit.
         latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
         always: Answer every call with this status.
@@ -44,6 +50,10 @@ class Options:
 
     rpm: int | None = None
     tpm: int | None = None
+    itpm: int | None = None
+    otpm: int | None = None
+    rpd: int | None = None
+    profile: str | None = None
     policy: PolicyName = "token_bucket"
     charge: ChargeRule = "openai"
     concurrency: int | None = None
@@ -55,14 +65,19 @@ class Options:
     clock: Callable[[], int] = time.monotonic_ns
 
     def __post_init__(self) -> None:
-        for name in ("rpm", "tpm", "concurrency"):
+        for name in ("rpm", "tpm", "itpm", "otpm", "rpd", "concurrency"):
             if getattr(self, name) is not None:
                 read_count(getattr(self, name), name, least=1)
         read_count(self.reply_tokens, "reply_tokens")
         if read_count(self.port, "port") > _LAST_PORT:
             raise ValueError(f"port must be at most {_LAST_PORT}, not {self.port}")
-        for name, known in (("policy", get_args(PolicyName)), ("charge", get_args(ChargeRule))):
-            if getattr(self, name) not in known:
+        names = {
+            "policy": get_args(PolicyName),
+            "charge": get_args(ChargeRule),
+            "profile": tuple(RULES),
+        }
+        for name, known in names.items():
+            if getattr(self, name) not in known and (name, self.profile) != ("profile", None):
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
@@ -131,11 +146,11 @@ class ProviderStatistics:
     Attributes:
         requests: Calls at metered endpoints that could be read, admitted and refused ones.
         admitted: Calls that were charged, including those that then failed.
-        refused_429: Refused calls by what refused them: "requests", "tokens", "concurrency",
-            "scripted".
+        refused_429: Refused calls by what refused them: "requests", "tokens", "input_tokens",
+            "output_tokens", "daily_requests", "concurrency", "scripted".
         errors: Admitted calls that were made to fail.
         invalid: Calls answered with 400, 401 or 404; they are charged nothing.
-        tokens: Tokens charged.
+        tokens: Tokens charged, as corrected once a reply was done.
         in_flight: Calls that are being answered now.
         peak_in_flight: The most at once.
         disconnected: Calls whose client went away before the end of the reply.

@@ -1,4 +1,4 @@
-"""How a provider counts: four policies, pure objects that are given the time and the limit.
+"""How a provider counts: five policies, pure objects that are given the time and the limit.
 
 They judge asyncbucket, so they share no code with it: asyncbucket books the future, these look at
 the past. Each remembers what was used of N units a minute, whatever N is at the moment. At an
@@ -16,11 +16,12 @@ from collections import deque
 from typing import Final, Literal, TypeAlias, get_args
 
 PolicyName: TypeAlias = Literal[
-    "token_bucket", "sliding_window", "fixed_window", "one_second_slices"
+    "token_bucket", "sliding_window", "fixed_window", "one_second_slices", "ten_second_slices"
 ]
 POLICY_NAMES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
 
 SLICES: Final = 60
+_SLICES: Final[dict[str, int]] = {"one_second_slices": SLICES, "ten_second_slices": SLICES // 10}
 
 
 class Bucket:
@@ -39,7 +40,7 @@ class Bucket:
         return max(0, _ceil(over, limit))
 
     def charge(self, amount: int, limit: int, now: int) -> None:
-        self._used = self._used_at(limit, now) + amount * self._span
+        self._used = max(0, self._used_at(limit, now) + amount * self._span)
 
     def remaining(self, limit: int, now: int) -> int:
         return max(0, limit - _ceil(self._used_at(limit, now), self._span))
@@ -80,6 +81,13 @@ class Window:
 
     def charge(self, amount: int, limit: int, now: int) -> None:
         room = limit - self._used_at(now)
+        while amount < 0 and self._log:  # back from the latest
+            expires, used = self._log.pop()
+            part = min(-amount, used)
+            self._used, amount = self._used - part, amount + part
+            if used > part:
+                self._log.append((expires, used - part))
+        amount = max(0, amount)
         expires = now + self._span - (now % self._span if self._by_clock else 0)
         self._used += amount
         while amount:
@@ -104,7 +112,7 @@ class Policy:
     """Count as providers do.
 
     One-second slices are N / 60 units, rounded up, in each second of the clock, and at most N in
-    any minute.
+    any minute; ten-second slices are N / 6. What is charged may be negative: it comes back.
 
     Args:
         name: One of `POLICY_NAMES`.
@@ -118,8 +126,9 @@ class Policy:
             self._parts = [(Bucket(minute), 1)]
         elif name == "fixed_window":
             self._parts = [(Window(minute, by_clock=True), 1)]
-        elif name == "one_second_slices":
-            self._parts.append((Window(minute // SLICES, by_clock=True), SLICES))
+        elif name in _SLICES:
+            count = _SLICES[name]
+            self._parts.append((Window(minute // count, by_clock=True), count))
 
     def wait(self, amount: int, limit: int, now: int) -> int | None:
         if amount > limit:

@@ -88,6 +88,27 @@ def _text(text: str, reply_format: Json, tokens: int) -> str:
     return text if len(text) >= tokens * 4 else (text + _FILLER * tokens)[: tokens * 4]
 
 
+def from_gemini(body: Json, path: str) -> Json:
+    """Bring a body of Gemini's into OpenAI's form; tools are left out."""
+    options = body.get("generationConfig") or {}
+    return {
+        "model": path.rsplit("/", 1)[-1].rsplit(":", 1)[0],
+        "messages": [
+            {"role": turn.get("role", "user"), "content": turn["parts"]}
+            for turn in body["contents"]
+        ],
+        "system": (body.get("systemInstruction") or {}).get("parts"),
+        "max_tokens": options.get("maxOutputTokens"),
+    }
+
+
+def from_bedrock(body: Json, path: str) -> Json:
+    """Bring a body of Bedrock's into OpenAI's form; `converse` keeps its limits aside."""
+    options = body.get("inferenceConfig") or {}
+    model = path.rsplit("/", 2)[-2]
+    return {"max_tokens": options.get("maxTokens"), **body, "model": model}
+
+
 def read_count(body: Json, *names: str) -> int | None:
     """Read a number that may have several names; None if it isn't there."""
     for name in names:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.testing.provider.prompt import Answer, Json, read_count, tokens_of
+from asyncbucket.testing.provider.prompt import (
+    Answer,
+    Json,
+    from_bedrock,
+    from_gemini,
+    read_count,
+    tokens_of,
+)
 
 Chunk: TypeAlias = dict[str, Any]
 """What a stream sends; its type, if it has one, is also the name of the server-sent event."""
@@ -24,14 +31,16 @@ class Dialect:
     """How an endpoint that generates text is asked, and how it answers.
 
     Attributes:
-        asked: The member that holds the messages.
+        asked: The member that holds the messages, once the body is `read`.
         whole: Writes a reply, given the answer and the call's number.
         events: Writes the same as a stream's chunks, given the request's body, too.
+        read: Brings a body with its path into the form of OpenAI's.
     """
 
     asked: str
     whole: Callable[[Answer, str], Chunk]
     events: Callable[[Answer, str, Json], list[Chunk]]
+    read: Callable[[Json, str], Json] = lambda body, _path: body
 
 
 def as_events(events: Sequence[Chunk]) -> list[bytes]:
@@ -231,7 +240,56 @@ def _vector(text: str, size: int) -> list[float]:
     return [round(number / length, 6) for number in numbers]
 
 
+def _gemini(reply: Answer, _call_id: str) -> Chunk:
+    """Return one candidate, whose thoughts are none."""
+    content = {"role": "model", "parts": [{"text": reply.text}]}
+    reason = "MAX_TOKENS" if reply.truncated else "STOP"
+    return {
+        "candidates": [{"content": content, "finishReason": reason, "index": 0}],
+        "modelVersion": reply.model,
+        "usageMetadata": {
+            "promptTokenCount": reply.prompt_tokens,
+            "candidatesTokenCount": reply.completion_tokens,
+            "totalTokenCount": reply.prompt_tokens + reply.completion_tokens,
+        },
+    }
+
+
+def _converse(reply: Answer, _call_id: str) -> Chunk:
+    """Return Bedrock's form of a message."""
+    message = {"role": "assistant", "content": [{"text": reply.text}]}
+    return {
+        "output": {"message": message},
+        "stopReason": "max_tokens" if reply.truncated else "end_turn",
+        "usage": {
+            "inputTokens": reply.prompt_tokens,
+            "outputTokens": reply.completion_tokens,
+            "totalTokens": reply.prompt_tokens + reply.completion_tokens,
+        },
+        "metrics": {"latencyMs": 1},
+    }
+
+
+def _cohere(reply: Answer, call_id: str) -> Chunk:
+    """Return the message of Cohere's second version."""
+    usage = {"input_tokens": reply.prompt_tokens, "output_tokens": reply.completion_tokens}
+    return {
+        "id": call_id,
+        "message": {"role": "assistant", "content": [{"type": "text", "text": reply.text}]},
+        "finish_reason": "MAX_TOKENS" if reply.truncated else "COMPLETE",
+        "usage": {"billed_units": usage, "tokens": usage},
+    }
+
+
+def _no_events(_reply: Answer, _call_id: str, _body: Json) -> list[Chunk]:
+    raise ValueError("the provider streams only OpenAI's and Anthropic's formats")
+
+
 DIALECTS: Final = {
+    "generateContent": Dialect("messages", _gemini, _no_events, from_gemini),
+    "converse": Dialect("messages", _converse, _no_events, from_bedrock),
+    "invoke": Dialect("messages", _message, _no_events, from_bedrock),
+    "chat": Dialect("messages", _cohere, _no_events),
     "chat/completions": Dialect("messages", _chat, _chat_events),
     "responses": Dialect("input", _response, _response_events),
     "messages": Dialect("messages", _message, _message_events),
