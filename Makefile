@@ -1,5 +1,5 @@
 # `make help` lists what there is to do. Each target makes its environment on first use: `.venv`, and
-# `.venv-demo` for the demo alone.
+# `.venv-demo` and `.venv-peers` for the demo and for the comparison alone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -20,6 +20,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 INSTALLED := .installed-$(firstword $(shell cksum pyproject.toml))
 STAMP := $(VENV)/$(INSTALLED)
 DEMO_STAMP := $(VENV)-demo/$(INSTALLED)
+PEERS_STAMP := $(VENV)-peers/$(INSTALLED)
 
 # What the tests must cover to the last branch: the core, as pyproject.toml's import contract lists it.
 CORE := __init__ $(shell sed -n '/^source_modules/,/^]/s/.*"asyncbucket[.]\(.*\)".*/\1/p' pyproject.toml)
@@ -41,7 +42,7 @@ REAL_CLOCK := $(shell grep -rl --include='test_*.py' 'real_clock' tests)
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz mutants test-lowest test-wheel lint format bench docs links build clean
+.PHONY: help demo test coverage fuzz mutants test-lowest test-wheel lint format bench peers docs links build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -97,6 +98,9 @@ format: $(STAMP) ## Format the code and mend what can be mended
 bench: $(STAMP) ## Measure against the peers; tables and plots go to benchmarks/results
 	$(PY) -m benchmarks
 
+peers: $(PEERS_STAMP) ## Measure against the peers that make LLM calls; token-throttle needs Python 3.12
+	$(VENV)-peers/bin/python -m benchmarks.four29
+
 docs: $(STAMP) ## Build the documentation; warnings and pages that are hard to read are errors
 	@$(PY) tests/docs/reading.py
 	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
@@ -133,3 +137,6 @@ $(STAMP): pyproject.toml
 # Packages are shown as they come. Python compiles what it imports: all of LlamaIndex is far more than that.
 $(DEMO_STAMP): pyproject.toml
 	$(call install,$(VENV)-demo,cli,--no-compile)
+
+$(PEERS_STAMP): pyproject.toml
+	$(call install,$(VENV)-peers,peers,--quiet)

@@ -1,45 +1,35 @@
-"""Send the same calls through four ways of pacing to four kinds of provider, as users set them up.
+"""Send the same calls to four kinds of provider through asyncbucket and through its peers.
 
-Every way drives LlamaIndex's own OpenAI class with the retries that come with it, so refusals cost
-more requests, more time and, in the end, failed calls. The bundled provider runs in a process of its
-own and enforces its limits exactly; its minute lasts 12 s. What was sent and refused is counted by
-the provider, what failed by the caller.
+The provider is the bundled one, in a process of its own: it enforces its limits exactly, and counts
+what was sent and refused; the caller counts the calls that were lost. A minute is a real minute, so
+back-offs are as long as they are in practice. Each run is a process of its own, too, so its processor
+time is its own; several run at once, because each of them waits almost all the time. `ways` sets the
+peers up; one that is not installed is left out.
 
-`python -m benchmarks.four29` takes about ten minutes; table and plots go to benchmarks/results.
+`make peers` takes about half an hour; table and plots go to benchmarks/results.
 """
 
 import argparse
 import asyncio
+import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-import aiolimiter
-import httpx
-from llama_index.core.rate_limiter import TokenBucketRateLimiter
-from llama_index.llms.openai import OpenAI
-from matplotlib.axes import Axes
-
-import asyncbucket
 from asyncbucket.testing import ProviderProcess
 from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
 from benchmarks.harness import progress
-from benchmarks.plot import pages
-from benchmarks.provider import Chat, chat_through
+from benchmarks.plot import OURS, THEIRS, pages
 from benchmarks.report import machine_line, versions_line, write_files
+from benchmarks.ways import PATIENCE, RPM, TPM, WAYS, Place, Way
 
-MINUTE: Final = 12.0
-RPM: Final = 120
-TPM: Final = 12_000
 CALLS: Final = 400
-CONCURRENCY: Final = 50
-MAX_TOKENS: Final = 40
 LATENCY: Final = (0.1, 0.4)
-#: Longer than any way that works takes; what is still under way then has failed.
-PATIENCE: Final = 150.0
 RESULTS: Final = Path(__file__).parent / "results"
 
 COUNTS: Final[dict[PolicyName, str]] = {
@@ -48,7 +38,6 @@ COUNTS: Final[dict[PolicyName, str]] = {
     "fixed_window": "the clock's minutes",
     "one_second_slices": "slices of a second",
 }
-Way: TypeAlias = Callable[["Place"], Chat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,94 +51,76 @@ class Outcome:
     sent: int
     refused: int
     #: Calls that raised, in the end, or had no answer after `PATIENCE`.
-    failed: int
+    lost: int
     seconds: float
+    #: Processor time (s) of the caller, and of the proxy if there is one.
+    cpu: float
+
+    @property
+    def used(self) -> float:
+        """The calls that were answered, as a part of what the limit allows in that time."""
+        return (self.calls - self.lost) / (RPM / 60 * self.seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the calls go, and by which client."""
-
-    base_url: str
-    policy: PolicyName
-    client: httpx.AsyncClient
-
-
-def _model(place: Place, **options: Any) -> OpenAI:
-    return OpenAI(
-        model="gpt-4o-mini",
-        api_base=place.base_url,
-        api_key="none",
-        async_http_client=place.client,
-        max_tokens=MAX_TOKENS,
-        **options,
-    )
-
-
-def _nothing(place: Place) -> Chat:
-    return chat_through(_model(place))
-
-
-def _llama_index(place: Place) -> Chat:
-    minutes = 60 / MINUTE
-    limiter = TokenBucketRateLimiter(
-        requests_per_minute=RPM * minutes, tokens_per_minute=TPM * minutes
-    )
-    return chat_through(_model(place, rate_limiter=limiter))
-
-
-def _aiolimiter(place: Place) -> Chat:
-    return chat_through(
-        _model(place), asyncio.Semaphore(CONCURRENCY), aiolimiter.AsyncLimiter(RPM, MINUTE)
-    )
-
-
-def _asyncbucket(place: Place) -> Chat:
-    # Who counts in slices of a second takes no more at once than fits in one, and says so.
-    burst = RPM // 60 if place.policy == "one_second_slices" else None
-    limiter = asyncbucket.Limiter(
-        asyncbucket.Limit("requests", RPM, per=MINUTE, burst=burst),
-        asyncbucket.Limit("tokens", TPM, per=MINUTE),
-        concurrency=CONCURRENCY,
-    )
-    return chat_through(limiter.wrap(_model(place)))
-
-
-WAYS: dict[str, Way] = {
-    "nothing": _nothing,
-    "LlamaIndex's rate_limiter": _llama_index,
-    "aiolimiter + semaphore": _aiolimiter,
-    "asyncbucket": _asyncbucket,
-}
-
-
-async def drive(name: str, policy: PolicyName, *, calls: int) -> Outcome:
+async def drive(way: Way, policy: PolicyName, *, calls: int) -> Outcome:
     """Send ``calls`` chats at once through one way to one provider."""
-    many = httpx.Limits(max_connections=None)
-    limits: dict[str, Any] = {"rpm": RPM, "tpm": TPM, "minute": MINUTE, "policy": policy}
-    with ProviderProcess(latency=LATENCY, **limits) as provider:
-        async with httpx.AsyncClient(limits=many, timeout=120) as client:
-            chat = WAYS[name](Place(provider.base_url, policy, client))
-            start = time.monotonic()
+    logging.disable()  # some peers tell of each retry
+    with ProviderProcess(latency=LATENCY, rpm=RPM, tpm=TPM, policy=policy) as provider:
+        place = Place(provider.url)
+        async with way.start(place) as chat:
+            begun, cpu = time.monotonic(), _cpu(place.processes)
             tasks = [asyncio.ensure_future(chat(f"Tell me about {n}.")) for n in range(calls)]
             await asyncio.wait(tasks, timeout=PATIENCE)
-            seconds = time.monotonic() - start
+            seconds, cpu = time.monotonic() - begun, _cpu(place.processes) - cpu
             for task in tasks:
                 task.cancel()
             replies = await asyncio.gather(*tasks, return_exceptions=True)
         seen = provider.statistics()
-    failed = sum(isinstance(reply, BaseException) for reply in replies)
-    return Outcome(policy, name, calls, seen.requests, seen.refused, failed, seconds)
+    errors = [reply for reply in replies if isinstance(reply, BaseException)]
+    for kind in sorted({type(error).__name__ for error in errors}):
+        sys.stderr.write(f"{way.name}, {policy}: lost calls with {kind}\n")
+    return Outcome(policy, way.name, calls, seen.requests, seen.refused, len(errors), seconds, cpu)
+
+
+def _cpu(processes: Sequence[int]) -> float:
+    """Return the processor time (s) of ``processes`` so far; this is Linux's way to tell it."""
+    ticks = 0
+    for pid in processes:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(*, calls: int = CALLS, ways: Sequence[Way] = WAYS, jobs: int) -> list[Outcome]:
+    """Send the calls through every way to every provider, ``jobs`` of them at once."""
+    slots = asyncio.Semaphore(jobs)
+
+    async def run(way: Way, policy: PolicyName) -> Outcome:
+        command = (sys.executable, "-m", "benchmarks.four29", "--calls", str(calls))
+        async with slots:
+            progress(f"{calls} calls to a {policy} paced by {way.name}")
+            process = await asyncio.create_subprocess_exec(
+                *command, "--way", way.name, "--policy", policy, stdout=asyncio.subprocess.PIPE
+            )
+            output, _ = await process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{way.name} failed at a {policy}")
+        return Outcome(**json.loads(output.splitlines()[-1]))
+
+    pairs: list[tuple[Way, PolicyName]] = [(way, policy) for policy in POLICY_NAMES for way in ways]
+    outcomes = await asyncio.gather(*(run(*pair) for pair in pairs))
+    progress()
+    return outcomes
 
 
 def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Yield the outcomes as Markdown."""
-    yield "| the provider counts by | paced by | requests sent | refused (429) | calls failed | s |"
-    yield "|---|---|--:|--:|--:|--:|"
+    yield "| the provider counts by | paced by | s | lost | 429s | used | CPU, ms a call |"
+    yield "|---|---|--:|--:|--:|--:|--:|"
     for each in outcomes:
         yield (
-            f"| {COUNTS[each.policy]} | {each.way} | {each.sent:,} | {each.refused:,} "
-            f"| {each.failed:,} of {each.calls:,} | {each.seconds:.1f} |"
+            f"| {COUNTS[each.policy]} | {each.way} | {each.seconds:.0f} | {each.lost} "
+            f"| {each.refused:,} | {100 * each.used:.0f} % | {1000 * each.cpu / each.calls:.1f} |"
         )
 
 
@@ -158,66 +129,69 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield from table(outcomes)
     yield ""
     yield machine_line()
-    yield versions_line(("asyncbucket", "aiolimiter", "llama-index-core"))
+    measured = {each.way for each in outcomes}
+    yield versions_line(sorted({way.distribution for way in WAYS if way.name in measured}))
 
 
 _REFUSED: Final = "#d93025"
-_ANSWERED: Final = "#1f77b4"
+_LABEL: Final[dict[str, object]] = {"va": "center", "fontsize": 7}
 
 
 def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Draw what was sent, split by how it was answered, for a light page and for a dark one."""
-    for canvas, _ in pages(folder / "four29", 9, 4.8):
-        grid = canvas.subplots(2, 2, sharex=True, sharey=True).ravel()
-        for axes, policy in zip(grid, POLICY_NAMES, strict=True):
-            _bars(axes, policy, [each for each in outcomes if each.policy == policy])
-        for axes in grid[2:]:
-            axes.set_xlabel("HTTP requests")
-        grid[0].legend(loc="lower right", fontsize=8, frameon=False)
+    """Draw for each kind of provider how long it took, and how many 429s, for either theme."""
+    told = (
+        f"{outcomes[0].calls} calls at once; the provider allows {RPM} requests a minute. Each way of pacing "
+        "is set up as its own\ndocumentation shows, and told that limit if it takes one. Nothing is tuned to "
+        "how the provider counts."
+    )
+    for canvas, ink in pages(folder / "four29", 9, 11):
+        canvas.suptitle(told, x=0.01, ha="left", fontsize=9)
+        grid = canvas.subplots(len(POLICY_NAMES), 2, sharex="col", sharey="row")
+        for (left, right), policy in zip(grid, POLICY_NAMES, strict=True):
+            rows = [each for each in outcomes if each.policy == policy][::-1]
+            names = [each.way for each in rows]
+            colours = [OURS if name == "asyncbucket" else THEIRS for name in names]
+            left.barh(names, [each.seconds for each in rows], color=colours)
+            left.axvline(_at_best(rows[0].calls), color=ink, linewidth=0.8, linestyle=":")
+            right.barh(names, [each.refused for each in rows], color=_REFUSED)
+            edge = left.get_yaxis_transform()
+            for place, each in enumerate(rows):
+                if each.lost:
+                    lost = f"{each.lost} lost"
+                    left.text(1, place, lost, _LABEL, transform=edge, ha="right", color=_REFUSED)
+                right.text(each.refused, place, f" {each.refused:,}", _LABEL)
+            for axes in (left, right):
+                axes.margins(x=0.2)
+                axes.tick_params(labelsize=8)
+            left.set_title(f"a provider that counts by {COUNTS[policy]}", loc="left", fontsize=9)
+        grid[-1][0].set_xlabel("seconds until the last call ended (dotted: the limit's own pace)")
+        grid[-1][1].set_xlabel("requests refused with 429")
 
 
-def _bars(axes: Axes, policy: PolicyName, outcomes: Sequence[Outcome]) -> None:
-    rows = outcomes[::-1]
-    names = [each.way for each in rows]
-    answered = [each.sent - each.refused for each in rows]
-    axes.barh(names, answered, color=_ANSWERED, label="answered")
-    refused = [each.refused for each in rows]
-    axes.barh(names, refused, left=answered, color=_REFUSED, label="refused with 429")
-    for place, each in enumerate(rows):
-        lost = f"{each.failed} calls failed" if each.failed else "none failed"
-        axes.text(each.sent, place, f"  {lost}", va="center", fontsize=7)
-    axes.set_title(f"a provider that counts by {COUNTS[policy]}", loc="left", fontsize=9)
-    axes.margins(x=0.25)
-    axes.tick_params(labelsize=8)
-
-
-def measure(*, calls: int = CALLS) -> list[Outcome]:
-    """Send the calls through every way to every provider, one after the other."""
-    logging.getLogger("llama_index").setLevel(logging.ERROR)  # it warns of each retry
-    outcomes: list[Outcome] = []
-    for policy in POLICY_NAMES:
-        for name in WAYS:
-            progress(f"{calls} calls to a {policy} paced by {name}")
-            outcomes.append(asyncio.run(drive(name, policy, calls=calls)))
-    progress()
-    return outcomes
-
-
-def write(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Write ``four29.md``, ``four29.json`` and the plots."""
-    write_files(folder / "four29", page(outcomes), [asdict(each) for each in outcomes])
-    plot(outcomes, folder)
+def _at_best(calls: int) -> float:
+    """Return how long the limit makes ``calls`` take if none of it is given in advance."""
+    return calls * 60 / RPM
 
 
 def main() -> None:
     """Measure, print the table, and write it with the plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.four29", description=__doc__)
     parser.add_argument("--calls", type=int, default=CALLS, help="how many at once")
+    parser.add_argument("--jobs", type=int, default=6, help="how many runs at once")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--way", choices=[way.name for way in WAYS], help="print this one as JSON")
+    parser.add_argument("--policy", choices=POLICY_NAMES, default=POLICY_NAMES[0])
     options = parser.parse_args()
-    outcomes = measure(calls=options.calls)
+    if options.way:
+        way = next(way for way in WAYS if way.name == options.way)
+        outcome = asyncio.run(drive(way, options.policy, calls=options.calls))
+        print(json.dumps(asdict(outcome)))
+        return
+    ways = [way for way in WAYS if way.installed]
+    outcomes = asyncio.run(measure(calls=options.calls, ways=ways, jobs=options.jobs))
     print("\n".join(table(outcomes)))
-    write(outcomes, options.out)
+    write_files(options.out / "four29", page(outcomes), [asdict(each) for each in outcomes])
+    plot(outcomes, options.out)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def machine_line() -> str:
 
 def versions_line(names: Iterable[str]) -> str:
     """Return the versions of the distributions called ``names``, as a sentence."""
-    return ", ".join(f"{name} {VERSIONS[name]}" for name in names) + "."
+    return ", ".join(f"{name} {version(name)}" for name in names) + "."
 
 
 def machine() -> dict[str, str]:

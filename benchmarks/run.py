@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncbucket.testing.provider.policies import POLICY_NAMES
-from benchmarks import cases, four29, stores
+from benchmarks import cases, stores
 from benchmarks.admission import admission
 from benchmarks.children import children_crowd, children_idle
 from benchmarks.harness import Figure
@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     report.write(options.out)
     plot(figures, options.out)
     if not options.quick and not options.no_provider:
-        four29.write(four29.measure(), options.out)
         stores.write(stores.measure(), options.out)
     sys.stderr.write(f"written to {options.out}\n")
     return 0
