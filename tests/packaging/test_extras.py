@@ -130,7 +130,9 @@ def test_extra_installs_every_module_its_part_imports(path: str, module: str) ->
     assert providers & there, f"{path} imports {module}, which {extras_of(path)} do not install"
 
 
-@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"all", "bench", "dev", "docs", "test"}))
+@pytest.mark.parametrize(
+    "extra", sorted(set(EXTRAS) - {"all", "bench", "dev", "docs", "peers", "test"})
+)
 def test_every_distribution_of_an_extra_is_used(extra: str) -> None:
     """Nobody downloads what nothing imports; a part that moves must be changed here, too."""
     used = {module for _, module in modules()}
