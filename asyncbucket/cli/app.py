@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, pictures, plan, run, watch
+from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, pictures, plan, proxy, run, watch
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.wording import one_line
 
@@ -74,7 +74,11 @@ def _message(error: Exception, command: str) -> str:
     return f'{command} needs {package}: pip install "asyncbucket[cli]"'
 
 
-for each in (demo.demo, plan.plan, run.run, watch.watch, pictures.plot, doctor.doctor):
+COMMANDS: Final = (
+    *(demo.demo, plan.plan, run.run, proxy.proxy),
+    *(watch.watch, pictures.plot, doctor.doctor),
+)
+for each in COMMANDS:
     said, _, examples = inspect.cleandoc(each.__doc__ or "").partition("Examples:\n")
     # A backspace keeps the lines of a paragraph as they are.
     shown = f"{said}\b\nExamples:\n{textwrap.indent(textwrap.dedent(examples), '  ')}"

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
@@ -67,6 +67,20 @@ def read_count(typed: str, *, maximum: int | None = None) -> int:
         end = "on" if maximum is None else f"to {maximum:,}"
         raise ValueError(f"{typed!r} is not a whole number from 1 {end}, such as 500 or 2k")
     return number
+
+
+def read_concurrency(typed: str | None) -> int | Literal["auto"] | None:
+    """Return a number of calls in flight, or ``auto``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return None if typed is None else "auto" if typed == "auto" else read_count(typed)
+    except ValueError:
+        raise ValueError(
+            f"--concurrency must be a number from 1 on, or auto, not {typed!r}"
+        ) from None
 
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]

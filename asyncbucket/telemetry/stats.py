@@ -150,7 +150,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer."""
-        if not _is_here(self.headers.get("Host") or "localhost"):
+        if not is_loopback(self.headers.get("Host") or "localhost"):
             self.send_error(403, "Only for this machine")
         elif self.path.partition("?")[0] != "/":
             self.send_error(404, "See / for limiters, telemetry.prometheus for metrics")
@@ -167,7 +167,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Print nothing: this is somebody else's terminal."""
 
 
-def _is_here(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Tell whether a host, with or without a port, names this machine."""
     try:
         name = urlsplit(f"//{host}").hostname or ""

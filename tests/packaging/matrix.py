@@ -19,7 +19,7 @@ PROMISES = Path(__file__).with_name("promises.py")
 #: Without extras, and with each of those that users install.
 ALONE = (
     *("none", "llama-index", "openai", "http", "batch", "redis", "prometheus", "otel", "testing"),
-    *("cli", "plot", "all"),
+    *("proxy", "cli", "plot", "all"),
 )
 #: Milliseconds that `import asyncbucket` may add to `import asyncio`.
 ALLOWED = 50.0

@@ -37,7 +37,8 @@ from asyncbucket.stores import open_store
 IMPLIED = {
     "openai": {"llama-index"},
     "llama-index": {"http"},
-    "cli": {"batch", "openai", "testing"},
+    "proxy": {"http", "prometheus"},
+    "cli": {"batch", "openai", "proxy", "testing"},
     "plot": {"cli"},
     "all": {"cli", "otel", "plot", "prometheus", "redis"},
 }
@@ -298,9 +299,15 @@ def gives_fixtures() -> None:
     assert "virtual_time" in shown
 
 
+@promise("proxy")
+def has_a_proxy() -> None:
+    importlib.import_module("asyncbucket.proxy.serving")
+    assert "--upstream" in _run("-m", "asyncbucket", "proxy", "--help")
+
+
 @promise("cli", tells=False)
 def has_commands() -> None:
-    for command in ("demo", "run", "plan", "watch", "plot", "doctor"):
+    for command in ("demo", "run", "plan", "proxy", "watch", "plot", "doctor"):
         assert "Examples:" in _run("-m", "asyncbucket", command, "--help"), command
     assert "tokens bind" in _run(
         *("-m", "asyncbucket", "plan", "--calls", "1000", "--tokens", "800"),

@@ -25,6 +25,7 @@ SERVES = {
     "cli/pictures.py": ("cli", "plot"),
     "http": ("http",),
     "llama_index": ("llama-index",),
+    "proxy": ("proxy",),
     "retry.py": ("llama-index",),
     "stores/redis": ("redis",),
     "telemetry/to_opentelemetry.py": ("otel",),
@@ -37,6 +38,8 @@ FOR_THE_USER = {
     # What httpx's clients, streams and errors contain is read without importing its classes.
     "llama-index": {"httpx"},
     "http": {"httpx"},
+    # uvicorn takes them if they are there.
+    "proxy": {"httptools", "uvloop"},
 }
 
 

@@ -5,7 +5,7 @@ in, `answers` is the file that comes out, `work` sends and writes, `screen` coun
 """
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -79,7 +79,7 @@ def run(  # noqa: PLR0913 - one for each option
         source=source,
         out=out,
         limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm})),
-        concurrency=_concurrency(concurrency),
+        concurrency=options.read_concurrency(concurrency),
         model=model,
         endpoint=endpoint,
         system=system,
@@ -96,12 +96,3 @@ def run(  # noqa: PLR0913 - one for each option
         else work.run(job, quiet=quiet, as_json=as_json)
     )
     raise typer.Exit(status)
-
-
-def _concurrency(text: str | None) -> int | Literal["auto"] | None:
-    try:
-        return None if text is None else "auto" if text == "auto" else options.read_count(text)
-    except ValueError:
-        raise ValueError(
-            f"--concurrency must be a number from 1 on, or auto, not {text!r}"
-        ) from None

@@ -1,0 +1,17 @@
+"""A reverse proxy that paces: programs in any language share one limit by changing a base URL.
+
+It is `Limiter.transport` with a server in front. So costs, learning, retries and pauses are those of
+`asyncbucket.http`; here is only what a server adds. Started by `asyncbucket proxy`. Needs
+`pip install "asyncbucket[proxy]"`.
+
+From the inside out: `headers` says what goes on to the provider, `terms` on which terms a caller
+waits, `refusals` how a refusal looks in the provider's format; `app` passes calls on, `options` reads
+what is to be done, `serving` does it until a signal ends it.
+"""
+
+from importlib.util import find_spec
+
+if not all(map(find_spec, ("httpx", "prometheus_client", "starlette", "uvicorn"))):
+    raise ImportError(
+        'the proxy needs httpx, prometheus_client, starlette and uvicorn: pip install "asyncbucket[proxy]"'
+    )

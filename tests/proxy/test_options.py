@@ -1,0 +1,97 @@
+"""What a proxy is told, in a file and on the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, LimitSyntaxError
+from asyncbucket.proxy.options import Address, Options, Settings, read_settings
+
+FILE = """
+[asyncbucket]
+rpm = 500
+tpm = "200k"
+concurrency = "auto"
+
+[proxy]
+upstream = "https://api.openai.com"
+listen = "[::1]:9000"
+tenants_by_key = true
+"""
+
+
+def read(tmp_path: Path, text: str, **given: Any) -> Settings:
+    """Read a file, with options and arguments of the limiter over it."""
+    file = tmp_path / "proxy.toml"
+    file.write_text(text)
+    options: dict[str, Any] = {
+        name: given.pop(name) for name in ("upstream", "listen") if name in given
+    }
+    return read_settings(file, options=options, limits=given.pop("limits", ()), terms=given)
+
+
+def test_file_says_all_and_options_override_it(tmp_path: Path) -> None:
+    settings = read(tmp_path, FILE, rpm=60, limits=["10k RPD"], listen=None)
+    options, limits, terms = settings
+
+    assert set(limits) == {
+        Limit("requests", 60, per=60),
+        Limit("tokens", 200_000, per=60),
+        Limit("requests", 10_000, per=86_400),
+    }
+    assert terms == {"concurrency": "auto", "name": "api.openai.com"}
+    assert options.address == Address("::1", 9000)
+    assert (options.address.is_local, options.tenants_by_key, options.key) == (True, True, None)
+
+
+def test_without_a_file_or_limits_the_options_suffice() -> None:
+    options = {"upstream": "http://gpu:8000/api", "profile": None}
+    settings = read_settings(None, options=options, terms={"rpm": None, "store": None})
+
+    assert settings == (Options(upstream="http://gpu:8000/api"), (), {"name": "gpu"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[proxy]", "say where calls go: --upstream https://api.openai.com"),
+        (
+            "rpm = 5",
+            r"must have the tables \[asyncbucket\], for the limits, and \[proxy\].*not rpm",
+        ),
+        ("[proxy", "proxy.toml is not valid TOML"),
+        (FILE.replace("listen", "listne"), r"\[proxy\] has no entry 'listne'; known: upstream, li"),
+        (FILE.replace("rpm", "rmp"), r"entry 'rmp' of .*proxy.toml, \[asyncbucket\] is not known"),
+        (FILE.replace("https://api.openai.com", "api.openai.com"), "must be https://HOST or http"),
+        (FILE.replace("//api", "//me:secret@api"), "upstream holds a name, a password or a query"),
+        (FILE.replace("= true", '= "yes"'), "tenants_by_key must be true or false, not 'yes'"),
+        (FILE + "key_env = 5", "key_env must be a string, not 5"),
+        (FILE + 'key_env = "NO_SUCH_KEY"', "NO_SUCH_KEY is not set: export the provider's key"),
+        (FILE + 'key_env = "BAD_KEY"', "BAD_KEY holds characters that no key has"),
+        (FILE + 'profile = "opnai"', "no profile is called 'opnai'; known: openai"),
+        (FILE.replace("[::1]:9000", "here"), "'here' is not an address to listen at, such as 4295"),
+    ],
+)
+def test_mistakes_are_named_at_once(
+    tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAD_KEY", "sk-secret\nX-Other: 1")
+    with pytest.raises((ValueError, LimitSyntaxError), match=message) as error:
+        read(tmp_path, text)
+    assert "secret" not in str(error.value)
+
+
+def test_key_is_in_no_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REAL_KEY", "sk-secret")
+    options = Options(upstream="https://api.openai.com", key_env="REAL_KEY")
+
+    assert options.key == "sk-secret"
+    assert "secret" not in repr(options)
+
+
+def test_reload_tells_what_needs_a_restart(tmp_path: Path) -> None:
+    before = read(tmp_path, FILE, store="sqlite:///a.db")
+    after = read(tmp_path, FILE.replace('tpm = "200k"\n', ""), listen="9001", concurrency=5)
+
+    assert before.restarts(after) == ["listen", "store", "200,000 tokens per 60 s"]
