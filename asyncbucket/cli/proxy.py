@@ -54,7 +54,7 @@ def proxy(  # noqa: PLR0913 - one for each option
 
     Programs in any language call this proxy instead of the provider, and share one limit. Calls
     wait their turn here; paths, bodies and streams pass as they are. Without limits it adopts those
-    that the provider's headers announce. Options override the file.
+    that the provider's headers announce. ProxyOptions override the file.
 
     Examples:
         asyncbucket proxy --upstream https://api.openai.com --rpm 500 --tpm 200k
@@ -85,7 +85,8 @@ def proxy(  # noqa: PLR0913 - one for each option
             "store": store,
         },
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.ERROR)
+    logging.getLogger("asyncbucket").setLevel(logging.INFO)
     settings = reread()
     serving = Serving(settings)
     limiter, calls, pages = serving.limiter, serving.address, serving.status_address

@@ -21,10 +21,10 @@ import httpx
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.proxy.caller_terms import CallerTerms
+from asyncbucket.proxy.error_replies import CallerError, ErrorReply
 from asyncbucket.proxy.headers import OWN, Headers, end_to_end, with_key
-from asyncbucket.proxy.options import Options
-from asyncbucket.proxy.refusals import CallerError, Refusal
-from asyncbucket.proxy.terms import Terms
+from asyncbucket.proxy.options import ProxyOptions
 from asyncbucket.telemetry.stats import is_loopback
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _HELD_BODY: Final = 4 * 1_048_576
 _HELD: Final = 64 * _HELD_BODY
 #: Seconds, as the SDKs have them; how many connections there are is the limiter's business.
 _TIMEOUT: Final = {"connect": 5.0, "read": 600.0, "write": 600.0, "pool": None}
+_STOPPING: Final = ErrorReply(status=503, message="the proxy stops: try again", retry_after=1.0)
 
 _log: Final = logging.getLogger("asyncbucket.proxy")
 
@@ -47,45 +48,50 @@ class Proxy:
         options: where they go, with whose key, and who shares; may be replaced while calls are open.
     """
 
-    def __init__(self, limiter: Limiter, options: Options) -> None:
+    def __init__(self, limiter: Limiter, options: ProxyOptions) -> None:
         self.options = options
         self._only_here = options.address.is_local
         self._transport = limiter.transport(profile=options.profile)
-        self._terms = Terms()
+        self._terms = CallerTerms()
         self._held = 0
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        caller = _Caller(scope, receive)
-        call = asyncio.ensure_future(self._answer(caller, send))
+        caller = _Caller(scope, receive, send)
+        call = asyncio.ensure_future(self._answer(caller))
         leaving = asyncio.ensure_future(caller.left())
         try:
             await asyncio.wait((call, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            call.cancel()
-            leaving.cancel()
-            await asyncio.wait((call, leaving))
+        except asyncio.CancelledError:
+            is_stopping = True
+        else:
+            is_stopping = False
+        call.cancel()
+        leaving.cancel()
+        await asyncio.wait((call, leaving))
         if not call.cancelled():
             call.result()  # raises what nobody expected
+        elif is_stopping and not caller.is_answered:
+            await caller.refuse(_STOPPING)
 
     async def aclose(self) -> None:
         """Close the connections to the provider."""
         await self._transport.aclose()
 
-    async def _answer(self, caller: "_Caller", send: "Send") -> None:
+    async def _answer(self, caller: "_Caller") -> None:
         options = self.options
         try:
             _check(caller, only_here=self._only_here)
             with self._terms.applied(caller.headers, tenants_by_key=options.tenants_by_key):
                 request = await self._request(caller, options)
-                await _pass_on(await self._transport.handle_async_request(request), send)
+                await caller.get(await self._transport.handle_async_request(request))
         except _HungUpError:
             return
         except (AsyncBucketError, CallerError, httpx.HTTPError) as error:
-            await _refuse(Refusal.of(error), caller, send)
+            await caller.refuse(ErrorReply.of(error))
         finally:
             self._held -= caller.held
 
-    async def _request(self, caller: "_Caller", options: Options) -> httpx.Request:
+    async def _request(self, caller: "_Caller", options: ProxyOptions) -> httpx.Request:
         """Return the provider's request.
 
         Raises:
@@ -137,14 +143,16 @@ class _HungUpError(Exception):
 
 
 class _Caller:
-    """The other end of a connection: what it sends, and whether it is still there."""
+    """The other end of a connection: what it sends and gets, and whether it is still there."""
 
-    def __init__(self, scope: "Scope", receive: "Receive") -> None:
+    def __init__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         self.scope = scope
         self.headers: Headers = list(scope["headers"])
         #: Bytes of its body that are held.
         self.held = 0
-        self._receive = receive
+        #: Whether its answer has begun.
+        self.is_answered = False
+        self._receive, self._send = receive, send
         self._is_read = asyncio.Event()
 
     @property
@@ -179,6 +187,32 @@ class _Caller:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    async def get(self, reply: Any) -> None:
+        """Send it the provider's reply."""
+        try:
+            await self._begin(reply.status_code, end_to_end(reply.headers.raw))
+            async for chunk in reply.stream:
+                await self._go_on(chunk, more=True)
+        except httpx.HTTPError as error:  # the server cuts the connection, as the provider did
+            _log.warning("the provider broke off a reply (%s)", type(error).__name__)
+        else:
+            await self._go_on(b"", more=False)
+        finally:
+            await reply.aclose()
+
+    async def refuse(self, error: ErrorReply) -> None:
+        """Send it an error of the proxy."""
+        headers, content = error.encoded(anthropic=self.is_anthropic)
+        await self._begin(error.status, headers)
+        await self._go_on(content, more=False)
+
+    async def _begin(self, status: int, headers: Headers) -> None:
+        self.is_answered = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _go_on(self, body: bytes, *, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
 
 async def _joined(kept: deque[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     while kept:
@@ -202,29 +236,5 @@ def _check(caller: _Caller, *, only_here: bool) -> None:
         raise CallerError("this proxy serves only programs on its own machine", status=403)
     if not caller.scope["raw_path"].startswith(b"/"):
         raise CallerError("this is a base URL and no HTTP proxy: give it to the SDK as base_url")
-    if caller.header(b"upgrade") is not None:
-        raise CallerError("WebSockets and other upgrades cannot pass: use the HTTP interface")
-
-
-async def _pass_on(reply: Any, send: "Send") -> None:
-    """Send the provider's reply to the caller."""
-    headers = end_to_end(reply.headers.raw)
-    start = {"type": "http.response.start", "status": reply.status_code, "headers": headers}
-    try:
-        await send(start)
-        async for chunk in reply.stream:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    except httpx.HTTPError as error:  # the server cuts the connection, as the provider did
-        _log.warning("the provider broke off a reply (%s)", type(error).__name__)
-    else:
-        await send({"type": "http.response.body"})
-    finally:
-        await reply.aclose()
-
-
-async def _refuse(refusal: Refusal, caller: _Caller, send: "Send") -> None:
-    """Answer a caller whose call does not come to pass."""
-    headers, content = refusal.reply(anthropic=caller.is_anthropic)
-    start = {"type": "http.response.start", "status": refusal.status, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": content})
+    if (caller.header(b"upgrade") or "").lower() == "websocket":  # Java's client offers others
+        raise CallerError("WebSockets cannot pass: use the provider's HTTP interface")

@@ -1,7 +1,7 @@
 """What the proxy is to do, from a TOML file and from the command line, which overrides it.
 
 The file's table ``[asyncbucket]`` describes the limiter, as for `Limiter.from_toml`; the table
-``[proxy]`` has the entries of `Options`::
+``[proxy]`` has the entries of `ProxyOptions`::
 
     [asyncbucket]
     rpm = 500
@@ -31,7 +31,7 @@ from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 _HOST: Final = "127.0.0.1"
 #: Where `asyncbucket watch` looks.
 DEFAULT_STATUS: Final = f"{_HOST}:{DEFAULT_PORT}"
-#: Options that a reload cannot change.
+#: ProxyOptions that a reload cannot change.
 _FIXED: Final = ("listen", "status", "profile")
 
 
@@ -66,7 +66,7 @@ class Address(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class ProxyOptions:
     """Say where calls come in, where they go, and who shares.
 
     Attributes:
@@ -95,7 +95,8 @@ class Options:
                 what = "true or false" if kind is bool else "a string"
                 raise ValueError(f"{each.name} must be {what}, not {value!r}")
         _check_upstream(self.upstream)
-        _ = self.address, self.status_address
+        if self.address.port == self.status_address.port != 0:
+            raise ValueError(f"listen and status are both at port {self.address.port}: change one")
         if self.profile is not None:
             profile_named(self.profile)
         object.__setattr__(self, "key", None if self.key_env is None else _key_in(self.key_env))
@@ -111,14 +112,14 @@ class Options:
         return Address.read(self.status)
 
 
-class Settings(NamedTuple):
+class ProxySettings(NamedTuple):
     """What a proxy is made of: its own options, and its limiter's limits and arguments."""
 
-    options: Options
+    options: ProxyOptions
     limits: tuple[Limit, ...]
     terms: Mapping[str, Any]
 
-    def restarts(self, other: "Settings") -> list[str]:
+    def restarts(self, other: "ProxySettings") -> list[str]:
         """Return what differs from ``other`` and is in force only after a restart."""
         mine, theirs = self.options, other.options
         names = [name for name in _FIXED if getattr(mine, name) != getattr(theirs, name)]
@@ -134,12 +135,12 @@ def read_settings(
     options: Mapping[str, Any],
     limits: Iterable[str | Limit] = (),
     terms: Mapping[str, Any],
-) -> Settings:
+) -> ProxySettings:
     """Return the settings in a file, overridden by those given; None was not given.
 
     Args:
         config: a TOML file with the tables ``[asyncbucket]`` and ``[proxy]``, or one of them.
-        options: of `Options`.
+        options: of `ProxyOptions`.
         limits: further limits.
         terms: arguments of `Limiter`, such as ``rpm``, ``concurrency`` and ``store``.
 
@@ -159,15 +160,15 @@ def read_settings(
     else:
         read, arguments = collect(**given)
     entries = {**tables.get("proxy", {}), **{n: v for n, v in options.items() if v is not None}}
-    known = [each.name for each in fields(Options) if each.init]
+    known = [each.name for each in fields(ProxyOptions) if each.init]
     for name in entries:
         if name not in known:
             raise ValueError(f"{config}: [proxy] has no entry {name!r}; known: {', '.join(known)}")
     if "upstream" not in entries:
         raise ValueError("say where calls go: --upstream https://api.openai.com")
-    found = Options(**entries)
+    found = ProxyOptions(**entries)
     arguments.setdefault("name", urlsplit(found.upstream).hostname)
-    return Settings(found, read, arguments)
+    return ProxySettings(found, read, arguments)
 
 
 def _tables_in(config: Path) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.proxy.app import Proxy
-from asyncbucket.proxy.options import DEFAULT_STATUS, Address, Options, Settings
+from asyncbucket.proxy.options import DEFAULT_STATUS, Address, ProxyOptions, ProxySettings
 from asyncbucket.telemetry import prometheus, report
 from asyncbucket.telemetry.stats import is_loopback
 
@@ -51,7 +51,7 @@ class Serving:
         ValueError: an address is taken or not available, or an argument of the limiter is wrong.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ProxySettings) -> None:
         self._settings, options = settings, settings.options
         self.limiter = Limiter(*settings.limits, **settings.terms)
         self._proxy = Proxy(self.limiter, options)
@@ -78,7 +78,7 @@ class Serving:
         is_status = scope["server"][1] == self.status_address.port
         await (self._status_pages if is_status else self._proxy)(scope, receive, send)
 
-    def run(self, reread: Callable[[], Settings] | None = None) -> None:
+    def run(self, reread: Callable[[], ProxySettings] | None = None) -> None:
         """Serve until SIGINT or SIGTERM; then finish what is open, or drop it after a while.
 
         Args:
@@ -89,7 +89,7 @@ class Serving:
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop's
             runner.run(self._run(server, reread))
 
-    async def _run(self, server: "_Server", reread: Callable[[], Settings] | None) -> None:
+    async def _run(self, server: "_Server", reread: Callable[[], ProxySettings] | None) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,7 +102,7 @@ class Serving:
             await self._proxy.aclose()
             await self.limiter.aclose()
 
-    def reload(self, reread: Callable[[], Settings]) -> None:
+    def reload(self, reread: Callable[[], ProxySettings]) -> None:
         """Put new settings in force; open calls go on. What cannot be read changes nothing."""
         before = self._settings
         try:
@@ -113,7 +113,7 @@ class Serving:
             _log.error("the settings stay as they are: %s", error)
             return
         self._settings, self._proxy.options = settings, settings.options
-        _log.warning("new settings are in force")
+        _log.info("new settings are in force")
         if waiting := before.restarts(settings):
             _log.warning("a restart is needed to change %s", ", ".join(waiting))
 
@@ -130,12 +130,18 @@ class _Server(uvicorn.Server):
                 date_header=False,
                 lifespan="off",
                 log_config=None,
+                log_level="error",  # it warns of each upgrade that is offered
                 server_header=False,
                 timeout_graceful_shutdown=_GRACE,
                 timeout_keep_alive=_KEEP_ALIVE,
                 ws="none",
             )
         )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # they are told that the proxy stops
+            await asyncio.wait(self.server_state.tasks)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -154,7 +160,7 @@ def _listen(address: Address) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, listener.detach())
 
 
-def _listen_for_status(options: Options) -> socket.socket:
+def _listen_for_status(options: ProxyOptions) -> socket.socket:
     """Listen where the status pages are to be; if their default port is taken, at any free one."""
     try:
         return _listen(options.status_address)

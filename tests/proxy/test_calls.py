@@ -95,6 +95,7 @@ async def test_call_reaches_the_provider_as_it_was_sent(
             "connection": "x-hop, keep-alive",
             "x-hop": "1",
             "te": "trailers",
+            "upgrade": "h2c",
             "asyncbucket-priority": "batch",
         }
         exact = {"target": target.encode()}
@@ -112,7 +113,7 @@ async def test_call_reaches_the_provider_as_it_was_sent(
     assert dict(seen["headers"]).get("content-length") == length
     assert dict(seen["headers"])["host"] == httpx.URL(upstream[1]).netloc.decode()
     assert dict(seen["headers"])["x-custom"] == "Ünique"
-    assert {"x-hop", "te", "connection", "asyncbucket-priority"}.isdisjoint(names)
+    assert {"x-hop", "te", "upgrade", "connection", "asyncbucket-priority"}.isdisjoint(names)
     assert len(names) == len(set(names))
     assert got.headers.get_list("set-cookie") == ["a=1", "b=2"]
     assert got.headers["content-encoding"] == "gzip"
@@ -247,7 +248,7 @@ async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
         ("/x", {"asyncbucket-priority": "1000"}, 400, "-priority: priority must be 'interac"),
         ("/x", {"asyncbucket-agent": "a/"}, 400, "-agent: 'a/' is neither NAME nor KIND/NAME"),
         ("/x", {"asyncbucket-tenant": ""}, 400, "asyncbucket-tenant is empty"),
-        ("/x", {"upgrade": "websocket", "connection": "upgrade"}, 400, "WebSockets and other"),
+        ("/x", {"upgrade": "websocket", "connection": "upgrade"}, 400, "WebSockets cannot pass"),
         ("/x", {"host": "evil.example"}, 403, "only programs on its own machine"),
         ("/x", {"origin": "https://evil.example"}, 403, "only programs on its own machine"),
         ("/x", {"origin": "null"}, 403, "only programs on its own machine"),
@@ -274,6 +275,20 @@ async def test_provider_out_of_reach_is_502_in_its_own_format(path: str) -> None
     assert told.status_code == 502
     assert "the provider cannot be reached (ConnectError)" in told.json()["error"]["message"]
     assert proxy.limiter.statistics().in_flight == 0
+
+
+async def test_caller_that_still_waits_when_the_proxy_stops_is_told(upstream: Any) -> None:
+    async with proxied(upstream[1], rpm=1) as proxy:
+        proxy.limiter.acquire_nowait().release()
+        call = asyncio.ensure_future(proxy.client.post("/x", json=CHAT))
+        await proxy.until(waiting=1)
+        for task in asyncio.all_tasks():
+            if "run_asgi" in repr(task.get_coro()):  # the server cancels it after a while
+                task.cancel()
+        told = await call
+        await proxy.until(waiting=0)
+    assert told.status_code == 503
+    assert told.json()["error"]["message"] == "the proxy stops: try again"
 
 
 async def test_reply_that_breaks_off_breaks_off_at_the_caller(upstream: Any) -> None:

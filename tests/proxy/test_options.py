@@ -1,13 +1,15 @@
 """What a proxy is told, in a file and on the command line."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncbucket import Limit, LimitSyntaxError
-from asyncbucket.proxy.options import Address, Options, Settings, read_settings
+from asyncbucket.proxy.options import Address, ProxyOptions, ProxySettings, read_settings
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "proxy"
 FILE = """
 [asyncbucket]
 rpm = 500
@@ -21,7 +23,7 @@ tenants_by_key = true
 """
 
 
-def read(tmp_path: Path, text: str, **given: Any) -> Settings:
+def read(tmp_path: Path, text: str, **given: Any) -> ProxySettings:
     """Read a file, with options and arguments of the limiter over it."""
     file = tmp_path / "proxy.toml"
     file.write_text(text)
@@ -49,7 +51,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
     options = {"upstream": "http://gpu:8000/api", "profile": None}
     settings = read_settings(None, options=options, terms={"rpm": None, "store": None})
 
-    assert settings == (Options(upstream="http://gpu:8000/api"), (), {"name": "gpu"})
+    assert settings == (ProxyOptions(upstream="http://gpu:8000/api"), (), {"name": "gpu"})
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
         (FILE + 'key_env = "NO_SUCH_KEY"', "NO_SUCH_KEY is not set: export the provider's key"),
         (FILE + 'key_env = "BAD_KEY"', "BAD_KEY holds characters that no key has"),
         (FILE + 'profile = "opnai"', "no profile is called 'opnai'; known: openai"),
+        (FILE + 'status = "9000"', "listen and status are both at port 9000: change one"),
         (FILE.replace("[::1]:9000", "here"), "'here' is not an address to listen at, such as 4295"),
     ],
 )
@@ -82,9 +85,21 @@ def test_mistakes_are_named_at_once(
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["proxy.toml", "sidecar.yaml"])
+def test_examples_can_be_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-any")
+    text = (EXAMPLES / name).read_text("utf-8")
+    if name == "sidecar.yaml":
+        text = textwrap.dedent(text.partition("proxy.toml: |\n")[2].partition("---\n")[0])
+    options, limits, terms = read(tmp_path, text)
+
+    assert (options.upstream, terms["concurrency"]) == ("https://api.openai.com", 32)
+    assert len(limits) >= 2
+
+
 def test_key_is_in_no_repr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAL_KEY", "sk-secret")
-    options = Options(upstream="https://api.openai.com", key_env="REAL_KEY")
+    options = ProxyOptions(upstream="https://api.openai.com", key_env="REAL_KEY")
 
     assert options.key == "sk-secret"
     assert "secret" not in repr(options)

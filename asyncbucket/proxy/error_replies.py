@@ -43,7 +43,7 @@ class CallerError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class ErrorReply:
     """Say no to a caller.
 
     Attributes:
@@ -61,7 +61,7 @@ class Refusal:
     bound_by: str | None = None
 
     @classmethod
-    def of(cls, error: Exception) -> "Refusal":
+    def of(cls, error: Exception) -> "ErrorReply":
         """Return how to report an error of a caller, of the limiter, or on the way to the provider."""
         if isinstance(error, CallerError):
             return cls(status=error.status, message=str(error), retry=False)
@@ -82,7 +82,7 @@ class Refusal:
         what = "did not answer in time" if late else "cannot be reached"
         return cls(status=504 if late else 502, message=f"the provider {what} ({kind})")
 
-    def reply(self, *, anthropic: bool) -> tuple[Headers, bytes]:
+    def encoded(self, *, anthropic: bool) -> tuple[Headers, bytes]:
         """Return headers and body, in Anthropic's format or in OpenAI's."""
         kind, code, anthropic_kind = _TYPES[self.status]
         if anthropic:

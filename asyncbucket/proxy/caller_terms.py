@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority
+from asyncbucket.proxy.error_replies import CallerError
 from asyncbucket.proxy.headers import OWN, Headers, key_in
-from asyncbucket.proxy.refusals import CallerError
 
 _KNOWN: Final = ("tenant", "priority", "agent", "timeout")
 #: An agent that makes no call for so many seconds is over.
 _AGENT_IDLE: Final = 60.0
 
 
-class Terms:
+class CallerTerms:
     """Put calls on the terms that their headers ask for.
 
     Args:
@@ -109,11 +109,11 @@ def _deadline(text: str) -> Any:
 
 
 #: Tenant, kind and name of an agent.
-_Key: TypeAlias = tuple[str | None, str | None, str]
+_AgentKey: TypeAlias = tuple[str | None, str | None, str]
 
 
 @dataclass(slots=True)
-class _Run:
+class _RunningAgent:
     """An agent, how many of its calls are open, and when it last began or ended one."""
 
     agent: Agent
@@ -126,7 +126,7 @@ class _RunningAgents:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._runs: OrderedDict[_Key, _Run] = OrderedDict()
+        self._runs: OrderedDict[_AgentKey, _RunningAgent] = OrderedDict()
 
     @contextmanager
     def calling(self, whose: str | None, named: tuple[str | None, str]) -> Generator[Agent]:
@@ -135,7 +135,7 @@ class _RunningAgents:
         key = whose, *named
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(Agent(named[1], named[0], None))
+            run = self._runs[key] = _RunningAgent(Agent(named[1], named[0], None))
         run.calls += 1
         self._saw(key, run)
         try:
@@ -144,7 +144,7 @@ class _RunningAgents:
             run.calls -= 1
             self._saw(key, run)
 
-    def _saw(self, key: _Key, run: _Run) -> None:
+    def _saw(self, key: _AgentKey, run: _RunningAgent) -> None:
         run.seen = self._clock()
         self._runs.move_to_end(key)
 

@@ -1,12 +1,12 @@
 """The terms on which callers wait, from their headers."""
 
 from asyncbucket.core.context import inherited
-from asyncbucket.proxy.terms import Terms
+from asyncbucket.proxy.caller_terms import CallerTerms
 from asyncbucket.testing import VirtualClock
 
 
 def test_headers_say_what_a_call_inherits() -> None:
-    terms = Terms()
+    terms = CallerTerms()
     headers = [
         (b"asyncbucket-tenant", b"acme"),
         (b"asyncbucket-priority", b"interactive"),
@@ -23,7 +23,7 @@ def test_headers_say_what_a_call_inherits() -> None:
     assert inherited.get() is None
 
 
-def agent_in(terms: Terms, name: bytes, tenant: bytes = b"acme") -> object:
+def agent_in(terms: CallerTerms, name: bytes, tenant: bytes = b"acme") -> object:
     headers = [(b"asyncbucket-agent", name), (b"asyncbucket-tenant", tenant)]
     with terms.applied(headers, tenants_by_key=False):
         found = inherited.get()
@@ -32,7 +32,7 @@ def agent_in(terms: Terms, name: bytes, tenant: bytes = b"acme") -> object:
 
 def test_agent_is_over_after_a_minute_without_a_call() -> None:
     clock = VirtualClock()
-    terms = Terms(lambda: clock() * 1e-9)
+    terms = CallerTerms(lambda: clock() * 1e-9)
     first = agent_in(terms, b"a17")
     clock.advance(59)
 
@@ -46,7 +46,7 @@ def test_agent_is_over_after_a_minute_without_a_call() -> None:
 
 def test_agent_with_an_open_call_is_not_over() -> None:
     clock = VirtualClock()
-    terms = Terms(lambda: clock() * 1e-9)
+    terms = CallerTerms(lambda: clock() * 1e-9)
     headers = [(b"asyncbucket-agent", b"a17")]
     with terms.applied(headers, tenants_by_key=False):
         found = inherited.get()
@@ -57,7 +57,7 @@ def test_agent_with_an_open_call_is_not_over() -> None:
 
 
 def test_tenant_of_a_key_is_the_same_for_each_of_its_calls_and_is_not_the_key() -> None:
-    terms = Terms()
+    terms = CallerTerms()
     seen: list[str | None] = []
     for headers in (
         [(b"authorization", b"Bearer sk-one")],
