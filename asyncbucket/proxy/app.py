@@ -104,9 +104,7 @@ class Proxy:
         try:
             url, path = _address(options.upstream, scope["raw_path"])
         except httpx.InvalidURL as error:
-            raise CallerError(
-                "the path is too long, or holds characters that no URL has"
-            ) from error
+            raise CallerError("the path is too long, or is none that a URL may have") from error
         query = scope["query_string"]
         body = await self._body(caller)
         return httpx.Request(
@@ -222,7 +220,7 @@ async def _joined(kept: deque[bytes], rest: AsyncIterator[bytes]) -> AsyncIterat
 
 
 def _check(caller: _Caller, *, only_here: bool) -> None:
-    """Refuse what does not come from a program on this machine, or is not for a base URL.
+    """Refuse what does not come from a program on this machine, and WebSockets.
 
     A browser that was directed here under a foreign name (DNS rebinding) shows that name in ``Host``;
     one that a foreign page has send something shows the page in ``Origin``.
@@ -234,7 +232,5 @@ def _check(caller: _Caller, *, only_here: bool) -> None:
     here = is_loopback(host or "") and (origin is None or is_loopback(urlsplit(origin).netloc))
     if only_here and not here:
         raise CallerError("this proxy serves only programs on its own machine", status=403)
-    if not caller.scope["raw_path"].startswith(b"/"):
-        raise CallerError("this is a base URL and no HTTP proxy: give it to the SDK as base_url")
     if (caller.header(b"upgrade") or "").lower() == "websocket":  # Java's client offers others
         raise CallerError("WebSockets cannot pass: use the provider's HTTP interface")

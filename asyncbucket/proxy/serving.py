@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.http_server import configured, listen
 from asyncbucket.proxy.app import Proxy
 from asyncbucket.proxy.options import DEFAULT_STATUS, Address, ProxyOptions, ProxySettings
 from asyncbucket.telemetry import prometheus, report
@@ -29,10 +30,6 @@ from asyncbucket.telemetry.stats import is_loopback
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-#: Thousands of callers may connect in one instant.
-_BACKLOG: Final = 4_096
-#: Seconds. Longer than any SDK keeps a connection, so no request meets one that is being closed.
-_KEEP_ALIVE: Final = 600
 #: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
 _GRACE: Final = 25
 #: A caller takes two descriptors, one on each side; many systems allow 1,024.
@@ -122,21 +119,8 @@ class _Server(uvicorn.Server):
     """uvicorn that leaves signals to us, and says nothing of its own."""
 
     def __init__(self, app: Any) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                access_log=False,
-                backlog=_BACKLOG,
-                date_header=False,
-                lifespan="off",
-                log_config=None,
-                log_level="error",  # it warns of each upgrade that is offered
-                server_header=False,
-                timeout_graceful_shutdown=_GRACE,
-                timeout_keep_alive=_KEEP_ALIVE,
-                ws="none",
-            )
-        )
+        # It would warn of each upgrade that is offered, and Java's client always offers one.
+        super().__init__(configured(app, log_level="error", timeout_graceful_shutdown=_GRACE))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -149,15 +133,10 @@ class _Server(uvicorn.Server):
 
 
 def _listen(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        why = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        raise ValueError(f"cannot listen at {address} ({why}): give another address") from error
-    # With protocol 0, asyncio would not set TCP_NODELAY, and replies would wait 40 ms for
-    # acknowledgements.
-    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, listener.detach())
+        return listen(*address)
+    except OSError as error:
+        raise ValueError(f"{error.strerror}: give another address") from error
 
 
 def _listen_for_status(options: ProxyOptions) -> socket.socket:

@@ -24,6 +24,7 @@ SERVES = {
     "cli": ("cli",),
     "cli/pictures.py": ("cli", "plot"),
     "http": ("http",),
+    "http_server.py": ("proxy",),
     "llama_index": ("llama-index",),
     "proxy": ("proxy",),
     "retry.py": ("llama-index",),

@@ -266,6 +266,28 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     assert KEY not in told.text
 
 
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"GET /" + b"x" * 65_536 + b" HTTP/1.1\r\nhost: localhost\r\n", b"HTTP/1.1 400"),
+        (b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n", b""),  # and it leaves
+    ],
+)
+async def test_request_that_no_client_sends_takes_nothing(
+    upstream: Any, sent: bytes, told: bytes
+) -> None:
+    async with proxied(upstream[1], concurrency=1) as proxy:
+        host, port = proxy.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent + b"connection: close\r\n\r\n")
+        if not told:
+            writer.write_eof()
+        got = await reader.read()
+        writer.close()
+        await proxy.until(admitted=0, in_flight=0)
+    assert told in got
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 async def test_provider_out_of_reach_is_502_in_its_own_format(path: str) -> None:
     async with proxied("http://127.0.0.1:1", rpm=60) as proxy:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, get_args
 
 import uvicorn
 
+from asyncbucket.http_server import configured, listen
 from asyncbucket.testing.provider.app import Api, StreamBrokenError
 from asyncbucket.testing.provider.enforcer import Enforcer
 from asyncbucket.testing.provider.options import Arrival, Failure, Options, ProviderStatistics
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 Family: TypeAlias = Literal["httpx", "httpx2"]
 
 _HOST: Final = "127.0.0.1"
-_BACKLOG: Final = 4096
-"""Thousands of agents may connect in one instant."""
-_KEEP_ALIVE: Final = 600
-"""Seconds. Longer than any client's own expiry, so no request meets a closing connection."""
 _STARTING: Final = 60.0
 """Seconds that a server gets to start; a thread's own error is on standard error."""
 _STOPPING: Final = 10.0
@@ -306,20 +303,8 @@ class _ProviderServer(uvicorn.Server):
     """uvicorn in a thread with a loop of its own; it is stopped by an event, and at once."""
 
     def __init__(self, app: "ASGIApp", port: int) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                access_log=False,
-                backlog=_BACKLOG,
-                date_header=False,
-                lifespan="off",
-                log_config=None,
-                server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE,
-                ws="none",
-            )
-        )
-        self._socket = _listen(port)
+        super().__init__(configured(app))
+        self._socket = listen(_HOST, port)
         self.port: int = self._socket.getsockname()[1]
         #: Resolved with what stops the server, once it answers.
         self._ready: Future[Callable[[], object]] = Future()
@@ -359,17 +344,3 @@ class _ProviderServer(uvicorn.Server):
             connection.transport.abort()
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks)
-
-
-def _listen(port: int) -> socket.socket:
-    # `socket.create_server` leaves the protocol at 0, and asyncio sets TCP_NODELAY only for TCP:
-    # each reply would wait 40 ms for the client's delayed acknowledgement.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((_HOST, port))
-        listener.listen(_BACKLOG)
-    except OSError as exc:
-        listener.close()
-        raise OSError(exc.errno, f"cannot listen on {_HOST}:{port}: {exc.strerror}") from exc
-    return listener
