@@ -119,6 +119,8 @@ class Proxy:
     async def _body(self, caller: "_Caller") -> bytes | AsyncIterator[bytes]:
         """Return the whole body if it may be held, else a stream."""
         chunks, kept = caller.body(), deque[bytes]()
+        if int(caller.header(b"content-length") or 0) > _HELD_BODY:
+            return chunks
         async for chunk in chunks:
             kept.append(chunk)
             caller.held += len(chunk)

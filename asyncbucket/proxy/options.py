@@ -123,7 +123,7 @@ class ProxySettings(NamedTuple):
         """Return what differs from ``other`` and is in force only after a restart."""
         mine, theirs = self.options, other.options
         names = [name for name in _FIXED if getattr(mine, name) != getattr(theirs, name)]
-        terms = {*self.terms, *other.terms} - {"concurrency"}
+        terms = {*self.terms, *other.terms} - ({"concurrency"} & other.terms.keys())
         names += sorted(each for each in terms if self.terms.get(each) != other.terms.get(each))
         gone = {limit.key for limit in self.limits} - {limit.key for limit in other.limits}
         return names + [str(limit) for limit in self.limits if limit.key in gone]

@@ -58,17 +58,10 @@ class Serving:
         except ValueError:
             self._calls.close()
             raise
+        #: Where calls come in, and where the status pages are.
+        self.address = Address(*self._calls.getsockname()[:2])
+        self.status_address = Address(*self._status.getsockname()[:2])
         self._status_pages = _status_pages(self.limiter, only_here=options.status_address.is_local)
-
-    @property
-    def address(self) -> Address:
-        """Where calls come in."""
-        return Address(*self._calls.getsockname()[:2])
-
-    @property
-    def status_address(self) -> Address:
-        """Where the status pages are."""
-        return Address(*self._status.getsockname()[:2])
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer a request at either address."""
@@ -82,12 +75,10 @@ class Serving:
             reread: returns new settings on SIGHUP; by default that signal is not taken.
         """
         _allow_many_connections()
-        server = _Server(self)
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop's
-            runner.run(self._run(server, reread))
+        asyncio.run(self._run(reread))
 
-    async def _run(self, server: "_Server", reread: Callable[[], ProxySettings] | None) -> None:
-        loop = asyncio.get_running_loop()
+    async def _run(self, reread: Callable[[], ProxySettings] | None) -> None:
+        server, loop = _Server(self), asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, server.handle_exit, number, None)

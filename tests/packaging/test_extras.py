@@ -39,8 +39,6 @@ FOR_THE_USER = {
     # What httpx's clients, streams and errors contain is read without importing its classes.
     "llama-index": {"httpx"},
     "http": {"httpx"},
-    # uvicorn takes them if they are there.
-    "proxy": {"httptools", "uvloop"},
 }
 
 
