@@ -107,6 +107,9 @@ def test_key_is_in_no_repr(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reload_tells_what_needs_a_restart(tmp_path: Path) -> None:
     before = read(tmp_path, FILE, store="sqlite:///a.db")
-    after = read(tmp_path, FILE.replace('tpm = "200k"\n', ""), listen="9001", concurrency=5)
+    shorter = FILE.replace('tpm = "200k"\nconcurrency = "auto"\n', "")
+    after = read(tmp_path, shorter, listen="9001")
 
-    assert before.restarts(after) == ["listen", "store", "200,000 tokens per 60 s"]
+    gone = ["listen", "concurrency", "store", "200,000 tokens per 60 s"]
+    assert before.restarts(after) == gone
+    assert read(tmp_path, FILE).restarts(read(tmp_path, FILE, concurrency=5)) == []
