@@ -4,15 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from asyncbucket import errors, events
+from asyncbucket.core.budget import Budget, budget
 from asyncbucket.core.context import agent, deadline, priority, sticky, tenant
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
     AcquireTimeout,
     AsyncBucketError,
+    BudgetExceeded,
     CostExceedsLimit,
     LimitSyntaxError,
     QueueFull,
     StoreError,
+    UnknownPrice,
     WouldBlock,
 )
 from asyncbucket.core.explain import Explanation
@@ -24,14 +27,16 @@ from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
 from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
-    from asyncbucket import presets
+    from asyncbucket import presets, prices
     from asyncbucket.core import settings
     from asyncbucket.core.pool import Pool
     from asyncbucket.plan import Plan
+    from asyncbucket.providers.prices import Price
 
 _LAZY = {
     "batch": "asyncbucket.batch",
     "presets": "asyncbucket.presets",
+    "prices": "asyncbucket.prices",
     "settings": "asyncbucket.core.settings",
     "stores": "asyncbucket.stores",
     "telemetry": "asyncbucket.telemetry",
@@ -47,6 +52,8 @@ def __getattr__(name: str) -> object:
         return import_module("asyncbucket.plan").Plan
     if name == "Pool":
         return import_module("asyncbucket.core.pool").Pool
+    if name == "Price":
+        return import_module("asyncbucket.prices").Price
     raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
 
 
@@ -59,6 +66,8 @@ __all__ = [
     "AcquireTimeout",
     "AsyncBucketError",
     "BucketStatistics",
+    "Budget",
+    "BudgetExceeded",
     "Cost",
     "CostExceedsLimit",
     "Explanation",
@@ -69,19 +78,23 @@ __all__ = [
     "Limiter",
     "Plan",
     "Pool",
+    "Price",
     "QueueFull",
     "Statistics",
     "StoreError",
     "TokenBucket",
+    "UnknownPrice",
     "Waits",
     "WouldBlock",
     "agent",
+    "budget",
     "deadline",
     "errors",
     "events",
     "pace",
     "plan",
     "presets",
+    "prices",
     "priority",
     "settings",
     "sticky",

@@ -25,8 +25,8 @@ from asyncbucket.core.wording import shown
 from asyncbucket.nesting import give_up_slots
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
-Price: TypeAlias = Cost | Mapping[str, float]
-PriceOf: TypeAlias = Price | Callable[[Any], Price]
+ItemCost: TypeAlias = Cost | Mapping[str, float]
+ItemCostOf: TypeAlias = ItemCost | Callable[[Any], ItemCost]
 AsyncFunction: TypeAlias = Callable[[Any], Awaitable[Any]]
 
 
@@ -115,7 +115,7 @@ class Pacing:
         limiter: Limiter,
         fn: AsyncFunction,
         *,
-        cost: PriceOf | None,
+        cost: ItemCostOf | None,
         paced: bool | None,
         agents: bool | str = False,
     ) -> None:
@@ -137,7 +137,7 @@ class Pacing:
         self.fn_acquires = bool(paced) and cost is None
         self._refuse: Callable[[str], object] | None = None
         cost = {} if cost is None else cost
-        self._cost: PriceOf = cost if callable(cost) else _keywords(cost)
+        self._cost: ItemCostOf = cost if callable(cost) else _keywords(cost)
 
     def watched(self, end: Callable[[Exception], object]) -> contextlib.ExitStack:
         """Notice calls that acquire once more, in a ``with`` block around all calls.
@@ -205,7 +205,7 @@ def _root(limiter: Limiter) -> Limiter:
     return [*levels(limiter)][-1]
 
 
-def _keywords(price: Price) -> dict[str, Any]:
+def _keywords(price: ItemCost) -> dict[str, Any]:
     """Return the keywords of `Limiter.acquire`."""
     if isinstance(price, Cost):
         return {"cost": price}

@@ -50,7 +50,7 @@ class Outlook:
             seconds = left.get("requests", 0.0) / rate if rate else 0.0
             for use in self.limiter.statistics().limits:
                 more = left.get(use.limit.resource, 0.0) - max(0, use.available)
-                seconds = max(seconds, more * use.limit.per / use.limit.amount)
+                seconds = max(seconds, more * use.limit.per / use.limit.units)
             words += [f"{_clock_time(seconds)} left"] if seconds else []
         return words
 

@@ -24,7 +24,7 @@ from anyio.from_thread import start_blocking_portal
 
 from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.engine import Engine, Item
-from asyncbucket.batch.pacing import Pacing, PriceOf, layers_of
+from asyncbucket.batch.pacing import ItemCostOf, Pacing, layers_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
 
@@ -47,7 +47,7 @@ class MapOptions(TypedDict, total=False):
 
     ordered: bool
     errors: Errors
-    cost: PriceOf | None
+    cost: ItemCostOf | None
     paced: bool | None
     agents: bool | str
     show_progress: bool
@@ -63,7 +63,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     *,
     ordered: bool = False,
     errors: Errors = "raise",
-    cost: PriceOf | None = None,
+    cost: ItemCostOf | None = None,
     paced: bool | None = None,
     agents: bool | str = False,
     show_progress: bool = False,

@@ -13,6 +13,8 @@ __all__ = ["main"]
 
 #: The exit status of a command ended by Ctrl-C or SIGTERM, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
+#: The exit status of a run that its own cap of dollars has stopped.
+SPENT = 3
 #: The exit status of a command that cannot do what was asked.
 CANNOT_RUN = 2
 

@@ -167,7 +167,7 @@ class Run:
     def share(self) -> float:
         """Return the fraction of the limit of requests that was used, from 0 to 1."""
         limit = self.scenario.requests
-        allowed = limit.amount * self.seconds / limit.per
+        allowed = limit.units * self.seconds / limit.per
         return min(1.0, sum(each.admitted for each in self.arrivals) / allowed) if allowed else 0.0
 
     def panel(self) -> Panel:
@@ -182,7 +182,7 @@ class Run:
             facts.append(f"{now.waiting:,} waiting")
             for use in now.limits:
                 label = f"{use.used:,} of {use.limit}"
-                bars.append(Bar(label, min(1.0, use.used / use.limit.amount), style="yellow"))
+                bars.append(Bar(label, min(1.0, use.used / use.limit.units), style="yellow"))
         return Panel(f"{self.name}, {self.seconds:.0f} s", tuple(bars), tuple(facts))
 
     def as_dict(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
         for what, count in run.failures.most_common():
             line = f"{run.name}, {count:,} failed: {one_line(what)}"
             console.print(line, markup=False, highlight=False)
-    rate = scenario.requests.amount / scenario.requests.per
+    rate = scenario.requests.units / scenario.requests.per
     longest = max(run.seconds for run in runs)
     for run in runs:
         admitted, refused = (run.counts(admitted=admitted) for admitted in (True, False))

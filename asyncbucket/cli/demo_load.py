@@ -40,8 +40,8 @@ Job = Callable[[], Awaitable[object]]
 def run_once(run: Run, screen: Screen) -> bool:
     """Run the agents once, from the provider's start to its end; return False if Ctrl-C ended it."""
     provider = ProviderProcess(
-        rpm=run.scenario.requests.amount,
-        tpm=run.scenario.tokens.amount,
+        rpm=run.scenario.requests.units,
+        tpm=run.scenario.tokens.units,
         minute=run.scenario.requests.per,
         charge="usage",
         latency=_LATENCY,

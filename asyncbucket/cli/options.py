@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -88,6 +89,9 @@ Tpm: TypeAlias = Annotated[int | None, count("Tokens a minute.")]
 Preset: TypeAlias = Annotated[str | None, name("A provider's published limits.")]
 Also: TypeAlias = Annotated[
     list[str] | None, text('Any other limit, e.g. "10k RPD" or "40k ITPM".', "--also")
+]
+PriceFile: TypeAlias = Annotated[
+    Path | None, file("What models cost, as TOML or JSON, if not what is published.", "--prices")
 ]
 AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]

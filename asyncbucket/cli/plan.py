@@ -30,6 +30,8 @@ def plan(  # noqa: PLR0913 - one for each option
     preset: options.Preset = None,
     concurrency: Annotated[int | None, options.count("Calls in flight at most.")] = None,
     profile: Annotated[str, options.name("Whose charging rules, e.g. anthropic.")] = "openai",
+    model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
+    prices: options.PriceFile = None,
     # What is found out, and shown.
     what_if: Annotated[
         bool | None, options.flag("Say what other limits would bring.", "--what-if/--no-what-if")
@@ -57,6 +59,8 @@ def plan(  # noqa: PLR0913 - one for each option
         concurrency=concurrency,
         arrivals=None if poisson is None else Poisson(poisson),
         profile=profile,
+        model=model,
+        prices=prices,
         what_if=what_if,
         seed=seed,
         rpm=rpm,

@@ -14,7 +14,7 @@ from rich.console import Console
 from asyncbucket.cli import options
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.errors import StoreError
-from asyncbucket.core.wording import counted, in_seconds, one_line
+from asyncbucket.core.wording import counted, in_seconds, one_line, written
 from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import DEFAULT_PORT, row_of
 
@@ -204,7 +204,12 @@ def _bars(limiter: Mapping[str, Any], above: Limiters) -> Iterator[Bar]:
         style, note = ("yellow" if part >= _FULL else "green"), ""
         if limit["resource"] == binding and limit["available"] <= least:
             style, note = "red", "binds" if part >= _FULL else "binds, paced"
-        yield Bar(f"{limit['used']:,} of {one_line(limit['limit'])}", part, note, style)
+        yield Bar(
+            f"{written(limit['used'], limit['resource'])} of {one_line(limit['limit'])}",
+            part,
+            note,
+            style,
+        )
 
 
 def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

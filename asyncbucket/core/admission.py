@@ -11,6 +11,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import (
     AcquireTimeout,
     AsyncBucketError,
+    BudgetExceeded,
     CostExceedsLimit,
     QueueFull,
     WouldBlock,
@@ -33,6 +34,7 @@ _REASONS: Final[dict[type, Reason]] = {
     AcquireTimeout: "timeout",
     QueueFull: "queue_full",
     CostExceedsLimit: "too_costly",
+    BudgetExceeded: "budget",
 }
 REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 
@@ -125,9 +127,10 @@ def _reason_locked(
     due, bound_by = node.earliest_of_all(amounts, now)
     if at_once and pacer.place is None:
         for limit in (window.limit for level in node.path for window in level.limits.values()):
-            if limit.burst is not None and amounts.get(limit.resource, 0) > limit.burst:
-                burst = counted(limit.burst, limit.resource)
-                why = f"above a burst of {burst} it earns the rest while it is first in line"
+            burst = limit.burst_units
+            if burst is not None and amounts.get(limit.resource, 0) > burst:
+                most = counted(burst, limit.resource)
+                why = f"above a burst of {most} it earns the rest while it is first in line"
                 return NEVER, limit.resource, why
     if bound_by is None and pacer.place is not None:
         known = pacer.place.held_up()

@@ -5,7 +5,7 @@ finishes near the end; with fair shares, too. The fair sojourn protocol (Friedma
 SIGMETRICS 2003) serves agents in the order in which fair sharing *would* finish them. With true
 sizes, each agent then finishes no later than under fair sharing, and most finish far earlier.
 
-Fair sharing is simulated as a fluid. Each call that passes adds its price (`Node.price`, seconds of
+Fair sharing is simulated as a fluid. Each call that passes adds its work (`Node.work`, seconds of
 the limits) to the service that is handed out, and an equal part of it to each agent that the fluid
 has not finished yet: that sum is the virtual time V. An agent that arrives at V and needs ``size``
 would finish at its *tag*, V + size. The lowest tag goes first, and an agent's own calls go in order
@@ -103,7 +103,7 @@ class Agents:
     ) -> tuple[list[Any], int]:
         """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
         run = None if agent is None else self._runs.get(agent)
-        size = self._node.price(amounts) if agent is None else self._size_of(agent)
+        size = self._node.work(amounts) if agent is None else self._size_of(agent)
         tag = self._clock + (size or 0.0) if run is None else run.tag
         runs = [(call, call.lease._run) for call in calls]
         before = [
@@ -117,12 +117,12 @@ class Agents:
     def _size_of(self, agent: Agent) -> float | None:
         """Return what an agent is expected to use that has just come."""
         return (
-            self.expected(agent.kind) if agent.expects is None else self._node.price(agent.expects)
+            self.expected(agent.kind) if agent.expects is None else self._node.work(agent.expects)
         )
 
-    def lone(self, price: float) -> AgentRun:
+    def lone(self, work: float) -> AgentRun:
         """Return the run of a call that no agent makes."""
-        return self._enter(None, price)
+        return self._enter(None, work)
 
     def _enter(self, agent: Agent | None, size: float | None) -> AgentRun:
         self._numbers += 1
@@ -141,9 +141,9 @@ class Agents:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
         return (self._sizes.get(kind) or self._all).mean_above(above)
 
-    def pay(self, run: AgentRun, price: float) -> None:
-        """Take in that a call of ``run`` has passed, at ``price``: virtual time moves."""
-        fluid, left = self._fluid, price
+    def pay(self, run: AgentRun, work: float) -> None:
+        """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
+        fluid, left = self._fluid, work
         while fluid:
             tag, _, first = fluid[0]
             if first.fluid and first.tag == tag:
@@ -155,16 +155,16 @@ class Agents:
                 self._in_fluid -= 1
             heapq.heappop(fluid)
         self._clock += left / max(1, self._in_fluid)
-        self.correct(run, price)
+        self.correct(run, work)
 
     def passed(self, lease: Lease) -> None:
         """Take in that a call has passed; one that waited while no agent ran has no run."""
         if lease._run is not None:
-            self.pay(lease._run, self._node.price(lease._amounts))
+            self.pay(lease._run, self._node.work(lease._amounts))
 
-    def correct(self, run: AgentRun, price: float) -> None:
+    def correct(self, run: AgentRun, work: float) -> None:
         """Take in what a call has paid or, if negative, got back."""
-        run.used += price
+        run.used += work
         if run.used > run.size:
             self._resize(run)
 
@@ -244,7 +244,7 @@ class CallsByAgent:
         """Add a call."""
         run = call.lease._run
         if run is None:
-            run = call.lease._run = self._agents.lone(call.line.node.price(call.amounts))
+            run = call.lease._run = self._agents.lone(call.line.node.work(call.amounts))
         heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
 
     def popleft(self) -> Any:
@@ -306,7 +306,7 @@ class AgentLease(Lease):
         pacer: Pacer = self._node.pacer
         with pacer:
             agents = agents_of(self._node)
-            self._run = agents.run_of(self._agent) or agents.lone(self._node.price(self._amounts))
+            self._run = agents.run_of(self._agent) or agents.lone(self._node.work(self._amounts))
         if not super()._try_now():
             return False
         pacer.do(agents.passed, self)
@@ -314,12 +314,12 @@ class AgentLease(Lease):
 
     def _hand_back_locked(self) -> None:
         super()._hand_back_locked()
-        self._run.used -= self._node.price(self._amounts)
+        self._run.used -= self._node.work(self._amounts)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
-        price, before = self._node.price, self._booked()
+        work, before = self._node.work, self._booked()
         super()._settle_locked(used)
-        agents_of(self._node).correct(self._run, price(self._booked()) - price(before))
+        agents_of(self._node).correct(self._run, work(self._booked()) - work(before))
 
 
 def agents_of(node: Node) -> Agents:

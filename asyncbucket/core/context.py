@@ -1,4 +1,4 @@
-"""What code inherits from its caller: a priority, a tenant, a deadline.
+"""What code inherits from its caller: a priority, a tenant, a deadline, budgets.
 
 An agent makes its calls deep inside a framework that knows nothing of limits. Context variables
 reach them there, in every task that is started inside:
@@ -60,13 +60,15 @@ class Inherited:
     deadline: float | None = None
     #: What the calls have in common, by which a pool chooses a member.
     sticky: str | None = None
+    #: `asyncbucket.core.budget.Budget`, outermost first.
+    budgets: tuple[Any, ...] = ()
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; 0 once it is over."""
         return None if self.deadline is None else max(0.0, self.deadline - _now())
 
 
-#: One variable for all three, so that a call does one look-up. For most it is None.
+#: One variable for all of it, so that a call does one look-up. For most it is None.
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
 
 
@@ -92,12 +94,14 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
     def __enter__(self) -> None:
         if self._token is not None:
             raise RuntimeError(
-                "this context was entered before: call priority(), tenant() or deadline() anew"
+                "this context was entered before: call priority(), tenant(), deadline() or budget() anew"
             )
         outer = inherited.get() or Inherited()
         inner = replace(outer, **self._values)
         if outer.deadline is not None and inner.deadline is not None:
             inner = replace(inner, deadline=min(outer.deadline, inner.deadline))
+        if "budgets" in self._values:
+            inner = replace(inner, budgets=outer.budgets + inner.budgets)
         self._token = inherited.set(inner)
 
     def __exit__(self, *_: object) -> None:

@@ -4,19 +4,20 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Final, Self
 
-from asyncbucket.core.wording import is_number, shown
+from asyncbucket.core.wording import MICRO, USD, in_given_unit, is_number, shown
 
 #: Resources that every call may name, whether or not the limiter limits them.
-COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens"})
+COMMON: Final = frozenset({"requests", "tokens", "input_tokens", "output_tokens", USD})
 
 
 def rounded_up(value: float, what: str) -> int:
-    """Return ``value`` as a whole number of units, rounded up; refuse what is not an amount."""
+    """Return an amount of ``what`` in whole units, rounded up; refuse what is not an amount."""
     if not is_number(value):
         raise TypeError(f"{what} must be a number, not {shown(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} must be finite and not negative, not {value!r}")
-    return math.ceil(value)
+    # 1.1 dollars are 1,100,000.0000000002 units in floats.
+    return math.ceil(round(value * MICRO, 3) if what == USD else value)
 
 
 def amounts_of(
@@ -60,7 +61,8 @@ class Cost(Mapping[str, int]):
 
     ``tokens`` is input plus output; it defaults to their sum. If only ``tokens`` is given, the
     split is unknown, so limits of input tokens and of output tokens each count all of it. Amounts
-    are rounded up; resources that cost nothing are left out.
+    are rounded up; resources that cost nothing are left out. ``usd`` is given in dollars, and its
+    units are micro-dollars: ``Cost(usd=0.5)["usd"]`` is 500,000.
 
     Raises:
         TypeError: an amount is not a number, or is of ``concurrency``: each call takes one slot.
@@ -99,7 +101,7 @@ class Cost(Mapping[str, int]):
         return len(self._amounts)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{name}={amount}" for name, amount in self._amounts.items())
+        inside = ", ".join(f"{name}={in_given_unit(amount, name)}" for name, amount in self.items())
         return f"Cost({inside})"
 
 

@@ -335,6 +335,13 @@ def make_sizer(bounds: tuple[int, int], earlier: Sizer | None) -> Sizer:
     return Adaptive(least=bounds[0], most=bounds[1], **start)
 
 
+def read_prices(prices: Any) -> Mapping[str, Any]:
+    """Return what models cost, from what the user gave."""
+    from asyncbucket.providers.prices import read_prices
+
+    return read_prices(prices)
+
+
 def open_place(node: Node, store: Any, **options: Any) -> Place:
     """Return what keeps the limits of a root in a store."""
     from asyncbucket.stores.place import open_place

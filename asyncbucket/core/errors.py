@@ -8,18 +8,24 @@
     ├── WouldBlock                       ``acquire_nowait`` found no room now
     ├── AcquireTimeout (TimeoutError)    the deadline passed, or is bound to
     ├── QueueFull                        ``max_queue`` calls wait already
+    ├── BudgetExceeded                   a call that would pass the budget around it
+    ├── UnknownPrice (ValueError)        a model whose calls cost nobody knows what
     └── StoreError                       shared state is out of reach, or unusable
 
 Every message says what happened, the numbers, and the remedy.
 """
 
+from typing import Any
+
 __all__ = [
     "AcquireTimeout",
     "AsyncBucketError",
+    "BudgetExceeded",
     "CostExceedsLimit",
     "LimitSyntaxError",
     "QueueFull",
     "StoreError",
+    "UnknownPrice",
     "WouldBlock",
     "refusal_in",
 ]
@@ -61,6 +67,37 @@ class AcquireTimeout(_NotNow, TimeoutError):  # noqa: N818 - a name of the publi
 
 class QueueFull(_NotNow):
     """Say that ``max_queue`` calls wait already."""
+
+
+class BudgetExceeded(AsyncBucketError):  # noqa: N818 - a name of the public interface
+    """Say that a call would pass the budget around it, before it is sent: see `asyncbucket.budget`.
+
+    The message is written for an agent, too: it says what is left, and to end with what there is.
+    Amounts are dollars, or units, as they were given.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: Any,
+        resource: str,
+        cap: float,
+        spent: float,
+        reserved: float,
+        cost: float,
+    ) -> None:
+        super().__init__(message)
+        #: The budget, and which of its caps it is: ``"usd"``, ``"tokens"``...
+        self.budget, self.resource = budget, resource
+        #: The cap; what is spent of it, and reserved by calls in flight.
+        self.cap, self.spent, self.reserved = cap, spent, reserved
+        #: What the call may cost at most.
+        self.cost = cost
+
+
+class UnknownPrice(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface
+    """Say that a limit or a budget of dollars is in force, and nobody knows what a model costs."""
 
 
 class StoreError(AsyncBucketError):

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 #: Why a call was turned away.
-Reason = Literal["would_block", "timeout", "queue_full", "too_costly"]
+Reason = Literal["would_block", "timeout", "queue_full", "too_costly", "budget"]
 #: How a call ended, as its lease was told.
 Outcome = Literal["ok", "overloaded", "failed"]
 
@@ -130,6 +130,8 @@ class Released(Event):
     #: Seconds between admission and release.
     held: float
     outcome: Outcome
+    #: What it has used, as settled by now, or else as reserved.
+    used: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

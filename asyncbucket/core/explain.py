@@ -11,7 +11,7 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, latest
 from asyncbucket.core.queue import AnyWaiter, Line
-from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb
+from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
@@ -97,8 +97,9 @@ class Explanation:
 
     def _written(self, rate: Rate) -> str:
         limit = rate.limit
-        paced = limit.burst is not None and limit.burst < limit.amount
-        text = f"{limit}, burst {limit.burst:,}" if paced else str(limit)
+        burst, text = limit.burst_units, str(limit)
+        if burst is not None and burst < limit.units:
+            text += f", burst {written(burst, limit.resource)}"
         several = any(other.limiter != rate.limiter for other in self.rates)
         return f"{rate.limiter}: {text}" if several else text
 
@@ -229,7 +230,7 @@ def _rates(node: Node, amounts: Amounts) -> list[Rate]:
         each = (_rates(route, amounts) for route in _routes(node, amounts))
         return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [
-        Rate(level.name, limit, limit.amount / limit.per / amounts[limit.resource])
+        Rate(level.name, limit, limit.units / limit.per / amounts[limit.resource])
         for level in node.path
         for limit in (window.limit for window in level.limits.values())
         if amounts.get(limit.resource)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 from asyncbucket.core.admission import (
     REFUSALS,
     count_refusal,
+    refuse,
     too_late,
     too_late_locked,
     too_many_wait_locked,
@@ -27,6 +28,7 @@ from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.core.seats import Seat, ThreadSeat
 from asyncbucket.core.terms import CallAmounts
+from asyncbucket.core.wording import USD
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
@@ -239,6 +241,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         finally:
             pacer.do(pacer.seats.pop, seat, None)
 
+    def _refuse(self) -> None:
+        """Refuse the call, which cannot pass now."""
+        refuse(self._node, self._amounts)
+
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]
         pacer: Pacer = node.pacer
@@ -336,7 +342,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         given: Mapping[str, Any] = used
         for name, amount in given.items():
             if amount is not None:
-                usual = type(amount) is int and amount >= 0
+                usual = type(amount) is int and amount >= 0 and name != USD
                 amounts[name] = amount if usual else rounded_up(amount, name)  # pyright: ignore[reportArgumentType]
         self._settle(amounts)
 
@@ -538,7 +544,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     break
         if pacer.observed:
             held = (pacer.clock() - self._when) * 1e-9
-            pacer.notify_locked(node, Released, cost=self.cost, held=held, outcome=outcome)
+            used = Cost.of(self._booked())
+            pacer.notify_locked(
+                node, Released, cost=self.cost, held=held, outcome=outcome, used=used
+            )
 
     def _tell_sizer(self, level: Node, outcome: Outcome) -> None:
         """Tell what finds the number of slots how the call ended."""

@@ -1,6 +1,6 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from asyncbucket.core.context import inherited, nanoseconds
@@ -53,6 +53,19 @@ def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     return tuple(
         window.limit for node in limiter._node.path for window in tuple(node.limits.values())
     )
+
+
+def counts(limiter: Limiter, resource: str) -> bool:
+    """Tell whether a limit here or above, or a budget around this code, counts ``resource``."""
+    if resource in limiter._node.resources():
+        return True
+    context = inherited.get()
+    return context is not None and any(resource in each.cap for each in context.budgets)
+
+
+def prices_of(limiter: Limiter) -> Mapping[str, Any]:
+    """Return the prices that the root of ``limiter`` was given."""
+    return [*levels(limiter)][-1]._prices
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
@@ -160,4 +173,6 @@ def terms_of(limiter: Limiter) -> dict[str, Any]:
     if limiter.parent is not None:
         return terms | {"weight": node.weight, "priority": limiter._priority}
     place = node.pacer.place
+    if limiter._prices:
+        terms["prices"] = limiter._prices
     return terms if place is None else terms | place.options()

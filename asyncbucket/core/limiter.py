@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast
 
 from asyncbucket.core import doors
-from asyncbucket.core.admission import refuse
 from asyncbucket.core.agents import AgentLease
+from asyncbucket.core.budget import pay_from
 from asyncbucket.core.context import (
     Agent,
     Inherited,
@@ -58,7 +58,10 @@ from asyncbucket.core.terms import (
 from asyncbucket.core.wording import is_integer, read_count, shown
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from asyncbucket.llama_index.estimate import Estimator
+    from asyncbucket.providers.prices import Prices
     from asyncbucket.retry import Retry
 
 T = TypeVar("T")
@@ -106,13 +109,16 @@ class Limiter(Doors, OfThisProcess):
         wall_clock: a callable that returns integer nanoseconds since 1970 (UTC), for limits that
             reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
             clock set to the current time now. With a store, the store's clock counts.
+        prices: what models cost, for limits and budgets of dollars, if not what is published:
+            ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML or JSON file;
+            see `asyncbucket.prices`.
         limits_by_keyword: ``rpm=500`` for ``"500 RPM"``; also rps, rph, rpd, tpm, tpd, itpm, otpm.
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
-            ``on_outage`` is none of these words, the store's URL is not understood, or ``name``
-            holds surrogates.
+            ``on_outage`` is none of these words, the store's URL is not understood, ``name`` holds
+            surrogates, or ``prices`` cannot be read.
         TypeError: ``name`` is not a string, ``store`` is not a store, or a clock returns no
             integer.
         ImportError: the extra that serves the store is not installed.
@@ -126,6 +132,7 @@ class Limiter(Doors, OfThisProcess):
         "_is_proven",
         "_node",
         "_parent",
+        "_prices",
         "_priority",
         "_tenants",
         "_terms",
@@ -144,12 +151,14 @@ class Limiter(Doors, OfThisProcess):
         slot_ttl: float = 30.0,
         clock: Callable[[], int] = time.monotonic_ns,
         wall_clock: Callable[[], int] | None = None,
+        prices: "Prices | str | PathLike[str] | None" = None,
         **limits_by_keyword: Unpack[LimitKeywords],
     ) -> None:
         given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
         terms = Terms.read(limits, {**given, **limits_by_keyword})
         read_on_outage(on_outage)
         slot_ttl = read_slot_ttl(slot_ttl)
+        self._prices = {} if prices is None else doors.read_prices(prices)
         self._set_up(Pacer(clock, read_name(name), wall_clock).root, None, terms)
         self._start(terms)
         if store is not None:
@@ -206,7 +215,8 @@ class Limiter(Doors, OfThisProcess):
             deadline: the latest instant, in seconds of the limiter's clock (``time.monotonic()``).
             priority: how urgent the call is; see `asyncbucket.priority`.
             tenant: whose call it is; the same as asking ``limiter.key(tenant)``.
-            resources: amounts of other resources that the limiter limits, e.g. ``images=3``.
+            resources: amounts of other resources that the limiter limits, e.g. ``images=3``; and
+                ``usd=0.002``, US dollars.
 
         Raises:
             CostExceedsLimit: the cost is above a limit and can never pass; a ValueError.
@@ -214,6 +224,7 @@ class Limiter(Doors, OfThisProcess):
                 raised at once if even a safe lower bound of the wait, with everything lent given
                 back, is longer.
             QueueFull: ``max_queue`` calls wait already.
+            BudgetExceeded: the call would pass a budget around this code: see `asyncbucket.budget`.
             StoreError: the store that keeps the limits cannot be used, or was closed meanwhile.
             TypeError, ValueError: an amount or a time is not a finite number from 0 on.
         """
@@ -282,7 +293,7 @@ class Limiter(Doors, OfThisProcess):
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
             if not (buried and lease._try_now()):
-                refuse(node, whole)
+                lease._refuse()
         return lease
 
     def acquire_sync(self, cost: Cost | None = None, **call: Unpack[CallKeywords]) -> Lease:
@@ -374,6 +385,8 @@ class Limiter(Doors, OfThisProcess):
         end()  # report mistakes at once
         urgency = self._urgency(priority, context)
         lease = self._make_lease(running_agent(context), amounts)
+        if context is not None and context.budgets:
+            pay_from(context.budgets, lease)
         lease._deadline, lease._priority = end, urgency
         return lease
 
@@ -854,7 +867,7 @@ class _Tenants:
         self._lock = threading.RLock()
 
 
-def pace(
+def pace(  # noqa: PLR0913 - all but the limits by keyword
     obj: T,
     *limits: str | Limit,
     concurrency: Concurrency | None = None,
@@ -862,6 +875,7 @@ def pace(
     max_queue: int | None = None,
     timeout: float | None = None,
     store: Any = None,
+    prices: "Prices | str | PathLike[str] | None" = None,
     retry: "Retry | int | None" = None,
     estimator: "Estimator | None" = None,
     **limits_by_keyword: Unpack[LimitKeywords],
@@ -878,6 +892,7 @@ def pace(
         max_queue: see `Limiter`.
         timeout: see `Limiter`.
         store: see `Limiter`.
+        prices: see `Limiter`.
         retry: see `asyncbucket.llama_index.wrap`.
         estimator: see `asyncbucket.llama_index.wrap`.
         limits_by_keyword: see `Limiter`.
@@ -894,6 +909,7 @@ def pace(
         max_queue=max_queue,
         timeout=timeout,
         store=store,
+        prices=prices,
         **limits_by_keyword,
     )
     if not limiter.limits and limiter.concurrency is None:

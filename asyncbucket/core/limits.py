@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
-from asyncbucket.core.wording import counted, is_number, plain, written_out
+from asyncbucket.core.wording import MICRO, USD, counted, is_number, plain, written_out
 
 if TYPE_CHECKING:
     from asyncbucket.core.calendars import Calendar, Period
@@ -23,6 +23,7 @@ _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot":
 _OTHER_WORDS: Final = {
     **dict.fromkeys(("requests", "request", "req", "reqs", "r", "call", "calls"), "requests"),
     **dict.fromkeys(("tokens", "token"), "tokens"),
+    **dict.fromkeys(("dollars", "dollar"), USD),
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
@@ -70,7 +71,7 @@ _LONG: Final = re.compile(
 #: What separates a limit from when it resets.
 _RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
 _SYNTAX: Final = (
-    'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", '
+    'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", "25 USD/day", '
     'with "burst 20" at the end if wanted'
 )
 
@@ -88,6 +89,7 @@ class Limit:
     the calendar instead, and comes back in full at that time of day. ``per`` is then ``"day"``,
     ``"week"`` or ``"month"``. What was used beyond the amount stays owed, but for no longer than one
     period. See `asyncbucket.core.calendars` about daylight saving.
+    The resource ``usd`` is money, in US dollars: ``Limit("usd", 25, per="day")``.
 
     Raises:
         LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole number of units from 1 to 1e18, the
@@ -96,19 +98,20 @@ class Limit:
     """
 
     resource: str
-    amount: int
+    #: Whole units, or dollars.
+    amount: float
     #: Seconds; of a month, those of 30 days.
     per: float
-    burst: int | None
+    burst: float | None
     #: The time of day and the zone, if it resets by the calendar.
     resets: str | None
 
     def __init__(
         self,
         resource: str,
-        amount: int,
+        amount: float,
         per: "float | Period" = 60,
-        burst: int | None = None,
+        burst: float | None = None,
         *,
         resets: str | None = None,
     ) -> None:
@@ -120,7 +123,7 @@ class Limit:
             raise LimitSyntaxError("concurrency has no window: pass concurrency=... instead")
         resource = _read_resource(resource)
         put("resource", resource)
-        put("amount", _units(amount, f"limit of {resource}"))
+        put("amount", _amount(amount, resource, f"limit of {resource}"))
         put("per", _read_per(per, resets))
         put("resets", resets)
         if resets is not None:
@@ -133,9 +136,9 @@ class Limit:
             put("resets", str(self.calendar))
         if burst is None:
             is_paced = resource == "requests" and self.per < _UNPACED_FROM
-            put("burst", max(1, self.amount // 10) if is_paced else None)
+            put("burst", max(1, self.units // 10) if is_paced else None)
             return
-        put("burst", _units(burst, "burst"))
+        put("burst", _amount(burst, resource, "burst"))
         if burst > self.amount:
             raise LimitSyntaxError(
                 f"a burst of {burst:,} is above the limit of {self}: lower the burst or raise "
@@ -159,16 +162,28 @@ class Limit:
         if match is None:
             raise LimitSyntaxError(f"{text!r} is not a limit; {_SYNTAX}")
         resource = match["resource"] or "requests"
+        resource = _RESOURCES.get(resource, resource) if match.re is _SHORT else resource
         every = (match.groupdict().get("every") or "1").replace(",", "")
         if match["unit"] == "month" and every != "1":
             raise LimitSyntaxError(f"{text!r} is not a limit: months come one at a time; {_SYNTAX}")
+        in_parts = _read_resource(resource) == USD
         return cls(
-            _RESOURCES.get(resource, resource) if match.re is _SHORT else resource,
-            _read_number(match["amount"], text),
+            resource,
+            _read_number(match["amount"], text, in_parts=in_parts),
             per="month" if match["unit"] == "month" else int(every) * _SECONDS[match["unit"][0]],
-            burst=_read_number(match["burst"], text) if match["burst"] else None,
+            burst=_read_number(match["burst"], text, in_parts=in_parts) if match["burst"] else None,
             resets=resets[0] if resets else None,
         )
+
+    @property
+    def units(self) -> int:
+        """The amount in the units that are counted: of dollars in micro-dollars."""
+        return _units(self.amount, self.resource)
+
+    @property
+    def burst_units(self) -> int | None:
+        """The burst in the units that are counted."""
+        return None if self.burst is None else _units(self.burst, self.resource)
 
     @property
     def window(self) -> int:
@@ -209,7 +224,7 @@ class Limit:
         return (calendar.start(calendar.number(wall) + 1) - wall) * 1e-9
 
     def __str__(self) -> str:
-        calendar, amount = self.calendar, counted(self.amount, self.resource)
+        calendar, amount = self.calendar, counted(self.units, self.resource)
         if calendar is None:
             return f"{amount} per {written_out(self.per)} s"
         return f"{amount} per {calendar.period}, reset at {calendar}"
@@ -229,7 +244,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> l
             raise LimitSyntaxError(f"{keyword}= is not a limit; known: {known}, concurrency")
         if amount is not None:
             resource, per = KEYWORDS[keyword]
-            found.append(Limit(resource, _units(amount, keyword), per=per))
+            found.append(Limit(resource, _amount(amount, resource, keyword), per=per))
     seen: dict[Key, Limit] = {}
     for limit in found:
         earlier = seen.setdefault(limit.key, limit)
@@ -274,21 +289,32 @@ def read_amount(text: str) -> int:
     Raises:
         LimitSyntaxError: it is not a number from 1 on.
     """
-    return Limit.parse(f"{text} requests/s").amount
+    return Limit.parse(f"{text} requests/s").units
 
 
-def _read_number(number: str, text: str) -> int:
+def _read_number(number: str, text: str, *, in_parts: bool = False) -> float:
     """Read a number such as ``14,400`` or ``1.5k``; ``text`` is the limit that contains it."""
     digits = re.sub("[,_]", "", number)
     prefix = digits.lstrip("0123456789.")
     exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
-    if exact.denominator != 1:
+    if exact.denominator == 1:
+        return int(exact)
+    if not in_parts:
         raise LimitSyntaxError(f"{text!r} is not a whole number of units; {_SYNTAX}")
-    return int(exact)
+    return float(exact)
 
 
-def _units(value: float, what: str) -> int:
-    """Return ``value`` if it is a whole positive number of units."""
+def _units(amount: float, resource: str) -> int:
+    """Return an amount in whole units; part of a micro-dollar is left out."""
+    return int(round(amount * MICRO, 3)) if resource == USD else int(amount)
+
+
+def _amount(value: float, resource: str, what: str) -> float:
+    """Return ``value`` if it is a whole positive number of units, or dollars."""
+    if resource == USD:
+        if not is_number(value) or not 1 / MICRO <= value <= _LARGEST / MICRO:
+            raise LimitSyntaxError(f"{what} must be from 0.000001 to 1e12 dollars, not {value!r}")
+        return plain(value)
     if not is_number(value) or not 1 <= value < float("inf") or value != int(value):
         raise LimitSyntaxError(f"{what} must be a whole number of at least 1, not {value!r}")
     if value > _LARGEST:

@@ -107,7 +107,7 @@ class PoolNode(Node):
     def _work_out_limits(self) -> None:
         super()._work_out_limits()
         if self.parent is None:
-            self.prices = self.members.prices()
+            self.seconds = self.members.seconds()
 
     def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
         dues = [
@@ -171,7 +171,7 @@ class NodeAtMember(Node):
         self.meters = (*self.own, *self.member.node.meters)
         self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
         self._work_out_limits()
-        self.prices = self.inner.prices  # by which the pool's agents are measured
+        self.seconds = self.inner.seconds  # by which the pool's agents are measured
         self.bounded = (
             *(node for node in self.inner.path if node.slots < NEVER),
             *self.member.node.bounded,
@@ -265,7 +265,7 @@ class Member:
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
         root = self.root
-        parts = [1 - window.available(now) / window.limit.amount for window in root.limits.values()]
+        parts = [1 - window.available(now) / window.limit.units for window in root.limits.values()]
         parts.append(root.in_flight / root.slots)
         return max(parts)
 
@@ -550,11 +550,11 @@ class Members:
             f"limit or split the request"
         )
 
-    def prices(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         """Return how many seconds one unit takes of all members' limits together."""
         rates: dict[str, float] = {}
         for member in self.members:
-            for resource, seconds in member.node.prices.items():
+            for resource, seconds in member.node.seconds.items():
                 rates[resource] = rates.get(resource, 0.0) + 1 / seconds
         return {resource: 1 / rate for resource, rate in rates.items()}
 

@@ -349,19 +349,20 @@ class Window(Meter):
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
-        self.limit, self.amount = limit, limit.amount
+        self.limit, self.amount = limit, limit.units
         if limit.calendar != self._calendar:  # all counts as booked last
             self._calendar, self._opened = limit.calendar, NEVER
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
             self._closes = now
-        rate = Fraction(limit.amount * 1_000_000_000, limit.window)
-        if limit.burst is None or limit.burst == limit.amount:
+        rate = Fraction(limit.units * 1_000_000_000, limit.window)
+        burst = limit.burst_units
+        if burst is None or burst == limit.units:
             self.pace = None
         elif self.pace is None:
-            self.pace = Bucket(rate=rate, burst=limit.burst)
+            self.pace = Bucket(rate=rate, burst=burst)
             self.pace.began = now
         else:
-            self.pace.reshape(rate=rate, burst=limit.burst, now=now)
+            self.pace.reshape(rate=rate, burst=burst, now=now)
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""

@@ -27,7 +27,7 @@ EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
 #: What is worked out for the first call.
-_WORKED_OUT: Final = ("bounded", "most", "own", "meters", "prices", "takes")
+_WORKED_OUT: Final = ("bounded", "most", "own", "meters", "seconds", "takes")
 
 #: Each meter with the resource that it counts.
 Meters: TypeAlias = tuple[tuple[Meter, str], ...]
@@ -82,9 +82,9 @@ class Node:
         "pacer",
         "parent",
         "path",
-        "prices",
         "refunded",
         "refused",
+        "seconds",
         "sizer",
         "slots",
         "takes",
@@ -103,8 +103,8 @@ class Node:
     bounded: tuple[Any, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The most that one call may cost of each resource.
     most: dict[str, int]  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: How many seconds one unit takes of the fastest limit: see `price`.
-    prices: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: How many seconds one unit takes of the fastest limit: see `work`.
+    seconds: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent, self.weight = name, parent, 1.0
@@ -156,7 +156,7 @@ class Node:
         )
         if parent is not None and not self.own:  # as its parent's
             self.meters, self.takes = parent.meters, parent.takes
-            self.most, self.prices = parent.most, parent.prices
+            self.most, self.seconds = parent.most, parent.seconds
         else:
             self.meters = self.own if parent is None else (*self.own, *parent.meters)
             self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
@@ -166,17 +166,17 @@ class Node:
         self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
 
     def _work_out_limits(self) -> None:
-        self.most, self.prices = {}, {}
+        self.most, self.seconds = {}, {}
         limits = [
             (window.limit, window.refuses) for node in self.path for window in node.limits.values()
         ]
         shortest = min((limit.per for limit, _ in limits), default=0)
         for limit, refuses in limits:
-            resource, seconds = limit.resource, limit.per / limit.amount
+            resource, seconds = limit.resource, limit.per / limit.units
             if refuses:
-                self.most[resource] = min(limit.amount, self.most.get(resource, limit.amount))
+                self.most[resource] = min(limit.units, self.most.get(resource, limit.units))
             if limit.per <= _LONG * shortest:
-                self.prices[resource] = min(seconds, self.prices.get(resource, seconds))
+                self.seconds[resource] = min(seconds, self.seconds.get(resource, seconds))
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
@@ -292,21 +292,21 @@ class Node:
                     most = room
         return most
 
-    def price(self, amounts: Amounts) -> float:
-        """Return what a call costs here: the largest part, in seconds, that it takes of any limit.
+    def work(self, amounts: Amounts) -> float:
+        """Return how much work a call is here: the largest part, in seconds, that it takes of any limit.
 
         6,000 tokens of 60,000 a minute are six seconds. Of several limits of one resource, the
         fastest counts, because it binds from call to call; limits over a day do not count beside
         limits over a minute. Without any limit a call costs one.
         """
-        prices, price = self.prices, 0.0
-        if not prices:
+        per_unit, work = self.seconds, 0.0
+        if not per_unit:
             return 1.0
-        for resource, seconds in prices.items():
+        for resource, seconds in per_unit.items():
             part = amounts.get(resource, 0) * seconds
-            if part > price:  # noqa: PLR1730 - `max` would be a call
-                price = part
-        return price
+            if part > work:  # noqa: PLR1730 - `max` would be a call
+                work = part
+        return work
 
     # --- limits in force ---
 
@@ -335,7 +335,7 @@ class Node:
         else:
             return
         limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
-        limit = next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
+        limit = next(each for each in limits if amounts.get(each.resource, 0) > each.units)
         amount = amounts[limit.resource]
         raise CostExceedsLimit(
             f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and can never "

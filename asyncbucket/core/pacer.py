@@ -485,7 +485,7 @@ class Pacer:
         """Let calls of the only line go, in order, as long as they fit; return how many did."""
         node, calls, root = line.node, line.calls, self.root
         bound_by = line.bound_by or self.bound_by
-        count, waited, price, total = 0, 0, 1.0, 0.0
+        count, waited, work, total = 0, 0, 1.0, 0.0
         last: AnyWaiter | None = None
         while calls and count < most:
             waiter = calls[0]
@@ -505,13 +505,13 @@ class Pacer:
                     node.unbook(node.meters, amounts, now)
             else:
                 break
-            price = root.price(amounts)
-            total += len(group) * price
+            work = root.work(amounts)
+            total += len(group) * work
             count += len(group)
             waited += sum(group)
             last = waiter
         if last is not None:
-            worth = total / price if price else float(count)
+            worth = total / work if work else float(count)
             self._count_served(last, now, count, worth, waited, bound_by)
         return count
 

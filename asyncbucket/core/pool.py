@@ -181,6 +181,9 @@ class Pool(Limiter):
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
         pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
+        self._prices = {
+            model: price for each in reversed(members) for model, price in each._prices.items()
+        }
         pool = pacer.pool = Members(pacer.root, prefer, span)
         self._set_up(pacer.root, None, terms)
         self._start(terms)

@@ -7,18 +7,18 @@ children; at the top, among priorities. Both are a `Flow`, and one rule holds fo
 
 The rule is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each flow has a tag, the
 virtual time at which its next call may start. The lowest tag goes first, and grows by the call's
-price (`Node.price`) divided by the flow's weight. So flows are served in proportion to their
+work (`Node.work`) divided by the flow's weight. So flows are served in proportion to their
 weights, measured in cost, not in calls. What one does not want goes to the others at once; an idle
-child saves nothing up and loses nothing. The price is worked out from what was reserved; settling
+child saves nothing up and loses nothing. The work follows from what was reserved; settling
 corrects the tag.
 
 A newcomer starts at the branch's virtual time: in the paper, the start tag of the call served last.
 But while newcomers keep coming, each would start at that same time, and go before the one just
 served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
-price, divided by the weights of all competitors, to a *potential*: the tag that each would have if
-all were served at once. Virtual time follows the potential at a distance: the prices of the
+work, divided by the weights of all competitors, to a *potential*: the tag that each would have if
+all were served at once. Virtual time follows the potential at a distance: the work of the
 competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
-distance of the largest price ever would stop virtual time for long after a costly call, while
+distance of the largest work ever would stop virtual time for long after a costly call, while
 newcomers with small calls go before all who wait. Finish tags, as in self-clocked fair queueing,
 would be shorter; but a cheap newcomer would then pass a costly call that is next.)
 
@@ -106,10 +106,10 @@ class Flow:
         "living",
         "look",
         "node",
-        "price",
         "rank",
         "tag",
         "weight",
+        "work",
     )
 
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
@@ -118,12 +118,12 @@ class Flow:
         self.rank = rank
         #: The virtual time at which its next call may start; what its last call cost; and what came
         #: back of that.
-        self.tag = self.price = self.credit = 0.0
+        self.tag = self.work = self.credit = 0.0
         #: Until when its own limits hold it up; 0 if they do not.
         self.asleep = 0
         #: In which look it was served last; how many wait here: calls in a line, flows in a branch.
         self.look = self.living = 0
-        #: Whether its weight and price are in the sums of the branch above.
+        #: Whether its weight and work are in the sums of the branch above.
         self.competes = False
 
     def __lt__(self, other: "Flow") -> bool:
@@ -237,8 +237,8 @@ class Line(Flow):
         flow: Flow = self
         while (branch := flow.above) is not None:
             node = branch.node
-            spent = 0.0 if used is None else node.price(used)
-            flow.credit += (node.price(reserved) - spent) / flow.weight
+            spent = 0.0 if used is None else node.work(used)
+            flow.credit += (node.work(reserved) - spent) / flow.weight
             flow = branch
 
 
@@ -249,9 +249,9 @@ class Branch(Flow):
         "_asleep",
         "_joined",
         "_potential",
-        "_prices",
         "_ready",
         "_weights",
+        "_works",
         "clock",
         "flows",
     )
@@ -264,7 +264,7 @@ class Branch(Flow):
         self._asleep: list[tuple[int, Flow]] = []
         #: The virtual time at which newcomers start; the tag that all would have if they were served
         #: at once; the sums of those that compete.
-        self.clock = self._potential = self._weights = self._prices = 0.0
+        self.clock = self._potential = self._weights = self._works = 0.0
         self._joined = 0
 
     def lines(self) -> Iterator[Line]:
@@ -296,19 +296,19 @@ class Branch(Flow):
     def _enter(self, flow: Flow) -> None:
         flow.competes = True
         self._weights += flow.weight
-        self._prices += flow.price
+        self._works += flow.work
 
     def leave(self, flow: Flow) -> None:
         """Let ``flow`` compete no longer; it is forgotten when it would be next."""
         if flow.competes:
             flow.competes = False
             self._weights -= flow.weight
-            self._prices -= flow.price
+            self._works -= flow.work
 
     def rouse(self, flow: Flow) -> None:
         """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
         if flow.asleep:
-            self._make_ready(flow, kept=flow.price / flow.weight)
+            self._make_ready(flow, kept=flow.work / flow.weight)
 
     def rouse_all(self) -> None:
         """Ask all flows anew, here and below."""
@@ -382,23 +382,23 @@ class Branch(Flow):
         flow: Flow = line
         look = self.node.pacer.looks
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.price(amounts), worth)  # noqa: SLF001 - its own kind
+            branch._charge_first(branch.node.work(amounts), worth)  # noqa: SLF001 - its own kind
             flow.look = look
             flow = branch
 
-    def _charge_first(self, price: float, worth: float) -> None:
+    def _charge_first(self, work: float, worth: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
         if self.above is None:
             self._weigh_priorities()
-        self._prices += price - flow.price
-        flow.price = price
+        self._works += work - flow.work
+        flow.work = work
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
         weights = max(self._weights, flow.weight)  # sums of floats drift
-        self._potential += worth * price / weights
-        self.clock = max(self.clock, self._potential - self._prices / weights)
-        step = worth * price / flow.weight - flow.credit
+        self._potential += worth * work / weights
+        self.clock = max(self.clock, self._potential - self._works / weights)
+        step = worth * work / flow.weight - flow.credit
         flow.credit = max(0.0, -step)
         flow.tag += max(0.0, step)
         heapq.heapreplace(self._ready, (flow.tag, flow))

@@ -1,7 +1,8 @@
 """Limits from outside the code: environment variables, and tables in TOML files.
 
 Both give the limiter's own arguments, under the same names: ``limits`` (texts), ``preset``,
-keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``.
+keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``, and
+``prices``, the path of a file.
 """
 
 import os
@@ -20,7 +21,16 @@ L = TypeVar("L")
 
 _FILES: Final = ("asyncbucket.toml", "pyproject.toml")
 _TABLE: Final = "asyncbucket"
-_KNOWN: Final = ("limits", "preset", *KEYWORDS, "concurrency", "max_queue", "name", "store")
+_KNOWN: Final = (
+    "limits",
+    "preset",
+    *KEYWORDS,
+    "concurrency",
+    "max_queue",
+    "name",
+    "store",
+    "prices",
+)
 
 
 def from_env(
@@ -175,7 +185,7 @@ def _read(name: str, value: object) -> Any:
         from asyncbucket.core.presets import preset
 
         return preset(_text(value))
-    if name in ("name", "store"):
+    if name in ("name", "store", "prices"):
         return _text(value)
     if name == "concurrency":
         return _concurrency(value)

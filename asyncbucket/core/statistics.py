@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import in_seconds, with_verb
+from asyncbucket.core.wording import in_seconds, with_verb, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class LimitUse:
-    """Show one limit at one instant."""
+    """Show one limit at one instant; units of ``usd`` are micro-dollars."""
 
     limit: Limit
     #: Units booked within the window, debts included.
@@ -90,8 +90,9 @@ class Statistics:
 
         rows = "".join(
             f"<tr><td>{escape(str(use.limit))}</td>"
-            f'<td><meter value="{min(use.used / use.limit.amount, 1):.3f}"></meter></td>'
-            f"<td>{use.used:,} used, {use.available:,} available</td></tr>"
+            f'<td><meter value="{min(use.used / use.limit.units, 1):.3f}"></meter></td>'
+            f"<td>{written(use.used, use.limit.resource)} used, "
+            f"{written(use.available, use.limit.resource)} available</td></tr>"
             for use in self.limits
         )
         waits = ", ".join(
@@ -117,7 +118,7 @@ class Statistics:
 
 def shares_used(now: Statistics) -> dict[str, float]:
     """Return the used fraction of each limit, and of the slots, by the labels that metrics have."""
-    shares = {use.limit.label: use.used / use.limit.amount for use in now.limits}
+    shares = {use.limit.label: use.used / use.limit.units for use in now.limits}
     if now.concurrency:
         shares["concurrency"] = now.in_flight / now.concurrency
     return shares

@@ -47,11 +47,14 @@ class Keywords(LimitKeywords, total=False):
 
 
 class OtherResources(TypedDict, total=False):
-    """Amounts of resources with other names, such as ``images=3``.
+    """Amounts of resources with other names, such as ``images=3``; and dollars.
 
     They are taken if a limit counts them. No checker can tell such a name from a typing error, so
     where a checker runs, give them in a `Cost`: ``acquire(Cost(images=3))``.
     """
+
+    #: What the call costs in US dollars, for limits and budgets of dollars.
+    usd: float
 
 
 class CallAmounts(OtherResources, total=False):

@@ -3,20 +3,38 @@
 from numbers import Integral, Real
 from typing import Final, TypeGuard
 
+#: The resource that is given and shown in US dollars, and counted in millionths of one.
+USD: Final = "usd"
+#: How many units of it are a dollar.
+MICRO: Final = 1_000_000
 #: Larger amounts are not written out: nobody needs all their digits.
 _MOST: Final = 10**18
 
 
 def named(resource: str) -> str:
-    """Return a resource as people call it: "input tokens"."""
-    return resource.replace("_", " ")
+    """Return a resource as people call it: "input tokens", "USD"."""
+    return "USD" if resource == USD else resource.replace("_", " ")
 
 
 def counted(amount: int, resource: str) -> str:
-    """Return an amount in words: "1 request", "36,055 input tokens"."""
+    """Return an amount in words: "1 request", "36,055 input tokens", "0.25 USD"."""
     name = named(resource)
-    number = f"{amount:,}" if amount <= _MOST else f"over {_MOST:,}"
+    number = written(amount, resource) if amount <= _MOST else f"over {_MOST:,}"
     return f"{number} {name.removesuffix('s') if amount == 1 else name}"
+
+
+def written(amount: int, resource: str) -> str:
+    """Return the number of an amount as people write it: "36,055"; of USD "25", "0.10", "0.000345"."""
+    if resource != USD:
+        return f"{amount:,}"
+    dollars, millionths = divmod(abs(amount), MICRO)
+    cents = f".{millionths:06}".rstrip("0").ljust(3, "0") if millionths else ""
+    return f"{'-' if amount < 0 else ''}{dollars:,}{cents}"
+
+
+def in_given_unit(amount: int, resource: str) -> float:
+    """Return an amount in the unit in which people give it: dollars, or whole units."""
+    return amount / MICRO if resource == USD else amount
 
 
 def shown(value: object) -> str:

@@ -93,7 +93,7 @@ class Headroom(Meter):
 
     def __init__(self, limit: Limit, ours: Iterable[tuple[int, int]] = ()) -> None:
         self.key = limit.key
-        self.amount = limit.amount
+        self.amount = limit.units
         self.window = limit.window
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
@@ -102,7 +102,7 @@ class Headroom(Meter):
         self._last_report = self._first_report = 0
         #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
-        self._growth = limit.amount
+        self._growth = limit.units
         #: What is left untouched while something is missing.
         self._margin = 0
         #: What the latest report said was left, at least, and the most that was ever left.
@@ -114,12 +114,12 @@ class Headroom(Meter):
             self._ours.book(units, when)
         self._booked = 0
         #: What others take of the limit.
-        self.others = Others(limit.amount, limit.window)
+        self.others = Others(limit.units, limit.window)
         #: Until when our bookings reach if spread evenly, and when we last booked.
         self._spread_until = self._last_booking = 0
         self._is_long = limit.window > _LONG
         #: The provider's limit, if it is higher than ours.
-        self._provider_limit = limit.amount
+        self._provider_limit = limit.units
         #: In how many slices the provider may count, and the shortest of these slices, if any.
         self._slice_counts = _SLICE_COUNTS if limit.window in _SLICED else ()
         self._slices: Slices | None = None

@@ -12,7 +12,7 @@ from typing import Any, Final
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
-from asyncbucket.http.lanes import PricedRequest
+from asyncbucket.http.lanes import ReadRequest
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, end_failed, never_sent
 from asyncbucket.providers.request import (
     is_input_only,
@@ -33,16 +33,16 @@ class Attempt:
     """Hold a lease until a call is over, and note the usage that passes.
 
     Args:
-        priced: the request.
+        read: the request.
         lease: what the attempt holds.
         teaches: whether the headers of its reply are the provider's.
         noted: what the layer that retries reads.
     """
 
-    def __init__(self, priced: PricedRequest, lease: Lease, *, teaches: bool, noted: Sent) -> None:
+    def __init__(self, read: ReadRequest, lease: Lease, *, teaches: bool, noted: Sent) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
-        self._lane, self._call, self._profile, _ = priced
+        self._lane, self._call, self._profile, _, self._price = read
         self._lease = lease
         self._teaches = teaches
         self._sent_at = self._lane.limiter.now()
@@ -78,11 +78,15 @@ class Attempt:
         lane.refusals.succeeded(self._sent_at)
         if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
-        elif reports_own_usage(call.method, call.path) and lane.settles_any_limit(self._profile):
+        elif reports_own_usage(call.method, call.path) and (
+            self._price is not None or lane.settles_any_limit(self._profile)
+        ):
             self._tail = self._new_tail(reply)
 
     def _refused(self, reply: Any) -> None:
         """Judge a failed reply by its headers, and by its body if these do not suffice."""
+        if self._price is not None:
+            self._lease.settle(usd=0)  # no provider charges for an error
         if not self._teaches:
             self._lease.failed()
             return
@@ -140,10 +144,12 @@ class Attempt:
             return
         if is_input_only(self._call.path):  # some report the total only
             usage = Usage(usage.total, 0, usage.total)
-        amounts = self._profile.settled(self._call, usage)
+        amounts: dict[str, float] = {**self._profile.settled(self._call, usage)}
+        if amounts and "tokens" not in amounts:  # else it would become the sum of input and output
+            amounts["tokens"] = self._lease.cost.get("tokens", 0)
+        if self._price is not None:
+            amounts["usd"] = self._price.of(usage)
         if amounts:
-            if "tokens" not in amounts:  # else it would become the sum of input and output
-                amounts = {"tokens": self._lease.cost.get("tokens", 0), **amounts}
             self._lease.settle(**amounts)
         if usage.output_tokens:
             self._lane.forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.providers.forecast import OutputForecast, price
+from asyncbucket.providers.forecast import OutputForecast, charge
 from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.prices import price_of_request, with_price
 from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.providers.refusals import Refusals
 from asyncbucket.providers.request import read_json
@@ -23,6 +24,7 @@ from asyncbucket.retry import Retrier, Retry
 
 if TYPE_CHECKING:
     from asyncbucket.core.cost import Cost
+    from asyncbucket.providers.prices import Price
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None
@@ -67,7 +69,7 @@ class Lane:
         return any(limit.resource in profile.settles for limit in limits)
 
 
-class PricedRequest(NamedTuple):
+class ReadRequest(NamedTuple):
     """A request as its profile sees it."""
 
     lane: Lane
@@ -75,6 +77,8 @@ class PricedRequest(NamedTuple):
     profile: Profile
     #: None if it needs no admission.
     cost: "Cost | None"
+    #: What its model costs; None if nothing counts dollars.
+    price: "Price | None"
 
 
 class Lanes:
@@ -111,8 +115,12 @@ class Lanes:
         self._by_limiter: dict[Limiter, Lane] = {limiter: self._default}
         self._choose = None if routes is None else self._chooser(routes)
 
-    def read(self, request: Any, *, teaches: bool) -> PricedRequest:
-        """Price ``request``; expect headers from a host that ``teaches``."""
+    def read(self, request: Any, *, teaches: bool) -> ReadRequest:
+        """Work out what ``request`` costs; expect headers from a host that ``teaches``.
+
+        Raises:
+            UnknownPrice: something counts dollars, and nobody knows what its model costs.
+        """
         url = request.url
         try:
             content: bytes | None = request.content
@@ -125,7 +133,11 @@ class Lanes:
         if teaches:
             lane.header_reader.expect(profile)
         limits = in_force(effective_limiter(lane.limiter))
-        return PricedRequest(lane, *price(call, profile, limits))
+        call, cost = charge(call, profile, limits)
+        price = price_of_request(lane.limiter, call, cost)
+        if price is not None and cost is not None:
+            cost = with_price(lane.limiter, call, cost, price)
+        return ReadRequest(lane, call, profile, cost, price)
 
     def _lane_of(self, target: Target) -> Lane:
         limiter = self._resolve(target)

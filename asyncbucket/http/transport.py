@@ -24,7 +24,7 @@ from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.bodies import can_be_resent, keep_body, reply_body, request_body
-from asyncbucket.http.lanes import Lanes, PricedRequest, Routing
+from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
 from asyncbucket.nesting import give_up_slots, paying_limiter
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
 from asyncbucket.providers.profiles import Profile
@@ -171,24 +171,24 @@ class PacedTransport(_AnyTransport):
         above: _Note | None = extensions.get(_NOTE)
         first_host = host if above is None else above.host
         teaches = host == first_host
-        priced = self._lanes.read(request, teaches=teaches)
-        limiter = priced.lane.limiter
+        read = self._lanes.read(request, teaches=teaches)
+        limiter = read.lane.limiter
         is_sdk_retry = self._is_sdk_retry(request)
-        if priced.cost is None or self._is_paid(limiter, above):
+        if read.cost is None or self._is_paid(limiter, above):
             sent_at = limiter.now()
             reply = await io.call(send, request)
             if teaches:
-                ok, reader = reply.status_code < FIRST_ERROR, priced.lane.header_reader
-                reader.read(reply.headers, priced.profile, since=sent_at, ok=ok)
+                ok, reader = reply.status_code < FIRST_ERROR, read.lane.header_reader
+                reader.read(reply.headers, read.profile, since=sent_at, ok=ok)
             return reply
-        retrier, noted = priced.lane.retrier, sent_above()
+        retrier, noted = read.lane.retrier, sent_above()
         if noted is not None or is_sdk_retry or not can_be_resent(request):
             retrier = None
         noted = noted or Sent()
 
         async def once() -> Any:
             note = _Note(limiter, first_host)
-            reply, attempt = await self._attempt(request, priced, io, send, note, noted)
+            reply, attempt = await self._attempt(request, read, io, send, note, noted)
             if retrier is None or attempt.verdict is None:
                 return reply
             if attempt.verdict.retry:
@@ -203,14 +203,14 @@ class PacedTransport(_AnyTransport):
             return refused.reply
 
     async def _attempt(
-        self, request: Any, priced: PricedRequest, io: IO, send: Any, note: _Note, noted: Sent
+        self, request: Any, read: ReadRequest, io: IO, send: Any, note: _Note, noted: Sent
     ) -> tuple[Any, Attempt]:
         """Send ``request`` once; return the reply, and the attempt, which lasts as long as that."""
         limiter = note.limiter
         give_up_slots(limiter)
-        lease = await io.acquire(limiter, cost=priced.cost)
+        lease = await io.acquire(limiter, cost=read.cost)
         teaches = request.url.host == note.host
-        attempt = Attempt(priced, lease, teaches=teaches, noted=noted)
+        attempt = Attempt(read, lease, teaches=teaches, noted=noted)
         request.extensions = {**request.extensions, _NOTE: note}
         body = request.stream
         request.stream = request_body(body, attempt)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from asyncbucket.core.cost import rounded_up
 from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.prices import added_tokens
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
@@ -67,6 +68,8 @@ class Estimate:
         output_tokens: what comes back, at most or probably.
         foreseen: whether the output is a guess rather than a limit. A guess may be lowered to what
             the limits can ever admit.
+        input_at_most: what the input surely stays under, for limits and budgets of dollars; None
+            if that is ``input_tokens``.
 
     Raises:
         TypeError, ValueError: an amount is not a number, or negative, NaN or infinite.
@@ -75,6 +78,7 @@ class Estimate:
     input_tokens: int
     output_tokens: int
     foreseen: bool = False
+    input_at_most: int | None = None
 
     def __post_init__(self) -> None:
         rounded_up(self.input_tokens, "input_tokens")
@@ -146,8 +150,10 @@ class DefaultEstimator:
         sent = {name: fields[name] for name in _SENT_FIELDS if name in fields}
         limit = _output_limit(arguments) or _output_limit(fields)
         text = _json({"messages": messages, **sent, **arguments})
+        added = added_tokens(has_tools=bool(arguments.get("tools")))
         return Estimate(
             input_tokens=self._count(text) + _ADDED_BYTES // _BYTES_PER_TOKEN + media.tokens,
+            input_at_most=size_of(text) + added + media.tokens,
             # The forecast is for the whole call.
             output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
             foreseen=not limit,
@@ -155,9 +161,7 @@ class DefaultEstimator:
 
     def _count(self, text: str) -> int:
         """Return the tokens of a text, by its bytes or by the tokenizer if that finds more."""
-        # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbours are.
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-        by_size = -(-size // _BYTES_PER_TOKEN)
+        by_size = -(-size_of(text) // _BYTES_PER_TOKEN)
         return by_size if self._tokenizer is None else max(by_size, len(self._tokenizer(text)))
 
 
@@ -201,6 +205,12 @@ class _Media:
             case _:
                 return block  # as its fields
         return None
+
+
+def size_of(text: str) -> int:
+    """Return the bytes of a text, of which a token has at least one."""
+    # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbours are.
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _output_limit(holder: Mapping[str, Any]) -> int:

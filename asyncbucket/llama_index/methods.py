@@ -31,7 +31,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.tools import BaseTool
 from llama_index.core.tools.types import AsyncBaseTool
 
-from asyncbucket.llama_index.estimate import Estimate, Estimator
+from asyncbucket.llama_index.estimate import Estimate, Estimator, size_of
 from asyncbucket.llama_index.misuse import unretried_options
 from asyncbucket.llama_index.pacing import Method, ModelCall, is_part_of_call, pacing_of
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
@@ -71,7 +71,8 @@ def _prediction(
 
 def _embedding(estimator: Estimator, _: Any, texts: str | Sequence[str]) -> Estimate:
     texts = [texts] if isinstance(texts, str) else texts
-    return Estimate(input_tokens=estimator.embedding(texts), output_tokens=0)
+    at_most = sum(map(size_of, texts))
+    return Estimate(estimator.embedding(texts), output_tokens=0, input_at_most=at_most)
 
 
 def _image(*_: Any) -> Estimate:

@@ -28,13 +28,15 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
-from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent
+from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent, was_refused
 from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.prices import model_of, price_here, within_limits
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry, Sent
 from asyncbucket.waiting import ASYNC, IO
 
 if TYPE_CHECKING:
+    from asyncbucket.providers.prices import Price
     from asyncbucket.providers.profiles import Profile
 
 #: Where a paced model or tool keeps its `Pacing`.
@@ -94,13 +96,22 @@ class HeldCall(HeldLease):
         "_sent_at",
         "_stream",
         "hides_usage",
+        "price",
         "profile",
         "usages",
     )
 
-    def __init__(self, limiter: Limiter, lease: Lease, header_reader: HeaderReader) -> None:
+    def __init__(
+        self,
+        limiter: Limiter,
+        lease: Lease,
+        header_reader: HeaderReader,
+        price: "Price | None" = None,
+    ) -> None:
         super().__init__(limiter, lease)
         self._header_reader = header_reader
+        #: What the model costs; None if nothing counts dollars.
+        self.price = price
         #: Methods of models that were called inside, by which the call may make more requests.
         self._methods = 0
         #: Requests that were seen to leave, and requests that the lease pays for.
@@ -156,19 +167,28 @@ class HeldCall(HeldLease):
             lease.settle(requests=requests)
 
     def actual_usage(self, find: Callable[[], Usage | None]) -> Usage | None:
-        """Return what the call used, as was noted or as ``find`` says.
-
-        What the provider's limits do not count is left out.
-        """
+        """Return what the call used, as was noted or as ``find`` says."""
         known = [usage for usage in self.usages if usage is not None]
-        usage = functools.reduce(operator.add, known) if known else find()
-        if usage is None or self.profile is None:
-            return usage
-        return self.profile.counted(usage)
+        return functools.reduce(operator.add, known) if known else find()
+
+    def amounts(self, usage: Usage) -> dict[str, float]:
+        """Return what ``usage`` is in the amounts that are settled, as the provider counts them."""
+        counted = usage if self.profile is None else self.profile.counted(usage)
+        amounts: dict[str, float] = {
+            "input_tokens": counted.input_tokens,
+            "output_tokens": counted.output_tokens,
+        }
+        if self.price is not None:
+            # Each request has its own price: long prompts have another, and parts are rounded up.
+            requests = [each for each in self.usages if each is not None] or [usage]
+            amounts["usd"] = sum(map(self.price.of, requests))
+        return amounts
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a request that found no connection costs nothing."""
         # The SDK's own error says only that there was no connection; its cause says why.
+        if self.price is not None and self._requests <= 1 and was_refused(error):
+            lease.settle(usd=0)
         only = self._requests == 1 and self._sent_at is None
         end_failed(lease, error, unsent=only and never_sent(error.__cause__))
 
@@ -280,7 +300,7 @@ class Pacing:
         try:
             with held:
                 reply = await call.send()
-            self.settle(lease, held.actual_usage(lambda: call.method.read(reply)))
+            self.settle(held, held.actual_usage(lambda: call.method.read(reply)))
         except BaseException as error:
             held.failed(lease, error)
             raise
@@ -289,9 +309,22 @@ class Pacing:
 
     async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
         """Wait for the admission of a call that costs ``estimate``; note when it leaves."""
-        lease = await self._acquire(call.io, **self._amounts(estimate))
+        amounts, price = self._amounts(estimate), None
+        if estimate.input_tokens or estimate.output_tokens:
+            price = price_here(self.limiter, model_of(call.model, call.kwargs))
+        if price is not None:
+            amounts["usd"] = self._usd(estimate, price)
+        lease = await self._acquire(call.io, **amounts)
         call.sent.at = self.limiter.now()
-        return lease, HeldCall(self.limiter, lease, self.header_reader)
+        return lease, HeldCall(self.limiter, lease, self.header_reader, price)
+
+    def _usd(self, estimate: Estimate, price: "Price") -> float:
+        """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
+        if estimate.foreseen:
+            usd = price.at_most(estimate.input_tokens, estimate.output_tokens)
+            return within_limits(self.limiter, usd)
+        at_most = estimate.input_at_most or estimate.input_tokens
+        return price.at_most(at_most, estimate.output_tokens)
 
     async def _acquire(self, io: IO, **amounts: float) -> Lease:
         """Wait for the admission of a call, for which calls around it give up slots."""
@@ -307,15 +340,16 @@ class Pacing:
         output = estimate.output_tokens
         for limit in in_force(effective_limiter(self.limiter)) if estimate.foreseen else ():
             if limit.resource == "output_tokens":
-                output = min(output, limit.amount)
+                output = min(output, limit.units)
             elif limit.resource == "tokens":
-                output = min(output, limit.amount - estimate.input_tokens)
+                output = min(output, limit.units - estimate.input_tokens)
         return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
 
-    def settle(self, lease: Lease, usage: Usage | None) -> None:
+    def settle(self, held: HeldCall, usage: Usage | None) -> None:
         """Correct the reservation to what a whole reply used, if that is known."""
-        if usage is not None:
-            lease.settle(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+        lease = held.lease
+        if usage is not None and lease is not None:
+            lease.settle(**held.amounts(usage))
             observe = getattr(self.estimator, "observe", None)
             if usage.output_tokens and observe is not None:  # embeddings teach nothing
                 observe(usage.output_tokens)

@@ -81,7 +81,7 @@ class _Stream(Generic[T]):
             assert self._lease is not None
             assert self._held is not None
             # When the whole reply is there; for a broken stream the usage is never known.
-            self._pacing.settle(self._lease, self._held.actual_usage(lambda: self._usage))
+            self._pacing.settle(self._held, self._held.actual_usage(lambda: self._usage))
             self._end()
         return item
 

@@ -12,16 +12,30 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import read_count
 
 if TYPE_CHECKING:
+    from os import PathLike
+
+    from asyncbucket.plan.bill import PlannedDollars
     from asyncbucket.plan.calls import Poisson, Sample, Samples
     from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
+    from asyncbucket.providers.prices import Prices
 
 #: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
 _LAZY: Final = {
     **dict.fromkeys(("Poisson", "Sample", "Samples"), "calls"),
+    "PlannedDollars": "bill",
     **dict.fromkeys(("Plan", "PlannedLimit", "PlannedWaits"), "result"),
 }
 
-__all__ = ["Plan", "PlannedLimit", "PlannedWaits", "Poisson", "Sample", "Samples", "plan"]
+__all__ = [
+    "Plan",
+    "PlannedDollars",
+    "PlannedLimit",
+    "PlannedWaits",
+    "Poisson",
+    "Sample",
+    "Samples",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -30,7 +44,7 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
-def plan(
+def plan(  # noqa: PLR0913 - all but the limits by keyword
     *limits: str | Limit,
     calls: int | None = None,
     tokens: "Samples | None" = None,
@@ -39,6 +53,8 @@ def plan(
     arrivals: "Poisson | None" = None,
     what_if: bool | None = None,
     profile: str = "openai",
+    model: str | None = None,
+    prices: "Prices | str | PathLike[str] | None" = None,
     seed: int = 0,
     **limits_by_keyword: float | None,
 ) -> "Plan":
@@ -69,17 +85,21 @@ def plan(
         what_if: whether to find out what other limits would gain, which takes two more runs for
             each limit that any call waits for; by default up to 100,000 calls.
         profile: how the provider charges a request's body: see `asyncbucket.providers.profiles`.
+        model: which model is called, for the plan's ``usd``; by default what requests' bodies name.
+        prices: as for `Limiter`.
         seed: the seed of everything that is drawn at random.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
 
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         CostExceedsLimit: no call can ever pass; if only some cannot, they are counted.
-        ValueError, TypeError: something is missing or makes no sense; the message says what.
+        ValueError, TypeError: something is missing or makes no sense, or nobody knows what
+            ``model`` costs; the message says what.
         OSError: a file cannot be read.
     """
     from asyncbucket.plan.calls import Load
     from asyncbucket.plan.result import make_plan
+    from asyncbucket.providers.prices import read_prices
 
     read = read_limits(limits, limits_by_keyword)
     if concurrency is not None:
@@ -91,6 +111,8 @@ def plan(
             calls=calls,
             arrivals=arrivals,
             profile=profile,
+            model=model,
+            prices=None if prices is None else read_prices(prices),
             seed=seed,
         )
         load.check(read, concurrency)

@@ -10,15 +10,17 @@ from functools import partial
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
-from asyncbucket.core.wording import is_number, named, plain, read_count, shown
+from asyncbucket.core.wording import MICRO, USD, is_number, named, plain, read_count, shown
+from asyncbucket.plan.bill import Bill, PlannedDollars, add_up, bill_of
 from asyncbucket.plan.drive import NANOSECONDS, PlannedCall
 
 if TYPE_CHECKING:
+    from asyncbucket.providers.prices import Prices
     from asyncbucket.providers.profiles import Profile
 
 Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
@@ -59,11 +61,18 @@ class Poisson:
             yield round(now * NANOSECONDS)
 
 
+class CallCost(NamedTuple):
+    """What one call takes of the limits, and what it costs in dollars, if that is known."""
+
+    cost: Cost
+    bill: Bill | None
+
+
 class Load:
     """Yield each call with the instant (ns) at which it comes: the same ones every time.
 
     Args:
-        tokens, latency, calls, arrivals, profile, seed: see `asyncbucket.plan.plan`.
+        tokens, latency, calls, arrivals, profile, model, prices, seed: see `asyncbucket.plan.plan`.
     """
 
     def __init__(
@@ -74,6 +83,8 @@ class Load:
         calls: int | None,
         arrivals: Poisson | None,
         profile: str,
+        model: str | None,
+        prices: "Prices | None",
         seed: int,
     ) -> None:
         if arrivals is not None and not isinstance(arrivals, Poisson):
@@ -83,8 +94,8 @@ class Load:
         from asyncbucket.providers.profiles import profile_named
 
         self._has_tokens = tokens is not None
-        read_tokens = partial(_read_tokens, profile=profile_named(profile))
-        self._costs = _Series("tokens", 0 if tokens is None else tokens, read_tokens)
+        read = partial(read_call, profile=profile_named(profile), model=model, prices=prices)
+        self._costs = _Series("tokens", 0 if tokens is None else tokens, read)
         self._lengths = _Series("latency", 0 if latency is None else latency, _read_seconds)
         self._arrivals = arrivals
         self._seed = seed
@@ -112,9 +123,14 @@ class Load:
                 f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
                 "call has: give tokens="
             )
-        for name in sorted(limited - _TOKENS - {"requests"}):
+        for name in sorted(limited - _TOKENS - {"requests", USD}):
             raise ValueError(
-                f"a limit counts {name}, and a plan counts requests and tokens alone: leave it out"
+                f"a limit counts {name}, and a plan counts requests, tokens and dollars alone: leave "
+                "it out"
+            )
+        if USD in limited and any(each.bill is None for each in self._costs.values):
+            raise ValueError(
+                "a limit counts dollars, but nothing says what a call costs: give model="
             )
         if concurrency is not None and not any(self._lengths.values):
             raise ValueError(
@@ -122,17 +138,24 @@ class Load:
                 "latency= in seconds"
             )
 
+    def dollars(self) -> PlannedDollars | None:
+        """Return what all calls cost together; None if that is not known of each."""
+        if not self._has_tokens:
+            return None
+        return add_up([each.bill for each in self._costs.values], self.calls)
+
     def __iter__(self) -> Iterator[tuple[int, PlannedCall]]:
         instants: Iterable[int] = repeat(0, self.calls)
         if self._arrivals is not None:
             instants = self._arrivals.instants(self.calls, self._seed)
         drawn = (each.draw(self.calls, self._seed) for each in (self._costs, self._lengths))
-        cost, latency = Cost(), -1
+        cost, latency = CallCost(Cost(), None), -1
         call = PlannedCall({}, 0)
         for instant, values in zip(instants, zip(*drawn, strict=True), strict=True):
             if values[0] is not cost or values[1] != latency:  # most plans have many calls alike
                 cost, latency = values
-                call = PlannedCall(dict(cost), latency)
+                usd = 0 if cost.bill is None else round(cost.bill.likely * MICRO)
+                call = PlannedCall({**cost.cost, USD: usd}, latency)
             yield instant, call
 
 
@@ -210,6 +233,20 @@ def read_line(line: bytes) -> Any:
     if end < len(text) and text.startswith(("{", "[")):
         raise ValueError(f"not JSON: there is more after its end at column {end + 1}")
     return text if end < len(text) else found  # a quotation or a number may begin a text
+
+
+def read_call(
+    sample: object, *, profile: "Profile", model: str | None, prices: "Prices | None"
+) -> CallCost:
+    """Return what a call takes of the limits, and what it costs.
+
+    Raises:
+        TypeError, ValueError: the sample has no tokens, or nobody knows what ``model`` costs.
+    """
+    if isinstance(sample, CallCost):
+        return sample
+    cost = _read_tokens(sample, profile)
+    return CallCost(cost, bill_of(cost, sample, model, prices))
 
 
 def _read_tokens(sample: object, profile: "Profile") -> Cost:

@@ -82,7 +82,7 @@ def run_calls(  # noqa: C901 - one loop over time
 
     for arrived, call in calls:
         amounts = call.amounts
-        if any(amounts.get(limit.resource, 0) > limit.amount for limit in limits):
+        if any(amounts.get(limit.resource, 0) > limit.units for limit in limits):
             record.refused.append(call)
             continue
         advance(arrived)

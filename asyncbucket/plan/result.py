@@ -9,6 +9,7 @@ from asyncbucket.core.errors import CostExceedsLimit
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
+from asyncbucket.plan.bill import PlannedDollars
 from asyncbucket.plan.calls import Load
 from asyncbucket.plan.drive import NANOSECONDS, PlannedCall, Record, run_calls
 
@@ -65,6 +66,7 @@ class Plan:
         duration: seconds from the start to the end of the last call.
         calls: how many calls pass.
         tokens: what they use together.
+        usd: what they cost together; None if nothing says which model they call.
         waits: how long they wait for admission.
         limits: what each limit does.
         held_up: for each resource, its part in what held calls up.
@@ -78,6 +80,7 @@ class Plan:
     duration: float
     calls: int
     tokens: int
+    usd: PlannedDollars | None = None
     waits: PlannedWaits
     limits: tuple[PlannedLimit, ...]
     held_up: Mapping[str, float] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class Plan:
 
     def __str__(self) -> str:
         waits, lines = self.waits, [self.summary]
+        lines += [] if self.usd is None else [str(self.usd)]
         if waits.max:
             lines.append(
                 f"waits: {duration_in_words(waits.p50)} at the median, "
@@ -194,6 +198,7 @@ def make_plan(
         duration=record.seconds,
         calls=calls,
         tokens=record.used["tokens"],
+        usd=load.dollars(),
         waits=_waits(record),
         limits=tuple(planned),
         held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
@@ -221,7 +226,7 @@ def _limits(
     calls = len(record.admitted)
     for limit in limits:
         used = record.used[limit.resource]
-        rate = limit.amount / limit.per * calls / used if used else None
+        rate = limit.units / limit.per * calls / used if used else None
         part = _part_used(limit, record)
         yield PlannedLimit(limit=str(limit), resource=limit.resource, used=part, rate=rate)
     if concurrency is not None:
@@ -234,9 +239,9 @@ def _limits(
 def _part_used(limit: Limit, record: Record) -> float:
     """Return which part of a limit was used, of the most that was possible in that time."""
     last = record.admitted[-1] if record.admitted else 0
-    most: float = limit.amount * (last // limit.window + 1)
-    if limit.burst is not None:
-        most = min(most, limit.burst + limit.amount * last / limit.window)
+    most: float = limit.units * (last // limit.window + 1)
+    if limit.burst_units is not None:
+        most = min(most, limit.burst_units + limit.units * last / limit.window)
     # Calls that use more than they reserved may exceed it: then all was used.
     return min(1.0, record.used[limit.resource] / most)
 

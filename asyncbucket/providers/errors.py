@@ -190,6 +190,12 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
         lease.failed()
 
 
+def was_refused(error: BaseException) -> bool:
+    """Tell whether a provider answered with an error, for which none charges."""
+    status = _facts(error)[0] if isinstance(error, Exception) else None
+    return status is not None and status >= FIRST_ERROR
+
+
 def _judge_status(status: int, reply_headers: Mapping[str, Any], details: Details) -> Verdict:
     codes, now = details.codes, wall_clock()
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)

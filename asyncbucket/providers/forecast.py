@@ -60,10 +60,8 @@ class OutputForecast:
             return self._sorted[math.ceil(_QUANTILE * len(self._sorted)) - 1]
 
 
-def price(
-    call: Call, profile: Profile, limits: Iterable[Limit]
-) -> tuple[Call, Profile, Cost | None]:
-    """Return ``call`` as it is priced, the profile, and the cost: None if it needs no admission.
+def charge(call: Call, profile: Profile, limits: Iterable[Limit]) -> tuple[Call, Cost | None]:
+    """Return ``call`` as it is charged, and its cost: None if it needs no admission.
 
     A mere forecast must not make a call impossible, so it is cut to what ``limits`` can ever admit.
     """
@@ -79,11 +77,11 @@ def price(
             unlimited=max(0, unlimited - excess),
         )
         cost = profile.cost(call)
-    return call, profile, cost
+    return call, cost
 
 
 def _excess(cost: Cost | None, limits: Iterable[Limit]) -> int:
     """Return by how much ``cost`` exceeds what any limit can ever admit."""
     if cost is None:
         return 0
-    return max([0, *(cost.get(limit.resource, 0) - limit.amount for limit in limits)])
+    return max([0, *(cost.get(limit.resource, 0) - limit.units for limit in limits)])

@@ -64,8 +64,8 @@ class HeaderReader:
             for limit in limiter.limits:
                 if limit.per <= windows.get(limit.resource, 0) and limit.key not in known:
                     known.add(limit.key)
-                    self._assumed[limiter, *limit.key] = limit.amount
-                    share = share_of(limit.amount)
+                    self._assumed[limiter, *limit.key] = limit.units
+                    share = share_of(limit.units)
                     observe_remaining(limiter, share, resource=limit.resource, per=limit.per)
 
     def is_due(self, now: float) -> bool:
@@ -171,13 +171,13 @@ class HeaderReader:
         ]
         same_window = [pair for pair in candidates if pair[0].per == per]
         for limit, limiter in (*same_window, *candidates):
-            if limit.amount == amount:  # perhaps of another window
+            if limit.units == amount:  # perhaps of another window
                 return limiter, resource, limit.per
         nearest = self._limiter
         if same_window and amount == math.inf:
             _, nearest = same_window[-1]
         elif same_window:
-            _, nearest = min(same_window, key=lambda pair: abs(pair[0].amount - amount))
+            _, nearest = min(same_window, key=lambda pair: abs(pair[0].units - amount))
         return nearest, resource, per
 
 

@@ -15,7 +15,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.wording import is_number
@@ -56,9 +56,10 @@ _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count", "totalToken
 _CACHE_WRITES: Final = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 _CACHE_READS: Final = ("cache_read_input_tokens", "cacheReadInputTokens")
 #: OpenAI and those who speak its protocol count in the input what is read from their cache, and so
-#: does Gemini.
+#: does Gemini. From GPT-5.6 on, OpenAI also says what is written to it.
 _DETAILS: Final = ("prompt_tokens_details", "input_tokens_details")
 _CACHED: Final = ("cached_tokens", "cached_content_token_count", "cachedContentTokenCount")
+_CACHED_NOW: Final = ("cache_write_tokens",)
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MAX_TOKENS: Final = 10_000_000
@@ -102,12 +103,17 @@ class Usage:
         output_tokens: what came back, reasoning included.
         total: both.
         cached_tokens: the part of the input that came from the provider's cache.
+        written_tokens: the part of the input that was written to the provider's cache.
+        cached_beside: what came from the provider's cache and is not part of the input, as Anthropic
+            and Bedrock count.
     """
 
     input_tokens: int
     output_tokens: int
     total: int
     cached_tokens: int = 0
+    written_tokens: int = 0
+    cached_beside: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
@@ -116,6 +122,8 @@ class Usage:
             self.output_tokens + other.output_tokens,
             self.total + other.total,
             self.cached_tokens + other.cached_tokens,
+            self.written_tokens + other.written_tokens,
+            self.cached_beside + other.cached_beside,
         )
 
     def __or__(self, other: "Usage | None") -> "Usage":
@@ -126,12 +134,18 @@ class Usage:
         output_tokens = max(self.output_tokens, other.output_tokens)
         total = max(self.total, other.total, input_tokens + output_tokens)
         cached_tokens = max(self.cached_tokens, other.cached_tokens)
-        return Usage(input_tokens, output_tokens, total, cached_tokens)
+        written_tokens = max(self.written_tokens, other.written_tokens)
+        cached_beside = max(self.cached_beside, other.cached_beside)
+        return Usage(
+            input_tokens, output_tokens, total, cached_tokens, written_tokens, cached_beside
+        )
 
     def without_cached(self) -> "Usage":
         """Leave out of input and total what came from the provider's cache."""
         rest = self.input_tokens - self.cached_tokens
-        return Usage(rest, self.output_tokens, self.total - self.cached_tokens)
+        return replace(
+            self, input_tokens=rest, total=self.total - self.cached_tokens, cached_tokens=0
+        )
 
 
 def usage_of(reply: object) -> Usage | None:
@@ -175,16 +189,27 @@ def _read_counts(lookup: _Lookup) -> Usage | None:
     total = _number(lookup, _TOTAL)
     if not (input_tokens or output_tokens or total):
         return None
-    cache_writes = _number(lookup, _CACHE_WRITES)
+    written = cache_writes = _number(lookup, _CACHE_WRITES)
+    cache_reads = _number(lookup, _CACHE_READS)
     if total:
         rest = max(0, total - input_tokens - output_tokens)
         cache_writes = min(cache_writes, rest)  # gateways like LiteLLM count it in the prompt
         # Gemini counts thoughts in the total only, and Bedrock counts cache reads there.
-        output_tokens += max(0, rest - cache_writes - _number(lookup, _CACHE_READS))
+        output_tokens += max(0, rest - cache_writes - cache_reads)
+        cache_reads = min(cache_reads, rest - cache_writes)
     input_tokens += cache_writes
-    details = (_number(_lookup_in(lookup(name)), _CACHED) for name in _DETAILS)
-    cached = min(input_tokens, max(*details, _number(lookup, _CACHED)))
-    return Usage(input_tokens, output_tokens, input_tokens + output_tokens, cached)
+    details = [_lookup_in(lookup(name)) for name in _DETAILS]
+    cached = max(_number(each, _CACHED) for each in (*details, lookup))
+    cached = min(input_tokens, cached)
+    written = max(written, *(_number(each, _CACHED_NOW) for each in details))
+    return Usage(
+        input_tokens,
+        output_tokens,
+        input_tokens + output_tokens,
+        cached,
+        written_tokens=min(written, input_tokens - cached),
+        cached_beside=0 if cached else cache_reads,
+    )
 
 
 def _number(lookup: _Lookup, names: tuple[str, ...]) -> int:

@@ -16,7 +16,13 @@ from typing import Any, Final
 
 import httpx
 
-from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit, StoreError
+from asyncbucket.core.errors import (
+    AcquireTimeout,
+    AsyncBucketError,
+    CostExceedsLimit,
+    StoreError,
+    UnknownPrice,
+)
 from asyncbucket.proxy.headers import Headers
 
 #: Type and code at OpenAI, and type at Anthropic, by status.
@@ -68,7 +74,7 @@ class ErrorReply:
         if isinstance(error, StoreError):
             return cls(status=503, message=str(error), retry_after=_SOON)
         if isinstance(error, AsyncBucketError):
-            retry = not isinstance(error, CostExceedsLimit | AcquireTimeout)
+            retry = not isinstance(error, CostExceedsLimit | AcquireTimeout | UnknownPrice)
             seconds: float | None = getattr(error, "retry_after", None)
             return cls(
                 status=429,

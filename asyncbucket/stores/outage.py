@@ -99,12 +99,13 @@ class Record:
         self.last = date = max(now, self.last)
         for limit, known in zip(self.config.limits, left or itertools.repeat(0), strict=False):
             window = self.windows[limit.key]
-            window.amount, window.pace = limit.amount // workers, None
+            window.amount, window.pace = limit.units // workers, None
             own = window.amount - window.available(date)
             window.book(max(0, window.amount - own - max(0, known) // workers), date)
-            if limit.burst is not None and limit.burst != limit.amount:
-                rate = Fraction(limit.amount * 1_000_000_000, limit.window * workers)
-                window.pace = Bucket(rate=rate, burst=max(1, limit.burst // workers))
+            burst = limit.burst_units
+            if burst is not None and burst != limit.units:
+                rate = Fraction(limit.units * 1_000_000_000, limit.window * workers)
+                window.pace = Bucket(rate=rate, burst=max(1, burst // workers))
                 window.pace.book(window.pace.burst, date)
 
     def earliest(self, amounts: Amounts, now: int) -> int:

@@ -122,8 +122,8 @@ class StorePlace:
 
     def use(self) -> Iterator[LimitUse]:
         for limit in self.config().limits:
-            available = self.left.get(limit, limit.amount)
-            yield LimitUse(limit, used=limit.amount - available, available=available)
+            available = self.left.get(limit, limit.units)
+            yield LimitUse(limit, used=limit.units - available, available=available)
 
     def options(self) -> dict[str, Any]:
         if not self.owns_store:

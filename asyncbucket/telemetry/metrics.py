@@ -18,7 +18,7 @@ from asyncbucket.core.events import Event
 from asyncbucket.core.levels import on_one_path, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.statistics import Statistics, shares_used
-from asyncbucket.core.wording import read_count
+from asyncbucket.core.wording import USD, in_given_unit, read_count
 from asyncbucket.waiting import Lock
 
 #: How a call's request for admission is decided, besides the reasons of a refusal.
@@ -171,8 +171,9 @@ def _measurements(event: Event) -> list[Measurement]:
             measured = [waits, ("asked", 1, (ACQUIRED,))]
             if cost.get("tokens"):
                 measured.append(("tokens", cost["tokens"], ("reserved",)))
-        case events.Released(held=held, outcome=outcome):
+        case events.Released(held=held, outcome=outcome, used=used):
             measured = [("held", held, (outcome,)), ("ended", 1, (outcome,))]
+            measured += [("spent_usd", in_given_unit(used[USD], USD), ())] if USD in used else []
         case events.Refused(reason=reason):
             measured = [("asked", 1, (reason,)), ("ended", 1, (reason,))]
         case events.Cancelled(waited=waited):
@@ -194,12 +195,12 @@ def _measurements(event: Event) -> list[Measurement]:
     return measured
 
 
-def as_given(amounts: Mapping[str, int]) -> dict[str, int]:
+def as_given(amounts: Mapping[str, int]) -> dict[str, float]:
     """Return a cost as people give it: without the slot and without resources that cost nothing.
 
     If the total alone was given, it is booked as input and as output, too: nobody knows its parts.
     """
-    given = dict(Cost.of(amounts))
+    given = {name: in_given_unit(amount, name) for name, amount in Cost.of(amounts).items()}
     if given.get("tokens") == given.get("input_tokens") == given.get("output_tokens"):
         for part in ("input_tokens", "output_tokens"):
             given.pop(part, None)

@@ -53,7 +53,7 @@ def row_of(use: LimitUse) -> dict[str, Any]:
         "limit": str(limit),
         "label": limit.label,
         "resource": limit.resource,
-        "amount": limit.amount,
+        "amount": limit.units,
         "per": limit.per,
         "used": use.used,
         "available": use.available,

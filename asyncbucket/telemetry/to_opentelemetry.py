@@ -119,6 +119,7 @@ class Instruments(Metrics):
         counter("retries", "retries", "request", "Requests that are tried again.")
         tokens = "Tokens reserved, used, and refunded by settling."
         counter("tokens", "tokens", "token", tokens, "kind")
+        counter("spent_usd", "spent", "USD", "US dollars that calls have cost.")
         up_down, gauge = meter.create_observable_up_down_counter, meter.create_observable_gauge
         for create, name, unit, text in (
             (up_down, "queued_requests", "{request}", "Requests that are currently queued."),

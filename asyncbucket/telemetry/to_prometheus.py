@@ -54,6 +54,7 @@ class PrometheusMetrics(Metrics, Collector):
     zeros = (
         *(("ended", (outcome,)) for outcome in _OUTCOMES),
         *(("tokens", (kind,)) for kind in ("reserved", "used", "refunded")),
+        ("spent_usd", ()),
         ("upstream_429", ()),
         ("retries", ()),
     )
@@ -83,6 +84,7 @@ class PrometheusMetrics(Metrics, Collector):
         self._counters = {
             "ended": counter("requests", "Calls by how they ended.", "outcome"),
             "tokens": counter("tokens", "Tokens reserved, used, and refunded by settling.", "kind"),
+            "spent_usd": counter("spent_usd", "US dollars that calls have cost."),
             "upstream_429": counter("upstream_429", "Calls that the provider refused for rate."),
             "retries": counter("retries", "Failed calls that are tried again."),
         }

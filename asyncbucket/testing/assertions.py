@@ -67,15 +67,16 @@ def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
         raise ValueError(f"{limit} holds by the calendar, and in no other window of that length")
     admissions = _admissions(trace)
     worst = _busiest(admissions, _window(limit.per))
-    if worst.amount > limit.amount:
+    if worst.amount > limit.units:
         raise AssertionError(
             f"over the limit: {counted(worst.amount, 'units')} in "
             f"{counted(worst.admissions, 'admissions')} from "
             f"{_seconds(worst.first)} to {_seconds(worst.last)}, where any {written_out(limit.per)} s may "
-            f"hold {_number(limit.amount)}"
+            f"hold {_number(limit.units)}"
         )
-    if limit.burst is not None:
-        _check_bucket(admissions, Fraction(limit.amount) / Fraction(limit.per), limit.burst)
+    if limit.burst_units is not None:
+        rate = Fraction(limit.units) / Fraction(limit.per)
+        _check_bucket(admissions, rate, limit.burst_units)
     return worst
 
 

@@ -29,6 +29,15 @@ def test_docs_example_prints_what_the_plan_says() -> None:
     assert typed(*EXAMPLE) == f"{planned}\n"
 
 
+def test_plan_says_what_a_job_costs(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text("[m]\ninput = 1\noutput = 4\n")
+    options = ("--calls", "10", "--tokens", "100000", "--rpm", "500", "--model", "m")
+    told = typed(*options, "--prices", str(prices))
+    assert "this job costs 2.50 USD, 1.00 to 4.00\n" in told
+    assert "prices={" in typed(*options, status=2)
+
+
 def test_examples_in_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")

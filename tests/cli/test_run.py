@@ -426,9 +426,47 @@ def test_dry_run_sends_nothing_and_estimates_the_duration(
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider = rate_limited_provider(reply_tokens=16)
+    Path("prices.toml").write_text("[gpt]\ninput = 1\noutput = 10\n")
+    options = [batch(30), "-o", "out.jsonl", "--rpm", "6000", "--prices", "prices.toml"]
+
+    planned = run(provider, *options, "--max-usd", "0.002", "--dry-run")
+    first = run(provider, *options, "--max-usd", "0.002")
+    sent = provider.statistics().requests
+    again = run(provider, *options, "--max-usd", "0.002")
+    rest = run(provider, *options, "--max-usd", "1", "--json", "-q")
+
+    assert "this job costs 0.005 USD, 0.00015 to 0.005\n" in planned.stdout
+    assert "--max-usd 0.002 may stop it before its end" in planned.stdout
+    assert (first.exit_code, again.exit_code, rest.exit_code) == (3, 3, 0)
+    assert re.search(
+        r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more", first.stderr
+    )
+    assert "the same command with a larger --max-usd goes on from here" in first.stderr
+    assert 6 < sent < 13
+    assert provider.statistics().requests == 30
+    tokens = [line["usage"] for line in lines_of("out.jsonl")]
+    micro = sum(each["prompt_tokens"] + 10 * each["completion_tokens"] for each in tokens)
+    assert json.loads(rest.stdout)["usd"] == micro / 1e6
+
+
+def test_model_without_a_price_ends_a_run_that_has_a_cap(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    result = run(rate_limited_provider(), batch(3), "--rpm", "600", "--max-usd", "1")
+
+    assert result.exit_code == 2
+    assert "nobody knows what the model 'gpt' costs" in result.stderr
+    assert "write it into a file, and name that with --prices" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one, or pipe"),
         ("in.jsonl --rpm 1 -o no/out.jsonl", "no is not a folder"),

@@ -65,6 +65,12 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     )
 
 
+def test_dollars_are_shown_as_dollars() -> None:
+    money = {**limit("usd", 25_000_000, 1_230_000, 23_770_000), "limit": "25 USD per 86,400 s"}
+    panel = panel_of({**LOOK, "limits": [money]})
+    assert panel.bars[0].label == "1.23 of 25 USD per 86,400 s"
+
+
 def test_limit_that_binds_by_its_burst_is_called_paced() -> None:
     limits = [limit("tokens", 10_000, 4_000, 0)]
     panel = panel_of({**LOOK, "limits": limits, "paused": 0.02})

@@ -126,13 +126,13 @@ def refilled(history: list[tuple[int, Limit]], start: int, end: int) -> Fraction
     total = Fraction(0)
     for (since, limit), (until, _) in zip(history, [*history[1:], (end, None)], strict=True):
         span = min(until, end) - max(since, start)
-        total += max(span, 0) * Fraction(limit.amount, limit.window)
+        total += max(span, 0) * Fraction(limit.units, limit.window)
     return total
 
 
 def burst_of(limit: Limit) -> int:
     """Return how many units may pass at once."""
-    return limit.amount if limit.burst is None else limit.burst
+    return limit.units if limit.burst_units is None else limit.burst_units
 
 
 def counts(limit: Limit, date: int, now: int, span: Fraction | int = 1) -> bool:
@@ -365,11 +365,11 @@ class Oracle:
         )
         if limit.resets:  # and debts of earlier days
             held += sum(left for entry, left in taken.items() if not entry.admitted)
-        if held + units > limit.amount:
+        if held + units > limit.units:
             return False
-        if burst_of(limit) == limit.amount:
+        if burst_of(limit) == limit.units:
             return True
-        slowest = min(Fraction(limit.amount, limit.window) for _, limit in history)
+        slowest = min(Fraction(limit.units, limit.window) for _, limit in history)
         missing, last = Fraction(0), 0  # as if nothing had ever been given back
         for date, left in sorted((entry.date, left) for entry, left in taken.items()):
             missing = max(Fraction(0), missing - (date - last) * slowest) + left

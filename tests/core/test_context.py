@@ -43,7 +43,7 @@ def test_context_is_entered_once_and_decorates_nothing(given: Any) -> None:
 
     with pytest.raises(TypeError, match="inside the function"):
         given(ask)
-    twice = pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\) or")
+    twice = pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\), deadline\(\) or")
     with contextlib.suppress(KeyError), given:
         with twice, given:
             pass

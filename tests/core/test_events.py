@@ -218,6 +218,7 @@ async def test_events_of_call_come_in_order(time: VirtualTime) -> None:
         lease.settle(tokens=50)
         await asyncio.sleep(2)
     cost = {"requests": 1, "tokens": 100, "input_tokens": 100, "output_tokens": 100}
+    used = {**cost, "tokens": 50}
     common: Any = {"limiter": "openai", "at": 1.0}
     admitted: Any = {"waited": 1.0, "bound_by": "requests", "waiting": 0, "in_flight": 1}
     assert heard[2:] == [
@@ -225,7 +226,7 @@ async def test_events_of_call_come_in_order(time: VirtualTime) -> None:
         Admitted(**common, cost=cost, **admitted),
         Settled(**common, reserved=cost, used={"tokens": 40}, corrects={}),
         Settled(**common, reserved=cost, used={"tokens": 50}, corrects={"tokens": 40}),
-        Released(limiter="openai", at=3.0, cost=cost, held=2.0, outcome="ok"),
+        Released(limiter="openai", at=3.0, cost=cost, held=2.0, outcome="ok", used=used),
     ]
     assert [type(event) for event in heard[:2]] == [Admitted, Released]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncbucket import Limit, Limiter, tenant
+from asyncbucket import Limit, Limiter, Price, tenant
 from asyncbucket.core.levels import (
     can_give_slots_up,
     effective_limiter,
@@ -109,6 +109,8 @@ def test_tenant_of_context_is_limiter_that_admits() -> None:
 def test_terms_of_limiter_make_another_like_it() -> None:
     key = Limiter("5 RPM", concurrency=(2, 9), max_queue=7, timeout=3)
     assert terms_of(key) == {"concurrency": (2, 9), "max_queue": 7, "timeout": 3}
+    prices = {"m": Price(input=1)}
+    assert terms_of(Limiter("5 RPM", prices=prices))["prices"] == prices
     child = key.child("child", "1 RPM", concurrency=4, weight=2, priority="batch")
     assert terms_of(child) == {
         "concurrency": 4,

@@ -1,5 +1,7 @@
 """Limits as people write them, and what is no limit."""
 
+import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -120,7 +122,7 @@ def test_limit_syntax_error_shows_how_limits_are_written() -> None:
         Limit.parse("five per minute")
     assert str(error.value) == (
         '\'five per minute\' is not a limit; write e.g. "500 RPM", "200k TPM", "10/s", '
-        '"100 requests/minute", "3 images/10s", with "burst 20" at the end if wanted'
+        '"100 requests/minute", "3 images/10s", "25 USD/day", with "burst 20" at the end if wanted'
     )
     with pytest.raises(LimitSyntaxError, match=r"^'0.5 RPM' is not a whole number of units; write"):
         Limit.parse("0.5 RPM")
@@ -146,7 +148,38 @@ def test_limit_knows_its_window_keyword_label_and_default_burst() -> None:
     assert [Limit("requests", 500, per=per).burst for per in (3_599, 3_600)] == [50, None]
     assert Limit("requests", 500, per=3_600, burst=7).burst == 7
     assert Limit("tokens", 500).burst is None
-    assert Limit("requests", 500.0, burst=20.0).burst == 20  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    assert Limit("requests", 500.0, burst=20.0).burst == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "units", "shown"),
+    [
+        ("25 USD/day", Limit("usd", 25, per="day"), 25_000_000, "25 USD per 86,400 s"),
+        ("0.50 usd/hour", Limit("usd", 0.5, per=3_600), 500_000, "0.50 USD per 3,600 s"),
+        (
+            "1,000 dollars per 7 days",
+            Limit("usd", 1e3, per=604_800),
+            10**9,
+            "1,000 USD per 604,800 s",
+        ),
+        ("0.000345 USD/min", Limit("usd", 0.000345), 345, "0.000345 USD per 60 s"),
+        ("2 USD/h burst 0.25", Limit("usd", 2, 3_600, 0.25), 2_000_000, "2 USD per 3,600 s"),
+    ],
+)
+def test_money_is_a_limit_like_any_other(text: str, limit: Limit, units: int, shown: str) -> None:
+    parsed = Limit.parse(text)
+    assert (parsed, parsed.units, str(parsed)) == (limit, units, shown)
+    assert replace(parsed, amount=parsed.amount * 2).units == 2 * units
+    assert parsed.burst_units in {None, 250_000}
+    assert Limiter(parsed).limits == (limit,)
+
+
+@pytest.mark.parametrize("amount", [0, -1, 1e-7, math.nan, 1e13, "5", None])
+def test_amount_that_is_no_money_is_refused(amount: Any) -> None:
+    with pytest.raises(
+        LimitSyntaxError, match=r"limit of usd must be from 0.000001 to 1e12 dollars"
+    ):
+        Limit("usd", amount)
 
 
 def test_keywords_mean_same_as_limit_strings() -> None:

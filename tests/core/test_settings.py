@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import asyncbucket
-from asyncbucket import Limiter, LimitSyntaxError
+from asyncbucket import Limiter, LimitSyntaxError, Price
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 
 
@@ -42,6 +42,11 @@ def test_environment_variables_have_names_of_arguments() -> None:
     assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
+
+
+def test_prices_may_be_named_by_their_file(folder: Path) -> None:
+    path = write(folder, "[m]\ninput = 1\n", "prices.toml")
+    assert env(LIMITS="25 USD/day", PRICES=str(path))._prices == {"m": Price(input=1)}
 
 
 @pytest.mark.filterwarnings("ignore::asyncbucket.core.presets.PresetWarning")

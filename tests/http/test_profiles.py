@@ -1,13 +1,14 @@
 """What a call costs at each provider, by the numbers in its documentation."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from asyncbucket import Cost, Limit
 from asyncbucket.http import ANTHROPIC, AZURE, GENERIC, GROQ, OPENAI, Call, Profile, Usage
-from asyncbucket.providers.forecast import price
+from asyncbucket.providers.forecast import charge
 from asyncbucket.providers.profiles import profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
 from asyncbucket.providers.usage import find_usage
@@ -103,7 +104,7 @@ def test_reply_without_limit_reserves_what_the_provider_does(
     name: str, tpm: int, tokens: int
 ) -> None:
     """It is cut to what the limit can ever admit: the provider may know a lower maximum."""
-    *_, cost = price(call(messages=MESSAGES), profile_named(name), [Limit("tokens", tpm)])
+    _, cost = charge(call(messages=MESSAGES), profile_named(name), [Limit("tokens", tpm)])
 
     assert cost is not None
     assert cost["tokens"] == tokens
@@ -133,7 +134,7 @@ def test_output_of_newer_claude_burns_five_times_its_tokens_at_bedrock(
 
 def test_expected_burndown_makes_no_call_impossible() -> None:
     claude = call("/model/anthropic.claude-sonnet-4/invoke", messages=MESSAGES, max_tokens=500)
-    *_, cost = price(claude, profile_named("bedrock"), [Limit("tokens", 1_000)])
+    _, cost = charge(claude, profile_named("bedrock"), [Limit("tokens", 1_000)])
 
     assert cost is not None
     assert cost["tokens"] == 600
@@ -292,8 +293,8 @@ def test_anthropic_stream_usage_combines_first_and_last_event() -> None:
     first = b'data: {"message":{"usage":{"input_tokens":90,"cache_read_input_tokens":500,"output_tokens":1}}}'
     last = b'data: {"type":"message_delta","usage":{"output_tokens":7}}'
 
-    assert find_usage(last, first) == USAGE
-    assert find_usage(b"", first) == Usage(90, 1, 91)
+    assert find_usage(last, first) == replace(USAGE, cached_beside=500)
+    assert find_usage(b"", first) == Usage(90, 1, 91, cached_beside=500)
 
 
 def test_any_json_body_gets_a_whole_number_cost() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, LimitSyntaxError
+from asyncbucket import Cost, CostExceedsLimit, LimitSyntaxError, Price
 from asyncbucket.plan import Plan, Poisson, plan
 from asyncbucket.plan.result import change, duration_in_words, percent
 
@@ -149,10 +149,51 @@ def test_invalid_arguments_are_refused_with_the_remedy(
         plan(**arguments)
 
 
+BODY = {"model": "m", "messages": [{"role": "user", "content": "x" * 40}]}
+PRICES = {"m": Price(input=1, output=4)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ({"input_tokens": 900, "output_tokens": 25}, "this job costs 10.00 USD"),
+        (1_000, "this job costs 25.00 USD, 10.00 to 40.00"),  # all input, or all output
+        (BODY | {"max_tokens": 500}, "this job costs 10.34 USD, 0.10 to 20.10"),
+        (BODY, "this job costs 10.34 USD, at least 0.10: nothing limits the replies"),
+        (
+            [Cost(input_tokens=n, output_tokens=0) for n in (800, 1_000, 1_200)],
+            "this job costs 10.00 USD, 7.74 to 12.26",
+        ),
+        ({"input_tokens": 1, "output_tokens": 0}, "this job costs 0.01 USD"),
+    ],
+)
+def test_plan_says_what_calls_cost(tokens: Any, says: str) -> None:
+    planned = plan(calls=10_000, tokens=tokens, rpm=60_000, model="m", prices=PRICES)
+    assert str(planned.usd) == says
+    assert str(planned).splitlines()[1] == says
+    assert planned.as_dict()["usd"]["likely"] == planned.usd.likely if planned.usd else False
+
+
+def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
+    assert plan(calls=10, tokens=5, rpm=10).usd is None
+    assert plan(calls=10, tokens=BODY, rpm=10).usd is None
+    assert plan(calls=10, tokens=BODY, rpm=10, prices=PRICES).usd is not None
+    assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
+    with pytest.raises(ValueError, match="nobody knows what the model 'm' costs"):
+        plan(calls=10, tokens=5, rpm=10, model="m")
+    with pytest.raises(ValueError, match="counts dollars, but nothing says what a call costs"):
+        plan("1 USD/day", calls=10, tokens=5)
+    planned = plan(
+        "1 USD/hour", calls=4, tokens=Cost(input_tokens=500_000), model="m", prices=PRICES
+    )
+    assert (planned.bound_by, round(planned.duration, -2)) == ("usd", 3_600)
+    assert planned.limits[0].limit == "1 USD per 3,600 s"
+
+
 def test_unreadable_limit_or_one_on_another_resource_is_refused() -> None:
     with pytest.raises(LimitSyntaxError):
         plan("many", calls=3)
-    with pytest.raises(ValueError, match="counts images, and a plan counts requests and tokens"):
+    with pytest.raises(ValueError, match="counts images, and a plan counts requests, tokens"):
         plan("3 images/10s", calls=3)
 
 

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from asyncbucket import Price
 from asyncbucket.testing import RateLimitedProvider
 from tests.proxy.servers import Proxied, proxied, served, until
 
@@ -385,3 +386,20 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
         replies = await asyncio.gather(*calls[:100])
     assert {reply[:12] for reply in replies} == {b"HTTP/1.1 201"}
     assert app.calls == 100
+
+
+async def test_calls_are_charged_in_dollars() -> None:
+    prices = {"gpt-4o-mini": Price(input=1, output=1)}
+    body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hi"}]}
+    async with (
+        RateLimitedProvider(charge="usage") as provider,
+        proxied(provider.url, "1 USD/day", prices=prices) as proxy,
+    ):
+        path, headers = "/v1/chat/completions", {"authorization": "Bearer any"}
+        reply = await proxy.client.post(path, json=body, headers=headers)
+        await proxy.until(in_flight=0)
+        assert reply.status_code == 200
+        assert proxy.limiter.statistics().limits[0].used == provider.statistics().tokens
+        reply = await proxy.client.post(path, json={**body, "model": "m"}, headers=headers)
+        assert (reply.status_code, reply.headers["x-should-retry"]) == (429, "false")
+        assert "nobody knows what the model 'm' costs" in reply.text

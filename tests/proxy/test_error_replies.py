@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from asyncbucket import QueueFull, StoreError
+from asyncbucket import QueueFull, StoreError, UnknownPrice
 from asyncbucket.proxy.error_replies import CallerError, ErrorReply
 
 
@@ -14,6 +14,7 @@ from asyncbucket.proxy.error_replies import CallerError, ErrorReply
     [
         (QueueFull("full", bound_by="tokens"), 429, "tokens", "rate_limit_error", b"1"),
         (QueueFull("full", retry_after=2.1), 429, "requests", "rate_limit_error", b"3"),
+        (UnknownPrice("what?"), 429, "requests", "rate_limit_error", None),
         (StoreError("gone"), 503, "server_error", "overloaded_error", b"1"),
         (httpx.ConnectError("Bearer sk-x"), 502, "server_error", "api_error", None),
         (httpx.ReadTimeout("Bearer sk-x"), 504, "server_error", "timeout_error", None),

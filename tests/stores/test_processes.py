@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
-from asyncbucket import Limit, Limiter, StoreError
+from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
 from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
 from asyncbucket.testing import assert_never_over
@@ -255,6 +255,41 @@ async def test_slots_of_killed_process_come_back_after_slot_ttl(
     assert 0.9 < time.perf_counter() - held < 2.0
     await ledger.aclose()
     await store.aclose()
+
+
+SPENDING = """
+import asyncio, os, signal, sys
+from asyncbucket import Limiter
+
+async def main():
+    limiter = Limiter("0.10 USD/day", store=sys.argv[1], name="money")
+    leases = await asyncio.gather(*(limiter.acquire(usd=0.03) for _ in range(3)))
+    leases[0].settle(usd=0.01)
+    await asyncio.sleep(0.3)  # until the store has heard of it
+    print("spending", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_cap_of_dollars_holds_for_those_who_follow_a_killed_process(
+    where: str,
+    start: "Callable[[str, str], subprocess.Popen[str]]",
+    limited: Limiters,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its calls may have been made: what was reserved for them stays spent."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    process = start(SPENDING, where)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "spending\n"
+    process.wait()
+    limiter = limited(where, "0.10 USD/day", name="money")
+    (await limiter.acquire(usd=0.03, timeout=5)).release()
+    with pytest.raises(AcquireTimeout, match=r"0\.000001 USD cannot pass within"):
+        await limiter.acquire(usd=0.000_001, timeout=0.2)
+    assert limiter.statistics().limits[0].used == 100_000
 
 
 @pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)

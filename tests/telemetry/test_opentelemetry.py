@@ -76,7 +76,7 @@ def test_metric_names_and_units_follow_aspnet_conventions(
 ) -> None:
     otel.watch(limiter)
     admit(limiter)
-    say(limiter, events.Released, cost=COST, held=2.0, outcome="ok")
+    say(limiter, events.Released, cost=COST, held=2.0, outcome="ok", used={"usd": 12_500})
     say(limiter, events.Settled, reserved=COST, used={"tokens": 700})
     say(limiter, events.Paused, seconds=1.0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
@@ -91,6 +91,7 @@ def test_metric_names_and_units_follow_aspnet_conventions(
     }
     assert otel.points("request_lease.duration", "outcome")["ok"].sum == 2.0
     assert otel.points("upstream_refusals", "policy")["openai"].value == 1
+    assert otel.points("spent", "policy")["openai"].value == 0.0125
     assert otel.points("agent.duration", "kind")["chat"].sum == 30.0
     assert otel.points("active_agents", "policy")["openai"].value == 0
     assert otel.points("retries", "policy")["openai"].value == 1

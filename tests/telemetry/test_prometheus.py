@@ -21,6 +21,7 @@ METRICS = {
     "asyncbucket_limit_used_ratio": {"limiter", "limit"},
     "asyncbucket_upstream_429": {"limiter"},
     "asyncbucket_retries": {"limiter"},
+    "asyncbucket_spent_usd": {"limiter"},
 }
 
 
@@ -105,6 +106,19 @@ def test_counters_begin_at_zero(limiter: Limiter, registry: CollectorRegistry, s
     assert seen["retries_total", "openai/chat"] == 0
     assert seen["requests_total", "openai/idle", "too_costly"] == 0
     assert seen["tokens_total", "used", "openai/chat"] == 0
+
+
+def test_dollars_are_counted_when_calls_end(registry: CollectorRegistry) -> None:
+    limiter = Limiter("25 USD/day", name="openai")
+    telemetry.prometheus(limiter, registry=registry)
+    for used in (0.0125, None, 0):
+        with limiter.child("chat").acquire_nowait(usd=0.05) as lease:
+            if used is not None:
+                lease.settle(usd=used)
+
+    seen = scrape(registry)
+    assert seen["spent_usd_total", "openai"] == seen["spent_usd_total", "openai/chat"] == 0.0625
+    assert seen["limit_used_ratio", "usd/86400s", "openai"] == 0.0625 / 25
 
 
 def test_tokens_are_counted_as_reserved_used_and_refunded(

@@ -20,11 +20,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from asyncbucket import (
     AcquireTimeout,
+    BudgetExceeded,
     CostExceedsLimit,
     Lease,
     Limiter,
     QueueFull,
     WouldBlock,
+    budget,
     telemetry,
 )
 from asyncbucket.telemetry import report
@@ -124,6 +126,8 @@ def test_every_outcome_of_calls_to_real_limiter_is_counted(virtual_time: Virtual
             limiter.acquire_nowait(tokens=10)
         with pytest.raises(CostExceedsLimit):
             await limiter.acquire(tokens=101)
+        with budget(tokens=9), pytest.raises(BudgetExceeded):
+            await limiter.acquire(tokens=10)
         with pytest.raises(AcquireTimeout):
             await late
         waiting.cancel()
@@ -148,6 +152,7 @@ def test_every_outcome_of_calls_to_real_limiter_is_counted(virtual_time: Virtual
         "timeout": 1,
         "queue_full": 1,
         "would_block": 1,
+        "budget": 1,
         "too_costly": 1,
     }
     assert seen["asyncbucket_tokens_total", "reserved", "mine"] == 30

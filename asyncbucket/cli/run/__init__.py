@@ -29,6 +29,10 @@ def run(  # noqa: PLR0913 - one for each option
     concurrency: Annotated[
         str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
     ] = None,
+    max_usd: Annotated[
+        float | None, options.text("Stop before it costs more dollars than this.", metavar="USD")
+    ] = None,
+    prices: options.PriceFile = None,
     # Where requests go, and what is in them.
     api_base: Annotated[
         str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
@@ -61,11 +65,11 @@ def run(  # noqa: PLR0913 - one for each option
     the requests under way finish; a second one drops them.
 
     Status: 0 when all lines are answered, 1 when some failed (the errors file says why), 2 when none
-    can be, 130 after Ctrl-C.
+    can be, 3 when --max-usd stopped it, 130 after Ctrl-C.
 
     Examples:
         asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
-        asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --tpm 200000 --dry-run
+        asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --max-usd 2.50 --dry-run
         asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
         grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
@@ -80,6 +84,8 @@ def run(  # noqa: PLR0913 - one for each option
         out=out,
         limits=tuple(read_limits(also, {"rpm": rpm, "tpm": tpm})),
         concurrency=options.read_concurrency(concurrency),
+        max_usd=max_usd,
+        prices=prices,
         model=model,
         endpoint=endpoint,
         system=system,

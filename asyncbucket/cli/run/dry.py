@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from typing import Final
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from asyncbucket.cli.options import DONE, FAILED
@@ -10,11 +12,14 @@ from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, Job
 from asyncbucket.cli.run.screen import Tally, errors_of
 from asyncbucket.cli.run.work import tasks
-from asyncbucket.core.cost import Cost
 from asyncbucket.core.wording import counted
 from asyncbucket.plan import plan
-from asyncbucket.providers.forecast import FORESEEN
-from asyncbucket.providers.profiles import Call, profile_of
+from asyncbucket.plan.calls import read_call
+from asyncbucket.providers.prices import Prices, read_prices
+from asyncbucket.providers.profiles import profile_of
+
+if TYPE_CHECKING:
+    from asyncbucket.plan import Plan
 
 #: Seconds that a request is taken to last.
 _LATENCY: Final = 2.0
@@ -27,7 +32,8 @@ def dry_run(job: Job, *, as_json: bool) -> int:
         CostExceedsLimit: no line can ever pass the limits.
     """
     tally = Tally()
-    costs = asyncio.run(_costs(job, tally))
+    prices = read_prices(job.prices)
+    costs = asyncio.run(_costs(job, tally, prices))
     slots = None if job.concurrency == "auto" else job.concurrency or CONCURRENCY
     planned = None
     if costs:
@@ -40,17 +46,26 @@ def dry_run(job: Job, *, as_json: bool) -> int:
     else:
         words = [f"{counted(len(costs) - never, 'requests')} to send"]
         words += [f"{count:,} {name.replace('_', ' ')}" for name, count in others.items() if count]
-        parts = [", ".join(words), tally.errors and errors_of(tally), planned]
+        parts = [", ".join(words), tally.errors and errors_of(tally), planned, _over(job, planned)]
         print(*filter(None, parts), sep="\n")  # noqa: T201 - a command's output
     return FAILED if tally.bad or never else DONE
 
 
-async def _costs(job: Job, tally: Tally) -> list[Cost]:
-    """Return what each request that would be sent is charged at admission."""
+def _over(job: Job, planned: "Plan | None") -> str:
+    """Say so if --max-usd may stop the run."""
+    usd = None if planned is None else planned.usd
+    if job.max_usd is None or usd is None or job.max_usd >= (usd.most or math.inf):
+        return ""
+    sure = "will" if job.max_usd < usd.least else "may"
+    return f"--max-usd {job.max_usd:,.6g} {sure} stop it before its end"
+
+
+async def _costs(job: Job, tally: Tally, prices: Prices) -> list[Any]:
+    """Return what each request that would be sent is charged at admission, and costs."""
     host = urlsplit(job.api_base).hostname or ""
-    charge = profile_of(host).cost
+    read = partial(read_call, profile=profile_of(host), model=None, prices=prices)
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         return [
-            charge(Call("POST", host, task.request.path, task.request.body, FORESEEN)) or Cost()
+            read({"url": task.request.path, "body": task.request.body})
             async for task in tasks(job, answers, Errors(None), tally)
         ]

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from asyncbucket.cli import options
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import USD
 
 #: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {
@@ -16,6 +17,8 @@ PATHS: Final[dict[str, str]] = {
     "responses": "/v1/responses",
     "embeddings": "/v1/embeddings",
 }
+#: The window, in seconds, of the cap of dollars: a year and a month.
+FOR_GOOD: Final = 400 * 86_400
 #: Calls at once, by default.
 CONCURRENCY: Final = 100
 STANDARD: Final = "-"
@@ -35,12 +38,16 @@ class Job:
         max_tokens: the most tokens of a reply, if a line does not say.
         restart: start over, whatever was answered before.
         concurrency: the most calls in flight; None if the user did not say.
+        max_usd: the most dollars that all runs into ``out`` may spend together.
+        prices: the file of what models cost, if not what is published.
     """
 
     source: str
     out: str
     limits: tuple[Limit, ...] = ()
     concurrency: int | Literal["auto"] | None = None
+    max_usd: float | None = None
+    prices: Path | None = None
     model: str | None = None
     endpoint: str = "chat"
     system: str | None = None
@@ -49,6 +56,13 @@ class Job:
     api_key: str | None = field(default=None, repr=False)
     attempts: int = 5
     restart: bool = False
+
+    @property
+    def all_limits(self) -> tuple[Limit, ...]:
+        """The limits, with the cap of dollars as one over the longest time that there is."""
+        if self.max_usd is None:
+            return self.limits
+        return (*self.limits, Limit(USD, self.max_usd, per=FOR_GOOD))
 
     @property
     def out_file(self) -> Path | None:
@@ -99,11 +113,11 @@ class Job:
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto"
             )
-        for limit in self.limits:
+        for limit in self.all_limits:  # which reads the cap, too
             if limit.resource not in COMMON:
                 raise ValueError(
                     f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
-                    f"requests, tokens, input_tokens or output_tokens"
+                    f"requests, tokens, input_tokens, output_tokens or usd"
                 )
         options.check_url(self.api_base)
         if self.endpoint not in PATHS:

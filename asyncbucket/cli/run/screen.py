@@ -40,6 +40,9 @@ class Tally:
     seconds: float = 0.0
     #: Whether it was told to stop.
     stopped: bool = False
+    #: Dollars that all runs into the file have spent, if there is a cap; and whether that stopped it.
+    usd: float | None = None
+    out_of_usd: bool = False
     #: Why no call can succeed, if none can.
     fatal: str | None = None
     #: Whether it ended before anything could be answered; then it leaves no file.
@@ -70,7 +73,7 @@ class Tally:
     def as_dict(self) -> dict[str, Any]:
         """Return it in values that JSON can hold."""
         names = ["answered", "answered_earlier", "failed", "bad", "seconds", "requests"]
-        names += ["refused_429", "input_tokens", "output_tokens", "stopped", "errors"]
+        names += ["refused_429", "input_tokens", "output_tokens", "usd", "stopped", "errors"]
         lines = {"lines": self.done if self.total is None else self.total, "left": self.left}
         return lines | {name: getattr(self, name) for name in names}
 
@@ -104,7 +107,9 @@ async def show_progress(screen: Screen, tally: Tally, limiter: Limiter) -> None:
 def headline(job: Job, tally: Tally) -> str:
     """Say in a line or two what will be done, and under which limits."""
     slots = f"{job.concurrency or CONCURRENCY} at once"
-    limits = [*map(str, job.limits), "as many as go well" if job.concurrency == "auto" else slots]
+    limits = [*map(str, job.limits)]
+    limits += [] if job.max_usd is None else [f"{job.max_usd:,.6g} USD in all"]
+    limits += ["as many as go well" if job.concurrency == "auto" else slots]
     lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
     source = "standard input" if job.source == STANDARD else job.source
@@ -132,9 +137,14 @@ def summary(job: Job, tally: Tally) -> str:
         files.append(f"failed lines: {job.errors_file}")
     if files and job.out != STANDARD:
         lines.append(", ".join(files))
+    if tally.usd is not None:
+        spent = f"{tally.usd:,.6f} of {job.max_usd:,.6g} USD spent"
+        rest = "; the next request may cost more than is left" if tally.out_of_usd else ""
+        lines.append(spent + rest)
     if tally.stopped:
         give = "" if job.out != STANDARD else "with -o FILE, "
-        lines.append(f"{give}the same command goes on from here")
+        how = " with a larger --max-usd" if tally.out_of_usd else ""
+        lines.append(f"{give}the same command{how} goes on from here")
     return "\n".join(lines)
 
 

@@ -16,10 +16,10 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
-from asyncbucket.cli import CANNOT_RUN, INTERRUPTED
+from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, SPENT
 from asyncbucket.cli.options import DONE, FAILED
 from asyncbucket.cli.run.answers import Answers, Errors
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
+from asyncbucket.cli.run.job import CONCURRENCY, FOR_GOOD, STANDARD, Job
 from asyncbucket.cli.run.lines import (
     BadLine,
     NoModelError,
@@ -30,9 +30,9 @@ from asyncbucket.cli.run.lines import (
 )
 from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
-from asyncbucket.core.errors import AsyncBucketError, StoreError
+from asyncbucket.core.errors import AsyncBucketError, StoreError, UnknownPrice
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import counted, one_line
+from asyncbucket.core.wording import USD, counted, in_given_unit, one_line
 from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
 from asyncbucket.providers.usage import read_usage
 from asyncbucket.retry import Retrier, Retry
@@ -101,11 +101,14 @@ class Run:
         self._answers = answers
         self._errors = errors
         self._stopped = anyio.Event()
+        #: Lines that are being sent: in line, under way, or in a back-off.
+        self._sending = 0
         #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
-        store = f"sqlite:///{quote(str(job.limits_file))}" if job.out_file and job.limits else None
+        is_kept = job.out_file is not None and bool(job.all_limits)
+        store = f"sqlite:///{quote(str(job.limits_file))}" if is_kept else None
         #: Its limits are in a store, which remembers across runs what was admitted.
-        self._root = Limiter(*job.limits, name="run", store=store)
+        self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
         #: Slots are this process's own: a store would keep those of a killed run for a while.
         self._limiter = self._root.child("calls", concurrency=job.concurrency or CONCURRENCY)
         self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
@@ -131,6 +134,7 @@ class Run:
         beside = (
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._end_when_stopped(sending)),
+            asyncio.create_task(self._stop_when_spent()),
         )
         try:
             with _on_signal(self._begin_stop), sending:
@@ -146,6 +150,7 @@ class Run:
             self._tally.requests = self._root.statistics().admitted
             with anyio.CancelScope(shield=True):
                 await self._root.aclose()
+            self._tally.usd = self._spent()  # now the store has heard of all that was settled
 
     async def _feed(self) -> AsyncGenerator[Task]:
         """Yield what is to be sent; with the first of it, what can refuse a run has not done so."""
@@ -170,6 +175,7 @@ class Run:
             path = request.path.removeprefix("/v1")
             return await self._client.post(path, cast_to=httpx.Response, body=request.body)
 
+        self._sending += 1
         try:
             response = await self._retrier.call(attempt)
             body = response.json()
@@ -177,6 +183,8 @@ class Run:
             self._write_failure(request, error, response)
         else:
             self._write_answer(task, response, body)
+        finally:
+            self._sending -= 1
 
     def _write_answer(self, task: Task, response: httpx.Response, body: Any) -> None:
         """Write an answer as soon as it arrives, with nothing in between."""
@@ -214,16 +222,24 @@ class Run:
         self._tally.count_error(code, message)
         members = _members(request, response=described, error={"code": code, "message": message})
         self._errors.write(hide=self._job.without_key, **members)
+        is_unpriced = isinstance(error, UnknownPrice)
         is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
         self._failures_in_a_row += not is_of_one
         is_account = status in _FATAL or code in EXHAUSTED
         # Each failure without a reply takes many attempts: before the first answer, one is enough.
         is_nowhere = not (status or response or is_of_one or self._tally.answered)
-        self._tally.refused |= is_account or is_nowhere
-        if is_account or is_nowhere or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+        self._tally.refused |= is_account or is_nowhere or is_unpriced
+        if (
+            is_account
+            or is_nowhere
+            or is_unpriced
+            or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW
+        ):
             remedy = "see that it runs, or correct --api-base or --model"
             if is_account:
                 remedy = "correct the key in OPENAI_API_KEY, or see to the account"
+            if is_unpriced:
+                remedy = "write it into a file, and name that with --prices"
             fatal = f"{message} ({self._job.shown_api_base}); {remedy}"
             self._tally.fatal = self._tally.fatal or fatal
             self._stop()
@@ -239,11 +255,33 @@ class Run:
         if self._tally.stopped:
             return False
         self._stop()
-        under_way = self._root.statistics().in_flight
-        if under_way:
-            requests = counted(under_way, "requests")
+        if self._under_way:
+            requests = counted(self._under_way, "requests")
             self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
         return True
+
+    def _spent(self) -> float | None:
+        """Return what was spent of the cap of dollars, if there is one."""
+        uses = (use for use in self._root.statistics().limits if use.limit.key == (USD, FOR_GOOD))
+        return next((in_given_unit(use.used, USD) for use in uses), None)
+
+    async def _stop_when_spent(self) -> None:
+        """Stop once the cap of dollars is spent."""
+        looks = 0
+        while self._job.max_usd is not None:
+            await anyio.sleep(0.1)
+            looks = looks + 1 if self._is_spent() else 0
+            if looks > 2:  # noqa: PLR2004 - a settlement may be on its way to the store
+                self._tally.out_of_usd = True
+                self._stop()
+                return
+
+    def _is_spent(self) -> bool:
+        """Tell whether the cap of dollars binds, and no call in flight can give any back."""
+        now = self._root.statistics()
+        left = {use.limit.key: use.available for use in now.limits if use.limit.resource == USD}
+        binds = now.bound_by == USD and min(left, key=left.__getitem__) == (USD, FOR_GOOD)
+        return binds and self._sending == now.waiting
 
     async def _end_when_stopped(self, sending: anyio.CancelScope) -> None:
         """End what waits: in line, in a back-off, or for the next line of a pipe."""
@@ -251,8 +289,14 @@ class Run:
         idle = 0
         while idle < 5:  # noqa: PLR2004 - an answer that is there takes a moment until it is written
             await anyio.sleep(0.02)
-            idle = 0 if self._root.statistics().in_flight else idle + 1
+            idle = 0 if self._under_way else idle + 1
         sending.cancel()
+
+    @property
+    def _under_way(self) -> int:
+        """How many requests are under way; calls that wait for a store count as in flight, too."""
+        now = self._root.statistics()
+        return max(0, min(now.in_flight, self._sending - now.waiting))
 
 
 def _members(request: Request, **members: Any) -> dict[str, Any]:
@@ -326,7 +370,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     if tally.fatal is not None:
         return CANNOT_RUN
     if tally.stopped and answers.trouble is None:
-        return INTERRUPTED
+        return SPENT if tally.out_of_usd else INTERRUPTED
     return FAILED if tally.failed or tally.bad or answers.trouble else DONE
 
 

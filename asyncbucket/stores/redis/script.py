@@ -138,13 +138,13 @@ def _key_of(limit: Limit) -> str:
 
 def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
-    if limit.amount > _MAX_AMOUNT:
+    if limit.units > _MAX_AMOUNT:
         raise ValueError(f"a store counts to {_MAX_AMOUNT:,}: {limit} is above; lower the limit")
     window = Window(limit)
     meter: dict[str, Any] = {
         "key": _key_of(limit),
         "resource": limit.resource,
-        "amount": limit.amount,
+        "amount": limit.units,
         "grain": -(-window.grain // GRAIN),
         "hold": -(-window.hold // GRAIN),
     }
@@ -152,7 +152,7 @@ def _meter_config(limit: Limit) -> dict[str, Any]:
         meter |= {"resets": limit.resets, "hold": 3 * limit.window // GRAIN}
     pace = window.pace
     if pace is not None:
-        p, q = _ticks_per_unit(Fraction(pace.p, pace.q * GRAIN), limit.amount + pace.burst)
+        p, q = _ticks_per_unit(Fraction(pace.p, pace.q * GRAIN), limit.units + pace.burst)
         meter |= {"burst": pace.burst, "p": p, "q": q}
     return meter
 
