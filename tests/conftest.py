@@ -1,14 +1,21 @@
 """What every test relies on."""
 
+import functools
 import gc
+import inspect
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from asyncbucket.testing import VirtualTime
 
 # Set before anything that reads them is imported: no test reaches beyond this machine, and none
 # depends on the key, the proxy or the terminal of the person who runs it.
@@ -29,6 +36,14 @@ os.environ["COLUMNS"] = "80"
 # Background processes may ignore Ctrl-C, and so would the programs that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def python(
+    *arguments: "str | os.PathLike[str]", **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run an interpreter of its own, and return what it said."""
+    usual: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 120}
+    return subprocess.run([sys.executable, *arguments], **usual | options)  # noqa: PLW1510 - as above
 
 
 #: The folders whose tests are measured, if not all are: see `make test`.
@@ -69,3 +84,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         threading.settrace(in_threads)
         if in_processes is not None:
             os.environ["COVERAGE_PROCESS_CONFIG"] = in_processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(
+    collector: pytest.Module | pytest.Class, name: str, obj: object
+) -> list[pytest.Function] | None:
+    """Run an async test that takes ``virtual_time`` (in the core, ``time``) on it."""
+    if not (name.startswith("test_") and inspect.iscoroutinefunction(obj)):
+        return None
+    taken = {"time", "virtual_time"} & inspect.signature(obj).parameters.keys()
+    if not taken:
+        return None
+    test = _run_on_virtual_time(obj, taken.pop())
+    setattr(collector.obj, name, test)
+    return list(collector._genfunctions(name, test))
+
+
+def _run_on_virtual_time(
+    test: Callable[..., Coroutine[Any, Any, None]], name: str
+) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        time: VirtualTime = fixtures[name]
+        time.run(test(**fixtures))
+
+    return run

@@ -452,7 +452,10 @@ class Window(Meter):
 
     def lent(self, calls: int) -> int:
         """Return at least what ``calls`` open calls may still give back."""
-        return min(self.used, calls * self._largest)
+        held, pace = self.used, self.pace
+        if pace is not None:  # a debt to it may outlast the window
+            held = max(held, -((self._last * pace.q - pace.tat) // pace.p))
+        return min(held, calls * self._largest)
 
     @property
     def was_used(self) -> bool:
@@ -525,7 +528,9 @@ class Window(Meter):
         if self._closes and self._last <= horizon:
             self._forgotten = self._last
             self.used = self._closed
-            self._closes = self._largest = 0
+            self._closes = 0
+            if self.pace is None or self.pace.tat <= now * self.pace.q:
+                self._largest = 0
 
     def _reset(self, calendar: "Calendar", now: int) -> None:
         """Open the period that the wall clock shows, unless it is one that was opened before."""

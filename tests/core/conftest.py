@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import functools
-import inspect
 import re
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Coroutine, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 from unittest.mock import ANY
 
@@ -25,32 +23,6 @@ HELD = 515 / 512
 def time_of_test(virtual_time: VirtualTime) -> VirtualTime:
     """Give the virtual time on which the test runs."""
     return virtual_time
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pycollect_makeitem(
-    collector: pytest.Module | pytest.Class, name: str, obj: object
-) -> list[pytest.Function] | None:
-    """Run an async test that takes ``time`` (or ``virtual_time``) on it."""
-    if not (name.startswith("test_") and inspect.iscoroutinefunction(obj)):
-        return None
-    taken = {"time", "virtual_time"} & inspect.signature(obj).parameters.keys()
-    if not taken:
-        return None
-    test = _run_on_virtual_time(obj, taken.pop())
-    setattr(collector.obj, name, test)
-    return list(collector._genfunctions(name, test))
-
-
-def _run_on_virtual_time(
-    test: Callable[..., Coroutine[Any, Any, None]], name: str
-) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        time: VirtualTime = fixtures[name]
-        time.run(test(**fixtures))
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +53,7 @@ def nothing_is_left(*limiters: Limiter) -> None:
 
 @contextlib.contextmanager
 def refused(
-    kind: type[Refusal],
-    says: str = " ",
-    *,
-    retry_after: object = ANY,
-    bound_by: object = ANY,
+    kind: type[Refusal], says: str = " ", *, retry_after: object = ANY, bound_by: object = ANY
 ) -> Generator[None]:
     """Expect an error with this in its message, and with these attributes."""
     with pytest.raises(kind, match=re.escape(says)) as error:

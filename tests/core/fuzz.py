@@ -31,15 +31,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from asyncbucket import (
-    AcquireTimeout,
-    CostExceedsLimit,
-    Lease,
-    Limit,
-    Limiter,
-    WouldBlock,
-    agent,
-)
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limit, Limiter, WouldBlock, agent
 from asyncbucket.testing import DeadlockError, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000

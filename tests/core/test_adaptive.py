@@ -11,7 +11,6 @@ from tests.core.conftest import all_blocked, nothing_is_left, refused
 
 @pytest.fixture
 def limiter(time: VirtualTime) -> Limiter:
-    """Return one that starts with four slots."""
     return Limiter(concurrency=(1, 100), clock=time.clock)
 
 

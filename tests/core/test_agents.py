@@ -5,19 +5,25 @@ import collections
 import contextlib
 import gc
 import os
-import random
 import sys
 from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, Limit, Limiter, agent, priority, tenant
+from asyncbucket import Cost, Limiter, agent, priority, tenant
+from asyncbucket.core.statistics import AgentStatistics
 from asyncbucket.events import AgentFinished, AgentStarted, Event
-from asyncbucket.testing import VirtualTime, assert_never_over, virtual_time
+from asyncbucket.testing import VirtualTime, virtual_time
 from benchmarks.agents import MIXES, Agent, alike, heavy_tailed, mixed, play
 
 #: One call a second, one at a time.
 RATE = "60 RPM burst 1"
+
+
+def agents_of(limiter: Limiter) -> AgentStatistics:
+    agents = limiter.statistics().agents
+    assert agents is not None
+    return agents
 
 
 class Crowd:
@@ -56,7 +62,6 @@ class Crowd:
 async def test_agents_finish_in_the_order_in_which_fair_shares_would_finish_them(
     virtual_time: VirtualTime,
 ) -> None:
-    """Among equals, and within an agent, calls go in order of arrival."""
     crowd = Crowd(virtual_time)
     crowd.limiter.pause(1)
     for name, calls in ("a", 5), ("b", 2), ("c", 3), ("d", 2):
@@ -67,7 +72,6 @@ async def test_agents_finish_in_the_order_in_which_fair_shares_would_finish_them
 async def test_newcomer_waits_for_those_that_fair_shares_would_finish_before_it(
     virtual_time: VirtualTime,
 ) -> None:
-    """After 8 calls of two agents of 10, each would have made 4: six are left to each."""
     crowd = Crowd(virtual_time)
     crowd.limiter.pause(1)
     for name in "ab":
@@ -92,8 +96,7 @@ async def test_sizes_are_learned_by_kind(virtual_time: VirtualTime) -> None:
     crowd = Crowd(virtual_time, "600 RPM burst 1")
     for kind, calls in ("chat", 2), ("chat", 4), ("deep", 12):
         await (await crowd.start("-", calls, kind=kind))
-    known = crowd.limiter.statistics().agents
-    assert known is not None
+    known = agents_of(crowd.limiter)
     assert (known.running, known.finished) == (0, 3)
     assert {kind: each.known for kind, each in known.kinds.items()} == {"chat": 2, "deep": 1}
     assert known.kinds["chat"].size == pytest.approx(0.3)
@@ -106,9 +109,7 @@ async def test_sizes_are_learned_by_kind(virtual_time: VirtualTime) -> None:
     assert await crowd.order() == "ccccnnnndddd"
 
 
-async def test_agent_larger_than_all_that_are_known_pays_as_it_goes(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_agent_larger_than_all_known_pays_as_it_goes(virtual_time: VirtualTime) -> None:
     crowd = Crowd(virtual_time)
     await (await crowd.start("-", 2, kind="k"))
     crowd.passed.clear()
@@ -120,14 +121,12 @@ async def test_agent_larger_than_all_that_are_known_pays_as_it_goes(
 
 
 async def test_settling_corrects_what_an_agent_has_used(virtual_time: VirtualTime) -> None:
-    """It paid 40 tokens for a call, and used 400."""
     limiter = Limiter("600 tokens/min", clock=virtual_time.clock)
     for used, kind in (400, "a"), (40, "b"), (0, "c"):
         with agent(kind=kind):
             async with limiter.acquire(tokens=40) as lease:
                 lease.settle(tokens=used)
-    known = limiter.statistics().agents
-    assert known is not None
+    known = agents_of(limiter)
     assert {kind: each.size for kind, each in known.kinds.items()} == {"a": 40, "b": 4, "c": 0}
 
 
@@ -151,9 +150,7 @@ async def test_call_outside_agents_is_an_agent_of_one_call(virtual_time: Virtual
     assert await crowd.order() == "." * 14 + "aaaa" + "." * 6
 
 
-async def test_line_goes_in_order_of_arrival_again_when_no_agent_runs(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_order_of_arrival_returns_when_no_agent_runs(virtual_time: VirtualTime) -> None:
     crowd = Crowd(virtual_time, "60 TPM")
     crowd.limiter.pause(1)
     big = asyncio.ensure_future(crowd.limiter.acquire(tokens=50))
@@ -177,18 +174,14 @@ async def test_nested_scopes_belong_to_the_outermost(virtual_time: VirtualTime) 
     with agent("outer", kind="research"):
         with agent("inner", kind="chat"):
             (await limiter.acquire()).release()
-        running = limiter.statistics().agents
-        assert running is not None
+        running = agents_of(limiter)
         assert running.kinds.keys() == {"research"}
         assert running.running == 1
-    over = limiter.statistics().agents
-    assert over is not None
+    over = agents_of(limiter)
     assert (over.running, over.finished) == (0, 1)
 
 
-async def test_task_that_outlives_its_agent_makes_calls_of_its_own(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_task_that_outlives_its_agent_calls_by_itself(virtual_time: VirtualTime) -> None:
     limiter = Limiter(RATE, clock=virtual_time.clock)
 
     async def later() -> None:
@@ -199,8 +192,7 @@ async def test_task_that_outlives_its_agent_makes_calls_of_its_own(
         (await limiter.acquire()).release()
         task = asyncio.ensure_future(later())
     await task
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert (agents.running, agents.kinds["k"].known) == (0, 1)
 
 
@@ -213,21 +205,17 @@ async def test_lease_asked_for_inside_and_awaited_after_is_a_call_of_its_own(
     await lease
     lease.settle(requests=3)
     lease.release()
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert (agents.running, agents.finished) == (0, 0)
 
 
 @pytest.mark.parametrize("sync", [False, True])
-async def test_every_way_to_ask_counts_for_the_agent(
-    virtual_time: VirtualTime, *, sync: bool
-) -> None:
+async def test_every_way_to_ask_counts(virtual_time: VirtualTime, *, sync: bool) -> None:
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     with agent(kind="k"):
         lease = limiter.acquire_sync() if sync else limiter.acquire_nowait()
         lease.release()
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert agents.kinds["k"].size == 1
 
 
@@ -253,7 +241,7 @@ async def test_cancelled_agents_leave_no_trace(virtual_time: VirtualTime) -> Non
     assert not crowd.limiter._node.agents._fluid
 
 
-async def test_100_000_agents_in_a_row_leave_no_memory(virtual_time: VirtualTime) -> None:
+async def test_10_000_agents_in_a_row_leave_no_memory(virtual_time: VirtualTime) -> None:
     limiter = Limiter("1M RPM", clock=virtual_time.clock)
 
     async def visit(count: int) -> int:
@@ -264,13 +252,11 @@ async def test_100_000_agents_in_a_row_leave_no_memory(virtual_time: VirtualTime
         gc.collect()
         return sys.getallocatedblocks()
 
-    before = await visit(5_000)
-    assert await visit(20_000) < before + 1_000
+    before = await visit(2_500)
+    assert await visit(10_000) < before + 1_000
 
 
-async def test_tenants_priorities_and_children_stand_above_agents(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_tenants_priorities_children_stand_above_agents(virtual_time: VirtualTime) -> None:
     """Agents are ordered within one line only; what is known of sizes is shared by tenants."""
     crowd = Crowd(virtual_time)
     await (await crowd.start("-", 3, kind="k"))
@@ -294,8 +280,7 @@ async def test_what_tenants_agents_use_is_known_to_all_tenants(virtual_time: Vir
         (await limiter.acquire()).release()
     with tenant("globex"), agent(kind="other"):
         (await limiter.acquire()).release()
-        agents = limiter.key("globex").statistics().agents
-    assert agents is not None
+        agents = agents_of(limiter.key("globex"))
     assert {kind: each.size for kind, each in agents.kinds.items()} == {"k": 1, "other": 1}
 
 
@@ -308,8 +293,7 @@ async def test_tenant_with_a_running_agent_is_kept(virtual_time: VirtualTime) ->
         for number in range(50):
             (await limiter.acquire(tenant=str(number))).release()
             await asyncio.sleep(120)
-        agents = limiter.key("acme").statistics().agents
-        assert agents is not None
+        agents = agents_of(limiter.key("acme"))
         assert agents.running == 1
 
 
@@ -351,74 +335,17 @@ async def test_observers_hear_of_agents_but_not_their_names(virtual_time: Virtua
     assert "secret name" not in repr(heard)
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "words"),
-    [
-        ({"name": ""}, ValueError, "an agent's name must be a non-empty string, not ''"),
-        ({"kind": 3}, ValueError, "an agent's kind must be a non-empty string, not 3"),
-        ({"expects": -1}, ValueError, "tokens must be finite and not negative, not -1"),
-        ({"expects": "much"}, TypeError, "tokens must be a number, not str"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    given: dict[str, Any], error: type[Exception], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        agent(**given)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-async def test_forked_process_knows_nothing_of_the_parents_agents(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_forked_process_knows_no_agents_of_its_parent(virtual_time: VirtualTime) -> None:
     limiter = Limiter("60 RPM", clock=virtual_time.clock)
     with agent(kind="k"):
-        (await limiter.acquire()).release()
+        (await limiter.child("chat").acquire()).release()
         limiter._node.after_fork()
         assert limiter.statistics().agents is None
     with agent(kind="k"):
         (await limiter.acquire()).release()
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert agents.finished == 1
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_never_over_and_nothing_leaks_whatever_agents_do(
-    virtual_time: VirtualTime, seed: int
-) -> None:
-    """Agents of any size come, fail, are cancelled, settle, and wait behind slots and limits."""
-    draw = random.Random(seed)
-    limiter = Limiter("300 TPM burst 20", concurrency=3, clock=virtual_time.clock)
-    trace: list[tuple[int, int]] = []
-
-    async def call() -> None:
-        tokens = draw.randint(1, 30)
-        used = draw.randint(1, tokens)
-        async with limiter.acquire(tokens=tokens) as lease:
-            trace.append((virtual_time.clock(), used))
-            await asyncio.sleep(draw.random() * 3)
-            lease.settle(tokens=used)
-
-    async def run(number: int) -> None:
-        await asyncio.sleep(draw.random() * 100)
-        expects = draw.choice([None, draw.randint(1, 200)])
-        with agent(str(number), kind=draw.choice(["a", "b", None]), expects=expects):
-            for _ in range(draw.randint(1, 4)):
-                await asyncio.gather(*(call() for _ in range(draw.randint(1, 5))))
-                if draw.random() < 0.1:
-                    raise OSError
-
-    tasks = [asyncio.ensure_future(run(number)) for number in range(40)]
-    await asyncio.sleep(60)
-    for task in draw.sample(tasks, 8):
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert_never_over(trace, Limit("tokens", 300))
-    now = limiter.statistics()
-    assert (now.waiting, now.in_flight) == (0, 0)
-    assert now.agents is not None
-    assert now.agents.running == 0
 
 
 @pytest.mark.parametrize("turns", range(5))
@@ -442,22 +369,18 @@ async def test_call_cancelled_as_it_passes_costs_its_agent_nothing(
                     lease.release()
 
     await run()
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert agents.kinds["k"].size == 0
     assert limiter.statistics().in_flight == 0
 
 
-async def test_usage_reported_late_is_not_taken_for_another_agents(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_late_usage_is_not_taken_for_another_agents(virtual_time: VirtualTime) -> None:
     limiter = Limiter("600 RPM", clock=virtual_time.clock)
     with agent(kind="k"):
         lease = await limiter.acquire()
     lease.settle(requests=50)
     lease.release()
-    agents = limiter.statistics().agents
-    assert agents is not None
+    agents = agents_of(limiter)
     assert agents.kinds["k"].size == pytest.approx(0.1)
 
 
@@ -507,21 +430,3 @@ def test_tenants_get_their_shares_whatever_agents_they_have() -> None:
     assert shares == pytest.approx(
         {"default/1": 1 / 6, "default/2": 2 / 6, "default/3": 3 / 6}, rel=0.02
     )
-
-
-@pytest.mark.heavy
-def test_with_true_sizes_no_agent_is_later_than_in_fair_shares() -> None:
-    """But for the end of the run, when calls that wait for each other leave the limit idle."""
-    agents = mixed(1)
-    fair, told = play(agents, "fair shares"), play(agents, "true sizes")
-    late = [mine - theirs for mine, theirs in zip(told.seconds, fair.seconds, strict=True)]
-    assert max(late) <= 0.03 * fair.makespan
-    wrong = play(agents, "true sizes", wrong_by=0.7)
-    late = [mine - theirs for mine, theirs in zip(wrong.seconds, fair.seconds, strict=True)]
-    assert sum(each > 30 for each in late) <= 0.05 * len(agents)
-
-
-@pytest.mark.heavy
-def test_first_agents_ever_do_as_well_as_in_fair_shares() -> None:
-    agents = alike(0, count=40)
-    assert play(agents, "first agents").mean <= 1.01 * play(agents, "fair shares").mean

@@ -18,7 +18,6 @@ CORE = core.__file__.rpartition("limiter.py")[0]
 
 
 def nothing_is_left(limiter: Limiter) -> None:
-    """Assert that nobody waits and nothing is held."""
     now = limiter.statistics()
     assert (now.waiting, now.in_flight) == (0, 0)
     with limiter.acquire_nowait() as lease:
@@ -26,13 +25,11 @@ def nothing_is_left(limiter: Limiter) -> None:
 
 
 async def acquire_and_release(limiter: Limiter) -> None:
-    """Acquire and release."""
     async with limiter.acquire(tokens=10):
         pass
 
 
 def call_after(steps_left: int, function: Callable[[], object]) -> None:
-    """Call `function` after the loop has run `steps_left` more times."""
     if steps_left:
         asyncio.get_running_loop().call_soon(call_after, steps_left - 1, function)
     else:
@@ -45,7 +42,6 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
 async def test_waiter_cancelled_at_any_step_leaks_nothing(
     time: VirtualTime, before: int, after: int, *, cancel_first: bool
 ) -> None:
-    """Whether it waits, is being admitted or was just admitted: its slot comes back."""
     limiter = Limiter(concurrency=1, clock=time.clock)
     holder = await limiter.acquire()
     served: list[str] = []
@@ -69,8 +65,10 @@ async def test_waiter_cancelled_at_any_step_leaks_nothing(
     nothing_is_left(limiter)
 
 
-@pytest.mark.parametrize("others", [None, "alike", "elsewhere"])
-@pytest.mark.parametrize("path", [(), ("chat", "agent")])
+@pytest.mark.parametrize(
+    ("path", "others"),
+    [((), None), ((), "alike"), (("chat", "agent"), "alike"), (("chat", "agent"), "elsewhere")],
+)
 def test_call_cancelled_within_any_line_of_the_core_leaks_nothing(
     path: tuple[str, ...], others: str | None
 ) -> None:
@@ -118,9 +116,7 @@ def test_call_cancelled_within_any_line_of_the_core_leaks_nothing(
 
 
 @pytest.mark.parametrize("depth", range(5))
-async def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
-    time: VirtualTime, depth: int
-) -> None:
+async def test_bucket_takes_unit_back_from_cancelled_waiter(time: VirtualTime, depth: int) -> None:
     """Cancelled at any step around its own instant, it leaves its unit to the next call."""
     bucket = TokenBucket(rate=1.0, burst=1, clock=time.clock)
     await bucket.acquire()
@@ -131,7 +127,6 @@ async def test_bucket_takes_back_unit_handed_to_cancelled_waiter(
 
 
 async def test_next_call_passes_at_once_when_head_is_cancelled(time: VirtualTime) -> None:
-    """If a costly call leaves the line, the cheap one behind it passes at that instant."""
     limiter = Limiter("50 tokens/10s burst 7", clock=time.clock)
     limiter.acquire_nowait(tokens=7)
     late = asyncio.create_task(limiter.acquire(tokens=7, timeout=1.5))
@@ -145,32 +140,6 @@ async def test_next_call_passes_at_once_when_head_is_cancelled(time: VirtualTime
     await asyncio.sleep(1)
     costly.cancel()
     assert (await cheap).waited == 1
-
-
-@pytest.mark.parametrize("depth", range(4))
-async def test_waiter_cancelled_at_its_deadline_takes_nothing(
-    time: VirtualTime, depth: int
-) -> None:
-    limiter = Limiter(concurrency=1, clock=time.clock)
-    holder = await limiter.acquire()
-    late = await start(limiter.acquire(timeout=1))
-    asyncio.get_running_loop().call_at(1.0, call_after, depth, late.cancel)
-    with pytest.raises((asyncio.CancelledError, AcquireTimeout)):
-        await late
-    holder.release()
-    nothing_is_left(limiter)
-
-
-async def test_coroutine_closed_while_waiting_leaves_line(time: VirtualTime) -> None:
-    limiter = Limiter(concurrency=1, clock=time.clock)
-    holder = await limiter.acquire()
-    acquisition = limiter.acquire()
-    acquisition.send(None)
-    assert limiter.statistics().waiting == 1
-    acquisition.close()
-    assert limiter.statistics().waiting == 0
-    holder.release()
-    nothing_is_left(limiter)
 
 
 async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTime) -> None:
@@ -191,27 +160,23 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
 
 
 @pytest.mark.heavy
-async def test_100_000_waiters_leave_line_when_cancelled_last_to_first(time: VirtualTime) -> None:
-    """Leaving from the back costs no more than from the front."""
+async def test_20_000_waiters_leave_line_when_cancelled_last_to_first(time: VirtualTime) -> None:
     limiter = Limiter("1 RPM", clock=time.clock)
     await limiter.acquire()
-    waiters = [limiter.acquire() for _ in range(100_000)]
+    waiters = [limiter.acquire() for _ in range(20_000)]
     for waiter in waiters:
         waiter.send(None)
-    assert limiter.statistics().waiting == 100_000
+    assert limiter.statistics().waiting == 20_000
     for waiter in reversed(waiters):
         with pytest.raises(asyncio.CancelledError):
             waiter.throw(asyncio.CancelledError)
     now = limiter.statistics()
-    assert (now.waiting, now.cancelled) == (0, 100_000)
+    assert (now.waiting, now.cancelled) == (0, 20_000)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["limiter", "bucket"])
-async def test_100_000_cancellations_leak_nothing_and_keep_order(
-    time: VirtualTime, kind: str
-) -> None:
-    """Before, at and after the handover: no unit or slot is lost, and nobody is overtaken."""
+async def test_40_000_cancellations_leak_nothing_in_order(time: VirtualTime, kind: str) -> None:
     chance = random.Random(20)
     limiter = Limiter("1000 RPS burst 1000", "20k tokens/s", concurrency=32, clock=time.clock)
     bucket = TokenBucket(rate=20_000.0, burst=100, clock=time.clock)
@@ -229,13 +194,13 @@ async def test_100_000_cancellations_leak_nothing_and_keep_order(
                 await asyncio.sleep(0.05 * chance.random())
 
     calls: list[asyncio.Task[None]] = []
-    for number in range(0, 100_000, 5_000):
-        calls += [asyncio.create_task(call(each)) for each in range(number, number + 5_000)]
+    for number in range(0, 40_000, 2_000):
+        calls += [asyncio.create_task(call(each)) for each in range(number, number + 2_000)]
         await asyncio.sleep(0.05 * chance.random())
         cancelled += sum(each.cancel() for each in calls if chance.random() < 0.99)
         calls = [each for each in calls if not (each.done() or each.cancelling())]
     await asyncio.gather(*calls)
-    assert cancelled > 95_000
+    assert cancelled > 37_000
     assert served == sorted(served)
     await asyncio.sleep(2)
     nothing_is_left(limiter)

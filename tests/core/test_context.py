@@ -7,8 +7,7 @@ import gc
 import itertools
 import math
 import threading
-from collections.abc import AsyncGenerator, Generator
-from time import monotonic
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -77,33 +76,6 @@ async def test_tasks_and_to_thread_inherit_context_but_threads_do_not() -> None:
     assert sorted(seen, key=str) == [(1, "acme")] * 3 + [None]
 
 
-async def test_acquire_sync_in_to_thread_inherits_tenant_and_deadline() -> None:
-    limiter = Limiter(concurrency=1, name="key")
-    with asyncbucket.tenant("acme"):
-        (await asyncio.to_thread(limiter.acquire_sync)).release()
-        assert limiter.key("acme").statistics().admitted == 1
-        start = monotonic()
-        with limiter.acquire_nowait(), asyncbucket.deadline(0.02):
-            for _ in range(2):
-                with pytest.raises(AcquireTimeout):
-                    await asyncio.to_thread(limiter.acquire_sync)
-        assert 0.02 <= monotonic() - start < 10
-
-
-def test_generator_shares_context_with_its_caller(time: VirtualTime) -> None:
-    def items() -> Generator[int]:
-        with asyncbucket.tenant("inside"):
-            yield 1
-
-    with asyncbucket.tenant("outside"):
-        iterator = items()
-        next(iterator)
-        assert inherited.get() == Inherited(tenant="inside")
-        assert next(iterator, None) is None
-        assert inherited.get() == Inherited(tenant="outside")
-    assert time.now == 0
-
-
 async def test_generator_can_be_closed_in_another_context(time: VirtualTime) -> None:
     errors: list[Any] = []
 
@@ -156,21 +128,7 @@ async def test_past_deadline_refuses_only_calls_that_would_wait(time: VirtualTim
             await limiter.acquire()
 
 
-async def test_waiting_call_fails_at_inherited_deadline(time: VirtualTime) -> None:
-    key = Limiter(concurrency=1, clock=time.clock)
-    held = await key.acquire()
-    late = pytest.raises(AcquireTimeout, match="within 3 s: the one slot is taken")
-    with asyncbucket.deadline(3), late:
-        await key.acquire()
-    assert time.now == 3
-    with asyncbucket.deadline(3), pytest.raises(AcquireTimeout):
-        await key.child("a").child("b").acquire()
-    assert time.now == 6
-    held.release()
-
-
 async def test_calls_inherit_tenant_from_context(time: VirtualTime) -> None:
-    """Those that ask for another limiter, or another tenant, get that one."""
     key = Limiter("100 RPM", name="key", clock=time.clock)
     chat, other = key.child("chat"), key.key("other")
     with asyncbucket.tenant("acme"):

@@ -25,9 +25,7 @@ from tests.core.conftest import HELD, all_blocked, refused, start, start_all
 
 
 def test_errors_module_docstring_draws_every_error_once() -> None:
-    """Each is drawn beneath the common base, with the built-in error that it also is."""
     drawn = re.findall(r"^ {4}[├└]── (\w+) (?:\((\w+)\))?", errors.__doc__ or "", re.MULTILINE)
-
     kinds = AsyncBucketError.__subclasses__()
     kinds += [heir for kind in kinds for heir in kind.__subclasses__()]
     assert sorted(drawn) == sorted(
@@ -41,7 +39,6 @@ def test_errors_module_docstring_draws_every_error_once() -> None:
 
 
 async def test_cost_above_limit_fails_at_once(time: VirtualTime) -> None:
-    """The message has the cost, the limit and the keyword to raise, in every kind of acquire."""
     limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=time.clock)
     never = (
         "^cost of 36,055 tokens exceeds the limit of 30,000 tokens per 60 s and can never pass; "
@@ -74,7 +71,6 @@ def test_bucket_refuses_call_above_its_burst() -> None:
 
 
 async def test_would_block_says_what_binds_and_for_how_long(time: VirtualTime) -> None:
-    """It may be requests, tokens for most of a day, slots, a pause, or calls that came first."""
     limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, clock=time.clock)
     held = limiter.acquire_nowait(tokens=60)
     says = (
@@ -166,7 +162,6 @@ async def test_call_beyond_max_queue_is_refused_with_retry_after(time: VirtualTi
 
 
 async def test_each_level_has_its_own_max_queue(time: VirtualTime) -> None:
-    """A tenant's full queue refuses that tenant, and the key's full queue refuses all."""
     key = Limiter("60 RPM burst 1", max_queue=3, name="key", clock=time.clock)
     a, b = key.child("a", max_queue=2), key.child("b")
     below = a.child("below")
@@ -199,7 +194,6 @@ async def test_max_queue_0_admits_only_calls_that_need_not_wait(time: VirtualTim
 
 
 async def test_timeout_of_limiter_is_default_for_calls_and_children(time: VirtualTime) -> None:
-    """A child has its parent's unless given one; `math.inf` means none; a call's own goes first."""
     key = Limiter("1 RPM", timeout=10, clock=time.clock)
     await key.acquire()
     patient = key.child("patient", timeout=20)
@@ -219,7 +213,6 @@ async def test_timeout_of_limiter_is_default_for_calls_and_children(time: Virtua
 
 
 def raised(error: BaseException, *, cause: BaseException | None = None) -> BaseException:
-    """Return ``error`` with an explicit cause."""
     error.__cause__ = cause
     return error
 
@@ -231,7 +224,6 @@ def test_refusal_is_found_among_causes_contexts_and_groups() -> None:
     hidden.__suppress_context__ = True
     circular.__context__ = raised(KeyError("d"), cause=circular)
     group = BaseExceptionGroup("e", [ValueError("f"), ExceptionGroup("g", [implicit])])
-
     for error in (refusal, implicit, group, raised(OSError("h"), cause=group)):
         assert errors.refusal_in(error) is refusal
     for other in (None, hidden, circular, asyncio.CancelledError()):

@@ -4,14 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from asyncbucket import Limit, Limiter, Price, tenant
+from asyncbucket import Limiter, Price
 from asyncbucket.core.levels import (
-    can_give_slots_up,
-    effective_limiter,
     give_back,
-    in_force,
-    provider_of,
-    shown_name,
     terms_of,
 )
 from asyncbucket.testing import VirtualClock, VirtualTime
@@ -19,12 +14,10 @@ from tests.core.conftest import start
 
 
 def in_flight(*limiters: Limiter) -> list[int]:
-    """Return how many calls of each limiter count as in flight."""
     return [limiter.statistics().in_flight for limiter in limiters]
 
 
 def make_tree() -> tuple[Limiter, Limiter, Limiter]:
-    """Return a root and two children, with three slots each."""
     root = Limiter("1000/s", concurrency=3, clock=VirtualClock())
     return root, root.child("a", concurrency=3), root.child("b", concurrency=3)
 
@@ -48,9 +41,7 @@ def test_outer_call_gives_up_slots_of_common_levels_once() -> None:
 
 
 @pytest.mark.parametrize("slots", ["before", "after"])
-async def test_inner_call_passes_when_outer_call_gives_up_its_slot(
-    time: VirtualTime, slots: str
-) -> None:
+async def test_inner_call_passes_when_outer_gives_up_slot(time: VirtualTime, slots: str) -> None:
     root = Limiter("1000/s", clock=time.clock)
     tools = root.child("tools")
     if slots == "before":
@@ -75,35 +66,6 @@ async def test_slot_in_store_is_given_up_for_inner_call(tmp_path: Path) -> None:
         async with root.acquire(timeout=5):
             pass
     await root.aclose()
-
-
-def test_level_whose_limits_are_the_providers_is_highest_with_any() -> None:
-    """Levels above only group providers; what holds for calls is told from the bottom up."""
-    group = Limiter(name="all")
-    key = group.child("key", "500 RPM")
-    chat = key.child("chat", "5 RPM")
-    assert provider_of(chat) is provider_of(key) is key
-    assert provider_of(group) is group
-    assert in_force(chat) == (Limit("requests", 5), Limit("requests", 500))
-    assert in_force(group) == ()
-
-
-def test_only_limiter_that_finds_its_concurrency_can_give_slots_up() -> None:
-    key = Limiter(concurrency=(2, 9))
-    child = key.child("child", concurrency=5)
-    assert can_give_slots_up(child)
-    key.reconfigure(concurrency=(4, 4))
-    assert not can_give_slots_up(child)
-    assert not can_give_slots_up(Limiter(concurrency=5))
-
-
-def test_tenant_of_context_is_limiter_that_admits() -> None:
-    key = Limiter(name="key")
-    assert effective_limiter(key) is key
-    with tenant("acme"):
-        assert effective_limiter(key) is key.key("acme")
-        assert effective_limiter(key.key("other")) is key.key("other")
-    assert shown_name(key.key("acme").child("chat")) == "key/*/chat"
 
 
 def test_terms_of_limiter_make_another_like_it() -> None:

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import Limit
-from asyncbucket.core.meters import NEVER, Bucket, Window
+from asyncbucket.core.meters import Bucket, Window
 from asyncbucket.testing import assert_within_bucket, busiest_window
-from tests.core.conftest import HELD
 
 SECOND = 1_000_000_000
 moderate = settings(deadline=None, max_examples=150)
@@ -40,7 +39,6 @@ class Booking:
 
 
 def nanoseconds_of(rate: float | Fraction) -> Fraction:
-    """Return the exact time in which one unit is refilled."""
     exact = Fraction(rate)
     simple = exact.limit_denominator(1_000_000)
     return SECOND / (simple if float(simple) == float(rate) else exact)
@@ -59,7 +57,6 @@ def missing(history: list[Booking], rate: float | Fraction, burst: int, now: int
 
 
 def window_of(amount: int, per: float = 1.0, *, burst: int | None = None) -> Window:
-    """Return the meter of a limit of some units."""
     return Window(Limit("units", amount, per=per, burst=burst))
 
 
@@ -73,7 +70,6 @@ def window_of(amount: int, per: float = 1.0, *, burst: int | None = None) -> Win
 def test_bucket_never_exceeds_its_rate_and_burst(
     rate: float | Fraction, burst: int, calls: list[tuple[int, int]]
 ) -> None:
-    """Calls that pass as early as allowed keep rate and burst in every interval."""
     bucket = Bucket(rate=rate, burst=burst)
     trace: list[tuple[int, int]] = []
     now = 0
@@ -106,7 +102,6 @@ def test_bucket_refuses_before_promised_instant_and_passes_at_it(
     amount: int,
     before: list[float],
 ) -> None:
-    """The promise never becomes earlier by asking later, not even for calls above the burst."""
     bucket = Bucket(rate=rate, burst=burst)
     now = answer = 0
     for delay, units in calls:
@@ -141,7 +136,6 @@ def test_bucket_refuses_before_promised_instant_and_passes_at_it(
 def test_unbook_leaves_bucket_as_if_units_had_never_been_booked(
     rate: float | Fraction, burst: int, moves: list[tuple[str, int, int, int]], pause: int
 ) -> None:
-    """After any refunds, in whole or in part and however late, exactly what is left counts."""
     bucket = Bucket(rate=rate, burst=burst)
     history: list[Booking] = []
     now = 0
@@ -167,10 +161,7 @@ def test_unbook_leaves_bucket_as_if_units_had_never_been_booked(
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**9), st.sampled_from([(100, 200), (1_000, 1_500)]))
-def test_refunds_to_busy_bucket_are_exact_or_err_on_safe_side(
-    seed: int, size: tuple[int, int]
-) -> None:
-    """After more bookings than a bucket remembers, refunds bring back at most what is due."""
+def test_refunds_to_busy_bucket_err_on_safe_side(seed: int, size: tuple[int, int]) -> None:
     random = Random(seed)
     burst, calls = size
     bucket = Bucket(rate=1, burst=burst)
@@ -381,24 +372,7 @@ def test_window_gives_back_exactly_what_was_booked(
         assert window.lent(len(latest)) >= within(latest, now, span)
 
 
-def test_refund_of_booking_that_left_window_takes_nothing_from_newer_one() -> None:
-    window = window_of(1)
-    window.book(1, 0)
-    assert window.take(1, 2 * SECOND)
-    window.unbook(1, 0)
-    assert window.available(2 * SECOND) == 0
-
-
-def test_window_in_debt_passes_nothing_until_debt_leaves() -> None:
-    window = window_of(10)
-    window.owe(20, 0)
-    assert window.available(0) == -10
-    assert window.earliest(1, 0) == HELD * SECOND // 1
-    assert window.earliest(11, 0) == NEVER
-
-
 def test_window_lists_what_it_holds() -> None:
-    """Refunds leave no entry; what has left the window is gone."""
     window = window_of(100, per=60)
     for when, units in ((1, 5), (10, 7), (20, 9)):
         window.book(units, when * SECOND)
@@ -428,9 +402,7 @@ def test_reshaped_window_keeps_what_was_booked_and_its_pace_starts_anew() -> Non
         max_size=30,
     )
 )
-def test_paced_window_does_what_its_bucket_and_its_bare_window_do(
-    moves: list[tuple[str, int, int]],
-) -> None:
+def test_paced_window_does_as_bucket_and_bare_window(moves: list[tuple[str, int, int]]) -> None:
     paced, bare = window_of(20, per=3, burst=5), window_of(20, per=3)
     bucket = Bucket(rate=Fraction(20, 3), burst=5)
     last: list[tuple[int, int]] = []

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, TokenBucket, plan
 from asyncbucket.core.levels import observe_remaining
-from asyncbucket.core.wording import is_integer, is_number
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import available, used
 
@@ -58,18 +57,10 @@ def test_amounts_of_cost_are_whole_positive_and_never_less_than_given(
 NUMBERS = [3, 0.5, math.nan, math.inf, 10**400, Fraction(1, 3)]
 
 
-@pytest.mark.parametrize("value", [*NUMBERS, True, "3", None, 1j, [3]])
-def test_nan_infinity_and_fractions_count_as_numbers_but_bools_do_not(value: object) -> None:
-    """Whether a number makes sense is checked elsewhere."""
-    assert is_number(value) == any(value is each for each in NUMBERS)
-    assert is_integer(value) == (type(value) is int)
-
-
-@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("kind", ["int8", "int64"])
 async def test_numpy_numbers_are_accepted_everywhere_and_do_not_overflow(
     time: VirtualTime, kind: str
 ) -> None:
-    """Token counts may come from data frames; they are kept as Python's own numbers."""
     numpy = pytest.importorskip("numpy")
     n, real = getattr(numpy, kind), numpy.float32
     limiter = Limiter(
@@ -94,7 +85,6 @@ async def test_numpy_numbers_are_accepted_everywhere_and_do_not_overflow(
 
 
 def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
-    """Neither in a plan, which multiplies slots by time, nor where threads are counted."""
     three = pytest.importorskip("numpy").int8(3)
     told = plan(rpm=100, calls=three, concurrency=three, latency=three, what_if=True)
     assert told.duration == 3
@@ -108,7 +98,6 @@ def test_counts_in_small_numpy_integers_do_not_overflow() -> None:
 
 
 def test_fraction_as_seconds_is_shown_as_decimal_number(time: VirtualTime) -> None:
-    """Before Python 3.12 fractions cannot be formatted, and they are never valid JSON."""
     third: Any = Fraction(1, 3)
     bucket = TokenBucket(rate=third, burst=1, clock=time.clock)
     bucket.acquire_nowait()
@@ -116,7 +105,6 @@ def test_fraction_as_seconds_is_shown_as_decimal_number(time: VirtualTime) -> No
     paused: list[Any] = []
     limiter.observe(paused.append)
     limiter.pause(third)
-
     with pytest.raises(AcquireTimeout, match=r"cannot pass within 0\.333 s at 0\.333333 a"):
         time.run(bucket.acquire(timeout=third))
     assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"

@@ -30,7 +30,6 @@ async def test_each_call_of_paced_async_function_waits_for_admission(time: Virtu
 
 
 async def test_cost_given_as_function_is_computed_from_call_arguments(time: VirtualTime) -> None:
-    """A number is the price of every call."""
     limiter = Limiter("100 TPM", "50 images/m", clock=time.clock)
 
     @limiter.paced(tokens=len, images=2)
@@ -85,7 +84,6 @@ async def test_methods_partials_and_objects_can_be_paced(time: VirtualTime) -> N
 
 
 def test_paced_refuses_generator_functions() -> None:
-    """Calling it would hold nothing yet; the message says where to acquire."""
 
     async def stream() -> AsyncIterator[int]:
         yield 1
@@ -103,7 +101,6 @@ def test_paced_refuses_generator_functions() -> None:
 
 
 def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() -> None:
-    """Its work would begin after the slot is back, so it does not run, and nothing stays booked."""
     limiter = Limiter("10/s", concurrency=1)
     ran: list[int] = []
 

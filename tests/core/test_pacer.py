@@ -12,7 +12,6 @@ from typing import TypeVarTuple
 import pytest
 
 from asyncbucket import Limiter, TokenBucket
-from asyncbucket.core.queue import line_of
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 from tests.core.conftest import cancel, start, start_all
 from tests.core.test_shares import count, saturate
@@ -21,7 +20,6 @@ Ts = TypeVarTuple("Ts")
 
 
 def pacers() -> list[asyncio.Task[object]]:
-    """Return the running loop's pacers."""
     return [task for task in asyncio.all_tasks() if task.get_name() == "asyncbucket pacer"]
 
 
@@ -43,7 +41,6 @@ async def test_pacer_lives_only_while_calls_wait(time: VirtualTime) -> None:
 
 @pytest.mark.parametrize("rung", [False, True])
 async def test_pacer_keeps_nothing_of_its_callers_alive(time: VirtualTime, *, rung: bool) -> None:
-    """Neither its task nor its timer runs in the context of the call that came first."""
 
     class Prompt:
         pass
@@ -89,11 +86,6 @@ async def test_pacer_cancelled_by_foreign_code_starts_again(time: VirtualTime) -
     assert not pacers()
 
 
-def test_calls_of_one_limiter_and_priority_share_a_line() -> None:
-    node = Limiter()._node
-    assert line_of(node, 0) is line_of(node, 0) is not line_of(node, 1)
-
-
 @pytest.mark.parametrize("children", [1, 2])
 async def test_1000_calls_are_admitted_in_batches_of_256(time: VirtualTime, children: int) -> None:
     limiter = Limiter("1000 TPM", clock=time.clock)
@@ -109,16 +101,8 @@ async def test_1000_calls_are_admitted_in_batches_of_256(time: VirtualTime, chil
     assert time.now == 0
 
 
-async def test_crowd_delays_no_call_of_slow_sibling(time: VirtualTime) -> None:
-    key = Limiter("5k requests/s burst 100", name="key", clock=time.clock)
-    crowd, slow = key.child("crowd"), key.child("slow", "50/s burst 1")
-    passed = await saturate(time, 0, *[(slow, 0)] * 5, *[(crowd, 0)] * 500)
-    assert [when for when, name, _ in passed if name == "slow"] == [0, 0.02, 0.04, 0.06, 0.08]
-
-
 @pytest.mark.parametrize("first", ["crowd", "slow"])
 async def test_grandchild_keeps_its_rate_beside_crowds(time: VirtualTime, first: str) -> None:
-    """Whichever stands first in line, and even if its parent is not the next to be served."""
     key = Limiter("5k requests/s burst 100", name="key", clock=time.clock)
     team, others = key.child("team"), key.child("others")
     slow = team.child("slow", "400/s burst 1")
@@ -127,22 +111,6 @@ async def test_grandchild_keeps_its_rate_beside_crowds(time: VirtualTime, first:
         time, 0, *itertools.chain(*lines[:: 1 if first == "crowd" else -1]), *[(others, 0)] * 1_500
     )
     assert count(passed, until=0.5)["team/slow"] >= 170  # one by one, it would be 176
-
-
-async def test_children_with_own_limits_get_them_beside_crowds(time: VirtualTime) -> None:
-    """What flows into a child's full bucket while others are served would be lost to it."""
-    key = Limiter("120k RPM burst 200", name="key", clock=time.clock)
-    children = [key.child(name) for name in ("a", "b", "c")]
-    children += [key.child("d", "24k RPM burst 1"), key.child("e", "27k RPM burst 1")]
-    served = count(await saturate(time, 1, *[(child, 0) for child in children] * 40))
-    assert min(served["d"], served["e"]) >= 390  # of 400: a fifth of the key's limit
-
-
-async def test_batching_wastes_no_refill_of_bucket_with_burst_of_one(time: VirtualTime) -> None:
-    limiter = Limiter("1000/s burst 1", "6M TPM burst 1M", clock=time.clock)
-    await limiter.acquire(tokens=900_000)
-    await asyncio.gather(*(limiter.acquire(tokens=1) for _ in range(100)))
-    assert time.now == 0.1
 
 
 def test_timer_that_fires_early_admits_no_call_early() -> None:
@@ -174,43 +142,7 @@ def test_timer_that_fires_early_admits_no_call_early() -> None:
     assert len(naps) < 400
 
 
-async def test_wait_of_ten_days_ends_on_time(time: VirtualTime) -> None:
-    bucket = TokenBucket(rate=1 / (10 * 86_400), clock=time.clock)
-    await bucket.acquire()
-    await bucket.acquire()
-    assert time.now == pytest.approx(10 * 86_400)
-
-
-@pytest.mark.parametrize("where", ["root", "child"])
-async def test_no_more_than_a_full_bucket_passes_after_a_long_stop(
-    where: str, time: VirtualTime
-) -> None:
-    """A process that was stopped for an hour (`SIGSTOP`) finds a full bucket, not an hour's units."""
-    looks, passed = 0, list[float]()
-
-    def clock() -> int:
-        nonlocal looks
-        looks += 1
-        return time.clock()
-
-    async def call(limiter: Limiter) -> None:
-        await limiter.acquire()
-        passed.append(time.now)
-
-    root = Limiter("600 RPM burst 3", clock=clock)
-    limiter = root if where == "root" else root.child("child")
-    calls = [asyncio.create_task(call(limiter)) for _ in range(10)]
-    await asyncio.sleep(0.25)
-    before = looks
-    time.advance(3600)
-    await asyncio.gather(*calls)
-    assert looks - before < 20
-    assert passed[:5] == [0, 0, 0, 0.1, 0.2]
-    assert passed[5:] == [3600.25, 3600.25, 3600.25, 3600.35, 3600.45]
-
-
 async def test_calls_that_leave_a_long_line_leave_nothing_behind(time: VirtualTime) -> None:
-    """Neither the line nor what looks after deadlines keeps thousands that gave up."""
     limiter = Limiter("1 RPH", clock=time.clock)
     limiter.acquire_nowait()
     leases = [limiter.acquire(timeout=3_700) for _ in range(2_000)]
@@ -243,17 +175,16 @@ async def test_patient_call_keeps_nothing_of_those_that_pass_meanwhile(time: Vir
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("waiting", [1, 2])
 async def test_slots_that_do_not_come_back_are_named_once(
-    waiting: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the machine's clock says so: on virtual time, a minute is nothing."""
     monkeypatch.setattr("asyncbucket.core.pacer._STALL", 30_000_000)
     limiter = Limiter(concurrency=2, name="openai")
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]
-    calls = [asyncio.create_task(below.acquire()) for _ in range(waiting)]
-    await asyncio.sleep(0.5)
+    calls = [asyncio.create_task(below.acquire()) for _ in range(2)]
+    await asyncio.sleep(0.3)
     (said,) = caplog.messages
     assert said.startswith("no call has passed for 0 s: open leases hold 2 of 2 slots of 'openai';")
     for lease in forgotten:

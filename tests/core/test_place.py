@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, Pool
+from asyncbucket import Lease, Limiter, Pool
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pool import PoolLease
 from asyncbucket.core.queue import AnyWaiter
@@ -26,7 +26,6 @@ class Store:
         self.ended_calls = 0
 
     def let_go(self) -> bool:
-        """Let the call go, booked anew; return whether it still waited."""
         assert self.standing is not None
         with self.pacer:
             (waiter, below, pushed), now = self.standing, self.pacer.clock()
@@ -66,7 +65,6 @@ class Store:
 
 
 async def stand_in(limiter: Limiter, calls: int) -> list[asyncio.Task[Lease]]:
-    """Let calls wait until the store has the first."""
     return await start_all(limiter.acquire(tokens=30) for _ in range(calls))
 
 
@@ -140,22 +138,3 @@ async def test_call_that_gives_up_leaves_nothing_anywhere(time: VirtualTime, whe
     assert team.statistics().cancelled == 1
     assert used(team) == [0]
     nothing_is_left(key, team)
-
-
-async def test_call_that_can_never_pass_fails_in_line_and_in_store(time: VirtualTime) -> None:
-    key = Limiter("100 TPM", clock=time.clock)
-    store = Store(key)
-    inside, in_line = await stand_in(key, 2)
-    assert store.standing is not None
-    waiter, error = store.standing[0], CostExceedsLimit("so says the store")
-    with store.pacer:
-        key._node.set_limits([Limit("tokens", 20)], time.clock())
-        store.pacer.limits_changed_locked(key._node)
-        store.pacer.fail_locked(waiter, error)
-        store.pacer.fail_locked(waiter, error)
-    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 20 tokens"):
-        await in_line
-    with pytest.raises(CostExceedsLimit, match="so says the store"):
-        await inside
-    nothing_is_left(key)
-    assert key.statistics().refused == 2

@@ -14,7 +14,6 @@ GROQ = "groq/free/gpt-oss-20b"
 
 def test_preset_can_be_unpacked_into_a_limiter() -> None:
     limiter = Limiter(*preset("openai/tier-2/gpt-4o-mini", today=NOW), concurrency=20)
-
     assert limiter.limits == (Limit("requests", 5_000), Limit("tokens", 2_000_000))
     assert Limit("requests", 1_000, per=86_400, burst=None) in tuple(preset(GROQ, today=NOW))
     by_day = Limit("requests", 50, per="day", resets="00:00 UTC")
@@ -24,7 +23,6 @@ def test_preset_can_be_unpacked_into_a_limiter() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_has_limits_date_and_provider_page(name: str) -> None:
     found = preset(name, today=NOW)
-
     provider, tier, model = name.split("/")
     page = urlsplit(found.source)
     assert found.name == name

@@ -11,14 +11,13 @@ import asyncbucket
 from asyncbucket import Limiter
 from asyncbucket.core.context import Priority
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, start, start_all
+from tests.core.conftest import HELD, start_all
 
 #: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.
 GAP = HELD - 0.9
 
 
 async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) -> None:
-    """Call once, and note the priority."""
     async with limiter.acquire(priority=priority):
         served.append(priority)
 
@@ -26,7 +25,6 @@ async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) ->
 async def served_to(
     priorities: tuple[Priority, ...], time: VirtualTime, *, callers: int, seconds: int
 ) -> list[Any]:
-    """Return the priorities served at ten calls a second, if ``callers`` of each never stop."""
     served: list[Any] = []
     limiter = Limiter("10 RPS burst 1", clock=time.clock)
 
@@ -39,29 +37,20 @@ async def served_to(
 
 
 @pytest.mark.heavy
-async def test_interactive_call_waits_one_gap_beside_10_000_batch_calls(time: VirtualTime) -> None:
+async def test_interactive_call_waits_one_gap_beside_2_000_batch_calls(time: VirtualTime) -> None:
     chance = random.Random(2)
     waits: list[float] = []
     limiter = Limiter("10 RPS burst 1", clock=time.clock)
     served: list[Any] = []
-    batch = await start_all(ask(limiter, "batch", served) for _ in range(10_000))
+    batch = await start_all(ask(limiter, "batch", served) for _ in range(2_000))
     for _ in range(100):
         await asyncio.sleep(0.5 + chance.random())
         lease = await limiter.acquire(priority="interactive")
         waits.append(lease.waited)
     await asyncio.gather(*batch)
-    assert len(served) == 10_000
+    assert len(served) == 2_000
     assert max(waits) <= GAP + 1e-9
-    assert time.now == pytest.approx(10_100 / 10, rel=0.01)
-
-
-async def test_interactive_call_passes_costly_batch_call_at_head(time: VirtualTime) -> None:
-    limiter = Limiter("100 TPM", clock=time.clock)
-    await limiter.acquire(tokens=50)
-    costly = await start(limiter.acquire(tokens=90, priority="batch"))
-    assert (await limiter.acquire(tokens=10, priority="interactive")).waited == 0
-    assert not costly.done()
-    await costly
+    assert time.now == pytest.approx(2_100 / 10, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +65,6 @@ async def test_interactive_call_passes_costly_batch_call_at_head(time: VirtualTi
 async def test_each_priority_gets_its_guaranteed_share(
     time: VirtualTime, priorities: tuple[Priority, ...], parts: tuple[float, ...]
 ) -> None:
-    """However many more urgent calls wait: 1/9 beside one class, 1/73 beside two, evenly."""
     served = await served_to(priorities, time, callers=5, seconds=200)
     for priority, part in zip(priorities, parts, strict=True):
         assert served.count(priority) / len(served) == pytest.approx(part, abs=0.012)
@@ -104,7 +92,6 @@ async def test_calls_of_one_priority_pass_in_order_of_arrival(time: VirtualTime)
 
 
 async def test_priority_outranks_shares_of_children(time: VirtualTime) -> None:
-    """One tenant's urgent call passes before another's normal one, whatever their shares."""
     key = Limiter("10 RPS burst 1", clock=time.clock)
     busy, idle = key.child("busy"), key.child("idle", weight=100)
     served: list[Any] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, Limiter, TokenBucket, deadline, pace, plan, priority, tenant
+from asyncbucket import Cost, Limiter, TokenBucket, agent, deadline, pace, plan, priority, tenant
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.terms import AUTO, read_concurrency
 
@@ -51,7 +51,6 @@ def child(**terms: Any) -> object:
 
 
 def within(context: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Enter a context with the value."""
 
     def enter(value: Any) -> None:
         with context(value):
@@ -134,6 +133,10 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     (PACED, limiter.paced, None, [500]),
     (NO_LIMIT, partial(pace, object()), "rpm", [None]),
     ("rpm must be a whole number of at least 1", partial(pace, object()), "rpm", [0]),
+    ("an agent's name must be a non-empty string, not {}", agent, "name", [""]),
+    ("an agent's kind must be a non-empty string, not {}", agent, "kind", [3]),
+    ("tokens must be finite and not negative, not {}", agent, "expects", [-1]),
+    ("tokens must be a number, not str", agent, "expects", ["much"]),
 ]
 
 

@@ -12,33 +12,28 @@ from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 
 
 def env(**variables: str) -> Limiter:
-    """Return the limiter that an environment describes."""
     environ = {f"ASYNCBUCKET_{name}": text for name, text in variables.items()}
     return from_env(Limiter, environ=environ)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def write(folder: Path, text: str, name: str = "pyproject.toml") -> Path:
-    """Write a file."""
     path = folder / name
     path.write_text(text, "utf-8")
     return path
 
 
 def limits(limiter: Limiter) -> list[str]:
-    """Return the limits as strings."""
     return [str(limit) for limit in limiter.limits]
 
 
 def test_environment_variables_have_names_of_arguments() -> None:
     limiter = env(RPM="500", TPM="200k", CONCURRENCY="20", NAME="openai", MAX_QUEUE="1,000")
-
     assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
@@ -53,7 +48,6 @@ def test_prices_may_be_named_by_their_file(folder: Path) -> None:
 def test_limits_and_preset_variables_can_be_combined() -> None:
     """Limits are separated by semicolons, because numbers may contain commas."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;", PRESET="openai/tier-2/gpt-4o-mini")
-
     assert {"14,400 requests per 86,400 s", "3 images per 10 s"} < set(limits(limiter))
     assert len(limiter.limits) == 4
 
@@ -65,9 +59,7 @@ def test_concurrency_variable_takes_number_bounds_or_auto(text: str, size: int) 
 
 def test_prefix_selects_the_variables_of_one_limiter_and_arguments_go_first() -> None:
     environ = {"MY_RPM": "many", "MY_TPM": "5k", "ASYNCBUCKET_RPM": "500", "MY_RPD": " "}
-
     limiter = from_env(Limiter, "MY_", environ=environ, rpm=60, name=None)
-
     assert limits(limiter) == ["5,000 tokens per 60 s", "60 requests per 60 s"]
     assert limiter.name == "default"
     environ = {"OPENAI_RPM": "60", "OPENAI_API_KEY": "secret"}
@@ -79,7 +71,6 @@ def test_from_env_reads_process_environment_by_default(monkeypatch: pytest.Monke
     for name in [name for name in os.environ if name.startswith("ASYNCBUCKET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ASYNCBUCKET_RPM", "60")
-
     assert limits(Limiter.from_env()) == ["60 requests per 60 s"]
 
 
@@ -121,7 +112,6 @@ limits = ["100 RPM burst 10", "1M TPD"]
 
 
 def test_tables_of_pyproject_describe_limiters(folder: Path) -> None:
-    """Those in subtables are named after them; arguments go first."""
     file = write(folder, TABLE)
     limiter = from_toml(Limiter, file)
     assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
@@ -139,9 +129,7 @@ def test_toml_file_other_than_pyproject_needs_no_tool_table(folder: Path, text: 
 
 
 def test_asyncbucket_toml_accepts_table_copied_from_pyproject(folder: Path) -> None:
-    """A table copied there means the same; errors call it by the name it has there."""
     write(folder, TABLE, "asyncbucket.toml")
-
     assert limits(from_toml(Limiter)) == limits(from_toml(Limiter, write(folder, TABLE)))
     with pytest.raises(LimitSyntaxError, match=r"toml, \[tool\.asyncbucket\] has no table 'x'"):
         from_toml(Limiter, limiter="x")

@@ -19,7 +19,6 @@ from tests.core.conftest import available, used
 
 
 def crowd_out(limiter: Limiter, *, times: int = 30) -> None:
-    """Ask for enough other tenants that those that are as good as new are let go."""
     for number in range(times):
         limiter.key(f"passer-by {number} of {limiter.now()}")
     gc.collect()
@@ -120,10 +119,7 @@ DONE: dict[str, tuple[Callable[[Limiter], Any], bool, Callable[[Limiter], object
 
 @pytest.mark.parametrize("done", DONE)
 @pytest.mark.parametrize("handle", ["dropped", "kept"])
-def test_nothing_that_was_done_to_a_tenant_is_forgotten(
-    time: VirtualTime, done: str, handle: str
-) -> None:
-    """Only tenants that are as good as new are let go; whoever holds one still has the same."""
+def test_nothing_done_to_a_tenant_is_forgotten(time: VirtualTime, done: str, handle: str) -> None:
     do, may_go, stands = DONE[done]
     key = Limiter(name="key", clock=time.clock)
     key.per_key("100 RPM burst 100", alive=1)
@@ -209,7 +205,6 @@ async def test_debt_of_tenant_is_kept(time: VirtualTime) -> None:
 
 @pytest.mark.heavy
 def test_memory_stays_bounded_however_many_tenants_come(time: VirtualTime) -> None:
-    """Tenants gone for longer than their windows leave nothing behind."""
     key = Limiter("1M RPM", clock=time.clock)
     key.per_key("10 RPM", "1k TPM", weight=2)
 
@@ -220,25 +215,25 @@ def test_memory_stays_bounded_however_many_tenants_come(time: VirtualTime) -> No
         gc.collect()
         return sys.getallocatedblocks()  # small objects: tables of hashes may grow once more
 
-    before = visit(4_000, 0)
-    assert visit(6_000, 4_000) < before + 1_000
+    before = visit(2_000, 0)
+    assert visit(3_000, 2_000) < before + 1_000
 
 
 @pytest.mark.heavy
-async def test_10_000_idle_children_cost_no_tasks_and_little_memory(time: VirtualTime) -> None:
+async def test_2_000_idle_children_cost_no_tasks_and_little_memory(time: VirtualTime) -> None:
     key = Limiter("1000 RPM", clock=time.clock)
     gc.collect()
     tracemalloc.start()
     for prefix, limits in (("plain", ()), ("limited", ("10 RPM",))):
         before = tracemalloc.get_traced_memory()[0]
-        for number in range(10_000):
+        for number in range(2_000):
             key.child(f"{prefix} {number}", *limits)
         gc.collect()
-        each = (tracemalloc.get_traced_memory()[0] - before) / 10_000
+        each = (tracemalloc.get_traced_memory()[0] - before) / 2_000
         assert each < 2_048
     tracemalloc.stop()
     assert len(asyncio.all_tasks()) == 1
-    assert len(key.children) == 20_000
+    assert len(key.children) == 4_000
 
 
 def test_threads_asking_for_one_tenant_get_same_limiter() -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from time import monotonic, sleep
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter
-from asyncbucket.core.events import Event, Queued
+from asyncbucket import AcquireTimeout, Lease, Limiter
 from asyncbucket.core.seats import ThreadSeat
 from asyncbucket.testing import VirtualClock
 from tests.core.conftest import nothing_is_left, used
@@ -23,7 +21,6 @@ ENOUGH = 20
 
 @contextlib.contextmanager
 def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
-    """Run an event loop in a separate thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -45,14 +42,12 @@ def two_loops() -> Iterator[tuple[asyncio.AbstractEventLoop, asyncio.AbstractEve
 
 
 def turn(*loops: asyncio.AbstractEventLoop) -> None:
-    """Let each loop run some iterations, one loop after the other, too briefly for their timers."""
     for loop in loops * 9:
         loop.call_soon(loop.stop)
         loop.run_forever()
 
 
 def eventually(happened: Callable[[], bool]) -> None:
-    """Wait until something that happens in another thread has happened."""
     end = monotonic() + ENOUGH
     while not happened():
         assert monotonic() < end
@@ -60,18 +55,15 @@ def eventually(happened: Callable[[], bool]) -> None:
 
 
 async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
-    """Acquire, and keep the lease."""
     return await limiter.acquire(tokens=tokens)
 
 
 def in_another_thread(call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-    """Run ``call`` on a loop of its own, and block this one, as synchronous code on it does."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: asyncio.run(call())).result(ENOUGH)
 
 
 def test_children_are_shared_by_loops_and_threads() -> None:
-    """Three loops and three threads each use a child of their own and one in common."""
     key = Limiter("300 requests/s burst 300", concurrency=4)
     start = monotonic()
     common = key.child("common", concurrency=2)
@@ -145,7 +137,6 @@ def test_calls_of_two_loops_pass_in_order_of_arrival_and_by_shares(light: int) -
 def test_loops_that_take_turns_in_one_thread_keep_their_calls_apart(
     two_loops: tuple[asyncio.AbstractEventLoop, ...],
 ) -> None:
-    """Each loop lets only its own calls go, in order of arrival, whichever ran last."""
     limiter = Limiter(concurrency=1)
     holder = limiter.acquire_nowait()
     tasks: list[asyncio.Task[Lease]] = []
@@ -180,7 +171,6 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
 
 
 async def test_lease_can_be_released_and_settled_in_another_thread() -> None:
-    """Both the slot and the refund reach a call that waits on this loop."""
     limiter = Limiter("100 TPM", concurrency=1)
     lease = await limiter.acquire(tokens=100)
     waiting = asyncio.create_task(limiter.acquire(tokens=60))
@@ -218,20 +208,6 @@ def test_acquire_sync_waits_for_slot() -> None:
     nothing_is_left(limiter)
 
 
-def test_acquire_sync_refuses_like_acquire() -> None:
-    """A cost that can never pass, a deadline that cannot be met, and one that is reached."""
-    limiter = Limiter("10 TPM burst 10", concurrency=1)
-    with pytest.raises(CostExceedsLimit, match="cost of 11 tokens exceeds the limit of 10 tokens"):
-        limiter.acquire_sync(tokens=11)
-    held = limiter.acquire_sync(tokens=10)
-    with pytest.raises(AcquireTimeout, match="cannot pass within"):
-        limiter.acquire_sync(timeout=0.01)
-    held.release()
-    with pytest.raises(AcquireTimeout, match=r"within 0\.0\d+ s: tokens bind for 60\.\d s more"):
-        limiter.acquire_sync(tokens=1, timeout=0.01)
-    assert (limiter.statistics().refused, limiter.statistics().waiting) == (3, 0)
-
-
 class Interrupted(BaseException):
     """Stand for a KeyboardInterrupt that arrives while a thread waits."""
 
@@ -258,22 +234,3 @@ def test_interrupted_thread_gives_everything_back(
     nothing_is_left(limiter)
     assert (limiter.statistics().cancelled, used(limiter)) == (1, [0])
     limiter.acquire_nowait().release()
-
-
-def test_system_exit_in_observer_does_not_affect_other_waiting_threads() -> None:
-    limiter = Limiter(concurrency=1)
-    held = limiter.acquire_nowait()
-
-    def leave(event: Event) -> None:
-        if isinstance(event, Queued) and event.waiting == 2:
-            sys.exit(3)
-
-    limiter.observe(leave)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(limiter.acquire_sync)
-        eventually(lambda: limiter.statistics().waiting == 1)
-        with pytest.raises(SystemExit):
-            limiter.acquire_sync()
-        held.release()
-        waiting.result(ENOUGH).release()
-    nothing_is_left(limiter)
