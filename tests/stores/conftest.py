@@ -83,7 +83,6 @@ class RunningServer:
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Stop it without giving it time to save anything."""
         assert self.process is not None
         self.thaw()
         self.process.kill()
@@ -180,7 +179,6 @@ def start_server(
 def shared_server(
     server_program: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Run one server for all tests that do it no harm."""
     assert server_program
     with RunningServer(tmp_path_factory.mktemp("valkey")) as server:
         yield server
@@ -265,7 +263,6 @@ def start() -> Iterator[Callable[[str, str], "subprocess.Popen[str]"]]:
 
 @pytest.fixture
 async def redis(shared_server: RunningServer) -> AsyncIterator[Any]:
-    """Return a client for the shared server, which is empty at first."""
     client = Redis.from_url(shared_server.url, decode_responses=True)
     await client.flushall()
     yield client
@@ -274,7 +271,6 @@ async def redis(shared_server: RunningServer) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def store(shared_server: RunningServer, redis: Any) -> AsyncIterator[RedisStore]:
-    """Return a store on the shared server, which is empty at first."""
     assert await redis.dbsize() == 0
     store = open_store(shared_server.url)
     assert isinstance(store, RedisStore)
@@ -285,7 +281,6 @@ async def store(shared_server: RunningServer, redis: Any) -> AsyncIterator[Redis
 
 @pytest.fixture
 def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
-    """Return a synchronous client for the shared server, which is empty at first."""
     client = SyncRedis.from_url(shared_server.url, decode_responses=True)
     client.flushall()
     yield client
@@ -294,14 +289,12 @@ def redis_sync(shared_server: RunningServer) -> Iterator[Any]:
 
 @pytest.fixture
 def url(shared_server: RunningServer, redis_sync: Any) -> str:
-    """Return the URL of an empty server."""
     assert redis_sync.dbsize() == 0
     return shared_server.url
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return the path of a file that does not exist yet."""
     return tmp_path / "limits.db"
 
 
@@ -337,7 +330,6 @@ class Proxy:
         self._open: set[asyncio.StreamWriter] = set()
 
     def cut(self, left: int, *, times: int = 1) -> None:
-        """Break the connection after ``left`` bytes, and later ones after their first byte."""
         self.left, self.cuts, self.broken = left, times, 0
 
     @property

@@ -18,13 +18,11 @@ UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore
 
 
 async def take(limiter: Limiter) -> None:
-    """Make a call that takes no time."""
     async with limiter.acquire():
         pass
 
 
 async def use_less(limiter: Limiter) -> None:
-    """Make a call that uses a quarter of what it reserves, without closing the limiter."""
     async with limiter.acquire(tokens=400, timeout=2) as lease:
         lease.settle(tokens=100)
 

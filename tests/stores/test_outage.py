@@ -70,121 +70,106 @@ class MemoryLedger:
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])
-def test_limiters_returning_after_outage_together_keep_the_limit(
+async def test_limiters_returning_after_outage_together_keep_the_limit(
     virtual_time: VirtualTime, late: float
 ) -> None:
     admitted: list[tuple[float, int]] = []
 
-    async def main() -> None:
-        store = MemoryStore(virtual_time.clock)
-        limit = "100 requests/10s burst 100"
-        both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
+    store = MemoryStore(virtual_time.clock)
+    limit = "100 requests/10s burst 100"
+    both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
 
-        async def agent(limiter: Limiter, start: float) -> None:
-            await asyncio.sleep(start)
-            while True:
-                async with limiter.acquire():
-                    admitted.append((virtual_time.clock() * 1e-9, 1))
+    async def agent(limiter: Limiter, start: float) -> None:
+        await asyncio.sleep(start)
+        while True:
+            async with limiter.acquire():
+                admitted.append((virtual_time.clock() * 1e-9, 1))
 
-        for limiter in both:
-            (await limiter.acquire()).release()
-            admitted.append((virtual_time.clock() * 1e-9, 1))
-        await asyncio.sleep(22)
-        store.gone = True
-        agents = [asyncio.ensure_future(agent(both[0], 0)) for _ in range(3)]
-        agents += [asyncio.ensure_future(agent(both[1], late)) for _ in range(3)]
-        await asyncio.sleep(1)
-        assert len(admitted) == 2 + 100, "the shares were not used"
-        store.gone = False
-        await asyncio.sleep(24)
-        await stop(agents, both)
-
-    virtual_time.run(main())
+    for limiter in both:
+        (await limiter.acquire()).release()
+        admitted.append((virtual_time.clock() * 1e-9, 1))
+    await asyncio.sleep(22)
+    store.gone = True
+    agents = [asyncio.ensure_future(agent(both[0], 0)) for _ in range(3)]
+    agents += [asyncio.ensure_future(agent(both[1], late)) for _ in range(3)]
+    await asyncio.sleep(1)
+    assert len(admitted) == 2 + 100, "the shares were not used"
+    store.gone = False
+    await asyncio.sleep(24)
+    await stop(agents, both)
     assert_never_over(admitted, "100 requests/10s burst 100")
     assert len(admitted) == 2 + 300, "not all was used afterwards"
 
 
-def test_slots_taken_while_store_returns_are_reported_to_it(virtual_time: VirtualTime) -> None:
-    async def main() -> None:
-        store = MemoryStore(virtual_time.clock)
-        one, two = (
-            Limiter(
-                "1000/s burst 1000",
-                concurrency=2,
-                store=store,
-                clock=virtual_time.clock,
-            )
-            for _ in range(2)
-        )
-        (await one.acquire()).release()
-        await asyncio.sleep(22)
-        store.gone = True
-        leases = [await one.acquire()]
-        store.gone, store.delay = False, 0.02
-        await asyncio.sleep(0.11)  # the first heartbeat is under way
-        leases.append(await one.acquire())
-        store.delay = 0.0
-        await asyncio.sleep(0.02)
-        with pytest.raises(AcquireTimeout):
-            await two.acquire(timeout=0.05)
-        for lease in leases:
-            lease.release()
-        await one.aclose()
-        await two.aclose()
+async def test_slots_taken_while_store_returns_are_reported_to_it(
+    virtual_time: VirtualTime,
+) -> None:
 
-    virtual_time.run(main())
+    store = MemoryStore(virtual_time.clock)
+    one, two = (
+        Limiter("1000/s burst 1000", concurrency=2, store=store, clock=virtual_time.clock)
+        for _ in range(2)
+    )
+    (await one.acquire()).release()
+    await asyncio.sleep(22)
+    store.gone = True
+    leases = [await one.acquire()]
+    store.gone, store.delay = False, 0.02
+    await asyncio.sleep(0.11)  # the first heartbeat is under way
+    leases.append(await one.acquire())
+    store.delay = 0.0
+    await asyncio.sleep(0.02)
+    with pytest.raises(AcquireTimeout):
+        await two.acquire(timeout=0.05)
+    for lease in leases:
+        lease.release()
+    await one.aclose()
+    await two.aclose()
 
 
 @pytest.mark.parametrize(("policy", "passing"), [("open", 30), ("closed", 0)])
-def test_open_outage_policy_admits_all_and_closed_admits_none(
+async def test_open_outage_policy_admits_all_and_closed_admits_none(
     virtual_time: VirtualTime, policy: Any, passing: int
 ) -> None:
-    async def main() -> None:
-        store = MemoryStore(virtual_time.clock)
-        limiter = Limiter(
-            "10/minute burst 2", store=store, clock=virtual_time.clock, on_outage=policy
-        )
-        (await limiter.acquire()).release()
-        store.gone = True
-        calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
-        await asyncio.sleep(0.4)
-        assert sum(each.done() for each in calls) == passing
-        if policy == "closed":
-            with pytest.raises(AcquireTimeout):
-                await limiter.acquire(timeout=0.5)
-        for each in calls:
-            each.cancel()
-        store.gone = False
-        await asyncio.sleep(3)
-        assert store.state.peek(virtual_time.clock()).limits[0].used == 1 + passing
-        await limiter.aclose()
 
-    virtual_time.run(main())
+    store = MemoryStore(virtual_time.clock)
+    limiter = Limiter("10/minute burst 2", store=store, clock=virtual_time.clock, on_outage=policy)
+    (await limiter.acquire()).release()
+    store.gone = True
+    calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
+    await asyncio.sleep(0.4)
+    assert sum(each.done() for each in calls) == passing
+    if policy == "closed":
+        with pytest.raises(AcquireTimeout):
+            await limiter.acquire(timeout=0.5)
+    for each in calls:
+        each.cancel()
+    store.gone = False
+    await asyncio.sleep(3)
+    assert store.state.peek(virtual_time.clock()).limits[0].used == 1 + passing
+    await limiter.aclose()
 
 
 @pytest.mark.parametrize("limit", ["40 tokens/s", "40 tokens/s burst 4"])
-def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
+async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
     virtual_time: VirtualTime, limit: str
 ) -> None:
     admitted: list[tuple[float, int]] = []
 
-    async def main() -> None:
-        store = MemoryStore(virtual_time.clock)
-        both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
+    store = MemoryStore(virtual_time.clock)
+    both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
 
-        async def agent(limiter: Limiter) -> None:
-            while True:
-                async with limiter.acquire(tokens=1):
-                    admitted.append((virtual_time.clock() * 1e-9, 1))
-                    await asyncio.sleep(0.01)
+    async def agent(limiter: Limiter) -> None:
+        while True:
+            async with limiter.acquire(tokens=1):
+                admitted.append((virtual_time.clock() * 1e-9, 1))
+                await asyncio.sleep(0.01)
 
-        agents = [asyncio.ensure_future(agent(limiter)) for limiter in both for _ in range(20)]
-        await asyncio.sleep(0.6)
-        store.gone = True
-        await asyncio.sleep(5)
-        await stop(agents, both)
-
-    virtual_time.run(main())
+    agents = [asyncio.ensure_future(agent(limiter)) for limiter in both for _ in range(20)]
+    await asyncio.sleep(0.6)
+    store.gone = True
+    await asyncio.sleep(5)
+    await stop(agents, both)
     if "burst" not in limit:  # else the other took something since the store was last heard of
         assert_never_over(admitted, limit)
     assert_never_over([(when, units) for when, units in admitted if when > 0.7], limit)
@@ -192,7 +177,6 @@ def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
 
 
 async def stop(agents: Sequence[asyncio.Future[None]], limiters: list[Limiter]) -> None:
-    """Cancel the agents, and close their limiters."""
     for each in agents:
         each.cancel()
     await asyncio.gather(*agents, return_exceptions=True)
@@ -201,7 +185,6 @@ async def stop(agents: Sequence[asyncio.Future[None]], limiters: list[Limiter]) 
 
 
 async def call(limiter: Limiter) -> None:
-    """Make a call that takes no time."""
     async with limiter.acquire():
         pass
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,9 +16,12 @@ from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
 from asyncbucket.core.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome, open_store
 from asyncbucket.testing import assert_never_over
+from tests.conftest import python
 from tests.stores.conformance.place import outcomes, peek_at, terms
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tests.stores.conftest import Fault, RunningServer
 
 #: The processes wait for each other, which virtual time cannot speed up.
@@ -35,14 +37,14 @@ def start_of(lease):  # on the clock that all share; when the call goes is the s
 
 async def main():
     limiter = Limiter(
-        "400 requests/4s burst 20", "100k TPM", concurrency=50, store=sys.argv[1], name="openai"
+        "200 requests/2s burst 20", "100k TPM", concurrency=50, store=sys.argv[1], name="openai"
     )
     lost = []
     limiter.observe(lambda event: isinstance(event, StoreLost) and lost.append(event.reason))
     (await limiter.acquire(tokens=1)).release()
     print("ready", flush=True)
     sys.stdin.readline()
-    went, end = [], time.monotonic() + 9
+    went, end = [], time.monotonic() + 5
 
     async def agent():
         while time.monotonic() < end:
@@ -53,8 +55,8 @@ async def main():
 
     async def block():
         while True:
-            await asyncio.sleep(2)
-            time.sleep(0.3)
+            await asyncio.sleep(1)
+            time.sleep(0.15)
 
     blocking = asyncio.create_task(block())
     await asyncio.gather(*(agent() for _ in range(15)), return_exceptions=True)
@@ -116,13 +118,11 @@ Limiters: TypeAlias = Callable[..., Limiter]
 
 
 async def call_once(limiter: Limiter) -> None:
-    """Admit one call and release it at once."""
     async with limiter.acquire():
         pass
 
 
 def scripts_run(redis_sync: Any) -> int:
-    """Return how many scripts the server has run since its statistics were reset."""
     return int(redis_sync.info("commandstats")["cmdstat_evalsha"]["calls"])
 
 
@@ -143,11 +143,11 @@ def test_processes_share_one_limit_in_equal_parts(
     went = [starts for starts, _ in reports]
     assert not any(lost for _, lost in reports)
     every = sorted(when for each in went for when in each if when)  # 0 in an outage
-    assert_never_over([(when, 1) for when in every], Limit("requests", 400, per=4, burst=20))
-    until = every[0] + 8_000_000_000
+    assert_never_over([(when, 1) for when in every], Limit("requests", 200, per=2, burst=20))
+    until = every[0] + 4_000_000_000
     used = sum(when < until for when in every) - 20
     # It is 97 % and more on a machine with two free cores; less where they are shared.
-    assert used >= (0.97 if is_file else 0.9) * 800, f"{used / 8:.1f} % used"
+    assert used >= 0.9 * 400, f"{used / 4:.1f} % used"
     shares = [len(each) for each in went]
     assert max(shares) - min(shares) <= 0.25 * max(shares), shares  # blocked 1/7 of the time
     if not is_file:
@@ -156,15 +156,11 @@ def test_processes_share_one_limit_in_equal_parts(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forked_child_does_not_report_refunds_of_its_parent(url: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORGETTING, url], capture_output=True, text=True, check=False
-    )
+    done = python("-c", FORGETTING, url)
     assert (done.stdout, done.stderr) == ("900\n", "")
 
 
-async def test_call_cancelled_at_any_await_returns_all_it_took(
-    where: str, limited: Limiters
-) -> None:
+async def test_call_cancelled_at_any_await_returns_all(where: str, limited: Limiters) -> None:
     one, other = [limited(where, "1000 RPM burst 1000", concurrency=50) for _ in range(2)]
     await call_once(one)
     for turns in range(40):
@@ -343,7 +339,7 @@ async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
     lost: list[Event] = []
     limiter = limited(fault.url, "1000/s", concurrency=9)
     limiter.observe(lambda event: lost.append(event) if isinstance(event, StoreLost) else None)
-    for _ in range(5):
+    for _ in range(2):
         call = asyncio.create_task(call_once(limiter))
         await asyncio.sleep(0)
         time.sleep(0.6)  # noqa: ASYNC251 - three times the store's patience

@@ -34,18 +34,15 @@ DECISION = 1.0  # 0.3 s is promised; a machine that runs other things gets room
 
 
 def closed_for(receipt: Receipt) -> int:
-    """Return in how many ns the unbooked call of a batch will start."""
     assert outcomes(receipt) == ["later"]
     return receipt.ask_at + FAR - receipt.now
 
 
 async def used(ledger: Ledger) -> int:
-    """Return how many units of the first limit are used."""
     return (await ledger.peek()).limits[0].used
 
 
 async def refused(ledger: Ledger, batch: Batch) -> StoreError:
-    """Return the error with which `batch` fails, and check that it comes in time."""
     begun = time.perf_counter()
     with pytest.raises(StoreError) as error:
         await ledger.commit(batch)
@@ -189,6 +186,7 @@ async def test_server_that_has_been_slow_gets_more_time(
     await store.aclose()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("times", [1, 2])
 async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", times: int) -> None:
     store = open_store(proxy.url)

@@ -31,7 +31,6 @@ RULES = (
 
 
 async def use(store: Store, name: str = "place") -> None:
-    """Do everything that a worker does."""
     one, two = [await store.open(name, terms("100/s", concurrency=1)) for _ in range(2)]
     assert outcomes(await one.commit(Batch(calls=(CALL,)))) == ["booked"]
     assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
@@ -52,7 +51,6 @@ async def use(store: Store, name: str = "place") -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Make a certificate for 127.0.0.1 that nobody else trusts."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("NO OPENSSL: install it to test TLS")
@@ -206,7 +204,6 @@ async def test_details_describe_server_as_far_as_login_allows(
         ("persistence", "snapshots alone"),
         ("memory", "104,857,600 bytes at most and noeviction"),
     }
-
     shy = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
     ledger = await shy.open("limits", terms("1/s"))
     assert (await ledger.peek()).details["persistence"] == "unknown"
@@ -277,7 +274,6 @@ async def test_failover_to_replica_keeps_replicated_bookings(
 
 
 async def wait_for_replica(replica: "RunningServer") -> None:
-    """Return when a replica is in sync."""
     client = Redis(port=replica.port, decode_responses=True)
     until = time.monotonic() + 20
     while (await client.info("replication"))["master_link_status"] != "up":
@@ -287,7 +283,6 @@ async def wait_for_replica(replica: "RunningServer") -> None:
 
 
 async def until_replicated(primary: "RunningServer") -> None:
-    """Return when the replica has everything written so far."""
     client: Any = Redis(port=primary.port)
     await client.set("asyncbucket:mark", 1)
     assert await client.execute_command("WAIT", 1, 5_000) == 1

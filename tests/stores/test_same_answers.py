@@ -58,7 +58,6 @@ class History:
         self._asks = [START]
 
     async def play(self, steps: int) -> None:
-        """Take so many steps."""
         async with contextlib.aclosing(open_store(self._url)) as store:
             await self._play(store, steps)
 
@@ -178,8 +177,9 @@ class History:
         return Correction(start=start, booked=amounts, used=used)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(8))
-def test_both_stores_give_the_same_answers(
+def test_stores_give_the_same_answers(
     url: str, redis_sync: Any, server_clock: Any, seed: int
 ) -> None:
     asyncio.run(History(url, redis_sync, server_clock, seed).play(300))

@@ -10,16 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from asyncbucket import (
-    AcquireTimeout,
-    Cost,
-    CostExceedsLimit,
-    Limit,
-    Limiter,
-    StoreError,
-    WouldBlock,
-    agent,
-)
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, StoreError, WouldBlock, agent
 from asyncbucket.core.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
@@ -34,7 +25,6 @@ Limiters: TypeAlias = Callable[..., Limiter]
 
 @pytest.fixture
 def shared(where: str, limited: Limiters) -> Limiters:
-    """Make limiters that share a store, of each kind."""
     return functools.partial(limited, where)
 
 
@@ -92,16 +82,12 @@ async def test_errors_say_when_other_limiters_hold_all_slots(shared: Limiters) -
     assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
 
 
-async def test_closing_limiter_fails_waiting_calls_with_store_error(
-    where: str, shared: Limiters
-) -> None:
+async def test_closing_fails_waiting_calls_with_store_error(where: str, shared: Limiters) -> None:
     limiter = shared("20/s burst 1")
     (await limiter.acquire()).release()
     calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
     await asyncio.sleep(0.02)
-
     await limiter.aclose()
-
     async with asyncio.timeout(5):
         ended = await asyncio.gather(*calls, return_exceptions=True)
     told = [error for error in ended if error is not None]
@@ -123,9 +109,7 @@ async def test_cancelled_closing_is_completed_by_closing_again(
         await asyncio.sleep(0)
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)
-
     await limiter.aclose()
-
     assert (await peek_at(open_store(where))).workers == 0
     assert not [task for task in asyncio.all_tasks() - before if "asyncbucket" in task.get_name()]
     threads = [thread.name for thread in threading.enumerate() if thread not in threads_before]
@@ -141,9 +125,7 @@ async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
     two.observe(lost.append)
     late = await one.acquire()
     (await two.acquire()).release()
-
     await one.aclose()
-
     late.release()
     (await two.acquire()).release()
     await asyncio.sleep(0.2)
@@ -197,11 +179,9 @@ async def test_refunds_and_slots_released_after_closing_reach_store(
     two.reconfigure(concurrency=1)
     await one.aclose()
     assert not waiting.done()
-
     for lease in leases:
         lease.settle(tokens=100)
         lease.release()
-
     async with asyncio.timeout(5):
         await waiting
     for limiter in (one, two):  # the first leaves with its last slot
@@ -210,9 +190,7 @@ async def test_refunds_and_slots_released_after_closing_reach_store(
     assert (snapshot.config.concurrency, snapshot.slots, snapshot.workers) == (1, 0, 0)
 
 
-async def test_held_slot_survives_closing_and_reopening_of_limiter(
-    where: str, shared: Limiters
-) -> None:
+async def test_held_slot_survives_closing_and_reopening(where: str, shared: Limiters) -> None:
     limiter = shared(concurrency=2, slot_ttl=0.3)
     lease = await limiter.acquire()
     await limiter.aclose()
@@ -250,7 +228,6 @@ async def test_failed_session_fails_waiting_calls_and_is_replaced(
     assert 1 <= len(said) <= 30 / 8 + 1
     assert set(said) == {"the session of limiter openai has failed"}
     assert "ArithmeticError: odd" in caplog.text
-
     for lease in leases:
         lease.release()
     async with asyncio.timeout(5):
@@ -270,13 +247,11 @@ async def test_cancelled_call_does_not_hold_up_calls_behind_it(
     costly.cancel()
     await asyncio.sleep(0.1)
     lease.release()
-
     async with asyncio.timeout(5):
         await asyncio.gather(*calls, take(limiter))
 
 
 async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
-    """Make a call that takes no time."""
     async with limiter.acquire(tokens=tokens):
         pass
 
@@ -350,7 +325,6 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(shared: Limite
     two = shared("100 RPM burst 100")
     for limiter in (two, one):
         (await limiter.acquire()).release()
-
     assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
     assert one.concurrency is None
     (await one.acquire(tokens=11)).release()
@@ -379,10 +353,10 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(shared: Limite
 
 @pytest.mark.real_clock
 async def test_units_freed_at_once_are_shared_by_waiting_limiters(shared: Limiters) -> None:
-    limiters = [shared("60 requests/2s burst 60") for _ in range(3)]
+    limiters = [shared("60 requests/s burst 60") for _ in range(3)]
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
-    await asyncio.sleep(2.6)
+    await asyncio.sleep(1.5)
     shares = [sum(call.done() for call in of_one) for of_one in calls]
     assert sum(shares) == 60
     assert min(shares) >= 10, shares  # half of an equal share: the machine may be busy
@@ -406,16 +380,6 @@ async def test_urgent_call_overtakes_calls_waiting_for_store(shared: Limiters) -
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
-
-
-async def test_call_that_can_never_pass_raises_cost_exceeds_limit(shared: Limiters) -> None:
-    one = shared("1000 TPM")
-    with pytest.raises(CostExceedsLimit, match="cost of 1,001 tokens exceeds the limit of 1,000"):
-        await one.acquire(tokens=1_001)
-    await take(one)
-    await take(shared("100 TPM"))
-    with pytest.raises(CostExceedsLimit, match="cost of 101 tokens exceeds the limit of 100"):
-        await one.acquire(tokens=101)  # of which it has not been told yet
 
 
 async def test_explanation_uses_last_answer_of_store(shared: Limiters) -> None:
@@ -458,7 +422,7 @@ async def test_statistics_match_limits_whatever_their_order(shared: Limiters) ->
 async def test_child_limits_hold_when_calls_leave_the_store_line(shared: Limiters) -> None:
     limiter = shared("100 tokens/s")
     await take(limiter, tokens=100)
-    child = limiter.child("child", "5 requests/s burst 2")
+    child = limiter.child("child", "10 requests/s burst 2")
     trace = child.trace(last=12)
 
     async def call() -> None:
@@ -469,8 +433,8 @@ async def test_child_limits_hold_when_calls_leave_the_store_line(shared: Limiter
         for _ in range(12):
             calls.create_task(call())
     left = trace.amounts("requests")
-    assert_never_over(left, "5 requests/s burst 2")
-    assert left[-1][0] - left[0][0] < 3_000_000_000, "left idle"
+    assert_never_over(left, "10 requests/s burst 2")
+    assert left[-1][0] - left[0][0] < 2_000_000_000, "left idle"
 
 
 async def test_last_settlement_determines_what_a_call_used(shared: Limiters) -> None:

@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 
 from asyncbucket import Limit, StoreError
-from asyncbucket.stores import Batch, Correction, LimitConfig, Outcome
+from asyncbucket.stores import Batch, LimitConfig, Outcome
 from asyncbucket.stores.sqlite import SQLiteLedger, SQLiteStore
 from asyncbucket.stores.sqlite.file import SCHEMA, SharedClock
 from asyncbucket.stores.sqlite.state import State
+from tests.conftest import python
 
 SECOND = 1_000_000_000
 CONFIG = LimitConfig(limits=(Limit("requests", 1_000, per=86_400, burst=1_000),), concurrency=10)
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.real_clock
 async def opened(
     path: Path, config: LimitConfig = CONFIG, *, patience: float = 0.2, slot_ttl: float = 30.0
 ) -> AsyncGenerator[SQLiteLedger]:
-    """Open a worker in the file at `path`."""
     store = SQLiteStore(path, patience=patience)
     try:
         ledger = await store.open("openai", config, slot_ttl=slot_ttl)
@@ -44,7 +43,6 @@ async def opened(
 
 
 async def used(ledger: SQLiteLedger) -> int:
-    """Return the number of units booked."""
     return (await ledger.peek()).limits[0].used
 
 
@@ -68,24 +66,25 @@ UNREADABLE = (
 
 
 def remove_folder(path: Path) -> None:
-    """Leave no folder for the file."""
     path.parent.rmdir()
 
 
 def make_text(path: Path) -> None:
-    """Make a file that is no database."""
     path.write_text("not a database at all, " * 100)
 
 
 def make_database(path: Path) -> None:
-    """Make a database, as another program does."""
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE people (name)")
 
 
 def make_other_version(path: Path) -> None:
-    """Make a file, and change its version to the next one."""
-    asyncio.run(SQLiteStore(path).open("openai", CONFIG))
+
+    async def make() -> None:
+        async with opened(path):
+            pass
+
+    asyncio.run(make())
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute(f"PRAGMA user_version = {SCHEMA + 1}")
 
@@ -135,7 +134,6 @@ def test_path_that_cannot_be_used_is_left_unchanged_and_named_with_the_remedy(
 
 @contextlib.contextmanager
 def locked(path: Path) -> Generator[None]:
-    """Hold the write lock, as a frozen process or a careless tool would."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         yield
@@ -243,11 +241,9 @@ class Hands:
         self.steady = 50 * SECOND
 
     def clock(self, boot: str) -> SharedClock:
-        """Return the clock of a process that starts now."""
         return SharedClock(wall=lambda: self.wall, steady=lambda: self.steady, boot=boot)
 
     def pass_by(self, seconds: int) -> None:
-        """Advance both clocks."""
         self.wall += seconds * SECOND
         self.steady += seconds * SECOND
 
@@ -315,7 +311,6 @@ asyncio.run(main())
 
 
 def start(script: str, path: Path) -> "subprocess.Popen[str]":
-    """Run `script` in an interpreter of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", script, str(path)],
         stdin=subprocess.PIPE,
@@ -325,7 +320,6 @@ def start(script: str, path: Path) -> "subprocess.Popen[str]":
 
 
 def end(process: "subprocess.Popen[str]") -> None:
-    """Kill a process and close its pipes."""
     with process:
         process.kill()
 
@@ -353,13 +347,7 @@ async def test_process_killed_at_any_instant_loses_no_reported_booking(path: Pat
 
 def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", UNCLOSED, str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
-    )
+    done = python("-X", "dev", "-c", UNCLOSED, str(path), check=True)
     assert done.stderr == ""
     assert time.monotonic() - began < 10
 
@@ -429,33 +417,9 @@ async def test_deleted_file_closes_limiter_for_a_whole_window(
         assert (await two.peek()).slots == 6, "calls in flight still hold their slots"
 
 
-def test_state_as_text_goes_on_as_the_original() -> None:
-    config = LimitConfig(
-        limits=(Limit("requests", 500, burst=7), Limit("tokens", 200_000), Limit("images", 9)),
-        concurrency=6,
-    )
-    ours, random, starts = State(config), Random(1), [0]
-    for now in range(0, 300 * SECOND, SECOND // 2):
-        call = {"requests": random.choice([1, 1, 9]), "tokens": random.randrange(9_000)}
-        batch = Batch(
-            pause=random.choice([0, 0, 0, SECOND]),
-            gradually=random.random() < 0.5,
-            corrections=(Correction(start=random.choice(starts), booked=call, used={"tokens": 5}),),
-            held=random.randrange(3),
-            calls=({**call, "concurrency": 1},) * random.randrange(4),
-        )
-        theirs, worker = State.from_text(ours.to_text()), random.choice("abc")
-        receipt = ours.apply(worker, batch, now, life=3 * SECOND)
-        assert theirs.apply(worker, batch, now, life=3 * SECOND) == receipt
-        assert theirs.to_text() == ours.to_text()
-        starts += [booking.start for booking in receipt.bookings if booking.start]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_file_open_at_a_fork_is_refused_in_the_child_and_serves_the_parent(path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING, str(path)], capture_output=True, text=True, check=False
-    )
+    done = python("-c", FORKING, str(path))
     assert done.stderr == ""
     refused, again, used_by_parent, child_alone = done.stdout.splitlines()
     assert refused == again

@@ -34,10 +34,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        (
-            "postgres://user:s3cret@host/db",
-            r"'postgres://\*\*\*@host/db' is not a store: write",
-        ),
+        ("postgres://user:s3cret@host/db", r"'postgres://\*\*\*@host/db' is not a store: write"),
         ("user:s3cret@host:6379/0", "is not a store"),
         (":s3cret@host:6379", "is not a store"),
         ("redis:user:s3cret@host", "is not a store"),
@@ -58,10 +55,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ),
         ("sqlite://user:s3cret@host/limits.db", "names a host, and a file has none"),
         ("sqlite://host/limits.db?password=s3cret", "names a host"),
-        (
-            "sqlite://:memory:",
-            "names a host, and a file has none: write sqlite:///",
-        ),
+        ("sqlite://:memory:", "names a host, and a file has none: write sqlite:///"),
         ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
         ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
@@ -70,9 +64,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
     ],
 )
-def test_unusable_url_is_refused_when_limiter_is_made_and_shows_no_password(
-    url: str, why: str
-) -> None:
+def test_unusable_url_is_refused_at_once_and_shows_no_password(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why) as wrong:
         Limiter("10 RPM", store=url)
     assert "cret" not in str(wrong.value)

@@ -86,9 +86,7 @@ class Arithmetic(Suite):
         assert then[0].bound_by == "tokens"
 
     @scenario
-    async def test_refund_is_told_to_a_waiting_worker_and_admits_its_call(
-        self, place: Place
-    ) -> None:
+    async def test_refund_is_told_to_waiting_worker_and_admits_its_call(self, place: Place) -> None:
         limits = config(amount_of("tokens", 1_000, 60))
         first, second = [await place.worker(limits) for _ in range(2)]
         start = booked(await first.commit(batch({"tokens": 900})))[0].start
@@ -157,16 +155,6 @@ class Arithmetic(Suite):
         assert used == {"requests": 1, "tokens": 100}
 
     @scenario
-    async def test_call_is_booked_ahead_only_if_it_starts_soon(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("requests", 1, 100)))
-        await worker.commit(batch({"requests": 1}))
-        receipt = await worker.commit(batch({"requests": 1}, {"requests": 1}))
-        assert {booking.outcome for booking in receipt.bookings} == {Outcome.LATER}
-        assert receipt.now < receipt.ask_at < receipt.now + 102 * SECOND
-        (use,) = (await worker.peek()).limits
-        assert (use.used, use.available) == (1, 0)
-
-    @scenario
     async def test_calls_beyond_the_horizon_must_ask_again(self, place: Place) -> None:
         worker = await place.worker(config(amount_of("requests", 1_000, 10, 1)))
         horizon = 30 * MILLISECOND
@@ -208,28 +196,6 @@ class Arithmetic(Suite):
         await worker.commit(Batch(calls=None))
         snapshot = await worker.peek()
         assert (snapshot.limits[0].used, snapshot.slots) == (held, held)
-
-    @scenario
-    async def test_concurrent_batches_are_each_applied_once(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("requests", 1_000, 600)))
-        receipts = await asyncio.gather(
-            *(worker.commit(batch({"requests": 1}, {"requests": 1})) for _ in range(50))
-        )
-        assert sum(len(booked(receipt)) for receipt in receipts) == 100
-        assert (await worker.peek()).limits[0].used == 100
-
-    @scenario
-    async def test_peeking_changes_nothing(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("requests", 100, 600, 10)))
-        await worker.commit(batch({"requests": 7}))
-        for _ in range(3):
-            snapshot = await worker.peek()
-            assert snapshot.config == worker.config
-            (use,) = snapshot.limits
-            assert (use.used, use.available) == (7, 3)
-            assert snapshot.last_start <= snapshot.now
-        receipt = await worker.commit(batch({"requests": 3}))
-        assert booked(receipt)[0].start == receipt.now
 
 
 class _History:

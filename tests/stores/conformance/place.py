@@ -33,7 +33,6 @@ class Place:
         self.name = f"conformance-{secrets.token_hex(6)}"
 
     def store(self) -> Store:
-        """Return another connection to the place."""
         store = self._make_store()
         self._stores.append(store)
         return store
@@ -41,13 +40,11 @@ class Place:
     async def worker(
         self, config: LimitConfig, *, slot_ttl: float = 30.0, name: str | None = None
     ) -> Ledger:
-        """Return another worker of the limiter."""
         ledger = await self.store().open(name or self.name, config, slot_ttl=slot_ttl)
         self._ledgers.append(ledger)
         return ledger
 
     async def close(self) -> None:
-        """Close all that was opened."""
         for ledger in self._ledgers:
             await ledger.aclose()
         for store in self._stores:
@@ -61,7 +58,6 @@ class Suite:
     grain: ClassVar[int] = 1
 
     def make_store(self) -> Store:
-        """Return another `Store` object for the same place; to be overridden."""
         raise NotImplementedError("say which store is tested: override make_store()")
 
 
@@ -86,7 +82,6 @@ def scenario(play: Scenario) -> Callable[[Suite], None]:
 
 
 def config(*limits: Limit, concurrency: int | None = None) -> LimitConfig:
-    """Return config with these limits."""
     return LimitConfig(limits=limits, concurrency=concurrency)
 
 
@@ -96,17 +91,14 @@ def amount_of(limit: str, amount: int, per: float, burst: int | None = None) -> 
 
 
 def terms(*limits: str, concurrency: int | None = None) -> LimitConfig:
-    """Read limits as people write them."""
     return config(*map(Limit.parse, limits), concurrency=concurrency)
 
 
 def outcomes(receipt: Receipt) -> list[str]:
-    """Return the outcome of each call, as a word."""
     return [booking.outcome.value for booking in receipt.bookings]
 
 
 def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
-    """Return a batch of calls only."""
     return Batch(calls=calls, horizon=horizon)
 
 

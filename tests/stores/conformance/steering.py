@@ -78,9 +78,7 @@ class Steering(Suite):
         booked(receipt)
 
     @scenario
-    async def test_worker_is_told_of_terms_that_changed_before_it_listens(
-        self, place: Place
-    ) -> None:
+    async def test_worker_is_told_of_terms_changed_before_it_listens(self, place: Place) -> None:
         few, more = [config(amount_of("requests", 10, 60), concurrency=n) for n in (1, 2)]
         first, second = [await place.worker(few) for _ in range(2)]
         await first.commit(batch({"requests": 1, "concurrency": 1}))

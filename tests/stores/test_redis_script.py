@@ -1,0 +1,96 @@
+"""What the script does with the server's clock, which the tests set: every instant is exact."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncbucket.core.limits import Limit
+from asyncbucket.stores import Batch, LimitConfig
+from asyncbucket.stores.redis import RedisStore, script
+
+MICROSECOND = 1_000
+SECOND = 1_000_000_000
+#: When histories begin: an instant with as many digits as the server's own.
+START = 1_795_000_000 * SECOND
+
+
+@pytest.fixture
+def clock(
+    server_clock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], None]:
+    """Return a function that sets the time, for arithmetic about any distance.
+
+    What lies too far ahead to be booked is another promise.
+    """
+    ours, text = "local FAR = 250000 ", script.source()
+    assert ours in text
+    monkeypatch.setattr(script, "source", lambda: text.replace(ours, "local FAR = 1e15 "))
+    return server_clock
+
+
+@given(
+    st.integers(1, 1_000_000_000),
+    st.sampled_from([1, 7, 60, 3_600, 86_400, 400 * 86_400]),
+    st.floats(0, 1),
+)
+def test_script_ticks_are_exact_or_on_the_safe_side(amount: int, per: int, share: float) -> None:
+    limit = Limit("requests", amount, per=per, burst=max(1, int(amount * share)))
+    meter = script._meter_config(limit)
+    if "p" in meter:
+        exact = Fraction(per * 1_000_000, amount)
+        assert exact <= Fraction(meter["p"], meter["q"]) <= exact * Fraction(10_001, 10_000)
+        assert meter["p"] * (amount + (limit.burst or 0)) < 1 << 53
+        if exact.numerator * 2 * amount < 1 << 46:
+            assert Fraction(meter["p"], meter["q"]) == exact
+
+
+async def test_store_time_goes_on_when_server_clock_is_set_back(
+    store: RedisStore, clock: Callable[[int], None]
+) -> None:
+    clock(START)
+    limit = Limit("requests", 2, per=10, burst=2)
+    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
+    call = {"requests": 1}
+    first = await ledger.commit(Batch(calls=(call, call)))
+    clock(START - 3_600 * SECOND)
+    second = await ledger.commit(Batch(calls=(call,), horizon=0))
+    assert second.now == first.now
+    assert second.bookings[0].start >= first.now + 10 * SECOND
+    clock(START - 3_589 * SECOND)
+    assert (await ledger.peek()).now == first.now + 11 * SECOND
+    await ledger.aclose()
+
+
+async def test_heartbeat_reports_what_is_left_while_idle(
+    store: RedisStore, clock: Callable[[int], None]
+) -> None:
+    clock(START)
+    limit = Limit("requests", 10, per=10, burst=10)
+    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
+    call = {"requests": 1}
+    await ledger.commit(Batch(calls=(call,) * 2))
+    clock(START + 5 * SECOND)
+    await ledger.commit(Batch(calls=(call,) * 4))
+    left = []
+    for seconds in (5, 10, 11, 15, 16):
+        clock(START + seconds * SECOND)
+        left.append((await ledger.commit(Batch(calls=None))).left)
+    assert left == [(4,), (4,), (6,), (6,), (10,)]
+    await ledger.aclose()
+
+
+async def test_bucket_that_is_never_full_remembers_a_bounded_number_of_bookings(
+    store: RedisStore, redis: Any, clock: Callable[[int], None]
+) -> None:
+    clock(START)
+    limit = Limit("requests", 2_000, per=86_400, burst=1_000)
+    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
+    for booked in range(1, 601):
+        clock(START + booked * MICROSECOND)
+        await ledger.commit(Batch(calls=({"requests": 1},)))
+    assert await redis.hstrlen("asyncbucket:{oracle}:state", "state") < 9_000  # 18 bytes each
+    await ledger.aclose()
