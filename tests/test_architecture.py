@@ -63,14 +63,12 @@ PUBLIC_NAMES = {
 
 
 def in_fresh_interpreter(code: str) -> list[str]:
-    """Run `code` where nothing has been imported yet and return the lines that it prints."""
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return done.stdout.split()
 
 
 def core_modules() -> list[str]:
-    """Return the core's modules as the import contract of pyproject.toml lists them."""
     pyproject: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     contracts = pyproject["tool"]["importlinter"]["contracts"]
     (core,) = (c["source_modules"] for c in contracts if c["id"] == "standard-library-core")
@@ -88,7 +86,6 @@ def _module(file: Path) -> str:
 
 
 def imported_packages(module: str) -> set[str]:
-    """Return the packages that `module` imports when it is loaded (not later, when called)."""
     file = importlib.import_module(module).__file__
     assert file is not None
     names: set[str] = set()
@@ -101,16 +98,13 @@ def imported_packages(module: str) -> set[str]:
 
 
 def test_importing_asyncbucket_loads_no_optional_library() -> None:
-    """`import asyncbucket` loads no library that only an adapter needs."""
     loaded = in_fresh_interpreter("import asyncbucket, sys; print(*sys.modules)")
-
     assert "asyncbucket.core.limiter" in loaded
     assert EXTRAS & set(loaded) == set()
 
 
 @pytest.mark.parametrize("module", core_modules())
 def test_core_imports_only_the_standard_library(module: str) -> None:
-    """A module of the core imports only the standard library and modules of this package."""
     assert imported_packages(module) - sys.stdlib_module_names <= {"asyncbucket"}
 
 
@@ -135,12 +129,10 @@ def frames_of(call: Callable[[], Coroutine[Any, Any, object]]) -> list[str]:
 
 
 async def idle() -> Any:
-    """A call that passes at once."""
     return passing_at_once(await used_limiter(), used=None)
 
 
 async def settled() -> Any:
-    """A call that passes at once and is settled."""
     return passing_at_once(await used_limiter(), used=80)
 
 
@@ -202,7 +194,6 @@ def test_call_passes_few_frames_in_few_modules(
 ) -> None:
     """It can be followed by one person; moving code cannot meet it."""
     found = frames_of(call)
-
     assert len(found) <= frames
     assert len(set(found)) <= modules
 
@@ -217,7 +208,6 @@ def test_public_name_and_its_members_are_documented(name: str) -> None:
     """Every public method and property says what it does, itself or where it was declared."""
     public = getattr(asyncbucket, name)
     members = vars(public) if inspect.isclass(public) else {}
-
     assert public.__doc__
     assert [
         member
@@ -229,7 +219,6 @@ def test_public_name_and_its_members_are_documented(name: str) -> None:
 
 
 def test_subpackages_load_on_first_access() -> None:
-    """`asyncbucket.telemetry` needs no import of its own."""
     assert in_fresh_interpreter("import asyncbucket; print(asyncbucket.telemetry.__name__)") == [
         "asyncbucket.telemetry"
     ]

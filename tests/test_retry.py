@@ -119,10 +119,7 @@ def test_retrier_without_stamina_names_what_to_install(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (
-            {"attempts": 0},
-            "attempts must be at least 1, not 0; 1 or retry=False means no retry",
-        ),
+        ({"attempts": 0}, "attempts must be at least 1, not 0; 1 or retry=False means no retry"),
         ({"attempts": 2.5}, "attempts must be a whole number, not 2.5"),
         ({"attempts": True}, "attempts must be a whole number, not True"),
         ({"max_wait": math.nan}, "max_wait must be at least 0 and at most 604800, not nan"),
@@ -136,7 +133,6 @@ def test_retrier_without_stamina_names_what_to_install(
 def test_invalid_retry_policy_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         _ = Retry(**wrong)
-
     assert str(caught.value) == message
 
 
@@ -156,7 +152,6 @@ def test_failed_call_is_retried_when_the_server_says_or_after_doubling_waits(
     stage: Stage, failures: list[Exception], chance: float, times: list[float], *, is_sync: bool
 ) -> None:
     script = stage.script(*failures, "reply")
-
     assert stage.call(stage.retrier(chance=chance), script, is_sync=is_sync) == "reply"
     assert script.times == times
 
@@ -222,7 +217,6 @@ def test_last_error_is_raised_as_it_is_with_a_note_that_says_why(
     script = stage.script(error)
     with pytest.raises(type(error)) as caught:
         stage.call(stage.retrier(policy, chance=1.0), script, is_sync=is_sync, deadline=deadline)
-
     assert caught.value is error
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert script.times == times
@@ -232,9 +226,7 @@ def test_last_error_is_raised_as_it_is_with_a_note_that_says_why(
 
 
 @pytest.mark.parametrize("policy", [Retry(attempts=1), Retry(max_wait=5.0), None])
-def test_429_pauses_limiter_even_if_its_own_call_gives_up(
-    stage: Stage, policy: Retry | None
-) -> None:
+def test_429_pauses_limiter_even_if_its_call_gives_up(stage: Stage, policy: Retry | None) -> None:
     script = stage.script(status_error(429, retry_after="7"))
     told: list[str] = []
     stage.limiter.observe(lambda event: told.append(type(event).__name__))
@@ -244,7 +236,6 @@ def test_429_pauses_limiter_even_if_its_own_call_gives_up(
             stage.run(stage.retrier(policy).call(script))
     finally:
         stamina.set_active(True)
-
     assert told == ["Paused"]
     assert stage.limiter.statistics().paused == (5 if policy and policy.max_wait == 5 else 7)
 
@@ -342,7 +333,6 @@ def test_provider_error_is_raised_if_limiter_refuses_the_retry(stage: Stage) -> 
 
     with pytest.raises(openai.APIStatusError) as caught:
         stage.run(stage.retrier(chance=1.0).call(attempt, deadline=2.0))
-
     assert caught.value is first
     (note,) = first.__notes__
     assert note.startswith(
@@ -437,7 +427,6 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
         script = stage.script(error, "reply")
         stage.call(stage.retrier(chance=1.0), script, is_sync=is_sync, tried=tried)
     stamina.instrumentation.set_on_retry_hooks(None)
-
     (details,) = seen
     assert details.name == "openai.resources.models.Models.list"
     assert (details.args, details.kwargs, details.wait_for) == ((), {}, 1.0)

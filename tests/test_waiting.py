@@ -22,12 +22,11 @@ async def test_one_function_serves_async_and_blocking_callers() -> None:
         yield 1
         yield 2
 
-    limiter = Limiter("10 RPM")
+    limiter = Limiter("10 RPS")
     expected = [1, 2, "end", True]
     assert await ASYNC.function(work)(ASYNC, numbers(), limiter) == expected
     assert SYNC.function(work)(SYNC, iter((1, 2)), limiter) == expected
     assert SYNC.function(work).__name__ == "work"
-
     file = stdlib_io.StringIO()
     run(SYNC.close(file))
     assert file.closed

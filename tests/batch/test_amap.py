@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, cast
 
@@ -15,6 +13,7 @@ from asyncbucket import Cost, CostExceedsLimit, Limiter, priority
 from asyncbucket.batch import Item, Results, amap, map_sync
 from asyncbucket.core.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
+from tests.conftest import python
 
 
 class Work:
@@ -38,7 +37,6 @@ class Work:
 
 
 async def odd_ones_fail(number: int) -> int:
-    """Fail for odd numbers."""
     await asyncio.sleep(0.01)
     if number % 2:
         raise ValueError(f"{number} is odd")
@@ -46,7 +44,6 @@ async def odd_ones_fail(number: int) -> int:
 
 
 async def slow_to_go(_: int) -> None:
-    """Take two seconds to end when cancelled."""
     try:
         await asyncio.sleep(100)
     finally:
@@ -55,65 +52,40 @@ async def slow_to_go(_: int) -> None:
 
 
 async def gathered(results: Results[Any, Any]) -> list[Item[Any, Any]]:
-    """Return all items of a batch."""
     return [item async for item in results]
 
 
 def test_results_arrive_in_order_of_completion(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
-
     items = virtual_time.run(gathered(amap(limiter, Work(lambda n: 3.0 - n), [0, 1, 2])))
-
     assert [(item.index, item.input, item.result) for item in items] == [
-        *((2, 2, 20), (1, 1, 10), (0, 0, 0)),
+        *((2, 2, 20), (1, 1, 10), (0, 0, 0))
     ]
     assert virtual_time.now == 3.0
 
 
-def test_slow_ordered_item_holds_back_calls_beyond_the_window(virtual_time: VirtualTime) -> None:
-    limiter = Limiter(concurrency=4, clock=virtual_time.clock)
-    work = Work(lambda number: 1_000.0 if number == 0 else 1.0)
-
-    async def main() -> None:
-        async with amap(limiter, work, itertools.count(), ordered=True, window=8) as results:
-            first = asyncio.ensure_future(anext(results))
-            await asyncio.sleep(500)
-            assert len(work.begun) == 8
-            assert (await first).index == 0
-
-    virtual_time.run(main())
-
-
 def test_batch_calls_are_admitted_at_the_rate_of_the_limiter(virtual_time: VirtualTime) -> None:
     limiter = Limiter("20 RPM burst 2", concurrency=3, clock=virtual_time.clock)
-
     assert len(virtual_time.run(gathered(amap(limiter, Work(), range(20))))) == 20
     assert virtual_time.now == 18 * 3 + 1
     assert limiter.statistics().admitted == 20
 
 
 def twice(number: int) -> dict[str, int]:
-    """Return what a call costs."""
     return {"tokens": 2 * number}
 
 
 @pytest.mark.parametrize("cost", [twice, {"tokens": 30}, Cost(tokens=30)])
-def test_cost_may_be_a_function_a_dict_or_a_cost_object(
-    cost: Any, virtual_time: VirtualTime
-) -> None:
+def test_cost_may_be_a_function_dict_or_cost_object(cost: Any, virtual_time: VirtualTime) -> None:
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
-
     virtual_time.run(gathered(amap(limiter, Work(), [10, 20], cost=cost)))
-
     assert limiter.statistics().limits[0].used == 60
 
 
 def test_item_that_costs_more_than_the_limit_fails_alone(virtual_time: VirtualTime) -> None:
     limiter = Limiter(tpm=100, clock=virtual_time.clock)
     results = amap(limiter, Work(), [1, 200, 2], cost=lambda n: {"tokens": n}, errors="collect")
-
     items = virtual_time.run(gathered(results))
-
     assert [item.input for item in items if isinstance(item.error, CostExceedsLimit)] == [200]
     assert [item.result for item in items if item.ok] == [10, 20]
 
@@ -135,15 +107,13 @@ def test_batch_keeps_only_one_call_in_the_limiters_queue(virtual_time: VirtualTi
 def test_batch_runs_as_many_workers_as_its_calls_need(virtual_time: VirtualTime) -> None:
     limiter = Limiter("10/s burst 1", clock=virtual_time.clock)
     work = Work(lambda _: 5.0)
-
     virtual_time.run(gathered(amap(limiter, work, range(500))))
-
     # A window counts a call for a hundredth of its length longer, to allow for network jitter.
     assert virtual_time.now <= 499 / 10 * 1.01 + 5
     assert work.most == 50
 
 
-def test_batch_takes_at_most_a_window_of_items_ahead_of_its_reader(
+async def test_batch_takes_at_most_a_window_of_items_ahead_of_reader(
     virtual_time: VirtualTime,
 ) -> None:
     limiter = Limiter(concurrency=5, clock=virtual_time.clock)
@@ -155,14 +125,10 @@ def test_batch_takes_at_most_a_window_of_items_ahead_of_its_reader(
             taken += 1
             yield number
 
-    async def main() -> None:
-        async with amap(limiter, Work(), numbers(), window=12) as results:
-            for _ in range(3):
-                await anext(results)
-            await asyncio.sleep(1_000)
-
-    virtual_time.run(main())
-
+    async with amap(limiter, Work(), numbers(), window=12) as results:
+        for _ in range(3):
+            await anext(results)
+        await asyncio.sleep(1_000)
     assert taken == 15
 
 
@@ -218,11 +184,8 @@ async def test_stop_async_iteration_in_the_function_is_an_error_not_the_end() ->
 
 def test_collected_errors_come_with_their_items(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=4, clock=virtual_time.clock)
-
     results = amap(limiter, odd_ones_fail, range(4), errors="collect", ordered=True)
-
     items = virtual_time.run(gathered(results))
-
     assert [item.ok for item in items] == [True, False, True, False]
     with pytest.raises(ValueError, match="3 is odd"):
         _ = items[3].result
@@ -240,7 +203,6 @@ def test_call_cancelled_from_within_is_a_failed_item(virtual_time: VirtualTime) 
         return await task
 
     items = virtual_time.run(gathered(amap(limiter, ask, range(3), errors="collect")))
-
     assert [item.ok for item in items] == [True, False, True]
     assert "cancelled from within" in str(items[1].error)
     assert limiter.statistics().in_flight == 0
@@ -263,67 +225,57 @@ def test_error_of_the_iterable_is_raised_after_all_results(virtual_time: Virtual
     assert sorted(seen) == [0, 1, 2]
 
 
-def test_leaving_the_context_waits_for_calls_to_clean_up(virtual_time: VirtualTime) -> None:
+async def test_leaving_the_context_waits_for_calls_to_clean_up(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=2, clock=virtual_time.clock)
 
-    async def main() -> None:
-        async with amap(limiter, slow_to_go, itertools.count()) as results:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await anext(results)
-        assert limiter.statistics().in_flight == 0
-
-    virtual_time.run(main())
-
+    async with amap(limiter, slow_to_go, itertools.count()) as results:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await anext(results)
+    assert limiter.statistics().in_flight == 0
     assert virtual_time.now == 7.0
 
 
-def test_breaking_out_cancels_calls_in_flight(virtual_time: VirtualTime) -> None:
+async def test_breaking_out_cancels_calls_in_flight(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work()
 
-    async def main() -> None:
-        async for _ in amap(limiter, work, itertools.count()):
-            break
-        for _ in range(3):
-            await asyncio.sleep(0)
-
-    virtual_time.run(main())
-
+    async for _ in amap(limiter, work, itertools.count()):
+        break
+    for _ in range(3):
+        await asyncio.sleep(0)
     assert virtual_time.now == 1.0
     assert (work.running, limiter.statistics().in_flight) == (0, 0)
 
 
-def test_cancelled_reader_leaves_no_call_running_or_waiting(virtual_time: VirtualTime) -> None:
+async def test_cancelled_reader_leaves_no_call_running_or_waiting(
+    virtual_time: VirtualTime,
+) -> None:
     limiter = Limiter("60 RPM burst 1", concurrency=3, clock=virtual_time.clock)
     work = Work(lambda _: 100.0)
 
-    async def main() -> None:
-        task = asyncio.create_task(gathered(amap(limiter, work, itertools.count())))
-        await asyncio.sleep(1.5)
-        assert work.running == 2
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        statistics = limiter.statistics()
-        assert (work.running, statistics.in_flight, statistics.waiting) == (0, 0, 0)
-
-    virtual_time.run(main())
+    task = asyncio.create_task(gathered(amap(limiter, work, itertools.count())))
+    await asyncio.sleep(1.5)
+    assert work.running == 2
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    statistics = limiter.statistics()
+    assert (work.running, statistics.in_flight, statistics.waiting) == (0, 0, 0)
 
 
-def test_aclose_by_another_task_ends_iteration_for_all_readers(virtual_time: VirtualTime) -> None:
+async def test_aclose_by_another_task_ends_iteration_for_all_readers(
+    virtual_time: VirtualTime,
+) -> None:
     limiter = Limiter(concurrency=3, clock=virtual_time.clock)
     work = Work(float)
 
-    async def main() -> None:
-        results = amap(limiter, work, itertools.count(1))
-        readers = [asyncio.create_task(gathered(results)) for _ in range(2)]
-        await asyncio.sleep(1.5)
-        await results.aclose()
-        assert sorted(map(len, await asyncio.gather(*readers))) == [0, 1]
-        assert (work.running, limiter.statistics().in_flight) == (0, 0)
-
-    virtual_time.run(main())
+    results = amap(limiter, work, itertools.count(1))
+    readers = [asyncio.create_task(gathered(results)) for _ in range(2)]
+    await asyncio.sleep(1.5)
+    await results.aclose()
+    assert sorted(map(len, await asyncio.gather(*readers))) == [0, 1]
+    assert (work.running, limiter.statistics().in_flight) == (0, 0)
 
 
 def test_batch_closed_before_its_first_result_calls_nothing() -> None:
@@ -337,7 +289,6 @@ def test_batch_closed_before_its_first_result_calls_nothing() -> None:
         assert await gathered(results) == []
 
     asyncio.run(main())
-
     assert work.begun == []
 
 
@@ -352,7 +303,6 @@ def test_batch_abandoned_at_end_of_event_loop_ends_without_warning() -> None:
         return left
 
     left = asyncio.run(main())
-
     assert repr(left) == "<Results at work>" or left is not None
 
 
@@ -366,7 +316,6 @@ async def test_calls_inherit_the_priority_of_the_reader() -> None:
     with priority("batch"):
         async for _ in amap(Limiter(concurrency=1), ask, [1, 2]):
             pass
-
     assert seen == [read_priority("batch")] * 2
 
 
@@ -385,10 +334,7 @@ def test_missing_extra_names_its_install_command(module: str, call: str, message
         f"import sys; sys.modules[{module!r}] = None\n"
         f"from asyncbucket import Limiter\nfrom asyncbucket.batch import amap\n{call}"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-
+    done = python("-c", program)
     assert f"ImportError: {message}" in done.stderr
 
 
@@ -405,7 +351,7 @@ async def test_plain_function_is_refused_with_a_hint_at_map() -> None:
         (Work(), "prompts.txt", r"^items is one string, .* a call for each of its 11 characters"),
     ],
 )
-def test_swapped_arguments_and_a_file_name_are_refused(
+def test_swapped_arguments_and_file_names_are_refused(
     run: Any, fn: Any, items: Any, message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):

@@ -34,23 +34,19 @@ class Calls:
 
 
 async def run(checkpoint: Any, calls: Any, items: Any, **options: Any) -> list[Item[Any, Any]]:
-    """Run a batch to its end."""
     limiter = Limiter(concurrency=4)
     return [item async for item in amap(limiter, calls, items, checkpoint=checkpoint, **options)]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return where the checkpoint is."""
     return tmp_path / "run.db"
 
 
 async def test_second_run_restores_all_results_without_a_call(path: Path) -> None:
     first, second = Calls(), Calls()
-
     await run(path, first, range(200))
     items = await run(path, second, range(200), ordered=True)
-
     assert sorted(first.seen) == list(range(200))
     assert second.seen == []
     assert [(item.index, item.result, item.restored) for item in items] == [
@@ -62,9 +58,7 @@ async def test_second_run_calls_only_for_unfinished_items(path: Path) -> None:
     first, second = Calls(), Calls()
     async with amap(Limiter(concurrency=1), first, range(100), checkpoint=path) as results:
         done = [(await anext(results)).input for _ in range(10)]
-
     items = await run(path, second, reversed(range(50)))
-
     assert set(done) <= set(first.seen)
     assert set(second.seen) >= set(range(50)) - set(first.seen)
     assert len(set(first.seen) & set(second.seen)) <= 1  # the one that was in flight
@@ -73,20 +67,16 @@ async def test_second_run_calls_only_for_unfinished_items(path: Path) -> None:
 
 async def test_equal_items_are_called_and_restored_one_by_one(path: Path) -> None:
     first, second = Calls(), Calls()
-
     await run(path, first, ["why?"] * 10)
     items = await run(path, second, ["why?"] * 12)
-
     assert (len(first.seen), len(second.seen)) == (10, 2)
     assert sum(item.restored for item in items) == 10
 
 
 async def test_failed_items_are_retried_by_the_next_run(path: Path) -> None:
     second = Calls()
-
     await run(path, Calls(3), range(6), errors="collect")
     items = await run(path, second, range(6))
-
     assert second.seen == [3]
     assert all(item.ok for item in items)
 
@@ -106,7 +96,6 @@ async def test_result_is_restored_with_its_type(path: Path, result: object) -> N
 
     await run(path, ask, [7])
     (item,) = await run(path, ask, [7])
-
     assert (item.result, item.restored) == (result, True)
 
 
@@ -122,20 +111,16 @@ async def test_result_that_cannot_be_pickled_ends_the_run_and_loses_no_other(pat
     with pytest.raises(CheckpointError, match=r"result of type function cannot be kept.*dump="):
         await anext(results)
     await run(path, again, range(4))
-
     assert sum(callable(item.result) for item in seen) == 1
     assert again.seen == [3]
 
 
 async def test_custom_dump_and_load_replace_pickle(path: Path) -> None:
     own = Checkpoint(
-        path,
-        dump=lambda result: result["said"].encode(),
-        load=lambda data: {"said": data.decode()},
+        path, dump=lambda result: result["said"].encode(), load=lambda data: {"said": data.decode()}
     )
     await run(own, Calls(), ["a"])
     (item,) = await run(own, Calls(), ["a"])
-
     assert (item.result, item.restored) == ({"said": "a"}, True)
     with pytest.raises(
         CheckpointError, match=r"a result in .*run\.db cannot be read: .*importable"
@@ -149,12 +134,10 @@ async def test_object_item_is_recognized_only_by_its_key(path: Path) -> None:
         match=r"cannot recognize an item of type object \(it contains object\): give Checkpoint\(",
     ):
         await run(path, Calls(), [object()])
-
     keyed = Checkpoint(path, key=lambda _: "the one")
     odd = Checkpoint(path, key=lambda row: row["id"])
     await run(keyed, Calls(), [1])
     (again,) = await run(keyed, Calls(), [object()])
-
     assert again.restored
     for item, message in (({"id": 7}, "not 7"), ({"id": {}}, "not dict$")):  # it may be secret
         with pytest.raises(
@@ -201,14 +184,12 @@ class Asked(BaseModel):
 async def test_similar_items_do_not_share_a_result(path: Path, item: Any, other: Any) -> None:
     await run(path, Calls(), [item])
     (found,) = await run(path, Calls(), [other])
-
     assert not found.restored
 
 
 async def test_dict_item_is_restored_whatever_its_key_types_and_order(path: Path) -> None:
     await run(path, Calls(), [{1: "a", "b": 2, (3, 4): None}])
     (found,) = await run(path, Calls(), [{(3, 4): None, "b": 2, 1: "a"}])
-
     assert found.restored
 
 
@@ -219,13 +200,11 @@ class Model:
         self.model = model
 
     async def ask(self, prompt: str) -> str:
-        """Answer with the model's name."""
         return f"{self.model}: {prompt}"
 
 
 async def test_checkpoint_of_another_function_or_model_is_refused_unless_named(path: Path) -> None:
     await run(path, Model("small").ask, ["Why?"])
-
     assert (await run(path, Model("small").ask, ["Why?"]))[0].restored
     with pytest.raises(
         CheckpointError, match=r"holds results of Model\.ask of small, not of .*large"
@@ -244,7 +223,6 @@ def test_structured_model_is_named_by_output_class_and_model() -> None:
         for model in (small, large)
         for wanted in (Shape, Colour)
     }
-
     assert names == {
         f"StructuredLLM.acomplete for {wanted} of {model}"
         for model in ("gpt-4o-mini", "gpt-4o")
@@ -257,16 +235,12 @@ async def test_second_run_at_the_same_time_is_refused(path: Path) -> None:
         await anext(results)
         with pytest.raises(CheckpointError, match=r"run.db is in use by another run"):
             await run(path, Calls(), [1])
-
     assert (await run(path, Calls(), [0]))[0].restored
 
 
 @pytest.mark.parametrize("content", [b"not mine" * 1_000, b"SQLite format 3\0" + b"?" * 4_080])
-async def test_foreign_or_damaged_file_is_refused_and_left_unchanged(
-    path: Path, content: bytes
-) -> None:
+async def test_foreign_or_damaged_file_is_refused_unchanged(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
     with pytest.raises(
         CheckpointError, match=r"run.db is not a checkpoint, or is damaged \(.*\): "
     ):
@@ -279,10 +253,8 @@ async def test_database_of_another_program_is_refused_and_left_unchanged(path: P
     (await limiter.acquire()).release()
     await limiter.aclose()
     before = path.read_bytes()
-
     with pytest.raises(CheckpointError, match=r"run\.db is a database of another program: give"):
         await run(path, Calls(), [1])
-
     assert path.read_bytes() == before
 
 
@@ -291,7 +263,6 @@ async def test_checkpoint_of_a_later_version_is_refused(path: Path) -> None:
     with sqlite3.connect(path) as database:
         database.execute("UPDATE about SET value = '3' WHERE name = 'version'")
     database.close()
-
     with pytest.raises(CheckpointError, match="of version 3, this is version 2"):
         await run(path, Calls(), [1])
 
@@ -304,8 +275,6 @@ async def test_checkpoint_of_a_later_version_is_refused(path: Path) -> None:
         ({"dump": "json", "load": "json"}, "^dump must be a function, not str$"),
     ],
 )
-def test_checkpoint_refuses_functions_that_are_none_or_half(
-    given: dict[str, Any], message: str
-) -> None:
+def test_checkpoint_refuses_missing_or_half_functions(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Checkpoint("run.db", **given)

@@ -2,11 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import python
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_with_resume.py"
 
@@ -15,15 +16,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_with_resume.py"
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "80"},
-    )
-
+    done = python(str(EXAMPLE), cwd=tmp_path, env=os.environ | {"COLUMNS": "80"})
     assert (done.returncode, done.stderr) == (0, "")
     counts = re.search(r"(\d+) from the checkpoint, (\d+) asked for", done.stdout)
     assert counts is not None

@@ -1,8 +1,6 @@
 """`amap` for code without an event loop. Threads use the machine's clock."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.batch import map_sync
+from tests.conftest import python
 
 pytestmark = pytest.mark.real_clock
 
@@ -32,7 +31,6 @@ def test_plain_function_runs_in_as_many_threads_as_slots() -> None:
         return number * 2
 
     items = list(map_sync(limiter, work, range(24), ordered=True))
-
     assert [item.result for item in items] == [number * 2 for number in range(24)]
     assert most == 4
     assert threading.current_thread().name not in threads
@@ -44,7 +42,6 @@ def test_map_awaits_an_async_function() -> None:
         return number * 2
 
     items = list(map_sync(Limiter(concurrency=2), double, [1, 2], ordered=True))
-
     assert [item.result for item in items] == [2, 4]
 
 
@@ -59,7 +56,6 @@ def test_breaking_out_of_map_ends_its_batch() -> None:
 
     for _ in map_sync(limiter, work, range(10_000), window=4):
         break
-
     assert len(begun) <= 6
     assert limiter.statistics().in_flight == 0
 
@@ -70,10 +66,7 @@ def test_program_exits_with_a_map_left_unfinished() -> None:
         "items = Limiter(concurrency=2).map(abs, range(100))\n"
         "print(next(items).ok)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
-    )
-
+    done = python("-c", program)
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 
 

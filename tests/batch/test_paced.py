@@ -29,12 +29,10 @@ class Word(BaseModel):
 
 @limiter.paced
 async def decorated(prompt: str) -> str:
-    """Return the prompt; the decorator paces it."""
     return prompt
 
 
 def logged(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Wrap a function, as a decorator of any library does."""
 
     @functools.wraps(function)
     async def outer(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +45,6 @@ three: Any = 3
 
 
 async def prefixed(prefix: str, prompt: str) -> str:
-    """Use no limiter."""
     return prefix + prompt
 
 
@@ -67,7 +64,6 @@ async def prefixed(prefix: str, prompt: str) -> str:
 )
 def test_wrapped_models_methods_and_paced_functions_are_marked(function: object) -> None:
     found = limiter_of(function)
-
     assert found is not None
     assert found.name in ("openai", "openai/chat")
 
@@ -85,7 +81,6 @@ def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
     root = Limiter("1000 RPM", concurrency=1, name="key")
     batch = root.child("batch")
     model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
-
     with pytest.raises(
         ValueError, match=r"acomplete is paced by .* and would be paced by 'key/batch', too: pace"
     ):
@@ -99,20 +94,16 @@ def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
 async def test_marked_function_is_charged_once(mark: str) -> None:
     here = Limiter("1000 RPM", concurrency=1)
     ask: Any = here.wrap(MockLLM()).acomplete if mark == "model" else here.paced(logged(plain))
-
     items = [item async for item in amap(here, ask, ["a b c d", "e"])]
-
     assert len(items) == 2
     assert here.statistics().admitted == 2
 
 
 async def plain(prompt: str) -> str:
-    """Use no limiter."""
     return prompt
 
 
 def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
-    """Return functions that acquire from a limiter by themselves, without a mark."""
     model = here.wrap(MockLLM())
     client = AsyncOpenAI(
         api_key="any", max_retries=0, http_client=httpx.AsyncClient(transport=here.transport())
@@ -138,9 +129,7 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
 
 @pytest.mark.parametrize("name", acquiring(Limiter("1 RPM")))
 @pytest.mark.parametrize("errors", ["raise", "collect"])
-def test_unmarked_function_that_acquires_fails_at_once_and_names_the_remedy(
-    name: str, errors: Any
-) -> None:
+def test_unmarked_function_that_acquires_fails_with_remedy(name: str, errors: Any) -> None:
     """With a single slot, it would also wait for itself forever."""
     with virtual_time() as time:
         here = Limiter("1000 RPM", concurrency=1, clock=time.clock, name="openai")
@@ -199,10 +188,8 @@ def test_batch_on_another_limiter_inside_a_batch_is_no_second_acquisition(inner:
 async def test_paced_and_cost_options_say_who_acquires(options: Any, charged: int) -> None:
     """A call that is charged twice on request still does not wait for its own slot."""
     here = Limiter("1000 RPM", concurrency=1)
-
     async for _ in amap(here, acquiring(here)["by_hand"], ["once"], **options):
         pass
-
     assert here.statistics().limits[0].used == charged
 
 
@@ -215,7 +202,6 @@ async def test_batch_inside_a_paced_tool_gets_the_tools_slot() -> None:
         return len([item async for item in here.amap(plain, words.split())])
 
     tool = here.wrap(FunctionTool.from_defaults(async_fn=summarize))
-
     assert (await tool.acall(words="a b")).raw_output == 2
 
 

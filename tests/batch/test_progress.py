@@ -39,7 +39,6 @@ def test_bar_shows_progress_rate_binding_limit_and_failures(
 
     done = virtual_time.run(main())
     output, shown = capsys.readouterr()
-
     shown = ESCAPES.sub("", shown)
     assert (output, done) == ("", 18)
     assert re.search(r"20/20 .*in 0:00:\d+  2 failed", shown)
@@ -47,21 +46,15 @@ def test_bar_shows_progress_rate_binding_limit_and_failures(
         assert re.search(r"10/20 .*[\d.]+/s  0:00:\d+ left  waiting for requests  1 failed", shown)
 
 
-def test_output_printed_beside_a_bar_still_goes_to_stdout(
-    virtual_time: VirtualTime,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+async def test_output_printed_beside_a_bar_still_goes_to_stdout(
+    virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If standard output is a file, it goes there, even with the bar at a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
 
-    async def main() -> None:
-        limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
-        async for item in amap(limiter, asyncio.sleep, [0.1, 0.2], show_progress=True):
-            sys.stdout.write(f"{item.input}\n")
-
-    virtual_time.run(main())
-
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    async for item in amap(limiter, asyncio.sleep, [0.1, 0.2], show_progress=True):
+        sys.stdout.write(f"{item.input}\n")
     assert capsys.readouterr().out == "0.1\n0.2\n"
 
 
@@ -95,22 +88,16 @@ def test_batch_continues_when_its_bar_cannot_be_written(
     assert virtual_time.run(main()) == 20
 
 
-def test_bar_of_endless_items_shows_a_count_without_time_left(
-    virtual_time: VirtualTime,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+async def test_bar_of_endless_items_shows_a_count_without_time_left(
+    virtual_time: VirtualTime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
     monkeypatch.setenv("FORCE_COLOR", "1")
 
-    async def main() -> None:
-        items = itertools.repeat(0.1)
-        async with amap(limiter, asyncio.sleep, items, show_progress=True) as results:
-            for _ in range(5):
-                await anext(results)
-
-    virtual_time.run(main())
-
+    items = itertools.repeat(0.1)
+    async with amap(limiter, asyncio.sleep, items, show_progress=True) as results:
+        for _ in range(5):
+            await anext(results)
     shown = ESCAPES.sub("", capsys.readouterr().err)
     assert "left" not in shown
     assert re.search(r"3 [\d.]+/s  waiting for requests", shown)
@@ -119,7 +106,6 @@ def test_bar_of_endless_items_shows_a_count_without_time_left(
 def test_time_left_is_estimated_from_limits_before_any_item_is_done() -> None:
     """A thousand at a hundred a minute, ten of them at once, take 9.9 minutes."""
     outlook = Outlook(Limiter("100 RPM burst 10"))
-
     assert outlook.words(0, {"requests": 1_000}) == ["0:09:54 left"]
 
 
@@ -128,5 +114,4 @@ def test_time_left_follows_the_measured_rate_when_slower_than_limits() -> None:
     now = 0.0
     outlook = Outlook(Limiter("300 RPM"), clock=lambda: now)
     now = 10.0
-
     assert outlook.words(20, {"requests": 100}) == ["2/s", "0:00:50 left"]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from asyncbucket import Limiter
 from asyncbucket.cli import app as cli
 from asyncbucket.cli import main
+from tests.conftest import python
 
 COMMANDS = sorted(getattr(get_command(cli.app), "commands", {}))
 _PATIENCE = 60.0
@@ -32,16 +33,12 @@ main()
 
 
 def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run `asyncbucket` as if a module were not installed."""
     program = WITHOUT.format(module=module, arguments=list(arguments))
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    return python("-c", program)
 
 
 def test_version_option_shows_the_package_version() -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
-
     assert result.output == f"asyncbucket {version('asyncbucket')}\n"
 
 
@@ -57,7 +54,6 @@ def test_version_option_shows_the_package_version() -> None:
 )
 def test_missing_extra_names_its_install_command(module: str, extra: str) -> None:
     result = without(module, "demo")
-
     assert result.returncode == 2
     assert f" {module}" in result.stderr
     assert result.stderr.endswith(f'pip install "asyncbucket[{extra}]"\n')
@@ -80,7 +76,6 @@ def test_signal_ends_a_command_with_status_130(
 
     monkeypatch.setattr(cli, "app", ended)
     before = signal.signal(signal.SIGINT, ctrl_c), signal.getsignal(signal.SIGTERM)
-
     with pytest.raises(SystemExit) as caught:
         main()
     signal.signal(signal.SIGINT, before[0])
@@ -109,9 +104,7 @@ sys.modules[{module!r}] = Loading({module!r})
 sys.argv = ["asyncbucket", {command!r}]
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = python("-c", program)
     assert (done.returncode, done.stderr) == (130, "")
 
 
@@ -121,7 +114,6 @@ main()
 )
 def test_invalid_number_is_quoted_with_its_bounds(option: str, typed: str, end: str) -> None:
     result = CliRunner().invoke(cli.app, ["demo", option, typed])
-
     assert result.exit_code == 2
     assert f"'{option}': '{typed}' is not a whole number from 1 {end}, such as 500" in result.stderr
 
@@ -129,14 +121,13 @@ def test_invalid_number_is_quoted_with_its_bounds(option: str, typed: str, end: 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], prog_name="asyncbucket")
-
     assert result.exit_code == 0
     assert f"asyncbucket {command}" in result.output.partition("Examples:")[2]
     assert [line for line in result.output.splitlines() if len(line) > 80] == []
 
 
 def at_a_terminal(
-    folder: Path, *arguments: str, terminal: str, interrupt_after: str = "", by: int = signal.SIGINT
+    folder: Path, *arguments: str, interrupt_after: str, by: int = signal.SIGINT
 ) -> tuple[int, str]:
     """Run a command at a terminal, and interrupt it after a text. Return status and output."""
     ours, theirs = pty.openpty()
@@ -146,7 +137,7 @@ def at_a_terminal(
         stdout=theirs,
         stderr=theirs,
         cwd=folder,
-        env={**os.environ, "TERM": terminal, "COLUMNS": "80"},
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
         start_new_session=True,
     )
     os.close(theirs)
@@ -168,14 +159,8 @@ def at_a_terminal(
 
 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
-@pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
-def test_ctrl_c_ends_demo_with_the_table_so_far_and_restores_cursor(
-    terminal: str, tmp_path: Path
-) -> None:
-    status, seen = at_a_terminal(
-        tmp_path, "demo", "--seconds", "30", terminal=terminal, interrupt_after="without"
-    )
-
+def test_ctrl_c_ends_demo_with_the_table_so_far_and_restores_cursor(tmp_path: Path) -> None:
+    status, seen = at_a_terminal(tmp_path, "demo", "--seconds", "30", interrupt_after="without")
     assert status == 130, seen
     assert "Traceback" not in seen
     assert "agents finished" in seen
@@ -186,13 +171,8 @@ def test_ctrl_c_ends_demo_with_the_table_so_far_and_restores_cursor(
 def test_sigterm_ends_watch_without_traceback_and_restores_cursor(tmp_path: Path) -> None:
     with Limiter("500 RPM").serve_stats() as server:
         status, seen = at_a_terminal(
-            tmp_path,
-            *("watch", server.url),
-            terminal="xterm-256color",
-            interrupt_after="500 requests",
-            by=signal.SIGTERM,
+            tmp_path, *("watch", server.url), interrupt_after="500 requests", by=signal.SIGTERM
         )
-
     assert status == 130, seen
     assert "Traceback" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1

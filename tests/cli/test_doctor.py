@@ -16,7 +16,6 @@ from asyncbucket.cli.app import app
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretend that only these packages are installed."""
 
     def pretend(**versions: str) -> None:
         found = {name.replace("_", "-"): number for name, number in versions.items()}
@@ -26,12 +25,10 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def said(findings: Iterable[doctor.Finding]) -> list[tuple[str, str]]:
-    """Return what was found, and how serious it is."""
     return [(each.state, each.found) for each in findings]
 
 
 def typed(*arguments: str, status: int = 0) -> str:
-    """Run the command and return what it printed."""
     result = CliRunner().invoke(app, ["doctor", *arguments])
     assert result.exit_code == status, result.output
     return result.stdout
@@ -39,7 +36,6 @@ def typed(*arguments: str, status: int = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Find neither this project's settings nor the machine's."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,7 +47,6 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
     monkeypatch.setenv("NO_COLOR", "1")
     lines = typed().splitlines()
     findings = json.loads(typed("--json"))
-
     assert lines[0].split()[:2] == ["ok", "asyncbucket:"]
     assert lines[-1].startswith("0 wrong, ")
     assert max(map(len, lines)) <= 60
@@ -62,12 +57,10 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
 
 def test_reachable_store_is_reported_with_its_answer_time(tmp_path: Path) -> None:
     shown = " ".join(typed("--store", f"sqlite:///{tmp_path}/limits.db").split())
-
     assert " answers in " in shown
 
 
 def store_finding(url: str) -> dict[str, str]:
-    """Return what is found wrong with a store."""
     found = json.loads(typed("--json", "--store", url, status=1))
     (finding,) = (each for each in found if each["about"] == "store")
     return {**finding}
@@ -77,9 +70,7 @@ def test_unreachable_store_is_named_without_its_password() -> None:
     pytest.importorskip("redis")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-
     finding = store_finding(f"redis://user:secret@127.0.0.1:{port}/0")  # closed by now
-
     assert finding["found"].count(f"redis://***@127.0.0.1:{port}/0") == 1
     assert "secret" not in finding["found"]
     assert finding["found"].endswith("; see whether it runs")
@@ -87,7 +78,6 @@ def test_unreachable_store_is_named_without_its_password() -> None:
 
 def test_store_file_in_missing_folder_is_reported_with_one_remedy(tmp_path: Path) -> None:
     finding = store_finding(f"sqlite:///{tmp_path}/nowhere/limits.db")
-
     assert f"see that the folder {tmp_path}/nowhere exists" in finding["found"]
     assert finding["remedy"] is None
 
@@ -109,7 +99,6 @@ def test_http_clients_sdks_and_retries_are_reported(
     installed: dict[str, str], found: list[tuple[str, str]], only: Callable[..., None]
 ) -> None:
     only(**installed)
-
     assert said(doctor.http_clients()) == found
 
 
@@ -124,21 +113,16 @@ def test_sdk_is_checked_for_the_http_library_of_its_version(
     httpx2: str | None, state: str, found: str, only: Callable[..., None]
 ) -> None:
     only(openai="3.1.0", httpx="0.28", httpx2=httpx2)
-
     (sdk,) = (each for each in doctor.http_clients() if each.about == "openai")
     assert sdk.state == state
     assert sdk.found.startswith(found)
 
 
-def test_version_out_of_range_is_bad(
-    monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
-) -> None:
+def test_version_out_of_range(monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]) -> None:
     wanted = ['llama-index-core<0.15,>=0.14.21; extra == "llama-index"', "rich>=14.2"]
     monkeypatch.setattr(doctor, "requires", {"asyncbucket": wanted}.get)
     only(llama_index_core="0.13.0", rich="13")
-
     (finding,) = doctor.versions()
-
     assert (finding.about, finding.state) == ("llama-index-core", "bad")
     assert finding.found.startswith("0.13.0 is not in ")
     assert (finding.remedy or "").startswith('pip install "llama-index-core')
@@ -150,7 +134,6 @@ def test_source_tree_is_reported_as_not_installed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(doctor, "version", missing)
     monkeypatch.setattr(doctor, "requires", missing)
-
     assert next(doctor.machine()).found.startswith("(not installed) on ")
     assert list(doctor.versions()) == []
 
@@ -172,9 +155,7 @@ def test_variable_that_makes_no_limiter_is_bad(
     monkeypatch.setitem(sys.modules, "asyncbucket.stores.redis", None)
     for name, value in variables.items():
         monkeypatch.setenv(f"ASYNCBUCKET_{name}", value)
-
     (finding,) = doctor.settings()
-
     assert finding.state == "bad"
     assert finding.found.startswith(found)
     assert finding.remedy == f"correct or unset {remedy}"
@@ -188,9 +169,7 @@ def test_each_table_of_settings_is_shown_as_its_limits(
         "[tool.asyncbucket.chat]\nconcurrency = 7\n[tool.asyncbucket.batch]\ntpm = 'much'\n",
         "utf-8",
     )
-
     variable, chat, batch = said(doctor.settings())
-
     assert variable == ("good", "Limiter.from_env(): 500 requests per 60 s")
     assert chat == ("good", "Limiter.from_toml(limiter='chat'): concurrency 7")
     assert batch[0] == "bad"
@@ -200,9 +179,7 @@ def test_each_table_of_settings_is_shown_as_its_limits(
 def test_outdated_preset_in_settings_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyncbucket.core.presets._OLD", -1)
     monkeypatch.setenv("ASYNCBUCKET_PRESET", "openrouter/free/any")
-
     limits, age = said(doctor.settings())
-
     free = "20 requests per 60 s, 50 requests per day, reset at 00:00 UTC"
     assert limits == ("good", f"Limiter.from_env(): {free}")
     assert age[0] == "note"

@@ -18,13 +18,9 @@ PLAN = ("plan", "--calls", "300", "--rpm", "60", "--out")
 
 @pytest.mark.parametrize("options", [(), ("--dark",)])
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_plan_is_drawn_for_light_and_dark_pages(
-    tmp_path: Path, kind: str, options: tuple[str, ...]
-) -> None:
+def test_plan_is_drawn_light_and_dark(tmp_path: Path, kind: str, options: tuple[str, ...]) -> None:
     path = tmp_path / f"plan.{kind}"
-
     done = run.invoke(app, [*PLAN, str(path), *options])
-
     assert done.exit_code == 0, done.output
     assert done.output.endswith(f"drawn: {path}\n")
     content = path.read_bytes()
@@ -38,43 +34,32 @@ def test_plan_is_drawn_for_light_and_dark_pages(
 
 def test_plan_without_waits_or_duration_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "plan.png"
-
     assert run.invoke(app, ["plan", "--calls", "3", "--out", str(path)]).exit_code == 0
     assert path.stat().st_size > 1_000
 
 
-def test_missing_matplotlib_names_its_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_matplotlib_names_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-
     done = run.invoke(app, [*PLAN, str(tmp_path / "plan.png")])
-
     assert done.exit_code == 2
     assert done.stderr.endswith('pip install "asyncbucket[plot]"\n')
 
 
 def drawn(trace: Trace, folder: Path, name: str, *options: str) -> Path:
-    """Save a trace, draw it, and return the picture's path."""
     trace.save(folder / "trace.jsonl")
     done = run.invoke(app, ["plot", f"{folder}/trace.jsonl", "-o", f"{folder}/{name}", *options])
     assert (done.exit_code, done.output) == (0, f"drawn: {folder}/{name}\n")
     return folder / name
 
 
-def test_trace_is_drawn_on_light_or_dark_background(
-    virtual_time: VirtualTime, tmp_path: Path
-) -> None:
+async def test_trace_is_drawn_light_and_dark(virtual_time: VirtualTime, tmp_path: Path) -> None:
     limiter = Limiter("60 RPM burst 2", "1k TPM", clock=virtual_time.clock)
     trace = limiter.trace()
 
-    async def main() -> None:
-        for number in range(20):
-            await limiter.acquire(tokens=10)
-            if number == 10:
-                limiter.pause(3)
-
-    virtual_time.run(main())
+    for number in range(20):
+        await limiter.acquire(tokens=10)
+        if number == 10:
+            limiter.pause(3)
     for name, options in (("light.png", ()), ("dark.svg", ("--dark",))):
         assert drawn(trace, tmp_path, name, *options).stat().st_size > 5_000
 
@@ -87,7 +72,6 @@ def test_trace_of_any_name_and_without_admissions_is_drawn(tmp_path: Path, name:
         with pytest.raises(CostExceedsLimit):
             limiter.acquire_nowait(tokens=9)
         limiter.pause(1)
-
     drawn(trace, tmp_path, "out.png")
 
 
@@ -109,9 +93,7 @@ HEAD = '{"limits": [], "limiter": "a"}\n'
         ),
     ],
 )
-def test_plot_refuses_what_it_cannot_draw(
-    tmp_path: Path, text: str, out: str, message: str
-) -> None:
+def test_plot_refuses_other_files(tmp_path: Path, text: str, out: str, message: str) -> None:
     (tmp_path / "trace.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     done = run.invoke(app, ["plot", f"{tmp_path}/trace.jsonl", "-o", f"{tmp_path}/{out}"])
     assert done.exit_code == 2

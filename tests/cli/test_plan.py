@@ -17,7 +17,6 @@ EXAMPLE = (
 
 
 def typed(*arguments: str, status: int = 0) -> str:
-    """Run the command and return what it printed, or its error."""
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.stderr
@@ -25,7 +24,6 @@ def typed(*arguments: str, status: int = 0) -> str:
 
 def test_docs_example_prints_what_the_plan_says() -> None:
     planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
-
     assert typed(*EXAMPLE) == f"{planned}\n"
 
 
@@ -43,7 +41,6 @@ def test_examples_in_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
     lines = [line.strip() for line in typed("--help").splitlines()]
     examples = [line for line in lines if line.startswith("asyncbucket plan ")]
-
     assert len(examples) == 3
     for line in examples:
         assert " calls" in typed(*shlex.split(line)[2:]).splitlines()[0]
@@ -59,9 +56,7 @@ def test_token_and_latency_samples_are_read_from_files(tmp_path: Path) -> None:
     prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
     prompts.write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
     log.write_text("1.5\n2.5\n", "utf-8")
-
     shown = json.loads(typed("--tokens", str(prompts), "--latency", str(log), "--json"))
-
     assert (shown["calls"], shown["tokens"], shown["duration"]) == (2, 5 + 16, 2.5)
 
 
@@ -72,7 +67,6 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
             *("--also", "7k TPD", "--preset", "openai/tier-2/gpt-4o-mini", "--json"),
         )
     )
-
     assert [limit["limit"] for limit in shown["limits"]] == [
         "9 requests per 86,400 s",
         "8 requests per 3,600 s",

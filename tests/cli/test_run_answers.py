@@ -17,26 +17,22 @@ SETTINGS: dict[str, Any] = {"model": "m"}
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Return the path of a file of answers that does not exist yet."""
     return tmp_path / "out.jsonl"
 
 
 def prompt(text: str, line: int = 1) -> Request:
-    """Return the request of a prompt."""
     request = read_request(line, text.encode(), JOB)
     assert request is not None
     return request
 
 
 def answer(answers: Answers, *texts: str) -> None:
-    """Write the answers to some prompts."""
     for text in texts:
         key, _ = answers.look_up(prompt(text))
         answers.write(key, {"custom_id": text})
 
 
 def answered(out: Path, *texts: str) -> bytes:
-    """Make a file of answers as one run does, and return what is in it."""
     with Answers(out, SETTINGS) as answers:
         answer(answers, *texts)
         answers.check()
@@ -45,14 +41,12 @@ def answered(out: Path, *texts: str) -> bytes:
 
 
 def are_done(out: Path, *texts: str) -> list[bool]:
-    """Tell which prompts a new run takes for answered."""
     with Answers(out, SETTINGS) as answers:
         return [answers.look_up(prompt(text, line))[1] for line, text in enumerate(texts, 1)]
 
 
 def test_answers_in_the_file_are_done_and_nothing_is_beside_it(out: Path) -> None:
     answered(out, "a", "b", "b")
-
     assert are_done(out, "b", "a", "c", "b", "b") == [True, True, False, True, False]
     assert list(out.parent.iterdir()) == [out]
 
@@ -71,7 +65,6 @@ def test_whole_answers_in_a_file_that_was_changed_between_runs_are_done(
 ) -> None:
     kept = answered(out, "a", "b").splitlines(keepends=True)[first:]
     out.write_bytes(b"".join(kept)[:end] + more)
-
     assert are_done(out, "a", "b") == done
     assert out.read_bytes() == b"".join(kept)
 
@@ -79,7 +72,6 @@ def test_whole_answers_in_a_file_that_was_changed_between_runs_are_done(
 @pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', "notes", "{}\n"])
 def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> None:
     out.write_text(text)
-
     with pytest.raises(
         ValueError, match=r"^line 1 of .*out.jsonl was not written by .*: remove it"
     ):
@@ -107,7 +99,6 @@ def test_dry_run_reads_without_changing_or_locking(out: Path) -> None:
         assert not out.exists()
     torn = answered(out, "a") + b'{"id":'
     out.write_bytes(torn)
-
     with Answers(out, SETTINGS, read_only=True) as dry:
         assert dry.look_up(prompt("a"))[1]
     assert out.read_bytes() == torn
@@ -123,7 +114,6 @@ def test_run_without_an_answer_leaves_no_file_behind(out: Path) -> None:
 
 
 def damage(out: Path, how: str) -> None:
-    """Do to a file of answers what people and programs do."""
     whole = out.read_bytes()
     if how == "removed":
         out.unlink()
@@ -149,7 +139,6 @@ def test_change_during_a_run_is_reported_with_what_is_missing_and_loses_no_later
         damage(out, how)
         answer(answers, *later)
         answers.check()
-
     lost = {"removed": 2, "emptied": 2}.get(how, 1)
     assert answers.trouble is not None
     assert answers.trouble.startswith(f"{out} was changed by another program during the run, and")
@@ -165,7 +154,6 @@ def test_change_during_a_run_is_reported_with_what_is_missing_and_loses_no_later
 
 def test_line_has_the_members_of_openais_files() -> None:
     line = json.loads(line_of(b"\x01", {"custom_id": "\ud800"}, run={"model": "m"}))
-
     assert line == {
         "id": "batch_req_01",
         "custom_id": "\ud800",

@@ -13,7 +13,6 @@ JOB = Job(source="-", out="-", model="m")
 
 
 def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
-    """Read a line that is a request; anything but bytes is written as JSON first."""
     data = line if isinstance(line, bytes) else json.dumps(line).encode()
     request = read_request(number, data, job)
     assert request is not None
@@ -21,7 +20,6 @@ def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
 
 
 def batch(**members: Any) -> dict[str, Any]:
-    """Return a line of a batch file."""
     body = {"model": "gpt", "messages": [{"role": "user", "content": "Hi"}]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     return {name: value for name, value in (line | members).items() if value is not None}
@@ -29,7 +27,6 @@ def batch(**members: Any) -> dict[str, Any]:
 
 def test_batch_line_keeps_its_id_url_and_body_unless_a_model_is_given() -> None:
     request = read(batch(), Job(source="-", out="-"))
-
     assert (request.custom_id, request.path, request.named) == ("a", "/v1/chat/completions", True)
     assert request.body == batch()["body"]
     assert read(batch()).body == batch()["body"] | {"model": "m"}
@@ -40,7 +37,6 @@ def test_batch_line_keeps_its_id_url_and_body_unless_a_model_is_given() -> None:
 )
 def test_prompt_in_any_form_becomes_a_chat_request(line: bytes) -> None:
     request = read(line)
-
     assert request.body == {"messages": [{"role": "user", "content": "Why?"}], "model": "m"}
     assert (request.custom_id, request.named) == ("line-1", False)
 
@@ -55,7 +51,6 @@ def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
     chat = read(b"Why?", Job(**options, max_tokens=9))
     responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
     embedding = read(b"Why?", Job(**options, endpoint="embeddings", max_tokens=9))
-
     assert chat.body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert chat.body["max_completion_tokens"] == 9
     assert responses.path == "/v1/responses"
@@ -71,7 +66,6 @@ def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
 def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
     job = Job(source="-", out="-", max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
-
     assert read(line, job).body == {
         "messages": [{"role": "user", "content": "Why?"}],
         "model": "mine",

@@ -19,7 +19,6 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def tally_in_the_middle(total: int | None = 5_000) -> Tally:
-    """Return the tally of a run halfway through, with every kind of event."""
     tally = Tally(total=total)
     tally.answered_earlier, tally.answered, tally.failed, tally.bad = 1_000, 1_234, 7, 3
     tally.refused_429, tally.requests = 2, 1_250
@@ -30,7 +29,6 @@ def tally_in_the_middle(total: int | None = 5_000) -> Tally:
 def shown(
     time: VirtualTime, tally: Tally, *, terminal: bool, seconds: float = 1.0, shared: bool = False
 ) -> str:
-    """Return what is shown within some seconds."""
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=terminal, color_system=None)
     limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
@@ -48,7 +46,6 @@ def shown(
 
 def test_terminal_of_80_columns_shows_all_figures_uncut(virtual_time: VirtualTime) -> None:
     output = shown(virtual_time, tally_in_the_middle(), terminal=True)
-
     words = " ".join(output.split())
     assert re.search(
         r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 2 429s, 7 failed, 3 bad",
@@ -59,7 +56,6 @@ def test_terminal_of_80_columns_shows_all_figures_uncut(virtual_time: VirtualTim
 
 def test_input_of_unknown_length_shows_a_count_without_time_left(virtual_time: VirtualTime) -> None:
     output = shown(virtual_time, tally_in_the_middle(None), terminal=True)
-
     assert "2,244 lines" in output
     assert "left" not in output
 
@@ -67,9 +63,7 @@ def test_input_of_unknown_length_shows_a_count_without_time_left(virtual_time: V
 def test_stopping_run_says_so_and_shows_no_time_left(virtual_time: VirtualTime) -> None:
     tally = tally_in_the_middle()
     tally.stopped = True
-
     output = shown(virtual_time, tally, terminal=True)
-
     assert "stopping" in output
     assert "left" not in output
 
@@ -79,14 +73,11 @@ def test_pipe_or_terminal_with_answers_gets_a_line_every_ten_seconds(
     *, terminal: bool, virtual_time: VirtualTime
 ) -> None:
     tally = tally_in_the_middle()
-
     output = shown(virtual_time, tally, terminal=terminal, shared=terminal, seconds=35.0)
-
     assert output.count("progress: 2,244 of 5,000, ") == 3
 
 
 def job_with(**options: object) -> Job:
-    """Return a job with limits."""
     limits = tuple(read_limits(["40k ITPM"], {"rpm": 500, "tpm": 200_000}))
     given = {"source": "in.jsonl", "out": "out.jsonl", "limits": limits, "model": "gpt-4o-mini"}
     return Job(**(given | options))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -94,7 +85,6 @@ def job_with(**options: object) -> Job:
 
 def test_headline_shows_input_model_and_limits_without_password() -> None:
     text = headline(job_with(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
-
     assert text.splitlines() == [
         "in.jsonl, 5,000 lines with gpt-4o-mini; https://example.org:8443/v1",
         "40,000 input tokens per 60 s, 500 requests per 60 s, 200,000 tokens per 60 s, 100 at once",
@@ -102,7 +92,6 @@ def test_headline_shows_input_model_and_limits_without_password() -> None:
 
 
 def ended(job: Job | None = None, **changes: object) -> str:
-    """Return the summary of a run that ended after 100 s."""
     tally = tally_in_the_middle()
     tally.seconds = 100.0
     for name, value in changes.items():
@@ -112,7 +101,6 @@ def ended(job: Job | None = None, **changes: object) -> str:
 
 def test_summary_counts_every_line_and_names_errors() -> None:
     errors = Counter({"http_500": 6, "bad_line": 1})
-
     assert ended(errors=errors, first_error="over\x1bloaded").splitlines() == [
         "done in 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
         "1,250 requests (12.3 answers/s), 2 429s, 1,203,400 + 301,200 tokens",
@@ -124,7 +112,6 @@ def test_summary_counts_every_line_and_names_errors() -> None:
 def test_stopped_run_says_how_many_are_left_and_how_to_go_on() -> None:
     stopped = ended(stopped=True)
     to_standard_output = ended(job_with(out="-"), stopped=True)
-
     assert stopped.startswith(
         "stopped after 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed"
     )

@@ -18,13 +18,11 @@ PANEL = Panel(
 
 
 def console(*, width: int = 80, unicode: bool = True, terminal: bool = False) -> Console:
-    """Return a console that writes into memory."""
     file = io.TextIOWrapper(io.BytesIO(), "utf-8" if unicode else "ascii")
     return Console(file=file, width=width, color_system=None, force_terminal=terminal)
 
 
 def shown(on: Console, *drawn: RenderableType) -> list[str]:
-    """Return the lines that are drawn, without spaces at their ends."""
     with on.capture() as captured:
         on.print(*drawn)
     return [line.rstrip() for line in captured.get().splitlines()]
@@ -34,9 +32,7 @@ def shown(on: Console, *drawn: RenderableType) -> list[str]:
 @pytest.mark.parametrize("unicode", [True, False])
 def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: bool) -> None:
     on = console(width=width, unicode=unicode)
-
     title, *below = [line for line in shown(on, draw([PANEL])) if line]
-
     assert title == "openai"
     assert below[1].endswith("99%  < binds")
     assert ("━━━━" if unicode else "----") in below[1]
@@ -46,19 +42,15 @@ def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: boo
 
 def test_terminal_without_unicode_gets_a_plot_in_ascii() -> None:
     on = console(unicode=False, width=18)
-
     plotted = shown(on, plot(on, "admitted", [5] * 5 + [20] * 5, 10.0, seconds=10, share=1.0))
-
     assert plotted[-6:-4] == ["  10/s |-----#####", "       |     #####"]
     assert plotted[-2] == "       +----------"
 
 
 def test_pipe_gets_one_line_per_panel() -> None:
     on = console()
-
     with on.capture() as captured, Screen(on) as screen:
         screen.show([PANEL, PANEL])
-
     first, second = captured.get().splitlines()
     assert first == second == str(PANEL)
     assert first.startswith(
@@ -69,22 +61,18 @@ def test_pipe_gets_one_line_per_panel() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     on = console(terminal=terminal)
-
     with on.capture() as captured, Screen(on, quiet=True) as screen:
         screen.show([PANEL])
-
     assert captured.get() == ""
 
 
 def rows(counts: list[int], limit: float) -> list[str]:
-    """Return the title and the rows of a plot of ten seconds in ten columns."""
     on = console(width=18)
     return str(plot(on, "admitted", counts, limit, seconds=10.0, share=1.0)).splitlines()
 
 
 def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
     title, *plotted = rows([10] * 5 + [5] * 5, 10.0)
-
     assert title == "admitted a second; ▁▁ the limit"
     assert [line.partition("│")[2].rstrip() for line in plotted[:6]] == [
         *("", "", "▁" * 10),
@@ -95,6 +83,5 @@ def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
 
 def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
     title, top, *_ = rows([90] * 10, 10.0)
-
     assert title == "admitted a second, 90/s the peak; ▁▁ the limit"
     assert top.endswith("█" * 10)

@@ -21,7 +21,6 @@ run = CliRunner()
 
 
 def limit(resource: str, amount: int, used: int, available: int) -> dict[str, Any]:
-    """Return what is told of a limit a minute."""
     shown = f"{amount:,} {resource} per 60 s"
     told = {"limit": shown, "resource": resource, "amount": amount, "used": used}
     return told | {"available": available}
@@ -44,7 +43,6 @@ LOOK: dict[str, Any] = {
 
 
 def panel_of(now: dict[str, Any], before: dict[str, Any] | None = None) -> Panel:
-    """Return what is shown of a limiter that was so two seconds ago."""
     (panel,) = compare([now], [] if before is None else [before], 2.0)
     return panel
 
@@ -52,7 +50,7 @@ def panel_of(now: dict[str, Any], before: dict[str, Any] | None = None) -> Panel
 def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     panel = panel_of(LOOK, {**LOOK, "admitted": 110})
     assert [(bar.note, bar.style) for bar in panel.bars] == [
-        *(("", "green"), ("binds", "red"), ("", "yellow")),
+        *(("", "green"), ("binds", "red"), ("", "yellow"))
     ]
     assert panel.alarming
     assert panel.facts == (
@@ -74,34 +72,29 @@ def test_dollars_are_shown_as_dollars() -> None:
 def test_limit_that_binds_by_its_burst_is_called_paced() -> None:
     limits = [limit("tokens", 10_000, 4_000, 0)]
     panel = panel_of({**LOOK, "limits": limits, "paused": 0.02})
-
     assert panel.bars[0].note == "binds, paced"
     assert panel.facts[0] == "paused for 0.02 s more"  # not 0.0 s
 
 
-def test_only_the_limit_that_binds_is_marked(virtual_time: VirtualTime) -> None:
+async def test_only_the_limit_that_binds_is_marked(virtual_time: VirtualTime) -> None:
     """Not the day's limit beside the minute's, nor that of a child held up by its parent."""
-
-    async def main() -> None:
-        limiter = Limiter(
-            "60 RPM burst 1", "10k RPD", concurrency=2, name="openai", clock=virtual_time.clock
-        )
-        child = limiter.child("chat", "90 RPM", concurrency=5)
-        callers = [asyncio.create_task(child.acquire(timeout=60).__aenter__()) for _ in range(3)]
-        await asyncio.sleep(0)
-        assert binding(limiter) == [["1 of 60 requests per 60 s"], []]
-
-        await asyncio.sleep(10)
-        assert child.statistics().bound_by == "concurrency"
-        assert binding(limiter) == [["2 of 2 at once"], []]
-        for caller in callers:
-            caller.cancel()
 
     def binding(limiter: Limiter) -> list[list[str]]:
         panels = compare(report([limiter])["limiters"], [], 0.0)
         return [[bar.label for bar in panel.bars if bar.note] for panel in panels]
 
-    virtual_time.run(main())
+    limiter = Limiter(
+        "60 RPM burst 1", "10k RPD", concurrency=2, name="openai", clock=virtual_time.clock
+    )
+    child = limiter.child("chat", "90 RPM", concurrency=5)
+    callers = [asyncio.create_task(child.acquire(timeout=60).__aenter__()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert binding(limiter) == [["1 of 60 requests per 60 s"], []]
+    await asyncio.sleep(10)
+    assert child.statistics().bound_by == "concurrency"
+    assert binding(limiter) == [["2 of 2 at once"], []]
+    for caller in callers:
+        caller.cancel()
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal() -> None:
@@ -161,7 +154,6 @@ def test_watch_reports_a_server_that_is_no_limiter(answer: bytes, message: str) 
 
         threading.Thread(target=serve).start()
         done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.getsockname()[1]}", "--once"])
-
     assert done.exit_code == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -177,7 +169,6 @@ def test_watch_shows_the_same_limit_fields_for_store_and_program(tmp_path: Path)
 
     asyncio.run(main())
     done = run.invoke(app, ["watch", url, "--once", "--json"])
-
     (seen,) = json.loads(done.stdout)["limiters"]
     (limit,) = seen["limits"]
     (served,) = report([Limiter("60 RPM")])["limiters"][0]["limits"]
@@ -189,8 +180,6 @@ def test_watch_shows_the_same_limit_fields_for_store_and_program(tmp_path: Path)
 def test_watch_ends_well_when_the_program_does(options: tuple[str, ...]) -> None:
     server = Limiter("600 RPM", name="openai").serve_stats()
     threading.Timer(0.3, server.close).start()
-
     done = run.invoke(app, ["watch", server.url, "--interval", "0.1", *options])
-
     assert (done.exit_code, done.stderr) == (0, "the program that was watched has ended\n")
     assert done.stdout.count("openai") >= 1

@@ -15,14 +15,12 @@ def test_page_of_examples_lists_exactly_the_examples() -> None:
     files = {
         file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
     }
-
     assert set(re.findall(r"^\| \[([\w.]+)\]", page, re.MULTILINE)) == files
     assert set(re.findall(r"\.\./examples/([\w.]+)", page)) == files
 
 
 def test_llms_txt_lists_exactly_the_pages_of_the_docs() -> None:
     pages = {page.stem for page in DOCS.glob("*.md")} - {"index"}
-
     assert set(re.findall(r"\]\(([\w-]+)\.html\)", TEXT)) == pages
 
 
@@ -34,5 +32,4 @@ def test_llms_txt_names_exactly_the_commands() -> None:
         for command in app.registered_commands
         if command.callback is not None
     }
-
     assert set(line.split(" | ")) == commands

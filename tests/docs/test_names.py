@@ -55,10 +55,8 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     paths = re.findall(r"`((?:asyncbucket|tests|docs|benchmarks|examples)/[\w/.-]*)`", text)
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-
     missing = [path for path in paths if not (ROOT / path).exists()]
     missing += [link for link in links if not (page.parent / link).exists()]
-
     assert missing == []
 
 
@@ -69,7 +67,6 @@ def test_absolute_links_of_readme_lead_to_pages_and_files_of_this_tree() -> None
     raw = urls["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
     pages = re.findall(rf"{re.escape(urls['Documentation'])}([\w-]+)\.html", text)
     files = re.findall(rf"(?:{urls['Repository']}/blob/main/|{raw})([\w/.-]+)", text)
-
     assert len(pages) > 10
     assert [page for page in pages if not (ROOT / "docs" / f"{page}.md").exists()] == []
     assert [file for file in files if not (ROOT / file).exists()] == []
@@ -81,7 +78,6 @@ def test_readme_and_llms_txt_call_pages_by_their_titles() -> None:
     for text in ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/llms.txt")):
         links = re.findall(r"\[([^\]]+)\]\((?:https://[^)]*/)?([\w-]+)\.html\)", text)
         pages = {page: (ROOT / "docs" / f"{page}.md").read_text("utf-8") for _, page in links}
-
         assert len(pages) > 10
         assert [title for title, page in links if f"# {title}\n" not in pages[page]] == []
 
@@ -91,7 +87,6 @@ def test_class_members_named_on_a_page_exist(page: Path) -> None:
     """A renamed method must be renamed in the docs, too."""
     members = members_of_classes()
     named = re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", page.read_text("utf-8"))
-
     assert [pair for pair in named if pair[0] in members and pair[1] not in members[pair[0]]] == []
 
 
@@ -102,6 +97,5 @@ def test_full_names_in_docstrings_exist() -> None:
         for file in (ROOT / "asyncbucket").rglob("*.py")
         for name in re.findall(r"(?<!`)`(asyncbucket(?:\.\w+)+)`", file.read_text("utf-8"))
     }
-
     for name in sorted(named):
         assert pkgutil.resolve_name(name) is not None

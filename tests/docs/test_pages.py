@@ -174,5 +174,4 @@ def test_every_code_block_of_a_page_runs(
 def test_skipped_block_gives_a_reason(page: Path) -> None:
     """No example breaks unnoticed behind a skip without a reason."""
     skips = re.findall(r"<!--+ skip: next(.*?)--+>", page.read_text("utf-8"))
-
     assert [skip for skip in skips if not re.search(r'"[^"]+"', skip)] == []

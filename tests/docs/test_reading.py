@@ -41,7 +41,6 @@ print("It is printed. It is not read.")
 def test_passive_is_a_form_of_be_before_a_participle() -> None:
     passive = ("The call was not admitted.", "It is often kept.", "It isn't logged.")
     active = ("The limiter admits the call.", "This is a need, and it is red.")
-
     assert read(" ".join(passive + active)).passive == passive
 
 
@@ -57,9 +56,7 @@ def test_hard_page_is_told_what_to_mend(tmp_path: Path, text: str, fault: str) -
     page = tmp_path / "docs" / "guide.md"
     page.parent.mkdir()
     page.write_text(text)
-
     (found,) = faults(page)
-
     assert found.startswith(fault)
 
 

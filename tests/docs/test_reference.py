@@ -32,7 +32,6 @@ MODULES = (
 def test_reference_shows_inherited_members_of_limiter() -> None:
     """`wrap`, `transport` and `amap` are what most people look for, but are in a base class."""
     limiter = PAGE.split(".. autoclass:: asyncbucket.Limiter\n")[1].split("\n\n")[0]
-
     assert ":inherited-members:" in limiter
 
 
@@ -49,9 +48,7 @@ def test_text_before_a_colon_in_attribute_docs_is_not_read_as_a_type(what: str) 
     napoleon = pytest.importorskip("sphinx.ext.napoleon")
     before_napoleon = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
     lines = ["What binds: a resource."]
-
     before_napoleon(None, what, "bound_by", None, None, lines)
-
     shown = napoleon.GoogleDocstring(lines, what=what, name="bound_by").lines()
     assert shown == ["..", "", "What binds: a resource."]
 
@@ -60,7 +57,6 @@ def test_every_public_name_has_a_docstring() -> None:
     """A name without one would be silently left out."""
     public = [getattr(asyncbucket, name) for name in asyncbucket.__all__]
     public += [member for name, member in inspect.getmembers(Limiter) if not name.startswith("_")]
-
     assert [each for each in public if not inspect.getdoc(each)] == []
 
 
@@ -69,9 +65,7 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     """It comes with a module, or by itself if it is data from another module."""
     module = importlib.import_module(f"asyncbucket.{name}".removesuffix("."))
     by_itself = {each.rpartition(".")[2] for each in re.findall(r"auto\w+:: (\S+)", PAGE)}
-
     missing = set(module.__all__) - by_itself - set(asyncbucket.__all__)
-
     assert [each for each in missing if not _comes_with_a_module(module, each)] == []
 
 

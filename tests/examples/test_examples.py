@@ -2,12 +2,11 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -20,15 +19,7 @@ pytestmark = [
 
 def run(name: str, *arguments: str, cwd: Path) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        check=False,
-        cwd=cwd,
-        env=clean,
-        text=True,
-        timeout=240,
-    )
+    done = python(str(EXAMPLES / name), *arguments, cwd=cwd, env=clean, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # neither a warning nor a log line
     return done.stdout
@@ -36,14 +27,12 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
 
 def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
     printed = run("agents_with_tools.py", cwd=tmp_path)
-
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
 
 
 def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
     printed = run("plain_openai_sdk.py", cwd=tmp_path)
-
     assert "a stream: 'You said: Tell me a story.'" in printed
     assert "80 vectors in one call\n82 calls, 0 refused (429)" in printed
     assert "concurrency 0/32, 0 waiting" in printed
@@ -51,7 +40,6 @@ def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
 
 def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> None:
     printed = run("rag_ingestion.py", cwd=tmp_path)
-
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
     assert len(behind) == 5
     assert behind[0] > 20
@@ -62,7 +50,6 @@ def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> N
 
 def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     printed = run("shared_store.py", cwd=tmp_path)
-
     assert re.findall(r"(\d+) of 40 answered", printed) == ["40"] * 4
     assert "160 calls in all, 0 refused (429)" in printed
     most = re.search(r"at most (\d+) at once, where 16 may be", printed)
@@ -71,26 +58,8 @@ def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(shutil.which("valkey-server") is None, reason="there is no valkey-server")
-def test_four_processes_share_limits_through_valkey(tmp_path: Path) -> None:
-    path = tmp_path / "valkey.sock"
-    server = subprocess.Popen(
-        ["valkey-server", "--port", "0", "--unixsocket", str(path), "--save", ""],  # noqa: S607
-        stdout=subprocess.DEVNULL,
-        cwd=tmp_path,
-    )
-    try:
-        printed = run("shared_store.py", f"unix://{path}", cwd=tmp_path)
-    finally:
-        server.terminate()
-        server.wait()
-
-    assert "160 calls in all, 0 refused (429)" in printed
-
-
 def test_flooding_tenant_gets_429_while_others_are_served(tmp_path: Path) -> None:
     printed = run("multi_tenant_fastapi.py", cwd=tmp_path)
-
     found = re.findall(r"^(\w+): (\d+) times (\d+)$", printed, re.MULTILINE)
     heard = {(tenant, int(status)): int(count) for tenant, count, status in found}
     assert heard["bob", 429] > heard["bob", 200]

@@ -49,7 +49,6 @@ def test_notebook_runs_as_saved_and_a_cell_may_run_twice(client: Any) -> None:
     (many,) = (n for n, cell in cells.items() if "asyncio.gather" in cell.source)
     again = client.execute_cell(cells[many], many)
     client.execute_cell(cells[last], last)
-
     assert "You said: Is 39 prime? | 0 refused (429)" in printed(again)
     assert any("<b>openai</b>" in printed(cell) for cell in cells.values())
 
@@ -57,6 +56,5 @@ def test_notebook_runs_as_saved_and_a_cell_may_run_twice(client: Any) -> None:
 def test_saved_notebook_outputs_have_no_errors() -> None:
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-
     assert {output.output_type for output in outputs} == {"stream", "execute_result"}
     assert all(output.get("name") != "stderr" for output in outputs)

@@ -36,9 +36,18 @@ class Provider(httpx.AsyncBaseTransport):
     """Admit `rpm` calls a minute; `depth` is the size of its bucket, if that is smaller."""
 
     def __init__(
-        self, counts: Counts, rpm: int, clock: VirtualClock, *, depth: int | None, cost: int
+        self,
+        counts: Counts,
+        rpm: int,
+        clock: VirtualClock,
+        *,
+        depth: int | None,
+        cost: int,
+        phase: float,
     ) -> None:
         self._counts, self._rpm, self._clock, self._cost = counts, rpm, clock, cost
+        #: How long before each second of the clock a slice begins (ns).
+        self._phase = round(phase * SECOND)
         self._depth = (depth or rpm) * MINUTE
         self._level, self._level_at = self._depth, 0
         self._last_minute: deque[int] = deque()
@@ -49,7 +58,6 @@ class Provider(httpx.AsyncBaseTransport):
         self.refused = 0
 
     def left(self) -> int:
-        """Return how many calls would pass now."""
         now = self._clock()
         if self._counts == "bucket":
             grown = self._level + (now - self._level_at) * self._rpm
@@ -62,26 +70,24 @@ class Provider(httpx.AsyncBaseTransport):
         left = self._rpm - len(self._last_minute)
         if self._counts == "log":
             return left
-        used = self._by_second[now // SECOND]
+        used = self._by_second[(now + self._phase) // SECOND]
         if self._counts == "sliding second":
             used = sum(when > now - SECOND for when in self.admitted[-self._rpm // 60 :])
         return min(left, self._rpm // 60 - used)
 
     def admit(self) -> bool:
-        """Count a call that is made now, if it may pass."""
         if self.left() < 1:
             self.refused += 1
             return False
         now = self._clock()
         self._level -= MINUTE
         self._by_minute[now // MINUTE] += 1
-        self._by_second[now // SECOND] += 1
+        self._by_second[(now + self._phase) // SECOND] += 1
         self._last_minute.append(now)
         self.admitted.append(now)
         return True
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer after 0.2 to 1.5 s; refuse at once."""
         del request
         admitted = self.admit()
         if admitted:
@@ -118,6 +124,7 @@ def share(
     deaf: int = 0,
     evenly: bool = False,
     ours_at_most: int | None = None,
+    phase: float = 0,
 ) -> Shared:
     """Saturate a limit while others take a part of it.
 
@@ -127,7 +134,7 @@ def share(
     cost = TOKENS if tokens else 1
     chance = random.Random(1)
     with virtual_time() as time:
-        provider = Provider(counts, rpm, time.clock, depth=depth, cost=cost)
+        provider = Provider(counts, rpm, time.clock, depth=depth, cost=cost, phase=phase)
         limit = (ours_at_most or rpm) * cost
         limiter = Limiter(f"{limit} {'TPM' if tokens else 'RPM'}", clock=time.clock)
 
@@ -165,12 +172,10 @@ def share(
 
 
 def alone(counts: Counts, used: float = 0.95, **options: Any) -> Any:
-    """Describe a key that nobody else uses: nothing is refused."""
     return pytest.param(counts, options, 0, used, id=f"{counts}, alone {options or ''}")
 
 
 def shared(counts: Counts, refused: float, used: float, **options: Any) -> Any:
-    """Describe a key of which others use 40 %."""
     return pytest.param(
         counts, {"others": 0.4} | options, refused, used, id=f"{counts}, shared {options or ''}"
     )
@@ -181,6 +186,7 @@ def shared(counts: Counts, refused: float, used: float, **options: Any) -> Any:
     ("counts", "options", "refused", "used"),
     [
         *(alone(counts, tokens=tokens) for counts in CLOCKED for tokens in (False, True)),
+        *(alone("second", phase=phase) for phase in (0.37, 0.99)),
         *(alone("sliding second", 0.93, tokens=tokens) for tokens in (False, True)),
         # Calls before the first reply that is read are not taken for others'.
         *(alone(counts, deaf=40) for counts in WHOLE),
@@ -206,6 +212,5 @@ def test_key_is_well_used_and_hardly_a_call_is_refused(
     counts: Counts, options: dict[str, Any], refused: float, used: float
 ) -> None:
     seen = share(counts, **options)
-
     assert seen.refused <= refused
     assert seen.later_use > used

@@ -1,10 +1,5 @@
 """Limits counted in slices: where they begin, what is left to others, and that the rest is used."""
 
-import heapq
-import random
-from collections import Counter
-from dataclasses import dataclass, field
-
 import pytest
 
 from asyncbucket import Limit
@@ -17,7 +12,6 @@ MS = 1_000_000
 
 
 def beat(*words: tuple[float, int]) -> Beat:
-    """Return a detector of one-second slices of ten units that heard these reports."""
     found = Beat(10, SECOND)
     for when, left in words:
         found.update(left, round(when * SECOND))
@@ -25,12 +19,10 @@ def beat(*words: tuple[float, int]) -> Beat:
 
 
 def test_jumps_in_remaining_show_where_slices_begin() -> None:
-    """Two jumps show where each slice begins, and so where later ones will."""
     heard = beat((0.2, 1), (0.4, 9))
     assert heard.fits == 1
     assert not heard.is_sure
     heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
-
     assert heard.is_sure
     assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
     assert heard.uncertainty <= 0.2 * SECOND
@@ -53,7 +45,6 @@ def test_irregular_jumps_do_not_make_slices_sure() -> None:
     words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
     jumps = [(when + 0.05, 9) for when, _ in words]
     heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
-
     assert heard.fits
     assert not heard.is_sure
 
@@ -65,7 +56,6 @@ def test_stray_jump_does_not_move_sure_slice_start() -> None:
     before = heard.nearest(20 * SECOND)
     heard.update(0, round(6.7 * SECOND))
     heard.update(9, round(6.75 * SECOND))
-
     assert heard.is_sure
     assert heard.nearest(20 * SECOND) == before
 
@@ -73,109 +63,12 @@ def test_stray_jump_does_not_move_sure_slice_start() -> None:
 def test_slice_start_keeps_a_margin_for_reply_delay() -> None:
     """However many jumps fit, replies may be late or early, so a margin stays on either side."""
     words = [(second + 0.3 * part, 9 * part) for second in range(1, 40) for part in (0, 1)]
-
     assert beat(*words, (40.29, 0), (40.31, 9)).uncertainty >= SECOND // 16
-
-
-@dataclass
-class Provider:
-    """Count in slices of a second that begin at `phase`, and refuse what is above the share."""
-
-    phase: int
-    share: int = 10
-    used: Counter[int] = field(default_factory=Counter)
-    refused: int = 0
-
-    def left(self, now: int) -> int:
-        return self.share - self.used[(now + self.phase) // SECOND]
-
-    def admit(self, amount: int, now: int) -> None:
-        if self.left(now) >= amount:
-            self.used[(now + self.phase) // SECOND] += amount
-        else:
-            self.refused += amount
-
-
-def saturate(
-    provider: Provider, *, others: float = 0, seconds: int = 60, way: int = 0, seed: int = 1
-) -> float:
-    """Send all that passes while others come at random; return the part that was used.
-
-    A reply is written after about half a second with what is left then; its way takes up to
-    ``way`` ns. The first 16 seconds, in which slices are detected, do not count as use.
-    """
-    chance = random.Random(seed)
-    slices = Slices(provider.share, SECOND, SECOND)
-    hear(slices, provider.share, SECOND)
-    events: list[tuple[int, int, str, int]] = [(SECOND, 0, "ask", 0)]
-    number = 0
-
-    def later(delay: float, what: str, left: int = 0) -> None:
-        nonlocal number
-        number += 1
-        heapq.heappush(events, (now + round(delay), number, what, left))
-
-    now = SECOND
-    if others:
-        later(0, "others")
-    end = (seconds + 1) * SECOND
-    asked = 0
-    while now < end:
-        now, _, what, left = heapq.heappop(events)
-        if what == "others":
-            provider.admit(1, now)
-            later(chance.expovariate(others) * SECOND, "others")
-        elif what == "arrive":
-            provider.admit(1, now)
-            later(chance.uniform(0.1, 0.9) * SECOND, "reply")
-        elif what == "reply":
-            later(chance.randint(0, way), "hear", provider.left(now))
-        elif what == "hear":
-            hear(slices, left, now)
-            later(0, "ask")
-        else:
-            while (when := slices.earliest(1, now)) <= now:
-                slices.book(1, now)
-                later(chance.randint(0, way), "arrive")
-            if when != asked:
-                asked = when
-                later(when - now, "ask")
-    late = [used for index, used in provider.used.items() if 16 < index <= seconds]
-    return sum(late) / (provider.share * (seconds - 16))
 
 
 def hear(slices: Slices, left: int, now: int) -> None:
     """Report what is left; all that was booked is counted in it."""
     slices.update(left, left, left, now)
-
-
-@pytest.mark.parametrize("phase", [0, 370 * MS, 990 * MS])
-@pytest.mark.parametrize("way", [0, 50 * MS])
-def test_unshared_slices_are_well_used_and_never_refused(phase: int, way: int) -> None:
-    """Whenever slices begin, and with delays of up to 50 ms either way."""
-    provider = Provider(phase)
-
-    assert saturate(provider, way=way) > 0.95
-    assert provider.refused == 0
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_shared_large_slices_are_well_used_with_few_refusals(seed: int) -> None:
-    """Others take a random 40 of a hundred: under 0.5 % is refused, and 90 % is used."""
-    provider = Provider(370 * MS, share=100)
-    used = saturate(provider, others=40, way=10 * MS, seed=seed)
-
-    assert used > 0.9
-    assert provider.refused < 0.005 * 6_000
-
-
-def test_shared_small_slices_are_well_used_with_few_refusals() -> None:
-    """Others take a random four of ten; without making room for them, 18 % would be refused."""
-    provider = Provider(370 * MS)
-    used = saturate(provider, others=4, seconds=200)
-
-    assert used > 0.88
-    assert provider.refused < 0.05 * 2_000
 
 
 def listen(meter: Slices | Headroom, taken: int) -> None:
@@ -215,7 +108,6 @@ def test_slice_reserves_others_share_until_its_end() -> None:
         early += 1
     late = 30 * SECOND + 950 * MS
     hear(slices, 9 - early, late)
-
     assert early <= 2
     assert slices.earliest(1, late) == late
 
@@ -225,7 +117,6 @@ def test_full_slice_delays_calls_until_next_slice() -> None:
     hear(slices, 0, 30 * SECOND + 500 * MS)
     slices.book(1, 30 * SECOND + 500 * MS)
     when = slices.earliest(1, 30 * SECOND + 600 * MS)
-
     assert 31 * SECOND <= when <= 31 * SECOND + 100 * MS
     assert slices.earliest(1, when) == when
 
@@ -236,7 +127,6 @@ def test_one_call_passes_per_slice_however_much_others_take() -> None:
     now = 30 * SECOND + 200 * MS
     assert slices.earliest(1, now) == now
     slices.book(1, now)
-
     assert slices.earliest(1, now) >= 31 * SECOND
 
 
@@ -248,13 +138,11 @@ def test_call_at_slice_end_counts_in_next_slice_too() -> None:
         slices.book(1, late)
     begun = slices.earliest(1, late)
     slices.book(1, begun)
-
     assert begun >= 31 * SECOND
     assert slices.earliest(1, begun + 500 * MS) >= 32 * SECOND
 
 
 def test_unbooked_call_returns_units_only_to_its_own_slice() -> None:
-    """Undoing a call of a slice that is over brings nothing back."""
     slices = known()
     now = 30 * SECOND + 200 * MS
     for _ in range(10):
@@ -263,18 +151,15 @@ def test_unbooked_call_returns_units_only_to_its_own_slice() -> None:
     slices.unbook(1, 29 * SECOND)
     assert slices.earliest(1, now + 600 * MS) > 31 * SECOND
     slices.unbook(5, now)
-
     assert slices.earliest(1, now + 600 * MS) == now + 600 * MS
 
 
 def test_slices_continue_while_no_calls_are_made() -> None:
-    """After a time without calls, bookings count in the slice of that time."""
     slices = known()
     now = 90 * SECOND + 500 * MS
     for _ in range(5):
         assert slices.earliest(1, now) == now
         slices.book(1, now)
-
     assert 90 * SECOND < slices.earliest(10, now) <= 91 * SECOND + 100 * MS
 
 
@@ -285,7 +170,6 @@ def test_half_of_a_share_passes_until_slices_are_found_or_ruled_out() -> None:
     while (when := slices.earliest(1, SECOND)) < 5 * SECOND:
         slices.book(1, when)
         times.append(when)
-
     assert_never_over([(when, 1) for when in times], Limit("units", 5, per=1))
     assert len(times) >= 19
     assert times[2] - times[1] > 200 * MS
@@ -328,6 +212,5 @@ def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
     for _ in range(10):
         headroom.book(1, 29 * SECOND + 500 * MS)
     begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
-
     assert 30 * SECOND <= begun <= 30 * SECOND + 200 * MS
     assert headroom.take(1, begun)

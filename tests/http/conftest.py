@@ -22,12 +22,10 @@ def clock() -> VirtualClock:
 
 @pytest.fixture
 def limiter() -> Limiter:
-    """A limiter with room for all calls, whose statistics show what a call took."""
     return Limiter("1000 RPM burst 1000", "100k TPM", concurrency=4)
 
 
 def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) -> Any:
-    """Return a body, sync and async, that gives `chunks`, and then raises `error` if given."""
 
     class Body(library.AsyncByteStream, library.SyncByteStream):  # type: ignore[misc]
         closed = False
@@ -56,7 +54,6 @@ Answer = Callable[[Any], Any]
 
 
 def answering(library: Any, *chunks: bytes, status: int = 200, **headers: str) -> Answer:
-    """Return a handler for MockTransport that streams `chunks`."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def answer(_: Any) -> Any:

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,7 +27,6 @@ def made_by_limiter(limiter: Limiter, library: Any) -> Any:
 
 
 async def ask(client: Any, url: str) -> None:
-    """Make two calls at once, so that two connections stay open."""
     replies = await asyncio.gather(
         *(client.post(f"{url}/chat/completions", json=BODY, headers=KEY) for _ in range(2))
     )
@@ -54,30 +52,8 @@ def test_each_of_several_event_loops_has_connections_that_close_with_it(
         assert asyncio.run(pool()).connections == []
     asyncio.run(client.aclose())
     gc.collect()
-
     assert provider.statistics().requests == limiter.statistics().admitted == 6
     assert [record for record in caplog.records if record.name == "asyncio"] == []
-
-
-@pytest.mark.real_clock
-def test_loops_on_several_threads_share_no_connection(
-    rate_limited_provider: "ProviderFactory", library: Any, limiter: Limiter
-) -> None:
-    """They would wait for each other's replies; threads run on the machine's clock."""
-    provider = rate_limited_provider(latency=0.01)
-    client = with_transport(limiter, library)
-
-    def work() -> None:
-        for _ in range(3):
-            asyncio.run(ask(client, provider.base_url))
-
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(work) for _ in range(4)]:
-            done.result(timeout=30)
-    asyncio.run(client.aclose())
-    gc.collect()
-
-    assert provider.statistics().requests == limiter.statistics().admitted == 4 * 3 * 2
 
 
 def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: Limiter) -> None:
@@ -90,7 +66,6 @@ def test_each_loop_has_a_transport_with_the_same_options(library: Any, limiter: 
         return paced.inner._pool
 
     first, second = asyncio.run(pool()), asyncio.run(pool())
-
     assert first is not second
     assert first._max_connections == second._max_connections == 7
     assert first._proxy_url == second._proxy_url
@@ -111,5 +86,4 @@ def test_transport_given_by_the_user_is_used_on_every_loop(library: Any, limiter
         for _ in range(2):
             assert asyncio.run(client.get(URL)).content == b"ok"
             asyncio.run(client.get(URL))
-
     assert limiter.statistics().admitted == 12

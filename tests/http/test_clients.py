@@ -55,7 +55,6 @@ def test_missing_http_library_error_says_what_to_install(
         limiter.http_client(family="httpx2")
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.http_client(family="requests")
-
     monkeypatch.setattr("importlib.util.find_spec", {}.get)
     monkeypatch.setattr(clients, "_SDKS", ())
     with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):
@@ -84,7 +83,6 @@ def test_auto_family_is_that_of_the_imported_sdk_or_the_first_installed(
     monkeypatch.setattr("importlib.util.find_spec", dict.fromkeys(installed.split(), 1).get)
     for name, module in (("openai", openai), ("sdk2", sdk2)):
         monkeypatch.setitem(sys.modules, name, module if name in imported.split() else None)
-
     if taken is None:
         with pytest.raises(ValueError, match=r"pass family='httpx' .openai before 3"):
             limiter.http_client()

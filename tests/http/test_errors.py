@@ -15,7 +15,6 @@ SECRET = "sk-very-secret"
 
 
 def status_error(status: int, code: str | None = None, **headers: str) -> Exception:
-    """Make the error that OpenAI's SDK raises for a status; `_` in a header's name means `-`."""
     raw = [(name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()]
     response = httpx.Response(status, headers=raw, request=REQUEST)
     body = {"code": code, "type": "requests"}
@@ -29,14 +28,12 @@ def with_attributes(**attributes: Any) -> Exception:
 
 
 def caused_by(cause: Exception) -> Exception:
-    """Make the error in which an SDK wraps ``cause``."""
     error = openai.APIConnectionError(request=REQUEST)
     error.__cause__ = cause
     return error
 
 
 def temporary(reason: str, **more: Any) -> Verdict:
-    """Return the verdict on an error that may go away."""
     return Verdict(retry=True, reason=reason, **more)
 
 
@@ -56,10 +53,7 @@ EVENT = {"error": {"type": "overloaded_error"}}
             for status in (503, 504, 529)
         ),
         # A wait of 0 names none: the call is retried after a back-off.
-        (
-            with_attributes(status=500, headers={"retry-after": "0"}),
-            temporary("HTTP 500"),
-        ),
+        (with_attributes(status=500, headers={"retry-after": "0"}), temporary("HTTP 500")),
         (
             status_error(429, "rate_limit_exceeded", retry_after="7"),
             temporary(
@@ -166,7 +160,6 @@ def test_errors_of_callers_limiters_and_exits_are_final(error: BaseException) ->
 def test_call_that_fails_while_another_ones_refusal_is_handled_is_retried() -> None:
     error = status_error(503)
     error.__context__ = AcquireTimeout("of the model that was asked first")
-
     assert classify(error).retry
 
 
@@ -174,7 +167,6 @@ def test_circular_causes_are_followed_once() -> None:
     error = caused_by(httpx.ConnectError("refused"))
     assert error.__cause__ is not None
     error.__cause__.__cause__ = error
-
     assert classify(error).retry
 
 
@@ -186,7 +178,6 @@ def test_botocore_errors_are_judged_by_status_or_code() -> None:
         return errors.ClientError({"Error": {"Code": code}, "ResponseMetadata": reply}, "Converse")
 
     broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
-
     assert classify(answered(429, "ThrottlingException")) == temporary(
         "HTTP 429 (throttlingexception)", retry_after=3.0, rate_limited=True, overloaded=True
     )

@@ -177,7 +177,6 @@ async def test_call_is_settled_from_usage_once_it_was_read(
             seen += chunk
             if not ends and len(seen) == len(data):
                 break
-
     assert used(limiter) == (reserved if cut else (90, min(reserved[1], 7)))
 
 

@@ -43,9 +43,7 @@ def test_retry_after_in_milliseconds_takes_precedence() -> None:
 
 
 def test_date_is_relative_to_server_clock() -> None:
-    """It is compared with the reply's own `date`; without one, with this machine's clock."""
     until = "Sat, 31 Jan 2026 12:00:30 GMT"
-
     assert waits(until) == 30.0
     assert waits(until, date="Sat, 31 Jan 2026 12:00:20 GMT") == 10.0
 

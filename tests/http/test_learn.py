@@ -15,7 +15,6 @@ Reply = dict[str, object]
 
 
 def said(**numbers: object) -> Reply:
-    """Return headers as OpenAI names them."""
     return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
 
 
@@ -76,7 +75,6 @@ def test_headers_lower_what_is_available(
     limiter, deaf = Limiter(*limits, clock=clock), Limiter(*limits, clock=clock)
     HeaderReader(limiter).read(reply, profile)
     HeaderReader(deaf, learn=False).read(reply, profile)
-
     assert available(limiter) == left
     assert available(deaf) == [limit.amount for limit in deaf.limits]
     assert [use.used for use in limiter.statistics().limits] == [0] * len(left)
@@ -88,7 +86,6 @@ def test_rounded_anthropic_header_does_not_override_own_count(clock: VirtualCloc
     for remaining in ("50000", "49000", "49000"):
         limiter.acquire_nowait(input_tokens=300).release()
         reader.read({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
-
     assert 49_000 <= available(limiter)[0] <= 49_100
 
 
@@ -104,23 +101,19 @@ def test_late_header_subtracts_calls_sent_since_its_request(clock: VirtualClock)
     for _ in range(10):
         limiter.acquire_nowait().release()
     reader.read(said(remaining_requests="498"), OPENAI, since=start)
-
     assert available(limiter) == [488]
 
 
 def test_limiter_without_limits_learns_and_follows_announced_ones() -> None:
     limiter = Limiter(concurrency=3)
     reader = HeaderReader(limiter)
-
     reader.read(said(limit_requests="500", remaining_requests="400", limit_tokens="30000"), OPENAI)
     assert {str(limit) for limit in limiter.limits} == {
         "500 requests per 60 s",
         "30,000 tokens per 60 s",
     }
-
     reader.read(said(limit_requests="1000"), OPENAI)
     assert {limit.resource: limit.amount for limit in limiter.limits}["requests"] == 1_000
-
     limiter.reconfigure(rpm=700)
     reader.read(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
     amounts = {limit.resource: limit.amount for limit in limiter.limits}
@@ -135,7 +128,6 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
     reader = HeaderReader(limiter)
     for _ in range(3):
         reader.read(said(limit_tokens="200000", limit_project_tokens=str(project)), OPENAI)
-
     assert [limit.amount for limit in limiter.limits] == [min(project, 200_000)]
     assert len(learned) == 1
 
@@ -213,7 +205,6 @@ def test_second_transport_keeps_what_first_one_learned(clock: VirtualClock) -> N
     HeaderReader(limiter).expect(OPENAI)
     HeaderReader(limiter).read(said(remaining_requests="600"), OPENAI)
     HeaderReader(limiter).expect(OPENAI)
-
     assert available(limiter) == [600]
 
 
@@ -223,7 +214,6 @@ def test_first_calls_are_not_capped_for_day_limits_or_without_learning(
 ) -> None:
     limiter = Limiter("10k RPD", "10k ITPM" if learn else "10k TPM", clock=clock)
     HeaderReader(limiter, learn=learn).expect(GROQ)
-
     assert passing(limiter) == 1_000
 
 
@@ -231,7 +221,6 @@ def test_at_most_one_reply_in_10_ms_is_read_but_always_the_first() -> None:
     reader = HeaderReader(Limiter("600 RPM"))
     assert reader.is_due(0.0)
     reader.read(said(remaining_requests="590"), OPENAI, since=1.0)
-
     assert not reader.is_due(1.009)
     assert reader.is_due(1.011)
     reader.expect(GROQ)
@@ -254,7 +243,6 @@ def test_announced_limit_tells_whether_headers_mean_parent_or_child(
     root = Limiter("5000 RPM burst 5000", clock=clock)
     child = root.child("gpt-4o", "450 RPM burst 450")
     HeaderReader(child).read(reply, OPENAI)
-
     assert available(root, child) == left
 
 
@@ -263,7 +251,6 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
     tenant, alone = Limiter("450 RPM").child("acme"), Limiter().child("acme")
     for limiter in (tenant, alone):
         HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
-
     assert tenant.limits == ()
     assert [limit.amount for limit in alone.limits] == [500]
 
@@ -275,5 +262,4 @@ ODD = ["", "nan", "inf", "-1", "1_0", "1e3", "²", "٣", "0x10", "1" * 16, "9" *
 def test_hostile_value_is_ignored(value: Any) -> None:
     limiter = Limiter("500 RPM burst 500")
     HeaderReader(limiter).read(said(remaining_requests=value), OPENAI)
-
     assert available(limiter) == [500]

@@ -36,10 +36,8 @@ async def script(http_client: Any) -> Any:
 
 async def test_anthropic_sdk_behaves_as_without_transport() -> None:
     limiter = Limiter("500 RPM burst 500", "30k ITPM", "8k OTPM", concurrency=1)
-
     paced = await script(limiter.http_client(family=FAMILY, profile="anthropic", retries=0))
     assert paced == await script(None)
-
     requests, given, received = limiter.statistics().limits
     assert limiter.statistics().in_flight == 0
     assert requests.used == 4

@@ -25,7 +25,6 @@ def call(path: str = "/v1/chat/completions", *, foreseen: int = 256, **body: Any
 
 
 def document(kind: str, **source: Any) -> dict[str, Any]:
-    """Return a document as a part of a message, as Anthropic takes it."""
     return {"type": "document", "source": {"type": kind, "media_type": "text/plain", **source}}
 
 
@@ -83,9 +82,7 @@ def test_profile_is_found_by_host_or_name(host: str, profile: Profile) -> None:
         ),
     ],
 )
-def test_call_costs_what_provider_charges(
-    profile: Profile, body: dict[str, Any], cost: Cost
-) -> None:
+def test_call_costs_what_it_charges(profile: Profile, body: dict[str, Any], cost: Cost) -> None:
     assert profile.cost(call(messages=MESSAGES, **body)) == cost
 
 
@@ -150,21 +147,14 @@ def test_gemini_counts_input_alone() -> None:
 )
 def test_each_prompt_of_completion_reserves_its_replies(prompt: object, replies: int) -> None:
     cost = GENERIC.cost(call("/v1/completions", prompt=prompt, max_tokens=20, n=3))
-
     assert cost is not None
     assert cost["output_tokens"] == replies * 3 * 20
 
 
 @pytest.mark.parametrize("profile", [OPENAI, AZURE, ANTHROPIC, GROQ, GENERIC])
-def test_embeddings_cost_only_their_input_and_calls_reaching_no_model_no_tokens(
-    profile: Profile,
-) -> None:
+def test_embeddings_cost_their_input_and_other_calls_no_tokens(profile: Profile) -> None:
     assert profile.cost(call("/v1/embeddings", input="x" * 40)) == Cost(tokens=10, input_tokens=10)
-    for path in (
-        "/v1/files",
-        "/v1/messages/count_tokens",
-        "/v1/responses/input_tokens",
-    ):
+    for path in ("/v1/files", "/v1/messages/count_tokens", "/v1/responses/input_tokens"):
         assert profile.cost(call(path, messages=MESSAGES)) == Cost(requests=1, tokens=0)
     assert profile.cost(Call("GET", "host", "/v1/chat/completions", {}, 256)) == Cost()
 
@@ -172,7 +162,6 @@ def test_embeddings_cost_only_their_input_and_calls_reaching_no_model_no_tokens(
 def test_groq_does_not_count_cached_tokens() -> None:
     end = b'{"usage":{"prompt_tokens":90,"completion_tokens":7,"%b_details":{"cached_tokens":64}}}'
     usage = find_usage(end % b"prompt_tokens")
-
     assert usage is not None
     assert usage == find_usage(end % b"input_tokens") == Usage(90, 7, 97, 64)
     for profile in (OPENAI, AZURE, ANTHROPIC, GENERIC):
@@ -237,7 +226,6 @@ def test_every_part_of_request_counts_towards_input(body: dict[str, Any], tokens
 
 def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
     asked = request_size("/api/chat", {"messages": [{"content": "これはテスト。"}]})
-
     assert (asked.by_characters, asked.by_size) == (2, 6)
 
 
@@ -257,9 +245,7 @@ def test_non_english_text_counts_more_by_size_than_by_characters() -> None:
         ({"n": 3}, None),
     ],
 )
-def test_max_output_is_read_by_any_name_if_positive_integer(
-    body: dict[str, Any], limit: int | None
-) -> None:
+def test_max_output_is_read_by_any_name_if_sound(body: dict[str, Any], limit: int | None) -> None:
     assert request_size("/v1/responses", body).max_output == limit
 
 
@@ -292,7 +278,6 @@ def test_usage_is_read_from_last_real_usage_key(end: bytes, usage: Usage | None)
 def test_anthropic_stream_usage_combines_first_and_last_event() -> None:
     first = b'data: {"message":{"usage":{"input_tokens":90,"cache_read_input_tokens":500,"output_tokens":1}}}'
     last = b'data: {"type":"message_delta","usage":{"output_tokens":7}}'
-
     assert find_usage(last, first) == replace(USAGE, cached_beside=500)
     assert find_usage(b"", first) == Usage(90, 1, 91, cached_beside=500)
 
@@ -317,6 +302,5 @@ def test_deeply_nested_body_is_still_priced() -> None:
 
 def test_repr_of_call_shows_no_prompt() -> None:
     call = Call("POST", "api.openai.com", "/v1/responses", {"input": "my secret"})
-
     assert "secret" not in repr(call)
     assert "/v1/responses" in repr(call)

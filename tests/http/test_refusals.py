@@ -47,7 +47,6 @@ def test_only_rate_and_overload_refusals_pause_limiter(
     limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
 ) -> None:
     Refusals(limiter).judge(status, headers, body)
-
     assert limiter.statistics().paused == pytest.approx(paused)
     assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
 
@@ -134,7 +133,6 @@ def test_pause_awaits_the_body_if_the_account_may_be_exhausted(
     _, needs_body = refusals.judge(429, headers, None)
     assert needs_body is (at_once != in_all)
     assert limiter.statistics().paused == pytest.approx(at_once)
-
     if needs_body:
         refusals.judge(429, headers, error(code))
     exhausted = needs_body and code == "insufficient_quota"
@@ -146,18 +144,14 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
     for _ in range(20):
         refusals.judge(429, {}, {})
     assert limiter.statistics().paused == 1
-
     clock.advance(0.5)
     refusals.judge(429, {}, {})
     assert limiter.statistics().paused == 0.5
-
     refusals.judge(429, {"retry-after": "4"}, {})
     assert limiter.statistics().paused == 4
 
 
-def test_pause_doubles_with_each_wave_until_a_success(
-    limiter: Limiter, clock: VirtualClock
-) -> None:
+def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals(limiter)
     pauses = []
     for _ in range(9):
@@ -165,9 +159,7 @@ def test_pause_doubles_with_each_wave_until_a_success(
         pauses.append(limiter.statistics().paused)
         refusals.succeeded()  # of a call from before the pause, so it ends no series
         clock.advance(pauses[-1])
-
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 120, 120])
-
     refusals.succeeded()
     refusals.judge(429, {}, {})
     assert limiter.statistics().paused == 1
@@ -181,16 +173,13 @@ def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualCloc
     refusals.judge(429, {}, {}, sent_at=0.9)
     assert limiter.statistics().paused == 0
     assert limiter.statistics().upstream_429 == 2
-
     clock.advance(1)
     refusals.judge(429, {}, {}, sent_at=1.9)
     assert limiter.statistics().paused == 2
-
     clock.advance(2)
     refusals.succeeded(sent_at=4)
     refusals.judge(429, {}, {}, sent_at=4)
     assert limiter.statistics().paused == 0
-
     least = Limiter(concurrency=(4, 20), clock=clock)
     Refusals(least).judge(429, {}, {})
     assert least.statistics().paused == 1  # it has no slot to give up
@@ -202,7 +191,6 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
     clock.advance(5)
     refusals.judge(429, {}, {}, sent_at=0)
     assert limiter.statistics().paused == 0
-
     refusals.succeeded(sent_at=0)
     refusals.judge(429, {}, {}, sent_at=4)
     assert limiter.statistics().paused == 2
@@ -216,7 +204,6 @@ def test_refusal_warning_is_logged_at_most_once_a_minute(
         for _ in range(11):
             refusals.judge(429, {"retry-after": "7"}, {})
             clock.advance(7)
-
     first, second = (record.message for record in caplog.records)
     assert first == second
     assert first == (
@@ -229,7 +216,6 @@ def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptur
     refusals = Refusals(limiter)
     for _ in range(3):
         refusals.judge(429, {}, error("insufficient_quota"))
-
     (record,) = caplog.records
     assert record.message == (
         "the provider refuses calls of limiter 'shared' for good (HTTP 429 (insufficient_quota)): "

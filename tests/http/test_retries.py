@@ -57,9 +57,10 @@ def refused(library: Any, status: int = 429, body: bytes = b"{}", **headers: str
     return answering(library, body, status=status, **{"retry_after_ms": "1", **headers})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("policy", get_args(PolicyName))
 @pytest.mark.parametrize("rpm", [500, 150])
-def test_readme_client_loses_no_call_whatever_the_provider_counts(
+async def test_readme_client_loses_no_call_whatever_the_provider_counts(
     virtual_time: VirtualTime, policy: PolicyName, rpm: int
 ) -> None:
     """README's limits are the provider's, or more than three times as high."""
@@ -75,15 +76,11 @@ def test_readme_client_loses_no_call_whatever_the_provider_counts(
         base_url="https://api.openai.com/v1", api_key="k", http_client=http_client, max_retries=0
     )
 
-    async def main() -> None:
-        calls = (
-            client.chat.completions.create(model="m", messages=HELLO, max_tokens=50)
-            for _ in range(400)
-        )
-        async with client:
-            await asyncio.gather(*calls)
-
-    virtual_time.run(main())
+    calls = (
+        client.chat.completions.create(model="m", messages=HELLO, max_tokens=50) for _ in range(400)
+    )
+    async with client:
+        await asyncio.gather(*calls)
     assert provider.statistics().admitted == 400
     assert provider.statistics().refused == limiter.statistics().upstream_429
 
@@ -100,7 +97,6 @@ async def test_failed_request_is_sent_again_and_each_attempt_is_admitted(
     )
     client = client_over(library, limiter, server.transport, io=io, retries=Retry(backoff=0.001))
     reply = await io.call(client.post, URL, json={"model": "m"})
-
     statistics = limiter.statistics()
     assert (reply.text, server.bodies) == ("done", [b'{"model":"m"}'] * 2)
     assert (statistics.admitted, statistics.in_flight) == (2, 0)
@@ -133,7 +129,6 @@ async def test_last_reply_reaches_client_whole(
         reply = await client.post(URL, json={})
         assert (reply.status_code, reply.content) == (answer["status"], body)
         assert reply.elapsed.total_seconds() >= 0
-
     assert limiter.statistics().admitted == len(server.bodies) == attempts
     assert limiter.statistics().in_flight == 0
 
@@ -176,12 +171,10 @@ async def test_call_is_not_retried_beyond_its_deadline(library: Any) -> None:
     async with client_over(library, Limiter("1000 RPM"), server.transport) as client:
         with deadline(5):
             assert (await client.post(URL, json={})).status_code == 429
-
     assert len(server.bodies) == 1
 
 
 def above(name: str, limiter: Limiter, library: Any, server: Server) -> Callable[[], Any]:
-    """Return a call with a layer that retries above a paced transport."""
     client: Any = client_over(library, limiter, server.transport)
 
     async def post() -> Any:
@@ -205,7 +198,6 @@ async def test_layers_retry_once_and_count_a_429_once(library: Any, name: str) -
     server = Server(library, refused(library), answering(library, b"done"))
     await above(name, limiter, library, server)()
     assert limiter.statistics().upstream_429 == 1
-
     server = Server(library, refused(library, 500))
     with pytest.raises(library.HTTPStatusError):
         await above(name, limiter, library, server)()
@@ -240,12 +232,10 @@ async def test_wrapped_model_above_paced_transport_is_one_layer(wrapped_by: str)
         provider.fail_next(status=429, retry_after=0.001)
         await llm.acomplete("Hello")
         assert {each.statistics().upstream_429 for each in (limiter, payer)} == {1}
-
         before = provider.statistics().requests
         provider.fail_next(9, status=500, retry_after=0.001)
         with pytest.raises(openai.InternalServerError):
             await llm.acomplete("Hello")
-
     assert provider.statistics().requests - before == 5
 
 
@@ -257,7 +247,6 @@ async def test_sdk_that_retries_too_makes_single_attempts_and_is_logged_once(
     async with client_over(library, limiter, server.transport) as client:
         for attempt in range(3):
             await client.get(URL, headers={"x-stainless-retry-count": str(attempt)})
-
     assert len(server.bodies) == limiter.statistics().admitted == 5 + 1 + 1
     (record,) = (each for each in caplog.records if each.name == "asyncbucket")
     assert record.message == (
@@ -298,7 +287,6 @@ async def test_limiters_refusal_is_found_in_sdk_error_and_not_retried(
         with pytest.raises(Exception, match=r"^Connection error|^cost of|^not admitted") as caught:
             await ask(provider, limiter)
         assert provider.statistics().requests == 0
-
     refusal = refusal_in(caught.value)
     assert type(refusal) is kind
     assert limiter.statistics().refused == 1

@@ -14,7 +14,6 @@ CHAT = "/v1/chat/completions"
 
 
 async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, str]) -> None:
-    """Send calls of these paths and models through a transport with `routes`."""
     inner = library.MockTransport(answering(library, b"{}"))
     async with library.AsyncClient(transport=limiter.transport(inner, routes=routes)) as client:
         for path, model in calls:
@@ -50,7 +49,6 @@ async def test_request_is_routed_to_child_by_path_or_model(library: Any) -> None
         (CHAT, "gpt-4.1"),
         ("/v1/responses", "gpt-3.5"),
     )
-
     assert admitted(limiter) == {"big": 2, "thinking": 1, "vectors": 1, "answers": 1}
     assert limiter.statistics().admitted == 7
     assert limiter.statistics().in_flight == 0
@@ -62,7 +60,6 @@ async def test_routing_function_chooses_child(library: Any) -> None:
 
     limiter = Limiter("500 RPM")
     await send(library, limiter, choose, (CHAT, "m"), ("/v1/embeddings", "m"))
-
     assert admitted(limiter) == {"cheap": 1}
 
 
@@ -80,7 +77,6 @@ async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> No
     async with library.AsyncClient(transport=transport) as client:
         for model in ("gpt-4o", "gpt-3.5"):
             await client.post(HOST + CHAT, json={"model": model})
-
     assert limiter.child("big").statistics().paused == pytest.approx(7)
     assert limiter.child("small").statistics().paused == 0
     assert limiter.statistics().paused == 0
@@ -92,7 +88,6 @@ async def test_refusal_of_tenant_pauses_whole_key(library: Any) -> None:
     transport = limiter.child("acme", "50 RPM").transport(inner, retries=0)
     async with library.AsyncClient(transport=transport) as client:
         await client.post(HOST + CHAT, json={"model": "m"})
-
     assert limiter.statistics().paused == pytest.approx(7)
     assert limiter.statistics().upstream_429 == 1
 
@@ -116,9 +111,7 @@ SHAPE = "routes must be a mapping such as .*, or a function of the call, not "
         ),
     ],
 )
-def test_route_that_would_match_nothing_or_escape_the_limits_is_refused(
-    routes: Any, message: str
-) -> None:
+def test_route_to_nothing_or_out_of_the_limits_is_refused(routes: Any, message: str) -> None:
     limiter = Limiter("500 RPM", name="openai")
     limiter.child("big", "100 RPM")
     with pytest.raises((TypeError, ValueError), match=message):

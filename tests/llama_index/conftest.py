@@ -72,18 +72,15 @@ def make_completing_like() -> OpenAILike:
 
 
 def some_models() -> list[Any]:
-    """Return models with and without an SDK's client, two of each kind."""
     embedding = OpenAIEmbedding(api_key=KEY)
     return [MockLLM(max_tokens=3), make_openai(api_key=KEY), MockEmbedding(embed_dim=2), embedding]
 
 
 def name_of(make: Callable[..., Any]) -> str:
-    """Return what a model is called in a test's name."""
     return make.__name__.removeprefix("make_")
 
 
 def charged(limiter: Limiter) -> list[int]:
-    """Return what each limit has booked."""
     return [limit.used for limit in limiter.statistics().limits]
 
 
@@ -154,7 +151,6 @@ def instrumentation() -> Iterator[Instrumentation]:
 
 
 def _events(*events: Any) -> httpx.Response:
-    """Return a reply that is a stream of ``events``."""
     lines = [each if isinstance(each, str) else json.dumps(each) for each in events]
     text = "".join(f"data: {line}\n\n" for line in lines)
     return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
@@ -177,7 +173,6 @@ class ScriptedOpenAI:
     def refuse(
         self, status: int, headers: dict[str, str] | None = None, *, times: int = 1, **error: Any
     ) -> None:
-        """Answer the next ``times`` requests with an error."""
         body = {"error": {"message": "scripted", "type": "scripted", "code": None, **error}}
         self.script += [httpx.Response(status, json=body, headers=headers) for _ in range(times)]
 
@@ -310,13 +305,11 @@ class Reader:
         stream.throw(*error) if self.is_sync else await stream.athrow(*error)
 
     async def read(self, llm: Any, *args: Any) -> list[Any]:
-        """Read a stream from its beginning to its end."""
         return await self.rest(await self.begin(llm, *args))
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
 def reader(request: pytest.FixtureRequest) -> Reader:
-    """Return what reads streams, in both ways."""
     return Reader(is_sync=request.param)
 
 

@@ -16,12 +16,10 @@ from tests.llama_index.conftest import Bench, ask
 
 
 def look_up_weather(city: str) -> str:
-    """Look up the weather in a city."""
     return f"{city}: sunny"
 
 
 def agents_of(limiter: Limiter) -> AgentStatistics:
-    """Return what the limiter knows of agents."""
     now = limiter.statistics().agents
     assert now is not None
     return now
@@ -36,7 +34,6 @@ class Research(Workflow):
 
     @step
     async def work(self, _: Context, event: StartEvent) -> StopEvent:
-        """Make the calls."""
         for number in range(2):
             async with self.limiter.acquire():
                 await asyncio.sleep(1)
@@ -85,7 +82,6 @@ async def test_run_inside_an_agents_scope_belongs_to_that_agent(virtual_time: Vi
 
 
 def test_function_agent_is_wrapped_with_its_model(bench: Bench) -> None:
-    """The agent that it was made of stays as it was."""
     limiter = bench.limiter
     worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm(), timeout=None)
     paced: Any = limiter.wrap(worker, kind="weather")
@@ -111,8 +107,6 @@ def test_function_agent_is_wrapped_with_its_model(bench: Bench) -> None:
         (FunctionAgent(llm=MockLLM()), ValueError, "an agent's kind must be a non-empty string"),
     ],
 )
-def test_kind_where_it_does_not_belong_is_refused(
-    obj: Any, error: type[Exception], words: str
-) -> None:
+def test_misplaced_kind_is_refused(obj: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Limiter("10 RPM").wrap(obj, kind="" if error is ValueError else "k")

@@ -1,6 +1,5 @@
 """Anthropic's models are paced where they are installed."""
 
-import asyncio
 import importlib
 import json
 from typing import Any
@@ -92,38 +91,23 @@ async def test_each_call_is_one_request_admitted_once_and_settled(
 ) -> None:
     limiter = Limiter("100k TPM", concurrency=1)
     llm = limiter.wrap(api.model())
-
     await reader.call(llm.achat, llm.chat, MESSAGES)
     await reader.call(llm.acomplete, llm.complete, "hi")
     await reader.read(llm)
     await reader.read(llm, "stream_complete", "hi")
-
     assert admitted(limiter) == len(api.requests) == 4
     assert (in_flight(limiter), charged(limiter)) == (0, [4 * 42])
-
-
-def test_client_has_connections_of_its_own_on_each_event_loop() -> None:
-    llm = Limiter("1 RPM").wrap(integration.Anthropic(model="claude-sonnet-4-5", api_key="k"))
-
-    async def connections() -> Any:
-        return llm._aclient._client._transport.current()
-
-    first, second = asyncio.run(connections()), asyncio.run(connections())
-
-    assert first is not second
 
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
 async def test_structured_prediction_through_sdk_client_is_paced(api: ScriptedAnthropic) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(api.model())
-
     one = await llm.astructured_predict(Person, PROMPT, thing="star")
     stream = await llm.astream_structured_predict(Person, PROMPT, thing="star")
     many = [person async for person in stream]
     three = llm.structured_predict(Person, PROMPT, thing="star")
     four = list(llm.stream_structured_predict(Person, PROMPT, thing="star"))
-
     assert {one.name, many[0].name, three.name, four[0].name} == {"Ada"}
     assert admitted(limiter) == len(api.requests) == 4
     assert in_flight(limiter) == 0
@@ -134,8 +118,6 @@ def test_refused_call_makes_five_requests_as_sdk_does_not_retry(
 ) -> None:
     api.refusals = 50
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
-
     with pytest.raises(anthropic.RateLimitError, match="scripted"):
         virtual_time.run(limiter.wrap(api.model()).achat(MESSAGES))
-
     assert len(api.requests) == 5

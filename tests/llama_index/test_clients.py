@@ -86,10 +86,8 @@ def test_call_refused_every_time_makes_as_many_requests_as_retry_says(
     openai_api.refuse(429, times=50)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     llm = limiter.wrap(make(max_retries=3), retry=retry)
-
     with pytest.raises(openai.RateLimitError, match="scripted") as raised:
         virtual_time.run(llm.achat(MESSAGES))
-
     assert len(openai_api.requests) == admitted(limiter) == requests
     assert retry is False or "asyncbucket: tried 5 times" in raised.value.__notes__[0]
 
@@ -110,48 +108,10 @@ def test_client_that_a_model_makes_later_does_not_retry(
     openai_api.refuse(429, {"retry-after": "1"}, times=200)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     model: Any = limiter.wrap(LazyEmbedding(api_key="k"))
-
     with pytest.raises(openai.RateLimitError):
         virtual_time.run(model.aget_text_embedding_batch(["one", "two"]))
-
     assert len(openai_api.requests) == admitted(limiter) == 5
     assert limiter.statistics().upstream_429 == 5
-
-
-def test_429_pauses_all_models_of_the_limiter(
-    openai_api: ScriptedOpenAI, virtual_time: VirtualTime
-) -> None:
-    openai_api.refuse(429, {"retry-after": "3"})
-    limiter = Limiter("1000 RPM", clock=virtual_time.clock)
-    llm = limiter.wrap(make_openai())
-    embed_model = limiter.wrap(OpenAIEmbedding(api_key="k", api_base=API_BASE))
-
-    async def main() -> float:
-        first = asyncio.create_task(llm.achat(MESSAGES))
-        while not limiter.statistics().paused:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0)
-        await embed_model.aget_query_embedding("hi")
-        then = virtual_time.now
-        await first
-        return then
-
-    assert virtual_time.run(main()) >= 3.0
-    assert limiter.statistics().upstream_429 == 1
-
-
-async def test_users_sdk_client_is_copied_on_its_own_connections() -> None:
-    theirs = AsyncOpenAI(api_key="k", base_url=API_BASE, max_retries=4)
-
-    llm = Limiter("1 RPM").wrap(make_openai(async_openai_client=theirs))
-
-    ours = llm._get_aclient()
-    assert isinstance(ours, AsyncOpenAI)
-    assert (ours.max_retries, theirs.max_retries) == (0, 4)
-    assert ours._client is theirs._client
-    assert theirs._client.event_hooks == {"request": [], "response": []}
-    transport: Any = ours._client._transport
-    transport = transport.current()
-    assert transport._pool._max_connections == 1_000  # the SDK's own pool
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
@@ -165,11 +125,9 @@ async def test_booking_is_dated_just_before_each_request_is_sent(
 
     monkeypatch.setattr("asyncbucket.llama_index.pacing.sent", sent)
     llm = Limiter("1000 RPM").wrap(make())
-
     await llm.achat(MESSAGES)
     await anext(await llm.astream_chat(MESSAGES))
     await asyncio.to_thread(llm.chat, MESSAGES)
-
     assert seen == [0, 1, 2]
 
 
@@ -202,7 +160,6 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
             llm = make_openai(http_client=client, async_http_client=async_client)
             llm = Limiter("1000 RPM").wrap(llm)
             await reader.call(llm.achat, llm.chat, MESSAGES)
-
     assert seen == ["dated", "head", "dated", "body"]
 
 
@@ -212,9 +169,7 @@ def test_attempts_without_a_connection_cost_nothing(
 ) -> None:
     openai_api.script = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow")]
     limiter = Limiter("1 RPM", "100k TPM", clock=virtual_time.clock)
-
     virtual_time.run(limiter.wrap(make()).achat(MESSAGES))
-
     assert virtual_time.now <= 3.0
     assert len(openai_api.requests) == 3
     assert charged(limiter) == [1, 18]
@@ -223,10 +178,8 @@ def test_attempts_without_a_connection_cost_nothing(
 async def test_request_whose_reply_is_lost_stays_charged(openai_api: ScriptedOpenAI) -> None:
     openai_api.script = [httpx.ReadError("lost")]
     limiter = Limiter("1000 RPM")
-
     with pytest.raises(openai.APIConnectionError):
         await limiter.wrap(make_openai(), retry=False).achat(MESSAGES)
-
     assert charged(limiter) == [1]
 
 
@@ -244,7 +197,6 @@ async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
             paced = limiter.wrap(llm)
             await reader.call(paced.achat, paced.chat, MESSAGES)
             assert limiter.statistics().limits[0].available == 59
-
             monkeypatch.setattr(
                 "asyncbucket.llama_index.clients.profile_of", Mock(return_value=OPENAI)
             )
@@ -260,7 +212,6 @@ async def test_cached_tokens_count_as_the_provider_counts_them(
     openai_api.usage |= {"prompt_tokens_details": {"cached_tokens": 64}}
     limiter = Limiter("100k ITPM")
     llm = limiter.wrap(make_like(api_base=f"https://{host}/v1"))
-
     await llm.achat(MESSAGES)
     assert charged(limiter) == [counted]
     assert [chunk async for chunk in await llm.astream_chat(MESSAGES)]
@@ -304,12 +255,10 @@ def test_call_is_sent_once_on_each_of_several_event_loops(
     if kind == "own client, made before":
         model._get_aclient()
     llm = limiter.wrap(model, retry=False)
-
     for _ in range(3):
         asyncio.run(call(llm))
     asyncio.run(hang_up(llm))
     gc.collect()
-
     assert provider.statistics().requests == (6 if call is ask else 3)
     assert admitted(limiter) == provider.statistics().requests
     assert not caplog.records

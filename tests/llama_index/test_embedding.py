@@ -74,7 +74,6 @@ async def test_batch_text_and_query_are_one_admission_and_one_request_each(
     await use(openai_embedding())
     plain = instrumentation.take()
     await use(limiter.wrap(openai_embedding()))
-
     assert instrumentation.take() == plain
     assert (admitted(limiter), in_flight(limiter)) == (12, 0)
     assert len(openai_api.requests) == 12 * 2
@@ -82,14 +81,12 @@ async def test_batch_text_and_query_are_one_admission_and_one_request_each(
 
 async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: ScriptedOpenAI) -> None:
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
-
     await model.aget_text_embedding_batch(TEXTS)
     cold = admitted(limiter), len(openai_api.requests)
     await model.aget_text_embedding_batch(TEXTS)
     await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
     await model.aget_text_embedding(TEXTS[0])
     await model.aget_query_embedding(TEXTS[0])
-
     assert cold == (3, 3)
     assert (admitted(limiter), len(openai_api.requests)) == (3, 3)
 
@@ -98,10 +95,8 @@ async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: ScriptedO
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
     model = limiter.wrap(openai_embedding(), estimator=estimator)
-
     await model.aget_text_embedding_batch(["a word"] * 20)
     await asyncio.to_thread(model.get_text_embedding_batch, ["extraordinarily"] * 20)
-
     assert len(openai_api.requests) == 20
     assert charged(limiter) == [40 + 20]
     assert estimator.completion(MockLLM(), "hi", {}).output_tokens == 256
@@ -110,34 +105,28 @@ async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: ScriptedO
 @pytest.mark.parametrize("make", [OnlySync, lambda: MockEmbedding(embed_dim=2)])
 async def test_inherited_batch_method_costs_a_request_per_text(make: Any, limiter: Limiter) -> None:
     model = limiter.wrap(make())
-
     await model.aget_text_embedding_batch(TEXTS)
     assert admitted(limiter) == 6
     await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
-
     assert admitted(limiter) == 12
 
 
 async def test_batch_split_into_requests_per_text_is_charged_for_each() -> None:
     limiter = Limiter("1000 RPM", "10k TPM", concurrency=1)
     model = limiter.wrap(Batching(embed_batch_size=2))
-
     await model.aget_text_embedding_batch(TEXTS)
     await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
-
     assert (admitted(limiter), charged(limiter)[0]) == (6, 12)
 
 
 async def test_async_fallback_to_synchronous_embedding_does_not_block_loop() -> None:
     limiter = Limiter("1000 RPM", concurrency=1)
     model = limiter.wrap(OnlySync())
-
     lease = await limiter.acquire()
     waiting = asyncio.create_task(model.aget_text_embedding("a"))
     await asyncio.sleep(0.01)
     assert not waiting.done()
     lease.release()
-
     assert await waiting == [1.0]
     assert admitted(limiter) == 2
 
@@ -153,15 +142,13 @@ class BatchingImages(MockMultiModalEmbedding):
 
 
 @pytest.mark.parametrize(("cls", "requests"), [(MockMultiModalEmbedding, 7), (BatchingImages, 5)])
-async def test_images_cost_a_request_each_or_one_a_batch(
+async def test_images_cost_a_request_each_or_a_batch(
     limiter: Limiter, cls: Any, requests: int
 ) -> None:
     model = limiter.wrap(cls(embed_dim=2))
-
     await model.aget_image_embedding("a.png")
     await model.aget_image_embedding_batch(["a.png", "b.png"])
     await asyncio.to_thread(model.get_image_embedding, "a.png")
     await asyncio.to_thread(model.get_image_embedding_batch, ["a.png", "b.png"])
     await model.aget_text_embedding("text")
-
     assert admitted(limiter) == requests

@@ -55,7 +55,6 @@ def chat_tokens(llm: LLM, messages: Sequence[ChatMessage] = (), **kwargs: Any) -
 
 
 def input_of(*blocks: ContentBlock, **options: Any) -> int:
-    """Return what blocks add to a message without any."""
     llm = MockLLM()
     bare = chat_tokens(llm, [ChatMessage(role=MessageRole.USER, blocks=[])])
     message = ChatMessage(role=MessageRole.USER, blocks=list(blocks), **options)
@@ -83,12 +82,10 @@ async def test_estimate_is_at_least_a_quarter_of_the_bytes_sent(
         ChatMessage(text),
         ChatMessage("?"),
     ]
-
     await llm.achat(messages, **kwargs)
     if cls is OpenAI:
         async for _ in await llm.astream_chat(messages, **kwargs):
             pass
-
     estimate = chat_tokens(llm, messages, **kwargs)
     sent = max(len(request.content) for request in openai_api.requests) / 4
     assert sent <= estimate <= sent + 64
@@ -130,7 +127,6 @@ def test_tool_call_counts_once_wherever_message_stores_it() -> None:
     call = {"id": "call_1", "type": "function", "function": function}
     block = ToolCallBlock(tool_call_id="call_1", tool_name="weather", tool_kwargs={"city": "Paris"})
     as_block = input_of(block)
-
     assert as_block >= len(json.dumps(call)) // 4 - 1
     assert input_of(block, additional_kwargs={"tool_calls": [call]}) == as_block
     assert input_of(additional_kwargs={"tool_calls": [call]}) == pytest.approx(as_block, abs=5)
@@ -139,7 +135,6 @@ def test_tool_call_counts_once_wherever_message_stores_it() -> None:
 def test_tools_and_response_format_count_as_they_are_sent(llm: LLM) -> None:
     bare = chat_tokens(llm)
     spec = TOOL.metadata.to_openai_tool()
-
     assert chat_tokens(llm, tools=[TOOL]) == chat_tokens(llm, tools=[spec]) > bare + 60
     assert chat_tokens(llm, response_format=City) > bare + 30
     assert chat_tokens(llm, response_format=City(name="Paris", inhabitants=2)) > bare + 5
@@ -149,7 +144,6 @@ def test_model_level_instructions_and_tools_count() -> None:
     options: dict[str, Any] = {"model": "gpt-4o-mini", "api_key": "k"}
     search = {"type": "web_search_preview", "search_context_size": "high"}
     bare = chat_tokens(OpenAIResponses(**options))
-
     assert chat_tokens(OpenAIResponses(**options, instructions="Be brief." * 100)) > bare + 220
     assert chat_tokens(OpenAIResponses(**options, built_in_tools=[search])) > bare + 10
 
@@ -161,14 +155,12 @@ def test_arguments_that_are_not_json_do_not_fail_the_estimate(llm: LLM) -> None:
     long = FunctionTool.from_defaults(weather, description="long " * 300)
     for odd in (ring, {1, 2}, numbers, object(), City, int, b"\x00", long):
         assert chat_tokens(llm, tools=[odd]) > 3
-
     assert list(numbers) == [0, 1, 2]
 
 
 def test_tokenizer_counts_where_it_finds_more(llm: LLM) -> None:
     dense = DefaultEstimator(tokenizer=list).completion(llm, "x" * 400, {})
     sparse = DefaultEstimator(tokenizer=str.split).completion(llm, "x" * 400, {})
-
     assert dense.input_tokens > 400 > sparse.input_tokens
     assert sparse == DefaultEstimator().completion(llm, "x" * 400, {})
 
@@ -183,7 +175,6 @@ def test_embedding_estimate_sums_its_texts_and_is_at_least_one() -> None:
 )
 def test_output_limit_of_call_is_reserved_under_any_name(llm: LLM, name: str) -> None:
     estimate = DefaultEstimator().completion(llm, "?", {name: 40})
-
     assert (estimate.output_tokens, estimate.foreseen) == (40, False)
 
 
@@ -192,7 +183,6 @@ def test_output_limit_of_call_takes_precedence_over_models() -> None:
     extra = OpenAI(api_key="k", max_tokens=100, additional_kwargs={"max_completion_tokens": 50})
     responses = OpenAIResponses(api_key="k", max_output_tokens=60)
     estimate = DefaultEstimator().completion
-
     assert estimate(field, "?", {}).output_tokens == 100
     assert estimate(extra, "?", {}).output_tokens == 50
     assert estimate(field, "?", {"max_tokens": 7}).output_tokens == 7
@@ -202,14 +192,12 @@ def test_output_limit_of_call_takes_precedence_over_models() -> None:
 @pytest.mark.parametrize("value", [None, 0, -5, True, "many", 1.5])
 def test_invalid_max_tokens_falls_back_to_forecast(llm: LLM, value: object) -> None:
     estimate = DefaultEstimator().completion(llm, "?", {"max_tokens": value})
-
     assert (estimate.output_tokens, estimate.foreseen) == (256, True)
 
 
 def test_output_of_several_replies_is_their_limits_or_what_they_took_together(llm: LLM) -> None:
     estimator = DefaultEstimator()
     estimator.observe(4_000)
-
     assert estimator.completion(llm, "?", {"max_tokens": 10, "n": 3}).output_tokens == 30
     assert estimator.completion(llm, "?", {"max_tokens": 10, "best_of": 2}).output_tokens == 20
     assert estimator.completion(llm, "?", {"n": 4}).output_tokens == 4_000
@@ -219,6 +207,5 @@ def test_output_forecast_learns_from_observed_replies(llm: LLM) -> None:
     estimator = DefaultEstimator()
     for _ in range(12):
         estimator.observe(20)
-
     assert estimator.completion(llm, "?", {}).output_tokens == 20
     assert repr(estimator) == "<DefaultEstimator <OutputForecast 20 tokens from 13 replies>>"

@@ -115,10 +115,8 @@ async def test_each_call_is_one_request_admitted_once_and_settled_by_its_usage(
 ) -> None:
     limiter = Limiter("100 RPM", "100k TPM", "50k ITPM", "50k OTPM", concurrency=1)
     llm = limiter.wrap(make())
-
     for calls, name in enumerate(CALLS, start=1):
         await make_call(llm, name)
-
         assert (admitted(limiter), in_flight(limiter), len(openai_api.requests)) == (
             calls,
             0,
@@ -131,13 +129,9 @@ async def test_each_call_is_one_request_admitted_once_and_settled_by_its_usage(
 @pytest.mark.parametrize(
     "make", [lambda: MockLLM(max_tokens=3), Echo], ids=["MockLLM", "CustomLLM"]
 )
-async def test_call_through_nested_model_methods_is_charged_once(
-    make: Callable[[], LLM], name: str
-) -> None:
+async def test_call_through_nested_methods_is_paid_once(make: Callable[[], LLM], name: str) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
-
     await make_call(limiter.wrap(make()), name)
-
     assert (admitted(limiter), in_flight(limiter), charged(limiter)) == (1, 0, [1])
 
 
@@ -156,31 +150,23 @@ async def test_method_making_three_calls_is_charged_for_all_three() -> None:
 
     limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
     llm = limiter.wrap(Voting())
-
     await llm.achat(MESSAGES)
     await asyncio.to_thread(llm.chat, MESSAGES)
-
     assert (admitted(limiter), charged(limiter)) == (2, [6, 60])
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses], ids=name_of)
-async def test_calls_with_tools_are_paced(
-    make: Callable[[], Any], openai_api: ScriptedOpenAI
-) -> None:
+async def test_tool_calls_are_paced(make: Callable[[], Any], openai_api: ScriptedOpenAI) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
-
     await llm.achat_with_tools([TOOL], "hi")
     await drain(llm.astream_chat_with_tools([TOOL], "hi"))
     await asyncio.to_thread(llm.chat_with_tools, [TOOL], "hi")
     await asyncio.to_thread(list, llm.stream_chat_with_tools([TOOL], "hi"))
-
     assert admitted(limiter) == len(openai_api.requests) == 4
 
 
-async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
-    openai_api: ScriptedOpenAI,
-) -> None:
+async def test_tool_run_by_predict_and_call_pays_its_own_call(openai_api: ScriptedOpenAI) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make_openai())
 
@@ -188,7 +174,6 @@ async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
         return str(await llm.acomplete(name))
 
     reply = await llm.apredict_and_call([FunctionTool.from_defaults(async_fn=ask)], "hi")
-
     assert str(reply) == "hello there"
     assert admitted(limiter) == len(openai_api.requests) == 2
 
@@ -198,12 +183,11 @@ async def test_tool_run_by_predict_and_call_pays_for_its_own_model_call(
     [make_openai, lambda: make_openai(model="gpt-4"), make_responses],
     ids=["json_schema", "function", "the SDK's own parse"],
 )
-async def test_structured_prediction_is_paced(
+async def test_structured_output_is_paced(
     make: Callable[[], Any], openai_api: ScriptedOpenAI
 ) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     llm = limiter.wrap(make())
-
     one = await llm.astructured_predict(Person, PROMPT, thing="star")
     two = await asyncio.to_thread(
         llm.structured_predict, Person, PROMPT, thing="star", fn="f", model="m"
@@ -216,7 +200,6 @@ async def test_structured_prediction_is_paced(
             lambda: list(llm.stream_structured_predict(Person, PROMPT, thing="star"))
         )
         assert {three[-1].name, four[-1].name} == {"Ada"}
-
     assert in_flight(limiter) == 0
     assert admitted(limiter) == len(openai_api.requests) == (2 if make is make_responses else 4)
 
@@ -230,11 +213,9 @@ async def test_structured_llm_is_paced_once(outside: bool, openai_api: ScriptedO
         if outside
         else limiter.wrap(llm).as_structured_llm(Person)
     )
-
     reply = await structured.achat(MESSAGES)
     await drain(structured.astream_chat(MESSAGES))
     await asyncio.to_thread(structured.complete, "hi")
-
     assert isinstance(reply.raw, Person)
     assert limiter.wrap(structured) is structured
     assert admitted(limiter) == len(openai_api.requests) == 3
@@ -247,27 +228,21 @@ async def test_pacing_adds_no_spans_or_events(
     for call in ASYNC_CALLS.values():
         await call(make())
         plain = instrumentation.take()
-
         await call(Limiter("100 RPM").wrap(make()))
-
         assert instrumentation.take() == plain
     assert openai_api.requests or make is Echo
 
 
-def test_wait_event_is_emitted_before_call_starts(
+async def test_wait_event_is_emitted_before_call_starts(
     virtual_time: VirtualTime, instrumentation: Instrumentation
 ) -> None:
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
     llm = limiter.wrap(MockLLM(max_tokens=3))
     of_a_tenant = limiter.key("acme").wrap(MockLLM(max_tokens=3))
 
-    async def main() -> None:
-        await llm.acomplete("one")
-        await llm.acomplete("two")
-        await of_a_tenant.acomplete("three")
-
-    virtual_time.run(main())
-
+    await llm.acomplete("one")
+    await llm.acomplete("two")
+    await of_a_tenant.acomplete("three")
     waits = [event for event in instrumentation.objects if isinstance(event, RateLimitWaitEvent)]
     first, of_tenant = waits
     assert (first.waited, first.bound_by, first.limiter) == (0.5, "requests", "mine")
@@ -276,17 +251,6 @@ def test_wait_event_is_emitted_before_call_starts(
     assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
     with pytest.raises(ValueError, match="frozen"):
         first.waited = 0.0
-
-
-async def test_custom_estimator_decides_what_is_reserved(openai_api: ScriptedOpenAI) -> None:
-    limiter = Limiter("100k TPM")
-
-    await limiter.wrap(make_openai(), estimator=Estimating(lambda: Estimate(100, 400))).achat(
-        MESSAGES
-    )
-
-    assert charged(limiter) == [openai_api.usage["total_tokens"]]
-    assert limiter.statistics().refunded["tokens"] == 500 - openai_api.usage["total_tokens"]
 
 
 def fail() -> None:
@@ -311,12 +275,10 @@ async def test_invalid_or_failed_estimate_fails_the_call_without_sending_or_retr
 ) -> None:
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(MockLLM(), estimator=Estimating(estimate))
-
     for name in CALLS:
         with pytest.raises((TypeError, ValueError, OSError), match=said) as caught:
             await make_call(llm, name)
         assert not hasattr(caught.value, "__notes__")
-
     now = limiter.statistics()
     assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
 
@@ -326,11 +288,9 @@ async def test_messages_added_before_admission_are_not_sent(openai_api: Scripted
     llm = limiter.wrap(make_openai())
     messages = [ChatMessage("one")]
     limiter.observe(lambda _: messages.append(ChatMessage("two")))
-
     await llm.achat(messages)
     del messages[1:]
     llm.chat(messages)
-
     assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
 
 
@@ -348,7 +308,6 @@ async def test_cancelled_call_gives_its_slot_back() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
     assert in_flight(limiter) == 0
 
 
@@ -364,7 +323,6 @@ async def test_task_that_outlives_its_call_pays_for_its_own_calls() -> None:
 
     await limiter.wrap(Keeping(max_tokens=None)).acomplete("hi")
     started[0].run(other.complete, "later")
-
     assert admitted(limiter) == 2
 
 
@@ -377,7 +335,6 @@ async def test_call_working_in_own_tasks_and_threads_is_charged_once() -> None:
             return await first, await asyncio.to_thread(self.chat, messages)
 
     await limiter.wrap(Busy(max_tokens=2)).achat(MESSAGES)
-
     assert admitted(limiter) == 1
 
 
@@ -391,5 +348,4 @@ async def test_nested_call_of_another_limiters_model_is_charged_to_it() -> None:
             return reply
 
     await mine.wrap(Asking(max_tokens=None)).acomplete("hi")
-
     assert (admitted(mine), admitted(other)) == (1, 1)

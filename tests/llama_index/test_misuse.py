@@ -20,12 +20,10 @@ from tests.llama_index.conftest import KEY
 def test_native_rate_limiter_warning_points_to_callers_line() -> None:
     native = TokenBucketRateLimiter(requests_per_minute=10)
     inner = OpenAI(api_key=KEY, rate_limiter=native)
-
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         Limiter("100 RPM").wrap([inner])
         pace(inner, rpm=5)
-
     said = "OpenAI has a rate_limiter of its own"
     assert [str(each.message).partition(":")[0] for each in seen] == [said] * 2
     assert [each.filename for each in seen] == [__file__] * 2
@@ -33,14 +31,12 @@ def test_native_rate_limiter_warning_points_to_callers_line() -> None:
 
 async def test_retries_that_wrap_switches_off_cause_no_warning() -> None:
     limiter = Limiter("100 RPM")
-
     async with AsyncOpenAI(api_key=KEY, max_retries=9) as client:
         limiter.wrap(OpenAI(api_key=KEY, max_retries=9, async_openai_client=client))
         limiter.wrap(OpenAIEmbedding(api_key=KEY, max_retries=9))
 
 
 def integration(module: str, base: type[Any], **names: Any) -> Any:
-    """Return a class as an integration that isn't installed here has it."""
     return type("Model", (base,), {"__module__": f"llama_index.{module}.base", **names})
 
 
@@ -63,7 +59,6 @@ class Recording(MockLLM):
 )
 def test_sdk_beneath_a_model_is_asked_not_to_retry(module: str, options: dict[str, Any]) -> None:
     llm = Limiter("100 RPM").wrap(integration(module, Recording)())
-
     assert llm.chat([], seed=7) == {"seed": 7, **options}
     assert llm.chat([], **dict.fromkeys(options, 1)) == dict.fromkeys(options, 1)
     llm.additional_kwargs = dict.fromkeys(options, 2)
@@ -76,7 +71,6 @@ def test_retries_of_a_google_embedding_model_read_zero_and_stay_a_field() -> Non
     )
     inner = base(embed_dim=2)
     paced = Limiter("100 RPM").wrap(inner)
-
     assert (paced.retries, inner.retries) == (0, 3)
     assert paced.to_dict() == inner.to_dict()
 
@@ -114,9 +108,7 @@ class Bedrock(MockEmbedding):
 def test_retries_that_nobody_can_switch_off_are_warned_of(make: Any, remedy: str) -> None:
     limiter = Limiter("100 RPM")
     model = integration(make, MockEmbedding)(embed_dim=2) if isinstance(make, str) else make()
-
     with pytest.warns(UserWarning, match=f"tries failed requests again by itself, .*{remedy}"):
         limiter.wrap(model)
-
     limiter.wrap(model, retry=False)
     limiter.wrap(Bedrock(total_max_attempts=1))

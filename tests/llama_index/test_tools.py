@@ -4,7 +4,6 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,13 +85,11 @@ async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(
 ) -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     paced = limiter.wrap(inner)
-
     assert isinstance(paced, type(inner))
     assert paced.metadata.to_openai_tool() == inner.metadata.to_openai_tool()
     assert hasattr(paced, "acall") == hasattr(inner, "acall")
     assert {name: vars(paced)[name] for name in vars(inner)} == vars(inner)
     assert getattr(paced, "real_fn", None) is getattr(inner, "real_fn", None)
-
     given = {"a": 2, "b": 3} if isinstance(inner, FunctionTool) else {"input": "hi"}
     outputs = [
         await asyncio.to_thread(paced, **given),
@@ -101,7 +98,6 @@ async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(
     if isinstance(inner, AsyncBaseTool):
         outputs += [await asyncio.to_thread(paced.call, **given), await paced.acall(**given)]
     outputs += [await acall_tool(paced, given), await adapt_to_async_tool(paced).acall(**given)]
-
     assert {str(output) for output in outputs} == {str(inner(**given))}
     assert (admitted(limiter), in_flight(limiter)) == (len(outputs), 0)
     instrumentation.take()
@@ -114,14 +110,8 @@ async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(
 def test_wrapping_a_list_returns_paced_items_in_order() -> None:
     limiter = Limiter("100 RPM")
     things = [MockLLM(), FunctionTool.from_defaults(add), multiply]
-
     paced: Any = limiter.wrap(things)
-
-    assert [type(each).__name__ for each in paced] == [
-        "MockLLM",
-        "FunctionTool",
-        "FunctionTool",
-    ]
+    assert [type(each).__name__ for each in paced] == ["MockLLM", "FunctionTool", "FunctionTool"]
     assert [limiter_of(each) for each in paced] == [limiter] * 3
     assert paced[2].metadata.name == "multiply"
     assert things[2] is multiply
@@ -144,27 +134,21 @@ def test_failing_tool_gives_its_slot_back_and_is_not_retried() -> None:
     with pytest.raises(TimeoutError):
         paced.call(number=1, unit="m")
     output = asyncio.run(acall_tool(paced, {"number": 2, "unit": "m"}))
-
     assert output.is_error
     assert calls == [1, 2]
     assert in_flight(limiter) == 0
 
 
-def test_tool_waits_for_its_limit_and_a_timeout_becomes_its_error_output(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_tool_waits_and_a_timeout_becomes_its_error_output(virtual_time: VirtualTime) -> None:
     limiter = Limiter("1 RPM", timeout=65, clock=virtual_time.clock)
     paced = limiter.child("tools").wrap(FunctionTool.from_defaults(async_fn=multiply))
 
-    async def main() -> None:
-        given = {"a": 2, "b": 3}
-        first, second, third = await asyncio.gather(*(acall_tool(paced, given) for _ in range(3)))
-        assert (str(first), str(second)) == ("6", "6")
-        assert virtual_time.now >= 60
-        assert isinstance(third.exception, AcquireTimeout)
-        assert "within 65 s: requests bind for" in str(third)
-
-    virtual_time.run(main())
+    given = {"a": 2, "b": 3}
+    first, second, third = await asyncio.gather(*(acall_tool(paced, given) for _ in range(3)))
+    assert (str(first), str(second)) == ("6", "6")
+    assert virtual_time.now >= 60
+    assert isinstance(third.exception, AcquireTimeout)
+    assert "within 65 s: requests bind for" in str(third)
     assert admitted(limiter.children["tools"]) == 2
 
 
@@ -174,7 +158,6 @@ def test_paced_tool_receives_workflow_context() -> None:
         return f"{ctx} {name}"
 
     paced = Limiter("100 RPM").wrap(FunctionTool.from_defaults(async_fn=greet))
-
     assert paced.requires_context
     assert paced.ctx_param_name == "ctx"
     with pytest.raises(ValueError, match="Context is required"):
@@ -183,7 +166,7 @@ def test_paced_tool_receives_workflow_context() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_tool_calling_paced_models_and_itself_keeps_its_child_and_does_not_deadlock(
+async def test_tool_calling_paced_models_and_itself_keeps_its_child_and_does_not_deadlock(
     virtual_time: VirtualTime, depth: int
 ) -> None:
     root = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
@@ -199,38 +182,14 @@ def test_tool_calling_paced_models_and_itself_keeps_its_child_and_does_not_deadl
 
     tool = tools.wrap(FunctionTool.from_defaults(async_fn=ask))
 
-    async def main() -> None:
-        async with asyncio.timeout(60):
-            replies = await asyncio.gather(*(tool.acall(depth=depth) for _ in range(5)))
-        assert [str(reply) for reply in replies] == ["bottom"] * 5
-        if depth == 0:
-            assert virtual_time.now >= 5  # one tool at a time, whatever it asks
-
-    virtual_time.run(main())
+    async with asyncio.timeout(60):
+        replies = await asyncio.gather(*(tool.acall(depth=depth) for _ in range(5)))
+    assert [str(reply) for reply in replies] == ["bottom"] * 5
+    if depth == 0:
+        assert virtual_time.now >= 5  # one tool at a time, whatever it asks
     assert (admitted(tools), admitted(root)) == (5 * (depth + 1), 10 * (depth + 1))
     for limiter in (root, tools, root.children["chat"]):
         assert (in_flight(limiter), limiter.statistics().waiting) == (0, 0)
-
-
-def test_tool_using_paced_http_client_does_not_deadlock(virtual_time: VirtualTime) -> None:
-    limiter = Limiter(concurrency=2, clock=virtual_time.clock)
-
-    async def main() -> None:
-        service = httpx.MockTransport(lambda _: httpx.Response(200, text="sunny"))
-        async with httpx.AsyncClient(transport=limiter.transport(service)) as client:
-
-            async def weather(city: str) -> str:
-                """Look up the weather."""
-                return (await client.get(f"https://weather.test/{city}")).text
-
-            tool = limiter.wrap(FunctionTool.from_defaults(async_fn=weather))
-            async with asyncio.timeout(60):
-                replies = await asyncio.gather(*(tool.acall(city="Rome") for _ in range(4)))
-        assert [str(reply) for reply in replies] == ["sunny"] * 4
-
-    virtual_time.run(main())
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, now.overridden) == (8, 0, 0)
 
 
 @dataclass(frozen=True)

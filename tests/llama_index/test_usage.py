@@ -105,7 +105,6 @@ def test_usage_of_two_stream_events_is_combined() -> None:
     end = usage_of({"usage": {"output_tokens": 8}})
     assert begin is not None
     assert end is not None
-
     assert begin | end == end | begin == Usage(12, 8, 20)
     assert begin | None == begin
 
@@ -114,7 +113,6 @@ def test_cached_tokens_are_merged_and_summed_like_other_tokens() -> None:
     details = {"prompt_tokens_details": {"cached_tokens": 10}}
     usage = usage_of({"usage": OPENAI | details})
     assert usage is not None
-
     assert usage == Usage(12, 8, 20, cached_tokens=10)
     assert usage | Usage(12, 8, 20) == usage
     assert usage + usage == Usage(24, 16, 40, 20)
@@ -128,9 +126,7 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from([*PLACES, *OPENAI, *ANTHROPIC, *GEMINI]),
-            inner,
-            max_size=5,
+            st.sampled_from([*PLACES, *OPENAI, *ANTHROPIC, *GEMINI]), inner, max_size=5
         )
     ),
     max_leaves=20,
@@ -156,7 +152,6 @@ def test_forecast_is_ninth_decile_of_latest_replies(replies: list[int]) -> None:
         forecast.observe(reply)
     latest = [256, *replies][-200:]
     foreseen = forecast.foresee()
-
     assert foreseen in latest
     assert sum(reply <= foreseen for reply in latest) >= 0.9 * len(latest)
     assert sum(reply < foreseen for reply in latest) < 0.9 * len(latest)

@@ -32,7 +32,6 @@ def predict_ada(*_: Any, **__: Any) -> Person:
 @pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
 def test_wrapped_model_keeps_its_class_and_serialises_like_the_inner_one(inner: Any) -> None:
     paced = Limiter("100 RPM").wrap(inner)
-
     assert isinstance(paced, type(inner))
     assert isinstance(paced, FunctionCallingLLM) == isinstance(inner, FunctionCallingLLM)
     assert paced.class_name() == inner.class_name()
@@ -51,9 +50,7 @@ def test_wrapping_leaves_inner_model_and_its_client_unchanged() -> None:
     client = AsyncOpenAI(api_key=KEY, max_retries=4)
     inner = OpenAI(api_key=KEY, max_retries=7, async_openai_client=client)
     fields, private = dict(vars(inner)), dict(inner.__pydantic_private__ or {})
-
     Limiter("100 RPM").wrap(inner)
-
     assert vars(inner) == fields
     assert inner.__pydantic_private__ == private
     assert inner._aclient is client
@@ -64,11 +61,9 @@ def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> 
     inner = OpenAI(api_key=KEY)
     paced = Limiter("100 RPM").wrap(inner)
     manager: Any = Settings.callback_manager
-
     paced.callback_manager = manager
     inner.temperature = 0.7
     paced.max_retries = 8
-
     assert (inner.callback_manager, inner.max_retries) == (manager, 8)
     assert (paced.temperature, paced.max_retries, paced.to_dict()["max_retries"]) == (0.7, 0, 8)
 
@@ -76,7 +71,6 @@ def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> 
 def test_limiter_of_finds_the_limiter_of_whatever_is_paced() -> None:
     limiter = Limiter("100 RPM")
     paced: Any = limiter.wrap([MockLLM(), MockLLM().as_structured_llm(Person), print])
-
     assert [limiter_of(each) for each in paced] == [limiter] * 3
     with pytest.raises(TypeError, match=r"MockLLM.* is not paced: limiter.wrap\(...\) and pace"):
         limiter_of(MockLLM())
@@ -84,7 +78,6 @@ def test_limiter_of_finds_the_limiter_of_whatever_is_paced() -> None:
 
 def test_wrapped_model_repr_shows_limiter_and_no_api_key() -> None:
     paced = Limiter("100 RPM", name="mine").wrap(OpenAI(model="gpt-4o-mini", api_key=KEY))
-
     assert repr(paced).startswith("OpenAI(model='gpt-4o-mini', limiter=<Limiter 'mine'")
     assert KEY not in repr(paced) + str(paced)
 
@@ -93,12 +86,10 @@ def test_paced_model_is_wrapped_again_for_options_or_a_limiter_below() -> None:
     limiter = Limiter("100 RPM")
     acme = limiter.child("acme")
     paced = limiter.wrap(MockLLM(max_tokens=2), retry=2)
-
     below, estimated = acme.wrap(paced), limiter.wrap(paced, estimator=DefaultEstimator())
     again = limiter.wrap(below, retry=1)
     for each in (below, estimated, again):
         each.complete("hi")
-
     assert limiter.wrap(paced) is paced
     assert limiter.wrap(below) is below
     assert type(below) is type(estimated) is type(paced)
@@ -113,7 +104,6 @@ def test_paced_model_is_wrapped_again_for_options_or_a_limiter_below() -> None:
 def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) -> None:
     limiter = Limiter("100 RPM", name="openai")
     paced = limiter.child("chat").wrap(thing)
-
     for other in (limiter.child("embeddings"), Limiter("100 RPM", name="b")):
         with pytest.raises(
             ValueError,
@@ -156,9 +146,7 @@ def test_options_that_do_not_apply_are_refused(thing: Any, options: Any, said: s
 
 def test_pace_creates_its_own_limiter() -> None:
     paced = pace(MockLLM(max_tokens=2), rpm=100, concurrency=2, name="own")
-
     paced.complete("hi")
-
     limiter = limiter_of(paced)
     assert (limiter.name, limiter.statistics().admitted, limiter.concurrency) == ("own", 1, 2)
 
@@ -168,10 +156,8 @@ def test_pace_creates_its_own_limiter() -> None:
 def test_copy_is_paced_by_the_same_limiter(make_copy: Any, inner: Any) -> None:
     limiter = Limiter("100 RPM")
     paced: Any = limiter.wrap(inner)
-
     twin = make_copy(paced)
     assert twin.complete("hi") if isinstance(inner, LLM) else twin()
-
     assert twin is not paced
     assert limiter_of(twin) is limiter
     assert admitted(limiter) == 1
@@ -198,13 +184,11 @@ def test_methods_replaced_by_functions_of_other_names_are_paced() -> None:
 
     limiter = Limiter("100 RPM")
     llm = limiter.wrap(Structured(max_tokens=2))
-
     limiter.wrap(Decorated(embed_dim=2)).get_text_embedding_batch(["a", "b"])
     with patch.object(MockEmbedding, "_get_text_embedding", new=embed_half):
         limiter.wrap(MockEmbedding(embed_dim=2)).get_text_embedding("a")
     assert llm.structured_predict(Person, PromptTemplate("")).name == "Ada"
     llm.complete("hi")
-
     assert charged(limiter) == [2 + 1 + 1 + 1]
 
 
@@ -212,12 +196,10 @@ def test_methods_replaced_by_functions_of_other_names_are_paced() -> None:
 async def test_call_without_its_argument_raises_the_models_own_error(name: str) -> None:
     limiter = Limiter("100 RPM")
     paced = limiter.wrap(MockLLM())
-
     with pytest.raises((TypeError, ValueError)) as plain:
         getattr(MockLLM(), name)()
     with pytest.raises(type(plain.value), match=re.escape(str(plain.value))):
         getattr(paced, name)()
     with pytest.raises(type(plain.value)):
         await getattr(paced, f"a{name}")()
-
     assert admitted(limiter) == 0

@@ -2,8 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.conftest import python
 
 PROMISES = Path(__file__).with_name("promises.py")
 #: Modules of the standard library that the core needs, and asyncio has not loaded.
@@ -24,21 +25,14 @@ ALSO = {
 
 
 def alone(unpacked: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a fresh interpreter that sees no site-packages."""
-    return subprocess.run(
-        [sys.executable, "-I", "-S", "-B", "-W", "error", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "WHEEL": str(unpacked)},
-        timeout=60,
+    return python(
+        "-I", "-S", "-B", "-W", "error", *arguments, env={**os.environ, "WHEEL": str(unpacked)}
     )
 
 
 def test_core_works_without_extras_and_the_rest_names_its_install_command(unpacked: Path) -> None:
     """Calls are paced, planned, shared and shown; everything else names its `pip install`."""
     done = alone(unpacked, str(PROMISES))
-
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok") >= 15
 
@@ -51,7 +45,6 @@ def test_import_loads_only_the_core_and_few_stdlib_modules(unpacked: Path) -> No
     )
     done = alone(unpacked, "-c", code)
     loaded = set(done.stdout.split())
-
     assert "asyncbucket.core.limiter" in loaded
     assert {name for name in loaded if not name.startswith("asyncbucket")} <= ALSO
     parts = {name.rpartition(".")[0] for name in loaded if name.count(".") > 1}

@@ -43,12 +43,15 @@ FOR_THE_USER = {
 
 
 def canonical(name: str) -> str:
-    """Return a distribution's name as indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def modules() -> Iterator[tuple[str, str]]:
-    """Yield each third-party module that a file imports, wherever in the file."""
+@functools.cache
+def modules() -> tuple[tuple[str, str], ...]:
+    return tuple(_modules())
+
+
+def _modules() -> Iterator[tuple[str, str]]:
     for file in sorted(PACKAGE.rglob("*.py")):
         path = file.relative_to(PACKAGE).as_posix()
         for name in sorted(imported(ast.parse(file.read_text("utf-8")))):
@@ -57,7 +60,6 @@ def modules() -> Iterator[tuple[str, str]]:
 
 
 def imported(node: ast.AST) -> set[str]:
-    """Return the packages that are imported at or below a node, types aside."""
     names: set[str] = set()
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
@@ -72,7 +74,6 @@ def imported(node: ast.AST) -> set[str]:
 
 
 def named(extra: str) -> set[str]:
-    """Return the distributions that an extra names, including through our other extras."""
     found: set[str] = set()
     for line in EXTRAS[extra]:
         requirement = Requirement(line)
@@ -112,12 +113,10 @@ def installed_by(names: set[str]) -> set[str]:
 
 @functools.cache
 def provided() -> Mapping[str, list[str]]:
-    """Return the distributions that provide each package."""
     return packages_distributions()
 
 
 def extras_of(path: str) -> tuple[str, ...]:
-    """Return the extras that a file may rely on."""
     parts = [part for part in SERVES if not part or path == part or path.startswith(f"{part}/")]
     return SERVES[max(parts, key=len)]
 
@@ -127,7 +126,6 @@ def test_extra_installs_every_module_its_part_imports(path: str, module: str) ->
     """No ModuleNotFoundError is possible after an extra was installed."""
     providers = {canonical(name) for name in provided().get(module, [])}
     there = installed_by({name for extra in extras_of(path) for name in named(extra)})
-
     assert providers, f"{module} is not installed here, so nobody can say who brings it"
     assert providers & there, f"{path} imports {module}, which {extras_of(path)} do not install"
 
@@ -140,6 +138,5 @@ def test_every_distribution_of_an_extra_is_used(extra: str) -> None:
     used = {module for _, module in modules()}
     providers = {canonical(name) for module in used for name in provided().get(module, [])}
     own = {canonical(Requirement(line).name) for line in EXTRAS[extra]} - {"asyncbucket"}
-
     assert own - providers <= FOR_THE_USER.get(extra, set())
     assert all((PACKAGE / part).exists() for part in SERVES)

@@ -5,8 +5,11 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.docs.test_cookbook import RECIPES
 
 CONSUMER = Path(__file__).with_name("consumer.py").read_text("utf-8")
 #: Checkers read httpx, httpx2 and the libraries beneath, on a machine that may be busy.
@@ -27,31 +30,30 @@ def python(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return mypy's cache folder."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize(
-    ("checker", "module", "says"),
+    ("checker", "options", "says"),
     [
-        ("mypy", CONSUMER, "Success"),
-        ("basedpyright", CONSUMER, "0 errors"),
-        ("mypy", WRONG, 'has no attribute "nonsense"'),
+        (
+            "mypy",
+            ["--strict", "--python-executable={python}", "--cache-dir={cache}"],
+            "Found 1 error in 1 file",
+        ),
+        ("basedpyright", ["--level=error", "--pythonpath={python}"], "2 errors, "),
     ],
-    ids=["consumer passes strict mypy", "consumer passes basedpyright", "the check can fail"],
 )
-def test_types_of_wheel_are_checked(
-    python: Path, cache: Path, tmp_path: Path, checker: str, module: str, says: str
+def test_users_programs_and_recipes_of_the_cookbook_are_checked_against_the_wheel(
+    python: Path, tmp_path: Path, pytestconfig: Any, checker: str, options: list[str], says: str
 ) -> None:
-    """Each `assert_type` holds, and each wrong call is found; without the marker all would be Any."""
-    (tmp_path / "consumer.py").write_text(module, "utf-8")
-    options = [f"--python-executable={python}", f"--cache-dir={cache}", "--strict"]
-    if checker == "basedpyright":
-        options = ["--pythonpath", str(python), "--level=error"]
+    """Each `assert_type` holds, and the wrong call is found; without the marker all would be Any."""
+    programs = {"consumer": CONSUMER, "wrong": WRONG}
+    programs |= {f"recipe_{number}": recipe for number, recipe in enumerate(RECIPES)}
+    for name, text in programs.items():
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', "utf-8")
+    cache = pytestconfig.cache.mkdir("mypy")  # the libraries are read once, not in every run
+    given = [option.format(python=python, cache=cache) for option in options]
     done = subprocess.run(
-        [sys.executable, "-m", checker, *options, "consumer.py"],
+        [sys.executable, "-m", checker, *given, "."],
         capture_output=True,
         text=True,
         check=False,
@@ -59,3 +61,5 @@ def test_types_of_wheel_are_checked(
         timeout=280,
     )
     assert says in done.stdout, done.stdout
+    assert "wrong.py:2" in done.stdout
+    assert "nonsense" in done.stdout

@@ -15,22 +15,18 @@ FOR_DEVELOPERS = {"bench", "dev", "docs", "peers", "test"}
 
 
 def info(unpacked: Path, name: str) -> str:
-    """Return a file of the wheel's metadata."""
     (folder,) = unpacked.glob("*.dist-info")
     return (folder / name).read_text("utf-8")
 
 
 @pytest.fixture
 def metadata(unpacked: Path) -> email.message.Message:
-    """Return the metadata that an index shows."""
     return Parser().parsestr(info(unpacked, "METADATA"))
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    """It has all of `asyncbucket/`: modules, scripts of the Redis store, the typing marker."""
     with zipfile.ZipFile(wheel) as archive:
         ours = {name for name in archive.namelist() if ".dist-info/" not in name}
-
     assert ours == {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "asyncbucket").rglob("*")
@@ -43,7 +39,6 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_all_extra_installs_what_user_extras_install_and_no_extra_nothing(
     metadata: email.message.Message,
 ) -> None:
-    """`asyncbucket[all]` leaves out no user's extra, and brings no developer's tool."""
     lines = [line.partition(";") for line in metadata.get_all("Requires-Dist", [])]
     extras = set(metadata.get_all("Provides-Extra", []))
 
@@ -68,7 +63,6 @@ def test_entry_points_exist_in_the_wheel(unpacked: Path) -> None:
     points = configparser.ConfigParser()
     points.read_string(info(unpacked, "entry_points.txt"))
     named = [value for section in points.sections() for _, value in points.items(section)]
-
     for target in named:
         module, _, function = target.partition(":")
         path = unpacked / module.replace(".", "/")

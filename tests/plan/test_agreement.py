@@ -19,9 +19,7 @@ LATE = 1e-6
 def run(
     limits: Sequence[str], concurrency: int, calls: Sequence[tuple[float, int, float]]
 ) -> tuple[float, list[float]]:
-    """Return how long the calls take with a real limiter, and how long each waited."""
     waits: list[float] = []
-
     with virtual_time() as time:
         limiter = Limiter(*limits, concurrency=concurrency, clock=time.clock)
 
@@ -63,7 +61,6 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
     tokens = [chance.randint(50, 4_500) for _ in range(calls)]
     latency = [chance.uniform(0.01, chance.choice([1, 5, 30])) for _ in range(calls)]
     arrivals = Poisson(calls / chance.choice([1, 60, 600]))
-
     planned = plan(
         *chosen,
         concurrency=concurrency,
@@ -73,7 +70,6 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
         seed=seed,
         what_if=False,
     )
-
     largest = 1_000 * tpm if limits[1] in chosen else 5_000
     instants = [instant * 1e-9 for instant in arrivals.instants(calls, seed)]
     history = zip(instants, tokens, latency, strict=True)
@@ -85,11 +81,7 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
 
 CALLS = 300
 LATENCY = 0.05
-REQUEST = {
-    "model": "m",
-    "max_tokens": 100,
-    "messages": [{"role": "user", "content": "Is it?"}],
-}
+REQUEST = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "Is it?"}]}
 HEADERS = {"authorization": "Bearer any"}
 #: All are paced: a hundred calls at one instant would measure how busy the machine is.
 LOADS: dict[str, tuple[str, str, int]] = {
@@ -100,7 +92,6 @@ LOADS: dict[str, tuple[str, str, int]] = {
 
 
 async def run_for_real(requests: str, tokens: str, concurrency: int) -> tuple[float, list[float]]:
-    """Return how long all calls took over real sockets, and how long each was under way."""
     took: list[float] = []
     limiter = Limiter(requests, tokens, concurrency=concurrency)
     with RateLimitedProvider(latency=LATENCY) as provider:

@@ -10,7 +10,6 @@ from asyncbucket.plan.result import change, duration_in_words, percent
 
 
 def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | None]:
-    """Return the durations with twice the limit of a resource, and without it."""
     (limit,) = (each for each in plan.limits if each.resource == resource)
     return limit.if_doubled, limit.if_removed
 
@@ -25,7 +24,6 @@ def changed_durations(plan: Plan, resource: str) -> tuple[float | None, float | 
 )
 def test_doubling_helps_only_for_the_limit_that_binds(binding: str, limits: dict[str, Any]) -> None:
     planned = plan(calls=500, tokens=800, latency=2.0, **limits)
-
     assert planned.bound_by == binding
     for limit in planned.limits:
         assert limit.if_doubled is not None
@@ -42,13 +40,11 @@ def test_doubling_helps_only_for_the_limit_that_binds(binding: str, limits: dict
 def test_if_doubled_equals_a_plan_with_twice_the_limit(limit: str, twice: str) -> None:
     """The default burst doubles, too, though it is rounded down: 1 of 19, and 3 of 38."""
     doubled, _ = changed_durations(plan(limit, calls=700), "requests")
-
     assert doubled == plan(twice, calls=700).duration
 
 
 def test_limit_that_no_call_waits_for_does_not_bind() -> None:
     planned = plan(calls=5, rpm=500, latency=2.5)
-
     assert planned.bound_by is None
     assert planned.duration == 2.5
     assert planned.waits.max == 0
@@ -84,7 +80,6 @@ def test_same_seed_gives_the_same_plan() -> None:
 
 def test_calls_that_can_never_pass_are_counted() -> None:
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, latency=1.0)
-
     assert (planned.calls, planned.refused) == (2, 1)
     assert "never passed: 1 call: cost of 50,000 tokens exceeds the limit of 30,000 tokens" in str(
         planned
@@ -101,21 +96,18 @@ def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
 
 def test_plan_of_many_calls_omits_what_if_by_default() -> None:
     planned = plan(calls=100_001, rpm=6_000_000, concurrency=1_000, latency=0.001)
-
     assert changed_durations(planned, "concurrency") == (None, None)
     assert changed_durations(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
 
 
 def test_poisson_arrivals_come_at_their_rate() -> None:
     planned = plan(calls=1_000, arrivals=Poisson(5.0), rpm=6_000)
-
     assert planned.duration == pytest.approx(200, rel=0.1)
     assert planned.bound_by is None
 
 
 def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
     planned = plan("100 RPD burst 100", calls=150, rpm=600)
-
     day, minute = sorted(planned.limits, key=lambda each: each.limit)
     assert day.limit == "100 requests per 86,400 s"
     assert day.used == pytest.approx(150 / 200)
@@ -142,9 +134,7 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         ({"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8\.0"),
     ],
 )
-def test_invalid_arguments_are_refused_with_the_remedy(
-    arguments: dict[str, Any], message: str
-) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         plan(**arguments)
 
@@ -223,5 +213,5 @@ def test_durations_are_worded_in_two_units_at_most(seconds: float, text: str) ->
 def test_shares_and_changes_are_not_rounded_up() -> None:
     assert [percent(0.9996), percent(1.0)] == ["99.9 %", "100.0 %"]
     assert [change(100.4, 100), change(50, 100), change(None, 100)] == [
-        *("the same", "50 s (-50 %)", "-"),
+        *("the same", "50 s (-50 %)", "-")
     ]

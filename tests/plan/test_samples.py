@@ -15,7 +15,6 @@ EMBEDDING = {"model": "text-embedding-3-small", "input": ["w" * 40, "w" * 40]}
 
 
 def written(folder: Path, *lines: Any) -> Path:
-    """Write lines of JSON."""
     path = folder / "samples.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
     return path
@@ -36,9 +35,7 @@ def written(folder: Path, *lines: Any) -> Path:
         ({"model": "m", "input": "w" * 400, "max_output_tokens": 300}, 300),
     ],
 )
-def test_token_sample_of_any_form_is_charged_like_a_call(
-    tmp_path: Path, sample: Any, tokens: int
-) -> None:
+def test_token_sample_of_any_form_is_charged(tmp_path: Path, sample: Any, tokens: int) -> None:
     assert plan(tokens=[sample]).tokens == tokens
     if not isinstance(sample, Cost):
         assert plan(tokens=written(tmp_path, sample)).tokens == tokens
@@ -51,22 +48,18 @@ def test_request_body_is_charged_by_the_given_profile() -> None:
 
 def test_input_limit_binds_on_the_input_tokens_of_a_body() -> None:
     planned = plan(tokens=[CHAT] * 4, itpm=2_000, otpm=10_000)
-
     assert planned.bound_by == "input_tokens"
 
 
 def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
     assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
-
     planned = plan(calls=3_000, tokens=[100, 300])
-
     assert planned.calls == 3_000
     assert planned.tokens == pytest.approx(600_000, rel=0.05)
 
 
 def test_latency_samples_may_be_lines_of_a_log(tmp_path: Path) -> None:
     path = written(tmp_path, 1.5, {"latency": 2.5}, {"seconds": 0.5, "id": 7})
-
     assert plan(calls=3, latency=path).duration == 2.5
 
 
@@ -93,7 +86,6 @@ def test_bad_sample_is_refused_with_its_line_number_empty_ones_counted(
 ) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes(f"5\n\n{line}\n".encode("utf-8", "surrogateescape"))
-
     with pytest.raises(ValueError, match=message):
         plan(tokens=path)
 

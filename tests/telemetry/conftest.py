@@ -34,7 +34,6 @@ def admit(say: Say) -> Say:
     """Admit a call that waited for nothing, unless a test says otherwise."""
 
     def admit_call(limiter: Limiter, **what: Any) -> None:
-
         usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
         say(limiter, Admitted, **{**usual, **what})
 

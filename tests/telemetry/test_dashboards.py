@@ -29,7 +29,6 @@ needs_promtool = pytest.mark.skipif(
 
 
 def queries() -> list[str]:
-    """Return every PromQL expression of the dashboard, its variables filled in."""
     targets = itertools.chain(*(panel["targets"] for panel in DASHBOARD["panels"]))
     return [
         target["expr"].replace("$limiter", "openai.*").replace("$__rate_interval", "4m")
@@ -38,20 +37,17 @@ def queries() -> list[str]:
 
 
 def rules() -> list[str]:
-    """Return the expressions of the alert rules, in one line each."""
     found = re.findall(r"expr:(.*?)\n {8}(?:for|labels):", ALERTS.read_text("utf-8"), re.DOTALL)
     return [" ".join(text.replace(">-", "").split()) for text in found]
 
 
 def promtool(*arguments: str) -> None:
-    """Run promtool, and show its output if it complains."""
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - wherever it is
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
 def exposed(say: Any) -> dict[str, set[str]]:
-    """Return the labels of every sample that a scrape shows."""
     registry = CollectorRegistry()
     limiter = Limiter("500 RPM", concurrency=5, name="openai")
     telemetry.prometheus(limiter, registry=registry)

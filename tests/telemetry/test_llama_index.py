@@ -10,11 +10,7 @@ from llama_index_instrumentation.event_handlers import BaseEventHandler
 from pydantic import PrivateAttr
 
 from asyncbucket import AcquireTimeout, Limiter, events, telemetry
-from asyncbucket.llama_index import (
-    RateLimitPauseEvent,
-    RateLimitRefusedEvent,
-    RateLimitRetryEvent,
-)
+from asyncbucket.llama_index import RateLimitPauseEvent, RateLimitRefusedEvent, RateLimitRetryEvent
 from asyncbucket.testing import VirtualTime
 
 COST = {"requests": 1, "tokens": 900}
@@ -38,7 +34,6 @@ class _Handler(BaseEventHandler):
 
 @pytest.fixture
 def seen() -> Iterator[list[BaseEvent]]:
-    """Return what LlamaIndex's instrumentation reports during the test."""
     root, heard = get_dispatcher(), list[BaseEvent]()
     before = list(root.event_handlers)
     root.add_event_handler(_Handler(heard))
@@ -59,7 +54,6 @@ def test_refusals_retries_and_pauses_are_reported_with_numbers(
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=2.0)
     say(limiter, events.Paused, seconds=2.0, reason="429")
     say(limiter, events.Released, cost=COST, held=1.0, outcome="ok")
-
     refused, retry, pause = seen  # wrapped models report their waits by themselves
     assert isinstance(refused, RateLimitRefusedEvent)
     assert (refused.limiter, refused.reason, refused.bound_by, refused.retry_after) == (
@@ -72,7 +66,7 @@ def test_refusals_retries_and_pauses_are_reported_with_numbers(
     assert names(seen) == [type(event).__name__ for event in seen]
 
 
-def test_refusal_event_is_in_the_span_of_its_caller(
+async def test_refusal_event_is_in_the_span_of_its_caller(
     virtual_time: VirtualTime, seen: list[BaseEvent]
 ) -> None:
     limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
@@ -83,12 +77,9 @@ def test_refusal_event_is_in_the_span_of_its_caller(
         async with limiter.acquire(timeout=2):
             raise AssertionError("unreachable")
 
-    async def main() -> None:
-        async with limiter.acquire():
-            with pytest.raises(AcquireTimeout):
-                await ask_by_hand()
-
-    virtual_time.run(main())
+    async with limiter.acquire():
+        with pytest.raises(AcquireTimeout):
+            await ask_by_hand()
     (refused,) = [event for event in seen if isinstance(event, RateLimitRefusedEvent)]
     assert (refused.reason, refused.bound_by) == ("timeout", "concurrency")
     assert str(refused.span_id).startswith("test_refusal_event")

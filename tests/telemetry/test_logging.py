@@ -39,7 +39,6 @@ def test_event_is_logged_as_one_line_of_its_fields(
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         say(limiter, kind, **what)
-
     assert [record.getMessage() for record in caplog.records] == [f"openai: {line}"]
 
 
@@ -59,7 +58,6 @@ def test_waits_from_threshold_on_are_logged_at_info(
         admit(limiter, waited=waited, bound_by="tokens")
         say(limiter, events.Cancelled, cost=COST, waited=waited)
         say(limiter, events.Released, cost=COST, held=waited, outcome="ok")
-
     assert [record.levelname for record in caplog.records] == [level, level, "DEBUG"]
 
 
@@ -69,7 +67,6 @@ def test_record_carries_event_fields_by_name(
     telemetry.logging(limiter)
     with caplog.at_level(logging.DEBUG, "asyncbucket"):
         admit(limiter, waited=1.8, bound_by="tokens", waiting=3, in_flight=20)
-
     (record,) = caplog.records
     assert record.name == "asyncbucket.events"
     assert {key: value for key, value in vars(record).items() if key.startswith("asyncbucket")} == {
@@ -95,7 +92,6 @@ def test_lines_go_to_given_logger_until_switched_off(
         say(limiter.child("chat"), events.Paused, seconds=1.0, reason="429")
         off()
         say(limiter, events.StoreRecovered, seconds=1.0)
-
     chat, own = "openai/chat: Paused seconds=1.0 reason='429'", "openai: StoreRecovered seconds=1.0"
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         ("mine", chat),

@@ -36,18 +36,15 @@ class Telemetry:
         self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
 
     def watch(self, limiter: Limiter, **options: Any) -> Callable[[], None]:
-        """Watch a limiter with these providers."""
         return telemetry.opentelemetry(
             limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
         )
 
     @property
     def spans(self) -> tuple[ReadableSpan, ...]:
-        """The spans that have ended."""
         return self._spans.get_finished_spans()
 
     def metrics(self) -> dict[str, Any]:
-        """Return our metrics by name, without the prefix."""
         data = self._reader.get_metrics_data()
         return {
             metric.name.removeprefix("asyncbucket.rate_limiting."): metric
@@ -57,7 +54,6 @@ class Telemetry:
         }
 
     def points(self, name: str, key: str) -> dict[Any, Any]:
-        """Return the points of a metric by the value of one attribute."""
         points = self.metrics()[name].data.data_points
         prefixed = f"asyncbucket.rate_limiting.{key}"
         return {point.attributes[prefixed]: point for point in points}
@@ -81,7 +77,6 @@ def test_metric_names_and_units_follow_aspnet_conventions(
     say(limiter, events.Paused, seconds=1.0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
     say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
-
     metrics = otel.metrics()
     tokens = otel.points("tokens", "kind")
     assert {kind: point.value for kind, point in tokens.items()} == {
@@ -108,7 +103,6 @@ def test_requests_are_counted_by_result_and_waits_by_binding_limit(
     admit(limiter)
     say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
     say(limiter, events.Cancelled, cost=COST, waited=1.0)
-
     results = otel.points("requests", "result")
     assert {result: point.value for result, point in results.items()} == {
         "acquired": 2,
@@ -141,7 +135,6 @@ def test_gauges_are_read_once_at_collection_and_include_limiters_below(
     assert values("active_request_leases") == {"openai": len(held), "openai/chat": 1}
     assert values("requests") == {"openai": 4, "openai/chat": 1}
     assert values("limit.utilization", "limit") == {"rpm": 0.008, "concurrency": 0.5}
-
     loads = Mock(return_value={})
     monkeypatch.setattr(to_opentelemetry.Instruments, "loads", loads)
     otel.metrics()
@@ -167,7 +160,6 @@ def test_wait_span_is_inside_the_callers_span(
     with otel.tracers.get_tracer("mine").start_as_current_span("agent step"):
         say(limiter, events.Queued, cost=COST, waiting=4)
         admit(limiter, waited=1.8, bound_by="tokens", waiting=3)
-
     wait, step = otel.spans
     assert wait.name == "wait openai"
     assert wait.parent is not None
@@ -199,19 +191,15 @@ def test_call_that_does_not_wait_has_no_span(
     say(limiter, events.Queued, cost=COST, waiting=1)
     admit(limiter, waited=1.0, bound_by="tokens")
     say(limiter, events.Refused, cost=COST, reason="queue_full", bound_by=None, retry_after=None)
-
     assert [span.name for span in otel.spans] == ["wait openai"]
 
 
-def test_wait_that_ends_in_refusal_is_an_error_span(
-    limiter: Limiter, otel: Telemetry, say: Any
-) -> None:
+def test_wait_that_ends_in_refusal_is_an_error(limiter: Limiter, otel: Telemetry, say: Any) -> None:
     otel.watch(limiter)
     say(limiter, events.Queued, cost=COST, waiting=1)
     say(limiter, events.Refused, cost=COST, reason="timeout", bound_by="tokens", retry_after=3.0)
     say(limiter, events.Queued, cost=COST, waiting=1)
     say(limiter, events.Cancelled, cost=COST, waited=2.0)
-
     refused, cancelled = otel.spans
     assert refused.status.status_code is StatusCode.ERROR
     assert refused.attributes is not None

@@ -26,7 +26,6 @@ METRICS = {
 
 
 def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
-    """Return what Prometheus reads: samples by name, without our prefix, and label values."""
     text = generate_latest(registry).decode()
     return {
         (
@@ -44,15 +43,12 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
-def test_metric_names_and_labels_are_exactly_as_expected(
-    registry: CollectorRegistry, admit: Any
-) -> None:
+def test_metric_names_and_labels_are_as_expected(registry: CollectorRegistry, admit: Any) -> None:
     limiter = Limiter(concurrency=5, name="openai")
     telemetry.prometheus(limiter, registry=registry)
     with agent():
         limiter.acquire_nowait().release()
     admit(limiter)
-
     families = list(text_string_to_metric_families(generate_latest(registry).decode()))
     labels = {
         family.name: {label for sample in family.samples for label in sample.labels} - {"le"}
@@ -65,14 +61,13 @@ def test_metric_names_and_labels_are_exactly_as_expected(
     assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
 
 
-def test_wait_is_counted_by_binding_limit(
+def test_wait_is_counted_by_limit(
     limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     telemetry.prometheus(limiter, registry=registry)
     admit(limiter, waited=1.5, bound_by="tokens")
     admit(limiter, waited=2.5, bound_by="tokens")
     admit(limiter)
-
     seen = scrape(registry)
     assert seen["wait_seconds_count", "tokens", "openai"] == 2
     assert seen["wait_seconds_sum", "tokens", "openai"] == 4.0
@@ -100,7 +95,6 @@ def test_counters_begin_at_zero(limiter: Limiter, registry: CollectorRegistry, s
     telemetry.prometheus(limiter, registry=registry)
     limiter.child("idle")
     say(limiter.child("chat"), events.Paused, seconds=1.0, reason="lunch")  # counts as no 429
-
     seen = scrape(registry)
     assert seen["upstream_429_total", "openai"] == 0
     assert seen["retries_total", "openai/chat"] == 0
@@ -130,22 +124,18 @@ def test_tokens_are_counted_as_reserved_used_and_refunded(
     for used, corrects in ((700, {}), (750, {"tokens": 700}), (720, {"tokens": 750})):
         say(limiter, events.Settled, reserved=COST, used={"tokens": used}, corrects=corrects)
     say(limiter, events.Settled, reserved=COST, used={"requests": 2})
-
     seen = scrape(registry)
     assert seen["tokens_total", "reserved", "openai"] == 900
     assert seen["tokens_total", "used", "openai"] == 750  # a counter never falls
     assert seen["tokens_total", "refunded", "openai"] == 200 + 30
 
 
-def test_gauges_are_read_at_scrape_time_and_counted_at_every_level(
-    registry: CollectorRegistry,
-) -> None:
+def test_gauges_are_read_at_scrape_time_at_every_level(registry: CollectorRegistry) -> None:
     limiter = Limiter("500 RPM burst 500", "200k TPM", concurrency=4, name="openai")
     chat = limiter.child("chat")
     telemetry.prometheus(limiter, registry=registry)
     leases = [each.acquire_nowait(requests=62, tokens=1) for each in (limiter, limiter, chat)]
     leases[0].settle(tokens=220_000)
-
     seen = scrape(registry)
     assert seen["in_flight_requests", "openai"] == 3
     assert seen["in_flight_requests", "openai/chat"] == 1
@@ -175,7 +165,6 @@ def test_counters_of_watched_limiter_include_those_below_it(
     telemetry.prometheus(top, registry=registry)
     for each in (limiter, chat, fast, fast):
         admit(each)
-
     seen = scrape(registry)
     assert {key[-1]: seen[key] for key in seen if key[0] == "wait_seconds_count"} == counted
 
@@ -187,7 +176,6 @@ def test_children_beyond_max_limiters_count_only_above(
     telemetry.prometheus(limiter, registry=registry, max_limiters=3)
     for number in range(1_000):
         admit(limiter.child(f"user-{number}"))
-
     seen = scrape(registry)
     counted = {key[-1]: seen[key] for key in seen if key[0] == "wait_seconds_count"}
     assert counted == {"openai": 1_000, "openai/user-0": 1, "openai/user-1": 1}
@@ -200,12 +188,10 @@ def test_limiters_share_registry_and_one_name(registry: CollectorRegistry, admit
     for each in (one, two, twin):
         admit(each)
     held = [each.acquire_nowait() for each in (one, twin)]
-
     seen = scrape(registry)
     assert seen["in_flight_requests", "openai"] == len(held)
     assert seen["wait_seconds_count", "none", "openai"] == 4
     assert seen["wait_seconds_count", "none", "anthropic"] == 1
-
     off()
     off()
     admit(one)
@@ -222,14 +208,12 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
 ) -> None:
     tree = {"root": limiter, "leaf": limiter.child("chat").child("fast")}
     off = telemetry.prometheus(tree[first], registry=registry)
-
     with pytest.raises(ValueError, match="would count twice") as caught:
         telemetry.prometheus(tree[then], registry=registry)
     assert str(caught.value) == (
         f"limiter {tree[first].name!r} is watched here already, and the calls of "
         f"{tree[then].name!r} would count twice; switch that off first"
     )
-
     off()
     telemetry.prometheus(tree[then], registry=registry)
     telemetry.prometheus(tree[first], registry=CollectorRegistry())
@@ -245,7 +229,7 @@ def test_what_is_no_limiter_is_refused(way: str, strange: object) -> None:
 
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, "many", True])
-def test_invalid_max_limiters_is_refused(
+def test_bad_max_limiters_is_refused(
     limiter: Limiter, registry: CollectorRegistry, most: Any
 ) -> None:
     with pytest.raises(ValueError, match="max_limiters must be a whole number of at least 1"):

@@ -5,8 +5,6 @@ import json
 import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -19,12 +17,12 @@ import pytest
 from asyncbucket import Limiter
 from asyncbucket.telemetry import report, serve_stats
 from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.conftest import python
 
 PARENT = Limiter("5 RPM", name="chat")
 
 
 def busy() -> Limiter:
-    """Return a limiter with a child, a tenant and a call in flight."""
     limiter = Limiter("600 RPM", "10k TPM", concurrency=3, name="openai")
     limiter.child("chat", rpm=100).acquire_nowait(tokens=100).release()
     limiter.key("secret-tenant").acquire_nowait(tokens=50).release()
@@ -82,7 +80,6 @@ def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch
     with busy().serve_stats(port=0) as free:
         port = int(free.url.rpartition(":")[2])
     monkeypatch.setattr("asyncbucket.telemetry.stats.DEFAULT_PORT", port)
-
     with busy().serve_stats() as first, busy().serve_stats() as second:
         assert first.url == f"http://127.0.0.1:{port}"
         assert second.url != first.url
@@ -138,51 +135,45 @@ with limiter.serve_stats() as server:
     print(urllib.request.urlopen(server.url).status)
 limiter.serve_stats(port=int(server.url.rpartition(":")[2])).close()  # the child keeps no port
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False
-    )
+    done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "200\n", "")
 
 
-def test_notebook_shows_statistics_with_escaped_html(virtual_time: VirtualTime) -> None:
+async def test_notebook_shows_statistics_with_escaped_html(virtual_time: VirtualTime) -> None:
     limiter = Limiter("600 RPM", concurrency=1, name="<b>", clock=virtual_time.clock)
 
-    async def main() -> None:
-        async with limiter.acquire():
-            waiting = asyncio.create_task(limiter.acquire())
-            await asyncio.sleep(1)
-            html = limiter._repr_html_()
-            assert "&lt;b&gt;" in html
-            assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
-            assert "600 requests per 60 s" in html
-            assert "paused" not in html
-            limiter.pause(9)
+    async with limiter.acquire():
+        waiting = asyncio.create_task(limiter.acquire())
         await asyncio.sleep(1)
         html = limiter._repr_html_()
-        assert "1 admitted · 1 waiting · 0 of 1 in flight" in html
-        assert "paused for 8 s more" in html
-        (await waiting).release()
+        assert "&lt;b&gt;" in html
+        assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
+        assert "600 requests per 60 s" in html
+        assert "paused" not in html
+        limiter.pause(9)
+    await asyncio.sleep(1)
+    html = limiter._repr_html_()
+    assert "1 admitted · 1 waiting · 0 of 1 in flight" in html
+    assert "paused for 8 s more" in html
+    (await waiting).release()
 
-    virtual_time.run(main())
 
-
-def test_trace_keeps_and_saves_the_last_events(virtual_time: VirtualTime, tmp_path: Path) -> None:
+async def test_trace_keeps_and_saves_the_last_events(
+    virtual_time: VirtualTime, tmp_path: Path
+) -> None:
     limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
 
-    async def main() -> None:
-        with limiter.trace() as trace, limiter.trace(last=2) as short:
-            for _ in range(5):
-                await limiter.child("chat").acquire(tokens=10)
-            limiter.pause(1)
-        await limiter.acquire()
-        assert len(short) == 2
-        assert len(trace) == 10  # four of the five were queued first, and one pause
-        assert repr(trace) == "<Trace of 'openai', 10 events>"
-        assert [units for _, units in trace.amounts("tokens")] == [10] * 5
-        assert_never_over(trace.amounts("requests"), limiter.limits[0])
-        trace.save(tmp_path / "trace.jsonl")
-
-    virtual_time.run(main())
+    with limiter.trace() as trace, limiter.trace(last=2) as short:
+        for _ in range(5):
+            await limiter.child("chat").acquire(tokens=10)
+        limiter.pause(1)
+    await limiter.acquire()
+    assert len(short) == 2
+    assert len(trace) == 10  # four of the five were queued first, and one pause
+    assert repr(trace) == "<Trace of 'openai', 10 events>"
+    assert [units for _, units in trace.amounts("tokens")] == [10] * 5
+    assert_never_over(trace.amounts("requests"), limiter.limits[0])
+    trace.save(tmp_path / "trace.jsonl")
     head, *events = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
     assert head["limiter"] == "openai"
     assert head["limits"][1] == {"resource": "tokens", "amount": 1000, "per": 60, "burst": None}

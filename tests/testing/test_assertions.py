@@ -30,10 +30,8 @@ traces = st.lists(
 
 def test_window_over_by_one_fails_with_numbers() -> None:
     trace = [(0, 5), (30 * SECOND, 3), (60 * SECOND - 1, 3), (60 * SECOND, 5)]
-
     with pytest.raises(AssertionError) as caught:
         assert_never_over(trace, Limit("units", 10, per=60))
-
     assert str(caught.value) == (
         "over the limit: 11 units in 3 admissions from 0 s to 59.999999999 s, "
         "where any 60 s may hold 10"
@@ -42,7 +40,6 @@ def test_window_over_by_one_fails_with_numbers() -> None:
 
 def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
     in_seconds = busiest_window([(1.5, 2), (0.5, 3), (9.0, 4)], per=2)
-
     assert in_seconds == BusiestWindow(5, 2, SECOND // 2, 3 * SECOND // 2)
     assert in_seconds == busiest_window(
         [(9 * SECOND, 4), (SECOND // 2, 3), (3 * SECOND // 2, 2)], per=2
@@ -53,7 +50,6 @@ def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
 def test_exceeded_burst_fails_with_numbers() -> None:
     with pytest.raises(AssertionError) as caught:
         assert_within_bucket([(0, 1), (0, 1), (SECOND // 4, 1)], rate=2.0, burst=2)
-
     assert str(caught.value) == (
         "over the burst by 0.5: 3 units in 3 admissions from 0 s to 0.25 s, "
         "where a bucket of 2 refilled at 2/s admits 2.5"
@@ -71,7 +67,6 @@ def test_limit_may_be_a_string_and_its_burst_is_checked_too() -> None:
 
 def test_invalid_limit_or_window_is_refused() -> None:
     limit: Any = 100
-
     with pytest.raises(TypeError, match='a Limit or a string such as "100 TPM", not 100'):
         assert_never_over([(0, 1)], limit)
     with pytest.raises(
@@ -93,7 +88,7 @@ def test_invalid_limit_or_window_is_refused() -> None:
         (1.0, float("nan"), "burst must be a finite number above 0, not nan"),
     ],
 )
-def test_bucket_with_invalid_rate_or_burst_is_refused(
+def test_bucket_of_invalid_rate_or_burst_is_refused(
     rate: float, burst: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -118,9 +113,7 @@ def test_bucket_with_invalid_rate_or_burst_is_refused(
         ([(0, True)], ValueError, "integer >= 0, not True"),
     ],
 )
-def test_ambiguous_or_invalid_trace_is_refused(
-    trace: Any, error: type[Exception], message: str
-) -> None:
+def test_odd_or_invalid_trace_is_refused(trace: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         assert_never_over(trace, Limit("units", 10, per=60))
 
@@ -134,7 +127,6 @@ def test_window_check_agrees_with_brute_force(
         (sum(amount for when, amount in trace if end - window < when <= end) for end, _ in trace),
         default=0,
     )
-
     assert busiest_window(trace, per=halves / 2).amount == worst
     if worst <= amount:
         assert_never_over(trace, Limit("units", amount, per=halves / 2))
@@ -155,7 +147,6 @@ def test_bucket_check_agrees_with_brute_force(
         for first in range(len(ordered))
         for last in range(first, len(ordered))
     )
-
     if over:
         with pytest.raises(AssertionError, match="over the burst by"):
             assert_within_bucket(trace, rate=rate, burst=burst)

@@ -16,7 +16,6 @@ def test_refusal_names_the_limit_with_the_longest_wait(clock: VirtualClock) -> N
     gate = Enforcer(Options(rpm=2, tpm=100, clock=clock))
     gate.enter(CHAT, 50)
     gate.enter(CHAT, 50)
-
     assert gate.enter(CHAT, 100) == RateRefusal("tokens", 100, 100, 100, 60_000_000_000)
     assert gate.enter(CHAT, 10) == RateRefusal("requests", 2, 2, 1, 30_000_000_000)
     assert gate.enter(CHAT, 101) == RateRefusal("tokens", 100, 100, 101, None)  # no time helps
@@ -29,14 +28,12 @@ def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> 
     gate = Enforcer(Options(tpm=100, clock=clock))
     gate.fail_next(1, Failure(500))
     gate.fail_next(2, Failure(429, retry_after=2.5))
-
     assert isinstance(gate.enter(CHAT, 101), RateRefusal)  # this uses up no failure
     assert gate.enter(CHAT, 10) == Failure(500)
     gate.leave()
     assert gate.enter(CHAT, 10) == Failure(429, retry_after=2.5)
     gate.fail_next(0, Failure())  # forgets the rest
     assert gate.enter(CHAT, 10) is None
-
     seen = gate.statistics()
     assert (seen.tokens, seen.errors) == (20, 1)
     assert seen.refused_429 == {"tokens": 1, "scripted": 1}
@@ -57,11 +54,9 @@ def test_limits_can_change_while_provider_runs(clock: VirtualClock) -> None:
     gate = Enforcer(Options(rpm=1, always=400, clock=clock))
     assert gate.enter(CHAT, 1) == Failure(400)
     assert isinstance(gate.enter(CHAT, 1), RateRefusal)
-
     gate.reconfigure({"rpm": None, "tpm": 10, "always": None})
     assert gate.enter(CHAT, 10) is None
     assert isinstance(gate.enter(CHAT, 1), RateRefusal)
-
     with pytest.raises(ValueError, match=r"tpm must be a whole number of at least 1, not -1"):
         gate.reconfigure({"rpm": 5, "tpm": -1})
     assert gate.options.rpm is None

@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import pytest
 
 from asyncbucket import testing
+from tests.conftest import python
 
 
 def test_virtual_time_and_assertions_load_no_web_framework() -> None:
@@ -13,10 +11,7 @@ from asyncbucket.testing import assert_never_over, virtual_time
 import asyncbucket.testing.pytest_plugin
 print(sorted({"starlette", "uvicorn", "openai", "httpx"} & sys.modules.keys()), virtual_time)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-
+    done = python("-c", script, check=True)
     assert done.stdout.startswith("[] <function virtual_time at ")
 
 
@@ -35,10 +30,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name: None if name in ("starlette", "uvicorn") else real(name)
 import asyncbucket.testing.provider
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-
+    done = python("-c", script)
     assert done.returncode == 1
     assert done.stderr.endswith(
         "ImportError: the bundled provider needs starlette and uvicorn: "

@@ -23,7 +23,6 @@ SLICES: dict[str, int] = {"one_second_slices": 60, "ten_second_slices": 6}
 
 
 def play(policy: Policy, limit: int, history: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Try to admit each amount of a history; return the trace of admissions."""
     now = 0
     trace: list[tuple[int, int]] = []
     for step, amount in history:
@@ -35,7 +34,6 @@ def play(policy: Policy, limit: int, history: list[tuple[int, int]]) -> list[tup
 
 
 def sums(trace: list[tuple[int, int]], span: int) -> list[int]:
-    """Return the sum of each of the clock's windows."""
     windows = {now // span for now, _ in trace}
     return [sum(amount for now, amount in trace if now // span == each) for each in windows]
 
@@ -48,9 +46,7 @@ def test_policy_admits_no_more_than_its_limit(
     share = -(-limit // slices)
     if name in SLICES:
         history = [(step, min(amount, share)) for step, amount in history]
-
     trace = play(Policy(name, MINUTE), limit, history)
-
     if name == "token_bucket":
         # The rate is exact only if scaled: amounts times 60, and 60 s become 1 s.
         scaled = [(now, 60 * amount) for now, amount in trace]
@@ -65,7 +61,6 @@ def test_policy_admits_no_more_than_its_limit(
 
 def test_fixed_window_admits_twice_the_limit_across_its_edge() -> None:
     trace = play(Policy("fixed_window", MINUTE), 10, [(MINUTE - 1, 10), (0, 1), (1, 10), (0, 1)])
-
     assert trace == [(MINUTE - 1, 10), (MINUTE, 10)]
 
 
@@ -73,7 +68,6 @@ def test_call_larger_than_slice_uses_up_following_slices() -> None:
     policy = Policy("one_second_slices", MINUTE)
     assert policy.wait(25, 600, 0) == 0
     policy.charge(25, 600, 0)
-
     assert policy.wait(1, 600, 0) == 2 * SECOND
     assert policy.wait(25, 600, SECOND // 2) == 3 * SECOND - SECOND // 2
     assert policy.wait(6, 600, 2 * SECOND) == SECOND
@@ -87,9 +81,7 @@ def test_promised_wait_is_exact(
     policy = Policy(name, MINUTE)
     play(policy, limit, history)
     now = sum(step for step, _ in history)
-
     wait = policy.wait(amount, limit, now)
-
     if wait is None:
         assert amount > limit
         assert policy.wait(amount, limit, now + 10 * MINUTE) is None
@@ -105,10 +97,8 @@ def test_remaining_amount_passes_now_and_everything_is_back_at_reset(
     policy, fresh = Policy(name, MINUTE), Policy(name, MINUTE)
     play(policy, limit, history)
     now = sum(step for step, _ in history)
-
     remaining = policy.remaining(limit, now)
     later = now + policy.reset(limit, now)
-
     assert policy.wait(remaining, limit, now) == 0 or remaining == 0
     assert name in SLICES or policy.wait(remaining + 1, limit, now) != 0
     assert policy.remaining(limit, later) == fresh.remaining(limit, later)
@@ -119,7 +109,6 @@ def test_remaining_amount_passes_now_and_everything_is_back_at_reset(
 def test_use_counts_against_another_limit(name: PolicyName) -> None:
     policy = Policy(name, MINUTE)
     policy.charge(30, 3600, 0)
-
     assert policy.wait(1, 1800, 0) == (SECOND if name == "one_second_slices" else 0)
     assert policy.wait(3600, 3600, 0) != 0
     assert policy.wait(2, 1, 0) is None

@@ -38,7 +38,6 @@ async def ask(client: AsyncAnthropic, content: Any = "Hello", **more: Any) -> An
 async def test_message_repeats_the_question_and_reports_usage(client: AsyncAnthropic) -> None:
     reply = await ask(client, system="Be kind.")
     cut = await ask(client, [{"type": "text", "text": "Hello " * 50}], max_tokens=5)
-
     assert reply.content[0].text == "You said: Hello"
     assert reply.stop_reason == "end_turn"
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 4)
@@ -50,7 +49,6 @@ async def test_message_streams_text_and_usage(client: AsyncAnthropic) -> None:
     async with client.messages.stream(model="m", max_tokens=9, messages=messages) as stream:
         text = "".join([piece async for piece in stream.text_stream])
         final: Any = await stream.get_final_message()
-
     assert text == final.content[0].text == "You said: Hello"
     assert (final.stop_reason, final.usage.output_tokens) == ("end_turn", 4)
 
@@ -66,7 +64,6 @@ async def test_message_uses_a_tool_once_and_then_answers(client: AsyncAnthropic)
         {"role": "user", "content": [result]},
     ]
     answer = await ask(client, messages=history, tools=[ADD], tool_choice={"type": "auto"})
-
     assert json.loads("".join(delta.partial_json for delta in deltas)) == {"a": 1}
     assert answer.content[0].text == "You said: Hello"
 
@@ -74,7 +71,6 @@ async def test_message_uses_a_tool_once_and_then_answers(client: AsyncAnthropic)
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "add"}])
 async def test_tool_choice_is_obeyed(client: AsyncAnthropic, choice: Any) -> None:
     reply = await ask(client, tools=[ADD], tool_choice=choice)
-
     assert reply.stop_reason == "tool_use"
     assert (reply.content[0].name, reply.content[0].input) == ("add", {"a": 1})
 
@@ -84,7 +80,6 @@ async def test_429_and_headers_are_those_of_anthropic(client: AsyncAnthropic) ->
         await ask(client)
     with pytest.raises(anthropic.RateLimitError) as caught:
         await ask(client)
-
     body: Any = caught.value.body
     headers = caught.value.response.headers
     assert (body["type"], body["error"]["type"]) == ("error", "rate_limit_error")
@@ -96,7 +91,7 @@ async def test_429_and_headers_are_those_of_anthropic(client: AsyncAnthropic) ->
     assert headers["request-id"].startswith("req_")
 
 
-async def test_overload_is_a_529_of_anthropic(
+async def test_overload_is_anthropics_529(
     provider: RateLimitedProvider, client: AsyncAnthropic
 ) -> None:
     provider.fail_next(status=529)

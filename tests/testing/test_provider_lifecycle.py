@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from asyncbucket.testing.provider import ProviderProcess, RateLimitedProvider
+from tests.conftest import python
 
 Until: TypeAlias = Callable[[Callable[[], bool]], Awaitable[None]]
 
@@ -54,7 +55,6 @@ async def test_stopped_provider_leaves_no_thread_or_socket(until: Until) -> None
             assert time.monotonic() - begun < 2
             with pytest.raises(httpx.HTTPError):
                 await pending
-
     assert set(threading.enumerate()) == before
     assert refuses_connections(url)
     assert provider.statistics().in_flight == 0
@@ -72,7 +72,6 @@ def test_replies_are_not_delayed_by_tcp_acknowledgements() -> None:
             for _ in range(20):
                 client.post(url, **CALL)
             took.append(time.monotonic() - begun)
-
     assert min(took) < 0.4
 
 
@@ -85,7 +84,6 @@ def test_stopped_provider_can_be_started_again() -> None:
             assert repr(provider).endswith(f" {provider.url}>")
             with pytest.raises(RuntimeError, match=f"runs already, at {provider.url}"):
                 provider.start()
-
     assert provider.statistics().admitted == 2
 
 
@@ -105,7 +103,6 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
         (arrival,) = provider.arrivals
         assert before < arrival.time_ns < time.monotonic_ns()
         assert arrival.admitted
-
         provider.fail_next(status=503)
         assert call(provider).status_code == 503
         provider.reconfigure(rpm=2, latency=(0.0, 0.0))
@@ -118,7 +115,6 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
         with pytest.raises(RuntimeError, match="runs already"):
             provider.start()
         running = provider.statistics()
-
     assert (running.admitted, running.errors, running.refused_429) == (2, 1, {"requests": 1})
     assert provider.statistics() == running
     assert provider.pid is None
@@ -134,10 +130,7 @@ provider.start()
 print(provider.url, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-
+    done = python("-c", script)
     url = done.stdout.split()[0]
     deadline = time.monotonic() + 10
     while not refuses_connections(url):
@@ -182,7 +175,6 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
         assert reply.headers["x-ratelimit-limit-requests"] == "60"
         process.send_signal(number)
         said, _ = process.communicate(timeout=10)
-
     assert json.loads(said)["admitted"] == 1
     assert process.returncode == 0
 

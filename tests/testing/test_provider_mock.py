@@ -43,7 +43,6 @@ async def test_mocked_reply_matches_that_of_the_server(library: Any) -> None:
         real = await client.post(f"{provider.base_url}/chat/completions", json=CALL)
     async with client_of(provider, library) as client:
         refused = await client.post("chat/completions", json=CALL)
-
     assert mocked.status_code == real.status_code == 200
     assert mocked.json()["choices"] == real.json()["choices"]
     assert set(mocked.headers) == set(real.headers)
@@ -60,7 +59,6 @@ async def test_cancelled_call_leaves_no_task_or_slot(library: Any) -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-
     assert provider.statistics().in_flight == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
@@ -77,7 +75,6 @@ async def test_stream_that_breaks_off_raises_remote_protocol_error(library: Any)
 @each_family
 async def test_sync_client_can_use_mock_while_an_event_loop_runs(library: Any) -> None:
     transport = RateLimitedProvider().mock_transport(family=library.__name__, sync=True)
-
     with library.Client(transport=transport, headers=HEADERS) as client:
         assert client.post("http://provider/v1/chat/completions", json=CALL).status_code == 200
 
@@ -90,7 +87,6 @@ async def test_latency_that_raises_frees_slot() -> None:
     async with client_of(provider, import_module("httpx")) as client:
         with pytest.raises(LookupError):
             await client.post("chat/completions", json=CALL)
-
     assert provider.statistics().in_flight == 0
 
 
@@ -98,7 +94,6 @@ def test_unknown_or_missing_library_is_refused(monkeypatch: pytest.MonkeyPatch) 
     family: Any = "requests"
     with pytest.raises(ValueError, match="family must be httpx or httpx2, not 'requests'"):
         RateLimitedProvider().mock_transport(family=family)
-
     monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(ImportError, match="pip install httpx2"):
         RateLimitedProvider().mock_transport(family="httpx2")

@@ -62,7 +62,6 @@ async def test_chat_repeats_the_question_padded_to_reply_tokens_and_cut_at_max_t
     assert reply.choices[0].finish_reason == "stop"
     usage = reply.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (4, 6, 10)
-
     provider.reconfigure(reply_tokens=300)
     assert (await ask(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
@@ -74,7 +73,6 @@ async def test_chat_repeats_the_question_padded_to_reply_tokens_and_cut_at_max_t
 async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) -> None:
     stream = await ask(client, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
-
     *parts, finish, last = chunks
     assert "".join(part.choices[0].delta.content for part in parts) == "You said: Hello"
     assert len(parts) > 3
@@ -87,7 +85,6 @@ async def test_stream_joins_to_reply_and_ends_with_usage(client: AsyncOpenAI) ->
 async def test_stream_of_a_response_joins_to_the_whole(client: AsyncOpenAI) -> None:
     """OpenAI's own helper puts text and arguments together from the events."""
     tool: Any = {"type": "function", "strict": False, **MULTIPLY["function"]}
-
     async with client.responses.stream(model=MODEL, input="Hello") as stream:
         text = "".join(
             [event.delta async for event in stream if event.type == "response.output_text.delta"]
@@ -95,7 +92,6 @@ async def test_stream_of_a_response_joins_to_the_whole(client: AsyncOpenAI) -> N
         said = await stream.get_final_response()
     async with client.responses.stream(model=MODEL, input="Hello", tools=[tool]) as stream:
         called = await stream.get_final_response()
-
     assert text == said.output_text == "You said: Hello"
     assert said.usage is not None
     assert said.usage.total_tokens == 2 + 4
@@ -106,7 +102,6 @@ async def test_stream_of_a_response_joins_to_the_whole(client: AsyncOpenAI) -> N
 
 async def test_model_calls_the_first_tool_once_and_then_answers(client: AsyncOpenAI) -> None:
     reply = await ask(client, tools=[MULTIPLY])
-
     message = reply.choices[0].message
     assert reply.choices[0].finish_reason == "tool_calls"
     (call,) = message.tool_calls
@@ -128,12 +123,10 @@ async def test_tool_choice_is_obeyed(client: AsyncOpenAI) -> None:
     other: Any = {"type": "function", "function": {"name": "other", "parameters": {}}}
     named = {"type": "function", "function": {"name": "other"}}
     tools = [MULTIPLY, other]
-
     silent = await ask(client, tools=tools, tool_choice="none")
     forced = await ask(client, tools=tools, tool_choice="required")
     chosen = await ask(client, tools=tools, tool_choice=named)
     unknown = await ask(client, tools=[MULTIPLY], tool_choice=named)
-
     assert silent.choices[0].message.tool_calls is None
     assert forced.choices[0].message.tool_calls[0].function.name == "multiply"
     assert chosen.choices[0].message.tool_calls[0].function.name == "other"
@@ -151,7 +144,6 @@ async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
         model=MODEL, messages=messages, response_format=Point
     )
     plain = await ask(client, response_format={"type": "json_object"})
-
     assert parsed.choices[0].message.parsed == Point(x=10, label="text", neighbours=[])
     assert json.loads(plain.choices[0].message.content) == {}
 
@@ -162,7 +154,6 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
     )
     packed = await client.embeddings.create(model="e", input=["a", "b", "a"])
     short = await client.embeddings.create(model="e", input="a", dimensions=3)
-
     vectors = [item.embedding for item in floats.data]
     assert [item.index for item in floats.data] == [0, 1, 2]
     assert vectors[0] == vectors[2] != vectors[1]
@@ -190,7 +181,6 @@ async def test_responses_give_text_usage_tools_and_formats(client: AsyncOpenAI) 
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
     history: Any = [question, call.model_dump(exclude_none=True), result]
     answer = await client.responses.create(model=MODEL, input=history, tools=[tool])
-
     assert (reply.output_text, reply.status) == ("You said: Hello", "completed")
     assert reply.usage is not None
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 4)
@@ -206,7 +196,6 @@ async def test_azure_client_finds_its_deployment(provider: RateLimitedProvider) 
         azure_endpoint=provider.url, api_key="test-key", api_version="2024-10-21"
     ) as client:
         reply = await ask(client)
-
     assert reply.choices[0].message.content == "You said: Hello"
 
 
@@ -228,7 +217,6 @@ async def test_bad_request_gets_400_and_costs_nothing(
 ) -> None:
     async with httpx.AsyncClient(headers={"authorization": "Bearer k"}) as client:
         reply = await client.post(f"{provider.base_url}/{path}", json=body)
-
     assert reply.status_code == 400
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert message in reply.json()["error"]["message"]
@@ -248,7 +236,6 @@ async def test_call_that_cannot_be_read_gets_400_401_or_404(provider: RateLimite
             await client.post(f"{url}/chat/completions", json={}, headers={"authorization": text})
             for text in ("", "Bearer", "Basic abc")
         ]
-
     assert (unknown.status_code, method.status_code) == (404, 404)
     assert unknown.json()["error"]["message"] == "Invalid URL (POST /v1/nonsense)"
     assert [reply.status_code for reply in garbage] == [400, 400]
@@ -270,7 +257,6 @@ async def test_replies_report_the_limits_and_429_says_when_to_retry(
         provider.reconfigure(rpm=None, tpm=100)
         with pytest.raises(openai.RateLimitError, match="can never pass") as never:
             await ask(client, max_tokens=101)
-
     said = {
         name: reply.headers[f"x-ratelimit-{name}"]
         for name in ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
@@ -294,7 +280,6 @@ async def test_call_is_charged_by_the_configured_rule(
     provider = rate_limited_provider(charge=charge)
     async with client_of(provider) as client:
         reply = await ask(client, "Hello, world!"[:12], max_tokens=50)
-
     assert reply.usage.prompt_tokens == 3
     assert provider.statistics().tokens == tokens
 
@@ -304,13 +289,11 @@ async def test_scripted_failures_have_given_status_code_and_retry_after(
 ) -> None:
     provider.fail_next(status=503, retry_after=1.5)
     provider.fail_next(status=429, code="insufficient_quota")
-
     with pytest.raises(openai.InternalServerError) as overloaded:
         await ask(client)
     with pytest.raises(openai.RateLimitError) as quota:
         await ask(client)
     await ask(client)
-
     assert overloaded.value.status_code == 503
     assert overloaded.value.response.headers["retry-after-ms"] == "1500"
     assert (quota.value.code, getattr(quota.value, "type", None)) == ("insufficient_quota",) * 2
@@ -322,27 +305,22 @@ async def test_stream_breaks_off_after_scripted_number_of_chunks(
     provider: RateLimitedProvider, client: AsyncOpenAI
 ) -> None:
     provider.fail_next(2, after_chunks=2)
-
     got: list[Any] = []
     with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
         got.extend([chunk async for chunk in await ask(client, stream=True)])
     with pytest.raises(openai.InternalServerError):
         await ask(client)
-
     assert provider.statistics().errors == 2
     assert provider.statistics().in_flight == 0
 
 
 @pytest.mark.real_clock
-async def test_stream_spreads_its_latency_over_its_chunks(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+async def test_stream_spreads_its_latency(rate_limited_provider: ProviderFactory) -> None:
     """This runs in real time, as the server does: the first chunk comes long before the last."""
     provider = rate_limited_provider(latency=lambda: 0.6)
     loop = asyncio.get_running_loop()
     async with client_of(provider) as client:
         arrived = [loop.time() async for _ in await ask(client, stream=True)]
-
     assert arrived[-1] - arrived[0] > 0.1
 
 
@@ -367,5 +345,4 @@ async def test_slot_comes_back_when_client_disconnects(
         with pytest.raises(asyncio.CancelledError):
             await call
     await until(lambda: provider.statistics().in_flight == 0)
-
     assert provider.statistics().disconnected == 1

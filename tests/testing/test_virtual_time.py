@@ -1,7 +1,6 @@
 import asyncio
 import math
 import re
-import threading
 import time as real
 from typing import Any
 
@@ -11,12 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncbucket import TokenBucket
-from asyncbucket.testing.virtual_time import (
-    DeadlockError,
-    VirtualClock,
-    VirtualTime,
-    virtual_time,
-)
+from asyncbucket.testing.virtual_time import DeadlockError, VirtualClock, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
 
@@ -31,7 +25,6 @@ def test_virtual_hour_passes_to_the_nanosecond_in_less_than_a_real_second() -> N
     started = real.monotonic()
     with virtual_time() as time:
         time.run(an_hour())
-
     assert time.clock() == 3600 * SECOND
     assert time.now == 3600.0
     assert real.monotonic() - started < 1.0
@@ -54,7 +47,6 @@ def test_timers_run_in_order_at_their_own_nanosecond(delays: list[float]) -> Non
 
     with virtual_time() as time:
         time.run(main())
-
     assert [due for due, _ in ran] == sorted(delays)
     for due, at in ran:
         assert due * SECOND - 0.1 <= at <= due * SECOND + 1.1
@@ -120,7 +112,6 @@ def test_deadlock_error_names_waiting_tasks() -> None:
 
     with virtual_time() as time, pytest.raises(DeadlockError) as caught:
         time.run(main())
-
     assert re.fullmatch(
         r"deadlock at 2\.0 s of virtual time: nothing is ready and no timer is set; "
         r"these tasks wait:\n"
@@ -165,27 +156,6 @@ def test_executor_work_takes_no_virtual_time() -> None:
 
     with virtual_time() as time:
         assert time.run(main()) == ["thread", "timer"]
-
-
-def test_thread_can_wake_loop_without_timers() -> None:
-    async def main() -> str:
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[str] = loop.create_future()
-
-        def other() -> None:
-            real.sleep(0.05)
-            loop.call_soon_threadsafe(woken.set_result, "woken")
-
-        thread = threading.Thread(target=other)
-        thread.start()
-        try:
-            return await woken
-        finally:
-            thread.join()
-
-    with virtual_time() as time:
-        assert time.run(main()) == "woken"
-        assert time.clock() == 0
 
 
 def test_all_blocked_returns_when_every_task_waits() -> None:
