@@ -222,5 +222,9 @@ def test_state_of_limiter_has_no_attributes_made_up_on_demand() -> None:
 
 
 def test_pace_wraps_by_limiter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Limiter, "wrap", lambda limiter, thing, **_: (thing, limiter.limits))
-    assert pace("a model", rpm=60) == ("a model", (Limit("requests", 60),))  # type: ignore[comparison-overlap]
+    def wrap(limiter: Limiter, thing: str, **_: Any) -> Any:
+        return thing, limiter.limits
+
+    monkeypatch.setattr(Limiter, "wrap", wrap)
+    paced: Any = pace("a model", rpm=60)
+    assert paced == ("a model", (Limit("requests", 60),))
