@@ -221,7 +221,7 @@ def test_state_of_limiter_has_no_attributes_made_up_on_demand() -> None:
         _ = node.limit_
 
 
-def test_pace_wraps_by_limiter_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pace_wraps_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrap(limiter: Limiter, thing: str, **_: Any) -> Any:
         return thing, limiter.limits
 
