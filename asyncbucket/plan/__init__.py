@@ -14,6 +14,7 @@ from asyncbucket.core.wording import read_count
 if TYPE_CHECKING:
     from os import PathLike
 
+    from asyncbucket.core.pool import Pool
     from asyncbucket.plan.bill import PlannedDollars
     from asyncbucket.plan.calls import Poisson, Sample, Samples
     from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
@@ -56,6 +57,7 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
     model: str | None = None,
     prices: "Prices | str | PathLike[str] | None" = None,
     seed: int = 0,
+    pool: "Pool | None" = None,
     **limits_by_keyword: float | None,
 ) -> "Plan":
     """Predict how long calls take under limits, what binds, and how much other limits would help.
@@ -88,6 +90,8 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
         model: which model is called, for the plan's ``usd``; by default what requests' bodies name.
         prices: as for `Limiter`.
         seed: the seed of everything that is drawn at random.
+        pool: whose members the calls go to, each to the one that can start it first; instead of
+            limits and concurrency.
         limits_by_keyword: as for `Limiter`: ``rpm=500``, ``tpm=200_000``...
 
     Raises:
@@ -98,12 +102,18 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
         OSError: a file cannot be read.
     """
     from asyncbucket.plan.calls import Load
+    from asyncbucket.plan.drive import Bounds
     from asyncbucket.plan.result import make_plan
     from asyncbucket.providers.prices import read_prices
 
-    read = read_limits(limits, limits_by_keyword)
+    read = tuple(read_limits(limits, limits_by_keyword))
     if concurrency is not None:
         concurrency = read_count(concurrency, "concurrency", least=1)
+    members = [Bounds(read, concurrency)]
+    if pool is not None:
+        if read or concurrency is not None:
+            raise ValueError("a pool has the limits of its members: give no others")
+        members = [Bounds(each.limits, each.concurrency, each.name) for each in pool.members]
     try:
         load = Load(
             tokens=tokens,
@@ -115,8 +125,9 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
             prices=None if prices is None else read_prices(prices),
             seed=seed,
         )
-        load.check(read, concurrency)
-        return make_plan(load, read, concurrency, what_if=what_if)
+        for bounds in members:
+            load.check(bounds.limits, bounds.slots)
+        return make_plan(load, members, what_if=what_if)
     except OverflowError as error:
         raise ValueError(
             "a plan covers 292 years at most, and some latency or instant is beyond: give smaller ones"

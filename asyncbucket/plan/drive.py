@@ -31,6 +31,25 @@ class PlannedCall(NamedTuple):
     latency: int
 
 
+class Bounds(NamedTuple):
+    """What calls pass: limits and, if there is a bound, slots; of one limiter, or a pool's member."""
+
+    limits: tuple[Limit, ...]
+    slots: int | None
+    name: str = ""
+
+
+@dataclass(slots=True)
+class Taken:
+    """What one limiter, or one member of a pool, has admitted."""
+
+    calls: int = 0
+    #: The sum of the calls' lengths (ns).
+    busy: int = 0
+    #: Units used, by resource: of limited resources, and tokens.
+    used: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Record:
     """What happened; instants and lengths are nanoseconds."""
@@ -40,75 +59,108 @@ class Record:
     waited: "array[int]" = field(default_factory=lambda: array("q"))
     #: How long the first in line waited for each resource.
     held_up: dict[str, int] = field(default_factory=dict)
-    #: Units used, by resource: of limited resources, and tokens.
-    used: dict[str, int] = field(default_factory=dict)
+    #: What was admitted, by each of the bounds.
+    taken: list[Taken] = field(default_factory=list)
     #: Calls that can never pass.
     refused: list[PlannedCall] = field(default_factory=list)
     #: When the last call ended.
     end: int = 0
-    #: Calls in flight: the most at once, and the sum of their lengths.
+    #: The most calls in flight at once.
     peak: int = 0
-    busy: int = 0
 
     @property
     def seconds(self) -> float:
         """How long everything took."""
         return self.end / NANOSECONDS
 
+    @property
+    def busy(self) -> int:
+        """The sum of all calls' lengths (ns)."""
+        return sum(taken.busy for taken in self.taken)
 
-def run_calls(  # noqa: C901 - one loop over time
-    calls: Iterable[tuple[int, PlannedCall]], limits: Sequence[Limit], slots: int | None
-) -> Record:
+
+def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds]) -> Record:
     """Run every call from its arrival to its end, first come first served.
 
     Args:
         calls: instants (ns), ascending, and the calls that come then.
-        limits: what the calls pass.
-        slots: the most calls in flight, if there is a bound.
+        members: what the calls pass: each goes to the member that can start it first.
     """
-    meters: Meters = tuple(
-        (Window(limit, wall=_wall_of(limit)), limit.resource) for limit in limits
-    )
-    record = Record(used=dict.fromkeys({limit.resource for limit in limits} | {"tokens"}, 0))
-    #: When each call in flight ends, the first one first.
-    running: list[int] = []
+    lanes = [_Lane(bounds) for bounds in members]
+    record = Record(taken=[lane.taken for lane in lanes])
     now = 0
-
-    def advance(to: int) -> None:
-        nonlocal now
-        now = max(now, to)
-        while running and running[0] <= now:
-            record.end = heapq.heappop(running)
-
     for arrived, call in calls:
-        amounts = call.amounts
-        if any(amounts.get(limit.resource, 0) > limit.units for limit in limits):
+        able = [lane for lane in lanes if lane.takes(call.amounts)]
+        if not able:
             record.refused.append(call)
             continue
-        advance(arrived)
-        since = now  # it is first in line from now on
+        since = now = max(now, arrived)  # it is first in line from now on
         while True:
-            due, bound_by = latest(meters, amounts, since)
-            if slots is not None and len(running) >= slots:
-                due, bound_by = NEVER, "concurrency"
+            for lane in lanes:
+                lane.end_calls(now, record)
+            dues = [lane.earliest(call.amounts, since) for lane in able]
+            due, bound_by = min(dues, key=_due)
             if due <= now:
                 break
-            until = min(due, running[0]) if running else due
+            ends = [lane.running[0] for lane in lanes if lane.running]
+            until = min([due, *ends])
             assert bound_by is not None  # as it has to wait
             record.held_up[bound_by] = record.held_up.get(bound_by, 0) + until - now
-            advance(until)
-        for meter, resource in meters:
-            if amounts.get(resource):
-                meter.book(amounts[resource], now)
+            now = until
+        able[dues.index((due, bound_by))].admit(call, now)
         record.admitted.append(now)
         record.waited.append(now - arrived)
-        record.busy += call.latency
-        heapq.heappush(running, now + call.latency)
-        record.peak = max(record.peak, len(running))
-        for resource in record.used:
-            record.used[resource] += amounts.get(resource, 0)
-    advance(NEVER)
+        record.peak = max(record.peak, sum(len(lane.running) for lane in lanes))
+    for lane in lanes:
+        lane.end_calls(NEVER, record)
     return record
+
+
+class _Lane:
+    """One member while the calls run."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.slots = bounds.slots
+        self.meters: Meters = tuple(
+            (Window(limit, wall=_wall_of(limit)), limit.resource) for limit in bounds.limits
+        )
+        resources = {limit.resource for limit in bounds.limits} | {"tokens"}
+        self.taken = Taken(used=dict.fromkeys(resources, 0))
+        self.most = [(limit.resource, limit.units) for limit in bounds.limits]
+        #: When each call in flight ends, the first one first.
+        self.running: list[int] = []
+
+    def takes(self, amounts: Amounts) -> bool:
+        """Tell whether such a call can ever pass."""
+        return all(amounts.get(resource, 0) <= units for resource, units in self.most)
+
+    def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
+        """Return when a call can pass that is first in line since then, and what binds."""
+        if self.slots is not None and len(self.running) >= self.slots:
+            return self.running[0], "concurrency"
+        return latest(self.meters, amounts, since)
+
+    def admit(self, call: PlannedCall, now: int) -> None:
+        """Let a call go."""
+        for meter, resource in self.meters:
+            if call.amounts.get(resource):
+                meter.book(call.amounts[resource], now)
+        taken = self.taken
+        taken.calls += 1
+        taken.busy += call.latency
+        for resource in taken.used:
+            taken.used[resource] += call.amounts.get(resource, 0)
+        heapq.heappush(self.running, now + call.latency)
+
+    def end_calls(self, now: int, record: Record) -> None:
+        """End the calls that are over by ``now``."""
+        running = self.running
+        while running and running[0] <= now:
+            record.end = max(record.end, heapq.heappop(running))
+
+
+def _due(earliest: tuple[int, str | None]) -> int:
+    return earliest[0]
 
 
 def _wall_of(limit: Limit) -> Callable[[int], int]:

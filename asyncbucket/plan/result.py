@@ -8,10 +8,11 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import CostExceedsLimit
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
 from asyncbucket.plan.bill import PlannedDollars
 from asyncbucket.plan.calls import Load
-from asyncbucket.plan.drive import NANOSECONDS, PlannedCall, Record, run_calls
+from asyncbucket.plan.drive import NANOSECONDS, Bounds, PlannedCall, Record, Taken, run_calls
 
 #: Up to this many calls, other limits are tried by default.
 _MAX_WHAT_IF_CALLS: Final = 100_000
@@ -174,30 +175,29 @@ def change(seconds: float | None, duration: float) -> str:
     return f"{duration_in_words(seconds)} ({share:+.0%})".replace("%", " %")
 
 
-def make_plan(
-    load: Load, limits: Sequence[Limit], concurrency: int | None, *, what_if: bool | None
-) -> Plan:
+def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) -> Plan:
     """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
-    record = run_calls(load, limits, concurrency)
-    refusal = _refusal(limits, record.refused[0]) if record.refused else None
+    record = run_calls(load, members)
+    refusal = _refusal(members, record.refused[0]) if record.refused else None
     calls, end = len(record.admitted), record.end
     if refusal is not None and not calls:
         raise CostExceedsLimit(f"no call can ever pass: {refusal}")
-    planned = list(_limits(limits, concurrency, record))
-    if load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if:
-        for number, limit in enumerate(planned):
-            doubled = removed = record.seconds
-            if record.held_up.get(limit.resource):
+    planned = []
+    asks = load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if
+    for place, bounds in enumerate(members):
+        for number, limit in enumerate(_limits(bounds, record, record.taken[place])):
+            doubled = removed = record.seconds if asks else None
+            if asks and record.held_up.get(limit.resource):
                 doubled, removed = (
-                    run_calls(load, *others).seconds
-                    for others in _changed(limits, concurrency, number)
+                    run_calls(load, [*members[:place], other, *members[place + 1 :]]).seconds
+                    for other in _changed(bounds, number)
                 )
-            planned[number] = replace(limit, if_doubled=doubled, if_removed=removed)
+            planned.append(replace(limit, if_doubled=doubled, if_removed=removed))
     held_up = sum(record.held_up.values())
     return Plan(
         duration=record.seconds,
         calls=calls,
-        tokens=record.used["tokens"],
+        tokens=sum(taken.used["tokens"] for taken in record.taken),
         usd=load.dollars(),
         waits=_waits(record),
         limits=tuple(planned),
@@ -210,56 +210,58 @@ def make_plan(
     )
 
 
-def _refusal(limits: Sequence[Limit], call: PlannedCall) -> str | None:
-    """Return what the limiter tells a call that can never pass."""
+def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
+    """Return what the limiter, or the pool, tells a call that can never pass."""
+    limiters = [Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members]
     try:
-        Limiter(*limits).acquire_nowait(Cost.of(call.amounts))
+        (limiters[0] if len(limiters) == 1 else Pool(*limiters)).acquire_nowait(
+            Cost.of(call.amounts)
+        )
     except CostExceedsLimit as error:
         return str(error)
     return None
 
 
-def _limits(
-    limits: Sequence[Limit], concurrency: int | None, record: Record
-) -> Iterator[PlannedLimit]:
+def _limits(bounds: Bounds, record: Record, taken: Taken) -> Iterator[PlannedLimit]:
     """Describe each limit, and the slots as the last one."""
-    calls = len(record.admitted)
-    for limit in limits:
-        used = record.used[limit.resource]
-        rate = limit.units / limit.per * calls / used if used else None
-        part = _part_used(limit, record)
-        yield PlannedLimit(limit=str(limit), resource=limit.resource, used=part, rate=rate)
-    if concurrency is not None:
-        part = record.busy / (concurrency * record.end) if record.end else 0.0
-        rate = concurrency * calls * NANOSECONDS / record.busy if record.busy else None
-        slots = f"{concurrency:,} at once"
+    of = f"{bounds.name}: " if bounds.name else ""
+    for limit in bounds.limits:
+        used = taken.used[limit.resource]
+        rate = limit.units / limit.per * taken.calls / used if used else None
+        part = _part_used(limit, used, record)
+        yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
+    if bounds.slots is not None:
+        part = taken.busy / (bounds.slots * record.end) if record.end else 0.0
+        rate = bounds.slots * taken.calls * NANOSECONDS / taken.busy if taken.busy else None
+        slots = f"{of}{bounds.slots:,} at once"
         yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
 
 
-def _part_used(limit: Limit, record: Record) -> float:
+def _part_used(limit: Limit, used: int, record: Record) -> float:
     """Return which part of a limit was used, of the most that was possible in that time."""
     last = record.admitted[-1] if record.admitted else 0
     most: float = limit.units * (last // limit.window + 1)
     if limit.burst_units is not None:
         most = min(most, limit.burst_units + limit.units * last / limit.window)
     # Calls that use more than they reserved may exceed it: then all was used.
-    return min(1.0, record.used[limit.resource] / most)
+    return min(1.0, used / most)
 
 
-def _changed(
-    limits: Sequence[Limit], concurrency: int | None, number: int
-) -> tuple[tuple[Sequence[Limit], int | None], tuple[Sequence[Limit], int | None]]:
-    """Return limits and slots with one of them doubled, and without it; the slots come last."""
-    before, rest = limits[:number], limits[number:]
+def _changed(bounds: Bounds, number: int) -> tuple[Bounds, Bounds]:
+    """Return bounds with one of the limits doubled, and without it; the slots come last."""
+    before, rest = bounds.limits[:number], bounds.limits[number:]
     if not rest:
-        assert concurrency is not None
-        return (limits, 2 * concurrency), (limits, None)
+        assert bounds.slots is not None
+        return bounds._replace(slots=2 * bounds.slots), bounds._replace(slots=None)
     limit = rest[0]
     # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
     default = replace(limit, burst=None).burst
     burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
     doubled = replace(limit, amount=2 * limit.amount, burst=burst)
-    return ([*before, doubled, *rest[1:]], concurrency), ([*before, *rest[1:]], concurrency)
+    return (
+        bounds._replace(limits=(*before, doubled, *rest[1:])),
+        bounds._replace(limits=(*before, *rest[1:])),
+    )
 
 
 def _waits(record: Record) -> PlannedWaits:

@@ -231,7 +231,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def _describe_deadlock(self) -> str:
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
-        lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
+        names: dict[str, list[str]] = {}
+        for task in tasks:
+            names.setdefault(_where(task), []).append(task.get_name())
+        lines = [
+            f"  {first}{f' and {len(others):,} more' if others else ''}: {where}"
+            for where, (first, *others) in names.items()
+        ]
         head = f"deadlock at {self.time()} s of virtual time: nothing is ready and no timer is set"
         return "\n".join([f"{head}; these tasks wait:", *(lines or ["  none"])])
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import httpx
 import pytest
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, Pool
 from asyncbucket.plan import Plan, Poisson, plan
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 
@@ -77,6 +77,39 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
     assert_same(planned, run(chosen, concurrency, passing))
     assert planned.tokens == sum(each[1] for each in passing)
     assert planned.refused == calls - len(passing)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_of_a_pool_agrees_with_the_pool(seed: int) -> None:
+    chance = random.Random(seed)
+    calls = 150
+    tokens = [chance.randint(50, 1_500) for _ in range(calls)]
+    latency = [chance.uniform(0.01, 5) for _ in range(calls)]
+    with virtual_time() as time:
+        members = [
+            Limiter(
+                f"{chance.choice([30, 60, 300])} RPM burst {chance.randint(1, 10)}",
+                f"{chance.choice([2, 10, 40])}k TPM",
+                concurrency=chance.randint(1, 6),
+                name=name,
+                clock=time.clock,
+            )
+            for name in "abc"
+        ]
+        pool, waits = Pool(*members, prefer="first"), []
+        planned = plan(pool=pool, tokens=tokens, latency=latency, what_if=False)
+
+        async def call(tokens: int, latency: float) -> None:
+            async with pool.acquire(tokens=tokens) as lease:
+                waits.append(lease.waited)
+                await asyncio.sleep(latency)
+
+        async def main() -> None:
+            await asyncio.gather(*map(call, tokens, latency))
+
+        time.run(main())
+        assert_same(planned, (time.now, sorted(waits)))
+    assert [limit.limit.partition(":")[0] for limit in planned.limits] == [*"aaabbbccc"]
 
 
 CALLS = 300

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, CostExceedsLimit, LimitSyntaxError, Price
+from asyncbucket import Cost, CostExceedsLimit, Limiter, LimitSyntaxError, Pool, Price
 from asyncbucket.plan import Plan, Poisson, plan
 from asyncbucket.plan.result import change, duration_in_words, percent
 
@@ -122,6 +122,10 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         ({"calls": 1.5}, r"calls must be a whole number of at least 1, not 1\.5"),
         ({"calls": 10_000_001}, "10,000,001 calls are more than the 10,000,000 that a plan runs"),
         ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call has"),
+        (
+            {"calls": 5, "rpm": 9, "pool": Pool(Limiter(rpm=5))},
+            "a pool has the limits of its members",
+        ),
         ({"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
         ({"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* not 'auto'"),
         ({"calls": 5, "latency": 1e300}, "a plan covers 292 years at most"),
