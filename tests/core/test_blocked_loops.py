@@ -9,7 +9,7 @@ from time import monotonic, monotonic_ns, sleep
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
 from asyncbucket.core import pacer
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.core.conftest import nothing_is_left
@@ -75,11 +75,12 @@ def test_acquire_sync_on_loop_that_holds_all_slots_does_not_deadlock(depth: int)
 
 
 @pytest.mark.parametrize("stopped_first", [False, True])
+@pytest.mark.parametrize("is_pool", [False, True])
 def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
-    impatient: float, *, stopped_first: bool
+    impatient: float, *, stopped_first: bool, is_pool: bool
 ) -> None:
     """It is ignored like one held on a blocked loop, also by a call on a stopped loop before it."""
-    limiter = Limiter(concurrency=1)
+    limiter = Pool(Limiter(concurrency=1)) if is_pool else Limiter(concurrency=1)
     leaked = asyncio.run(take(limiter))
     stopped = asyncio.new_event_loop()
     first = stopped.create_task(take(limiter))
