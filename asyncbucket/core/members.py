@@ -27,7 +27,7 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
 from asyncbucket.core.pacer import BATCH, Pacer
-from asyncbucket.core.queue import AnyWaiter, Line, branch_of, rouse
+from asyncbucket.core.queue import AnyWaiter, Line, branch_of, line_of, rouse
 from asyncbucket.core.seats import EMPTY, Seat
 from asyncbucket.core.wording import counted
 
@@ -52,31 +52,28 @@ class PoolLine(Line):
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
         """Return the pool's head, if this member may have it; else when to ask again."""
-        pool = self.member.pool
-        if pool.going is not None:
-            return pool.going, now
-        return self.member.choose(pool.first(now, back), now)
+        return self.member.choose(self.member.pool.first(now, back), now)
 
     def lines(self) -> Iterator[Line]:
         yield from self.member.pool.pacer.top.lines()
 
 
 class LineAtMember(Line):
-    """Where a pool's call comes from that a member has taken: the flows on both sides paid for it."""
+    """Where a pool's call comes from that a member has taken, and which lines have paid for it."""
 
-    __slots__ = ("line", "pool_line")
+    __slots__ = ("paid",)
 
-    def __init__(self, node: "NodeAtMember", line: Line) -> None:
-        super().__init__(node, node.member.line.above, line.priority)
-        self.line, self.pool_line = line, node.member.line
+    def __init__(self, node: "NodeAtMember", paid: tuple[Line, ...]) -> None:
+        super().__init__(node, None, paid[0].priority)
+        self.paid = paid
 
     @property
     def waited_at(self) -> Node:
-        return self.line.node
+        return self.paid[0].node
 
     def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
-        self.line.credit_flows(reserved, used)
-        self.pool_line.credit_flows(reserved, used)
+        for line in self.paid:
+            line.credit_flows(reserved, used)
 
 
 class PoolNode(Node):
@@ -177,12 +174,17 @@ class NodeAtMember(Node):
             *self.member.node.bounded,
         )
 
-    def line_from(self, line: Line) -> LineAtMember:
-        """Return the line of calls that came from ``line`` of the pool."""
-        found = self.lines.get(line.priority)
+    def line_for(self, priority: int, *, is_shared: bool) -> LineAtMember:
+        """Return the line of calls of a priority that came from the pool.
+
+        While nobody shares the member, there is nothing for its own queue to divide.
+        """
+        key: Any = priority, is_shared
+        found = self.lines.get(key)
         if found is None:
-            found = LineAtMember(self, line)
-            self.lines = {**self.lines, line.priority: found}
+            ours = line_of(self.inner, priority)
+            found = LineAtMember(self, (ours, self.member.line) if is_shared else (ours,))
+            self.lines = {**self.lines, key: found}
         here: LineAtMember = found
         return here
 
@@ -309,8 +311,6 @@ class Members:
         #: For how long (ns) a call waits for its own member while others could start it.
         self.patience = patience
         self.members: tuple[Member, ...] = ()
-        #: The call that is being handed over to a member.
-        self.going: AnyWaiter | None = None
         #: Calls that were kept in vain, which are next everywhere.
         self._overdue: deque[AnyWaiter] = deque()
         #: Which member served a conversation last.
@@ -450,15 +450,10 @@ class Members:
     def serve(self, waiter: AnyWaiter, pacer: Pacer, now: int) -> int:
         """Let a call go at the member of ``pacer``; return 1 if it still waited, else 0."""
         member = next(each for each in self.members if each.pacer is pacer)
-        if not member.is_shared:
-            self.going = waiter
-            member.rouse()
-            pacer.top.head(now)  # so that the pool is first everywhere
-            self.going = None
-        line = waiter.line
+        line, is_shared = waiter.line, member.is_shared
         bound_by = line.bound_by
         self._take_out(waiter, member)
-        here = member.at(line.node).line_from(line)
+        here = member.at(line.node).line_for(line.priority, is_shared=is_shared)
         waiter.line = here
         if pacer.place is not None:
             pacer.push_at(here.node, pacer.place, waiter, now)
@@ -472,9 +467,11 @@ class Members:
             self.pacer.count_in(line.node, waiter.seat, -1)
         line.since = pacer.since = now
         self.pacer.top.charge(line, waiter.amounts)
-        pacer.top.charge(member.line, waiter.amounts)
+        if is_shared:
+            pacer.top.charge(member.line, waiter.amounts)
         line.depart()
-        self.arrive()
+        if line.above is None:  # it was kept for a member
+            self.arrive()
         if line.node.parent is not None:  # a limiter above may sleep because of another call
             rouse(line.node)
         return 1
