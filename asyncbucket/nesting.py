@@ -28,7 +28,7 @@ from typing import Final
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import give_back, on_one_path
+from asyncbucket.core.levels import counts_at, give_back, is_under
 from asyncbucket.core.limiter import Limiter
 
 
@@ -93,11 +93,12 @@ def held_leases() -> Iterator[HeldLease]:
         held = held.outer
 
 
-def paying_limiter(limiter: Limiter) -> Limiter | None:
-    """Return the limiter whose lease pays for calls here, if it is on one path with ``limiter``."""
+def paying_lease(limiter: Limiter) -> HeldLease | None:
+    """Return the note of the lease that pays for calls of ``limiter`` here, if they count at one."""
     for held in held_leases():
-        if held.tool is None and on_one_path(held.limiter, limiter) and held.lease is not None:
-            return held.limiter
+        lease = None if held.tool is not None else held.lease
+        if lease is not None and (counts_at(lease, limiter) or is_under(limiter, held.limiter)):
+            return held
     return None
 
 

@@ -16,6 +16,11 @@ What is decided here, for each failed attempt:
 Each attempt acquires anew: during a back-off a call holds no slot and no tokens. The user sees the
 provider's last error, the same object, with a note that says how often the call was tried.
 
+Under a pool, 2. and 3. concern a member. A 429 pauses the member that refused, and one that failed
+itself is left out (`Verdict.member_failed`). Either way the call goes back into the pool's line at
+once, as long as a member is in, and each may be tried once even if that takes more attempts. That is
+no back-off, so stamina does not see it.
+
 Layers are stacked, and only the outermost retries: while an attempt runs, a context variable holds
 its `Sent`, and a paced transport that finds one makes a single attempt. It notes there which limiter
 it has paused, so that a refusal seen by both is counted once.
@@ -36,8 +41,10 @@ from typing import Any, Final, TypeVar, cast
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.events import Retried
+from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import effective_limiter, emit, shown_name
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.providers.headers import WEEK
@@ -140,18 +147,27 @@ class Retry:
 class Sent:
     """Hold what is known of a call's latest attempt; while it is entered, a layer above retries."""
 
-    __slots__ = ("_is_open", "_token", "at", "paused")
+    __slots__ = ("_is_open", "_token", "at", "member", "paused", "pool")
 
     def __init__(self) -> None:
         #: When it was sent, in seconds of the limiter's clock; None until then.
         self.at: float | None = None
+        #: The pool that admitted it, if one did, and the member that took it.
+        self.pool: Pool | None = None
+        self.member: Limiter | None = None
         #: The limiter that was paused already, if the attempt was refused for rate.
         self.paused: Limiter | None = None
         self._is_open = False
         self._token: Token[Sent | None] | None = None
 
+    def admitted(self, limiter: Limiter, lease: Lease) -> None:
+        """Note that ``limiter`` admitted the attempt, which leaves now."""
+        self.at = limiter.now()
+        if isinstance(lease, PoolLease) and isinstance(limiter, Pool):
+            self.pool, self.member = limiter, lease.limiter
+
     def __enter__(self) -> None:
-        self.paused = None
+        self.paused = self.member = None
         self._is_open, self._token = True, _SENT.set(self)
 
     def __exit__(self, *error: object) -> None:
@@ -181,7 +197,7 @@ class Retrier:
 
     Args:
         policy: what is retried, how often and when.
-        limiter: what a 429 pauses; deadlines are in seconds of its clock.
+        limiter: what a 429 pauses, except under a pool; deadlines are in seconds of its clock.
         caller: the limiter that the calls ask, if it is another one, below ``limiter``; events of
             retries are sent as its own.
         chance: random numbers from 0 to 1, for the jitter.
@@ -242,7 +258,7 @@ class Retrier:
                 raise
             trial = _Trial(self, attempt, error, started, self._latest(deadline), sent)
         else:
-            self.succeeded(sent.at)
+            self.succeeded(sent)
             return result
 
         async def again() -> T:
@@ -271,20 +287,24 @@ class Retrier:
         latest = math.inf if deadline is None else deadline
         return latest if left is None else min(latest, self.now() + left)
 
-    def succeeded(self, sent_at: float | None = None) -> None:
+    def succeeded(self, sent: Sent) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""
         most = self.policy.budget
         if self._budget < most:
             with self._lock:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
-        self._refusals.succeeded(sent_at)
+        self._refusals_of(sent).succeeded(sent.at)
+
+    def _refusals_of(self, sent: Sent) -> Refusals:
+        """Return what a refusal of this attempt pauses."""
+        return self._refusals if sent.member is None else Refusals(sent.member)
 
     def pause(self, verdict: Verdict, sent: Sent) -> float:
         """Pause the limiter after a refusal for rate, once; return the seconds until it ends."""
-        policy = self.policy
-        if sent.paused is self._refusals.limiter:  # by the transport that got the reply
-            return self._refusals.seconds_left()
-        return self._refusals.pause(
+        policy, refusals = self.policy, self._refusals_of(sent)
+        if sent.paused is refusals.limiter:  # by the transport that got the reply
+            return refusals.seconds_left()
+        return refusals.pause(
             verdict.retry_after,
             first=policy.backoff,
             longest=policy.max_wait,
@@ -304,7 +324,7 @@ class Retrier:
         if verdict.rate_limited:
             paused = self.pause(verdict, sent)
             if asked is None:
-                known, refused_for = paused, self._refusals.lasted(waves=policy.attempts)
+                known, refused_for = paused, self._refusals_of(sent).lasted(waves=policy.attempts)
         wait, left = self._jittered(known, attempts), deadline - self.now()
         reason = None
         if attempts >= policy.attempts:
@@ -323,6 +343,18 @@ class Retrier:
         elif not verdict.rate_limited and not self._spend():
             reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
         return wait, reason
+
+    def goes_elsewhere(self, verdict: Verdict, attempts: int, sent: Sent) -> bool:
+        """Tell whether the call goes back into a pool's line at once; a 429 pauses its member."""
+        most = self.policy.attempts
+        if sent.pool is None or sent.member is None or most == 1:
+            return False
+        if attempts >= max(most, len(sent.pool.members)):
+            return False
+        if verdict.rate_limited:
+            self.pause(verdict, sent)
+            return True
+        return verdict.member_failed and any(each.reason is None for each in sent.pool.states())
 
     def _spend(self) -> bool:
         """Take a retry from the budget, if it holds one."""
@@ -364,8 +396,17 @@ class _Trial:
     error: Exception | None = None
 
     async def again(self) -> Any:
-        """Make another attempt; at first, raise what the one before stamina raised."""
-        self.attempts += 1
+        """Make another attempt, and more at once as long as a pool has other members."""
+        while True:
+            self.attempts += 1
+            try:
+                return await self._once()
+            except Exception as error:
+                if not self._goes_elsewhere(error):
+                    raise
+
+    async def _once(self) -> Any:
+        """Make an attempt; at first, raise what the one before stamina raised."""
         if self.first is not None:
             first, self.first = self.first, None
             try:
@@ -374,8 +415,22 @@ class _Trial:
                 del first
         with self.sent:
             result = await self.attempt()
-        self.retrier.succeeded(self.sent.at)
+        self.retrier.succeeded(self.sent)
         return result
+
+    def _goes_elsewhere(self, error: Exception) -> bool:
+        """Tell whether a pool may have another member for the call; stamina need not know of it."""
+        verdict = classify(error)
+        if not self.retrier.goes_elsewhere(verdict, self.attempts, self.sent):
+            return False
+        self.error = error
+        self._retried(error, verdict, 0.0)
+        return True
+
+    def _retried(self, error: Exception, verdict: Verdict, wait: float) -> None:
+        self.retrier.report(self.attempts, verdict, wait)
+        # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
+        error.__traceback__ = None
 
     def back_off(self, error: BaseException) -> bool | float:
         """Tell stamina when to try again, if at all; it asks even about cancellation."""
@@ -384,9 +439,7 @@ class _Trial:
         self.error, verdict = error, classify(error)
         wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent, self.deadline)
         if reason is None:
-            self.retrier.report(self.attempts, verdict, wait)
-            # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
-            error.__traceback__ = None
+            self._retried(error, verdict, wait)
             return wait
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
@@ -409,6 +462,10 @@ class _Trial:
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
         seconds = self.retrier.now() - self.started
         error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {reason}")
+        pool = self.sent.pool
+        states = () if pool is None else pool.states()
+        if pool is not None and any(each.reason for each in states):
+            error.add_note(f"asyncbucket: pool {shown_name(pool)!r}: {'; '.join(map(str, states))}")
 
 
 async def _nothing() -> None:

@@ -19,7 +19,7 @@ from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Admitted, Event, Queued, Refused
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import is_under, levels, undo
+from asyncbucket.core.levels import is_under, levels, share_a_level, undo
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
 from asyncbucket.nesting import give_up_slots
@@ -62,7 +62,7 @@ def paces_itself(fn: object, limiter: Limiter) -> bool:
     found = limiter_of(fn)
     if found is None or is_under(found, limiter):
         return found is not None
-    if is_under(found, _root(limiter)):
+    if share_a_level(found, limiter):
         raise ValueError(
             f"{_name(fn)} is paced by {found.name!r} already, and would be paced by {limiter.name!r}, "
             f"too: pace both by one limiter, or say by paced= or cost= who acquires"

@@ -9,6 +9,7 @@ from asyncbucket.core.events import Event
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.node import Node
 from asyncbucket.core.node import shown_name as _shown_name
 from asyncbucket.core.wording import read_count
 
@@ -24,9 +25,30 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
         level = level.parent
 
 
+def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
+    """Return the nodes that a call here passes: on the only way, or on one through each pool member."""
+    path: tuple[Node, ...] = limiter._node.path
+    pool = path[0].pacer.pool
+    return [path] if pool is None else [(*path, *member.node.path) for member in pool.members]
+
+
+def _passed(limiter: Limiter) -> set[Node]:
+    return {node for way in ways(limiter) for node in way}
+
+
 def is_under(limiter: Limiter, other: Limiter) -> bool:
-    """Tell whether what ``limiter`` admits also counts at ``other``."""
-    return other._node in limiter._node.path
+    """Tell whether what ``limiter`` admits also counts at ``other``, or may, if that is in its pool."""
+    return any(other._node in way for way in ways(limiter))
+
+
+def counts_at(lease: Lease, limiter: Limiter) -> bool:
+    """Tell whether an admitted call counts at ``limiter``."""
+    return limiter._node in lease._node.path
+
+
+def share_a_level(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether calls of both may count at one limiter, be it only the root."""
+    return not _passed(limiter).isdisjoint(_passed(other))
 
 
 def on_one_path(limiter: Limiter, other: Limiter) -> bool:
@@ -48,11 +70,17 @@ def provider_of(limiter: Limiter) -> Limiter:
     return next((level for level in reversed(path) if level.limits), path[-1])
 
 
+def limits_by_way(limiter: Limiter) -> list[tuple[Limit, ...]]:
+    """Return the limits that a call here meets on each of its `ways`."""
+    return [
+        tuple(window.limit for node in way for window in tuple(node.limits.values()))
+        for way in ways(limiter)
+    ]
+
+
 def in_force(limiter: Limiter) -> tuple[Limit, ...]:
     """Return the limits that hold for calls here: its own, and those of the levels above."""
-    return tuple(
-        window.limit for node in limiter._node.path for window in tuple(node.limits.values())
-    )
+    return tuple(limit for limits in limits_by_way(limiter) for limit in limits)
 
 
 def counts(limiter: Limiter, resource: str) -> bool:
@@ -87,7 +115,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     slot. So the outer call gives up its slots at the levels that both pass, for good. At the others
     it keeps them.
     """
-    lease._give_up_slots(effective_limiter(limiter)._node.path)
+    lease._give_up_slots(_passed(effective_limiter(limiter)))
 
 
 def sent(lease: Lease) -> None:

@@ -29,6 +29,7 @@ from asyncbucket.core.node import Node
 from asyncbucket.core.pacer import BATCH, Pacer
 from asyncbucket.core.queue import AnyWaiter, Line, branch_of, line_of, rouse
 from asyncbucket.core.seats import EMPTY, Seat
+from asyncbucket.core.statistics import MemberState
 from asyncbucket.core.wording import counted
 
 #: How a pool chooses among the members that can start a call now.
@@ -256,6 +257,13 @@ class Member:
     def is_in(self, now: int) -> bool:
         """Tell whether it may be given calls."""
         return self.out_until <= now and self.probe is None
+
+    def state(self, now: int) -> MemberState:
+        """Return whether it is given calls."""
+        if self.is_in(now):
+            return MemberState(self.limiter.name, None, 0.0)
+        left = max(0, self.out_until - now) * 1e-9
+        return MemberState(self.limiter.name, self.reason, left)
 
     def takes(self, amounts: Amounts) -> bool:
         """Tell whether such a call can ever pass here."""

@@ -1,9 +1,10 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 from asyncbucket.core.agents import AgentLease
 from asyncbucket.core.context import Agent, inherited, read_sticky, span_of
@@ -15,7 +16,7 @@ from asyncbucket.core.members import Group, Member, Members, PoolNode, Prefer
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.statistics import Statistics
+from asyncbucket.core.statistics import MemberState, Statistics
 from asyncbucket.core.terms import (
     CallAmounts,
     CallKeywords,
@@ -24,6 +25,13 @@ from asyncbucket.core.terms import (
     Terms,
     read_name,
 )
+
+if TYPE_CHECKING:
+    from asyncbucket.http.endpoints import Endpoints
+    from asyncbucket.http.transport import PacedTransport, TransportOptions
+    from asyncbucket.llama_index.wrap import WrapOptions
+
+T = TypeVar("T")
 
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
@@ -68,6 +76,12 @@ class PoolLease(FirstLease):
             if pacer.news:
                 pacer.catch_up()
         self.failed()
+
+    def member_works(self) -> None:
+        """Report that the member answers, though the call goes on: so a probe's stream keeps nobody."""
+        member = self._member
+        if member is not None and member.failures:
+            member.pacer.do(partial(member.ended, self, is_proof=True))
 
     def _member_failed_locked(self, member: Member, reason: str) -> None:
         if member.fail(self, reason, member.pacer.clock()):
@@ -285,6 +299,89 @@ class Pool(Limiter):
             upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),
             overridden=sum(member.overridden for member in each),
         )
+
+    def states(self) -> tuple[MemberState, ...]:
+        """Return for each member whether it is given calls, and if not, why and for how long.
+
+        >>> print(*pool.states(), sep="; ")
+        'openai': left out for 4 s more (HTTP 401); 'azure': in use
+        """
+        pool: Members = self._node.pacer.pool
+        with pool.pacer:
+            now = pool.pacer.clock()
+            return tuple(member.state(now) for member in pool.members)
+
+    # --- doors ---
+
+    @overload
+    def wrap(self, obj: Sequence[T], **options: Unpack["WrapOptions"]) -> T: ...
+    @overload
+    def wrap(self, obj: T, **options: Unpack["WrapOptions"]) -> T: ...
+    def wrap(self, obj: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a LlamaIndex model that calls the model of whichever member takes the call.
+
+        It is like the first: of its class, with its fields, tools, streams and structured output. A
+        field that is set later changes the first alone, so set those of the others, too.
+
+        >>> llm = pool.wrap([OpenAI(...), AzureOpenAI(...)])
+
+        Args:
+            obj: one LLM for each member, in the order of `members`, of one family; or embedding
+                models of the same name. Or an agent whose model is the pool's already: each of its
+                runs is one agent.
+            options: as for `Limiter.wrap`.
+
+        Raises:
+            TypeError: it is a single model or a tool, or models that cannot serve as one.
+            ValueError: there is not one model for each member, or embedding models differ.
+        """
+        return super().wrap(obj, **options)
+
+    def transport(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, endpoints: "Endpoints", inner: Any = None, **options: Unpack["TransportOptions"]
+    ) -> "PacedTransport":
+        """Return a transport that sends each request to the member that takes it.
+
+        See `http_client`; for clients that need a transport of their own, such as ``inner=``.
+
+        Args:
+            endpoints: where each member is, and its credentials.
+            inner: as for `Limiter.transport`.
+            options: as for `Limiter.transport`.
+
+        Raises:
+            ValueError, TypeError: endpoints or an option cannot be understood.
+            ImportError: the extra ``asyncbucket[http]`` is not installed.
+        """
+        make: Any = super().transport
+        transport: PacedTransport = make(inner, endpoints=endpoints, **options)
+        return transport
+
+    transport_sync = transport  # type: ignore[assignment]
+
+    def http_client(self, endpoints: "Endpoints", **options: Any) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return an ``AsyncClient`` that sends each request to the member that takes it.
+
+        Address and credentials are the member's, for each attempt; see `asyncbucket.http.endpoints`.
+        Make the client above it with the ``base_url`` of any member.
+
+        >>> http = pool.http_client(
+        ...     {
+        ...         openai: {"base_url": OPENAI, "headers": {"Authorization": f"Bearer {key}"}},
+        ...         azure: {"base_url": AZURE, "headers": {"api-key": azure_key}},
+        ...     }
+        ... )
+        >>> client = AsyncOpenAI(base_url=OPENAI, api_key="-", http_client=http, max_retries=0)
+
+        Args:
+            endpoints: where each member is, and its credentials.
+            options: as for `Limiter.http_client`.
+
+        Raises:
+            ImportError: neither httpx nor httpx2 is installed, or stamina is not.
+            ValueError, TypeError: endpoints or an option cannot be understood.
+        """
+        return super().http_client(endpoints=endpoints, **options)
 
     # --- steering ---
 

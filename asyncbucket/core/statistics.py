@@ -51,6 +51,25 @@ class AgentStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberState:
+    """Show whether a member of a pool is given calls."""
+
+    #: The name of its limiter.
+    name: str
+    #: Why the pool leaves it out; None if it does not.
+    reason: str | None
+    #: For how long yet (s); 0 while one call finds out whether it works again.
+    left_out: float
+
+    def __str__(self) -> str:
+        if self.reason is None:
+            return f"{self.name!r}: in use"
+        if not self.left_out:
+            return f"{self.name!r}: on probation ({self.reason})"
+        return f"{self.name!r}: left out for {in_seconds(self.left_out)} more ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Show a limiter at one instant; counts begin when it was made."""
 

@@ -4,6 +4,7 @@ The entry points are `Limiter.transport`, `Limiter.transport_sync` and `Limiter.
 module has the profiles of known providers, and `Profile`, which describes a provider of your own.
 """
 
+from asyncbucket.http.endpoints import Endpoint
 from asyncbucket.providers.profiles import (
     ANTHROPIC,
     AZURE,
@@ -23,6 +24,7 @@ __all__ = [
     "GROQ",
     "OPENAI",
     "Call",
+    "Endpoint",
     "Profile",
     "Told",
     "Usage",

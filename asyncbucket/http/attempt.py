@@ -13,7 +13,14 @@ from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
 from asyncbucket.http.bodies import Tail
 from asyncbucket.http.lanes import ReadRequest
-from asyncbucket.providers.errors import FIRST_ERROR, Verdict, end_failed, never_sent
+from asyncbucket.providers.errors import (
+    FIRST_ERROR,
+    Verdict,
+    answered,
+    end_failed,
+    end_refused,
+    never_sent,
+)
 from asyncbucket.providers.request import (
     is_input_only,
     read_json,
@@ -47,7 +54,7 @@ class Attempt:
         self._teaches = teaches
         self._sent_at = self._lane.limiter.now()
         self._noted = noted
-        noted.at = self._sent_at
+        noted.admitted(self._lane.limiter, lease)
         #: What a reply means whose status is an error.
         self.verdict: Verdict | None = None
         self._ended = False
@@ -76,6 +83,7 @@ class Attempt:
             self._refused(reply)
             return
         lane.refusals.succeeded(self._sent_at)
+        answered(self._lease)
         if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
         elif reports_own_usage(call.method, call.path) and (
@@ -95,10 +103,7 @@ class Attempt:
         )
         if needs_body:
             self._tail = self._new_tail(reply)
-        if verdict.overloaded:
-            self._lease.overloaded()
-        else:
-            self._lease.failed()
+        end_refused(self._lease, verdict)
 
     def _judge(self, reply: Any, body: Mapping[str, Any] | None) -> tuple[Verdict, bool]:
         """Judge a failed reply, pause the limiter if need be, and note both for the layer that retries."""
@@ -131,7 +136,7 @@ class Attempt:
                 return
             head, end = tail.read()
             if reply.status_code >= FIRST_ERROR:
-                self._judge(reply, read_json(end))
+                end_refused(self._lease, self._judge(reply, read_json(end))[0])
             elif complete or is_complete(end):
                 self._settle(head, end)
         finally:

@@ -132,15 +132,22 @@ async def keep_body(reply: Any, io: IO) -> None:
         reply.stream = kept(data)
 
 
+def content_of(request: Any) -> bytes | None:
+    """Return a request's body, if it is in memory; one that is still to be streamed is left alone."""
+    try:
+        content: bytes = request.content
+    except RuntimeError:
+        return None
+    return content
+
+
 def can_be_resent(request: Any) -> bool:
     """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
-    try:
-        request.content  # noqa: B018 - raises for a stream
-    except RuntimeError:
-        # A file of unknown length cannot be rewound.
-        is_form = type(request.stream).__name__ == "MultipartStream"
-        return is_form and "content-length" in request.headers
-    return True
+    if content_of(request) is not None:
+        return True
+    # A file of unknown length cannot be rewound.
+    is_form = type(request.stream).__name__ == "MultipartStream"
+    return is_form and "content-length" in request.headers
 
 
 def request_body(stream: Any, attempt: "Attempt") -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.lanes import Routing
 from asyncbucket.http.transport import FAMILIES, POOL, PacedTransport, family_of, library_named
 from asyncbucket.providers.profiles import Profile
@@ -29,6 +30,7 @@ def http_client(
     learn: bool = True,
     routes: Routing | None = None,
     retries: Retry | int | None = None,
+    endpoints: Endpoints | None = None,
     **options: Any,
 ) -> Any:
     """Return a paced ``AsyncClient`` or ``Client``: ``limiter`` admits each of its requests.
@@ -45,6 +47,7 @@ def http_client(
         learn: see there.
         routes: see there.
         retries: see there.
+        endpoints: see there.
         options: arguments for the client, ``timeout=`` for example.
 
     Raises:
@@ -59,6 +62,8 @@ def http_client(
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
+    if endpoints is not None:
+        defaults["base_url"] = Sites(limiter, endpoints).base_url
     cls = library.Client if sync else library.AsyncClient
     make_client: Any = functools.partial(cls, **(defaults | options))
     client = make_client()
@@ -69,7 +74,13 @@ def http_client(
         if not sync and inner not in given:  # one that was given is the same on every loop
             inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
         return PacedTransport(
-            limiter, inner, profile=profile, learn=learn, routes=routes, retries=retries
+            limiter,
+            inner,
+            profile=profile,
+            learn=learn,
+            routes=routes,
+            retries=retries,
+            endpoints=endpoints,
         )
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its

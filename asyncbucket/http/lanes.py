@@ -5,26 +5,32 @@ is a child of the transport's limiter; ``routes=`` decides which one a request i
 and by the model that it names.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
-from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.levels import (
+    effective_limiter,
+    in_force,
+    is_under,
+    limits_by_way,
+    provider_of,
+)
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import shown
+from asyncbucket.http.bodies import content_of
 from asyncbucket.providers.forecast import OutputForecast, charge
 from asyncbucket.providers.learn import HeaderReader
-from asyncbucket.providers.prices import price_of_request, with_price
+from asyncbucket.providers.prices import Price, price_of_request, with_price
 from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.providers.refusals import Refusals
 from asyncbucket.providers.request import read_json
 from asyncbucket.retry import Retrier, Retry
-
-if TYPE_CHECKING:
-    from asyncbucket.core.cost import Cost
-    from asyncbucket.providers.prices import Price
 
 #: A child's name, or the child itself; None for the transport's own limiter.
 Target: TypeAlias = str | Limiter | None
@@ -47,12 +53,19 @@ class Lane:
         paused_limiter: the one that a refusal pauses.
         learn: whether to read what headers say.
         retry: how its failed calls are retried.
+        profiles: if it is a pool, the profile of each member.
     """
 
-    __slots__ = ("forecast", "header_reader", "limiter", "refusals", "retrier")
+    __slots__ = ("at", "forecast", "header_reader", "limiter", "profile", "refusals", "retrier")
 
     def __init__(
-        self, limiter: Limiter, *, paused_limiter: Limiter, learn: bool, retry: Retry
+        self,
+        limiter: Limiter,
+        *,
+        paused_limiter: Limiter,
+        learn: bool,
+        retry: Retry,
+        profiles: Mapping[Limiter, Profile],
     ) -> None:
         self.limiter = limiter
         self.header_reader = HeaderReader(limiter, learn=learn)
@@ -62,6 +75,18 @@ class Lane:
             Retrier(retry, paused_limiter, caller=limiter) if retry.attempts > 1 else None
         )
         self.forecast = OutputForecast()
+        #: The profile of all requests, if they go to one provider.
+        self.profile: Profile | None = None
+        #: The same at each member of a pool, to which headers and refusals apply.
+        self.at: dict[Limiter, Lane] = {
+            member: self._at(member, profile, learn=learn) for member, profile in profiles.items()
+        }
+
+    def _at(self, member: Limiter, profile: Profile, *, learn: bool) -> Self:
+        lane = copy.copy(self)
+        lane.profile, lane.refusals = profile, Refusals(member)
+        lane.header_reader = HeaderReader(member, learn=learn)
+        return lane
 
     def settles_any_limit(self, profile: Profile) -> bool:
         """Tell whether a reply's usage corrects any limit in force."""
@@ -76,9 +101,16 @@ class ReadRequest(NamedTuple):
     call: Call
     profile: Profile
     #: None if it needs no admission.
-    cost: "Cost | None"
+    cost: Cost | None
     #: What its model costs; None if nothing counts dollars.
-    price: "Price | None"
+    price: Price | None
+
+    def at(self, member: Limiter | None) -> "ReadRequest":
+        """Return the same as the member of a pool sees it that took the call."""
+        if member is None:
+            return self
+        lane = self.lane.at[member]
+        return self._replace(lane=lane, profile=lane.profile or self.profile)
 
 
 class Lanes:
@@ -90,6 +122,7 @@ class Lanes:
         learn: whether headers are read.
         retry: how failed calls are retried.
         routes: which child a request is for.
+        hosts: if the limiter is a pool, the host of each member.
 
     Raises:
         ValueError: ``profile`` is not known, a pattern is neither a path nor a model, ``limiter``
@@ -105,12 +138,16 @@ class Lanes:
         learn: bool,
         retry: Retry,
         routes: Routing | None,
+        hosts: Mapping[Limiter, str],
     ) -> None:
         self._fixed_profile = profile_named(profile) if isinstance(profile, str) else profile
         if not (profile is None or isinstance(self._fixed_profile, Profile)):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._limiter = limiter
-        self._new_lane = partial(Lane, learn=learn, retry=retry)
+        profiles = {
+            member: self._fixed_profile or profile_of(host) for member, host in hosts.items()
+        }
+        self._new_lane = partial(Lane, learn=learn, retry=retry, profiles=profiles)
         self._default = self._new_lane(limiter, paused_limiter=provider_of(limiter))
         self._by_limiter: dict[Limiter, Lane] = {limiter: self._default}
         self._choose = None if routes is None else self._chooser(routes)
@@ -122,22 +159,17 @@ class Lanes:
             UnknownPrice: something counts dollars, and nobody knows what its model costs.
         """
         url = request.url
-        try:
-            content: bytes | None = request.content
-        except RuntimeError:  # still to be streamed, so it is left alone
-            content = None
-        call = Call(request.method, url.host, url.path, read_json(content))
+        call = Call(request.method, url.host, url.path, read_json(content_of(request)))
         lane = self._default if self._choose is None else self._lane_of(self._choose(call))
         call = replace(call, foreseen=lane.forecast.foresee())
+        limits = limits_by_way(effective_limiter(lane.limiter))
+        if lane.at:
+            return _read_for_pool(lane, call, limits)
         profile = self._fixed_profile or profile_of(url.host)
         if teaches:
             lane.header_reader.expect(profile)
-        limits = in_force(effective_limiter(lane.limiter))
         call, cost = charge(call, profile, limits)
-        price = price_of_request(lane.limiter, call, cost)
-        if price is not None and cost is not None:
-            cost = with_price(lane.limiter, call, cost, price)
-        return ReadRequest(lane, call, profile, cost, price)
+        return _with_price(lane, call, profile, cost)
 
     def _lane_of(self, target: Target) -> Lane:
         limiter = self._resolve(target)
@@ -183,6 +215,29 @@ class Lanes:
         if not is_under(target, self._limiter):
             raise ValueError(f"{target.name!r} is not a child of {self._limiter.name!r}")
         return target
+
+
+def _read_for_pool(lane: Lane, call: Call, limits: list[tuple[Limit, ...]]) -> ReadRequest:
+    """Work out what a call costs that any member may take: by the profile that charges most."""
+    for at in lane.at.values():
+        assert at.profile is not None
+        at.header_reader.expect(at.profile)
+    profiles = {id(at.profile): at.profile for at in lane.at.values() if at.profile}
+    (profile, (call, cost)), *others = [
+        (each, charge(call, each, limits)) for each in profiles.values()
+    ]
+    for _, (_, other) in others:
+        if cost is not None and other is not None:
+            names = {**cost, **other}
+            cost = Cost.of({name: max(cost.get(name, 0), other.get(name, 0)) for name in names})
+    return _with_price(lane, call, profile, cost)
+
+
+def _with_price(lane: Lane, call: Call, profile: Profile, cost: Cost | None) -> ReadRequest:
+    price = price_of_request(lane.limiter, call, cost)
+    if price is not None and cost is not None:
+        cost = with_price(lane.limiter, call, cost, price)
+    return ReadRequest(lane, call, profile, cost, price)
 
 
 def _first_match(rules: list[_Rule], call: Call) -> Target:

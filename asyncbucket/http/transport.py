@@ -11,24 +11,30 @@ charged once: the transport lets it pass, reads the headers, and logs what to ch
 notes in the request's extensions that it has paid, so another one beneath it finds the note even
 if a foreign transport between them copies the request or sends it from another task.
 
+Under a pool, each attempt is rewritten for the member that admitted it: see `endpoints`. What headers
+and refusals say concerns that member alone: see `lanes`.
+
 Clients copy the extensions of a request to those that follow its redirects. So the note also tells
 which host was asked in the first place: what the headers of another host say is not learned.
 """
 
+import functools
 import importlib
 import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
 from asyncbucket.by_loop import PerLoopTransport
-from asyncbucket.core.levels import is_under, on_one_path
+from asyncbucket.core.levels import counts_at, is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.http.attempt import Attempt
 from asyncbucket.http.bodies import can_be_resent, keep_body, reply_body, request_body
+from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
-from asyncbucket.nesting import give_up_slots, paying_limiter
+from asyncbucket.nesting import give_up_slots, paying_lease
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
 from asyncbucket.providers.profiles import Profile
-from asyncbucket.retry import Retry, Sent, sent_above
+from asyncbucket.retry import Retrier, Retry, Sent, sent_above
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 if TYPE_CHECKING:
@@ -58,6 +64,8 @@ _METHODS: Final = ("handle_async_request", "handle_request")
 #: Where the note is in a request's extensions.
 _NOTE: Final = "asyncbucket"
 _RETRY_COUNT: Final = "x-stainless-retry-count"
+#: Where it says in a reply why no other member of a pool was tried.
+_NOTE_HEADER: Final = "x-asyncbucket-note"
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -104,10 +112,12 @@ class PacedTransport(_AnyTransport):
         retries: how often a failed request is sent again, or a `Retry`: 4 times by default, 0 for
             never. A streamed body is not sent again, and if a layer above retries, this one does
             not.
+        endpoints: if the limiter is a pool, where each member is; see `asyncbucket.http.endpoints`.
 
     Raises:
-        ValueError: ``profile``, ``retries`` or a route cannot be understood.
-        TypeError: ``inner`` is not a transport, or a route's target is not a child or a name.
+        ValueError: ``profile``, ``retries``, a route or an endpoint cannot be understood.
+        TypeError: ``inner`` is not a transport, or a route's target is not a child or a name; or
+            endpoints are missing, or given for what is no pool.
         ImportError: stamina, which retries, is not installed.
     """
 
@@ -120,6 +130,7 @@ class PacedTransport(_AnyTransport):
         learn: bool = True,
         routes: Routing | None = None,
         retries: Retry | int | None = None,
+        endpoints: Endpoints | None = None,
     ) -> None:
         sends = any(callable(getattr(inner, method, None)) for method in _METHODS)
         if inner is not None and (isinstance(inner, type) or not sends):
@@ -132,7 +143,18 @@ class PacedTransport(_AnyTransport):
         #: The library's own transports, by the name of their method.
         self._made: dict[str, Any] = {}
         retry = Retry.times(retries)
-        self._lanes = Lanes(limiter, profile=profile, learn=learn, retry=retry, routes=routes)
+        #: Where the members of a pool are.
+        self._sites = None
+        if isinstance(limiter, Pool) or endpoints is not None:
+            self._sites = Sites(limiter, {} if endpoints is None else endpoints)
+        self._lanes = Lanes(
+            limiter,
+            profile=profile,
+            learn=learn,
+            retry=retry,
+            routes=routes,
+            hosts={} if self._sites is None else self._sites.hosts,
+        )
         self._seen_failure = False
         self._warned: set[str] = set()
 
@@ -167,51 +189,72 @@ class PacedTransport(_AnyTransport):
                 f"the inner transport {type(inner).__name__} has no {method}(): it is for the other "
                 f"kind of client"
             )
-        extensions, host = request.extensions, request.url.host
-        above: _Note | None = extensions.get(_NOTE)
-        first_host = host if above is None else above.host
-        teaches = host == first_host
+        above: _Note | None = request.extensions.get(_NOTE)
+        if self._sites is not None and self._sites.owner(request.url) is None:
+            return await io.call(send, self._bare(request, self._sites, above))
+        first_host = request.url.host if above is None else above.host
+        teaches = self._sites is not None or request.url.host == first_host
         read = self._lanes.read(request, teaches=teaches)
-        limiter = read.lane.limiter
         is_sdk_retry = self._is_sdk_retry(request)
-        if read.cost is None or self._is_paid(limiter, above):
-            sent_at = limiter.now()
-            reply = await io.call(send, request)
-            if teaches:
-                ok, reader = reply.status_code < FIRST_ERROR, read.lane.header_reader
-                reader.read(reply.headers, read.profile, since=sent_at, ok=ok)
-            return reply
-        retrier, noted = read.lane.retrier, sent_above()
+        if read.cost is None or self._is_paid(read.lane.limiter, above):
+            return await self._send_paid(request, read, io, send, teaches=teaches)
+        noted = sent_above()
         if noted is not None or is_sdk_retry or not can_be_resent(request):
-            retrier = None
-        noted = noted or Sent()
+            reply, _ = await self._attempt(request, read, io, send, first_host, noted or Sent())
+            return reply
+        call = functools.partial(self._attempt, request, read, io, send, first_host)
+        return await self._retried(call, read.lane.retrier, io, getattr(self, method))
+
+    async def _send_paid(
+        self, request: Any, read: ReadRequest, io: IO, send: Any, *, teaches: bool
+    ) -> Any:
+        """Send a request that needs no admission, or has one already."""
+        limiter, member = read.lane.limiter, None
+        if self._sites is not None:
+            member = _paid_member(limiter) or self._sites.owner(request.url)
+        read, sent_at = read.at(member), limiter.now()
+        reply = await io.call(send, self._routed(request, member))
+        if teaches:
+            ok, reader = reply.status_code < FIRST_ERROR, read.lane.header_reader
+            reader.read(reply.headers, read.profile, since=sent_at, ok=ok)
+        return reply
+
+    async def _retried(self, attempt: Any, retrier: Retrier | None, io: IO, method: Any) -> Any:
+        """Return the reply to ``attempt(noted)``, after as many as it takes."""
+        noted, in_pool = Sent(), self._sites is not None
 
         async def once() -> Any:
-            note = _Note(limiter, first_host)
-            reply, attempt = await self._attempt(request, read, io, send, note, noted)
-            if retrier is None or attempt.verdict is None:
+            reply, tried = await attempt(noted)
+            verdict = tried.verdict
+            if verdict is None:
                 return reply
-            if attempt.verdict.retry:
+            if verdict.retry or (in_pool and verdict.member_failed):
                 await keep_body(reply, io)  # which may change the verdict
-            raise RefusedReply(reply, attempt.verdict)
+            raise RefusedReply(reply, tried.verdict)
 
         if retrier is None:
-            return await once()
+            reply, _ = await attempt(noted)
+            return reply
         try:
-            return await retrier.call(once, io=io, tried=getattr(self, method), sent=noted)
+            return await retrier.call(once, io=io, tried=method, sent=noted)
         except RefusedReply as refused:
+            if in_pool:  # the client makes its own error of the reply, so the notes go there
+                refused.reply.headers[_NOTE_HEADER] = _notes_on(refused)
             return refused.reply
 
     async def _attempt(
-        self, request: Any, read: ReadRequest, io: IO, send: Any, note: _Note, noted: Sent
+        self, request: Any, read: ReadRequest, io: IO, send: Any, first_host: str, noted: Sent
     ) -> tuple[Any, Attempt]:
         """Send ``request`` once; return the reply, and the attempt, which lasts as long as that."""
-        limiter = note.limiter
+        limiter = read.lane.limiter
         give_up_slots(limiter)
         lease = await io.acquire(limiter, cost=read.cost)
-        teaches = request.url.host == note.host
-        attempt = Attempt(read, lease, teaches=teaches, noted=noted)
+        member = lease.limiter if isinstance(lease, PoolLease) else None
+        teaches = member is not None or request.url.host == first_host
+        note = _Note(limiter, first_host)
+        attempt = Attempt(read.at(member), lease, teaches=teaches, noted=noted)
         request.extensions = {**request.extensions, _NOTE: note}
+        request = self._routed(request, member)
         body = request.stream
         request.stream = request_body(body, attempt)
         try:
@@ -224,6 +267,21 @@ class PacedTransport(_AnyTransport):
             note.sending = False
             request.stream = body
         return reply, attempt
+
+    def _routed(self, request: Any, member: Limiter | None) -> Any:
+        """Return what is sent: in a pool, the request as it is for ``member``."""
+        if self._sites is None or member is None:
+            return request
+        return self._sites.rewritten(request, member)
+
+    def _bare(self, request: Any, sites: Sites, above: _Note | None) -> Any:
+        """Return a request that is for no member of the pool without credentials: a redirect."""
+        if above is None:
+            raise ValueError(
+                f"a request to {request.url.host!r} is for no member of pool {self.limiter.name!r}: "
+                f"make the client with the base_url of one of them"
+            )
+        return sites.stripped(request)
 
     def _watched(self, attempt: Attempt, reply: Any) -> Any:
         """Return ``reply`` with a stream that watches the body."""
@@ -256,10 +314,11 @@ class PacedTransport(_AnyTransport):
 
     def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
         """Tell whether a layer above has already paid for the request, and warn once."""
-        payer, layer = paying_limiter(limiter), "a model"
+        held, layer = paying_lease(limiter), "a model"
+        payer = None if held is None else held.limiter
         if payer is None and above is not None and above.sending:
             payer, layer = above.limiter, "another transport"
-        if payer is None or not on_one_path(payer, limiter):
+        if payer is None or not (held or on_one_path(payer, limiter)):
             return False
         remedy = f"give {layer} a plain client, or don't pace it"
         if not is_under(payer, limiter):
@@ -324,6 +383,20 @@ class PacedTransport(_AnyTransport):
             self.close()
         else:
             self._inner.__exit__(*error)
+
+
+def _paid_member(pool: Limiter) -> Limiter | None:
+    """Return the member of ``pool`` where a layer above has paid for the calls made here."""
+    held = paying_lease(pool)
+    lease = None if held is None else held.lease
+    members = pool.members if isinstance(pool, Pool) and lease is not None else ()
+    return next((member for member in members if lease and counts_at(lease, member)), None)
+
+
+def _notes_on(refused: RefusedReply) -> str:
+    """Return the notes on a failed call in ASCII, for a header."""
+    notes = "; ".join(getattr(refused, "__notes__", ()))
+    return notes.encode("ascii", "backslashreplace").decode()
 
 
 def library_named(family: str) -> Any:

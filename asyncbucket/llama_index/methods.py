@@ -148,7 +148,7 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
         if is_chat:  # the call may go out later, and the list may grow
             args = (list(args[0]), *args[1:])
         kwargs |= unretried_options(model, kwargs)
-        call = ModelCall(io, how, model, own, args, kwargs)
+        call = ModelCall(io, how, model, own, name, args, kwargs)
         if not is_stream:
             return await pacing.call(call)
         if how.read is usage_in and _must_ask_for_usage(model, kwargs):

@@ -16,15 +16,23 @@ import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
 
 from asyncbucket.core.context import put_back
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import effective_limiter, in_force, is_under, provider_of, sent
+from asyncbucket.core.levels import (
+    counts_at,
+    effective_limiter,
+    limits_by_way,
+    provider_of,
+    sent,
+)
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import Limit
+from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
@@ -68,17 +76,26 @@ class ModelCall:
     io: IO
     method: Method
     model: Any
-    #: The model's own method.
+    #: The model's own method, and its name.
     own: Callable[..., Any]
+    name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     #: What it is sent with besides, if the provider takes it.
     options: Mapping[str, Any] = field(default_factory=dict)
     sent: Sent = field(default_factory=Sent)
+    #: The member of a pool that has taken it.
+    member: Limiter | None = None
 
     def send(self, **options: Any) -> Awaitable[Any]:
         """Send it."""
         return self.io.call(self.own, *self.args, **self.kwargs, **options)
+
+    def by(self, model: Any) -> "ModelCall":
+        """Return the same call of another model, by that one's own method."""
+        if hasattr(self.model, "callback_manager"):  # frameworks set it late, and only there
+            model.callback_manager = self.model.callback_manager
+        return replace(self, own=getattr(super(type(model), model), self.name))
 
     def estimate(self, estimator: Estimator) -> Estimate:
         """Estimate what it will cost."""
@@ -218,8 +235,8 @@ def held_call(limiter: Limiter) -> HeldCall | None:
     for held in held_leases():
         if (
             isinstance(held, HeldCall)
-            and is_under(held.limiter, limiter)
-            and held.lease is not None
+            and (lease := held.lease) is not None
+            and counts_at(lease, limiter)
         ):
             return held
     return None
@@ -238,9 +255,11 @@ class Pacing:
         limiter: what admits the calls.
         retry: how a model's failed calls are retried; see `Retry.of`.
         estimator: what estimates the cost of a model's calls.
+        models: if the limiter is a pool, the paced models with which its members but the first are
+            called.
     """
 
-    __slots__ = ("asks_for_usage", "estimator", "header_reader", "limiter", "retrier")
+    __slots__ = ("_header_readers", "asks_for_usage", "estimator", "limiter", "models", "retrier")
 
     def __init__(
         self,
@@ -248,8 +267,10 @@ class Pacing:
         *,
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
+        models: Mapping[Limiter, Any] | None = None,
     ) -> None:
         self.limiter = limiter
+        self.models: Mapping[Limiter, Any] = {} if models is None else models
         self.estimator = DefaultEstimator() if estimator is None else estimator
         methods = (
             getattr(self.estimator, each, None) for each in ("chat", "completion", "embedding")
@@ -260,15 +281,18 @@ class Pacing:
             )
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
-        #: What reads the headers of replies, if the HTTP client passes them on.
-        self.header_reader = HeaderReader(limiter)
+        #: What reads the headers of replies, if the HTTP client passes them on, at each limiter that
+        #: has a provider.
+        providers = limiter.members if isinstance(limiter, Pool) else (limiter,)
+        self._header_readers = {each: HeaderReader(each) for each in providers}
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
     @property
     def options(self) -> dict[str, Any]:
         """What paces a copy alike; the estimator has learned from the replies so far."""
-        return {"retry": self.retrier.policy, "estimator": self.estimator}
+        found = {"retry": self.retrier.policy, "estimator": self.estimator, "models": self.models}
+        return {name: value for name, value in found.items() if name != "models" or value}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model or tool spends from the same budget."""
@@ -299,7 +323,7 @@ class Pacing:
         lease, held = await self.admit(call, estimate)
         try:
             with held:
-                reply = await call.send()
+                reply = await self.at_member(call).send()
             self.settle(held, held.actual_usage(lambda: call.method.read(reply)))
         except BaseException as error:
             held.failed(lease, error)
@@ -315,8 +339,15 @@ class Pacing:
         if price is not None:
             amounts["usd"] = self._usd(estimate, price)
         lease = await self._acquire(call.io, **amounts)
-        call.sent.at = self.limiter.now()
-        return lease, HeldCall(self.limiter, lease, self.header_reader, price)
+        call.sent.admitted(self.limiter, lease)
+        call.member = lease.limiter if isinstance(lease, PoolLease) else None
+        reader = self._header_readers[call.member or self.limiter]
+        return lease, HeldCall(self.limiter, lease, reader, price)
+
+    def at_member(self, call: ModelCall) -> ModelCall:
+        """Return an admitted call as it is made: in a pool, of the model of the member that took it."""
+        model = None if call.member is None else self.models.get(call.member)
+        return call if model is None else call.by(model)
 
     def _usd(self, estimate: Estimate, price: "Price") -> float:
         """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
@@ -338,11 +369,9 @@ class Pacing:
         if not isinstance(estimate, Estimate):
             raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
         output = estimate.output_tokens
-        for limit in in_force(effective_limiter(self.limiter)) if estimate.foreseen else ():
-            if limit.resource == "output_tokens":
-                output = min(output, limit.units)
-            elif limit.resource == "tokens":
-                output = min(output, limit.units - estimate.input_tokens)
+        if estimate.foreseen:
+            by_way = limits_by_way(effective_limiter(self.limiter))
+            output = max(_possible_output(estimate, limits) for limits in by_way)
         return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
 
     def settle(self, held: HeldCall, usage: Usage | None) -> None:
@@ -353,6 +382,17 @@ class Pacing:
             observe = getattr(self.estimator, "observe", None)
             if usage.output_tokens and observe is not None:  # embeddings teach nothing
                 observe(usage.output_tokens)
+
+
+def _possible_output(estimate: Estimate, limits: Iterable[Limit]) -> int:
+    """Return the output that is expected, as far as ``limits`` can ever admit it."""
+    output = estimate.output_tokens
+    for limit in limits:
+        if limit.resource == "output_tokens":
+            output = min(output, limit.units)
+        elif limit.resource == "tokens":
+            output = min(output, limit.units - estimate.input_tokens)
+    return output
 
 
 def pacing_of(paced: Any) -> Pacing:

@@ -31,6 +31,7 @@ from llama_index_instrumentation.span import active_span_id
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.llama_index.estimate import Estimate
 from asyncbucket.llama_index.pacing import HeldCall, ModelCall, Pacing, held_call
+from asyncbucket.providers.errors import answered
 from asyncbucket.waiting import ASYNC, run
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class _Stream(Generic[T]):
     async def _first_item(self) -> T:
         attempt = functools.partial(self._attempt, self._call.estimate(self._pacing.estimator))
         item: T = await self._pacing.retry(self._call, attempt)
+        if self._lease is not None:
+            answered(self._lease)
         return item
 
     async def _attempt(self, estimate: Estimate) -> T:
@@ -95,7 +98,8 @@ class _Stream(Generic[T]):
         _, held = self._lease, self._held = await self._pacing.admit(self._call, estimate)
         try:
             with held:
-                self._inner = await _started(self._pacing, self._call, held)
+                call = self._pacing.at_member(self._call)
+                self._inner = await _started(self._pacing, call, held)
             return await self._pull()
         except BaseException as error:
             try:

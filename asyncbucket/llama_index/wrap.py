@@ -36,7 +36,7 @@ many requests did go out. Between attempts no slot is held.
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -48,12 +48,14 @@ from llama_index.core.tools import BaseTool, FunctionTool
 from asyncbucket.core.context import read_label
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.pool import Pool
 from asyncbucket.llama_index.clients import client_of, is_client, without_retries
 from asyncbucket.llama_index.copies import Passport
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.methods import paced_methods
 from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import PACING, Pacing, pacing_of
+from asyncbucket.llama_index.pools import check_models, refuse_single
 from asyncbucket.retry import Retry
 
 if TYPE_CHECKING:
@@ -107,6 +109,8 @@ def wrap(
     """
     given = {"retry": retry, "estimator": estimator, "kind": read_label(kind, "kind")}
     options = {name: value for name, value in given.items() if value is not None}
+    if isinstance(limiter, Pool) and isinstance(obj, (list, tuple)):
+        return cast("T", _wrap_for_pool(obj, limiter, options))
     if not isinstance(obj, (list, tuple)):
         one: T = _wrap_one(obj, limiter, options)
         return one
@@ -129,6 +133,7 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
             f"request"
         )
     if not isinstance(obj, Paced):
+        refuse_single(obj, limiter)
         pacing = Pacing(limiter, **options)
         if not isinstance(obj, BaseTool):
             warn_of_misuse(obj, pacing)
@@ -145,6 +150,20 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
             f"it was made of, or make one of them a child of the other"
         )
     return _paced(obj, type(obj), Pacing(limiter, **{**pacing.options, **options}))
+
+
+def _wrap_for_pool(models: Sequence[Any], pool: Pool, options: Mapping[str, Any]) -> Any:
+    """Return a model like the first, which calls the model of whichever member takes the call."""
+    check_models(models, pool)
+    others: dict[Limiter, Any] = {}
+    pacing = Pacing(pool, **options, models=others)
+    paced = []
+    for model in models:
+        warn_of_misuse(model, pacing)
+        cls: Any = type(model)  # hashable, which mypy cannot know
+        paced.append(_paced(model, paced_class(cls), pacing))
+    others.update(zip(pool.members[1:], paced[1:], strict=True))
+    return paced[0]
 
 
 def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
@@ -275,6 +294,11 @@ def _reduce(model: Any, _: object) -> tuple[Any, ...]:
     """
     cls: Any = type(model).__bases__[1]
     twin, pacing = cls.__new__(cls), pacing_of(model)
+    if pacing.models:
+        raise TypeError(
+            f"a model of pool {pacing.limiter.name!r} cannot be pickled: make pool and model in each "
+            f"process; members with store= share their limits"
+        )
     private = {name: each for name, each in model.__pydantic_private__.items() if name != PACING}
     _set_state(twin, model, dict(vars(model)), private or None)
     state = BaseComponent.__getstate__(twin)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.levels import undo
+from asyncbucket.core.pool import PoolLease
 from asyncbucket.providers import headers
 from asyncbucket.providers.details import Details
 
@@ -49,6 +50,10 @@ EXHAUSTED: Final = frozenset(
 #: A 429 for want of capacity, which concerns only calls of the same service tier: of OpenAI's flex
 #: (developers.openai.com/api/docs/guides/flex-processing, read in November 2026), and of Mistral.
 _NO_CAPACITY: Final = frozenset({"resource_unavailable", "service_tier_capacity_exceeded"})
+#: A bad key, an empty balance, a key without the right.
+_NO_ACCESS: Final = frozenset({401, 402, 403})
+#: A 404 of Azure's that is about the deployment, which a member of a pool has in its address.
+_NO_DEPLOYMENT: Final = "deploymentnotfound"
 #: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
 #: and Bedrock's `Code`.
 _TRANSIENT_CODES: Final = frozenset(
@@ -97,6 +102,18 @@ _NEVER_SENT: Final = frozenset(
         "UnsupportedProtocol",
     }
 )
+#: Of httpx and httpx2, of aiohttp, of botocore, and Python's own: the provider was not reached.
+_UNREACHABLE: Final = frozenset(
+    {
+        "ClientConnectorError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectTimeoutError",
+        "ConnectionRefusedError",
+        "ConnectionTimeoutError",
+        "EndpointConnectionError",
+    }
+)
 _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -116,6 +133,9 @@ class Verdict:
     daily: bool = False
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
+    #: Whether the provider, the key or the account failed, not the call: a pool leaves that member
+    #: out, and tries another.
+    member_failed: bool = False
 
 
 class RefusedReply(Exception):  # noqa: N818 - no error yet: another attempt may follow
@@ -156,10 +176,12 @@ def classify(error: BaseException) -> Verdict:
         )
     names = _class_names(error)
     causes = {type(cause).__name__ for cause in _causes(error)}
+    explicit = {type(cause).__name__ for cause in _causes(error, implicit=False)}
     return Verdict(
         retry=bool(names & _CONNECTION_ERRORS and not causes & _PERMANENT_ERRORS),
         reason=type(error).__name__,
         overloaded=bool(names & _TIMEOUTS),
+        member_failed=bool((names | explicit) & _UNREACHABLE),
     )
 
 
@@ -184,7 +206,20 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
     """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
     if unsent:
         undo(lease)
-    elif classify(error).overloaded:
+    end_refused(lease, classify(error))
+
+
+def answered(lease: "Lease") -> None:
+    """Note that a call succeeds, whose reply may take long: the member of a pool works."""
+    if isinstance(lease, PoolLease):
+        lease.member_works()
+
+
+def end_refused(lease: "Lease", verdict: Verdict) -> None:
+    """End a call's lease as the verdict on its failure says; in a pool, its member may be left out."""
+    if verdict.member_failed and isinstance(lease, PoolLease):
+        lease.member_failed(verdict.reason)
+    elif verdict.overloaded:
         lease.overloaded()
     else:
         lease.failed()
@@ -205,9 +240,16 @@ def _judge_status(status: int, reply_headers: Mapping[str, Any], details: Detail
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
     transient |= status == _PAYMENT_REQUIRED and wait is not None
     refused = status == RATE_LIMITED
-    used_up = codes & EXHAUSTED or (refused and details.is_monthly)
-    if not transient or used_up or headers.forbids_retry(reply_headers):
-        return Verdict(retry=False, reason=reason)
+    used_up = bool(codes & EXHAUSTED) or (refused and details.is_monthly)
+    forbidden = headers.forbids_retry(reply_headers)
+    member_failed = (
+        used_up
+        or (status in _NO_ACCESS and not transient)
+        or _NO_DEPLOYMENT in codes
+        or (status >= _FIRST_SERVER_ERROR and not forbidden)
+    )
+    if not transient or used_up or forbidden:
+        return Verdict(retry=False, reason=reason, member_failed=member_failed)
     rate_limited = refused and not codes & _NO_CAPACITY
     daily = rate_limited and details.is_daily
     return Verdict(
@@ -217,6 +259,7 @@ def _judge_status(status: int, reply_headers: Mapping[str, Any], details: Detail
         rate_limited=rate_limited,
         daily=daily,
         overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
+        member_failed=member_failed,
     )
 
 

@@ -60,16 +60,19 @@ class OutputForecast:
             return self._sorted[math.ceil(_QUANTILE * len(self._sorted)) - 1]
 
 
-def charge(call: Call, profile: Profile, limits: Iterable[Limit]) -> tuple[Call, Cost | None]:
+def charge(
+    call: Call, profile: Profile, limits_by_way: Iterable[Iterable[Limit]]
+) -> tuple[Call, Cost | None]:
     """Return ``call`` as it is charged, and its cost: None if it needs no admission.
 
-    A mere forecast must not make a call impossible, so it is cut to what ``limits`` can ever admit.
+    A mere forecast must not make a call impossible, so it is cut to what the limits of at least one
+    way can ever admit.
     """
     unlimited = max(call.foreseen, profile.unlimited_output)
     if profile.unlimited_output:
         call = replace(call, unlimited=unlimited)
     cost = profile.cost(call)
-    excess = _excess(cost, limits)
+    excess = min(_excess(cost, limits) for limits in limits_by_way)
     if excess:
         call = replace(
             call,

@@ -11,7 +11,7 @@ from llama_index.core.llms import MockLLM
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, Pool
 from asyncbucket.batch import amap
 from asyncbucket.batch.pacing import limiter_of
 from asyncbucket.testing import virtual_time
@@ -228,3 +228,28 @@ def test_each_item_of_a_batch_of_agents_is_one_agent(*, agents: bool | str) -> N
     assert now.agents.kinds.keys() == {None if agents is True else agents}
     with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not 3"):
         limiter.amap(run, [1], agents=three)
+
+
+async def echo(question: str) -> str:
+    return question
+
+
+async def test_batches_and_decorated_functions_take_a_pool() -> None:
+    pool = Pool(Limiter("60 RPM", name="one"), Limiter("60 RPM", name="two"))
+    model = pool.wrap([MockLLM(), MockLLM()])
+
+    for fn in (model.acomplete, pool.paced(echo, tokens=5), echo):
+        assert [str(item.result) async for item in pool.amap(fn, ["a", "b"])] == ["a", "b"]
+
+    assert pool.statistics().admitted == 6
+
+
+async def test_batch_refuses_what_another_limiter_of_the_pool_paces() -> None:
+    pool = Pool(Limiter("60 RPM", name="one"), Limiter("60 RPM", name="two"))
+    for asked, fn in (
+        (pool, pool.members[0].paced(echo)),
+        (pool.members[0].child("other"), pool.paced(echo)),
+        (Pool(*pool.members, name="second"), pool.paced(echo)),
+    ):
+        with pytest.raises(ValueError, match=r"is paced by '.*' already, and would be paced by"):
+            asked.amap(fn, ["a"])

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from asyncbucket import Limiter, Price
+from asyncbucket import Cost, Limiter, Pool, Price
 from asyncbucket.core.levels import (
+    counts_at,
     give_back,
+    in_force,
+    is_under,
+    share_a_level,
     terms_of,
 )
 from asyncbucket.testing import VirtualClock, VirtualTime
@@ -81,3 +85,49 @@ def test_terms_of_limiter_make_another_like_it() -> None:
         "weight": 2.0,
         "priority": -1,
     }
+
+
+def test_call_of_a_pool_may_count_at_each_member_and_counts_at_the_one_that_takes_it() -> None:
+    one, two = Limiter("5 RPM", name="one"), Limiter("9 RPM", name="two")
+    pool = Pool(one, two, prefer="first")
+    chat = pool.child("chat", "7 RPM")
+    lease = chat.acquire_nowait()
+
+    assert is_under(chat, one)
+    assert not is_under(one, pool)
+    assert [counts_at(lease, each) for each in (chat, pool, one, two)] == [True, True, True, False]
+    assert share_a_level(chat, two.child("other"))
+    assert share_a_level(Pool(Limiter(name="three"), Limiter(name="four")), one) is False
+    assert in_force(chat) == (*chat.limits, *one.limits, *chat.limits, *two.limits)
+
+
+def test_call_inside_one_of_a_pool_gets_its_slots_at_the_member_too() -> None:
+    member = Limiter(name="one", concurrency=1)
+    pool = Pool(member, Limiter(name="two", concurrency=1), prefer="first")
+    around = member.acquire_nowait()
+    give_back(around, pool)
+    lease = pool.acquire_nowait()
+
+    assert lease.limiter is member
+    give_back(lease, member)
+    assert member.acquire_nowait().cost == Cost(requests=1)
+
+
+def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
+    clock = VirtualClock()
+    members = [Limiter(name=name, clock=clock) for name in ("one", "two")]
+    pool = Pool(*members, prefer="first")
+    failed = pool.acquire_nowait()
+    failed.member_works()  # it never failed
+    failed.member_failed("HTTP 401")
+
+    assert [str(state) for state in pool.states()] == [
+        "'one': left out for 1 s more (HTTP 401)",
+        "'two': in use",
+    ]
+    clock.advance(1)
+    probe = pool.acquire_nowait()
+    assert str(pool.states()[0]) == "'one': on probation (HTTP 401)"
+    probe.member_works()  # before it is over
+    assert str(pool.states()[0]) == "'one': in use"
+    assert not probe.released

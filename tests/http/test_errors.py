@@ -1,6 +1,7 @@
 """Errors are judged by their shape, whichever library they come from."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -135,7 +136,36 @@ EVENT = {"error": {"type": "overloaded_error"}}
     ],
 )
 def test_error_means_what_its_status_code_or_class_says(error: Exception, verdict: Verdict) -> None:
-    assert classify(error) == verdict
+    assert replace(classify(error), member_failed=False) == verdict
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(status_error(status) for status in (401, 402, 403, 500, 502, 503, 504, 529)),
+        status_error(429, "insufficient_quota"),
+        status_error(404, "DeploymentNotFound"),
+        *(httpx.ConnectError("refused"), caused_by(httpx.ConnectTimeout("slow"))),
+        ConnectionRefusedError(),
+    ],
+)
+def test_member_of_a_pool_fails_by_its_key_its_account_or_its_server(error: Exception) -> None:
+    assert classify(error).member_failed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(status_error(status) for status in (400, 404, 408, 409, 413, 422, 429)),
+        status_error(404, "model_not_found"),
+        status_error(500, x_should_retry="false"),  # the provider says that it is this call
+        # It may have been sent, or the connections here are used up, or the caller is wrong.
+        *(caused_by(each("no")) for each in (httpx.ReadTimeout, httpx.ReadError)),
+        *(httpx.PoolTimeout("no"), httpx.UnsupportedProtocol("no"), caused_by(QueueFull("ours"))),
+    ],
+)
+def test_member_of_a_pool_is_not_to_blame_for_its_calls(error: Exception) -> None:
+    assert not classify(error).member_failed
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_reply_without_limit_reserves_what_the_provider_does(
     name: str, tpm: int, tokens: int
 ) -> None:
     """It is cut to what the limit can ever admit: the provider may know a lower maximum."""
-    _, cost = charge(call(messages=MESSAGES), profile_named(name), [Limit("tokens", tpm)])
+    _, cost = charge(call(messages=MESSAGES), profile_named(name), [[Limit("tokens", tpm)]])
 
     assert cost is not None
     assert cost["tokens"] == tokens
@@ -131,7 +131,7 @@ def test_output_of_newer_claude_burns_five_times_its_tokens_at_bedrock(
 
 def test_expected_burndown_makes_no_call_impossible() -> None:
     claude = call("/model/anthropic.claude-sonnet-4/invoke", messages=MESSAGES, max_tokens=500)
-    _, cost = charge(claude, profile_named("bedrock"), [Limit("tokens", 1_000)])
+    _, cost = charge(claude, profile_named("bedrock"), [[Limit("tokens", 1_000)]])
 
     assert cost is not None
     assert cost["tokens"] == 600

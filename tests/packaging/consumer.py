@@ -18,6 +18,7 @@ from asyncbucket import (
     Limit,
     Limiter,
     Plan,
+    Pool,
     Statistics,
     TokenBucket,
     WouldBlock,
@@ -110,6 +111,16 @@ def children_are_limiters(limiter: Limiter) -> None:
     stop: Callable[[], None] = limiter.observe(print)
     stop()
     stop = telemetry.logging(limiter)
+
+
+async def pools_are_limiters_of_several_keys(one: Limiter, other: Limiter, model: Model) -> None:
+    pool = Pool(one, other, prefer="first")
+    async with pool.acquire(tokens=5, sticky="c17", timeout=30) as lease:
+        assert_type(lease.limiter, Limiter)
+        lease.member_failed("HTTP 401")
+    assert_type(pool.wrap([model, model]), Model)
+    pool.http_client({one: {"base_url": "https://x", "headers": {"api-key": "k"}}}, sync=True)
+    pool.transport({one: {"base_ulr": "https://x"}})  # type: ignore[typeddict-unknown-key,typeddict-item]  # pyright: ignore[reportArgumentType]
 
 
 def planning_gives_a_plan() -> None:
