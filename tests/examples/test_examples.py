@@ -38,6 +38,15 @@ def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
     assert "concurrency 0/32, 0 waiting" in printed
 
 
+def test_no_call_is_lost_with_a_key_whose_provider_dies(tmp_path: Path) -> None:
+    printed = run("several_keys.py", cwd=tmp_path)
+
+    assert printed.count("log: pool 'gpt-4o-mini' leaves out 'key-500': Connect") == 1
+    assert re.search(r"^'key-500': left out for [\d.]+ s more \(Connect", printed, re.MULTILINE)
+    assert "250 answers to 250 calls in " in printed
+    assert "0 refused (429)" in printed
+
+
 def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> None:
     printed = run("rag_ingestion.py", cwd=tmp_path)
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
