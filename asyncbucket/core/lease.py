@@ -21,7 +21,7 @@ from asyncbucket.core.admission import (
     too_many_wait_locked,
 )
 from asyncbucket.core.cost import COMMON, Cost, rounded_up
-from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
+from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import ATOMIC, OfThisProcess
@@ -181,7 +181,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     assert seat is not None
                     seat.block(waiter.done, pacer.clock)
                     in_time = waiter.result()
-            except CostExceedsLimit:  # whoever raised it has taken the waiter out
+            except (CostExceedsLimit, AcquireTimeout):  # whoever raised it took the waiter out
                 raise
             except BaseException as error:
                 pacer.do(pacer.withdraw_locked, waiter)

@@ -22,7 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
-from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
@@ -38,6 +38,8 @@ Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[list[Any]], Any]
 #: For how long (ns) a member is left out at its first failure, and at most.
 _FIRST_REST: Final = 1_000_000_000
 _LONGEST_REST: Final = 60_000_000_000
+#: After so many failures in a row of each member, nobody waits for any: 1 + 2 + 4 s have passed.
+_HOPELESS: Final = 4
 #: How many conversations are remembered.
 _HOMES: Final = 10_000
 
@@ -531,6 +533,28 @@ class Members:
             if kept:
                 due = min(due, kept[0][0])
         return due
+
+    # --- when all are out ---
+
+    def hopeless(self, now: int) -> AcquireTimeout | None:
+        """Return the error of all calls that would wait, if each member has failed again and again."""
+        if any(each.is_in(now) or each.failures < _HOPELESS for each in self.members):
+            return None
+        states = [each.state(now) for each in self.members]
+        return AcquireTimeout(
+            f"no member of pool {self.root.name!r} works: {'; '.join(map(str, states))}; mend one, or "
+            f"try again later",
+            retry_after=min(state.left_out for state in states),
+        )
+
+    def give_up(self, now: int) -> None:
+        """Have all calls fail that wait, if there is no hope."""
+        kept = [waiter for member in self.members for _, waiter in member.kept]
+        for waiter in (*self.pacer.top.waiters(), *self._overdue, *kept):
+            error = self.hopeless(now)
+            if error is None:
+                return
+            self.pacer.fail_locked(waiter, error)
 
     # --- what its nodes ask ---
 

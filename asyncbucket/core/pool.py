@@ -16,6 +16,7 @@ from asyncbucket.core.members import Group, Member, Members, PoolNode, Prefer
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import MemberState, Statistics
 from asyncbucket.core.terms import (
     CallAmounts,
@@ -84,14 +85,24 @@ class PoolLease(FirstLease):
             member.pacer.do(partial(member.ended, self, is_proof=True))
 
     def _member_failed_locked(self, member: Member, reason: str) -> None:
-        if member.fail(self, reason, member.pacer.clock()):
+        now = member.pacer.clock()
+        if member.fail(self, reason, now):
             pool, name = member.pool.root.name, member.limiter.name
             member.pacer.news.append(
                 partial(_log.warning, "pool %r leaves out %r: %s", pool, name, reason)
             )
+        member.pool.give_up(now)
         member.pacer.ring_locked(member.node)
 
     # --- the machine ---
+
+    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+        members: Members = self._node.pacer.pool
+        with members.pacer:
+            hopeless = members.hopeless(members.pacer.clock())
+        if hopeless is not None:
+            raise hopeless
+        return super()._join_line(deadline, seat)
 
     def _try_now(self) -> bool:
         if self._state != ASKED:
@@ -237,7 +248,9 @@ class Pool(Limiter):
 
         Raises:
             CostExceedsLimit: the cost is above a limit of every member.
-            AcquireTimeout, QueueFull, StoreError, TypeError, ValueError: as for `Limiter.acquire`.
+            AcquireTimeout: as for `Limiter.acquire`; and if all members are left out, each for its
+                fourth failure in a row or a later one.
+            QueueFull, StoreError, TypeError, ValueError: as for `Limiter.acquire`.
         """
         key = None if sticky is None else read_sticky(sticky)
         span = None if patience is None else span_of(patience, *_PATIENCE)

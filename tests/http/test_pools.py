@@ -373,6 +373,38 @@ def test_lost_connections_of_all_members_are_retried_by_the_policy_and_noted(
     )
 
 
+def test_calls_do_not_wait_for_members_that_fail_again_and_again(
+    virtual_time: VirtualTime,
+) -> None:
+    clock = virtual_time.clock
+    status = 401
+    members = [Limiter("600 RPM", name=name, clock=clock, concurrency=2) for name in ("a", "b")]
+    pool = Pool(*members)
+    endpoints: dict[Limiter, Endpoint] = {
+        member: {"base_url": f"http://{member.name}.test"} for member in members
+    }
+
+    async def main() -> None:
+        nonlocal status
+        inner = httpx.MockTransport(lambda _: httpx.Response(status))
+        async with pool.http_client(endpoints, family="httpx", transport=inner) as client:
+            calls = [client.post("/x", json={}) for _ in range(30)]
+            found = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(each) for each in found} == {httpx.Response, AcquireTimeout}
+            assert clock() * 1e-9 - started == pytest.approx(7, abs=0.5)
+            with pytest.raises(
+                AcquireTimeout, match="no member of pool 'pool' works: 'a': left out"
+            ):
+                await client.post("/x", json={})
+            status = 200
+            await asyncio.sleep(8)
+            assert (await client.post("/x", json={})).status_code == 200
+        assert [pool.statistics().waiting, pool.statistics().in_flight] == [0, 0]
+
+    started = clock() * 1e-9
+    virtual_time.run(main())
+
+
 async def test_pool_gives_up_slots_and_charges_once_when_layers_nest(library: Any) -> None:
     """A call that is paid at a member goes there, whichever address the client asked."""
     servers = Servers(library)
