@@ -277,8 +277,10 @@ class Member:
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
         root = self.root
-        parts = [1 - window.available(now) / window.limit.units for window in root.limits.values()]
-        parts.append(root.in_flight / root.slots)
+        parts = [root.in_flight / root.slots]
+        for window in root.limits.values():
+            window.available(now)  # which forgets what is over
+            parts.append(window.used / window.limit.units)
         return max(parts)
 
     def began(self, lease: Any, now: int) -> None:
