@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, StoreError, WouldBlock, agent
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, Pool, StoreError, WouldBlock, agent
 from asyncbucket.core.events import Event, LimitChanged, StoreLost
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
@@ -455,3 +455,33 @@ async def test_last_settlement_determines_what_a_call_used(shared: Limiters) -> 
     await available(95, 8)
     lease._undo()
     await available(100, 9)
+
+
+@pytest.mark.real_clock
+async def test_pools_of_several_processes_share_the_members_in_a_store(shared: Limiters) -> None:
+    """Two pools with members of the same names: the sum of the limits is used, and none is exceeded."""
+    rates = {"a": 30, "b": 60}
+    took: dict[str, list[tuple[float, int]]] = {name: [] for name in rates}
+
+    async def call(pool: Pool) -> None:
+        async with pool.acquire() as lease:
+            took[lease.limiter.name].append((time.monotonic(), 1))
+
+    pools = [
+        Pool(
+            *(
+                shared(f"{rate} requests/s burst {rate // 10}", name=name)
+                for name, rate in rates.items()
+            )
+        )
+        for _ in range(2)
+    ]
+    began = time.monotonic()
+    await asyncio.gather(*(call(pool) for pool in pools for _ in range(90)))
+    assert time.monotonic() - began < 1.4 * (180 - 9) / 90
+    for name, rate in rates.items():
+        assert len(took[name]) == pytest.approx(180 * rate / 90, rel=0.2)
+        most = round(1.1 * rate)  # tasks run late
+        assert_never_over(took[name], Limit("requests", most, per=1, burst=most))
+    for pool in pools:
+        assert (pool.statistics().waiting, pool.statistics().in_flight) == (0, 0)
