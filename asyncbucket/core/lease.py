@@ -93,6 +93,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     # --- asking ---
 
+    def _take_now(self) -> bool:
+        """Take everything now, or nothing, for a caller who will not wait."""
+        return self._try_now()
+
     def _try_now(self) -> bool:
         """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
         if self._state != ASKED:

@@ -289,10 +289,10 @@ class Limiter(Doors, OfThisProcess):
         whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
         plain = context is None and not limiter._has_terms
         lease = Lease(node, whole) if plain else limiter._lease(whole, context)
-        if not lease._try_now():
+        if not lease._take_now():
             with node.pacer:
                 buried = node.pacer.waiting and node.pacer.bury_locked()
-            if not (buried and lease._try_now()):
+            if not (buried and lease._take_now()):
                 lease._refuse()
         return lease
 

@@ -297,15 +297,13 @@ class Member:
         self.probe = None
         self.pacer.ring_locked(self.node)
 
-    def fail(self, lease: Any, reason: str, now: int) -> bool:
+    def fail(self, reason: str, now: int) -> bool:
         """Leave it out for a while; return whether it was in until now."""
         was_in = not self.failures
         if self.out_until <= now:  # else several calls that were in flight fail together
             rest = min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
             self.failures += 1
             self.out_until = now + rest
-        if lease is self.probe:
-            self.probe = None
         self.reason = reason
         return was_in
 
@@ -450,10 +448,12 @@ class Members:
         ):
             return []
         members = [each for each in self.members if each.is_in(now) and each.takes(amounts)]
-        home = self.home_of(lease)
-        if home in members and lease.patience:
-            return [home]
-        in_order = []
+        home, in_order = self.home_of(lease), []
+        if home in members:
+            if lease.patience:
+                return [home]
+            in_order.append(home)
+            members.remove(home)
         while members:
             in_order.append(self.best(members, now))
             members.remove(in_order[-1])

@@ -86,7 +86,7 @@ class PoolLease(FirstLease):
 
     def _member_failed_locked(self, member: Member, reason: str) -> None:
         now = member.pacer.clock()
-        if member.fail(self, reason, now):
+        if member.fail(reason, now):
             pool, name = member.pool.root.name, member.limiter.name
             member.pacer.news.append(
                 partial(_log.warning, "pool %r leaves out %r: %s", pool, name, reason)
@@ -103,6 +103,10 @@ class PoolLease(FirstLease):
         if hopeless is not None:
             raise hopeless
         return super()._join_line(deadline, seat)
+
+    def _take_now(self) -> bool:
+        self.patience = 0
+        return super()._take_now()
 
     def _try_now(self) -> bool:
         if self._state != ASKED:

@@ -24,6 +24,7 @@ class Store:
         #: The call that stands here, what it has booked below the root, and when.
         self.standing: tuple[AnyWaiter, Meters, int] | None = None
         self.ended_calls = 0
+        self.holds_up: tuple[str, int] | None = None
 
     def let_go(self) -> bool:
         assert self.standing is not None
@@ -58,7 +59,7 @@ class Store:
         self.ended_calls += 1
 
     def held_up(self) -> tuple[str, int] | None:
-        return None
+        return self.holds_up
 
     def use(self) -> Iterator[LimitUse]:
         return iter(())
@@ -75,6 +76,10 @@ async def test_member_of_a_pool_in_a_store_takes_the_head_when_it_has_room(
     store = Store(shared)
     pool = Pool(shared, own, prefer="first")
     chat = pool.child("chat", rpm=600)
+    store.holds_up = ("requests", 10**12)
+    (await chat.acquire(tokens=1)).release()  # which the other takes
+    assert (store.standing, own.statistics().admitted) == (None, 1)
+    store.holds_up = None
     own.pause(5)
     calls = await stand_in(chat, 3)
     await asyncio.sleep(1)

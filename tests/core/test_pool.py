@@ -291,6 +291,86 @@ async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTi
     held.release()
 
 
+async def test_own_member_comes_first_among_those_with_room(time: VirtualTime) -> None:
+    a, b = members_of(time, 600, 600, concurrency=1)
+    pool = Pool(a, b, prefer="first")
+    a.pause(0.5)
+    assert await name_of_taker(pool, sticky="talk") == "b"
+    await asyncio.sleep(1)
+    assert await name_of_taker(pool, sticky="talk") == "b"
+    with asyncbucket.sticky("talk"):
+        held = pool.acquire_nowait()
+        assert held.limiter is b
+        other = pool.acquire_nowait()  # which cannot wait for its own
+        assert other.limiter is a
+    held.release()
+    other.release()
+    pool.pause(1)
+    assert await name_of_taker(pool, sticky="talk") == "a"  # where its latest call went
+    b.pause(1)
+    assert await name_of_taker(pool, sticky="another") == "a"
+    pool.pause(1)
+    waiting = await start(name_of_taker(pool, sticky="talk", patience=0))
+    await asyncio.sleep(1)
+    assert await waiting == "a"
+
+
+async def test_call_kept_for_a_member_shares_it_with_direct_calls(time: VirtualTime) -> None:
+    """It is in the member's own line, though nobody else waits in the pool."""
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first", patience=100)
+    assert await name_of_taker(pool, sticky="talk") == "a"
+    held = await a.acquire()
+    kept = await start(pool.acquire(sticky="talk"))
+    direct = await start_all([a.acquire() for _ in range(3)])
+    held.release()
+    await all_blocked()
+    for _ in range(3):
+        if kept.done():
+            break
+        (await next(each for each in direct if each.done())).release()
+        direct = [each for each in direct if not each.done()]
+        await asyncio.sleep(2)
+    assert kept.done()
+    (await kept).release()
+    cancel(*direct)
+
+
+async def test_pool_that_slept_at_a_member_is_asked_again(time: VirtualTime) -> None:
+    """Its child's own limit held it up; then a call of another one comes."""
+    a, b = members_of(time, 600, 600, concurrency=1)
+    b.pause(1_000)
+    pool = Pool(a, b)
+    slow = pool.child("slow", "1/100s")
+    (await slow.acquire()).release()
+    held = await a.acquire()
+    waiting = await start_all([slow.acquire(), a.acquire()])
+    held.release()
+    (await waiting[1]).release()
+    waiting += await start_all([a.acquire(), a.acquire()])
+    newcomer = await start(pool.acquire())
+    (await waiting[2]).release()
+    await asyncio.sleep(1)
+    for each in (newcomer, waiting[3]):
+        (await each).release()
+    assert time.now < 5
+    cancel(waiting[0])
+
+
+async def test_children_of_a_pool_share_it_by_weight(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 60, 120))
+    served: collections.Counter[str] = collections.Counter()
+
+    async def caller(child: Pool) -> None:
+        while time.now < 200:
+            async with child.acquire():
+                served[child.name] += 20 < time.now < 190
+
+    children = [pool.child("light"), pool.child("heavy", weight=3)]
+    await asyncio.gather(*(caller(child) for child in children for _ in range(10)))
+    assert served["pool/heavy"] == pytest.approx(3 * served["pool/light"], rel=0.03)
+
+
 async def test_latest_conversations_are_remembered(
     time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +539,9 @@ async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
     )
     now = pool.statistics()
     assert (now.admitted, now.in_flight, len(now.limits)) == (5, 5, 3)
+    a.pause(5)
+    b.pause(7)
+    assert pool.statistics().paused == 5
     assert repr(pool).endswith("concurrency 5/5, 0 waiting>")
     for lease in held:
         lease.release()
