@@ -55,7 +55,7 @@ class PoolLine(Line):
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
         """Return the pool's head, if this member may have it; else when to ask again."""
-        return self.member.choose(self.member.pool.first(now, back), now)
+        return self.member.choose(self.member.pool.first(now, back, self.member), now)
 
     def lines(self) -> Iterator[Line]:
         yield from self.member.pool.pacer.top.lines()
@@ -323,8 +323,16 @@ class Members:
         self.members: tuple[Member, ...] = ()
         #: Calls that were kept in vain, which are next everywhere.
         self._overdue: deque[AnyWaiter] = deque()
+        #: Members whose limits are in a store.
+        self._in_stores: list[Member] = []
         #: Which member served a conversation last.
         self._homes: OrderedDict[str, Member] = OrderedDict()
+
+    def tie(self, members: Sequence[Member]) -> None:
+        """Go to ``members`` from now on, whose trees look together with the pool's."""
+        self.members = tuple(members)
+        self._in_stores = [each for each in members if each.pacer.place is not None]
+        Group(self)
 
     # --- who waits ---
 
@@ -351,8 +359,15 @@ class Members:
 
     depart = arrive
 
-    def first(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
-        """Return the call that is next, or when there may be one."""
+    def first(
+        self, now: int, back: int = 0, member: Member | None = None
+    ) -> tuple[AnyWaiter | None, int]:
+        """Return the call that is next, for ``member``, or when there may be one."""
+        if member is not None and self._in_stores:
+            places: list[Any] = [m.pacer.place for m in self._in_stores if m is not member]
+            held_back = [waiter for place in places for waiter in place.held_back()[:1]]
+            if held_back:
+                return min(held_back), now
         overdue = self._overdue
         while overdue and overdue[0].done():
             overdue.popleft()
@@ -366,14 +381,14 @@ class Members:
         passed = 0
         while True:
             due = self._end_keeping(now)
-            first = self.first(now)
+            first = None if self._in_stores else self.first(now)
             able: list[tuple[AnyWaiter, Member]] = []
             for member in self.members:
                 waiter, when = self._head_at(member, first, seat, now)
                 due = min(due, when)
                 if waiter is not None:
                     able.append((waiter, member))
-            head = min((waiter for waiter, _ in able), default=first[0])
+            head = min((waiter for waiter, _ in able), default=(first or self.first(now))[0])
             due = now if able else due
             if head is not None and head.seat is not seat:
                 if self.pacer.is_late(head.seat, now):
@@ -397,22 +412,24 @@ class Members:
         return due
 
     def _head_at(
-        self, member: Member, first: tuple[AnyWaiter | None, int], seat: Seat, now: int
+        self, member: Member, first: tuple[AnyWaiter | None, int] | None, seat: Seat, now: int
     ) -> tuple[AnyWaiter | None, int]:
         """Return the pool's call that a member can start now, or when there may be one."""
         if member.is_shared:
             member.rouse()
             waiter, when = member.pacer.top.head(now)
         else:  # which gives the same
-            waiter, when = member.choose(first, now)
+            waiter, when = member.choose(first or self.first(now, member=member), now)
         if waiter is None:
             return None, when
-        if waiter.line.node.path[-1] is not self.root:
+        if waiter.line.waited_at.path[-1] is not self.root:
             return None, EMPTY  # a call of others, who see to it
         place = member.pacer.place
-        if place is not None and (not place.room(seat) or place.held_up() is not None):
+        if place is not None and (not place.room(seat) or place.held_back()):
             return None, NEVER
-        when, bound_by = member.root.earliest(waiter.amounts, waiter.line.since)
+        # One that another member holds back has earned nothing here.
+        since = now if isinstance(waiter.line, LineAtMember) else waiter.line.since
+        when, bound_by = member.root.earliest(waiter.amounts, since)
         if when > now:
             self.pacer.bound_by = waiter.line.bound_by = bound_by
             return None, when
@@ -464,7 +481,9 @@ class Members:
         member = next(each for each in self.members if each.pacer is pacer)
         line, is_shared = waiter.line, member.is_shared
         bound_by = line.bound_by
-        self._take_out(waiter, member)
+        if not self._take_out(waiter, member):
+            return 0
+        line = waiter.line
         here = member.at(line.node).line_for(line.priority, is_shared=is_shared)
         waiter.line = here
         if pacer.place is not None:
@@ -488,14 +507,27 @@ class Members:
             rouse(line.node)
         return 1
 
-    def _take_out(self, waiter: AnyWaiter, member: Member) -> None:
-        calls = waiter.line.calls
-        if calls and calls[0] is waiter:
-            calls.popleft()
+    def _take_out(self, waiter: AnyWaiter, member: Member) -> bool:
+        """Take the head from wherever it stands; return whether it stood there."""
+        line = waiter.line
+        if isinstance(line, LineAtMember):
+            return self._take_back(waiter, line)
+        if line.calls and line.calls[0] is waiter:
+            line.calls.popleft()
         elif waiter in self._overdue:
             self._overdue.remove(waiter)
         else:
             member.kept = deque(each for each in member.kept if each[1] is not waiter)
+        return True
+
+    def _take_back(self, waiter: AnyWaiter, line: LineAtMember) -> bool:
+        """Take a call back from a store that holds it up; return whether it stood there."""
+        if not line.node.pacer.place.leave(waiter):
+            return False
+        for each in line.node.path:
+            each.in_flight -= 1
+        waiter.line = Line(line.waited_at, None, line.priority)
+        return True
 
     # --- conversations ---
 

@@ -48,6 +48,10 @@ class Place(Protocol):
         """
         ...
 
+    def held_back(self) -> list[AnyWaiter]:
+        """Return the calls, in order, that the store has not booked because it holds the first up."""
+        ...
+
     def use(self) -> Iterator[LimitUse]:
         """Yield how much of each limit is used, as last heard."""
         ...

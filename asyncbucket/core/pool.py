@@ -12,7 +12,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.members import Group, Member, Members, PoolNode, Prefer
+from asyncbucket.core.members import Member, Members, PoolNode, Prefer
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
@@ -217,10 +217,7 @@ class Pool(Limiter):
         self._set_up(pacer.root, None, terms)
         self._start(terms)
         nodes = [member.child(name)._node for member in members]
-        pool.members = tuple(
-            Member(pool, member, node) for member, node in zip(members, nodes, strict=True)
-        )
-        Group(pool)
+        pool.tie([Member(pool, *each) for each in zip(members, nodes, strict=True)])
 
     def _set_up(self, node: Any, parent: Limiter | None, terms: Terms) -> None:
         super()._set_up(node, parent, terms)

@@ -120,6 +120,9 @@ class StorePlace:
     def held_up(self) -> tuple[str, int] | None:
         return None if self._session is None else self._session.held_up()
 
+    def held_back(self) -> list[AnyWaiter]:
+        return [] if self._session is None else self._session.held_back()
+
     def use(self) -> Iterator[LimitUse]:
         for limit in self.config().limits:
             available = self.left.get(limit, limit.units)
@@ -249,6 +252,12 @@ class StorePlace:
             self._slots.add(id(waiter.lease))
         waiter.seat.ring(now)  # a thread has to look
         return True
+
+    def ring_pool(self) -> None:
+        """Have a pool look whose calls the store holds up: another member may take them."""
+        if self._pacer.group is not None:
+            with self.lock():
+                self.ring_seats()
 
     def ring_seats(self) -> None:
         """Have those look whose calls wait: there may be room; with the lock held."""

@@ -187,6 +187,10 @@ class Session:
         """Return what the first unbooked call waits for, and until when at least."""
         return self._held_up if self._clock() < self._forget_at else None
 
+    def held_back(self) -> list[Any]:
+        """Return the calls, in order, that are not booked because the first one is held up."""
+        return [] if self.held_up() is None else [each for each in self._line if not each.done()]
+
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch."""
         if correction is not None:
@@ -461,6 +465,8 @@ class Session:
                     self._held_up = self._held_up or (booking.bound_by, until)
         self._health.record.book_all(heads, receipt.bookings)
         self._adapt_room(len(heads), booked)
+        if self._held_up is not None:
+            self._place.ring_pool()
 
     def _reserve(self, waiter: Any, booking: Booking, start: int, bound_by: str | None) -> None:
         reservation = Reservation(booking.start, start, booking.slot, bound_by)

@@ -40,6 +40,11 @@ class Store:
                 seat.ring(now)
         return bool(passed)
 
+    def ring(self) -> None:
+        with self.pacer:
+            for seat in list(self.pacer.seats.values()):
+                seat.ring(self.pacer.clock())
+
     def room(self, _: object) -> bool:
         return self.standing is None
 
@@ -61,6 +66,9 @@ class Store:
     def held_up(self) -> tuple[str, int] | None:
         return self.holds_up
 
+    def held_back(self) -> list[AnyWaiter]:
+        return [self.standing[0]] if self.standing and self.holds_up else []
+
     def use(self) -> Iterator[LimitUse]:
         return iter(())
 
@@ -76,9 +84,18 @@ async def test_member_of_a_pool_in_a_store_takes_the_head_when_it_has_room(
     store = Store(shared)
     pool = Pool(shared, own, prefer="first")
     chat = pool.child("chat", rpm=600)
+    own.pause(1)
+    held_back = await start_all([chat.acquire(tokens=1)])
+    assert store.standing is not None
     store.holds_up = ("requests", 10**12)
-    (await chat.acquire(tokens=1)).release()  # which the other takes
-    assert (store.standing, own.statistics().admitted) == (None, 1)
+    store.ring()
+    taken = await held_back[0]  # the other does as soon as it can
+    assert (time.now, taken.waited) == (1.0, 1.0)
+    taken.settle(tokens=2)
+    taken.release()
+    assert store.standing is None
+    assert own.statistics().admitted == 1
+    assert (chat.statistics().waiting, shared.statistics().in_flight) == (0, 0)
     store.holds_up = None
     own.pause(5)
     calls = await stand_in(chat, 3)

@@ -485,3 +485,17 @@ async def test_pools_of_several_processes_share_the_members_in_a_store(shared: L
         assert_never_over(took[name], Limit("requests", most, per=1, burst=most))
     for pool in pools:
         assert (pool.statistics().waiting, pool.statistics().in_flight) == (0, 0)
+
+
+async def test_call_held_up_by_a_store_goes_to_another_member(shared: Limiters) -> None:
+    members = [shared("3 requests/h burst 3", name=name) for name in "ab"]
+    pool = Pool(*members, prefer="first")
+    leases = await asyncio.wait_for(asyncio.gather(*(pool.acquire() for _ in range(6))), 10)
+    assert sorted(lease.limiter.name for lease in leases) == [*"aaabbb"]
+    waiting = asyncio.ensure_future(pool.acquire())
+    await asyncio.sleep(0.2)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    for lease in leases:
+        lease.release()
+    assert [each.statistics().in_flight for each in (pool, *members)] == [0, 0, 0]
