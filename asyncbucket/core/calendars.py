@@ -27,15 +27,6 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _TIME: Final = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 _HOW: Final = 'write e.g. resets="00:00 America/Los_Angeles", or "00:00 UTC"'
-#: What people write instead of a zone that knows about daylight saving.
-_ABBREVIATIONS: Final = {
-    **dict.fromkeys(("pt", "pst", "pdt", "pacific"), "America/Los_Angeles"),
-    **dict.fromkeys(("et", "edt", "eastern"), "America/New_York"),
-    **dict.fromkeys(("cest", "mesz"), "Europe/Berlin"),
-    "bst": "Europe/London",
-    "ist": "Asia/Kolkata",
-    "jst": "Asia/Tokyo",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,29 +94,15 @@ def _read_zone(name: str) -> "ZoneInfo":
     """Return a time zone; upper and lower case are the same.
 
     Raises:
-        LimitSyntaxError: there is none of that name; the message names a likely one.
+        LimitSyntaxError: there is none of that name.
     """
     import zoneinfo  # only limits that reset need it
 
     try:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        known = {zone.lower(): zone for zone in sorted(zoneinfo.available_timezones())}
-    wanted = name.lower().replace(" ", "_")
-    if wanted in known and wanted == name.lower():
-        return zoneinfo.ZoneInfo(known[wanted])
-    if not known:
-        raise LimitSyntaxError(
-            f"this machine has no time zones to find {name!r} in: pip install tzdata"
-        )
-    raise LimitSyntaxError(
-        f"{name!r} is not a time zone: did you mean {_likely_zone(wanted, known)}? {_HOW}"
-    )
-
-
-def _likely_zone(wanted: str, known: dict[str, str]) -> str:
-    import difflib
-
-    cities = (zone for key, zone in known.items() if key.rpartition("/")[2] == wanted)
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0)
-    return _ABBREVIATIONS.get(wanted) or next(cities, known[near[0]])
+        known = {zone.lower(): zone for zone in zoneinfo.available_timezones()}
+    if name.lower() in known:
+        return zoneinfo.ZoneInfo(known[name.lower()])
+    remedy = _HOW if known else "this machine has none: pip install tzdata"
+    raise LimitSyntaxError(f"{name!r} is not a time zone: {remedy}")

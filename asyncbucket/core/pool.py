@@ -210,6 +210,7 @@ class Pool(Limiter):
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
         pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
+        pacer.wall = members[0]._node.pacer.wall
         self._prices = {
             model: price for each in reversed(members) for model, price in each._prices.items()
         }

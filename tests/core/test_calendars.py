@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, LimitSyntaxError, WouldBlock
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, LimitSyntaxError, Pool, WouldBlock
 from asyncbucket.core.meters import NEVER, Window
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import available, refused, start, used
@@ -375,17 +375,13 @@ def test_limit_is_read_compared_and_written(text: str) -> None:
         ({"resets": "24:00 UTC"}, "from 00:00 to 23:59: write 00:00 for midnight"),
         ({"resets": "midnight Pacific"}, 'write e.g. resets="00:00 America/Los_Angeles"'),
         ({"resets": "00:00"}, "does not say in which time zone"),
-        ({"resets": "00:00 PST"}, "'PST' is not a time zone: did you mean America/Los_Angeles?"),
-        ({"resets": "00:00 Los Angeles"}, "did you mean America/Los_Angeles?"),
-        ({"resets": "00:00 Europe/Belrin"}, "did you mean Europe/Berlin?"),
+        ({"resets": "00:00 PST"}, "'PST' is not a time zone: write e.g. resets="),
         ({"resets": "00:00 ../etc"}, "is not a time zone"),
         ({"resets": 0}, 'resets must be a text such as "00:00 UTC", not 0'),
         ({"resets": "00:00 UTC", "burst": 11}, "limit of 10 requests per day, reset at 00:00 UTC:"),
     ],
 )
-def test_wrong_hour_or_zone_is_refused_and_the_right_one_named(
-    terms: dict[str, Any], says: str
-) -> None:
+def test_wrong_hour_or_zone_is_refused(terms: dict[str, Any], says: str) -> None:
     limit: Any = Limit
     with pytest.raises(LimitSyntaxError) as error:
         limit("requests", 10, **{"per": "day", **terms})
@@ -397,7 +393,7 @@ def test_wrong_hour_or_zone_is_refused_and_the_right_one_named(
 def test_machine_without_time_zones_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoneinfo.available_timezones", set)
     with pytest.raises(
-        LimitSyntaxError, match="no time zones to find 'X/Y' in: pip install tzdata"
+        LimitSyntaxError, match="'X/Y' is not a time zone: this machine has none: pip install tz"
     ):
         Limit("requests", 10, per="day", resets="00:00 X/Y")
 
@@ -459,6 +455,18 @@ async def test_tenant_is_let_go_once_the_limit_has_reset(time: VirtualTime) -> N
     await asyncio.sleep(12 * 3_600)
     assert limiter.key("a")._node.is_as_new(time.clock())
     limiter.key("a").acquire_nowait(requests=5)
+
+
+async def test_pool_goes_by_the_wall_clock_of_its_members(time: VirtualTime) -> None:
+    """A tenant that is let go and comes back within the day gets nothing anew."""
+    wall = Wall(time, "2026-06-01T12:00")
+    pool = Pool(*(limiter_of(time, wall, "100 RPD", name=name) for name in "ab"))
+    pool.per_key("5 RPD resets 00:00 UTC", alive=1)
+    (await pool.key("x").acquire(requests=5)).release()
+    for name in "yzxyz":
+        pool.key(name)
+    late = await start(pool.key("x").acquire())
+    assert (await late).waited == 12 * 3_600
 
 
 def test_other_clocks_are_the_wall_clock_set_to_now(time: VirtualTime) -> None:
