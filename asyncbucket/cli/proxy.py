@@ -54,7 +54,7 @@ def proxy(  # noqa: PLR0913 - one for each option
 
     Programs in any language call this proxy instead of the provider, and share one limit. Calls
     wait their turn here; paths, bodies and streams pass as they are. Without limits it adopts those
-    that the provider's headers announce. ProxyOptions override the file.
+    that the provider's headers announce. Options override the file.
 
     Examples:
         asyncbucket proxy --upstream https://api.openai.com --rpm 500 --tpm 200k
@@ -62,41 +62,37 @@ def proxy(  # noqa: PLR0913 - one for each option
         asyncbucket proxy --config proxy.toml
         OPENAI_BASE_URL=http://127.0.0.1:4295/v1 node agent.js
     """
-    from asyncbucket.proxy.options import read_settings
+    from asyncbucket.proxy.options import read_options
     from asyncbucket.proxy.serving import Serving
 
     reread = partial(
-        read_settings,
+        read_options,
         config,
-        options={
-            "upstream": upstream,
-            "listen": listen,
-            "status": status,
-            "profile": profile,
-            "key_env": key_env,
-            "tenants_by_key": tenants_by_key,
-        },
         limits=[*(limits or ()), *options.preset_limits(preset)],
-        terms={
-            "rpm": rpm,
-            "tpm": tpm,
-            "concurrency": options.read_concurrency(concurrency),
-            "max_queue": max_queue,
-            "store": store,
-        },
+        upstream=upstream,
+        listen=listen,
+        status=status,
+        profile=profile,
+        key_env=key_env,
+        tenants_by_key=tenants_by_key,
+        rpm=rpm,
+        tpm=tpm,
+        concurrency=options.read_concurrency(concurrency),
+        max_queue=max_queue,
+        store=store,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.ERROR)
     logging.getLogger("asyncbucket").setLevel(logging.INFO)
-    settings = reread()
-    serving = Serving(settings)
+    given = reread()
+    serving = Serving(given)
     limiter, calls, pages = serving.limiter, serving.address, serving.status_address
     known = [*map(str, limiter.limits)]
     known += [] if limiter.concurrency is None else [f"{limiter.concurrency} at once"]
     allowed = ", ".join(known) or "the limits that its headers announce"
-    typer.echo(f"base URL http://{calls} for {settings.options.upstream}: {allowed}", err=True)
+    typer.echo(f"base URL http://{calls} for {given.upstream}: {allowed}", err=True)
     typer.echo(f"status http://{pages}/stats, /metrics, /healthz; asyncbucket watch", err=True)
     if not calls.is_local:
-        whose = "theirs" if settings.options.key is None else "yours"
+        whose = "theirs" if given.key is None else "yours"
         typer.echo(
             f"warning: other machines can reach {calls}, and make calls with a key of {whose}: keep "
             f"it behind a firewall, or listen at 127.0.0.1",

@@ -3,93 +3,115 @@
 They come in headers, such as ``asyncbucket-tenant: acme``. Or a caller's key is its tenant: of a key
 the proxy keeps a hash, keyed by random bytes that last as long as the process.
 
-Nobody says when an agent is over. So it is once it has made no call for a minute.
+Nobody says when an agent is over. So it is once it has had no open call for a minute.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import secrets
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority
-from asyncbucket.proxy.error_replies import CallerError
+from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_tenant
+from asyncbucket.proxy.error_replies import ProxyError
 from asyncbucket.proxy.headers import OWN, Headers, key_in
 
-_KNOWN: Final = ("tenant", "priority", "agent", "timeout")
-#: An agent that makes no call for so many seconds is over.
+#: An agent that has no open call for so many seconds is over.
 _AGENT_IDLE: Final = 60.0
+#: Metrics are kept by kind, and callers make them up: so many are told apart, others count as none.
+_KINDS: Final = 100
+
+#: Tenant, kind and name of an agent.
+_AgentKey: TypeAlias = tuple[str | None, str | None, str]
+
+
+@dataclass(slots=True)
+class _RunningAgent:
+    """An agent, how many of its calls are open, and what ends it if none is."""
+
+    agent: Agent
+    calls: int = 0
+    end: asyncio.TimerHandle | None = None
 
 
 class CallerTerms:
-    """Put calls on the terms that their headers ask for.
+    """Put calls on the terms that their headers ask for."""
 
-    Args:
-        clock: seconds, by which agents are over.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self._salt = secrets.token_bytes(32)
-        self._agents = _RunningAgents(clock)
+        self._agents: dict[_AgentKey, _RunningAgent] = {}
+        self._kinds: set[str] = set()
 
-    @contextmanager
+    @contextlib.contextmanager
     def applied(self, headers: Headers, *, tenants_by_key: bool) -> Generator[None]:
         """Put what is called inside on the terms in ``headers``, whose names are in lower case.
 
         Raises:
-            CallerError: a header cannot be read; the message names it.
+            ProxyError: a header cannot be read; the message names it.
         """
-        asked = _own(headers)
-        whose = asked.get("tenant")
+        terms = _own(headers)
         if tenants_by_key:
-            if whose is not None:
-                raise CallerError(
+            if "tenant" in terms:
+                raise ProxyError(
                     "asyncbucket-tenant: this proxy tells tenants by their keys, so leave it out"
                 )
-            whose = hashlib.blake2b(key_in(headers), key=self._salt).hexdigest()
-        values: dict[str, Any] = {} if whose is None else {"tenant": whose}
-        with ExitStack() as scopes:
-            if "priority" in asked:
-                values["priority"] = _read(asked, "priority", _priority)
-            if "timeout" in asked:
-                scopes.enter_context(_read(asked, "timeout", _deadline))
-            if "agent" in asked:
-                name = _read(asked, "agent", _agent)
-                values["agent"] = scopes.enter_context(self._agents.calling(whose, name))
-            if values:
-                scopes.enter_context(InheritedScope(**values))
+            terms["tenant"] = hashlib.blake2b(key_in(headers), key=self._salt).hexdigest()
+        with contextlib.ExitStack() as scopes:
+            if "timeout" in terms:
+                scopes.enter_context(terms.pop("timeout"))
+            if "agent" in terms:
+                call = self._agent_calling(terms.get("tenant"), *terms["agent"])
+                terms["agent"] = scopes.enter_context(call)
+            if terms:
+                scopes.enter_context(InheritedScope(**terms))
             yield
 
+    @contextlib.contextmanager
+    def _agent_calling(self, tenant: str | None, kind: str | None, name: str) -> Generator[Agent]:
+        """Yield the agent of a tenant with this kind and name, while a call of it is open."""
+        if kind is not None and len(self._kinds) < _KINDS:
+            self._kinds.add(kind)
+        kind = kind if kind in self._kinds else None
+        loop, key = asyncio.get_running_loop(), (tenant, kind, name)
+        run = self._agents.get(key)
+        if run is None:
+            run = self._agents[key] = _RunningAgent(Agent(name, kind, None))
+        if run.end is not None:
+            run.end.cancel()
+        run.calls += 1
+        try:
+            yield run.agent
+        finally:
+            run.calls -= 1
+            if not run.calls:
+                run.end = loop.call_later(_AGENT_IDLE, self._end_agent, key)
 
-def _own(headers: Headers) -> Mapping[str, str]:
-    """Return the values of the proxy's own headers."""
-    found: dict[str, str] = {}
+    def _end_agent(self, key: _AgentKey) -> None:
+        self._agents.pop(key).agent.end(ended_well=True)
+
+
+def _own(headers: Headers) -> dict[str, Any]:
+    """Return what the proxy's own headers say, as `InheritedScope` takes it; ``timeout`` is a scope."""
+    found: dict[str, Any] = {}
     for name, value in headers:
         if name.startswith(OWN):
-            what, text = name.removeprefix(OWN).decode("latin-1"), value.decode("utf-8", "replace")
-            if what not in _KNOWN:
-                known = ", ".join(f"asyncbucket-{each}" for each in _KNOWN)
-                raise CallerError(
-                    f"asyncbucket-{what} is not a header of the proxy; it has {known}"
-                )
-            if not text.strip():
-                raise CallerError(f"asyncbucket-{what} is empty: give a value, or leave it out")
-            found[what] = text.strip()
+            what = name.removeprefix(OWN).decode("latin-1")
+            if what not in _READERS:
+                known = ", ".join(f"asyncbucket-{each}" for each in _READERS)
+                raise ProxyError(f"asyncbucket-{what} is not a header of the proxy; known: {known}")
+            try:
+                found[what] = _READERS[what](value.decode("utf-8", "replace").strip())
+            except ValueError as error:
+                raise ProxyError(f"asyncbucket-{what}: {error}") from None
     return found
 
 
-def _read(asked: Mapping[str, str], what: str, read: Callable[[str], Any]) -> Any:
-    try:
-        return read(asked[what])
-    except ValueError as error:
-        raise CallerError(f"asyncbucket-{what}: {error}") from None
-
-
 def _priority(text: str) -> int:
-    value: Any = int(text) if text.lstrip("+-").isdecimal() else text
+    with contextlib.suppress(ValueError):
+        return read_priority(int(text))
+    value: Any = text
     return read_priority(value)
 
 
@@ -100,7 +122,7 @@ def _agent(text: str) -> tuple[str | None, str]:
     return kind or None, name
 
 
-def _deadline(text: str) -> Any:
+def _timeout(text: str) -> Any:
     try:
         seconds = float(text)
     except ValueError:
@@ -108,53 +130,9 @@ def _deadline(text: str) -> Any:
     return deadline(seconds)
 
 
-#: Tenant, kind and name of an agent.
-_AgentKey: TypeAlias = tuple[str | None, str | None, str]
-
-
-@dataclass(slots=True)
-class _RunningAgent:
-    """An agent, how many of its calls are open, and when it last began or ended one."""
-
-    agent: Agent
-    calls: int = 0
-    seen: float = 0.0
-
-
-class _RunningAgents:
-    """Know the agents that run, by tenant, kind and name; those that called longest ago come first."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._runs: OrderedDict[_AgentKey, _RunningAgent] = OrderedDict()
-
-    @contextmanager
-    def calling(self, whose: str | None, named: tuple[str | None, str]) -> Generator[Agent]:
-        """Yield the agent of a tenant with this kind and name, while a call of it is open."""
-        self._end_idle()
-        key = whose, *named
-        run = self._runs.get(key)
-        if run is None:
-            run = self._runs[key] = _RunningAgent(Agent(named[1], named[0], None))
-        run.calls += 1
-        self._saw(key, run)
-        try:
-            yield run.agent
-        finally:
-            run.calls -= 1
-            self._saw(key, run)
-
-    def _saw(self, key: _AgentKey, run: _RunningAgent) -> None:
-        run.seen = self._clock()
-        self._runs.move_to_end(key)
-
-    def _end_idle(self) -> None:
-        while self._runs:
-            key, run = next(iter(self._runs.items()))
-            if self._clock() - run.seen < _AGENT_IDLE:
-                return
-            if run.calls:
-                self._saw(key, run)
-            else:
-                del self._runs[key]
-                run.agent.end(ended_well=True)
+_READERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "tenant": read_tenant,
+    "priority": _priority,
+    "agent": _agent,
+    "timeout": _timeout,
+}

@@ -9,12 +9,12 @@ Formats: platform.openai.com/docs/guides/error-codes and docs.anthropic.com/en/a
 2026.
 """
 
-import json
 import math
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
+from starlette.responses import JSONResponse
 
 from asyncbucket.core.errors import (
     AcquireTimeout,
@@ -23,9 +23,12 @@ from asyncbucket.core.errors import (
     StoreError,
     UnknownPrice,
 )
-from asyncbucket.proxy.headers import Headers
+from asyncbucket.proxy.headers import is_anthropic
 
-#: Type and code at OpenAI, and type at Anthropic, by status.
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+#: Type and code at OpenAI, and type at Anthropic, by status; others are as 400.
 _TYPES: Final = {
     400: ("invalid_request_error", None, "invalid_request_error"),
     403: ("invalid_request_error", "forbidden", "permission_error"),
@@ -34,80 +37,61 @@ _TYPES: Final = {
     503: ("server_error", "overloaded", "overloaded_error"),
     504: ("server_error", "provider_timeout", "timeout_error"),
 }
-
-
 #: Seconds after which a caller may try again if nobody knows when there is room.
 _SOON: Final = 1.0
 
 
-class CallerError(Exception):
-    """Say what is wrong with a call; it never reaches the provider."""
+class ProxyError(Exception):
+    """Say why the proxy itself refuses a call; it never reaches the provider.
 
-    def __init__(self, message: str, *, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ErrorReply:
-    """Say no to a caller.
-
-    Attributes:
-        status: the HTTP status, one of those above.
-        message: what, the numbers and the remedy; no key and nothing of a prompt.
-        retry_after: seconds until another attempt may pass, if that is known.
-        retry: whether another attempt makes sense.
-        bound_by: the resource that binds, if one does.
+    Args:
+        message: what is wrong, and the remedy.
+        status: the HTTP status.
+        retry_after: seconds until another attempt makes sense; None if it never does.
     """
 
-    status: int
-    message: str
-    retry_after: float | None = None
-    retry: bool = True
-    bound_by: str | None = None
+    def __init__(
+        self, message: str, *, status: int = 400, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
 
-    @classmethod
-    def of(cls, error: Exception) -> "ErrorReply":
-        """Return how to report an error of a caller, of the limiter, or on the way to the provider."""
-        if isinstance(error, CallerError):
-            return cls(status=error.status, message=str(error), retry=False)
-        if isinstance(error, StoreError):
-            return cls(status=503, message=str(error), retry_after=_SOON)
-        if isinstance(error, AsyncBucketError):
-            retry = not isinstance(error, CostExceedsLimit | AcquireTimeout | UnknownPrice)
-            seconds: float | None = getattr(error, "retry_after", None)
-            return cls(
-                status=429,
-                message=str(error),
-                retry_after=_SOON if seconds is None and retry else seconds,
-                retry=retry,
-                bound_by=getattr(error, "bound_by", None),
-            )
-        # What else an HTTP client's error says may hold the value of a header.
-        kind, late = type(error).__name__, isinstance(error, httpx.TimeoutException)
-        what = "did not answer in time" if late else "cannot be reached"
-        return cls(status=504 if late else 502, message=f"the provider {what} ({kind})")
 
-    def encoded(self, *, anthropic: bool) -> tuple[Headers, bytes]:
-        """Return headers and body, in Anthropic's format or in OpenAI's."""
-        kind, code, anthropic_kind = _TYPES[self.status]
-        if anthropic:
-            error: dict[str, Any] = {"type": anthropic_kind, "message": self.message}
-            body = {"type": "error", "error": error, "request_id": None}
-        else:
-            if self.bound_by is not None and self.bound_by.endswith("tokens"):
-                kind = "tokens"
-            body = {"error": {"message": self.message, "type": kind, "param": None, "code": code}}
-        content = json.dumps(body).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(content)).encode()),
-        ]
-        if not self.retry:
-            headers.append((b"x-should-retry", b"false"))  # OpenAI's and Anthropic's SDKs obey it
-        if self.retry_after is not None and math.isfinite(self.retry_after):
-            headers += [
-                (b"retry-after", str(math.ceil(self.retry_after)).encode()),
-                (b"retry-after-ms", str(math.ceil(self.retry_after * 1_000)).encode()),
-            ]
-        return headers, content
+def error_response(error: Exception, scope: "Scope") -> JSONResponse:
+    """Return how a caller is told of an error: the proxy's, the limiter's, or one on the way.
+
+    It holds no key, and nothing of a prompt.
+    """
+    seconds: float | None = getattr(error, "retry_after", None)
+    message, is_pointless = str(error), False
+    if isinstance(error, ProxyError):
+        status, is_pointless = error.status, seconds is None
+    elif isinstance(error, StoreError):
+        status, seconds = 503, _SOON
+    elif isinstance(error, AsyncBucketError):
+        status = 429
+        is_pointless = isinstance(error, CostExceedsLimit | AcquireTimeout | UnknownPrice)
+        if seconds is None and not is_pointless:
+            seconds = _SOON
+    else:  # what else an HTTP client's error says may hold the value of a header
+        is_late = isinstance(error, httpx.TimeoutException)
+        status, what = (504, "did not answer in time") if is_late else (502, "cannot be reached")
+        message = f"the provider {what} ({type(error).__name__})"
+    headers: dict[str, str] = {}
+    if is_pointless:
+        headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's SDKs obey it
+    if seconds is not None and math.isfinite(seconds):
+        headers["retry-after"] = str(math.ceil(seconds))
+        headers["retry-after-ms"] = str(math.ceil(seconds * 1_000))
+    body = _body(scope, status, message, bound_by=getattr(error, "bound_by", None))
+    return JSONResponse(body, status, headers)
+
+
+def _body(scope: "Scope", status: int, message: str, *, bound_by: str | None) -> Mapping[str, Any]:
+    kind, code, anthropic_kind = _TYPES.get(status, _TYPES[400])
+    if is_anthropic(scope):
+        told = {"type": anthropic_kind, "message": message}
+        return {"type": "error", "error": told, "request_id": None}
+    if bound_by is not None and bound_by.endswith("tokens"):
+        kind = "tokens"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

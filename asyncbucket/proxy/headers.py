@@ -1,7 +1,10 @@
 """Which headers go on: everything, except what is between two neighbors, and what is the proxy's."""
 
 from collections.abc import Iterable
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -29,6 +32,12 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], *left_out: bytes) -> Head
         elif lower == b"transfer-encoding":  # which overrides it; both together smuggle requests
             hop_by_hop.add(b"content-length")
     return [(name, value) for name, lower, value in given if lower not in hop_by_hop]
+
+
+def is_anthropic(scope: "Scope") -> bool:
+    """Tell whether a caller speaks Anthropic's protocol."""
+    by_header = any(name == b"anthropic-version" for name, _ in scope["headers"])
+    return by_header or "/v1/messages" in scope["path"]
 
 
 def key_in(headers: Headers) -> bytes:

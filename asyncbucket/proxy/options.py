@@ -13,7 +13,6 @@ The file's table ``[asyncbucket]`` describes the limiter, as for `Limiter.from_t
     key_env = "OPENAI_API_KEY"
 """
 
-import contextlib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -25,13 +24,11 @@ from urllib.parse import urlsplit
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limits import KEYWORDS, Limit, read_limits
 from asyncbucket.core.settings import from_toml
-from asyncbucket.providers.profiles import profile_named
 from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 
 _HOST: Final = "127.0.0.1"
-#: Where `asyncbucket watch` looks.
-DEFAULT_STATUS: Final = f"{_HOST}:{DEFAULT_PORT}"
-#: ProxyOptions that a reload cannot change.
+_LAST_PORT: Final = 65_535
+#: What a reload cannot change.
 _FIXED: Final = ("listen", "status", "profile")
 
 
@@ -56,18 +53,17 @@ class Address(NamedTuple):
         Raises:
             ValueError: it is neither.
         """
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(f"//{text if ':' in text else f'{_HOST}:{text}'}")
-            if parts.hostname and parts.port is not None and not parts.path:
-                return cls(parts.hostname, parts.port)
-        raise ValueError(
-            f"{text!r} is not an address to listen at, such as 4295, 127.0.0.1:4295 or [::1]:4295"
-        )
+        host, _, port = text.rpartition(":")
+        if not port.isdecimal() or int(port) > _LAST_PORT:
+            raise ValueError(
+                f"{text!r} is not an address to listen at, such as 4295, 127.0.0.1:4295 or [::1]:4295"
+            )
+        return cls(host.strip("[]") or _HOST, int(port))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyOptions:
-    """Say where calls come in, where they go, and who shares.
+    """Say where calls come in, where they go, who shares, and what is allowed.
 
     Attributes:
         upstream: the provider, ``https://HOST``; a path is put before the caller's.
@@ -76,99 +72,88 @@ class ProxyOptions:
         profile: the provider's name, if its host does not show it.
         key_env: the environment variable that holds the provider's key; None if callers send it.
         tenants_by_key: whether callers share the limits by their keys.
+        limits: those of the limiter.
+        terms: its other arguments, such as ``concurrency`` and ``store``.
         key: the provider's key.
     """
 
     upstream: str
     listen: str = f"{_HOST}:{DEFAULT_PORT + 1}"
-    status: str = DEFAULT_STATUS
+    status: str = f"{_HOST}:{DEFAULT_PORT}"
     profile: str | None = None
     key_env: str | None = None
     tenants_by_key: bool = False
+    limits: tuple[Limit, ...] = ()
+    terms: Mapping[str, Any] = field(default_factory=dict[str, Any])
     key: str | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            kind = bool if each.name == "tenants_by_key" else str
-            value = getattr(self, each.name)
+        for name in _ENTRIES:
+            kind, value = bool if name == "tenants_by_key" else str, getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 what = "true or false" if kind is bool else "a string"
-                raise ValueError(f"{each.name} must be {what}, not {value!r}")
-        _check_upstream(self.upstream)
-        if self.address.port == self.status_address.port != 0:
-            raise ValueError(f"listen and status are both at port {self.address.port}: change one")
-        if self.profile is not None:
-            profile_named(self.profile)
-        object.__setattr__(self, "key", None if self.key_env is None else _key_in(self.key_env))
+                raise ValueError(f"{name} must be {what}, not {value!r}")
+        parts = urlsplit(self.upstream)
+        is_bare = "@" not in self.upstream and not (parts.query or parts.fragment)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_bare:
+            raise ValueError(
+                "upstream must be the provider's URL without a key, such as https://api.openai.com"
+            )
+        _ = parts.port  # raises a ValueError if it is none
+        port = Address.read(self.listen).port
+        if port == Address.read(self.status).port != 0:
+            raise ValueError(f"listen and status are both at port {port}: change one")
+        if self.key_env is not None:
+            object.__setattr__(self, "key", _key_in(self.key_env))
 
-    @property
-    def address(self) -> Address:
-        """Where calls come in."""
-        return Address.read(self.listen)
-
-    @property
-    def status_address(self) -> Address:
-        """Where the status pages are."""
-        return Address.read(self.status)
-
-
-class ProxySettings(NamedTuple):
-    """What a proxy is made of: its own options, and its limiter's limits and arguments."""
-
-    options: ProxyOptions
-    limits: tuple[Limit, ...]
-    terms: Mapping[str, Any]
-
-    def restarts(self, other: "ProxySettings") -> list[str]:
+    def restarts(self, other: "ProxyOptions") -> list[str]:
         """Return what differs from ``other`` and is in force only after a restart."""
-        mine, theirs = self.options, other.options
-        names = [name for name in _FIXED if getattr(mine, name) != getattr(theirs, name)]
+        names = [name for name in _FIXED if getattr(self, name) != getattr(other, name)]
         terms = {*self.terms, *other.terms} - ({"concurrency"} & other.terms.keys())
         names += sorted(each for each in terms if self.terms.get(each) != other.terms.get(each))
-        gone = {limit.key for limit in self.limits} - {limit.key for limit in other.limits}
-        return names + [str(limit) for limit in self.limits if limit.key in gone]
+        kept = {limit.key for limit in other.limits}
+        return names + [str(limit) for limit in self.limits if limit.key not in kept]
 
 
-def read_settings(
-    config: Path | None,
-    *,
-    options: Mapping[str, Any],
-    limits: Iterable[str | Limit] = (),
-    terms: Mapping[str, Any],
-) -> ProxySettings:
-    """Return the settings in a file, overridden by those given; None was not given.
+#: What a file or the command line may say of these; the rest is the limiter's.
+_ENTRIES: Final = tuple(each.name for each in fields(ProxyOptions))[:-3]
+
+
+def read_options(
+    config: Path | None = None, *, limits: Iterable[str | Limit] = (), **given: Any
+) -> ProxyOptions:
+    """Return the options in a file, overridden by those given; None was not given.
 
     Args:
         config: a TOML file with the tables ``[asyncbucket]`` and ``[proxy]``, or one of them.
-        options: of `ProxyOptions`.
         limits: further limits.
-        terms: arguments of `Limiter`, such as ``rpm``, ``concurrency`` and ``store``.
+        given: what the tables may hold.
 
     Raises:
         ValueError: something cannot be read, or there is no upstream; the message says which.
         OSError: the file cannot be read.
     """
 
-    def collect(*found: Limit, **given: Any) -> tuple[tuple[Limit, ...], dict[str, Any]]:
-        keywords = {name: given.pop(name) for name in KEYWORDS if name in given}
-        return tuple(read_limits([*found, *limits], keywords)), given
+    def collect(*found: Limit, **terms: Any) -> tuple[tuple[Limit, ...], dict[str, Any]]:
+        keywords = {name: terms.pop(name) for name in KEYWORDS if name in terms}
+        return tuple(read_limits([*found, *limits], keywords)), terms
 
     tables: Mapping[str, Any] = {} if config is None else _tables_in(config)
-    given = {name: value for name, value in terms.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    entries = tables.get("proxy", {}) | {n: given.pop(n) for n in _ENTRIES if n in given}
     if "asyncbucket" in tables:
-        read, arguments = from_toml(collect, config, **given)
+        read, terms = from_toml(collect, config, **given)
     else:
-        read, arguments = collect(**given)
-    entries = {**tables.get("proxy", {}), **{n: v for n, v in options.items() if v is not None}}
-    known = [each.name for each in fields(ProxyOptions) if each.init]
+        read, terms = collect(**given)
     for name in entries:
-        if name not in known:
-            raise ValueError(f"{config}: [proxy] has no entry {name!r}; known: {', '.join(known)}")
+        if name not in _ENTRIES:
+            known = ", ".join(_ENTRIES)
+            raise ValueError(f"{config}: [proxy] has no entry {name!r}; known: {known}")
     if "upstream" not in entries:
         raise ValueError("say where calls go: --upstream https://api.openai.com")
-    found = ProxyOptions(**entries)
-    arguments.setdefault("name", urlsplit(found.upstream).hostname)
-    return ProxySettings(found, read, arguments)
+    options = ProxyOptions(**entries, limits=read, terms=terms)
+    terms.setdefault("name", urlsplit(options.upstream).hostname)
+    return options
 
 
 def _tables_in(config: Path) -> Mapping[str, Any]:
@@ -176,41 +161,27 @@ def _tables_in(config: Path) -> Mapping[str, Any]:
         tables = tomllib.loads(config.read_text("utf-8"))
     except ValueError as error:
         raise LimitSyntaxError(f"{config} is not valid TOML: {error}") from error
-    unknown = [name for name in tables if name not in ("asyncbucket", "proxy")]
-    if unknown or not all(isinstance(table, dict) for table in tables.values()):
+    if not all(
+        name in ("asyncbucket", "proxy") and isinstance(table, dict)
+        for name, table in tables.items()
+    ):
         raise ValueError(
-            f"{config} must have the tables [asyncbucket], for the limits, and [proxy], "
-            f"and nothing else, not {', '.join(unknown) or 'entries'}"
+            f"{config} must have the tables [asyncbucket], for the limits, and [proxy], and nothing "
+            f"else; it has {', '.join(tables)}"
         )
     return tables
-
-
-def _check_upstream(url: str) -> None:
-    """Refuse what is no provider's URL; a key in it would show in errors.
-
-    Raises:
-        ValueError: the message shows what is wrong, without a password.
-    """
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(
-            "upstream holds a name, a password or a query: give https://HOST alone, and the key by "
-            "key_env"
-        )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"upstream must be https://HOST or http://HOST, not {url!r}")
-    _ = parts.port  # raises a ValueError if it is none
 
 
 def _key_in(variable: str) -> str:
     """Return the provider's key.
 
     Raises:
-        ValueError: the variable is empty, or its value is no key.
+        ValueError: the variable holds none. It is not named: some give the key itself.
     """
     key = os.environ.get(variable, "").strip()
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ValueError(f"{variable} holds characters that no key has: export the key alone in it")
-    if not key:
-        raise ValueError(f"{variable} is not set: export the provider's key in it")
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            "key_env must name an environment variable that holds the provider's key and nothing "
+            "else: export the key in it"
+        )
     return key

@@ -10,25 +10,24 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http_server import configured, listen
 from asyncbucket.proxy.app import Proxy
-from asyncbucket.proxy.options import DEFAULT_STATUS, Address, ProxyOptions, ProxySettings
+from asyncbucket.proxy.error_replies import ProxyError, error_response
+from asyncbucket.proxy.options import Address, ProxyOptions
 from asyncbucket.telemetry import prometheus, report
 from asyncbucket.telemetry.stats import is_loopback
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
 _GRACE: Final = 25
@@ -42,42 +41,53 @@ class Serving:
     """A proxy that is about to serve: it listens already.
 
     Args:
-        settings: what it is made of.
+        options: what it is made of.
 
     Raises:
         ValueError: an address is taken or not available, or an argument of the limiter is wrong.
     """
 
-    def __init__(self, settings: ProxySettings) -> None:
-        self._settings, options = settings, settings.options
-        self.limiter = Limiter(*settings.limits, **settings.terms)
+    def __init__(self, options: ProxyOptions) -> None:
+        #: What it began with: what a reload cannot change stays as it is here.
+        self._options = options
+        self.limiter = Limiter(*options.limits, **options.terms)
         self._proxy = Proxy(self.limiter, options)
-        self._calls = _listen(options.address)
+        self._sockets: list[socket.socket] = []
         try:
-            self._status = _listen_for_status(options)
-        except ValueError:
-            self._calls.close()
-            raise
+            for address in (options.listen, options.status):
+                self._sockets.append(listen(*Address.read(address)))
+        except OSError as error:
+            for each in self._sockets:
+                each.close()
+            raise ValueError(f"{error.strerror}: change listen or status") from error
         #: Where calls come in, and where the status pages are.
-        self.address = Address(*self._calls.getsockname()[:2])
-        self.status_address = Address(*self._status.getsockname()[:2])
-        self._status_pages = _status_pages(self.limiter, only_here=options.status_address.is_local)
+        self.address, self.status_address = (
+            Address(*each.getsockname()[:2]) for each in self._sockets
+        )
+        self._registry = CollectorRegistry()
+        prometheus(self.limiter, registry=self._registry)
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answer a request at either address."""
-        is_status = scope["server"][1] == self.status_address.port
-        await (self._status_pages if is_status else self._proxy)(scope, receive, send)
+        """Answer a request at either address; at one on loopback, only programs on this machine."""
+        address, app = self.address, cast("ASGIApp", self._proxy)
+        if scope["server"][1] == self.status_address.port:
+            address = self.status_address
+            app = _status_page(self.limiter, self._registry, scope["path"])
+        if address.is_local and not _is_from_here(Headers(scope=scope)):
+            error = ProxyError("this proxy serves only programs on its own machine", status=403)
+            app = error_response(error, scope)
+        await app(scope, receive, send)
 
-    def run(self, reread: Callable[[], ProxySettings] | None = None) -> None:
+    def run(self, reread: Callable[[], ProxyOptions] | None = None) -> None:
         """Serve until SIGINT or SIGTERM; then finish what is open, or drop it after a while.
 
         Args:
-            reread: returns new settings on SIGHUP; by default that signal is not taken.
+            reread: returns new options on SIGHUP; by default that signal is not taken.
         """
         _allow_many_connections()
         asyncio.run(self._run(reread))
 
-    async def _run(self, reread: Callable[[], ProxySettings] | None) -> None:
+    async def _run(self, reread: Callable[[], ProxyOptions] | None) -> None:
         server, loop = _Server(self), asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -85,24 +95,23 @@ class Serving:
             if reread is not None:
                 loop.add_signal_handler(signal.SIGHUP, self.reload, reread)
         try:
-            await server.serve([self._calls, self._status])
+            await server.serve(self._sockets)
         finally:
             await self._proxy.aclose()
             await self.limiter.aclose()
 
-    def reload(self, reread: Callable[[], ProxySettings]) -> None:
-        """Put new settings in force; open calls go on. What cannot be read changes nothing."""
-        before = self._settings
+    def reload(self, reread: Callable[[], ProxyOptions]) -> None:
+        """Put new options in force; open calls go on. What cannot be read changes nothing."""
         try:
-            settings = reread()
-            concurrency = settings.terms.get("concurrency")
-            self.limiter.reconfigure(*settings.limits, concurrency=concurrency)
-        except (OSError, ValueError) as error:
+            options = reread()
+            concurrency = options.terms.get("concurrency")
+            self.limiter.reconfigure(*options.limits, concurrency=concurrency)
+        except (OSError, TypeError, ValueError) as error:
             _log.error("the settings stay as they are: %s", error)
             return
-        self._settings, self._proxy.options = settings, settings.options
+        self._proxy.options = options
         _log.info("new settings are in force")
-        if waiting := before.restarts(settings):
+        if waiting := self._options.restarts(options):
             _log.warning("a restart is needed to change %s", ", ".join(waiting))
 
 
@@ -123,46 +132,27 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(address: Address) -> socket.socket:
-    try:
-        return listen(*address)
-    except OSError as error:
-        raise ValueError(f"{error.strerror}: give another address") from error
+def _is_from_here(headers: Headers) -> bool:
+    """Tell whether a request comes from a program on this machine.
+
+    A browser that was directed here under a foreign name (DNS rebinding) shows that name in ``Host``;
+    one that a foreign page has send something shows the page in ``Origin``.
+    """
+    origin = headers.get("origin")
+    is_own = origin is None or is_loopback(origin.partition("://")[2])
+    return is_own and is_loopback(headers.get("host", ""))
 
 
-def _listen_for_status(options: ProxyOptions) -> socket.socket:
-    """Listen where the status pages are to be; if their default port is taken, at any free one."""
-    try:
-        return _listen(options.status_address)
-    except ValueError:
-        if options.status != DEFAULT_STATUS:
-            raise
-        return _listen(Address(options.status_address.host, 0))
-
-
-def _status_pages(limiter: Limiter, *, only_here: bool) -> Starlette:
-    registry = CollectorRegistry()
-    prometheus(limiter, registry=registry)
-
-    def page(show: Callable[[], Response]) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
-            if only_here and not is_loopback(request.headers.get("host", "")):
-                return PlainTextResponse("Only for this machine", 403)
-            return show()
-
-        return answer
-
-    def healthz() -> Response:
-        return PlainTextResponse("ok")
-
-    def stats() -> Response:
-        return JSONResponse(report([limiter]), headers={"cache-control": "no-store"})
-
-    def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-    pages = {"/": stats, "/stats": stats, "/healthz": healthz, "/metrics": metrics}
-    return Starlette(routes=[Route(path, page(show)) for path, show in pages.items()])
+def _status_page(limiter: Limiter, registry: CollectorRegistry, path: str) -> Response:
+    match path:
+        case "/healthz":
+            return PlainTextResponse("ok")
+        case "/" | "/stats":
+            return JSONResponse(report([limiter]), headers={"cache-control": "no-store"})
+        case "/metrics":
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        case _:
+            return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
 
 
 def _allow_many_connections() -> None:

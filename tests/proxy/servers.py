@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from asyncbucket.proxy.options import read_settings
+from asyncbucket.proxy.options import read_options
 from asyncbucket.proxy.serving import Serving, _Server
 
 
@@ -62,12 +62,10 @@ class Proxied:
 @contextlib.asynccontextmanager
 async def proxied(upstream: str, *limits: str, **given: Any) -> AsyncGenerator[Proxied]:
     """Serve a proxy before ``upstream``; ``given`` are options, and arguments of its limiter."""
-    names = ("profile", "key_env", "tenants_by_key")
-    options = {name: given.pop(name) for name in names if name in given}
-    options |= {"upstream": upstream, "listen": "0", "status": "127.0.0.1:0"}
-    serving = Serving(read_settings(None, options=options, limits=limits, terms=given))
+    given |= {"upstream": upstream, "listen": "0", "status": "127.0.0.1:0"}
+    serving = Serving(read_options(limits=limits, **given))
     async with (
-        served(serving, serving._calls, serving._status) as url,
+        served(serving, *serving._sockets) as url,
         httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client,
     ):
         yield Proxied(serving, client)

@@ -248,11 +248,17 @@ async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
         ("/x", {"asyncbucket-timeout": "nan"}, 400, "asyncbucket-timeout: "),
         ("/x", {"asyncbucket-priority": "1000"}, 400, "-priority: priority must be 'interac"),
         ("/x", {"asyncbucket-agent": "a/"}, 400, "-agent: 'a/' is neither NAME nor KIND/NAME"),
-        ("/x", {"asyncbucket-tenant": ""}, 400, "asyncbucket-tenant is empty"),
+        (
+            "/x",
+            {"asyncbucket-tenant": ""},
+            400,
+            "asyncbucket-tenant: a tenant must be a non-empty string",
+        ),
         ("/x", {"upgrade": "websocket", "connection": "upgrade"}, 400, "WebSockets cannot pass"),
         ("/x", {"host": "evil.example"}, 403, "only programs on its own machine"),
         ("/x", {"origin": "https://evil.example"}, 403, "only programs on its own machine"),
         ("/x", {"origin": "null"}, 403, "only programs on its own machine"),
+        ("/x", {"origin": "http://["}, 403, "only programs on its own machine"),
     ],
 )
 async def test_what_cannot_be_understood_never_reaches_the_provider(
@@ -271,13 +277,17 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     ("sent", "told"),
     [
         (b"GET /" + b"x" * 65_536 + b" HTTP/1.1\r\nhost: localhost\r\n", b"HTTP/1.1 400"),
+        # As to a proxy of HTTP, which this is not.
+        (b"GET http://evil.example/ HTTP/1.1\r\nhost: localhost\r\n", b"not as an HTTP proxy"),
+        (b"CONNECT evil.example:443 HTTP/1.1\r\nhost: localhost\r\n", b"not as an HTTP proxy"),
+        (b"OPTIONS * HTTP/1.1\r\nhost: localhost\r\n", b"not as an HTTP proxy"),
         (b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n", b""),  # and it leaves
     ],
 )
 async def test_request_that_no_client_sends_takes_nothing(
     upstream: Any, sent: bytes, told: bytes
 ) -> None:
-    async with proxied(upstream[1], concurrency=1) as proxy:
+    async with proxied(f"{upstream[1]}/base", concurrency=1) as proxy:
         host, port = proxy.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent + b"connection: close\r\n\r\n")
@@ -287,6 +297,24 @@ async def test_request_that_no_client_sends_takes_nothing(
         writer.close()
         await proxy.until(admitted=0, in_flight=0)
     assert told in got
+
+
+async def test_caller_that_stalls_gives_its_slot_back(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has none before the part of its body has come that may be held."""
+    monkeypatch.setattr("asyncbucket.proxy.app._STALLED", 0.3)
+    async with proxied(upstream[1], concurrency=1) as proxy:
+        host, port = proxy.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n")
+        await asyncio.sleep(0.1)
+        assert proxy.limiter.statistics().in_flight == 0
+        writer.write(bytes(5_000_000))
+        await proxy.until(in_flight=1)
+        assert b"408 Request Timeout" in await reader.readline()
+        writer.close()
+        await proxy.until(in_flight=0)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])

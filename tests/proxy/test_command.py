@@ -176,5 +176,5 @@ async def test_address_that_is_taken_is_named() -> None:
         done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.output) == (
         2,
-        f"error: cannot listen on {taken}: Address already in use: give another address\n",
+        f"error: cannot listen on {taken}: Address already in use: change listen or status\n",
     )
