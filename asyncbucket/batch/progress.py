@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import named, rounded
 
 #: Seconds between two updates, and how many of them the rate is computed from: half a minute.
@@ -48,7 +49,9 @@ class Outlook:
         words = [f"{rounded(rate)}/s"] if rate else []
         if left:
             seconds = left.get("requests", 0.0) / rate if rate else 0.0
-            for use in self.limiter.statistics().limits:
+            # Of a pool, no member's limit holds for all calls.
+            limits = () if isinstance(self.limiter, Pool) else self.limiter.statistics().limits
+            for use in limits:
                 more = left.get(use.limit.resource, 0.0) - max(0, use.available)
                 seconds = max(seconds, more * use.limit.per / use.limit.units)
             words += [f"{_clock_time(seconds)} left"] if seconds else []

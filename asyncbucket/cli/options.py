@@ -9,7 +9,9 @@ from urllib.parse import urlsplit, urlunsplit
 import typer
 
 from asyncbucket.core.errors import LimitSyntaxError
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit, read_amount
+from asyncbucket.core.pool import Pool
 
 #: Exit statuses: all is well; it was done, but something is wrong. The others are in `asyncbucket.cli`.
 DONE: Final = 0
@@ -93,6 +95,9 @@ Also: TypeAlias = Annotated[
 PriceFile: TypeAlias = Annotated[
     Path | None, file("What models cost, as TOML or JSON, if not what is published.", "--prices")
 ]
+PoolFile: TypeAlias = Annotated[
+    Path | None, file("Several providers and their limits, as TOML; see docs/pools.md.", "--pool")
+]
 AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]
 
@@ -135,6 +140,17 @@ def check_url(url: str) -> None:
     _ = parts.port  # raises a ValueError if it is none
 
 
-def without_key(text: str, key: str | None) -> str:
-    """Return ``text`` without ``key``, which a provider's error may quote."""
-    return text if key is None or len(key) < _SHORTEST_KEY else text.replace(key, "***")
+def without_keys(text: str, *keys: str | None) -> str:
+    """Return ``text`` without ``keys``, which a provider's error may quote."""
+    for key in keys:
+        if key is not None and len(key) >= _SHORTEST_KEY:
+            text = text.replace(key, "***")
+    return text
+
+
+def allowed(limiter: Limiter) -> str:
+    """Return in words what ``limiter`` allows, or each member of a pool; empty if nothing is bounded."""
+    if isinstance(limiter, Pool):
+        return "; ".join(f"{member.name}: {allowed(member)}" for member in limiter.members)
+    slots = [] if limiter.concurrency is None else [f"{limiter.concurrency} at once"]
+    return ", ".join([*map(str, limiter.limits), *slots])

@@ -432,6 +432,12 @@ class Pool(Limiter):
         self._refuse_own_limits("reconfigure")
         super().reconfigure(*limits, concurrency=concurrency, weight=weight, **limits_by_keyword)
 
+    async def aclose(self) -> None:
+        """Have every member leave its store; see `Limiter.aclose`. Of a child, it does nothing."""
+        if self._parent is None:
+            for member in self.members:
+                await member.aclose()
+
     def _refuse_own_limits(self, what: str) -> None:
         if self._parent is None:
             raise TypeError(

@@ -18,6 +18,7 @@ from asyncbucket.core.limits import KEYWORDS, Limit, read_amount
 from asyncbucket.core.wording import is_number
 
 L = TypeVar("L")
+T = TypeVar("T")
 
 _FILES: Final = ("asyncbucket.toml", "pyproject.toml")
 _TABLE: Final = "asyncbucket"
@@ -64,7 +65,7 @@ def from_env(
         if variable.startswith(prefix) and text.strip():
             _check_name(name, f"environment variable {variable}", prefix=prefix)
             if arguments.get(name) is None:
-                found[name] = _with_error_source(variable, partial(_read, name, text.strip()))
+                found[name] = with_error_source(variable, partial(_read, name, text.strip()))
     hint = f"set e.g. {prefix}RPM=500 and {prefix}TPM=200k"
     return _make_limiter(cls, found, arguments, where=f"environment variables {prefix}*", hint=hint)
 
@@ -113,13 +114,51 @@ def from_toml(
         table, tables = {"name": limiter, **tables[limiter]}, {}
     elif tables:
         hint += f", or ask for limiter={min(tables)!r}"
+    entries = {name: value for name, value in table.items() if name not in tables}
+    return from_table(cls, entries, where=where, hint=hint, **arguments)
+
+
+def from_table(
+    cls: Callable[..., L],
+    table: Mapping[str, Any],
+    *,
+    where: str,
+    hint: str = "write e.g. rpm = 500",
+    **arguments: Any,
+) -> L:
+    """Return a limiter configured by a table of a TOML file.
+
+    Args:
+        cls: the class to make: `Limiter`.
+        table: its entries.
+        where: the file and the table, for errors.
+        hint: what to do if nothing is limited.
+        arguments: as for `from_toml`.
+
+    Raises:
+        LimitSyntaxError: as for `from_toml`.
+    """
     found: dict[str, Any] = {}
     for name, value in table.items():
-        if name not in tables:
-            _check_name(name, f"entry {name!r} of {where}")
-            if arguments.get(name) is None:
-                found[name] = _with_error_source(f"{where}: {name}", partial(_read, name, value))
+        _check_name(name, f"entry {name!r} of {where}")
+        if arguments.get(name) is None:
+            found[name] = with_error_source(f"{where}: {name}", partial(_read, name, value))
     return _make_limiter(cls, found, arguments, where=where, hint=hint)
+
+
+def key_in_env(variable: str) -> str:
+    """Return the key that an environment variable holds.
+
+    Raises:
+        ValueError: it holds none. The message does not name it: some give the key itself.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            "key_env must name an environment variable that holds the provider's key and nothing "
+            "else: export the key in it"
+        )
+    return key
 
 
 def limiters_in_toml() -> list[str | None]:
@@ -155,11 +194,15 @@ def _make_limiter(
     given = {**found, **{name: value for name, value in arguments.items() if value is not None}}
     if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
         raise LimitSyntaxError(f"{where} limit nothing; {hint}")
-    return _with_error_source(where, lambda: cls(*limits, **given))
+    return with_error_source(where, lambda: cls(*limits, **given))
 
 
-def _with_error_source(where: str, make: Callable[[], L]) -> L:
-    """Return what ``make`` returns; an error says where it comes from."""
+def with_error_source(where: str, make: Callable[[], T]) -> T:
+    """Return what ``make`` returns; an error says where it comes from.
+
+    Raises:
+        LimitSyntaxError: ``make`` raised a TypeError or a ValueError.
+    """
     try:
         return make()
     except (TypeError, ValueError) as error:
@@ -258,12 +301,22 @@ def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any
     )
 
 
-def _read_table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return what is in a TOML file.
+
+    Raises:
+        LimitSyntaxError: it is none.
+        OSError: it cannot be read.
+    """
     with file.open("rb") as content:
         try:
-            document = tomllib.load(content)
+            return tomllib.load(content)
         except ValueError as error:
             raise LimitSyntaxError(f"{file} is not valid TOML: {error}") from error
+
+
+def _read_table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
+    document = read_toml(file)
     tools = document.get("tool")
     if not isinstance(tools, Mapping):
         tools = {}

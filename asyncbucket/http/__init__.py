@@ -1,10 +1,12 @@
 """Any SDK on httpx or httpx2, paced: every HTTP attempt waits its turn, and headers are read.
 
 The entry points are `Limiter.transport`, `Limiter.transport_sync` and `Limiter.http_client`. This
-module has the profiles of known providers, and `Profile`, which describes a provider of your own.
+module has the profiles of known providers, `Profile`, which describes a provider of your own, and
+`read_pool`, which reads a pool from a file.
 """
 
 from asyncbucket.http.endpoints import Endpoint
+from asyncbucket.http.pool_file import read_pool
 from asyncbucket.providers.profiles import (
     ANTHROPIC,
     AZURE,
@@ -28,4 +30,5 @@ __all__ = [
     "Profile",
     "Told",
     "Usage",
+    "read_pool",
 ]

@@ -84,7 +84,8 @@ def job_with(**options: object) -> Job:
 
 
 def test_headline_shows_input_model_and_limits_without_password() -> None:
-    text = headline(job_with(api_base="https://me:secret@example.org:8443/v1"), Tally(total=5_000))
+    job = job_with(api_base="https://me:secret@example.org:8443/v1")
+    text = headline(job, Tally(total=5_000), Limiter(*job.limits))
     assert text.splitlines() == [
         "in.jsonl, 5,000 lines with gpt-4o-mini; https://example.org:8443/v1",
         "40,000 input tokens per 60 s, 500 requests per 60 s, 200,000 tokens per 60 s, 100 at once",

@@ -42,6 +42,7 @@ def run(  # noqa: PLR0913 - one for each option
     ] = "chat",
     system: Annotated[str | None, options.text("The system message before each prompt.")] = None,
     max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None,
+    pool: options.PoolFile = None,
     # How often, and how.
     attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5,
     dry_run: Annotated[
@@ -61,6 +62,7 @@ def run(  # noqa: PLR0913 - one for each option
     A line is a request of OpenAI's batch files, the body of one, or a prompt. Every answer is
     written once, as it arrives, with the custom_id and line of the request, as in OpenAI's output files.
     The key is read from OPENAI_API_KEY.
+    With --pool, each request goes to whichever provider in that file can start it first.
     Killed and started again, it continues where it stopped and stays under the limits. Ctrl-C lets
     the requests under way finish; a second one drops them.
 
@@ -70,12 +72,23 @@ def run(  # noqa: PLR0913 - one for each option
     Examples:
         asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
         asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --max-usd 2.50 --dry-run
+        asyncbucket run batch.jsonl -o out.jsonl --pool pool.toml
         asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
         grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
     from asyncbucket.cli.run import dry, work
 
+    of_one_provider = {
+        **{"--rpm": rpm, "--tpm": tpm, "--also": limits, "--preset": preset},
+        **{"--concurrency": concurrency, "--max-usd": max_usd, "--prices": prices},
+        "--api-base": api_base,
+    }
+    given = [name for name, value in of_one_provider.items() if value is not None]
+    if pool is not None and given:
+        raise ValueError(
+            f"{', '.join(given)} cannot go with --pool: write it into the members' tables in {pool}"
+        )
     if as_json and out == STANDARD and not dry_run:
         raise ValueError("--json prints on standard output, where the answers go: give -o")
     also = [*(limits or ()), *options.preset_limits(preset)]
@@ -91,7 +104,8 @@ def run(  # noqa: PLR0913 - one for each option
         system=system,
         max_tokens=max_tokens,
         api_base=base,
-        api_key=None if dry_run else api_key(base),
+        api_key=None if dry_run or pool else api_key(base),
+        pool=pool,
         attempts=attempts,
         restart=restart,
     )

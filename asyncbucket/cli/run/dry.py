@@ -13,6 +13,7 @@ from asyncbucket.cli.run.job import CONCURRENCY, Job
 from asyncbucket.cli.run.screen import Tally, errors_of
 from asyncbucket.cli.run.work import tasks
 from asyncbucket.core.wording import counted
+from asyncbucket.http.pool_file import read_pool
 from asyncbucket.plan import plan
 from asyncbucket.plan.calls import read_call
 from asyncbucket.providers.prices import Prices, read_prices
@@ -33,11 +34,14 @@ def dry_run(job: Job, *, as_json: bool) -> int:
     """
     tally = Tally()
     prices = read_prices(job.prices)
-    costs = asyncio.run(_costs(job, tally, prices))
-    slots = None if job.concurrency == "auto" else job.concurrency or CONCURRENCY
+    pool, endpoints = (None, {}) if job.pool is None else read_pool(job.pool)
+    # In a pool, the first member's way to charge stands for all.
+    base_url = next((each["base_url"] for each in endpoints.values()), job.api_base)
+    costs = asyncio.run(_costs(job, tally, prices, urlsplit(base_url).hostname or ""))
+    slots = None if job.concurrency == "auto" or pool else job.concurrency or CONCURRENCY
     planned = None
     if costs:
-        planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY)
+        planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
     never = planned.refused if planned else 0
     others = {"answered_earlier": tally.answered_earlier, "too_costly": never, "bad": tally.bad}
     if as_json:
@@ -60,9 +64,8 @@ def _over(job: Job, planned: "Plan | None") -> str:
     return f"--max-usd {job.max_usd:,.6g} {sure} stop it before its end"
 
 
-async def _costs(job: Job, tally: Tally, prices: Prices) -> list[Any]:
+async def _costs(job: Job, tally: Tally, prices: Prices, host: str) -> list[Any]:
     """Return what each request that would be sent is charged at admission, and costs."""
-    host = urlsplit(job.api_base).hostname or ""
     read = partial(read_call, profile=profile_of(host), model=None, prices=prices)
     with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
         return [

@@ -40,6 +40,7 @@ class Job:
         concurrency: the most calls in flight; None if the user did not say.
         max_usd: the most dollars that all runs into ``out`` may spend together.
         prices: the file of what models cost, if not what is published.
+        pool: the file of several providers and their limits, instead of one's.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Job:
     concurrency: int | Literal["auto"] | None = None
     max_usd: float | None = None
     prices: Path | None = None
+    pool: Path | None = None
     model: str | None = None
     endpoint: str = "chat"
     system: str | None = None
@@ -81,13 +83,9 @@ class Job:
         return None if out is None else out.parent / f"{out.stem}.errors{out.suffix}"
 
     @property
-    def shown_api_base(self) -> str:
+    def destination(self) -> str:
         """Where requests go, in a form that may be shown: without a password in the URL."""
-        return options.shown_url(self.api_base)
-
-    def without_key(self, text: str) -> str:
-        """Return ``text`` without the key, which a provider's error may quote."""
-        return options.without_key(text, self.api_key)
+        return options.shown_url(self.api_base) if self.pool is None else str(self.pool)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,7 +93,8 @@ class Job:
         system = self.system and hashlib.sha256(self.system.encode()).hexdigest()[:16]
         found = {
             "model": self.model,
-            "api_base": self.shown_api_base,
+            "api_base": None if self.pool else self.destination,
+            "pool": self.pool and self.pool.name,
             "endpoint": self.endpoint,
             "system": system,
             "max_tokens": self.max_tokens,
@@ -108,10 +107,10 @@ class Job:
         Raises:
             ValueError: the message says what, and the remedy.
         """
-        if not self.limits and self.concurrency is None:
+        if not self.limits and self.concurrency is None and self.pool is None:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
-                "server without limits, --concurrency 20 or --concurrency auto"
+                "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
             )
         for limit in self.all_limits:  # which reads the cap, too
             if limit.resource not in COMMON:

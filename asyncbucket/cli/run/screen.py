@@ -7,9 +7,11 @@ from typing import Any, Final
 import anyio
 
 from asyncbucket.batch.progress import Outlook
+from asyncbucket.cli.options import allowed
 from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, one_line, rounded, with_verb
 from asyncbucket.plan.result import duration_in_words
 from asyncbucket.providers.usage import Usage
@@ -104,16 +106,16 @@ async def show_progress(screen: Screen, tally: Tally, limiter: Limiter) -> None:
         screen.show([progress(tally, outlook)])
 
 
-def headline(job: Job, tally: Tally) -> str:
+def headline(job: Job, tally: Tally, limiter: Limiter) -> str:
     """Say in a line or two what will be done, and under which limits."""
     slots = f"{job.concurrency or CONCURRENCY} at once"
-    limits = [*map(str, job.limits)]
+    limits = [allowed(limiter)] if isinstance(limiter, Pool) else [*map(str, job.limits)]
     limits += [] if job.max_usd is None else [f"{job.max_usd:,.6g} USD in all"]
     limits += ["as many as go well" if job.concurrency == "auto" else slots]
     lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
     source = "standard input" if job.source == STANDARD else job.source
-    return f"{source}{lines}{model}; {job.shown_api_base}\n{', '.join(limits)}"
+    return f"{source}{lines}{model}; {job.destination}\n{', '.join(limits)}"
 
 
 def summary(job: Job, tally: Tally) -> str:

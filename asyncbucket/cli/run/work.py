@@ -17,7 +17,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, SPENT
-from asyncbucket.cli.options import DONE, FAILED
+from asyncbucket.cli.options import DONE, FAILED, without_keys
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, FOR_GOOD, STANDARD, Job
 from asyncbucket.cli.run.lines import (
@@ -30,9 +30,10 @@ from asyncbucket.cli.run.lines import (
 )
 from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
-from asyncbucket.core.errors import AsyncBucketError, StoreError, UnknownPrice
+from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, StoreError, UnknownPrice
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import USD, counted, in_given_unit, one_line
+from asyncbucket.http.pool_file import keys_of, read_pool
 from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
 from asyncbucket.providers.usage import read_usage
 from asyncbucket.retry import Retrier, Retry
@@ -105,27 +106,38 @@ class Run:
         self._sending = 0
         #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
-        is_kept = job.out_file is not None and bool(job.all_limits)
+        is_kept = job.out_file is not None and bool(job.all_limits or job.pool)
         store = f"sqlite:///{quote(str(job.limits_file))}" if is_kept else None
+        http: dict[str, Any] = {
+            "family": "httpx",
+            "timeout": _TIMEOUT,
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
+            "event_hooks": {"response": [self._on_response]},
+        }
         #: Its limits are in a store, which remembers across runs what was admitted.
-        self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
-        #: Slots are this process's own: a store would keep those of a killed run for a while.
-        self._limiter = self._root.child("calls", concurrency=job.concurrency or CONCURRENCY)
-        self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
+        self._root: Limiter
+        self._keys: list[str | None] = [job.api_key]
         url = urlsplit(job.api_base)
+        if job.pool is None:
+            self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
+        else:
+            self._root, endpoints = read_pool(job.pool, store=store)
+            http["endpoints"] = endpoints
+            self._keys = [key for each in endpoints.values() for key in keys_of(each)]
+            url = urlsplit(endpoints[self._root.members[0]]["base_url"])
+        #: Slots are this process's own: a store would keep those of a killed run for a while.
+        slots = job.concurrency or (CONCURRENCY if self._root.concurrency is None else None)
+        self._limiter = self._root.child("calls", concurrency=slots)
+        self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
         is_azure = (url.hostname or "").endswith(".azure.com")
         self._client = AsyncOpenAI(
             api_key=job.api_key or "none",
             base_url=url._replace(query="").geturl(),
-            default_query=dict(parse_qsl(url.query)),  # such as the version of Azure's API
+            # Such as the version of Azure's API; a pool has it from the member.
+            default_query={} if job.pool else dict(parse_qsl(url.query)),
             default_headers={"api-key": job.api_key} if is_azure and job.api_key else {},
             max_retries=0,
-            http_client=self._limiter.http_client(
-                family="httpx",
-                timeout=_TIMEOUT,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
-                event_hooks={"response": [self._on_response]},
-            ),
+            http_client=self._limiter.http_client(**http),
         )
 
     async def run(self) -> None:
@@ -161,7 +173,7 @@ class Run:
                 self._answers.check_room()
                 if self._job.source != STANDARD:
                     self._tally.total = count_lines(self._job.source)
-                self._screen.say(headline(self._job, self._tally))
+                self._screen.say(headline(self._job, self._tally, self._root))
             yield task
 
     async def _on_response(self, response: httpx.Response) -> None:
@@ -217,17 +229,22 @@ class Run:
             code, text = "no_json", response.text[:_MAX_MESSAGE]
             message = f"HTTP {response.status_code}: the reply is not JSON: {text or 'it is empty'}"
             described = _described(response, text)
-        message = self._job.without_key(message)[:_MAX_MESSAGE]
+        message = self._without_keys(message)[:_MAX_MESSAGE]
         self._tally.failed += 1
         self._tally.count_error(code, message)
         members = _members(request, response=described, error={"code": code, "message": message})
-        self._errors.write(hide=self._job.without_key, **members)
+        self._errors.write(hide=self._without_keys, **members)
         is_unpriced = isinstance(error, UnknownPrice)
         is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
         self._failures_in_a_row += not is_of_one
+        pool = self._job.pool
+        answered = self._tally.answered
         is_account = status in _FATAL or code in EXHAUSTED
         # Each failure without a reply takes many attempts: before the first answer, one is enough.
-        is_nowhere = not (status or response or is_of_one or self._tally.answered)
+        is_nowhere = not (status or response or is_of_one or answered)
+        if pool is not None:  # which goes on until it gives up on all members: one may be back soon
+            is_account &= not answered
+            is_nowhere |= isinstance(error, AcquireTimeout)
         self._tally.refused |= is_account or is_nowhere or is_unpriced
         if (
             is_account
@@ -235,14 +252,19 @@ class Run:
             or is_unpriced
             or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW
         ):
-            remedy = "see that it runs, or correct --api-base or --model"
+            remedy = (
+                f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
+            )
             if is_account:
-                remedy = "correct the key in OPENAI_API_KEY, or see to the account"
+                remedy = f"correct the key in {pool or 'OPENAI_API_KEY'}, or see to the account"
             if is_unpriced:
                 remedy = "write it into a file, and name that with --prices"
-            fatal = f"{message} ({self._job.shown_api_base}); {remedy}"
+            fatal = f"{message} ({self._job.destination}); {remedy}"
             self._tally.fatal = self._tally.fatal or fatal
             self._stop()
+
+    def _without_keys(self, text: str) -> str:
+        return without_keys(text, *self._keys)
 
     def _stop(self) -> None:
         """Send no more requests; those under way go on."""
