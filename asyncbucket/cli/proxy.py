@@ -16,6 +16,7 @@ def proxy(  # noqa: PLR0913 - one for each option
     upstream: Annotated[
         str | None, options.text("The provider, e.g. https://api.openai.com.", metavar="URL")
     ] = None,
+    pool: options.PoolFile = None,
     listen: Annotated[
         str | None, options.text("Where calls come in; default: 127.0.0.1:4295.", metavar="ADDRESS")
     ] = None,
@@ -59,6 +60,7 @@ def proxy(  # noqa: PLR0913 - one for each option
     Examples:
         asyncbucket proxy --upstream https://api.openai.com --rpm 500 --tpm 200k
         asyncbucket proxy --upstream https://api.anthropic.com --key-env MY_KEY
+        asyncbucket proxy --pool pool.toml
         asyncbucket proxy --config proxy.toml
         OPENAI_BASE_URL=http://127.0.0.1:4295/v1 node agent.js
     """
@@ -70,6 +72,7 @@ def proxy(  # noqa: PLR0913 - one for each option
         config,
         limits=[*(limits or ()), *options.preset_limits(preset)],
         upstream=upstream,
+        pool=None if pool is None else str(pool),
         listen=listen,
         status=status,
         profile=profile,
@@ -86,13 +89,12 @@ def proxy(  # noqa: PLR0913 - one for each option
     given = reread()
     serving = Serving(given)
     limiter, calls, pages = serving.limiter, serving.address, serving.status_address
-    known = [*map(str, limiter.limits)]
-    known += [] if limiter.concurrency is None else [f"{limiter.concurrency} at once"]
-    allowed = ", ".join(known) or "the limits that its headers announce"
-    typer.echo(f"base URL http://{calls} for {given.upstream}: {allowed}", err=True)
+    allowed = options.allowed(limiter) or "the limits that its headers announce"
+    where = given.upstream or given.pool
+    typer.echo(f"base URL http://{calls} for {where}: {allowed}", err=True)
     typer.echo(f"status http://{pages}/stats, /metrics, /healthz; asyncbucket watch", err=True)
     if not calls.is_local:
-        whose = "theirs" if given.key is None else "yours"
+        whose = "theirs" if given.key is None and given.pool is None else "yours"
         typer.echo(
             f"warning: other machines can reach {calls}, and make calls with a key of {whose}: keep "
             f"it behind a firewall, or listen at 127.0.0.1",

@@ -74,7 +74,7 @@ def read_pool(path: str | PathLike[str], *, store: str | None = None) -> tuple[P
                 raise ValueError(f"{name!r} is not known; known: {known}, and [member.NAME]")
         if not isinstance(tables, Mapping) or not tables:
             raise ValueError("it has no members: write a table [member.NAME] for each")
-        endpoints = dict(_read_member(file, name, tables[name], store) for name in tables)
+        endpoints = dict(_read_member(name, tables[name], store) for name in tables)
         pool = Pool(*endpoints, **document)
         Sites(pool, endpoints)  # which refuses what is wrong
         return pool, endpoints
@@ -87,7 +87,7 @@ def keys_of(endpoint: Endpoint) -> list[str]:
     return [text.removeprefix(_BEARER) for text in endpoint.get("headers", {}).values()]
 
 
-def _read_member(file: Path, name: str, table: Any, store: str | None) -> tuple[Limiter, Endpoint]:
+def _read_member(name: str, table: Any, store: str | None) -> tuple[Limiter, Endpoint]:
     where = f"[member.{name}]"
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} is not a table")  # noqa: TRY004 - of the file, as the others

@@ -23,6 +23,8 @@ from starlette.responses import StreamingResponse
 
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.http.endpoints import Endpoints, Sites
+from asyncbucket.http.transport import PacedTransport
 from asyncbucket.proxy.caller_terms import CallerTerms
 from asyncbucket.proxy.error_replies import ProxyError, error_response
 from asyncbucket.proxy.headers import OWN, end_to_end, is_anthropic, with_key
@@ -48,11 +50,16 @@ class Proxy:
     Args:
         limiter: what admits the calls.
         options: where they go, with whose key, and who shares; may be replaced while calls are open.
+        endpoints: if the limiter is a pool, where its members are.
     """
 
-    def __init__(self, limiter: Limiter, options: ProxyOptions) -> None:
+    def __init__(
+        self, limiter: Limiter, options: ProxyOptions, endpoints: Endpoints | None = None
+    ) -> None:
         self.options = options
-        self._transport = limiter.transport(profile=options.profile)
+        self._transport = PacedTransport(limiter, profile=options.profile, endpoints=endpoints)
+        #: A pool's calls are made for its first member, and rewritten for whichever takes them.
+        self._pooled_at = None if endpoints is None else Sites(limiter, endpoints).base_url
         self._terms = CallerTerms()
         self._held = 0
 
@@ -105,15 +112,21 @@ class Proxy:
         headers = [(name, value) for name, value in headers if not name.startswith(OWN)]
         if options.key is not None:
             headers = with_key(headers, options.key, anthropic=is_anthropic(scope))
-        url, path = _address(options.upstream, scope["raw_path"])
-        query = scope["query_string"]
+        path, query = scope["raw_path"], scope["query_string"]
+        if self._pooled_at is not None and path.startswith(b"/v1/"):
+            path = path.removeprefix(b"/v1")  # instead of which each member has a base URL
+        url, target = _address(self._pooled_at or str(options.upstream), path)
+        extensions: dict[str, Any] = {"timeout": _TIMEOUT}
+        if self._pooled_at is not None:
+            url = url.copy_with(query=query or None)
+        else:  # as it came: httpx would rewrite what others percent-encode differently
+            extensions["target"] = target + b"?" * bool(query) + query
         return httpx.Request(
             scope["method"],
             url,
             headers=headers,
             content=await self._body(caller) or None,
-            # As it came: httpx would rewrite what others percent-encode differently.
-            extensions={"timeout": _TIMEOUT, "target": path + b"?" * bool(query) + query},
+            extensions=extensions,
         )
 
     async def _body(self, caller: "_Caller") -> bytes | AsyncIterator[bytes]:

@@ -13,17 +13,14 @@ The file's table ``[asyncbucket]`` describes the limiter, as for `Limiter.from_t
     key_env = "OPENAI_API_KEY"
 """
 
-import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limits import KEYWORDS, Limit, read_limits
-from asyncbucket.core.settings import from_toml
+from asyncbucket.core.settings import from_toml, key_in_env, read_toml
 from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 
 _HOST: Final = "127.0.0.1"
@@ -67,6 +64,8 @@ class ProxyOptions:
 
     Attributes:
         upstream: the provider, ``https://HOST``; a path is put before the caller's.
+        pool: instead, a file of several providers, with limits and keys; see
+            `asyncbucket.http.pool_file`.
         listen: where calls come in, ``HOST:PORT`` or ``PORT``.
         status: where the status pages are.
         profile: the provider's name, if its host does not show it.
@@ -77,7 +76,8 @@ class ProxyOptions:
         key: the provider's key.
     """
 
-    upstream: str
+    upstream: str | None = None
+    pool: str | None = None
     listen: str = f"{_HOST}:{DEFAULT_PORT + 1}"
     status: str = f"{_HOST}:{DEFAULT_PORT}"
     profile: str | None = None
@@ -93,18 +93,19 @@ class ProxyOptions:
             if value is not None and not isinstance(value, kind):
                 what = "true or false" if kind is bool else "a string"
                 raise ValueError(f"{name} must be {what}, not {value!r}")
-        parts = urlsplit(self.upstream)
-        is_bare = "@" not in self.upstream and not (parts.query or parts.fragment)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not is_bare:
+        if (self.upstream is None) == (self.pool is None):
             raise ValueError(
-                "upstream must be the provider's URL without a key, such as https://api.openai.com"
+                "say where calls go: --upstream https://api.openai.com, or else --pool"
             )
-        _ = parts.port  # raises a ValueError if it is none
+        if self.upstream is not None:
+            _check_upstream(self.upstream)
+        elif said := [*map(str, self.limits), *self.terms, *(["key_env"] if self.key_env else [])]:
+            raise ValueError(f"{', '.join(said)} cannot go with a pool: write it into {self.pool}")
         port = Address.read(self.listen).port
         if port == Address.read(self.status).port != 0:
             raise ValueError(f"listen and status are both at port {port}: change one")
         if self.key_env is not None:
-            object.__setattr__(self, "key", _key_in(self.key_env))
+            object.__setattr__(self, "key", key_in_env(self.key_env))
 
     def restarts(self, other: "ProxyOptions") -> list[str]:
         """Return what differs from ``other`` and is in force only after a restart."""
@@ -149,18 +150,14 @@ def read_options(
         if name not in _ENTRIES:
             known = ", ".join(_ENTRIES)
             raise ValueError(f"{config}: [proxy] has no entry {name!r}; known: {known}")
-    if "upstream" not in entries:
-        raise ValueError("say where calls go: --upstream https://api.openai.com")
     options = ProxyOptions(**entries, limits=read, terms=terms)
-    terms.setdefault("name", urlsplit(options.upstream).hostname)
+    if options.upstream is not None:
+        terms.setdefault("name", urlsplit(options.upstream).hostname)
     return options
 
 
 def _tables_in(config: Path) -> Mapping[str, Any]:
-    try:
-        tables = tomllib.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise LimitSyntaxError(f"{config} is not valid TOML: {error}") from error
+    tables = read_toml(config)
     if not all(
         name in ("asyncbucket", "proxy") and isinstance(table, dict)
         for name, table in tables.items()
@@ -172,16 +169,11 @@ def _tables_in(config: Path) -> Mapping[str, Any]:
     return tables
 
 
-def _key_in(variable: str) -> str:
-    """Return the provider's key.
-
-    Raises:
-        ValueError: the variable holds none. It is not named: some give the key itself.
-    """
-    key = os.environ.get(variable, "").strip()
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
+def _check_upstream(url: str) -> None:
+    parts = urlsplit(url)
+    is_bare = "@" not in url and not (parts.query or parts.fragment)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_bare:
         raise ValueError(
-            "key_env must name an environment variable that holds the provider's key and nothing "
-            "else: export the key in it"
+            "upstream must be the provider's URL without a key, such as https://api.openai.com"
         )
-    return key
+    _ = parts.port  # raises a ValueError if it is none

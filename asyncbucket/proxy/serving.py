@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvicorn
@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.http.pool_file import read_pool
 from asyncbucket.http_server import configured, listen
 from asyncbucket.proxy.app import Proxy
 from asyncbucket.proxy.error_replies import ProxyError, error_response
@@ -28,6 +29,8 @@ from asyncbucket.telemetry.stats import is_loopback
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from asyncbucket.http.endpoints import Endpoints
 
 #: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
 _GRACE: Final = 25
@@ -50,8 +53,15 @@ class Serving:
     def __init__(self, options: ProxyOptions) -> None:
         #: What it began with: what a reload cannot change stays as it is here.
         self._options = options
-        self.limiter = Limiter(*options.limits, **options.terms)
-        self._proxy = Proxy(self.limiter, options)
+        endpoints: Endpoints | None = None
+        self.limiter: Limiter
+        if options.pool is None:
+            self.limiter = Limiter(*options.limits, **options.terms)
+        else:
+            self.limiter, endpoints = read_pool(options.pool)
+        #: What /stats shows.
+        self._shown = [self.limiter, *(endpoints or ())]
+        self._proxy = Proxy(self.limiter, options, endpoints)
         self._sockets: list[socket.socket] = []
         try:
             for address in (options.listen, options.status):
@@ -72,7 +82,7 @@ class Serving:
         address, app = self.address, cast("ASGIApp", self._proxy)
         if scope["server"][1] == self.status_address.port:
             address = self.status_address
-            app = _status_page(self.limiter, self._registry, scope["path"])
+            app = _status_page(self._shown, self._registry, scope["path"])
         if address.is_local and not _is_from_here(Headers(scope=scope)):
             error = ProxyError("this proxy serves only programs on its own machine", status=403)
             app = error_response(error, scope)
@@ -104,14 +114,20 @@ class Serving:
         """Put new options in force; open calls go on. What cannot be read changes nothing."""
         try:
             options = reread()
-            concurrency = options.terms.get("concurrency")
-            self.limiter.reconfigure(*options.limits, concurrency=concurrency)
+            if options.pool != self._options.pool:
+                raise ValueError("only a restart can change pool")  # noqa: TRY301
+            if options.pool is None:
+                concurrency = options.terms.get("concurrency")
+                self.limiter.reconfigure(*options.limits, concurrency=concurrency)
         except (OSError, TypeError, ValueError) as error:
             _log.error("the settings stay as they are: %s", error)
             return
         self._proxy.options = options
         _log.info("new settings are in force")
-        if waiting := self._options.restarts(options):
+        waiting = self._options.restarts(options)
+        if options.pool is not None:
+            waiting.append(f"what is in {options.pool}")
+        if waiting:
             _log.warning("a restart is needed to change %s", ", ".join(waiting))
 
 
@@ -143,12 +159,12 @@ def _is_from_here(headers: Headers) -> bool:
     return is_own and is_loopback(headers.get("host", ""))
 
 
-def _status_page(limiter: Limiter, registry: CollectorRegistry, path: str) -> Response:
+def _status_page(limiters: Sequence[Limiter], registry: CollectorRegistry, path: str) -> Response:
     match path:
         case "/healthz":
             return PlainTextResponse("ok")
         case "/" | "/stats":
-            return JSONResponse(report([limiter]), headers={"cache-control": "no-store"})
+            return JSONResponse(report(limiters), headers={"cache-control": "no-store"})
         case "/metrics":
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
         case _:

@@ -68,7 +68,7 @@ def test_bookings_of_each_member_outlive_the_run(
         after, _ = read_pool(pool, store=f"sqlite:///{Path('out.jsonl.limits').resolve()}")
         await after.members[1].acquire(timeout=5)
         with pytest.raises(AcquireTimeout):
-            await after.members[0].acquire(timeout=5)
+            await after.members[0].acquire(timeout=1)
         await after.aclose()
 
     asyncio.run(go_on())

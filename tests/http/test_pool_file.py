@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncbucket import LimitSyntaxError
-from asyncbucket.http import read_pool
-from asyncbucket.http.endpoints import Endpoint
+from asyncbucket.http import Endpoint, read_pool
 
 KEY = "canary-0123456789"
 FILE = """
@@ -65,6 +64,13 @@ async def test_file_has_limits_and_endpoints_and_names_the_variables_of_keys(fil
     ]
     assert list(endpoints.values()) == wanted
     await pool.http_client(endpoints).aclose()
+
+
+def test_example_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "AZURE_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+    pool, _ = read_pool(Path(__file__).parents[2] / "examples" / "pool.toml")
+    assert [each.name for each in pool.members] == ["openai", "azure"]
 
 
 async def test_default_store_keeps_limits_and_no_slots_found_by_themselves(file: Path) -> None:

@@ -60,7 +60,7 @@ class Proxied:
 
 
 @contextlib.asynccontextmanager
-async def proxied(upstream: str, *limits: str, **given: Any) -> AsyncGenerator[Proxied]:
+async def proxied(upstream: str | None, *limits: str, **given: Any) -> AsyncGenerator[Proxied]:
     """Serve a proxy before ``upstream``; ``given`` are options, and arguments of its limiter."""
     given |= {"upstream": upstream, "listen": "0", "status": "127.0.0.1:0"}
     serving = Serving(read_options(limits=limits, **given))

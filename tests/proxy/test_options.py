@@ -59,7 +59,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
             r"must have the tables \[asyncbucket\], for the limits, and \[proxy\].*has rpm",
         ),
         ("[proxy", "proxy.toml is not valid TOML"),
-        (FILE.replace("listen", "listne"), r"\[proxy\] has no entry 'listne'; known: upstream, li"),
+        (FILE.replace("listen", "listne"), r"\[proxy\] has no entry 'listne'; known: upstream, po"),
         (FILE.replace("rpm", "rmp"), r"entry 'rmp' of .*proxy.toml, \[asyncbucket\] is not known"),
         (
             FILE.replace("https://api.openai.com", "api.openai.com"),

@@ -80,8 +80,13 @@ def run(  # noqa: PLR0913 - one for each option
     from asyncbucket.cli.run import dry, work
 
     of_one_provider = {
-        **{"--rpm": rpm, "--tpm": tpm, "--also": limits, "--preset": preset},
-        **{"--concurrency": concurrency, "--max-usd": max_usd, "--prices": prices},
+        "--rpm": rpm,
+        "--tpm": tpm,
+        "--also": limits,
+        "--preset": preset,
+        "--concurrency": concurrency,
+        "--max-usd": max_usd,
+        "--prices": prices,
         "--api-base": api_base,
     }
     given = [name for name, value in of_one_provider.items() if value is not None]
