@@ -72,7 +72,6 @@ def run(  # noqa: PLR0913 - one for each option
     Examples:
         asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
         asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --max-usd 2.50 --dry-run
-        asyncbucket run batch.jsonl -o out.jsonl --pool pool.toml
         asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
         grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
