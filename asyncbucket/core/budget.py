@@ -21,20 +21,22 @@ anywhere: a change goes into a queue, and whoever next looks at the numbers take
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import threading
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, Self, TypeAlias
+from contextvars import ContextVar
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from asyncbucket.core.admission import count_refusal
 from asyncbucket.core.context import InheritedScope
 from asyncbucket.core.cost import rounded_up
 from asyncbucket.core.errors import BudgetExceeded
 from asyncbucket.core.events import Outcome
-from asyncbucket.core.lease import ASKED, HELD, LENT, OVER, Lease
+from asyncbucket.core.lease import ASKED, HELD, OVER, PARTS_OF_TOKENS, WAITING, Lease
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.seats import ThreadSeat
@@ -42,10 +44,15 @@ from asyncbucket.core.wording import counted, in_given_unit, is_number
 
 #: What is asked before a call is refused: it returns the new cap, or None.
 OnExceeded: TypeAlias = Callable[[BudgetExceeded], float | Awaitable[float | None] | None]
+#: Where an amount counts: at calls in flight, or at calls that are over.
+_Side: TypeAlias = Literal["reserved", "spent"]
 
+_NOTHING: Final[Amounts] = {}
 _REMEDY: Final = (
     "finish with what you have, make a cheaper call, or have whoever set the budget raise it"
 )
+#: The budgets about which somebody is being asked from here.
+_asking: Final[ContextVar[tuple["Budget", ...]]] = ContextVar("asyncbucket asking", default=())
 
 
 class Budget:
@@ -53,11 +60,12 @@ class Budget:
 
     def __init__(self, caps: Mapping[str, int], on_exceeded: OnExceeded | None) -> None:
         self._caps = dict(caps)
-        #: By calls that have ended, and by calls in flight.
-        self._spent = dict.fromkeys(caps, 0)
-        self._reserved = dict.fromkeys(caps, 0)
-        #: What leases report: amounts, and the sums to which they are added.
-        self._changes: deque[tuple[Amounts, dict[str, int]]] = deque()
+        self._sums: dict[_Side, dict[str, int]] = {
+            "reserved": dict.fromkeys(caps, 0),
+            "spent": dict.fromkeys(caps, 0),
+        }
+        #: What leases report: where something counts, how much did, and how much does now.
+        self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
         self._on_exceeded = on_exceeded
         #: One question at a time, on each event loop.
         self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
@@ -78,115 +86,105 @@ class Budget:
 
     @property
     def cap(self) -> Mapping[str, float]:
-        """What may be spent of each resource, as it was given: in dollars, or in units."""
-        return self._as_given(self._caps)
+        """The caps as they were given: dollars, or units of each resource."""
+        return _as_given(self._caps)
 
     @property
     def spent(self) -> Mapping[str, float]:
-        """What calls have cost that are over."""
-        self._catch_up()
-        return self._as_given(self._spent)
+        """What the calls that have ended did cost."""
+        return _as_given(self._look()["spent"])
 
     @property
     def reserved(self) -> Mapping[str, float]:
         """What calls in flight may cost at most."""
-        self._catch_up()
-        return self._as_given(self._reserved)
+        return _as_given(self._look()["reserved"])
 
     @property
     def left(self) -> Mapping[str, float]:
         """What is neither spent nor reserved; negative if calls used more than they reserved."""
-        self._catch_up()
-        left = {
-            name: cap - self._spent[name] - self._reserved[name] for name, cap in self._caps.items()
-        }
-        return self._as_given(left)
+        sums = self._look()
+        return _as_given(
+            {
+                name: cap - sums["spent"][name] - sums["reserved"][name]
+                for name, cap in self._caps.items()
+            }
+        )
 
     def __repr__(self) -> str:
-        self._catch_up()
-        caps = ", ".join(counted(cap, name) for name, cap in self._caps.items())
-        spent = ", ".join(counted(spent, name) for name, spent in self._spent.items())
+        caps, spent = (
+            ", ".join(counted(amount, name) for name, amount in amounts.items())
+            for amounts in (self._caps, self._look()["spent"])
+        )
         return f"<Budget of {caps}, {spent} spent>"
-
-    def _as_given(self, amounts: Amounts) -> Mapping[str, float]:
-        return {name: in_given_unit(amount, name) for name, amount in amounts.items()}
 
     # --- what leases ask ---
 
-    def reserve(self, amounts: Amounts) -> BudgetExceeded | None:
-        """Reserve what a call may cost, or return why it can't."""
+    def look(self, amounts: Amounts, *, reserve: bool) -> BudgetExceeded | None:
+        """Return why a call can't pass; if it can, ``reserve`` what it may cost.
+
+        Without ``reserve``, a call passes if it could, should all calls in flight cost nothing.
+        """
         with self._lock:
-            self._catch_up_locked()
-            error = self._check_locked(amounts, self._reserved)
-            if error is None:
-                self._add(amounts, self._reserved)
-            return error
+            sums = self._look_locked()
+            for name, cap in self._caps.items():
+                cost = amounts.get(name, 0)
+                held = sums["reserved"][name] if reserve else 0
+                if cost and sums["spent"][name] + held + cost > cap:
+                    return self._error_locked(name, cost)
+            if reserve:
+                self.change("reserved", _NOTHING, amounts)
+            return None
 
-    def check(self, amounts: Amounts) -> BudgetExceeded | None:
-        """Return why a call can't pass even if all calls in flight turn out to cost nothing."""
-        with self._lock:
-            self._catch_up_locked()
-            return self._check_locked(amounts, {})
+    def change(self, side: _Side, before: Amounts, after: Amounts) -> None:
+        """Count ``after`` for a call, instead of what was counted ``before``."""
+        self._changes.append((side, before, after))
 
-    def give_back(self, amounts: Amounts) -> None:
-        """Give back what was reserved for a call that was not admitted."""
-        self._changes.append((_negative(amounts), self._reserved))
-
-    def settle(self, change: Amounts, *, in_flight: bool) -> None:
-        """Correct what a call has reserved or, once it is over, spent."""
-        self._changes.append((change, self._reserved if in_flight else self._spent))
-
-    def end(self, amounts: Amounts) -> None:
-        """Count what a call has cost that is over."""
-        self._changes.append((_negative(amounts), self._reserved))
-        self._changes.append((amounts, self._spent))
-
-    async def has_raised(self, error: BudgetExceeded, *, blocking: bool) -> bool:
+    async def is_raised(self, error: BudgetExceeded, *, blocking: bool) -> bool:
         """Ask whether the cap may be raised, for one call at a time; return whether it was.
+
+        Nobody is asked about calls that are made in order to answer.
 
         Raises:
             TypeError: ``on_exceeded`` returned no number, or is async and the caller blocks.
         """
-        if self._on_exceeded is None:
+        if self._on_exceeded is None or self in _asking.get():
             return False
-        if blocking:
-            answer = self._on_exceeded(error)
-            if inspect.isawaitable(answer):
-                getattr(answer, "close", bool)()
-                raise TypeError("a blocking call can't await on_exceeded: give a plain function")
-            return self._raise_cap(error.resource, answer)
-        turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+        turn: Any = contextlib.nullcontext()
+        if not blocking:
+            turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         async with turn:
             if error.cap != self.cap[error.resource]:
                 return True  # it was raised for another call meanwhile
-            answer = self._on_exceeded(error)
-            if inspect.isawaitable(answer):
-                answer = await answer
-            return self._raise_cap(error.resource, answer)
+            token = _asking.set((*_asking.get(), self))
+            try:
+                answer = self._on_exceeded(error)
+                if inspect.isawaitable(answer):
+                    if blocking:
+                        getattr(answer, "close", bool)()
+                        raise TypeError(
+                            "a blocking call can't await on_exceeded: give a plain function"
+                        )
+                    answer = await answer
+            finally:
+                _asking.reset(token)
+            return self._raise_cap(error, answer)
 
-    def _raise_cap(self, resource: str, answer: object) -> bool:
+    def _raise_cap(self, error: BudgetExceeded, answer: object) -> bool:
         if answer is None or answer is False:
             return False
         if not is_number(answer):
             raise TypeError(
                 f"on_exceeded must return the new cap, such as 5.0, or None, not {answer!r}"
             )
-        cap = rounded_up(answer, resource)
         with self._lock:
-            before, self._caps[resource] = self._caps[resource], max(self._caps[resource], cap)
-        return cap > before
+            cap = max(self._caps[error.resource], rounded_up(answer, error.resource))
+            self._caps[error.resource] = cap
+        return in_given_unit(cap, error.resource) > error.cap
 
     # --- with the lock held ---
 
-    def _check_locked(self, amounts: Amounts, reserved: Amounts) -> BudgetExceeded | None:
-        for name, cap in self._caps.items():
-            cost = amounts.get(name, 0)
-            if cost and self._spent[name] + reserved.get(name, 0) + cost > cap:
-                return self._error_locked(name, cost)
-        return None
-
     def _error_locked(self, name: str, cost: int) -> BudgetExceeded:
-        cap, spent, reserved = self._caps[name], self._spent[name], self._reserved[name]
+        cap, (reserved, spent) = self._caps[name], (each[name] for each in self._sums.values())
         left = max(0, cap - spent - reserved)
         in_flight = f", {counted(reserved, name)} reserved by calls in flight" if reserved else ""
         return BudgetExceeded(
@@ -201,17 +199,17 @@ class Budget:
             cost=in_given_unit(cost, name),
         )
 
-    def _catch_up(self) -> None:
+    def _look(self) -> Mapping[_Side, Amounts]:
+        """Take in what leases have reported, and return the sums."""
         with self._lock:
-            self._catch_up_locked()
+            return self._look_locked()
 
-    def _catch_up_locked(self) -> None:
+    def _look_locked(self) -> Mapping[_Side, dict[str, int]]:
         while self._changes:
-            self._add(*self._changes.popleft())
-
-    def _add(self, amounts: Amounts, sums: dict[str, int]) -> None:
-        for name in self._caps:
-            sums[name] += amounts.get(name, 0)
+            side, before, after = self._changes.popleft()
+            for name in self._caps:
+                self._sums[side][name] += after.get(name, 0) - before.get(name, 0)
+        return self._sums
 
 
 def budget(
@@ -268,96 +266,105 @@ class BudgetLease(Lease):
     """Ask for an admission that budgets pay for, too."""
 
     _budgets: tuple[Budget, ...] = ()
-    _is_reserved = False
+    #: What the budgets count for this call.
+    _held = _NOTHING
 
     def _try_now(self) -> bool:
-        if self._state == ASKED and self._reserve() is not None:
+        if self._state != ASKED:
+            return super()._try_now()  # which refuses
+        if self._look(reserve=True) is not None:
             return False  # `_wait` asks, or refuses
         passed = False
         try:
             passed = super()._try_now()
         finally:
-            if not passed and self._is_reserved:
-                self._give_back()
+            if not passed:
+                self._hold(_NOTHING)
         return passed
 
     def _refuse(self) -> None:
-        error = self._reserve()
+        error = self._look(reserve=True)
         if error is not None:
             self._state = OVER
             count_refusal(self._node, self._amounts, error)
             raise error
-        self._give_back()
+        self._hold(_NOTHING)
         super()._refuse()
 
     async def _wait(self, seat: ThreadSeat | None = None) -> None:
         """Wait in turn, unless a budget can't pay in any case; then reserve."""
+        self._state, blocking = WAITING, seat is not None
         try:
-            await self._ask(self._check, blocking=seat is not None)
+            await self._ask(reserve=False, blocking=blocking)
+            await super()._wait(seat)
+            await self._ask(reserve=True, blocking=blocking)
         except BaseException as error:
+            if self._state == HELD:
+                self._undo()
             self._state = OVER
             if isinstance(error, BudgetExceeded):
                 count_refusal(self._node, self._amounts, error)
             raise
-        await super()._wait(seat)
-        try:
-            await self._ask(self._reserve, blocking=seat is not None)
-        except BaseException as error:
-            self._undo()
-            if isinstance(error, BudgetExceeded):
-                count_refusal(self._node, self._amounts, error)
-            raise
 
-    async def _ask(self, look: Callable[[], BudgetExceeded | None], *, blocking: bool) -> None:
-        """Have caps raised until ``look`` finds no budget exceeded.
+    async def _ask(self, *, reserve: bool, blocking: bool) -> None:
+        """Have caps raised until no budget is exceeded.
 
         Raises:
-            BudgetExceeded: one is exceeded, and was not raised.
+            BudgetExceeded: one is, and was not raised.
         """
-        while (error := look()) is not None:
+        while (error := self._look(reserve=reserve)) is not None:
             asked: Budget = error.budget
-            if not await asked.has_raised(error, blocking=blocking):
+            if not await asked.is_raised(error, blocking=blocking):
                 raise error
 
-    def _check(self) -> BudgetExceeded | None:
-        errors = (each.check(self._amounts) for each in self._budgets)
-        return next((error for error in errors if error is not None), None)
-
-    def _reserve(self) -> BudgetExceeded | None:
-        """Reserve at all budgets, or at none, and return the error of the one that refused."""
+    def _look(self, *, reserve: bool) -> BudgetExceeded | None:
+        """Reserve at all budgets or at none; return the error of one that refuses."""
+        amounts = self._used_tokens(self._amounts)
         for number, each in enumerate(self._budgets):
-            error = each.reserve(self._amounts)
+            error = each.look(amounts, reserve=reserve)
             if error is not None:
-                for earlier in self._budgets[:number]:
-                    earlier.give_back(self._amounts)
+                for earlier in self._budgets[:number] if reserve else ():
+                    earlier.change("reserved", amounts, _NOTHING)
                 return error
-        self._is_reserved = True
+        if reserve:
+            self._held = amounts
         return None
 
-    def _give_back(self) -> None:
-        self._is_reserved = False
+    def _hold(self, amounts: Amounts, *, side: _Side = "reserved") -> None:
+        """Have the budgets count ``amounts`` instead of what they do."""
         for each in self._budgets:
-            each.give_back(self._amounts)
+            each.change(side, self._held, amounts)
+        self._held = amounts
+
+    def _used_tokens(self, booked: Amounts) -> Amounts:
+        """Return what is ``booked`` with the tokens that are used: limits may count them otherwise.
+
+        OpenAI's count the larger of prompt and reply, Gemini's the prompt alone.
+        """
+        tokens, *parts = (booked.get(name, 0) for name in ("tokens", *PARTS_OF_TOKENS))
+        settled = self._parts or _NOTHING
+        is_split = settled.keys() >= set(PARTS_OF_TOKENS)
+        if not (is_split or "tokens" in settled):
+            is_split = parts != [tokens, tokens]  # else only their sum is known
+        return {**booked, "tokens": sum(parts)} if is_split else booked
 
     def _settle_locked(self, used: dict[str, int]) -> None:
-        before = self._booked()
         super()._settle_locked(used)
-        after = self._booked()
-        if self._is_reserved:
-            change = {name: amount - before.get(name, 0) for name, amount in after.items()}
-            for each in self._budgets:
-                each.settle(change, in_flight=self._state != OVER)
+        if self._held:
+            side: _Side = "spent" if self._state == OVER else "reserved"
+            self._hold(self._used_tokens(self._booked()), side=side)
 
     def release(self) -> None:
         """Give the slot back; the cost stays counted, as reserved or as settled."""
         self._end("ok")
 
     def _end_locked(self, outcome: Outcome) -> None:
-        ends = self._state in (HELD, LENT) and self._seat.look is not None
+        was_over = self._state == OVER
         super()._end_locked(outcome)
-        if ends and self._is_reserved:
+        if self._held and self._state == OVER and not was_over:
             for each in self._budgets:
-                each.end(self._booked())
+                each.change("reserved", self._held, _NOTHING)
+                each.change("spent", _NOTHING, self._held)
 
 
 @functools.cache
@@ -373,5 +380,5 @@ def pay_from(budgets: tuple[Budget, ...], lease: Lease) -> None:
     lease._budgets = budgets  # noqa: SLF001 - just made
 
 
-def _negative(amounts: Amounts) -> Amounts:
-    return {name: -amount for name, amount in amounts.items()}
+def _as_given(amounts: Amounts) -> Mapping[str, float]:
+    return {name: in_given_unit(amount, name) for name, amount in amounts.items()}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
 _USED: Final = "a lease serves one call, and this one was used already: call acquire() for another"
-_PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
+PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
 #: reserved, so giving them back errs on the safe side.
 _PARTS: Final = 16
@@ -364,7 +364,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             return
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer
-        if "tokens" not in used and not used.keys().isdisjoint(_PARTS_OF_TOKENS):
+        if "tokens" not in used and not used.keys().isdisjoint(PARTS_OF_TOKENS):
             used = {
                 **used,
                 "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
@@ -386,12 +386,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         If the split was unknown, each was reserved as the whole. Then one that is not reported yet
         adds no more than the other leaves of the whole.
         """
-        total = sum(booked.get(name, 0) for name in _PARTS_OF_TOKENS)
-        if all(name in reported for name in _PARTS_OF_TOKENS):
+        total = sum(booked.get(name, 0) for name in PARTS_OF_TOKENS)
+        if all(name in reported for name in PARTS_OF_TOKENS):
             return total
         reserved = self._amounts
         beyond = sum(
-            max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in _PARTS_OF_TOKENS
+            max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in PARTS_OF_TOKENS
         )
         return min(total, reserved.get("tokens", 0) + beyond)
 

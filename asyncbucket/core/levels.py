@@ -85,10 +85,13 @@ def in_force(limiter: Limiter) -> tuple[Limit, ...]:
 
 def counts(limiter: Limiter, resource: str) -> bool:
     """Tell whether a limit here or above, or a budget around this code, counts ``resource``."""
-    if resource in limiter._node.resources():
-        return True
+    return resource in limiter._node.resources() or resource in capped()
+
+
+def capped() -> set[str]:
+    """Return the resources of which budgets around this code cap the use."""
     context = inherited.get()
-    return context is not None and any(resource in each.cap for each in context.budgets)
+    return set() if context is None else {name for each in context.budgets for name in each.cap}
 
 
 def prices_of(limiter: Limiter) -> Mapping[str, Any]:

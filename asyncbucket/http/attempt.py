@@ -87,7 +87,7 @@ class Attempt:
         if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
         elif reports_own_usage(call.method, call.path) and (
-            self._price is not None or lane.settles_any_limit(self._profile)
+            self._price is not None or lane.needs_usage(self._profile)
         ):
             self._tail = self._new_tail(reply)
 

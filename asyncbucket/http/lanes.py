@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.levels import (
+    capped,
     effective_limiter,
     in_force,
     is_under,
@@ -88,10 +89,12 @@ class Lane:
         lane.header_reader = HeaderReader(member, learn=learn)
         return lane
 
-    def settles_any_limit(self, profile: Profile) -> bool:
-        """Tell whether a reply's usage corrects any limit in force."""
+    def needs_usage(self, profile: Profile) -> bool:
+        """Tell whether a reply's usage corrects a limit in force, or a budget."""
         limits = in_force(effective_limiter(self.limiter))
-        return any(limit.resource in profile.settles for limit in limits)
+        return any(limit.resource in profile.settles for limit in limits) or any(
+            name.endswith("tokens") for name in capped()
+        )
 
 
 class ReadRequest(NamedTuple):

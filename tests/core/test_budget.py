@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import math
 import random
@@ -422,3 +423,57 @@ async def test_debt_of_dollars_holds_back_what_follows(time: VirtualTime) -> Non
         lease.settle(usd=1.5)
     async with limiter.acquire(usd=0.5):
         assert time.now - began > 3_600
+
+
+async def test_lease_that_is_awaited_again_keeps_what_it_reserved() -> None:
+    limiter = Limiter()
+    with budget(usd=1) as capped:
+        lease = await limiter.acquire(usd=0.5)
+        for state in ("reserved", "spent"):
+            with pytest.raises(RuntimeError, match="serves one call"):
+                await lease
+            assert (getattr(capped, state)["usd"], capped.left["usd"]) == (0.5, 0.5)
+            lease.release()
+
+
+@pytest.mark.parametrize("way", ["async", "blocking"])
+async def test_nobody_is_asked_about_calls_that_are_made_to_answer(way: str) -> None:
+    """An agent may decide, whose own calls the budget pays for."""
+    limiter, asked = Limiter(), list[float]()
+
+    def ask_blocking(error: BudgetExceeded) -> float:
+        asked.append(error.cost)
+        with contextlib.suppress(BudgetExceeded):
+            limiter.acquire_sync(usd=5)
+        return 2
+
+    async def ask(error: BudgetExceeded) -> float:
+        asked.append(error.cost)
+        with contextlib.suppress(BudgetExceeded):
+            await limiter.acquire(usd=5)
+        return 2
+
+    with budget(usd=1, on_exceeded=ask if way == "async" else ask_blocking) as capped:
+        if way == "async":
+            (await limiter.acquire(usd=2)).release()
+        else:
+            limiter.acquire_sync(usd=2).release()
+    assert (asked, capped.spent) == ([2], {"usd": 2})
+
+
+def test_cap_that_another_thread_has_raised_meanwhile_is_no_refusal() -> None:
+    limiter, asked = Limiter(), threading.Barrier(2)
+
+    def ask(error: BudgetExceeded) -> float:
+        asked.wait(5)
+        return error.cap + 4
+
+    with budget(usd=1, on_exceeded=ask) as capped:
+        copies = [contextvars.copy_context() for _ in range(2)]
+    calls = [functools.partial(copy.run, limiter.acquire_sync, usd=2) for copy in copies]
+    threads = [threading.Thread(target=lambda call=call: call().release()) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (capped.cap, capped.spent) == ({"usd": 5}, {"usd": 4})

@@ -83,6 +83,24 @@ async def test_budget_needs_no_limit_and_is_checked_before_sending(library: Any)
     assert (len(client.seen), round(capped.spent["usd"] * 1e6)) == (4, 4 * SETTLED)
 
 
+@pytest.mark.parametrize("limits", [[], ["1M TPM"]])
+@pytest.mark.parametrize(
+    "url",
+    [
+        URL,
+        "https://llm.example.com/v1/messages",
+        "https://bedrock-runtime.x.amazonaws.com/model/anthropic.claude-4/converse",
+    ],
+)
+async def test_budget_of_tokens_counts_those_used_however_the_provider_counts(
+    url: str, limits: list[str]
+) -> None:
+    client = client_of(httpx, Limiter(*limits), REPLY)
+    with budget(tokens=100_000, output_tokens=90_000) as capped:
+        await client.post(url, json={"messages": MESSAGES})
+    assert capped.spent == {"tokens": 107, "output_tokens": 7}
+
+
 @pytest.mark.parametrize(
     ("reply", "used"),
     [
