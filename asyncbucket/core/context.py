@@ -159,7 +159,7 @@ def tenant(name: str) -> contextlib.AbstractContextManager[None, None]:
     Raises:
         ValueError: the name is not a string, or is empty.
     """
-    return InheritedScope(tenant=read_tenant(name))
+    return InheritedScope(tenant=read_text(name, "a tenant"))
 
 
 def sticky(key: str) -> contextlib.AbstractContextManager[None, None]:
@@ -172,7 +172,7 @@ def sticky(key: str) -> contextlib.AbstractContextManager[None, None]:
     Raises:
         ValueError: it is not a string, or is empty.
     """
-    return InheritedScope(sticky=read_sticky(key))
+    return InheritedScope(sticky=read_text(key, "sticky"))
 
 
 def agent(
@@ -222,13 +222,19 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
 
 
 def read_label(text: str | None, what: str) -> str | None:
-    """Return the name or the kind of an agent.
+    """Return the name or the kind of an agent, if there is one; see `read_text`."""
+    return None if text is None else read_text(text, f"an agent's {what}")
+
+
+def read_text(text: str, what: str) -> str:
+    """Return a name or a key.
 
     Raises:
         ValueError: it is not a string, or is empty.
     """
-    if text is not None and (not isinstance(text, str) or not text):
-        raise ValueError(f"an agent's {what} must be a non-empty string, not {text!r}")
+    if not isinstance(text, str) or not text:
+        given = "''" if text == "" else type(text).__name__  # it may be secret
+        raise ValueError(f"{what} must be a non-empty string, not {given}")
     return text
 
 
@@ -254,29 +260,6 @@ def read_priority(value: Priority) -> int:
         f"priority must be {', '.join(map(repr, _NAMES))} or a whole number from "
         f"{-_HIGHEST} to {_HIGHEST}, not {value!r}"
     )
-
-
-def read_tenant(name: str) -> str:
-    """Return a tenant's name.
-
-    Raises:
-        ValueError: it is not a string, or is empty.
-    """
-    if not isinstance(name, str) or not name:
-        given = "''" if name == "" else type(name).__name__  # it may be secret
-        raise ValueError(f"a tenant must be a non-empty string, not {given}")
-    return name
-
-
-def read_sticky(key: str) -> str:
-    """Return what calls have in common.
-
-    Raises:
-        ValueError: it is not a string, or is empty.
-    """
-    if not isinstance(key, str) or not key:
-        raise ValueError(f"sticky must be a non-empty string, not {key!r}")
-    return key
 
 
 def deadline_of(

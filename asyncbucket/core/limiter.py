@@ -22,7 +22,7 @@ from asyncbucket.core.context import (
     deadline_of,
     inherited,
     read_priority,
-    read_tenant,
+    read_text,
     running_agent,
     span_of,
 )
@@ -485,7 +485,7 @@ class Limiter(Doors, OfThisProcess):
             LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
         """
         given = Terms.read(limits, terms) if limits or terms else None
-        return self._all_tenants().get(self, read_tenant(tenant), given)
+        return self._all_tenants().get(self, read_text(tenant, "a tenant"), given)
 
     def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
         """Set the terms for tenants that have none of their own; see `key`.

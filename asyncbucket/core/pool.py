@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 from asyncbucket.core.agents import AgentLease
-from asyncbucket.core.context import Agent, inherited, read_sticky, span_of
+from asyncbucket.core.context import Agent, inherited, read_text, span_of
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
@@ -254,7 +254,7 @@ class Pool(Limiter):
                 fourth failure in a row or a later one.
             QueueFull, StoreError, TypeError, ValueError: as for `Limiter.acquire`.
         """
-        key = None if sticky is None else read_sticky(sticky)
+        key = None if sticky is None else read_text(sticky, "sticky")
         span = None if patience is None else span_of(patience, *_PATIENCE)
         lease = super().acquire(cost, **call)
         assert isinstance(lease, PoolLease)

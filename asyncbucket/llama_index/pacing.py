@@ -16,7 +16,7 @@ import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
@@ -31,12 +31,12 @@ from asyncbucket.core.levels import (
     sent,
 )
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent, was_refused
+from asyncbucket.providers.forecast import excess_of
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.prices import model_of, price_here, within_limits
 from asyncbucket.providers.usage import Usage
@@ -368,11 +368,12 @@ class Pacing:
         """Return the tokens to reserve; a guess of the output must not make a call impossible."""
         if not isinstance(estimate, Estimate):
             raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
-        output = estimate.output_tokens
+        sent, received = estimate.input_tokens, estimate.output_tokens
         if estimate.foreseen:
-            by_way = limits_by_way(effective_limiter(self.limiter))
-            output = max(_possible_output(estimate, limits) for limits in by_way)
-        return {"input_tokens": estimate.input_tokens, "output_tokens": max(0, output)}
+            cost = {"input_tokens": sent, "output_tokens": received, "tokens": sent + received}
+            excess = excess_of(cost, limits_by_way(effective_limiter(self.limiter)))
+            received = max(0, received - excess)
+        return {"input_tokens": sent, "output_tokens": received}
 
     def settle(self, held: HeldCall, usage: Usage | None) -> None:
         """Correct the reservation to what a whole reply used, if that is known."""
@@ -382,17 +383,6 @@ class Pacing:
             observe = getattr(self.estimator, "observe", None)
             if usage.output_tokens and observe is not None:  # embeddings teach nothing
                 observe(usage.output_tokens)
-
-
-def _possible_output(estimate: Estimate, limits: Iterable[Limit]) -> int:
-    """Return the output that is expected, as far as ``limits`` can ever admit it."""
-    output = estimate.output_tokens
-    for limit in limits:
-        if limit.resource == "output_tokens":
-            output = min(output, limit.units)
-        elif limit.resource == "tokens":
-            output = min(output, limit.units - estimate.input_tokens)
-    return output
 
 
 def pacing_of(paced: Any) -> Pacing:

@@ -11,39 +11,30 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
 from asyncbucket.providers.forecast import FORESEEN
-from asyncbucket.providers.prices import Price, Prices, price_of
-from asyncbucket.providers.request import is_positive_integer, replies_of
+from asyncbucket.providers.prices import Prices, price_of
+from asyncbucket.providers.request import RequestSize, replies_of
 
 #: Standard errors on each side of a range that holds 95 % of a normal distribution.
 _SIDES: Final = 1.96
-_OUTPUT_LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
-class Bill(NamedTuple):
-    """What one call costs in dollars; ``most`` is None if nothing limits its reply."""
-
-    least: float
-    likely: float
-    most: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PlannedDollars:
-    """What all calls of a plan cost, in dollars; ``print`` it.
+    """What calls cost, in dollars; ``print`` it.
 
     Attributes:
+        least: what they cost at least, with 95 % certainty if samples stand for calls.
         likely: the most likely sum.
-        least: what it costs at least, with 95 % certainty if samples stand for calls.
-        most: what it costs at most; None if nothing limits the replies.
+        most: what they cost at most; None if nothing limits the replies.
     """
 
-    likely: float
     least: float
+    likely: float
     most: float | None
 
     def __str__(self) -> str:
@@ -60,7 +51,9 @@ def dollars(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"  # noqa: PLR2004
 
 
-def bill_of(cost: Cost, sample: object, model: str | None, prices: Prices | None) -> Bill | None:
+def bill_of(
+    cost: Cost, sample: object, model: str | None, prices: Prices | None
+) -> PlannedDollars | None:
     """Return what a call costs; None if nothing says which model it is for.
 
     Args:
@@ -86,24 +79,21 @@ def bill_of(cost: Cost, sample: object, model: str | None, prices: Prices | None
             return None
         raise
     given, received = cost.get("input_tokens", 0), cost.get("output_tokens", 0)
-    if cost.get("tokens", 0) == given == received:
+    if cost.get("tokens", 0) == given == received:  # only the sum is known
         ends = sorted((price.at_most(given, 0), price.at_most(0, received)))
-        return Bill(ends[0], sum(ends) / 2, ends[1])
-    return _bill_of_parts(price, given, received, body)
-
-
-def _bill_of_parts(price: Price, given: int, received: int, body: Mapping[str, Any]) -> Bill:
-    whole = price.at_most(given, received)
-    if not body.keys() & {"messages", "prompt", "input"} or not received:
-        return Bill(whole, whole, whole)
-    least = price.at_most(given, 0)
-    if not any(is_positive_integer(body.get(name)) for name in _OUTPUT_LIMITS):
-        return Bill(least, whole, None)
+        return PlannedDollars(ends[0], sum(ends) / 2, ends[1])
+    whole, least = price.at_most(given, received), price.at_most(given, 0)
+    if not body.keys() & {"messages", "prompt", "input"}:
+        return PlannedDollars(whole, whole, whole)
+    asked = RequestSize()
+    asked.add_options(body)
+    if received and asked.max_output is None:
+        return PlannedDollars(least, whole, None)
     expected = min(received, FORESEEN * replies_of(body))
-    return Bill(least, price.at_most(given, expected), whole)
+    return PlannedDollars(least, price.at_most(given, expected), whole)
 
 
-def add_up(bills: Sequence[Bill | None], calls: int) -> PlannedDollars | None:
+def add_up(bills: Sequence[PlannedDollars | None], calls: int) -> PlannedDollars | None:
     """Return what ``calls`` calls cost that are like those of ``bills``; None if one is unknown."""
     known = [bill for bill in bills if bill is not None]
     if len(known) < len(bills) or not known:

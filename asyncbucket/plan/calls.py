@@ -16,7 +16,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.wording import MICRO, USD, is_number, named, plain, read_count, shown
-from asyncbucket.plan.bill import Bill, PlannedDollars, add_up, bill_of
+from asyncbucket.plan.bill import PlannedDollars, add_up, bill_of
 from asyncbucket.plan.drive import NANOSECONDS, PlannedCall
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class CallCost(NamedTuple):
     """What one call takes of the limits, and what it costs in dollars, if that is known."""
 
     cost: Cost
-    bill: Bill | None
+    bill: PlannedDollars | None
 
 
 class Load:

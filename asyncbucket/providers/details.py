@@ -19,11 +19,11 @@ replies in public issues; read in November 2026.
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, time, timedelta
 from itertools import islice
 from typing import Any, Final
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from asyncbucket.core.errors import LimitSyntaxError
+from asyncbucket.core.limits import Limit
 from asyncbucket.providers.headers import header, reset_in
 
 _CODES: Final = frozenset(
@@ -39,7 +39,7 @@ _PER_DAY: Final = re.compile(r"per[ _-]?day|\bdaily\b|_daily", re.IGNORECASE)
 _PER_MONTH: Final = re.compile(r"/ ?month|per month", re.IGNORECASE)
 
 #: Where Google's days end: ai.google.dev/gemini-api/docs/rate-limits, read in November 2026.
-_PACIFIC: Final = "America/Los_Angeles"
+_GOOGLES_DAY: Final = "00:00 America/Los_Angeles"
 #: The seconds until a day ends at Cerebras, whose refusals name no wait.
 _RESET: Final = "x-ratelimit-reset-requests-day"
 #: If nothing says when, somebody asks once an hour.
@@ -90,19 +90,14 @@ class Details:
             now: wall-clock time.
         """
         if any(name == "quotaId" for name, _ in self._strings):
-            with contextlib.suppress(ZoneInfoNotFoundError):  # no such data on this machine
-                return _until_midnight(now, ZoneInfo(_PACIFIC))
+            with contextlib.suppress(LimitSyntaxError):  # no data of zones on this machine
+                day = Limit("requests", 1, per="day", resets=_GOOGLES_DAY)
+                return day.resets_in(round(now * 1e9)) or _UNKNOWN
         return wait or reset_in(header(headers, _RESET), now=now) or _UNKNOWN
 
     def _says(self, pattern: re.Pattern[str]) -> bool:
         texts = (text for name, text in self._strings if name in _MESSAGES or name in _CODES)
         return any(pattern.search(text[:_MAX_LENGTH]) for text in texts)
-
-
-def _until_midnight(now: float, zone: ZoneInfo) -> float:
-    today = datetime.fromtimestamp(now, UTC).astimezone(zone).date()
-    midnight = datetime.combine(today + timedelta(days=1), time(), zone)
-    return midnight.timestamp() - now
 
 
 def _strings(value: object, depth: int, name: str = "") -> Iterator[tuple[str, str]]:

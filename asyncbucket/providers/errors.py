@@ -163,7 +163,7 @@ def classify(error: BaseException) -> Verdict:
         return Verdict(retry=False, reason=type(error).__name__)
     status, reply_headers, details = _facts(error)
     if status is not None and status >= FIRST_ERROR:
-        return _judge_status(status, reply_headers, details)
+        return judge_reply(status, reply_headers, details)
     codes = details.codes
     if codes & _TRANSIENT_CODES:
         reason = min(codes & _TRANSIENT_CODES)
@@ -183,11 +183,6 @@ def classify(error: BaseException) -> Verdict:
         overloaded=bool(names & _TIMEOUTS),
         member_failed=bool((names | explicit) & _UNREACHABLE),
     )
-
-
-def judge_reply(status: int, headers: Mapping[str, Any], body: Mapping[str, Any]) -> Verdict:
-    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
-    return _judge_status(status, headers, Details(body))
 
 
 def never_sent(error: BaseException | None) -> bool:
@@ -231,7 +226,8 @@ def was_refused(error: BaseException) -> bool:
     return status is not None and status >= FIRST_ERROR
 
 
-def _judge_status(status: int, reply_headers: Mapping[str, Any], details: Details) -> Verdict:
+def judge_reply(status: int, reply_headers: Mapping[str, Any], details: Details) -> Verdict:
+    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
     codes, now = details.codes, wall_clock()
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"

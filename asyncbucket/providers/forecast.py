@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -68,23 +68,17 @@ def charge(
     A mere forecast must not make a call impossible, so it is cut to what the limits of at least one
     way can ever admit.
     """
-    unlimited = max(call.foreseen, profile.unlimited_output)
-    if profile.unlimited_output:
-        call = replace(call, unlimited=unlimited)
     cost = profile.cost(call)
-    excess = min(_excess(cost, limits) for limits in limits_by_way)
+    excess = 0 if cost is None else excess_of(cost, limits_by_way)
     if excess:
-        call = replace(
-            call,
-            foreseen=max(0, call.foreseen - excess),
-            unlimited=max(0, unlimited - excess),
-        )
+        call = replace(call, foreseen=max(0, call.foreseen - excess), excess=excess)
         cost = profile.cost(call)
     return call, cost
 
 
-def _excess(cost: Cost | None, limits: Iterable[Limit]) -> int:
-    """Return by how much ``cost`` exceeds what any limit can ever admit."""
-    if cost is None:
-        return 0
-    return max([0, *(cost.get(limit.resource, 0) - limit.units for limit in limits)])
+def excess_of(cost: Mapping[str, int], limits_by_way: Iterable[Iterable[Limit]]) -> int:
+    """Return by how much ``cost`` exceeds what the limits of any way can ever admit."""
+    return min(
+        max([0, *(cost.get(limit.resource, 0) - limit.units for limit in limits)])
+        for limits in limits_by_way
+    )

@@ -47,9 +47,9 @@ class Call:
     body: Mapping[str, Any] = field(repr=False)
     #: Tokens that the reply probably stays under, judged by the latest replies.
     foreseen: int = 0
-    #: Tokens that the provider reserves for the reply if the call does not limit it; None if that
-    #: is what is foreseen.
-    unlimited: int | None = None
+    #: By how much less than usual is reserved for a reply that the call does not limit, so that the
+    #: limits can admit it; ``foreseen`` is cut already.
+    excess: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Profile:
         asked = RequestSize()
         if call.method == "POST":  # a GET lists
             asked = request_size(call.path, call.body)
-        unlimited = call.foreseen if call.unlimited is None else call.unlimited
+        unlimited = max(call.foreseen, self.unlimited_output - call.excess)
         given, received, both = self.charge(asked, unlimited)
         times = self._output_counts(call)
         if times > 1:  # more may be settled than was reserved

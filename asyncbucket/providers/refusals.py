@@ -23,6 +23,7 @@ from typing import Any, Final
 from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
+from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
 from asyncbucket.providers.headers import WEEK
 from asyncbucket.waiting import Lock
@@ -112,7 +113,7 @@ class Refusals:
 
         Without a ``body`` (None), also tell whether it may say more: then judge once more with it.
         """
-        verdict = judge_reply(status, headers, body or {})
+        verdict = judge_reply(status, headers, Details(body))
         asked = verdict.retry_after
         says_so = asked is not None or "overloaded" in verdict.reason
         unsure = verdict.rate_limited and body is None and (asked or math.inf) > _SURELY_A_RATE

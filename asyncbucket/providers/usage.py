@@ -15,7 +15,8 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from operator import add
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.wording import is_number
@@ -117,34 +118,24 @@ class Usage:
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
-        return Usage(
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.total + other.total,
-            self.cached_tokens + other.cached_tokens,
-            self.written_tokens + other.written_tokens,
-            self.cached_beside + other.cached_beside,
-        )
+        return Usage(*map(add, astuple(self), astuple(other)))
 
     def __or__(self, other: "Usage | None") -> "Usage":
         """Merge two reports of one stream; counts only grow, so the larger ones are right."""
         if other is None:
             return self
-        input_tokens = max(self.input_tokens, other.input_tokens)
-        output_tokens = max(self.output_tokens, other.output_tokens)
-        total = max(self.total, other.total, input_tokens + output_tokens)
-        cached_tokens = max(self.cached_tokens, other.cached_tokens)
-        written_tokens = max(self.written_tokens, other.written_tokens)
-        cached_beside = max(self.cached_beside, other.cached_beside)
-        return Usage(
-            input_tokens, output_tokens, total, cached_tokens, written_tokens, cached_beside
-        )
+        merged = Usage(*map(max, astuple(self), astuple(other)))
+        both = merged.input_tokens + merged.output_tokens
+        return replace(merged, total=max(merged.total, both))
 
     def without_cached(self) -> "Usage":
         """Leave out of input and total what came from the provider's cache."""
-        rest = self.input_tokens - self.cached_tokens
+        cached = self.cached_tokens
         return replace(
-            self, input_tokens=rest, total=self.total - self.cached_tokens, cached_tokens=0
+            self,
+            input_tokens=self.input_tokens - cached,
+            total=self.total - cached,
+            cached_tokens=0,
         )
 
 

@@ -226,7 +226,7 @@ def test_each_item_of_a_batch_of_agents_is_one_agent(*, agents: bool | str) -> N
     assert now.agents is not None
     assert (now.agents.finished, now.agents.running) == (3, 0)
     assert now.agents.kinds.keys() == {None if agents is True else agents}
-    with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not 3"):
+    with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not int"):
         limiter.amap(run, [1], agents=three)
 
 

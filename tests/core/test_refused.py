@@ -134,7 +134,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     (NO_LIMIT, partial(pace, object()), "rpm", [None]),
     ("rpm must be a whole number of at least 1", partial(pace, object()), "rpm", [0]),
     ("an agent's name must be a non-empty string, not {}", agent, "name", [""]),
-    ("an agent's kind must be a non-empty string, not {}", agent, "kind", [3]),
+    ("an agent's kind must be a non-empty string, not int", agent, "kind", [3]),
     ("tokens must be finite and not negative, not {}", agent, "expects", [-1]),
     ("tokens must be a number, not str", agent, "expects", ["much"]),
 ]

@@ -10,6 +10,7 @@ import pytest
 
 from asyncbucket import Limiter, deadline
 from asyncbucket.core.terms import Concurrency
+from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import judge_reply
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing import RateLimitedProvider, virtual_time
@@ -142,7 +143,7 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
     async with httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY) as client:
         await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
         reply = await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
-    verdict = judge_reply(reply.status_code, reply.headers, reply.json())
+    verdict = judge_reply(reply.status_code, reply.headers, Details(reply.json()))
 
     assert verdict.rate_limited
     assert not verdict.daily

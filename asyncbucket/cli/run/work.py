@@ -50,8 +50,8 @@ _FATAL: Final = frozenset({401, 402})
 _OF_ONE_REQUEST: Final = frozenset({400, 413, 422})
 #: This many failures in a row, each after its own attempts, end the run.
 _MAX_FAILURES_IN_A_ROW: Final = 50
-#: Seconds that a request is taken to last in a dry run.
-_LATENCY: Final = 2.0
+#: The remedy if nothing says more.
+_NOWHERE: Final = "see that it runs, or correct --api-base or --model"
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
 
@@ -234,32 +234,26 @@ class Run:
         self._tally.count_error(code, message)
         members = _members(request, response=described, error={"code": code, "message": message})
         self._errors.write(hide=self._without_keys, **members)
-        is_unpriced = isinstance(error, UnknownPrice)
         is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
         self._failures_in_a_row += not is_of_one
-        pool = self._job.pool
-        answered = self._tally.answered
+        pool, answered = self._job.pool, self._tally.answered
         is_account = status in _FATAL or code in EXHAUSTED
         # Each failure without a reply takes many attempts: before the first answer, one is enough.
         is_nowhere = not (status or response or is_of_one or answered)
         if pool is not None:  # which goes on until it gives up on all members: one may be back soon
             is_account &= not answered
             is_nowhere |= isinstance(error, AcquireTimeout)
-        self._tally.refused |= is_account or is_nowhere or is_unpriced
-        if (
-            is_account
-            or is_nowhere
-            or is_unpriced
-            or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW
-        ):
-            remedy = (
-                f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
-            )
-            if is_account:
-                remedy = f"correct the key in {pool or 'OPENAI_API_KEY'}, or see to the account"
-            if is_unpriced:
-                remedy = "write it into a file, and name that with --prices"
-            fatal = f"{message} ({self._job.destination}); {remedy}"
+        nowhere = f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
+        remedy = None
+        if isinstance(error, UnknownPrice):
+            remedy = "write it into a file, and name that with --prices"
+        elif is_account:
+            remedy = f"correct the key in {pool or 'OPENAI_API_KEY'}, or see to the account"
+        elif is_nowhere:
+            remedy = nowhere
+        self._tally.refused |= remedy is not None
+        if remedy or self._failures_in_a_row >= _MAX_FAILURES_IN_A_ROW:
+            fatal = f"{message} ({self._job.destination}); {remedy or nowhere}"
             self._tally.fatal = self._tally.fatal or fatal
             self._stop()
 
