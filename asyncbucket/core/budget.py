@@ -300,8 +300,9 @@ class BudgetLease(Lease):
             await self._ask(reserve=True, blocking=blocking)
         except BaseException as error:
             if self._state == HELD:
-                self._undo()
-            self._state = OVER
+                self._undo()  # perhaps later: another thread may hold the lock
+            else:
+                self._state = OVER
             if isinstance(error, BudgetExceeded):
                 count_refusal(self._node, self._amounts, error)
             raise

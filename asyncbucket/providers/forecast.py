@@ -1,9 +1,8 @@
 """How long a reply will be, if nothing limits it, and what a call costs if it is that long."""
 
 import math
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -26,12 +25,10 @@ class OutputForecast:
     and shorter ones lower it only when they are nine of ten. Safe on several threads.
     """
 
-    __slots__ = ("_latest", "_lock", "_sorted")
+    __slots__ = ("_foreseen", "_latest", "_lock")
 
     def __init__(self) -> None:
-        self._latest = deque([FORESEEN], maxlen=_REMEMBERED)
-        self._sorted = [FORESEEN]
-        self._lock = Lock()
+        self.__setstate__(deque([FORESEEN], maxlen=_REMEMBERED))
 
     def __repr__(self) -> str:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
@@ -42,22 +39,22 @@ class OutputForecast:
             return self._latest.copy()
 
     def __setstate__(self, state: deque[int]) -> None:
-        self._latest = state
-        self._sorted = sorted(state)
-        self._lock = Lock()
+        self._latest, self._lock = state, Lock()
+        self._foreseen = _quantile(state)
 
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply, and forget the oldest."""
         with self._lock:
-            if len(self._latest) == self._latest.maxlen:
-                del self._sorted[bisect_left(self._sorted, self._latest[0])]
             self._latest.append(output_tokens)
-            insort(self._sorted, output_tokens)
+            self._foreseen = _quantile(self._latest)
 
     def foresee(self) -> int:
         """Return the tokens that a reply probably stays under (nearest rank, no interpolation)."""
-        with self._lock:
-            return self._sorted[math.ceil(_QUANTILE * len(self._sorted)) - 1]
+        return self._foreseen
+
+
+def _quantile(lengths: Sequence[int]) -> int:
+    return sorted(lengths)[math.ceil(_QUANTILE * len(lengths)) - 1]
 
 
 def charge(

@@ -477,3 +477,25 @@ def test_cap_that_another_thread_has_raised_meanwhile_is_no_refusal() -> None:
     for thread in threads:
         thread.join()
     assert (capped.cap, capped.spent) == ({"usd": 5}, {"usd": 4})
+
+
+async def test_call_refused_while_another_thread_holds_the_lock_gives_its_slot_back() -> None:
+    limiter = Limiter(concurrency=2)
+    pacer = limiter._node.pacer
+
+    def hold(is_held: threading.Event) -> None:
+        with pacer:
+            is_held.set()
+            tick.wait(0.02)
+
+    def refuse(_: BudgetExceeded) -> None:
+        is_held = threading.Event()
+        threading.Thread(target=hold, args=(is_held,)).start()
+        is_held.wait()
+
+    tick = threading.Event()
+    with budget(usd=1, on_exceeded=refuse):
+        async with limiter.acquire(usd=0.6):
+            with pytest.raises(BudgetExceeded):
+                await limiter.acquire(usd=0.6)
+            assert limiter.statistics().in_flight == 1
