@@ -32,6 +32,11 @@ def written(amount: int, resource: str) -> str:
     return f"{'-' if amount < 0 else ''}{dollars:,}{cents}"
 
 
+def usd_written(dollars: float) -> str:
+    """Return an amount of dollars as people write it: see `written`."""
+    return written(round(dollars * MICRO), USD)
+
+
 def in_given_unit(amount: int, resource: str) -> float:
     """Return an amount in the unit in which people give it: dollars, or whole units."""
     return amount / MICRO if resource == USD else amount

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
+from asyncbucket.core.wording import usd_written
 from asyncbucket.providers.forecast import FORESEEN
 from asyncbucket.providers.prices import Prices, price_of
 from asyncbucket.providers.request import RequestSize, replies_of
@@ -48,7 +49,7 @@ class PlannedDollars:
 
 def dollars(amount: float) -> str:
     """Return an amount in cents or, below ten cents, with two digits that count."""
-    return f"{amount:,.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"  # noqa: PLR2004
+    return f"{amount:,.2f}" if amount >= 0.1 else usd_written(float(f"{amount:.2g}"))  # noqa: PLR2004
 
 
 def bill_of(

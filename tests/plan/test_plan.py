@@ -6,6 +6,7 @@ import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, LimitSyntaxError, Pool, Price
 from asyncbucket.plan import Plan, Poisson, plan
+from asyncbucket.plan.bill import dollars
 from asyncbucket.plan.result import change, duration_in_words, percent
 
 
@@ -166,6 +167,18 @@ def test_plan_says_what_calls_cost(tokens: Any, says: str) -> None:
     assert str(planned.usd) == says
     assert str(planned).splitlines()[1] == says
     assert planned.as_dict()["usd"]["likely"] == planned.usd.likely if planned.usd else False
+
+
+def test_small_sums_are_written_out() -> None:
+    assert [dollars(usd) for usd in (0.000_01, 0.001_52, 1_234.5)] == [
+        "0.00001",
+        "0.0015",
+        "1,234.50",
+    ]
+
+
+def test_plan_reserves_what_the_provider_reserves_for_an_unlimited_reply() -> None:
+    assert plan(calls=1, tokens=BODY, tpm=100_000, profile="bedrock").tokens == 64_010
 
 
 def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:

@@ -12,7 +12,7 @@ from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import CONCURRENCY, Job
 from asyncbucket.cli.run.screen import Tally, errors_of
 from asyncbucket.cli.run.work import tasks
-from asyncbucket.core.wording import counted
+from asyncbucket.core.wording import counted, usd_written
 from asyncbucket.http.pool_file import read_pool
 from asyncbucket.plan import plan
 from asyncbucket.plan.calls import read_call
@@ -61,7 +61,7 @@ def _over(job: Job, planned: "Plan | None") -> str:
     if job.max_usd is None or usd is None or job.max_usd >= (usd.most or math.inf):
         return ""
     sure = "will" if job.max_usd < usd.least else "may"
-    return f"--max-usd {job.max_usd:,.6g} {sure} stop it before its end"
+    return f"--max-usd {usd_written(job.max_usd)} {sure} stop it before its end"
 
 
 async def _costs(job: Job, tally: Tally, prices: Prices, host: str) -> list[Any]:

@@ -12,7 +12,7 @@ from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
-from asyncbucket.core.wording import counted, one_line, rounded, with_verb
+from asyncbucket.core.wording import counted, one_line, rounded, usd_written, with_verb
 from asyncbucket.plan.result import duration_in_words
 from asyncbucket.providers.usage import Usage
 
@@ -110,7 +110,7 @@ def headline(job: Job, tally: Tally, limiter: Limiter) -> str:
     """Say in a line or two what will be done, and under which limits."""
     slots = f"{job.concurrency or CONCURRENCY} at once"
     limits = [allowed(limiter)] if isinstance(limiter, Pool) else [*map(str, job.limits)]
-    limits += [] if job.max_usd is None else [f"{job.max_usd:,.6g} USD in all"]
+    limits += [] if job.max_usd is None else [f"{usd_written(job.max_usd)} USD in all"]
     limits += ["as many as go well" if job.concurrency == "auto" else slots]
     lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
@@ -140,7 +140,7 @@ def summary(job: Job, tally: Tally) -> str:
     if files and job.out != STANDARD:
         lines.append(", ".join(files))
     if tally.usd is not None:
-        spent = f"{tally.usd:,.6f} of {job.max_usd:,.6g} USD spent"
+        spent = f"{usd_written(tally.usd)} of {usd_written(job.max_usd or 0)} USD spent"
         rest = "; the next request may cost more than is left" if tally.out_of_usd else ""
         lines.append(spent + rest)
     if tally.stopped:

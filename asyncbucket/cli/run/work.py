@@ -50,8 +50,6 @@ _FATAL: Final = frozenset({401, 402})
 _OF_ONE_REQUEST: Final = frozenset({400, 413, 422})
 #: This many failures in a row, each after its own attempts, end the run.
 _MAX_FAILURES_IN_A_ROW: Final = 50
-#: The remedy if nothing says more.
-_NOWHERE: Final = "see that it runs, or correct --api-base or --model"
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
 
