@@ -1,23 +1,23 @@
 """Budgets: what everything in a ``with`` block may spend together.
 
-A limit is so much per window, and calls wait for it. A budget is so much in all, and nobody waits
-for it: the call that would pass it is refused with `BudgetExceeded`, before it is sent.
+A limit caps a window of time, and calls wait for it. A budget caps a total, and nobody waits for it:
+the call that would exceed it is refused with `BudgetExceeded`, before it is sent.
 
 >>> with asyncbucket.budget(usd=2.00) as budget:
 ...     answer = await agent.run("...")
 >>> budget.spent
 {'usd': 0.0412}
 
-When is a call charged? Not before it is admitted: a hundred calls in line hold nothing of the
-budget, or most would be refused because of others that have not even begun. From its admission on
-it holds what it may cost at most; when it ends, it has spent what it used. A call that the budget
-can't pay for even if all calls in flight turn out to cost nothing is refused before it waits.
+When is a call charged? Not before it is admitted. If a hundred calls in line reserved their cost,
+most would be refused because of calls that have not even started. From its admission on, a call
+reserves the most it may cost; when it ends, it has spent what it used. A call that the budget could
+not pay for even if all calls in flight turned out to be free is refused before it waits.
 
-So a budget that calls reserve truly, by ``max_tokens``, is never passed. A call that used more than
-it reserved overdraws it, and the next one is refused.
+So a budget is never exceeded as long as calls reserve enough, which ``max_tokens`` ensures. A call
+that uses more than it reserved overdraws the budget, and the next one is refused.
 
-Leases report to their budgets without waiting for a lock, because the garbage collector may end one
-anywhere: a change goes into a queue, and whoever next looks at the numbers takes it in.
+Leases report to their budgets without taking a lock, because the garbage collector may end a lease
+anywhere. Each report goes into a queue, and whoever reads the sums next adds it up first.
 """
 
 import asyncio
@@ -48,9 +48,7 @@ OnExceeded: TypeAlias = Callable[[BudgetExceeded], float | Awaitable[float | Non
 _Side: TypeAlias = Literal["reserved", "spent"]
 
 _NOTHING: Final[Amounts] = {}
-_REMEDY: Final = (
-    "finish with what you have, make a cheaper call, or have whoever set the budget raise it"
-)
+_REMEDY: Final = "finish with what you have, make a cheaper call, or ask for a larger budget"
 #: The budgets about which somebody is being asked from here.
 _asking: Final[ContextVar[tuple["Budget", ...]]] = ContextVar("asyncbucket asking", default=())
 
@@ -91,7 +89,7 @@ class Budget:
 
     @property
     def spent(self) -> Mapping[str, float]:
-        """What the calls that have ended did cost."""
+        """What calls that have ended cost."""
         return _as_given(self._look()["spent"])
 
     @property
@@ -188,9 +186,8 @@ class Budget:
         left = max(0, cap - spent - reserved)
         in_flight = f", {counted(reserved, name)} reserved by calls in flight" if reserved else ""
         return BudgetExceeded(
-            f"this call may cost {counted(cost, name)}, and {counted(left, name)} "
-            f"{'is' if left == 1 else 'are'} left of the budget of {counted(cap, name)} "
-            f"({counted(spent, name)} spent{in_flight}); {_REMEDY}",
+            f"this call may cost {counted(cost, name)}, but the budget of {counted(cap, name)} has "
+            f"only {counted(left, name)} left ({counted(spent, name)} spent{in_flight}); {_REMEDY}",
             budget=self,
             resource=name,
             cap=in_given_unit(cap, name),
@@ -227,21 +224,22 @@ def budget(
     ...     answer = await agent.run("...")
     >>> budget.spent, budget.left
 
-    It holds in every task that is started inside, for async and for blocking calls. Budgets nest:
-    each of them holds. A call reserves what it may cost at its admission, and is refused if that is
-    more than is left. So with ``max_tokens`` set, the cap is never passed. Without it, a call may
-    use more than was expected; then what follows is refused.
+    It holds for async and blocking calls, in every task started inside and in `asyncio.to_thread`,
+    but not in plain threads. If budgets nest, all of them hold. At its admission a call reserves the
+    most it may cost, and is refused if less is left. So with ``max_tokens`` set, the cap is never
+    exceeded. Without it, a call may use more than expected; then the next ones are refused.
 
     Args:
         usd: US dollars. Wrapped models, transports and commands know what their calls cost (see
             `asyncbucket.prices`); for a plain ``acquire``, say it: ``acquire(usd=0.002)``.
-        tokens: LLM tokens, input and output together.
+        tokens: LLM tokens used, input and output together, whatever the provider's limits count.
         requests: calls, retries included.
         input_tokens: LLM tokens sent.
         output_tokens: LLM tokens received.
-        on_exceeded: called before a call is refused, for one call at a time, with the error. It
-            returns a new cap for the error's ``resource``, or None to leave it; it may be async. A
-            call that is asked about may hold its slot.
+        on_exceeded: called with the error before a call is refused, for one call at a time on each
+            event loop. It returns a new cap for the error's ``resource``, or None to refuse; it may
+            be async. The call may hold its slot meanwhile, and its ``timeout`` does not count. Not
+            called for ``acquire_nowait``, nor for calls that it makes itself.
 
     Raises:
         ValueError, TypeError: a cap is not a finite number from 0 on, there is none, or

@@ -408,8 +408,8 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
     result = run(rate_limited_provider(), batch(3), "--rpm", "600", "--max-usd", "1")
 
     assert result.exit_code == 2
-    assert "nobody knows what the model 'gpt' costs" in result.stderr
-    assert "write it into a file, and name that with --prices" in result.stderr
+    assert "no price is known for the model 'gpt'" in result.stderr
+    assert "write it to a file, and pass that as --prices" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
             {"usd": 1.5, "requests": 99},
         )
     assert str(error.value) == (
-        "this call may cost 0.80 USD, and 0.75 USD are left of the budget of 2 USD (0 USD spent, "
+        "this call may cost 0.80 USD, but the budget of 2 USD has only 0.75 USD left (0 USD spent, "
         "1.25 USD reserved by calls in flight); finish with what you have, make a cheaper call, or "
-        "have whoever set the budget raise it"
+        "ask for a larger budget"
     )
     found = error.value
     assert found.budget is capped
@@ -82,7 +82,7 @@ async def test_every_way_to_ask_is_capped_across_limiters(way: str) -> None:
     with budget(tokens=1_000) as capped, scope:
         for limiter in limiters:
             await call(limiter, 300)
-        with pytest.raises(BudgetExceeded, match=r"cost 300 tokens, and 100 tokens are left"):
+        with pytest.raises(BudgetExceeded, match=r"cost 300 tokens, but .* only 100 tokens left"):
             await call(limiters[0], 300)
         await call(limiters[1], 100)
         assert capped.left == {"tokens": 0}
@@ -222,7 +222,7 @@ async def test_overdrawn_budget_refuses_what_follows_but_what_costs_nothing() ->
         async with limiter.acquire(usd=0.9) as lease:
             lease.settle(usd=1.5)
         assert capped.left["usd"] == -0.5
-        with pytest.raises(BudgetExceeded, match=r"and 0 USD are left of .* \(1\.50 USD spent\)"):
+        with pytest.raises(BudgetExceeded, match=r"has only 0 USD left \(1\.50 USD spent\)"):
             await limiter.acquire(usd=0.000_001)
         await limiter.acquire(tokens=5)
 

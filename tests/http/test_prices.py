@@ -78,7 +78,7 @@ async def test_budget_needs_no_limit_and_is_checked_before_sending(library: Any)
         await client.post(URL, json=BODY)
         await client.post(URL, json=BODY)
         await client.post(URL, json=BODY)
-        with pytest.raises(BudgetExceeded, match=r"0\.000246 USD, and 0\.000232 USD are left"):
+        with pytest.raises(BudgetExceeded, match=r"0\.000246 USD, but .* only 0\.000232 USD left"):
             await client.post(URL, json=BODY)
     assert (len(client.seen), round(capped.spent["usd"] * 1e6)) == (4, 4 * SETTLED)
 
@@ -136,9 +136,9 @@ async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> 
         await client.get("https://api.openai.com/v1/models")
         assert capped.spent["usd"] == 0
     assert str(error.value) == (
-        "nobody knows what the model 'my-model' costs, so its calls can't be counted in dollars: give "
-        'prices={"my-model": Price(input=..., output=...)}, in dollars for a million tokens; "*" '
-        "stands for all other models"
+        "no price is known for the model 'my-model', so its calls can't be counted in dollars: pass "
+        'prices={"my-model": Price(input=..., output=...)}, in dollars per million tokens; "*" '
+        "covers all other models"
     )
     client = client_of(httpx, Limiter("1 USD/day"), REPLY)
     with pytest.raises(UnknownPrice, match="a model without a name"):

@@ -186,7 +186,7 @@ def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert plan(calls=10, tokens=BODY, rpm=10).usd is None
     assert plan(calls=10, tokens=BODY, rpm=10, prices=PRICES).usd is not None
     assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
-    with pytest.raises(ValueError, match="nobody knows what the model 'm' costs"):
+    with pytest.raises(ValueError, match="no price is known for the model 'm'"):
         plan(calls=10, tokens=5, rpm=10, model="m")
     with pytest.raises(ValueError, match="counts dollars, but nothing says what a call costs"):
         plan("1 USD/day", calls=10, tokens=5)

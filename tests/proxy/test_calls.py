@@ -430,4 +430,4 @@ async def test_calls_are_charged_in_dollars() -> None:
         assert proxy.limiter.statistics().limits[0].used == provider.statistics().tokens
         reply = await proxy.client.post(path, json={**body, "model": "m"}, headers=headers)
         assert (reply.status_code, reply.headers["x-should-retry"]) == (429, "false")
-        assert "nobody knows what the model 'm' costs" in reply.text
+        assert "no price is known for the model 'm'" in reply.text

@@ -244,7 +244,7 @@ class Run:
         nowhere = f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
         remedy = None
         if isinstance(error, UnknownPrice):
-            remedy = "write it into a file, and name that with --prices"
+            remedy = "write it to a file, and pass that as --prices"
         elif is_account:
             remedy = f"correct the key in {pool or 'OPENAI_API_KEY'}, or see to the account"
         elif is_nowhere:
