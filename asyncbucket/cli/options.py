@@ -93,7 +93,7 @@ Also: TypeAlias = Annotated[
     list[str] | None, text('Any other limit, e.g. "10k RPD" or "40k ITPM".', "--also")
 ]
 PriceFile: TypeAlias = Annotated[
-    Path | None, file("What models cost, as TOML or JSON, if not what is published.", "--prices")
+    Path | None, file("A TOML file of what models cost, if not what is published.", "--prices")
 ]
 PoolFile: TypeAlias = Annotated[
     Path | None, file("Several providers and their limits, as TOML; see docs/pools.md.", "--pool")

@@ -27,7 +27,7 @@ from asyncbucket.core.wording import shown
 from asyncbucket.http.bodies import content_of
 from asyncbucket.providers.forecast import OutputForecast, charge
 from asyncbucket.providers.learn import HeaderReader
-from asyncbucket.providers.prices import Price, price_of_request, with_price
+from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
 from asyncbucket.providers.refusals import Refusals
 from asyncbucket.providers.request import read_json
@@ -172,7 +172,7 @@ class Lanes:
         if teaches:
             lane.header_reader.expect(profile)
         call, cost = charge(call, profile, limits)
-        return _with_price(lane, call, profile, cost)
+        return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost))
 
     def _lane_of(self, target: Target) -> Lane:
         limiter = self._resolve(target)
@@ -233,14 +233,7 @@ def _read_for_pool(lane: Lane, call: Call, limits: list[tuple[Limit, ...]]) -> R
         if cost is not None and other is not None:
             names = {**cost, **other}
             cost = Cost.of({name: max(cost.get(name, 0), other.get(name, 0)) for name in names})
-    return _with_price(lane, call, profile, cost)
-
-
-def _with_price(lane: Lane, call: Call, profile: Profile, cost: Cost | None) -> ReadRequest:
-    price = price_of_request(lane.limiter, call, cost)
-    if price is not None and cost is not None:
-        cost = with_price(lane.limiter, call, cost, price)
-    return ReadRequest(lane, call, profile, cost, price)
+    return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost))
 
 
 def _first_match(rules: list[_Rule], call: Call) -> Target:

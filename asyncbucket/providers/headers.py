@@ -65,11 +65,8 @@ def forbids_retry(headers: Mapping[str, Any]) -> bool:
 def header(headers: Mapping[str, Any], name: str) -> object:
     """Return the value of the header ``name`` (in lower case), or None.
 
-    The mappings of httpx and httpx2 ignore case; a plain dict is searched.
+    A plain dict is searched without regard to case, as the mappings of httpx and httpx2 are.
     """
-    value = headers.get(name)
-    if value is not None:
-        return value
     return next((found for key, found in headers.items() if str(key).lower() == name), None)
 
 

@@ -13,7 +13,6 @@ Nothing here is looked up unless a limit or a budget of dollars is in force.
 """
 
 import functools
-import json
 import re
 import tomllib
 import warnings
@@ -130,7 +129,7 @@ Prices: TypeAlias = Mapping[str, Price]
 
 
 def read_prices(given: Prices | str | PathLike[str] | None) -> Prices:
-    """Return prices given as a mapping, or in a TOML or JSON file.
+    """Return prices given as a mapping, or in a TOML file.
 
     A file has a table for each model: ``["gpt-4o-mini"]``, ``input = 0.15``, ``output = 0.60``.
 
@@ -143,12 +142,11 @@ def read_prices(given: Prices | str | PathLike[str] | None) -> Prices:
     where = "prices"
     tables: Any = given
     if isinstance(given, str | PathLike):
-        path, where = Path(given), str(given)
-        load = json.loads if path.suffix == ".json" else tomllib.loads
+        where = str(given)
         try:
-            tables = load(path.read_text("utf-8"))
+            tables = tomllib.loads(Path(given).read_text("utf-8"))
         except ValueError as error:
-            raise ValueError(f"{where} is neither TOML nor JSON: {error}") from error
+            raise ValueError(f"{where} is not TOML: {error}") from error
     if not isinstance(tables, Mapping):
         raise TypeError(
             f'{where} must map models to prices, such as {{"gpt-4o-mini": Price(input=0.15, '
@@ -254,23 +252,23 @@ def price_here(limiter: Limiter, model: object) -> Price | None:
     return price_of(model, prices_of(limiter))
 
 
-def price_of_request(limiter: Limiter, call: Call, cost: Cost | None) -> Price | None:
-    """Return the price of an HTTP request; None if nothing counts dollars, or it costs none.
+def priced(limiter: Limiter, call: Call, cost: Cost | None) -> tuple[Cost | None, Price | None]:
+    """Return what an HTTP request reserves, dollars included, and the price of its model.
+
+    The price is None if nothing counts dollars, or the request costs none.
 
     Raises:
         UnknownPrice: as for `price_here`.
     """
     if cost is None or USD in cost or call.method != "POST":
-        return None
+        return cost, None
     model = call.body.get("model")
     if model is None and (found := _IN_PATH.search(call.path)):
         model = found[1]
     is_charged = model is not None or cost.get("tokens")
-    return price_here(limiter, model) if is_charged else None
-
-
-def with_price(limiter: Limiter, call: Call, cost: Cost, price: Price) -> Cost:
-    """Return what a request reserves, dollars included."""
+    price = price_here(limiter, model) if is_charged else None
+    if price is None:
+        return cost, None
     asked = request_size(call.path, call.body)
     output = asked.output(call.foreseen)
     if asked.max_output is None and asked.writes:
@@ -279,7 +277,7 @@ def with_price(limiter: Limiter, call: Call, cost: Cost, price: Price) -> Cost:
         items = sum(len(each) for each in call.body.values() if isinstance(each, list))
         size = asked.size + asked.extra + items * _PER_ITEM
         usd = price.at_most(size + added_tokens(has_tools="tools" in call.body), output)
-    return Cost.of({**cost, USD: round(usd * MICRO)})
+    return Cost.of({**cost, USD: round(usd * MICRO)}), price
 
 
 def added_tokens(*, has_tools: bool) -> int:
