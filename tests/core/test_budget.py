@@ -470,8 +470,8 @@ def test_cap_that_another_thread_has_raised_meanwhile_is_no_refusal() -> None:
 
     with budget(usd=1, on_exceeded=ask) as capped:
         copies = [contextvars.copy_context() for _ in range(2)]
-    calls = [functools.partial(copy.run, limiter.acquire_sync, usd=2) for copy in copies]
-    threads = [threading.Thread(target=lambda call=call: call().release()) for call in calls]
+    call = functools.partial(limiter.acquire_sync, usd=2)  # a lease that is dropped is over
+    threads = [threading.Thread(target=copy.run, args=(call,)) for copy in copies]
     for thread in threads:
         thread.start()
     for thread in threads:
