@@ -12,9 +12,10 @@ import hashlib
 import secrets
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_tenant
+from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_text
 from asyncbucket.proxy.error_replies import ProxyError
 from asyncbucket.proxy.headers import OWN, Headers, key_in
 
@@ -131,7 +132,7 @@ def _timeout(text: str) -> Any:
 
 
 _READERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "tenant": read_tenant,
+    "tenant": partial(read_text, what="a tenant"),
     "priority": _priority,
     "agent": _agent,
     "timeout": _timeout,

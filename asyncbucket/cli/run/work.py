@@ -241,7 +241,9 @@ class Run:
         if pool is not None:  # which goes on until it gives up on all members: one may be back soon
             is_account &= not answered
             is_nowhere |= isinstance(error, AcquireTimeout)
-        nowhere = f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
+        nowhere = (
+            f"see that it runs, or correct {'--api-base' if pool is None else pool} or --model"
+        )
         remedy = None
         if isinstance(error, UnknownPrice):
             remedy = "write it to a file, and pass that as --prices"
