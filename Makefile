@@ -1,5 +1,5 @@
 # `make help` lists what there is to do. Each target makes its environment on first use: `.venv`, and
-# `.venv-demo` and `.venv-peers` for the demo and for the comparison alone.
+# `.venv-demo`, `.venv-peers`, `.venv-frameworks` and `.venv-crewai` for what their names say alone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -21,6 +21,8 @@ INSTALLED := .installed-$(firstword $(shell cksum pyproject.toml))
 STAMP := $(VENV)/$(INSTALLED)
 DEMO_STAMP := $(VENV)-demo/$(INSTALLED)
 PEERS_STAMP := $(VENV)-peers/$(INSTALLED)
+FRAMEWORKS_STAMP := $(VENV)-frameworks/$(INSTALLED)
+CREWAI_STAMP := $(VENV)-crewai/$(INSTALLED)
 
 # What the tests must cover to the last branch: the core, as pyproject.toml's import contract lists it.
 CORE := __init__ $(shell sed -n '/^source_modules/,/^]/s/.*"asyncbucket[.]\(.*\)".*/\1/p' pyproject.toml)
@@ -36,13 +38,13 @@ MEASURED := core feedback http stores batch telemetry
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 SPREAD := --dist worksteal
 # Where tests are that wait on the machine's clock: to read all the others takes every worker seconds.
-REAL_CLOCK := $(shell grep -rl --include='test_*.py' 'real_clock' tests)
+REAL_CLOCK := $(shell grep -rl --include='test_*.py' --exclude-dir=frameworks 'real_clock' tests)
 
 # What the type checkers read: folders that hold a module already.
 SOURCES := asyncbucket tests $(patsubst %/,%,$(sort $(dir $(wildcard benchmarks/*.py examples/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage fuzz mutants test-lowest test-wheel lint format bench peers docs links build clean
+.PHONY: help demo test coverage fuzz mutants test-lowest test-wheel lint format bench peers frameworks docs links build clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -101,6 +103,11 @@ bench: $(STAMP) ## Measure against the peers; tables and plots go to benchmarks/
 peers: $(PEERS_STAMP) ## Measure against the peers that make LLM calls; token-throttle needs Python 3.12
 	$(VENV)-peers/bin/python -m benchmarks.four29
 
+# Apart from `make test`, for the packages take 1.7 GB.
+frameworks: $(FRAMEWORKS_STAMP) $(CREWAI_STAMP) ## Run each example of docs/frameworks.md with the real package
+	$(VENV)-frameworks/bin/python -m pytest -n 2 $(SPREAD) tests/frameworks $(PYTEST_ARGS)
+	$(VENV)-crewai/bin/python -m pytest tests/frameworks -k 'CrewAI or mcp' $(PYTEST_ARGS)
+
 docs: $(STAMP) ## Build the documentation; warnings and pages that are hard to read are errors
 	@$(PY) tests/docs/reading.py
 	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning -b html docs docs/_build/html
@@ -140,3 +147,9 @@ $(DEMO_STAMP): pyproject.toml
 
 $(PEERS_STAMP): pyproject.toml
 	$(call install,$(VENV)-peers,peers,--quiet)
+
+$(FRAMEWORKS_STAMP): pyproject.toml
+	$(call install,$(VENV)-frameworks,frameworks,--quiet)
+
+$(CREWAI_STAMP): pyproject.toml
+	$(call install,$(VENV)-crewai,crewai,--quiet)

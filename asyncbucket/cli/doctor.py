@@ -21,6 +21,7 @@ from asyncbucket import Limit, Limiter, StoreError
 from asyncbucket.cli import options
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
+from asyncbucket.frameworks import FRAMEWORKS
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 
 #: Columns of what stands before each finding.
@@ -63,7 +64,7 @@ def doctor(
         asyncbucket doctor
         asyncbucket doctor --store redis://127.0.0.1:6379/0
     """
-    findings = [*machine(), *http_clients(), *versions(), *settings()]
+    findings = [*machine(), *http_clients(), *frameworks(), *versions(), *settings()]
     findings += [] if store is None else shared_store(store)
     if as_json:
         typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
@@ -133,6 +134,19 @@ def http_clients() -> Iterator[Finding]:
             "limiter.wrap(...) and pace(...) leave one layer; give other clients on a limiter "
             "max_retries=0",
         )
+
+
+def frameworks() -> Iterator[Finding]:
+    """Report the agent frameworks, what paces each, and which of them as it is nothing paces."""
+    for framework in FRAMEWORKS:
+        number = version_of(framework.package)
+        if number is None:
+            continue
+        if framework.unpaced is None:
+            yield Finding(framework.name, "good", f"{number}, paced by {framework.how}")
+        else:
+            found = f"{number} is not paced as it is: {framework.unpaced}"
+            yield Finding(framework.name, "note", found, framework.how)
 
 
 def versions() -> Iterator[Finding]:

@@ -144,20 +144,27 @@ class Doors:
         """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
 
         The result is of the same class, with the same fields, tools, streaming and structured
-        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``.
+        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``. Or the tool
+        calls of an MCP session: `asyncbucket.frameworks.wrap_session`.
 
         >>> llm = limiter.child("chat").wrap(OpenAI(model="gpt-4o-mini"))
         >>> tools = limiter.child("tools").wrap([search, weather])
+        >>> session = limiter.child("github").wrap(session)
 
         Args:
             obj: any LlamaIndex ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of
-                them; plain functions in it become tools.
+                them, where plain functions become tools; or a client or session of MCP.
             options: ``retry=`` and ``estimator=`` of models; see `asyncbucket.llama_index.wrap`.
 
         Raises:
             TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
             ValueError: ``obj`` is paced by another limiter.
         """
+        from asyncbucket.frameworks import wrap_session
+
+        session = wrap_session(obj, cast("Limiter", self), options)
+        if session is not None:
+            return session
         from asyncbucket.llama_index.wrap import wrap
 
         return wrap(obj, cast("Limiter", self), **options)

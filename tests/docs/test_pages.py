@@ -10,6 +10,8 @@ in HTML comments, which no reader sees, what it needs beyond that:
 - `<!-- run: provider -->`: the same, and the bundled provider behind the address and key that OpenAI's
   clients find in the environment.
 - `<!-- run: server -->`: the machine's clock, and a Valkey or Redis server at ``$LIMITS_URL``.
+- `<!-- run: frameworks -->`: not here but by tests/frameworks, section by section: each needs packages that
+  `make frameworks` installs.
 - `<!-- skip: next "the reason" -->` before a block: it is shown, not run.
 """
 
@@ -41,7 +43,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
     for page in (ROOT / "README.md", ROOT / "docs" / "llms.txt", *(ROOT / "docs").rglob("*.md"))
-    if "_build" not in page.parts and "```python" in page.read_text("utf-8")
+    if "_build" not in page.parts
+    and "```python" in (text := page.read_text("utf-8"))
+    and "<!-- run: frameworks -->" not in text
 )
 
 PRINTED = "__printed__"

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Extras for those who work on asyncbucket; all others are for users.
-FOR_DEVELOPERS = {"bench", "dev", "docs", "peers", "test"}
+FOR_DEVELOPERS = {"bench", "crewai", "dev", "docs", "frameworks", "peers", "test"}
 
 
 def info(unpacked: Path, name: str) -> str:

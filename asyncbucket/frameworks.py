@@ -1,0 +1,184 @@
+"""Frameworks beside LlamaIndex: what paces each of them, and the tool calls of MCP sessions.
+
+A paced HTTP client suffices for most: it sees each attempt, its tokens, its stream and its end,
+whatever becomes of the task that waits for it. So there is no adapter for them, only the lines
+that hand them such a client, here for `asyncbucket doctor` and for the error of
+`Limiter.wrap`. docs/frameworks.md shows each in a whole example; tests run those with the real
+packages. The frameworks' own hooks were tried and are worse: LangChain's rate limiters see no
+tokens; its callbacks, and LiteLLM's hooks, learn nothing of a cancelled call.
+
+An MCP session sends no HTTP requests one by one (it may even be a pipe), so its ``call_tool`` is
+paced: by a subclass of the session's own class that shares its state, as LlamaIndex models are.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncbucket.core.limiter import Limiter
+
+_SDK_CLIENT: Final = "client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)"
+_HTTPX_CLIENT: Final = 'http_client = limiter.http_client(family="httpx")'
+_LITELLM_SESSION: Final = 'litellm.aclient_session = limiter.http_client(family="httpx")'
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """Say what paces a framework.
+
+    Attributes:
+        name: what people call it.
+        package: the distribution that has it.
+        module: where its classes are; None if others may have a module of this name.
+        lines: the code that paces it, as docs/frameworks.md has it; empty for a subclass there.
+        unpaced: why a limiter does not reach it as it is; None if a client of its own does.
+    """
+
+    name: str
+    package: str
+    module: str | None
+    lines: tuple[str, ...]
+    unpaced: str | None = None
+
+    @property
+    def how(self) -> str:
+        """What paces it, in one line."""
+        return "; ".join(self.lines) or "the subclass in the documentation, frameworks.html"
+
+
+FRAMEWORKS: Final = (
+    Framework(
+        "Agent Framework",
+        "agent-framework-openai",
+        "agent_framework_openai",
+        (_SDK_CLIENT, 'OpenAIChatClient(model="gpt-4o-mini", async_client=client)'),
+    ),
+    Framework(
+        "AutoGen",
+        "autogen-ext",
+        "autogen_ext",
+        (
+            "http_client = limiter.http_client()",
+            'OpenAIChatCompletionClient(model="gpt-4o-mini", http_client=http_client, max_retries=0)',
+        ),
+    ),
+    Framework(
+        "CrewAI",
+        "crewai",
+        "crewai",
+        (),
+        "its models take no HTTP client that serves both async and plain calls",
+    ),
+    Framework(
+        "DSPy",
+        "dspy",
+        "dspy",
+        (
+            _LITELLM_SESSION,
+            'dspy.LM("openai/gpt-4o-mini", engine="litellm", num_retries=0)',
+        ),
+        "its own engine opens its own sockets",
+    ),
+    Framework(
+        "Google's genai SDK",
+        "google-genai",
+        "google.genai",
+        (_HTTPX_CLIENT, "Client(http_options=HttpOptions(httpx_async_client=http_client))"),
+    ),
+    Framework(
+        "Instructor", "instructor", "instructor", (_SDK_CLIENT, "instructor.from_openai(client)")
+    ),
+    Framework(
+        "LangChain's ChatAnthropic",
+        "langchain-anthropic",
+        "langchain_anthropic",
+        (),
+        "it takes no HTTP client",
+    ),
+    Framework(
+        "LangChain's ChatOpenAI",
+        "langchain-openai",
+        "langchain_openai",
+        (
+            "http_client = limiter.http_client()",
+            'ChatOpenAI(model="gpt-4o-mini", http_async_client=http_client, max_retries=0)',
+        ),
+    ),
+    Framework(
+        "LiteLLM",
+        "litellm",
+        "litellm",
+        (
+            _LITELLM_SESSION,
+            "client = AsyncHTTPHandler(transport=limiter.transport())",
+        ),
+        "its aclient_session serves the models of OpenAI and Azure alone, any other takes client=",
+    ),
+    Framework("MCP", "mcp", "mcp", ("session = limiter.wrap(session)",)),
+    Framework(
+        "OpenAI Agents SDK",
+        "openai-agents",
+        None,
+        (_SDK_CLIENT, "set_default_openai_client(client)"),
+    ),
+    Framework(
+        "Pydantic AI",
+        "pydantic-ai-slim",
+        "pydantic_ai",
+        (_SDK_CLIENT, "OpenAIProvider(openai_client=client)"),
+    ),
+)
+
+
+def wrap_session(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    """Return an MCP client or session whose tool calls ``limiter`` admits; None for LlamaIndex's.
+
+    The result is of the session's class and shares its state; ``obj`` itself stays unpaced. A call
+    of a tool that has a child of its name under ``limiter`` goes to that child, any other to
+    ``limiter``. It costs one request, and holds a slot until the tool has answered. What is paced
+    by ``limiter`` already is returned as it is.
+
+    Raises:
+        TypeError: it belongs to another framework, and the message shows what paces that; or an
+            option is given.
+        ValueError: it is paced by another limiter.
+    """
+    framework = _framework_of(obj)
+    if framework is None:
+        return None
+    cls: type[Any] = type(obj)
+    if framework.module != "mcp" or not hasattr(obj, "call_tool"):
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__} can't be wrapped; what paces {framework.name} is "
+            f"{framework.how}"
+        )
+    given = sorted(name for name, value in options.items() if value is not None)
+    if given:
+        raise TypeError(f"{', '.join(given)}= is for LlamaIndex's models and agents, not for MCP")
+    paced_by = getattr(obj, "paced_by", None)
+    if paced_by is limiter:
+        return obj
+    if paced_by is not None:
+        raise ValueError(f"{obj!r} is paced by {paced_by!r} already: wrap what it was made of")
+
+    async def call_tool(self: Any, name: str, *args: Any, **options: Any) -> Any:
+        async with limiter.children.get(name, limiter).acquire():
+            return await cls.call_tool(self, name, *args, **options)
+
+    members = {"__module__": cls.__module__, "call_tool": call_tool, "paced_by": limiter}
+    paced = types.new_class(cls.__name__, (cls,), {}, lambda namespace: namespace.update(members))
+    session: Any = object.__new__(paced)
+    session.__dict__ = vars(obj)
+    return session
+
+
+def _framework_of(obj: object) -> Framework | None:
+    """Return the framework that an object's class is from, or is derived from."""
+    modules = [cls.__module__ + "." for cls in type(obj).__mro__]
+    if any(module.startswith("llama_index.") for module in modules):
+        return None
+    for framework in FRAMEWORKS:
+        if framework.module and any(m.startswith(framework.module + ".") for m in modules):
+            return framework
+    return None
