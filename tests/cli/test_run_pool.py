@@ -11,12 +11,12 @@ import pytest
 from asyncbucket import AcquireTimeout
 from asyncbucket.http import read_pool
 from asyncbucket.testing.pytest_plugin import ProviderFactory
-from tests.cli.test_run import (  # noqa: F401 - fixtures
+from tests.cli.test_run import (
     SECRET,
     batch,
-    in_a_folder_with_a_key,
+    in_a_folder_with_a_key,  # noqa: F401 - a fixture  # pyright: ignore[reportUnusedImport]
     lines_of,
-    server_answering,
+    server_answering,  # noqa: F401 - a fixture  # pyright: ignore[reportUnusedImport]
     typed,
 )
 

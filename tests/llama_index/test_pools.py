@@ -1,6 +1,7 @@
 """One model over several providers: each call is made with the model of the member that takes it."""
 
 import asyncio
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,17 @@ from tests.llama_index.conftest import (
     make_responses,
 )
 
-TOOL = FunctionTool.from_defaults(lambda name: name, name="greet", description="Greet.")
+
+def greet(name: str) -> str:
+    """Greet."""
+    return name
+
+
+def break_down(api: ScriptedOpenAI) -> None:
+    api.script.append(httpx.ConnectError("refused"))
+
+
+TOOL = FunctionTool.from_defaults(greet)
 
 
 @pytest.fixture
@@ -141,10 +152,10 @@ async def test_stream_that_is_closed_or_cancelled_gives_its_slot_back(
 @pytest.mark.parametrize(
     "fail",
     [
-        lambda api: api.refuse(401, code="invalid_api_key"),
-        lambda api: api.refuse(429, code="insufficient_quota"),
-        lambda api: api.refuse(503),
-        lambda api: api.script.append(httpx.ConnectError("refused")),
+        operator.methodcaller("refuse", 401, code="invalid_api_key"),
+        operator.methodcaller("refuse", 429, code="insufficient_quota"),
+        operator.methodcaller("refuse", 503),
+        break_down,
     ],
     ids=["bad key", "empty account", "overloaded", "down"],
 )
@@ -208,7 +219,7 @@ async def test_call_at_another_member_has_the_same_events_and_callbacks_that_are
     llm = pool.wrap([make_openai(), second])
     await second.achat(MESSAGES)
     plain = instrumentation.take()
-    llm.callback_manager = manager = CallbackManager()
+    llm.callback_manager = manager = CallbackManager()  # pyright: ignore[reportEmptyAbstractUsage]
     pool.members[0].pause(60)
 
     await llm.achat(MESSAGES)
