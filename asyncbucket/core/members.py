@@ -18,8 +18,10 @@ A member that fails is left out for a time that doubles up to a minute. Then one
 probe. Its end decides whether the others follow.
 """
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit
@@ -31,6 +33,8 @@ from asyncbucket.core.queue import AnyWaiter, Line, branch_of, line_of, rouse
 from asyncbucket.core.seats import EMPTY, Seat
 from asyncbucket.core.statistics import MemberState
 from asyncbucket.core.wording import counted
+
+_log: Final = logging.getLogger("asyncbucket")
 
 #: How a pool chooses among the members that can start a call now.
 Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[list[Any]], Any]
@@ -325,6 +329,8 @@ class Members:
         self._overdue: deque[AnyWaiter] = deque()
         #: Members whose limits are in a store.
         self._in_stores: list[Member] = []
+        #: Whether it was said that ``prefer`` fails.
+        self._has_warned = False
         #: Which member served a conversation last.
         self._homes: OrderedDict[str, Member] = OrderedDict()
 
@@ -440,9 +446,8 @@ class Members:
         home = self.home_of(waiter.lease)
         if home in candidates:
             return self.serve(waiter, home.pacer, now)
-        patience = (
-            0 if waiter.line.above is None else waiter.lease.patience
-        )  # else it was kept before
+        was_kept = waiter.line.above is None
+        patience = 0 if was_kept else waiter.lease.patience
         if home is not None and patience and home.is_in(now) and home.takes(waiter.amounts):
             self._keep(waiter, home, now + patience)
             return 0
@@ -453,9 +458,32 @@ class Members:
         if len(candidates) == 1 or self.prefer == "first":
             return candidates[0]
         if callable(self.prefer):
-            chosen = self.prefer([member.limiter for member in candidates])
-            return next(member for member in candidates if member.limiter is chosen)
+            return self._preferred(self.prefer, candidates)
         return min(candidates, key=lambda member: member.use(now))
+
+    def _preferred(
+        self, prefer: Callable[[list[Any]], Any], candidates: Sequence[Member]
+    ) -> Member:
+        """Ask the user's function; if it fails, all others would wait for ever: take the first."""
+        chosen: object = None
+        error: Exception | None = None
+        try:
+            chosen = prefer([member.limiter for member in candidates])
+        except Exception as raised:  # noqa: BLE001 - whatever it is
+            error = raised
+        found = next((member for member in candidates if member.limiter is chosen), None)
+        if found is None and not self._has_warned:
+            self._has_warned = True
+            self.pacer.news.append(
+                partial(
+                    _log.error,
+                    "prefer= of pool %r chose none of the members it was given, so the first takes "
+                    "the call: %r",
+                    self.root.name,
+                    chosen if error is None else error,
+                )
+            )
+        return candidates[0] if found is None else found
 
     def for_newcomer(self, lease: Any, node: Node, amounts: Amounts) -> list[Member]:
         """Return the members that a newcomer at ``node`` may ask now, the preferred ones first."""

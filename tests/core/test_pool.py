@@ -245,6 +245,19 @@ async def test_preference_decides_among_members_that_could_start_now(
         assert took == expected
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_preference_that_fails_holds_up_nobody(
+    time: VirtualTime, caplog: pytest.LogCaptureFixture, *, fails: bool
+) -> None:
+    def prefer(members: list[Limiter]) -> object:
+        return members[9] if fails else "b"
+
+    pool = Pool(*members_of(time, 60, 60), prefer=prefer)
+    assert await asyncio.gather(*(name_of_taker(pool) for _ in range(14))) == [*"aaaaaabbbbbbab"]
+    (message,) = caplog.messages
+    assert message.startswith("prefer= of pool 'pool' chose none of the members it was given, so ")
+
+
 # --- conversations ---
 
 
