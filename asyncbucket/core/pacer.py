@@ -105,10 +105,10 @@ class Pacer:
         self.threads = Seat(self.look)
         self.seats: dict[object, Seat] = {}
         self.by_thread: dict[int, LoopSeat] = {}
-        #: The members of a pool, if this is its tree: `asyncbucket.core.members.Members`.
+        #: The members of a pool, if this is its tree: `asyncbucket.core.binding.Members`.
         self.pool: Any = None
         #: The trees that look together, because pools have calls wait at several of them: an
-        #: `asyncbucket.core.members.Group`.
+        #: `asyncbucket.core.binding.Group`.
         self.group: Any = None
         reset_after_fork(self)
 

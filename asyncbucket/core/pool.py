@@ -7,12 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 from asyncbucket.core.agents import AgentLease
+from asyncbucket.core.binding import Members, Prefer
 from asyncbucket.core.context import Agent, inherited, read_text, span_of
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.members import Member, Members, PoolNode, Prefer
+from asyncbucket.core.members import Member, PoolNode
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter

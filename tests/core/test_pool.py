@@ -21,7 +21,7 @@ from asyncbucket import (
     QueueFull,
     WouldBlock,
 )
-from asyncbucket.core import members as members_module
+from asyncbucket.core import binding
 from asyncbucket.core.pool import PoolLease
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.core.conftest import all_blocked, cancel, nothing_is_left, refused, start, start_all
@@ -387,7 +387,7 @@ async def test_children_of_a_pool_share_it_by_weight(time: VirtualTime) -> None:
 async def test_latest_conversations_are_remembered(
     time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members_module, "_HOMES", 2)
+    monkeypatch.setattr(binding, "_HOMES", 2)
     a, b = members_of(time, 600, 600)
     pool = Pool(a, b, prefer="first")
     for key in "xyz":
