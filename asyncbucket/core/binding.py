@@ -238,8 +238,7 @@ class Members:
         member = next(each for each in self.members if each.pacer is pacer)
         line, is_shared = waiter.line, member.is_shared
         bound_by = line.bound_by
-        if not self._take_out(waiter, member):
-            return 0
+        self._take_out(waiter, member)
         line = waiter.line
         here = member.at(line.node).line_for(line.priority, is_shared=is_shared)
         waiter.line = here
@@ -264,27 +263,24 @@ class Members:
             rouse(line.node)
         return 1
 
-    def _take_out(self, waiter: AnyWaiter, member: Member) -> bool:
-        """Take the head from wherever it stands; return whether it stood there."""
+    def _take_out(self, waiter: AnyWaiter, member: Member) -> None:
+        """Take the head from wherever it stands."""
         line = waiter.line
         if isinstance(line, LineAtMember):
-            return self._take_back(waiter, line)
-        if line.calls and line.calls[0] is waiter:
+            self._take_back(waiter, line)
+        elif line.calls and line.calls[0] is waiter:
             line.calls.popleft()
         elif waiter in self._overdue:
             self._overdue.remove(waiter)
         else:
             member.kept = deque(each for each in member.kept if each[1] is not waiter)
-        return True
 
-    def _take_back(self, waiter: AnyWaiter, line: LineAtMember) -> bool:
-        """Take a call back from a store that holds it up; return whether it stood there."""
-        if not line.node.pacer.place.leave(waiter):
-            return False
+    def _take_back(self, waiter: AnyWaiter, line: LineAtMember) -> None:
+        """Take a call back from a store that holds it up."""
+        line.node.pacer.place.leave(waiter)
         for each in line.node.path:
             each.in_flight -= 1
         waiter.line = Line(line.waited_at, None, line.priority)
-        return True
 
     # --- conversations ---
 

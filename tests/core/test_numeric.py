@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, TokenBucket, plan
 from asyncbucket.core.levels import observe_remaining
+from asyncbucket.core.wording import usd_written
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import available, used
 
@@ -108,3 +109,10 @@ def test_fraction_as_seconds_is_shown_as_decimal_number(time: VirtualTime) -> No
     with pytest.raises(AcquireTimeout, match=r"cannot pass within 0\.333 s at 0\.333333 a"):
         time.run(bucket.acquire(timeout=third))
     assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"), [(25, "25"), (1_000.1, "1,000.10"), (0.00001, "0.00001"), (-0.5, "-0.50")]
+)
+def test_dollars_are_written_out(dollars: float, text: str) -> None:
+    assert usd_written(dollars) == text
