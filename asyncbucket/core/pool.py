@@ -207,7 +207,7 @@ class Pool(Limiter):
         max_queue: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        _check(members, prefer)
+        _check(members, prefer, read_name(name))
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
         pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
@@ -446,7 +446,7 @@ class Pool(Limiter):
             )
 
 
-def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
+def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
     if not members:
         raise ValueError("a pool needs at least one limiter: Pool(openai, azure)")
     for member in members:
@@ -457,6 +457,10 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
         if member._node.in_flight or member._node.waiting:
             raise RuntimeError(
                 f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
+            )
+        if name in member.children:
+            raise ValueError(
+                f"{member.name!r} has a child {name!r} already: give the pool another name="
             )
     names = [member.name for member in members]
     if len(set(names)) < len(names):
