@@ -16,6 +16,8 @@ from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing import RateLimitedProvider, virtual_time
 from asyncbucket.testing.provider.rules import RULES
 
+pytest.importorskip("stamina", reason="transports retry by it")
+
 KEY = {"authorization": "Bearer any"}
 #: Two minutes of calls, and a few more.
 CALLS = 130
