@@ -25,7 +25,6 @@ from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit
-from asyncbucket.core.limits import Limit
 from asyncbucket.core.members import LineAtMember, Member
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
@@ -280,7 +279,7 @@ class Members:
         line.node.pacer.place.leave(waiter)
         for each in line.node.path:
             each.in_flight -= 1
-        waiter.line = Line(line.waited_at, None, line.priority)
+        _set_aside(waiter)
 
     # --- conversations ---
 
@@ -302,8 +301,7 @@ class Members:
         line.calls.popleft()
         self.pacer.top.charge(line, waiter.amounts)
         line.depart()
-        waiter.line = aside = Line(line.node, None, line.priority)
-        aside.since = line.since
+        _set_aside(waiter)
         home.kept.append((until, waiter))
         self.arrive()
 
@@ -355,12 +353,10 @@ class Members:
             return
         if len(self.members) == 1:
             self.members[0].root.check(amounts)  # which refuses
-        exceeded = [(member, _exceeded(member.root, amounts)) for member in self.members]
-        cost = ", ".join(
-            counted(amounts[resource], resource)
-            for resource in dict.fromkeys(limit.resource for _, limit in exceeded)
-        )
-        limits = ", ".join(f"{limit} at {member.limiter.name!r}" for member, limit in exceeded)
+        exceeded = {member.limiter.name: member.node.exceeded(amounts) for member in self.members}
+        resources = dict.fromkeys(limit.resource for limit in exceeded.values() if limit)
+        cost = ", ".join(counted(amounts[each], each) for each in resources)
+        limits = ", ".join(f"{limit} at {name!r}" for name, limit in exceeded.items())
         raise CostExceedsLimit(
             f"cost of {cost} exceeds a limit of every member ({limits}) and can never pass; raise a "
             f"limit or split the request"
@@ -382,10 +378,11 @@ class Members:
             member.probe = None
 
 
-def _exceeded(root: Node, amounts: Amounts) -> Limit:
-    """Return a limit that such a call exceeds."""
-    limits = (window.limit for window in root.limits.values() if window.refuses)
-    return next(each for each in limits if amounts.get(each.resource, 0) > each.amount)
+def _set_aside(waiter: AnyWaiter) -> None:
+    """Let a call stand in no line any more, though it still waits at its limiter."""
+    line = waiter.line
+    waiter.line = Line(line.waited_at, None, line.priority)
+    waiter.line.since = line.since
 
 
 class Group:

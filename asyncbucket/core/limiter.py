@@ -110,7 +110,7 @@ class Limiter(Doors, OfThisProcess):
             reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
             clock set to the current time now. With a store, the store's clock counts.
         prices: what models cost, for limits and budgets of dollars, if not what is published:
-            ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML or JSON file;
+            ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML file;
             see `asyncbucket.prices`.
         limits_by_keyword: ``rpm=500`` for ``"500 RPM"``; also rps, rph, rpd, tpm, tpd, itpm, otpm.
 

@@ -212,7 +212,7 @@ class Member:
 
     def choose(self, first: tuple[AnyWaiter | None, int], now: int) -> tuple[AnyWaiter | None, int]:
         """Return the call that this member is to take next, if ``first`` is next in the pool."""
-        if self.out_until > now or self.probe is not None:
+        if not self.is_in(now):
             return None, self.out_until if self.probe is None else NEVER
         if self.kept:
             kept = (each for _, each in self.kept if not each.done() and not each.seat.is_late)
@@ -241,10 +241,7 @@ class Member:
 
     def takes(self, amounts: Amounts) -> bool:
         """Tell whether such a call can ever pass here."""
-        for resource, most in self.node.most.items():  # noqa: SIM110 - `all` takes three times as long
-            if amounts.get(resource, 0) > most:
-                return False
-        return True
+        return self.node.exceeded(amounts) is None
 
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""

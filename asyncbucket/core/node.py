@@ -323,19 +323,25 @@ class Node:
             self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
 
+    def exceeded(self, amounts: Amounts) -> Limit | None:
+        """Return a limit, here or above, that such a call exceeds, so that it can never pass."""
+        for resource, most in self.most.items():
+            if amounts.get(resource, 0) > most:
+                break
+        else:
+            return None
+        limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
+        return next(each for each in limits if amounts.get(each.resource, 0) > each.units)
+
     def check(self, amounts: Amounts) -> None:
         """Refuse a cost that can never pass, here or above.
 
         Raises:
             CostExceedsLimit: it costs more than a limit.
         """
-        for resource, most in self.most.items():
-            if amounts.get(resource, 0) > most:
-                break
-        else:
+        limit = self.exceeded(amounts)
+        if limit is None:
             return
-        limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
-        limit = next(each for each in limits if amounts.get(each.resource, 0) > each.units)
         amount = amounts[limit.resource]
         raise CostExceedsLimit(
             f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and can never "

@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import random
+import re
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import asyncbucket
 from asyncbucket import (
     AcquireTimeout,
+    Cost,
     CostExceedsLimit,
     Limit,
     Limiter,
@@ -98,6 +100,20 @@ async def test_costly_call_goes_to_members_that_can_take_it(time: VirtualTime) -
     with pytest.raises(CostExceedsLimit):
         await too_costly
     nothing_is_left(pool, small, large)
+
+
+async def test_refused_cost_names_what_it_exceeds_at_each_member(time: VirtualTime) -> None:
+    """Amounts of dollars are counted in millionths, and compared so."""
+    members = [
+        Limiter("25 USD/day", f"{tpm} TPM", name=name, clock=time.clock)
+        for name, tpm in (("a", 100), ("b", 50))
+    ]
+    says = (
+        "cost of 200 tokens exceeds a limit of every member (100 tokens per 60 s at 'a', 50 tokens "
+        "per 60 s at 'b') and can never pass; raise a limit or split the request"
+    )
+    with pytest.raises(CostExceedsLimit, match=f"^{re.escape(says)}$"):
+        await Pool(*members).acquire(Cost(tokens=200, usd=2))
 
 
 async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime) -> None:

@@ -1,6 +1,7 @@
 """What holds for a `Limiter` holds for a `Pool`: the same tests, with pools of one member."""
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -9,23 +10,11 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter, Pool
-from tests.core import (
-    test_cancellation,
-    test_children,
-    test_deadlines,
-    test_lease,
-    test_limiter,
-    test_refused,
-)
 
-MODULES = (
-    test_cancellation,
-    test_children,
-    test_deadlines,
-    test_lease,
-    test_limiter,
-    test_refused,
-)
+MODULES = [
+    importlib.import_module(f"tests.core.test_{name}")
+    for name in ("cancellation", "children", "deadlines", "lease", "limiter", "refused")
+]
 #: Those about words that are others for a pool, and those that take long.
 LEFT_OUT = {
     "test_call_behind_cousin_is_bound_by_same_resource",
