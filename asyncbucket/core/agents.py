@@ -14,8 +14,10 @@ who wait, and nobody starves. A call outside any agent is an agent of one call.
 
 Sizes are learned. The expected size of an agent is the mean of its kind's latest runs; once the
 agent has used more than that, it is the mean of those runs that were larger than what it has used.
-A kind without a history is sized by all kinds. If no run was larger, the agent pays as it goes: its
-tag is V at its arrival plus what it has used, which is fair sharing.
+If what it then still needs is at most half of what a new one of its kind needs, it keeps its tag:
+it is nearly done, and to serve others first would let it wait for nothing. A kind without a history
+is sized by all kinds. If no run was larger, the agent pays as it goes: its tag is V at its arrival
+plus what it has used, which is fair sharing.
 
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 #: How many finished runs are kept of a kind, and how many kinds.
 _RUNS: Final = 200
 _KINDS: Final = 200
+#: What part of a new agent's size is little enough for one that runs to stay in its place.
+_NEARLY_DONE: Final = 0.5
 
 
 class AgentRun:
@@ -170,8 +174,14 @@ class Agents:
 
     def _resize(self, run: AgentRun) -> None:
         """Expect more of an agent that has used more than expected."""
-        if run.agent in self._runs:
-            run.expect(self.expected(run.agent.kind, run.used))
+        if run.agent not in self._runs:
+            return
+        kind = run.agent.kind
+        size, new = self.expected(kind, run.used), self.expected(kind)
+        if size and new and not run.is_open and size - run.used <= new * _NEARLY_DONE:
+            run.size = size
+        else:
+            run.expect(size)
             self._join_fluid(run)
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
