@@ -20,8 +20,9 @@ from asyncbucket.core.errors import (
 )
 from asyncbucket.core.explain import Explanation
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.limiter import Limiter, pace
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.pace import pace
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
 from asyncbucket.plan import plan

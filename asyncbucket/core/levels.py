@@ -174,7 +174,7 @@ def observe_remaining(
         now = pacer.clock()
         sent = now if since is None else nanoseconds(since, "since")
         window = node.limits.get((resource, per))
-        if window is None or limiter._place is not None:
+        if window is None or node.place is not None:
             return
         find_headroom(node, window, now).update(
             remaining,

@@ -1,16 +1,12 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
 import math
-import threading
 import time
 import warnings
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from asyncbucket.core import doors
 from asyncbucket.core.agents import AgentLease
@@ -28,7 +24,6 @@ from asyncbucket.core.context import (
 )
 from asyncbucket.core.cost import Cost, amounts_of
 from asyncbucket.core.doors import Doors
-from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.core.explain import Explanation, explain_locked
 from asyncbucket.core.lease import FirstLease, Lease
@@ -36,10 +31,11 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import EMPTY_MAPPING, Node
 from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.place import Place
-from asyncbucket.core.process import OfThisProcess, reset_after_fork
+from asyncbucket.core.process import OfThisProcess
 from asyncbucket.core.queue import reweigh
-from asyncbucket.core.statistics import LimitUse, Statistics, Waits
+from asyncbucket.core.snapshot import statistics_locked
+from asyncbucket.core.statistics import Statistics
+from asyncbucket.core.tenants import ALIVE, Tenants
 from asyncbucket.core.terms import (
     CallAmounts,
     CallKeywords,
@@ -60,19 +56,13 @@ from asyncbucket.core.wording import is_integer, read_count, shown
 if TYPE_CHECKING:
     from os import PathLike
 
-    from asyncbucket.llama_index.estimate import Estimator
     from asyncbucket.providers.prices import Prices
-    from asyncbucket.retry import Retry
 
 T = TypeVar("T")
 AnyLimiter = TypeVar("AnyLimiter", bound="Limiter")
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
 # ruff: noqa: SLF001
 
-#: How many tenants' limiters are kept alive unless `per_key` says otherwise; and how many of those
-#: unused for the longest time are looked at whenever one is made.
-_ALIVE: Final = 1_000
-_LOOKS: Final = 4
 _TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 #: After so many calls of which none paid for a limit, something is wrong with it.
 _MANY: Final = 100
@@ -178,7 +168,7 @@ class Limiter(Doors, OfThisProcess):
         #: Whether calls have come this way, and have paid for all that is limited.
         self._is_proven = False
         self._children: dict[str, Self] = EMPTY_MAPPING
-        self._tenants: _Tenants | None = None
+        self._tenants: Tenants[Self] | None = None
 
     def _start(self, terms: Terms) -> None:
         """Put the terms of a new limiter in force."""
@@ -485,9 +475,9 @@ class Limiter(Doors, OfThisProcess):
             LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
         """
         given = Terms.read(limits, terms) if limits or terms else None
-        return self._all_tenants().get(self, read_text(tenant, "a tenant"), given)
+        return self._all_tenants().get(read_text(tenant, "a tenant"), given)
 
-    def per_key(self, *limits: str | Limit, alive: int = _ALIVE, **terms: Unpack[Keywords]) -> None:
+    def per_key(self, *limits: str | Limit, alive: int = ALIVE, **terms: Unpack[Keywords]) -> None:
         """Set the terms for tenants that have none of their own; see `key`.
 
         They apply to tenants that come from now on, in calls that ask this limiter. Tenants of a
@@ -506,20 +496,25 @@ class Limiter(Doors, OfThisProcess):
         tenants = self._all_tenants()
         tenants.default_terms, tenants.alive = Terms.read(limits, terms), alive
 
-    def _all_tenants(self) -> "_Tenants":
+    def _all_tenants(self) -> Tenants[Self]:
         if self._tenants is None:
-            self._tenants = _Tenants()
+            self._tenants = Tenants(self._make_child, self._of)
         return self._tenants
 
     def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
         self._keep()
-        child = type(self).__new__(type(self))  # below a pool, all are pools
         with self._node.pacer:
             node = type(self._node)(f"{self._node.name}/{name}", self._node)
-            child._set_up(node, self, terms)
+            child = self._of(node, terms)
             child._start(terms)
         return child
+
+    def _of(self, node: Node, terms: Terms) -> Self:
+        """Return the public object in front of ``node``, which is below this limiter's."""
+        limiter = type(self).__new__(type(self))  # below a pool, all are pools
+        limiter._set_up(node, self, terms)
+        return limiter
 
     def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":
         """Return the limiter of ``tenant`` or, unless this is a tenant's, of an inherited one."""
@@ -567,8 +562,8 @@ class Limiter(Doors, OfThisProcess):
             now = pacer.clock()
             pause = doors.find_pause(node)
             pause.begin(now + span, now, gradually=gradually, reason=reason)
-            if self._place is not None:
-                self._place.pause(span, gradually=gradually)
+            if node.place is not None:
+                node.place.pause(span, gradually=gradually)
             pacer.ring_locked(node, now)
         pacer.notify(node, Paused, seconds=float(seconds), reason=reason)
 
@@ -633,15 +628,10 @@ class Limiter(Doors, OfThisProcess):
         if self._parent is not None and "/*" in self._node.name and self._parent._tenants:
             self._parent._tenants.keep(self)
 
-    @property
-    def _place(self) -> Place | None:
-        """What keeps these limits, if a store does."""
-        return None if self._parent is not None else self._node.pacer.place
-
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """Refuse what the store cannot keep, if one keeps these limits."""
-        if self._place is not None:
-            self._place.check(limits, concurrency)
+        if self._node.place is not None:
+            self._node.place.check(limits, concurrency)
 
     def _put_in_force_locked(
         self, limits: Iterable[Limit], concurrency: Concurrency | None, *, learned: bool = False
@@ -656,8 +646,8 @@ class Limiter(Doors, OfThisProcess):
             node.slots = bounds[0] if node.sizer is None else node.sizer.size
             pacer.is_plain = pacer.is_plain and node.sizer is None
         pacer.limits_changed_locked(node)
-        if self._place is not None:
-            self._place.configure()
+        if node.place is not None:
+            node.place.configure()
 
     def observe(self, callback: Callback) -> Callable[[], None]:
         """Call ``callback`` with each event here and below; the returned function ends that.
@@ -689,8 +679,8 @@ class Limiter(Doors, OfThisProcess):
         Without a store it does nothing. It closes the limiter for all loops and threads of the
         process: calls that still wait fail with `StoreError`, later ones open it again.
         """
-        if self._place is not None:
-            await self._place.aclose()
+        if self._node.place is not None:
+            await self._node.place.aclose()
 
     # --- watching ---
 
@@ -721,43 +711,8 @@ class Limiter(Doors, OfThisProcess):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
-        node = self._node
-        pacer: Pacer = node.pacer
-        with pacer:
-            pacer.run_jobs_locked()
-            pacer.bury_locked()
-            now = pacer.clock()
-            return Statistics(
-                name=node.name,
-                admitted=node.admitted,
-                refused=node.refused,
-                cancelled=node.cancelled,
-                waiting=node.waiting,
-                in_flight=node.in_flight,
-                concurrency=self.concurrency,
-                paused=max((0, *(pause.until - now for pause in doors.pauses(node)))) * 1e-9,
-                upstream_429=node.upstream_429,
-                overridden=pacer.overridden,
-                waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
-                refunded=dict(node.refunded),
-                limits=tuple(self._use_locked(now)),
-                bound_by=pacer.binding_locked(node),
-                agents=None if node.agents is None else node.agents.statistics(),
-            )
-
-    def _use_locked(self, now: int) -> Iterable[LimitUse]:
-        """Yield how much of each limit is used."""
-        node = self._node
-        wall = node.pacer.wall(now)
-        if self._place is not None:
-            for use in self._place.use():
-                yield replace(use, resets_in=use.limit.resets_in(wall))
-            return
-        for key, window in node.limits.items():
-            beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
-            left = min(meter.available(now) for meter in (window, *beside))
-            resets_in = window.limit.resets_in(wall)
-            yield LimitUse(window.limit, window.used, left, resets_in)
+        with self._node.pacer:
+            return statistics_locked(self._node)
 
     def _repr_html_(self) -> str:
         return self.statistics()._repr_html_()
@@ -770,148 +725,3 @@ class Limiter(Doors, OfThisProcess):
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
             parts.append(f"concurrency {node.in_flight}/{self.concurrency}{found}")
         return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
-
-
-class _Tenants:
-    """Keep a limiter for each tenant, as long as it is used or not as good as new.
-
-    A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. Of
-    the limiters unused for the longest time, those beyond ``alive`` that are as good as new are let
-    go: one made anew would do the same. Whoever still holds one finds it again by name; if it was
-    used in the end, its node stays.
-    """
-
-    def __init__(self) -> None:
-        self.alive = _ALIVE
-        self.default_terms = Terms()
-        self._lock = threading.RLock()
-        self._own_terms: dict[str, Terms] = {}
-        self._interned: dict[Terms, Terms] = {}
-        #: All that are alive; in ``_recent`` in the order of their use, and kept alive by it.
-        self._limiters: weakref.WeakValueDictionary[str, Limiter] = weakref.WeakValueDictionary()
-        self._recent: OrderedDict[str, Limiter] = OrderedDict()
-        #: Nodes that leases hold, or that were used after they were let go.
-        self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
-        self._used: dict[str, Node] = {}
-        #: Those that were reconfigured, or have children, by the names of their nodes.
-        self._kept: dict[str, Limiter] = {}
-        reset_after_fork(self)
-
-    def get(self, above: AnyLimiter, tenant: str, terms: Terms | None) -> AnyLimiter:
-        """Return a tenant's limiter as it was left, or made on ``terms``.
-
-        Raises:
-            ValueError: it exists on other terms.
-        """
-        with self._lock:
-            if terms is not None and terms != self._own_terms.get(tenant):
-                if tenant in self._own_terms or tenant in self._nodes:
-                    raise ValueError(
-                        "this tenant exists on other terms: ask for it by name alone, and change it "
-                        "with key(...).reconfigure(...)"
-                    )
-                self._own_terms[tenant] = self._interned.setdefault(terms, terms)
-            limiter = self._find(above, tenant)
-            limiter._node.last_words = None
-            self._recent[tenant] = limiter
-            self._recent.move_to_end(tenant)
-            for used in tuple(self._used):  # to be looked at again
-                self._recent[used] = self._find(above, used)
-            self._let_go(above._node.pacer)
-            return limiter
-
-    def _find(self, above: AnyLimiter, tenant: str) -> AnyLimiter:
-        limiter = cast("AnyLimiter | None", self._limiters.get(tenant))
-        if limiter is not None:
-            return limiter
-        terms = self._own_terms.get(tenant, self.default_terms)
-        node = self._used.pop(tenant, None) or self._nodes.get(tenant)
-        if node is None:
-            import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
-
-            text = tenant.encode(errors="surrogatepass")
-            name = f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}"
-            limiter = above._make_child(name, terms)
-        else:
-            limiter = type(above).__new__(type(above))
-            limiter._set_up(node, above, terms)
-        self._limiters[tenant], self._nodes[tenant] = limiter, limiter._node
-        return limiter
-
-    def _let_go(self, pacer: Pacer) -> None:
-        """Let go of those unused for the longest time; the last one used stays."""
-        for _ in range(min(_LOOKS, len(self._recent) - max(self.alive, 1))):
-            tenant, limiter = self._recent.popitem(last=False)
-            with pacer:
-                is_as_new = limiter._node.is_as_new(pacer.clock())
-            if is_as_new and limiter._node.name not in self._kept:
-                limiter._node.last_words = partial(self._look_after, tenant)
-            else:
-                self._recent[tenant] = limiter  # to the end: looked at again later
-
-    def _look_after(self, tenant: str, node: Node) -> None:
-        """Keep a node that was used after it was let go; nobody holds it any more."""
-
-        def keep_locked() -> None:
-            if not node.is_as_new(node.pacer.clock()):
-                self._used[tenant] = node
-
-        node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
-
-    def keep(self, limiter: Limiter) -> None:
-        """Never let go of ``limiter``: one made anew would be another, or lack what is below it."""
-        self._kept[limiter._node.name] = limiter
-
-    def after_fork(self) -> None:
-        """Replace the lock, which the parent may have held."""
-        self._lock = threading.RLock()
-
-
-def pace(  # noqa: PLR0913 - all but the limits by keyword
-    obj: T,
-    *limits: str | Limit,
-    concurrency: Concurrency | None = None,
-    name: str = "default",
-    max_queue: int | None = None,
-    timeout: float | None = None,
-    store: Any = None,
-    prices: "Prices | str | PathLike[str] | None" = None,
-    retry: "Retry | int | None" = None,
-    estimator: "Estimator | None" = None,
-    **limits_by_keyword: Unpack[LimitKeywords],
-) -> T:
-    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
-
-    >>> llm = pace(OpenAI(model="gpt-4o-mini"), rpm=500, tpm=200_000, concurrency=20)
-
-    Args:
-        obj: see `Limiter.wrap`.
-        limits: see `Limiter`.
-        concurrency: see `Limiter`.
-        name: see `Limiter`.
-        max_queue: see `Limiter`.
-        timeout: see `Limiter`.
-        store: see `Limiter`.
-        prices: see `Limiter`.
-        retry: see `asyncbucket.llama_index.wrap`.
-        estimator: see `asyncbucket.llama_index.wrap`.
-        limits_by_keyword: see `Limiter`.
-
-    Raises:
-        LimitSyntaxError: a limit cannot be read, or there is none.
-        TypeError: ``obj`` cannot be wrapped.
-        ValueError: as for `Limiter`.
-    """
-    limiter = Limiter(
-        *limits,
-        concurrency=concurrency,
-        name=name,
-        max_queue=max_queue,
-        timeout=timeout,
-        store=store,
-        prices=prices,
-        **limits_by_keyword,
-    )
-    if not limiter.limits and limiter.concurrency is None:
-        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
-    return limiter.wrap(obj, retry=retry, estimator=estimator)

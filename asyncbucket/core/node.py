@@ -162,8 +162,8 @@ class Node:
             self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
             self._work_out_limits()
         bounded = () if parent is None else parent.bounded
-        is_kept_elsewhere = parent is None and self.pacer.place is not None
-        self.bounded = bounded if self.slots >= NEVER or is_kept_elsewhere else (self, *bounded)
+        is_bound_here = self.slots < NEVER and self.place is None
+        self.bounded = (self, *bounded) if is_bound_here else bounded
 
     def _work_out_limits(self) -> None:
         self.most, self.seconds = {}, {}
@@ -187,6 +187,11 @@ class Node:
                 return
         for child in self.children or ():
             child.forget()
+
+    @property
+    def place(self) -> Any:
+        """What keeps its limits and slots (`asyncbucket.core.place.Place`), if a store does."""
+        return None if self.parent is not None else self.pacer.place
 
     @property
     def queue_path(self) -> tuple["Node", ...]:

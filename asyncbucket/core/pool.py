@@ -310,6 +310,7 @@ class Pool(Limiter):
         each = [member.statistics() for member in self.members]
         return replace(
             now,
+            concurrency=self.concurrency,
             limits=tuple(use for member in each for use in member.limits),
             paused=min(member.paused for member in each),
             upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),
