@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
+from asyncbucket.core.blocked import is_late
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit
 from asyncbucket.core.members import LineAtMember, Member
 from asyncbucket.core.meters import NEVER, Amounts
@@ -125,7 +126,7 @@ class Members:
             head = min((waiter for waiter, _ in able), default=(first or self.first(now))[0])
             due = now if able else due
             if head is not None and head.seat is not seat:
-                if self.pacer.is_late(head.seat, now):
+                if is_late(self.pacer, head.seat, now):
                     continue
                 return passed, self.pacer.leave_to(head.seat, due, now)
             if not able:
@@ -408,11 +409,7 @@ class Group:
         """Have all use the lock of ``first``, and where its calls wait."""
         for pacer in self.pacers:
             pacer.lock, pacer.jobs, pacer.news = first.lock, first.jobs, first.news
-            pacer.threads, pacer.seats, pacer.by_thread = (
-                first.threads,
-                first.seats,
-                first.by_thread,
-            )
+            pacer.seats = first.seats
 
     def forget(self) -> None:
         """Have the pools work out anew what their calls pass, because a member has changed."""

@@ -120,9 +120,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             for level in node.path:
                 level.in_flight += 1
                 level.admitted += 1
-            seat: Seat | None = pacer.by_thread.get(get_ident())
+            seat: Seat | None = pacer.seats.by_thread.get(get_ident())
             if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
-                seat = pacer.seat_here_locked()
+                seat = pacer.seats.here()
             seat.leases += 1
             self._seat = seat
             self._when = now
@@ -220,10 +220,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 raise too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if seat is None:
-                seat = pacer.seat_here_locked()
+                seat = pacer.seats.here()
                 waiter = Waiter(loop=seat.loop)
             else:
-                seat.home = pacer.seat_here_locked()
+                seat.home = pacer.seats.here()
                 pacer.seats[seat] = seat
                 waiter = SyncWaiter()
             waiter.lease = self

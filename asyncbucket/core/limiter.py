@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from asyncbucket.core import doors
 from asyncbucket.core.agents import AgentLease
+from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.budget import pay_from
 from asyncbucket.core.context import (
     Agent,
@@ -281,7 +282,7 @@ class Limiter(Doors, OfThisProcess):
         lease = Lease(node, whole) if plain else limiter._lease(whole, context)
         if not lease._take_now():
             with node.pacer:
-                buried = node.pacer.waiting and node.pacer.bury_locked()
+                buried = node.pacer.waiting and bury_closed(node.pacer)
             if not (buried and lease._take_now()):
                 lease._refuse()
         return lease

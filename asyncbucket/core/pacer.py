@@ -26,15 +26,15 @@ runs what was left.
 import asyncio
 import collections
 import contextlib
-import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
+from asyncbucket.core import blocked
+from asyncbucket.core.calendars import check_clock, wall_at
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
@@ -43,15 +43,10 @@ from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.place import Place
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, line_of, rouse
-from asyncbucket.core.seats import EMPTY, NOWHERE, LoopSeat, Seat
+from asyncbucket.core.seats import EMPTY, Seat, Seats
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
 BATCH: Final = 256
-#: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
-_GRACE: Final = 50_000_000
-_PATIENCE: Final = 1_000_000_000
-#: After this time (ns) without an admission, slots may have been forgotten.
-_STALL: Final = 60_000_000_000
 #: A waiter may be cancelled between any two lines: by a signal handler.
 _DONE: Final = (asyncio.InvalidStateError, InvalidStateError)
 
@@ -71,12 +66,12 @@ class Pacer:
         wall_clock: Callable[[], int] | None = None,
         root_type: type[Node] = Node,
     ) -> None:
-        _check_clock("clock", clock, "time.monotonic_ns")
+        check_clock("clock", clock, "time.monotonic_ns")
         self.clock = clock
         if wall_clock is not None:
-            _check_clock("wall_clock", wall_clock, "time.time_ns")
+            check_clock("wall_clock", wall_clock, "time.time_ns")
         #: What the wall clock shows at an instant of the clock.
-        self.wall = _wall_at(clock, wall_clock)
+        self.wall = wall_at(clock, wall_clock)
         self.root = root_type(name, pacer=self)
         self.lock = threading.Lock()
         #: Work for whoever releases the lock; and what to tell observers and the log once it is
@@ -102,9 +97,7 @@ class Pacer:
         #: Whether nobody has to be told when a call ends: no limiter finds its number of slots, no
         #: store keeps them, and all open calls were made in this process.
         self.is_plain = True
-        self.threads = Seat(self.look)
-        self.seats: dict[object, Seat] = {}
-        self.by_thread: dict[int, LoopSeat] = {}
+        self.seats = Seats(self.look)
         #: The members of a pool, if this is its tree: `asyncbucket.core.binding.Members`.
         self.pool: Any = None
         #: The trees that look together, because pools have calls wait at several of them: an
@@ -176,32 +169,6 @@ class Pacer:
         if self.observed:
             self.news.append(partial(node.emit, self.event(node, event_type, **fields)))
 
-    # --- seats ---
-
-    def seat_here_locked(self) -> Seat:
-        """Return the seat of the running loop; that of plain threads if none runs.
-
-        asyncio makes a system call for each answer (to detect forks), so the answer is kept while
-        that loop runs.
-        """
-        thread = threading.get_ident()
-        known = self.by_thread.get(thread)
-        if known is not None and known.loop.is_running():
-            return known
-        loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
-        if loop is None:
-            return self.threads
-        seat = self.seats.get(loop)
-        if not isinstance(seat, LoopSeat):
-            for key, each in list(self.seats.items()):
-                if each.is_closed() and not (each.leases or each.waiting):
-                    del self.seats[key]
-            here = self.by_thread
-            self.by_thread = {key: here[key] for key in here if not here[key].is_closed()}
-            seat = self.seats[loop] = LoopSeat(self.look, loop)
-        self.by_thread[thread] = seat
-        return seat
-
     # --- standing in line ---
 
     def join_locked(
@@ -240,7 +207,7 @@ class Pacer:
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
-        seat.sleep(min(self._wait_for_slots(now) if due == NEVER else due, end), now)
+        seat.sleep(min(blocked.wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
@@ -303,7 +270,7 @@ class Pacer:
             waiter.cancel()
             self.gone_locked(waiter, now)
         else:  # nothing can be resolved there any more
-            self._bury(seat)
+            blocked.bury(self, seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -335,25 +302,13 @@ class Pacer:
             head, due = self.top.head(now)
             if head is None:
                 return due != SOON
-            if not self.is_late(head.seat, now):
+            if not blocked.is_late(self, head.seat, now):
                 return False
 
     def next_look_locked(self, now: int) -> int:
         """Return when the first of those who wait will be looked at: then a place is free."""
         looks = (seat.looks_at for seat in self.seats.values() if seat.waiting)
         return max(now, min(looks, default=now))
-
-    def binding_locked(self, node: Node) -> str | None:
-        """Return what holds up the next call, if anybody waits at ``node`` or below."""
-        if not node.waiting:
-            return None
-        known = None if self.place is None else self.place.held_up()
-        lines = [line.bound_by for line in node.lines.values() if line.living]
-        below = (each.line.bound_by for each in self.top.waiters() if node in each.line.node.path)
-        store = None if known is None else known[0]
-        # At the root the store's answer comes first, as it keeps these limits; below, the child's.
-        first = (store, self.bound_by) if node.parent is None else ()
-        return next(filter(None, (*first, *lines, *below, store, self.bound_by)), None)
 
     # --- the bell ---
 
@@ -368,7 +323,7 @@ class Pacer:
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
-                self._bury(seat)
+                blocked.bury(self, seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -391,7 +346,7 @@ class Pacer:
             self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
-                self._return_set_aside(seat)
+                blocked.return_set_aside(seat)
             seat.looks_at = now
             self.looks += 1
             if self.group is not None:
@@ -436,7 +391,7 @@ class Pacer:
             if due > now:
                 self.bound_by = waiter.line.bound_by = bound_by
             if waiter.seat is not seat:
-                if self.is_late(waiter.seat, now):
+                if blocked.is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
@@ -454,7 +409,7 @@ class Pacer:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
         if other.looks_at > max(due, now):
             other.ring(now)
-        return max(min(due, other.looks_at), now) + _GRACE
+        return max(min(due, other.looks_at), now) + blocked.GRACE
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat, and nobody else has a say."""
@@ -599,145 +554,22 @@ class Pacer:
         self.ring_locked(node, now)
         return True
 
-    def is_late(self, seat: Seat, now: int) -> bool:
-        """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
-        if seat.is_closed():
-            seat.is_late = True
-            self._bury(seat)
-        elif now > seat.looks_at + _GRACE:
-            seat.is_late = True
-        return seat.is_late
-
-    def _return_set_aside(self, seat: Seat) -> None:
-        """Put calls that stood aside back in their places."""
-        seat.is_late = False
-        waiters, seat.set_aside = seat.set_aside, []
-        for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
-            line.refill((*group, *line.calls))
-            line.arrive()
-
-    def bury_locked(self) -> bool:
-        """Count out all who wait on loops that were closed; return whether there were any."""
-        closed = [seat for seat in self.seats.values() if seat.waiting and seat.is_closed()]
-        for seat in closed:
-            self._bury(seat)
-        return bool(closed)
-
-    def _bury(self, seat: Seat) -> None:
-        trees = (self,) if self.group is None else self.group.pacers
-        lines = {line for pacer in trees for line in pacer.top.lines()}
-        lines |= {waiter.line for waiter in seat.set_aside}
-        for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
-            if waiter.seat is seat and not waiter.done():
-                waiter.line.depart()
-                node = waiter.line.waited_at
-                node.pacer.count_in(node, seat, -1)
-                waiter.seat = NOWHERE
-        for line in lines:  # those that gave up before go, too: their tasks count them out
-            line.refill(each for each in line.calls if each.seat not in (NOWHERE, seat))
-        seat.set_aside.clear()
-
     def override(self, seat: Seat, now: int) -> int:
-        """Let one call pass without a slot if every slot is held on loops that do not run.
-
-        Code may block its loop while it waits for a call on another loop (LlamaIndex's
-        ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
-        """
-        holders = [each for each in self.seats.values() if each.leases]
-        if not holders or seat.leases or self.threads.leases:
-            return self._wait_for_slots(now)
-        for each in holders:
-            each.ring(now)
-        heard = max(each.looks_at for each in holders)
-        if now < heard + _PATIENCE:
-            return heard + _PATIENCE
-        back = sum(each.leases for each in holders)
-        waiter, due = self.top.head(now, back)
-        if (
-            waiter is None
-            or waiter.seat is not seat
-            or (due := self.root.earliest(waiter.amounts, waiter.line.since, back)[0]) > now
-        ):
-            return due
-        self._serve(waiter, now)
-        self.overridden += 1
-        if self.overridden == 1:
-            self.news.append(
-                partial(
-                    _log.warning,
-                    "a call passed without a slot: every slot is held on an event loop that has "
-                    "been blocked for over 1 s; await on that loop instead of blocking it",
-                )
-            )
-        return now
-
-    def _wait_for_slots(self, now: int) -> int:
-        """Return when to look again while slots have to come back; warn once if none does.
-
-        A lease that is dropped gives its slot back; one that something still holds does not.
-        """
-        if self.has_warned or self.clock is not time.monotonic_ns:
-            return NEVER
-        if now < self.since + _STALL:
-            return (self.since // _STALL + 2) * _STALL  # seldom another: so the timer can stay
-        self.has_warned = True
-        nodes = {
-            node for line in self.top.lines() for node in (*line.node.bounded, *self.root.bounded)
-        }
-        held = (
-            f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
-            for node in sorted(nodes, key=lambda node: node.name)
-            if node.in_flight >= node.slots
-        )
-        self.news.append(
-            partial(
-                _log.warning,
-                "no call has passed for %.0f s: open leases hold %s; if those calls are over, release "
-                "their leases (`async with` does)",
-                (now - self.since) * 1e-9,
-                ", ".join(held),
-            )
-        )
-        return NEVER
+        """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
+        waiter, due = blocked.beyond_slots(self, seat, now)
+        if waiter is not None:
+            self._serve(waiter, now)
+        return due
 
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's loops, waiters and leases are not here."""
         self.is_plain = False
-        for seat in (self.threads, *self.seats.values()):
-            seat.look = None
+        self.seats.after_fork()
         self.lock = threading.Lock()
         self.jobs.clear()
         self.news.clear()
-        self.seats.clear()
-        self.by_thread.clear()
-        self.threads = Seat(self.look)
         self.waiting = 0
         self.top = Branch(self.root, None, 1.0)
         self.root.after_fork()
         if self.group is not None:
             self.group.share(self)
-
-
-def _check_clock(name: str, clock: Callable[[], int], example: str) -> None:
-    """Refuse what tells no time.
-
-    Raises:
-        TypeError: it is not a callable that returns an integer.
-    """
-    if not callable(clock) or not isinstance(clock(), int):
-        raise TypeError(
-            f"{name} must be a callable that returns integer nanoseconds, such as {example}, not "
-            f"{clock!r}"
-        )
-
-
-def _wall_at(
-    clock: Callable[[], int], wall_clock: Callable[[], int] | None
-) -> Callable[[int], int]:
-    """Return a function that tells what the wall clock shows at an instant of ``clock``."""
-    if wall_clock is None and clock is not time.monotonic_ns:  # it is a time of its own
-        ahead = time.time_ns() - clock()
-        return lambda now: now + ahead
-    read = wall_clock or time.time_ns
-    # Read first, so that what passes between the two makes a reset late, not early.
-    return lambda now: now + read() - clock()

@@ -218,3 +218,46 @@ class ThreadSeat(Seat):
 
 #: The seat of calls that waited on a loop that was closed.
 NOWHERE: Final = Seat()
+
+
+class Seats(dict[object, Seat]):
+    """All seats of a tree of limiters: of loops, by loop, and of threads that are blocked, by themselves."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__()
+        self._look = look
+        #: Where plain threads hold their leases; and the loop that ran last in a thread.
+        self.threads = Seat(look)
+        self.by_thread: dict[int, LoopSeat] = {}
+
+    def here(self) -> Seat:
+        """Return the seat of the running loop; that of plain threads if none runs.
+
+        asyncio makes a system call for each answer (to detect forks), so the answer is kept while
+        that loop runs.
+        """
+        thread = threading.get_ident()
+        known = self.by_thread.get(thread)
+        if known is not None and known.loop.is_running():
+            return known
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        if loop is None:
+            return self.threads
+        seat = self.get(loop)
+        if not isinstance(seat, LoopSeat):
+            for key, each in list(self.items()):
+                if each.is_closed() and not (each.leases or each.waiting):
+                    del self[key]
+            here = self.by_thread
+            self.by_thread = {key: here[key] for key in here if not here[key].is_closed()}
+            seat = self[loop] = LoopSeat(self._look, loop)
+        self.by_thread[thread] = seat
+        return seat
+
+    def after_fork(self) -> None:
+        """Start afresh in a child process: what waits or is held belongs to the parent's."""
+        for seat in (self.threads, *self.values()):
+            seat.look = None
+        self.clear()
+        self.by_thread.clear()
+        self.threads = Seat(self._look)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.doors import pauses
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Node
@@ -17,7 +18,7 @@ def statistics_locked(node: Node) -> Statistics:
     """Return what passed at ``node`` and below, what waits, and what for."""
     pacer: Pacer = node.pacer
     pacer.run_jobs_locked()
-    pacer.bury_locked()
+    bury_closed(pacer)
     now = pacer.clock()
     return Statistics(
         name=node.name,
@@ -33,7 +34,7 @@ def statistics_locked(node: Node) -> Statistics:
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
         refunded=dict(node.refunded),
         limits=tuple(_uses(node, now)),
-        bound_by=pacer.binding_locked(node),
+        bound_by=_bound_by(node),
         agents=None if node.agents is None else node.agents.statistics(),
     )
 
@@ -49,3 +50,17 @@ def _uses(node: Node, now: int) -> Iterator[LimitUse]:
         beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
         left = min(meter.available(now) for meter in (window, *beside))
         yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall))
+
+
+def _bound_by(node: Node) -> str | None:
+    """Return what holds up the next call, if anybody waits at ``node`` or below."""
+    pacer: Pacer = node.pacer
+    if not node.waiting:
+        return None
+    known = None if pacer.place is None else pacer.place.held_up()
+    lines = [line.bound_by for line in node.lines.values() if line.living]
+    below = (each.line.bound_by for each in pacer.top.waiters() if node in each.line.node.path)
+    store = None if known is None else known[0]
+    # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+    first = (store, pacer.bound_by) if node.parent is None else ()
+    return next(filter(None, (*first, *lines, *below, store, pacer.bound_by)), None)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.context import deadline_of
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.core.meters import Amounts, Bucket
@@ -168,7 +169,7 @@ class TokenBucket(OfThisProcess):
     def statistics(self) -> BucketStatistics:
         """Return a frozen snapshot."""
         with self._pacer:
-            self._pacer.bury_locked()
+            bury_closed(self._pacer)
             return BucketStatistics(
                 available=self._bucket.available(self._clock()), waiting=self._pacer.waiting
             )
@@ -205,7 +206,7 @@ class TokenBucket(OfThisProcess):
                 due = self._bucket.earliest(amounts["units"], now)
                 if due > deadline:
                     raise self._timeout_error(amount, timeout, due - now)
-            seat = pacer.seat_here_locked()
+            seat = pacer.seats.here()
             waiter = Waiter(loop=seat.loop)
             waiter.lease = None
             pacer.join_locked(waiter, self._node, amounts, seat, now, deadline, 0)

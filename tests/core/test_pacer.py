@@ -179,7 +179,7 @@ async def test_slots_that_do_not_come_back_are_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only the machine's clock says so: on virtual time, a minute is nothing."""
-    monkeypatch.setattr("asyncbucket.core.pacer._STALL", 30_000_000)
+    monkeypatch.setattr("asyncbucket.core.blocked._STALL", 30_000_000)
     limiter = Limiter(concurrency=2, name="openai")
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]

@@ -77,7 +77,7 @@ async def test_default_store_keeps_limits_and_no_slots_found_by_themselves(file:
     file.write_text(FILE)
     pool, _ = read_pool(file, store=f"sqlite:///{file.parent}/limits.db")
 
-    assert [each._place is not None for each in pool.members] == [True, False, False]
+    assert [each._node.place is not None for each in pool.members] == [True, False, False]
     async with pool.members[0].acquire():
         assert (file.parent / "limits.db").exists()
     await pool.child("calls").aclose()
