@@ -11,11 +11,8 @@ clock shows 03:30. (PEP 495 calls both "fold=0".)
 
 import functools
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
+from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
@@ -37,7 +34,7 @@ class Calendar:
     """Number the days, weeks (from Monday) or months that begin at one time of day in one zone."""
 
     period: Period
-    at: time_of_day
+    at: time
     zone: "ZoneInfo"
 
     def number(self, wall: int) -> int:
@@ -90,7 +87,7 @@ def read_calendar(period: Period, resets: str) -> Calendar:
         )
     if not zone.strip():
         raise LimitSyntaxError(f"{resets!r} does not say in which time zone: {_HOW}")
-    return Calendar(period, time_of_day(int(match[1]), int(match[2])), _read_zone(zone.strip()))
+    return Calendar(period, time(int(match[1]), int(match[2])), _read_zone(zone.strip()))
 
 
 def _read_zone(name: str) -> "ZoneInfo":
@@ -109,26 +106,3 @@ def _read_zone(name: str) -> "ZoneInfo":
         return zoneinfo.ZoneInfo(known[name.lower()])
     remedy = _HOW if known else "this machine has none: pip install tzdata"
     raise LimitSyntaxError(f"{name!r} is not a time zone: {remedy}")
-
-
-def check_clock(name: str, clock: Callable[[], int], example: str) -> None:
-    """Refuse what tells no time.
-
-    Raises:
-        TypeError: it is not a callable that returns an integer.
-    """
-    if not callable(clock) or not isinstance(clock(), int):
-        raise TypeError(
-            f"{name} must be a callable that returns integer nanoseconds, such as {example}, not "
-            f"{clock!r}"
-        )
-
-
-def wall_at(clock: Callable[[], int], wall_clock: Callable[[], int] | None) -> Callable[[int], int]:
-    """Return a function that tells what the wall clock shows at an instant of ``clock``."""
-    if wall_clock is None and clock is not time.monotonic_ns:  # it is a time of its own
-        ahead = time.time_ns() - clock()
-        return lambda now: now + ahead
-    read = wall_clock or time.time_ns
-    # Read first, so that what passes between the two makes a reset late, not early.
-    return lambda now: now + read() - clock()

@@ -34,7 +34,6 @@ from functools import partial
 from typing import Any, Final
 
 from asyncbucket.core import blocked
-from asyncbucket.core.calendars import check_clock, wall_at
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
@@ -44,6 +43,7 @@ from asyncbucket.core.place import Place
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, line_of, rouse
 from asyncbucket.core.seats import EMPTY, Seat, Seats
+from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
 BATCH: Final = 256
@@ -66,12 +66,9 @@ class Pacer:
         wall_clock: Callable[[], int] | None = None,
         root_type: type[Node] = Node,
     ) -> None:
-        check_clock("clock", clock, "time.monotonic_ns")
         self.clock = clock
-        if wall_clock is not None:
-            check_clock("wall_clock", wall_clock, "time.time_ns")
         #: What the wall clock shows at an instant of the clock.
-        self.wall = wall_at(clock, wall_clock)
+        self.wall = read_clocks(clock, wall_clock)
         self.root = root_type(name, pacer=self)
         self.lock = threading.Lock()
         #: Work for whoever releases the lock; and what to tell observers and the log once it is

@@ -1,6 +1,7 @@
 """What limiters are made on: which arguments are allowed, and what type checkers know of them."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 
@@ -184,3 +185,29 @@ def read_slot_ttl(seconds: float) -> float:
             f"slot_ttl must be a number of seconds from {least} to {most:,}, a day, not {seconds!r}"
         )
     return plain(seconds)
+
+
+def read_clocks(
+    clock: Callable[[], int], wall_clock: Callable[[], int] | None
+) -> Callable[[int], int]:
+    """Return a function that tells what the wall clock shows at an instant of ``clock``.
+
+    Raises:
+        TypeError: a clock is not a callable that returns an integer.
+    """
+    clocks = {
+        "clock": (clock, "monotonic_ns"),
+        "wall_clock": (wall_clock or time.time_ns, "time_ns"),
+    }
+    for name, (given, example) in clocks.items():
+        if not callable(given) or not isinstance(given(), int):
+            raise TypeError(
+                f"{name} must be a callable that returns integer nanoseconds, such as "
+                f"time.{example}, not {given!r}"
+            )
+    if wall_clock is None and clock is not time.monotonic_ns:  # it is a time of its own
+        ahead = time.time_ns() - clock()
+        return lambda now: now + ahead
+    read = wall_clock or time.time_ns
+    # Read first, so that what passes between the two makes a reset late, not early.
+    return lambda now: now + read() - clock()
