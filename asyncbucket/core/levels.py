@@ -32,6 +32,14 @@ def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
     return [path] if pool is None else [(*path, *member.node.path) for member in pool.members]
 
 
+def members_of(limiter: Limiter) -> tuple[Limiter, ...]:
+    """Return the members of a pool; none of any other limiter, nor of one below a pool."""
+    pool = limiter._node.pacer.pool
+    if pool is None or limiter.parent is not None:
+        return ()
+    return tuple(member.limiter for member in pool.members)
+
+
 def _passed(limiter: Limiter) -> set[Node]:
     return {node for way in ways(limiter) for node in way}
 

@@ -136,8 +136,15 @@ class Statistics:
 
 
 def shares_used(now: Statistics) -> dict[str, float]:
-    """Return the used fraction of each limit, and of the slots, by the labels that metrics have."""
-    shares = {use.limit.label: use.used / use.limit.units for use in now.limits}
+    """Return the used fraction of each limit, and of the slots, by the labels that metrics have.
+
+    Limits of one label, which a pool's members may have, count together.
+    """
+    sums: dict[str, tuple[int, int]] = {}
+    for use in now.limits:
+        used, units = sums.get(use.limit.label, (0, 0))
+        sums[use.limit.label] = used + use.used, units + use.limit.units
+    shares = {label: used / units for label, (used, units) in sums.items()}
     if now.concurrency:
         shares["concurrency"] = now.in_flight / now.concurrency
     return shares

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import uvicorn
@@ -59,8 +59,6 @@ class Serving:
             self.limiter = Limiter(*options.limits, **options.terms)
         else:
             self.limiter, endpoints = read_pool(options.pool)
-        #: What /stats shows.
-        self._shown = [self.limiter, *(endpoints or ())]
         self._proxy = Proxy(self.limiter, options, endpoints)
         self._sockets: list[socket.socket] = []
         try:
@@ -82,7 +80,7 @@ class Serving:
         address, app = self.address, cast("ASGIApp", self._proxy)
         if scope["server"][1] == self.status_address.port:
             address = self.status_address
-            app = _status_page(self._shown, self._registry, scope["path"])
+            app = _status_page(self.limiter, self._registry, scope["path"])
         if address.is_local and not _is_from_here(Headers(scope=scope)):
             error = ProxyError("this proxy serves only programs on its own machine", status=403)
             app = error_response(error, scope)
@@ -159,12 +157,12 @@ def _is_from_here(headers: Headers) -> bool:
     return is_own and is_loopback(headers.get("host", ""))
 
 
-def _status_page(limiters: Sequence[Limiter], registry: CollectorRegistry, path: str) -> Response:
+def _status_page(limiter: Limiter, registry: CollectorRegistry, path: str) -> Response:
     match path:
         case "/healthz":
             return PlainTextResponse("ok")
         case "/" | "/stats":
-            return JSONResponse(report(limiters), headers={"cache-control": "no-store"})
+            return JSONResponse(report([limiter]), headers={"cache-control": "no-store"})
         case "/metrics":
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
         case _:

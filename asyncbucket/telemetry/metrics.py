@@ -3,7 +3,8 @@
 A limiter's numbers include those of all limiters below it, as its statistics do: a call of
 ``openai/chat`` counts there and at ``openai``. So a sum is taken over limiters that are not below
 each other. Tenants have no numbers of their own but what events say of all of them together, under
-``openai/*``.
+``openai/*``. A pool's members are shown with it. A call that one of them takes counts at the pool, at
+the member, and under the pool's name at the member: ``openai-1/pool``.
 """
 
 import weakref
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Final, Self, TypeAlias, cast
 from asyncbucket.core import events
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Event
-from asyncbucket.core.levels import on_one_path, shown_name
+from asyncbucket.core.levels import levels, members_of, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.statistics import Statistics, shares_used
 from asyncbucket.core.wording import USD, in_given_unit, read_count
@@ -86,26 +87,31 @@ class Metrics(ABC):
     def watch(self, limiter: Limiter, max_limiters: int) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
+        Members of a pool count as well, unless they do already.
+
         Raises:
             ValueError: it, or one above or below it, is observed already, or ``max_limiters`` is
                 not a whole number from 1 on.
         """
-        source = _Source(self, limiter, read_count(max_limiters, "max_limiters", least=1))
+        sources = [_Source(self, limiter, read_count(max_limiters, "max_limiters", least=1))]
         with _LOCK:
-            for other in self._sources:
-                if on_one_path(other.limiter, limiter):
+            known = [source.limiter for source in self._sources]
+            for other in known:
+                if other in levels(limiter) or limiter in levels(other):
                     raise ValueError(
-                        f"limiter {other.limiter.name!r} is watched here already, and the calls of "
+                        f"limiter {other.name!r} is watched here already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
-            self._sources = (*self._sources, source)
-        source.path(source.root)
-        stop = limiter.observe(source.observe)
+            members = (each for each in members_of(limiter) if each not in known)
+            sources += (_Source(self, each, max_limiters) for each in members)
+            self._sources = (*self._sources, *sources)
+        stops = [source.begin() for source in sources]
 
         def off() -> None:
-            stop()
+            for stop in stops:
+                stop()
             with _LOCK:
-                self._sources = tuple(each for each in self._sources if each is not source)
+                self._sources = tuple(each for each in self._sources if each not in sources)
 
         return off
 
@@ -124,10 +130,10 @@ class Metrics(ABC):
         """Return how full each limiter is now, by label."""
         loads: dict[str, Load] = {}
         for source in self._sources:
-            for member in with_children(source.limiter):
-                name = shown_name(member)
+            for each in with_children(source.limiter):
+                name = shown_name(each)
                 if name in source.path(name):
-                    loads.setdefault(name, Load()).add(member.statistics())
+                    loads.setdefault(name, Load()).add(each.statistics())
         return loads
 
 
@@ -142,12 +148,20 @@ class _Source:
         self._labels: set[str] = set()
         self._paths: dict[str, tuple[str, ...]] = {}
 
+    def begin(self) -> Callable[[], None]:
+        """Count from now on, until the returned function is called."""
+        self.path(self.root)
+        return self.limiter.observe(self.observe)
+
     def observe(self, event: Event) -> None:
         self._metrics.count(event, self._paths.get(event.limiter) or self.path(event.limiter))
 
     def path(self, name: str) -> tuple[str, ...]:
         """Return the labels of ``name``, from the top; those above stand for one too many."""
-        parts = name[len(self.root) :].split("/")
+        below = name.removeprefix(self.root)
+        if below == name or below[:1] not in ("", "/"):  # a pool's call: the pool is a child here
+            below = f"/{name.partition('/')[0]}"
+        parts = below.split("/")
         names = [self.root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
         path = tuple(filter(self._has_label, names))
         if len(path) == len(names):

@@ -17,11 +17,12 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
+from asyncbucket.core.levels import members_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.statistics import LimitUse
@@ -39,11 +40,20 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     Times are seconds, amounts whole units.
     """
     rows: list[dict[str, Any]] = []
-    for member in (each for limiter in limiters for each in with_children(limiter)):
-        now = member.statistics()
+    for each in _shown(limiters):
+        now = each.statistics()
         plain = asdict(replace(now, limits=(), paused=round(now.paused, 3)))
         rows.append({**plain, "limits": list(map(row_of, now.limits))})
     return {"time": time.time(), "limiters": rows}
+
+
+def _shown(limiters: Iterable[Limiter]) -> Iterator[Limiter]:
+    """Yield limiters with their children, and the members of pools, each of them once."""
+    with_members = dict.fromkeys(
+        each for limiter in limiters for each in (limiter, *members_of(limiter))
+    )
+    for limiter in with_members:
+        yield from with_children(limiter)
 
 
 def row_of(use: LimitUse) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int | None = Non
     served = [limiters] if isinstance(limiters, Limiter) else list(limiters)
     for each in served:
         check_source(each)
-    names = sorted(each.name for limiter in served for each in with_children(limiter))
+    names = sorted(each.name for each in _shown(served))
     if len(set(names)) < len(names):
         raise ValueError(
             f"limiters to be shown are called {', '.join(map(repr, names))}: give each a name= of "

@@ -24,6 +24,7 @@ from asyncbucket import (
     CostExceedsLimit,
     Lease,
     Limiter,
+    Pool,
     QueueFull,
     WouldBlock,
     budget,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from asyncbucket.core.events import Event
 
 #: What must never be shown: a key, a prompt, the password of a URL, the name of a tenant.
+ENDED = "asyncbucket_requests"
 CANARIES = ("sk-canary-key", "canary-prompt", "canary-password", "canary-tenant")
 
 
@@ -329,3 +331,40 @@ async def test_number_means_the_same_in_telemetry_and_in_serve_stats(
         assert share == row["limits"][0]["used"] / row["limits"][0]["amount"]
     for lease in await waiting:
         lease.release()
+
+
+async def test_members_of_a_pool_are_shown_with_it(virtual_time: VirtualTime) -> None:
+    a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
+    pool = Pool(a, b, name="all")
+    other = Pool(b, Limiter("5 RPM", name="spare", clock=virtual_time.clock), name="other")
+    registry = CollectorRegistry()
+    off = telemetry.prometheus(pool, registry=registry)
+    telemetry.prometheus(other, registry=registry)  # one of whose members is shown already
+    for each in a, b, pool, pool.child("chat"):
+        async with each.acquire():
+            pass
+    assert pool.statistics().admitted == 2
+    ended = {
+        key[1]: n for key, n in scrape(registry).items() if key[::2] == (f"{ENDED}_total", "ok")
+    }
+    at_b = 2 - a.children["all"].statistics().admitted
+    assert ended == {
+        "all": 2, "all/chat": 1, "other": 0, "spare": 0,
+        "key-100": 3 - at_b, "key-100/all": 2 - at_b, "key-300": 1 + at_b, "key-300/all": at_b,
+        "key-300/other": 0, "spare/other": 0,
+    }  # fmt: skip
+    used = {key[2]: n for key, n in scrape(registry).items() if key[0].endswith("used_ratio")}
+    assert used["all"] == pytest.approx(4 / 400)
+    assert used["key-100"] == pytest.approx((3 - at_b) / 100)
+    names = [each["name"] for each in report([pool, a])["limiters"]]
+    assert sorted(names) == [
+        "all",
+        "all/chat",
+        "key-100",
+        "key-100/all",
+        "key-300",
+        "key-300/all",
+        "key-300/other",
+    ]
+    off()
+    telemetry.prometheus(a, registry=registry)
