@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
+from asyncbucket.testing.provider.options import POLICY_NAMES, PolicyName
 from benchmarks.harness import progress
 from benchmarks.plot import OURS, THEIRS, pages
 from benchmarks.report import machine_line, versions_line, write_files

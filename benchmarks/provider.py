@@ -23,7 +23,7 @@ from llama_index.llms.openai import OpenAI
 
 import asyncbucket
 from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.policies import PolicyName
+from asyncbucket.testing.provider.options import PolicyName
 from benchmarks.harness import progress
 
 _MINUTE = 10.0

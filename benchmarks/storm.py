@@ -29,7 +29,7 @@ from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
 from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.policies import POLICY_NAMES, PolicyName
+from asyncbucket.testing.provider.options import POLICY_NAMES, PolicyName
 
 MINUTE: Final = 20.0
 RPM: Final = 300

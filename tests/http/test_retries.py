@@ -19,7 +19,7 @@ from asyncbucket.errors import refusal_in
 from asyncbucket.nesting import HeldLease
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
-from asyncbucket.testing.provider.policies import PolicyName
+from asyncbucket.testing.provider.options import PolicyName
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import answering, chunked
 from tests.http.test_openai_sdk import FAMILY

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from asyncbucket import Limit
 from asyncbucket.testing.assertions import assert_never_over, assert_within_bucket
-from asyncbucket.testing.provider.policies import POLICY_NAMES, Policy, PolicyName
+from asyncbucket.testing.provider.enforcer import Policy
+from asyncbucket.testing.provider.options import POLICY_NAMES, SLICES, PolicyName
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
@@ -18,8 +19,6 @@ steps = st.one_of(
 )
 histories = st.lists(st.tuples(steps, st.integers(min_value=0, max_value=250)), max_size=60)
 policies = st.sampled_from(POLICY_NAMES)
-#: Into how many slices a policy divides a minute.
-SLICES: dict[str, int] = {"one_second_slices": 60, "ten_second_slices": 6}
 
 
 def play(policy: Policy, limit: int, history: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import judge_reply
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing import RateLimitedProvider, virtual_time
-from asyncbucket.testing.provider.rules import RULES
+from asyncbucket.testing.provider.options import RULES
 
 pytest.importorskip("stamina", reason="transports retry by it")
 

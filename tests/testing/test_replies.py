@@ -7,7 +7,7 @@ from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, ConfigDict, Field
 
 from asyncbucket.testing.provider.app import go_duration
-from asyncbucket.testing.provider.prompt import smallest_instance
+from asyncbucket.testing.provider.replies import smallest_instance
 
 
 class Color(Enum):

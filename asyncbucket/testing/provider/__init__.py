@@ -9,8 +9,8 @@ every time.
 `python -m asyncbucket.testing.provider --rpm 500` in a terminal. Needs
 `pip install "asyncbucket[testing]"`.
 
-From the inside out: `policies` count, `enforcer` decides, `prompt` reads a request and answers it,
-`replies` encodes that, `app` joins them, `running` runs it.
+From the inside out: `options` says how it behaves, `enforcer` counts and decides, `replies` answers,
+`app` joins them, `running` runs it.
 """
 
 from importlib.util import find_spec

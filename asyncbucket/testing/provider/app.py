@@ -19,13 +19,23 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from asyncbucket.testing.provider.enforcer import Enforcer, RateRefusal, is_refusal
-from asyncbucket.testing.provider.options import NANOSECONDS, Failure
-from asyncbucket.testing.provider.prompt import Answer, Json, answer
-from asyncbucket.testing.provider.replies import DIALECTS, as_events, embeddings
-from asyncbucket.testing.provider.rules import RULES, Rules, error_body
+from asyncbucket.testing.provider.options import NANOSECONDS, RULES, Failure, Rules
+from asyncbucket.testing.provider.replies import (
+    DIALECTS,
+    Answer,
+    Json,
+    answer,
+    as_events,
+    embeddings,
+    error_body,
+)
 
 _MILLISECOND: Final = 1_000_000
 _QUOTA: Final = "You exceeded your current quota, please check your plan and billing details."
+_NOT_UNDERSTOOD: Final = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(RecursionError, TypeError, ValueError),
+)
 _UNITS: Final = {
     "requests": "requests per min (RPM)",
     "tokens": "tokens per min (TPM)",
@@ -143,34 +153,37 @@ class _Exchange:
                 tokens, vectors = embeddings(body)
                 self._amounts = {"input_tokens": tokens}
                 return body["model"], tokens, vectors
-            reply = answer(body[dialect.asked], body, reply_tokens=options.reply_tokens)
+            reply = answer(body, reply_tokens=options.reply_tokens)
             tokens = self._charge(reply)
             if not body.get("stream"):
                 return reply.model, tokens, dialect.whole(reply, self._number)
             return reply.model, tokens, as_events(dialect.events(reply, self._number, body))
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as exc:
+        except _NOT_UNDERSTOOD as exc:
             # No JSON, or a part of the wrong type, anywhere: reading takes the types for granted.
             raise InvalidRequestError(f"the request can't be understood: {exc!r}") from exc
 
     def _charge(self, reply: Answer) -> int:
-        """Return the tokens that a call costs at admission; note what it costs besides."""
-        counts, rules = self._enforcer.options.charge, self._enforcer.rules or RULES["openai"]
-        tokens = charge("usage" if counts == "usage" else rules.reserves, reply, rules)
-        settled = tokens
-        if rules.settles:
-            settled = reply.prompt_tokens + rules.output_counts * reply.completion_tokens
-        self._amounts = {"input_tokens": reply.prompt_tokens}
-        self._corrections = {
-            "tokens": settled - tokens,
-            "output_tokens": reply.completion_tokens,
+        """Return the tokens that a call costs at admission; note what it costs besides.
+
+        OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number
+        of tokens based on the character count of your request"
+        (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known
+        only to a fake model; it is for tests in which estimate and usage must agree.
+        """
+        rules = self._enforcer.rules or RULES["openai"]
+        prompt, used = reply.prompt_tokens, reply.completion_tokens
+        output = rules.unlimited_output if reply.max_tokens is None else reply.max_tokens
+        charges = {
+            "usage": prompt + used,
+            "prompt": prompt,
+            "larger": max(prompt, output),
+            "sum": prompt + output,
         }
+        reserves = "usage" if self._enforcer.options.charge == "usage" else rules.reserves
+        tokens = charges[reserves]
+        settled = prompt + rules.output_counts * used if rules.settles else tokens
+        self._amounts = {"input_tokens": prompt}
+        self._corrections = {"tokens": settled - tokens, "output_tokens": used}
         return tokens
 
     async def _stream(
@@ -194,20 +207,17 @@ class _Exchange:
 
     def _refuse(self, refusal: RateRefusal, model: str) -> Response:
         """Answer 429 for rate."""
-        numbers = f"Limit {refusal.limit}, Used {refusal.used}, Requested {refusal.requested}."
+        advice = "It is larger than the limit and can never pass."
         if refusal.wait is not None:
             advice = f"Please try again in {go_duration(refusal.wait)}."
         elif refusal.reason == "concurrency":
             advice = "Please try again when one of them is done."
-        else:
-            advice = "It is larger than the limit and can never pass."
-        return self._error(
-            429,
-            f"Rate limit reached for {model} on {_UNITS[refusal.reason]}: {numbers} {advice}",
-            kind="tokens" if refusal.reason == "tokens" else "requests",
-            retry_after=refusal.wait,
-            refused=refusal.reason,
+        message = (
+            f"Rate limit reached for {model} on {_UNITS[refusal.reason]}: Limit {refusal.limit}, "
+            f"Used {refusal.used}, Requested {refusal.requested}. {advice}"
         )
+        kind = "tokens" if refusal.reason == "tokens" else "requests"
+        return self._error(429, message, kind=kind, wait=refusal.wait, refused=refusal.reason)
 
     def _fail(self, failure: Failure) -> Response:
         """Answer as a failure says that was scripted or drawn."""
@@ -216,7 +226,7 @@ class _Exchange:
             message, kind = _QUOTA, failure.code
         seconds = failure.retry_after
         wait = None if seconds is None else round(seconds * NANOSECONDS)
-        return self._error(failure.status, message, kind=kind, code=failure.code, retry_after=wait)
+        return self._error(failure.status, message, kind=kind, code=failure.code, wait=wait)
 
     def _error(
         self,
@@ -225,32 +235,28 @@ class _Exchange:
         *,
         kind: str | None = None,
         code: str | None = None,
-        retry_after: int | None = None,
-        refused: str | None = None,
+        wait: int | None = None,
+        refused: str = "",
     ) -> Response:
-        """Return an error; type and code default to those of its status."""
-        rules, wait = self._rules, retry_after or 0
+        """Return an error; type and code default to those of its status, `wait` is nanoseconds."""
+        rules, nanoseconds = self._rules, wait or 0
         form = rules.refusal if refused and rules.refusal else rules.error
-        seconds = -(-wait // NANOSECONDS)
-        body = error_body(
-            form, status, message, kind=kind, code=code, refused_by=refused or "", wait=seconds
-        )
-        headers = {**self._headers(), **(rules.refusal_headers if refused else {})}
         waits = {
-            "retry-after": seconds,
-            "retry-after-ms": -(-wait // _MILLISECOND),
-            "x-ratelimit-reset": round(time.time() * 1_000) + wait // _MILLISECOND,
+            "retry-after": -(-nanoseconds // NANOSECONDS),
+            "retry-after-ms": -(-nanoseconds // _MILLISECOND),
+            "x-ratelimit-reset": round(time.time() * 1_000) + nanoseconds // _MILLISECOND,
         }
-        for name in rules.waits if retry_after is not None else ():
-            headers[name] = str(waits[name])
+        body = error_body(form, status, message, kind, code, refused, waits["retry-after"])
+        headers = {**self._headers(), **(rules.refusal_headers if refused else {})}
+        if wait is not None:
+            headers |= {name: str(waits[name]) for name in rules.waits}
         return JSONResponse(body, status, headers)
 
     def _headers(self) -> dict[str, str]:
         """Return the request's id, and what the headers say about each limit."""
         rules = self._rules
-        headers = {
-            "request-id" if rules.error == "anthropic" else "x-request-id": f"req_{self._number}",
-        }
+        prefix = "" if rules.error == "anthropic" else "x-"
+        headers = {f"{prefix}request-id": f"req_{self._number}"}
         for name, limit, remaining, reset in self._enforcer.budget():
             slices = rules.slices.get(name, 1)
             values = {
@@ -263,21 +269,6 @@ class _Exchange:
             for part in rules.parts if template else ():
                 headers[str(template).format(part=part)] = str(values[part])
         return headers
-
-
-def charge(reserves: str, reply: Answer, rules: Rules) -> int:
-    """Return the tokens that a call costs when it is admitted, before its reply is known.
-
-    OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
-    tokens based on the character count of your request"
-    (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known only
-    to a fake model; it is for tests in which estimate and usage must agree.
-    """
-    prompt = reply.prompt_tokens
-    if reserves in ("usage", "prompt"):
-        return prompt + (reply.completion_tokens if reserves == "usage" else 0)
-    output = rules.unlimited_output if reply.max_tokens is None else reply.max_tokens
-    return max(prompt, output) if reserves == "larger" else prompt + output
 
 
 def _reset(nanoseconds: int, rules: Rules) -> str:

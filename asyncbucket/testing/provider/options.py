@@ -1,17 +1,74 @@
-"""What a provider is told and what it tells: options, scripted failures, arrivals, statistics."""
+"""What a provider is told and what it tells: options, scripted failures, arrivals, statistics.
+
+How real providers count and answer is a table, `rules.toml`, and no code for any of them. They judge
+asyncbucket, so they share nothing with its own profiles. Each names the page that it follows.
+"""
 
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from importlib.resources import files
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 from asyncbucket.core.wording import is_number, read_count
-from asyncbucket.testing.provider.policies import SLICES, PolicyName
-from asyncbucket.testing.provider.rules import RULES
 
 NANOSECONDS = 1_000_000_000
 _LAST_PORT = 65_535
+
+PolicyName: TypeAlias = Literal[
+    "token_bucket", "sliding_window", "fixed_window", "one_second_slices", "ten_second_slices"
+]
+POLICY_NAMES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
+#: Into how many slices a policy divides a minute.
+SLICES: Final[Mapping[str, int]] = {"one_second_slices": 60, "ten_second_slices": 6}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What one provider does.
+
+    Attributes:
+        source: The page that says so.
+        reserves: What a call is charged in tokens at admission: the larger of prompt and max_tokens,
+            their sum, the prompt alone, or, as only a fake model can know, what the reply will use.
+        unlimited_output: What a call without max_tokens is charged for its output.
+        settles: Whether the charge is corrected once the reply is done.
+        output_counts: How many tokens an output token counts as then.
+        counted_in: How a resource is counted, if not as the option `policy` says.
+        slices: How many of its headers' limits make up a minute, for each resource.
+        headers: The headers about a limit, by its resource; `parts` are which there are.
+        reset: How a reset is written: as Go's duration, as a date, or in seconds.
+        waits: The headers in which a refusal says how long to wait.
+        error: The name of an error's body.
+        refusal: The name of the body of a refusal for rate, if that is another.
+        refusal_headers: More headers of a refusal.
+    """
+
+    source: str
+    reserves: Literal["larger", "sum", "prompt", "usage"] = "sum"
+    unlimited_output: int = 16
+    settles: bool = True
+    output_counts: int = 1
+    counted_in: Mapping[str, PolicyName] = field(default_factory=dict[str, PolicyName])
+    slices: Mapping[str, int] = field(default_factory=dict[str, int])
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    parts: tuple[str, ...] = ("limit", "remaining")
+    reset: Literal["go", "date", "seconds"] = "seconds"
+    waits: tuple[str, ...] = ()
+    error: str = "openai"
+    refusal: str = ""
+    refusal_headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+RULES: Final[Mapping[str, Rules]] = {
+    name: Rules(**rules)
+    for name, rules in tomllib.loads(
+        files("asyncbucket.testing.provider").joinpath("rules.toml").read_text("utf-8")
+    ).items()
+}
+
 
 Latency: TypeAlias = float | tuple[float, float] | Callable[[], float]
 """Seconds a reply takes: fixed, uniform between two, or from a function for each call."""
@@ -29,8 +86,8 @@ class Options:
         itpm: Input tokens a minute; None for no limit.
         otpm: Output tokens a minute, counted as they are produced; None for no limit.
         rpd: Requests in 1,440 minutes; None for no limit.
-        profile: Whose rules hold, by its name, such as bedrock: `rules` has them, with their
-            sources. By default OpenAI's, with Anthropic's headers and errors at its endpoint.
+        profile: Whose rules hold, by its name, such as bedrock: `rules.toml` has them, with
+            their sources. By default OpenAI's, with Anthropic's headers and errors at its endpoint.
         policy: How they are counted: token_bucket, sliding_window, fixed_window,
             one_second_slices or ten_second_slices.
         charge: What a call costs in tokens at admission: openai (as the profile has it, by default
@@ -72,7 +129,7 @@ class Options:
         if read_count(self.port, "port") > _LAST_PORT:
             raise ValueError(f"port must be at most {_LAST_PORT}, not {self.port}")
         names = {
-            "policy": get_args(PolicyName),
+            "policy": POLICY_NAMES,
             "charge": get_args(ChargeRule),
             "profile": tuple(RULES),
         }
@@ -81,7 +138,7 @@ class Options:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
                 )
-        if not _is_within(self.minute, SLICES / NANOSECONDS):
+        if not _is_within(self.minute, 60 / NANOSECONDS):
             raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
         if not callable(self.clock) or not isinstance(self.clock(), int):
             raise TypeError(

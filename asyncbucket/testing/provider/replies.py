@@ -1,20 +1,22 @@
-"""Replies in the JSON of each endpoint: whole, or as the events of a stream."""
+"""What the fake model says, and how each endpoint writes it: whole, as a stream's events, or as an error.
+
+The model is cheap, and answers the same every time. It calls the first tool once for each question,
+and answers in text when it sees a result. With `tool_choice` it does as told. A response format gets
+the smallest valid JSON. Any other question is repeated, so that an answer can be matched with its call.
+
+Reading is only as tolerant as the provider needs to be: what the model, the charge and the reply
+use is read, the rest of the body is ignored. A part of the wrong JSON type raises whatever Python
+raises, which becomes an error 400.
+"""
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.testing.provider.prompt import (
-    Answer,
-    Json,
-    from_bedrock,
-    from_gemini,
-    read_count,
-    tokens_of,
-)
-
+Json: TypeAlias = Mapping[str, Any]
 Chunk: TypeAlias = dict[str, Any]
 """What a stream sends; its type, if it has one, is also the name of the server-sent event."""
 
@@ -25,19 +27,191 @@ PIECES: Final = 8
 DIMENSIONS: Final = 64
 """Of an embedding, unless the request says how many."""
 
+IMAGE_CHARACTERS: Final = 340
+"""An image in low detail is 85 tokens, which is this many characters at four a token."""
+QUOTE: Final = 200
+"""How much of a question is repeated."""
+_FILLER: Final = " and so on"
+_MAX_TOKENS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_MOST: Final = 1_000_000
+"""The largest number of tokens or dimensions; any more would take long to make."""
+#: Members of messages that are no text.
+_SILENT: Final = {"role", "type", "id", "call_id", "tool_call_id", "tool_use_id"}
+_TEXT: Final[Json] = {"type": "string"}
+#: What bounds a number, and how far from there a valid one is.
+_BOUNDS: Final = {"minimum": 0, "exclusiveMinimum": 1, "maximum": 0, "exclusiveMaximum": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says: text, or the call of a tool with its arguments as text."""
+
+    model: str
+    text: str
+    tool: str | None
+    truncated: bool
+    max_tokens: int | None
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """All tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+def answer(body: Json, *, reply_tokens: int = 0) -> Answer:
+    """Answer the messages of a body, or a text in their place, with its tools and format.
+
+    A text is padded to `reply_tokens` and cut at the body's `max_tokens`.
+    """
+    asked = body["messages"]
+    messages: list[Json] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    if not messages:
+        raise ValueError("there are no messages")
+    question, observed = _last_question(messages)
+    offered = [tool.get("function") or tool for tool in body.get("tools") or ()]
+    tools = {tool["name"]: tool for tool in offered if "name" in tool}
+    reply_format = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+    characters = _characters([messages, body.get("system"), body.get("instructions")])
+    characters += sum(len(json.dumps(part)) for part in (*offered, reply_format) if part)
+    tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
+    max_tokens = read_count(body, *_MAX_TOKENS)
+    quote = question[:QUOTE]
+    if tool is not None:
+        parameters = tools[tool].get("parameters") or tools[tool].get("input_schema") or {}
+        text = cut = json.dumps(smallest_instance(parameters, text=quote or "text"))
+    else:
+        text = _text(f"You said: {quote}", reply_format, reply_tokens)
+        cut = text if max_tokens is None else text[: max_tokens * 4]
+    return Answer(
+        model=str(body["model"]),
+        text=cut,
+        tool=tool,
+        truncated=len(cut) < len(text),
+        max_tokens=max_tokens,
+        prompt_tokens=tokens_of(characters),
+        completion_tokens=max(1, tokens_of(len(tool or "") + len(cut))),
+    )
+
+
+def _text(text: str, reply_format: Json, tokens: int) -> str:
+    """Return JSON if a format asks for it, else `text`, padded to so many tokens."""
+    if reply_format.get("type", "text") != "text":
+        schema = (reply_format.get("json_schema") or reply_format).get("schema", {})
+        return json.dumps(smallest_instance(schema))
+    return text if len(text) >= tokens * 4 else (text + _FILLER * tokens)[: tokens * 4]
+
+
+def read_count(body: Json, *names: str) -> int | None:
+    """Read a number that may have several names; None if it isn't there."""
+    for name in names:
+        value = body.get(name)
+        if value is not None:
+            if not 1 <= value <= _MOST:
+                raise ValueError(f"{name} must be from 1 to {_MOST:,}, not {value}")
+            return int(value)
+    return None
+
+
+def tokens_of(characters: int) -> int:
+    """Return the estimate that OpenAI documents: a token for every four characters."""
+    return -(-characters // 4)
+
+
+def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = None) -> Any:
+    """Return a value that a JSON schema accepts, with only the required properties.
+
+    References into the schema itself, `enum`, `const`, `anyOf`, `oneOf`, `minItems` and one bound of
+    a number are understood; `allOf`, `pattern` and lengths of strings aren't.
+
+    Args:
+        schema: A JSON schema; an empty one stands for any object.
+        text: What free strings hold.
+        root: The schema that references point into.
+    """
+    root = schema if root is None else root
+    while "$ref" in schema or "anyOf" in schema or "oneOf" in schema:
+        schema = _followed(schema, root)
+    write = partial(smallest_instance, text=text, root=root)
+    kind = schema.get("type") or ("object" if "properties" in schema or not schema else "string")
+    if "const" in schema or "enum" in schema:
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    match kind:
+        case "object":
+            parts, names = schema.get("properties") or {}, schema.get("required", ())
+            return {name: write(parts.get(name) or _TEXT) for name in names}
+        case "array":
+            return [write(schema.get("items") or _TEXT) for _ in range(schema.get("minItems", 0))]
+        case "integer" | "number":
+            bounds = (schema[name] + step for name, step in _BOUNDS.items() if name in schema)
+            return next(bounds, 1)
+        case _:
+            return {"null": None, "boolean": True}.get(kind, text)
+
+
+def _followed(schema: Json, root: Json) -> Json:
+    """Return what a reference points to, or one of the alternatives: null if that is one."""
+    if "$ref" in schema:
+        target: Any = root
+        for step in str(schema["$ref"]).removeprefix("#/").split("/"):
+            target = target[step]
+        return dict(target)
+    options = schema.get("anyOf") or schema["oneOf"]
+    # A strict schema of a tree requires a child, or null.
+    return next((option for option in options if option.get("type") == "null"), options[0])
+
+
+def _last_question(messages: Iterable[Json]) -> tuple[str, bool]:
+    """Return the last question, and whether a tool's result follows it."""
+    question, observed = "", False
+    for message in messages:
+        content, role = message.get("content") or "", message.get("role") or message.get("type")
+        parts = [{"text": content}] if isinstance(content, str) else content
+        if role in ("tool", "function_call_output") or any(
+            part.get("type") == "tool_result" for part in parts
+        ):
+            observed = True
+        elif role == "user":
+            question, observed = "\n".join(part.get("text") or "" for part in parts), False
+    return question, observed
+
+
+def _characters(value: object) -> int:
+    """Count the characters of all text in a part of a request."""
+    match value:
+        case str():
+            return len(value)
+        case list():
+            return sum(map(_characters, value))
+        case {"type": str(kind)} if "image" in kind:
+            return IMAGE_CHARACTERS
+        case dict():
+            return sum(_characters(part) for name, part in value.items() if name not in _SILENT)
+        case _:
+            return 0
+
+
+def _tool_to_call(choice: Any, tools: Mapping[str, Json], *, observed: bool) -> str | None:
+    """Return the tool that `tool_choice` names, or the first; None for an answer in text."""
+    if isinstance(choice, dict):
+        choice = (choice.get("function") or choice).get("name") or choice.get("type")
+    if choice in tools:
+        return str(choice)
+    wanted = choice in ("required", "any") or (choice == "auto" and not observed)
+    return next(iter(tools), None) if wanted else None
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How an endpoint that generates text is asked, and how it answers.
 
     Attributes:
-        asked: The member that holds the messages, once the body is `read`.
         whole: Writes a reply, given the answer and the call's number.
         events: Writes the same as a stream's chunks, given the request's body, too.
-        read: Brings a body with its path into the form of OpenAI's.
+        read: Brings a body with its path into the form of OpenAI's chats.
     """
 
-    asked: str
     whole: Callable[[Answer, str], Chunk]
     events: Callable[[Answer, str, Json], list[Chunk]]
     read: Callable[[Json, str], Json] = lambda body, _path: body
@@ -103,7 +277,7 @@ def _chat_usage(reply: Answer) -> Json:
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
-        "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+        "total_tokens": reply.total_tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
@@ -134,7 +308,7 @@ def _response(reply: Answer, call_id: str) -> Chunk:
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": reply.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+            "total_tokens": reply.total_tokens,
         },
     }
 
@@ -240,6 +414,27 @@ def _vector(text: str, size: int) -> list[float]:
     return [round(number / length, 6) for number in numbers]
 
 
+def _from_gemini(body: Json, path: str) -> Json:
+    """Bring a body of Gemini's into OpenAI's form; tools are left out."""
+    options = body.get("generationConfig") or {}
+    return {
+        "model": path.rsplit("/", 1)[-1].rsplit(":", 1)[0],
+        "messages": [
+            {"role": turn.get("role", "user"), "content": turn["parts"]}
+            for turn in body["contents"]
+        ],
+        "system": (body.get("systemInstruction") or {}).get("parts"),
+        "max_tokens": options.get("maxOutputTokens"),
+    }
+
+
+def _from_bedrock(body: Json, path: str) -> Json:
+    """Bring a body of Bedrock's into OpenAI's form; `converse` keeps its limits aside."""
+    options = body.get("inferenceConfig") or {}
+    model = path.rsplit("/", 2)[-2]
+    return {"max_tokens": options.get("maxTokens"), **body, "model": model}
+
+
 def _gemini(reply: Answer, _call_id: str) -> Chunk:
     """Return one candidate, whose thoughts are none."""
     content = {"role": "model", "parts": [{"text": reply.text}]}
@@ -250,7 +445,7 @@ def _gemini(reply: Answer, _call_id: str) -> Chunk:
         "usageMetadata": {
             "promptTokenCount": reply.prompt_tokens,
             "candidatesTokenCount": reply.completion_tokens,
-            "totalTokenCount": reply.prompt_tokens + reply.completion_tokens,
+            "totalTokenCount": reply.total_tokens,
         },
     }
 
@@ -264,7 +459,7 @@ def _converse(reply: Answer, _call_id: str) -> Chunk:
         "usage": {
             "inputTokens": reply.prompt_tokens,
             "outputTokens": reply.completion_tokens,
-            "totalTokens": reply.prompt_tokens + reply.completion_tokens,
+            "totalTokens": reply.total_tokens,
         },
         "metrics": {"latencyMs": 1},
     }
@@ -286,11 +481,82 @@ def _no_events(_reply: Answer, _call_id: str, _body: Json) -> list[Chunk]:
 
 
 DIALECTS: Final = {
-    "generateContent": Dialect("messages", _gemini, _no_events, from_gemini),
-    "converse": Dialect("messages", _converse, _no_events, from_bedrock),
-    "invoke": Dialect("messages", _message, _no_events, from_bedrock),
-    "chat": Dialect("messages", _cohere, _no_events),
-    "chat/completions": Dialect("messages", _chat, _chat_events),
-    "responses": Dialect("input", _response, _response_events),
-    "messages": Dialect("messages", _message, _message_events),
+    "generateContent": Dialect(_gemini, _no_events, _from_gemini),
+    "converse": Dialect(_converse, _no_events, _from_bedrock),
+    "invoke": Dialect(_message, _no_events, _from_bedrock),
+    "chat": Dialect(_cohere, _no_events),
+    "chat/completions": Dialect(_chat, _chat_events),
+    "responses": Dialect(
+        _response, _response_events, lambda body, _: {**body, "messages": body["input"]}
+    ),
+    "messages": Dialect(_message, _message_events),
 }
+
+#: Type and code of an error by its status, at OpenAI, at Anthropic and at Google.
+_OPENAI: Final = {
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    404: ("invalid_request_error", "unknown_url"),
+    429: ("requests", "rate_limit_exceeded"),
+    503: ("server_error", "overloaded"),
+}
+_ANTHROPIC: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
+_GOOGLE: Final = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+}
+#: What Google calls a quota.
+_QUOTAS: Final = {"requests": "RequestsPerMinute", "daily_requests": "RequestsPerDay"}
+_GOOGLE_TYPE: Final = "type.googleapis.com/google.rpc"
+
+
+def error_body(
+    form: str,
+    status: int,
+    message: str,
+    kind: str | None,
+    code: str | None,
+    refused_by: str,
+    wait: int,
+) -> Mapping[str, Any]:
+    """Return the body of an error in one of the forms that `Rules` name.
+
+    Args:
+        form: openai, anthropic, google, google_quota, openrouter or message.
+        status: The HTTP status.
+        message: For people.
+        kind: OpenAI's type; by default that of the status.
+        code: OpenAI's code; by default that of the status.
+        refused_by: The resource that refuses the call.
+        wait: Seconds until it would pass.
+    """
+    google = {"code": status, "message": message, "status": _GOOGLE.get(status, "INTERNAL")}
+    match form:
+        case "message":
+            return {"message": message}
+        case "anthropic":
+            error = {"type": _ANTHROPIC.get(status, "api_error"), "message": message}
+            details = {"details": {"error_code": code}} if code else {}
+            return {"type": "error", "error": {**error, **details}}
+        case "google":
+            return {"error": google}
+        case "google_quota":
+            quota = f"Generate{_QUOTAS.get(refused_by, 'ContentInputTokensPerMinute')}PerProject"
+            failure = {"@type": f"{_GOOGLE_TYPE}.QuotaFailure", "violations": [{"quotaId": quota}]}
+            retry = {"@type": f"{_GOOGLE_TYPE}.RetryInfo", "retryDelay": f"{wait}s"}
+            return {"error": {**google, "details": [failure, retry]}}
+        case "openrouter":
+            metadata = {"error_type": "rate_limit_exceeded"}
+            return {"error": {"code": status, "message": message, "metadata": metadata}}
+        case _:
+            usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
+            what = {"type": kind or usual_kind, "param": None, "code": code or usual_code}
+            return {"error": {"message": message, **what}}
