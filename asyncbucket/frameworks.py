@@ -2,7 +2,7 @@
 
 A paced HTTP client suffices for most: it sees each attempt, its tokens, its stream and its end,
 whatever becomes of the task that waits for it. So there is no adapter for them, only the lines
-that hand them such a client, here for `asyncbucket doctor` and for the error of
+that hand them such a client, in frameworks.toml, for `asyncbucket doctor` and for the error of
 `Limiter.wrap`. docs/frameworks.md shows each in a whole example; tests run those with the real
 packages. The frameworks' own hooks were tried and are worse: LangChain's rate limiters see no
 tokens; its callbacks, and LiteLLM's hooks, learn nothing of a cancelled call.
@@ -11,19 +11,17 @@ An MCP session sends no HTTP requests one by one (it may even be a pipe), so its
 paced: by a subclass of the session's own class that shares its state, as LlamaIndex models are.
 """
 
+import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Final
 
 from asyncbucket.core.limiter import Limiter
 
-_SDK_CLIENT: Final = "client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)"
-_HTTPX_CLIENT: Final = 'http_client = limiter.http_client(family="httpx")'
-_LITELLM_SESSION: Final = 'litellm.aclient_session = limiter.http_client(family="httpx")'
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Framework:
     """Say what paces a framework.
 
@@ -37,8 +35,8 @@ class Framework:
 
     name: str
     package: str
-    module: str | None
-    lines: tuple[str, ...]
+    module: str | None = None
+    lines: Sequence[str] = ()
     unpaced: str | None = None
 
     @property
@@ -47,87 +45,11 @@ class Framework:
         return "; ".join(self.lines) or "the subclass in the documentation, frameworks.html"
 
 
-FRAMEWORKS: Final = (
-    Framework(
-        "Agent Framework",
-        "agent-framework-openai",
-        "agent_framework_openai",
-        (_SDK_CLIENT, 'OpenAIChatClient(model="gpt-4o-mini", async_client=client)'),
-    ),
-    Framework(
-        "AutoGen",
-        "autogen-ext",
-        "autogen_ext",
-        (
-            "http_client = limiter.http_client()",
-            'OpenAIChatCompletionClient(model="gpt-4o-mini", http_client=http_client, max_retries=0)',
-        ),
-    ),
-    Framework(
-        "CrewAI",
-        "crewai",
-        "crewai",
-        (),
-        "its models take no HTTP client that serves both async and plain calls",
-    ),
-    Framework(
-        "DSPy",
-        "dspy",
-        "dspy",
-        (
-            _LITELLM_SESSION,
-            'dspy.LM("openai/gpt-4o-mini", engine="litellm", num_retries=0)',
-        ),
-        "its own engine opens its own sockets",
-    ),
-    Framework(
-        "Google's genai SDK",
-        "google-genai",
-        "google.genai",
-        (_HTTPX_CLIENT, "Client(http_options=HttpOptions(httpx_async_client=http_client))"),
-    ),
-    Framework(
-        "Instructor", "instructor", "instructor", (_SDK_CLIENT, "instructor.from_openai(client)")
-    ),
-    Framework(
-        "LangChain's ChatAnthropic",
-        "langchain-anthropic",
-        "langchain_anthropic",
-        (),
-        "it takes no HTTP client",
-    ),
-    Framework(
-        "LangChain's ChatOpenAI",
-        "langchain-openai",
-        "langchain_openai",
-        (
-            "http_client = limiter.http_client()",
-            'ChatOpenAI(model="gpt-4o-mini", http_async_client=http_client, max_retries=0)',
-        ),
-    ),
-    Framework(
-        "LiteLLM",
-        "litellm",
-        "litellm",
-        (
-            _LITELLM_SESSION,
-            "client = AsyncHTTPHandler(transport=limiter.transport())",
-        ),
-        "its aclient_session serves the models of OpenAI and Azure alone, any other takes client=",
-    ),
-    Framework("MCP", "mcp", "mcp", ("session = limiter.wrap(session)",)),
-    Framework(
-        "OpenAI Agents SDK",
-        "openai-agents",
-        None,
-        (_SDK_CLIENT, "set_default_openai_client(client)"),
-    ),
-    Framework(
-        "Pydantic AI",
-        "pydantic-ai-slim",
-        "pydantic_ai",
-        (_SDK_CLIENT, "OpenAIProvider(openai_client=client)"),
-    ),
+FRAMEWORKS: Final = tuple(
+    Framework(**framework)
+    for framework in tomllib.loads(
+        files("asyncbucket").joinpath("frameworks.toml").read_text("utf-8")
+    )["framework"]
 )
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from asyncbucket.core.limiter import Limiter
     from asyncbucket.http.transport import PacedTransport, TransportOptions
     from asyncbucket.llama_index.wrap import WrapOptions
+    from asyncbucket.telemetry.observers import Trace
     from asyncbucket.telemetry.stats import StatsServer
-    from asyncbucket.telemetry.trace import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -284,7 +284,7 @@ class Doors:
         Raises:
             ValueError: ``last`` is not a whole number from 1 on.
         """
-        from asyncbucket.telemetry.trace import Trace
+        from asyncbucket.telemetry.observers import Trace
 
         return Trace(cast("Limiter", self), last=last)
 

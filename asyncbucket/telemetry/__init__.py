@@ -17,9 +17,8 @@ such as ``openai/chat``, and all its tenants share the name ``openai/chat/*``.
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.telemetry.observers import llama_index, logging
+from asyncbucket.telemetry.observers import Trace, llama_index, logging
 from asyncbucket.telemetry.stats import StatsServer, report, serve_stats
-from asyncbucket.telemetry.trace import Trace
 
 if TYPE_CHECKING:
     from asyncbucket.telemetry.to_opentelemetry import opentelemetry

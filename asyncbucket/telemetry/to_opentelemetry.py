@@ -27,7 +27,6 @@ from asyncbucket.telemetry.metrics import (
     ACQUIRED,
     CANCELED,
     Add,
-    Load,
     Metrics,
     as_given,
     check_source,
@@ -39,8 +38,6 @@ BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 _SCOPE: Final = "asyncbucket"
 _PREFIX: Final = "asyncbucket.rate_limiting."
 _POLICY: Final = _PREFIX + "policy"
-_USED: Final = "limit.utilization"
-_AGENTS: Final = "active_agents"
 #: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
 _waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
@@ -91,8 +88,6 @@ class Instruments(Metrics):
     def __init__(self, registry: MeterProvider) -> None:
         super().__init__(registry)
         meter = registry.get_meter(_SCOPE)
-        self._scrape: dict[str, Load] = {}
-        self._observed: set[str] = set()
         #: What records or adds a measurement, and its attributes besides the policy.
         self._records: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {}
 
@@ -120,14 +115,15 @@ class Instruments(Metrics):
         tokens = "Tokens reserved, used, and refunded by settling."
         counter("tokens", "tokens", "token", tokens, "kind")
         counter("spent_usd", "spent", "USD", "US dollars that calls have cost.")
-        up_down, gauge = meter.create_observable_up_down_counter, meter.create_observable_gauge
-        for create, name, unit, text in (
-            (up_down, "queued_requests", "{request}", "Requests that are currently queued."),
-            (up_down, "active_request_leases", "{request}", "Requests that hold a lease."),
-            (up_down, _AGENTS, "{agent}", "Agents that make requests and are not over."),
-            (gauge, _USED, "1", "Share of a limit that is used now, 1 for all of it."),
+        for part, name, unit, text in (
+            ("queued", "queued_requests", "request", "Requests that are currently queued."),
+            ("in_flight", "active_request_leases", "request", "Requests that hold a lease."),
+            ("agents", "active_agents", "agent", "Agents that make requests and are not over."),
         ):
-            create(_PREFIX + name, [partial(self._observe, name)], unit, text)
+            read = partial(self._counts, part)
+            meter.create_observable_up_down_counter(_PREFIX + name, [read], f"{{{unit}}}", text)
+        used = "Share of a limit that is used now, 1 for all of it."
+        meter.create_observable_gauge(_PREFIX + "limit.utilization", [self._shares], "1", used)
 
     def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
         if metric not in self._records:
@@ -136,19 +132,14 @@ class Instruments(Metrics):
         attributes = {_POLICY: label, **dict(zip(names, values, strict=True))}
         return lambda amount: add(amount, attributes)
 
-    def _observe(self, name: str, _: object) -> Iterator[Observation]:
-        """Answer for one instrument; one that is asked again begins another scrape."""
-        if not self._observed or name in self._observed:
-            self._scrape = self.loads()
-            self._observed = set()
-        self._observed.add(name)
-        for label, load in self._scrape.items():
-            if name == _USED:
-                for limit, share in load.used.items():
-                    yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
-            else:
-                counts = {"queued_requests": load.queued, _AGENTS: load.agents}
-                yield Observation(counts.get(name, load.in_flight), {_POLICY: label})
+    def _counts(self, part: str, _: object) -> Iterator[Observation]:
+        for label, load in self.loads().items():
+            yield Observation(getattr(load, part), {_POLICY: label})
+
+    def _shares(self, _: object) -> Iterator[Observation]:
+        for label, load in self.loads().items():
+            for limit, share in load.used.items():
+                yield Observation(share, {_POLICY: label, _PREFIX + "limit": limit})
 
 
 class Spans:
