@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from asyncbucket import Limiter
-from asyncbucket.cli.demo import Run, scenario_of
-from asyncbucket.cli.demo_load import run_once
+from asyncbucket.cli.demo import Run, run_once, scenario_of
 from asyncbucket.cli.ui import Panel, Screen
 from benchmarks.plot import OURS, pages
 from benchmarks.report import machine_line

@@ -1,28 +1,35 @@
 """`asyncbucket demo`: the same agents under the same limits, without asyncbucket and with it.
 
-Here is what is run, and what is shown of it; `demo_load` runs it, and needs LlamaIndex.
+The load is LlamaIndex agents with a tool, and batches of embeddings, all at once. The same code runs in
+both halves; only the models differ, plain or wrapped.
 """
 
+import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import httpx
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from asyncbucket.cli import INTERRUPTED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, plot, silenced, table
+from asyncbucket.core.context import agent
+from asyncbucket.core.cost import Cost
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import counted, named, one_line
 from asyncbucket.plan.result import percent
 
 if TYPE_CHECKING:
-    from asyncbucket.testing import Arrival
+    from asyncbucket.testing import Arrival, ProviderProcess
 
 #: The provider's limits hold over windows of this length, unless the demo is too short.
 _WINDOW: Final = 6.0
@@ -37,6 +44,17 @@ _CALLS_PER_BATCH: Final = 12
 CALLS_PER_AGENT: Final = 2
 #: More than a call takes, so that requests bind.
 _TOKENS_PER_CALL: Final = 250
+_TEXTS_PER_BATCH: Final = 10
+#: The range of seconds that the provider takes for a reply, and the reply's tokens.
+_LATENCY: Final = (0.2, 0.6)
+_REPLY_TOKENS: Final = 40
+#: Seconds between two plain lines of progress.
+_LINE_INTERVAL: Final = 2.0
+#: How many agents start before the loop gets a break; each costs some milliseconds of CPU.
+_STARTS_BEFORE_BREAK: Final = 4
+_CITIES: Final = ("Lima", "Oslo", "Accra", "Perth", "Quito", "Turin", "Kyoto", "Dakar")
+
+Job = Callable[[], Awaitable[object]]
 
 
 def demo(
@@ -121,11 +139,11 @@ class Run:
     #: None without asyncbucket.
     limiter: Limiter | None = None
     agents_finished: int = 0
-    #: HTTP requests, those answered with 429, and those answered well.
+    #: HTTP requests that the provider saw, those it refused (429), and those it answered.
     requests: int = 0
     refused: int = 0
     answered: int = 0
-    #: What the provider saw; known at the end.
+    #: All of them; known at the end.
     arrivals: "list[Arrival]" = field(default_factory=list)
     #: How often each kind of error ended an agent or a batch; the first failed call ends one.
     failures: Counter[str] = field(default_factory=Counter[str])
@@ -155,6 +173,12 @@ class Run:
         now = None if self.limiter is None else self.limiter.statistics()
         waited = sum(wait.seconds for wait in now.waits.values()) if now else 0.0
         return waited / now.admitted if now and now.admitted else 0.0
+
+    def look(self, provider: "ProviderProcess") -> None:
+        """Take over what the provider has counted."""
+        seen = provider.statistics()
+        self.requests, self.refused = seen.requests, seen.refused
+        self.answered = seen.admitted - seen.in_flight - seen.disconnected
 
     def counts(self, *, admitted: bool) -> list[int]:
         """Return how many requests were admitted, or refused, in parts of about a second."""
@@ -200,9 +224,6 @@ def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: b
     if not quiet:
         console.print(scenario.headline, markup=False)
         console.print("loading LlamaIndex ...", style="dim")
-    with interrupts_blocked():
-        from asyncbucket.cli.demo_load import run_once
-
     limits = scenario.requests, scenario.tokens
     for limiter in (None, Limiter(*limits, concurrency=_CONCURRENCY)):
         run = Run(scenario=scenario, limiter=limiter)
@@ -214,6 +235,110 @@ def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: b
         if not quiet:
             screen.say(f"{run.panel()}")
     return options.FAILED if runs[-1].failed else options.DONE
+
+
+def run_once(run: Run, screen: Screen) -> bool:
+    """Run the agents once, from the provider's start to its end; return False if Ctrl-C ended it."""
+    from asyncbucket.testing import ProviderProcess
+
+    provider = ProviderProcess(
+        rpm=run.scenario.requests.units,
+        tpm=run.scenario.tokens.units,
+        minute=run.scenario.requests.per,
+        charge="usage",
+        latency=_LATENCY,
+        reply_tokens=_REPLY_TOKENS,
+    )
+    try:
+        with interrupts_blocked():
+            provider.start()
+        asyncio.run(_drive(run, screen, provider))
+    except KeyboardInterrupt:
+        return False
+    finally:
+        if provider.pid is not None:
+            run.look(provider)
+            run.arrivals = provider.arrivals
+        provider.stop()
+    return True
+
+
+async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
+    # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    ticker = asyncio.create_task(_tick(run, screen, provider))
+    # As the OpenAI client has it: an httpx client without limits of its own has 100.
+    limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
+    try:
+        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+            jobs = _jobs(run, provider.base_url, client)
+            run.started_ns = time.monotonic_ns()
+            async with asyncio.TaskGroup() as group:
+                for number, job in enumerate(jobs, 1):
+                    group.create_task(_run_job(job, run))
+                    if number % _STARTS_BEFORE_BREAK == 0:
+                        await asyncio.sleep(0.001)
+    finally:
+        run.ended_ns = time.monotonic_ns()
+        ticker.cancel()
+
+
+async def _tick(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
+    while True:
+        await asyncio.to_thread(run.look, provider)
+        screen.show([run.panel()])
+        await asyncio.sleep(screen.interval(_LINE_INTERVAL))
+
+
+async def _run_job(job: Job, run: Run) -> None:
+    try:
+        await job()
+    except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
+        name, code = type(error).__name__, getattr(error, "code", None)
+        # Equal errors are counted together; providers' messages all differ.
+        whole = name if hasattr(error, "status_code") else f"{name}: {error}"
+        run.failures[f"{name} ({code})" if code else whole] += 1
+
+
+def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
+    """Return agents, with the batches spread evenly among them."""
+    with interrupts_blocked():
+        from llama_index.core.agent.workflow import FunctionAgent
+        from llama_index.core.utils import get_tokenizer
+        from llama_index.embeddings.openai import OpenAIEmbedding
+        from llama_index.llms.openai import OpenAI
+
+        # What the first call would load: half a second of CPU that belongs to neither run.
+        import_module("openai.resources")
+        get_tokenizer()
+    common: Any = {"api_base": api_base, "api_key": "none", "async_http_client": client}
+    llm: Any = OpenAI(model="gpt-4o-mini", **common)
+    embed_model: Any = OpenAIEmbedding(embed_batch_size=_TEXTS_PER_BATCH, **common)
+    if run.limiter is not None:
+        llm, embed_model = run.limiter.wrap([llm, embed_model])
+
+    def look_up_weather(city: str) -> str:
+        """Look up the weather in a city."""
+        return f"{city}: 21 degrees, a light wind from the west, no rain until the evening."
+
+    async def ask(number: int) -> None:
+        # As `Any`, because type checkers pick a deprecated overload of `run`.
+        worker: Any = FunctionAgent(tools=[look_up_weather], llm=llm, timeout=None)
+        city = _CITIES[number % len(_CITIES)]
+        with agent(kind="traveler", expects=Cost(requests=CALLS_PER_AGENT)):
+            await worker.run(user_msg=f"I am traveler {number}. What should I wear in {city}?")
+        run.agents_finished += 1
+
+    def embed(number: int) -> Awaitable[object]:
+        lines = range(_TEXTS_PER_BATCH)
+        texts = [f"Report {number}.{line}: the harbor lies in fine weather." for line in lines]
+        batch: Awaitable[object] = embed_model.aget_text_embedding_batch(texts)
+        return batch
+
+    agents, batches = run.scenario.agents, run.scenario.batches
+    jobs: list[tuple[float, Job]] = [(n / agents, partial(ask, n)) for n in range(agents)]
+    jobs += [((n + 1) / batches, partial(embed, n)) for n in range(batches)]
+    return [job for _, job in sorted(jobs, key=lambda each: each[0])]
 
 
 def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:

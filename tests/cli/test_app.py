@@ -85,9 +85,22 @@ def test_signal_ends_a_command_with_status_130(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("module", "command"), [("asyncbucket.cli.app", "plan"), ("asyncbucket.cli.demo_load", "demo")]
+    ("modules", "command"),
+    [
+        (["asyncbucket.cli.app"], "plan"),
+        (
+            [
+                "llama_index.core.agent.workflow",
+                *("llama_index.core.utils", "llama_index.llms.openai"),
+                "llama_index.embeddings.openai",
+            ],
+            "demo",
+        ),
+    ],
 )
-def test_signal_during_an_import_ends_the_command(module: str, command: str, number: int) -> None:
+def test_signal_during_an_import_ends_the_command(
+    modules: list[str], command: str, number: int
+) -> None:
     program = f"""
 import contextlib, signal, sys, types
 from asyncbucket.cli import main
@@ -100,7 +113,8 @@ class Loading(types.ModuleType):
             signal.raise_signal({number:d})
         return lambda *_, **__: ()
 
-sys.modules[{module!r}] = Loading({module!r})
+for name in {modules!r}:
+    sys.modules[name] = Loading(name)
 sys.argv = ["asyncbucket", {command!r}]
 main()
 """
