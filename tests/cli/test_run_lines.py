@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket.cli.run.job import Job
-from asyncbucket.cli.run.lines import BadLine, Request, read_request
+from asyncbucket.cli.run.job import BadLine, Job, Request, read_request
 
 JOB = Job(source="-", out="-", model="m")
 

@@ -32,6 +32,8 @@ def shown(
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=terminal, color_system=None)
     limiter = Limiter("500 RPM", "200k TPM", clock=time.clock)
+    limiter.pause(0, reason="429")
+    limiter.pause(0, reason="429")
 
     async def main() -> None:
         with Screen(console, shared=shared) as screen:

@@ -1,7 +1,7 @@
 """`asyncbucket run`: a file of requests or prompts in, a file of answers out, under your limits.
 
-Here is what can be typed. From the inside out: `job` says what is to be done, `lines` reads what goes
-in, `answers` is the file that comes out, `work` sends and writes, `screen` counts and shows.
+Here is what can be typed. From the inside out: `job` says what is to be done, and reads the lines,
+`answers` is the file that comes out, `work` sends and writes, `screen` counts and shows.
 """
 
 import os
@@ -76,7 +76,7 @@ def run(  # noqa: PLR0913 - one for each option
         grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
     """
     base = api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
-    from asyncbucket.cli.run import dry, work
+    from asyncbucket.cli.run import work
 
     of_one_provider = {
         "--rpm": rpm,
@@ -115,7 +115,7 @@ def run(  # noqa: PLR0913 - one for each option
     )
     job.check()
     status = (
-        dry.dry_run(job, as_json=as_json)
+        work.dry_run(job, as_json=as_json)
         if dry_run
         else work.run(job, quiet=quiet, as_json=as_json)
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from asyncbucket.cli.run.lines import BadLine, Request
+from asyncbucket.cli.run.job import BadLine, Request
 from asyncbucket.core.wording import counted
 
 _PREFIX: Final = "batch_req_"

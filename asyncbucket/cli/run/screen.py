@@ -82,14 +82,13 @@ class Tally:
 
 def progress(tally: Tally, outlook: Outlook) -> Panel:
     """Return what is shown while it runs."""
-    done, total = tally.done, tally.total
+    done, total, now = tally.done, tally.total, outlook.limiter.statistics()
     facts = outlook.words(tally.answered + tally.failed, {"requests": tally.left})
     binds = outlook.bound_by()
     facts += [] if binds is None else [with_verb(binds, "bind")]
     if tally.stopped:  # the rest is left for the next run
         facts = ["stopping"]
-    facts += [f"{outlook.limiter.statistics().in_flight:,} in flight"]
-    facts += [f"{tally.refused_429:,} 429s"]
+    facts += [f"{now.in_flight:,} in flight", f"{now.upstream_429:,} 429s"]
     facts += [f"{tally.failed:,} failed"] if tally.failed else []
     facts += [f"{tally.bad:,} bad"] if tally.bad else []
     if not total:

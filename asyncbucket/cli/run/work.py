@@ -1,49 +1,61 @@
-"""The run itself: requests are sent, answers and failures written, from the first line to the last."""
+"""The run itself: requests are sent, answers and failures written, from the first line to the last.
+
+A dry run reads the same lines, sends none, and says how long they would take.
+"""
 
 import asyncio
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import anyio
 import httpx
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI
 
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, SPENT
 from asyncbucket.cli.options import DONE, FAILED, without_keys
 from asyncbucket.cli.run.answers import Answers, Errors
-from asyncbucket.cli.run.job import CONCURRENCY, FOR_GOOD, STANDARD, Job
-from asyncbucket.cli.run.lines import (
+from asyncbucket.cli.run.job import (
+    CONCURRENCY,
+    FOR_GOOD,
+    STANDARD,
     BadLine,
+    Job,
     NoModelError,
     Request,
     count_lines,
     read_lines,
     read_request,
 )
-from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, StoreError, UnknownPrice
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import USD, counted, in_given_unit, one_line
+from asyncbucket.core.wording import USD, counted, in_given_unit, one_line, usd_written
 from asyncbucket.http.pool_file import keys_of, read_pool
-from asyncbucket.providers.errors import EXHAUSTED, RATE_LIMITED
+from asyncbucket.plan import plan
+from asyncbucket.plan.calls import read_call
+from asyncbucket.providers.errors import EXHAUSTED
+from asyncbucket.providers.prices import read_prices
+from asyncbucket.providers.profiles import profile_of
 from asyncbucket.providers.usage import read_usage
-from asyncbucket.retry import Retrier, Retry
+from asyncbucket.retry import Retry
 
 _MAX_MESSAGE: Final = 500
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
 #: hundred of them would take more time than everything else together.
 _MAX_IDLE: Final = 32
-#: Seconds for a reply.
+#: Seconds for a reply, and those that a dry run takes it to last.
 _TIMEOUT: Final = 600.0
+_LATENCY: Final = 2.0
 #: Statuses that any other request would get, too: because of the key or the account.
 _FATAL: Final = frozenset({401, 402})
 #: Statuses of a request that is wrong in itself, whatever becomes of others.
@@ -105,47 +117,37 @@ class Run:
         #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
         is_kept = job.out_file is not None and bool(job.all_limits or job.pool)
+        #: The store remembers across runs what was admitted.
         store = f"sqlite:///{quote(str(job.limits_file))}" if is_kept else None
-        http: dict[str, Any] = {
-            "family": "httpx",
-            "timeout": _TIMEOUT,
-            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
-            "event_hooks": {"response": [self._on_response]},
-        }
-        #: Its limits are in a store, which remembers across runs what was admitted.
         self._root: Limiter
-        self._keys: list[str | None] = [job.api_key]
-        url = urlsplit(job.api_base)
+        where: dict[str, Any]
         if job.pool is None:
             self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
+            self._keys, where = [job.api_key], _address(job)
         else:
             self._root, endpoints = read_pool(job.pool, store=store)
-            http["endpoints"] = endpoints
             self._keys = [key for each in endpoints.values() for key in keys_of(each)]
-            url = urlsplit(endpoints[self._root.members[0]]["base_url"])
+            where = {"endpoints": endpoints}
         #: Slots are this process's own: a store would keep those of a killed run for a while.
         slots = job.concurrency or (CONCURRENCY if self._root.concurrency is None else None)
         self._limiter = self._root.child("calls", concurrency=slots)
-        self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
-        is_azure = (url.hostname or "").endswith(".azure.com")
-        self._client = AsyncOpenAI(
-            api_key=job.api_key or "none",
-            base_url=url._replace(query="").geturl(),
-            # Such as the version of Azure's API; a pool has it from the member.
-            default_query={} if job.pool else dict(parse_qsl(url.query)),
-            default_headers={"api-key": job.api_key} if is_azure and job.api_key else {},
-            max_retries=0,
-            http_client=self._limiter.http_client(**http),
+        self._client: httpx.AsyncClient = self._limiter.http_client(
+            family="httpx",
+            retries=Retry(attempts=job.attempts),
+            timeout=_TIMEOUT,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
+            **where,
         )
 
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
         sending = anyio.CancelScope()
-        beside = (
+        beside = [
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._end_when_stopped(sending)),
-            asyncio.create_task(self._stop_when_spent()),
-        )
+        ]
+        if self._job.max_usd is not None:
+            beside.append(asyncio.create_task(self._stop_when_spent()))
         try:
             with _on_signal(self._begin_stop), sending:
                 async with (
@@ -157,10 +159,13 @@ class Run:
         finally:
             for task in beside:
                 task.cancel()
-            self._tally.requests = self._root.statistics().admitted
             with anyio.CancelScope(shield=True):
                 await self._root.aclose()
-            self._tally.usd = self._spent()  # now the store has heard of all that was settled
+            # Now the store has heard of all that was settled.
+            now = self._root.statistics()
+            self._tally.requests, self._tally.refused_429 = now.admitted, now.upstream_429
+            spent = (use.used for use in now.limits if use.limit.key == (USD, FOR_GOOD))
+            self._tally.usd = next((in_given_unit(used, USD) for used in spent), None)
 
     async def _feed(self) -> AsyncGenerator[Task]:
         """Yield what is to be sent; with the first of it, what can refuse a run has not done so."""
@@ -174,33 +179,29 @@ class Run:
                 self._screen.say(headline(self._job, self._tally, self._root))
             yield task
 
-    async def _on_response(self, response: httpx.Response) -> None:
-        self._tally.refused_429 += response.status_code == RATE_LIMITED
-
     async def _send(self, task: Task) -> None:
         request = task.request
-        response: httpx.Response | None = None
-
-        async def attempt() -> httpx.Response:
-            path = request.path.removeprefix("/v1")
-            return await self._client.post(path, cast_to=httpx.Response, body=request.body)
-
+        reply: httpx.Response | None = None
         self._sending += 1
         try:
-            response = await self._retrier.call(attempt)
-            body = response.json()
+            # A member of a pool may have another path before this one, and so may --api-base.
+            reply = await self._client.post(request.path.removeprefix("/v1"), json=request.body)
+            body = reply.json() if reply.is_success else None
         except Exception as error:  # noqa: BLE001 - whatever fails a line is written and counted
-            self._write_failure(request, error, response)
+            self._write_failure(request, error, reply)
         else:
-            self._write_answer(task, response, body)
+            if reply.is_success:
+                self._write_answer(task, reply, body)
+            else:
+                self._write_failure(request, None, reply)
         finally:
             self._sending -= 1
 
-    def _write_answer(self, task: Task, response: httpx.Response, body: Any) -> None:
+    def _write_answer(self, task: Task, reply: httpx.Response, body: Any) -> None:
         """Write an answer as soon as it arrives, with nothing in between."""
         usage = body.get("usage") if isinstance(body, dict) else None
         usage = usage if isinstance(usage, dict) else None
-        members = _members(task.request, response=_described(response, body), usage=usage)
+        members = _members(task.request, response=_described(reply, body), usage=usage)
         has_reader = self._answers.write(task.key, members)
         if not has_reader or self._answers.trouble is not None:
             self._stop()
@@ -209,35 +210,28 @@ class Run:
             self._tally.count_answer(read_usage(usage))
 
     def _write_failure(
-        self, request: Request, error: Exception, response: httpx.Response | None
+        self, request: Request, error: Exception | None, reply: httpx.Response | None
     ) -> None:
-        if isinstance(error, APIConnectionError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__  # what the SDK met
         if isinstance(error, StoreError):
             raise error
-        code, message, status = type(error).__name__, str(error) or "no more is known", 0
         described: Mapping[str, Any] | None = None
-        if isinstance(error, APIStatusError):
-            status, body = error.status_code, error.body
-            told = body if isinstance(body, dict) else {"message": body}
-            code = str(error.code or error.type or f"http_{status}")[:64]
-            message = f"HTTP {status}: {told.get('message') or 'no reason given'}"
-            described = _described(error.response, body)
-        elif response is not None:
-            code, text = "no_json", response.text[:_MAX_MESSAGE]
-            message = f"HTTP {response.status_code}: the reply is not JSON: {text or 'it is empty'}"
-            described = _described(response, text)
+        if reply is None:
+            code, message = type(error).__name__, str(error) or "no more is known"
+        else:
+            code, message, body = _refusal_in(reply)
+            described = _described(reply, body)
         message = self._without_keys(message)[:_MAX_MESSAGE]
         self._tally.failed += 1
         self._tally.count_error(code, message)
         members = _members(request, response=described, error={"code": code, "message": message})
         self._errors.write(hide=self._without_keys, **members)
+        status = 0 if reply is None else reply.status_code
         is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
         self._failures_in_a_row += not is_of_one
         pool, answered = self._job.pool, self._tally.answered
         is_account = status in _FATAL or code in EXHAUSTED
         # Each failure without a reply takes many attempts: before the first answer, one is enough.
-        is_nowhere = not (status or response or is_of_one or answered)
+        is_nowhere = not (status or is_of_one or answered)
         if pool is not None:  # which goes on until it gives up on all members: one may be back soon
             is_account &= not answered
             is_nowhere |= isinstance(error, AcquireTimeout)
@@ -276,28 +270,17 @@ class Run:
             self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
         return True
 
-    def _spent(self) -> float | None:
-        """Return what was spent of the cap of dollars, if there is one."""
-        uses = (use for use in self._root.statistics().limits if use.limit.key == (USD, FOR_GOOD))
-        return next((in_given_unit(use.used, USD) for use in uses), None)
-
     async def _stop_when_spent(self) -> None:
-        """Stop once the cap of dollars is spent."""
+        """Stop once the cap of dollars binds, and no call in flight can give any back."""
         looks = 0
-        while self._job.max_usd is not None:
+        while looks < 3:  # noqa: PLR2004 - a settlement may be on its way to the store
             await anyio.sleep(0.1)
-            looks = looks + 1 if self._is_spent() else 0
-            if looks > 2:  # noqa: PLR2004 - a settlement may be on its way to the store
-                self._tally.out_of_usd = True
-                self._stop()
-                return
-
-    def _is_spent(self) -> bool:
-        """Tell whether the cap of dollars binds, and no call in flight can give any back."""
-        now = self._root.statistics()
-        left = {use.limit.key: use.available for use in now.limits if use.limit.resource == USD}
-        binds = now.bound_by == USD and min(left, key=left.__getitem__) == (USD, FOR_GOOD)
-        return binds and self._sending == now.waiting
+            now = self._root.statistics()
+            left = {use.limit.key: use.available for use in now.limits if use.limit.resource == USD}
+            binds = now.bound_by == USD and min(left, key=left.__getitem__) == (USD, FOR_GOOD)
+            looks = looks + 1 if binds and self._sending == now.waiting else 0
+        self._tally.out_of_usd = True
+        self._stop()
 
     async def _end_when_stopped(self, sending: anyio.CancelScope) -> None:
         """End what waits: in line, in a back-off, or for the next line of a pipe."""
@@ -315,14 +298,41 @@ class Run:
         return max(0, min(now.in_flight, self._sending - now.waiting))
 
 
+def _address(job: Job) -> dict[str, Any]:
+    """Return where requests go, with which key, as options of an HTTP client."""
+    url, key = urlsplit(job.api_base), job.api_key or "none"
+    is_azure = (url.hostname or "").endswith(".azure.com")
+    return {
+        "base_url": url._replace(query="").geturl(),
+        "params": parse_qsl(url.query),  # such as the version of Azure's API
+        "headers": {"api-key": key} if is_azure else {"authorization": f"Bearer {key}"},
+    }
+
+
 def _members(request: Request, **members: Any) -> dict[str, Any]:
     """Return the members of the line of a request that was sent."""
     return {"custom_id": request.custom_id, "line": request.line, **members}
 
 
-def _described(response: httpx.Response, body: Any) -> Mapping[str, Any]:
-    request_id = response.headers.get("x-request-id", "")  # which the provider's support asks for
-    return {"status_code": response.status_code, "request_id": request_id, "body": body}
+def _described(reply: httpx.Response, body: Any) -> Mapping[str, Any]:
+    request_id = reply.headers.get("x-request-id", "")  # which the provider's support asks for
+    return {"status_code": reply.status_code, "request_id": request_id, "body": body}
+
+
+def _refusal_in(reply: httpx.Response) -> tuple[str, str, Any]:
+    """Return the code of a reply that is no answer, what it says, and its body."""
+    status, text = reply.status_code, reply.text[:_MAX_MESSAGE]
+    if reply.is_success:
+        what = f"HTTP {status}: the reply is not JSON: {text or 'it is empty'}"
+        return "no_json", what, text
+    try:
+        body = reply.json()
+    except (ValueError, RecursionError):
+        body = text
+    told = body.get("error", body) if isinstance(body, dict) else body
+    told = told if isinstance(told, dict) else {"message": told}
+    code = str(told.get("code") or told.get("type") or f"http_{status}")[:64]
+    return code, f"HTTP {status}: {told.get('message') or 'no reason given'}", body
 
 
 @contextlib.contextmanager
@@ -401,3 +411,46 @@ def _tidied(job: Job, tally: Tally) -> Generator[None]:
         unused = [errors] if errors and not tally.errors else []
         for path in new if tally.refused else unused:
             path.unlink(missing_ok=True)
+
+
+def dry_run(job: Job, *, as_json: bool) -> int:
+    """Say what ``job`` would take, and return the exit status: 1 if lines cannot be answered.
+
+    Raises:
+        CostExceedsLimit: no line can ever pass the limits.
+    """
+    tally = Tally()
+    pool, endpoints = (None, {}) if job.pool is None else read_pool(job.pool)
+    # In a pool, the first member's way to charge stands for all.
+    base_url = next((each["base_url"] for each in endpoints.values()), job.api_base)
+    profile = profile_of(urlsplit(base_url).hostname or "")
+    read = partial(read_call, profile=profile, model=None, prices=read_prices(job.prices))
+
+    async def costs_of_calls() -> list[Any]:
+        """Return what each request that would be sent is charged at admission, and costs."""
+        with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
+            return [
+                read({"url": task.request.path, "body": task.request.body})
+                async for task in tasks(job, answers, Errors(None), tally)
+            ]
+
+    costs, planned, over = asyncio.run(costs_of_calls()), None, ""
+    if costs:
+        slots = None if job.concurrency == "auto" or pool else job.concurrency or CONCURRENCY
+        planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
+        usd, cap = planned.usd, job.max_usd
+        if cap is not None and usd is not None and cap < (usd.most or math.inf):
+            sure = "will" if cap < usd.least else "may"
+            over = f"--max-usd {usd_written(cap)} {sure} stop it before its end"
+    never = planned.refused if planned else 0
+    to_send = len(costs) - never
+    others = {"answered_earlier": tally.answered_earlier, "too_costly": never, "bad": tally.bad}
+    if as_json:
+        told = {"to_send": to_send, **others, "plan": planned and planned.as_dict()}
+        print(json.dumps(told, indent=2))  # noqa: T201 - a command's output
+    else:
+        words = [f"{counted(to_send, 'requests')} to send"]
+        words += [f"{count:,} {name.replace('_', ' ')}" for name, count in others.items() if count]
+        parts = [", ".join(words), tally.errors and errors_of(tally), planned, over]
+        print(*filter(None, parts), sep="\n")  # noqa: T201 - a command's output
+    return FAILED if tally.bad or never else DONE
