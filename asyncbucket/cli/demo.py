@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import httpx
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from asyncbucket.cli import INTERRUPTED, interrupts_blocked, options
-from asyncbucket.cli.ui import Bar, Panel, Screen, plot, silenced, table
+from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
 from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limiter import Limiter
@@ -29,7 +31,7 @@ from asyncbucket.core.wording import counted, named, one_line
 from asyncbucket.plan.result import percent
 
 if TYPE_CHECKING:
-    from asyncbucket.testing import Arrival, ProviderProcess
+    from asyncbucket.testing import ProviderProcess
 
 #: The provider's limits hold over windows of this length, unless the demo is too short.
 _WINDOW: Final = 6.0
@@ -84,7 +86,7 @@ def demo(
         if as_json:
             typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
         else:
-            _show(console, scenario, runs)
+            _show(console, runs)
     raise typer.Exit(status)
 
 
@@ -143,8 +145,6 @@ class Run:
     requests: int = 0
     refused: int = 0
     answered: int = 0
-    #: All of them; known at the end.
-    arrivals: "list[Arrival]" = field(default_factory=list)
     #: How often each kind of error ended an agent or a batch; the first failed call ends one.
     failures: Counter[str] = field(default_factory=Counter[str])
     started_ns: int = 0
@@ -180,19 +180,12 @@ class Run:
         self.requests, self.refused = seen.requests, seen.refused
         self.answered = seen.admitted - seen.in_flight - seen.disconnected
 
-    def counts(self, *, admitted: bool) -> list[int]:
-        """Return how many requests were admitted, or refused, in parts of about a second."""
-        counts = [0] * max(1, round(self.seconds))
-        for arrival in self.arrivals:
-            part = int((arrival.time_ns - self.started_ns) * 1e-9 / self.seconds * len(counts))
-            counts[min(max(part, 0), len(counts) - 1)] += arrival.admitted is admitted
-        return counts
-
+    @property
     def share(self) -> float:
-        """Return the fraction of the limit of requests that was used, from 0 to 1."""
+        """The fraction of the limit of requests that was used, from 0 to 1."""
         limit = self.scenario.requests
         allowed = limit.units * self.seconds / limit.per
-        return min(1.0, sum(each.admitted for each in self.arrivals) / allowed) if allowed else 0.0
+        return min(1.0, (self.requests - self.refused) / allowed) if allowed else 0.0
 
     def panel(self) -> Panel:
         """Return what is shown while it runs."""
@@ -212,8 +205,7 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """Return the figures in values that JSON can hold; times are seconds."""
         names = ("name", "agents_finished", "answered", "failed", "requests", "refused", "seconds")
-        figures = {name: getattr(self, name) for name in names}
-        return figures | {"share": self.share(), "mean_wait": self.mean_wait}
+        return {name: getattr(self, name) for name in (*names, "share", "mean_wait")}
 
 
 def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bool) -> int:
@@ -258,7 +250,6 @@ def run_once(run: Run, screen: Screen) -> bool:
     finally:
         if provider.pid is not None:
             run.look(provider)
-            run.arrivals = provider.arrivals
         provider.stop()
     return True
 
@@ -341,28 +332,23 @@ def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
     return [job for _, job in sorted(jobs, key=lambda each: each[0])]
 
 
-def _show(console: Console, scenario: Scenario, runs: Sequence[Run]) -> None:
-    """Print the table, what went wrong, and a plot of each run against the limit."""
+def _show(console: Console, runs: Sequence[Run]) -> None:
+    """Print the table, and what went wrong."""
     runs = [run for run in runs if run.seconds]
     if not runs:  # Ctrl-C before anything began
         return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column()
+    for run in runs:
+        shown.add_column(run.name, justify="right")
     columns = [_column(run) for run in runs]
-    console.print(table([(name, *(each[name] for each in columns)) for name in columns[0]]))
+    for name in columns[0]:
+        shown.add_row(name, *(each[name] for each in columns))
+    console.print(shown)
     for run in runs:
         for what, count in run.failures.most_common():
             line = f"{run.name}, {count:,} failed: {one_line(what)}"
             console.print(line, markup=False, highlight=False)
-    rate = scenario.requests.units / scenario.requests.per
-    longest = max(run.seconds for run in runs)
-    for run in runs:
-        admitted, refused = (run.counts(admitted=admitted) for admitted in (True, False))
-        title = f"{run.name}: requests admitted"
-        share = run.seconds / longest
-        console.print(plot(console, title, admitted, rate, seconds=run.seconds, share=share))
-        if any(refused):
-            most = max(refused) * len(refused) / run.seconds
-            console.print(f"{'':8}up to {most:,.0f} refused a second (429)", style="red")
-        console.print()
 
 
 def _column(run: Run) -> dict[str, str | Text]:
@@ -372,14 +358,13 @@ def _column(run: Run) -> dict[str, str | Text]:
     bound_by = ", ".join(f"{named(name)} {wait.count:,}" for name, wait in waits.items())
     finished = run.agents_finished == agents
     return {
-        "": run.name,
         "agents finished": _good(finished, f"{run.agents_finished:,} of {agents:,}"),
         "calls": f"{run.answered + run.failed:,}",
         "HTTP requests": f"{run.requests:,}",
         "429s": _good(not run.refused, f"{run.refused:,}"),
         "failed": _good(not run.failed, f"{run.failed:,}"),
         "wall time": f"{run.seconds:.1f} s",
-        "share of the limit used": percent(run.share()),
+        "share of the limit used": percent(run.share),
         "wait for admission, mean": "-" if run.limiter is None else f"{run.mean_wait:.2f} s",
         "calls that waited for": "-" if run.limiter is None else bound_by or "nothing",
     }

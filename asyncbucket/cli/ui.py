@@ -1,4 +1,4 @@
-"""What a terminal shows: panels that move, tables, and rates over time in characters.
+"""What a terminal shows: panels that move.
 
 A terminal that cannot draw, a pipe and a log get the same as plain lines.
 """
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Self
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -19,18 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.core.wording import in_seconds
-
-#: What a plot is drawn with: a cell from empty to full, the limit, an axis, its corner and its base.
-_UNICODE: Final = " ▁▂▃▄▅▆▇█", "▁", "│", "└", "─"
-_ASCII: Final = "    #####", "-", "|", "+", "-"
 _BAR: Final = 30
 #: Seconds between two pictures of a moving panel.
 _REFRESH_INTERVAL: Final = 0.2
-#: A plot: the columns of a number and the axis, its rows, an even number, and the most columns.
-_MARGIN: Final = 8
-_ROWS: Final = 6
-_MAX_WIDTH: Final = 120
 
 
 @contextmanager
@@ -142,53 +132,3 @@ def _lines(panel: Panel) -> Iterable[RenderableType]:
     for part in (bars, facts):
         yield Padding(part, (0, 0, 0, 2), expand=False)
     yield Text("")
-
-
-def table(rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Return a table with the first of ``rows`` as its header, and numbers to the right."""
-    header, *body = rows
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(header):
-        shown.add_column(name, justify="right" if number else "left")
-    for row in body:
-        shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return shown
-
-
-def plot(
-    console: Console,
-    title: str,
-    counts: Sequence[int],
-    limit: float,
-    *,
-    seconds: float,
-    share: float,
-) -> Text:
-    """Plot requests a second up to twice the limit, with the limit as a line.
-
-    Args:
-        console: where it will be printed.
-        title: what is above it; the highest rate is added if it is above the scale.
-        counts: how many there were in each of as many equal parts of the time.
-        limit: where the line is, a second.
-        seconds: the whole time.
-        share: the part of the width that is used; so several plots have one scale.
-    """
-    eighths, line, axis, corner, base = _UNICODE if console.encoding.startswith("utf") else _ASCII
-    width = max(10, round((min(console.width, _MAX_WIDTH) - _MARGIN) * share))
-    rates = [count * len(counts) / seconds for count in counts]
-    labels = {_ROWS - 1: f"{2 * limit:,.0f}/s", _ROWS // 2: f"{limit:,.0f}/s"}
-    peak = f", {max(rates):,.0f}/s the peak" if max(rates) > 2 * limit else ""
-    text = Text(f"{title} a second{peak}; ", "bold").append(line * 2, "yellow")
-    text.append(" the limit")
-    for row in reversed(range(_ROWS)):
-        text.append(f"\n{labels.get(row, ''):>{_MARGIN - 2}} ")
-        text.append(axis, "dim")
-        for column in range(width):
-            filled = rates[column * len(rates) // width] / limit * _ROWS / 2 - row
-            cell = eighths[min(8, max(0, round(filled * 8)))]
-            is_line = row == _ROWS // 2 and cell == " "
-            text.append(line if is_line else cell, "yellow" if is_line else "green")
-    end = in_seconds(seconds)
-    text.append(f"\n{'':{_MARGIN - 1}}{corner}{base * width}\n", "dim")
-    return text.append(f"{'':{_MARGIN}}0 s{end:>{max(width, len(end) + 4) - 3}}", "dim")

@@ -1,11 +1,11 @@
-"""What is drawn in characters: panels, and rates over time."""
+"""What is drawn in characters."""
 
 import io
 
 import pytest
 from rich.console import Console, RenderableType
 
-from asyncbucket.cli.ui import Bar, Panel, Screen, draw, plot
+from asyncbucket.cli.ui import Bar, Panel, Screen, draw
 
 PANEL = Panel(
     "openai",
@@ -40,13 +40,6 @@ def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: boo
     assert unicode or all(line.isascii() for line in below)
 
 
-def test_terminal_without_unicode_gets_a_plot_in_ascii() -> None:
-    on = console(unicode=False, width=18)
-    plotted = shown(on, plot(on, "admitted", [5] * 5 + [20] * 5, 10.0, seconds=10, share=1.0))
-    assert plotted[-6:-4] == ["  10/s |-----#####", "       |     #####"]
-    assert plotted[-2] == "       +----------"
-
-
 def test_pipe_gets_one_line_per_panel() -> None:
     on = console()
     with on.capture() as captured, Screen(on) as screen:
@@ -64,24 +57,3 @@ def test_quiet_screen_shows_nothing(*, terminal: bool) -> None:
     with on.capture() as captured, Screen(on, quiet=True) as screen:
         screen.show([PANEL])
     assert captured.get() == ""
-
-
-def rows(counts: list[int], limit: float) -> list[str]:
-    on = console(width=18)
-    return str(plot(on, "admitted", counts, limit, seconds=10.0, share=1.0)).splitlines()
-
-
-def test_rate_at_the_limit_reaches_the_line_that_shows_it() -> None:
-    title, *plotted = rows([10] * 5 + [5] * 5, 10.0)
-    assert title == "admitted a second; ▁▁ the limit"
-    assert [line.partition("│")[2].rstrip() for line in plotted[:6]] == [
-        *("", "", "▁" * 10),
-        *("█" * 5, "█" * 5 + "▄" * 5, "█" * 10),
-    ]
-    assert plotted[2].startswith("  10/s ")
-
-
-def test_rate_over_twice_the_limit_is_cut_off_and_named() -> None:
-    title, top, *_ = rows([90] * 10, 10.0)
-    assert title == "admitted a second, 90/s the peak; ▁▁ the limit"
-    assert top.endswith("█" * 10)
