@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, pictures, plan, proxy, run, watch
-from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError, UnknownPrice
 from asyncbucket.core.wording import one_line
 
 app = typer.Typer(
@@ -68,6 +68,8 @@ def _message(error: Exception, command: str) -> str:
         return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename} cannot be used ({error.strerror}): give another path"
+    if UnknownPrice in (type(error), type(error.__cause__)):
+        return f"{one_line(str(error))}; here, write it to a TOML file and give --prices"
     if not isinstance(error, ModuleNotFoundError):
         return one_line(str(error))
     package = (error.name or "").partition(".")[0]

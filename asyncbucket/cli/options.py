@@ -132,12 +132,17 @@ def check_url(url: str) -> None:
     Raises:
         ValueError: the message shows an example.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        is_server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # which may quote a password
+        raise ValueError(
+            "--api-base has a host or port that cannot be read: give e.g. http://127.0.0.1:8000/v1"
+        ) from None
+    if not is_server:
         raise ValueError(
             f"--api-base must begin with http:// or https:// and a host, not {shown_url(url)!r}"
         )
-    _ = parts.port  # raises a ValueError if it is none
 
 
 def without_keys(text: str, *keys: str | None) -> str:

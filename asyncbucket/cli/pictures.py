@@ -77,6 +77,8 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
         raise ImportError(
             f'a picture needs {error.name}: pip install "asyncbucket[plot]"'
         ) from error
+    if not path.suffix:
+        raise ValueError(f"{str(path)!r} shows no kind of picture: end it in .png, .svg or .pdf")
     style: dict[Any, Any] = {
         **dict.fromkeys(_INK_SETTINGS, _INK[dark]),
         "axes.facecolor": "none",

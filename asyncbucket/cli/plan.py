@@ -17,6 +17,9 @@ def _samples_option(text: str) -> Any:
 
 
 def plan(  # noqa: PLR0913 - one for each option
+    source: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="The same as --tokens FILE.")
+    ] = None,
     *,
     # What is asked.
     calls: Annotated[int | None, options.count("How many calls; default: all samples.")] = None,
@@ -47,14 +50,16 @@ def plan(  # noqa: PLR0913 - one for each option
 
     Examples:
         asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
-        asyncbucket plan --tokens prompts.jsonl --preset openai/tier-1/gpt-4o-mini
+        asyncbucket plan prompts.jsonl --preset openai/tier-1/gpt-4o-mini
         asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
     """
+    if source is not None and tokens is not None:
+        raise ValueError(f"{source!r} and --tokens both say what calls cost: give one of them")
     planned = make_plan(
         *(limits or ()),
         *options.preset_limits(preset),
         calls=calls,
-        tokens=_samples(tokens),
+        tokens=_samples(tokens or source),
         latency=_samples(latency),
         concurrency=concurrency,
         arrivals=None if poisson is None else Poisson(poisson),
@@ -87,7 +92,10 @@ def _samples(text: str | None) -> float | Path | dict[str, Any] | None:
         with contextlib.suppress(ValueError):
             return read(text)
     if text.startswith("{"):
-        return dict(json.loads(text))
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not JSON: {error}") from None
     if not Path(text).exists():
         raise ValueError(f"{text!r} is neither a number nor a file that is there")
     return Path(text)

@@ -53,11 +53,9 @@ __all__ = [
     "virtual_time",
 ]
 
-_LAZY = {"Arrival", "Failure", "ProviderProcess", "ProviderStatistics", "RateLimitedProvider"}
-
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(f"{__name__}.provider"), name)
     globals()[name] = value

@@ -46,8 +46,6 @@ def test_version_option_shows_the_package_version() -> None:
     ("module", "extra"),
     [
         ("typer", "cli"),
-        ("rich", "cli"),
-        ("httpx", "cli"),
         ("llama_index", "cli"),
         ("starlette", "testing"),
     ],
@@ -83,23 +81,21 @@ def test_signal_ends_a_command_with_status_130(
     assert caught.value.code == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+LOADED_BY_DEMO = [
+    *("llama_index.core.agent.workflow", "llama_index.core.utils"),
+    *("llama_index.embeddings.openai", "llama_index.llms.openai", "openai.resources"),
+]
+
+
 @pytest.mark.parametrize(
-    ("modules", "command"),
+    ("command", "modules", "number"),
     [
-        (["asyncbucket.cli.app"], "plan"),
-        (
-            [
-                "llama_index.core.agent.workflow",
-                *("llama_index.core.utils", "llama_index.llms.openai"),
-                "llama_index.embeddings.openai",
-            ],
-            "demo",
-        ),
+        ("plan", ["asyncbucket.cli.app"], signal.SIGINT),
+        ("demo", LOADED_BY_DEMO, signal.SIGTERM),
     ],
 )
 def test_signal_during_an_import_ends_the_command(
-    modules: list[str], command: str, number: int
+    command: str, modules: list[str], number: int
 ) -> None:
     program = f"""
 import contextlib, signal, sys, types

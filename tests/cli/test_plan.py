@@ -33,7 +33,7 @@ def test_plan_says_what_a_job_costs(tmp_path: Path) -> None:
     options = ("--calls", "10", "--tokens", "100000", "--rpm", "500", "--model", "m")
     told = typed(*options, "--prices", str(prices))
     assert "this job costs 2.50 USD, 1.00 to 4.00\n" in told
-    assert "prices={" in typed(*options, status=2)
+    assert typed(*options, status=2).endswith("write it to a TOML file and give --prices\n")
 
 
 def test_examples_in_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,9 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
         (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
         (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known: openai"),
         (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
-        (("--calls", "3", "--tokens", "{"), "error: "),
+        (("--calls", "3", "--tokens", "{"), "error: '{' is not JSON: Expecting property name"),
+        (("a.jsonl", "--tokens", "9"), "error: 'a.jsonl' and --tokens both say what calls cost"),
+        (("--calls", "3", "--out", "plan"), "error: 'plan' shows no kind of picture: end it in "),
         (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),
     ],
 )

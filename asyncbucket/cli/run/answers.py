@@ -104,10 +104,10 @@ class Answers:
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         for name in sorted((before.keys() | self._settings.keys()) if before else ()):
             if before.get(name) != self._settings.get(name):
-                raise ValueError(
-                    f"{self._path} holds answers with {name.replace('_', '-')} {before.get(name)!r}, "
-                    f"not {self._settings.get(name)!r}: give another -o"
-                )
+                other = f"{name.replace('_', '-')} {before.get(name)!r}, not {self._settings.get(name)!r}"
+                if name == "system":  # of which only a hash is known
+                    other = "another system message"
+                raise ValueError(f"{self._path} holds answers with {other}: give another -o")
 
     def look_up(self, request: Request) -> tuple[bytes, bool]:
         """Return the key of a line, which counts equal ones before it, and whether it is answered.

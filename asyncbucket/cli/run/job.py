@@ -152,6 +152,8 @@ class Job:
         options.check_url(self.api_base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
+        if (self.source == STANDARD and sys.stdin is None) or (self.out_file or sys.stdout) is None:
+            raise ValueError("standard input or output is closed: name a file, and give -o")
         if self.source != STANDARD and not Path(self.source).is_file():
             raise ValueError(
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"

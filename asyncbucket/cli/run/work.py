@@ -227,6 +227,9 @@ class Run:
         self._errors.write(hide=self._without_keys, **members)
         status = 0 if reply is None else reply.status_code
         is_of_one = status in _OF_ONE_REQUEST or isinstance(error, AsyncBucketError)
+        is_of_one |= reply is None and isinstance(
+            error, ValueError
+        )  # a body that cannot be encoded
         self._failures_in_a_row += not is_of_one
         pool, answered = self._job.pool, self._tally.answered
         is_account = status in _FATAL or code in EXHAUSTED
@@ -365,7 +368,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """
     tally = Tally()
     screen = Screen(
-        standard_error(), quiet=quiet, shared=job.out == STANDARD and sys.stdout.isatty()
+        standard_error(), quiet=quiet, shared=job.out_file is None and sys.stdout.isatty()
     )
     with (
         Answers(job.out_file, job.settings, restart=job.restart) as answers,
