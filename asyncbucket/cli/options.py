@@ -1,7 +1,8 @@
 """What commands share: options and limits, exit statuses, a provider's address and key."""
 
+import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
@@ -54,6 +55,13 @@ def file(help_text: str, *names: str) -> Any:
 def flag(help_text: str, *names: str) -> Any:
     """Return an option that is a flag."""
     return text(help_text, *names, metavar=None)
+
+
+def take_from(options: type[Any], command: Callable[..., None]) -> None:
+    """Give ``command`` the options that a dataclass has as fields, each with its help."""
+    taken: Any = command
+    taken.__signature__ = inspect.signature(options)
+    taken.__annotations__ = options.__init__.__annotations__
 
 
 def read_count(typed: str, *, maximum: int | None = None) -> int:

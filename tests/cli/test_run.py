@@ -160,7 +160,7 @@ def test_closed_stream_is_refused_before_anything_is_paid(
     stream: str, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch(1, "in")
-    job = Job(source=options[0], out=options[-1] if "-o" in options else "-", concurrency=1)
+    job = Job(source=options[0], out=options[-1] if "-o" in options else "-", concurrency="1")
     monkeypatch.setattr(sys, stream, None)
     with pytest.raises(ValueError, match="is closed: name a file, and give -o"):
         job.check()

@@ -4,6 +4,7 @@ import asyncio
 import io
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,6 @@ from asyncbucket import Limiter
 from asyncbucket.cli.run.job import Job
 from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen
-from asyncbucket.core.limits import read_limits
 from asyncbucket.testing import VirtualTime
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -80,9 +80,9 @@ def test_pipe_or_terminal_with_answers_gets_a_line_every_ten_seconds(
 
 
 def job_with(**options: object) -> Job:
-    limits = tuple(read_limits(["40k ITPM"], {"rpm": 500, "tpm": 200_000}))
-    given = {"source": "in.jsonl", "out": "out.jsonl", "limits": limits, "model": "gpt-4o-mini"}
-    return Job(**(given | options))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    given: dict[str, Any] = {"source": "in.jsonl", "out": "out.jsonl", "model": "gpt-4o-mini"}
+    given |= {"also": ["40k ITPM"], "rpm": 500, "tpm": 200_000}
+    return Job(**(given | options))
 
 
 def test_headline_shows_input_model_and_limits_without_password() -> None:

@@ -14,11 +14,13 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Final, Literal, NamedTuple
+
+import typer
 
 from asyncbucket.cli import options
 from asyncbucket.core.cost import COMMON
-from asyncbucket.core.limits import Limit
+from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import USD
 from asyncbucket.plan.calls import read_line
 
@@ -34,6 +36,11 @@ FOR_GOOD: Final = 400 * 86_400
 CONCURRENCY: Final = 100
 STANDARD: Final = "-"
 _KEY: Final = "OPENAI_API_KEY"
+#: Options that concern one provider, not the members of a pool.
+_OF_ONE_PROVIDER: Final = (
+    *("rpm", "tpm", "also", "preset", "concurrency"),
+    *("max_usd", "prices", "api_base"),
+)
 
 
 class _Body(NamedTuple):
@@ -56,39 +63,70 @@ _MAX_TOKENS: Final = frozenset(body.max_tokens for body in _BODIES.values())
 _CHUNK: Final = 1 << 18
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Job:
-    """Hold the options of a run.
+    """Hold the options of a run as they are typed, and what they mean.
 
     Attributes:
-        source: a file, or ``-`` for standard input.
-        out: a file, or ``-`` for standard output.
-        model: put into every request; None keeps what the lines say.
-        endpoint: where a plain prompt is sent.
-        system: the system message before each prompt.
-        max_tokens: the most tokens of a reply, if a line does not say.
-        restart: start over, whatever was answered before.
-        concurrency: the most calls in flight; None if the user did not say.
-        max_usd: the most dollars that all runs into ``out`` may spend together.
-        prices: the file of what models cost, if not what is published.
-        pool: the file of several providers and their limits, instead of one's.
+        limits: all limits but the cap of dollars.
+        slots: the most calls in flight; None if the user did not say.
+        base: where the provider is.
+        api_key: the key in the environment, if one is needed.
     """
 
-    source: str
-    out: str
-    limits: tuple[Limit, ...] = ()
-    concurrency: int | Literal["auto"] | None = None
-    max_usd: float | None = None
-    prices: Path | None = None
-    pool: Path | None = None
-    model: str | None = None
-    endpoint: str = "chat"
-    system: str | None = None
-    max_tokens: int | None = None
-    api_base: str = options.OPENAI
-    api_key: str | None = field(default=None, repr=False)
-    attempts: int = 5
-    restart: bool = False
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
+    ]
+    out: Annotated[str, options.file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD
+    model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None
+    # What is allowed.
+    rpm: options.Rpm = None
+    tpm: options.Tpm = None
+    also: options.Also = None
+    preset: options.Preset = None
+    concurrency: Annotated[
+        str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+    ] = None
+    max_usd: Annotated[
+        float | None, options.text("Stop before it costs more dollars than this.", metavar="USD")
+    ] = None
+    prices: options.PriceFile = None
+    # Where requests go, and what is in them.
+    api_base: Annotated[
+        str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
+    ] = None
+    endpoint: Annotated[str, options.name("Where prompts go: chat, responses, embeddings.")] = (
+        "chat"
+    )
+    system: Annotated[str | None, options.text("The system message before each prompt.")] = None
+    max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None
+    pool: options.PoolFile = None
+    # How often, and how.
+    attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5
+    dry_run: Annotated[
+        bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
+    ] = False
+    restart: Annotated[
+        bool, options.flag("Start over: delete the answers so far.", "--restart")
+    ] = False
+    # What is shown.
+    quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False
+    as_json: Annotated[bool, options.flag("Print the summary as JSON on stdout.", "--json")] = False
+    limits: tuple[Limit, ...] = field(init=False)
+    slots: int | Literal["auto"] | None = field(init=False)
+    base: str = field(init=False)
+    api_key: str | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read what was typed.
+
+        Raises:
+            ValueError: it cannot be understood; the message says what, and the remedy.
+        """
+        also = [*(self.also or ()), *options.preset_limits(self.preset)]
+        self.limits = tuple(read_limits(also, {"rpm": self.rpm, "tpm": self.tpm}))
+        self.slots = options.read_concurrency(self.concurrency)
+        self.base = self.api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
 
     @property
     def all_limits(self) -> tuple[Limit, ...]:
@@ -116,7 +154,7 @@ class Job:
     @property
     def destination(self) -> str:
         """Where requests go, in a form that may be shown: without a password in the URL."""
-        return options.shown_url(self.api_base) if self.pool is None else str(self.pool)
+        return options.shown_url(self.base) if self.pool is None else str(self.pool)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -133,12 +171,20 @@ class Job:
         return {name: value for name, value in found.items() if value is not None}
 
     def check(self) -> None:
-        """Refuse options that do not fit together.
+        """Refuse options that do not fit together; find the key.
 
         Raises:
             ValueError: the message says what, and the remedy.
         """
-        if not self.limits and self.concurrency is None and self.pool is None:
+        given = [name for name in _OF_ONE_PROVIDER if getattr(self, name) is not None]
+        if self.pool is not None and given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(
+                f"{names} cannot go with --pool: write it into the members' tables in {self.pool}"
+            )
+        if self.as_json and self.out_file is None and not self.dry_run:
+            raise ValueError("--json prints on standard output, where the answers go: give -o")
+        if not self.limits and self.slots is None and self.pool is None:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
@@ -149,7 +195,7 @@ class Job:
                     f"no request takes any {limit.resource}, so {limit} would hold up none: limit "
                     f"requests, tokens, input_tokens, output_tokens or usd"
                 )
-        options.check_url(self.api_base)
+        options.check_url(self.base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
         if (self.source == STANDARD and sys.stdin is None) or (self.out_file or sys.stdout) is None:
@@ -159,6 +205,8 @@ class Job:
                 f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
             )
         self._check_files()
+        if not (self.dry_run or self.pool):
+            self.api_key = api_key(self.base)
 
     def _check_files(self) -> None:
         """Refuse files that cannot be written, and one file for two purposes: it would be lost."""

@@ -129,7 +129,7 @@ class Run:
             self._keys = [key for each in endpoints.values() for key in keys_of(each)]
             where = {"endpoints": endpoints}
         #: Slots are this process's own: a store would keep those of a killed run for a while.
-        slots = job.concurrency or (CONCURRENCY if self._root.concurrency is None else None)
+        slots = job.slots or (CONCURRENCY if self._root.concurrency is None else None)
         self._limiter = self._root.child("calls", concurrency=slots)
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
@@ -303,7 +303,7 @@ class Run:
 
 def _address(job: Job) -> dict[str, Any]:
     """Return where requests go, with which key, as options of an HTTP client."""
-    url, key = urlsplit(job.api_base), job.api_key or "none"
+    url, key = urlsplit(job.base), job.api_key or "none"
     is_azure = (url.hostname or "").endswith(".azure.com")
     return {
         "base_url": url._replace(query="").geturl(),
@@ -359,7 +359,7 @@ def _on_signal(stop: Callable[[], bool]) -> Generator[None]:
             loop.remove_signal_handler(number)
 
 
-def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
+def run(job: Job) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
     Raises:
@@ -368,7 +368,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
     """
     tally = Tally()
     screen = Screen(
-        standard_error(), quiet=quiet, shared=job.out_file is None and sys.stdout.isatty()
+        standard_error(), quiet=job.quiet, shared=job.out_file is None and sys.stdout.isatty()
     )
     with (
         Answers(job.out_file, job.settings, restart=job.restart) as answers,
@@ -394,7 +394,7 @@ def run(job: Job, *, quiet: bool = False, as_json: bool = False) -> int:
         screen.say(f"error: no request succeeds: {one_line(tally.fatal)}", always=True)
     if answers.trouble is not None:
         screen.say(f"error: {answers.trouble}", always=True)
-    if as_json:
+    if job.as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
     if tally.fatal is not None:
         return CANNOT_RUN
@@ -416,7 +416,7 @@ def _tidied(job: Job, tally: Tally) -> Generator[None]:
             path.unlink(missing_ok=True)
 
 
-def dry_run(job: Job, *, as_json: bool) -> int:
+def dry_run(job: Job) -> int:
     """Say what ``job`` would take, and return the exit status: 1 if lines cannot be answered.
 
     Raises:
@@ -425,7 +425,7 @@ def dry_run(job: Job, *, as_json: bool) -> int:
     tally = Tally()
     pool, endpoints = (None, {}) if job.pool is None else read_pool(job.pool)
     # In a pool, the first member's way to charge stands for all.
-    base_url = next((each["base_url"] for each in endpoints.values()), job.api_base)
+    base_url = next((each["base_url"] for each in endpoints.values()), job.base)
     profile = profile_of(urlsplit(base_url).hostname or "")
     read = partial(read_call, profile=profile, model=None, prices=read_prices(job.prices))
 
@@ -439,7 +439,7 @@ def dry_run(job: Job, *, as_json: bool) -> int:
 
     costs, planned, over = asyncio.run(costs_of_calls()), None, ""
     if costs:
-        slots = None if job.concurrency == "auto" or pool else job.concurrency or CONCURRENCY
+        slots = None if job.slots == "auto" or pool else job.slots or CONCURRENCY
         planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
         usd, cap = planned.usd, job.max_usd
         if cap is not None and usd is not None and cap < (usd.most or math.inf):
@@ -448,7 +448,7 @@ def dry_run(job: Job, *, as_json: bool) -> int:
     never = planned.refused if planned else 0
     to_send = len(costs) - never
     others = {"answered_earlier": tally.answered_earlier, "too_costly": never, "bad": tally.bad}
-    if as_json:
+    if job.as_json:
         told = {"to_send": to_send, **others, "plan": planned and planned.as_dict()}
         print(json.dumps(told, indent=2))  # noqa: T201 - a command's output
     else:
