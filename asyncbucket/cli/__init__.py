@@ -11,12 +11,12 @@ from types import FrameType
 
 __all__ = ["main"]
 
-#: The exit status of a command ended by Ctrl-C or SIGTERM, as in shells: 128 + SIGINT.
-INTERRUPTED = 130
-#: The exit status of a run that its own cap of dollars has stopped.
+#: Exit statuses: all is well; it was done, but something is wrong; it cannot be done.
+DONE, FAILED, CANNOT_RUN = 0, 1, 2
+#: A run was stopped by its own cap of dollars.
 SPENT = 3
-#: The exit status of a command that cannot do what was asked.
-CANNOT_RUN = 2
+#: Ctrl-C or SIGTERM ended a command, as in shells: 128 + SIGINT.
+INTERRUPTED = 130
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.cli import INTERRUPTED, interrupts_blocked, options
+from asyncbucket.cli import DONE, FAILED, INTERRUPTED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
 from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
@@ -226,7 +226,7 @@ def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: b
             return INTERRUPTED
         if not quiet:
             screen.say(f"{run.panel()}")
-    return options.FAILED if runs[-1].failed else options.DONE
+    return FAILED if runs[-1].failed else DONE
 
 
 def run_once(run: Run, screen: Screen) -> bool:

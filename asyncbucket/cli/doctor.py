@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from asyncbucket import Limit, Limiter, StoreError
-from asyncbucket.cli import options
+from asyncbucket.cli import FAILED, options
 from asyncbucket.core.settings import from_env, from_toml, limiters_in_toml
 from asyncbucket.core.wording import one_line
 from asyncbucket.frameworks import FRAMEWORKS
@@ -71,7 +71,7 @@ def doctor(
     else:
         _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
-        raise typer.Exit(options.FAILED)
+        raise typer.Exit(FAILED)
 
 
 def _show(console: Console, findings: Sequence[Finding]) -> None:
@@ -119,11 +119,11 @@ def http_clients() -> Iterator[Finding]:
         if number is not None:
             retrying.append(f"{package}'s clients")
             family = _FAMILIES[int(number.partition(".")[0]) >= first_httpx2_major]
-            if version_of(family) is None:
-                missing = f"{number} sends by {family}, which is not installed"
-                yield Finding(package, "bad", missing, f"pip install --upgrade {package}")
-            else:
+            if version_of(family) is not None:
                 yield Finding(package, "good", f"{number}, sends by {family}")
+                continue
+            missing = f"{number} sends by {family}, which is not installed"
+            yield Finding(package, "bad", missing, f"pip install --upgrade {package}")
     if version_of("llama-index-llms-openai") is not None:
         retrying.append("LlamaIndex's OpenAI")
     if retrying:

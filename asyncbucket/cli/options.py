@@ -1,4 +1,4 @@
-"""What commands share: options and limits, exit statuses, a provider's address and key."""
+"""What commands share: options and limits, a provider's address and key."""
 
 import inspect
 import warnings
@@ -14,9 +14,6 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit, read_amount
 from asyncbucket.core.pool import Pool
 
-#: Exit statuses: all is well; it was done, but something is wrong. The others are in `asyncbucket.cli`.
-DONE: Final = 0
-FAILED: Final = 1
 #: Where a provider is unless something else is said.
 OPENAI: Final = "https://api.openai.com/v1"
 #: Anything shorter is no secret: a word such as "none", for a local server that wants some key.

@@ -35,10 +35,6 @@ Reader = Callable[[], dict[str, Any]]
 Limiters = Sequence[Mapping[str, Any]]
 
 
-class SourceError(Exception):
-    """Say why nothing can be read, and what to do about it."""
-
-
 def watch(
     url: Annotated[
         str, typer.Argument(metavar="[URL]", help="A URL of limiter.serve_stats(), or a store's.")
@@ -61,16 +57,11 @@ def watch(
         asyncbucket watch http://127.0.0.1:4294
         asyncbucket watch redis://127.0.0.1:6379/0
     """
-    try:
-        readings = _readings(reader_of(url), None if once else interval)
-        if as_json:
-            for reading in readings:
-                typer.echo(json.dumps(reading))
-        else:
-            _show(readings)
-    except SourceError as error:
-        typer.echo(f"error: {one_line(str(error))}", err=True)
-        raise typer.Exit(options.FAILED) from error
+    readings = _readings(reader_of(url), None if once else interval)
+    if not as_json:
+        _show(readings)
+    for reading in readings:
+        typer.echo(json.dumps(reading))
 
 
 def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
@@ -80,7 +71,7 @@ def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
         time.sleep(interval)
         try:
             yield read()
-        except SourceError as error:
+        except ConnectionError as error:
             if not isinstance(error.__cause__, httpx.NetworkError | httpx.RemoteProtocolError):
                 raise
             typer.echo("the program that was watched has ended", err=True)
@@ -125,7 +116,7 @@ def _fetch(url: str, shown: str) -> dict[str, Any]:
         with httpx.Client(trust_env=False, timeout=_PATIENCE) as client:
             report: Any = client.get(url).json()
     except (httpx.HTTPError, ValueError, RecursionError) as error:
-        raise SourceError(
+        raise ConnectionError(
             f"nobody serves statistics at {shown} ({str(error) or type(error).__name__}): does the "
             f"program run, and did it call limiter.serve_stats()?"
         ) from error
@@ -134,7 +125,7 @@ def _fetch(url: str, shown: str) -> dict[str, Any]:
         isinstance(limiter, dict) and limiter.keys() >= _REQUIRED_MEMBERS for limiter in limiters
     ):
         return {**report}
-    raise SourceError(f"{shown} answers something else: is that limiter.serve_stats()?")
+    raise ConnectionError(f"{shown} answers something else: is that limiter.serve_stats()?")
 
 
 async def _peek(url: str) -> dict[str, Any]:
@@ -143,12 +134,10 @@ async def _peek(url: str) -> dict[str, Any]:
     try:
         names = await store.names()
         snapshots = [(name, await store.peek(name)) for name in names]
-    except StoreError as error:
-        raise SourceError(str(error)) from None
     finally:
         await store.aclose()
     if not names:
-        raise SourceError(f"no limiter is kept in {without_password(url)} yet")
+        raise StoreError(f"no limiter is kept in {without_password(url)} yet")
     return {"limiters": [_row(name, snapshot) for name, snapshot in snapshots if snapshot]}
 
 

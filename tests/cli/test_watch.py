@@ -117,7 +117,7 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
 @pytest.mark.parametrize(
     ("url", "status", "message"),
     [
-        ("http://me:s3cret@127.0.0.1:1", 1, "nobody serves statistics at http://***@127"),
+        ("http://me:s3cret@127.0.0.1:1", 2, "nobody serves statistics at http://***@127"),
         ("localhost:4294", 2, "'localhost:4294' is not a limiter to watch: give the URL that"),
         ("https://example.org", 2, "is not a limiter to watch"),
         ("ftp://example.org", 2, "is not a store"),
@@ -154,7 +154,7 @@ def test_watch_reports_a_server_that_is_no_limiter(answer: bytes, message: str) 
 
         threading.Thread(target=serve).start()
         done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.getsockname()[1]}", "--once"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
 

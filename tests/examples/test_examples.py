@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,27 @@ def run(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_every_agent_answers_and_no_call_is_refused(tmp_path: Path) -> None:
-    printed = run("agents_with_tools.py", cwd=tmp_path)
+@pytest.fixture
+def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run an example in this process, which has loaded its libraries: seconds of a new one."""
+
+    def run_example(name: str) -> str:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed, errors = capfd.readouterr()
+        assert errors == ""
+        return printed
+
+    return run_example
+
+
+def test_every_agent_answers_and_no_call_is_refused(run_here: Callable[[str], str]) -> None:
+    printed = run_here("agents_with_tools.py")
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
 
 
-def test_openai_sdk_calls_are_paced_without_a_429(tmp_path: Path) -> None:
-    printed = run("plain_openai_sdk.py", cwd=tmp_path)
+def test_openai_sdk_calls_are_paced_without_a_429(run_here: Callable[[str], str]) -> None:
+    printed = run_here("plain_openai_sdk.py")
     assert "a stream: 'You said: Tell me a story.'" in printed
     assert "80 vectors in one call\n82 calls, 0 refused (429)" in printed
     assert "concurrency 0/32, 0 waiting" in printed
@@ -47,8 +62,10 @@ def test_no_call_is_lost_with_a_key_whose_provider_dies(tmp_path: Path) -> None:
     assert "0 refused (429)" in printed
 
 
-def test_questions_wait_less_than_the_ingestion_beside_them(tmp_path: Path) -> None:
-    printed = run("rag_ingestion.py", cwd=tmp_path)
+def test_questions_wait_less_than_the_ingestion_beside_them(
+    run_here: Callable[[str], str],
+) -> None:
+    printed = run_here("rag_ingestion.py")
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
     assert len(behind) == 5
     assert behind[0] > 20

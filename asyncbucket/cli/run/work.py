@@ -20,8 +20,8 @@ import httpx
 
 from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
-from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, SPENT
-from asyncbucket.cli.options import DONE, FAILED, without_keys
+from asyncbucket.cli import CANNOT_RUN, DONE, FAILED, INTERRUPTED, SPENT
+from asyncbucket.cli.options import without_keys
 from asyncbucket.cli.run.answers import Answers, Errors
 from asyncbucket.cli.run.job import (
     CONCURRENCY,
