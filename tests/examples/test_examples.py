@@ -84,8 +84,8 @@ def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flooding_tenant_gets_429_while_others_are_served(tmp_path: Path) -> None:
-    printed = run("multi_tenant_fastapi.py", cwd=tmp_path)
+def test_flooding_tenant_gets_429_while_others_are_served(run_here: Callable[[str], str]) -> None:
+    printed = run_here("multi_tenant_fastapi.py")
     found = re.findall(r"^(\w+): (\d+) times (\d+)$", printed, re.MULTILINE)
     heard = {(tenant, int(status)): int(count) for tenant, count, status in found}
     assert heard["bob", 429] > heard["bob", 200]

@@ -61,19 +61,6 @@ def test_metric_names_and_labels_are_as_expected(registry: CollectorRegistry, ad
     assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
 
 
-def test_wait_is_counted_by_limit(
-    limiter: Limiter, registry: CollectorRegistry, admit: Any
-) -> None:
-    telemetry.prometheus(limiter, registry=registry)
-    admit(limiter, waited=1.5, bound_by="tokens")
-    admit(limiter, waited=2.5, bound_by="tokens")
-    admit(limiter)
-    seen = scrape(registry)
-    assert seen["wait_seconds_count", "tokens", "openai"] == 2
-    assert seen["wait_seconds_sum", "tokens", "openai"] == 4.0
-    assert seen["wait_seconds_count", "none", "openai"] == 1
-
-
 def test_agents_are_counted_while_they_run_and_timed_by_kind(
     limiter: Limiter, registry: CollectorRegistry
 ) -> None:

@@ -66,10 +66,12 @@ async def test_cancelled_call_leaves_no_task_or_slot(library: Any) -> None:
 @each_family
 async def test_stream_that_breaks_off_raises_remote_protocol_error(library: Any) -> None:
     provider = RateLimitedProvider()
-    provider.fail_next(1, after_chunks=2)
+    provider.fail_next(2, after_chunks=2)
     async with client_of(provider, library) as client:
         with pytest.raises(library.RemoteProtocolError, match="closed in a stream"):
             await client.post("chat/completions", json={**CALL, "stream": True})
+        assert (await client.post("chat/completions", json=CALL)).status_code == 500  # no stream
+    assert (provider.statistics().errors, provider.statistics().in_flight) == (2, 0)
 
 
 @each_family

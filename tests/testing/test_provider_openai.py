@@ -301,19 +301,6 @@ async def test_scripted_failures_have_given_status_code_and_retry_after(
     assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
 
 
-async def test_stream_breaks_off_after_scripted_number_of_chunks(
-    provider: RateLimitedProvider, client: AsyncOpenAI
-) -> None:
-    provider.fail_next(2, after_chunks=2)
-    got: list[Any] = []
-    with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
-        got.extend([chunk async for chunk in await ask(client, stream=True)])
-    with pytest.raises(openai.InternalServerError):
-        await ask(client)
-    assert provider.statistics().errors == 2
-    assert provider.statistics().in_flight == 0
-
-
 @pytest.mark.real_clock
 async def test_stream_spreads_its_latency(rate_limited_provider: ProviderFactory) -> None:
     """This runs in real time, as the server does: the first chunk comes long before the last."""
