@@ -79,7 +79,7 @@ def test_pipe_or_terminal_with_answers_gets_a_line_every_ten_seconds(
     assert output.count("progress: 2,244 of 5,000, ") == 3
 
 
-def job_with(**options: object) -> Job:
+def job_with(**options: Any) -> Job:
     given: dict[str, Any] = {"source": "in.jsonl", "out": "out.jsonl", "model": "gpt-4o-mini"}
     given |= {"also": ["40k ITPM"], "rpm": 500, "tpm": 200_000}
     return Job(**(given | options))

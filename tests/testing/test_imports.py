@@ -27,7 +27,7 @@ def test_every_public_name_of_testing_can_be_loaded() -> None:
 
 
 def test_missing_extra_error_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", dict[str, object]().get)
     monkeypatch.delitem(sys.modules, "asyncbucket.testing.provider", raising=False)
     with pytest.raises(
         ImportError, match=r'starlette and uvicorn: pip install "asyncbucket\[testing\]"$'

@@ -189,7 +189,7 @@ def test_command_that_cannot_start_ends_with_a_one_line_error(
             main()
         return str(caught.value)
 
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", {}.get)
     assert refusal("--rpm", "0") == "error: rpm must be a whole number of at least 1, not 0"
     with RateLimitedProvider() as first:
         port = urlsplit(first.url).port

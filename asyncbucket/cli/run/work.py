@@ -53,8 +53,7 @@ _MAX_MESSAGE: Final = 500
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
 #: hundred of them would take more time than everything else together.
 _MAX_IDLE: Final = 32
-#: Seconds for a reply, and those that a dry run takes it to last.
-_TIMEOUT: Final = 600.0
+#: Seconds that a dry run takes a reply to last.
 _LATENCY: Final = 2.0
 #: Statuses that any other request would get, too: because of the key or the account.
 _FATAL: Final = frozenset({401, 402})
@@ -134,7 +133,6 @@ class Run:
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
             retries=Retry(attempts=job.attempts),
-            timeout=_TIMEOUT,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             **where,
         )
