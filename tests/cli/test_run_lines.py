@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket.cli.run.job import BadLine, Job, Request, read_request
+from asyncbucket.cli.run.work import address
 
 JOB = Job(source="-", out="-", model="m")
 
@@ -71,6 +72,24 @@ def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
         "temperature": 0,
         "max_tokens": 5,
     }
+
+
+@pytest.mark.parametrize(
+    ("api_base", "header", "params"),
+    [
+        ("https://x.openai.azure.com/openai/v1?api-version=1", ("api-key", "k"), "1"),
+        ("https://example.org/v1", ("authorization", "Bearer k"), None),
+    ],
+)
+def test_key_and_version_are_sent_as_the_server_wants_them(
+    api_base: str, header: tuple[str, str], params: str | None
+) -> None:
+    job = Job(source="-", out="-", api_base=api_base)
+    job.api_key = "k"
+    options = address(job)
+    assert options["base_url"] == api_base.partition("?")[0]
+    assert options["headers"] == dict([header])
+    assert dict(options["params"]).get("api-version") == params
 
 
 @pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])

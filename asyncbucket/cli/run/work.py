@@ -122,7 +122,7 @@ class Run:
         where: dict[str, Any]
         if job.pool is None:
             self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
-            self._keys, where = [job.api_key], _address(job)
+            self._keys, where = [job.api_key], address(job)
         else:
             self._root, endpoints = read_pool(job.pool, store=store)
             self._keys = [key for each in endpoints.values() for key in keys_of(each)]
@@ -299,7 +299,7 @@ class Run:
         return max(0, min(now.in_flight, self._sending - now.waiting))
 
 
-def _address(job: Job) -> dict[str, Any]:
+def address(job: Job) -> dict[str, Any]:
     """Return where requests go, with which key, as options of an HTTP client."""
     url, key = urlsplit(job.base), job.api_key or "none"
     is_azure = (url.hostname or "").endswith(".azure.com")
