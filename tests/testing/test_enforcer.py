@@ -48,17 +48,3 @@ def test_slot_of_a_call_is_free_again_when_it_has_left(clock: VirtualClock) -> N
     assert gate.statistics().peak_in_flight == 1
     with pytest.raises(ValueError, match="count must be a whole number of at least 0, not -1"):
         gate.fail_next(-1, Failure())
-
-
-def test_limits_can_change_while_provider_runs(clock: VirtualClock) -> None:
-    gate = Enforcer(Options(rpm=1, always=400, clock=clock))
-    assert gate.enter(CHAT, 1) == Failure(400)
-    assert isinstance(gate.enter(CHAT, 1), RateRefusal)
-    gate.reconfigure({"rpm": None, "tpm": 10, "always": None})
-    assert gate.enter(CHAT, 10) is None
-    assert isinstance(gate.enter(CHAT, 1), RateRefusal)
-    with pytest.raises(ValueError, match=r"tpm must be a whole number of at least 1, not -1"):
-        gate.reconfigure({"rpm": 5, "tpm": -1})
-    assert gate.options.rpm is None
-    with pytest.raises(ValueError, match=r"^minute, policy can't change while the provider runs$"):
-        gate.reconfigure({"policy": "fixed_window", "minute": 1.0})

@@ -113,6 +113,8 @@ async def test_provider_process_has_the_interface_of_the_provider() -> None:
             provider.reconfigure(policy="fixed_window")
         with pytest.raises(TypeError, match="unexpected keyword argument 'rpms'"):
             provider.reconfigure(rpms=3)
+        with pytest.raises(ValueError, match="tpm must be a whole number of at least 1, not -1"):
+            provider.reconfigure(rpm=5, tpm=-1)
         with pytest.raises(RuntimeError, match="runs already"):
             provider.start()
         running = provider.statistics()

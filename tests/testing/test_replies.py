@@ -43,21 +43,14 @@ class Everything(BaseModel):
     anything: Any
 
 
-@pytest.mark.parametrize("model", [Everything, Tree])
-def test_instance_is_valid_for_pydantic_schemas(model: type[BaseModel]) -> None:
-    for schema in (model.model_json_schema(), to_strict_json_schema(model)):
-        model.model_validate_json(json.dumps(smallest_instance(schema)))
+def test_instance_is_valid_for_pydantic_schemas() -> None:
+    for schema in (Everything.model_json_schema(), to_strict_json_schema(Everything)):
+        Everything.model_validate_json(json.dumps(smallest_instance(schema)))
 
 
 @pytest.mark.parametrize(
     ("schema", "instance"),
-    [
-        ({}, {}),
-        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, 1),
-        ({"type": "integer", "maximum": -3}, -3),
-        ({"type": "number", "exclusiveMaximum": 1}, 0),
-        ({"enum": [None, 1]}, None),
-    ],
+    [({}, {}), ({"type": "integer", "maximum": -3}, -3), ({"enum": [None, 1]}, None)],
 )
 def test_instance_fits_handwritten_schemas(schema: Any, instance: object) -> None:
     assert smallest_instance(schema) == instance
