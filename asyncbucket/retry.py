@@ -18,8 +18,7 @@ provider's last error, the same object, with a note that says how often the call
 
 Under a pool, 2. and 3. concern a member. A 429 pauses the member that refused, and one that failed
 itself is left out (`Verdict.member_failed`). Either way the call goes back into the pool's line at
-once, as long as a member is in, and each may be tried once even if that takes more attempts. That is
-no back-off, so stamina does not see it.
+once, as long as a member is in, and each may be tried once even if that takes more attempts.
 
 Layers are stacked, and only the outermost retries: while an attempt runs, a context variable holds
 its `Sent`, and a paced transport that finds one makes a single attempt. It notes there which limiter
@@ -46,8 +45,8 @@ from asyncbucket.core.levels import effective_limiter, emit, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
+from asyncbucket.providers.details import WEEK
 from asyncbucket.providers.errors import Verdict, classify
-from asyncbucket.providers.headers import WEEK
 from asyncbucket.providers.refusals import Refusals, doubled
 from asyncbucket.waiting import ASYNC, IO, Lock
 
@@ -268,7 +267,7 @@ class Retrier:
         assert stamina is not None
         # Its hooks see the name of what is tried.
         functools.update_wrapper(again, tried or attempt, ("__module__", "__qualname__"), ())
-        retry = stamina.retry(on=trial.back_off, attempts=self.policy.attempts, timeout=None)
+        retry = stamina.retry(on=trial.back_off, attempts=None, timeout=None)
         try:
             retried = cast("T", await io.call(retry(io.function(again))))
         except Exception as error:  # noqa: BLE001 - which one to raise is decided there
@@ -300,16 +299,12 @@ class Retrier:
         return self._refusals if sent.member is None else Refusals(sent.member)
 
     def pause(self, verdict: Verdict, sent: Sent) -> float:
-        """Pause the limiter after a refusal for rate, once; return the seconds until it ends."""
+        """Take in a refusal, once; return the seconds until the pause that it makes ends."""
         policy, refusals = self.policy, self._refusals_of(sent)
         if sent.paused is refusals.limiter:  # by the transport that got the reply
             return refusals.seconds_left()
-        return refusals.pause(
-            verdict.retry_after,
-            first=policy.backoff,
-            longest=policy.max_wait,
-            daily=verdict.daily,
-            sent_at=sent.at,
+        return refusals.take_in(
+            verdict, first=policy.backoff, longest=policy.max_wait, sent_at=sent.at
         )
 
     def next_wait(
@@ -317,14 +312,14 @@ class Retrier:
     ) -> tuple[float, str | None]:
         """Return how long to wait before the next attempt, and why there will be none, if so."""
         policy, asked = self.policy, verdict.retry_after
+        paused = self.pause(verdict, sent)
+        if self._goes_elsewhere(verdict, attempts, sent):
+            return 0.0, None
         if not verdict.retry:
             return 0.0, f"{verdict.reason} is not retried"
-        refused_for = 0.0
-        known = asked
-        if verdict.rate_limited:
-            paused = self.pause(verdict, sent)
-            if asked is None:
-                known, refused_for = paused, self._refusals_of(sent).lasted(waves=policy.attempts)
+        known, refused_for = asked, 0.0
+        if verdict.rate_limited and asked is None:
+            known, refused_for = paused, self._refusals_of(sent).lasted(waves=policy.attempts)
         wait, left = self._jittered(known, attempts), deadline - self.now()
         reason = None
         if attempts >= policy.attempts:
@@ -344,17 +339,15 @@ class Retrier:
             reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
         return wait, reason
 
-    def goes_elsewhere(self, verdict: Verdict, attempts: int, sent: Sent) -> bool:
-        """Tell whether the call goes back into a pool's line at once; a 429 pauses its member."""
+    def _goes_elsewhere(self, verdict: Verdict, attempts: int, sent: Sent) -> bool:
+        """Tell whether the call goes back into a pool's line at once, perhaps to another member."""
         most = self.policy.attempts
         if sent.pool is None or sent.member is None or most == 1:
             return False
         if attempts >= max(most, len(sent.pool.members)):
             return False
-        if verdict.rate_limited:
-            self.pause(verdict, sent)
-            return True
-        return verdict.member_failed and any(each.reason is None for each in sent.pool.states())
+        is_one_in = any(each.reason is None for each in sent.pool.states())
+        return verdict.rate_limited or (verdict.member_failed and is_one_in)
 
     def _spend(self) -> bool:
         """Take a retry from the budget, if it holds one."""
@@ -396,17 +389,8 @@ class _Trial:
     error: Exception | None = None
 
     async def again(self) -> Any:
-        """Make another attempt, and more at once as long as a pool has other members."""
-        while True:
-            self.attempts += 1
-            try:
-                return await self._once()
-            except Exception as error:
-                if not self._goes_elsewhere(error):
-                    raise
-
-    async def _once(self) -> Any:
-        """Make an attempt; at first, raise what the one before stamina raised."""
+        """Make another attempt; at first, raise what the one before stamina raised."""
+        self.attempts += 1
         if self.first is not None:
             first, self.first = self.first, None
             try:
@@ -418,20 +402,6 @@ class _Trial:
         self.retrier.succeeded(self.sent)
         return result
 
-    def _goes_elsewhere(self, error: Exception) -> bool:
-        """Tell whether a pool may have another member for the call; stamina need not know of it."""
-        verdict = classify(error)
-        if not self.retrier.goes_elsewhere(verdict, self.attempts, self.sent):
-            return False
-        self.error = error
-        self._retried(error, verdict, 0.0)
-        return True
-
-    def _retried(self, error: Exception, verdict: Verdict, wait: float) -> None:
-        self.retrier.report(self.attempts, verdict, wait)
-        # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
-        error.__traceback__ = None
-
     def back_off(self, error: BaseException) -> bool | float:
         """Tell stamina when to try again, if at all; it asks even about cancellation."""
         if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
@@ -439,7 +409,9 @@ class _Trial:
         self.error, verdict = error, classify(error)
         wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent, self.deadline)
         if reason is None:
-            self._retried(error, verdict, wait)
+            self.retrier.report(self.attempts, verdict, wait)
+            # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
+            error.__traceback__ = None
             return wait
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
@@ -449,9 +421,7 @@ class _Trial:
     def final_error(self, ended: Exception) -> Exception:
         """Return what to raise after the last attempt: the provider's last error."""
         if self.error is None:  # stamina is switched off, so it did not ask
-            verdict = classify(ended)
-            if verdict.rate_limited:
-                self.retrier.pause(verdict, self.sent)
+            self.retrier.pause(classify(ended), self.sent)
         elif isinstance(ended, AsyncBucketError):
             self.attempts -= 1  # it was refused before it reached the provider
             self._add_note(self.error, f"no other attempt was admitted: {ended}")

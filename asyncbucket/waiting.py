@@ -38,9 +38,9 @@ class AsyncIO:
         item: Awaitable[Any] = anext(iterator, end)
         return item
 
-    async def read(self, chunks: Any) -> bytes:
-        """Return what an async iterable of bytes gives."""
-        return b"".join([chunk async for chunk in chunks])
+    def iterator(self, items: Any) -> Any:
+        """Return an async iterator over ``items``."""
+        return aiter(items)
 
     async def close(self, resource: Any) -> None:
         """Close what has an ``aclose``."""
@@ -66,9 +66,9 @@ class SyncIO:
         """Return the next item of an iterator, or ``end``."""
         return next(iterator, end)
 
-    async def read(self, chunks: Any) -> bytes:
-        """Return what an iterable of bytes gives."""
-        return b"".join(chunks)
+    def iterator(self, items: Any) -> Any:
+        """Return an iterator over ``items``."""
+        return iter(items)
 
     async def close(self, resource: Any) -> None:
         """Close what has a ``close``."""

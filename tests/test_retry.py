@@ -289,7 +289,7 @@ def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
         async with stage.limiter.acquire():
             passed.append(("retried", stage.time.now))
             if next(failing):
-                raise status_error(503, retry_after="5")
+                raise status_error(500, retry_after="5")
 
     async def other() -> None:
         async with stage.limiter.acquire():
@@ -303,7 +303,7 @@ def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
 
 
 def refused(retry_after: float | None = None) -> Verdict:
-    return Verdict(retry=True, reason="HTTP 429", retry_after=retry_after, rate_limited=True)
+    return Verdict(retry=True, reason="HTTP 429", retry_after=retry_after, pause="429")
 
 
 def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> None:
@@ -314,7 +314,7 @@ def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> 
     async def main() -> None:
         for _ in range(3):
             pauses.append(first.pause(refused(), Sent()))
-            assert second.pause(refused(), Sent()) == transport.pause(None) == pauses[-1]
+            assert second.pause(refused(), Sent()) == transport.take_in(refused()) == pauses[-1]
             await asyncio.sleep(pauses[-1])
         transport.succeeded()
         pauses.append(second.pause(refused(), Sent()))

@@ -2,23 +2,25 @@
 
 The lease is given back by whatever happens first: the body is read to its end, it is closed, the
 attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself. A
-refused call is over with its headers, whether or not anybody reads what else it says; and so is a
-GET for a stream of events, which may stay open as long as the program runs.
+refusal is read and judged at once, and the call is over, whether or not anybody looks at the reply;
+and a GET for a stream of events, which may stay open as long as the program runs, is over with its
+headers.
 """
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
-from asyncbucket.http.bodies import Tail
+from asyncbucket.http.bodies import Tail, read_ahead, reply_body
 from asyncbucket.http.lanes import ReadRequest
+from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import (
     FIRST_ERROR,
     Verdict,
     answered,
     end_failed,
     end_refused,
+    judge_reply,
     never_sent,
 )
 from asyncbucket.providers.request import (
@@ -29,6 +31,7 @@ from asyncbucket.providers.request import (
 )
 from asyncbucket.providers.usage import Usage, find_usage, is_complete
 from asyncbucket.retry import Sent
+from asyncbucket.waiting import IO
 
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2
@@ -55,10 +58,6 @@ class Attempt:
         self._sent_at = self._lane.limiter.now()
         self._noted = noted
         noted.admitted(self._lane.limiter, lease)
-        #: What a reply means whose status is an error.
-        self.verdict: Verdict | None = None
-        self._ended = False
-        self._reply: Any = None
         self._tail: Tail | None = None
 
     def failed(self, error: BaseException) -> None:
@@ -72,16 +71,15 @@ class Attempt:
             self._sent_at = self._noted.at = now
             sent(self._lease)
 
-    def headers_received(self, reply: Any) -> None:
-        """Take in status and headers; the body follows."""
-        self._reply, lane, call = reply, self._lane, self._call
+    async def replied(self, reply: Any, io: IO) -> Verdict | None:
+        """Take in a reply; return what it means if its status is an error."""
+        lane, call = self._lane, self._call
         ok = reply.status_code < FIRST_ERROR
         if self._teaches and (not ok or lane.header_reader.is_due(self._sent_at)):
             since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
             lane.header_reader.read(reply.headers, self._profile, since=since, ok=ok)
         if not ok:
-            self._refused(reply)
-            return
+            return await self._refused(reply, io)
         lane.refusals.succeeded(self._sent_at)
         answered(self._lease)
         if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
@@ -89,35 +87,28 @@ class Attempt:
         elif reports_own_usage(call.method, call.path) and (
             self._price is not None or lane.needs_usage(self._profile)
         ):
-            self._tail = self._new_tail(reply)
+            self._tail = Tail(reply)
+        if reply.is_closed:  # it came with its body, as in tests
+            self.chunk_received(reply.content)
+            self.body_ended(complete=True)
+        else:
+            reply.stream = reply_body(reply.stream, self)
+        return None
 
-    def _refused(self, reply: Any) -> None:
-        """Judge a failed reply by its headers, and by its body if these do not suffice."""
+    async def _refused(self, reply: Any, io: IO) -> Verdict | None:
+        """Judge a failed reply, pause the limiter if need be, and note that for whoever retries."""
         if self._price is not None:
             self._lease.settle(usd=0)  # no provider charges for an error
         if not self._teaches:
             self._lease.failed()
-            return
-        verdict, needs_body = self._judge(
-            reply, read_json(reply.content) if reply.is_closed else None
-        )
-        if needs_body:
-            self._tail = self._new_tail(reply)
-        end_refused(self._lease, verdict)
-
-    def _judge(self, reply: Any, body: Mapping[str, Any] | None) -> tuple[Verdict, bool]:
-        """Judge a failed reply, pause the limiter if need be, and note both for the layer that retries."""
-        refusals = self._lane.refusals
-        judged = refusals.judge(reply.status_code, reply.headers, body, sent_at=self._sent_at)
-        self.verdict = judged[0]
-        if self.verdict.rate_limited:
+            return None
+        body, refusals = await read_ahead(reply, io), self._lane.refusals
+        verdict = judge_reply(reply.status_code, Details(read_json(body), reply.headers))
+        refusals.take_in(verdict, sent_at=self._sent_at)
+        if verdict.pause is not None:
             self._noted.paused = refusals.limiter
-        return judged
-
-    def _new_tail(self, reply: Any) -> Tail:
-        # A body that came with the reply, as in tests, is decoded already.
-        encoding = None if reply.is_closed else reply.headers.get("content-encoding")
-        return Tail((encoding or "identity").lower())
+        end_refused(self._lease, verdict)
+        return verdict
 
     def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
@@ -126,19 +117,12 @@ class Attempt:
 
     def body_ended(self, *, complete: bool) -> None:
         """End with the body, read to its end or cut off; a second call does nothing."""
-        if self._ended:
-            return
-        self._ended = True
         tail, self._tail = self._tail, None
-        reply, self._reply = self._reply, None
         try:
-            if tail is None:
-                return
-            head, end = tail.read()
-            if reply.status_code >= FIRST_ERROR:
-                end_refused(self._lease, self._judge(reply, read_json(end))[0])
-            elif complete or is_complete(end):
-                self._settle(head, end)
+            if tail is not None:
+                head, end = tail.read()
+                if complete or is_complete(end):
+                    self._settle(head, end)
         finally:
             self._lease.release()
 

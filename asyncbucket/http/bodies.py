@@ -21,8 +21,10 @@ from asyncbucket.waiting import IO
 if TYPE_CHECKING:
     from asyncbucket.http.attempt import Attempt
 
-#: How much of a reply's end is kept, in bytes: more than an error's body, or what follows the usage.
+#: How much of a reply's end is kept, in bytes: more than what follows the usage.
 _TAIL_BYTES: Final = 65_536
+#: How much of an error's body is held.
+_MAX_ERROR_BYTES: Final = 1_048_576
 #: How much of a compressed reply is kept (it must be complete to be decoded), and decoded.
 _ENCODED_TAIL_BYTES: Final = 1_048_576
 _MAX_DECODED_BYTES: Final = 8 * 1_048_576
@@ -107,29 +109,44 @@ class _RequestBody:
 
 
 class _KeptBody:
-    """Give a reply's body that was read already."""
+    """Give a reply's body that was read already, and the error that ended it, if one did."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, error: Exception | None) -> None:
         self._data = data
+        self._error = error
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._data
+        for chunk in self:
+            yield chunk
 
     def __iter__(self) -> Iterator[bytes]:
         yield self._data
+        if self._error is not None:
+            raise self._error
 
 
-async def keep_body(reply: Any, io: IO) -> None:
-    """Read a reply's body, which frees its connection, and put it back for whoever reads the reply."""
-    stream: Any = reply.stream
-    stream_class: Any = type(stream)
-    kept = _body_class(stream_class, _KeptBody)
-    if kept is not None and not reply.is_closed:
-        try:
-            data = await io.read(stream)
-        finally:
-            await io.close(stream)
-        reply.stream = kept(data)
+async def read_ahead(reply: Any, io: IO) -> bytes:
+    """Read a refusal's body, which frees its connection, and put it back; return it, decoded.
+
+    A longer body than any provider's is cut off.
+    """
+    if reply.is_closed:  # it came with its body, as in tests
+        content: bytes = reply.content
+        return content
+    stream, data, error = reply.stream, b"", None
+    chunks = io.iterator(stream)
+    try:
+        while len(data) < _MAX_ERROR_BYTES:
+            chunk = await io.next_item(chunks, None)
+            if chunk is None:
+                break
+            data += chunk
+    except Exception as broken:  # noqa: BLE001 - the headers say enough; whoever reads on meets it
+        error = broken
+    finally:
+        await io.close(stream)
+    reply.stream = _wrapped(_KeptBody, stream, data, error)
+    return decoded(data, encoding_of(reply))
 
 
 def content_of(request: Any) -> bytes | None:
@@ -152,39 +169,43 @@ def can_be_resent(request: Any) -> bool:
 
 def request_body(stream: Any, attempt: "Attempt") -> Any:
     """Return a request's ``stream``, wrapped so that it tells ``attempt`` when it leaves."""
-    stream_class: Any = type(stream)  # hashable, which mypy cannot know
-    body_class = _body_class(stream_class, _RequestBody)
-    return stream if body_class is None else body_class(stream, attempt)
+    return _wrapped(_RequestBody, stream, stream, attempt)
 
 
 def reply_body(stream: Any, attempt: "Attempt") -> Any:
-    """Return a reply's ``stream``, wrapped so that ``attempt`` sees it pass; None if it is foreign."""
-    stream_class: Any = type(stream)
-    body_class = _body_class(stream_class, _ReplyBody)
-    return None if body_class is None else body_class(stream, attempt)
+    """Return a reply's ``stream``, wrapped so that ``attempt`` sees it pass."""
+    return _wrapped(_ReplyBody, stream, stream, attempt)
+
+
+def _wrapped(wrapper: Any, stream: Any, *args: Any) -> Any:
+    """Return ``wrapper(*args)`` as a stream of the library that ``stream`` is from."""
+    bases = tuple(base for base in type(stream).__mro__ if base.__name__ in _STREAM_CLASSES)
+    return _with_bases(wrapper, bases)(*args)
 
 
 @functools.lru_cache(maxsize=64)
-def _body_class(stream: type[Any], body: type[Any]) -> type[Any] | None:
-    bases = tuple(base for base in stream.__mro__ if base.__name__ in _STREAM_CLASSES)
-    return type("PacedByteStream", (body, *bases), {}) if bases else None
+def _with_bases(wrapper: Any, bases: tuple[type[Any], ...]) -> type[Any]:
+    return type("PacedByteStream", (wrapper, *bases), {})
+
+
+def encoding_of(reply: Any) -> str:
+    """Return how the body of a reply is compressed, or ``"identity"``."""
+    encoding: str = reply.headers.get("content-encoding") or "identity"
+    return encoding.lower()
 
 
 class Tail:
-    """Keep the head and the end of a body that passes by, without copying the end.
-
-    Args:
-        encoding: how the body is compressed, or ``"identity"``.
-    """
+    """Keep the head and the end of a reply's body that passes by, without copying the end."""
 
     __slots__ = ("_chunks", "_encoding", "_head", "_limit", "_size")
 
-    def __init__(self, encoding: str) -> None:
-        self._encoding = encoding
+    def __init__(self, reply: Any) -> None:
+        # A body that came with the reply, as in tests, is decoded already.
+        self._encoding = "identity" if reply.is_closed else encoding_of(reply)
         self._chunks: deque[bytes] = deque()
         self._head = b""
         self._size = 0
-        self._limit = _TAIL_BYTES if encoding == "identity" else _ENCODED_TAIL_BYTES
+        self._limit = _TAIL_BYTES if self._encoding == "identity" else _ENCODED_TAIL_BYTES
 
     def add(self, chunk: bytes) -> None:
         """Note the next chunk."""
@@ -198,11 +219,8 @@ class Tail:
 
     def read(self) -> tuple[bytes, bytes]:
         """Return head and end, decoded; empty if that cannot be done."""
-        end = b"".join(self._chunks)
-        if self._encoding == "identity":
-            return self._head, end
-        end = decoded(end, self._encoding)
-        return end, end
+        end = decoded(b"".join(self._chunks), self._encoding)
+        return (self._head if self._encoding == "identity" else end), end
 
 
 def decoded(data: bytes, encoding: str) -> bytes:
@@ -213,7 +231,9 @@ def decoded(data: bytes, encoding: str) -> bytes:
     """
     limit = _MAX_DECODED_BYTES + 1
     try:
-        if encoding in ("gzip", "deflate"):
+        if encoding == "identity":
+            found = data
+        elif encoding in ("gzip", "deflate"):
             found = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit)
         elif encoding == "br":
             unpacker = importlib.import_module("brotli").Decompressor()

@@ -7,11 +7,15 @@ from typing import Any, Final, Literal
 
 from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.endpoints import Endpoints, Sites
-from asyncbucket.http.lanes import Routing
-from asyncbucket.http.transport import FAMILIES, POOL, PacedTransport, family_of, library_named
-from asyncbucket.providers.profiles import Profile
-from asyncbucket.retry import Retry
+from asyncbucket.http.endpoints import Sites
+from asyncbucket.http.transport import (
+    FAMILIES,
+    POOL,
+    PacedTransport,
+    TransportOptions,
+    family_of,
+    library_named,
+)
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0
@@ -19,6 +23,8 @@ _CONNECT_TIMEOUT: Final = 5.0
 #: SDKs that take a client of one of the two libraries, and show which one by this class.
 _SDKS: Final = ("openai", "anthropic")
 _SDK_CLIENT: Final = "DefaultHttpxClient"
+#: What the transport takes; the rest is the client's.
+_OURS: Final = TransportOptions.__annotations__.keys() | {"endpoints"}
 
 
 def http_client(
@@ -26,11 +32,6 @@ def http_client(
     *,
     family: Literal["auto", "httpx", "httpx2"] = "auto",
     sync: bool = False,
-    profile: Profile | str | None = None,
-    learn: bool = True,
-    routes: Routing | None = None,
-    retries: Retry | int | None = None,
-    endpoints: Endpoints | None = None,
     **options: Any,
 ) -> Any:
     """Return a paced ``AsyncClient`` or ``Client``: ``limiter`` admits each of its requests.
@@ -43,12 +44,9 @@ def http_client(
         family: ``"httpx"`` (openai before 3, anthropic before 1) or ``"httpx2"``; ``"auto"`` takes
             the one that the imported SDK is built on, or else the first installed.
         sync: return a synchronous client.
-        profile: see `asyncbucket.http.transport.PacedTransport`.
-        learn: see there.
-        routes: see there.
-        retries: see there.
-        endpoints: see there.
-        options: arguments for the client, ``timeout=`` for example.
+        options: ``profile=``, ``learn=``, ``routes=``, ``retries=`` and ``endpoints=``, as in
+            `asyncbucket.http.transport.PacedTransport`; and arguments for the client, ``timeout=``
+            for example.
 
     Raises:
         ImportError: the library is not installed.
@@ -57,13 +55,14 @@ def http_client(
     if family not in ("auto", *FAMILIES):
         raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
     library = library_named(_wanted_family() if family == "auto" else family)
+    ours = {name: options.pop(name) for name in _OURS & options.keys()}
     defaults = {
         "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
-    if endpoints is not None:
-        defaults["base_url"] = Sites(limiter, endpoints).base_url
+    if ours.get("endpoints") is not None:
+        defaults["base_url"] = Sites(limiter, ours["endpoints"]).base_url
     cls = library.Client if sync else library.AsyncClient
     make_client: Any = functools.partial(cls, **(defaults | options))
     client = make_client()
@@ -73,15 +72,7 @@ def http_client(
         inner = _transport_for(pattern, client)
         if not sync and inner not in given:  # one that was given is the same on every loop
             inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
-        return PacedTransport(
-            limiter,
-            inner,
-            profile=profile,
-            learn=learn,
-            routes=routes,
-            retries=retries,
-            endpoints=endpoints,
-        )
+        return PacedTransport(limiter, inner, **ours)
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.

@@ -22,15 +22,13 @@ from asyncbucket.core.levels import (
     provider_of,
 )
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import shown
 from asyncbucket.http.bodies import content_of
-from asyncbucket.providers.forecast import OutputForecast, charge
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.prices import Price, priced
-from asyncbucket.providers.profiles import Call, Profile, profile_named, profile_of
+from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
 from asyncbucket.providers.refusals import Refusals
-from asyncbucket.providers.request import read_json
+from asyncbucket.providers.request import OutputForecast, read_json
 from asyncbucket.retry import Retrier, Retry
 
 #: A child's name, or the child itself; None for the transport's own limiter.
@@ -166,12 +164,18 @@ class Lanes:
         lane = self._default if self._choose is None else self._lane_of(self._choose(call))
         call = replace(call, foreseen=lane.forecast.foresee())
         limits = limits_by_way(effective_limiter(lane.limiter))
-        if lane.at:
-            return _read_for_pool(lane, call, limits)
-        profile = self._fixed_profile or profile_of(url.host)
-        if teaches:
-            lane.header_reader.expect(profile)
-        call, cost = charge(call, profile, limits)
+        profile: Profile | None = None
+        cost: Cost | None = None
+        for at in lane.at.values() or (lane,):  # any member may take it: what most charge counts
+            theirs = at.profile or self._fixed_profile or profile_of(url.host)
+            if teaches:
+                at.header_reader.expect(theirs)
+            if profile is None:
+                profile = theirs
+                call, cost = charge(call, profile, limits)
+            elif theirs is not profile:
+                cost = _higher(cost, charge(call, theirs, limits)[1])
+        assert profile is not None
         return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost))
 
     def _lane_of(self, target: Target) -> Lane:
@@ -220,20 +224,12 @@ class Lanes:
         return target
 
 
-def _read_for_pool(lane: Lane, call: Call, limits: list[tuple[Limit, ...]]) -> ReadRequest:
-    """Work out what a call costs that any member may take: by the profile that charges most."""
-    for at in lane.at.values():
-        assert at.profile is not None
-        at.header_reader.expect(at.profile)
-    profiles = {id(at.profile): at.profile for at in lane.at.values() if at.profile}
-    (profile, (call, cost)), *others = [
-        (each, charge(call, each, limits)) for each in profiles.values()
-    ]
-    for _, (_, other) in others:
-        if cost is not None and other is not None:
-            names = {**cost, **other}
-            cost = Cost.of({name: max(cost.get(name, 0), other.get(name, 0)) for name in names})
-    return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost))
+def _higher(one: Cost | None, other: Cost | None) -> Cost | None:
+    """Return what suffices for both costs."""
+    if one is None or other is None:
+        return one
+    names = {**one, **other}
+    return Cost.of({name: max(one.get(name, 0), other.get(name, 0)) for name in names})
 
 
 def _first_match(rules: list[_Rule], call: Call) -> Target:

@@ -28,11 +28,11 @@ from asyncbucket.core.levels import counts_at, is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.bodies import can_be_resent, keep_body, reply_body, request_body
+from asyncbucket.http.bodies import can_be_resent, request_body
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
 from asyncbucket.nesting import give_up_slots, paying_lease
-from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
+from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply, Verdict
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.retry import Retrier, Retry, Sent, sent_above
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
@@ -155,7 +155,6 @@ class PacedTransport(_AnyTransport):
             routes=routes,
             hosts={} if self._sites is None else self._sites.hosts,
         )
-        self._seen_failure = False
         self._warned: set[str] = set()
 
     @property
@@ -221,16 +220,13 @@ class PacedTransport(_AnyTransport):
 
     async def _retried(self, attempt: Any, retrier: Retrier | None, io: IO, method: Any) -> Any:
         """Return the reply to ``attempt(noted)``, after as many as it takes."""
-        noted, in_pool = Sent(), self._sites is not None
+        noted = Sent()
 
         async def once() -> Any:
-            reply, tried = await attempt(noted)
-            verdict = tried.verdict
-            if verdict is None:
-                return reply
-            if verdict.retry or (in_pool and verdict.member_failed):
-                await keep_body(reply, io)  # which may change the verdict
-            raise RefusedReply(reply, tried.verdict)
+            reply, verdict = await attempt(noted)
+            if verdict is not None:
+                raise RefusedReply(reply, verdict)
+            return reply
 
         if retrier is None:
             reply, _ = await attempt(noted)
@@ -238,14 +234,14 @@ class PacedTransport(_AnyTransport):
         try:
             return await retrier.call(once, io=io, tried=method, sent=noted)
         except RefusedReply as refused:
-            if in_pool:  # the client makes its own error of the reply, so the notes go there
+            if self._sites is not None:  # the client makes its own error, so the notes go there
                 refused.reply.headers[_NOTE_HEADER] = _notes_on(refused)
             return refused.reply
 
     async def _attempt(
         self, request: Any, read: ReadRequest, io: IO, send: Any, first_host: str, noted: Sent
-    ) -> tuple[Any, Attempt]:
-        """Send ``request`` once; return the reply, and the attempt, which lasts as long as that."""
+    ) -> tuple[Any, Verdict | None]:
+        """Send ``request`` once; return the reply, and what it means if its status is an error."""
         limiter = read.lane.limiter
         give_up_slots(limiter)
         lease = await io.acquire(limiter, cost=read.cost)
@@ -258,15 +254,14 @@ class PacedTransport(_AnyTransport):
         body = request.stream
         request.stream = request_body(body, attempt)
         try:
-            reply = self._watched(attempt, await io.call(send, request))
+            reply = await io.call(send, request)
+            return reply, await attempt.replied(reply, io)
         except BaseException as error:
-            self._seen_failure = True
             attempt.failed(error)
             raise
         finally:
             note.sending = False
             request.stream = body
-        return reply, attempt
 
     def _routed(self, request: Any, member: Limiter | None) -> Any:
         """Return what is sent: in a pool, the request as it is for ``member``."""
@@ -282,22 +277,6 @@ class PacedTransport(_AnyTransport):
                 f"make the client with the base_url of one of them"
             )
         return sites.stripped(request)
-
-    def _watched(self, attempt: Attempt, reply: Any) -> Any:
-        """Return ``reply`` with a stream that watches the body."""
-        attempt.headers_received(reply)
-        if reply.status_code >= FIRST_ERROR:
-            self._seen_failure = True
-        if reply.is_closed:  # it came with its body, as in tests
-            attempt.chunk_received(reply.content)
-            attempt.body_ended(complete=True)
-            return reply
-        body = reply_body(reply.stream, attempt)
-        if body is None:
-            attempt.body_ended(complete=True)
-        else:
-            reply.stream = body
-        return reply
 
     def _make(self, method: str, request: Any) -> Any:
         """Make a transport of the library of ``request``, with the SDKs' pool."""
@@ -335,17 +314,15 @@ class PacedTransport(_AnyTransport):
         return True
 
     def _is_sdk_retry(self, request: Any) -> bool:
-        """Tell whether an SDK above sends a request again by itself; warn once after a failure."""
+        """Tell whether an SDK above sends a request again by itself; warn once."""
         if request.headers.get(_RETRY_COUNT, "0") == "0":
             return False
-        if self._seen_failure:
-            self._warn_once(
-                _RETRY_COUNT,
-                "the SDK above the transport of limiter %r retries failed calls, too: each of its "
-                "retries is one more attempt, after the SDK's own back-off; pass max_retries=0 to "
-                "the SDK",
-                self.limiter.name,
-            )
+        self._warn_once(
+            _RETRY_COUNT,
+            "the SDK above the transport of limiter %r retries failed calls, too: each of its "
+            "retries is one more attempt, after the SDK's own back-off; pass max_retries=0 to the SDK",
+            self.limiter.name,
+        )
         return True
 
     def _warn_once(self, topic: str, message: str, *args: object) -> None:
@@ -371,7 +348,7 @@ class PacedTransport(_AnyTransport):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await (self.aclose() if self._inner is None else self._inner.__aexit__(*error))
+        await self.aclose()
 
     def __enter__(self) -> Self:
         if self._inner is not None:
@@ -379,10 +356,7 @@ class PacedTransport(_AnyTransport):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._inner is None:
-            self.close()
-        else:
-            self._inner.__exit__(*error)
+        self.close()
 
 
 def _paid_member(pool: Limiter) -> Limiter | None:

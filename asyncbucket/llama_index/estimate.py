@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from asyncbucket.core.cost import rounded_up
-from asyncbucket.providers.forecast import OutputForecast
 from asyncbucket.providers.prices import added_tokens
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
+    OutputForecast,
     is_positive_integer,
     replies_of,
 )

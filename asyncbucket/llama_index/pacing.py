@@ -36,9 +36,9 @@ from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimat
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
 from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent, was_refused
-from asyncbucket.providers.forecast import excess_of
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.prices import model_of, price_here, within_limits
+from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry, Sent
 from asyncbucket.waiting import ASYNC, IO

@@ -16,9 +16,8 @@ from typing import Any, Final
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
 from asyncbucket.core.wording import usd_written
-from asyncbucket.providers.forecast import FORESEEN
 from asyncbucket.providers.prices import Prices, price_of
-from asyncbucket.providers.request import RequestSize, replies_of
+from asyncbucket.providers.request import FORESEEN, RequestSize, replies_of
 
 #: Standard errors on each side of a range that holds 95 % of a normal distribution.
 _SIDES: Final = 1.96

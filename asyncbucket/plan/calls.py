@@ -277,8 +277,8 @@ def _read_tokens(sample: object, profile: "Profile") -> Cost:
             "tokens: give tokens, input_tokens and output_tokens, or a request's messages, "
             "prompt or input"
         )
-    from asyncbucket.providers.forecast import FORESEEN
     from asyncbucket.providers.profiles import Call
+    from asyncbucket.providers.request import FORESEEN
 
     url = sample.get("url")
     path = url if isinstance(url, str) else _path_of(body)

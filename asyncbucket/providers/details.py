@@ -1,6 +1,11 @@
-"""What the body of a refusal says: its codes, the quota that is used up, and when that is full again.
+"""What a refusal says: its codes, the quota that is used up, and when to come back.
 
-Every provider nests it in another way, so the strings of a body are collected by their names,
+The values come from outside, and are parsed with care. A number or a date is a text of at most 64
+ASCII characters that matches its grammar in full; any other value is ignored (None). Waits are
+clamped to between 0 and a week, so they are always a finite number of seconds that can be slept.
+Python's own parsers are too lenient: `float` takes ``nan``, ``inf`` and ``1_0``.
+
+Every provider nests the body in another way, so the strings of a body are collected by their names,
 wherever they are, and then read:
 
 - *Codes*: OpenAI's ``error.code`` and ``type``; Anthropic's ``error.details.error_code``;
@@ -14,17 +19,23 @@ wherever they are, and then read:
 
 Sources: ai.google.dev/gemini-api/docs/rate-limits, openrouter.ai/docs/api_reference/limits, and
 replies in public issues; read in November 2026.
+
+Parsing reads no clock: ``now`` is wall-clock time (`time.time()`), and is needed for dates only.
 """
 
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Final
 
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limits import Limit
-from asyncbucket.providers.headers import header, reset_in
+
+#: The longest wait (s) that is distinguished: a week.
+WEEK: Final = 604_800.0
 
 _CODES: Final = frozenset(
     {"code", "type", "Code", "status", "__type", "error_code", "error_type", "limit_source"}
@@ -34,9 +45,17 @@ _MESSAGES: Final = frozenset({"message", "Message", "quotaId"})
 _DEPTH: Final = 8
 _MAX_STRINGS: Final = 100
 #: How much of a message is read.
-_MAX_LENGTH: Final = 1_000
+_MAX_MESSAGE: Final = 1_000
 _PER_DAY: Final = re.compile(r"per[ _-]?day|\bdaily\b|_daily", re.IGNORECASE)
 _PER_MONTH: Final = re.compile(r"/ ?month|per month", re.IGNORECASE)
+
+#: Numbers from these on are instants, in seconds or in milliseconds since 1970.
+_EPOCH_SECONDS: Final = 1e9
+_EPOCH_MILLISECONDS: Final = 1e12
+_MAX_LENGTH: Final = 64
+_NUMBER: Final = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+#: RFC 9110's form; nobody has written its two older ones for decades.
+_HTTP_DATE: Final = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9:]{8} GMT")
 
 #: Where Google's days end: ai.google.dev/gemini-api/docs/rate-limits, read in November 2026.
 _GOOGLES_DAY: Final = "00:00 America/Los_Angeles"
@@ -47,16 +66,18 @@ _UNKNOWN: Final = 3_600.0
 
 
 class Details:
-    """Read what an error's body says; anything may be in it.
+    """Read what the body and the headers of a refusal say; anything may be in them.
 
     Args:
         body: what was in the reply, or what an SDK made of it.
+        headers: the reply's.
     """
 
-    __slots__ = ("_strings",)
+    __slots__ = ("_headers", "_strings")
 
-    def __init__(self, body: object) -> None:
+    def __init__(self, body: object, headers: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._strings = list(islice(_strings(body, _DEPTH), _MAX_STRINGS))
+        self._headers = {str(name).lower(): value for name, value in headers.items()}
 
     @property
     def codes(self) -> set[str]:
@@ -73,31 +94,48 @@ class Details:
         """Whether a quota of a month is used up."""
         return self._says(_PER_MONTH)
 
-    def retry_delay(self, now: float) -> float | None:
-        """Return the seconds that the body asks to wait, or None."""
-        return next(
-            (reset_in(t, now=now) for name, t in self._strings if name == "retryDelay"), None
-        )
+    @property
+    def forbids_retry(self) -> bool:
+        """Whether the server asks clients not to try again."""
+        return bool(self._headers.get("x-should-retry") == "false")
 
-    def until_next_day(self, headers: Mapping[str, Any], wait: float | None, now: float) -> float:
+    def retry_after(self, now: float) -> float | None:
+        """Return the seconds that the reply asks to wait, or None if it does not say.
+
+        ``retry-after-ms`` (OpenAI, Azure) takes precedence over ``retry-after``, which is a number
+        of seconds or an HTTP date. A date is compared with the reply's own ``date``, so this
+        machine's clock does not matter; ``now`` is used if there is none. If there is neither, a
+        ``x-ratelimit-reset`` (OpenRouter, Together) says when the limit is full again; and then the
+        body. A wait of 0 names no time.
+        """
+        found = self._headers
+        milliseconds = _number(found.get("retry-after-ms"))
+        if milliseconds:  # Azure's may be 0 beside a `retry-after` of a second
+            return _clamp(milliseconds / 1000)
+        seconds = _number(found.get("retry-after"))
+        date = _http_date(found.get("retry-after"))
+        if seconds is None and date is not None:
+            sent_at = _http_date(found.get("date"))
+            seconds = date - (now if sent_at is None else sent_at)
+        if seconds is None:
+            seconds = _reset_in(found.get("x-ratelimit-reset"), now)
+        delays = (text for name, text in self._strings if name == "retryDelay")
+        return _clamp(seconds or 0) or _reset_in(next(delays, None), now) or None
+
+    def until_next_day(self, now: float) -> float:
         """Return the seconds until a quota of a day is full again.
 
         Google may name a wait of seconds all the same, so its calendar counts.
-
-        Args:
-            headers: the reply's.
-            wait: what the reply asks to wait.
-            now: wall-clock time.
         """
         if any(name == "quotaId" for name, _ in self._strings):
             with contextlib.suppress(LimitSyntaxError):  # no data of zones on this machine
                 day = Limit("requests", 1, per="day", resets=_GOOGLES_DAY)
                 return day.resets_in(round(now * 1e9)) or _UNKNOWN
-        return wait or reset_in(header(headers, _RESET), now=now) or _UNKNOWN
+        return self.retry_after(now) or _reset_in(self._headers.get(_RESET), now) or _UNKNOWN
 
     def _says(self, pattern: re.Pattern[str]) -> bool:
         texts = (text for name, text in self._strings if name in _MESSAGES or name in _CODES)
-        return any(pattern.search(text[:_MAX_LENGTH]) for text in texts)
+        return any(pattern.search(text[:_MAX_MESSAGE]) for text in texts)
 
 
 def _strings(value: object, depth: int, name: str = "") -> Iterator[tuple[str, str]]:
@@ -110,3 +148,37 @@ def _strings(value: object, depth: int, name: str = "") -> Iterator[tuple[str, s
     elif depth and isinstance(value, list):
         for item in value:
             yield from _strings(item, depth - 1, name)
+
+
+def _reset_in(value: object, now: float) -> float | None:
+    """Return the seconds until a reset, which is given in seconds (perhaps as "9.5s") or as an instant."""
+    number = _number(value.removesuffix("s") if isinstance(value, str) else value)
+    if number is None or number < _EPOCH_SECONDS:
+        return None if number is None else _clamp(number)
+    return _clamp((number / 1000 if number >= _EPOCH_MILLISECONDS else number) - now)
+
+
+def _number(value: object) -> float | None:
+    text = _text(value)
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _http_date(value: object) -> float | None:
+    text = _text(value)
+    if not _HTTP_DATE.fullmatch(text):
+        return None
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except ValueError:  # a 31st of February, a 25th hour
+        return None
+
+
+def _text(value: object) -> str:
+    """Return a value without surrounding blanks; "" if it cannot be valid."""
+    if not isinstance(value, str) or len(value) > _MAX_LENGTH or not value.isascii():
+        return ""
+    return value.strip(" \t")
+
+
+def _clamp(seconds: float) -> float:
+    return min(max(seconds, 0.0), WEEK)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.levels import undo
 from asyncbucket.core.pool import PoolLease
-from asyncbucket.providers import headers
 from asyncbucket.providers.details import Details
 
 if TYPE_CHECKING:
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 FIRST_ERROR: Final = 400
 RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
+_UNAVAILABLE: Final = 503
+_OVERLOADED: Final = 529
 #: Payment required: by OpenRouter also if calls in flight may cost more than is left; then it says
 #: how long to wait (openrouter.ai/docs/api_reference/limits, read in November 2026).
 _PAYMENT_REQUIRED: Final = 402
@@ -127,15 +128,26 @@ class Verdict:
     reason: str
     #: Seconds that the server asks to wait, if it says so.
     retry_after: float | None = None
-    #: Whether it was refused for rate, which concerns all calls of the limiter.
-    rate_limited: bool = False
-    #: Whether a quota of a day is used up; ``retry_after`` then is the time until it is full again.
-    daily: bool = False
+    #: Why all calls of the limiter have to wait: ``"429"`` after a refusal for rate, ``"daily quota"``
+    #: or ``"overload"``.
+    pause: str | None = None
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
     #: Whether the provider, the key or the account failed, not the call: a pool leaves that member
     #: out, and tries another.
     member_failed: bool = False
+    #: Whether the account is exhausted, so that no waiting helps.
+    exhausted: bool = False
+
+    @property
+    def daily(self) -> bool:
+        """Whether a quota of a day is used up; ``retry_after`` is the time until it is full again."""
+        return self.pause == "daily quota"
+
+    @property
+    def rate_limited(self) -> bool:
+        """Whether it was refused for rate."""
+        return self.daily or self.pause == "429"
 
 
 class RefusedReply(Exception):  # noqa: N818 - no error yet: another attempt may follow
@@ -161,17 +173,17 @@ def classify(error: BaseException) -> Verdict:
     refused = any(isinstance(each, AsyncBucketError) for each in _causes(error, implicit=False))
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
-    status, reply_headers, details = _facts(error)
+    status, details = _facts(error)
     if status is not None and status >= FIRST_ERROR:
-        return judge_reply(status, reply_headers, details)
-    codes = details.codes
-    if codes & _TRANSIENT_CODES:
-        reason = min(codes & _TRANSIENT_CODES)
+        return judge_reply(status, details)
+    codes = details.codes & _TRANSIENT_CODES
+    if codes:
+        reason = min(codes)
         rate_limited = reason.startswith(_RATE_LIMIT_CODES)
         return Verdict(
             retry=True,
             reason=reason,
-            rate_limited=rate_limited,
+            pause="429" if rate_limited else None,
             overloaded=rate_limited or reason in _OVERLOADED_CODES,
         )
     names = _class_names(error)
@@ -226,54 +238,56 @@ def was_refused(error: BaseException) -> bool:
     return status is not None and status >= FIRST_ERROR
 
 
-def judge_reply(status: int, reply_headers: Mapping[str, Any], details: Details) -> Verdict:
+def judge_reply(status: int, details: Details) -> Verdict:
     """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
     codes, now = details.codes, wall_clock()
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
-    # A wait of 0 means none was named: the call is retried after a back-off.
-    wait = headers.retry_after(reply_headers, now=now) or details.retry_delay(now) or None
+    wait = details.retry_after(now)
     transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
     transient |= status == _PAYMENT_REQUIRED and wait is not None
     refused = status == RATE_LIMITED
-    used_up = bool(codes & EXHAUSTED) or (refused and details.is_monthly)
-    forbidden = headers.forbids_retry(reply_headers)
+    exhausted = bool(codes & EXHAUSTED) or (refused and details.is_monthly)
     member_failed = (
-        used_up
+        exhausted
         or (status in _NO_ACCESS and not transient)
         or _NO_DEPLOYMENT in codes
-        or (status >= _FIRST_SERVER_ERROR and not forbidden)
+        or (status >= _FIRST_SERVER_ERROR and not details.forbids_retry)
     )
-    if not transient or used_up or forbidden:
-        return Verdict(retry=False, reason=reason, member_failed=member_failed)
-    rate_limited = refused and not codes & _NO_CAPACITY
-    daily = rate_limited and details.is_daily
+    if not transient or exhausted or details.forbids_retry:
+        return Verdict(retry=False, reason=reason, member_failed=member_failed, exhausted=exhausted)
+    pause = None
+    if refused and not codes & _NO_CAPACITY:
+        pause = "daily quota" if details.is_daily else "429"
+    elif status == _OVERLOADED or (
+        status == _UNAVAILABLE and (wait is not None or "overloaded" in reason)
+    ):
+        pause = "overload"
     return Verdict(
         retry=True,
         reason=reason,
-        retry_after=details.until_next_day(reply_headers, wait, now) if daily else wait,
-        rate_limited=rate_limited,
-        daily=daily,
+        retry_after=details.until_next_day(now) if pause == "daily quota" else wait,
+        pause=pause,
         overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
         member_failed=member_failed,
     )
 
 
-def _facts(error: Exception) -> tuple[int | None, Mapping[str, Any], Details]:
-    """Return the status, the headers and the details that an error or its response carries."""
+def _facts(error: Exception) -> tuple[int | None, Details]:
+    """Return the status that an error or its response carries, and what else they say."""
     response: Any = getattr(error, "response", None)
+    body: object
     if isinstance(response, Mapping):  # botocore's
         meta = _mapping(response.get("ResponseMetadata"))
         statuses, found = [meta.get("HTTPStatusCode")], [meta.get("HTTPHeaders")]
-        details = Details(response.get("Error"))
+        body = response.get("Error")
     else:
         names, holding = ("status_code", "status", "code"), (error, response)
         statuses = [getattr(holder, name, None) for holder in holding for name in names]
         found = [getattr(holder, "headers", None) for holder in (response, error)]
-        details = Details({**vars(error), "body": getattr(error, "body", None)})
+        body = {**vars(error), "body": getattr(error, "body", None)}
     status = next((int(value) for value in statuses if _is_status(value)), None)
-    reply_headers = next((each for each in found if isinstance(each, Mapping)), {})
-    return status, reply_headers, details
+    return status, Details(body, next((each for each in found if isinstance(each, Mapping)), {}))
 
 
 def _is_status(value: object) -> TypeGuard[int]:

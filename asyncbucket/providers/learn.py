@@ -8,6 +8,7 @@ whose number is announced, or else the one whose number is nearest.
 
 import contextlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
@@ -16,7 +17,6 @@ from asyncbucket.core.levels import in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.feedback.headroom import share_of
-from asyncbucket.providers.headers import count, header_pairs
 from asyncbucket.providers.profiles import Profile, Told
 
 #: A limiter, and the resource and the window of one of its limits.
@@ -26,6 +26,8 @@ _LimitId: TypeAlias = tuple[Limiter, str, float]
 _READS_PER_WINDOW: Final = 6_000
 #: Windows longer than this (s) are not counted in slices.
 _MAX_SLICED_WINDOW: Final = 60
+#: A count has one to fifteen digits, which in bytes are ASCII.
+_COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,15})[ \t]*")
 
 
 class HeaderReader:
@@ -81,7 +83,7 @@ class HeaderReader:
         """Read the headers of a reply to a call that was sent at ``since``.
 
         Args:
-            headers: httpx's or httpx2's headers, pairs of bytes, or a mapping.
+            headers: httpx's or httpx2's headers, or pairs of bytes.
             profile: which headers mean what.
             since: in seconds of the limiter's clock.
             ok: whether the call succeeded; an error without headers about limits tells nothing.
@@ -90,14 +92,14 @@ class HeaderReader:
             return
         _, index = self._profiles.get(id(profile)) or (profile, _headers_of(profile))
         reports: dict[tuple[str, float], _Report] = {}
-        for name, value in header_pairs(headers):
+        # httpx's and httpx2's mappings search all headers again for every name.
+        for name, value in getattr(headers, "raw", headers):
             known = index.get(name.lower())
-            number = None if known is None else count(value)
-            if known is not None and number is not None:
+            if known is not None and (number := _COUNT.fullmatch(value)):
                 told, part = known
                 key = told.resource, told.per
                 report = reports.get(key) or reports.setdefault(key, _Report(told))
-                report.add(part, number)
+                report.add(part, int(number[1]))
         for report in reports.values():
             self._complete(report)
         self._adopt(reports.values())

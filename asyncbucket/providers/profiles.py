@@ -20,12 +20,13 @@ the longest reply that is allowed is reserved, which is the safe side.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
+from asyncbucket.core.limits import Limit
 from asyncbucket.providers.request import RequestSize, request_size
 from asyncbucket.providers.usage import Usage
 
@@ -174,6 +175,30 @@ class Profile:
     def counted(self, usage: Usage) -> Usage:
         """Return the part of ``usage`` that its limits count."""
         return usage if self.counts_cached else usage.without_cached()
+
+
+def charge(
+    call: Call, profile: Profile, limits_by_way: Iterable[Iterable[Limit]]
+) -> tuple[Call, Cost | None]:
+    """Return ``call`` as it is charged, and its cost: None if it needs no admission.
+
+    A mere forecast must not make a call impossible, so it is cut to what the limits of at least one
+    way can ever admit.
+    """
+    cost = profile.cost(call)
+    excess = 0 if cost is None else excess_of(cost, limits_by_way)
+    if excess:
+        call = replace(call, foreseen=max(0, call.foreseen - excess), excess=excess)
+        cost = profile.cost(call)
+    return call, cost
+
+
+def excess_of(cost: Mapping[str, int], limits_by_way: Iterable[Iterable[Limit]]) -> int:
+    """Return by how much ``cost`` exceeds what the limits of any way can ever admit."""
+    return min(
+        max([0, *(cost.get(limit.resource, 0) - limit.units for limit in limits)])
+        for limits in limits_by_way
+    )
 
 
 def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE, **more: Any) -> Told:

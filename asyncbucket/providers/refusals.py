@@ -16,25 +16,18 @@ What they have heard is kept with the limiter, so it remains one wave.
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from asyncbucket.core.levels import can_give_slots_up
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import in_seconds
-from asyncbucket.providers.details import Details
-from asyncbucket.providers.errors import RATE_LIMITED, Verdict, judge_reply
-from asyncbucket.providers.headers import WEEK
+from asyncbucket.providers.errors import Verdict
 from asyncbucket.waiting import Lock
 
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
-#: A refusal's body may say what its headers do not; for this long (s), nobody passes meanwhile.
-_PAUSE_FOR_BODY: Final = 0.05
-#: An exhausted account may name a time, too; one of so many seconds at most is surely a rate's.
-_SURELY_A_RATE: Final = 60.0
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -45,8 +38,6 @@ _EXPLANATIONS: Final = {
 }
 #: At most one pause in this many seconds is logged as a warning; the others for debugging.
 _WARNING_INTERVAL: Final = 60.0
-_UNAVAILABLE: Final = 503
-_OVERLOADED: Final = 529
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -101,67 +92,31 @@ class Refusals:
         """Return the seconds until the pause of the latest wave ends."""
         return max(0.0, self._waves.paused_until - self.limiter.now())
 
-    def judge(
+    def take_in(
         self,
-        status: int,
-        headers: Mapping[str, Any],
-        body: Mapping[str, Any] | None,
+        verdict: Verdict,
         *,
         sent_at: float | None = None,
-    ) -> tuple[Verdict, bool]:
-        """Judge a reply whose status is an error, and pause the limiter if it concerns all.
-
-        Without a ``body`` (None), also tell whether it may say more: then judge once more with it.
-        """
-        verdict = judge_reply(status, headers, Details(body))
-        asked = verdict.retry_after
-        says_so = asked is not None or "overloaded" in verdict.reason
-        unsure = verdict.rate_limited and body is None and (asked or math.inf) > _SURELY_A_RATE
-        if unsure:
-            if not can_give_slots_up(self.limiter):  # else there are fewer slots now
-                self.limiter.pause(_PAUSE_FOR_BODY)
-        elif verdict.rate_limited:
-            self.pause(asked, daily=verdict.daily, sent_at=sent_at)
-        elif verdict.retry and (status == _OVERLOADED or (status == _UNAVAILABLE and says_so)):
-            self.pause(asked, reason="overload", sent_at=sent_at)
-        elif not (status != RATE_LIMITED or verdict.retry or body is None or self._waves.warned):
-            self._waves.warned = True
-            _log.warning(
-                "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
-                "look at the account's plan and balance",
-                *(self.limiter.name, verdict.reason),
-            )
-        needs_body = unsure or (status in (RATE_LIMITED, _UNAVAILABLE) and asked is None)
-        return verdict, needs_body and body is None
-
-    def pause(
-        self,
-        retry_after: float | None,
-        *,
-        reason: str = "429",
         first: float = _FIRST_PAUSE,
         longest: float = _MAX_PAUSE,
-        daily: bool = False,
-        sent_at: float | None = None,
     ) -> float:
-        """Pause the limiter after a refusal that concerns all; return the seconds until it ends.
+        """Pause the limiter if a refusal concerns all; return the seconds until the pause ends.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
         server says so.
 
         Args:
-            retry_after: the seconds that the server asks for, if it does.
-            reason: ``"429"`` or ``"overload"``.
+            verdict: what the refusal means.
+            sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
             first: the seconds of a first pause for which the server names no time; the next ones
                 double.
-            longest: the most seconds, unless it is ``daily``.
-            daily: whether a quota of a day is used up, so it is no use to ask before.
-            sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
+            longest: the most seconds, unless a quota of a day is used up: then nobody asks before.
         """
-        waves = self._waves
-        if daily:
-            reason, longest = "daily quota", WEEK
+        if verdict.pause is None:
+            self._warn_of_exhausted_account(verdict)
+            return 0.0
+        waves, asked = self._waves, verdict.retry_after
         with waves.lock:
             now = self.limiter.now()
             new_wave = waves.is_over(now, sent_at)
@@ -169,8 +124,8 @@ class Refusals:
                 waves.count += 1
                 waves.started_at = now
                 waves.first_at = now if waves.count == 1 else waves.first_at
-            if retry_after is not None:
-                seconds = min(retry_after, longest)
+            if asked is not None:
+                seconds = asked if verdict.daily else min(asked, longest)
             elif not new_wave:
                 seconds = max(0.0, waves.paused_until - now)
             elif waves.count == 1 and can_give_slots_up(self.limiter):
@@ -183,11 +138,21 @@ class Refusals:
                 level = logging.WARNING if now >= waves.quiet_until else logging.DEBUG
             if level == logging.WARNING:
                 waves.quiet_until = now + _WARNING_INTERVAL
-        self.limiter.pause(seconds, reason=reason, gradually=True)
+        self.limiter.pause(seconds, reason=verdict.pause, gradually=True)
         if level:
-            name, why = self.limiter.name, _EXPLANATIONS[reason]
+            name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.log(level, "limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
         return seconds
+
+    def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
+        waves = self._waves
+        if verdict.exhausted and not waves.warned:
+            waves.warned = True
+            _log.warning(
+                "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
+                "look at the account's plan and balance",
+                *(self.limiter.name, verdict.reason),
+            )
 
 
 def doubled(first: float, times: int, *, most: float) -> float:

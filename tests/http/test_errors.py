@@ -50,8 +50,11 @@ EVENT = {"error": {"type": "overloaded_error"}}
             for status, overloaded in ((408, True), (409, False), (500, False), (502, False))
         ),
         *(
-            (status_error(status), temporary(f"HTTP {status} (requests)", overloaded=True))
-            for status in (503, 504, 529)
+            (
+                status_error(status),
+                temporary(f"HTTP {status} (requests)", overloaded=True, pause=pause),
+            )
+            for status, pause in ((503, None), (504, None), (529, "overload"))
         ),
         # A wait of 0 names none: the call is retried after a back-off.
         (with_attributes(status=500, headers={"retry-after": "0"}), temporary("HTTP 500")),
@@ -60,7 +63,7 @@ EVENT = {"error": {"type": "overloaded_error"}}
             temporary(
                 "HTTP 429 (rate_limit_exceeded)",
                 retry_after=7.0,
-                rate_limited=True,
+                pause="429",
                 overloaded=True,
             ),
         ),
@@ -108,16 +111,16 @@ EVENT = {"error": {"type": "overloaded_error"}}
         ),
         (
             with_attributes(status=503, headers=httpx.Headers({"Retry-After": "2"})),
-            temporary("HTTP 503", retry_after=2.0, overloaded=True),
+            temporary("HTTP 503", retry_after=2.0, overloaded=True, pause="overload"),
         ),
         (
             httpx.HTTPStatusError("no", request=REQUEST, response=RESPONSE_503),
-            temporary("HTTP 503", retry_after=2.0, overloaded=True),
+            temporary("HTTP 503", retry_after=2.0, overloaded=True, pause="overload"),
         ),
         # An error event in a stream, whose status was 200.
         (
             openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"}),
-            temporary("rate_limit_exceeded", rate_limited=True, overloaded=True),
+            temporary("rate_limit_exceeded", pause="429", overloaded=True),
         ),
         (
             openai.APIStatusError("no", response=httpx.Response(200, request=REQUEST), body=EVENT),
@@ -136,7 +139,7 @@ EVENT = {"error": {"type": "overloaded_error"}}
     ],
 )
 def test_error_means_what_its_status_code_or_class_says(error: Exception, verdict: Verdict) -> None:
-    assert replace(classify(error), member_failed=False) == verdict
+    assert replace(classify(error), member_failed=False, exhausted=False) == verdict
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_botocore_errors_are_judged_by_status_or_code() -> None:
 
     broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
     assert classify(answered(429, "ThrottlingException")) == temporary(
-        "HTTP 429 (throttlingexception)", retry_after=3.0, rate_limited=True, overloaded=True
+        "HTTP 429 (throttlingexception)", retry_after=3.0, pause="429", overloaded=True
     )
     assert not classify(answered(400, "ValidationException")).retry
     assert classify(broken).rate_limited

@@ -1,7 +1,6 @@
 """Headers lower what is available, never raise it, and can do no harm."""
 
 import contextlib
-from typing import Any
 
 import pytest
 
@@ -11,11 +10,15 @@ from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import profile_named
 from asyncbucket.testing import VirtualClock
 
-Reply = dict[str, object]
+Reply = list[tuple[bytes, bytes]]
 
 
-def said(**numbers: object) -> Reply:
-    return {f"x-ratelimit-{name.replace('_', '-')}": value for name, value in numbers.items()}
+def said(**numbers: str) -> Reply:
+    return pairs({f"X-RateLimit-{name.replace('_', '-')}": n for name, n in numbers.items()})
+
+
+def pairs(headers: dict[str, str]) -> Reply:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def available(*limiters: Limiter) -> list[int]:
@@ -85,7 +88,8 @@ def test_rounded_anthropic_header_does_not_override_own_count(clock: VirtualCloc
     reader = HeaderReader(limiter)
     for remaining in ("50000", "49000", "49000"):
         limiter.acquire_nowait(input_tokens=300).release()
-        reader.read({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining}, ANTHROPIC)
+        said = pairs({"Anthropic-Ratelimit-Input-Tokens-Remaining": remaining})
+        reader.read(said, ANTHROPIC)
     assert 49_000 <= available(limiter)[0] <= 49_100
 
 
@@ -154,7 +158,7 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
         ),
         (
             profile_named("together"),
-            {"x-ratelimit-limit": "10", "x-tokenlimit-limit": "3000"},
+            pairs({"x-ratelimit-limit": "10", "x-tokenlimit-limit": "3000"}),
             [Limit("requests", 600, burst=10), Limit("tokens", 180_000, burst=3_000)],
         ),
         (
@@ -194,7 +198,7 @@ def test_first_calls_are_capped_at_half_a_slice_until_a_reply(clock: VirtualCloc
         reader = HeaderReader(limiter)
         reader.expect(OPENAI)
         assert passing(limiter) == 5
-        reader.read({}, OPENAI, ok=False)  # an error page tells nothing
+        reader.read([], OPENAI, ok=False)  # an error page tells nothing
         assert passing(limiter) == 0
         reader.read(reply, OPENAI)
         assert passing(limiter) == 55  # a tenth of the limit, as usual
@@ -258,8 +262,8 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
 ODD = ["", "nan", "inf", "-1", "1_0", "1e3", "²", "٣", "0x10", "1" * 16, "9" * 10_000, "5 5", "5\n"]
 
 
-@pytest.mark.parametrize("value", [*ODD, None, 5.5, b"\xff"])
-def test_hostile_value_is_ignored(value: Any) -> None:
+@pytest.mark.parametrize("value", [*ODD, "\xff"])
+def test_hostile_value_is_ignored(value: str) -> None:
     limiter = Limiter("500 RPM burst 500")
     HeaderReader(limiter).read(said(remaining_requests=value), OPENAI)
     assert available(limiter) == [500]

@@ -8,8 +8,7 @@ import pytest
 
 from asyncbucket import Cost, Limit
 from asyncbucket.http import ANTHROPIC, AZURE, GENERIC, GROQ, OPENAI, Call, Profile, Usage
-from asyncbucket.providers.forecast import charge
-from asyncbucket.providers.profiles import profile_named, profile_of
+from asyncbucket.providers.profiles import charge, profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
 from asyncbucket.providers.usage import find_usage
 

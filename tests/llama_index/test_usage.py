@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from pydantic import BaseModel
 
-from asyncbucket.providers.forecast import OutputForecast
+from asyncbucket.providers.request import OutputForecast
 from asyncbucket.providers.usage import Usage, usage_of
 
 OPENAI = {"prompt_tokens": 12, "completion_tokens": 8, "total_tokens": 20}

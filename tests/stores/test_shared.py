@@ -338,15 +338,13 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(shared: Limite
     limiter = shared("600 RPM burst 600")
     child = limiter.child("chat", "300 RPM burst 300")
     (await child.acquire()).release()
-    said = {"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "0"}
-    HeaderReader(limiter).read(said, OPENAI, since=limiter.now())
+    left, limit = (b"x-ratelimit-remaining-requests", b"0"), b"x-ratelimit-limit-requests"
+    HeaderReader(limiter).read([left, (limit, b"600")], OPENAI, since=limiter.now())
     assert limiter.explain().bound_by is None
     assert child.explain().bound_by is None
     assert limiter.statistics().limits[0].available == 599
     assert not limiter._node.extra, "worked out for nothing"
-    HeaderReader(child).read(
-        {**said, "x-ratelimit-limit-requests": "300"}, OPENAI, since=limiter.now()
-    )
+    HeaderReader(child).read([left, (limit, b"300")], OPENAI, since=limiter.now())
     assert child.explain().bound_by == "requests"
     assert limiter.explain().bound_by is None
 

@@ -145,7 +145,7 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
     async with httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY) as client:
         await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
         reply = await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
-    verdict = judge_reply(reply.status_code, reply.headers, Details(reply.json()))
+    verdict = judge_reply(reply.status_code, Details(reply.json(), reply.headers))
 
     assert verdict.rate_limited
     assert not verdict.daily
