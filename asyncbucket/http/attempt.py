@@ -45,16 +45,14 @@ class Attempt:
     Args:
         read: the request.
         lease: what the attempt holds.
-        teaches: whether the headers of its reply are the provider's.
         noted: what the layer that retries reads.
     """
 
-    def __init__(self, read: ReadRequest, lease: Lease, *, teaches: bool, noted: Sent) -> None:
+    def __init__(self, read: ReadRequest, lease: Lease, noted: Sent) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
-        self._lane, self._call, self._profile, _, self._price = read
+        self._lane, self._call, self._profile, _, self._price, self._teaches = read
         self._lease = lease
-        self._teaches = teaches
         self._sent_at = self._lane.limiter.now()
         self._noted = noted
         noted.admitted(self._lane.limiter, lease)

@@ -105,6 +105,8 @@ class ReadRequest(NamedTuple):
     cost: Cost | None
     #: What its model costs; None if nothing counts dollars.
     price: Price | None
+    #: Whether the headers of its reply are the provider's.
+    teaches: bool
 
     def at(self, member: Limiter | None) -> "ReadRequest":
         """Return the same as the member of a pool sees it that took the call."""
@@ -176,7 +178,7 @@ class Lanes:
             elif theirs is not profile:
                 cost = _higher(cost, charge(call, theirs, limits)[1])
         assert profile is not None
-        return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost))
+        return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost), teaches)
 
     def _lane_of(self, target: Target) -> Lane:
         limiter = self._resolve(target)

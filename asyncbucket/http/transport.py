@@ -191,34 +191,31 @@ class PacedTransport(_AnyTransport):
         above: _Note | None = request.extensions.get(_NOTE)
         if self._sites is not None and self._sites.owner(request.url) is None:
             return await io.call(send, self._bare(request, self._sites, above))
-        first_host = request.url.host if above is None else above.host
-        teaches = self._sites is not None or request.url.host == first_host
-        read = self._lanes.read(request, teaches=teaches)
+        is_first_host = above is None or request.url.host == above.host
+        read = self._lanes.read(request, teaches=self._sites is not None or is_first_host)
         is_sdk_retry = self._is_sdk_retry(request)
         if read.cost is None or self._is_paid(read.lane.limiter, above):
-            return await self._send_paid(request, read, io, send, teaches=teaches)
-        noted = sent_above()
-        if noted is not None or is_sdk_retry or not can_be_resent(request):
-            reply, _ = await self._attempt(request, read, io, send, first_host, noted or Sent())
+            return await self._send_paid(request, read, io, send)
+        noted, retrier = sent_above(), read.lane.retrier
+        if noted is not None or is_sdk_retry or retrier is None or not can_be_resent(request):
+            reply, _ = await self._attempt(request, read, io, send, noted or Sent())
             return reply
-        call = functools.partial(self._attempt, request, read, io, send, first_host)
-        return await self._retried(call, read.lane.retrier, io, getattr(self, method))
+        attempt = functools.partial(self._attempt, request, read, io, send)
+        return await self._retried(attempt, retrier, io, getattr(self, method))
 
-    async def _send_paid(
-        self, request: Any, read: ReadRequest, io: IO, send: Any, *, teaches: bool
-    ) -> Any:
+    async def _send_paid(self, request: Any, read: ReadRequest, io: IO, send: Any) -> Any:
         """Send a request that needs no admission, or has one already."""
         limiter, member = read.lane.limiter, None
         if self._sites is not None:
             member = _paid_member(limiter) or self._sites.owner(request.url)
         read, sent_at = read.at(member), limiter.now()
         reply = await io.call(send, self._routed(request, member))
-        if teaches:
+        if read.teaches:
             ok, reader = reply.status_code < FIRST_ERROR, read.lane.header_reader
             reader.read(reply.headers, read.profile, since=sent_at, ok=ok)
         return reply
 
-    async def _retried(self, attempt: Any, retrier: Retrier | None, io: IO, method: Any) -> Any:
+    async def _retried(self, attempt: Any, retrier: Retrier, io: IO, method: Any) -> Any:
         """Return the reply to ``attempt(noted)``, after as many as it takes."""
         noted = Sent()
 
@@ -228,9 +225,6 @@ class PacedTransport(_AnyTransport):
                 raise RefusedReply(reply, verdict)
             return reply
 
-        if retrier is None:
-            reply, _ = await attempt(noted)
-            return reply
         try:
             return await retrier.call(once, io=io, tried=method, sent=noted)
         except RefusedReply as refused:
@@ -239,16 +233,16 @@ class PacedTransport(_AnyTransport):
             return refused.reply
 
     async def _attempt(
-        self, request: Any, read: ReadRequest, io: IO, send: Any, first_host: str, noted: Sent
+        self, request: Any, read: ReadRequest, io: IO, send: Any, noted: Sent
     ) -> tuple[Any, Verdict | None]:
         """Send ``request`` once; return the reply, and what it means if its status is an error."""
         limiter = read.lane.limiter
         give_up_slots(limiter)
         lease = await io.acquire(limiter, cost=read.cost)
         member = lease.limiter if isinstance(lease, PoolLease) else None
-        teaches = member is not None or request.url.host == first_host
-        note = _Note(limiter, first_host)
-        attempt = Attempt(read.at(member), lease, teaches=teaches, noted=noted)
+        attempt = Attempt(read.at(member), lease, noted)
+        above: _Note | None = request.extensions.get(_NOTE)
+        note = _Note(limiter, request.url.host if above is None else above.host)
         request.extensions = {**request.extensions, _NOTE: note}
         request = self._routed(request, member)
         body = request.stream

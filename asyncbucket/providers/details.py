@@ -28,7 +28,6 @@ import re
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from itertools import islice
-from types import MappingProxyType
 from typing import Any, Final
 
 from asyncbucket.core.errors import LimitSyntaxError
@@ -63,6 +62,7 @@ _GOOGLES_DAY: Final = "00:00 America/Los_Angeles"
 _RESET: Final = "x-ratelimit-reset-requests-day"
 #: If nothing says when, somebody asks once an hour.
 _UNKNOWN: Final = 3_600.0
+_NOTHING: Final[Mapping[str, Any]] = {}
 
 
 class Details:
@@ -75,7 +75,7 @@ class Details:
 
     __slots__ = ("_headers", "_strings")
 
-    def __init__(self, body: object, headers: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(self, body: object, headers: Mapping[str, Any] = _NOTHING) -> None:
         self._strings = list(islice(_strings(body, _DEPTH), _MAX_STRINGS))
         self._headers = {str(name).lower(): value for name, value in headers.items()}
 

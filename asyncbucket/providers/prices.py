@@ -29,6 +29,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
 from asyncbucket.core.levels import counts, effective_limiter, in_force, prices_of
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.settings import read_toml
 from asyncbucket.core.wording import MICRO, USD, is_number
 from asyncbucket.providers.profiles import Call
 from asyncbucket.providers.request import request_size
@@ -143,10 +144,7 @@ def read_prices(given: Prices | str | PathLike[str] | None) -> Prices:
     tables: Any = given
     if isinstance(given, str | PathLike):
         where = str(given)
-        try:
-            tables = tomllib.loads(Path(given).read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where} is not TOML: {error}") from error
+        tables = read_toml(Path(given))
     if not isinstance(tables, Mapping):
         raise TypeError(
             f'{where} must map models to prices, such as {{"gpt-4o-mini": Price(input=0.15, '

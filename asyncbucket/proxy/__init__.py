@@ -4,9 +4,9 @@ It is `Limiter.transport` with a server in front. So costs, learning, retries an
 `asyncbucket.http`; here is only what a server adds. Started by `asyncbucket proxy`. Needs
 `pip install "asyncbucket[proxy]"`.
 
-From the inside out: `headers` says what goes on to the provider, `caller_terms` on which terms a call
-waits, `error_replies` how an error looks in the provider's format; `app` passes calls on, `options`
-reads what is to be done, `serving` does it until a signal ends it.
+From the inside out: `error_replies` says how an error looks in the provider's format, `caller_terms` on
+which terms a call waits, and whose key it brings; `app` passes calls on, `options` reads what is to be
+done, `serving` does it until a signal ends it.
 """
 
 from importlib.util import find_spec

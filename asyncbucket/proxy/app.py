@@ -13,11 +13,10 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
@@ -25,14 +24,20 @@ from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.transport import PacedTransport
-from asyncbucket.proxy.caller_terms import CallerTerms
-from asyncbucket.proxy.error_replies import ProxyError, error_response
-from asyncbucket.proxy.headers import OWN, end_to_end, is_anthropic, with_key
+from asyncbucket.proxy.caller_terms import OWN, CallerTerms, Headers, with_key
+from asyncbucket.proxy.error_replies import ProxyError, error_response, protocol_of
 from asyncbucket.proxy.options import ProxyOptions
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
+#: RFC 9110, 7.6.1, with those that older software sends.
+_HOP_BY_HOP: Final = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
+        *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+    }
+)
 #: The most bytes that are held of one body, and of all together: a million tokens, and 64 million.
 _HELD_BODY: Final = 4 * 1_048_576
 _HELD: Final = 64 * _HELD_BODY
@@ -105,13 +110,13 @@ class Proxy:
             ProxyError: it is for a WebSocket, its path cannot be sent, or it does not come.
         """
         scope = caller.scope
-        upgrade = Headers(scope=scope).get("upgrade", "")
-        if upgrade.lower() == "websocket":  # Java's client offers others, and can do without
+        upgrade = dict(scope["headers"]).get(b"upgrade", b"")
+        if upgrade.lower() == b"websocket":  # Java's client offers others, and can do without
             raise ProxyError("WebSockets cannot pass: use the provider's HTTP interface")
-        headers = end_to_end(scope["headers"], b"host", b"expect")
+        headers = _end_to_end(scope["headers"], b"host", b"expect")
         headers = [(name, value) for name, value in headers if not name.startswith(OWN)]
         if options.key is not None:
-            headers = with_key(headers, options.key, anthropic=is_anthropic(scope))
+            headers = with_key(headers, options.key, protocol_of(scope))
         path, query = scope["raw_path"], scope["query_string"]
         if self._pooled_at is not None and path.startswith(b"/v1/"):
             path = path.removeprefix(b"/v1")  # instead of which each member has a base URL
@@ -158,10 +163,22 @@ def _address(upstream: str, path: bytes) -> tuple[httpx.URL, bytes]:
     )
 
 
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]], *left_out: bytes) -> Headers:
+    """Return ``headers`` in their order, without those that concern one connection, and ``left_out``."""
+    given = [(name, name.lower(), value) for name, value in headers]
+    hop_by_hop = {*_HOP_BY_HOP, *left_out}
+    for _, lower, value in given:
+        if lower == b"connection":
+            hop_by_hop |= {each.strip().lower() for each in value.split(b",")}
+        elif lower == b"transfer-encoding":  # which overrides it; both together smuggle requests
+            hop_by_hop.add(b"content-length")
+    return [(name, value) for name, lower, value in given if lower not in hop_by_hop]
+
+
 async def _pass_on(reply: Any, send: "Send") -> None:
     """Send a caller the provider's reply."""
     response = StreamingResponse(reply.stream, reply.status_code)
-    response.raw_headers = end_to_end(reply.headers.raw)
+    response.raw_headers = _end_to_end(reply.headers.raw)
     try:
         await response.stream_response(send)
     except httpx.HTTPError as error:  # the server cuts the connection, as the provider did

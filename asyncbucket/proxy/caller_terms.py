@@ -17,8 +17,16 @@ from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_text
 from asyncbucket.proxy.error_replies import ProxyError
-from asyncbucket.proxy.headers import OWN, Headers, key_in
 
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+#: The headers that are the proxy's own begin like this; the provider gets none of them.
+OWN: Final = b"asyncbucket-"
+#: Where SDKs put the key: OpenAI's and most others, Anthropic's, Azure's, Google's.
+_KEYS: Final = (b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key")
+#: Where a provider expects it, by the protocol.
+_EXPECTED: Final = {"anthropic": b"x-api-key", "google": b"x-goog-api-key"}
+_BEARER: Final = b"Bearer "
 #: An agent that has no open call for so many seconds is over.
 _AGENT_IDLE: Final = 60.0
 #: Metrics are kept by kind, and callers make them up: so many are told apart, others count as none.
@@ -91,6 +99,20 @@ class CallerTerms:
 
     def _end_agent(self, key: _AgentKey) -> None:
         self._agents.pop(key).agent.end(ended_well=True)
+
+
+def key_in(headers: Headers) -> bytes:
+    """Return the caller's key; empty if there is none. ``headers`` are in lower case."""
+    found = dict(reversed(headers))
+    return next((found[name].removeprefix(_BEARER) for name in _KEYS if name in found), b"")
+
+
+def with_key(headers: Headers, key: str, protocol: str) -> Headers:
+    """Return ``headers`` with ``key`` wherever the caller's was, or where the provider expects it."""
+    names = dict.fromkeys(name for name, _ in headers if name in _KEYS)
+    names = names or {_EXPECTED.get(protocol, b"authorization"): None}
+    keys = [(name, (_BEARER if name == b"authorization" else b"") + key.encode()) for name in names]
+    return [(name, value) for name, value in headers if name not in _KEYS] + keys
 
 
 def _own(headers: Headers) -> dict[str, Any]:

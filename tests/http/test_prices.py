@@ -302,5 +302,5 @@ def test_invalid_prices_are_refused_at_once(given: Any, says: str, tmp_path: Pat
     assert says in str(error.value)
     path = tmp_path / "prices.toml"
     path.write_text("no toml")
-    with pytest.raises(ValueError, match="is not TOML"):
+    with pytest.raises(ValueError, match="is not valid TOML"):
         Limiter(prices=path)
