@@ -218,7 +218,7 @@ class Retrier:
         self._chance = chance
         self._lock = Lock()
         self._budget = policy.budget
-        self._refusals = Refusals(limiter)
+        self._refusals = Refusals.of(limiter)
 
     def __repr__(self) -> str:
         return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
@@ -296,7 +296,7 @@ class Retrier:
 
     def _refusals_of(self, sent: Sent) -> Refusals:
         """Return what a refusal of this attempt pauses."""
-        return self._refusals if sent.member is None else Refusals(sent.member)
+        return self._refusals if sent.member is None else Refusals.of(sent.member)
 
     def pause(self, verdict: Verdict, sent: Sent) -> float:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""

@@ -308,7 +308,7 @@ def refused(retry_after: float | None = None) -> Verdict:
 
 def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> None:
     first, second = stage.retrier(), stage.retrier()
-    transport = Refusals(stage.limiter)
+    transport = Refusals.of(stage.limiter)
     pauses: list[float] = []
 
     async def main() -> None:

@@ -24,8 +24,8 @@ from asyncbucket.providers.errors import (
     never_sent,
 )
 from asyncbucket.providers.request import (
+    any_json,
     is_input_only,
-    read_json,
     replies_of,
     reports_own_usage,
 )
@@ -101,7 +101,7 @@ class Attempt:
             self._lease.failed()
             return None
         body, refusals = await read_ahead(reply, io), self._lane.refusals
-        verdict = judge_reply(reply.status_code, Details(read_json(body), reply.headers))
+        verdict = judge_reply(reply.status_code, Details(any_json(body), reply.headers))
         refusals.take_in(verdict, sent_at=self._sent_at)
         if verdict.pause is not None:
             self._noted.paused = refusals.limiter

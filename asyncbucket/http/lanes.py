@@ -68,7 +68,7 @@ class Lane:
     ) -> None:
         self.limiter = limiter
         self.header_reader = HeaderReader(limiter, learn=learn)
-        self.refusals = Refusals(paused_limiter)
+        self.refusals = Refusals.of(paused_limiter)
         #: None if failed calls are not retried.
         self.retrier = (
             Retrier(retry, paused_limiter, caller=limiter) if retry.attempts > 1 else None
@@ -83,7 +83,7 @@ class Lane:
 
     def _at(self, member: Limiter, profile: Profile, *, learn: bool) -> Self:
         lane = copy.copy(self)
-        lane.profile, lane.refusals = profile, Refusals(member)
+        lane.profile, lane.refusals = profile, Refusals.of(member)
         lane.header_reader = HeaderReader(member, learn=learn)
         return lane
 

@@ -16,7 +16,6 @@ What they have heard is kept with the limiter, so it remains one wave.
 
 import logging
 import math
-from dataclasses import dataclass, field
 from typing import Final
 
 from asyncbucket.core.levels import can_give_slots_up
@@ -42,55 +41,52 @@ _WARNING_INTERVAL: Final = 60.0
 _log: Final = logging.getLogger("asyncbucket")
 
 
-@dataclass(slots=True)
-class _Waves:
-    """What is known of one limiter's refusals, from whichever source."""
-
-    lock: Lock = field(default_factory=Lock)
-    #: Waves since a call last succeeded, and when the first of them came.
-    count: int = 0
-    first_at: float = -math.inf
-    #: When the latest wave came, and when its pause ends.
-    started_at: float = -math.inf
-    paused_until: float = -math.inf
-    #: Until when pauses are logged for debugging only.
-    quiet_until: float = -math.inf
-    #: Whether an exhausted account was logged.
-    warned: bool = False
-
-    def is_over(self, now: float, sent_at: float | None) -> bool:
-        """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
-        return now >= self.paused_until and (sent_at is None or sent_at > self.started_at)
-
-
 class Refusals:
-    """Pause one limiter when its provider refuses; all objects for that limiter share their state.
+    """Pause one limiter when its provider refuses; `of` returns the one object for each limiter.
 
     Safe on several threads.
     """
 
-    __slots__ = ("_waves", "limiter")
-
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
-        self._waves: _Waves = vars(limiter).setdefault("_refusals", _Waves())
+        self._lock = Lock()
+        #: Waves since a call last succeeded, and when the first of them came.
+        self._waves = 0
+        self._first_at = -math.inf
+        #: When the latest wave came, and when its pause ends.
+        self._started_at = -math.inf
+        self._paused_until = -math.inf
+        #: Until when pauses are logged for debugging only.
+        self._quiet_until = -math.inf
+        #: Whether an exhausted account was logged.
+        self._warned = False
+
+    @classmethod
+    def of(cls, limiter: Limiter) -> "Refusals":
+        """Return what all who hear of this limiter's refusals share."""
+        found: Refusals = vars(limiter).get("_refusals") or vars(limiter).setdefault(
+            "_refusals", cls(limiter)
+        )
+        return found
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
-        waves = self._waves
-        if waves.count:
-            with waves.lock:
-                if waves.is_over(self.limiter.now(), sent_at):
-                    waves.count = 0
+        if self._waves:
+            with self._lock:
+                if self._is_over(self.limiter.now(), sent_at):
+                    self._waves = 0
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        known = self._waves
-        return self.limiter.now() - known.first_at if known.count > waves else 0.0
+        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
 
     def seconds_left(self) -> float:
         """Return the seconds until the pause of the latest wave ends."""
-        return max(0.0, self._waves.paused_until - self.limiter.now())
+        return max(0.0, self._paused_until - self.limiter.now())
+
+    def _is_over(self, now: float, sent_at: float | None) -> bool:
+        """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
+        return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
     def take_in(
         self,
@@ -116,28 +112,28 @@ class Refusals:
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
             return 0.0
-        waves, asked = self._waves, verdict.retry_after
-        with waves.lock:
+        asked = verdict.retry_after
+        with self._lock:
             now = self.limiter.now()
-            new_wave = waves.is_over(now, sent_at)
+            new_wave = self._is_over(now, sent_at)
             if new_wave:
-                waves.count += 1
-                waves.started_at = now
-                waves.first_at = now if waves.count == 1 else waves.first_at
+                self._waves += 1
+                self._started_at = now
+                self._first_at = now if self._waves == 1 else self._first_at
             if asked is not None:
                 seconds = asked if verdict.daily else min(asked, longest)
             elif not new_wave:
-                seconds = max(0.0, waves.paused_until - now)
-            elif waves.count == 1 and can_give_slots_up(self.limiter):
+                seconds = max(0.0, self._paused_until - now)
+            elif self._waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(first, waves.count, most=longest)
-            waves.paused_until = max(waves.paused_until, now + seconds)
+                seconds = doubled(first, self._waves, most=longest)
+            self._paused_until = max(self._paused_until, now + seconds)
             level = logging.NOTSET
             if new_wave and seconds > 0:
-                level = logging.WARNING if now >= waves.quiet_until else logging.DEBUG
+                level = logging.WARNING if now >= self._quiet_until else logging.DEBUG
             if level == logging.WARNING:
-                waves.quiet_until = now + _WARNING_INTERVAL
+                self._quiet_until = now + _WARNING_INTERVAL
         self.limiter.pause(seconds, reason=verdict.pause, gradually=True)
         if level:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
@@ -145,9 +141,8 @@ class Refusals:
         return seconds
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
-        waves = self._waves
-        if verdict.exhausted and not waves.warned:
-            waves.warned = True
+        if verdict.exhausted and not self._warned:
+            self._warned = True
             _log.warning(
                 "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
                 "look at the account's plan and balance",

@@ -185,13 +185,15 @@ class RequestSize:
 
 def read_json(content: bytes | None) -> Mapping[str, Any]:
     """Return the JSON object in ``content``; an empty one if it is none."""
-    if not content or content.lstrip()[:1] != b"{":
-        return {}
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
+    body = any_json(content) if content and content.lstrip()[:1] == b"{" else None
     return body if isinstance(body, dict) else {}
+
+
+def any_json(content: bytes) -> object:
+    """Return what ``content`` is as JSON; None if it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(content)
+    return None
 
 
 def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:

@@ -107,7 +107,7 @@ def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
 def test_only_rate_and_overload_refusals_pause_limiter(
     limiter: Limiter, status: int, headers: dict[str, str], body: dict[str, Any], paused: float
 ) -> None:
-    take_in(Refusals(limiter), status, headers, body)
+    take_in(Refusals.of(limiter), status, headers, body)
     assert limiter.statistics().paused == pytest.approx(paused)
     assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
 
@@ -153,7 +153,7 @@ def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
     """Nobody tries again every two minutes; those who wait learn for how long."""
     monkeypatch.setattr(errors, "wall_clock", lambda: NOW)
     limiter = Limiter("500 RPM", clock=clock, name="shared")
-    take_in(Refusals(limiter), 429, headers, body)
+    take_in(Refusals.of(limiter), 429, headers, body)
 
     assert limiter.statistics().paused == pytest.approx(hours * HOUR, abs=1)
     assert limiter.statistics().upstream_429 == 1
@@ -169,7 +169,7 @@ def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
 
 
 async def test_call_with_a_deadline_fails_at_once_on_a_used_up_quota(limiter: Limiter) -> None:
-    take_in(Refusals(limiter), 429, {"retry-after": "7200"}, message("tokens per day (TPD)"))
+    take_in(Refusals.of(limiter), 429, {"retry-after": "7200"}, message("tokens per day (TPD)"))
 
     with pytest.raises(AcquireTimeout, match=r"the limiter is paused for 7,200 s more"):
         await limiter.acquire(timeout=60)
@@ -177,13 +177,13 @@ async def test_call_with_a_deadline_fails_at_once_on_a_used_up_quota(limiter: Li
 
 
 def test_quota_of_a_minute_follows_the_wait_in_the_body(limiter: Limiter) -> None:
-    take_in(Refusals(limiter), 429, {}, google("GenerateRequestsPerMinutePerProject"))
+    take_in(Refusals.of(limiter), 429, {}, google("GenerateRequestsPerMinutePerProject"))
 
     assert limiter.statistics().paused == 18
 
 
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     for _ in range(20):
         take_in(refusals, 429)
     assert limiter.statistics().paused == 1
@@ -195,7 +195,7 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
 
 
 def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     pauses = []
     for _ in range(9):
         take_in(refusals, 429)
@@ -210,7 +210,7 @@ def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: Vir
 
 def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualClock) -> None:
     limiter = Limiter(concurrency="auto", clock=clock)
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     clock.advance(1)
     take_in(refusals, 429, sent_at=0.8)
     take_in(refusals, 429, sent_at=0.9)
@@ -224,12 +224,12 @@ def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualCloc
     take_in(refusals, 429, sent_at=4)
     assert limiter.statistics().paused == 0
     least = Limiter(concurrency=(4, 20), clock=clock)
-    take_in(Refusals(least), 429)
+    take_in(Refusals.of(least), 429)
     assert least.statistics().paused == 1  # it has no slot to give up
 
 
 def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: VirtualClock) -> None:
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     take_in(refusals, 429, sent_at=0)
     clock.advance(5)
     take_in(refusals, 429, sent_at=0)
@@ -242,7 +242,7 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
 def test_refusal_warning_is_logged_at_most_once_a_minute(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     with caplog.at_level(logging.WARNING):
         for _ in range(11):
             take_in(refusals, 429, {"retry-after": "7"})
@@ -256,7 +256,7 @@ def test_refusal_warning_is_logged_at_most_once_a_minute(
 
 
 def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptureFixture) -> None:
-    refusals = Refusals(limiter)
+    refusals = Refusals.of(limiter)
     for _ in range(3):
         take_in(refusals, 429, {}, error("insufficient_quota"))
     (record,) = caplog.records
