@@ -8,6 +8,7 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.testing import VirtualClock
+from asyncbucket.waiting import ASYNC, IO
 
 
 @pytest.fixture(params=["httpx", "httpx2"])
@@ -60,3 +61,19 @@ def answering(library: Any, *chunks: bytes, status: int = 200, **headers: str) -
         return library.Response(status, headers=fields, stream=chunked(library, *chunks))
 
     return answer
+
+
+def client_over(
+    library: Any, limiter: Limiter, answer: Answer, *, io: IO = ASYNC, retries: Any = 0, **more: Any
+) -> Any:
+    """Return a paced client whose replies ``answer`` makes."""
+    transport = limiter.transport(library.MockTransport(answer), retries=retries, **more)
+    return (library.AsyncClient if io is ASYNC else library.Client)(transport=transport)
+
+
+def in_flight(limiter: Limiter) -> int:
+    return limiter.statistics().in_flight
+
+
+def used(limiter: Limiter, resource: str) -> int:
+    return next(u.used for u in limiter.statistics().limits if u.limit.resource == resource)
