@@ -2,7 +2,6 @@ import asyncio
 import logging
 import math
 import random
-import threading
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -15,8 +14,7 @@ import stamina.instrumentation
 from stamina.instrumentation import RetryDetails
 
 from asyncbucket import Limiter, QueueFull
-from asyncbucket.providers.refusals import Refusals
-from asyncbucket.retry import Retrier, Retry, Sent, Verdict
+from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.waiting import SYNC, run
 
@@ -35,47 +33,46 @@ def status_error(
     return kind(text, response=response, body={"code": code, "type": "requests"})
 
 
-class Script:
-    """An attempt that raises or returns what the script says, repeating its last line for ever."""
-
-    def __init__(self, *lines: object, clock: Callable[[], int]) -> None:
-        self.lines = list(lines)
-        self.clock = clock
-        self.times: list[float] = []
-
-    def play(self) -> str:
-        self.times.append(self.clock() / 1e9)
-        line = self.lines.pop(0) if len(self.lines) > 1 else self.lines[0]
-        if isinstance(line, BaseException):
-            raise line
-        return str(line)
-
-    async def __call__(self) -> str:
-        return self.play()
-
-
 class Stage:
-    """A retrier on virtual time, whose random number is always the same."""
+    """A limiter on virtual time, and a retrier whose random number is always the same."""
 
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
+        self.run = time.run
         self.limiter = Limiter(concurrency=1, name="openai", clock=time.clock)
+        #: When attempts were made.
+        self.times: list[float] = []
 
     def retrier(self, policy: Retry | None = None, *, chance: float = 0.0) -> Retrier:
         return Retrier(policy or Retry(), self.limiter, chance=lambda: chance)
 
-    def script(self, *lines: object) -> Script:
-        return Script(*lines, clock=self.time.clock)
+    def script(self, *lines: object) -> Callable[[], str]:
+        """Return an attempt that raises or returns what ``lines`` say, the last one for ever."""
+        left = list(lines)
 
-    def run(self, main: Coroutine[Any, Any, T]) -> T:
-        return self.time.run(main)
+        def play() -> str:
+            self.times.append(self.time.now)
+            line = left.pop(0) if len(left) > 1 else left[0]
+            if isinstance(line, BaseException):
+                raise line
+            return str(line)
 
-    def call(self, retrier: Retrier, script: Script, *, is_sync: bool, **options: Any) -> str:
-        """Make a call of either kind."""
-        if not is_sync:
-            return self.run(retrier.call(script, **options))
-        reply: str = run(retrier.call(partial(SYNC.call, script.play), io=SYNC, **options))
-        return reply
+        return play
+
+    def call(self, retrier: Retrier, *lines: object, is_sync: bool = False, **options: Any) -> str:
+        """Make a call of either kind, whose attempts say ``lines``."""
+        play = self.script(*lines)
+        if is_sync:
+            reply: str = run(retrier.call(partial(SYNC.call, play), io=SYNC, **options))
+            return reply
+        return self.run(retrier.call(as_async(play), **options))
+
+
+def as_async(play: Callable[[], T]) -> Callable[[], Coroutine[Any, Any, T]]:
+    async def attempt() -> T:
+        return play()
+
+    return attempt
 
 
 @pytest.fixture(name="stage")
@@ -88,19 +85,11 @@ def open_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 either_kind = pytest.mark.parametrize("is_sync", [False, True])
 
 
-def test_retry_of_accepts_policy_attempts_bool_or_none() -> None:
-    assert Retry.of(None) == Retry.of(True) == Retry()
-    assert Retry().attempts == 5
-    assert Retry.of(False) == Retry(attempts=1)
-    assert Retry.of(3) == Retry(attempts=3)
+def test_policy_is_read_from_attempts_retries_bool_none_or_itself() -> None:
     policy = Retry(max_wait=5)
-    assert Retry.of(policy) is policy
-
-
-def test_retries_are_a_number_a_policy_or_the_default() -> None:
-    assert [Retry.times(each).attempts for each in (0, False, 3, None, True)] == [1, 1, 4, 5, 5]
-    policy = Retry(max_wait=5)
-    assert Retry.times(policy) is policy
+    assert Retry.of(policy) is Retry.times(policy) is policy
+    assert [Retry.of(each).attempts for each in (None, True, False, 3)] == [5, 5, 1, 3]
+    assert [Retry.times(each).attempts for each in (None, True, False, 0, 3)] == [5, 5, 1, 1, 4]
     with pytest.raises(TypeError, match=r"retries must be a whole number or a Retry, not 1\.5"):
         Retry.times(1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="retries must be at least 0, which means none, not -1"):
@@ -151,75 +140,66 @@ def test_invalid_retry_policy_is_refused(wrong: dict[str, Any], message: str) ->
 def test_failed_call_is_retried_when_the_server_says_or_after_doubling_waits(
     stage: Stage, failures: list[Exception], chance: float, times: list[float], *, is_sync: bool
 ) -> None:
-    script = stage.script(*failures, "reply")
-    assert stage.call(stage.retrier(chance=chance), script, is_sync=is_sync) == "reply"
-    assert script.times == times
+    assert stage.call(stage.retrier(chance=chance), *failures, "reply", is_sync=is_sync) == "reply"
+    assert stage.times == times
+
+
+TOO_LONG = (
+    "tried once in 0.0 s; gave up: the provider asks to wait 7,200 s, and Retry(max_wait=120) allows "
+    "no more"
+)
 
 
 @either_kind
 @pytest.mark.parametrize(
-    ("make_error", "policy", "deadline", "times", "note"),
+    ("make_error", "options", "times", "note"),
     [
         (
             partial(status_error, 500),
-            Retry(),
-            None,
-            [0.0, 1.0, 3.0, 7.0, 15.0],
+            {},
+            [0, 1, 3, 7, 15],
             "tried 5 times in 15.0 s; gave up: Retry(attempts=5) allows no more",
         ),
         (
             partial(status_error, 503),
-            Retry.of(False),
-            None,
-            [0.0],
+            {"policy": Retry.of(False)},
+            [0],
             "tried once in 0.0 s; gave up: Retry(attempts=1) allows no more",
         ),
         (
             partial(status_error, 400),
-            Retry(),
-            None,
-            [0.0],
+            {},
+            [0],
             "tried once in 0.0 s; gave up: HTTP 400 (requests) is not retried",
         ),
-        (
-            partial(status_error, 503, retry_after="7200"),
-            Retry(),
-            None,
-            [0.0],
-            (
-                "tried once in 0.0 s; gave up: the provider asks to wait 7,200 s, and "
-                "Retry(max_wait=120) allows no more"
-            ),
-        ),
+        (partial(status_error, 503, retry_after="7200"), {}, [0], TOO_LONG),
         (
             partial(status_error, 503, retry_after="8"),
-            Retry(jitter=0),
-            10.0,
-            [0.0, 8.0],
+            {"policy": Retry(jitter=0), "deadline": 10.0},
+            [0, 8],
             "tried 2 times in 8.0 s; gave up: the next attempt is due in 8 s, the deadline in 2 s",
         ),
-        (partial(status_error, 503), Retry(), math.nan, [0.0], "the deadline in"),
-        (partial(ValueError, "yours"), Retry(), None, [0.0], None),
-        (partial(QueueFull, "ours"), Retry(), None, [0.0], None),
+        (partial(status_error, 503), {"deadline": math.nan}, [0], "the deadline in"),
+        (partial(ValueError, "yours"), {}, [0], None),
+        (partial(QueueFull, "ours"), {}, [0], None),
     ],
 )
 def test_last_error_is_raised_as_it_is_with_a_note_that_says_why(
     stage: Stage,
     make_error: Callable[[], Exception],
-    policy: Retry,
-    deadline: float | None,
+    options: dict[str, Any],
     times: list[float],
     note: str | None,
     *,
     is_sync: bool,
 ) -> None:
-    error = make_error()
-    script = stage.script(error)
+    error, deadline = make_error(), options.get("deadline")
+    retrier = stage.retrier(options.get("policy"), chance=1.0)
     with pytest.raises(type(error)) as caught:
-        stage.call(stage.retrier(policy, chance=1.0), script, is_sync=is_sync, deadline=deadline)
+        stage.call(retrier, error, is_sync=is_sync, deadline=deadline)
     assert caught.value is error
     assert caught.value.__cause__ is caught.value.__context__ is None
-    assert script.times == times
+    assert stage.times == times
     notes = getattr(error, "__notes__", [])
     assert len(notes) == (note is not None)
     assert all(note in each for each in notes if note)
@@ -227,13 +207,12 @@ def test_last_error_is_raised_as_it_is_with_a_note_that_says_why(
 
 @pytest.mark.parametrize("policy", [Retry(attempts=1), Retry(max_wait=5.0), None])
 def test_429_pauses_limiter_even_if_its_call_gives_up(stage: Stage, policy: Retry | None) -> None:
-    script = stage.script(status_error(429, retry_after="7"))
     told: list[str] = []
     stage.limiter.observe(lambda event: told.append(type(event).__name__))
     stamina.set_active(policy is not None)
     try:
         with pytest.raises(openai.RateLimitError):
-            stage.run(stage.retrier(policy).call(script))
+            stage.call(stage.retrier(policy), status_error(429, retry_after="7"))
     finally:
         stamina.set_active(True)
     assert told == ["Paused"]
@@ -243,12 +222,12 @@ def test_429_pauses_limiter_even_if_its_call_gives_up(stage: Stage, policy: Retr
 @either_kind
 def test_retries_obey_staminas_switches(stage: Stage, *, is_sync: bool) -> None:
     def attempts() -> int:
-        script = stage.script(error)
+        stage.times.clear()
         with pytest.raises(openai.APIStatusError) as caught:
-            stage.call(stage.retrier(), script, is_sync=is_sync)
+            stage.call(stage.retrier(), error, is_sync=is_sync)
         assert caught.value is error
-        assert set(script.times) == {0.0}
-        return len(script.times)
+        assert set(stage.times) == {0.0}
+        return len(stage.times)
 
     error = status_error(500)
     stamina.set_active(False)
@@ -300,27 +279,6 @@ def test_no_slot_is_held_during_back_off(stage: Stage) -> None:
 
     stage.run(main())
     assert passed == [("retried", 0.0), ("other", 0.0), ("retried", 5.0)]
-
-
-def refused(retry_after: float | None = None) -> Verdict:
-    return Verdict(retry=True, reason="HTTP 429", retry_after=retry_after, pause="429")
-
-
-def test_retriers_and_transport_on_one_limiter_share_429_waves(stage: Stage) -> None:
-    first, second = stage.retrier(), stage.retrier()
-    transport = Refusals.of(stage.limiter)
-    pauses: list[float] = []
-
-    async def main() -> None:
-        for _ in range(3):
-            pauses.append(first.pause(refused(), Sent()))
-            assert second.pause(refused(), Sent()) == transport.take_in(refused()) == pauses[-1]
-            await asyncio.sleep(pauses[-1])
-        transport.succeeded()
-        pauses.append(second.pause(refused(), Sent()))
-
-    stage.run(main())
-    assert pauses == [1.0, 2.0, 4.0, 1.0]
 
 
 def test_provider_error_is_raised_if_limiter_refuses_the_retry(stage: Stage) -> None:
@@ -376,10 +334,10 @@ def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
 
 def test_retries_after_429_do_not_spend_the_budget(stage: Stage) -> None:
     retrier = stage.retrier(Retry(budget=0))
-    refused = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
+    scripts = [stage.script(status_error(429, retry_after="1"), "reply") for _ in range(300)]
 
     async def main() -> list[str]:
-        return await asyncio.gather(*(retrier.call(script) for script in refused))
+        return await asyncio.gather(*(retrier.call(as_async(script)) for script in scripts))
 
     assert stage.run(main()) == ["reply"] * 300
 
@@ -390,11 +348,11 @@ def test_429s_without_end_fail_calls_after_max_wait_not_after_all_attempts(stage
     scripts = [stage.script(status_error(429)) for _ in range(60)]
     failed: dict[float, openai.RateLimitError] = {}
 
-    async def paced(script: Script) -> str:
+    async def paced(script: Callable[[], str]) -> str:
         async with stage.limiter.acquire():
-            return await script()
+            return script()
 
-    async def call(script: Script) -> None:
+    async def call(script: Callable[[], str]) -> None:
         with pytest.raises(openai.RateLimitError) as caught:
             await retrier.call(lambda: paced(script))
         failed[stage.time.now] = caught.value
@@ -407,7 +365,7 @@ def test_429s_without_end_fail_calls_after_max_wait_not_after_all_attempts(stage
     assert failed[127].__notes__ == [
         "asyncbucket: tried once in 127.0 s; gave up: the provider has refused every call for 127 s"
     ]
-    assert sum(len(script.times) for script in scripts) == 67
+    assert len(stage.times) == 67
 
 
 @either_kind
@@ -424,8 +382,7 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
 
     for hooks in (None, [record]):
         stamina.instrumentation.set_on_retry_hooks(hooks)
-        script = stage.script(error, "reply")
-        stage.call(stage.retrier(chance=1.0), script, is_sync=is_sync, tried=tried)
+        stage.call(stage.retrier(chance=1.0), error, "reply", is_sync=is_sync, tried=tried)
     stamina.instrumentation.set_on_retry_hooks(None)
     (details,) = seen
     assert details.name == "openai.resources.models.Models.list"
@@ -433,24 +390,3 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
     assert details.caused_by is error
     lines = [(r.name, r.getMessage()) for r in caplog.records if r.name != "asyncio"]
     assert lines == [("stamina", "stamina.retry_scheduled")]
-
-
-def test_threads_share_one_retry_budget() -> None:
-    retrier = Retrier(Retry(backoff=0.0, budget=50), Limiter("500 RPM"))
-    tried: list[int] = []
-
-    def attempt() -> None:
-        tried.append(1)
-        raise status_error(500)
-
-    def work() -> None:
-        for _ in range(50):
-            with pytest.raises(openai.APIStatusError):
-                run(retrier.call(partial(SYNC.call, attempt), io=SYNC))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(tried) == 4 * 50 + 50

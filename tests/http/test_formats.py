@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from tests.http.conftest import answering
+from tests.http.conftest import answering, client_over, used
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 WHOLE = {"model": "m", "messages": MESSAGES, "max_tokens": 300}
@@ -137,6 +137,17 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
         CONVERSE,
         f'{EVENT}{{"stopReason":"end_turn"}}{EVENT}{{"metrics":{{}},{CONVERSE_USAGE}}}',
     ),
+    "a stream of Anthropic's inside Bedrock's": (
+        f"{MODEL}/invoke-with-response-stream",
+        {"messages": MESSAGES, "max_tokens": 300, "anthropic_version": "bedrock-2023-05-31"},
+        (
+            packed(
+                '{"type":"message_start","message":{"usage":{"input_tokens":90,"output_tokens":1}}}'
+            )
+            + packed('{"type":"message_delta","usage":{"output_tokens":7}}')
+            + packed('{"type":"message_stop"}')
+        ),
+    ),
     "embeddings of Ollama": (
         "/api/embed",
         {"model": "m", "input": [TEXT]},
@@ -145,9 +156,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def used(limiter: Limiter) -> tuple[int, int]:
-    given, received = (limit.used for limit in limiter.statistics().limits)
-    return given, received
+def counted(limiter: Limiter) -> tuple[int, int]:
+    return used(limiter, "input_tokens"), used(limiter, "output_tokens")
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -161,35 +171,21 @@ async def test_call_is_settled_from_usage_once_it_was_read(
     """Clients read a stream no further than the event that ends it, though the reply may go on."""
     path, body, answer = FORMATS[name]
     if cut:
-        answer = answer[: answer.index("90") + 1]  # half a number is none
+        at = answer.find('"bytes"') if "inside" in name else answer.index("90") + 1
+        answer = answer[:at]  # half a number is none
     data = answer.encode()
     pieces = [data[at : at + 1_000] for at in range(0, len(data), 1_000)]
     limiter = Limiter("10k ITPM", "10k OTPM")
     reserved = (100, 0 if "embeddings" in name else 300)
-    inner = library.MockTransport(answering(library, *pieces, *([] if ends else [b"\n"])))
+    answers = answering(library, *pieces, *([] if ends else [b"\n"]))
     async with (
-        library.AsyncClient(transport=limiter.transport(inner)) as client,
+        client_over(library, limiter, answers) as client,
         client.stream("POST", f"http://llm.test{path}", json=body) as reply,
     ):
-        assert used(limiter) == reserved
+        assert counted(limiter) == reserved
         seen = b""
         async for chunk in reply.aiter_raw():
             seen += chunk
             if not ends and len(seen) == len(data):
                 break
-    assert used(limiter) == (reserved if cut else (90, min(reserved[1], 7)))
-
-
-async def test_events_that_bedrock_packs_settle_a_stream(library: Any) -> None:
-    body = {"messages": MESSAGES, "max_tokens": 300, "anthropic_version": "bedrock-2023-05-31"}
-    answer = (
-        packed('{"type":"message_start","message":{"usage":{"input_tokens":90,"output_tokens":1}}}')
-        + packed('{"type":"message_delta","usage":{"output_tokens":7}}')
-        + packed('{"type":"message_stop"}')
-    )
-    limiter = Limiter("10k ITPM", "10k OTPM")
-    inner = library.MockTransport(answering(library, answer.encode(), b'{"bytes":"odd="}'))
-    async with library.AsyncClient(transport=limiter.transport(inner)) as client:
-        await client.post(f"http://llm.test{MODEL}/invoke-with-response-stream", json=body)
-
-    assert used(limiter) == (90, 7)
+    assert counted(limiter) == (reserved if cut else (90, min(reserved[1], 7)))

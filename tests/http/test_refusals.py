@@ -192,6 +192,7 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
     assert limiter.statistics().paused == 0.5
     take_in(refusals, 429, {"retry-after": "4"})
     assert limiter.statistics().paused == 4
+    assert Refusals.of(limiter) is refusals  # whoever hears of it
 
 
 def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:

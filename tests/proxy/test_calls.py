@@ -190,39 +190,6 @@ async def refused(proxy: Proxied, path: str, **headers: str) -> httpx.Response:
     return await proxy.client.post(path, json=CHAT, headers=more)
 
 
-@pytest.mark.parametrize(
-    ("limits", "headers", "told"),
-    [
-        # The caller's own time is up: nobody is to try again.
-        ({"rpm": 1}, {"asyncbucket-timeout": "2"}, (429, "rate_limit_exceeded", True, False)),
-        ({"concurrency": 1, "max_queue": 0}, {}, (429, "rate_limit_exceeded", True, True)),
-        ({"tpm": 10}, {}, (429, "rate_limit_exceeded", False, False)),
-    ],
-)
-async def test_refusal_of_the_limiter_is_the_providers_429(
-    upstream: Any, limits: dict[str, int], headers: dict[str, str], told: tuple[Any, ...]
-) -> None:
-    async with proxied(upstream[1], **limits) as proxy:
-        held = proxy.limiter.acquire_nowait(tokens=1)
-        if "rpm" in limits:
-            held.release()
-        body = {**CHAT, "max_tokens": 99}
-        paths = "/v1/chat/completions", "/v1/messages"
-        replies = [await proxy.client.post(path, json=body, headers=headers) for path in paths]
-        held.release()
-
-    ours, theirs = replies
-    status, code, says_when, may_retry = told
-    assert {each.status_code for each in replies} == {status}
-    assert ours.json()["error"]["code"] == code
-    assert theirs.json()["error"]["type"] == "rate_limit_error"
-    assert theirs.json()["type"] == "error"
-    assert all("raise " in each.json()["error"]["message"] for each in replies)
-    for each in replies:
-        assert ("retry-after" in each.headers) == says_when
-        assert each.headers.get("x-should-retry") == (None if may_retry else "false")
-
-
 async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
     async with proxied(upstream[1], rpm=1) as proxy:
         proxy.limiter.acquire_nowait().release()

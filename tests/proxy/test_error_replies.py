@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asyncbucket import QueueFull, StoreError, UnknownPrice
+from asyncbucket import AcquireTimeout, CostExceedsLimit, QueueFull, StoreError, UnknownPrice
 from asyncbucket.proxy.error_replies import ProxyError, error_response, protocol_of
 
 
@@ -36,6 +36,19 @@ CALLERS = (
             ("requests", "rate_limit_error", "RESOURCE_EXHAUSTED"),
             3,
         ),
+        # The caller's own time is up, or it can never pass: nobody is to try again.
+        (
+            AcquireTimeout("late", retry_after=2.1),
+            429,
+            ("requests", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+            3,
+        ),
+        (
+            CostExceedsLimit("much"),
+            429,
+            ("requests", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+            None,
+        ),
         (UnknownPrice("?"), 429, ("requests", "rate_limit_error", "RESOURCE_EXHAUSTED"), None),
         (StoreError("gone"), 503, ("server_error", "overloaded_error", "UNAVAILABLE"), 1),
         (httpx.ConnectError("sk-x"), 502, ("server_error", "api_error", "UNAVAILABLE"), None),
@@ -58,7 +71,9 @@ def test_error_has_the_providers_format_and_no_key(
     assert (openai["type"], anthropic["type"], google["status"]) == types
     assert google["code"] == status
     assert [each["retryDelay"] for each in google["details"]] == ([f"{after}s"] if after else [])
+    may_retry = isinstance(error, QueueFull | StoreError | httpx.HTTPError)
     for reply in replies:
+        assert reply.headers.get("x-should-retry") == (None if may_retry else "false")
         assert reply.headers.get("retry-after") == (str(after) if after else None)
         assert b"sk-" not in bytes(reply.body)
 
