@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 #: How much of a reply's end is kept, in bytes: more than what follows the usage.
 _TAIL_BYTES: Final = 65_536
-#: How much of an error's body is held.
-_MAX_ERROR_BYTES: Final = 1_048_576
 #: How much of a compressed reply is kept (it must be complete to be decoded), and decoded.
 _ENCODED_TAIL_BYTES: Final = 1_048_576
 _MAX_DECODED_BYTES: Final = 8 * 1_048_576
@@ -136,7 +134,7 @@ async def read_ahead(reply: Any, io: IO) -> bytes:
     stream, data, error = reply.stream, b"", None
     chunks = io.iterator(stream)
     try:
-        while len(data) < _MAX_ERROR_BYTES:
+        while len(data) < _MAX_DECODED_BYTES:
             chunk = await io.next_item(chunks, None)
             if chunk is None:
                 break

@@ -137,6 +137,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
         CONVERSE,
         f'{EVENT}{{"stopReason":"end_turn"}}{EVENT}{{"metrics":{{}},{CONVERSE_USAGE}}}',
     ),
+    "a long stream of Anthropic": (
+        "/v1/messages",
+        {**WHOLE, "stream": True},
+        (
+            'data: {"message":{"usage":{"input_tokens":90,"output_tokens":1}}}\n\n'
+            + 'data: {"type":"content_block_delta","delta":{"text":"blue"}}\n\n' * 2_000
+            + 'data: {"type":"message_delta","usage":{"output_tokens":7}}\n\n'
+            'data: {"type":"message_stop"}\n\n'
+        ),
+    ),
     "a stream of Anthropic's inside Bedrock's": (
         f"{MODEL}/invoke-with-response-stream",
         {"messages": MESSAGES, "max_tokens": 300, "anthropic_version": "bedrock-2023-05-31"},
@@ -174,7 +184,7 @@ async def test_call_is_settled_from_usage_once_it_was_read(
         at = answer.find('"bytes"') if "inside" in name else answer.index("90") + 1
         answer = answer[:at]  # half a number is none
     data = answer.encode()
-    pieces = [data[at : at + 1_000] for at in range(0, len(data), 1_000)]
+    pieces = [data[at : at + 50] for at in range(0, len(data), 50)]
     limiter = Limiter("10k ITPM", "10k OTPM")
     reserved = (100, 0 if "embeddings" in name else 300)
     answers = answering(library, *pieces, *([] if ends else [b"\n"]))

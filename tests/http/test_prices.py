@@ -1,7 +1,6 @@
 """What models cost, and that transports reserve and settle dollars exactly."""
 
 import asyncio
-import json
 import tomllib
 from datetime import date
 from importlib.resources import files
@@ -17,6 +16,7 @@ from asyncbucket.http import Call, Profile
 from asyncbucket.prices import PriceWarning, price_of, read_prices
 from asyncbucket.providers.usage import Usage, read_usage
 from asyncbucket.waiting import ASYNC, IO, SYNC
+from tests.http.conftest import client_over
 
 URL = "https://api.openai.com/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x" * 400}]
@@ -38,22 +38,19 @@ def spent(limiter: Limiter) -> int:
     return limiter.statistics().limits[0].used
 
 
-def client_of(library: Any, limiter: Limiter, *replies: Any, io: IO = ASYNC, **options: Any) -> Any:
+def client_of(library: Any, limiter: Limiter, *replies: Any, **options: Any) -> Any:
     """Return a paced client that gets ``replies``, one after the other: bodies, or statuses."""
-    rest = list(replies)
+    rest, seen = list(replies), list[int]()
 
     def answer(_: Any) -> Any:
         reply = rest.pop(0) if len(rest) > 1 else rest[0]
         seen.append(spent(limiter) if limiter.limits else 0)
         if isinstance(reply, Exception):
             raise reply
-        return (
-            library.Response(reply) if isinstance(reply, int) else library.Response(200, json=reply)
-        )
+        is_status = isinstance(reply, int)
+        return library.Response(reply) if is_status else library.Response(200, json=reply)
 
-    seen: list[int] = []
-    transport = limiter.transport(library.MockTransport(answer), retries=0, **options)
-    client = (library.AsyncClient if io is ASYNC else library.Client)(transport=transport)
+    client = client_over(library, limiter, answer, **options)
     client.seen = seen
     return client
 
@@ -74,10 +71,8 @@ async def test_budget_needs_no_limit_and_is_checked_before_sending(library: Any)
     limiter = Limiter()
     client = client_of(library, limiter, REPLY)
     with budget(usd=0.000_3) as capped:
-        await client.post(URL, json=BODY)
-        await client.post(URL, json=BODY)
-        await client.post(URL, json=BODY)
-        await client.post(URL, json=BODY)
+        for _ in range(4):
+            await client.post(URL, json=BODY)
         with pytest.raises(BudgetExceeded, match=r"0\.000246 USD, but .* only 0\.000232 USD left"):
             await client.post(URL, json=BODY)
     assert (len(client.seen), round(capped.spent["usd"] * 1e6)) == (4, 4 * SETTLED)
@@ -176,27 +171,19 @@ async def test_forecast_of_a_reply_makes_no_call_impossible() -> None:
         await client.post(URL, json=BODY)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_concurrent_calls_never_pass_a_budget(*, stream: bool) -> None:
+async def test_concurrent_calls_never_pass_a_budget() -> None:
     """Even if each uses all that it may."""
 
     async def answer(_: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0.001)
-        usage = {"usage": {"prompt_tokens": 440, "completion_tokens": 300}}
-        text = f"data: {json.dumps(usage)}\n\ndata: [DONE]\n\n" if stream else json.dumps(usage)
-        return httpx.Response(200, text=text)
+        return httpx.Response(200, json={"usage": {"prompt_tokens": 440, "completion_tokens": 300}})
 
-    limiter = Limiter(concurrency=7)
-    transport = limiter.transport(httpx.MockTransport(answer), retries=0)
-    async with httpx.AsyncClient(transport=transport) as client:
+    async with client_over(httpx, Limiter(concurrency=7), answer) as client:
         with budget(usd=0.005) as capped:
-            calls = [client.post(URL, json={**BODY, "stream": stream}) for _ in range(60)]
+            calls = [client.post(URL, json=BODY) for _ in range(60)]
             ended = await asyncio.gather(*calls, return_exceptions=True)
-    refused = [
-        end
-        for end in ended
-        if isinstance(refusal_in(end if isinstance(end, Exception) else None), BudgetExceeded)
-    ]
+    errors = (end for end in ended if isinstance(end, Exception))
+    refused = [error for error in errors if isinstance(refusal_in(error), BudgetExceeded)]
     assert (len(refused), round(capped.spent["usd"] * 1e6)) == (40, 20 * RESERVED)
 
 
