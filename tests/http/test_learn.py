@@ -221,16 +221,6 @@ def test_first_calls_are_not_capped_for_day_limits_or_without_learning(
     assert passing(limiter) == 1_000
 
 
-def test_at_most_one_reply_in_10_ms_is_read_but_always_the_first() -> None:
-    reader = HeaderReader(Limiter("600 RPM"))
-    assert reader.is_due(0.0)
-    reader.read(said(remaining_requests="590"), OPENAI, since=1.0)
-    assert not reader.is_due(1.009)
-    assert reader.is_due(1.011)
-    reader.expect(GROQ)
-    assert reader.is_due(1.0)
-
-
 @pytest.mark.parametrize(
     ("reply", "left"),
     [

@@ -7,15 +7,14 @@ import pytest
 from asyncbucket import Limiter
 from asyncbucket.http import Call
 from asyncbucket.testing import VirtualClock
-from tests.http.conftest import answering
+from tests.http.conftest import answering, client_over
 
 HOST = "https://api.openai.com"
 CHAT = "/v1/chat/completions"
 
 
 async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, str]) -> None:
-    inner = library.MockTransport(answering(library, b"{}"))
-    async with library.AsyncClient(transport=limiter.transport(inner, routes=routes)) as client:
+    async with client_over(library, limiter, answering(library, b"{}"), routes=routes) as client:
         for path, model in calls:
             await client.post(HOST + path, json={"model": model, "input": "x", "max_tokens": 9})
 
@@ -63,33 +62,25 @@ async def test_routing_function_chooses_child(library: Any) -> None:
     assert admitted(limiter) == {"cheap": 1}
 
 
-async def test_refusal_of_routed_model_pauses_only_its_child(library: Any) -> None:
+async def test_refusal_pauses_the_routed_child_but_for_a_tenant_the_whole_key(
+    library: Any,
+) -> None:
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
-    for name in ("big", "small"):
-        limiter.child(name)
+    big, small, acme = (limiter.child(name) for name in ("big", "small", "acme"))
 
     def answer(request: Any) -> Any:
-        refused = b"gpt-4o" in request.content
+        refused = b"gpt-3" not in request.content
         return library.Response(429 if refused else 200, headers={"retry-after": "7"}, json={})
 
     routes = {"gpt-4o*": "big", "gpt-3*": "small"}
-    transport = limiter.transport(library.MockTransport(answer), routes=routes, retries=0)
-    async with library.AsyncClient(transport=transport) as client:
+    async with client_over(library, limiter, answer, routes=routes) as client:
         for model in ("gpt-4o", "gpt-3.5"):
             await client.post(HOST + CHAT, json={"model": model})
-    assert limiter.child("big").statistics().paused == pytest.approx(7)
-    assert limiter.child("small").statistics().paused == 0
-    assert limiter.statistics().paused == 0
-
-
-async def test_refusal_of_tenant_pauses_whole_key(library: Any) -> None:
-    limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
-    inner = library.MockTransport(answering(library, b"{}", status=429, retry_after="7"))
-    transport = limiter.child("acme", "50 RPM").transport(inner, retries=0)
-    async with library.AsyncClient(transport=transport) as client:
+    paused = [each.statistics().paused for each in (big, small, limiter)]
+    assert paused == [pytest.approx(7), 0, 0]
+    async with client_over(library, acme, answer) as client:
         await client.post(HOST + CHAT, json={"model": "m"})
     assert limiter.statistics().paused == pytest.approx(7)
-    assert limiter.statistics().upstream_429 == 1
 
 
 PATTERN = r'such as "/v1/chat/completions gpt-4o\*", not '
