@@ -13,8 +13,8 @@ import stamina
 import stamina.instrumentation
 from stamina.instrumentation import RetryDetails
 
-from asyncbucket import Limiter, QueueFull
-from asyncbucket.retry import Retrier, Retry
+from asyncbucket import Limiter, Pool, QueueFull
+from asyncbucket.retry import Retrier, Retry, Sent
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.waiting import SYNC, run
 
@@ -390,3 +390,21 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
     assert details.caused_by is error
     lines = [(r.name, r.getMessage()) for r in caplog.records if r.name != "asyncio"]
     assert lines == [("stamina", "stamina.retry_scheduled")]
+
+
+@pytest.mark.parametrize(("attempts", "made"), [(2, 4), (1, 1)])
+def test_call_may_try_each_member_of_a_pool_once(stage: Stage, attempts: int, made: int) -> None:
+    members = [Limiter(name=f"m{number}", clock=stage.time.clock) for number in range(4)]
+    pool, sent, asked = Pool(*members), Sent(), set[str]()
+
+    async def attempt() -> None:
+        lease = await pool.acquire()
+        sent.admitted(pool, lease)
+        asked.add(lease.limiter.name)
+        lease.member_failed("HTTP 401")
+        raise status_error(401)
+
+    with pytest.raises(openai.APIStatusError) as caught:
+        stage.run(Retrier(Retry(attempts=attempts), pool).call(attempt, sent=sent))
+    assert len(asked) == made
+    assert "asyncbucket: pool 'pool': 'm0': left out for 1 s more" in caught.value.__notes__[-1]

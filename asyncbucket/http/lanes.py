@@ -156,7 +156,7 @@ class Lanes:
         self._choose = None if routes is None else self._chooser(routes)
 
     def read(self, request: Any, *, teaches: bool) -> ReadRequest:
-        """Work out what ``request`` costs; expect headers from a host that ``teaches``.
+        """Work out what ``request`` costs; ``teaches`` tells whether its headers are the provider's.
 
         Raises:
             UnknownPrice: something counts dollars, and nobody knows what its model costs.
@@ -170,8 +170,7 @@ class Lanes:
         cost: Cost | None = None
         for at in lane.at.values() or (lane,):  # any member may take it: what most charge counts
             theirs = at.profile or self._fixed_profile or profile_of(url.host)
-            if teaches:
-                at.header_reader.expect(theirs)
+            at.header_reader.expect(theirs)
             if profile is None:
                 profile = theirs
                 call, cost = charge(call, profile, limits)

@@ -80,8 +80,6 @@ def error_response(error: Exception, scope: "Scope") -> JSONResponse:
         is_late = isinstance(error, httpx.TimeoutException)
         status, what = (504, "did not answer in time") if is_late else (502, "cannot be reached")
         message = f"the provider {what} ({type(error).__name__})"
-    if seconds is not None and not math.isfinite(seconds):
-        seconds = None
     headers: dict[str, str] = {}
     if is_pointless:
         headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's SDKs obey it
