@@ -34,112 +34,86 @@ def caused_by(cause: Exception) -> Exception:
     return error
 
 
-def temporary(reason: str, **more: Any) -> Verdict:
-    return Verdict(retry=True, reason=reason, **more)
-
-
 RESPONSE_503 = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
-EVENT = {"error": {"type": "overloaded_error"}}
+HEADERS_2 = httpx.Headers({"Retry-After": "2"})
+RATE = {"pause": "429", "overloaded": True}
+BUSY = {"overloaded": True}
+BUSY_FOR_2 = {"overloaded": True, "pause": "overload", "retry_after": 2.0}
+SPENT = {"error_code": "enforced_spend_limit_reached"}
+SPENT_LIMIT = {"type": "error", "error": {"type": "rate_limit_error", "details": SPENT}}
+UNAVAILABLE = {"status": "UNAVAILABLE", "details": {"error": {"code": 503}}}
+
+
+def event(body: Any) -> Exception:
+    """Return an error event in a stream, whose status was 200."""
+    return openai.APIError("no", REQUEST, body=body)
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"),
+    ("error", "reason", "more"),
     [
-        *(
-            (status_error(status), temporary(f"HTTP {status} (requests)", overloaded=overloaded))
-            for status, overloaded in ((408, True), (409, False), (500, False), (502, False))
-        ),
-        *(
-            (
-                status_error(status),
-                temporary(f"HTTP {status} (requests)", overloaded=True, pause=pause),
-            )
-            for status, pause in ((503, None), (504, None), (529, "overload"))
-        ),
+        (status_error(408), "HTTP 408 (requests)", BUSY),
+        (status_error(409), "HTTP 409 (requests)", {}),
+        (status_error(500), "HTTP 500 (requests)", {}),
+        (status_error(502), "HTTP 502 (requests)", {}),
+        (status_error(503), "HTTP 503 (requests)", BUSY),
+        (status_error(504), "HTTP 504 (requests)", BUSY),
+        (status_error(529), "HTTP 529 (requests)", {**BUSY, "pause": "overload"}),
         # A wait of 0 names none: the call is retried after a back-off.
-        (with_attributes(status=500, headers={"retry-after": "0"}), temporary("HTTP 500")),
+        (with_attributes(status=500, headers={"retry-after": "0"}), "HTTP 500", {}),
         (
             status_error(429, "rate_limit_exceeded", retry_after="7"),
-            temporary(
-                "HTTP 429 (rate_limit_exceeded)",
-                retry_after=7.0,
-                pause="429",
-                overloaded=True,
-            ),
-        ),
-        *(
-            (status_error(429, code), Verdict(retry=False, reason=f"HTTP 429 ({code})"))
-            for code in ("insufficient_quota", "billing_not_active", "credit_balance_exhausted")
-        ),
-        (
-            with_attributes(
-                status_code=429,
-                body={
-                    "type": "error",
-                    "error": {
-                        "type": "rate_limit_error",
-                        "details": {"error_code": "enforced_spend_limit_reached"},
-                    },
-                },
-            ),
-            Verdict(retry=False, reason="HTTP 429 (enforced_spend_limit_reached)"),
+            "HTTP 429 (rate_limit_exceeded)",
+            {**RATE, "retry_after": 7.0},
         ),
         # Flex capacity: others go on, and this call is tried again.
-        (
-            status_error(429, "resource_unavailable"),
-            temporary("HTTP 429 (requests)", overloaded=True),
-        ),
-        (with_attributes(status_code=498), temporary("HTTP 498", overloaded=True)),
-        # OpenRouter's budget for calls in flight; without a wait, there is no money.
-        (
-            status_error(402, "402", retry_after="3"),
-            temporary("HTTP 402 (402)", retry_after=3.0, overloaded=True),
-        ),
-        (status_error(402, "402"), Verdict(retry=False, reason="HTTP 402 (402)")),
+        (status_error(429, "resource_unavailable"), "HTTP 429 (requests)", BUSY),
+        (with_attributes(status_code=498), "HTTP 498", BUSY),
+        # OpenRouter's budget for calls in flight.
+        (status_error(402, "402", retry_after="3"), "HTTP 402 (402)", {**BUSY, "retry_after": 3.0}),
         # google-genai's
-        (
-            with_attributes(code=503, status="UNAVAILABLE", details={"error": {"code": 503}}),
-            temporary("HTTP 503 (unavailable)", overloaded=True),
-        ),
-        (
-            with_attributes(status_code=429, body={"error": {"type": "insufficient_quota"}}),
-            Verdict(retry=False, reason="HTTP 429 (insufficient_quota)"),
-        ),
-        *(
-            (with_attributes(**{name: 503}), temporary("HTTP 503", overloaded=True))
-            for name in ("status_code", "status", "code")
-        ),
-        (
-            with_attributes(status=503, headers=httpx.Headers({"Retry-After": "2"})),
-            temporary("HTTP 503", retry_after=2.0, overloaded=True, pause="overload"),
-        ),
+        (with_attributes(code=503, **UNAVAILABLE), "HTTP 503 (unavailable)", BUSY),
+        *((with_attributes(**{name: 503}), "HTTP 503", BUSY) for name in ("status_code", "status")),
+        (with_attributes(status=503, headers=HEADERS_2), "HTTP 503", BUSY_FOR_2),
         (
             httpx.HTTPStatusError("no", request=REQUEST, response=RESPONSE_503),
-            temporary("HTTP 503", retry_after=2.0, overloaded=True, pause="overload"),
+            "HTTP 503",
+            BUSY_FOR_2,
         ),
-        # An error event in a stream, whose status was 200.
-        (
-            openai.APIError("no", REQUEST, body={"code": "rate_limit_exceeded"}),
-            temporary("rate_limit_exceeded", pause="429", overloaded=True),
-        ),
-        (
-            openai.APIStatusError("no", response=httpx.Response(200, request=REQUEST), body=EVENT),
-            temporary("overloaded_error", overloaded=True),
-        ),
-        (openai.APIConnectionError(request=REQUEST), temporary("APIConnectionError")),
-        (openai.APITimeoutError(request=REQUEST), temporary("APITimeoutError", overloaded=True)),
-        (httpx.ConnectError("refused"), temporary("ConnectError")),
-        (httpx.ReadTimeout("slow"), temporary("ReadTimeout", overloaded=True)),
-        (httpx.RemoteProtocolError("cut"), temporary("RemoteProtocolError")),
-        (ConnectionResetError(), temporary("ConnectionResetError")),
-        (TimeoutError(), temporary("TimeoutError", overloaded=True)),
+        (event({"code": "rate_limit_exceeded"}), "rate_limit_exceeded", RATE),
+        (event({"error": {"type": "overloaded_error"}}), "overloaded_error", BUSY),
+        (openai.APIConnectionError(request=REQUEST), "APIConnectionError", {}),
+        (openai.APITimeoutError(request=REQUEST), "APITimeoutError", BUSY),
+        (httpx.ConnectError("refused"), "ConnectError", {}),
+        (httpx.ReadTimeout("slow"), "ReadTimeout", BUSY),
+        (httpx.RemoteProtocolError("cut"), "RemoteProtocolError", {}),
+        (ConnectionResetError(), "ConnectionResetError", {}),
+        (TimeoutError(), "TimeoutError", BUSY),
         # What is quoted from a reply is one word, or nothing: reasons are logged.
-        (with_attributes(status=500, body={"code": f"key {SECRET}\n"}), temporary("HTTP 500")),
-        (with_attributes(status=500, body={"type": "x" * 65}), temporary("HTTP 500")),
+        (with_attributes(status=500, body={"code": f"key {SECRET}\n"}), "HTTP 500", {}),
+        (with_attributes(status=500, body={"type": "x" * 65}), "HTTP 500", {}),
     ],
 )
-def test_error_means_what_its_status_code_or_class_says(error: Exception, verdict: Verdict) -> None:
-    assert replace(classify(error), member_failed=False, exhausted=False) == verdict
+def test_temporary_error_means_what_its_status_code_or_class_says(
+    error: Exception, reason: str, more: dict[str, Any]
+) -> None:
+    verdict = Verdict(retry=True, reason=reason, **more)
+    assert replace(classify(error), member_failed=False) == verdict
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        *(
+            (status_error(429, code), code)
+            for code in ("insufficient_quota", "billing_not_active", "credit_balance_exhausted")
+        ),
+        (with_attributes(status_code=429, body=SPENT_LIMIT), "enforced_spend_limit_reached"),
+    ],
+)
+def test_exhausted_account_is_for_good(error: Exception, code: str) -> None:
+    verdict = Verdict(retry=False, reason=f"HTTP 429 ({code})", member_failed=True, exhausted=True)
+    assert classify(error) == verdict
 
 
 @pytest.mark.parametrize(
@@ -175,6 +149,7 @@ def test_member_of_a_pool_is_not_to_blame_for_its_calls(error: Exception) -> Non
     "error",
     [
         *(status_error(status, retry_after="1") for status in (400, 401, 403, 404, 413, 422)),
+        status_error(402),  # without a wait, there is no money
         status_error(429, x_should_retry="false"),
         status_error(400, x_should_retry="true"),
         openai.APIError("no", REQUEST, body={"code": "invalid_prompt"}),
@@ -211,9 +186,11 @@ def test_botocore_errors_are_judged_by_status_or_code() -> None:
         return errors.ClientError({"Error": {"Code": code}, "ResponseMetadata": reply}, "Converse")
 
     broken = errors.EventStreamError({"Error": {"Code": "throttlingException"}}, "ConverseStream")
-    assert classify(answered(429, "ThrottlingException")) == temporary(
-        "HTTP 429 (throttlingexception)", retry_after=3.0, pause="429", overloaded=True
-    )
+    verdict = classify(answered(429, "ThrottlingException"))
+    assert (verdict.reason, verdict.retry_after) == ("HTTP 429 (throttlingexception)", 3.0)
+    assert verdict.retry
+    assert verdict.rate_limited
+    assert verdict.overloaded
     assert not classify(answered(400, "ValidationException")).retry
     assert classify(broken).rate_limited
     assert classify(errors.ConnectionClosedError(endpoint_url="https://bedrock.test")).retry
