@@ -131,18 +131,17 @@ async def read_ahead(reply: Any, io: IO) -> bytes:
     if reply.is_closed:  # it came with its body, as in tests
         content: bytes = reply.content
         return content
-    stream, data, error = reply.stream, b"", None
-    chunks = io.iterator(stream)
+    stream, chunks, error = reply.stream, list[bytes](), None
+    body, room = io.iterator(stream), _MAX_DECODED_BYTES
     try:
-        while len(data) < _MAX_DECODED_BYTES:
-            chunk = await io.next_item(chunks, None)
-            if chunk is None:
-                break
-            data += chunk
+        while room > 0 and (chunk := await io.next_item(body, None)) is not None:
+            chunks.append(chunk)
+            room -= len(chunk)
     except Exception as broken:  # noqa: BLE001 - the headers say enough; whoever reads on meets it
         error = broken
     finally:
         await io.close(stream)
+    data = b"".join(chunks)
     reply.stream = _wrapped(_KeptBody, stream, data, error)
     return decoded(data, encoding_of(reply))
 

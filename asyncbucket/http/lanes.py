@@ -170,7 +170,8 @@ class Lanes:
         cost: Cost | None = None
         for at in lane.at.values() or (lane,):  # any member may take it: what most charge counts
             theirs = at.profile or self._fixed_profile or profile_of(url.host)
-            at.header_reader.expect(theirs)
+            if teaches:
+                at.header_reader.expect(theirs)
             if profile is None:
                 profile = theirs
                 call, cost = charge(call, profile, limits)

@@ -176,6 +176,20 @@ async def test_host_reached_by_redirect_teaches_only_if_it_is_the_same(
     assert in_flight(limiter) == 0
 
 
+async def test_host_reached_by_redirect_is_not_expected_to_tell_limits(library: Any) -> None:
+    """Else only a slice of them would pass until it does."""
+    limiter = Limiter("600 RPM burst 600", clock=VirtualClock())
+
+    def answer(request: Any) -> Any:
+        is_google = request.url.host.startswith("generative")
+        redirect = {"location": "https://cdn.test/file"} if is_google else {}
+        return library.Response(302 if is_google else 200, headers=redirect)
+
+    async with client_over(library, limiter, answer) as client:
+        await client.get("https://generativelanguage.googleapis.com/f", follow_redirects=True)
+    assert limiter.statistics().limits[0].available == 598
+
+
 def sending(library: Any, send: Any) -> Any:
 
     class Inner(library.AsyncBaseTransport):  # type: ignore[misc]
