@@ -70,11 +70,11 @@ def limiter(clock: VirtualClock) -> Limiter:
 def take_in(
     refusals: Refusals,
     status: int,
-    headers: dict[str, str] = {},  # noqa: B006 - nobody changes it
+    headers: dict[str, str] | None = None,
     body: object = None,
     **options: Any,
 ) -> None:
-    refusals.take_in(judge_reply(status, Details(body, headers)), **options)
+    refusals.take_in(judge_reply(status, Details(body, headers or {})), **options)
 
 
 def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:

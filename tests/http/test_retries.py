@@ -151,8 +151,10 @@ async def test_only_a_body_that_can_be_sent_again_is_retried(library: Any) -> No
 async def test_connection_lost_within_a_refusal_is_retried(library: Any) -> None:
     body = chunked(library, b"{", error=library.ReadError("gone"))
 
-    cut = library.Response(429, headers={"retry-after-ms": "1"}, stream=body)
-    server = Server(lambda _: cut, answering(library, b"done"))
+    def cut(_: Any) -> Any:
+        return library.Response(429, headers={"retry-after-ms": "1"}, stream=body)
+
+    server = Server(cut, answering(library, b"done"))
     limiter = Limiter("1000 RPM", concurrency=1)
     retry = Retry(backoff=0.001)
     async with retrying(library, limiter, server, retries=retry) as client:

@@ -49,6 +49,11 @@ class Proxied:
         self.url = str(client.base_url)
         self.status_url = f"http://{serving.status_address}"
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return a bare connection to the proxy."""
+        url = self.client.base_url
+        return await asyncio.open_connection(url.host, url.port)
+
     async def until(self, **wanted: int) -> None:
         """Wait until the limiter's statistics are like that."""
         await until(

@@ -255,8 +255,7 @@ async def test_request_that_no_client_sends_takes_nothing(
     upstream: Any, sent: bytes, told: bytes
 ) -> None:
     async with proxied(f"{upstream[1]}/base", concurrency=1) as proxy:
-        host, port = proxy.url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await proxy.connect()
         writer.write(sent + b"connection: close\r\n\r\n")
         if not told:
             writer.write_eof()
@@ -272,8 +271,7 @@ async def test_caller_that_stalls_gives_its_slot_back(
     """It has none before the part of its body has come that may be held."""
     monkeypatch.setattr("asyncbucket.proxy.app._STALLED", 0.3)
     async with proxied(upstream[1], concurrency=1) as proxy:
-        host, port = proxy.url.removeprefix("http://").split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await proxy.connect()
         writer.write(b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n")
         await asyncio.sleep(0.1)
         assert proxy.limiter.statistics().in_flight == 0
@@ -361,10 +359,9 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
     app, url = upstream
     async with proxied(url, concurrency=16) as proxy:
         held = [proxy.limiter.acquire_nowait() for _ in range(16)]
-        host, port = proxy.url.removeprefix("http://").split(":")
 
         async def call() -> bytes:
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await proxy.connect()
             writer.write(b"GET /x HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             try:
                 return await reader.read()
