@@ -1,11 +1,12 @@
 """Headers lower what is available, never raise it, and can do no harm."""
 
 import contextlib
+import re
 
 import pytest
 
 from asyncbucket import Limit, Limiter, WouldBlock
-from asyncbucket.http import ANTHROPIC, AZURE, GROQ, OPENAI, Profile
+from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import profile_named
 from asyncbucket.testing import VirtualClock
@@ -13,8 +14,12 @@ from asyncbucket.testing import VirtualClock
 Reply = list[tuple[bytes, bytes]]
 
 
-def said(**numbers: str) -> Reply:
-    return pairs({f"X-RateLimit-{name.replace('_', '-')}": n for name, n in numbers.items()})
+def said(*claims: str, **more: str) -> Reply:
+    """Return headers that say "NAME LEFT/LIMIT", or a part of that."""
+    for name, left, limit in (re.split("[ /]", f"{claim}/")[:3] for claim in claims):
+        more |= {f"remaining_{name}": left} if left else {}
+        more |= {f"limit_{name}": limit} if limit else {}
+    return pairs({f"X-RateLimit-{name.replace('_', '-')}": value for name, value in more.items()})
 
 
 def pairs(headers: dict[str, str]) -> Reply:
@@ -25,53 +30,30 @@ def available(*limiters: Limiter) -> list[int]:
     return [use.available for limiter in limiters for use in limiter.statistics().limits]
 
 
-CLAIMS: dict[str, tuple[list[str], Profile, Reply, list[int]]] = {
-    "only what is left may pass": (
-        ["500 RPM burst 500", "10k TPM"],
-        OPENAI,
-        said(remaining_requests="40", limit_requests="500", remaining_tokens="900"),
-        [40, 900],
-    ),
-    "no header raises the user's limit": (
-        ["5 RPM burst 5"],
-        OPENAI,
-        said(remaining_requests="9000", limit_requests="9" * 15),
-        [5],
-    ),
-    "the project's count binds if it is the lower": (
-        ["10k TPM"],
-        OPENAI,
-        said(remaining_tokens="5000", remaining_project_tokens="300"),
-        [300],
-    ),
-    "the organization's count binds if it is the lower": (
-        ["10k TPM"],
-        OPENAI,
-        said(remaining_project_tokens="5000", remaining_tokens="200"),
-        [200],
-    ),
-    "no more is left than the announced limit": (
-        ["500 RPM burst 500"],
-        OPENAI,
-        said(remaining_requests="499", limit_requests="30"),
-        [30],
-    ),
-    "the announced limit tells the window": (
-        ["500 RPM burst 500", "10k RPD burst 10000"],
-        OPENAI,
-        said(remaining_requests="70", limit_requests="10000"),
-        [500, 70],
-    ),
-    "Groq's headers of requests mean the day": (
-        ["30 RPM burst 30", "14,400 RPD burst 14400"],
-        GROQ,
-        said(remaining_requests="70", limit_requests="14400"),
-        [30, 70],
-    ),
-}
-
-
-@pytest.mark.parametrize(("limits", "profile", "reply", "left"), CLAIMS.values(), ids=CLAIMS)
+@pytest.mark.parametrize(
+    ("limits", "profile", "reply", "left"),
+    [
+        (
+            ["500 RPM burst 500", "10k TPM"],
+            OPENAI,
+            said("requests 40/500", "tokens 900"),
+            [40, 900],
+        ),
+        (["5 RPM burst 5"], OPENAI, said("requests 9000/999999999999999"), [5]),
+        # Of the organization's count and the project's, the lower binds.
+        (["10k TPM"], OPENAI, said("tokens 5000", "project-tokens 300"), [300]),
+        (["10k TPM"], OPENAI, said("project-tokens 5000", "tokens 200"), [200]),
+        (["500 RPM burst 500"], OPENAI, said("requests 499/30"), [30]),
+        # The announced limit tells the window; Groq's requests mean the day.
+        (
+            ["500 RPM burst 500", "10k RPD burst 10000"],
+            OPENAI,
+            said("requests 70/10000"),
+            [500, 70],
+        ),
+        (["30 RPM burst 30", "14,400 RPD burst 14400"], GROQ, said("requests 70/14400"), [30, 70]),
+    ],
+)
 def test_headers_lower_what_is_available(
     clock: VirtualClock, limits: list[str], profile: Profile, reply: Reply, left: list[int]
 ) -> None:
@@ -97,14 +79,14 @@ def test_late_header_subtracts_calls_sent_since_its_request(clock: VirtualClock)
     limiter = Limiter("500 RPM burst 500", clock=clock)
     reader = HeaderReader(limiter)
     limiter.acquire_nowait().release()
-    reader.read(said(remaining_requests="499"), OPENAI, since=clock.seconds)
+    reader.read(said("requests 499"), OPENAI, since=clock.seconds)
     clock.advance(1)
     start = clock.seconds
     limiter.acquire_nowait().release()
     clock.advance(1)
     for _ in range(10):
         limiter.acquire_nowait().release()
-    reader.read(said(remaining_requests="498"), OPENAI, since=start)
+    reader.read(said("requests 498"), OPENAI, since=start)
     assert available(limiter) == [488]
 
 
@@ -116,7 +98,7 @@ def test_limiter_without_limits_learns_and_follows_announced_ones() -> None:
         "500 requests per 60 s",
         "30,000 tokens per 60 s",
     }
-    reader.read(said(limit_requests="1000"), OPENAI)
+    reader.read(said("requests /1000"), OPENAI)
     assert {limit.resource: limit.amount for limit in limiter.limits}["requests"] == 1_000
     limiter.reconfigure(rpm=700)
     reader.read(said(limit_requests="2000", limit_tokens="50000"), OPENAI)
@@ -140,45 +122,40 @@ def test_lowest_announced_limit_of_window_is_learned_once(project: int) -> None:
     ("profile", "reply", "learned"),
     [
         (
-            AZURE,
-            said(limit_requests="20", renewalperiod_requests="10", limit_tokens="9"),
+            "azure",
+            said("requests /20", "tokens /9", renewalperiod_requests="10"),
             [Limit("requests", 20, per=10)],
         ),
-        (AZURE, said(limit_requests="20"), []),
-        (AZURE, said(limit_tokens="9000", renewalperiod_tokens="60"), [Limit("tokens", 9_000)]),
+        ("azure", said("requests /20"), []),
+        ("azure", said("tokens /9000", renewalperiod_tokens="60"), [Limit("tokens", 9_000)]),
+        ("xai", said("requests /480"), [Limit("requests", 480, burst=8)]),
         (
-            profile_named("xai"),
-            said(limit_requests="480"),
-            [Limit("requests", 480, burst=8)],
-        ),
-        (
-            profile_named("mistral"),
-            said(limit_req_minute="30", limit_tokens_minute="9000"),
+            "mistral",
+            said("req-minute /30", "tokens-minute /9000"),
             [Limit("requests", 30, burst=1), Limit("tokens", 9_000)],
         ),
         (
-            profile_named("together"),
+            "together",
             pairs({"x-ratelimit-limit": "10", "x-tokenlimit-limit": "3000"}),
             [Limit("requests", 600, burst=10), Limit("tokens", 180_000, burst=3_000)],
         ),
         (
-            profile_named("fireworks"),
-            said(limit_tokens_generated="600", limit_tokens_cache_adjusted_prompt="15000"),
+            "fireworks",
+            said("tokens-generated /600", "tokens-cache-adjusted-prompt /15000"),
             [Limit("input_tokens", 900_000), Limit("output_tokens", 36_000)],
         ),
         (
-            profile_named("cerebras"),
-            said(limit_requests_day="14400", limit_tokens_minute="60000"),
+            "cerebras",
+            said("requests-day /14400", "tokens-minute /60000"),
             [Limit("requests", 14_400, per=86_400), Limit("tokens", 60_000)],
         ),
     ],
 )
 def test_announced_limit_is_learned_for_the_window_that_it_means(
-    profile: Profile, reply: Reply, learned: list[Limit]
+    profile: str, reply: Reply, learned: list[Limit]
 ) -> None:
     limiter = Limiter()
-    HeaderReader(limiter).read(reply, profile)
-
+    HeaderReader(limiter).read(reply, profile_named(profile))
     assert set(limiter.limits) == set(learned)
 
 
@@ -193,7 +170,7 @@ def passing(limiter: Limiter) -> int:
 
 def test_first_calls_are_capped_at_half_a_slice_until_a_reply(clock: VirtualClock) -> None:
     """How the provider counts is unknown before; a reply without headers says: as the user does."""
-    for reply in (said(remaining_requests="595", limit_requests="600"), said()):
+    for reply in (said("requests 595/600"), said()):
         limiter = Limiter("600 RPM", clock=clock)
         reader = HeaderReader(limiter)
         reader.expect(OPENAI)
@@ -207,7 +184,7 @@ def test_first_calls_are_capped_at_half_a_slice_until_a_reply(clock: VirtualCloc
 def test_second_transport_keeps_what_first_one_learned(clock: VirtualClock) -> None:
     limiter = Limiter("600 RPM burst 600", clock=clock)
     HeaderReader(limiter).expect(OPENAI)
-    HeaderReader(limiter).read(said(remaining_requests="600"), OPENAI)
+    HeaderReader(limiter).read(said("requests 600"), OPENAI)
     HeaderReader(limiter).expect(OPENAI)
     assert available(limiter) == [600]
 
@@ -224,10 +201,10 @@ def test_first_calls_are_not_capped_for_day_limits_or_without_learning(
 @pytest.mark.parametrize(
     ("reply", "left"),
     [
-        (said(remaining_requests="70", limit_requests="5000"), [70, 450]),
-        (said(remaining_requests="70", limit_requests="500"), [5000, 70]),
-        (said(remaining_requests="70"), [70, 450]),
-        (said(remaining_requests="50", limit_requests="90"), [5000, 50]),
+        (said("requests 70/5000"), [70, 450]),
+        (said("requests 70/500"), [5000, 70]),
+        (said("requests 70"), [70, 450]),
+        (said("requests 50/90"), [5000, 50]),
     ],
 )
 def test_announced_limit_tells_whether_headers_mean_parent_or_child(
@@ -244,7 +221,7 @@ def test_child_learns_limits_only_if_no_parent_has_any() -> None:
     """A limit announced for the key would otherwise become a second one for each tenant."""
     tenant, alone = Limiter("450 RPM").child("acme"), Limiter().child("acme")
     for limiter in (tenant, alone):
-        HeaderReader(limiter).read(said(remaining_requests="70", limit_requests="500"), OPENAI)
+        HeaderReader(limiter).read(said("requests 70/500"), OPENAI)
     assert tenant.limits == ()
     assert [limit.amount for limit in alone.limits] == [500]
 
