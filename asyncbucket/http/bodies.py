@@ -94,12 +94,6 @@ class _RequestBody:
         self._note_sent()
         return iter(self._inner)
 
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-    def close(self) -> None:
-        self._inner.close()
-
     def _note_sent(self) -> None:
         attempt = self._attempt()
         if attempt is not None:
