@@ -128,9 +128,10 @@ class Verdict:
     reason: str
     #: Seconds that the server asks to wait, if it says so.
     retry_after: float | None = None
-    #: Why all calls of the limiter have to wait: ``"429"`` after a refusal for rate, ``"daily quota"``
-    #: or ``"overload"``.
-    pause: str | None = None
+    #: Whether it was refused for rate, which concerns all calls of the limiter.
+    rate_limited: bool = False
+    #: Whether a quota of a day is used up; ``retry_after`` then is the time until it is full again.
+    daily: bool = False
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
     #: Whether the provider, the key or the account failed, not the call: a pool leaves that member
@@ -138,16 +139,15 @@ class Verdict:
     member_failed: bool = False
     #: Whether the account is exhausted, so that no waiting helps.
     exhausted: bool = False
+    #: Whether the provider says that it is overloaded, which concerns all calls of the limiter.
+    provider_overloaded: bool = False
 
     @property
-    def daily(self) -> bool:
-        """Whether a quota of a day is used up; ``retry_after`` is the time until it is full again."""
-        return self.pause == "daily quota"
-
-    @property
-    def rate_limited(self) -> bool:
-        """Whether it was refused for rate."""
-        return self.daily or self.pause == "429"
+    def pause(self) -> str | None:
+        """Why all calls of the limiter have to wait, if so."""
+        if self.rate_limited:
+            return "daily quota" if self.daily else "429"
+        return "overload" if self.provider_overloaded else None
 
 
 class RefusedReply(Exception):  # noqa: N818 - no error yet: another attempt may follow
@@ -183,7 +183,7 @@ def classify(error: BaseException) -> Verdict:
         return Verdict(
             retry=True,
             reason=reason,
-            pause="429" if rate_limited else None,
+            rate_limited=rate_limited,
             overloaded=rate_limited or reason in _OVERLOADED_CODES,
         )
     names = _class_names(error)
@@ -256,20 +256,18 @@ def judge_reply(status: int, details: Details) -> Verdict:
     )
     if not transient or exhausted or details.forbids_retry:
         return Verdict(retry=False, reason=reason, member_failed=member_failed, exhausted=exhausted)
-    pause = None
-    if refused and not codes & _NO_CAPACITY:
-        pause = "daily quota" if details.is_daily else "429"
-    elif status == _OVERLOADED or (
-        status == _UNAVAILABLE and (wait is not None or "overloaded" in reason)
-    ):
-        pause = "overload"
+    rate_limited = refused and not codes & _NO_CAPACITY
+    daily = rate_limited and details.is_daily
+    says_so = wait is not None or "overloaded" in reason
     return Verdict(
         retry=True,
         reason=reason,
-        retry_after=details.until_next_day(now) if pause == "daily quota" else wait,
-        pause=pause,
+        retry_after=details.until_next_day(now) if daily else wait,
+        rate_limited=rate_limited,
+        daily=daily,
         overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
         member_failed=member_failed,
+        provider_overloaded=status == _OVERLOADED or (status == _UNAVAILABLE and says_so),
     )
 
 

@@ -36,9 +36,10 @@ def caused_by(cause: Exception) -> Exception:
 
 RESPONSE_503 = httpx.Response(503, headers={"retry-after": "2"}, request=REQUEST)
 HEADERS_2 = httpx.Headers({"Retry-After": "2"})
-RATE = {"pause": "429", "overloaded": True}
+RATE = {"rate_limited": True, "overloaded": True}
 BUSY = {"overloaded": True}
-BUSY_FOR_2 = {"overloaded": True, "pause": "overload", "retry_after": 2.0}
+BUSY_FOR_ALL = {"overloaded": True, "provider_overloaded": True}
+BUSY_FOR_2 = {**BUSY_FOR_ALL, "retry_after": 2.0}
 SPENT = {"error_code": "enforced_spend_limit_reached"}
 SPENT_LIMIT = {"type": "error", "error": {"type": "rate_limit_error", "details": SPENT}}
 UNAVAILABLE = {"status": "UNAVAILABLE", "details": {"error": {"code": 503}}}
@@ -58,7 +59,7 @@ def event(body: Any) -> Exception:
         (status_error(502), "HTTP 502 (requests)", {}),
         (status_error(503), "HTTP 503 (requests)", BUSY),
         (status_error(504), "HTTP 504 (requests)", BUSY),
-        (status_error(529), "HTTP 529 (requests)", {**BUSY, "pause": "overload"}),
+        (status_error(529), "HTTP 529 (requests)", BUSY_FOR_ALL),
         # A wait of 0 names none: the call is retried after a back-off.
         (with_attributes(status=500, headers={"retry-after": "0"}), "HTTP 500", {}),
         (
