@@ -9,6 +9,8 @@ A `StopIteration` cannot leave such a function: Python turns it into a `RuntimeE
 Nothing here is waited for while a lock is held, so both kinds of caller share `Lock`.
 """
 
+import asyncio
+import contextlib
 import functools
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -46,6 +48,10 @@ class AsyncIO:
         """Close what has an ``aclose``."""
         await resource.aclose()
 
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
+        """Raise TimeoutError if what is in the block takes longer."""
+        return asyncio.timeout(seconds)
+
     def function(self, fn: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
         """Return ``fn`` as callers of this kind call it."""
         return fn
@@ -73,6 +79,10 @@ class SyncIO:
     async def close(self, resource: Any) -> None:
         """Close what has a ``close``."""
         resource.close()
+
+    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:  # noqa: ARG002 - as above
+        """Leave time-outs to what blocks."""
+        return contextlib.nullcontext()
 
     def function(self, fn: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
         """Return ``fn`` as callers of this kind call it: as a plain function."""

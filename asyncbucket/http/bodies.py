@@ -8,6 +8,7 @@ body refers to it weakly, because a connection pool keeps the request while its 
 use, and a reply that is dropped unread never ends that use.
 """
 
+import contextlib
 import functools
 import importlib
 import weakref
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: How much of a reply's end is kept, in bytes: more than what follows the usage.
 _TAIL_BYTES: Final = 65_536
+#: How long (s) a refusal's body may take after its headers.
+_LONGEST_REFUSAL: Final = 5.0
 #: How much of a compressed reply is kept (it must be complete to be decoded), and decoded.
 _ENCODED_TAIL_BYTES: Final = 1_048_576
 _MAX_DECODED_BYTES: Final = 8 * 1_048_576
@@ -120,7 +123,7 @@ class _KeptBody:
 async def read_ahead(reply: Any, io: IO) -> bytes:
     """Read a refusal's body, which frees its connection, and put it back; return it, decoded.
 
-    A longer body than any provider's is cut off.
+    What is longer than any provider's, or takes longer, is cut off: a call that is refused is over.
     """
     if reply.is_closed:  # it came with its body, as in tests
         content: bytes = reply.content
@@ -128,9 +131,11 @@ async def read_ahead(reply: Any, io: IO) -> bytes:
     stream, chunks, error = reply.stream, list[bytes](), None
     body, room = io.iterator(stream), _MAX_DECODED_BYTES
     try:
-        while room > 0 and (chunk := await io.next_item(body, None)) is not None:
-            chunks.append(chunk)
-            room -= len(chunk)
+        with contextlib.suppress(TimeoutError):
+            async with io.timeout(_LONGEST_REFUSAL):
+                while room > 0 and (chunk := await io.next_item(body, None)) is not None:
+                    chunks.append(chunk)
+                    room -= len(chunk)
     except Exception as broken:  # noqa: BLE001 - the headers say enough; whoever reads on meets it
         error = broken
     finally:

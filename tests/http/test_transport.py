@@ -8,6 +8,7 @@ import gzip
 import json
 import sys
 import zlib
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,7 +20,7 @@ import pytest
 from asyncbucket import Cost, Limiter, WouldBlock, tenant
 from asyncbucket.http import Call, Profile, Told, Usage
 from asyncbucket.nesting import HeldLease
-from asyncbucket.testing import RateLimitedProvider, VirtualClock
+from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import answering, chunked, client_over, in_flight, used
 
@@ -97,6 +98,22 @@ async def test_request_without_reply_is_charged_unless_it_never_left(
         await io.call(client.post, URL, json=BODY)
     assert (in_flight(limiter), used(limiter, "requests")) == (0, charged)
     assert used(limiter, "tokens") == 300 * charged
+
+
+async def test_refusal_whose_body_does_not_come_is_over_after_five_seconds(
+    library: Any, virtual_time: VirtualTime
+) -> None:
+    class Stalled(library.AsyncByteStream):  # type: ignore[misc]
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b'{"error": {'
+            await asyncio.sleep(600)
+
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock)
+    answer = giving(library.Response(500, stream=Stalled()))
+    async with client_over(library, limiter, answer) as client:
+        assert (await client.get(URL)).content == b'{"error": {'
+    assert virtual_time.now == 5
+    assert in_flight(limiter) == 0
 
 
 @pytest.mark.parametrize("status", [429, 404])
