@@ -2,35 +2,43 @@
 
 A pool has a tree of its own, with a root, children, tenants and a queue, but no limits. At each
 *member*, a limiter with its own tree, the pool is a child, and competes there for its share with
-whoever uses the member directly: a `PoolLine` stands in the member's queue for it, and its head is
-the head of the pool's. So a call is bound to a member at the last moment, when it goes. From then on
+whoever uses the member directly: a `PoolLine` stands in the member's queue for it, as urgent as the
+pool's most urgent call. A call is bound to a member at the last moment, when it goes. From then on
 it counts along one path: the pool's levels, then the member's (`NodeAtMember`).
 
-The trees of a pool and its members look together, under one lock: they are a `Group`. A look lets
-the members' direct calls go as always, up to where the pool is next; then it asks for the pool's
-head who can start it now, and chooses one of them.
+How does a call go to a member? The trees of a pool and its members look together, under one lock:
+they are a `Group`. A look lets the members' direct calls go as always, up to where the pool is next.
+Then `Members.admit` asks for each member which call of the pool it is to take next (`next_at`), and
+when that can start (`_next_to_start`). Of the calls that can start now, the oldest goes, to the best
+of the members that can start it (`_assign`, `best`): it leaves the line, and its lease holds
+(`serve`). This repeats until no member can start a call.
 
-A call may prefer one member, where its conversation's prompt cache is warm. If that one is busy when
-the call's turn comes, the call is kept for it, while others go ahead. If its patience ends first,
-the call is next at whichever member has room.
+The next call is the pool's head, in order. Only two kinds of calls stand *aside* (`PaidLine`), and
+let others go ahead:
+
+- A call that prefers one member, where its conversation's prompt cache is warm. While that one is
+  busy, the call is kept for it. If its patience ends first, it is next at whichever member takes it.
+- A call that costs more than a limit of some members. It is next at those that can take it, while
+  the others go on with what is behind it.
 
 A member that fails is left out for a time that doubles up to a minute. Then one call goes as a
 probe. Its end decides whether the others follow.
 """
 
+import heapq
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.core.blocked import is_late
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit
-from asyncbucket.core.members import LineAtMember, Member
+from asyncbucket.core.members import Member, PaidLine
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
 from asyncbucket.core.pacer import BATCH, Pacer
-from asyncbucket.core.queue import AnyWaiter, Line, rouse
+from asyncbucket.core.queue import AnyWaiter, Branch, Line, rouse
 from asyncbucket.core.seats import EMPTY, Seat
 from asyncbucket.core.wording import counted
 
@@ -43,6 +51,8 @@ Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[list[Any]], Any]
 _HOPELESS: Final = 4
 #: How many conversations are remembered.
 _HOMES: Final = 10_000
+#: How many costly calls may stand aside; then the line waits for them.
+_ASIDE: Final = 100
 
 
 class Members:
@@ -54,14 +64,15 @@ class Members:
         #: For how long (ns) a call waits for its own member while others could start it.
         self.patience = patience
         self.members: tuple[Member, ...] = ()
-        #: Calls that were kept in vain, which are next everywhere.
-        self._overdue: deque[AnyWaiter] = deque()
+        #: Calls that stand aside and are next at each member that takes them.
+        self.aside: list[PaidLine] = []
         #: Members whose limits are in a store.
         self._in_stores: list[Member] = []
         #: Whether it was said that ``prefer`` fails.
         self._has_warned = False
         #: Which member served a conversation last.
         self._homes: OrderedDict[str, Member] = OrderedDict()
+        self.pacer.top = _Top(self)
 
     def tie(self, members: Sequence[Member]) -> None:
         """Go to ``members`` from now on, whose trees look together with the pool's."""
@@ -80,107 +91,106 @@ class Members:
         for member in self.members:
             member.pacer.waiting += calls
 
-    def arrive(self) -> None:
-        """Compete at the members while anybody waits."""
-        waits = bool(self.pacer.top.living or self._overdue)
+    def compete(self) -> None:
+        """Stand in the members' queues while anybody waits, as urgent as the most urgent call."""
+        waiting = [-branch.rank for branch in self.pacer.top.flows if branch.living]
+        waiting += [line.priority for line in self.aside if line.living]
         for member in self.members:
-            line = member.line
-            if waits or member.kept:
-                if not line.competes:
-                    line.arrive()
-                line.living = 1
-            elif line.living:
-                line.depart()
+            kept = (line.priority for _, _, line in member.kept if line.living)
+            member.compete(max((*waiting, *kept), default=None))
 
-    depart = arrive
-
-    def first(
-        self, now: int, back: int = 0, member: Member | None = None
+    def next_at(
+        self, member: Member, head: tuple[AnyWaiter | None, int], now: int
     ) -> tuple[AnyWaiter | None, int]:
-        """Return the call that is next, for ``member``, or when there may be one."""
-        if member is not None and self._in_stores:
-            places: list[Any] = [m.pacer.place for m in self._in_stores if m is not member]
-            held_back = [waiter for place in places for waiter in place.held_back()[:1]]
-            if held_back:
-                return min(held_back), now
-        overdue = self._overdue
-        while overdue and overdue[0].done():
-            overdue.popleft()
-        waiter = next((each for each in overdue if not each.seat.is_late), None)
-        return self.pacer.top.head(now, back) if waiter is None else (waiter, now)
+        """Return the call that ``member`` is to take next, if ``head`` is the line's; else when."""
+        if not member.is_in(now):
+            return None, NEVER if member.is_probed else member.out_until
+        if self.aside or member.kept or self._in_stores:
+            for waiter in self._before_the_line(member, now):
+                if member.takes(waiter.amounts):
+                    return waiter, now
+        first, _ = head
+        return head if first is None or member.takes(first.amounts) else (None, NEVER)
+
+    def _before_the_line(self, member: Member, now: int) -> Iterator[AnyWaiter]:
+        """Yield the calls that a member may take before those in line."""
+        yield from _heads((line for _, _, line in member.kept), now)
+        if self._in_stores:
+            others = (each for each in self._in_stores if each is not member)
+            yield from sorted(waiter for each in others for waiter in each.held_back())
+        yield from _heads(self.aside, now)
 
     # --- who goes where ---
 
     def admit(self, seat: Seat, now: int) -> tuple[int, int]:
-        """Admit all that may go; return how many did, and when this seat must look again."""
+        """Let all go that may, or aside; return how many did, and when this seat must look again."""
         passed = 0
         while True:
             due = self._end_keeping(now)
-            first = None if self._in_stores else self.first(now)
+            head = self.pacer.top.head(now)
             able: list[tuple[AnyWaiter, Member]] = []
+            first, _ = head
             for member in self.members:
-                waiter, when = self._head_at(member, first, seat, now)
+                waiter, when = self._next_to_start(member, head, seat, now)
                 due = min(due, when)
-                if waiter is not None:
+                if waiter is not None and when <= now:
                     able.append((waiter, member))
-            head = min((waiter for waiter, _ in able), default=(first or self.first(now))[0])
-            due = now if able else due
-            if head is not None and head.seat is not seat:
-                if is_late(self.pacer, head.seat, now):
+                first = first or waiter
+            first = able[0][0] if able else first
+            if first is not None and first.seat is not seat:
+                if is_late(self.pacer, first.seat, now):
                     continue
-                return passed, self.pacer.leave_to(head.seat, due, now)
-            if not able:
+                return passed, self.pacer.leave_to(first.seat, due, now)
+            if able and first is not None:
+                if passed >= BATCH:
+                    return passed, now
+                candidates = [member for waiter, member in able if waiter is first]
+                passed += self._assign(first, candidates, seat, now)
+            elif self._make_way(head[0], now):
+                passed += 1
+            else:
                 return passed, self._override(seat, now) if due == NEVER else due
-            assert head is not None
-            if passed >= BATCH:
-                return passed, now
-            candidates = [member for waiter, member in able if waiter is head]
-            passed += self._assign(head, candidates, now)
 
-    def _override(self, seat: Seat, now: int) -> int:
-        """Let a call pass without a slot at a member whose slots are held on blocked loops."""
-        due = NEVER
-        for member in self.members:
-            if member.is_in(now):
-                member.rouse()
-                due = min(due, member.pacer.override(seat, now))
-        return due
-
-    def _head_at(
-        self, member: Member, first: tuple[AnyWaiter | None, int] | None, seat: Seat, now: int
+    def _next_to_start(
+        self, member: Member, head: tuple[AnyWaiter | None, int], seat: Seat, now: int
     ) -> tuple[AnyWaiter | None, int]:
-        """Return the pool's call that a member can start now, or when there may be one."""
+        """Return the pool's call that a member is to start next, and when it can."""
         if member.is_shared:
             member.rouse()
             waiter, when = member.pacer.top.head(now)
+            if waiter is not None and waiter.line.waited_at.path[-1] is not self.root:
+                return None, EMPTY  # a call of others, who see to it
         else:  # which gives the same
-            waiter, when = member.choose(first or self.first(now, member=member), now)
+            waiter, when = self.next_at(member, head, now)
         if waiter is None:
             return None, when
-        if waiter.line.waited_at.path[-1] is not self.root:
-            return None, EMPTY  # a call of others, who see to it
-        place = member.pacer.place
+        line, place = waiter.line, member.pacer.place
         if place is not None and (not place.room(seat) or place.held_back()):
             return None, NEVER
-        # One that another member holds back has earned nothing here.
-        since = now if isinstance(waiter.line, LineAtMember) else waiter.line.since
-        when, bound_by = member.root.earliest(waiter.amounts, since)
+        # One that a store holds back has earned nothing elsewhere.
+        since = line.since if line.node.pacer is self.pacer else now
+        when, bound_by = member.node.earliest_of_all(waiter.amounts, since)
         if when > now:
-            self.pacer.bound_by = waiter.line.bound_by = bound_by
-            return None, when
-        return waiter, EMPTY
+            self.pacer.bound_by = line.bound_by = bound_by
+        return waiter, when
 
-    def _assign(self, waiter: AnyWaiter, candidates: list[Member], now: int) -> int:
-        """Let a call go at the best of ``candidates``, or keep it for its own; return how many went."""
-        home = self.home_of(waiter.lease)
+    def _assign(self, waiter: AnyWaiter, candidates: list[Member], seat: Seat, now: int) -> int:
+        """Let a call go at the best of ``candidates``, or keep it for its own; return if it did, 1 or 0."""
+        home, lease = self.home_of(waiter.lease), waiter.lease
         if home in candidates:
             return self.serve(waiter, home.pacer, now)
-        was_kept = waiter.line.above is None
-        patience = 0 if was_kept else waiter.lease.patience
-        if home is not None and patience and home.is_in(now) and home.takes(waiter.amounts):
-            self._keep(waiter, home, now + patience)
-            return 0
-        return self.serve(waiter, self.best(candidates, now).pacer, now)
+        until = min(now + lease.patience, lease.latest)
+        may_wait = until > now and not isinstance(waiter.line, PaidLine)
+        if may_wait and home is not None and home.can_take(waiter.amounts, now):
+            self._set_aside(waiter, home, until)
+            return 1
+        member = self.best(candidates, now)
+        if callable(self.prefer):  # others may have been here meanwhile
+            head = self.pacer.top.head(now)
+            still, when = self._next_to_start(member, head, seat, now)
+            if still is not waiter or when > now:
+                return 0
+        return self.serve(waiter, member.pacer, now)
 
     def best(self, candidates: Sequence[Member], now: int) -> Member:
         """Return the preferred one of ``candidates``, which can all start a call now."""
@@ -193,55 +203,50 @@ class Members:
     def _preferred(
         self, prefer: Callable[[list[Any]], Any], candidates: Sequence[Member]
     ) -> Member:
-        """Ask the user's function; if it fails, all others would wait for ever: take the first."""
+        """Ask the user's function, without the lock: it may well look at statistics.
+
+        If it fails, all others would wait for ever, so the first takes the call.
+        """
         chosen: object = None
-        error: Exception | None = None
+        self.pacer.lock.release()
         try:
             chosen = prefer([member.limiter for member in candidates])
-        except Exception as raised:  # noqa: BLE001 - whatever it is
-            error = raised
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            chosen = error
+        finally:
+            self.pacer.lock.acquire()
         found = next((member for member in candidates if member.limiter is chosen), None)
         if found is None and not self._has_warned:
             self._has_warned = True
-            self.pacer.news.append(
-                partial(
-                    _log.error,
-                    "prefer= of pool %r chose none of the members it was given, so the first takes "
-                    "the call: %r",
-                    self.root.name,
-                    chosen if error is None else error,
-                )
+            says = (
+                "prefer= of pool %r chose none of the members it was given, so the first takes the "
+                "call: %r"
             )
+            self.pacer.news.append(partial(_log.error, says, self.root.name, chosen))
         return candidates[0] if found is None else found
 
-    def for_newcomer(self, lease: Any, node: Node, amounts: Amounts) -> list[Member]:
-        """Return the members that a newcomer at ``node`` may ask now, the preferred ones first."""
+    def for_newcomer(self, lease: Any, node: Node, amounts: Amounts) -> Member | None:
+        """Return the member that takes a newcomer at ``node`` now; None if it has to stand in line."""
         now = self.pacer.clock()
-        if self.root.waiting and not (
-            self.pacer.is_free_locked(node, now) and self.first(now)[0] is None
-        ):
-            return []
-        members = [each for each in self.members if each.is_in(now) and each.takes(amounts)]
-        home, in_order = self.home_of(lease), []
-        if home in members:
-            if lease.patience:
-                return [home]
-            in_order.append(home)
-            members.remove(home)
-        while members:
-            in_order.append(self.best(members, now))
-            members.remove(in_order[-1])
-        return in_order
+        if self.root.waiting and not self.pacer.is_free_locked(node, now):
+            return None
+        home = self.home_of(lease)
+        able = [member for member in self.members if member.can_start(node, amounts, now)]
+        if home in able:
+            return home
+        if not able or (home is not None and lease.patience and home.can_take(amounts, now)):
+            return None
+        return self.best(able, now)
 
     def serve(self, waiter: AnyWaiter, pacer: Pacer, now: int) -> int:
         """Let a call go at the member of ``pacer``; return 1 if it still waited, else 0."""
         member = next(each for each in self.members if each.pacer is pacer)
-        line, is_shared = waiter.line, member.is_shared
+        if waiter.line.node.pacer is not self.pacer:
+            self._take_back(waiter)
+        line: Line = waiter.line
+        line.calls.popleft()
+        waiter.line = here = member.paid_line(line)
         bound_by = line.bound_by
-        self._take_out(waiter, member)
-        line = waiter.line
-        here = member.at(line.node).line_for(line.priority, is_shared=is_shared)
-        waiter.line = here
         if pacer.place is not None:
             pacer.push_at(here.node, pacer.place, waiter, now)
         elif not pacer.let_go(waiter, now, bound_by):
@@ -253,34 +258,57 @@ class Members:
                 here.node.count_waits(1, now - waiter.asked, bound_by)
             self.pacer.count_in(line.node, waiter.seat, -1)
         line.since = pacer.since = now
-        self.pacer.top.charge(line, waiter.amounts)
-        if is_shared:
-            pacer.top.charge(member.line, waiter.amounts)
+        for paid in here.paid if not isinstance(line, PaidLine) else here.paid[1:]:
+            paid.node.pacer.top.charge(paid, waiter.amounts)
         line.depart()
-        if line.above is None:  # it was kept for a member
-            self.arrive()
         if line.node.parent is not None:  # a limiter above may sleep because of another call
             rouse(line.node)
         return 1
 
-    def _take_out(self, waiter: AnyWaiter, member: Member) -> None:
-        """Take the head from wherever it stands."""
-        line = waiter.line
-        if isinstance(line, LineAtMember):
-            self._take_back(waiter, line)
-        elif line.calls and line.calls[0] is waiter:
-            line.calls.popleft()
-        elif waiter in self._overdue:
-            self._overdue.remove(waiter)
-        else:
-            member.kept = deque(each for each in member.kept if each[1] is not waiter)
+    # --- who stands aside ---
 
-    def _take_back(self, waiter: AnyWaiter, line: LineAtMember) -> None:
+    def _set_aside(self, waiter: AnyWaiter, home: Member | None = None, until: int = 0) -> None:
+        """Have the head of the line stand aside: kept for its home ``until`` then, or for any member."""
+        line = waiter.line
+        line.calls.popleft()
+        self.pacer.top.charge(line, waiter.amounts)
+        aside = PaidLine.of(waiter)
+        if home is None:
+            self.aside.append(aside)
+        else:
+            heapq.heappush(home.kept, (until, waiter.number, aside))
+        self.compete()
+        line.depart()
+
+    def _take_back(self, waiter: AnyWaiter) -> None:
         """Take a call back from a store that holds it up."""
-        line.node.pacer.place.leave(waiter)
-        for each in line.node.path:
+        node = waiter.line.node
+        node.pacer.place.leave(waiter)
+        for each in node.path:
             each.in_flight -= 1
-        _set_aside(waiter)
+        PaidLine.of(waiter)
+
+    def _make_way(self, head: AnyWaiter | None, now: int) -> bool:
+        """Have the head stand aside if it costs too much for a member; return whether it does."""
+        if head is None or len(self.aside) >= _ASIDE:
+            return False
+        if all(member.takes(head.amounts) for member in self.members if member.is_in(now)):
+            return False
+        self._set_aside(head)
+        return True
+
+    def _end_keeping(self, now: int) -> int:
+        """Let calls go elsewhere whose patience has ended; return when the next one's does."""
+        due = EMPTY
+        for member in self.members:
+            kept = member.kept
+            while kept and (kept[0][0] <= now or not kept[0][2].living or not member.is_in(now)):
+                self.aside.append(heapq.heappop(kept)[2])
+                self.compete()
+            if kept:
+                due = min(due, kept[0][0])
+        self.aside = [line for line in self.aside if line.living]
+        return due
 
     # --- conversations ---
 
@@ -296,31 +324,16 @@ class Members:
             if len(self._homes) > _HOMES:
                 self._homes.popitem(last=False)
 
-    def _keep(self, waiter: AnyWaiter, home: Member, until: int) -> None:
-        """Keep the head of the line for ``home``, and let others go ahead."""
-        line = waiter.line
-        line.calls.popleft()
-        self.pacer.top.charge(line, waiter.amounts)
-        line.depart()
-        _set_aside(waiter)
-        home.kept.append((until, waiter))
-        self.arrive()
+    # --- when no member can ---
 
-    def _end_keeping(self, now: int) -> int:
-        """Let calls go elsewhere whose patience has ended; return when the next one's does."""
-        due = EMPTY
+    def _override(self, seat: Seat, now: int) -> int:
+        """Let a call pass without a slot at a member whose slots are held on blocked loops."""
+        due = NEVER
         for member in self.members:
-            kept = member.kept
-            while kept and (kept[0][0] <= now or not member.is_in(now)):
-                _, waiter = kept.popleft()
-                if not waiter.done():
-                    self._overdue.append(waiter)
-                self.arrive()
-            if kept:
-                due = min(due, kept[0][0])
+            if member.is_in(now):
+                member.rouse()
+                due = min(due, member.pacer.override(seat, now))
         return due
-
-    # --- when all are out ---
 
     def hopeless(self, now: int) -> AcquireTimeout | None:
         """Return the error of all calls that would wait, if each member has failed again and again."""
@@ -335,8 +348,7 @@ class Members:
 
     def give_up(self, now: int) -> None:
         """Have all calls fail that wait, if there is no hope."""
-        kept = [waiter for member in self.members for _, waiter in member.kept]
-        for waiter in (*self.pacer.top.waiters(), *self._overdue, *kept):
+        for waiter in list(self.pacer.top.waiters()):
             error = self.hopeless(now)
             if error is None:
                 return
@@ -373,17 +385,34 @@ class Members:
 
     def after_fork(self) -> None:
         """Start afresh in a child process."""
-        self._overdue.clear()
+        self.pacer.top = _Top(self)
+        self.aside.clear()
         for member in self.members:
-            member.kept.clear()
-            member.probe = None
+            member.after_fork()
 
 
-def _set_aside(waiter: AnyWaiter) -> None:
-    """Let a call stand in no line any more, though it still waits at its limiter."""
-    line = waiter.line
-    waiter.line = Line(line.waited_at, None, line.priority)
-    waiter.line.since = line.since
+class _Top(Branch):
+    """Where all who wait in a pool compete; calls that stand aside wait, too, but do not compete."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: Members) -> None:
+        super().__init__(pool.root, None, 1.0)
+        self._pool = pool
+
+    def lines(self) -> Iterator[Line]:
+        yield from super().lines()
+        yield from self._pool.aside
+        for member in self._pool.members:
+            yield from (line for _, _, line in member.kept)
+
+
+def _heads(lines: Iterable[Line], now: int) -> Iterator[AnyWaiter]:
+    """Yield the first call of each of ``lines``."""
+    for line in lines:
+        waiter, _ = line.head(now)
+        if waiter is not None:
+            yield waiter
 
 
 class Group:
@@ -408,8 +437,8 @@ class Group:
     def share(self, first: Pacer) -> None:
         """Have all use the lock of ``first``, and where its calls wait."""
         for pacer in self.pacers:
-            pacer.lock, pacer.jobs, pacer.news = first.lock, first.jobs, first.news
-            pacer.seats = first.seats
+            for name in ("lock", "jobs", "news", "seats"):
+                setattr(pacer, name, getattr(first, name))
 
     def forget(self) -> None:
         """Have the pools work out anew what their calls pass, because a member has changed."""
@@ -437,12 +466,6 @@ class Group:
                     count, when = pool.admit(seat, now)
                     passed += count
                     due = min(due, when)
-            if not passed or due <= now or not self._is_shared:
-                return due
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether a call that passed may make way for one of another line."""
-        return len(self.pools) > 1 or any(
-            pacer.root.waiting for pacer in self.pacers if pacer.pool is None
-        )
+            others_wait = any(each.root.waiting for each in self.pacers if each.pool is None)
+            if not passed or due <= now or not (others_wait or len(self.pools) > 1):
+                return due  # else a call that passed may have made way for one of another line

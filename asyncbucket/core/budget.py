@@ -26,7 +26,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, Self, TypeAlias
@@ -58,10 +58,8 @@ class Budget:
 
     def __init__(self, caps: Mapping[str, int], on_exceeded: OnExceeded | None) -> None:
         self._caps = dict(caps)
-        self._sums: dict[_Side, dict[str, int]] = {
-            "reserved": dict.fromkeys(caps, 0),
-            "spent": dict.fromkeys(caps, 0),
-        }
+        #: How many units of each resource count where.
+        self._sums: Counter[tuple[_Side, str]] = Counter()
         #: What leases report: where something counts, how much did, and how much does now.
         self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
         self._on_exceeded = on_exceeded
@@ -90,29 +88,28 @@ class Budget:
     @property
     def spent(self) -> Mapping[str, float]:
         """What calls that have ended cost."""
-        return _as_given(self._look()["spent"])
+        return self._sum("spent")
 
     @property
     def reserved(self) -> Mapping[str, float]:
         """What calls in flight may cost at most."""
-        return _as_given(self._look()["reserved"])
+        return self._sum("reserved")
 
     @property
     def left(self) -> Mapping[str, float]:
         """What is neither spent nor reserved; negative if calls used more than they reserved."""
-        sums = self._look()
-        return _as_given(
-            {
-                name: cap - sums["spent"][name] - sums["reserved"][name]
-                for name, cap in self._caps.items()
-            }
-        )
+        with self._lock:
+            self._catch_up_locked()
+            return _as_given({name: self._left_locked(name) for name in self._caps})
+
+    def _sum(self, side: _Side) -> Mapping[str, float]:
+        with self._lock:
+            self._catch_up_locked()
+            return _as_given({name: self._sums[side, name] for name in self._caps})
 
     def __repr__(self) -> str:
-        caps, spent = (
-            ", ".join(counted(amount, name) for name, amount in amounts.items())
-            for amounts in (self._caps, self._look()["spent"])
-        )
+        amounts = (self._caps, {name: self._sums["spent", name] for name in self._caps})
+        caps, spent = (", ".join(map(counted, each.values(), each)) for each in amounts)
         return f"<Budget of {caps}, {spent} spent>"
 
     # --- what leases ask ---
@@ -123,11 +120,11 @@ class Budget:
         Without ``reserve``, a call passes if it could, should all calls in flight cost nothing.
         """
         with self._lock:
-            sums = self._look_locked()
-            for name, cap in self._caps.items():
+            self._catch_up_locked()
+            for name in self._caps:
                 cost = amounts.get(name, 0)
-                held = sums["reserved"][name] if reserve else 0
-                if cost and sums["spent"][name] + held + cost > cap:
+                in_flight = 0 if reserve else self._sums["reserved", name]
+                if cost and cost > self._left_locked(name) + in_flight:
                     return self._error_locked(name, cost)
             if reserve:
                 self.change("reserved", _NOTHING, amounts)
@@ -182,8 +179,8 @@ class Budget:
     # --- with the lock held ---
 
     def _error_locked(self, name: str, cost: int) -> BudgetExceeded:
-        cap, (reserved, spent) = self._caps[name], (each[name] for each in self._sums.values())
-        left = max(0, cap - spent - reserved)
+        cap, left = self._caps[name], max(0, self._left_locked(name))
+        reserved, spent = self._sums["reserved", name], self._sums["spent", name]
         in_flight = f", {counted(reserved, name)} reserved by calls in flight" if reserved else ""
         return BudgetExceeded(
             f"this call may cost {counted(cost, name)}, but the budget of {counted(cap, name)} has "
@@ -196,17 +193,15 @@ class Budget:
             cost=in_given_unit(cost, name),
         )
 
-    def _look(self) -> Mapping[_Side, Amounts]:
-        """Take in what leases have reported, and return the sums."""
-        with self._lock:
-            return self._look_locked()
+    def _left_locked(self, name: str) -> int:
+        return self._caps[name] - self._sums["spent", name] - self._sums["reserved", name]
 
-    def _look_locked(self) -> Mapping[_Side, dict[str, int]]:
+    def _catch_up_locked(self) -> None:
+        """Add up what leases have reported."""
         while self._changes:
             side, before, after = self._changes.popleft()
             for name in self._caps:
-                self._sums[side][name] += after.get(name, 0) - before.get(name, 0)
-        return self._sums
+                self._sums[side, name] += after.get(name, 0) - before.get(name, 0)
 
 
 def budget(

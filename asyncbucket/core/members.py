@@ -3,13 +3,13 @@
 See `asyncbucket.core.binding`, which chooses a member for each call.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node
-from asyncbucket.core.queue import AnyWaiter, Line, branch_of, line_of, rouse
+from asyncbucket.core.queue import AnyWaiter, Line, branch_of, rouse
+from asyncbucket.core.seats import EMPTY
 from asyncbucket.core.statistics import MemberState
 
 if TYPE_CHECKING:
@@ -18,35 +18,48 @@ if TYPE_CHECKING:
 #: For how long (ns) a member is left out at its first failure, and at most.
 _FIRST_REST: Final = 1_000_000_000
 _LONGEST_REST: Final = 60_000_000_000
-#: Where the pool's line stands among the lines of its node at a member.
-_POOL: Any = "pool"
 
 
 class PoolLine(Line):
-    """Stand in the queue of a member for a pool."""
+    """Stand in the queue of a member for a pool, as urgent as the pool's most urgent call."""
 
     __slots__ = ("member",)
 
-    def __init__(self, member: "Member") -> None:
-        super().__init__(member.node, branch_of(member.node, 0), 0)
+    def __init__(self, member: "Member", priority: int) -> None:
+        super().__init__(member.node, branch_of(member.node, priority), priority)
         self.member = member
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
-        """Return the pool's head, if this member may have it; else when to ask again."""
-        return self.member.choose(self.member.pool.first(now, back, self.member), now)
+        """Return the pool's call that this member is to take next; else when to ask again."""
+        if not self.living:
+            return None, EMPTY
+        pool = self.member.pool
+        found: tuple[AnyWaiter | None, int]
+        found = pool.next_at(self.member, pool.pacer.top.head(now, back), now)
+        return found
 
     def lines(self) -> Iterator[Line]:
         yield from self.member.pool.pacer.top.lines()
 
 
-class LineAtMember(Line):
-    """Where a pool's call comes from that a member has taken, and which lines have paid for it."""
+class PaidLine(Line):
+    """Where a pool's call stands that has left the line, which has paid for it: aside, or at a member."""
 
     __slots__ = ("paid",)
 
-    def __init__(self, node: "NodeAtMember", paid: tuple[Line, ...]) -> None:
+    def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
         super().__init__(node, None, paid[0].priority)
         self.paid = paid
+
+    @classmethod
+    def of(cls, waiter: AnyWaiter) -> "PaidLine":
+        """Have a call stand aside, in a line of its own."""
+        line = waiter.line
+        paid = line.paid[0] if isinstance(line, PaidLine) else line
+        waiter.line = aside = cls(paid.node, (paid,))
+        aside.calls.append(waiter)
+        aside.since, aside.living = line.since, 1
+        return aside
 
     @property
     def waited_at(self) -> Node:
@@ -127,14 +140,6 @@ class NodeAtMember(Node):
         self.parent = member.node
 
     @property
-    def agents(self) -> Any:
-        """What orders the calls by agent: the pool's limiter."""
-        return self.inner.agents
-
-    @agents.setter
-    def agents(self, _: object) -> None: ...
-
-    @property
     def queue_path(self) -> tuple[Node, ...]:
         return self.member.node.path[:-1]
 
@@ -149,20 +154,6 @@ class NodeAtMember(Node):
             *self.member.node.bounded,
         )
 
-    def line_for(self, priority: int, *, is_shared: bool) -> LineAtMember:
-        """Return the line of calls of a priority that came from the pool.
-
-        While nobody shares the member, there is nothing for its own queue to divide.
-        """
-        key: Any = priority, is_shared
-        found = self.lines.get(key)
-        if found is None:
-            ours = line_of(self.inner, priority)
-            found = LineAtMember(self, (ours, self.member.line) if is_shared else (ours,))
-            self.lines = {**self.lines, key: found}
-        here: LineAtMember = found
-        return here
-
 
 class Member:
     """A limiter in a pool: the pool's place there, and whether it works."""
@@ -172,55 +163,48 @@ class Member:
         #: The member itself; and the pool as its child.
         self.limiter, self.node = limiter, node
         self.pacer: Pacer = node.pacer
-        #: Calls that are kept for it, and until when.
-        self.kept: deque[tuple[int, AnyWaiter]] = deque()
-        #: How often it has failed in a row, and why; until when it is left out; and the lease that
+        #: How often it has failed in a row, and why; until when it is left out; and whether a call
         #: probes it.
         self.failures, self.reason = 0, ""
         self.out_until = 0
-        self.probe: object = None
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Start afresh: nobody stands here."""
+        #: Where the pool stands in its queue, by priority; and where it does now.
+        self._lines: dict[int, PoolLine] = {}
+        self.standing: PoolLine | None = None
+        #: Calls that are kept for it: until when, their numbers, and where they stand aside.
+        self.kept: list[tuple[int, int, PaidLine]] = []
+        self.is_probed = False
 
     @property
     def root(self) -> Node:
         """The node with the member's limits."""
         return self.node.path[-1]
 
-    @property
-    def line(self) -> PoolLine:
-        """Where the pool stands in its queue."""
-        line = self.node.lines.get(_POOL)
-        if line is None:
-            line = PoolLine(self)
-            self.node.lines = {**self.node.lines, _POOL: line}
-        found: PoolLine = line
-        return found
+    # --- the pool's place in its queue ---
+
+    def compete(self, priority: int | None) -> None:
+        """Stand in the member's queue with this priority; None if nobody waits."""
+        line = self.standing
+        if line is not None and line.living and line.priority != priority:
+            line.depart()
+        if priority is None:
+            return
+        if line is None or line.priority != priority:
+            line = self._lines.get(priority) or PoolLine(self, priority)
+            self._lines[priority] = self.standing = line
+        if not line.competes:
+            line.arrive()
+        line.living = 1
 
     def rouse(self) -> None:
         """Ask for the pool anew in the member's queue: what is next in the pool may have changed."""
-        line = self.line
-        assert line.above is not None
-        line.above.rouse(line)
-        rouse(self.node)
-
-    def at(self, inner: Node) -> NodeAtMember:
-        """Return what a call from ``inner``, of the pool, passes if this member takes it."""
-        assert isinstance(inner, PoolNode)
-        node = inner.at_members.get(self)
-        if node is None:
-            node = inner.at_members[self] = NodeAtMember(inner, self)
-        return node
-
-    def choose(self, first: tuple[AnyWaiter | None, int], now: int) -> tuple[AnyWaiter | None, int]:
-        """Return the call that this member is to take next, if ``first`` is next in the pool."""
-        if not self.is_in(now):
-            return None, self.out_until if self.probe is None else NEVER
-        if self.kept:
-            kept = (each for _, each in self.kept if not each.done() and not each.seat.is_late)
-            waiter = next(kept, None)
-            if waiter is not None:
-                return waiter, now
-        waiter = first[0]
-        return first if waiter is None or self.takes(waiter.amounts) else (None, NEVER)
+        line = self.standing
+        if line is not None and line.above is not None:
+            line.above.rouse(line)
+            rouse(self.node)
 
     @property
     def is_shared(self) -> bool:
@@ -228,20 +212,47 @@ class Member:
         everybody, our_own = self.pacer.waiting, self.pool.pacer.waiting
         return bool(everybody > our_own)
 
-    def is_in(self, now: int) -> bool:
-        """Tell whether it may be given calls."""
-        return self.out_until <= now and self.probe is None
+    def held_back(self) -> list[AnyWaiter]:
+        """Return the first of the pool's calls that the member's store holds back, if there is one."""
+        assert self.pacer.place is not None
+        held = self.pacer.place.held_back()
+        return [each for each in held if each.line.waited_at.path[-1] is self.pool.root][:1]
 
-    def state(self, now: int) -> MemberState:
-        """Return whether it is given calls."""
-        if self.is_in(now):
-            return MemberState(self.limiter.name, None, 0.0)
-        left = max(0, self.out_until - now) * 1e-9
-        return MemberState(self.limiter.name, self.reason, left)
+    # --- what it can take ---
+
+    def at(self, inner: Node) -> NodeAtMember:
+        """Return what a call from ``inner``, of the pool, passes if this member takes it."""
+        assert isinstance(inner, PoolNode)
+        node = inner.at_members.get(self)
+        if node is None:
+            node = inner.at_members[self] = NodeAtMember(inner, self)
+        node.agents = inner.agents
+        return node
+
+    def paid_line(self, line: Line) -> PaidLine:
+        """Return where a call from ``line`` of the pool stands now that this member takes it.
+
+        While nobody shares the member, there is nothing for its own queue to divide.
+        """
+        ours = line.paid[0] if isinstance(line, PaidLine) else line
+        paid = (ours, self.standing) if self.is_shared and self.standing else (ours,)
+        return PaidLine(self.at(ours.node), paid)
 
     def takes(self, amounts: Amounts) -> bool:
         """Tell whether such a call can ever pass here."""
         return self.node.exceeded(amounts) is None
+
+    def can_take(self, amounts: Amounts, now: int) -> bool:
+        """Tell whether such a call may wait for this member."""
+        return self.is_in(now) and self.takes(amounts)
+
+    def can_start(self, inner: Node, amounts: Amounts, now: int) -> bool:
+        """Tell whether a newcomer at ``inner``, of the pool, could start here now."""
+        if self.pacer.place is not None or not self.can_take(amounts, now):
+            return False
+        node = self.at(inner)
+        is_free = not self.pacer.waiting or self.pacer.is_free_locked(node, now)
+        return is_free and node.earliest_of_all(amounts, now)[0] <= now
 
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
@@ -252,18 +263,31 @@ class Member:
             parts.append(window.used / window.limit.units)
         return max(parts)
 
+    # --- whether it works ---
+
+    def is_in(self, now: int) -> bool:
+        """Tell whether it may be given calls."""
+        return self.out_until <= now and not self.is_probed
+
+    def state(self, now: int) -> MemberState:
+        """Return whether it is given calls."""
+        if self.is_in(now):
+            return MemberState(self.limiter.name, None, 0.0)
+        left = max(0, self.out_until - now) * 1e-9
+        return MemberState(self.limiter.name, self.reason, left)
+
     def began(self, lease: Any, now: int) -> None:
         """Take in that a call goes here: after a failure, it is the probe."""
         if self.failures and self.out_until <= now:
-            self.probe = lease
+            self.is_probed = lease.is_probe = True
 
     def ended(self, lease: Any, *, is_proof: bool) -> None:
         """Take in that a call is over; one that ended well proves that the member works."""
         if is_proof and self.failures and self.out_until <= self.pacer.clock():
             self.failures = 0
-        elif lease is not self.probe:
+        elif not lease.is_probe:
             return
-        self.probe = None
+        self.is_probed = lease.is_probe = False
         self.pacer.ring_locked(self.node)
 
     def fail(self, reason: str, now: int) -> bool:

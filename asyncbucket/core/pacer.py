@@ -311,7 +311,7 @@ class Pacer:
 
     def ring_locked(self, node: Node | None = None, now: int | None = None) -> None:
         """Have all look again, because something has changed at ``node`` or above, or everywhere."""
-        if not self.waiting:
+        if not self.waiting and self.group is None:  # of a pool, others may wait at its members
             return
         if node is None:
             self.top.rouse_all()

@@ -14,6 +14,7 @@ from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.members import Member, PoolNode
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
@@ -48,6 +49,10 @@ class PoolLease(FirstLease):
     #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
     sticky: str | None = None
     patience = 0
+    #: Until when it may wait (ns).
+    latest = NEVER
+    #: Whether the pool waits for its end, because the member has failed before.
+    is_probe = False
     _member: Member | None = None
 
     @property
@@ -87,6 +92,7 @@ class PoolLease(FirstLease):
 
     def _member_failed_locked(self, member: Member, reason: str) -> None:
         now = member.pacer.clock()
+        member.pacer.is_plain = False  # from now on, the end of a call may be a proof
         if member.fail(reason, now):
             pool, name = member.pool.root.name, member.limiter.name
             member.pacer.news.append(
@@ -103,6 +109,8 @@ class PoolLease(FirstLease):
             hopeless = members.hopeless(members.pacer.clock())
         if hopeless is not None:
             raise hopeless
+        if deadline is not None:
+            self.latest = deadline
         return super()._join_line(deadline, seat)
 
     def _take_now(self) -> bool:
@@ -115,14 +123,14 @@ class PoolLease(FirstLease):
         inner = self._node
         members: Members = inner.pacer.pool
         with members.pacer:
-            in_order = members.for_newcomer(self, inner, self._amounts)
-        for member in in_order:
-            self._node = member.at(inner)
-            if super()._try_now():
-                self._member = member
-                members.pacer.do(self._bind_locked, member)
-                return True
-        self._node = inner
+            member = members.for_newcomer(self, inner, self._amounts)
+        if member is None:
+            return False
+        self._node = member.at(inner)
+        if super()._try_now():
+            members.pacer.do(self._bind_locked, member)
+            return True
+        self._node = inner  # others were faster
         return False
 
     def _hold_locked(
@@ -132,16 +140,15 @@ class PoolLease(FirstLease):
         self._node = waiter.line.node
         self._bind_locked(self._node.member)
 
+    def _hand_back_locked(self) -> None:
+        super()._hand_back_locked()
+        assert self._member is not None
+        self._member.ended(self, is_proof=False)
+
     def _bind_locked(self, member: Member) -> None:
         self._member = member
         member.began(self, self._when)
         member.pool.settle_down(self, member)
-
-    def release(self) -> None:
-        if self._member is not None and self._member.failures:
-            self._end("ok")  # which proves that the member works
-        else:
-            super().release()
 
     def _end_locked(self, outcome: Any) -> None:
         super()._end_locked(outcome)
@@ -184,8 +191,8 @@ class Pool(Limiter):
         name: the name in statistics, events, logs and metrics.
         prefer: who takes a call that several members could start now: the ``"least_used"``; the
             ``"first"`` in the order given, so that calls spill over to the next; or what a function
-            of the list of these limiters returns. It is called inside the pool's lock, so it must
-            be quick, and call no limiter.
+            of the list of these limiters returns. It may look at their `statistics`, but must be
+            quick.
         patience: the most seconds that a ``sticky`` call waits for its member when others could
             start it.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
@@ -455,7 +462,7 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
             raise TypeError(f"a pool's members are limiters, not {member!r}")
         if member.parent is not None:
             raise ValueError(f"a pool's members have no parents: {member.name!r} is a child")
-        if member._node.in_flight or member._node.waiting:
+        if member._node.in_flight or member._node.pacer.waiting:
             raise RuntimeError(
                 f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
             )

@@ -189,7 +189,7 @@ class Line(Flow):
                 branch.add(flow)
             flow = branch
         if (pool := flow.node.pacer.pool) is not None:
-            pool.arrive()
+            pool.compete()
 
     def depart(self, calls: int = 1) -> None:
         """Count out ``calls`` calls that are done, wherever they stand."""
@@ -199,8 +199,8 @@ class Line(Flow):
             branch.leave(flow)
             branch.living -= 1
             flow = branch
-        if not flow.living and (pool := flow.node.pacer.pool) is not None:
-            pool.depart()
+        if not self.living and (pool := self.node.pacer.pool) is not None:
+            pool.compete()
         if len(self.calls) > 2 * self.living + SWEEP:
             self.refill(self.waiters())
 

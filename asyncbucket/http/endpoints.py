@@ -12,6 +12,7 @@ client follows. It goes out without credentials, and counts nowhere.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NotRequired, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
@@ -35,6 +36,7 @@ _CREDENTIALS: Final = frozenset(
 )
 #: Google's way to send a key in the address.
 _KEY_PARAMS: Final = frozenset({"key"})
+_IN_HEADER: Final = re.compile("[ -~]*")
 _PORTS: Final = {"http": 80, "https": 443}
 _EXAMPLE: Final = (
     '{limiter: {"base_url": "https://...", "headers": {"Authorization": "Bearer ..."}}}'
@@ -72,6 +74,11 @@ class _Site:
         self.path = url.path.rstrip("/")
         self.netloc = url.netloc
         self.headers = _texts(name, "headers", endpoint.get("headers", {}))
+        if not all(map(_IN_HEADER.fullmatch, (*self.headers, *self.headers.values()))):
+            raise ValueError(  # here, because a client's error would show the key
+                f"headers of the endpoint of {name!r} hold a line break, or what is not ASCII: strip the "
+                f"key"
+            )
         params = _texts(name, "params", endpoint.get("params", {}))
         self.params = {**dict(parse_qsl(url.query, keep_blank_values=True)), **params}
         self.models = _texts(name, "models", endpoint.get("models", {}))

@@ -7,7 +7,10 @@ import operator
 import os
 import random
 import re
+import sys
 import threading
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,14 +23,22 @@ from asyncbucket import (
     Limit,
     Limiter,
     Pool,
-    QueueFull,
     WouldBlock,
 )
 from asyncbucket.core import binding
 from asyncbucket.core.pool import PoolLease
 from asyncbucket.testing import VirtualTime, assert_never_over
-from tests.core.conftest import all_blocked, cancel, nothing_is_left, refused, start, start_all
+from tests.core.conftest import (
+    HELD,
+    all_blocked,
+    cancel,
+    nothing_is_left,
+    refused,
+    start,
+    start_all,
+)
 
+CORE = str(Path(binding.__file__).parent)
 Trace = dict[str, list[tuple[float, int]]]
 
 
@@ -53,7 +64,7 @@ async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
     time: VirtualTime, number: int
 ) -> None:
     chance = random.Random(number)
-    members = members_of(time, *(chance.randint(30, 600) for _ in range(number)))
+    members = members_of(time, *(chance.randint(30, 1_200 // number) for _ in range(number)))
     pool, started = Pool(*members), []
     took: Trace = collections.defaultdict(list)
 
@@ -85,14 +96,25 @@ async def test_head_waits_for_whichever_member_has_room_first(time: VirtualTime)
     assert (lease.limiter, lease.waited, lease.bound_by) == (held[1].limiter, 2.0, "concurrency")
 
 
-async def test_costly_call_goes_to_members_that_can_take_it(time: VirtualTime) -> None:
+async def test_costly_call_goes_to_members_that_can_take_it_and_holds_up_no_others(
+    time: VirtualTime,
+) -> None:
     small = Limiter("100 TPM", name="small", clock=time.clock)
     large = Limiter("1000 TPM", name="large", clock=time.clock)
     pool = Pool(small, large, prefer="first")
-    assert await name_of_taker(pool, tokens=100) == "small"
     assert await name_of_taker(pool, tokens=500) == "large"
-    waiting = await start_all([name_of_taker(pool, tokens=600), name_of_taker(pool, tokens=100)])
-    assert await asyncio.gather(*waiting) == ["large", "small"]
+    large.pause(30)
+    costly = await start_all(name_of_taker(pool, tokens=n) for n in (600, 500))
+    assert await name_of_taker(pool, tokens=60) == "small"
+    both = await start(name_of_taker(pool, tokens=50))  # it waits for either, and there in turn
+    assert await costly[0] == "large"
+    assert time.now == pytest.approx(60 * HELD, abs=0.2)
+    assert not costly[1].done()
+    assert await both == "small"
+    cancel(costly[1])
+    await all_blocked()
+    assert await name_of_taker(pool, tokens=400) == "large"  # at once
+    assert time.now == pytest.approx(60 * HELD, abs=0.2)
     with pytest.raises(CostExceedsLimit, match="1,001 tokens exceeds a limit of every member"):
         await pool.acquire(tokens=1_001)
     too_costly = await start(pool.acquire(tokens=1_000))
@@ -127,25 +149,74 @@ async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime
     assert (await name_of_taker(pool), time.now) == ("b", 3.0)
 
 
-async def test_call_cancelled_while_it_is_handed_over_takes_nothing(time: VirtualTime) -> None:
-    """As Ctrl-C may do, between any two lines."""
-    a, b = members_of(time, 60, 60)
+@pytest.mark.parametrize(("is_aside", "is_probe"), [(True, False), (False, True)])
+async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
+    time: VirtualTime, *, is_aside: bool, is_probe: bool
+) -> None:
+    """As Ctrl-C may do, between any two lines; another call behind it gets its turn."""
+    left = moment = 0
 
-    def cancel_and_choose(members: list[Limiter]) -> Limiter:
-        cancel(*waiting)
-        return members[0]
+    def interrupt(frame: FrameType, *_: object) -> None:
+        nonlocal left
+        left -= frame.f_code.co_filename.startswith(CORE)
+        if left == 0:
+            cancel(first)
 
-    waiting: list[asyncio.Task[Any]] = []
-    pool = Pool(a, b, prefer=cancel_and_choose)
-    a.pause(1)
-    b.pause(1)
-    waiting.append(await start(pool.acquire()))
-    await asyncio.sleep(1)
-    with pytest.raises(asyncio.CancelledError):
-        await waiting[0]
-    await all_blocked()
+    while left <= 0:
+        moment += 1
+        a, b = members_of(time, 6_000, 6_000, concurrency=1)
+        pool = Pool(a, b, prefer="first")
+        held = [await pool.acquire(sticky="talk"), await pool.acquire()]
+        first, second = await start_all(
+            name_of_taker(pool, sticky=key) for key in ("talk" if is_aside else None, None)
+        )
+        b.pause(60)
+        if is_aside:
+            held[1].release()
+        await all_blocked()
+        left = moment
+        sys.setprofile(interrupt)
+        try:
+            held[0].member_failed("HTTP 500") if is_probe else held[0].release()
+            await asyncio.wait([first, second], timeout=3)
+        finally:
+            sys.setprofile(None)
+        held[1].release()
+        assert first.cancelled() or first.result() == "a"
+        assert second.result() == "a"
+        nothing_is_left(pool, a, b)
+        assert a.statistics().admitted in ([2, 3] if first.cancelled() else [3])
+        assert a._node.pacer.waiting == 0
+    assert moment > 50
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_call_that_stood_aside_holds_up_nobody_when_it_gives_up(
+    time: VirtualTime, *, fails: bool
+) -> None:
+    """Kept for its member, then next at each; its cost can never pass any more, or it is cancelled."""
+    a, b = (Limiter("100 TPM", name=name, clock=time.clock) for name in "ab")
+    pool = Pool(a, b, prefer="first")
+    for member in "ab":
+        assert (
+            await name_of_taker(pool, tokens=80, sticky="talk" if member == "a" else None) == member
+        )
+    kept = await start(pool.acquire(tokens=90, sticky="talk"))
+    for seconds in (1, 2):  # its patience ends after two
+        await asyncio.sleep(seconds)
+        assert not kept.done()
+    behind = await start(pool.acquire(tokens=10))
+    if fails:
+        for each in (a, b):
+            each.reconfigure(tpm=85)
+        with pytest.raises(CostExceedsLimit):
+            await kept
+    else:
+        cancel(kept)
+        await all_blocked()
+    assert behind.done() is not fails  # 80 of 85 are used
+    (await behind).release()
     nothing_is_left(pool, a, b)
-    assert [member.statistics().admitted for member in (a, b)] == [0, 0]
 
 
 def test_call_on_stopped_loop_holds_up_nobody() -> None:
@@ -162,20 +233,6 @@ def test_call_on_stopped_loop_holds_up_nobody() -> None:
     assert stopped.run_until_complete(first) in "ab"
     stopped.close()
     nothing_is_left(pool, *pool.members)
-
-
-def test_threads_and_calls_that_do_not_wait_are_served_too(time: VirtualTime) -> None:
-    a, b = members_of(time, 60, 60, concurrency=1)
-    pool = Pool(a, b)
-    with pool.acquire_sync() as first:
-        second = pool.acquire_nowait()
-        assert isinstance(first, PoolLease)
-        assert isinstance(second, PoolLease)
-        assert first.limiter is not second.limiter
-        with refused(WouldBlock, "all slots are taken"):
-            pool.acquire_nowait()
-        second.release()
-    nothing_is_left(pool, a, b)
 
 
 def test_calls_of_several_loops_and_threads_share_the_line() -> None:
@@ -228,6 +285,51 @@ async def test_newcomer_at_member_does_not_pass_waiting_pool(time: VirtualTime) 
     assert (await waiting[0]).limiter is a
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_direct_call_goes_at_once_when_the_call_of_a_pool_before_it_makes_way(
+    time: VirtualTime, *, is_kept: bool
+) -> None:
+    """It gives up, or is kept for the member where its conversation is."""
+    a, b = (Limiter("100 TPM", name=name, concurrency=2, clock=time.clock) for name in "ab")
+    pool = Pool(b, a, prefer="first")
+    held = [await pool.acquire(sticky="talk"), await b.acquire(), await a.acquire(tokens=50)]
+    before = await start(pool.acquire(tokens=60, sticky="talk" if is_kept else None))
+    direct = await start(a.acquire(tokens=20))
+    assert not direct.done()  # in order
+    await asyncio.sleep(60 * HELD if is_kept else 1)
+    if not is_kept:
+        cancel(before)
+    await all_blocked()
+    assert (before.done(), direct.done()) == (not is_kept, True)
+    for lease in held:
+        lease.release()
+    await asyncio.wait([before])
+
+
+async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_directly(
+    time: VirtualTime,
+) -> None:
+    """As those of a child do: only one other call of each goes before six of them."""
+    (a,) = members_of(time, 600, concurrency=1)
+    pool, order = Pool(a), ""
+
+    async def call(limiter: Limiter, name: str, priority: int) -> None:
+        nonlocal order
+        async with limiter.acquire(priority=priority):
+            order += name
+
+    held = await a.acquire()
+    waiting = await start_all(call(*each, 0) for each in [(a, "d"), (pool, "p")] * 4)
+    waiting += await start_all(call(pool, "u", 1) for _ in range(6))
+    given_up = await start(call(pool, "v", 2))
+    cancel(given_up)
+    held.release()
+    await asyncio.wait([*waiting, given_up])
+    assert collections.Counter(order[:8]) == {"u": 6, "d": 1, "p": 1}
+    assert "ddd" not in order
+    assert "ppp" not in order  # afterwards they share as before
+
+
 async def test_two_pools_share_a_member(time: VirtualTime) -> None:
     a, b, c = members_of(time, 60, 60, 60)
     left, right = Pool(a, b, name="left"), Pool(b, c, name="right")
@@ -238,27 +340,68 @@ async def test_two_pools_share_a_member(time: VirtualTime) -> None:
     assert time.now <= 1.07 * (360 - 18) / 3  # in the end, one of them is alone with two members
 
 
+async def test_pools_are_tied_before_calls_wait(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60)
+    pool = Pool(a)
+    a.pause(1)
+    waiting = await start(pool.acquire())
+    with pytest.raises(RuntimeError, match="calls of 'a' wait or are in flight: make the pool"):
+        Pool(b, a, name="other")
+    (await waiting).release()
+
+
 # --- who is preferred ---
 
 
 @pytest.mark.parametrize(
     ("prefer", "expected"),
     [
-        ("first", ["a"] * 6 + ["b"] * 4),
-        ("least_used", ["a", "b", "b", "b", "a", "b", "b", "b", "b", "a"]),
-        (operator.itemgetter(-1), ["b"] * 10),
+        ("first", "aaaaaabbbb"),
+        ("least_used", "abbbabbbab"),
+        (operator.itemgetter(-1), "bbbbbbbbbb"),
     ],
 )
 async def test_preference_decides_among_members_that_could_start_now(
-    time: VirtualTime, prefer: Any, expected: list[str]
+    time: VirtualTime, prefer: Any, expected: str
 ) -> None:
     """A tenth of 60 and of 180 a minute may pass at once: 6 and 18."""
     pool = Pool(*members_of(time, 60, 180), prefer=prefer)
-    took = [await name_of_taker(pool) for _ in range(10)]
-    if prefer == "least_used":
-        assert collections.Counter(took) == pytest.approx({"a": 3, "b": 7}, abs=1)
-    else:
-        assert took == expected
+    assert [await name_of_taker(pool) for _ in range(10)] == [*expected]
+
+
+async def test_preference_may_ask_limiters(time: VirtualTime) -> None:
+    """It is called without any lock, for newcomers and for calls that waited."""
+    a, b = members_of(time, 6_000, 6_000, concurrency=3)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        asked.append(pool.statistics().waiting)
+        return min(members, key=lambda member: (member.statistics().in_flight, member.name))
+
+    asked: list[int] = []
+    pool = Pool(a, b, prefer=prefer)
+    held = [await pool.acquire() for _ in range(4)]
+    assert [lease.limiter.name for lease in held] == [*"abab"]
+    pool.pause(1)
+    waiting = await start_all(pool.acquire() for _ in range(2))
+    assert [(await each).limiter.name for each in waiting] == [*"ab"]
+    assert asked == [0, 0, 0, 0, 2]  # not about the last one, which has no choice
+
+
+async def test_preference_that_changes_what_it_is_asked_about_is_followed_only_if_possible(
+    time: VirtualTime,
+) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        a.pause(5)
+        return members[0]
+
+    pool = Pool(a, b, prefer=prefer)
+    pool.pause(1)
+    waiting = await start_all(name_of_taker(pool) for _ in range(2))
+    assert await asyncio.gather(*waiting) == ["b", "b"]
+    assert time.now == pytest.approx(1)
+    assert await name_of_taker(pool) == "b"
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -307,16 +450,14 @@ async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTi
     assert await name_of_taker(pool, sticky="new") == "a"
     held = await a.acquire()
     asked = time.now
-    taken, given_up = await start_all(
-        [name_of_taker(pool, sticky="new"), name_of_taker(pool, sticky="new", timeout=0.5)]
+    hurried, patient = await start_all(
+        name_of_taker(pool, sticky="new", timeout=seconds) for seconds in (0.5, None)
     )
-    cancelled = await start(name_of_taker(pool, sticky="new"))
-    cancel(cancelled)
-    assert await taken == "b"
+    pool.acquire_nowait().release()  # at b, though calls wait for a
+    assert await hurried == "b"  # at the last moment
+    assert time.now - asked == pytest.approx(0.5)
+    assert await patient == "b"
     assert time.now - asked == pytest.approx(2.0)
-    with pytest.raises(AcquireTimeout):
-        await given_up
-    assert pool.statistics().waiting == 0
     held.release()
 
 
@@ -344,24 +485,27 @@ async def test_own_member_comes_first_among_those_with_room(time: VirtualTime) -
     assert await waiting == "a"
 
 
-async def test_call_kept_for_a_member_shares_it_with_direct_calls(time: VirtualTime) -> None:
-    """It is in the member's own line, though nobody else waits in the pool."""
+@pytest.mark.parametrize(("patience", "taker"), [(100, "a"), (1, "b")])
+async def test_call_that_stands_aside_shares_its_members_with_direct_calls(
+    time: VirtualTime, patience: float, taker: str
+) -> None:
+    """It is in the line of the member that it is kept for, or in all, though nobody waits in its own."""
     a, b = members_of(time, 60, 60, concurrency=1)
-    pool = Pool(a, b, prefer="first", patience=100)
+    pool = Pool(a, b, prefer="first", patience=patience)
     assert await name_of_taker(pool, sticky="talk") == "a"
-    held = await a.acquire()
-    kept = await start(pool.acquire(sticky="talk"))
-    direct = await start_all([a.acquire() for _ in range(3)])
-    held.release()
-    await all_blocked()
-    for _ in range(3):
-        if kept.done():
-            break
-        (await next(each for each in direct if each.done())).release()
-        direct = [each for each in direct if not each.done()]
-        await asyncio.sleep(2)
-    assert kept.done()
-    (await kept).release()
+    held = {"a": await a.acquire()}
+    aside = await start(pool.acquire(sticky="talk"))
+    held["b"] = await b.acquire()
+    member = a if taker == "a" else b
+    direct = await start_all(member.acquire() for _ in range(3))
+    await asyncio.sleep(2)
+    held[taker].release()
+    for _ in range(2):
+        await all_blocked()
+        if not aside.done():
+            (await direct.pop(0)).release()
+            await asyncio.sleep(2)
+    assert (await aside).limiter is member
     cancel(*direct)
 
 
@@ -465,8 +609,9 @@ class Conversation:
 # --- members that fail ---
 
 
+@pytest.mark.parametrize("is_dropped", [False, True])
 async def test_member_that_fails_is_left_out_and_probed_by_one_call(
-    time: VirtualTime, caplog: pytest.LogCaptureFixture
+    time: VirtualTime, caplog: pytest.LogCaptureFixture, *, is_dropped: bool
 ) -> None:
     a, b = members_of(time, 6_000, 6_000)
     pool = Pool(a, b, prefer="first")
@@ -488,7 +633,10 @@ async def test_member_that_fails_is_left_out_and_probed_by_one_call(
     await asyncio.sleep(60)
     lost = await pool.acquire()
     assert lost.limiter is a
-    lost.failed()  # says nothing about the member, so the next call is a probe
+    if is_dropped:
+        del lost
+    else:
+        lost.failed()  # says nothing about the member, so the next call is a probe
     assert await name_of_taker(pool) == "a"
     held = [await pool.acquire() for _ in range(3)]
     assert {lease.limiter for lease in held} == {a}
@@ -675,16 +823,6 @@ def test_sticky_scope_refuses_empty_key() -> None:
         asyncbucket.sticky("")
 
 
-async def test_line_of_a_pool_is_bounded_by_max_queue(time: VirtualTime) -> None:
-    pool = Pool(*members_of(time, 60, concurrency=1), max_queue=1)
-    held = await pool.acquire()
-    waiting = await start(pool.acquire())
-    with pytest.raises(QueueFull):
-        await pool.acquire()
-    held.release()
-    (await waiting).release()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")
 async def test_forked_process_starts_afresh(time: VirtualTime) -> None:
     a, b = members_of(time, 600, 600, concurrency=1)
@@ -702,52 +840,123 @@ async def test_forked_process_starts_afresh(time: VirtualTime) -> None:
     (await waiting).release()
 
 
-@pytest.mark.parametrize("seed", range(40))
-async def test_random_histories_keep_every_limit_and_lose_nothing(
-    time: VirtualTime, seed: int
-) -> None:
-    """Pools and members are used at once; calls are cancelled, sticky, late, and fail."""
-    chance = random.Random(seed)
-    limits = ["60 RPM", "300 RPM", "600 TPM", "2k TPM burst 200", "120 RPM burst 5"]
-    took: Trace = collections.defaultdict(list)
-    members = [
-        Limiter(
-            *chance.sample(limits, chance.randint(1, 2))[:1],
-            concurrency=chance.choice([None, 1, 3]),
-            name=chr(97 + n),
-            clock=time.clock,
-        )
-        for n in range(chance.randint(1, 4))
-    ]
-    pool = Pool(*members, prefer=chance.choice(["first", "least_used"]))
-    places = [pool, pool, pool, pool.child("x", rpm=90), *members]
+class Call:
+    """A call of a random history, and what has become of it."""
 
-    async def call() -> None:
+    def __init__(self, limiter: Limiter, tokens: int, sticky: str | None) -> None:
+        self.limiter, self.tokens, self.sticky = limiter, tokens, sticky
+        self.waits = True
+
+
+class History:
+    """Pools and members are used at once; calls differ in cost, are cancelled, sticky, late, and fail.
+
+    An account of its own says what each member has room for.
+    """
+
+    def __init__(self, time: VirtualTime, seed: int) -> None:
+        self.time, self.chance = time, (chance := random.Random(seed))
+        self.members = [
+            Limiter(
+                f"{chance.choice([100, 300, 600])} tokens/10s",
+                concurrency=chance.choice([None, 1, 3]),
+                name=name,
+                clock=time.clock,
+            )
+            for name in "abcd"[: chance.randint(1, 4)]
+        ]
+        self.pools = [
+            Pool(
+                *chance.sample(self.members, chance.randint(1, len(self.members))),
+                name=name,
+                prefer=chance.choice(["first", "least_used"]),
+                patience=chance.choice([0, 1, 5]),
+            )
+            for name in ("left", "right")[: chance.randint(1, 2)]
+        ]
+        #: Which share by weight; and on those, calls are made in order of arrival.
+        self.shares = [pool.child("x", weight=2) for pool in self.pools] if seed % 2 else []
+        self.places = [*self.pools * 3, *self.members, *self.shares]
+        self.calls: list[Call] = []
+        self.took: Trace = collections.defaultdict(list)
+
+    def takers(self, limiter: Limiter) -> tuple[Limiter, ...]:
+        """Return the members that may take calls of a limiter."""
+        return limiter.members if isinstance(limiter, Pool) else (limiter,)
+
+    def takes(self, member: Limiter, call: Call) -> bool:
+        return member in self.takers(call.limiter) and call.tokens <= member.limits[0].units
+
+    def has_room(self, member: Limiter, call: Call) -> bool:
+        """Tell whether a member could start a call by its own account."""
+        since = self.time.now - 10 * HELD - 0.1
+        used = sum(tokens for when, tokens in self.took[member.name] if when > since)
+        free = member.concurrency is None or member.statistics().in_flight < member.concurrency
+        return free and used + call.tokens <= member.limits[0].units
+
+    def nobody_waits_in_vain(self) -> None:
+        """Assert that no member is idle that could start whichever call may be next there."""
+        for member in self.members:
+            first: dict[Limiter, Call] = {}
+            for call in self.calls:
+                if call.waits and self.takes(member, call):
+                    first.setdefault(call.limiter, call)
+            out = any(
+                state.reason
+                for pool in self.pools
+                for state in pool.states()
+                if state.name == member.name
+            )
+            known = not out and not any(call.sticky for call in self.calls if call.waits)
+            if first and known:
+                assert not all(self.has_room(member, call) for call in first.values())
+
+    async def call(self) -> None:
+        chance = self.chance
         await asyncio.sleep(chance.uniform(0, 60))
-        limiter, tokens = chance.choice(places), chance.choice([1, 20, 100, 600])
-        options: dict[str, Any] = {"timeout": chance.choice([None, None, 30])}
+        limiter, tokens = chance.choice(self.places), chance.choice([1, 20, 100, 300, 600])
+        options: dict[str, Any] = {"timeout": chance.choice([None, None, 0.5, 20])}
         if isinstance(limiter, Pool) and chance.random() < 0.3:
             options["sticky"] = chance.choice("pqr")
+        call = Call(limiter, tokens, options.get("sticky"))
+        self.calls.append(call)
         try:
             async with limiter.acquire(tokens=tokens, **options) as lease:
+                call.waits = False
                 member = lease.limiter if isinstance(lease, PoolLease) else limiter
-                (limit,) = member.limits
-                took[member.name].append((time.now, 1 if limit.resource == "requests" else tokens))
+                for other in self.calls[: self.calls.index(call)]:
+                    assert not (
+                        other.waits
+                        and other.limiter is limiter
+                        and self.takes(member, other)
+                        and not (other.sticky or call.sticky)
+                    )
+                self.took[member.name].append((self.time.now, tokens))
                 await asyncio.sleep(chance.uniform(0, 3))
                 if isinstance(lease, PoolLease) and chance.random() < 0.05:
                     lease.member_failed("HTTP 500")
-        except (AcquireTimeout, CostExceedsLimit):
+        except CostExceedsLimit:
+            assert not any(self.takes(member, call) for member in self.members)
+        except AcquireTimeout:
             pass
+        finally:
+            call.waits = False
 
-    tasks = [asyncio.create_task(call()) for _ in range(150)]
-    for _ in range(25):
-        await asyncio.sleep(chance.uniform(0, 8))
-        chance.choice(tasks).cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
-        if not task.cancelled():
-            assert task.exception() is None
-    for member in members:
-        assert_never_over(took[member.name], member.limits[0])
-    await all_blocked()
-    nothing_is_left(pool, *members)
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_random_histories_keep_limits_and_order_lose_nothing_and_leave_nobody_idle(
+    time: VirtualTime, seed: int
+) -> None:
+    history = History(time, seed)
+    tasks = [asyncio.create_task(history.call()) for _ in range(100)]
+    for _ in range(40):
+        await asyncio.sleep(history.chance.uniform(0, 3))
+        await all_blocked()
+        history.nobody_waits_in_vain()
+        history.chance.choice(tasks).cancel()
+    async with asyncio.timeout(3_600):
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, asyncio.CancelledError)
+    for member in history.members:
+        assert_never_over(history.took[member.name], member.limits[0])
+    nothing_is_left(*history.pools, *history.members)

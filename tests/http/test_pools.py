@@ -214,6 +214,10 @@ async def test_request_for_no_member_is_refused(library: Any) -> None:
             TypeError,
             "headers of the endpoint of 'openai' must map names to texts",
         ),
+        *(
+            ({"headers": {"api-key": key}}, ValueError, "of 'openai' hold a line break, or what is")
+            for key in ("canary\n", "canarý")
+        ),
         ({"params": {"key": 5}}, TypeError, "params of the endpoint of 'openai' must map"),
         *(
             ({"base_url": url}, ValueError, "base_url of 'openai' must be like .*go into headers")

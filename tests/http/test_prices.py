@@ -192,6 +192,7 @@ async def test_concurrent_calls_never_pass_a_budget() -> None:
     [
         ("gpt-4o-mini", 0.15),
         ("gpt-4o-mini-2024-07-18", 0.15),
+        ("gpt-4o-2024-05-13", 5),  # dearer than its model
         ("openai/gpt-4o-mini", 0.15),
         ("claude-sonnet-4-5-20250929", 3),
         ("claude-haiku-4-5@20251001", 1),
