@@ -137,22 +137,18 @@ def test_meter_promises_each_instant_of_ten_years_exactly(zone: str, period: Any
         now = random.choice([due, due + random.randrange(20 * HOUR)])
 
 
-@pytest.mark.parametrize("zone", ZONES[:3])
-async def test_calls_of_ten_years_pass_when_the_clock_shows_the_hour(
-    time: VirtualTime, zone: str
-) -> None:
+async def test_calls_of_a_year_pass_when_the_clock_shows_the_hour(time: VirtualTime) -> None:
     """Each waits until the limit resets, and passes within 50 µs: the loop counts in floats."""
+    zone = "Europe/Berlin"
     wall = Wall(time, "2024-01-01T00:00", zone)
     limiter = limiter_of(time, wall, f"1 RPD resets 00:00 {zone}")
-    days: list[date] = []
-    for _ in range(3_653):
+    for day in range(366):
         (await limiter.acquire()).release()
         late = wall() % (60 * SECOND)
         shown = datetime.fromtimestamp(wall() // SECOND, ZoneInfo(zone))
         assert late < 50_000
         assert (shown.hour, shown.minute) == (0, 0)
-        days.append(shown.date())
-    assert days == [date(2024, 1, 1) + timedelta(days=n) for n in range(3_653)]
+        assert shown.date() == date(2024, 1, 1) + timedelta(days=day)
 
 
 async def test_whole_limit_comes_back_at_once_and_is_not_paced(time: VirtualTime) -> None:
@@ -168,38 +164,6 @@ async def test_whole_limit_comes_back_at_once_and_is_not_paced(time: VirtualTime
 
     await asyncio.gather(*(call() for _ in range(350)))
     assert days == {"03-28": 100, "03-29": 100, "03-30": 100, "03-31": 50}
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_no_level_admits_more_in_any_period(time: VirtualTime, seed: int) -> None:
-    """Whatever is cancelled or owed: what is admitted stays within each level's limit."""
-    random, wall = Random(seed), Wall(time, "2026-10-24T12:00", "Europe/Berlin")
-    root = limiter_of(time, wall, "60 tokens/day resets 02:30 Europe/Berlin")
-    limits = ("30 tokens/day resets 00:00 Asia/Kolkata", "40 tokens/week resets 02:00 UTC", "9 RPD")
-    levels = [root, *(root.child(str(n), limit) for n, limit in enumerate(limits))]
-    admitted: Counter[tuple[str, int]] = Counter()
-
-    async def call(limiter: Limiter) -> None:
-        await asyncio.sleep(random.random() * 5 * 86_400)
-        tokens = random.randint(1, 20)
-        async with limiter.acquire(tokens=tokens) as lease:
-            await asyncio.sleep(random.choice([0, 0, 1_000, 40_000]))
-            for level in {root, limiter}:
-                (calendar,) = [limit.calendar for limit in level.limits]
-                if calendar is not None:
-                    when = lease._when + wall.ahead
-                    admitted[level.name, calendar.number(when)] += tokens
-            lease.settle(tokens=random.choice([tokens, tokens, tokens + 1, 40]))
-
-    tasks = [asyncio.create_task(call(random.choice(levels))) for _ in range(200)]
-    for task in random.sample(tasks, 40):
-        asyncio.get_running_loop().call_later(random.random() * 6 * 86_400, task.cancel)
-    await asyncio.sleep(8 * 86_400)
-    for name, most in (("default", 60), ("default/0", 30), ("default/1", 40)):
-        periods = [units for (level, _), units in admitted.items() if level == name]
-        assert 0 < max(periods) <= most
-    for task in tasks:
-        task.cancel()
 
 
 async def test_burst_paces_it_all_the_same(time: VirtualTime) -> None:
@@ -234,15 +198,6 @@ async def test_debt_stays_owed_for_one_period_and_refunds_only_count_in_their_ow
     late = await start(limiter.acquire(tokens=1))
     assert (await late).waited == 2 * 24 * 3_600 - 0.0
     assert available(limiter) == 99
-
-
-async def test_call_that_leaves_after_the_reset_counts_then(time: VirtualTime) -> None:
-    limiter = limiter_of(time, Wall(time, "2026-06-01T23:59:59"), "5 RPD burst 5 resets 00:00 UTC")
-    lease = await limiter.acquire(requests=3)
-    await asyncio.sleep(2)
-    assert used(limiter) == [0]
-    lease._sent()
-    assert used(limiter) == [3]
 
 
 @pytest.mark.parametrize("seed", range(10))

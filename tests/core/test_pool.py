@@ -330,6 +330,22 @@ async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_direc
     assert "ppp" not in order  # afterwards they share as before
 
 
+async def test_limit_on_the_share_of_a_pool_at_a_member_holds(time: VirtualTime) -> None:
+    a, b = members_of(time, 600, 60)
+    pool = Pool(a, b)
+    share = a.child("pool")
+    share.reconfigure("10 tokens/60s")
+    took: Trace = collections.defaultdict(list)
+
+    async def call() -> None:
+        async with pool.acquire(tokens=1) as lease:
+            took[lease.limiter.name].append((time.now, 1))
+
+    await asyncio.gather(*(call() for _ in range(120)))
+    assert_never_over(took["a"], share.limits[0])
+    assert len(took["a"]) >= 20
+
+
 async def test_two_pools_share_a_member(time: VirtualTime) -> None:
     a, b, c = members_of(time, 60, 60, 60)
     left, right = Pool(a, b, name="left"), Pool(b, c, name="right")

@@ -265,61 +265,45 @@ def test_endpoints_are_needed_for_each_member_of_a_pool_and_for_nobody_else() ->
 
 @pytest.mark.parametrize("io", [ASYNC, SYNC], ids=["async", "sync"])
 @pytest.mark.parametrize(
-    ("failure", "reason"),
+    ("failure", "reason", "asked"),
     [
-        (None, "ConnectError"),
-        ((b"{}", 401), "HTTP 401"),
-        ((b"{}", 503), "HTTP 503"),
-        ((EMPTY_ACCOUNT, 429), "HTTP 429 (insufficient_quota)"),
+        (None, "ConnectError", "openai azure azure"),
+        ((b"{}", 401), "HTTP 401", "openai azure azure"),
+        ((b"{}", 503), "HTTP 503", "openai azure azure"),
+        ((EMPTY_ACCOUNT, 429), "HTTP 429 (insufficient_quota)", "openai azure azure"),
+        ((b"{}", 429), None, "openai azure azure"),  # it is paused
+        *(((b"{}", status), None, "openai openai") for status in (400, 404, 422)),
     ],
 )
 async def test_call_that_failed_for_its_member_is_made_at_another_at_once(
-    library: Any, io: IO, failure: tuple[bytes, int] | None, reason: str, caplog: Any
+    library: Any,
+    io: IO,
+    failure: tuple[bytes, int] | None,
+    reason: str | None,
+    asked: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """An error of the caller is returned as it is."""
+    is_paused = failure == (b"{}", 429)
     failed = library.ConnectError("refused")
     if failure is not None:
-        failed = answering(library, failure[0], status=failure[1])
+        headers = {"retry_after": "30"} if is_paused else {}
+        failed = answering(library, failure[0], status=failure[1], **headers)
     servers = Servers(library, openai=[failed])
     pool, endpoints = pool_of()
     client = client_of(library, pool, endpoints, servers, io)
 
     replies = [await io.call(client.post, "/chat/completions", json=BODY) for _ in range(2)]
 
-    assert [reply.status_code for reply in replies] == [200, 200]
-    assert servers.hosts == ["openai", "azure", "azure"]
-    first, *others = pool.states()
-    assert (first.name, first.reason) == ("openai", reason)
-    assert [state.reason for state in others] == [None, None]
-    assert caplog.messages.count(f"pool 'pool' leaves out 'openai': {reason}") == 1
-    assert pool.statistics().in_flight == 0
-
-
-async def test_refusal_for_rate_pauses_its_member_alone_and_the_call_goes_to_another(
-    library: Any,
-) -> None:
-    refused = answering(library, b"{}", status=429, retry_after="30")
-    servers = Servers(library, openai=[refused])
-    pool, endpoints = pool_of("openai", "azure")
-    client = client_of(library, pool, endpoints, servers)
-
-    reply = await client.post("/chat/completions", json=BODY)
-
-    assert (reply.status_code, servers.hosts) == (200, ["openai", "azure"])
+    assert servers.hosts == asked.split()
+    ends = 200 if "azure" in asked or failure is None else failure[1]
+    assert [reply.status_code for reply in replies] == [ends, ends]
+    assert [state.reason for state in pool.states()] == [reason, None, None]
+    told = [f"pool 'pool' leaves out 'openai': {reason}"] if reason else []
+    assert [text for text in caplog.messages if "leaves out" in text] == told
     paused = [member.statistics().paused > 29 for member in pool.members]
-    assert paused == [True, False]
-    assert [state.reason for state in pool.states()] == [None, None]
-
-
-@pytest.mark.parametrize("status", [400, 404, 422])
-async def test_errors_of_the_caller_are_returned_as_they_are(library: Any, status: int) -> None:
-    servers = Servers(library, openai=[answering(library, b"{}", status=status)])
-    pool, endpoints = pool_of()
-    client = client_of(library, pool, endpoints, servers)
-
-    reply = await client.post("/chat/completions", json=BODY)
-
-    assert (reply.status_code, servers.hosts) == (status, ["openai"])
-    assert pool.states()[0].reason is None
+    assert paused == [is_paused, False, False]
+    assert pool.statistics().in_flight == 0
 
 
 @pytest.mark.parametrize(("retries", "asked"), [(4, 2), (0, 1)])

@@ -279,6 +279,7 @@ async def test_embeddings_come_from_any_member(
             TypeError,
             "Anthropic and OpenAI format tools and replies differently",
         ),
+        (lambda: [make_openai(), make_responses()], TypeError, "OpenAIResponses and OpenAI format"),
         (lambda: [make_openai(), MockLLM()], TypeError, "MockLLM and OpenAI format tools"),
         (
             lambda: [make_openai(), Limiter("1 RPM").wrap(make_openai())],
@@ -299,13 +300,9 @@ def test_models_that_cannot_serve_as_one_are_refused(
         pool.wrap(models())
 
 
-@pytest.mark.parametrize("second", [make_azure, make_like, make_responses, make_openai])
+@pytest.mark.parametrize("second", [make_azure, make_like, make_openai])
 def test_models_of_one_family_may_differ(pool: Pool, second: Callable[[], Any]) -> None:
-    if second is make_responses:  # another format altogether
-        with pytest.raises(TypeError, match="OpenAIResponses and OpenAI format"):
-            pool.wrap([make_openai(), second()])
-    else:
-        assert isinstance(pool.wrap([make_openai(), second()]), OpenAI)
+    assert isinstance(pool.wrap([make_openai(), second()]), OpenAI)
 
 
 def test_model_of_a_pool_is_not_pickled(llm: OpenAI) -> None:
