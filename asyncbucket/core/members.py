@@ -4,6 +4,7 @@ See `asyncbucket.core.binding`, which chooses a member for each call.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.meters import NEVER, Amounts
@@ -215,8 +216,12 @@ class Member:
     def held_back(self) -> list[AnyWaiter]:
         """Return the first of the pool's calls that the member's store holds back, if there is one."""
         assert self.pacer.place is not None
-        held = self.pacer.place.held_back()
-        return [each for each in held if each.line.waited_at.path[-1] is self.pool.root][:1]
+        ours = (
+            waiter
+            for waiter in self.pacer.place.held_back()
+            if waiter.line.waited_at.path[-1] is self.pool.root and not waiter.seat.is_late
+        )
+        return [*islice(ours, 1)]
 
     # --- what it can take ---
 

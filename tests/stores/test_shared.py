@@ -497,3 +497,32 @@ async def test_call_held_up_by_a_store_goes_to_another_member(shared: Limiters) 
     for lease in leases:
         lease.release()
     assert [each.statistics().in_flight for each in (pool, *members)] == [0, 0, 0]
+
+
+@pytest.mark.real_clock
+async def test_direct_calls_and_blocked_loops_at_a_store_do_not_hold_up_a_pool(
+    shared: Limiters,
+) -> None:
+    a, b = shared("1 requests/h burst 1", name="a"), Limiter(concurrency=1, name="b")
+    pool = Pool(a, b, prefer="first")
+    at_b, at_a = [await asyncio.wait_for(pool.acquire(), 5) for _ in range(2)]
+    direct = asyncio.ensure_future(a.acquire())
+
+    async def wait_and_block() -> None:
+        waiting = asyncio.ensure_future(pool.acquire())
+        await asyncio.sleep(0.3)  # meanwhile the store holds it back
+        time.sleep(1)  # noqa: ASYNC251
+        (await waiting).release()
+
+    blocked = asyncio.create_task(asyncio.to_thread(asyncio.run, wait_and_block()))
+    await asyncio.sleep(0.5)
+    at_b.release()
+    began = time.monotonic()
+    lease = await asyncio.wait_for(pool.acquire(), 5)
+    assert (lease.limiter, time.monotonic() - began < 0.5) == (b, True)
+    lease.release()
+    await asyncio.wait_for(blocked, 5)
+    at_a.release()
+    direct.cancel()
+    await asyncio.wait([direct])
+    assert (pool.statistics().waiting, pool.statistics().in_flight) == (0, 0)
