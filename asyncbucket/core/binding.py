@@ -9,12 +9,12 @@ it counts along one path: the pool's levels, then the member's (`NodeAtMember`).
 How does a call go to a member? The trees of a pool and its members look together, under one lock:
 they are a `Group`. A look lets the members' direct calls go as always, up to where the pool is next.
 Then `Members.admit` asks for each member which call of the pool it is to take next (`next_at`), and
-when that can start (`_next_to_start`). Of the calls that can start now, the oldest goes, to the best
-of the members that can start it (`_assign`, `best`): it leaves the line, and its lease holds
-(`serve`). This repeats until no member can start a call.
+when that can start (`_next_to_start`). One that can start now goes to the best of the members that
+can start it (`_assign`, `best`): it leaves the line, and its lease holds (`serve`). This repeats
+until no member can start a call.
 
-The next call is the pool's head, in order. Only two kinds of calls stand *aside* (`PaidLine`), and
-let others go ahead:
+The next call is the pool's head, in order. Only two kinds of calls step *out of line* (`PaidLine`),
+and let others go ahead:
 
 - A call that prefers one member, where its conversation's prompt cache is warm. While that one is
   busy, the call is kept for it. If its patience ends first, it is next at whichever member takes it.
@@ -51,8 +51,8 @@ Prefer: TypeAlias = Literal["least_used", "first"] | Callable[[list[Any]], Any]
 _HOPELESS: Final = 4
 #: How many conversations are remembered.
 _HOMES: Final = 10_000
-#: How many costly calls may stand aside; then the line waits for them.
-_ASIDE: Final = 100
+#: How many costly calls may step out of line; then the line waits for them.
+_MOST_OUT: Final = 100
 
 
 class Members:
@@ -64,8 +64,8 @@ class Members:
         #: For how long (ns) a call waits for its own member while others could start it.
         self.patience = patience
         self.members: tuple[Member, ...] = ()
-        #: Calls that stand aside and are next at each member that takes them.
-        self.aside: list[PaidLine] = []
+        #: Calls out of line that are next at each member that takes them.
+        self.out_of_line: list[PaidLine] = []
         #: Members whose limits are in a store.
         self._in_stores: list[Member] = []
         #: Whether it was said that ``prefer`` fails.
@@ -94,7 +94,7 @@ class Members:
     def compete(self) -> None:
         """Stand in the members' queues while anybody waits, as urgent as the most urgent call."""
         waiting = [-branch.rank for branch in self.pacer.top.flows if branch.living]
-        waiting += [line.priority for line in self.aside if line.living]
+        waiting += [line.priority for line in self.out_of_line if line.living]
         for member in self.members:
             kept = (line.priority for _, _, line in member.kept if line.living)
             member.compete(max((*waiting, *kept), default=None))
@@ -105,7 +105,7 @@ class Members:
         """Return the call that ``member`` is to take next, if ``head`` is the line's; else when."""
         if not member.is_in(now):
             return None, NEVER if member.is_probed else member.out_until
-        if self.aside or member.kept or self._in_stores:
+        if self.out_of_line or member.kept or self._in_stores:
             for waiter in self._before_the_line(member, now):
                 if member.takes(waiter.amounts):
                     return waiter, now
@@ -118,12 +118,12 @@ class Members:
         if self._in_stores:
             others = (each for each in self._in_stores if each is not member)
             yield from sorted(waiter for each in others for waiter in each.held_back())
-        yield from _heads(self.aside, now)
+        yield from _heads(self.out_of_line, now)
 
     # --- who goes where ---
 
     def admit(self, seat: Seat, now: int) -> tuple[int, int]:
-        """Let all go that may, or aside; return how many did, and when this seat must look again."""
+        """Let all go that may, or step out; return how many did, and when this seat must look again."""
         passed = 0
         while True:
             due = self._end_keeping(now)
@@ -182,7 +182,7 @@ class Members:
         until = min(now + lease.patience, lease.latest)
         may_wait = until > now and not isinstance(waiter.line, PaidLine)
         if may_wait and home is not None and home.can_take(waiter.amounts, now):
-            self._set_aside(waiter, home, until)
+            self._step_out(waiter, home, until)
             return 1
         member = self.best(candidates, now)
         if callable(self.prefer):  # others may have been here meanwhile
@@ -265,18 +265,18 @@ class Members:
             rouse(line.node)
         return 1
 
-    # --- who stands aside ---
+    # --- who is out of line ---
 
-    def _set_aside(self, waiter: AnyWaiter, home: Member | None = None, until: int = 0) -> None:
-        """Have the head of the line stand aside: kept for its home ``until`` then, or for any member."""
+    def _step_out(self, waiter: AnyWaiter, home: Member | None = None, until: int = 0) -> None:
+        """Have the head step out of line: kept for its home ``until`` then, or for any member."""
         line = waiter.line
         line.calls.popleft()
         self.pacer.top.charge(line, waiter.amounts)
-        aside = PaidLine.of(waiter)
+        own = PaidLine.of(waiter)
         if home is None:
-            self.aside.append(aside)
+            self.out_of_line.append(own)
         else:
-            heapq.heappush(home.kept, (until, waiter.number, aside))
+            heapq.heappush(home.kept, (until, waiter.number, own))
         self.compete()
         line.depart()
 
@@ -289,12 +289,12 @@ class Members:
         PaidLine.of(waiter)
 
     def _make_way(self, head: AnyWaiter | None, now: int) -> bool:
-        """Have the head stand aside if it costs too much for a member; return whether it does."""
-        if head is None or len(self.aside) >= _ASIDE:
+        """Have the head step out if it costs too much for a member; return whether it does."""
+        if head is None or len(self.out_of_line) >= _MOST_OUT:
             return False
         if all(member.takes(head.amounts) for member in self.members if member.is_in(now)):
             return False
-        self._set_aside(head)
+        self._step_out(head)
         return True
 
     def _end_keeping(self, now: int) -> int:
@@ -303,11 +303,11 @@ class Members:
         for member in self.members:
             kept = member.kept
             while kept and (kept[0][0] <= now or not kept[0][2].living or not member.is_in(now)):
-                self.aside.append(heapq.heappop(kept)[2])
+                self.out_of_line.append(heapq.heappop(kept)[2])
                 self.compete()
             if kept:
                 due = min(due, kept[0][0])
-        self.aside = [line for line in self.aside if line.living]
+        self.out_of_line = [line for line in self.out_of_line if line.living]
         return due
 
     # --- conversations ---
@@ -386,13 +386,13 @@ class Members:
     def after_fork(self) -> None:
         """Start afresh in a child process."""
         self.pacer.top = _Top(self)
-        self.aside.clear()
+        self.out_of_line.clear()
         for member in self.members:
             member.after_fork()
 
 
 class _Top(Branch):
-    """Where all who wait in a pool compete; calls that stand aside wait, too, but do not compete."""
+    """Where all who wait in a pool compete; calls out of line wait, too, but do not compete."""
 
     __slots__ = ("_pool",)
 
@@ -402,7 +402,7 @@ class _Top(Branch):
 
     def lines(self) -> Iterator[Line]:
         yield from super().lines()
-        yield from self._pool.aside
+        yield from self._pool.out_of_line
         for member in self._pool.members:
             yield from (line for _, _, line in member.kept)
 

@@ -44,7 +44,7 @@ class PoolLine(Line):
 
 
 class PaidLine(Line):
-    """Where a pool's call stands that has left the line, which has paid for it: aside, or at a member."""
+    """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
 
     __slots__ = ("paid",)
 
@@ -54,13 +54,13 @@ class PaidLine(Line):
 
     @classmethod
     def of(cls, waiter: AnyWaiter) -> "PaidLine":
-        """Have a call stand aside, in a line of its own."""
+        """Have a call stand out of line, in one of its own."""
         line = waiter.line
         paid = line.paid[0] if isinstance(line, PaidLine) else line
-        waiter.line = aside = cls(paid.node, (paid,))
-        aside.calls.append(waiter)
-        aside.since, aside.living = line.since, 1
-        return aside
+        waiter.line = own = cls(paid.node, (paid,))
+        own.calls.append(waiter)
+        own.since, own.living = line.since, 1
+        return own
 
     @property
     def waited_at(self) -> Node:
@@ -175,7 +175,7 @@ class Member:
         #: Where the pool stands in its queue, by priority; and where it does now.
         self._lines: dict[int, PoolLine] = {}
         self.standing: PoolLine | None = None
-        #: Calls that are kept for it: until when, their numbers, and where they stand aside.
+        #: Calls that are kept for it: until when, their numbers, and where they stand.
         self.kept: list[tuple[int, int, PaidLine]] = []
         self.is_probed = False
 

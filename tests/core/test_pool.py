@@ -149,9 +149,9 @@ async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime
     assert (await name_of_taker(pool), time.now) == ("b", 3.0)
 
 
-@pytest.mark.parametrize(("is_aside", "is_probe"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("is_kept", "is_probe"), [(True, False), (False, True)])
 async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
-    time: VirtualTime, *, is_aside: bool, is_probe: bool
+    time: VirtualTime, *, is_kept: bool, is_probe: bool
 ) -> None:
     """As Ctrl-C may do, between any two lines; another call behind it gets its turn."""
     left = moment = 0
@@ -168,10 +168,10 @@ async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
         pool = Pool(a, b, prefer="first")
         held = [await pool.acquire(sticky="talk"), await pool.acquire()]
         first, second = await start_all(
-            name_of_taker(pool, sticky=key) for key in ("talk" if is_aside else None, None)
+            name_of_taker(pool, sticky=key) for key in ("talk" if is_kept else None, None)
         )
         b.pause(60)
-        if is_aside:
+        if is_kept:
             held[1].release()
         await all_blocked()
         left = moment
@@ -191,7 +191,7 @@ async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_call_that_stood_aside_holds_up_nobody_when_it_gives_up(
+async def test_call_that_was_out_of_line_holds_up_nobody_when_it_gives_up(
     time: VirtualTime, *, fails: bool
 ) -> None:
     """Kept for its member, then next at each; its cost can never pass any more, or it is cancelled."""
@@ -502,7 +502,7 @@ async def test_own_member_comes_first_among_those_with_room(time: VirtualTime) -
 
 
 @pytest.mark.parametrize(("patience", "taker"), [(100, "a"), (1, "b")])
-async def test_call_that_stands_aside_shares_its_members_with_direct_calls(
+async def test_call_out_of_line_shares_its_members_with_direct_calls(
     time: VirtualTime, patience: float, taker: str
 ) -> None:
     """It is in the line of the member that it is kept for, or in all, though nobody waits in its own."""
@@ -510,7 +510,7 @@ async def test_call_that_stands_aside_shares_its_members_with_direct_calls(
     pool = Pool(a, b, prefer="first", patience=patience)
     assert await name_of_taker(pool, sticky="talk") == "a"
     held = {"a": await a.acquire()}
-    aside = await start(pool.acquire(sticky="talk"))
+    kept = await start(pool.acquire(sticky="talk"))
     held["b"] = await b.acquire()
     member = a if taker == "a" else b
     direct = await start_all(member.acquire() for _ in range(3))
@@ -518,10 +518,10 @@ async def test_call_that_stands_aside_shares_its_members_with_direct_calls(
     held[taker].release()
     for _ in range(2):
         await all_blocked()
-        if not aside.done():
+        if not kept.done():
             (await direct.pop(0)).release()
             await asyncio.sleep(2)
-    assert (await aside).limiter is member
+    assert (await kept).limiter is member
     cancel(*direct)
 
 
