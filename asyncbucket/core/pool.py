@@ -264,26 +264,20 @@ class Pool(Limiter):
         """
         key = None if sticky is None else read_text(sticky, "sticky")
         span = None if patience is None else span_of(patience, *_PATIENCE)
-        lease = super().acquire(cost, **call)
-        assert isinstance(lease, PoolLease)
+        lease: Any = super().acquire(cost, **call)
         lease.sticky = key or lease.sticky
         lease.patience = lease.patience if span is None else span
-        acquisition: Any = lease
-        return cast("Acquisition", acquisition)
+        return cast("Acquisition", lease)
 
     def acquire_nowait(
         self, cost: Cost | None = None, *, tenant: str | None = None, **amounts: Unpack[CallAmounts]
     ) -> PoolLease:
         """Take a lease of a member now, or refuse; see `Limiter.acquire_nowait`."""
-        lease = super().acquire_nowait(cost, tenant=tenant, **amounts)
-        assert isinstance(lease, PoolLease)
-        return lease
+        return cast("PoolLease", super().acquire_nowait(cost, tenant=tenant, **amounts))
 
     def acquire_sync(self, cost: Cost | None = None, **call: Unpack[CallKeywords]) -> PoolLease:
         """Block this thread until any member admits the call; see `Limiter.acquire_sync`."""
-        lease = super().acquire_sync(cost, **call)
-        assert isinstance(lease, PoolLease)
-        return lease
+        return cast("PoolLease", super().acquire_sync(cost, **call))
 
     def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
         node, context = self._node, inherited.get()

@@ -349,22 +349,26 @@ def test_on_exceeded_of_a_blocking_call_is_a_plain_function() -> None:
         limiter.acquire_sync()
 
 
+@pytest.mark.parametrize("fails", [False, True])
 async def test_on_exceeded_that_fails_or_is_cancelled_leaves_nothing_behind(
-    time: VirtualTime,
+    time: VirtualTime, *, fails: bool
 ) -> None:
     limiter = Limiter(concurrency=3, clock=time.clock)
 
-    async def never(_: BudgetExceeded) -> None:
-        await asyncio.sleep(1e9)
+    async def ask(_: BudgetExceeded) -> None:
+        await asyncio.sleep(2 if fails else 1e9)
+        raise OSError("nobody can be asked")
 
-    with budget(usd=0.5, on_exceeded=never) as capped:
+    with budget(usd=0.5, on_exceeded=ask) as capped:
         held = await limiter.acquire(usd=0.4)
-        asking = asyncio.create_task(limiter.acquire(usd=0.4))
+        asking = [asyncio.create_task(limiter.acquire(usd=0.4)) for _ in range(2)]
         await asyncio.sleep(1)
-        assert limiter.statistics().in_flight == 2  # it may hold its slot
-        asking.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await asking
+        assert limiter.statistics().in_flight == 3  # they may hold their slots
+        for each in () if fails else asking:
+            each.cancel()
+        for each in asking:
+            with pytest.raises(OSError if fails else asyncio.CancelledError):
+                await each
         held.release()
     assert (limiter.statistics().in_flight, in_micro_dollars(capped.spent)) == (0, 400_000)
 
