@@ -197,7 +197,7 @@ def read_clocks(
     """
     clocks = {
         "clock": (clock, "monotonic_ns"),
-        "wall_clock": (wall_clock or time.time_ns, "time_ns"),
+        "wall_clock": (time.time_ns if wall_clock is None else wall_clock, "time_ns"),
     }
     for name, (given, example) in clocks.items():
         if not callable(given) or not isinstance(given(), int):
