@@ -44,28 +44,6 @@ async def test_raised_concurrency_admits_waiting_calls(time: VirtualTime, limite
     assert time.now < 30
 
 
-@pytest.mark.parametrize(
-    ("error", "size"),
-    [
-        (ValueError(), 4),
-        (asyncio.CancelledError(), 4),
-        (AcquireTimeout("another limiter's"), 4),
-        (TimeoutError(), 3),
-    ],
-)
-async def test_only_timeout_raised_in_with_block_counts_as_overload(
-    time: VirtualTime, limiter: Limiter, error: BaseException, size: int
-) -> None:
-    time.advance(1)
-    with pytest.raises(type(error)):
-        async with limiter.acquire():
-            raise error
-    with pytest.raises(type(error)), limiter.acquire_sync():
-        raise error
-    assert limiter.concurrency == size
-    nothing_is_left(limiter)
-
-
 def test_only_first_reported_outcome_of_call_counts(limiter: Limiter) -> None:
     for _ in range(200):
         lease = limiter.acquire_nowait()

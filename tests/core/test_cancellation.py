@@ -65,6 +65,7 @@ async def test_waiter_cancelled_at_any_step_leaks_nothing(
     nothing_is_left(limiter)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("path", "others"),
     [((), None), ((), "alike"), (("chat", "agent"), "alike"), (("chat", "agent"), "elsewhere")],

@@ -146,7 +146,8 @@ async def replay(
     return limiter, leases
 
 
-@settings(deadline=None, max_examples=250)
+@pytest.mark.heavy
+@settings(deadline=None, max_examples=150)
 @given(history, st.integers(1, 30), st.floats(0, 40))
 @example([("take", 1, 0), ("more", 23, 0), *[("take", 1, 7)] * 3], 1, 1.0)  # a debt outlasts 20 s
 def test_call_that_could_pass_in_time_is_never_refused(

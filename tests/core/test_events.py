@@ -217,26 +217,31 @@ async def test_events_of_call_come_in_order(time: VirtualTime) -> None:
     assert [type(event) for event in heard[:2]] == [Admitted, Released]
 
 
-@pytest.mark.parametrize("how", ["with", "async with"])
+@pytest.mark.parametrize("is_sync", [False, True])
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(None, "ok"), (ValueError("wrong"), "failed"), (TimeoutError("slow"), "overloaded")],
+    [
+        (None, "ok"),
+        (ValueError("wrong"), "failed"),
+        (asyncio.CancelledError(), "failed"),
+        (AcquireTimeout("another limiter's"), "failed"),
+        (TimeoutError("slow"), "overloaded"),
+    ],
 )
 async def test_outcome_tells_how_block_was_left(
-    time: VirtualTime, error: Exception | None, outcome: str, how: str
+    time: VirtualTime, error: BaseException | None, outcome: str, *, is_sync: bool
 ) -> None:
     heard: list[Any] = []
     limiter = Limiter(clock=time.clock)
     limiter.observe(heard.append)
     with pytest.raises(type(error)) if error else contextlib.nullcontext():
-        if how == "with":
-            with limiter.acquire_sync():
-                if error:
-                    raise error
-        else:
-            async with limiter.acquire():
-                if error:
-                    raise error
+        async with contextlib.AsyncExitStack() as stack:
+            if is_sync:
+                stack.enter_context(limiter.acquire_sync())
+            else:
+                await stack.enter_async_context(limiter.acquire())
+            if error:
+                raise error
     assert heard[-1].outcome == outcome
 
 

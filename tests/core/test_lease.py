@@ -4,11 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
-from asyncbucket.testing import VirtualTime, virtual_time
+from asyncbucket.testing import VirtualTime
 from tests.core.conftest import HELD, available, start, start_all, used
 
 
@@ -125,25 +123,6 @@ async def test_lease_stays_small_when_settled_chunk_by_chunk(time: VirtualTime) 
     assert used(limiter) == [before - 10]
     lease.settle(tokens=0)
     assert 0 < used(limiter)[0] < before - 10
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    reserved=st.integers(1, 60),
-    words=st.lists(st.tuples(st.integers(0, 90), st.sampled_from([0.0, 0.3, 5.0])), max_size=8),
-)
-def test_at_least_last_settlement_is_counted(reserved: int, words: list[tuple[int, float]]) -> None:
-    with virtual_time() as time:
-        limiter = Limiter("1000 tokens/100s", "10/100s", concurrency=1, clock=time.clock)
-        lease = limiter.acquire_nowait(tokens=reserved)
-        said = [reserved]
-        for tokens, delay in words:
-            time.advance(delay)
-            lease.settle(tokens=tokens)
-            said.append(tokens)
-        assert used(limiter)[0] >= said[-1]
-        if said == sorted(said, reverse=True):
-            assert used(limiter)[0] == said[-1]
 
 
 async def test_lease_released_twice_gives_back_one_slot(time: VirtualTime) -> None:

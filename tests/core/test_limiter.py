@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Limit, Limiter, Statistics, pace
-from asyncbucket.core.queue import line_of
 from asyncbucket.core.statistics import LimitUse, Waits
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import HELD, start, used
@@ -212,13 +211,6 @@ async def test_repr_of_lease_shows_state_cost_and_wait(time: VirtualTime) -> Non
     assert repr(lease) == f"<Lease open {cost} waited=1.006 s bound_by=requests>"
     lease.release()
     assert repr(lease).startswith(f"<Lease released {cost}")
-
-
-def test_state_of_limiter_has_no_attributes_made_up_on_demand() -> None:
-    node: Any = Limiter()._node
-    assert line_of(node, 0) is line_of(node, 0) is not line_of(node, 1)
-    with pytest.raises(AttributeError, match="limit_"):
-        _ = node.limit_
 
 
 def test_pace_wraps_model(monkeypatch: pytest.MonkeyPatch) -> None:

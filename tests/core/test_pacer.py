@@ -101,6 +101,7 @@ async def test_1000_calls_are_admitted_in_batches_of_256(time: VirtualTime, chil
     assert time.now == 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("first", ["crowd", "slow"])
 async def test_grandchild_keeps_its_rate_beside_crowds(time: VirtualTime, first: str) -> None:
     key = Limiter("5k requests/s burst 100", name="key", clock=time.clock)

@@ -1,11 +1,14 @@
 """Pauses hold back all calls, and may let them go gradually afterwards."""
 
 import asyncio
+import math
 
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.statistics import Waits
+from asyncbucket.feedback.pause import Pause
 from asyncbucket.testing import VirtualTime
 from tests.core.conftest import refused, start, start_all
 
@@ -128,3 +131,16 @@ async def test_pause_keeps_priorities_and_holds_up_only_its_own_tenant(time: Vir
     waiting = asyncio.create_task(key.acquire(tenant="paused"))
     assert (await key.acquire(tenant="other")).bound_by == "requests"
     assert (await waiting).bound_by == "paused"
+
+
+def test_restored_pause_goes_on_as_the_one_before() -> None:
+    """A store keeps it."""
+    pause, other = Pause(), Pause()
+    pause.begin(1_600, 0, gradually=True)
+    pause.book(1, 1_600)
+    other.restore(pause.state())
+    other.owe(5, 1_600)  # which is owed to nobody
+    other.redate(1, 1_600, 1_700)
+    for each in (pause, other):
+        each.book(1, each.until)
+        assert (each.until, each.available(each.until)) == (1_600 + int(100 * math.log2(3)), NEVER)

@@ -53,6 +53,7 @@ async def test_interactive_call_waits_one_gap_beside_2_000_batch_calls(time: Vir
     assert time.now == pytest.approx(2_100 / 10, rel=0.01)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("priorities", "parts"),
     [

@@ -10,6 +10,8 @@ import pytest
 from asyncbucket import Limit, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, assert_never_over, assert_within_bucket
 
+pytestmark = pytest.mark.heavy
+
 Cost = Callable[[random.Random], dict[str, Any]]
 
 
@@ -80,7 +82,6 @@ async def test_limit_is_used_to_99_percent(
     assert share <= use <= 1
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("limits", "concurrency", "binds"),
     [

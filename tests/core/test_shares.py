@@ -210,6 +210,7 @@ async def test_endless_new_children_do_not_starve_old_child(
     assert most <= 45
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
 async def test_refunds_are_credited_to_limiter_that_reserved(time: VirtualTime, who: str) -> None:
     got = {"thrifty": 0, "honest": 0}

@@ -132,34 +132,7 @@ def test_provider_limit_far_above_ours_delays_no_call() -> None:
     headroom = meter()
     for second in range(60):
         headroom.update(60_000 - 100 * second, second * SECOND, amount=600)
-    assert headroom.others.estimate >= 600
     assert all(headroom.take(1, MINUTE) for _ in range(600))
-
-
-def test_bookings_before_the_first_report_are_not_taken_for_others() -> None:
-    headroom = Headroom(Limit("units", 600), ours=[(0, 200), (20 * SECOND, 200)])
-    for second in range(30, 60):
-        headroom.update(200, second * SECOND, amount=600)
-    assert headroom.others.estimate == 0
-
-
-def test_full_bucket_below_the_announced_limit_shows_that_nobody_else_is_there() -> None:
-    """Of an announced 600 a minute, 150 are left at rest; whatever is booked is back at once."""
-    headroom = meter(remaining=150)
-    for second in range(1, 60):
-        headroom.book(5, second * SECOND - SECOND // 2)
-        headroom.update(150, second * SECOND, amount=600)
-    assert headroom.others.estimate == 0
-    assert headroom.take(10, MINUTE)
-
-
-def test_log_that_others_fill_is_not_taken_for_a_full_bucket() -> None:
-    """150 are left as well, but nothing that is booked comes back for a minute."""
-    headroom = meter(remaining=150)
-    for second in range(1, 31):
-        headroom.book(1, second * SECOND - SECOND // 2)
-        headroom.update(150 - second, second * SECOND, amount=600)
-    assert headroom.others.estimate > 400
 
 
 @given(
@@ -256,30 +229,6 @@ def test_refund_of_large_call_reopens_slices() -> None:
     headroom.unbook(40, 0, left=5)
     headroom.update(10, 2 * SECOND, amount=600)
     assert headroom.take(5, 2 * SECOND)
-
-
-def test_slice_reserves_what_others_use() -> None:
-    """Others take four of ten by the end of each slice, so less than six are ours."""
-    headroom = meter(remaining=10)
-    for tenth in range(400):
-        headroom.update(10 - min(4, tenth % 10), tenth * SECOND // 10, amount=600)
-    headroom.book(3, 41 * SECOND)
-    assert headroom.earliest(1, 41 * SECOND) > 41 * SECOND
-
-
-def test_lowered_limit_shrinks_slices() -> None:
-    headroom = meter(remaining=10)
-    headroom.update(5, 2 * SECOND, amount=300, limit=300)
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 5
-
-
-def test_slice_size_follows_providers_limit_not_ours() -> None:
-    """Our limit is 300 of 600, but ten left are a full slice of the provider's, not twice ours."""
-    headroom = meter(amount=300)
-    headroom.update(10, SECOND, amount=300, limit=600)
-    headroom.update(10, 2 * SECOND, amount=300)
-    assert sum(headroom.take(1, 2 * SECOND) for _ in range(100)) <= 10
-    assert headroom.others.estimate == 0
 
 
 def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:

@@ -3,8 +3,7 @@
 import pytest
 
 from asyncbucket import Limit
-from asyncbucket.feedback.headroom import Headroom
-from asyncbucket.feedback.slices import Beat, Slices, with_small_margin
+from asyncbucket.feedback.slices import Beat, Slices
 from asyncbucket.testing import assert_never_over
 
 SECOND = 1_000_000_000
@@ -18,35 +17,34 @@ def beat(*words: tuple[float, int]) -> Beat:
     return found
 
 
-def test_jumps_in_remaining_show_where_slices_begin() -> None:
-    heard = beat((0.2, 1), (0.4, 9))
-    assert heard.fits == 1
-    assert not heard.is_sure
-    heard = beat((0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9))
-    assert heard.is_sure
-    assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
-    assert heard.uncertainty <= 0.2 * SECOND
+JUMPS = [(0.2, 1), (0.4, 9), (1.2, 2), (1.35, 8), (2.25, 0), (2.45, 9)]
+#: A sliding window jumps, too, but irregularly: the search starts anew again and again.
+IRREGULAR = [
+    word
+    for second in range(8)
+    for word in ((second + 0.3 * (second % 3), 0), (second + 0.3 * (second % 3) + 0.05, 9))
+]
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "is_found", "is_sure"),
     [
-        pytest.param([(0, 1), (0.4, 5)], id="four more after 0.4 s are a bucket's refill"),
-        pytest.param([(0, 5), (0.1, 4)], id="no more"),
-        pytest.param([(0, 0), (0.5, 10)], id="after half a slice of silence, no one knows when"),
+        pytest.param(JUMPS[:2], True, False, id="one jump"),
+        pytest.param(JUMPS, True, True, id="three jumps a second apart"),
+        pytest.param(IRREGULAR, True, False, id="a sliding second"),
+        pytest.param([(0, 1), (0.4, 5)], False, False, id="a bucket's refill in 0.4 s"),
+        pytest.param([(0, 5), (0.1, 4)], False, False, id="no more"),
+        pytest.param([(0, 0), (0.5, 10)], False, False, id="half a slice of silence"),
     ],
 )
-def test_no_slice_is_found_where_nothing_jumps(words: list[tuple[float, int]]) -> None:
-    assert not beat(*words).fits
-
-
-def test_irregular_jumps_do_not_make_slices_sure() -> None:
-    """A sliding window jumps, too, but irregularly: nothing is sure, and the search starts anew."""
-    words = [(second + 0.3 * (second % 3), 0) for second in range(8)]
-    jumps = [(when + 0.05, 9) for when, _ in words]
-    heard = beat(*(word for pair in zip(words, jumps, strict=True) for word in pair))
-    assert heard.fits
-    assert not heard.is_sure
+def test_slices_begin_where_what_is_left_jumps_regularly(
+    words: list[tuple[float, int]], *, is_found: bool, is_sure: bool
+) -> None:
+    heard = beat(*words)
+    assert (heard.fits > 0, heard.is_sure) == (is_found, is_sure)
+    if is_sure:
+        assert 7.3 * SECOND <= heard.nearest(7 * SECOND) <= 7.4 * SECOND
+        assert heard.uncertainty <= 0.2 * SECOND
 
 
 def test_stray_jump_does_not_move_sure_slice_start() -> None:
@@ -71,29 +69,19 @@ def hear(slices: Slices, left: int, now: int) -> None:
     slices.update(left, left, left, now)
 
 
-def listen(meter: Slices | Headroom, taken: int) -> None:
-    """Hear for half a minute of slices of ten that begin with each second; others take a part.
+def known(*, taken: int = 0) -> Slices:
+    """Return slices of ten a second whose beginning is known, and of which others take `taken`.
 
-    For some of that time we take the rest of each. The last report comes at 29.99 s.
+    For some of the half minute before we took the rest. The last report came at 29.99 s.
     """
+    slices = Slices(10, SECOND, SECOND)
     for second in range(1, 30):
         ours = 10 - taken if 9 < second < 25 else 0
         end = 10 - taken - ours
         for part, left in ((10, 10), (450, 10 - taken), (900, end), (990, end)):
-            when = second * SECOND + part * MS
-            if isinstance(meter, Slices):
-                hear(meter, left, when)
-            else:
-                meter.update(left, when, amount=600)
-            if part == 450:
-                for _ in range(ours):
-                    meter.book(1, second * SECOND + 500 * MS)
-
-
-def known(*, taken: int = 0) -> Slices:
-    """Return slices of a second whose beginning is known, and of which others take `taken`."""
-    slices = Slices(10, SECOND, SECOND)
-    listen(slices, taken)
+            hear(slices, left, second * SECOND + part * MS)
+            for _ in range(ours if part == 450 else 0):
+                slices.book(1, second * SECOND + 500 * MS)
     assert slices.are_known
     return slices
 
@@ -193,24 +181,3 @@ def test_units_that_come_back_all_the_time_rule_slices_out() -> None:
     """In a slice, what was booked stays missing until it ends."""
     assert refill(every=1).are_refuted
     assert not refill(every=10).are_refuted
-
-
-def test_reserve_for_random_variation_shrinks_with_expected_use() -> None:
-    """The reserve is counted in whole calls, however large they are."""
-    assert with_small_margin(40, 1) == 40 + 18
-    assert with_small_margin(4, 1) == 4 + 4
-    assert with_small_margin(0.8, 1) == 1
-    assert with_small_margin(0.2, 1) == 0
-    assert with_small_margin(400, 100) == 800
-    assert with_small_margin(400, 100, minimal=True) == 600
-
-
-def test_known_slices_let_headroom_admit_at_next_slice_start() -> None:
-    """What is left at the end of a slice tells nothing of the next one."""
-    headroom = Headroom(Limit("requests", 600))
-    listen(headroom, 0)
-    for _ in range(10):
-        headroom.book(1, 29 * SECOND + 500 * MS)
-    begun = headroom.earliest(1, 29 * SECOND + 995 * MS)
-    assert 30 * SECOND <= begun <= 30 * SECOND + 200 * MS
-    assert headroom.take(1, begun)
