@@ -161,21 +161,6 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
 
 
 @pytest.mark.heavy
-async def test_20_000_waiters_leave_line_when_cancelled_last_to_first(time: VirtualTime) -> None:
-    limiter = Limiter("1 RPM", clock=time.clock)
-    await limiter.acquire()
-    waiters = [limiter.acquire() for _ in range(20_000)]
-    for waiter in waiters:
-        waiter.send(None)
-    assert limiter.statistics().waiting == 20_000
-    for waiter in reversed(waiters):
-        with pytest.raises(asyncio.CancelledError):
-            waiter.throw(asyncio.CancelledError)
-    now = limiter.statistics()
-    assert (now.waiting, now.cancelled) == (0, 20_000)
-
-
-@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["limiter", "bucket"])
 async def test_40_000_cancellations_leak_nothing_in_order(time: VirtualTime, kind: str) -> None:
     chance = random.Random(20)

@@ -124,14 +124,6 @@ async def test_cost_object_works_in_every_kind_of_acquire(time: VirtualTime) -> 
     assert used(limiter) == [6, 300]
 
 
-def test_input_and_output_tokens_are_limited_separately(time: VirtualTime) -> None:
-    limiter = Limiter("1k ITPM", "1k OTPM", "2k TPM", clock=time.clock)
-    limiter.acquire_nowait(input_tokens=100, output_tokens=30)
-    assert used(limiter) == [100, 30, 130]
-    limiter.acquire_nowait(tokens=50)
-    assert used(limiter) == [150, 80, 180]
-
-
 async def test_statistics_are_frozen_snapshot(time: VirtualTime) -> None:
     limiter = Limiter("100 TPM", concurrency=3, name="openai", clock=time.clock)
     lease = await limiter.acquire(tokens=60)

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, TokenBucket, plan
+from asyncbucket import Cost, Limit, Limiter, TokenBucket, plan
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.wording import usd_written
 from asyncbucket.testing import VirtualTime
@@ -86,19 +85,6 @@ def test_numpy_numbers_are_accepted_by_plans_and_reports() -> None:
     limiter = Limiter("1k TPM")
     observe_remaining(limiter, three, resource="tokens", per=60, limit=three, rounding=three)
     assert available(limiter) == three
-
-
-def test_fraction_as_seconds_is_shown_as_decimal_number(time: VirtualTime) -> None:
-    third: Any = Fraction(1, 3)
-    bucket = TokenBucket(rate=third, burst=1, clock=time.clock)
-    bucket.acquire_nowait()
-    limiter = Limiter("60 RPM", clock=time.clock)
-    paused: list[Any] = []
-    limiter.observe(paused.append)
-    limiter.pause(third)
-    with pytest.raises(AcquireTimeout, match=r"cannot pass within 0\.333 s at 0\.333333 a"):
-        time.run(bucket.acquire(timeout=third))
-    assert json.dumps([event.seconds for event in paused]) == "[0.3333333333333333]"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ async def name_of_taker(pool: Pool, **call: Any) -> str:
 # --- late binding ---
 
 
-@pytest.mark.parametrize("number", [2, 5, 20])
+@pytest.mark.parametrize("number", [2, 5, pytest.param(20, marks=pytest.mark.heavy)])
 async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
     time: VirtualTime, number: int
 ) -> None:

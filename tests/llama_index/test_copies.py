@@ -103,7 +103,6 @@ def _spend(pickled: bytes) -> list[str]:
     return [str(each.message) for each in caught if each.category is RuntimeWarning]
 
 
-@pytest.mark.real_clock
 def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/limits.db?patience=5"
     limiter = Limiter("3 RPM burst 3", name="openai", store=store)
