@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import FrameType, FunctionType
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -31,7 +31,7 @@ PUBLIC_NAMES = {
     *("sticky", "tenant"),
 }
 
-MEMBERS = FunctionType | staticmethod | classmethod | property
+MEMBERS: Final = (FunctionType, staticmethod, classmethod, property)
 
 
 def in_fresh_interpreter(code: str) -> list[str]:

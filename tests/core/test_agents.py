@@ -224,7 +224,6 @@ async def test_cancelled_agents_leave_no_trace(time: VirtualTime) -> None:
     assert not crowd.limiter._node.agents._fluid
 
 
-@pytest.mark.heavy
 async def test_10_000_agents_in_a_row_leave_no_memory(time: VirtualTime) -> None:
     limiter = Limiter("1M RPM", clock=time.clock)
 

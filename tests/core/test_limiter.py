@@ -205,6 +205,12 @@ async def test_repr_of_lease_shows_state_cost_and_wait(time: VirtualTime) -> Non
     assert repr(lease).startswith(f"<Lease released {cost}")
 
 
+def test_state_of_limiter_has_no_attributes_made_up_on_demand() -> None:
+    node: Any = Limiter()._node
+    with pytest.raises(AttributeError, match="limit_"):
+        _ = node.limit_
+
+
 def test_pace_wraps_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrap(limiter: Limiter, thing: str, **_: Any) -> Any:
         return thing, limiter.limits

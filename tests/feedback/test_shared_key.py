@@ -49,18 +49,20 @@ class Provider(httpx.AsyncBaseTransport):
     admitted: list[int] = field(default_factory=list)
     refused: int = 0
 
-    def __post_init__(self) -> None:
-        self._level, self._level_at = (self.depth or self.rpm) * MINUTE, 0
-        self._last_minute: deque[int] = deque()
-        self._by_minute, self._by_second = Counter[int](), Counter[int]()
-        self._chance = random.Random(1)
+    #: What a bucket lacks, in units times a minute.
+    _missing: int = 0
+    _missing_at: int = 0
+    _last_minute: deque[int] = field(default_factory=deque)
+    _by_minute: Counter[int] = field(default_factory=Counter)
+    _by_second: Counter[int] = field(default_factory=Counter)
+    _chance: random.Random = field(default_factory=lambda: random.Random(1))
 
     def left(self) -> int:
         now = self.clock()
         if self.counts == "bucket":
-            grown = self._level + (now - self._level_at) * self.rpm
-            self._level, self._level_at = min((self.depth or self.rpm) * MINUTE, grown), now
-            return self._level // MINUTE
+            grown = (now - self._missing_at) * self.rpm
+            self._missing, self._missing_at = max(0, self._missing - grown), now
+            return (self.depth or self.rpm) - -(-self._missing // MINUTE)
         if self.counts == "minute":
             return self.rpm - self._by_minute[now // MINUTE]
         while self._last_minute and self._last_minute[0] <= now - MINUTE:
@@ -81,7 +83,7 @@ class Provider(httpx.AsyncBaseTransport):
             self.refused += 1
             return False
         now = self.clock()
-        self._level -= MINUTE
+        self._missing += MINUTE
         self._by_minute[now // MINUTE] += 1
         self._by_second[self._second(now)] += 1
         self._last_minute.append(now)
