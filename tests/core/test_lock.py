@@ -87,3 +87,25 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
         late.send(None)
     late.release()
     nothing_is_left(limiter)
+
+
+@pytest.mark.parametrize("read", range(2))
+async def test_lease_dropped_while_a_call_joins_the_line_serves_it(
+    time: VirtualTime, read: int
+) -> None:
+    """The collector may drop it whenever the clock is read, with the lock held or not."""
+    leases: list[Lease] = []
+
+    def clock() -> int:
+        nonlocal read
+        if leases:
+            read -= 1
+            if read < 0:
+                leases.clear()
+        return time.clock()
+
+    limiter = Limiter(concurrency=1, clock=clock)
+    leases.append(limiter.acquire_nowait())
+    async with limiter.acquire() as lease:
+        assert lease.waited == 0
+    nothing_is_left(limiter)
