@@ -13,11 +13,12 @@ from tests.core.conftest import HELD, available, start, start_all, used
 async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> None:
     limiter = Limiter("100 TPM", clock=time.clock)
     lease = await limiter.acquire(tokens=100)
-    calls = await start_all(limiter.acquire(tokens=10) for _ in range(9))
+    costs = (*[10] * 7, 5, 5, 10)
+    calls = await start_all(limiter.acquire(tokens=each) for each in costs)
     await asyncio.sleep(7)
     lease.settle(tokens=20)
     leases = await asyncio.gather(*calls)
-    assert [lease.waited for lease in leases] == pytest.approx([7.0] * 8 + [60 * HELD])
+    assert [lease.waited for lease in leases] == pytest.approx([7.0] * 9 + [60 * HELD])
     assert limiter.statistics().refunded == {"tokens": 80}
 
 
