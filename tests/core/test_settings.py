@@ -190,7 +190,8 @@ def test_tables_of_limiters_are_listed(folder: Path) -> None:
 
 def test_modules_are_found_on_first_use_and_listed() -> None:
     assert asyncbucket.settings.from_env is from_env
-    assert asyncbucket.Plan.__name__ == "Plan"
+    for name in ("Plan", "Pool", "Price"):
+        assert getattr(asyncbucket, name).__name__ == name
     assert {"Limiter", "presets", "telemetry"} <= set(dir(asyncbucket))
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
