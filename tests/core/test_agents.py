@@ -403,3 +403,44 @@ def test_tenants_get_their_shares_whatever_agents_they_have() -> None:
     assert shares == pytest.approx(
         {"default/1": 1 / 6, "default/2": 2 / 6, "default/3": 3 / 6}, rel=0.02
     )
+
+
+async def test_order_of_arrival_returns_when_no_agent_runs(time: VirtualTime) -> None:
+    crowd = Crowd(time, "60 TPM")
+    big = asyncio.ensure_future(crowd.limiter.acquire(tokens=50))
+    await asyncio.sleep(0)
+    gone = await crowd.start("a", 1)
+    small = asyncio.ensure_future(crowd.limiter.acquire(tokens=1))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    crowd.tasks.clear()
+    await crowd.start("b", 0)
+    after = asyncio.ensure_future(crowd.limiter.acquire(tokens=1))
+    (await big).release()
+    assert not small.done() or (await small).waited == (await big).waited
+    (await small).release()
+    (await after).release()
+
+
+async def test_lease_asked_for_inside_and_awaited_after_is_a_call_of_its_own(
+    time: VirtualTime,
+) -> None:
+    limiter = Limiter("60 RPM", clock=time.clock)
+    with agent(kind="k"):
+        lease = limiter.acquire()
+    await lease
+    lease.settle(requests=3)
+    lease.release()
+    agents = agents_of(limiter)
+    assert (agents.running, agents.finished) == (0, 0)
+
+
+async def test_what_tenants_agents_use_is_known_to_all_tenants(time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM", clock=time.clock)
+    with tenant("acme"), agent(kind="k"):
+        (await limiter.acquire()).release()
+    with tenant("globex"), agent(kind="other"):
+        (await limiter.acquire()).release()
+        agents = agents_of(limiter.key("globex"))
+    assert {kind: each.size for kind, each in agents.kinds.items()} == {"k": 1, "other": 1}
