@@ -62,7 +62,7 @@ KEYWORDS: Final = {
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
-_EVERY: Final = r"(?P<every>[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})?"
+_EVERY: Final = r"(?P<every>(?:[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})(?:\.[0-9]{1,9})?)?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
@@ -164,13 +164,14 @@ class Limit:
         resource = match["resource"] or "requests"
         resource = _RESOURCES.get(resource, resource) if match.re is _SHORT else resource
         every = (match.groupdict().get("every") or "1").replace(",", "")
+        seconds = float(every) if "." in every else int(every)
         if match["unit"] == "month" and every != "1":
             raise LimitSyntaxError(f"{text!r} is not a limit: months come one at a time; {_SYNTAX}")
         in_parts = _read_resource(resource) == USD
         return cls(
             resource,
             _read_number(match["amount"], text, in_parts=in_parts),
-            per="month" if match["unit"] == "month" else int(every) * _SECONDS[match["unit"][0]],
+            per="month" if match["unit"] == "month" else seconds * _SECONDS[match["unit"][0]],
             burst=_read_number(match["burst"], text, in_parts=in_parts) if match["burst"] else None,
             resets=resets[0] if resets else None,
         )

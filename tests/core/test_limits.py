@@ -36,6 +36,7 @@ from asyncbucket.testing import VirtualTime
         ("10 req/s", Limit("requests", 10, per=1)),
         ("1 token per second", Limit("tokens", 1, per=1)),
         ("3 images/10s", Limit("images", 3, per=10)),
+        ("15 requests per 1.5 s", Limit("requests", 15, per=1.5)),
         ("3 images / 2 days", Limit("images", 3, per=2 * 86_400)),
         ("1_000 tokens/min burst 1_00", Limit("tokens", 1000, burst=100)),
         ("500 RPM burst 20", Limit("requests", 500, burst=20)),
@@ -62,7 +63,7 @@ def test_text_of_limit_has_no_exponent_and_can_be_parsed_again(text: str) -> Non
     [
         "", " ", "RPM", "500", "-5 RPM", "5 XPM", "0 RPM", "0.5 RPM", "1.0001k RPM", "5 RPM burst",
         "5 RPM burst 6", "5 RPM burst 0", "nan RPM", "inf RPM", "1e3 RPM", "500 RPM\n500 TPM",
-        "5/0s", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d",
+        "5/0s", "5/.5s", "5/1.5 month", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d",
         "2,5k TPM", "1,00 RPM", "1,,000 RPM", "1000,000 RPM", "1,000, RPM", "5 RPM burst 2,5",
         "5/\u017f", "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
     ],
