@@ -4,26 +4,32 @@ import argparse
 import ast
 import inspect
 import json
+import re
 import signal
 import threading
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Final
 
 from asyncbucket.testing.provider.options import Options
 from asyncbucket.testing.provider.running import RateLimitedProvider
+
+#: An attribute in the docstring of `Options`: its name, and what it is.
+_ATTRIBUTE: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(
         prog="python -m asyncbucket.testing.provider",
-        description=inspect.getdoc(Options),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serve a provider that answers 429 above its limits, until Ctrl-C. It prints its "
+        "base URL, and at the end what it saw.",
         argument_default=argparse.SUPPRESS,
     )
+    texts = dict(_ATTRIBUTE.findall(inspect.getdoc(Options) or ""))
     for option in fields(Options):
         if option.name != "clock":
-            parser.add_argument(f"--{option.name.replace('_', '-')}", type=_value)
+            name, text = option.name.replace("_", "-"), " ".join(texts[option.name].split())
+            parser.add_argument(f"--{name}", type=_value, metavar="VALUE", help=text)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stopped.set())

@@ -81,21 +81,21 @@ class Options:
     """How the provider behaves.
 
     Attributes:
-        rpm: Requests a minute; None for no limit.
-        tpm: Tokens a minute; None for no limit.
-        itpm: Input tokens a minute; None for no limit.
-        otpm: Output tokens a minute, counted as they are produced; None for no limit.
-        rpd: Requests in 1,440 minutes; None for no limit.
-        profile: Whose rules hold, by its name, such as bedrock: `rules.toml` has them, with
-            their sources. By default OpenAI's, with Anthropic's headers and errors at its endpoint.
-        policy: How they are counted: token_bucket, sliding_window, fixed_window,
+        rpm: Requests a minute; no limit by default.
+        tpm: Tokens a minute; no limit by default.
+        itpm: Input tokens a minute; no limit by default.
+        otpm: Output tokens a minute, counted as they are produced; no limit by default.
+        rpd: Requests in 1,440 minutes; no limit by default.
+        profile: Whose rules hold, such as bedrock. By default OpenAI's, with Anthropic's headers and
+            errors at its endpoint.
+        policy: How the limits are counted: token_bucket, sliding_window, fixed_window,
             one_second_slices or ten_second_slices.
-        charge: What a call costs in tokens at admission: openai (as the profile has it, by default
-            the larger of the prompt and max_tokens) or usage (what the reply will use).
-        concurrency: The most calls in flight; None for no limit.
+        charge: What a call costs in tokens up front: openai (what the profile says, by default the
+            larger of the prompt and max_tokens) or usage (what the reply will use).
+        concurrency: The most calls in flight; no limit by default.
         latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
-        always: Answer every call with this status.
-        reply_tokens: Length to which text replies are padded.
+        always: A status with which to answer every call.
+        reply_tokens: The least length of a text reply, in tokens.
         minute: Seconds a minute lasts. A short one makes tests on a real clock short.
         port: Port on 127.0.0.1; 0 takes a free one.
         clock: The clock of the limits, in integer nanoseconds.
