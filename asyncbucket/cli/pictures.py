@@ -171,7 +171,7 @@ def read_trace(path: Path) -> TraceFile:
         return TraceFile(f"{head['limiter']}", list(head["limits"]), events)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: no trace, or one that was changed ({error!r}); write one by "
+            f"{path} is not a trace, or somebody changed it ({error!r}); write one with "
             f"limiter.trace().save()"
         ) from error
 

@@ -16,8 +16,10 @@ from asyncbucket.plan.drive import NANOSECONDS, Bounds, PlannedCall, Record, Tak
 
 #: Up to this many calls, other limits are tried by default.
 _MAX_WHAT_IF_CALLS: Final = 100_000
-#: Parts of the timeline.
+#: Parts of the timeline at most, and the calls in one of them on average at least: parts with one
+#: call or none would look like a comb.
 _PARTS: Final = 240
+_CALLS_A_PART: Final = 5
 
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
@@ -273,7 +275,8 @@ def _waits(record: Record) -> PlannedWaits:
 
 
 def _timeline(record: Record) -> tuple[int, ...]:
-    counts = [0] * _PARTS
+    parts = max(1, min(_PARTS, len(record.admitted) // _CALLS_A_PART))
+    counts = [0] * parts
     for instant in record.admitted:
-        counts[min(instant * _PARTS // max(1, record.end), _PARTS - 1)] += 1
+        counts[min(instant * parts // max(1, record.end), parts - 1)] += 1
     return tuple(counts)

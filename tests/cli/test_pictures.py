@@ -13,7 +13,7 @@ from asyncbucket.telemetry import Trace
 from asyncbucket.testing import VirtualTime
 
 run = CliRunner()
-PLAN = ("plan", "--calls", "300", "--rpm", "60", "--out")
+PLAN = ("plan", "--calls", "3000", "--rpm", "600", "--out")
 
 
 @pytest.mark.parametrize("options", [(), ("--dark",)])
@@ -29,7 +29,19 @@ def test_plan_is_drawn_light_and_dark(tmp_path: Path, kind: str, options: tuple[
         assert (b"#17191c" in content) == bool(options)
         # The burst at the start goes beyond the scale.
         assert re.search(rb"<!-- admitted a second, [0-9.]+ the peak -->", content)
-        assert re.search(rb"<!-- 60 requests per 60 s: 1/s in the long run -->", content)
+        assert re.search(rb"<!-- 600 requests per 60 s: 10/s in the long run -->", content)
+
+
+def test_plan_of_few_calls_is_drawn_in_wide_bars(tmp_path: Path) -> None:
+    """A bar a call would show a comb of zeros and ones, far above the limit's line."""
+    path = tmp_path / "plan.svg"
+    assert (
+        run.invoke(app, ["plan", "--calls", "50", "--rpm", "10", "--out", str(path)]).exit_code == 0
+    )
+    (bars,) = re.findall(
+        rb'<path d="([^"]+)" clip-path="[^"]+" style="fill: #1f9d55', path.read_bytes()
+    )
+    assert 0 < bars.count(b"L") <= 2 * 12
 
 
 def test_plan_without_waits_or_duration_is_drawn(tmp_path: Path) -> None:
@@ -82,10 +94,14 @@ HEAD = '{"limits": [], "limiter": "a"}\n'
     ("text", "out", "message"),
     [
         ("", "out.png", "nothing happened in this trace"),
-        ("hello\nworld\n", "out.png", "write one by limiter.trace().save()"),
-        ("\udcff\n" * 2, "out.png", "no trace, or one that was changed"),
-        (HEAD + '{"at": 1}\n', "out.png", "no trace, or one that was changed"),
-        ('{"limits": []}\n{"event": "paused"}\n', "out.png", "no trace, or one that was changed"),
+        ("hello\nworld\n", "out.png", "write one with limiter.trace().save()"),
+        ("\udcff\n" * 2, "out.png", "is not a trace, or somebody changed it"),
+        (HEAD + '{"at": 1}\n', "out.png", "is not a trace, or somebody changed it"),
+        (
+            '{"limits": []}\n{"event": "paused"}\n',
+            "out.png",
+            "is not a trace, or somebody changed it",
+        ),
         (
             HEAD + '{"event": "queued", "at": 1, "waiting": 0}\n',
             "out.docx",
