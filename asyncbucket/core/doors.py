@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asyncbucket.batch import Item, Results
     from asyncbucket.batch.results import MapOptions
     from asyncbucket.core.limiter import Limiter
+    from asyncbucket.http.clients import ClientOptions
     from asyncbucket.http.transport import PacedTransport, TransportOptions
     from asyncbucket.llama_index.wrap import WrapOptions
     from asyncbucket.telemetry.observers import Trace
@@ -197,7 +198,7 @@ class Doors:
     #: The same, for those who look for it.
     transport_sync = transport
 
-    def http_client(self, **options: Any) -> Any:
+    def http_client(self, **options: Unpack["ClientOptions"]) -> Any:
         """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
 
         >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)

@@ -30,6 +30,7 @@ from asyncbucket.core.terms import (
 )
 
 if TYPE_CHECKING:
+    from asyncbucket.http.clients import ClientOptions
     from asyncbucket.http.endpoints import Endpoints
     from asyncbucket.http.transport import PacedTransport, TransportOptions
     from asyncbucket.llama_index.wrap import WrapOptions
@@ -377,7 +378,7 @@ class Pool(Limiter):
 
     transport_sync = transport  # type: ignore[assignment]
 
-    def http_client(self, endpoints: "Endpoints", **options: Any) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def http_client(self, endpoints: "Endpoints", **options: Unpack["ClientOptions"]) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return an ``AsyncClient`` that sends each request to the member that takes it.
 
         Address and credentials are the member's, for each attempt; see `asyncbucket.http.endpoints`.
@@ -399,7 +400,8 @@ class Pool(Limiter):
             ImportError: neither httpx nor httpx2 is installed, or stamina is not.
             ValueError, TypeError: endpoints or an option cannot be understood.
         """
-        return super().http_client(endpoints=endpoints, **options)
+        make: Any = super().http_client
+        return make(endpoints=endpoints, **options)
 
     # --- steering ---
 

@@ -17,6 +17,7 @@ from asyncbucket.providers.profiles import (
     Profile,
     Told,
 )
+from asyncbucket.providers.request import RequestSize
 from asyncbucket.providers.usage import Usage
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Call",
     "Endpoint",
     "Profile",
+    "RequestSize",
     "Told",
     "Usage",
     "read_pool",

@@ -27,6 +27,32 @@ _SDK_CLIENT: Final = "DefaultHttpxClient"
 _OURS: Final = TransportOptions.__annotations__.keys() | {"endpoints"}
 
 
+class ClientOptions(TransportOptions, total=False):
+    """What `Limiter.http_client` takes by keyword: its own options, and those of httpx's clients."""
+
+    family: Literal["auto", "httpx", "httpx2"]
+    sync: bool
+    auth: Any
+    base_url: Any
+    cert: Any
+    cookies: Any
+    default_encoding: Any
+    event_hooks: Any
+    follow_redirects: bool
+    headers: Any
+    http1: bool
+    http2: bool
+    limits: Any
+    max_redirects: int
+    mounts: Any
+    params: Any
+    proxy: Any
+    timeout: Any
+    transport: Any
+    trust_env: bool
+    verify: Any
+
+
 def http_client(
     limiter: Limiter,
     *,

@@ -17,7 +17,8 @@ from asyncbucket.http.transport import family_of
 @pytest.mark.parametrize("sdk", ["openai", "anthropic"])
 async def test_http_client_defaults_match_those_of_the_sdks(limiter: Limiter, sdk: str) -> None:
     theirs: Any = pytest.importorskip(sdk).DefaultAsyncHttpxClient()
-    async with limiter.http_client(family=family_of(type(theirs))) as ours, theirs:
+    family: Any = family_of(type(theirs))
+    async with limiter.http_client(family=family) as ours, theirs:
         pool, their_pool = ours._transport.inner._pool, theirs._transport._pool
         assert pool._max_connections == their_pool._max_connections
         assert pool._max_keepalive_connections == their_pool._max_keepalive_connections
@@ -54,7 +55,7 @@ def test_missing_http_library_error_says_what_to_install(
     with pytest.raises(ImportError, match="httpx2 is not installed: pip install httpx2"):
         limiter.http_client(family="httpx2")
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
-        limiter.http_client(family="requests")
+        limiter.http_client(family="requests")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr("importlib.util.find_spec", {}.get)
     monkeypatch.setattr(clients, "_SDKS", ())
     with pytest.raises(ImportError, match="no HTTP client is installed: pip install httpx"):

@@ -26,7 +26,7 @@ TOOLS: list[Any] = [
     }
 ]
 #: The library that this version of the SDK is built on.
-FAMILY = "httpx" if openai.VERSION < "3" else "httpx2"
+FAMILY: Any = "httpx" if openai.VERSION < "3" else "httpx2"
 
 Outcome = tuple[Any, ...]
 Script = Callable[[AsyncOpenAI, RateLimitedProvider], Awaitable[Any]]

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import openai
@@ -257,7 +257,7 @@ def test_endpoints_are_needed_for_each_member_of_a_pool_and_for_nobody_else() ->
     with pytest.raises(TypeError, match="a pool must know where its members are"):
         pool.transport(nowhere)
     with pytest.raises(TypeError, match="endpoints are for a pool"):
-        Limiter().http_client(endpoints=endpoints)
+        Limiter().http_client(endpoints=endpoints)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 # --- when a member fails ---
@@ -546,7 +546,7 @@ async def test_no_call_is_lost_while_one_of_three_providers_is(
 
 
 async def test_openai_sdk_uses_all_members_and_gets_its_own_errors() -> None:
-    family = cast("Any", FAMILY)
+    family = FAMILY
     with RateLimitedProvider() as one, RateLimitedProvider(always=401) as other:
         members = [Limiter("600 RPM", name=name) for name in ("other", "one")]
         pool = Pool(*members, prefer="first")

@@ -7,7 +7,7 @@ import gzip
 import io as files
 import itertools
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import httpx
 import openai
@@ -63,7 +63,7 @@ async def test_readme_client_loses_no_call_whatever_the_provider_counts(
     virtual_time: VirtualTime, policy: PolicyName, rpm: int
 ) -> None:
     """README's limits are the provider's, or more than three times as high."""
-    clock, family = virtual_time.clock, cast("Any", FAMILY)
+    clock, family = virtual_time.clock, FAMILY
     provider = RateLimitedProvider(
         rpm=rpm, tpm=200_000, policy=policy, latency=(0.2, 1.5), clock=clock
     )

@@ -97,6 +97,7 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
     limiter.transport(famly="httpx")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client: httpx2.Client = limiter.http_client(family="httpx2", sync=True)
     client.close()
+    limiter.http_client(rutes={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def children_are_limiters(limiter: Limiter) -> None:
