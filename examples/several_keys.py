@@ -1,4 +1,4 @@
-"""Several keys, one line: three providers serve one crowd, and one of them dies and comes back.
+"""Several keys as one: three providers share the calls, and one of them fails and comes back.
 
     python examples/several_keys.py
 
