@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the provider saw of a storm, and what came back from it."""
+    """What the provider saw of a sudden load, and what came back from it."""
 
     door: Door
     policy: PolicyName
@@ -170,7 +170,7 @@ def _jobs(llm: Any, embed_model: Any, load: Load) -> Iterator[Coroutine[Any, Any
 
 def lines(outcomes: list[Outcome], load: Load) -> Iterator[str]:
     """Yield the report in Markdown."""
-    yield "# A storm"
+    yield "# A sudden load"
     yield ""
     yield (
         f"{load.agents} agents, {load.chats} chats, {load.streams} streams and {load.batches} "
@@ -180,7 +180,7 @@ def lines(outcomes: list[Outcome], load: Load) -> Iterator[str]:
         "`python -m benchmarks.storm` makes this page."
     )
     yield ""
-    yield "| paced by | provider | calls | answered | came | 429s | most at once | used | s |"
+    yield "| paced by | provider | calls | answered | arrived | 429s | most at once | used | s |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
     for each in outcomes:
         yield (
