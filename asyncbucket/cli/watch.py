@@ -137,7 +137,7 @@ async def _peek(url: str) -> dict[str, Any]:
     finally:
         await store.aclose()
     if not names:
-        raise StoreError(f"no limiter is kept in {without_password(url)} yet")
+        raise StoreError(f"{without_password(url)} has no limiter yet")
     return {"limiters": [_row(name, snapshot) for name, snapshot in snapshots if snapshot]}
 
 

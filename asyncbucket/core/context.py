@@ -94,7 +94,7 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
     def __enter__(self) -> None:
         if self._token is not None:
             raise RuntimeError(
-                "this context was entered before: call priority(), tenant(), deadline() or budget() anew"
+                "this context was entered before: call priority(), tenant(), deadline() or budget() again"
             )
         outer = inherited.get() or Inherited()
         inner = replace(outer, **self._values)
@@ -272,7 +272,7 @@ def deadline_of(
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
     if timeout is not None:
-        span = span_of(timeout, "timeout", "None waits for ever")
+        span = span_of(timeout, "timeout", "None waits forever")
         end = min(end, NEVER if span >= NEVER else now + span)
     return None if end >= NEVER else end
 

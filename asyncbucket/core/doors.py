@@ -145,8 +145,8 @@ class Doors:
         """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by this limiter.
 
         The result is of the same class, with the same fields, tools, streaming and structured
-        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``. Or the tool
-        calls of an MCP session: `asyncbucket.frameworks.wrap_session`.
+        output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``. A session of
+        MCP is paced by its tools: see `asyncbucket.frameworks.wrap_session`.
 
         >>> llm = limiter.child("chat").wrap(OpenAI(model="gpt-4o-mini"))
         >>> tools = limiter.child("tools").wrap([search, weather])
@@ -199,7 +199,7 @@ class Doors:
     transport_sync = transport
 
     def http_client(self, **options: Unpack["ClientOptions"]) -> Any:
-        """Return a paced ``AsyncClient`` with the SDKs' settings for pool, time-outs and redirects.
+        """Return a paced ``AsyncClient`` with the SDKs' settings for pool, timeouts and redirects.
 
         >>> client = AsyncOpenAI(http_client=limiter.http_client(), max_retries=0)
 

@@ -66,7 +66,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     # What most leases never set: they neither wait nor are settled.
     #: Seconds between asking and admission.
     waited: float = 0.0
-    #: What held it up: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
+    #: What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
     #: did not wait.
     bound_by: str | None = None
     #: Until when it may wait, worked out as it begins to; and how urgent it is.

@@ -426,8 +426,7 @@ class Limiter(Doors, OfThisProcess):
         """Return the child with this name, made at the first call.
 
         A child's calls count here, too: once, in the same admission. If children want more than
-        there is, they share it by weight, measured in cost. A child that
-        has used up its own limits holds up nobody else.
+        there is, they share it by weight, measured in cost. A child that has used up its own limits delays no other.
 
         >>> acme = limiter.child("acme", rpm=100, weight=2)
         >>> tools = limiter.child("tools", concurrency=4)
@@ -441,7 +440,7 @@ class Limiter(Doors, OfThisProcess):
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: the child exists on other terms (see `reconfigure`), a number is out of range,
+            ValueError: the child exists with other settings (see `reconfigure`), a number is out of range,
                 or the name is not valid.
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
@@ -455,7 +454,7 @@ class Limiter(Doors, OfThisProcess):
             child = self._children.setdefault(name, self._make_child(name, given))
         if (limits or terms) and given != child._terms:
             raise ValueError(
-                f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
+                f"{child.name!r} exists with other settings: ask for it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
             )
         return child
@@ -464,8 +463,8 @@ class Limiter(Doors, OfThisProcess):
         """Return the limiter of a tenant under this one, made on demand.
 
         There may be any number of tenants. Limiters that have not been used for a while, and whose
-        limits are as good as new, are let go (see `per_key`). The returned object stays valid for
-        ever. Its name shows a hash, never the tenant.
+        limits are unused again, are let go (see `per_key`). The returned object stays valid
+        forever. Its name shows a hash, never the tenant.
 
         Args:
             tenant: any text that identifies the user who shares this limiter.
@@ -487,7 +486,7 @@ class Limiter(Doors, OfThisProcess):
         Args:
             limits: as for `child`.
             alive: how many tenants' limiters are kept in any case. Beyond that, those unused for
-                the longest time go once they are as good as new: no calls in flight, windows empty.
+                the longest time go once they are unused again: no calls in flight, windows empty.
             terms: as for `child`.
 
         Raises:
@@ -542,7 +541,7 @@ class Limiter(Doors, OfThisProcess):
             seconds: how long.
             reason: why, for people, who read it in errors; ``"429"`` and ``"daily quota"`` count as
                 refusals by the provider.
-            gradually: start slowly after the pause, so that its end causes no storm: one call at
+            gradually: start slowly after the pause, so that its end causes no rush: one call at
                 first, then twice as many in each step of a 16th of the pause (at most 0.25 s), up
                 to 256.
 
@@ -572,7 +571,7 @@ class Limiter(Doors, OfThisProcess):
         """Adopt a limit that the provider announces, if this limiter was given none.
 
         A learned limit follows later announcements; given limits stay as they are. It holds calls
-        back, but refuses none for good: a call above it goes out alone, and its reply may correct
+        back, but never refuses one: a call above it goes out alone, and its reply may correct
         the limit.
 
         Raises:

@@ -279,7 +279,7 @@ def _read_resource(name: str) -> str:
 
         for near in difflib.get_close_matches(name, _OFTEN_MISSPELLED, n=1, cutoff=_NEAR):
             raise LimitSyntaxError(
-                f"nothing pays for a limit of {name!r}: did you mean {_OFTEN_MISSPELLED[near]}?"
+                f"no call counts against a limit of {name!r}: did you mean {_OFTEN_MISSPELLED[near]}?"
             )
     return meant or name
 

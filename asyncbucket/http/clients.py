@@ -62,7 +62,7 @@ def http_client(
 ) -> Any:
     """Return a paced ``AsyncClient`` or ``Client``: ``limiter`` admits each of its requests.
 
-    Pool, time-outs and redirects are those of OpenAI's and Anthropic's SDKs; ``http2=``,
+    Pool, timeouts and redirects are those of OpenAI's and Anthropic's SDKs; ``http2=``,
     ``verify=``, ``proxy=``, ``mounts=`` and the proxies of the environment work as usual.
 
     Args:

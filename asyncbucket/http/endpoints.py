@@ -104,7 +104,7 @@ class Sites:
 
     def __init__(self, pool: Limiter, endpoints: Endpoints) -> None:
         if not isinstance(pool, Pool):
-            raise TypeError(f"endpoints are for a pool, whose members differ; {pool!r} is none")
+            raise TypeError(f"endpoints are for a pool, and {pool!r} is not one: leave them out")
         if not isinstance(endpoints, Mapping):
             raise TypeError(f"a pool must know where its members are: {_EXAMPLE} for each of them")
         if set(endpoints) != set(pool.members):

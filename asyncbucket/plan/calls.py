@@ -103,7 +103,9 @@ class Load:
         #: How many calls there are, from whichever argument determines it.
         self.calls = calls or max(len(self._costs.values), len(self._lengths.values))
         if calls is None and not (_are_many(tokens) or _are_many(latency)):
-            raise ValueError("how many calls? give calls, samples or a file of them")
+            raise ValueError(
+                "how many calls? give calls, or samples of tokens or latency, in a list or a file"
+            )
         if self.calls > _MOST:
             raise ValueError(
                 f"{self.calls:,} calls are more than the {_MOST:,} that a plan runs through: plan "

@@ -144,8 +144,8 @@ class Refusals:
         if verdict.exhausted and not self._warned:
             self._warned = True
             _log.warning(
-                "the provider refuses calls of limiter %r for good (%s): no waiting helps; "
-                "look at the account's plan and balance",
+                "the provider permanently refuses calls of limiter %r (%s): waiting does not help; "
+                "check the account's plan and balance",
                 *(self.limiter.name, verdict.reason),
             )
 

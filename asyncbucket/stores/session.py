@@ -253,8 +253,8 @@ class Session:
         except BaseException as error:  # whatever it is, those that wait must not wait on
             if isinstance(error, Exception):
                 _log.error(
-                    "the session of limiter %s has failed; calls that wait are told, later ones "
-                    "get another; please report this",
+                    "the session of limiter %s has failed; waiting calls fail, and later ones "
+                    "get a new session; please report this",
                     self._place.name,
                     exc_info=error,
                 )

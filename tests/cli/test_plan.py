@@ -79,7 +79,10 @@ def test_limits_of_options_texts_and_preset_are_combined() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "error: how many calls? give calls, samples or a file of them"),
+        (
+            (),
+            "error: how many calls? give calls, or samples of tokens or latency, in a list or a file",
+        ),
         (
             ("--calls", "3", "--tokens", "none.jsonl"),
             "error: 'none.jsonl' is neither a number nor a file that is there\n",

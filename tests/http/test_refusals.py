@@ -262,6 +262,6 @@ def test_empty_account_is_logged_once(limiter: Limiter, caplog: pytest.LogCaptur
         take_in(refusals, 429, {}, error("insufficient_quota"))
     (record,) = caplog.records
     assert record.message == (
-        "the provider refuses calls of limiter 'shared' for good (HTTP 429 (insufficient_quota)): "
-        "no waiting helps; look at the account's plan and balance"
+        "the provider permanently refuses calls of limiter 'shared' (HTTP 429 (insufficient_quota)): "
+        "waiting does not help; check the account's plan and balance"
     )
