@@ -30,6 +30,7 @@ from asyncbucket import (
     tenant,
 )
 from asyncbucket.batch import Item, Results
+from asyncbucket.http import Profile, RequestSize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -98,6 +99,13 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
     client: httpx2.Client = limiter.http_client(family="httpx2", sync=True)
     client.close()
     limiter.http_client(rutes={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def profiles_charge_by_the_size_of_a_request(limiter: Limiter) -> None:
+    def charge(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
+        return asked.by_size, asked.output(foreseen), asked.by_size + asked.output(foreseen)
+
+    limiter.transport(profile=Profile(name="mine", charge=charge))
 
 
 def children_are_limiters(limiter: Limiter) -> None:
