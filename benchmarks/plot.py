@@ -49,7 +49,9 @@ def _bars(axes: Axes, figure: Figure, ink: str) -> None:
     spread = [[row.median - row.low for row in rows], [row.high - row.median for row in rows]]
     colours = [OURS if name.startswith("asyncbucket") else THEIRS for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, ecolor=ink, error_kw={"lw": 0.8})
+    title = f"{figure.title} ({figure.unit})"
     if max(medians) > 20 * min(medians):
         axes.set_xscale("log")
-    axes.set_title(f"{figure.title} ({figure.unit})", loc="left", fontsize=10)
+        title += "; the axis is logarithmic"
+    axes.set_title(title, loc="left", fontsize=10)
     axes.tick_params(labelsize=8)
