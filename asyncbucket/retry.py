@@ -30,6 +30,7 @@ would count the time in line.) A call that succeeds at once never gets to it.
 """
 
 import functools
+import logging
 import math
 import random
 from collections.abc import Awaitable, Callable
@@ -56,6 +57,9 @@ except ModuleNotFoundError:  # `Retrier` says so
     stamina = None  # type: ignore[assignment]
 
 __all__ = ["Retrier", "Retry", "Sent", "Verdict", "classify", "sent_above"]
+
+# Where no log is set up, Python would print the bare words "stamina.retry_scheduled" for each retry.
+logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 T = TypeVar("T")
 

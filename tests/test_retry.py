@@ -2,6 +2,8 @@ import asyncio
 import logging
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -390,6 +392,13 @@ def test_stamina_instrumentation_shows_users_callable_and_provider_error(
     assert details.caused_by is error
     lines = [(r.name, r.getMessage()) for r in caplog.records if r.name != "asyncio"]
     assert lines == [("stamina", "stamina.retry_scheduled")]
+
+
+def test_retries_print_nothing_where_no_log_is_set_up() -> None:
+    """The message is a bare name, and everything else is in attributes that Python would not print."""
+    program = "import asyncbucket.retry, logging; logging.getLogger('stamina').warning('scheduled')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize(("attempts", "made"), [(2, 4), (1, 1)])
