@@ -120,9 +120,9 @@ def http_clients() -> Iterator[Finding]:
             retrying.append(f"{package}'s clients")
             family = _FAMILIES[int(number.partition(".")[0]) >= first_httpx2_major]
             if version_of(family) is not None:
-                yield Finding(package, "good", f"{number}, sends by {family}")
+                yield Finding(package, "good", f"{number}, uses {family}")
                 continue
-            missing = f"{number} sends by {family}, which is not installed"
+            missing = f"{number} uses {family}, which is not installed"
             yield Finding(package, "bad", missing, f"pip install --upgrade {package}")
     if version_of("llama-index-llms-openai") is not None:
         retrying.append("LlamaIndex's OpenAI")

@@ -101,7 +101,8 @@ PriceFile: TypeAlias = Annotated[
     Path | None, file("A TOML file of what models cost, if not what is published.", "--prices")
 ]
 PoolFile: TypeAlias = Annotated[
-    Path | None, file("Several providers and their limits, as TOML; see docs/pools.md.", "--pool")
+    Path | None,
+    file("Several providers: TOML tables [member.NAME] with limits, base_url, key_env.", "--pool"),
 ]
 AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]

@@ -89,7 +89,7 @@ def test_store_file_in_missing_folder_is_reported_with_one_remedy(tmp_path: Path
         (
             {"httpx": "0.28", "openai": "2.54", "llama_index_llms_openai": "1"},
             [
-                *(("good", "httpx 0.28"), ("good", "2.54, sends by httpx")),
+                *(("good", "httpx 0.28"), ("good", "2.54, uses httpx")),
                 ("note", "openai's clients, LlamaIndex's OpenAI retry by themselves, and layers of retries multiply"),
             ],
         ),
@@ -105,8 +105,8 @@ def test_http_clients_sdks_and_retries_are_reported(
 @pytest.mark.parametrize(
     ("httpx2", "state", "found"),
     [
-        ("2.16", "good", "3.1.0, sends by httpx2"),
-        (None, "bad", "3.1.0 sends by httpx2, which is not"),
+        ("2.16", "good", "3.1.0, uses httpx2"),
+        (None, "bad", "3.1.0 uses httpx2, which is not"),
     ],
 )
 def test_sdk_is_checked_for_the_http_library_of_its_version(

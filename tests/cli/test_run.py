@@ -418,7 +418,7 @@ def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
     assert re.search(
         r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more", first.stderr
     )
-    assert "the same command with a larger --max-usd goes on from here" in first.stderr
+    assert "the same command with a larger --max-usd continues from here" in first.stderr
     assert 6 < sent < 13
     assert provider.statistics().requests == 30
     tokens = [line["usage"] for line in lines_of("out.jsonl")]
@@ -528,7 +528,7 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
     if are_paid:
         left = 300 - len(lines_of("out.jsonl"))  # half a line would spoil the next one
         assert f", {left} left\n" in said
-        assert "the same command goes on from here" in said
+        assert "the same command continues from here" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
@@ -548,7 +548,7 @@ def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFa
     )
     left = 200 - seen.admitted
     assert f", {left} left\n" in errors
-    assert "the same command goes on from here" in errors
+    assert "the same command continues from here" in errors
     assert len(lines_of("out.jsonl")) == seen.admitted < 20
     assert seen.disconnected == 0
 

@@ -119,5 +119,5 @@ def test_stopped_run_says_how_many_are_left_and_how_to_go_on() -> None:
         "stopped after 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed"
     )
     assert ", 2,756 left\n" in stopped
-    assert stopped.endswith("\nthe same command goes on from here")
-    assert to_standard_output.endswith("\nwith -o FILE, the same command goes on from here")
+    assert stopped.endswith("\nthe same command continues from here")
+    assert to_standard_output.endswith("\nwith -o FILE, the same command continues from here")

@@ -145,7 +145,7 @@ def summary(job: Job, tally: Tally) -> str:
     if tally.stopped:
         give = "" if job.out != STANDARD else "with -o FILE, "
         how = " with a larger --max-usd" if tally.out_of_usd else ""
-        lines.append(f"{give}the same command{how} goes on from here")
+        lines.append(f"{give}the same command{how} continues from here")
     return "\n".join(lines)
 
 
