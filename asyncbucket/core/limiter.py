@@ -440,7 +440,7 @@ class Limiter(Doors, OfThisProcess):
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.
-            ValueError: the child exists with other settings (see `reconfigure`), a number is out of range,
+            ValueError: the child exists on other terms (see `reconfigure`), a number is out of range,
                 or the name is not valid.
         """
         if not isinstance(name, str) or not name or "/" in name or name.startswith("*"):
@@ -454,7 +454,7 @@ class Limiter(Doors, OfThisProcess):
             child = self._children.setdefault(name, self._make_child(name, given))
         if (limits or terms) and given != child._terms:
             raise ValueError(
-                f"{child.name!r} exists with other settings: ask for it by name alone, and change it "
+                f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
             )
         return child

@@ -61,13 +61,13 @@ class Tenants(Generic[L]):
         """Return a tenant's limiter as it was left, or made on ``terms``.
 
         Raises:
-            ValueError: it exists with other settings.
+            ValueError: it exists on other terms.
         """
         with self._lock:
             if terms is not None and terms != self._own_terms.get(tenant):
                 if tenant in self._own_terms or tenant in self._nodes:
                     raise ValueError(
-                        "this tenant exists with other settings: ask for it by name alone, and change it "
+                        "this tenant exists on other terms: ask for it by name alone, and change it "
                         "with key(...).reconfigure(...)"
                     )
                 self._own_terms[tenant] = self._interned.setdefault(terms, terms)

@@ -57,9 +57,7 @@ def test_tenant_keeps_its_own_terms_even_while_it_is_let_go(time: VirtualTime) -
     key = Limiter(name="key", clock=time.clock)
     key.per_key("100 RPM", alive=1)
     key.key("vip", rpm=500, weight=2)
-    message = (
-        "this tenant exists with other settings: ask for it by name alone, and change it with key"
-    )
+    message = "this tenant exists on other terms: ask for it by name alone, and change it with key"
     for _ in range(2):
         assert key.key("vip").limits == (Limit("requests", 500),)
         assert key.key("vip", "500 RPM", weight=2).limits == (Limit("requests", 500),)
