@@ -44,7 +44,7 @@ import asyncio
 import contextlib
 import enum
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, Self
 
@@ -67,7 +67,7 @@ OPEN_PATIENCE: Final = 5.0
 _TRIPS: Final = 5
 _FADING: Final = 0.9
 _LONGEST_NAME: Final = 200
-#: Seconds of one wait of `wait_patiently`.
+#: Seconds of one wait of `in_time`.
 _STEP: Final = 0.05
 
 
@@ -85,25 +85,30 @@ def check_membership(name: str, slot_ttl: float) -> None:
     read_slot_ttl(slot_ttl)
 
 
-async def wait_patiently(work: "asyncio.Future[Any]", patience: float) -> Any:
-    """Return the result of ``work``, unless it takes too long.
+async def in_time(
+    work: Coroutine[Any, Any, Any], patience: float, too_late: Callable[[float], str]
+) -> Any:
+    """Return the result of ``work``, unless it takes too long; then end it.
 
     A short wait that ends late proves that this process, or the machine, is too busy to tell whether
     the store is: it does not count.
 
     Raises:
-        TimeoutError: it took longer than ``patience`` seconds of waits in time, or than any wait.
+        StoreError: it took longer than ``patience`` seconds of waits in time, or than any wait.
     """
-    loop, left = asyncio.get_running_loop(), patience
+    task, loop, left = _spawn(work), asyncio.get_running_loop(), patience
     latest = loop.time() + max(patience, OPEN_PATIENCE)
-    while left > 0 and loop.time() < latest:
-        began = loop.time()
-        await asyncio.wait((work,), timeout=_STEP)
-        if work.done():
-            return work.result()
-        if loop.time() - began < 1.5 * _STEP:
-            left -= _STEP
-    raise TimeoutError
+    try:
+        while left > 0 and loop.time() < latest:
+            began = loop.time()
+            await asyncio.wait((task,), timeout=_STEP)
+            if task.done():
+                return task.result()
+            if loop.time() - began < 1.5 * _STEP:
+                left -= _STEP
+        raise StoreError(too_late(patience))
+    finally:
+        task.cancel()
 
 
 class Outcome(enum.Enum):
@@ -320,14 +325,7 @@ class Ledger(abc.ABC):
         return receipt
 
     async def _in_time(self, work: Coroutine[Any, Any, Any], patience: float) -> Any:
-        """Return the result of ``work``, or end it when it takes longer than ``patience`` seconds."""
-        task = _spawn(work)
-        try:
-            return await wait_patiently(task, patience)
-        except TimeoutError:
-            raise StoreError(self._too_late(patience)) from None
-        finally:
-            task.cancel()
+        return await in_time(work, patience, self._too_late)
 
     @abc.abstractmethod
     async def _send(self, number: int, batch: Batch) -> Receipt:

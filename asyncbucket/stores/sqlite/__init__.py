@@ -8,16 +8,19 @@ errors, and the clock of all processes; here is what workers use, on a thread fo
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
 import secrets
+import sqlite3
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.core.errors import StoreError
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.stores.sqlite.file import File, SharedClock
 from asyncbucket.stores.sqlite.state import State
@@ -30,7 +33,7 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     check_membership,
-    wait_patiently,
+    in_time,
 )
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
@@ -74,8 +77,6 @@ class SQLiteStore:
         self._path = Path(path).absolute()
         self.patience = patience
         self.file = File(self._path, patience=patience, clock=clock or SharedClock())
-        #: The states that this process last read or wrote: epoch, sequence number, state.
-        self.known: dict[str, tuple[str, int, State]] = {}
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._is_closed = False
         weakref.finalize(self, self.file.close).atexit = False
@@ -100,11 +101,15 @@ class SQLiteStore:
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
-        return await self.run(self._peek, name) if self._path.exists() else None
+        return await self._look(self._peek, name) if self._path.exists() else None
 
     async def names(self) -> list[str]:
         """See `asyncbucket.stores.store.Store.names`; it makes no file if there is none."""
-        return await self.run(self._names) if self._path.exists() else []
+        return await self._look(self._names) if self._path.exists() else []
+
+    async def _look(self, work: Callable[..., T], *args: Any) -> T:
+        answer: T = await in_time(self.run(work, *args), OPEN_PATIENCE, self.too_late)
+        return answer
 
     async def aclose(self) -> None:
         """Finish what is in progress, and close the file."""
@@ -114,31 +119,22 @@ class SQLiteStore:
         self.file.close()
 
     async def run(self, work: Callable[..., T], *args: Any) -> T:
-        """Do ``work`` on the store's thread.
+        """Do ``work`` on the store's thread, however long it takes.
 
         Raises:
-            StoreError: it failed, or took too long.
+            StoreError: it failed.
         """
-        job = asyncio.wrap_future(self.submit(work, *args))
-        try:
-            answer: T = await wait_patiently(job, max(self.patience + _GRACE, OPEN_PATIENCE))
-        except TimeoutError:
-            raise StoreError(self.too_late(OPEN_PATIENCE)) from None
-        finally:
-            job.cancel()
-        return answer
-
-    def submit(self, work: Callable[..., T], *args: Any) -> "concurrent.futures.Future[T]":
-        """Have ``work`` done on the store's thread."""
         if self._is_closed:
             raise StoreError(f"{self._path}: this store has been closed: open another")
         self.file.refuse_fork()
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
         try:
-            return self._thread.submit(self._do, work, *args)
-        except RuntimeError as error:  # the interpreter is ending
-            raise StoreError(f"{self._path}: {error}") from error
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except StoreError:
+            raise
+        except Exception as error:  # of the state, or the interpreter is ending
+            raise StoreError(f"{self._path}: {type(error).__name__}: {error}") from error
 
     def too_late(self, patience: float) -> str:
         """Return what to say if there was no answer within ``patience`` seconds."""
@@ -147,79 +143,41 @@ class SQLiteStore:
             f"more with ?patience={max(5, patience * 4):g}"
         )
 
-    def _do(self, work: Callable[..., T], *args: Any) -> T:
-        try:
-            return work(*args)
-        except StoreError:
-            self.known.clear()
-            raise
-        except Exception as error:
-            self.known.clear()
-            raise StoreError(f"{self._path}: {type(error).__name__}: {error}") from error
-
-    def change(
-        self,
-        name: str,
-        change: Callable[[State, int], T],
-        epoch: tuple[str, int],
-        config: LimitConfig,
-    ) -> tuple[T, tuple[str, int], bool]:
+    @contextlib.contextmanager
+    def changing(
+        self, name: str, known: tuple[str, int], config: LimitConfig
+    ) -> Generator[tuple[State, int, bool]]:
         """Change the state of a limiter in one step, or a new one with these limits.
 
-        Return what ``change`` does, the epoch with the instant until which the state is kept, and
-        whether the state of the ``epoch`` that the caller knows is lost.
+        Yield the state, now, and whether the state is lost of which the caller knows the epoch and
+        until when it would have been kept.
         """
         with self.file.transaction() as connection:
             now = self.file.now(connection)
-            current, seq, state = self._read(connection, name)
-            if not current:
+            state = self.read(connection, name)
+            if state is None:
                 connection.execute("DELETE FROM limiters WHERE until < ?", (now,))
-                current, state = secrets.token_hex(8), State(config, now)
+                state = State(config, now, epoch=secrets.token_hex(8))
             state.ahead = self.file.clock.wall() - now
-            known, kept_until = epoch
-            is_lost = now < kept_until and known.split()[0] not in current
-            if is_lost:
-                state.drain(now)
-                current = f"{current.split()[0]} {known.split()[0]}"
-            answer = change(state, now)
-            until = state.expires_at(now)
-            connection.execute(
-                "INSERT OR REPLACE INTO limiters VALUES (?, ?, ?, ?, ?)",
-                (name, current, seq + 1, until, state.to_text()),
-            )
-        self.known[name] = current, seq + 1, state
-        return answer, (current, until), is_lost
+            epoch, until = known
+            yield state, now, now < until and not state.follows(epoch, now)
+            row = (name, state.expires_at(now), state.to_text())
+            connection.execute("INSERT OR REPLACE INTO limiters VALUES (?, ?, ?)", row)
 
-    def _read(self, connection: Any, name: str) -> tuple[str, int, State]:
-        """Return epoch, number and state of a limiter; an empty epoch if there is none."""
-        find = "SELECT epoch, seq FROM limiters WHERE name = ?"
-        row = connection.execute(find, (name,)).fetchone()
-        if row is None:
-            return "", 0, State(LimitConfig())
-        known = self.known.pop(name, None)
-        if known is None or known[:2] != row:
-            find = "SELECT state FROM limiters WHERE name = ?"
-            (text,) = connection.execute(find, (name,)).fetchone()
-            known = (*row, State.from_text(text))
-        return known
-
-    def look(self, name: str, connection: Any) -> State | None:
+    def read(self, connection: sqlite3.Connection, name: str) -> State | None:
         """Return the state of a limiter as it is in the file; None if there is none."""
-        known = self._read(connection, name)
-        if not known[0]:
-            return None
-        self.known[name] = known
-        return known[2]
+        find = "SELECT state FROM limiters WHERE name = ?"
+        row = connection.execute(find, (name,)).fetchone()
+        return None if row is None else State.from_text(*row)
 
     def _peek(self, name: str) -> Snapshot | None:
         with self.file.transaction() as connection:
             now = self.file.now(connection)
-            state = self.look(name, connection)
-            self.known.pop(name, None)  # looking makes it forget, unlike what is in the file
-            if state is None:
-                return None
-            state.ahead = self.file.clock.wall() - now
-            return replace(state.peek(now), details=self.file.details())
+            state = self.read(connection, name)
+        if state is None:
+            return None
+        state.ahead = self.file.clock.wall() - now
+        return replace(state.peek(now), details=self.file.details())
 
     def _names(self) -> list[str]:
         with self.file.transaction() as connection:
@@ -238,13 +196,14 @@ class SQLiteLedger(Ledger):
         self.patience = store.patience + _GRACE
         self._store = store
         self._life = life
-        self._epoch = ("", 0)
-        #: The file's changes when it was last looked at.
+        #: The epoch of the state that it saw, and until when that is kept.
+        self._known = ("", 0)
+        #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
+        self._due = 0
 
     async def _send(self, number: int, batch: Batch) -> Receipt:  # noqa: ARG002 - what failed was not applied
-        job = self._store.submit(self._apply, batch)
-        receipt, config = await asyncio.wrap_future(job)
+        receipt, config = await self._store.run(self._apply, batch)
         changed = None if config in (self.config, batch.config) else config
         self.config = config
         return replace(receipt, changed=changed)
@@ -253,41 +212,33 @@ class SQLiteLedger(Ledger):
         return self._store.too_late(patience - _GRACE)
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
-        def change(state: State, now: int) -> tuple[Receipt, LimitConfig]:
+        with self._store.changing(self.name, self._known, self.config) as (state, now, is_lost):
             receipt = state.apply(self.worker, batch, now, life=self._life)
-            return receipt, state.config
-
-        (receipt, config), self._epoch, is_lost = self._store.change(
-            self.name, change, self._epoch, self.config
-        )
-        return replace(receipt, lost=is_lost), config
+        self._known = state.epoch, state.expires_at(now)
+        return replace(receipt, lost=is_lost), state.config
 
     async def changed(self, *, timeout: float) -> bool:
         """See `asyncbucket.stores.store.Ledger.changed`."""
         loop = asyncio.get_running_loop()
         until, self._seen = loop.time() + timeout, None
-        while not await self._store.run(self._is_called):
-            left = until - loop.time()
-            if left <= 0:
-                return False
+        while (left := until - loop.time()) > 0:
+            due = await self._in_time(self._store.run(self._turn_at), self.patience)
+            if due <= self._store.file.clock.now():
+                return True
             await asyncio.sleep(min(_POLL_INTERVAL, left))
-        return True
+        return False
 
-    def _is_called(self) -> bool:
-        """Look whether this worker's turn has come; cheap if nothing has changed."""
-        store = self._store
-        changes = store.file.changes()
-        if changes != self._seen or self.name not in store.known:
-            with store.file.transaction("BEGIN") as connection:
-                store.look(self.name, connection)
+    def _turn_at(self) -> int:
+        """Return when this worker's turn comes; cheap if nothing has changed."""
+        changes = self._store.file.changes()
+        if changes != self._seen:
+            with self._store.file.transaction("BEGIN") as connection:
+                state = self._store.read(connection, self.name)
             self._seen = changes
-        if self.name not in store.known:
-            return True
-        state = store.known[self.name][2]
-        if state.config != self.config:
-            return True
-        place = state.place_of(self.worker)
-        return place is not None and place.due <= store.file.clock.now()
+            place = None if state is None else state.place_of(self.worker)
+            is_told = state is None or state.config != self.config
+            self._due = 0 if is_told else NEVER if place is None else place.due
+        return self._due
 
     async def peek(self) -> Snapshot:
         """See `asyncbucket.stores.store.Ledger.peek`."""
@@ -297,10 +248,11 @@ class SQLiteLedger(Ledger):
         return snapshot
 
     async def _leave(self) -> None:
-        def change(state: State, now: int) -> None:
-            state.leave(self.worker, now)
+        await self._store.run(self._forget)
 
-        await self._store.run(self._store.change, self.name, change, self._epoch, self.config)
+    def _forget(self) -> None:
+        with self._store.changing(self.name, self._known, self.config) as (state, now, _):
+            state.leave(self.worker, now)
 
     def __repr__(self) -> str:
         return f"<SQLiteLedger {self.name!r}, worker {self.worker}>"

@@ -1,11 +1,9 @@
 """The file: a SQLite connection on a thread of its own, the clock that all its users share, errors.
 
-A limiter is one row: its state as text, and a sequence number that grows with each change. A process
-keeps the state that it last read or wrote, and reads the text again only if the number has changed.
-``epoch`` names the beginning of a state: a process that knows another one has lost the file that it
-used. Every change is one transaction begun by BEGIN IMMEDIATE. In WAL mode, a process killed at any
-instant leaves whole transactions only. The same holds with ``synchronous=NORMAL``; after a power
-failure the last seconds may be missing, fewer than a boot takes.
+A limiter is one row: its state as text, and until when it is kept. Every change is one transaction
+begun by BEGIN IMMEDIATE. In WAL mode, a process killed at any instant leaves whole transactions only.
+The same holds with ``synchronous=NORMAL``; after a power failure the last seconds may be missing,
+fewer than a boot takes.
 
 The clock. The wall clock jumps, when people or time servers set it. So it is read once for each boot
 of the machine. From then on, time is the machine's steady clock, which all processes share, plus an
@@ -30,13 +28,12 @@ T = TypeVar("T")
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
 #: The version of the tables, and of what a state means.
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 #: The range of sleeps (s) before another attempt at a lock that is held.
 _NAP: Final = (0.0002, 0.002)
 _TABLES: Final = (
     """CREATE TABLE limiters (
-        name TEXT PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
-        until INTEGER NOT NULL, state TEXT NOT NULL
+        name TEXT PRIMARY KEY, until INTEGER NOT NULL, state TEXT NOT NULL
     ) WITHOUT ROWID""",
     """CREATE TABLE clock (
         id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -150,11 +147,12 @@ class File:
         connection.execute("INSERT OR REPLACE INTO clock VALUES (1, ?, ?, ?)", reading)
         return reading[-1]
 
-    def changes(self) -> tuple[int, int]:
-        """Return what changes whenever another connection has written."""
+    def changes(self) -> tuple[int, ...]:
+        """Return what changes whenever anybody has written."""
         with self._explaining_errors():
-            (count,) = self._current_connection().execute("PRAGMA data_version").fetchone()
-            return self._connections, count
+            connection = self._current_connection()
+            (others,) = connection.execute("PRAGMA data_version").fetchone()
+            return self._connections, others, connection.total_changes
 
     def details(self) -> dict[str, str]:
         """Describe the file, for people."""

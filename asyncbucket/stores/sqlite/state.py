@@ -63,7 +63,9 @@ class Place:
 class State:
     """Keep the limits, slots and line of one limiter; all instants are ns of one clock."""
 
-    def __init__(self, config: LimitConfig, now: int = 0) -> None:
+    def __init__(self, config: LimitConfig, now: int = 0, *, epoch: str = "") -> None:
+        #: Names when it began; behind it, the one before that somebody still knew.
+        self.epoch = epoch
         #: What the wall clock shows minus the store's; set before each use.
         self.ahead = 0
         self.config = LimitConfig()
@@ -91,6 +93,15 @@ class State:
 
     def _wall(self, now: int) -> int:
         return now + self.ahead
+
+    def follows(self, known: str, now: int) -> bool:
+        """Tell whether it is what a worker knows by its epoch; else what that one knew is lost."""
+        ours, theirs = self.epoch.split(), known.split(maxsplit=1)[0]
+        if theirs in ours:
+            return True
+        self.epoch = f"{ours[0]} {theirs}"
+        self.drain(now)
+        return False
 
     def drain(self, now: int) -> None:
         """Leave nothing for a whole window, after all that is booked ahead: what was known is lost."""
@@ -224,6 +235,7 @@ class State:
                 "line": [astuple(place) for place in self.line],
                 "pause": self.pause.state(),
                 "last": [self.last_start, self.last_bound],
+                "epoch": self.epoch,
             },
             separators=(",", ":"),
         )
@@ -233,7 +245,8 @@ class State:
         """Return the state that `to_text` wrote."""
         data = json.loads(text)
         limits = tuple(Limit(**limit) for limit in data["limits"])
-        state = cls(LimitConfig(limits=limits, concurrency=data["concurrency"]))
+        config = LimitConfig(limits=limits, concurrency=data["concurrency"])
+        state = cls(config, epoch=data["epoch"])
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
