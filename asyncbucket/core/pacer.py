@@ -179,7 +179,7 @@ class Pacer:
         priority: int,
     ) -> None:
         """Let ``waiter`` stand in line at ``node``."""
-        waiter.amounts, waiter.seat, waiter.asked = amounts, seat, now
+        waiter.amounts, waiter.seat, waiter.asked, waiter.deadline = amounts, seat, now, deadline
         waiter.number = self.arrivals = self.arrivals + 1
         self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)

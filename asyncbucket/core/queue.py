@@ -71,6 +71,8 @@ class _Waiting:
     #: The place in the order of arrival.
     number: int  # pyright: ignore[reportUninitializedInstanceVariable]
     line: "Line"  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: Until when it waits, if not for ever.
+    deadline: int | None  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The loop or thread that it waits on: only that one lets it go.
     seat: Seat  # pyright: ignore[reportUninitializedInstanceVariable]
 
@@ -85,7 +87,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "lease", "line", "number", "seat")
+    __slots__ = ("amounts", "asked", "deadline", "lease", "line", "number", "seat")
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):

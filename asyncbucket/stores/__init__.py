@@ -39,14 +39,9 @@ _SCHEME: Final = re.compile(r"[a-z]+://")
 #: What may be shown of an address: a host, a port, and a path.
 _ADDRESS: Final = re.compile(r"([\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?(/.*)?")
 #: Which module serves a scheme; each has ``from_url(url) -> Store``.
-_MODULES: Final = {
-    "sqlite": "asyncbucket.stores.sqlite",
-    "redis": "asyncbucket.stores.redis",
-    "rediss": "asyncbucket.stores.redis",
-    "valkey": "asyncbucket.stores.redis",
-    "valkeys": "asyncbucket.stores.redis",
-    "unix": "asyncbucket.stores.redis",
-}
+_MODULES: Final = {"sqlite": "asyncbucket.stores.sqlite"} | dict.fromkeys(
+    ("redis", "rediss", "valkey", "valkeys", "unix"), "asyncbucket.stores.redis"
+)
 
 
 def open_store(url: str) -> Store:

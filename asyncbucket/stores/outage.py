@@ -73,13 +73,10 @@ class Record:
                 window.book(amount, self.last)
 
     def book_all(self, calls: Sequence[Any], bookings: Sequence[Booking]) -> None:
-        """Remember the calls of a batch that were booked; those with one start together."""
-        totals: dict[int, Counter[str]] = {}
+        """Remember the calls of a batch that were booked."""
         for call, booking in zip(calls, bookings, strict=True):
             if booking.start:
-                totals.setdefault(booking.start, Counter()).update(call.amounts)
-        for start, total in totals.items():
-            self.book(total, start)
+                self.book(call.amounts, booking.start)
 
     def correct(self, correction: Correction) -> None:
         """Change the record of a call to what it really used."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from asyncbucket.core.meters import Amounts, Meter
+from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import Batch, Correction, LimitConfig
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ class Reservation:
     bound_by: str | None = None
 
 
-class BookedMeter(Meter):
-    """Stand for what one call has booked of one resource at a store; it reports what changes."""
+class BookedMeter:
+    """Stand for what one call has booked of one resource at a store; it reports what changes.
+
+    It is as much of a `asyncbucket.core.meters.Meter` as a lease needs that holds the call.
+    """
 
     __slots__ = ("_parts", "_place", "_reservation", "_resource")
-
-    bound_by: ClassVar[str | None] = None
 
     def __init__(
         self, place: "StorePlace", reservation: Reservation, resource: str, units: int
@@ -118,18 +119,3 @@ class BookedMeter(Meter):
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """See `asyncbucket.core.meters.Meter.redate`: the store's dates stay."""
-
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - it is booked
-        """See `asyncbucket.core.meters.Meter.earliest`."""
-        return now
-
-    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - it is booked
-        """See `asyncbucket.core.meters.Meter.take`."""
-        return True
-
-    def book(self, amount: int, when: int) -> None:
-        """See `asyncbucket.core.meters.Meter.book`: it is booked."""
-
-    def available(self, now: int) -> int:  # noqa: ARG002 - the store knows
-        """See `asyncbucket.core.meters.Meter.available`."""
-        return sum(units for units, _ in self._parts)

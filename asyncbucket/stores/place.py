@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Final
 
+from asyncbucket.core.admission import too_late_locked
 from asyncbucket.core.errors import CostExceedsLimit, StoreError
 from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.core.limits import Limit
@@ -227,6 +228,16 @@ class StorePlace:
         error.__cause__ = None if isinstance(cause, StoreError) else cause
         self._pacer.fail_locked(waiter, error)
 
+    def fail_late(self, waiter: AnyWaiter) -> None:
+        """Make a call fail that cannot start before its deadline; with the lock held.
+
+        A pool may have another member take it.
+        """
+        if waiter.deadline is not None and self._pacer.group is None:
+            node, amounts = waiter.line.node, waiter.amounts
+            error = too_late_locked(node, amounts, waiter.asked, waiter.deadline)
+            self._pacer.fail_locked(waiter, error)
+
     def refuse(self, waiter: AnyWaiter) -> None:
         """Make a call fail that exceeds a limit and can never pass; with the lock held.
 
@@ -241,11 +252,11 @@ class StorePlace:
         """Let a booked call go, because its start has come; return whether it still waited."""
         # A call may use limited resources that it did not reserve.
         amounts = {**dict.fromkeys(self._node.resources(), 0), **waiter.amounts}
-        booked = (
+        booked: list[Any] = [
             (BookedMeter(self, reservation, resource, units), resource)
             for resource, units in amounts.items()
             if resource != SLOT
-        )
+        ]
         if not self._pacer.pass_on_locked(waiter, (*below, *booked), now, reservation.bound_by):
             return False
         if reservation.slot:

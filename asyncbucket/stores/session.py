@@ -96,8 +96,8 @@ class Session:
         #: What the first unbooked call waits for, until when at least, and when that is forgotten.
         self._held_up: tuple[str, int] | None = None
         self._forget_at = NEVER
-        #: What each unbooked call waits for.
-        self._bounds: dict[Any, str] = {}
+        #: What the first unbooked call costs, and from when on it may start, whatever comes back.
+        self._soonest: tuple[Amounts, int] = {}, 0
         #: Whether calls wait in the store's line, for slots among others; whether others wait there.
         self._in_line = self._awaits_slots = self._is_crowded = False
         self._bell = asyncio.Event()
@@ -355,6 +355,8 @@ class Session:
         with self._place.lock():
             heads = self._heads()
             held = self._pending.held
+            if self._in_line and not self._pending.is_urgent():
+                self._fail_late_calls(heads)
         now = self._clock()
         if self._health.is_gone:
             is_probing = self._probe is not None and not self._probe.done()
@@ -382,6 +384,17 @@ class Session:
         """Return the calls that go next; they stay in line."""
         waiting = (each for each in self._line if not (each.done() or self._has_failed(each)))
         return list(itertools.islice(waiting, self._room))
+
+    def _fail_late_calls(self, heads: Sequence[Any]) -> None:
+        """Fail those whose deadline comes before such a call can start, whatever comes back."""
+        amounts, soonest = self._soonest
+        for waiter in heads:
+            if (
+                waiter.deadline is not None
+                and waiter.deadline < soonest
+                and all(waiter.amounts.get(each, 0) >= amounts[each] for each in amounts)
+            ):
+                self._place.fail_late(waiter)
 
     def _adapt_room(self, sent: int, booked: int) -> None:
         wanted = self._room * 5 // 4 if booked == sent else 2 * booked
@@ -446,23 +459,25 @@ class Session:
     def _answer_calls(self, heads: Sequence[Any], receipt: Receipt, now: int) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked."""
         assert self._health is not None
-        offset, bounds, booked = now - receipt.now, self._bounds, 0
+        offset, before, booked = now - receipt.now, self._held_up, 0
         self._in_line, self._awaits_slots = receipt.in_line, False
-        self._bounds, self._held_up, self._forget_at = {}, None, NEVER
+        self._held_up, self._forget_at = None, NEVER
         for waiter, booking in zip(heads, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 booked += 1
                 start = max(now, booking.start + offset)
-                self._reserve(waiter, booking, start, booking.bound_by or bounds.get(waiter))
+                bound_by = booking.bound_by or (None if before is None else before[0])
+                self._reserve(waiter, booking, start, bound_by)
             elif booking.outcome is Outcome.NEVER:
                 with self._place.lock():
                     self._place.refuse(waiter)
             else:
                 self._awaits_slots |= booking.outcome is Outcome.FULL
-                if booking.bound_by is not None:
-                    self._bounds[waiter] = booking.bound_by
-                    until = NEVER if booking.bound_by == SLOT else self._ask_at
-                    self._held_up = self._held_up or (booking.bound_by, until)
+                if self._held_up is None and booking.bound_by is not None:
+                    soonest = receipt.soonest + offset
+                    until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
+                    self._held_up = booking.bound_by, until
+                    self._soonest = waiter.amounts, soonest
         self._health.record.book_all(heads, receipt.bookings)
         self._adapt_room(len(heads), booked)
         if self._held_up is not None:
@@ -551,7 +566,7 @@ class Session:
             when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
             if when > now:
                 break
-            slot = self._ledger.config.concurrency is not None and bool(waiter.amounts.get(SLOT))
+            slot = bool(waiter.amounts.get(SLOT))
             self._reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now, None)
         self._let_go()
         return when if heads else NEVER

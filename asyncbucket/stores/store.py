@@ -167,7 +167,8 @@ class Batch:
     pause: int = 0
     gradually: bool = False
     corrections: tuple[Correction, ...] = ()
-    #: How many slots this worker holds, for calls that were booked earlier; None if unchanged.
+    #: How many slots this worker holds, for calls that were booked earlier and are not over, whether or
+    #: not slots are limited; None if unchanged.
     held: int | None = None
     #: What the waiting calls cost, in the order in which they are to start; ``()`` if none waits:
     #: then the worker leaves the line. None keeps its place: a sign of life.
@@ -186,7 +187,7 @@ class Booking:
     #: What holds it up (a resource, ``"concurrency"`` for slots, ``"paused"``), or the limit it
     #: exceeds; None if nothing does.
     bound_by: str | None = None
-    #: Whether it holds a slot.
+    #: Whether it holds a slot, limited or not.
     slot: bool = False
 
 
@@ -212,6 +213,8 @@ class Receipt:
     workers: int = 1
     #: The worker stands in line: see `Ledger.changed`.
     in_line: bool = False
+    #: The first call that was not booked cannot start before, whatever comes back; 0 if nothing is known.
+    soonest: int = 0
     #: Slots are short, so those that come back should be reported at once: another worker waits for
     #: one, or fewer than half are free.
     crowded: bool = False

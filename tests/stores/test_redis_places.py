@@ -194,7 +194,6 @@ async def test_details_describe_server_as_far_as_login_allows(
     assert details == {
         kind: details[kind],
         "clock": "in step",
-        "scripts": "1 cached",
         "memory": "unbounded",
         "persistence": "none",
     }

@@ -92,7 +92,7 @@ end
 -- Book one call; return its start, or one of NOT_BOOKED, and what binds it.
 local function answer(s, a, call, horizon)
   local place = a.place
-  local slot = s.config.concurrency and (call[SLOT] or 0) > 0
+  local slot = (call[SLOT] or 0) > 0
   local kept = look_ahead(s, a)
   if slot and free_slots(s) <= kept then
     return NOT_BOOKED.full, SLOT
@@ -164,6 +164,10 @@ local function settle_place(s, a, call, wanted, bound, next_expiry)
     end
   end
   place.due = a.ask
+  a.soonest = math.max(s.now, s.last, s.paused)
+  if s.total == 0 then -- else those who hold a slot may give all back
+    a.soonest = earliest(s, call, place.first)
+  end
 end
 
 -- Book `calls`, for each the amount of every resource and its slots; see Ledger.commit. The first
@@ -175,7 +179,7 @@ local function admit(s, worker, calls, horizon, held, gave, next_expiry)
   end
   local a = {
     worker = worker, place = place, held = held, gave = gave,
-    share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, answers = {},
+    share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, soonest = 0, answers = {},
   }
   local wanted, stopped_call, stop_bound = 0, nil, ''
   for _, call in ipairs(calls) do

@@ -59,7 +59,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
   if own then
     own.held = held
   end
-  local a = { answers = {}, ask = 0, held = held }
+  local a = { answers = {}, ask = 0, soonest = 0, held = held }
   if calls ~= 'same' then
     a = admit(s, worker, cjson.decode(calls), horizon, held, before - held, function()
       local others = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. as_integer(s.now), '+inf', 'WITHSCORES', 'LIMIT', 0, 2)
@@ -79,6 +79,7 @@ function verbs.commit(seq, horizon, held, corrections, calls, sets_config, pause
   save_workers(s, worker, a.held, ttl)
   local text = reply(s, {
     ask = as_integer(a.ask),
+    soonest = as_integer(a.soonest),
     lost = s.lost and 'true' or 'false',
     life = as_integer(lifetime(s)),
     left = left(s),

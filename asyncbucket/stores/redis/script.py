@@ -111,8 +111,7 @@ class Codec:
             if offset < 0:
                 bookings.append(Booking(_OUTCOMES[offset], 0, bound or None))
             else:
-                slot = self.config.concurrency is not None and bool(call.get(SLOT))
-                start = now + offset * GRAIN
+                start, slot = now + offset * GRAIN, bool(call.get(SLOT))
                 bookings.append(Booking(Outcome.BOOKED, start, bound or None, slot))
         return Receipt(
             now=now,
@@ -123,6 +122,7 @@ class Codec:
             left=tuple(reply["left"]),
             workers=reply["workers"],
             in_line=reply["inline"],
+            soonest=reply["soonest"] * GRAIN,
             crowded=reply["crowded"],
         )
 

@@ -169,7 +169,6 @@ async def details(client: Any) -> dict[str, str]:
             info = await client.info(**node)
             name, maxmemory = info.get("server_name", "redis"), int(info.get("maxmemory", 0))
             told[name] = str(info.get(f"{name}_version", info.get("redis_version")))
-            told["scripts"] = f"{info.get('number_of_cached_scripts', 0)} cached"
             policy = info.get("maxmemory_policy", "unknown policy")
             told["memory"] = (
                 f"{maxmemory:,} bytes at most and {policy}" if maxmemory else "unbounded"

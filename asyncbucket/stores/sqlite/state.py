@@ -122,11 +122,11 @@ class State:
         me.until, before = now + life, me.held
         me.held = batch.held or 0
         bookings: tuple[Booking, ...] = ()
-        ask_at = 0
+        ask_at = soonest = 0
         if batch.calls is not None:
             admission = Admission(self, worker, now, gave=before - me.held)
             bookings = admission.run(batch.calls, batch.horizon)
-            ask_at = admission.ask_at
+            ask_at, soonest = admission.ask_at, admission.soonest
         self.call(now)
         return Receipt(
             now=now,
@@ -135,6 +135,7 @@ class State:
             left=self._left(now),
             workers=len(self.workers),
             in_line=self.place_of(worker) is not None,
+            soonest=soonest,
             crowded=self._is_crowded(worker),
         )
 
@@ -322,7 +323,7 @@ class Admission:
         self._first: Place | None = None
         #: Calls that would start later than this have to ask again.
         self._latest_start = 0
-        self.ask_at = 0
+        self.ask_at = self.soonest = 0
 
     def run(self, calls: tuple[Amounts, ...], horizon: int) -> tuple[Booking, ...]:
         """Return the answers."""
@@ -351,7 +352,7 @@ class Admission:
     def _answer(self, amounts: Amounts, horizon: int) -> Booking:
         """Book a call, or say what it has to wait for."""
         state, now, place = self._state, self._now, self._place
-        slot = state.config.concurrency is not None and bool(amounts.get(SLOT))
+        slot = bool(amounts.get(SLOT))
         reserved = self._look_ahead()
         if slot and state.free() <= reserved:
             return Booking(Outcome.FULL, bound_by=SLOT)
@@ -432,6 +433,9 @@ class Admission:
                 others = [each.until for each in state.workers.values() if each is not self._me]
                 self.ask_at = min(others, default=self._me.until)
         place.due = self.ask_at
+        self.soonest = max(now, state.last_start, state.pause.until)
+        if not any(each.held for each in state.workers.values()):  # else they may give all back
+            self.soonest, _ = state.earliest(waiting[0], now, place.first_since)
 
     def _is_same(self, place: Place, amounts: Amounts) -> bool:
         """Return whether a call costs what ``place`` waits for."""

@@ -21,6 +21,7 @@ from .place import (
     book_all,
     booked,
     config,
+    outcomes,
     scenario,
 )
 
@@ -100,6 +101,24 @@ class Arithmetic(Suite):
         assert time.monotonic() - began < 0.5
         receipt = await second.commit(batch({"tokens": 800}))
         assert booked(receipt)[0].start == receipt.now
+
+    @scenario
+    async def test_store_says_from_when_on_a_call_can_start_whatever_comes_back(
+        self, place: Place
+    ) -> None:
+        limits = config(amount_of("tokens", 1_000, 60))
+        first, second = [await place.worker(limits) for _ in range(2)]
+        call = {"tokens": 900, "concurrency": 1}
+        start = booked(await first.commit(batch(call)))[0].start
+        for held in (1, 0):  # open, it may give all back
+            await first.commit(Batch(held=held))
+            receipt = await second.commit(batch(call))
+            assert outcomes(receipt) == ["later"]
+            assert receipt.soonest == (receipt.now if held else receipt.ask_at + FAR)
+        assert 60 <= (receipt.soonest - start) / SECOND < 61
+        await first.commit(Batch(held=1, pause=90 * SECOND))
+        receipt = await second.commit(batch(call))
+        assert 89 < (receipt.soonest - receipt.now) / SECOND <= 90
 
     @scenario
     async def test_limit_of_the_calendar_comes_back_when_it_resets(self, place: Place) -> None:

@@ -60,8 +60,8 @@ class Slots(Suite):
         (booking,) = booked(await worker.commit(batch({"requests": 1})))
         assert not booking.slot
         unbound = await place.worker(config(_ROOMY), name=f"{place.name}-unbound")
-        (booking,) = booked(await unbound.commit(batch(_CALL)))
-        assert not booking.slot
+        await _slots(unbound, 9)
+        assert (await unbound.peek()).slots == 0, "they are not limited"
 
     @scenario
     async def test_slots_of_a_dead_worker_expire_on_time(self, place: Place) -> None:
