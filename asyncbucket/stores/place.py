@@ -29,6 +29,7 @@ from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
+from asyncbucket.stores.calls import StoreCalls
 from asyncbucket.stores.pending import BookedMeter, PendingUpdates, Reservation
 from asyncbucket.stores.session import Session
 from asyncbucket.stores.store import SLOT, Correction, LimitConfig, Store, check_membership
@@ -89,26 +90,30 @@ class StorePlace:
         #: Its name at the store: sessions follow one another under the same one.
         self.worker = f"{os.getpid()}-{secrets.token_hex(6)}"
         self._session: Session | None = None
-        self._previous: Session | None = None
         self.pending = PendingUpdates()
+        self.calls = StoreCalls(self)
         #: By its lease's identity, each call in flight that holds a slot.
         self._slots: set[int] = set()
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
-        #: Why no call waits any more that had come before, and the number of the last one of them.
-        self.failure: tuple[Exception, int] = (StoreError(), 0)
 
     # --- what the pacer asks: see `asyncbucket.core.place.Place` ---
 
     def room(self, seat: Seat) -> bool:
-        return self._open_session(seat.loop).has_room()
+        self._open_session(seat.loop)
+        return self.calls.has_room(self.clock())
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
-        self._open_session(waiter.seat.loop).push(waiter, (below, now))
+        session = self._open_session(waiter.seat.loop)
+        self.calls.push(waiter, (below, now))
+        session.wake_for(waiter)
 
     def leave(self, waiter: AnyWaiter) -> bool:
-        sessions = (self._session, self._previous)
-        return any(each.leave(waiter) for each in sessions if each is not None)
+        is_first = self.calls.first() is waiter
+        stood_here = self.calls.leave(waiter)
+        if stood_here and self._session is not None:
+            self._session.ask_again(is_first=is_first)
+        return stood_here
 
     def ended(self, lease: Any) -> None:
         if id(lease) in self._slots:
@@ -116,13 +121,13 @@ class StorePlace:
             self.release()
 
     def waiting(self) -> int:
-        return 0 if self._session is None else self._session.waiting()
+        return sum(not waiter.done() for waiter in self.calls)
 
     def held_up(self) -> tuple[str, int] | None:
         return None if self._session is None else self._session.held_up()
 
     def held_back(self) -> list[AnyWaiter]:
-        return [] if self._session is None else self._session.held_back()
+        return [] if self.held_up() is None else self.calls.unbooked()
 
     def use(self) -> Iterator[LimitUse]:
         for limit in self.config().limits:
@@ -217,13 +222,12 @@ class StorePlace:
                 pacer.notify_locked(node, LimitChanged, limit=f"concurrency {config.concurrency}")
 
     def fail_all(self, cause: Exception) -> None:
-        """Make all calls fail that have come by now; the session does it; with the lock held."""
-        self.failure = cause, self._pacer.arrivals
+        """Make all calls fail that have come by now; with the lock held."""
+        self.calls.fail_all(cause, self._pacer.arrivals)
         self._ring()
 
-    def fail(self, waiter: AnyWaiter) -> None:
-        """Make a call fail that came too early: see `fail_all`; with the lock held."""
-        cause, _ = self.failure
+    def fail(self, waiter: AnyWaiter, cause: Exception) -> None:
+        """Make a call fail; with the lock held."""
         error = StoreError(str(cause) or repr(cause))
         error.__cause__ = None if isinstance(cause, StoreError) else cause
         self._pacer.fail_locked(waiter, error)
@@ -278,9 +282,9 @@ class StorePlace:
                 seat.ring(now)
 
     def forget(self, session: Session) -> None:
-        """Note that a session has ended; calls that it made fail may leave it later."""
+        """Note that a session has ended."""
         if self._session is session:
-            self._session, self._previous = None, session
+            self._session = None
 
     # --- what comes back; with the lock held ---
 
@@ -317,9 +321,8 @@ class StorePlace:
     ) -> Session:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
         if self._session is not None and self._session.loop.is_closed():
-            session = self._session
-            self.forget(session)
-            session.give_back()
+            self._session = None
+            self.calls.drop_ended()
         if self._session is None:
             home = None if self.owns_store else loop
             self._session = Session(self, home, is_closing=is_closing)

@@ -3,7 +3,7 @@
 The limiter's own order decides who goes next. The session sends as many of these calls as may start
 soon, with all that came back since. One batch is in flight; what comes up meanwhile goes with the
 next. A call that was booked is let go at its start; the others stay where they are, so that a more
-urgent call may still pass them. The line here is kept about as long as what one batch books.
+urgent call may still pass them.
 
 A batch is also the worker's sign of life: if there is nothing to say, an empty one is sent. While
 the store is gone, calls pass as `asyncbucket.stores.outage` allows.
@@ -16,16 +16,14 @@ closed it ends as soon as no call waits, no slot is held, and the store has been
 import asyncio
 import contextlib
 import contextvars
-import itertools
 import logging
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.meters import NEVER, Amounts
-from asyncbucket.core.node import Meters
 from asyncbucket.stores.outage import StoreHealth
 from asyncbucket.stores.pending import Reservation
 from asyncbucket.stores.store import SLOT, Booking, Correction, Ledger, Outcome, Receipt, Store
@@ -47,9 +45,6 @@ _GATHER_SLOTS: Final = 1_000_000_000
 _GATHER_BRIEFLY: Final = 500_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
-#: The bounds of the number of calls that wait here.
-_MIN_ROOM: Final = 8
-_MAX_ROOM: Final = 512
 #: For how long (ns) a call that has given up may ask in another thread what it waited for.
 _REMEMBER: Final = 500_000_000
 #: The shortest sleep (s).
@@ -59,18 +54,6 @@ _FAILED: Final = (
 )
 
 _log: Final = logging.getLogger("asyncbucket")
-
-#: What a call has booked below the root, and when.
-Below: TypeAlias = tuple[Meters, int]
-
-
-def redated(waiter: Any, below: Below, now: int) -> Below:
-    """Date to ``now`` what ``waiter`` has booked below the root."""
-    meters, when = below
-    for meter, resource in meters:
-        if amount := waiter.amounts.get(resource):
-            meter.redate(amount, when, now)
-    return meters, now
 
 
 class Session:
@@ -84,11 +67,6 @@ class Session:
         self._place: StorePlace = weakref.proxy(place, lambda _: self.ring())
         self._pending = place.pending
         self._clock = place.clock
-        #: Calls that wait to be booked, in order, with what they have booked below the root.
-        self._line: dict[Any, Below] = {}
-        self._room = _MIN_ROOM
-        #: Calls that are booked and wait for their start, in that order.
-        self._reserved: dict[Any, tuple[Reservation, Below]] = {}
         #: When what came back must be reported, even if no call goes, and when to give a sign of life.
         self._report_at = self._beat_at = NEVER
         #: Before this instant the line's heads are not sent, because they would not be booked.
@@ -140,56 +118,23 @@ class Session:
 
     # --- what the limiter asks, from any thread ---
 
-    def has_room(self) -> bool:
-        """Return whether it takes another call; date to now what stands here below the root.
-
-        Otherwise limits there would forget those that wait for long, and let too many leave at once.
-        """
-        if len(self._line) >= self._room:
-            return False
-        now = self._clock()
-        for waiter, below in self._line.items():
-            self._line[waiter] = redated(waiter, below, now)
-        for waiter, (reservation, below) in self._reserved.items():
-            self._reserved[waiter] = reservation, redated(waiter, below, now)
-        return True
-
-    def push(self, waiter: Any, below: Below) -> None:
-        """Take over ``waiter``, which has booked ``below`` the root."""
-        self._line[waiter] = below
-        self._is_closing = self._is_closing and self._has_failed(waiter)
+    def wake_for(self, waiter: Any) -> None:
+        """Serve ``waiter``, which stands at the store now."""
+        self._is_closing = self._is_closing and self._place.calls.has_failed(waiter)
         self.ring()
 
-    def leave(self, waiter: Any) -> bool:
-        """Give back all that ``waiter``, which gave up, has booked; return whether it stood here."""
-        reservation = None
-        if waiter in self._line:
-            if next(iter(self._line)) is waiter:  # the next one may be booked sooner
-                self._ask_at = 0
-            below, when = self._line.pop(waiter)
-            self.ring()  # its place in the store's line is free
-        elif waiter in self._reserved:
-            reservation, (below, when) = self._reserved.pop(waiter)
-        else:
-            return False
-        for meter, resource in below:
-            if amount := waiter.amounts.get(resource):
-                meter.unbook(amount, when)
-        if reservation is not None:
-            self._cancel(waiter.amounts, reservation)
-        return True
+    def ask_again(self, *, is_first: bool) -> None:
+        """Look again: a call has gone, so its place in the store's line is free.
 
-    def waiting(self) -> int:
-        """Return how many calls wait here."""
-        return sum(not waiter.done() for waiter in (*self._line, *self._reserved))
+        If it was the first, the next one may be booked sooner.
+        """
+        if is_first:
+            self._ask_at = 0
+        self.ring()
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first unbooked call waits for, and until when at least."""
         return self._held_up if self._clock() < self._forget_at else None
-
-    def held_back(self) -> list[Any]:
-        """Return the calls, in order, that are not booked because the first one is held up."""
-        return [] if self.held_up() is None else [each for each in self._line if not each.done()]
 
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch."""
@@ -217,19 +162,6 @@ class Session:
         self._is_closing = True
         self._report_at = self._clock()
         self.ring()
-
-    def give_back(self) -> None:
-        """Give back what was booked for calls on the loop, which has ended."""
-        for waiter, (reservation, _) in self._reserved.items():
-            self._cancel(waiter.amounts, reservation)
-        self._reserved.clear()
-
-    def _cancel(self, amounts: Amounts, reservation: Reservation) -> None:
-        """Give back what was booked for a call that is gone, whether or not its start has come."""
-        if reservation.booked_at:
-            self._place.correct(Correction.undo(amounts, reservation.booked_at))
-        if reservation.slot:
-            self._place.release()
 
     def _report_soon(self, *, is_awaited: bool, late: int = _GATHER) -> None:
         """Report what came back: very soon if a call waits for it, here or elsewhere, else soon.
@@ -260,7 +192,6 @@ class Session:
                 )
             with self._place.lock():
                 self._place.fail_all(StoreError(_FAILED))
-                self._fail_early_calls()
                 self._place.forget(self)
             if not isinstance(error, Exception):
                 raise
@@ -276,9 +207,8 @@ class Session:
         finally:
             await self._leave()
         with self._place.lock():
-            self._fail_early_calls()
             has_more = self._pending and self._health is not None and not self._health.is_gone
-            is_last = not self._heads() and not has_more
+            is_last = not self._place.calls.heads() and not has_more
             if is_last:
                 self._place.forget(self)
             return is_last
@@ -287,7 +217,7 @@ class Session:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
         place, self._health = self._place, None
         with place.lock():
-            if self._fail_early_calls() and not self._heads():
+            if not (self._place.calls.heads() or self._is_closing or self._pending):
                 return False
         try:
             self._store = place.make_store()
@@ -301,7 +231,6 @@ class Session:
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             with place.lock():
                 place.fail_all(error)
-                self._fail_early_calls()
             return False
         self._health = StoreHealth(place, self._ledger.config)
         self._beat_at = 0
@@ -313,8 +242,7 @@ class Session:
         if not self._is_closing:
             return False
         with self._place.lock():
-            self._fail_early_calls()
-            loops = [waiter.seat.loop for waiter in (*self._line, *self._reserved)]
+            loops = [waiter.seat.loop for waiter in self._place.calls]
             is_busy = any(loop is None or loop.is_running() for loop in loops)
             if not self._health.is_gone and (is_busy or self._pending):
                 return False
@@ -329,31 +257,13 @@ class Session:
             if told.set_running_or_notify_cancel():
                 told.set_result(None)
 
-    def _has_failed(self, waiter: Any) -> bool:
-        _, last = self._place.failure
-        return bool(waiter.number <= last)
-
-    def _fail_early_calls(self) -> bool:
-        """Fail calls that had come when the store could not be opened, or the limiter was closed.
-
-        Return whether there were any. More of them wait in the pacer's line than fit in here. Each of those would otherwise try
-        the store anew, in vain: it may take seconds to notice that it is gone.
-        """
-        early = [each for each in (*self._line, *self._reserved) if self._has_failed(each)]
-        for waiter in early:
-            if waiter.seat.is_closed():
-                self.leave(waiter)
-            else:
-                self._place.fail(waiter)
-        return bool(early)
-
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
         assert self._health is not None
         if self._error is not None:
             raise self._error
         with self._place.lock():
-            heads = self._heads()
+            heads: Sequence[Any] = self._place.calls.heads()
             held = self._pending.held
             if self._in_line and not self._pending.is_urgent():
                 self._fail_late_calls(heads)
@@ -380,11 +290,6 @@ class Session:
             return
         await self._sleep(min(self._ask_at if heads else NEVER, report_at, look_again_at))
 
-    def _heads(self) -> Sequence[Any]:
-        """Return the calls that go next; they stay in line."""
-        waiting = (each for each in self._line if not (each.done() or self._has_failed(each)))
-        return list(itertools.islice(waiting, self._room))
-
     def _fail_late_calls(self, heads: Sequence[Any]) -> None:
         """Fail those whose deadline comes before such a call can start, whatever comes back."""
         amounts, soonest = self._soonest
@@ -395,10 +300,6 @@ class Session:
                 and all(waiter.amounts.get(each, 0) >= amounts[each] for each in amounts)
             ):
                 self._place.fail_late(waiter)
-
-    def _adapt_room(self, sent: int, booked: int) -> None:
-        wanted = self._room * 5 // 4 if booked == sent else 2 * booked
-        self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
 
     async def _commit(self, calls: Sequence[Amounts] | None) -> Receipt:
         assert self._ledger is not None
@@ -479,7 +380,7 @@ class Session:
                     self._held_up = booking.bound_by, until
                     self._soonest = waiter.amounts, soonest
         self._health.record.book_all(heads, receipt.bookings)
-        self._adapt_room(len(heads), booked)
+        self._place.calls.adapt_room(len(heads), booked)
         if self._held_up is not None:
             self._place.ring_pool()
 
@@ -488,11 +389,7 @@ class Session:
         with self._place.lock():
             self._pending.held += booking.slot
             self._pending.reported += booking.slot
-            # It may have given up while the batch was in flight.
-            if waiter.done() or waiter not in self._line:
-                self._cancel(waiter.amounts, reservation)
-                return
-            self._reserved[waiter] = reservation, self._line.pop(waiter)
+            self._place.calls.reserve(waiter, reservation)
 
     def _let_go(self) -> None:
         """Admit the calls of this loop whose start has come.
@@ -501,8 +398,9 @@ class Session:
         """
         here = asyncio.get_running_loop()
         with self._place.lock():
-            next_start, elsewhere = self._admit_due(here)
-            if self.has_room():
+            now = self._clock()
+            next_start, elsewhere = self._place.calls.admit_due(here, self.loop, now)
+            if self._place.calls.has_room(now):
                 self._place.ring_seats()
         if here is not self.loop:
             return
@@ -515,26 +413,6 @@ class Session:
         for loop in elsewhere:
             with contextlib.suppress(RuntimeError):  # it has just been closed
                 loop.call_soon_threadsafe(self._on_timer, context=contextvars.Context())
-
-    def _admit_due(
-        self, here: asyncio.AbstractEventLoop
-    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
-        """Admit what is due ``here``; return when the next start is, and where else calls are due."""
-        elsewhere: set[asyncio.AbstractEventLoop] = set()
-        now = self._clock()
-        for waiter, (reservation, below) in list(self._reserved.items()):
-            loop = waiter.seat.loop or self.loop
-            if reservation.start > now:
-                return reservation.start, elsewhere
-            if loop.is_closed():
-                self.leave(waiter)
-            elif loop is not here:
-                elsewhere.add(loop)
-            elif not waiter.done():  # else it gave up, and will leave
-                meters, _ = redated(waiter, below, now)
-                if self._place.admit(waiter, reservation, meters, now):
-                    del self._reserved[waiter]
-        return NEVER, elsewhere
 
     def _on_timer(self) -> None:
         try:
