@@ -11,7 +11,6 @@ from tests.stores.conformance import StoreConformance
 class TestRedis(StoreConformance):
     """Run every scenario against a real server."""
 
-    grain = 1_000
     _url: str = ""
 
     @pytest.fixture(autouse=True)

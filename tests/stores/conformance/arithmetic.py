@@ -4,13 +4,13 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 from random import Random
+from typing import TYPE_CHECKING
 
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
 from asyncbucket.stores.store import FAR, Batch, Correction, Ledger, Outcome
 from asyncbucket.testing.assertions import assert_never_over
 
-from .oracle import Oracle
+from .history import CONFIGS, History
 from .place import (
     MILLISECOND,
     SECOND,
@@ -25,28 +25,29 @@ from .place import (
     scenario,
 )
 
-_PACED = amount_of("requests", 20, 0.2, 4)
-_PLAIN = amount_of("tokens", 1_000, 0.15)
-_SLOW = amount_of("tokens", 1_000, 0.6, 100)
-_DAILY = amount_of("requests", 5_000, 86_400, 300)
-_HISTORIES = (
-    config(_PACED),
-    config(_PLAIN),
-    config(_PACED, _PLAIN),
-    config(_SLOW),
-    config(_PACED, _PLAIN, _DAILY, amount_of("tokens", 100_000, 3_600, 7_001)),
-)
+if TYPE_CHECKING:
+    from asyncbucket.core.meters import Amounts
 
 
 class Arithmetic(Suite):
     """Test what is booked when."""
 
     @scenario
-    async def test_random_history_matches_the_meters(self, place: Place) -> None:
-        for seed, limits in enumerate(_HISTORIES * 2):
+    async def test_random_history_matches_the_reference(self, place: Place) -> None:
+        for seed, limits in enumerate(CONFIGS):
             name = f"{place.name}-{seed}"
-            workers = [await place.worker(limits, name=name) for _ in range(2)]
-            await _History(Random(seed), workers, Oracle(limits, grain=self.grain)).play()
+            workers = [await place.worker(limits, name=name) for _ in range(3)]
+            receipts = [await worker.commit(Batch(calls=None)) for worker in workers]
+            history = History(seed, limits, receipts[0].now, life=30 * SECOND)
+            for worker, receipt in zip(workers, receipts, strict=True):
+                history.state.apply(
+                    worker.worker, Batch(calls=None), receipt.now, life=history.life
+                )
+            for _ in range(60):
+                worker = history.random.choice(workers)
+                asked = history.batch(worker.worker)
+                history.check(worker, asked, await worker.commit(asked))
+                await asyncio.sleep(history.random.choice([0, 0, 0.001, 0.01]))
 
     @scenario
     async def test_workers_together_never_exceed_a_limit(self, place: Place) -> None:
@@ -93,12 +94,10 @@ class Arithmetic(Suite):
         start = booked(await first.commit(batch({"tokens": 900})))[0].start
         receipt = await second.commit(batch({"tokens": 800}))
         assert receipt.bookings[0].outcome is Outcome.LATER
-        notified = asyncio.create_task(second.changed(timeout=5))
+        notified = asyncio.create_task(second.changed(timeout=30))
         used = Correction(start=start, booked={"tokens": 900}, used={"tokens": 100})
         await first.commit(Batch(corrections=(used,)))
-        began = time.monotonic()
         assert await notified
-        assert time.monotonic() - began < 0.5
         receipt = await second.commit(batch({"tokens": 800}))
         assert booked(receipt)[0].start == receipt.now
 
@@ -146,12 +145,12 @@ class Arithmetic(Suite):
     ) -> None:
         limits = config(amount_of("tokens", 100, 0.5))
         *dead, living = [await place.worker(limits) for _ in range(5)]
-        await living.commit(batch({"tokens": 100}))
-        began = time.monotonic()
+        began = (await living.commit(batch({"tokens": 100}))).now
         for worker in dead:
-            assert (await worker.commit(batch({"tokens": 1}))).bookings[0].outcome is Outcome.LATER
+            assert outcomes(await worker.commit(batch({"tokens": 1}))) == ["later"]
+        receipt = await living.commit(batch({"tokens": 1}))
+        assert receipt.ask_at < began + 3 * SECOND, "0.5 s for each"
         await book_all(living, {"tokens": 1})
-        assert time.monotonic() - began < 4
 
     @scenario
     async def test_call_books_its_whole_cost_or_nothing(self, place: Place) -> None:
@@ -215,45 +214,3 @@ class Arithmetic(Suite):
         await worker.commit(Batch(calls=None))
         snapshot = await worker.peek()
         assert (snapshot.limits[0].used, snapshot.slots) == (held, held)
-
-
-class _History:
-    """Play a random history of two workers, and have each answer checked."""
-
-    def __init__(self, random: Random, workers: list[Ledger], oracle: Oracle) -> None:
-        self._random = random
-        self._workers = workers
-        self._oracle = oracle
-        self._booked: list[tuple[int, Amounts]] = []
-
-    async def play(self) -> None:
-        random = self._random
-        for _ in range(50):
-            asked = Batch(
-                corrections=tuple(self._correction() for _ in range(random.choice([0, 0, 1, 2]))),
-                calls=tuple(self._call() for _ in range(random.choice([0, 1, 1, 3, 8]))),
-                horizon=random.choice([0, 20 * MILLISECOND, SECOND]),
-            )
-            worker = random.choice(self._workers)
-            receipt = await worker.commit(asked)
-            self._oracle.check(worker.worker, asked, receipt)
-            self._booked += [
-                (booking.start, call)
-                for booking, call in zip(receipt.bookings, asked.calls or (), strict=True)
-                if booking.outcome is Outcome.BOOKED
-            ]
-            await asyncio.sleep(random.choice([0, 0, 0.001, 0.01]))
-
-    def _call(self) -> Amounts:
-        requests = self._random.choice([1, 1, 1, 2, 6, 21])
-        return {"requests": requests, "tokens": self._random.choice([1, 10, 50, 300])}
-
-    def _correction(self) -> Correction:
-        if not self._booked:
-            return Correction(start=0, booked={}, used={})
-        index = self._random.randrange(len(self._booked))
-        start, amounts = self._booked[index]
-        factor = self._random.choice([0, 0.5, 1, 1.5])
-        used = {name: int(amount * factor) for name, amount in amounts.items()}
-        self._booked[index] = (start, used)
-        return Correction(start=start, booked=amounts, used=used)

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
@@ -53,9 +53,6 @@ class Place:
 
 class Suite:
     """Hold scenarios; subclasses say which store they run on."""
-
-    #: By how much (ns) a store may answer later than the arithmetic: one grain of its clock.
-    grain: ClassVar[int] = 1
 
     def make_store(self) -> Store:
         raise NotImplementedError("say which store is tested: override make_store()")
