@@ -167,8 +167,11 @@ class Members:
         line, place = waiter.line, member.pacer.place
         if place is not None and (not place.room(seat) or place.held_back()):
             return None, NEVER
+        is_held_back = line.node.pacer is not self.pacer
+        if place is not None and is_held_back and place.held_up() is not None:
+            return None, NEVER  # it would go to and fro
         # One that a store holds back has earned nothing elsewhere.
-        since = line.since if line.node.pacer is self.pacer else now
+        since = now if is_held_back else line.since
         when, bound_by = member.node.earliest_of_all(waiter.amounts, since)
         if when > now:
             self.pacer.bound_by = line.bound_by = bound_by

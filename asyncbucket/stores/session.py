@@ -217,7 +217,7 @@ class Session:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
         place, self._health = self._place, None
         with place.lock():
-            if not place.calls.heads() and any(place.calls):  # which have failed, or given up
+            if any(place.calls) and not place.calls.heads():  # they have failed, or given up
                 return False
         try:
             self._store = place.make_store()

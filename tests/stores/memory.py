@@ -1,0 +1,87 @@
+"""A store in memory that several limiters share, on virtual time, and that may be gone."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from asyncbucket import Limiter, StoreError
+from asyncbucket.stores import Batch, LimitConfig, Receipt, Snapshot
+from asyncbucket.stores.sqlite.state import State
+from asyncbucket.testing import VirtualClock
+
+
+@dataclass
+class MemoryStore:
+    """Keep the states of limiters as a file does; it belongs to whoever made it."""
+
+    clock: VirtualClock
+    states: dict[str, State] = field(default_factory=dict)
+    gone: bool = False
+    #: How long an answer takes (s), and how many there were.
+    delay: float = 0.001
+    trips: int = 0
+    url: str = "memory"
+
+    def now(self) -> int:
+        """Return the instant by the store's own clock."""
+        return self.clock() + 1_795_000_000_000_000_000
+
+    def limiters(self, number: int, *limits: str, **options: Any) -> list[Limiter]:
+        """Return so many limiters, of as many processes."""
+        usual: dict[str, Any] = {"store": self, "clock": self.clock, "name": "openai"}
+        return [Limiter(*limits, **{**usual, **options}) for _ in range(number)]
+
+    def check(self, config: LimitConfig) -> None:
+        """Accept all limits."""
+
+    async def open(
+        self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float
+    ) -> "MemoryLedger":
+        self.states.setdefault(name, State(config, self.now()))
+        ledger = MemoryLedger(self, name, worker, round(slot_ttl * 1e9), config)
+        await ledger.commit(Batch(config=config))
+        return ledger
+
+    async def peek(self, name: str = "openai") -> Snapshot:
+        return self.states[name].peek(self.now())
+
+    async def aclose(self) -> None:
+        """Leave it open."""
+
+
+@dataclass
+class MemoryLedger:
+    """A ledger of a `MemoryStore`."""
+
+    store: MemoryStore
+    name: str
+    worker: str
+    life: int
+    config: LimitConfig
+
+    @property
+    def state(self) -> State:
+        return self.store.states[self.name]
+
+    async def commit(self, batch: Batch) -> Receipt:
+        await asyncio.sleep(self.store.delay)
+        if self.store.gone:
+            raise StoreError("the store is gone")
+        self.store.trips += 1
+        receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
+        if self.config == self.state.config:
+            return receipt
+        self.config = self.state.config
+        return replace(receipt, changed=None if self.config == batch.config else self.config)
+
+    async def changed(self, *, timeout: float) -> bool:
+        until = self.store.now() + timeout * 1e9
+        while self.store.now() < until:
+            place = self.state.place_of(self.worker)
+            if self.config != self.state.config or (place and place.due <= self.store.now()):
+                return True
+            await asyncio.sleep(0.005)
+        return False
+
+    async def aclose(self) -> None:
+        self.state.leave(self.worker, self.store.now())

@@ -1,0 +1,414 @@
+"""What the limiters of several processes do at one store, on virtual time: order, shares, changes, errors."""
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, Pool, StoreError, WouldBlock, agent
+from asyncbucket.core.events import Event, LimitChanged
+from asyncbucket.http import OPENAI
+from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.stores.pending import PendingUpdates
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.stores.conformance.place import terms
+from tests.stores.memory import MemoryStore
+
+
+async def take(limiter: Limiter, **options: Any) -> None:
+    async with limiter.acquire(**options):
+        pass
+
+
+async def stop(*calls: "asyncio.Future[Any]") -> None:
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_calls_of_agents_go_to_the_store_in_the_order_of_the_agents(
+    virtual_time: VirtualTime,
+) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, "60 requests/s burst 1")
+    await take(limiter)
+    limiter.pause(0.3)
+    passed: list[str] = []
+
+    async def call(name: str) -> None:
+        async with limiter.acquire():
+            passed.append(name)
+
+    async def run(name: str, calls: int) -> None:
+        with agent(name, expects=Cost(requests=calls)):
+            await asyncio.gather(*(call(name) for _ in range(calls)))
+
+    await asyncio.gather(run("a", 5), run("b", 2), run("c", 3))
+    assert "".join(passed) == "bbcccaaaaa"
+
+
+async def test_urgent_call_overtakes_calls_waiting_for_store(virtual_time: VirtualTime) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, "20/s burst 1")
+    waiting = [asyncio.ensure_future(take(limiter, priority=2)) for _ in range(60)]
+    await asyncio.sleep(0.3)
+    await take(limiter, priority=0)
+    assert sum(each.done() for each in waiting) < 20
+    await stop(*waiting)
+
+
+async def test_processes_use_the_limit_in_equal_parts_at_a_trip_a_call(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock, delay=0.001)
+    limiters = memory.limiters(4, "200 requests/2s burst 20", "100k TPM", concurrency=50)
+    went: list[list[tuple[float, int]]] = [[] for _ in limiters]
+
+    async def work(number: int) -> None:
+        while True:
+            async with limiters[number].acquire(tokens=100) as lease:
+                went[number].append((virtual_time.now, 1))
+                await asyncio.sleep(0.05)
+                lease.settle(tokens=50)
+
+    tasks = [asyncio.ensure_future(work(number)) for number in range(4) for _ in range(15)]
+    await asyncio.sleep(20)
+    await stop(*tasks)
+    every = sorted(each for of_one in went for each in of_one)
+    late = Limit("requests", 202, per=2, burst=22)  # a call leaves up to 10 ms after its start
+    assert_never_over(every, late)
+    assert len(every) >= 0.98 * (20 + 20 * 100)
+    shares = [len(each) for each in went]
+    assert max(shares) - min(shares) <= 0.05 * max(shares), shares
+    assert memory.trips <= len(every)
+
+
+async def test_slots_alone_are_used_in_equal_parts_at_one_and_a_half_trips_a_call(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock, delay=0.001)
+    limiters, went = memory.limiters(4, "1000/s burst 1000", concurrency=50), [0] * 4
+    chance = random.Random(0)
+
+    async def work(number: int) -> None:
+        while True:
+            async with limiters[number].acquire():
+                went[number] += 1
+                await asyncio.sleep(chance.uniform(0.15, 0.45))
+
+    tasks = [asyncio.ensure_future(work(number)) for number in range(4) for _ in range(25)]
+    await asyncio.sleep(8)
+    await stop(*tasks)
+    assert sum(went) >= 0.95 * 8 * 50 / 0.3
+    assert max(went) - min(went) <= 0.1 * max(went), went
+    assert memory.trips <= 1.5 * sum(went)
+
+
+async def test_units_freed_at_once_are_shared_by_waiting_limiters(
+    virtual_time: VirtualTime,
+) -> None:
+    limiters = MemoryStore(virtual_time.clock).limiters(3, "60 requests/s burst 60")
+    await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
+    calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
+    await asyncio.sleep(1.5)
+    shares = [sum(call.done() for call in of_one) for of_one in calls]
+    assert sum(shares) == 60
+    assert min(shares) >= 15, shares
+    await stop(*(call for of_one in calls for call in of_one))
+
+
+async def test_timed_out_call_does_not_hold_up_other_limiters(virtual_time: VirtualTime) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    one, two = memory.limiters(2, "1000 tokens/minute", concurrency=5)
+    lease = await one.acquire(tokens=900)
+    with pytest.raises(AcquireTimeout, match=r"tokens bind for 60(\.\d)? s more") as error:
+        await one.acquire(tokens=500, timeout=0.1)
+    assert error.value.bound_by == "tokens"
+    await take(two, tokens=50, timeout=0.1)
+    lease.release()
+    await one.aclose()
+    await two.aclose()
+    seen = await memory.peek()
+    assert (seen.limits[0].used, seen.slots, seen.workers) == (950, 0, 0)
+
+
+async def test_call_that_cannot_start_before_its_deadline_fails_at_once(
+    virtual_time: VirtualTime,
+) -> None:
+    """Unless a call is open whose refund may let it start; and also behind one that waits for ever."""
+    one, two = MemoryStore(virtual_time.clock).limiters(2, "10 tokens/day")
+    lease = await one.acquire(tokens=10)
+    hopeful = asyncio.ensure_future(two.acquire(tokens=5, timeout=9))
+    patient = asyncio.ensure_future(two.acquire(tokens=5))
+    await asyncio.sleep(5)
+    lease.settle(tokens=5)
+    lease.release()
+    (await hopeful).release()
+    await asyncio.sleep(2)
+    now = virtual_time.now
+    for tokens, wait in ((5, 600), (6, 80_000)):
+        with pytest.raises(AcquireTimeout, match=r"tokens bind for 86,\d+ s more") as error:
+            await two.acquire(tokens=tokens, timeout=wait)
+        assert error.value.retry_after == pytest.approx(86_400 + 506.25 - now, abs=6)
+    assert virtual_time.now < now + 0.01
+    one.reconfigure("30 tokens/day")
+    await asyncio.sleep(0.1)
+    await take(two, tokens=6, timeout=5)
+    assert patient.done()
+
+
+async def test_errors_say_when_other_limiters_hold_all_slots(virtual_time: VirtualTime) -> None:
+    one, two = MemoryStore(virtual_time.clock).limiters(2, "1000 RPM", concurrency=1)
+    with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
+        one.acquire_nowait()
+    assert told.value.retry_after is None
+    async with one.acquire():
+        with pytest.raises(AcquireTimeout, match="all slots are taken") as error:
+            await two.acquire(timeout=1)
+        child = two.child("child", concurrency=3)
+        waiting = asyncio.gather(*(take(child) for _ in range(3)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(WouldBlock, match="all 3 slots are taken"):
+            child.acquire_nowait()
+    await waiting
+    assert (error.value.bound_by, error.value.retry_after) == ("concurrency", None)
+
+
+async def test_closing_fails_waiting_calls_with_store_error(virtual_time: VirtualTime) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (limiter,) = memory.limiters(1, "20/s burst 1")
+    await take(limiter)
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(60)]
+    await asyncio.sleep(0.02)
+    await limiter.aclose()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    told = [error for error in ended if error is not None]
+    assert all(isinstance(error, StoreError) for error in told)
+    assert "was closed while this call waited: close it when all calls" in str(told[0])
+    seen = await memory.peek()
+    assert (seen.limits[0].used, seen.workers) == (1 + len(calls) - len(told), 0)
+
+
+async def test_refunds_and_slots_released_after_closing_reach_store(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    one, two = memory.limiters(2, "1000 TPM", concurrency=2)
+    leases = [await one.acquire(tokens=400) for _ in range(2)]
+    waiting = asyncio.ensure_future(take(two, tokens=800))
+    await asyncio.sleep(0.1)
+    two.reconfigure(concurrency=1)
+    await one.aclose()
+    assert not waiting.done()
+    for lease in leases:
+        lease.settle(tokens=100)
+        lease.release()
+    await asyncio.sleep(0.1)
+    assert waiting.done()
+    for limiter in (one, two):  # the first leaves with its last slot
+        await limiter.aclose()
+    seen = await memory.peek()
+    assert (seen.config.concurrency, seen.slots, seen.workers) == (1, 0, 0)
+
+
+async def test_held_slot_survives_closing_and_reopening(virtual_time: VirtualTime) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (limiter,) = memory.limiters(1, concurrency=2, slot_ttl=0.3)
+    lease = await limiter.acquire()
+    await limiter.aclose()
+    await take(limiter)
+    await asyncio.sleep(3)
+    assert (await memory.peek()).slots == 1
+    lease.release()
+    await asyncio.sleep(1.1)
+    assert (await memory.peek()).slots == 0
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize(("limit", "slots"), [("1000 TPM", None), ("1M TPM", 1)])
+async def test_cancelled_call_does_not_hold_up_calls_behind_it(
+    virtual_time: VirtualTime, limit: str, slots: int | None, behind: int
+) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, limit, concurrency=slots)
+    lease = await limiter.acquire(tokens=900)
+    costly = asyncio.ensure_future(limiter.acquire(tokens=500))
+    await asyncio.sleep(0.1)
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(behind)]
+    await stop(costly)
+    await asyncio.sleep(0.1)
+    lease.release()
+    await asyncio.gather(*calls, take(limiter))
+    assert virtual_time.now < 0.5
+
+
+async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
+    virtual_time: VirtualTime,
+) -> None:
+    one, two = MemoryStore(virtual_time.clock).limiters(2, "1000 RPM burst 100", concurrency=9)
+    told: list[str] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, LimitChanged):
+            told.append(event.limit)
+
+    two.observe(note)
+    await asyncio.gather(take(one), take(two))
+    one.pause(0.6, reason="429")
+    await asyncio.sleep(0.1)
+    lease = await two.acquire()
+    assert lease.waited == pytest.approx(0.5, abs=0.01)
+    assert lease.bound_by == "paused"
+    lease.release()
+    one.reconfigure("5 RPM burst 5", concurrency=5)
+    await asyncio.sleep(11)  # two hears of it by a sign of life
+    for _ in range(2):  # three were admitted before
+        await take(two, timeout=0.5)
+    with pytest.raises(AcquireTimeout):
+        await two.acquire(timeout=0.5)
+    assert two.limits == one.limits
+    assert told == ["5 requests per 60 s", "concurrency 5"]
+
+
+async def test_limit_dropped_by_another_limiter_no_longer_applies(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (one,) = memory.limiters(1, "100 RPM burst 100", "10 TPM", concurrency=2)
+    await take(one)
+    (two,) = memory.limiters(1, "100 RPM burst 100")
+    for limiter in (two, one):
+        await take(limiter)
+    assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
+    assert one.concurrency is None
+    await take(one, tokens=11)
+    one.reconfigure("50 RPM burst 50")
+    await asyncio.sleep(0.1)
+    await take(two, tokens=11)
+    assert one.limits == two.limits == (Limit("requests", 50, burst=50),)
+
+
+def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next() -> None:
+    updates, (one, two) = PendingUpdates(), [terms(f"{number} RPM") for number in (1, 2)]
+    updates.config = one
+    updates.pause(5, gradually=True)
+    batch, heard = updates.batch((), now=1, horizon=0)
+    assert (batch.config, batch.pause, batch.gradually) == (one, 4, True)
+    updates.config = two
+    updates.pause(4, gradually=False)  # ends earlier
+    heard()
+    batch, heard = updates.batch((), now=2, horizon=0)
+    assert (batch.config, batch.pause) == (two, 0)
+    heard()
+    assert not updates
+
+
+async def test_remaining_headers_count_only_for_limits_of_a_child(
+    virtual_time: VirtualTime,
+) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, "600 RPM burst 600")
+    child = limiter.child("chat", "300 RPM burst 300")
+    await take(child)
+    left, limit = (b"x-ratelimit-remaining-requests", b"0"), b"x-ratelimit-limit-requests"
+    HeaderReader(limiter).read([left, (limit, b"600")], OPENAI, since=limiter.now())
+    assert limiter.explain().bound_by is None
+    assert child.explain().bound_by is None
+    assert limiter.statistics().limits[0].available == 599
+    assert not limiter._node.extra, "worked out for nothing"
+    HeaderReader(child).read([left, (limit, b"300")], OPENAI, since=limiter.now())
+    assert child.explain().bound_by == "requests"
+    assert limiter.explain().bound_by is None
+
+
+async def test_explanation_uses_last_answer_of_store(virtual_time: VirtualTime) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(
+        1, "9 RPM burst 9", "1000 TPM", concurrency=2
+    )
+    lease = await limiter.acquire(tokens=900)
+    assert str(limiter.explain(tokens=100)).startswith("a call would pass at once; ")
+    short = limiter.explain(tokens=101)
+    assert (short.wait, short.bound_by) == (None, "tokens")
+    assert str(short).startswith("a call would wait: tokens bind; requests allow 9 such calls")
+    other = await limiter.acquire(tokens=1)
+    assert "concurrency 2/2" in repr(limiter)
+    assert "would wait until a slot is given back" in str(limiter.explain(tokens=1))
+    call = asyncio.create_task(take(limiter, tokens=200))
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert (held.wait, held.bound_by) == (None, "concurrency")
+    other.release()
+    await asyncio.sleep(0.1)
+    held = limiter.explain(tokens=1)
+    assert held.bound_by == "tokens"
+    assert 59 < (held.wait or 0) < 61
+    await stop(call)
+    lease.release()
+
+
+async def test_child_limits_hold_when_calls_leave_the_store_line(virtual_time: VirtualTime) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, "100 tokens/s")
+    await take(limiter, tokens=100)
+    child = limiter.child("child", "10 requests/s burst 2")
+    trace = child.trace(last=12)
+    await asyncio.gather(*(take(child, tokens=1) for _ in range(12)))
+    left = trace.amounts("requests")
+    assert_never_over(left, "10 requests/s burst 2")
+    assert left[-1][0] - left[0][0] < 1_100_000_000, "left idle"
+
+
+async def test_last_settlement_determines_what_a_call_used(virtual_time: VirtualTime) -> None:
+    limits = ("100 tokens/minute", "9 images/minute")
+    (limiter,) = MemoryStore(virtual_time.clock).limiters(1, *limits)
+
+    async def available(*left: int) -> None:
+        await asyncio.sleep(0.1)  # the store is told by and by
+        assert tuple(use.available for use in limiter.statistics().limits) == left
+
+    lease: Any = await limiter.acquire(tokens=10)
+    lease.settle(tokens=130, images=4)
+    await available(-30, 5)
+    lease.settle(tokens=20)
+    lease.settle(tokens=40, images=1)
+    await available(60, 8)
+    lease.settle(tokens=5)
+    await available(95, 8)
+    lease._undo()
+    await available(100, 9)
+
+
+async def test_pools_of_several_processes_share_the_members_in_a_store(
+    virtual_time: VirtualTime,
+) -> None:
+    """Two pools with members of the same names: the sum of the limits is used, and none is exceeded."""
+    memory, rates = MemoryStore(virtual_time.clock), {"a": 30, "b": 60}
+    took: dict[str, list[tuple[float, int]]] = {name: [] for name in rates}
+
+    async def call(pool: Pool) -> None:
+        async with pool.acquire() as lease:
+            took[lease.limiter.name].append((virtual_time.now, 1))
+
+    pools: list[Pool] = []
+    for _ in range(2):
+        limits = [(f"{rate} requests/s burst {rate // 10}", name) for name, rate in rates.items()]
+        members = [memory.limiters(1, limit, name=name)[0] for limit, name in limits]
+        pools.append(Pool(*members))
+    await asyncio.gather(*(call(pool) for pool in pools for _ in range(90)))
+    assert virtual_time.now < 1.1 * (180 - 9) / 90
+    for name, rate in rates.items():
+        assert len(took[name]) == pytest.approx(180 * rate / 90, rel=0.1)
+        assert_never_over(took[name], Limit("requests", rate, per=1, burst=rate // 10 + 1))
+    for pool in pools:
+        assert (pool.statistics().waiting, pool.statistics().in_flight) == (0, 0)
+
+
+async def test_call_held_up_by_a_store_goes_to_another_member(virtual_time: VirtualTime) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    members = [memory.limiters(1, "3 requests/h burst 3", name=name)[0] for name in "ab"]
+    pool = Pool(*members, prefer="first")
+    leases = await asyncio.gather(*(pool.acquire() for _ in range(6)))
+    assert sorted(lease.limiter.name for lease in leases) == [*"aaabbb"]
+    waiting, memory.trips = asyncio.ensure_future(pool.acquire()), 0
+    await asyncio.sleep(10)
+    assert memory.trips < 50, "it goes from one to the other again and again"
+    await stop(waiting)
+    for lease in leases:
+        lease.release()
+    assert [each.statistics().in_flight for each in (pool, *members)] == [0, 0, 0]
