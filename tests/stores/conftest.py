@@ -134,11 +134,12 @@ def wait_for_port(process: "subprocess.Popen[bytes]", port: int, *, tls: bool) -
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 if tls:
                     return
-                probe.sendall(b"INFO server\r\n")
-                told = probe.recv(4096).decode()
-                if "process_id:" in told and f"process_id:{process.pid}\r" not in told:
-                    raise ConnectionRefusedError  # another server was faster
-                if not told.startswith("-LOADING"):
+                probe.sendall(b"PING\r\n")
+                if not probe.recv(100).startswith(b"-LOADING"):
+                    probe.sendall(b"INFO server\r\n")
+                    told = probe.recv(4096)
+                    if b"process_id:" in told and b"process_id:%d\r" % process.pid not in told:
+                        raise ConnectionRefusedError  # another server was faster
                     return
         time.sleep(0.01)
     raise TimeoutError(f"nobody listens on port {port} after 20 s")

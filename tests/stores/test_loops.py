@@ -148,18 +148,20 @@ def test_session_ends_with_its_limiter_though_nobody_closed_it(where: str) -> No
 
 def test_blocked_loop_keeps_its_slots_and_gives_other_loops_no_cause_to_wait(where: str) -> None:
     limiter = Limiter(
-        "1000 RPM burst 1000", concurrency=2, store=where, slot_ttl=0.2, name="openai"
+        "1000 RPM burst 1000", concurrency=2, store=where, slot_ttl=0.5, name="openai"
     )
+    is_seen = threading.Event()
 
     async def block() -> None:
         async with limiter.acquire():
-            time.sleep(0.8)  # noqa: ASYNC251 - four times the time to live
+            is_seen.wait(20)
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
         blocked = threads.submit(asyncio.run, block())
-        time.sleep(0.5)
+        time.sleep(1.2)  # more than twice the time to live
         assert asyncio.run(peek_at(open_store(where))).slots == 1
-        limiter.acquire_sync(timeout=0.2).release()
+        limiter.acquire_sync(timeout=5).release()
+        is_seen.set()
         blocked.result()
     asyncio.run(limiter.aclose())
 

@@ -2,71 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
-from asyncbucket.stores import Batch, Correction, LimitConfig, Receipt
+from asyncbucket import AcquireTimeout, Limit, Limiter
+from asyncbucket.stores import Correction, LimitConfig
 from asyncbucket.stores.outage import Record
-from asyncbucket.stores.sqlite.state import State
-from asyncbucket.testing import VirtualClock, VirtualTime, assert_never_over
-
-LIFE = 30_000_000_000
-
-
-class MemoryStore:
-    """A store in memory that several limiters share, and that may be gone."""
-
-    url = "memory"
-
-    def __init__(self, clock: VirtualClock) -> None:
-        self.clock = clock
-        self.state = State(LimitConfig())
-        self.gone = False
-        #: How long an answer takes (s).
-        self.delay = 0.0
-
-    def check(self, config: LimitConfig) -> None:
-        """Accept all limits."""
-
-    async def open(
-        self, name: str, config: LimitConfig, *, worker: str, **_: Any
-    ) -> "MemoryLedger":
-        ledger = MemoryLedger(self, name, worker)
-        await ledger.commit(Batch(config=config))
-        return ledger
-
-    async def aclose(self) -> None:
-        """Leave it open."""
-
-
-@dataclass
-class MemoryLedger:
-    """A ledger of a `MemoryStore`."""
-
-    place: MemoryStore
-    name: str
-    worker: str
-
-    @property
-    def config(self) -> LimitConfig:
-        return self.place.state.config
-
-    async def commit(self, batch: Batch) -> Receipt:
-        await asyncio.sleep(self.place.delay)
-        if self.place.gone:
-            raise StoreError("the store is gone")
-        return self.place.state.apply(self.worker, batch, self.place.clock(), life=LIFE)
-
-    async def changed(self, *, timeout: float) -> bool:
-        await asyncio.sleep(min(timeout, 0.005))
-        place = self.place.state.place_of(self.worker)
-        return place is None or place.due <= self.place.clock()
-
-    async def aclose(self) -> None:
-        self.place.state.leave(self.worker, self.place.clock())
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.stores.memory import MemoryStore
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])
@@ -74,10 +18,9 @@ async def test_limiters_returning_after_outage_together_keep_the_limit(
     virtual_time: VirtualTime, late: float
 ) -> None:
     admitted: list[tuple[float, int]] = []
-
     store = MemoryStore(virtual_time.clock)
     limit = "100 requests/10s burst 100"
-    both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
+    both = store.limiters(2, limit)
 
     async def agent(limiter: Limiter, start: float) -> None:
         await asyncio.sleep(start)
@@ -104,12 +47,8 @@ async def test_limiters_returning_after_outage_together_keep_the_limit(
 async def test_slots_taken_while_store_returns_are_reported_to_it(
     virtual_time: VirtualTime,
 ) -> None:
-
     store = MemoryStore(virtual_time.clock)
-    one, two = (
-        Limiter("1000/s burst 1000", concurrency=2, store=store, clock=virtual_time.clock)
-        for _ in range(2)
-    )
+    one, two = store.limiters(2, "1000/s burst 1000", concurrency=2)
     (await one.acquire()).release()
     await asyncio.sleep(22)
     store.gone = True
@@ -117,7 +56,7 @@ async def test_slots_taken_while_store_returns_are_reported_to_it(
     store.gone, store.delay = False, 0.02
     await asyncio.sleep(0.11)  # the first heartbeat is under way
     leases.append(await one.acquire())
-    store.delay = 0.0
+    store.delay = 0.001
     await asyncio.sleep(0.02)
     with pytest.raises(AcquireTimeout):
         await two.acquire(timeout=0.05)
@@ -131,9 +70,8 @@ async def test_slots_taken_while_store_returns_are_reported_to_it(
 async def test_open_outage_policy_admits_all_and_closed_admits_none(
     virtual_time: VirtualTime, policy: Any, passing: int
 ) -> None:
-
     store = MemoryStore(virtual_time.clock)
-    limiter = Limiter("10/minute burst 2", store=store, clock=virtual_time.clock, on_outage=policy)
+    (limiter,) = store.limiters(1, "10/minute burst 2", on_outage=policy)
     (await limiter.acquire()).release()
     store.gone = True
     calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
@@ -146,7 +84,7 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
         each.cancel()
     store.gone = False
     await asyncio.sleep(3)
-    assert store.state.peek(virtual_time.clock()).limits[0].used == 1 + passing
+    assert (await store.peek()).limits[0].used == 1 + passing
     await limiter.aclose()
 
 
@@ -155,9 +93,8 @@ async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
     virtual_time: VirtualTime, limit: str
 ) -> None:
     admitted: list[tuple[float, int]] = []
-
     store = MemoryStore(virtual_time.clock)
-    both = [Limiter(limit, store=store, clock=virtual_time.clock) for _ in range(2)]
+    both = store.limiters(2, limit)
 
     async def agent(limiter: Limiter) -> None:
         while True:

@@ -4,11 +4,10 @@ import asyncio
 import json
 import logging
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
@@ -44,7 +43,7 @@ async def main():
     (await limiter.acquire(tokens=1)).release()
     print("ready", flush=True)
     sys.stdin.readline()
-    went, end = [], time.monotonic() + 5
+    went, end = [], time.monotonic() + 3
 
     async def agent():
         while time.monotonic() < end:
@@ -122,19 +121,14 @@ async def call_once(limiter: Limiter) -> None:
         pass
 
 
-def scripts_run(redis_sync: Any) -> int:
-    return int(redis_sync.info("commandstats")["cmdstat_evalsha"]["calls"])
-
-
-def test_processes_share_one_limit_in_equal_parts(
-    where: str, redis_sync: Any, start: "Callable[[str, str], subprocess.Popen[str]]"
+def test_processes_share_one_limit(
+    where: str, start: "Callable[[str, str], subprocess.Popen[str]]"
 ) -> None:
-    is_file = where.startswith("sqlite")
-    processes = [start(AGENTS, where) for _ in range(3 if is_file else 4)]
+    """How well is another promise, on virtual time: see `test_session`."""
+    processes = [start(AGENTS, where) for _ in range(3)]
     for each in processes:
         assert each.stdout is not None
         assert each.stdout.readline() == "ready\n"
-    redis_sync.config_resetstat()
     for each in processes:
         assert each.stdin is not None
         each.stdin.write("go\n")
@@ -144,14 +138,8 @@ def test_processes_share_one_limit_in_equal_parts(
     assert not any(lost for _, lost in reports)
     every = sorted(when for each in went for when in each if when)  # 0 in an outage
     assert_never_over([(when, 1) for when in every], Limit("requests", 200, per=2, burst=20))
-    until = every[0] + 4_000_000_000
-    used = sum(when < until for when in every) - 20
-    # It is 97 % and more on a machine with two free cores; less where they are shared.
-    assert used >= 0.9 * 400, f"{used / 4:.1f} % used"
     shares = [len(each) for each in went]
-    assert max(shares) - min(shares) <= 0.25 * max(shares), shares  # blocked 1/7 of the time
-    if not is_file:
-        assert scripts_run(redis_sync) <= len(every)
+    assert min(shares) > 0.5 * max(shares), f"{shares}: a machine that is busy may spoil some"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -189,13 +177,9 @@ async def test_lost_store_is_an_outage_and_hangs_no_call(
     await call_once(limiter)
     with caplog.at_level(logging.WARNING, "asyncbucket"):
         fault.begin()
-        took: list[float] = []
         for _ in range(4):
-            began = time.perf_counter()
             await call_once(limiter)
-            took.append(time.perf_counter() - began)
-        assert max(took) < 1.0
-        assert min(took[1:]) < 0.3  # a busy machine may spoil one
+        assert any(isinstance(event, StoreLost) for event in events), "the store is still gone"
         fault.end()
         await asyncio.wait_for(back.wait(), 5)
     await asyncio.sleep(0.1)
@@ -215,10 +199,8 @@ async def test_corrections_of_a_failed_batch_are_applied_once(fault: "Fault") ->
     fault.begin()
     for held, booking in zip((3, 2, 1), bookings, strict=False):
         undone = Correction.undo(CALL, booking.start)
-        began = time.perf_counter()
         with pytest.raises(StoreError):
             await ledger.commit(Batch(corrections=(undone,), held=held, calls=(CALL,)))
-        assert time.perf_counter() - began < 1.0
     fault.end()
     await ledger.commit(Batch())
     for _ in range(2):
@@ -239,16 +221,15 @@ async def test_slots_of_killed_process_come_back_after_slot_ttl(
     process = start(HOLDING, where)
     assert process.stdout is not None
     assert process.stdout.readline() == "holding\n"
-    held = time.perf_counter()
     process.kill()
     store = open_store(where)
     ledger = await store.open("killed", terms("1000/s", concurrency=4), slot_ttl=1.0)
     receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
+    assert receipt.ask_at < receipt.now + 1_000_000_000
     while receipt.bookings[0].outcome is Outcome.FULL:
         await ledger.changed(timeout=(receipt.ask_at - receipt.now) * 1e-9)
         receipt = await ledger.commit(Batch(calls=(CALL,) * 4))
     assert outcomes(receipt) == ["booked"] * 4
-    assert 0.9 < time.perf_counter() - held < 2.0
     await ledger.aclose()
     await store.aclose()
 
@@ -318,8 +299,11 @@ async def test_unreachable_server_fails_first_call_with_store_error(limited: Lim
 
 
 async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
-    start_server: "Callable[..., RunningServer]", limited: Limiters
+    start_server: "Callable[..., RunningServer]",
+    limited: Limiters,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("asyncbucket.stores.store.OPEN_PATIENCE", 1.0)
     server = start_server()
     server.freeze()
     limiter = limited(server.url, "100 RPM burst 100")
@@ -327,7 +311,7 @@ async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
     async with asyncio.timeout(10):
         ended = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in ended} == {StoreError}
-        assert "gave no answer within 5 s" in str(ended[0]), "longer than later, to connect"
+        assert "gave no answer within 1 s" in str(ended[0]), "longer than later, to connect"
         server.thaw()
         await call_once(limiter)
 
@@ -345,39 +329,3 @@ async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
         time.sleep(0.6)  # noqa: ASYNC251 - three times the store's patience
         await call
     assert not lost
-
-
-@pytest.mark.parametrize("concurrency", [None, 30])
-async def test_fifty_waiters_cost_at_most_one_round_trip_per_call(
-    url: str, redis_sync: Any, limited: Limiters, concurrency: int | None
-) -> None:
-    limiter = limited(url, "100/s burst 10", concurrency=concurrency)
-
-    async def agent() -> None:
-        for _ in range(3):
-            async with limiter.acquire():
-                await asyncio.sleep(0.01)
-
-    await call_once(limiter)
-    redis_sync.config_resetstat()
-    await asyncio.gather(*(agent() for _ in range(50)))
-    assert scripts_run(redis_sync) <= 150
-
-
-async def test_processes_short_of_slots_cost_at_most_one_and_a_half_round_trips_per_call(
-    url: str, redis_sync: Any, limited: Limiters
-) -> None:
-    limiters = [limited(url, "1000/s burst 1000", concurrency=50) for _ in range(4)]
-    end, went = time.monotonic() + 4, [0] * 4
-
-    async def agent(number: int) -> None:
-        while time.monotonic() < end:
-            async with limiters[number].acquire():
-                went[number] += 1
-                await asyncio.sleep(random.uniform(0.15, 0.45))
-
-    redis_sync.config_resetstat()
-    await asyncio.gather(*(agent(number) for number in range(4) for _ in range(25)))
-    assert sum(went) >= 500
-    assert max(went) - min(went) <= 0.25 * max(went), went
-    assert scripts_run(redis_sync) <= 1.5 * sum(went)

@@ -65,24 +65,6 @@ async def test_store_time_goes_on_when_server_clock_is_set_back(
     await ledger.aclose()
 
 
-async def test_heartbeat_reports_what_is_left_while_idle(
-    store: RedisStore, clock: Callable[[int], None]
-) -> None:
-    clock(START)
-    limit = Limit("requests", 10, per=10, burst=10)
-    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
-    call = {"requests": 1}
-    await ledger.commit(Batch(calls=(call,) * 2))
-    clock(START + 5 * SECOND)
-    await ledger.commit(Batch(calls=(call,) * 4))
-    left = []
-    for seconds in (5, 10, 11, 15, 16):
-        clock(START + seconds * SECOND)
-        left.append((await ledger.commit(Batch(calls=None))).left)
-    assert left == [(4,), (4,), (6,), (6,), (10,)]
-    await ledger.aclose()
-
-
 async def test_bucket_that_is_never_full_remembers_a_bounded_number_of_bookings(
     store: RedisStore, redis: Any, clock: Callable[[int], None]
 ) -> None:
