@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.events import StoreLost, StoreRecovered
 from asyncbucket.core.meters import NEVER, Amounts, Bucket, Window
-from asyncbucket.core.wording import in_seconds
+from asyncbucket.core.wording import counted, in_seconds
 from asyncbucket.stores.store import SLOT, Booking, Correction, LimitConfig, Receipt
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class StoreHealth:
             "the store of limiter %s is back after %s; admitted without it: %s",
             place.name,
             in_seconds(seconds),
-            ", ".join(f"{units:,} {name}" for name, units in admitted.items()) or "nothing",
+            ", ".join(counted(units, name) for name, units in admitted.items()) or "nothing",
         )
         place.emit(StoreRecovered(limiter=place.name, at=now * 1e-9, seconds=seconds))
         return Correction(start=0, booked={}, used=dict(admitted)) if admitted else None

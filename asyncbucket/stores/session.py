@@ -240,6 +240,7 @@ class Session:
         """Tell whether to leave the store; tell those who close the limiter when it knows all."""
         assert self._health is not None
         if not self._is_closing:
+            self._answer_closers()  # a call that came since has opened it again
             return False
         with self._place.lock():
             loops = [waiter.seat.loop for waiter in self._place.calls]

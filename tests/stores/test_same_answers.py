@@ -111,4 +111,4 @@ class OnServer(History):
 def test_stores_give_the_same_answers(
     url: str, redis_sync: Any, server_clock: Any, seed: int
 ) -> None:
-    asyncio.run(OnServer(url, redis_sync, server_clock, seed).play(220))
+    asyncio.run(OnServer(url, redis_sync, server_clock, seed).play(260))

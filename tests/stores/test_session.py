@@ -188,6 +188,17 @@ async def test_closing_fails_waiting_calls_with_store_error(virtual_time: Virtua
     assert (seen.limits[0].used, seen.workers) == (1 + len(calls) - len(told), 0)
 
 
+async def test_call_that_comes_while_a_limiter_closes_lets_closing_end(
+    virtual_time: VirtualTime,
+) -> None:
+    (limiter,) = MemoryStore(virtual_time.clock, delay=1).limiters(1, "10 RPM")
+    (await limiter.acquire()).release()
+    closing = asyncio.ensure_future(limiter.aclose())
+    await asyncio.sleep(0.5)
+    (await limiter.acquire()).release()
+    await asyncio.wait_for(closing, 10)
+
+
 async def test_refunds_and_slots_released_after_closing_reach_store(
     virtual_time: VirtualTime,
 ) -> None:

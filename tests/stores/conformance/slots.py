@@ -139,6 +139,36 @@ class Slots(Suite):
         assert max(got) - min(got) <= 2, got
 
     @scenario
+    async def test_slot_given_back_goes_to_another_that_has_waited(self, place: Place) -> None:
+        busy, waiting, _ = await _holding(place, 2, 1, 1, concurrency=4)
+        await _no_slot(waiting)
+        await asyncio.sleep(0.03)
+        receipt = await busy.commit(Batch(held=1, calls=(_CALL,)))
+        assert receipt.bookings[0].outcome is Outcome.FULL
+        await _slots(waiting, 1)
+
+    @scenario
+    async def test_worker_takes_back_what_it_gave_and_keeps_its_place(self, place: Place) -> None:
+        first, busy, last, other = await _holding(place, 100, 100, 100, 101, concurrency=401)
+        await _no_slot(first, busy, last)
+        await other.commit(Batch(held=100, calls=None))
+        receipt = await busy.commit(Batch(held=99, calls=(_CALL, _CALL)))
+        assert outcomes(receipt) == ["booked", "full"]
+        await _slots(first, 1)
+        await busy.commit(Batch(held=99, calls=None))
+        await _no_slot(last)
+        await _slots(busy, 1)
+
+    @scenario
+    async def test_worker_that_reaches_its_share_comes_after_those_before_it_in_line(
+        self, place: Place
+    ) -> None:
+        holder, first, second = await _holding(place, 3, 2, 1, concurrency=6)
+        await _no_slot(first, second)
+        await holder.commit(Batch(held=1, calls=None))
+        assert outcomes(await second.commit(batch(_CALL, _CALL))) == ["booked", "full"]
+
+    @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
         holder, dead, living = await _holding(place, 1, 0, 0)
         await _no_slot(dead, living)
