@@ -156,15 +156,8 @@ def server_program() -> str:
 
 
 @pytest.fixture
-def start_server(
-    server_program: str, tmp_path: Path, patient: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., RunningServer]]:
-    """Start servers with the given options, and stop all of them at the end.
-
-    They may be frozen or killed, so replies are waited for as long as users wait.
-    """
-    assert patient is None
-    monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 0.2)
+def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers with the given options, and stop all of them at the end."""
     running: list[RunningServer] = []
     assert server_program
 
@@ -204,8 +197,12 @@ class Fault:
 
 
 @pytest.fixture(params=["freeze", "kill", "lock"])
-def fault(request: pytest.FixtureRequest, path: Path) -> Iterator[Fault]:
-    """Return a server that freezes or is killed, or a file whose lock is held."""
+def fault(
+    request: pytest.FixtureRequest, path: Path, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Fault]:
+    """Return a server that freezes or is killed, or a file whose lock is held, with users' patience."""
+    assert patient is None
+    monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 0.2)
     if request.param == "lock":
         with contextlib.closing(
             sqlite3.connect(path, isolation_level=None, check_same_thread=False)

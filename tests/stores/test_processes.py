@@ -242,7 +242,8 @@ async def main():
     limiter = Limiter("0.10 USD/day", store=sys.argv[1], name="money")
     leases = await asyncio.gather(*(limiter.acquire(usd=0.03) for _ in range(3)))
     leases[0].settle(usd=0.01)
-    await asyncio.sleep(0.3)  # until the store has heard of it
+    while limiter.statistics().limits[0].used != 70_000:  # until the store has heard of it
+        await asyncio.sleep(0.01)
     print("spending", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -304,6 +305,7 @@ async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("asyncbucket.stores.store.OPEN_PATIENCE", 1.0)
+    monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 0.2)
     server = start_server()
     server.freeze()
     limiter = limited(server.url, "100 RPM burst 100")

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -306,34 +306,21 @@ asyncio.run(main())
 )
 
 
-def start(script: str, path: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def end(process: "subprocess.Popen[str]") -> None:
-    with process:
-        process.kill()
-
-
-async def test_process_killed_at_any_instant_loses_no_reported_booking(path: Path) -> None:
+async def test_process_killed_at_any_instant_loses_no_reported_booking(
+    path: Path, start: "Callable[[str, str], subprocess.Popen[str]]"
+) -> None:
     told = 0
     config = LimitConfig(
         limits=(Limit("requests", 10**6, per=86_400, burst=10**6),), concurrency=10**6
     )
     async with opened(path, config, slot_ttl=1.5) as ledger:
-        for round_ in range(10):
-            process = start(BUSY, path)
+        for round_ in range(6):
+            process = start(BUSY, str(path))
             assert process.stdout is not None
             told += int(process.stdout.readline())
-            await asyncio.sleep(0.003 * round_)
+            await asyncio.sleep(0.005 * round_)
             process.send_signal(signal.SIGKILL)
             told += sum(int(line) for line in process.stdout if line.endswith("\n"))
-            end(process)
             booked = (await ledger.peek()).limits[0].used
             assert told <= booked <= told + 3
             told = booked
