@@ -330,7 +330,8 @@ async def test_process_killed_at_any_instant_loses_no_reported_booking(
 
 def test_unclosed_store_does_not_keep_process_alive(path: Path) -> None:
     done = python("-X", "dev", "-c", UNCLOSED, str(path), check=True, timeout=30)
-    assert done.stderr == ""
+    slow = "Executing <"  # what a busy machine has asyncio say
+    assert [line for line in done.stderr.splitlines() if not line.startswith(slow)] == []
 
 
 @pytest.mark.parametrize(
