@@ -103,6 +103,33 @@ class Statistics:
     #: The agents that call this limiter itself; None if there were none.
     agents: AgentStatistics | None = None
 
+    def __str__(self) -> str:
+        uses = (
+            f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits
+        )
+        return f"{self.name}: {'; '.join([', '.join(self._facts()), *uses])}"
+
+    def _facts(self) -> list[str]:
+        """Return what there is to say besides the limits, in words."""
+        waits = ", ".join(
+            f"{each.count:,} for {name} ({each.seconds:,.1f} s)"
+            for name, each in self.waits.items()
+        )
+        most = "" if self.concurrency is None else f" of {self.concurrency:,}"
+        bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
+        binds = f" ({with_verb(str(self.bound_by), 'bind')})" if bound else ""
+        facts = [
+            f"{self.admitted:,} admitted",
+            f"{self.waiting:,} waiting{binds}",
+            f"{self.in_flight:,}{most} in flight",
+            f"{self.refused:,} refused",
+            f"{self.cancelled:,} cancelled",
+            f"{self.upstream_429:,} upstream 429s",
+            f"paused for {in_seconds(self.paused)} more" if self.paused else "",
+            f"waited so far: {waits}" if waits else "",
+        ]
+        return list(filter(None, facts))
+
     def _repr_html_(self) -> str:
         """Show it as a table in a notebook."""
         from html import escape  # needed only in notebooks
@@ -114,24 +141,7 @@ class Statistics:
             f"{written(use.available, use.limit.resource)} available</td></tr>"
             for use in self.limits
         )
-        waits = ", ".join(
-            f"{each.count:,} for {escape(name)} ({each.seconds:,.1f} s)"
-            for name, each in self.waits.items()
-        )
-        most = "" if self.concurrency is None else f" of {self.concurrency:,}"
-        bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
-        binds = f" ({escape(with_verb(str(self.bound_by), 'bind'))})" if bound else ""
-        phrases = [
-            f"{self.admitted:,} admitted",
-            f"{self.waiting:,} waiting{binds}",
-            f"{self.in_flight:,}{most} in flight",
-            f"{self.refused:,} refused",
-            f"{self.cancelled:,} cancelled",
-            f"{self.upstream_429:,} upstream 429s",
-            f"paused for {in_seconds(self.paused)} more" if self.paused else "",
-            f"waited so far: {waits}" if waits else "",
-        ]
-        facts = " · ".join(filter(None, phrases))
+        facts = escape(" · ".join(self._facts()))
         return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"
 
 

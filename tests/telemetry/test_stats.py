@@ -150,6 +150,10 @@ async def test_notebook_shows_statistics_with_escaped_html(virtual_time: Virtual
         assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
         assert "600 requests per 60 s" in html
         assert "paused" not in html
+        assert str(limiter.statistics()) == (
+            "<b>: 1 admitted, 1 waiting (concurrency binds), 1 of 1 in flight, 0 refused, 0 cancelled, "
+            "0 upstream 429s; 1 of 600 requests per 60 s used"
+        )
         limiter.pause(9)
     await asyncio.sleep(1)
     html = limiter._repr_html_()
