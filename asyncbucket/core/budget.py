@@ -300,20 +300,31 @@ class BudgetLease(Lease):
                 count_refusal(self._node, self._amounts, error)
             raise
 
-    async def _ask(self, *, reserve: bool, blocking: bool) -> None:
+    async def reserve_more(self, more: Amounts, *, blocking: bool) -> None:
+        """Reserve at all budgets for a further request of the same call.
+
+        Raises:
+            BudgetExceeded: one cannot pay for it; nothing is reserved.
+        """
+        await self._ask(reserve=True, blocking=blocking, more=more)
+
+    async def _ask(self, *, reserve: bool, blocking: bool, more: Amounts | None = None) -> None:
         """Have caps raised until no budget is exceeded.
 
         Raises:
             BudgetExceeded: one is, and was not raised.
         """
-        while (error := self._look(reserve=reserve)) is not None:
+        while (error := self._look(reserve=reserve, more=more)) is not None:
             asked: Budget = error.budget
             if not await asked.is_raised(error, blocking=blocking):
                 raise error
 
-    def _look(self, *, reserve: bool) -> BudgetExceeded | None:
-        """Reserve at all budgets or at none; return the error of one that refuses."""
-        amounts = self._used_tokens(self._amounts)
+    def _look(self, *, reserve: bool, more: Amounts | None = None) -> BudgetExceeded | None:
+        """Reserve at all budgets or at none; return the error of one that refuses.
+
+        What is reserved is ``more`` than before, or else what the call may cost.
+        """
+        amounts = self._used_tokens(self._amounts) if more is None else more
         for number, each in enumerate(self._budgets):
             error = each.look(amounts, reserve=reserve)
             if error is not None:
@@ -321,7 +332,8 @@ class BudgetLease(Lease):
                     earlier.change("reserved", amounts, _NOTHING)
                 return error
         if reserve:
-            self._held = amounts
+            held = self._held
+            self._held = {**held, **{name: held.get(name, 0) + amounts[name] for name in amounts}}
         return None
 
     def _hold(self, amounts: Amounts, *, side: _Side = "reserved") -> None:

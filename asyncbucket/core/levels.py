@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from asyncbucket.core.budget import BudgetLease
 from asyncbucket.core.context import inherited, nanoseconds
+from asyncbucket.core.cost import rounded_up
 from asyncbucket.core.doors import find_headroom
 from asyncbucket.core.events import Event
 from asyncbucket.core.lease import Lease
@@ -132,6 +134,17 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
 def sent(lease: Lease) -> None:
     """Date the cost of a call to now, because it leaves only now; see `Lease`."""
     lease._sent()
+
+
+async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: bool) -> None:
+    """Have the budgets around an admitted call pay for a further request of it.
+
+    Raises:
+        BudgetExceeded: one cannot, so the request must not be sent.
+    """
+    if isinstance(lease, BudgetLease):
+        amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
+        await lease.reserve_more(amounts, blocking=blocking)
 
 
 def undo(lease: Lease) -> None:

@@ -129,7 +129,7 @@ def _reporting_class(cls: Any) -> type[Any]:
         await io.call(cls._prepare_request, self, request)
         held = innermost_held_lease()
         if isinstance(held, HeldCall):
-            held.request_prepared()
+            await held.request_prepared(io)
             trace = io.function(_tracer(held, request.url.host))
             request.extensions = {"trace": trace, **request.extensions}
 
@@ -152,7 +152,7 @@ def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:
     held = innermost_held_lease()
     if isinstance(held, HeldCall):
         if not arguments.get("stream"):
-            held.usages.append(usage_of(reply))
+            held.note_usage(usage_of(reply))
         elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
             held.note_stream(reply)
             reply._iterator = _Items(reply._iterator, held)  # noqa: SLF001 - all that its iterators read

@@ -28,10 +28,11 @@ from asyncbucket.core.levels import (
     effective_limiter,
     limits_by_way,
     provider_of,
+    reserve_more,
     sent,
 )
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import Pool, PoolLease
+from asyncbucket.core.pool import PoolLease
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
@@ -41,7 +42,7 @@ from asyncbucket.providers.prices import model_of, price_here, within_limits
 from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry, Sent
-from asyncbucket.waiting import ASYNC, IO
+from asyncbucket.waiting import ASYNC, IO, SYNC
 
 if TYPE_CHECKING:
     from asyncbucket.providers.prices import Price
@@ -83,7 +84,7 @@ class ModelCall:
     kwargs: Mapping[str, Any]
     #: What it is sent with besides, if the provider takes it.
     options: Mapping[str, Any] = field(default_factory=dict)
-    sent: Sent = field(default_factory=Sent)
+    sent: Sent | None = None
     #: The member of a pool that has taken it.
     member: Limiter | None = None
 
@@ -103,37 +104,36 @@ class ModelCall:
 
 
 class HeldCall(HeldLease):
-    """Note that a model's call runs in this context, and what its requests show."""
+    """Note that a model's call runs in this context, and what its requests show.
 
-    __slots__ = (
-        "_header_reader",
-        "_methods",
-        "_paid_requests",
-        "_requests",
-        "_sent_at",
-        "_stream",
-        "hides_usage",
-        "price",
-        "profile",
-        "usages",
-    )
+    Args:
+        limiter: the limiter that was asked.
+        lease: the lease that pays.
+        provider: the limiter that has the provider's limits: in a pool, the member.
+        price: what the model costs; None if nothing counts dollars.
+        usd: what was reserved for the first request.
+    """
 
     def __init__(
         self,
         limiter: Limiter,
         lease: Lease,
-        header_reader: HeaderReader,
+        *,
+        provider: Limiter,
         price: "Price | None" = None,
+        usd: float = 0.0,
     ) -> None:
         super().__init__(limiter, lease)
-        self._header_reader = header_reader
-        #: What the model costs; None if nothing counts dollars.
         self.price = price
+        self._provider = provider
+        self._usd = usd
+        #: What the requests so far cost at most, or cost if that is known.
+        self._due = 0.0
         #: Methods of models that were called inside, by which the call may make more requests.
         self._methods = 0
         #: Requests that were seen to leave, and requests that the lease pays for.
         self._requests = 0
-        self._paid_requests = 1
+        self._paid_requests = 0
         self._sent_at: float | None = None
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
@@ -144,26 +144,47 @@ class HeldCall(HeldLease):
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: Profile | None = None
 
-    async def call_inside(self, call: ModelCall) -> Any:
-        """Call a method inside: each but the first adds a request; those in it are part of it."""
+    async def call_inside(self, call: ModelCall, usd: float) -> Any:
+        """Call a method inside: each but the first adds a request; those in it are part of it.
+
+        Args:
+            call: the call of the method.
+            usd: what it costs at most.
+
+        Raises:
+            BudgetExceeded: a budget cannot pay for a further request.
+        """
         self._methods += 1
-        self._pay_for(self._methods)
+        await self._pay_for(self._methods, usd, call.io)
         token = _INSIDE.set(self)
         try:
             reply = await call.send()
         finally:
             put_back(_INSIDE, token)
+        usage = call.method.read(reply)
+        if self.price is not None and usage is not None:
+            self._due += self.price.of(usage) - usd
         if not self._requests:  # otherwise the SDK's replies say it
-            self.usages.append(call.method.read(reply))
+            self.usages.append(usage)
         return reply
 
-    def request_prepared(self) -> None:
-        """Count a request that is about to leave, and date the booking to now."""
+    async def request_prepared(self, io: IO) -> None:
+        """Count a request that is about to leave, and date the booking to now.
+
+        Raises:
+            BudgetExceeded: it is not the first, and a budget cannot pay for it.
+        """
         lease = self.lease
         if lease is not None:
             self._requests += 1
-            self._pay_for(self._requests)  # one call of the model may send several requests
+            await self._pay_for(self._requests, self._usd, io)
             sent(lease)
+
+    def note_usage(self, usage: Usage | None) -> None:
+        """Note what one of the SDK's replies says was used."""
+        self.usages.append(usage)
+        if self.price is not None and usage is not None and not self._methods:
+            self._due += self.price.of(usage) - self._usd
 
     def request_sent(self) -> None:
         """Date the booking to now, when the request really goes out."""
@@ -174,14 +195,26 @@ class HeldCall(HeldLease):
 
     def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
         """Take in what the headers of a reply say of the provider's limits."""
-        self._header_reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
+        reader = HeaderReader(self._provider)
+        reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
 
-    def _pay_for(self, requests: int) -> None:
-        """Make the lease pay for ``requests`` requests, unless it does so already."""
+    async def _pay_for(self, requests: int, usd: float, io: IO) -> None:
+        """Make the lease pay for ``requests`` requests, unless it does so already.
+
+        The last costs ``usd`` at most. A call that sends its texts one by one has reserved enough
+        for all of them.
+        """
         lease = self.lease
-        if lease is not None and requests > self._paid_requests:
-            self._paid_requests = requests
-            lease.settle(requests=requests)
+        if lease is None or requests <= self._paid_requests:
+            return
+        due = self._due + usd
+        if requests > 1:
+            reserved = max(self._usd, self._due)
+            used = {"requests": requests, "usd": max(reserved, due)}
+            more = {"requests": requests - self._paid_requests, "usd": used["usd"] - reserved}
+            await reserve_more(lease, more, blocking=io is SYNC)
+            lease.settle(**used if self.price else {"requests": requests})
+        self._paid_requests, self._due = requests, due
 
     def actual_usage(self, find: Callable[[], Usage | None]) -> Usage | None:
         """Return what the call used, as was noted or as ``find`` says."""
@@ -259,8 +292,6 @@ class Pacing:
             called.
     """
 
-    __slots__ = ("_header_readers", "asks_for_usage", "estimator", "limiter", "models", "retrier")
-
     def __init__(
         self,
         limiter: Limiter,
@@ -281,10 +312,6 @@ class Pacing:
             )
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
-        #: What reads the headers of replies, if the HTTP client passes them on, at each limiter that
-        #: has a provider.
-        providers = limiter.members if isinstance(limiter, Pool) else (limiter,)
-        self._header_readers = {each: HeaderReader(each) for each in providers}
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
@@ -309,14 +336,17 @@ class Pacing:
     async def call(self, call: ModelCall) -> Any:
         """Return the reply, paced and retried; inside a paced call, without pacing."""
         held = held_call(self.limiter)
-        if held is not None:
-            return await held.call_inside(call)
-        return await self.retry(
-            call, functools.partial(self._attempt, call, call.estimate(self.estimator))
-        )
+        if held is None:
+            attempt = functools.partial(self._attempt, call, call.estimate(self.estimator))
+            return await self.retry(call, attempt)
+        usd = 0.0
+        if held.price is not None:
+            usd = self._usd(call.estimate(self.estimator), held.price)
+        return await held.call_inside(call, usd)
 
     async def retry(self, call: ModelCall, attempt: Callable[[], Any]) -> Any:
         """Return what ``attempt()`` returns, one attempt at ``call``, after as many as it takes."""
+        call.sent = Sent()
         return await self.retrier.call(attempt, io=call.io, tried=call.own, sent=call.sent)
 
     async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
@@ -333,16 +363,17 @@ class Pacing:
 
     async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
         """Wait for the admission of a call that costs ``estimate``; note when it leaves."""
-        amounts, price = self._amounts(estimate), None
+        amounts, price, usd = self._amounts(estimate), None, 0.0
         if estimate.input_tokens or estimate.output_tokens:
             price = price_here(self.limiter, model_of(call.model, call.kwargs))
         if price is not None:
-            amounts["usd"] = self._usd(estimate, price)
+            usd = amounts["usd"] = self._usd(estimate, price)
         lease = await self._acquire(call.io, **amounts)
+        assert call.sent is not None
         call.sent.admitted(self.limiter, lease)
         call.member = lease.limiter if isinstance(lease, PoolLease) else None
-        reader = self._header_readers[call.member or self.limiter]
-        return lease, HeldCall(self.limiter, lease, reader, price)
+        provider = call.member or self.limiter
+        return lease, HeldCall(self.limiter, lease, provider=provider, price=price, usd=usd)
 
     def at_member(self, call: ModelCall) -> ModelCall:
         """Return an admitted call as it is made: in a pool, of the model of the member that took it."""

@@ -27,6 +27,7 @@ from asyncbucket import (
 )
 from asyncbucket.core.context import inherited
 from asyncbucket.core.events import Refused, Released
+from asyncbucket.core.levels import reserve_more
 from asyncbucket.testing import VirtualTime
 
 
@@ -214,6 +215,21 @@ async def test_late_and_repeated_settlements_and_dropped_leases_count_once() -> 
         del lease
         gc.collect()
         assert (in_micro_dollars(capped.spent), capped.reserved["usd"]) == (600_000, 0)
+
+
+async def test_further_request_of_a_call_is_paid_for_by_all_budgets_or_by_none() -> None:
+    limiter = Limiter()
+    with budget(usd=1) as outer, budget(usd=0.5, requests=9) as inner:
+        async with limiter.acquire(usd=0.2) as lease:
+            await reserve_more(lease, {"requests": 1, "usd": 0.2}, blocking=False)
+            assert (inner.reserved, outer.reserved) == ({"usd": 0.4, "requests": 2}, {"usd": 0.4})
+            with pytest.raises(BudgetExceeded, match=r"may cost 0.20 USD, but .* 0.10 USD left"):
+                await reserve_more(lease, {"requests": 1, "usd": 0.2}, blocking=False)
+            assert (inner.reserved, outer.reserved) == ({"usd": 0.4, "requests": 2}, {"usd": 0.4})
+            lease.settle(requests=2, usd=0.3)
+    assert (inner.spent, outer.spent) == ({"usd": 0.3, "requests": 2}, {"usd": 0.3})
+    async with limiter.acquire(usd=0.2) as lease:
+        await reserve_more(lease, {"usd": 7}, blocking=False)  # nothing caps it
 
 
 async def test_overdrawn_budget_refuses_what_follows_but_what_costs_nothing() -> None:

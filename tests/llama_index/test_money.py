@@ -1,11 +1,13 @@
 """Wrapped models reserve dollars, settle them by usage, and end well under a budget."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.llms import MockLLM
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
@@ -14,7 +16,7 @@ from llama_index.llms.openai import OpenAI
 from asyncbucket import BudgetExceeded, Limiter, Price, UnknownPrice, budget
 from asyncbucket.core.events import Released
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import MESSAGES, ScriptedOpenAI, ask, make_openai
+from tests.llama_index.conftest import API_BASE, MESSAGES, Reader, ScriptedOpenAI, ask, make_openai
 
 PRICES = {"gpt-4o-mini": Price(input=0.15, cached=0.075, output=0.60)}
 #: Of the scripted reply: 11 * 0.15 + 7 * 0.60 micro-dollars, rounded up.
@@ -65,6 +67,61 @@ def test_embeddings_cost_what_they_send(openai_api: ScriptedOpenAI) -> None:
         model.get_text_embedding_batch(["hi", "there"])
     assert len(openai_api.requests) == 1
     assert 0 < micro(capped.spent) <= 7
+
+
+class Voting(OpenAI):
+    """A model that asks three times for each chat, beneath what is paced."""
+
+    async def achat(self, messages: Any, **_: Any) -> Any:
+        return [await super(Voting, self).achat(messages) for _ in range(3)][-1]
+
+    def chat(self, messages: Any, **_: Any) -> Any:
+        return [super(Voting, self).chat(messages) for _ in range(3)][-1]
+
+
+class Delegating(OpenAI):
+    """The same, by methods of the model that are paced."""
+
+    async def achat(self, messages: Any, **_: Any) -> Any:
+        return [await self.acomplete(messages[0].content) for _ in range(3)][-1]
+
+    def chat(self, messages: Any, **_: Any) -> Any:
+        return [self.complete(messages[0].content) for _ in range(3)][-1]
+
+
+@pytest.mark.parametrize("cls", [Voting, Delegating])
+@pytest.mark.parametrize(
+    ("cap", "requests"),
+    [({"usd": 0.000_2}, 3), ({"usd": 0.000_063}, 1), ({"requests": 2}, 2), ({"requests": 3}, 3)],
+)
+async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
+    openai_api: ScriptedOpenAI, reader: Reader, cls: Any, cap: Any, requests: int
+) -> None:
+    """One may cost some 60 micro-dollars; once it is known that it cost 6, the rest is left."""
+    llm = Limiter(prices=PRICES).wrap(
+        cls(model="gpt-4o-mini", api_key="k", api_base=API_BASE, max_tokens=50)
+    )
+    refused = contextlib.nullcontext() if requests == 3 else pytest.raises(BudgetExceeded)
+    with budget(**cap) as capped, refused:
+        await reader.call(llm.achat, llm.chat, [ChatMessage("hi " * 30)])
+    assert len(openai_api.requests) == requests
+    assert all(capped.spent[name] <= most for name, most in cap.items())
+
+
+async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap(
+    openai_api: ScriptedOpenAI,
+) -> None:
+    class Together(OpenAI):
+        async def achat(self, *_: Any, **__: Any) -> Any:
+            return await asyncio.gather(*(self.acomplete("hi") for _ in range(9)))
+
+    llm = Limiter(prices=PRICES).wrap(
+        Together(model="gpt-4o-mini", api_key="k", api_base=API_BASE, max_tokens=50)
+    )
+    with budget(usd=0.000_2) as capped, pytest.raises(BudgetExceeded):
+        await llm.achat(MESSAGES)
+    assert len(openai_api.requests) < 5
+    assert micro(capped.spent) <= 200
 
 
 def test_model_without_a_price_fails_where_dollars_count() -> None:
