@@ -1,6 +1,6 @@
 """Many items through one function, behind one limiter: `Limiter.amap` and `Limiter.map`.
 
-`results` is what one calls and iterates over, `engine` runs the workers, `pacing` decides who acquires,
+`results` is what one calls and iterates over, `engine` runs the workers, `caller` decides who acquires,
 `checkpoint` remembers results, `progress` shows them.
 
 Needs `pip install "asyncbucket[batch]"`.

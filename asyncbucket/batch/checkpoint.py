@@ -101,7 +101,7 @@ class Checkpoint:
         return f"<Checkpoint {os.fspath(self.path)!r}>"
 
 
-class Ledger:
+class OpenCheckpoint:
     """A checkpoint in use. Its methods block while the disk works, and may run in any thread.
 
     Args:
@@ -171,7 +171,8 @@ class Ledger:
             TypeError: an item has no key.
             CheckpointError: the file cannot be read.
         """
-        with self._transaction():
+        with self._lock, self._explained(), self._database:
+            self._database.execute("BEGIN")
             return [self._with_result(entry) for entry in entries]
 
     def _with_result(self, entry: Entry) -> Entry:
@@ -198,38 +199,21 @@ class Ledger:
             raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
         return digest("k" + text)
 
-    def save(self, results: Iterable[tuple[bytes, Any]]) -> None:
-        """Keep results by their keys, all that can be.
+    def save(self, key: bytes, result: Any) -> None:
+        """Keep a result by the key of its item.
 
         Raises:
-            CheckpointError: one of them cannot be kept; or the disk is full, and none is.
+            CheckpointError: it cannot be kept, or the disk is full.
         """
-        rows: list[tuple[bytes, bytes]] = []
-        failure: CheckpointError | None = None
-        for key, result in results:
-            try:
-                rows.append((key, self._dump(result)))
-            except Exception as error:  # noqa: BLE001 - raised below: the others were paid for, too
-                failure = CheckpointError(
-                    f"a result of type {type(result).__name__} cannot be kept: {error}; give "
-                    f"Checkpoint(..., dump=, load=), or return what can be pickled"
-                )
-                failure.__cause__ = error
-        with self._transaction():
-            self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", rows)
-        if failure is not None:
-            raise failure
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Generator[None]:
+        try:
+            value = self._dump(result)
+        except Exception as error:
+            raise CheckpointError(
+                f"a result of type {type(result).__name__} cannot be kept: {error}; give "
+                f"Checkpoint(..., dump=, load=), or return what can be pickled"
+            ) from error
         with self._lock, self._explained():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, value))
 
     def close(self) -> None:
         """Release the file for the next run."""

@@ -7,8 +7,7 @@ So their number follows what the limiter admits, and only one call of a batch is
 *Bounded.* An item that was taken holds a place in the window until its result is fetched, so a slow
 reader stops the batch, and endless items need only the memory for one window. *In order*, if
 requested: results that come early wait for their turn; the window bounds how early they can be.
-*Kept*, if there is a checkpoint: a result is on disk before it is handed out; results that come
-while the disk is busy are one transaction.
+*Kept*, if there is a checkpoint: a result is on disk before it is handed out.
 
 The tasks run in one anyio task group in a task of its own, not in the reader's: a task group must
 end in the task in which it began, and a reader may stop reading anywhere.
@@ -28,8 +27,8 @@ from anyio import CancelScope, to_thread
 from anyio.abc import TaskGroup
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncbucket.batch.checkpoint import Checkpoint, Entry, Ledger
-from asyncbucket.batch.pacing import Pacing, Stopped
+from asyncbucket.batch.caller import Caller, Stopped
+from asyncbucket.batch.checkpoint import Checkpoint, Entry, OpenCheckpoint
 
 if TYPE_CHECKING:
     from asyncbucket.batch.progress import Bar
@@ -82,7 +81,7 @@ class Engine(Generic[T, R]):
 
     Attributes:
         items: what goes in.
-        pacing: calls the function for one item.
+        caller: calls the function for one item.
         workers: the most calls at once.
         window: the most items that are taken and whose results are not fetched.
         ordered: whether results come out in the order of the items.
@@ -93,7 +92,7 @@ class Engine(Generic[T, R]):
     """
 
     items: Iterator[T] | AsyncIterator[T]
-    pacing: Pacing
+    caller: Caller
     workers: int
     window: int
     ordered: bool
@@ -105,8 +104,7 @@ class Engine(Generic[T, R]):
     places: anyio.Semaphore = field(init=False)
     results: MemoryObjectReceiveStream[Item[T, R]] = field(init=False)
     _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
-    _to_save: MemoryObjectSendStream[tuple[bytes, Item[T, R]]] | None = None
-    _ledger: Ledger | None = None
+    _saved: OpenCheckpoint | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _group: TaskGroup | None = None
     _workers: int = 0
@@ -138,9 +136,9 @@ class Engine(Generic[T, R]):
         which only holds against the scope.
         """
         bar = contextlib.nullcontext() if self.bar is None else self.bar.shown()
-        with self._sender, scope, self.pacing.watched(self._end):
+        with self._sender, scope, self.caller.watched(self._end):
             try:
-                async with bar, self._saving(), anyio.create_task_group() as self._group:
+                async with bar, self._opened(), anyio.create_task_group() as self._group:
                     if self.failure is None:
                         self._start_worker()
                 for index in sorted(self._early):  # those behind one that was not started
@@ -188,18 +186,16 @@ class Engine(Generic[T, R]):
                 with _cancelled_from_within("the iterable of items"):
                     entries.append(Entry(next(self._numbers), await anext(self.items)))
             else:
-                for item in itertools.islice(
-                    self.items, 1 if self._ledger is None else _LOOK_AHEAD
-                ):
+                for item in itertools.islice(self.items, _LOOK_AHEAD if self._saved else 1):
                     entries.append(Entry(next(self._numbers), item))  # noqa: PERF401 - kept on errors
                 self._exhausted |= not entries
         except StopAsyncIteration:
             self._exhausted = True
         except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
             self._exhausted, self.failure = True, self.failure or error
-        if entries and self._ledger is not None:
+        if entries and self._saved is not None:
             try:
-                entries = await to_thread.run_sync(self._ledger.look_up, entries)
+                entries = await to_thread.run_sync(self._saved.look_up, entries)
             except Exception as error:  # noqa: BLE001 - the reader gets it
                 self._fail(error)
         self._ready.extend([] if self._stopped else entries)
@@ -219,7 +215,7 @@ class Engine(Generic[T, R]):
 
         try:
             with _cancelled_from_within("the call"):
-                result = await self.pacing.call(entry.input, begin)
+                result = await self.caller.call(entry.input, begin)
         except Stopped:
             self.places.release()  # as nobody will fetch a result
         except Exception as error:  # noqa: BLE001 - it belongs to the item
@@ -227,11 +223,9 @@ class Engine(Generic[T, R]):
                 self._stop()
             self._hand_out(Item(entry.number, entry.input, error=error))
         else:
-            item: Item[T, R] = Item(entry.number, entry.input, result)
-            if self._to_save is None:
-                self._hand_out(item)
-            else:
-                self._to_save.send_nowait((entry.key, item))
+            if self._saved is not None:
+                await self._save(self._saved, entry.key, result)
+            self._hand_out(Item(entry.number, entry.input, result))
         finally:
             self._unadmitted += admitted
 
@@ -262,47 +256,27 @@ class Engine(Generic[T, R]):
             self._next += 1
 
     @contextlib.asynccontextmanager
-    async def _saving(self) -> AsyncGenerator[None]:
-        """Open the checkpoint, if there is one, and save results until the end of the block."""
-        if self.checkpoint is None:
-            yield
-            return
+    async def _opened(self) -> AsyncGenerator[None]:
+        """Open the checkpoint, if there is one, until the end of the block."""
         try:
-            self._ledger = ledger = await to_thread.run_sync(Ledger, self.checkpoint)
+            if self.checkpoint is not None:
+                self._saved = await to_thread.run_sync(OpenCheckpoint, self.checkpoint)
         except Exception as error:  # noqa: BLE001 - the reader gets it
             self._fail(error)
-            yield
-            return
-        self._to_save, saved = anyio.create_memory_object_stream[tuple[bytes, Item[T, R]]](math.inf)
         try:
-            async with anyio.create_task_group() as saving:
-                saving.start_soon(self._save_results, ledger, saved)
-                with self._to_save:
-                    yield
+            yield
         finally:
+            if self._saved is not None:
+                with CancelScope(shield=True):
+                    await to_thread.run_sync(self._saved.close)
+
+    async def _save(self, saved: OpenCheckpoint, key: bytes, result: Any) -> None:
+        """Save a result, whatever ends the calls meanwhile: it is paid for."""
+        try:
             with CancelScope(shield=True):
-                await to_thread.run_sync(ledger.close)
-
-    async def _save_results(
-        self, ledger: Ledger, to_save: MemoryObjectReceiveStream[tuple[bytes, Item[T, R]]]
-    ) -> None:
-        """Save results in order of arrival, all available ones in one transaction.
-
-        Whatever ends the calls, their results are saved: this ends when their stream does.
-        """
-        with CancelScope(shield=True), to_save:
-            async for first in to_save:
-                batch = [first]
-                with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
-                    while True:
-                        batch.append(to_save.receive_nowait())
-                try:
-                    rows = [(key, item.result) for key, item in batch]
-                    await to_thread.run_sync(ledger.save, rows)
-                except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
-                    self._fail(error)
-                for _, item in batch:
-                    self._hand_out(item)
+                await to_thread.run_sync(saved.save, key, result)
+        except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
+            self._fail(error)
 
 
 @contextlib.contextmanager

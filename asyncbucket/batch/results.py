@@ -22,9 +22,9 @@ import anyio
 from anyio import CapacityLimiter, ClosedResourceError, EndOfStream, WouldBlock, to_thread
 from anyio.from_thread import start_blocking_portal
 
+from asyncbucket.batch.caller import Caller, ItemCostOf, layers_of
 from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.engine import Engine, Item
-from asyncbucket.batch.pacing import ItemCostOf, Pacing, layers_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
 
@@ -113,10 +113,10 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         )
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
-    pacing = Pacing(limiter, fn, cost=cost, paced=paced, agents=agents)
+    caller = Caller(limiter, fn, cost=cost, paced=paced, agents=agents)
     if workers is not None:
         workers = read_count(workers, "workers", least=1)
-    elif not pacing.fn_acquires:
+    elif not caller.fn_acquires:
         workers = _MAX_WORKERS
     else:  # with one more than the slots, somebody is always in line; slots may be added later
         workers = max(32, (limiter.concurrency or _MAX_IF_FN_ACQUIRES - 1) + 1)
@@ -127,7 +127,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         )
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else iter(items),
-        pacing=pacing,
+        caller=caller,
         workers=workers,
         window=2 * workers if window is None else read_count(window, "window", least=1),
         ordered=ordered,

@@ -1,4 +1,4 @@
-"""Limiters in pickles: what stands for the limiter of a paced model, and what paces the copy.
+"""Copies of paced models in pickles, and what paces them.
 
 LlamaIndex pickles models to spread work over processes (``IngestionPipeline(num_workers=2)``). A
 limiter cannot be pickled: its budget lives in this process. What stands for it in a pickle is its
@@ -11,12 +11,14 @@ a warning says what that means; with a store, the processes share the limits.
 import os
 import uuid
 import warnings
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from llama_index.core.schema import BaseComponent
 
 from asyncbucket.core.levels import terms_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.llama_index.pacing import PACING, pacing_of
 from asyncbucket.waiting import Lock
 
 _LOCK: Final = Lock()
@@ -27,8 +29,7 @@ _KEYS: Final[dict[Limiter, str]] = {}
 _LIMITERS: Final[dict[tuple[int, str], Limiter]] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passport:
+class _Passport(NamedTuple):
     """Stand for a limiter in a pickle, with those above it."""
 
     key: str
@@ -37,10 +38,10 @@ class Passport:
     limits: tuple[Limit, ...]
     #: Everything else it was made with, by keyword.
     terms: dict[str, Any]
-    parent: "Passport | None"
+    parent: "_Passport | None"
 
     @classmethod
-    def of(cls, limiter: Limiter) -> "Passport":
+    def of(cls, limiter: Limiter) -> "_Passport":
         """Return the passport of ``limiter``, with its limits as they are now."""
         with _LOCK:
             key = _KEYS.setdefault(limiter, uuid.uuid4().hex)
@@ -77,3 +78,36 @@ class Passport:
                 stacklevel=2,
             )
         return limiter
+
+
+def reduce(model: Any, _: object) -> tuple[Any, ...]:
+    """Return what ``pickle`` needs to make a copy of a paced model.
+
+    LlamaIndex's own ``__getstate__`` deletes from the live object whatever cannot be pickled, so the
+    state is taken from a twin here.
+    """
+    cls: Any = type(model).__bases__[1]
+    twin, pacing = cls.__new__(cls), pacing_of(model)
+    if pacing.models:
+        raise TypeError(
+            f"a model of pool {pacing.limiter.name!r} cannot be pickled: make pool and model in each "
+            f"process; members with store= share their limits"
+        )
+    private = {name: each for name, each in model.__pydantic_private__.items() if name != PACING}
+    set_state(twin, model, dict(vars(model)), private or None)
+    state = BaseComponent.__getstate__(twin)
+    return _restore, (cls, state, _Passport.of(pacing.limiter), pacing.options)
+
+
+def _restore(cls: Any, state: Any, passport: _Passport, options: dict[str, Any]) -> object:
+    model = cls.__new__(cls)
+    model.__setstate__(state)
+    return passport.limiter().wrap(model, **options)
+
+
+def set_state(model: Any, source: Any, fields: dict[str, Any], private: Any) -> None:
+    """Give ``model`` the state of ``source``, but with ``fields`` and ``private``."""
+    object.__setattr__(model, "__dict__", fields)
+    object.__setattr__(model, "__pydantic_private__", private)
+    for name in ("__pydantic_extra__", "__pydantic_fields_set__"):
+        object.__setattr__(model, name, getattr(source, name))

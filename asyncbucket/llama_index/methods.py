@@ -31,8 +31,8 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.tools import BaseTool
 from llama_index.core.tools.types import AsyncBaseTool
 
+from asyncbucket.llama_index.clients import unretried_options
 from asyncbucket.llama_index.estimate import Estimate, Estimator, size_of
-from asyncbucket.llama_index.misuse import unretried_options
 from asyncbucket.llama_index.pacing import Method, ModelCall, is_part_of_call, pacing_of
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
 from asyncbucket.providers.usage import Usage, usage_of

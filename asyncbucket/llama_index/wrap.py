@@ -22,8 +22,8 @@ inside; that one is paced. ``predict_and_call`` must not be paced as a whole, si
 The traps, and where they are handled
     Public methods call public methods, and would pay twice: `asyncbucket.nesting` and `pacing`. A
     stream holds its slot until it ends, and may never be started or never be ended: `streams`. The
-    model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`,
-    `misuse`, and ``max_retries`` below. Pickling: `copies`.
+    model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`, and
+    ``max_retries`` below. Pickling: `copies`.
     Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
     The overrides are set when the class is there, so this does not apply: a call has the same span
     and events as before. A span is called after the object's class, so the subclass has the class's
@@ -33,6 +33,9 @@ Each attempt of a retried call has an admission, a span and a start event of its
 many requests did go out. Between attempts no slot is held.
 """
 
+import asyncio
+import contextlib
+import copy
 import functools
 import inspect
 import types
@@ -44,16 +47,21 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool, FunctionTool
+from llama_index.core.workflow import Workflow
 
-from asyncbucket.core.context import read_label
+from asyncbucket.core.context import Agent, InheritedScope, inherited, read_label, running_agent
 from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
-from asyncbucket.llama_index.clients import client_of, is_client, without_retries
-from asyncbucket.llama_index.copies import Passport
+from asyncbucket.llama_index.clients import (
+    client_of,
+    is_client,
+    warn_of_misuse,
+    without_retries,
+)
+from asyncbucket.llama_index.copies import reduce, set_state
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.methods import paced_methods
-from asyncbucket.llama_index.misuse import warn_of_misuse
 from asyncbucket.llama_index.pacing import PACING, Pacing, pacing_of
 from asyncbucket.llama_index.pools import check_models, refuse_single
 from asyncbucket.retry import Retry
@@ -167,18 +175,47 @@ def _wrap_for_pool(models: Sequence[Any], pool: Pool, options: Mapping[str, Any]
 
 
 def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return an agent or workflow with a scope for each run, its model paced by ``limiter``."""
-    from asyncbucket.llama_index.agents import is_workflow, with_scopes  # it takes long to load
+    """Return an agent or workflow whose runs are one agent each, its model paced by ``limiter``.
 
-    if not is_workflow(obj):
+    A run that begins inside another agent's scope belongs to that agent.
+    """
+    if not isinstance(obj, Workflow):
+        what = f"the class {obj.__name__}" if isinstance(obj, type) else type(obj).__name__
         raise TypeError(
-            f"a LlamaIndex LLM, embedding model, tool or agent can be wrapped, not {_what(obj)}; wrap "
+            f"a LlamaIndex LLM, embedding model, tool or agent can be wrapped, not {what}; wrap "
             f"the llm and the tools of an engine, and spec.to_tool_list() of a tool spec; give an SDK's "
             f"client http_client=limiter.http_client(); pace other code by `async with "
             f"limiter.acquire(...)` or @limiter.paced"
         )
-    model = {name: value for name, value in options.items() if name != "kind"}
-    return with_scopes(obj, options.get("kind"), lambda llm: _wrap_one(llm, limiter, model))
+    scoped = copy.copy(obj)
+    if isinstance(getattr(obj, "llm", None), LLM):
+        of_model = {name: value for name, value in options.items() if name != "kind"}
+        vars(scoped)["llm"] = _wrap_one(vars(obj)["llm"], limiter, of_model)
+
+    @functools.wraps(obj.run)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        plain = type(scoped).run
+        if running_agent(inherited.get()) is not None:
+            return plain(scoped, *args, **kwargs)
+        agent = Agent(None, options.get("kind"), None)
+        with InheritedScope(agent=agent):
+            handler = plain(scoped, *args, **kwargs)
+            asyncio.ensure_future(_end_with(agent, handler))  # noqa: RUF006 - the handler's task keeps it
+        return handler
+
+    object.__setattr__(scoped, "run", run)  # pydantic would refuse it
+    return scoped
+
+
+async def _end_with(agent: Agent, handler: Any) -> None:
+    """End ``agent`` when its run is over."""
+    ended_well = False
+    with contextlib.suppress(Exception):  # whoever awaits the handler gets it
+        try:
+            await handler.stop_event_result()
+            ended_well = True
+        finally:
+            agent.end(ended_well=ended_well)
 
 
 def limiter_of(paced: object) -> Limiter:
@@ -235,7 +272,7 @@ def _overrides(cls: type[Any], paced: type[Any]) -> Iterator[tuple[str, Any]]:
     """Yield what else ``paced``, a subclass of a model's class ``cls``, does in its own way."""
     if not issubclass(cls, BaseComponent):
         return
-    yield "__reduce_ex__", _reduce
+    yield "__reduce_ex__", reduce
     for name in _RETRY_FIELDS:
         if name in cls.model_fields:
             yield name, _zero(name)
@@ -274,47 +311,10 @@ def _paced(obj: Any, cls: type[Any], pacing: Pacing) -> Any:
         name: without_retries(value) if is_client(value) else value
         for name, value in (obj.__pydantic_private__ or {}).items()
     }
-    _set_state(paced, obj, vars(obj), {**private, PACING: pacing})
+    set_state(paced, obj, vars(obj), {**private, PACING: pacing})
     return paced
-
-
-def _set_state(model: Any, source: Any, fields: dict[str, Any], private: Any) -> None:
-    """Give ``model`` the state of ``source``, but with ``fields`` and ``private``."""
-    object.__setattr__(model, "__dict__", fields)
-    object.__setattr__(model, "__pydantic_private__", private)
-    for name in ("__pydantic_extra__", "__pydantic_fields_set__"):
-        object.__setattr__(model, name, getattr(source, name))
-
-
-def _reduce(model: Any, _: object) -> tuple[Any, ...]:
-    """Return what ``pickle`` needs to make a copy of ``model``.
-
-    LlamaIndex's own ``__getstate__`` deletes from the live object whatever cannot be pickled, so the
-    state is taken from a twin here.
-    """
-    cls: Any = type(model).__bases__[1]
-    twin, pacing = cls.__new__(cls), pacing_of(model)
-    if pacing.models:
-        raise TypeError(
-            f"a model of pool {pacing.limiter.name!r} cannot be pickled: make pool and model in each "
-            f"process; members with store= share their limits"
-        )
-    private = {name: each for name, each in model.__pydantic_private__.items() if name != PACING}
-    _set_state(twin, model, dict(vars(model)), private or None)
-    state = BaseComponent.__getstate__(twin)
-    return _restore, (cls, state, Passport.of(pacing.limiter), pacing.options)
-
-
-def _restore(cls: Any, state: Any, passport: Passport, options: dict[str, Any]) -> object:
-    model = cls.__new__(cls)
-    model.__setstate__(state)
-    return wrap(model, passport.limiter(), **options)
 
 
 def _as_tool(obj: Any) -> Any:
     """Return a plain function as the tool that an agent would make of it."""
     return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj
-
-
-def _what(obj: object) -> str:
-    return f"the class {obj.__name__}" if isinstance(obj, type) else type(obj).__name__

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter, Pool
 from asyncbucket.batch import amap
-from asyncbucket.batch.pacing import limiter_of
+from asyncbucket.batch.caller import marked_limiter
 from asyncbucket.testing import virtual_time
 
 limiter = Limiter("1000 RPM", concurrency=2, name="openai")
@@ -63,7 +63,7 @@ async def prefixed(prefix: str, prompt: str) -> str:
     ],
 )
 def test_wrapped_models_methods_and_paced_functions_are_marked(function: object) -> None:
-    found = limiter_of(function)
+    found = marked_limiter(function)
     assert found is not None
     assert found.name in ("openai", "openai/chat")
 
@@ -73,7 +73,7 @@ def test_wrapped_models_methods_and_paced_functions_are_marked(function: object)
     [prefixed, functools.partial(prefixed, "a"), MockLLM().acomplete, str.upper, limiter.acquire],
 )
 def test_other_functions_are_not_marked(function: object) -> None:
-    assert limiter_of(function) is None
+    assert marked_limiter(function) is None
 
 
 @pytest.mark.parametrize("of", ["above", "beside"])

@@ -41,33 +41,15 @@ def layers_of(fn: object) -> Iterator[object]:
         fn = fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
 
-def limiter_of(fn: object) -> Limiter | None:
+def marked_limiter(fn: object) -> Limiter | None:
     """Return the limiter that admits each call of ``fn``, if ``fn`` is marked as paced."""
     for layer in layers_of(fn):
         owner = getattr(layer, "__self__", layer)
-        inner = getattr(owner, "llm", None)  # a structured LLM calls its `llm`
-        for marked in (inner, owner, layer):
+        for marked in (getattr(owner, "llm", None), owner, layer):  # a structured LLM has an `llm`
             mark = getattr(marked, "paced_by", None)
             if isinstance(mark, Limiter):
                 return mark
     return None
-
-
-def paces_itself(fn: object, limiter: Limiter) -> bool:
-    """Tell whether each call of ``fn`` is admitted by ``limiter``, or by a limiter below it.
-
-    Raises:
-        ValueError: it is admitted by a limiter above or beside it, so it would be charged twice.
-    """
-    found = limiter_of(fn)
-    if found is None or is_under(found, limiter):
-        return found is not None
-    if share_a_level(found, limiter):
-        raise ValueError(
-            f"{_name(fn)} is paced by {found.name!r} already, and would be paced by {limiter.name!r}, "
-            f"too: pace both by one limiter, or say by paced= or cost= who acquires"
-        )
-    return False
 
 
 class _Call(NamedTuple):
@@ -95,7 +77,7 @@ def _on_event(root: Limiter, event: Event) -> None:
         call = call.outer
 
 
-class Pacing:
+class Caller:
     """Call the function for one item after another, each admitted once.
 
     Args:
@@ -106,8 +88,8 @@ class Pacing:
         agents: whether each call is an agent, which acquires by itself; or of which kind.
 
     Raises:
-        ValueError, TypeError: ``cost`` is not a cost, or contradicts ``paced``; ``fn`` cannot be
-            called, or would be charged twice.
+        ValueError, TypeError: ``cost`` is not a cost, or contradicts ``paced``; ``fn`` is paced by a
+            limiter above or beside this one, so it would be charged twice.
     """
 
     def __init__(
@@ -121,8 +103,7 @@ class Pacing:
     ) -> None:
         self._scope: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         if agents:
-            kind = None if agents is True else agents
-            self._scope = functools.partial(agent, kind=kind)
+            self._scope = functools.partial(agent, kind=None if agents is True else agents)
             self._scope()  # report mistakes at once
             paced = paced or cost is None
         if cost is not None and paced:
@@ -132,12 +113,22 @@ class Pacing:
         self._limiter = limiter
         self._fn = fn
         self._refuses_second = cost is None and paced is None
-        if self._refuses_second:
-            paced = paces_itself(fn, limiter)
-        self.fn_acquires = bool(paced) and cost is None
+        self.fn_acquires = bool(paced) or (self._refuses_second and self._is_marked())
         self._refuse: Callable[[str], object] | None = None
         cost = {} if cost is None else cost
         self._cost: ItemCostOf = cost if callable(cost) else _keywords(cost)
+
+    def _is_marked(self) -> bool:
+        """Tell whether each call of ``fn`` is admitted by the limiter, or by one below it."""
+        found, limiter = marked_limiter(self._fn), self._limiter
+        if found is None or is_under(found, limiter):
+            return found is not None
+        if share_a_level(found, limiter):
+            raise ValueError(
+                f"{_name(self._fn)} is paced by {found.name!r} already, and would be paced by "
+                f"{limiter.name!r}, too: pace both by one limiter, or say by paced= or cost= who acquires"
+            )
+        return False
 
     def watched(self, end: Callable[[Exception], object]) -> contextlib.ExitStack:
         """Notice calls that acquire once more, in a ``with`` block around all calls.
