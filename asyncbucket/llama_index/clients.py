@@ -38,6 +38,8 @@ import asyncbucket
 from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.llama_index.pacing import HeldCall, Pacing
 from asyncbucket.nesting import innermost_held_lease
+from asyncbucket.providers.errors import FIRST_ERROR
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
 from asyncbucket.waiting import ASYNC, SYNC
@@ -81,7 +83,8 @@ def _tracer(held: HeldCall, host: str) -> Callable[..., Coroutine[Any, Any, None
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
             status = next(part for part in parts if isinstance(part, int))
             headers = next((part for part in parts if isinstance(part, list)), [])
-            held.headers_received(status, headers, profile)
+            reader = HeaderReader(held.provider)
+            reader.read(headers, profile, since=held.sent_at, ok=status < FIRST_ERROR)
 
     return trace
 
@@ -226,13 +229,10 @@ class _Items:
         return bool(fields.get("choices", True)) or not self._held.hides_usage
 
 
-def unretried_options(llm: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that keep others from retrying a call of ``llm``, unless they are given."""
-    options = _retrying(llm.__class__)
-    if not isinstance(options, Mapping):
-        return {}
-    given = vars(llm).get("additional_kwargs") or {}
-    return {k: v for k, v in options.items() if k not in kwargs and k not in given}
+def unretried_options(cls: type[Any]) -> Mapping[str, Any]:
+    """Return the arguments that keep others from retrying a call of a model of class ``cls``."""
+    options = _retrying(cls)
+    return options if isinstance(options, Mapping) else {}
 
 
 def warn_of_misuse(model: Any, pacing: Pacing) -> None:
@@ -261,7 +261,6 @@ def _has_retrying_botocore(model: Any) -> bool:
     return bool(retries.get("total_max_attempts", retries.get("max_attempts", 1) + 1) > 1)
 
 
-@functools.lru_cache(maxsize=256)
 def _retrying(cls: Any) -> Mapping[str, Any] | str | None:
     """Return what is known of the integration that ``cls``, or one above it, is from."""
     modules = (base.__module__ for base in cls.__mro__)

@@ -149,13 +149,14 @@ class DefaultEstimator:
         arguments = {**(fields.get("additional_kwargs") or {}), **kwargs}
         sent = {name: fields[name] for name in _SENT_FIELDS if name in fields}
         limit = _output_limit(arguments) or _output_limit(fields)
+        replies = replies_of(arguments) if arguments else 1
         text = _json({"messages": messages, **sent, **arguments})
         added = added_tokens(has_tools=bool(arguments.get("tools")))
         return Estimate(
             input_tokens=self._count(text) + _ADDED_BYTES // _BYTES_PER_TOKEN + media.tokens,
             input_at_most=size_of(text) + added + media.tokens,
             # The forecast is for the whole call.
-            output_tokens=limit * replies_of(arguments) or self._forecast.foresee(),
+            output_tokens=limit * replies or self._forecast.foresee(),
             foreseen=not limit,
         )
 

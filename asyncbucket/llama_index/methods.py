@@ -33,7 +33,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 
 from asyncbucket.llama_index.clients import unretried_options
 from asyncbucket.llama_index.estimate import Estimate, Estimator, size_of
-from asyncbucket.llama_index.pacing import Method, ModelCall, is_part_of_call, pacing_of
+from asyncbucket.llama_index.pacing import Method, ModelCall, held_call, pacing_of
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.waiting import ASYNC, SYNC
@@ -135,6 +135,7 @@ def _tool_method(paced: type[Any], name: str) -> Callable[..., Any]:
 def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any]:
     io = ASYNC if name.lstrip("_").startswith("a") else SYNC
     is_chat, is_stream = how.argument == "messages", "stream" in name
+    unretried = unretried_options(paced)
 
     async def method(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         own = getattr(super(paced, model), name)
@@ -143,17 +144,20 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
                 return await io.call(own, **kwargs)  # its own error says what is missing
             args = (kwargs.pop(how.argument),)
         pacing = pacing_of(model)
-        if not is_stream and is_part_of_call(pacing.limiter):
+        held = held_call(pacing.limiter)
+        if held is not None and held.is_at_a_method and not is_stream:
             return await io.call(own, *args, **kwargs)
         if is_chat:  # the call may go out later, and the list may grow
             args = (list(args[0]), *args[1:])
-        kwargs |= unretried_options(model, kwargs)
+        if unretried:
+            given = vars(model).get("additional_kwargs") or {}
+            kwargs = {**{k: v for k, v in unretried.items() if k not in given}, **kwargs}
         call = ModelCall(io, how, model, own, name, args, kwargs)
         if not is_stream:
-            return await pacing.call(call)
+            return await pacing.call(call, held)
         if how.read is usage_in and _must_ask_for_usage(model, kwargs):
             call.options = USAGE_OPTION
-        return await paced_stream(pacing, call)
+        return await paced_stream(pacing, call, held)
 
     return io.function(method)
 

@@ -36,8 +36,7 @@ from asyncbucket.core.pool import PoolLease
 from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
-from asyncbucket.providers.errors import FIRST_ERROR, end_failed, never_sent, was_refused
-from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.errors import end_failed, never_sent, was_refused
 from asyncbucket.providers.prices import model_of, price_here, within_limits
 from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
@@ -92,8 +91,11 @@ class ModelCall:
         """Send it."""
         return self.io.call(self.own, *self.args, **self.kwargs, **options)
 
-    def by(self, model: Any) -> "ModelCall":
-        """Return the same call of another model, by that one's own method."""
+    def at_member(self, models: Mapping[Limiter, Any]) -> "ModelCall":
+        """Return the admitted call as it is made: in a pool, of the model of the member that took it."""
+        model = None if self.member is None else models.get(self.member)
+        if model is None:
+            return self
         if hasattr(self.model, "callback_manager"):  # frameworks set it late, and only there
             model.callback_manager = self.model.callback_manager
         return replace(self, own=getattr(super(type(model), model), self.name))
@@ -125,7 +127,7 @@ class HeldCall(HeldLease):
     ) -> None:
         super().__init__(limiter, lease)
         self.price = price
-        self._provider = provider
+        self.provider = provider
         self._usd = usd
         #: What the requests so far cost at most, or cost if that is known.
         self._due = 0.0
@@ -134,7 +136,8 @@ class HeldCall(HeldLease):
         #: Requests that were seen to leave, and requests that the lease pays for.
         self._requests = 0
         self._paid_requests = 0
-        self._sent_at: float | None = None
+        #: When its latest request left, in seconds of the limiter's clock.
+        self.sent_at: float | None = None
         # A weak reference, because a pooled connection keeps this note for good.
         self._stream: weakref.ref[Any] | None = None
         #: What each of the SDK's replies said was used, or each of the methods' called inside.
@@ -143,6 +146,11 @@ class HeldCall(HeldLease):
         self.hides_usage = False
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: Profile | None = None
+
+    @property
+    def is_at_a_method(self) -> bool:
+        """Whether this code is part of a method that was called inside."""
+        return _INSIDE.get() is self
 
     async def call_inside(self, call: ModelCall, usd: float) -> Any:
         """Call a method inside: each but the first adds a request; those in it are part of it.
@@ -188,15 +196,10 @@ class HeldCall(HeldLease):
 
     def request_sent(self) -> None:
         """Date the booking to now, when the request really goes out."""
-        self._sent_at = self.limiter.now()
+        self.sent_at = self.limiter.now()
         lease = self.lease
         if lease is not None:
             sent(lease)
-
-    def headers_received(self, status: int, headers: Any, profile: "Profile") -> None:
-        """Take in what the headers of a reply say of the provider's limits."""
-        reader = HeaderReader(self._provider)
-        reader.read(headers, profile, since=self._sent_at, ok=status < FIRST_ERROR)
 
     async def _pay_for(self, requests: int, usd: float, io: IO) -> None:
         """Make the lease pay for ``requests`` requests, unless it does so already.
@@ -216,30 +219,12 @@ class HeldCall(HeldLease):
             lease.settle(**used if self.price else {"requests": requests})
         self._paid_requests, self._due = requests, due
 
-    def actual_usage(self, find: Callable[[], Usage | None]) -> Usage | None:
-        """Return what the call used, as was noted or as ``find`` says."""
-        known = [usage for usage in self.usages if usage is not None]
-        return functools.reduce(operator.add, known) if known else find()
-
-    def amounts(self, usage: Usage) -> dict[str, float]:
-        """Return what ``usage`` is in the amounts that are settled, as the provider counts them."""
-        counted = usage if self.profile is None else self.profile.counted(usage)
-        amounts: dict[str, float] = {
-            "input_tokens": counted.input_tokens,
-            "output_tokens": counted.output_tokens,
-        }
-        if self.price is not None:
-            # Each request has its own price: long prompts have another, and parts are rounded up.
-            requests = [each for each in self.usages if each is not None] or [usage]
-            amounts["usd"] = sum(map(self.price.of, requests))
-        return amounts
-
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a request that found no connection costs nothing."""
         # The SDK's own error says only that there was no connection; its cause says why.
         if self.price is not None and self._requests <= 1 and was_refused(error):
             lease.settle(usd=0)
-        only = self._requests == 1 and self._sent_at is None
+        only = self._requests == 1 and self.sent_at is None
         end_failed(lease, error, unsent=only and never_sent(error.__cause__))
 
     @property
@@ -266,19 +251,11 @@ _INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", d
 def held_call(limiter: Limiter) -> HeldCall | None:
     """Return the note of a model's call in this context that counts at ``limiter``, or None."""
     for held in held_leases():
-        if (
-            isinstance(held, HeldCall)
-            and (lease := held.lease) is not None
-            and counts_at(lease, limiter)
-        ):
+        lease = held.lease if isinstance(held, HeldCall) else None
+        if lease is not None and counts_at(lease, limiter):
+            assert isinstance(held, HeldCall)
             return held
     return None
-
-
-def is_part_of_call(limiter: Limiter) -> bool:
-    """Tell whether a method runs in this context that was called inside a call of ``limiter``."""
-    inside = _INSIDE.get()
-    return inside is not None and held_call(limiter) is inside
 
 
 class Pacing:
@@ -333,9 +310,8 @@ class Pacing:
         with lease, HeldLease(self.limiter, lease, tool=tool):
             return await io.call(send)
 
-    async def call(self, call: ModelCall) -> Any:
-        """Return the reply, paced and retried; inside a paced call, without pacing."""
-        held = held_call(self.limiter)
+    async def call(self, call: ModelCall, held: HeldCall | None) -> Any:
+        """Return the reply, paced and retried; inside a call that pays, without pacing."""
         if held is None:
             attempt = functools.partial(self._attempt, call, call.estimate(self.estimator))
             return await self.retry(call, attempt)
@@ -353,8 +329,8 @@ class Pacing:
         lease, held = await self.admit(call, estimate)
         try:
             with held:
-                reply = await self.at_member(call).send()
-            self.settle(held, held.actual_usage(lambda: call.method.read(reply)))
+                reply = await call.at_member(self.models).send()
+            self.settle(held, lambda: call.method.read(reply))
         except BaseException as error:
             held.failed(lease, error)
             raise
@@ -374,11 +350,6 @@ class Pacing:
         call.member = lease.limiter if isinstance(lease, PoolLease) else None
         provider = call.member or self.limiter
         return lease, HeldCall(self.limiter, lease, provider=provider, price=price, usd=usd)
-
-    def at_member(self, call: ModelCall) -> ModelCall:
-        """Return an admitted call as it is made: in a pool, of the model of the member that took it."""
-        model = None if call.member is None else self.models.get(call.member)
-        return call if model is None else call.by(model)
 
     def _usd(self, estimate: Estimate, price: "Price") -> float:
         """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
@@ -406,14 +377,23 @@ class Pacing:
             received = max(0, received - excess)
         return {"input_tokens": sent, "output_tokens": received}
 
-    def settle(self, held: HeldCall, usage: Usage | None) -> None:
-        """Correct the reservation to what a whole reply used, if that is known."""
+    def settle(self, held: HeldCall, find: Callable[[], Usage | None]) -> None:
+        """Correct the reservation to what a whole reply used, as was noted or as ``find`` says."""
+        known = [usage for usage in held.usages if usage is not None] or [find()]
+        usages = [usage for usage in known if usage is not None]
         lease = held.lease
-        if usage is not None and lease is not None:
-            lease.settle(**held.amounts(usage))
-            observe = getattr(self.estimator, "observe", None)
-            if usage.output_tokens and observe is not None:  # embeddings teach nothing
-                observe(usage.output_tokens)
+        if lease is None or not usages:
+            return
+        usage = functools.reduce(operator.add, usages)
+        counted = usage if held.profile is None else held.profile.counted(usage)
+        # Each request has its own price: long prompts have another, and parts are rounded up.
+        usd = None if held.price is None else sum(map(held.price.of, usages))
+        lease.settle(
+            input_tokens=counted.input_tokens, output_tokens=counted.output_tokens, usd=usd
+        )
+        observe = getattr(self.estimator, "observe", None)
+        if usage.output_tokens and observe is not None:  # embeddings teach nothing
+            observe(usage.output_tokens)
 
 
 def pacing_of(paced: Any) -> Pacing:

@@ -30,7 +30,7 @@ from llama_index_instrumentation.span import active_span_id
 
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.llama_index.estimate import Estimate
-from asyncbucket.llama_index.pacing import HeldCall, ModelCall, Pacing, held_call
+from asyncbucket.llama_index.pacing import HeldCall, ModelCall, Pacing
 from asyncbucket.providers.errors import answered
 from asyncbucket.waiting import ASYNC, run
 
@@ -82,7 +82,7 @@ class _Stream(Generic[T]):
             assert self._lease is not None
             assert self._held is not None
             # When the whole reply is there; for a broken stream the usage is never known.
-            self._pacing.settle(self._held, self._held.actual_usage(lambda: self._usage))
+            self._pacing.settle(self._held, lambda: self._usage)
             self._end()
         return item
 
@@ -98,7 +98,7 @@ class _Stream(Generic[T]):
         _, held = self._lease, self._held = await self._pacing.admit(self._call, estimate)
         try:
             with held:
-                call = self._pacing.at_member(self._call)
+                call = self._call.at_member(self._pacing.models)
                 self._inner = await _started(self._pacing, call, held)
             return await self._pull()
         except BaseException as error:
@@ -120,7 +120,7 @@ class _Stream(Generic[T]):
             self._usage = self._usage if usage is None else usage | self._usage
         return item
 
-    async def _close(self) -> None:
+    async def _close_all(self) -> None:
         io = self._call.io
         with self._step():
             if hasattr(self._inner, "aclose" if io is ASYNC else "close"):
@@ -202,7 +202,7 @@ class AsyncPacedStream(_Stream[T], AsyncGenerator[T, None]):
 
     async def aclose(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        await self._close()
+        await self._close_all()
 
     def __del__(self) -> None:
         """Close the request soon, as asyncio closes a generator that is dropped."""
@@ -231,12 +231,11 @@ class PacedStream(_Stream[T], Generator[T, None, None]):
 
     def close(self) -> None:
         """End the stream and give the slot back. Idempotent."""
-        run(self._close())
+        run(self._close_all())
 
 
-async def paced_stream(pacing: Pacing, call: ModelCall) -> Any:
-    """Return the stream that ``call.send()`` gives, paced; inside a paced call, without pacing."""
-    held = held_call(pacing.limiter)
+async def paced_stream(pacing: Pacing, call: ModelCall, held: HeldCall | None) -> Any:
+    """Return the stream that ``call.send()`` gives, paced; inside a call that pays, without pacing."""
     if held is not None:
         return await _started(pacing, call, held)
     return AsyncPacedStream(pacing, call) if call.io is ASYNC else PacedStream(pacing, call)
