@@ -197,9 +197,9 @@ class Pacer:
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
         seat = waiter.seat
+        self.since = now
         if self.place is not None or seat.loop is None or self.group is not None:
             return False
-        self.since = now
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`

@@ -379,18 +379,21 @@ class Pacing:
 
     def settle(self, held: HeldCall, find: Callable[[], Usage | None]) -> None:
         """Correct the reservation to what a whole reply used, as was noted or as ``find`` says."""
-        known = [usage for usage in held.usages if usage is not None] or [find()]
-        usages = [usage for usage in known if usage is not None]
+        usages = [usage for usage in held.usages if usage is not None]
+        usages = usages or [usage for usage in [find()] if usage is not None]
         lease = held.lease
         if lease is None or not usages:
             return
         usage = functools.reduce(operator.add, usages)
         counted = usage if held.profile is None else held.profile.counted(usage)
-        # Each request has its own price: long prompts have another, and parts are rounded up.
-        usd = None if held.price is None else sum(map(held.price.of, usages))
-        lease.settle(
-            input_tokens=counted.input_tokens, output_tokens=counted.output_tokens, usd=usd
-        )
+        used: dict[str, Any] = {
+            "input_tokens": counted.input_tokens,
+            "output_tokens": counted.output_tokens,
+        }
+        if held.price is not None:
+            # Each request has its own price: long prompts have another, and parts are rounded up.
+            used["usd"] = sum(map(held.price.of, usages))
+        lease.settle(**used)
         observe = getattr(self.estimator, "observe", None)
         if usage.output_tokens and observe is not None:  # embeddings teach nothing
             observe(usage.output_tokens)
@@ -399,5 +402,11 @@ class Pacing:
 def pacing_of(paced: Any) -> Pacing:
     """Return the pacing of a paced model or tool."""
     private: Mapping[str, Any] = getattr(paced, "__pydantic_private__", None) or {}
-    pacing: Pacing = private.get(PACING) or vars(paced)[PACING]
+    pacing: Pacing | None = private.get(PACING) or vars(paced).get(PACING)
+    if pacing is None:
+        name = type(paced).__name__
+        raise TypeError(
+            f"this {name} was made by the class of a paced one, so no limiter paces it: "
+            f"make a plain {name}, and wrap that"
+        )
     return pacing

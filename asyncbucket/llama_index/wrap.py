@@ -50,7 +50,7 @@ from llama_index.core.tools import BaseTool, FunctionTool
 from llama_index.core.workflow import Workflow
 
 from asyncbucket.core.context import Agent, InheritedScope, inherited, read_label, running_agent
-from asyncbucket.core.levels import is_under
+from asyncbucket.core.levels import is_under, share_a_level
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
 from asyncbucket.llama_index.clients import (
@@ -97,7 +97,7 @@ def wrap(
 
     It is of a subclass of its class, and shares its fields; ``obj`` itself stays unpaced. What is
     already paced by ``limiter``, or by one below it, is returned as it is, or paced anew if options
-    are given. What is paced by a limiter above ``limiter`` is paced by ``limiter`` from now on: it
+    are given; so is a tool of a function under `Limiter.paced`. What is paced by a limiter above ``limiter`` is paced by ``limiter`` from now on: it
     counts there and above, once each.
 
     Args:
@@ -140,12 +140,24 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
             f"{', '.join(sorted(options))}= is for models: a tool is never tried again, and costs one "
             f"request"
         )
-    if not isinstance(obj, Paced):
-        refuse_single(obj, limiter)
-        pacing = Pacing(limiter, **options)
-        if not isinstance(obj, BaseTool):
-            warn_of_misuse(obj, pacing)
-        return _paced(obj, paced_class(type(obj)), pacing)
+    if isinstance(obj, Paced):
+        return _wrap_again(obj, limiter, options)
+    refuse_single(obj, limiter)
+    mark = getattr(getattr(obj, "real_fn", None), "paced_by", None)
+    if mark is not None and share_a_level(mark, limiter):
+        if is_under(mark, limiter):
+            return obj  # a tool whose function acquires
+        raise ValueError(
+            f"the function of {obj!r} acquires from {mark!r} already, so each call would be "
+            f"charged twice by {limiter!r}: wrap the plain function, or leave the tool as it is"
+        )
+    pacing = Pacing(limiter, **options)
+    if not isinstance(obj, BaseTool):
+        warn_of_misuse(obj, pacing)
+    return _paced(obj, paced_class(type(obj)), pacing)
+
+
+def _wrap_again(obj: "Paced", limiter: Limiter, options: Mapping[str, Any]) -> Any:
     pacing = pacing_of(obj)
     if is_under(pacing.limiter, limiter):
         if not options:

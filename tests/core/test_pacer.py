@@ -5,6 +5,7 @@ import contextvars
 import gc
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TypeVarTuple
@@ -173,6 +174,18 @@ async def test_patient_call_keeps_nothing_of_those_that_pass_meanwhile(time: Vir
     gc.collect()
     assert sys.getallocatedblocks() < before + 1_500
     patient.cancel()
+
+
+def test_thread_that_waits_for_a_first_slot_is_no_reason_to_warn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limiter = Limiter(concurrency=1)
+    lease = limiter.acquire_sync()
+    timer = threading.Timer(0.05, lease.release)
+    timer.start()
+    limiter.acquire_sync().release()
+    timer.join()
+    assert caplog.messages == []
 
 
 @pytest.mark.real_clock

@@ -120,6 +120,18 @@ def test_wrapping_a_list_returns_paced_items_in_order() -> None:
     assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
 
 
+async def test_tool_of_a_function_that_acquires_is_not_paced_twice() -> None:
+    limiter = Limiter("100 RPM", concurrency=1, timeout=5)
+    chat = limiter.child("chat")
+    tools = limiter.wrap([limiter.paced(multiply), FunctionTool.from_defaults(chat.paced(add))])
+    assert [str(await tool.acall(a=2, b=3)) for tool in tools] == ["6", "5"]
+    assert (admitted(limiter), in_flight(limiter)) == (2, 0)
+    with pytest.raises(ValueError, match="function of <.*FunctionTool object .* acquires from <Limiter 'default'"):
+        chat.wrap([limiter.paced(multiply)])
+    other: Any = Limiter("100 RPM").wrap([limiter.paced(multiply)])
+    assert str(await other[0].acall(a=2, b=3)) == "6"
+
+
 def test_failing_tool_gives_its_slot_back_and_is_not_retried() -> None:
     limiter = Limiter("100 RPM", concurrency=1)
     calls: list[int] = []

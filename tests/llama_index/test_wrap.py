@@ -76,6 +76,13 @@ def test_limiter_of_finds_the_limiter_of_whatever_is_paced() -> None:
         limiter_of(MockLLM())
 
 
+def test_model_made_by_the_class_of_a_paced_one_says_that_nothing_paces_it() -> None:
+    paced = Limiter("100 RPM").wrap(MockLLM(max_tokens=2))
+    for made in (type(paced)(max_tokens=2), type(paced).from_dict(paced.to_dict())):
+        with pytest.raises(TypeError, match="this MockLLM was made by the class of a paced one"):
+            made.complete("hi")
+
+
 def test_wrapped_model_repr_shows_limiter_and_no_api_key() -> None:
     paced = Limiter("100 RPM", name="mine").wrap(OpenAI(model="gpt-4o-mini", api_key=KEY))
     assert repr(paced).startswith("OpenAI(model='gpt-4o-mini', limiter=<Limiter 'mine'")
