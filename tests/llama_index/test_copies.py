@@ -74,26 +74,6 @@ def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_copies_in_another_process_share_one_rebuilt_limiter_tree(method: str) -> None:
-    root, chat = tree()
-    llm = MockLLM(max_tokens=2)
-    pickled = [pickle.dumps(each.wrap(llm)) for each in (chat, root, root.key("acme", "7 RPM"))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
-        with multiprocessing.get_context(method).Pool(1) as pool:
-            seen = pool.apply(_unpickle, (pickled,))
-    assert seen["terms"] == terms(chat)
-    assert seen["admitted"] == [2, 1]
-    assert seen["tree"]
-    assert seen["tenant"] == (Limit("requests", 7),)
-    (warning,) = seen["warnings"]
-    assert warning.startswith("<Limiter 'openai', ")
-    assert "came from another process with a copy of a model; together the processes" in warning
-    assert "give each process its share" in warning
-    assert root.statistics().admitted == 0
-
-
 def _spend(pickled: bytes) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -103,15 +83,32 @@ def _spend(pickled: bytes) -> list[str]:
     return [str(each.message) for each in caught if each.category is RuntimeWarning]
 
 
-def test_copy_in_another_process_shares_limit_in_a_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_copies_in_another_process_share_one_rebuilt_limiter_tree_and_a_store(
+    method: str, tmp_path: Path
+) -> None:
+    root, chat = tree()
+    llm = MockLLM(max_tokens=2)
+    pickled = [pickle.dumps(each.wrap(llm)) for each in (chat, root, root.key("acme", "7 RPM"))]
     store = f"sqlite:///{tmp_path}/limits.db?patience=5"
-    limiter = Limiter("3 RPM burst 3", name="openai", store=store)
-    paced = limiter.child("chat").wrap(MockLLM(max_tokens=2))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_spend, (pickle.dumps(paced),)) == []
-    paced.complete("three")
+    shared = Limiter("3 RPM burst 3", name="shared", store=store).child("chat").wrap(llm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            seen = pool.apply(_unpickle, (pickled,))
+            assert pool.apply(_spend, (pickle.dumps(shared),)) == []
+    assert seen["terms"] == terms(chat)
+    assert seen["admitted"] == [2, 1]
+    assert seen["tree"]
+    assert seen["tenant"] == (Limit("requests", 7),)
+    (warning,) = seen["warnings"]
+    assert warning.startswith("<Limiter 'openai', ")
+    assert "came from another process with a copy of a model; together the processes" in warning
+    assert "give each process its share" in warning
+    assert root.statistics().admitted == 0
+    shared.complete("three")
     with (
         pytest.raises(AcquireTimeout, match="a call of 1 request cannot pass"),
         asyncbucket.deadline(0.2),
     ):
-        paced.complete("four")
+        shared.complete("four")

@@ -15,6 +15,7 @@ from llama_index.llms.openai import OpenAI
 
 from asyncbucket import BudgetExceeded, Limiter, Price, UnknownPrice, budget
 from asyncbucket.core.events import Released
+from asyncbucket.llama_index import Retry
 from asyncbucket.testing import RateLimitedProvider
 from tests.llama_index.conftest import API_BASE, MESSAGES, Reader, ScriptedOpenAI, ask, make_openai
 
@@ -48,7 +49,7 @@ def test_refused_and_retried_calls_spend_what_the_provider_charges(
 ) -> None:
     openai_api.refuse(500, times=2)
     limiter = Limiter(prices=PRICES)
-    llm = limiter.wrap(make_openai(max_tokens=50), retry=3)
+    llm = limiter.wrap(make_openai(max_tokens=50), retry=Retry(attempts=3, backoff=0.001))
     with budget(usd=0.01, requests=5) as capped:
         llm.chat(MESSAGES)
     assert (micro(capped.spent), capped.spent["requests"], micro(capped.reserved)) == (

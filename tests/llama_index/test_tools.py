@@ -126,7 +126,9 @@ async def test_tool_of_a_function_that_acquires_is_not_paced_twice() -> None:
     tools = limiter.wrap([limiter.paced(multiply), FunctionTool.from_defaults(chat.paced(add))])
     assert [str(await tool.acall(a=2, b=3)) for tool in tools] == ["6", "5"]
     assert (admitted(limiter), in_flight(limiter)) == (2, 0)
-    with pytest.raises(ValueError, match="function of <.*FunctionTool object .* acquires from <Limiter 'default'"):
+    with pytest.raises(
+        ValueError, match=r"function of <.*FunctionTool object .* acquires from <Limiter 'default'"
+    ):
         chat.wrap([limiter.paced(multiply)])
     other: Any = Limiter("100 RPM").wrap([limiter.paced(multiply)])
     assert str(await other[0].acall(a=2, b=3)) == "6"
