@@ -1,19 +1,30 @@
-"""What LlamaIndex builds on a model is paced, against a provider that counts for itself."""
+"""What LlamaIndex builds on a model is paced, against a provider that counts for itself.
+
+The agents are real, and so is the provider, but without sockets: everything is on virtual time.
+"""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import httpx
 import pytest
 from llama_index.core import Document, SummaryIndex, VectorStoreIndex
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
 from llama_index.embeddings.openai import OpenAIEmbedding
 
-from asyncbucket import Limiter
+import asyncbucket
+from asyncbucket import AcquireTimeout, Limiter, agent
+from asyncbucket.core.context import Inherited, inherited
+from asyncbucket.core.statistics import AgentStatistics
+from asyncbucket.llama_index import limiter_of
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from tests.llama_index.conftest import Bench, admitted, ask, in_flight
 
@@ -147,3 +158,200 @@ def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None
     assert (seen.refused_429, seen.errors, seen.invalid) == ({}, 0, 0)
     assert seen.requests == 30 * 3 + 120 + 20
     assert seen.peak_in_flight <= 8
+
+
+# --- what is set around a run reaches each call in it ---
+
+GIVEN = Inherited(priority=1, tenant="acme", deadline=1_000.0)
+
+
+async def under(start: Any) -> Any:
+    with (
+        asyncbucket.tenant("acme"),
+        asyncbucket.priority("interactive"),
+        asyncbucket.deadline(1_000 - asyncio.get_running_loop().time()),
+    ):
+        started = asyncio.ensure_future(start())
+    return await started  # its tasks were created inside
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_function_agent_calls_inherit_priority_tenant_and_deadline(
+    bench: Bench,
+    streaming: bool,  # noqa: FBT001 - a case
+) -> None:
+    bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
+    assert [name for name, _ in bench.seen] == [
+        "openai/chat/*",
+        "openai/tools/*",
+        "openai/embeddings/*",
+        "openai/chat/*",
+    ]
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+    for name, calls in {"chat": 2, "tools": 1, "embeddings": 1}.items():
+        child = bench.limiter.children[name]
+        assert child.key("acme").statistics().admitted == child.statistics().admitted == calls
+    assert bench.provider.statistics().requests == 3
+
+
+def test_query_engine_calls_inherit_priority_tenant_and_deadline(bench: Bench) -> None:
+    index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
+    bench.seen.clear()
+    engine = index.as_query_engine(llm=bench.llm)
+    streaming = index.as_query_engine(llm=bench.llm, streaming=True)
+
+    async def stream() -> str:
+        reply: Any = await streaming.aquery("which?")  # asks the model only when it is read
+        return "".join([part async for part in reply.async_response_gen()])
+
+    whole = bench.time.run(under(lambda: engine.aquery("which?")))
+    assert "You said" in str(whole)
+    assert "You said" in bench.time.run(under(stream))
+    assert [name for name, _ in bench.seen] == ["openai/embeddings/*", "openai/chat/*"] * 2
+    assert {terms for _, terms in bench.seen} == {GIVEN}
+
+
+@pytest.mark.parametrize("given", [Inherited(priority=3, tenant="acme"), None])
+def test_stream_is_admitted_on_the_terms_of_its_request_not_of_its_reader(
+    bench: Bench, given: Inherited | None
+) -> None:
+    async def main() -> None:
+        with contextlib.ExitStack() as terms:
+            if given is not None:
+                terms.enter_context(asyncbucket.tenant("acme"))
+                terms.enter_context(asyncbucket.priority(3))
+            stream = await bench.llm.astream_complete("hi")
+        with asyncbucket.tenant("other"):
+            assert [part.delta async for part in stream]
+            assert inherited.get() == Inherited(tenant="other")
+        assert inherited.get() is None
+
+    bench.time.run(main())
+    assert bench.seen == [("openai/chat" + ("/*" if given else ""), given)]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["agent", "workflow", "engine"])
+def test_run_that_cannot_meet_its_deadline_fails_at_once(
+    bench: Bench,
+    kind: str,
+    streaming: bool,  # noqa: FBT001 - a case
+) -> None:
+    index = VectorStoreIndex.from_documents([Document(text="a")], embed_model=bench.embed_model)
+    worker = bench.agent(streaming=streaming)
+    start: Any = {
+        "agent": lambda: ask(worker),
+        "workflow": lambda: ask(AgentWorkflow(agents=[worker], root_agent="f")),
+        "engine": lambda: index.as_query_engine(llm=bench.llm).aquery("which?"),
+    }[kind]
+
+    async def main() -> None:
+        with pytest.raises(AcquireTimeout) as caught, asyncbucket.deadline(0.5):
+            await start()
+        assert "cannot pass within 0.5 s: requests bind for 1 s more" in str(caught.value)
+        assert caught.value.bound_by == "requests"
+        assert caught.value.retry_after == pytest.approx(1)
+        assert bench.time.now == 0
+
+    bench.time.run(main())
+    assert bench.provider.statistics().requests == 1  # for the index
+
+
+# --- each run of an agent or workflow is one agent to the limiters that it calls ---
+
+
+def look_up_weather(city: str) -> str:
+    return f"{city}: sunny"
+
+
+def agents_of(limiter: Limiter) -> AgentStatistics:
+    now = limiter.statistics().agents
+    assert now is not None
+    return now
+
+
+class Research(Workflow):
+    """Make two calls, or fail after the first."""
+
+    def __init__(self, limiter: Limiter, **options: Any) -> None:
+        super().__init__(timeout=None, **options)
+        self.limiter = limiter
+
+    @step
+    async def work(self, _: Context, event: StartEvent) -> StopEvent:
+        for number in range(2):
+            async with self.limiter.acquire():
+                await asyncio.sleep(1)
+            if event.get("fails", default=False) and not number:
+                raise ZeroDivisionError
+        return StopEvent(result="done")
+
+
+async def test_each_run_of_a_workflow_is_one_agent(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("600 RPM burst 600", clock=virtual_time.clock)
+    workflow = Research(limiter)
+    paced = limiter.wrap(workflow, kind="research")
+    assert isinstance(paced, Research)
+    handler: Any = paced.run()
+    other = workflow.run()
+    await asyncio.sleep(0.5)
+    assert agents_of(limiter).running == 1
+    assert [await handler, await other] == ["done", "done"]
+    await asyncio.sleep(0)
+    now = agents_of(limiter)
+    assert (now.running, now.finished) == (0, 1)
+    assert now.kinds["research"].size == pytest.approx(0.2)
+
+
+async def test_run_that_fails_or_is_cancelled_teaches_no_size(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("600 RPM burst 600", clock=virtual_time.clock)
+    paced = limiter.wrap(Research(limiter), kind="research")
+    with pytest.raises(ZeroDivisionError):
+        await paced.run(fails=True)
+    cancelled = paced.run()
+    await asyncio.sleep(0.5)
+    await cancelled.cancel_run()
+    await asyncio.wait([asyncio.ensure_future(cancelled.stop_event_result())])
+    await asyncio.sleep(0)
+    now = agents_of(limiter)
+    assert (now.running, now.finished, limiter.statistics().in_flight) == (0, 0, 0)
+
+
+async def test_run_inside_an_agents_scope_belongs_to_that_agent(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("600 RPM burst 600", clock=virtual_time.clock)
+    paced = limiter.wrap(Research(limiter), kind="research")
+    with agent(kind="team"):
+        await asyncio.gather(paced.run(), paced.run())
+        assert agents_of(limiter).kinds.keys() == {"team"}
+    assert agents_of(limiter).kinds["team"].size == pytest.approx(0.4)
+
+
+def test_function_agent_is_wrapped_with_its_model(bench: Bench) -> None:
+    limiter = bench.limiter
+    worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm(), timeout=None)
+    paced: Any = limiter.wrap(worker, kind="weather")
+    assert type(paced) is FunctionAgent
+    assert limiter_of(paced.llm) is limiter
+
+    async def main() -> None:
+        await asyncio.gather(ask(paced), ask(paced))
+        await asyncio.sleep(0)
+
+    bench.time.run(main())
+    now = agents_of(limiter)
+    assert (now.running, now.finished, now.kinds["weather"].known) == (0, 2, 2)
+    with pytest.raises(TypeError, match="is not paced"):
+        limiter_of(worker.llm)
+
+
+@pytest.mark.parametrize(
+    ("obj", "error", "words"),
+    [
+        (MockLLM(), TypeError, "kind= is for agents and workflows"),
+        (look_up_weather, TypeError, "tool or agent can be wrapped, not function"),
+        (FunctionAgent(llm=MockLLM()), ValueError, "an agent's kind must be a non-empty string"),
+    ],
+)
+def test_misplaced_kind_is_refused(obj: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Limiter("10 RPM").wrap(obj, kind="" if error is ValueError else "k")

@@ -89,16 +89,12 @@ ASYNC_CALLS: dict[str, Callable[[LLM], Awaitable[Any]]] = {
     "acomplete": lambda llm: llm.acomplete("hi"),
     "astream_chat": lambda llm: drain(llm.astream_chat(MESSAGES)),
     "astream_complete": lambda llm: drain(llm.astream_complete("hi")),
-    "apredict": lambda llm: llm.apredict(PROMPT, thing="star"),
-    "astream": lambda llm: drain(llm.astream(PROMPT, thing="star")),
 }
 SYNC_CALLS: dict[str, Callable[[LLM], Any]] = {
     "chat": lambda llm: llm.chat(MESSAGES),
     "complete": lambda llm: llm.complete("hi"),
     "stream_chat": lambda llm: list(llm.stream_chat(MESSAGES)),
     "stream_complete": lambda llm: list(llm.stream_complete("hi")),
-    "predict": lambda llm: llm.predict(PROMPT, thing="star"),
-    "stream": lambda llm: list(llm.stream(PROMPT, thing="star")),
 }
 CALLS = ASYNC_CALLS | SYNC_CALLS
 
