@@ -376,7 +376,7 @@ def test_invalid_option_is_refused_at_once(run: Any, options: dict[str, Any], me
 
 
 def test_batch_continued_on_another_event_loop_is_an_error() -> None:
-    results = amap(Limiter(concurrency=1), Work(), [1, 2, 3])
+    results = amap(Limiter(concurrency=1), Work(lambda _: 0.01), [1, 2, 3])
 
     async def first() -> int:
         return (await anext(results)).index

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter, Pool
 from asyncbucket.batch import amap
-from asyncbucket.batch.caller import marked_limiter
 from asyncbucket.testing import virtual_time
 
 limiter = Limiter("1000 RPM", concurrency=2, name="openai")
@@ -44,6 +43,10 @@ def logged(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
 three: Any = 3
 
 
+async def plain(prompt: str) -> str:
+    return prompt
+
+
 async def prefixed(prefix: str, prompt: str) -> str:
     return prefix + prompt
 
@@ -60,20 +63,18 @@ async def prefixed(prefix: str, prompt: str) -> str:
         logged(llm.acomplete),
         functools.partial(decorated),
         child.wrap(MockLLM()).acomplete,
+        plain,
+        functools.partial(prefixed, "a"),
+        MockLLM().acomplete,
+        str.upper,
     ],
 )
-def test_wrapped_models_methods_and_paced_functions_are_marked(function: object) -> None:
-    found = marked_limiter(function)
-    assert found is not None
-    assert found.name in ("openai", "openai/chat")
-
-
-@pytest.mark.parametrize(
-    "function",
-    [prefixed, functools.partial(prefixed, "a"), MockLLM().acomplete, str.upper, limiter.acquire],
-)
-def test_other_functions_are_not_marked(function: object) -> None:
-    assert marked_limiter(function) is None
+def test_call_is_charged_once_by_marked_functions_or_else_by_the_batch(function: Any) -> None:
+    before = limiter.statistics().admitted
+    items = list(limiter.map(function, ["a b c d", "e"], errors="collect"))
+    assert len(items) == 2
+    assert limiter.statistics().admitted == before + 2
+    assert limiter.statistics().in_flight == 0
 
 
 @pytest.mark.parametrize("of", ["above", "beside"])
@@ -88,19 +89,6 @@ def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
     with pytest.raises(ValueError, match="would be paced by 'key/batch', too"):
         batch.map(model.complete, ["a"])
     batch.amap(model.acomplete, ["a"], paced=True)
-
-
-@pytest.mark.parametrize("mark", ["model", "decorator"])
-async def test_marked_function_is_charged_once(mark: str) -> None:
-    here = Limiter("1000 RPM", concurrency=1)
-    ask: Any = here.wrap(MockLLM()).acomplete if mark == "model" else here.paced(logged(plain))
-    items = [item async for item in amap(here, ask, ["a b c d", "e"])]
-    assert len(items) == 2
-    assert here.statistics().admitted == 2
-
-
-async def plain(prompt: str) -> str:
-    return prompt
 
 
 def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
