@@ -23,6 +23,7 @@ from asyncbucket.providers.prices import added_tokens
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
+    OUTPUT_LIMITS,
     OutputForecast,
     is_positive_integer,
     replies_of,
@@ -46,15 +47,6 @@ _MEDIA: Final = {
     "video": ("video", 2048, 950),
     "document": ("data", 2048, 20),
 }
-_OUTPUT_LIMITS: Final = frozenset(
-    {
-        "max_completion_tokens",
-        "max_output_tokens",
-        "max_tokens",
-        "max_new_tokens",
-        "num_predict",
-    }
-)
 #: What is kept in fields, and sent with every call; the latter two by OpenAIResponses.
 _SENT_FIELDS: Final = ("model", "instructions", "built_in_tools")
 
@@ -216,7 +208,7 @@ def size_of(text: str) -> int:
 
 def _output_limit(holder: Mapping[str, Any]) -> int:
     """Return the most tokens of a reply; 0 if nothing limits them."""
-    found = (holder[name] for name in _OUTPUT_LIMITS & holder.keys())
+    found = (holder[name] for name in holder.keys() & OUTPUT_LIMITS)
     return max(filter(is_positive_integer, found), default=0)
 
 

@@ -97,8 +97,8 @@ def wrap(
 
     It is of a subclass of its class, and shares its fields; ``obj`` itself stays unpaced. What is
     already paced by ``limiter``, or by one below it, is returned as it is, or paced anew if options
-    are given; so is a tool of a function under `Limiter.paced`. What is paced by a limiter above ``limiter`` is paced by ``limiter`` from now on: it
-    counts there and above, once each.
+    are given. (So is a tool whose function is under `Limiter.paced`.) What is paced by a limiter
+    above ``limiter`` is paced by ``limiter`` from now on: it counts there and above, once each.
 
     Args:
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes

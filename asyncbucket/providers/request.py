@@ -51,7 +51,7 @@ _UPDATE_PATH: Final = re.compile(r"/(cancel|archive)/?$|/chat/completions/[^/]+/
 #: Members that ask for several replies to one prompt.
 _REPLY_COUNTS: Final = ("n", "best_of", "candidateCount")
 #: Members that limit the tokens of a reply: OpenAI's, Anthropic's, Ollama's, Gemini's, Bedrock's.
-_OUTPUT_LIMITS: Final = (
+OUTPUT_LIMITS: Final = (
     *("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens"),
     *("num_predict", "maxOutputTokens", "maxTokens", "max_gen_len"),
 )
@@ -158,7 +158,7 @@ class RequestSize:
     def add_options(self, value: object) -> None:
         """Take in options, some of which may limit the output."""
         if isinstance(value, dict):
-            for name in _OUTPUT_LIMITS:
+            for name in OUTPUT_LIMITS:
                 self.limit_output(value.get(name))
 
     def _add_part(self, part: dict[str, Any]) -> None:
@@ -269,7 +269,7 @@ _MEMBERS: Final[Mapping[str, Callable[[RequestSize, object], None]]] = {
     **dict.fromkeys(("response_format", "text", "format", "output_config"), RequestSize.add_json),
     **dict.fromkeys(("tools", "functions"), RequestSize.add_tools),
     "toolConfig": RequestSize.add_json,
-    **dict.fromkeys(_OUTPUT_LIMITS, RequestSize.limit_output),
+    **dict.fromkeys(OUTPUT_LIMITS, RequestSize.limit_output),
     **dict.fromkeys(_OPTIONS, RequestSize.add_options),
     "images": RequestSize.add_images,
 }

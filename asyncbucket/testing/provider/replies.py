@@ -72,7 +72,9 @@ def answer(body: Json, *, reply_tokens: int = 0) -> Answer:
     question, observed = _last_question(messages)
     offered = [tool.get("function") or tool for tool in body.get("tools") or ()]
     tools = {tool["name"]: tool for tool in offered if "name" in tool}
-    reply_format = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+    holders = [body.get(name) or {} for name in ("text", "output_config")]
+    formats = [body.get("response_format"), *(each.get("format") for each in holders)]
+    reply_format: Json = next(filter(None, [*formats, body.get("output_format")]), {})
     characters = _characters([messages, body.get("system"), body.get("instructions")])
     characters += sum(len(json.dumps(part)) for part in (*offered, reply_format) if part)
     tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
