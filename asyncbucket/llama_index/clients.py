@@ -30,6 +30,7 @@ import functools
 import inspect
 import sys
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -94,15 +95,10 @@ def is_client(value: object) -> bool:
     return all(hasattr(type(value), name) for name in ("with_options", "_prepare_request"))
 
 
-def is_reporting(client: object) -> bool:
-    """Tell whether ``client`` reports its requests."""
-    return _REPORTS in vars(type(client))
-
-
 def without_retries(client: C) -> C:
     """Return a copy of ``client`` that does not retry, on the same connections; or itself if it is one."""
     original: Any = client
-    if is_reporting(client) and original.max_retries == 0:
+    if hasattr(client, _REPORTS) and original.max_retries == 0:
         return client
     copied: C = original.with_options(max_retries=0)
     _make_reporting(copied)
@@ -115,7 +111,7 @@ def client_of(model: object, client: Any) -> Any:
     One in a field is the user's.
     """
     is_users = any(client is value for value in vars(model).values())
-    if is_client(client) and not is_users and not is_reporting(client):
+    if is_client(client) and not is_users and not hasattr(client, _REPORTS):
         _make_reporting(client)
         client.max_retries = 0
     return client
@@ -164,29 +160,19 @@ def _reporting_class(cls: Any) -> type[Any]:
             request.extensions = {"trace": trace, **request.extensions}
 
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _note_reply(await io.call(cls.request, self, *args, **kwargs), kwargs)
+        reply = await io.call(cls.request, self, *args, **kwargs)
+        held = innermost_held_lease()
+        if isinstance(held, HeldCall):
+            if not kwargs.get("stream"):
+                held.note_usage(usage_of(reply))
+            elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
+                held.stream = weakref.ref(reply)
+                reply._iterator = _Items(reply._iterator, held)  # noqa: SLF001 - all its iterators read
+        return reply
 
-    names: dict[str, Any] = {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "_prepare_request": io.function(prepare),
-        "request": io.function(request),
-        _REPORTS: True,
-    }
-    return type(cls.__name__, (cls,), names)
-
-
-def _note_reply(reply: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return ``reply``, after noting its usage; or, if it is a stream, what notes that later."""
-    held = innermost_held_lease()
-    if isinstance(held, HeldCall):
-        if not arguments.get("stream"):
-            held.note_usage(usage_of(reply))
-        elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
-            held.note_stream(reply)
-            reply._iterator = _Items(reply._iterator, held)  # noqa: SLF001 - all that its iterators read
-    return reply
+    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    methods = {"_prepare_request": io.function(prepare), "request": io.function(request)}
+    return type(cls.__name__, (cls,), {**names, **methods, _REPORTS: True})
 
 
 class _Items:

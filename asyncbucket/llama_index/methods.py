@@ -33,7 +33,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 
 from asyncbucket.llama_index.clients import unretried_options
 from asyncbucket.llama_index.estimate import Estimate, Estimator, size_of
-from asyncbucket.llama_index.pacing import Method, ModelCall, held_call, pacing_of
+from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, held_call, pacing_of
 from asyncbucket.llama_index.streams import USAGE_OPTION, paced_stream
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.waiting import ASYNC, SYNC
@@ -145,7 +145,7 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
             args = (kwargs.pop(how.argument),)
         pacing = pacing_of(model)
         held = held_call(pacing.limiter)
-        if held is not None and held.is_at_a_method and not is_stream:
+        if held is not None and held is INSIDE.get() and not is_stream:
             return await io.call(own, *args, **kwargs)
         if is_chat:  # the call may go out later, and the list may grow
             args = (list(args[0]), *args[1:])

@@ -15,7 +15,6 @@ knows what it has done by then. What it holds while it makes calls itself: see `
 import functools
 import inspect
 import operator
-import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -44,6 +43,8 @@ from asyncbucket.retry import Retrier, Retry, Sent
 from asyncbucket.waiting import ASYNC, IO, SYNC
 
 if TYPE_CHECKING:
+    import weakref
+
     from asyncbucket.providers.prices import Price
     from asyncbucket.providers.profiles import Profile
 
@@ -138,19 +139,15 @@ class HeldCall(HeldLease):
         self._paid_requests = 0
         #: When its latest request left, in seconds of the limiter's clock.
         self.sent_at: float | None = None
-        # A weak reference, because a pooled connection keeps this note for good.
-        self._stream: weakref.ref[Any] | None = None
+        #: The SDK's own stream that this call reads, if it was seen: its usage is added as it passes.
+        #: A weak reference, because a pooled connection keeps this note for good.
+        self.stream: weakref.ref[Any] | None = None
         #: What each of the SDK's replies said was used, or each of the methods' called inside.
         self.usages: list[Usage | None] = []
         #: Whether a stream was asked for its usage by us, not by the user.
         self.hides_usage = False
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: Profile | None = None
-
-    @property
-    def is_at_a_method(self) -> bool:
-        """Whether this code is part of a method that was called inside."""
-        return _INSIDE.get() is self
 
     async def call_inside(self, call: ModelCall, usd: float) -> Any:
         """Call a method inside: each but the first adds a request; those in it are part of it.
@@ -164,11 +161,11 @@ class HeldCall(HeldLease):
         """
         self._methods += 1
         await self._pay_for(self._methods, usd, call.io)
-        token = _INSIDE.set(self)
+        token = INSIDE.set(self)
         try:
             reply = await call.send()
         finally:
-            put_back(_INSIDE, token)
+            put_back(INSIDE, token)
         usage = call.method.read(reply)
         if self.price is not None and usage is not None:
             self._due += self.price.of(usage) - usd
@@ -227,25 +224,16 @@ class HeldCall(HeldLease):
         only = self._requests == 1 and self.sent_at is None
         end_failed(lease, error, unsent=only and never_sent(error.__cause__))
 
-    @property
-    def is_streaming(self) -> bool:
-        """Whether the SDK's own stream was seen, whose usage is added as it passes."""
-        return self._stream is not None
-
-    def note_stream(self, stream: object) -> None:
-        """Note the SDK's own stream that this call reads."""
-        self._stream = weakref.ref(stream)
-
     async def close_stream(self, io: IO) -> None:
         """Close the SDK's stream, and with it the request. Idempotent."""
-        stream = None if self._stream is None else self._stream()
+        stream = None if self.stream is None else self.stream()
         closing = None if stream is None else stream.close()
         if io is ASYNC and inspect.isawaitable(closing):  # not so if the model reads it in a thread
             await closing
 
 
 #: The call of which a method inside runs in this context.
-_INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", default=None)
+INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", default=None)
 
 
 def held_call(limiter: Limiter) -> HeldCall | None:
@@ -280,10 +268,8 @@ class Pacing:
         self.limiter = limiter
         self.models: Mapping[Limiter, Any] = {} if models is None else models
         self.estimator = DefaultEstimator() if estimator is None else estimator
-        methods = (
-            getattr(self.estimator, each, None) for each in ("chat", "completion", "embedding")
-        )
-        if isinstance(estimator, type) or not all(map(callable, methods)):
+        needed = ("chat", "completion", "embedding")
+        if isinstance(estimator, type) or not all(hasattr(self.estimator, each) for each in needed):
             raise TypeError(
                 f"estimator= takes an object with chat(), completion() and embedding(), not {estimator!r}"
             )
@@ -295,8 +281,7 @@ class Pacing:
     @property
     def options(self) -> dict[str, Any]:
         """What paces a copy alike; the estimator has learned from the replies so far."""
-        found = {"retry": self.retrier.policy, "estimator": self.estimator, "models": self.models}
-        return {name: value for name, value in found.items() if name != "models" or value}
+        return {"retry": self.retrier.policy, "estimator": self.estimator}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model or tool spends from the same budget."""

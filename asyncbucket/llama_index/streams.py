@@ -115,7 +115,7 @@ class _Stream(Generic[T]):
         assert self._held is not None
         with self._held:
             item: T = await self._call.io.next_item(self._inner, _END)
-        if not self._held.is_streaming:
+        if self._held.stream is None:
             usage = self._call.method.read(item)
             self._usage = self._usage if usage is None else usage | self._usage
         return item

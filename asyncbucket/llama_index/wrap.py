@@ -169,7 +169,9 @@ def _wrap_again(obj: "Paced", limiter: Limiter, options: Mapping[str, Any]) -> A
             f"neither limiter is under the other, so that a call would wait in two lines; wrap what "
             f"it was made of, or make one of them a child of the other"
         )
-    return _paced(obj, type(obj), Pacing(limiter, **{**pacing.options, **options}))
+    return _paced(
+        obj, type(obj), Pacing(limiter, models=pacing.models, **{**pacing.options, **options})
+    )
 
 
 def _wrap_for_pool(models: Sequence[Any], pool: Pool, options: Mapping[str, Any]) -> Any:

@@ -29,8 +29,9 @@ def provider(rate_limited_provider: "ProviderFactory") -> RateLimitedProvider:
 
 
 def model_of(provider: RateLimitedProvider, **options: Any) -> Any:
-    url = provider.base_url.removesuffix("/v1")
-    return integration.Anthropic(model="claude-sonnet-4-5", api_key="k", base_url=url, **options)
+    options |= {"base_url": provider.base_url.removesuffix("/v1"), "api_key": "k"}
+    options["default_headers"] = {"connection": "close"}  # nobody closes the client
+    return integration.Anthropic(model="claude-sonnet-4-5", **options)
 
 
 async def test_each_call_is_one_request_admitted_once_and_settled(
