@@ -197,40 +197,33 @@ class ScriptedOpenAI:
         if body.get("response_format"):
             message["content"] = '{"name": "Ada"}'
         if body.get("tools"):
-            function = body["tools"][0]["function"]
-            call = {"name": function["name"], "arguments": '{"name": "Ada"}'}
-            message = {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": "call_1", "type": "function", "index": 0, "function": call}],
+            function = {
+                "name": body["tools"][0]["function"]["name"],
+                "arguments": '{"name": "Ada"}',
             }
-        base = {"id": "1", "created": 1, "model": body["model"]}
-        if not body.get("stream"):
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = {**base, "object": "chat.completion", "choices": [choice], "usage": self.usage}
-            return httpx.Response(200, json=reply)
-        deltas = [message]
-        if message["content"]:
-            deltas = [{"role": "assistant", "content": part} for part in message["content"].split()]
-        return self._stream(body, base, "chat.completion.chunk", [{"delta": d} for d in deltas])
+            call = {"id": "call_1", "type": "function", "index": 0, "function": function}
+            message |= {"content": None, "tool_calls": [call]}
+        parts = [{**message, "content": part} for part in (message["content"] or "").split()]
+        deltas = [{"delta": part} for part in parts or [message]]
+        return self._reply(body, "chat.completion", {"message": message}, deltas)
 
     def _completion(self, body: dict[str, Any]) -> httpx.Response:
-        base = {"id": "1", "created": 1, "model": body["model"]}
-        if not body.get("stream"):
-            choice = {"index": 0, "text": "hello there", "finish_reason": "stop"}
-            reply = {**base, "object": "text_completion", "choices": [choice], "usage": self.usage}
-            return httpx.Response(200, json=reply)
-        return self._stream(body, base, "text_completion", [{"text": "hello"}, {"text": "there"}])
+        parts = [{"text": "hello"}, {"text": "there"}]
+        return self._reply(body, "text_completion", {"text": "hello there"}, parts)
 
-    def _stream(
-        self, body: dict[str, Any], base: dict[str, Any], kind: str, choices: list[dict[str, Any]]
+    def _reply(
+        self, body: dict[str, Any], kind: str, whole: dict[str, Any], parts: list[dict[str, Any]]
     ) -> httpx.Response:
+        base = {"id": "1", "created": 1, "model": body["model"], "object": kind}
+        if not body.get("stream"):
+            choices = [{"index": 0, "finish_reason": "stop", **whole}]
+            return httpx.Response(200, json={**base, "choices": choices, "usage": self.usage})
+        base["object"] = kind.replace("chat.completion", "chat.completion.chunk")
         chunks = [
-            {**base, "object": kind, "choices": [{"index": 0, "finish_reason": None, **choice}]}
-            for choice in choices
+            {**base, "choices": [{"index": 0, "finish_reason": None, **part}]} for part in parts
         ]
         if (body.get("stream_options") or {}).get("include_usage"):
-            chunks.append({**base, "object": kind, "choices": [], "usage": self.usage})
+            chunks.append({**base, "choices": [], "usage": self.usage})
         return _events(*chunks, "[DONE]")
 
     def _response(self, body: dict[str, Any]) -> httpx.Response:

@@ -17,7 +17,6 @@ from llama_index.core.tools.types import AsyncBaseTool, BaseTool, adapt_to_async
 from llama_index.core.workflow import Context
 
 from asyncbucket import AcquireTimeout, Limiter
-from asyncbucket.llama_index import limiter_of
 from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import Instrumentation, admitted, in_flight
 
@@ -105,19 +104,6 @@ async def test_wrapped_tool_is_still_the_tool_and_admitted_once_by_any_method(
     plain = instrumentation.take()
     await acall_tool(paced, given)
     assert instrumentation.take() == plain
-
-
-def test_wrapping_a_list_returns_paced_items_in_order() -> None:
-    limiter = Limiter("100 RPM")
-    things = [MockLLM(), FunctionTool.from_defaults(add), multiply]
-    paced: Any = limiter.wrap(things)
-    assert [type(each).__name__ for each in paced] == ["MockLLM", "FunctionTool", "FunctionTool"]
-    assert [limiter_of(each) for each in paced] == [limiter] * 3
-    assert paced[2].metadata.name == "multiply"
-    assert things[2] is multiply
-    assert isinstance(limiter.wrap(tuple(things)), tuple)
-    assert limiter.wrap([]) == []
-    assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
 
 
 async def test_tool_of_a_function_that_acquires_is_not_paced_twice() -> None:

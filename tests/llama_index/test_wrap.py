@@ -3,7 +3,11 @@
 import asyncio
 import contextlib
 import copy
+import multiprocessing
+import pickle
 import re
+import warnings
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +27,8 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 import asyncbucket
-from asyncbucket import CostExceedsLimit, Limiter, pace
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, pace
+from asyncbucket.core.levels import terms_of
 from asyncbucket.llama_index import DefaultEstimator, limiter_of
 from asyncbucket.llama_index.pacing import pacing_of
 from asyncbucket.testing import RateLimitedProvider
@@ -82,10 +87,17 @@ def test_fields_are_shared_with_the_inner_model_but_max_retries_reads_zero() -> 
     assert (paced.temperature, paced.max_retries, paced.to_dict()["max_retries"]) == (0.7, 0, 8)
 
 
-def test_limiter_of_finds_the_limiter_of_whatever_is_paced() -> None:
+def test_list_comes_back_as_paced_models_and_tools_in_order() -> None:
     limiter = Limiter("100 RPM")
-    paced: Any = limiter.wrap([MockLLM(), MockLLM().as_structured_llm(Person), print])
+    things = [MockLLM(), MockLLM().as_structured_llm(Person), predict_ada]
+    paced: Any = limiter.wrap(things)
+    assert [type(each).__name__ for each in paced] == ["MockLLM", "StructuredLLM", "FunctionTool"]
     assert [limiter_of(each) for each in paced] == [limiter] * 3
+    assert paced[2].metadata.name == "predict_ada"
+    assert things[2] is predict_ada
+    assert isinstance(limiter.wrap(tuple(things)), tuple)
+    assert limiter.wrap([]) == []
+    assert all(a is b for a, b in zip(limiter.wrap(paced), paced, strict=True))
     with pytest.raises(TypeError, match=r"MockLLM.* is not paced: limiter.wrap\(...\) and pace"):
         limiter_of(MockLLM())
 
@@ -302,3 +314,103 @@ async def test_retried_event_names_limiter_that_admitted_the_call(
         await llm.achat(MESSAGES)
     assert heard.count(f"Admitted openai/chat{tenant}") == 2
     assert heard.count(f"Retried openai/chat{tenant}") == 1
+
+
+# --- pickles ---
+
+
+@pytest.mark.parametrize("inner", some_models(), ids=lambda model: type(model).__name__)
+def test_unpickled_model_shares_the_limiter_within_a_process(inner: Any) -> None:
+    limiter = Limiter("100 RPM")
+    paced = limiter.wrap(inner, retry=2)
+    twin = pickle.loads(pickle.dumps(paced))  # noqa: S301 - our own
+    assert limiter_of(twin) is limiter
+    assert pacing_of(twin).retrier.policy.attempts == 2
+    assert type(twin) is type(paced)
+    assert twin.to_dict() == paced.to_dict()
+
+
+@pytest.mark.parametrize("tokenizer", [None, str.split])
+def test_pickled_copy_keeps_estimator_and_its_forecast(tokenizer: Any) -> None:
+    estimator = DefaultEstimator(tokenizer)
+    estimator.observe(900)
+    paced = Limiter("100 RPM").wrap(MockLLM(), estimator=estimator)
+    pickled = pickle.dumps(paced)
+    twin: Any = pickle.loads(pickled)  # noqa: S301 - our own
+    assert len(pickled) < 10_000  # the tokenizer's file is in every process
+    copy: Any = pacing_of(twin).estimator
+    assert copy.completion(twin, "a word", {}) == estimator.completion(paced, "a word", {})
+    copy.observe(1_000)
+    assert copy.completion(twin, "?", {}).output_tokens == 1_000
+    assert estimator.completion(paced, "?", {}).output_tokens == 900
+
+
+def tree() -> tuple[Limiter, Limiter]:
+    root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)
+    acme = root.child("acme", "10k TPM", weight=3, priority="batch", max_queue=9)
+    return root, acme.child("chat", "5k TPM", concurrency=2, timeout=20)
+
+
+def terms(limiter: Limiter) -> list[Any]:
+    level: Limiter | None = limiter
+    found: list[Any] = []
+    while level is not None:
+        found.append((level.name, level.limits, terms_of(level)))
+        level = level.parent
+    return found
+
+
+def _unpickle(pickled: list[bytes]) -> dict[str, Any]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models = [pickle.loads(each) for each in pickled]  # noqa: S301 - our own
+    models[0].complete("hi")
+    models[1].complete("hi")
+    chat, root, tenant = map(limiter_of, models)
+    return {
+        "terms": terms(chat),
+        "admitted": [root.statistics().admitted, chat.statistics().admitted],
+        "tree": chat.parent and chat.parent.parent is root is tenant.parent,
+        "tenant": tenant.limits,
+        "warnings": [str(each.message) for each in caught if each.category is RuntimeWarning],
+    }
+
+
+def _spend(pickled: bytes) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        twin = pickle.loads(pickled)  # noqa: S301 - our own
+        twin.complete("one")
+        twin.complete("two")
+    return [str(each.message) for each in caught if each.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_copies_in_another_process_share_one_rebuilt_limiter_tree_and_a_store(
+    method: str, tmp_path: Path
+) -> None:
+    root, chat = tree()
+    llm = MockLLM(max_tokens=2)
+    pickled = [pickle.dumps(each.wrap(llm)) for each in (chat, root, root.key("acme", "7 RPM"))]
+    store = f"sqlite:///{tmp_path}/limits.db?patience=5"
+    shared = Limiter("3 RPM burst 3", name="shared", store=store).child("chat").wrap(llm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads, from 3.12 on
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            seen = pool.apply(_unpickle, (pickled,))
+            assert pool.apply(_spend, (pickle.dumps(shared),)) == []
+    assert seen["terms"] == terms(chat)
+    assert seen["admitted"] == [2, 1]
+    assert seen["tree"]
+    assert seen["tenant"] == (Limit("requests", 7),)
+    (warning,) = seen["warnings"]
+    assert warning.startswith("<Limiter 'openai', ")
+    assert "came from another process with a copy of a model; together the processes" in warning
+    assert "give each process its share" in warning
+    assert root.statistics().admitted == 0
+    shared.complete("three")
+    with (
+        pytest.raises(AcquireTimeout, match="a call of 1 request cannot pass"),
+        asyncbucket.deadline(0.2),
+    ):
+        shared.complete("four")
