@@ -2,10 +2,7 @@
 
 import asyncio
 import itertools
-import os
-import re
 import sqlite3
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from pydantic import BaseModel
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
 from asyncbucket.batch.results import name_of
-from tests.conftest import python
 
 
 class Calls:
@@ -282,24 +278,3 @@ async def test_checkpoint_of_a_later_version_is_refused(path: Path) -> None:
 def test_checkpoint_refuses_missing_or_half_functions(given: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         Checkpoint("run.db", **given)
-
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "batch_with_resume.py"
-
-
-@pytest.mark.real_clock
-@pytest.mark.timeout(240)
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
-    """The example of the docs, run as a reader runs it."""
-    done = python(str(EXAMPLE), cwd=tmp_path, env=os.environ | {"COLUMNS": "80"})
-    assert (done.returncode, done.stderr) == (0, "")
-    counts = re.search(r"(\d+) from the checkpoint, (\d+) asked for", done.stdout)
-    assert counts is not None
-    restored, called = map(int, counts.groups())
-    assert restored + called == 300
-    assert restored >= 100
-    again = re.search(r"(\d+) were in flight at the kill", done.stdout)
-    assert again is not None
-    assert int(again[1]) <= 20
-    assert "0 refused (429)" in done.stdout

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_every_agent_answers_and_no_call_is_refused(run_here: Callable[[str], st
     printed = run_here("agents_with_tools.py")
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> None:
+    printed = run("batch_with_resume.py", cwd=tmp_path)
+    restored, called = map(int, re.findall(r"(\d+) from the checkpoint, (\d+) asked", printed)[-1])
+    assert restored + called == 300
+    assert restored >= 100
+    again = re.search(r"(\d+) were in flight at the kill\n0 refused \(429\)", printed)
+    assert again is not None
+    assert int(again[1]) <= 20
 
 
 def test_openai_sdk_calls_are_paced_without_a_429(run_here: Callable[[str], str]) -> None:

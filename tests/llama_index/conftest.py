@@ -1,5 +1,6 @@
 """What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
+import asyncio
 import functools
 import itertools
 import json
@@ -257,6 +258,12 @@ class ScriptedOpenAI:
         usage = {"prompt_tokens": words, "total_tokens": words}
         reply = {"object": "list", "data": data, "model": body["model"], "usage": usage}
         return httpx.Response(200, json=reply)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_loop_of_the_thread() -> None:
+    """Keep LlamaIndex from making one in its synchronous methods, which nobody closes."""
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture

@@ -124,14 +124,14 @@ async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
 
 def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None:
     provider = RateLimitedProvider(
-        rpm=180,
-        tpm=60_000,
+        rpm=90,
+        tpm=30_000,
         concurrency=8,
         latency=(0.1, 0.5),
         policy="sliding_window",
         clock=virtual_time.clock,
     )
-    limiter = Limiter("180 RPM", "60k TPM", concurrency=8, clock=virtual_time.clock)
+    limiter = Limiter("90 RPM", "30k TPM", concurrency=8, clock=virtual_time.clock)
     bench = Bench(virtual_time, provider, limiter)
 
     async def stream(n: int) -> str:
@@ -142,21 +142,21 @@ def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None
         return str(await bench.llm.acomplete(f"chat {n}", max_tokens=50))
 
     async def main() -> None:
-        texts = [f"text {n}" for n in range(40)]
+        texts = [f"text {n}" for n in range(20)]
         *replies, vectors = await asyncio.gather(
-            *(ask(bench.agent(timeout=None)) for _ in range(30)),
-            *(each(n) for n in range(60) for each in (stream, chat)),
+            *(ask(bench.agent(timeout=None)) for _ in range(15)),
+            *(each(n) for n in range(30) for each in (stream, chat)),
             bench.embed_model.aget_text_embedding_batch(texts),
         )
-        assert len(vectors) == 40
-        expected = [f"{kind} {n}" for n in range(60) for kind in ("stream", "chat")]
-        assert [e for e, r in zip(expected, replies[30:], strict=True) if e not in str(r)] == []
+        assert len(vectors) == 20
+        expected = [f"{kind} {n}" for n in range(30) for kind in ("stream", "chat")]
+        assert [e for e, r in zip(expected, replies[15:], strict=True) if e not in str(r)] == []
 
     virtual_time.run(main())
     bench.close()
     seen = provider.statistics()
     assert (seen.refused_429, seen.errors, seen.invalid) == ({}, 0, 0)
-    assert seen.requests == 30 * 3 + 120 + 20
+    assert seen.requests == 15 * 3 + 60 + 10
     assert seen.peak_in_flight <= 8
 
 

@@ -211,7 +211,7 @@ PLANS = st.recursive(
 
 
 @pytest.mark.heavy
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     plans=st.lists(PLANS, min_size=1, max_size=6),
     slots=st.lists(st.integers(1, 2), min_size=4, max_size=4),

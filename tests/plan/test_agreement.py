@@ -118,7 +118,6 @@ REQUEST = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "conte
 HEADERS = {"authorization": "Bearer any"}
 #: All are paced: a hundred calls at one instant would measure how busy the machine is.
 LOADS: dict[str, tuple[str, str, int]] = {
-    "requests": ("100 requests/s", "100k tokens/s", 50),
     "tokens": ("1k requests/s", "10k tokens/s burst 1k", 50),
     "concurrency": ("1k requests/s", "100k tokens/s", 5),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, LimitSyntaxError, Pool, Price
-from asyncbucket.plan import Plan, Poisson, plan
+from asyncbucket.plan import Plan, Poisson, plan, result
 from asyncbucket.plan.bill import dollars
 from asyncbucket.plan.result import change, duration_in_words, percent
 
@@ -97,9 +97,14 @@ def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
         plan(calls=3, tokens=800, tpm=500)
 
 
-def test_plan_of_many_calls_omits_what_if_by_default() -> None:
-    planned = plan(calls=100_001, rpm=6_000_000, concurrency=1_000, latency=0.001)
-    assert changed_durations(planned, "concurrency") == (None, None)
+def test_plan_of_many_calls_omits_what_if_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "_MAX_WHAT_IF_CALLS", 10)
+    for calls, what_if, answered in ((11, None, False), (11, True, True), (10, None, True)):
+        planned = plan(calls=calls, rpm=5, what_if=what_if)
+        assert [each is not None for each in changed_durations(planned, "requests")] == [
+            answered,
+            answered,
+        ]
     assert changed_durations(plan(calls=10, rpm=5, what_if=False), "requests") == (None, None)
 
 
