@@ -207,13 +207,13 @@ class HeldCall(HeldLease):
         lease = self.lease
         if lease is None or requests <= self._paid_requests:
             return
-        due = self._due + usd
+        due, reserved = self._due + usd, max(self._usd, self._due)
         if requests > 1:
-            reserved = max(self._usd, self._due)
-            used = {"requests": requests, "usd": max(reserved, due)}
-            more = {"requests": requests - self._paid_requests, "usd": used["usd"] - reserved}
+            more = {"requests": requests - self._paid_requests, "usd": max(0.0, due - reserved)}
             await reserve_more(lease, more, blocking=io is SYNC)
-            lease.settle(**used if self.price else {"requests": requests})
+            lease.settle(requests=requests)
+            if self.price is not None:
+                lease.settle(usd=max(reserved, due))
         self._paid_requests, self._due = requests, due
 
     def failed(self, lease: Lease, error: BaseException) -> None:

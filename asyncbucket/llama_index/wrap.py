@@ -201,10 +201,10 @@ def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> An
             f"client http_client=limiter.http_client(); pace other code by `async with "
             f"limiter.acquire(...)` or @limiter.paced"
         )
-    scoped = copy.copy(obj)
-    if isinstance(getattr(obj, "llm", None), LLM):
+    scoped: Any = copy.copy(obj)
+    if isinstance(llm := getattr(obj, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
-        vars(scoped)["llm"] = _wrap_one(vars(obj)["llm"], limiter, of_model)
+        scoped.llm = _wrap_one(llm, limiter, of_model)
 
     @functools.wraps(obj.run)
     def run(*args: Any, **kwargs: Any) -> Any:
