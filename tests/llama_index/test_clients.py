@@ -173,7 +173,7 @@ async def test_booking_is_dated_again_when_request_body_is_sent(
     assert seen == ["dated", "head", "dated", "body"]
 
 
-@pytest.mark.parametrize("make", MAKERS, ids=name_of)
+@pytest.mark.parametrize("make", [make_openai, make_users_client], ids=name_of)
 def test_attempts_without_a_connection_cost_nothing(
     make: Callable[..., LLM], openai_api: ScriptedOpenAI, virtual_time: VirtualTime
 ) -> None:
