@@ -211,14 +211,22 @@ class Slow(MockLLM):
 
         return stream()
 
+    async def acomplete(self, *_: Any, **__: Any) -> Any:
+        await asyncio.sleep(3600)
 
-async def test_cancelled_stream_gives_its_slot_back(limiter: Limiter) -> None:
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_cancelled_call_or_stream_gives_its_slot_back(
+    limiter: Limiter, *, streaming: bool
+) -> None:
+    llm = limiter.wrap(Slow(max_tokens=None))
+
     async def read() -> None:
-        async for _ in await limiter.wrap(Slow(max_tokens=None)).astream_chat(MESSAGES):
+        async for _ in await llm.astream_chat(MESSAGES):
             pass
 
-    task = asyncio.create_task(read())
-    for _ in range(5):  # to the sleep in the stream
+    task = asyncio.ensure_future(read() if streaming else llm.acomplete("hi"))
+    for _ in range(5):  # to the sleep inside
         await asyncio.sleep(0)
     assert in_flight(limiter) == 1
     task.cancel()
