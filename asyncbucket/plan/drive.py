@@ -13,6 +13,7 @@ import heapq
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from asyncbucket.core.limits import Limit
@@ -40,17 +41,6 @@ class Bounds(NamedTuple):
 
 
 @dataclass(slots=True)
-class Taken:
-    """What one limiter, or one member of a pool, has admitted."""
-
-    calls: int = 0
-    #: The sum of the calls' lengths (ns).
-    busy: int = 0
-    #: Units used, by resource: of limited resources, and tokens.
-    used: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class Record:
     """What happened; instants and lengths are nanoseconds."""
 
@@ -59,8 +49,8 @@ class Record:
     waited: "array[int]" = field(default_factory=lambda: array("q"))
     #: How long the first in line waited for each resource.
     held_up: dict[str, int] = field(default_factory=dict)
-    #: What was admitted, by each of the bounds.
-    taken: list[Taken] = field(default_factory=list)
+    #: What each of the bounds has admitted.
+    lanes: "list[Lane]" = field(default_factory=list)
     #: Calls that can never pass.
     refused: list[PlannedCall] = field(default_factory=list)
     #: When the last call ended.
@@ -73,11 +63,6 @@ class Record:
         """How long everything took."""
         return self.end / NANOSECONDS
 
-    @property
-    def busy(self) -> int:
-        """The sum of all calls' lengths (ns)."""
-        return sum(taken.busy for taken in self.taken)
-
 
 def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds]) -> Record:
     """Run every call from its arrival to its end, first come first served.
@@ -86,8 +71,8 @@ def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds
         calls: instants (ns), ascending, and the calls that come then.
         members: what the calls pass: each goes to the member that can start it first.
     """
-    lanes = [_Lane(bounds) for bounds in members]
-    record = Record(taken=[lane.taken for lane in lanes])
+    lanes = [Lane(bounds) for bounds in members]
+    record = Record(lanes=lanes)
     now = 0
     for arrived, call in calls:
         able = [lane for lane in lanes if lane.takes(call.amounts)]
@@ -99,7 +84,7 @@ def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds
             for lane in lanes:
                 lane.end_calls(now, record)
             dues = [lane.earliest(call.amounts, since) for lane in able]
-            due, bound_by = min(dues, key=_due)
+            due, bound_by = min(dues, key=itemgetter(0))
             if due <= now:
                 break
             ends = [lane.running[0] for lane in lanes if lane.running]
@@ -116,16 +101,18 @@ def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds
     return record
 
 
-class _Lane:
-    """One member while the calls run."""
+class Lane:
+    """One limiter, or one member of a pool, while the calls run."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.slots = bounds.slots
         self.meters: Meters = tuple(
             (Window(limit, wall=_wall_of(limit)), limit.resource) for limit in bounds.limits
         )
-        resources = {limit.resource for limit in bounds.limits} | {"tokens"}
-        self.taken = Taken(used=dict.fromkeys(resources, 0))
+        #: How many calls it has admitted, the sum of their lengths (ns), and the units that they used
+        #: of limited resources, and of tokens.
+        self.calls = self.busy = 0
+        self.used = {limit.resource: 0 for limit in bounds.limits} | {"tokens": 0}
         self.most = [(limit.resource, limit.units) for limit in bounds.limits]
         #: When each call in flight ends, the first one first.
         self.running: list[int] = []
@@ -145,11 +132,10 @@ class _Lane:
         for meter, resource in self.meters:
             if call.amounts.get(resource):
                 meter.book(call.amounts[resource], now)
-        taken = self.taken
-        taken.calls += 1
-        taken.busy += call.latency
-        for resource in taken.used:
-            taken.used[resource] += call.amounts.get(resource, 0)
+        self.calls += 1
+        self.busy += call.latency
+        for resource in self.used:
+            self.used[resource] += call.amounts.get(resource, 0)
         heapq.heappush(self.running, now + call.latency)
 
     def end_calls(self, now: int, record: Record) -> None:
@@ -157,10 +143,6 @@ class _Lane:
         running = self.running
         while running and running[0] <= now:
             record.end = max(record.end, heapq.heappop(running))
-
-
-def _due(earliest: tuple[int, str | None]) -> int:
-    return earliest[0]
 
 
 def _wall_of(limit: Limit) -> Callable[[int], int]:

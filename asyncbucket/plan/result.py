@@ -12,7 +12,7 @@ from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
 from asyncbucket.plan.bill import PlannedDollars
 from asyncbucket.plan.calls import Load
-from asyncbucket.plan.drive import NANOSECONDS, Bounds, PlannedCall, Record, Taken, run_calls
+from asyncbucket.plan.drive import NANOSECONDS, Bounds, Lane, PlannedCall, Record, run_calls
 
 #: Up to this many calls, other limits are tried by default.
 _MAX_WHAT_IF_CALLS: Final = 100_000
@@ -187,7 +187,7 @@ def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) ->
     planned = []
     asks = load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if
     for place, bounds in enumerate(members):
-        for number, limit in enumerate(_limits(bounds, record, record.taken[place])):
+        for number, limit in enumerate(_limits(bounds, record, record.lanes[place])):
             doubled = removed = record.seconds if asks else None
             if asks and record.held_up.get(limit.resource):
                 doubled, removed = (
@@ -199,13 +199,13 @@ def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) ->
     return Plan(
         duration=record.seconds,
         calls=calls,
-        tokens=sum(taken.used["tokens"] for taken in record.taken),
+        tokens=sum(lane.used["tokens"] for lane in record.lanes),
         usd=load.dollars(),
         waits=_waits(record),
         limits=tuple(planned),
         held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
         peak_in_flight=record.peak,
-        mean_in_flight=record.busy / end if end else 0.0,
+        mean_in_flight=sum(lane.busy for lane in record.lanes) / end if end else 0.0,
         refused=len(record.refused),
         refusal=refusal,
         timeline=_timeline(record),
@@ -224,17 +224,17 @@ def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
     return None
 
 
-def _limits(bounds: Bounds, record: Record, taken: Taken) -> Iterator[PlannedLimit]:
+def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator[PlannedLimit]:
     """Describe each limit, and the slots as the last one."""
     of = f"{bounds.name}: " if bounds.name else ""
     for limit in bounds.limits:
-        used = taken.used[limit.resource]
-        rate = limit.units / limit.per * taken.calls / used if used else None
+        used = lane.used[limit.resource]
+        rate = limit.units / limit.per * lane.calls / used if used else None
         part = _part_used(limit, used, record)
         yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
     if bounds.slots is not None:
-        part = taken.busy / (bounds.slots * record.end) if record.end else 0.0
-        rate = bounds.slots * taken.calls * NANOSECONDS / taken.busy if taken.busy else None
+        part = lane.busy / (bounds.slots * record.end) if record.end else 0.0
+        rate = bounds.slots * lane.calls * NANOSECONDS / lane.busy if lane.busy else None
         slots = f"{of}{bounds.slots:,} at once"
         yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
 
