@@ -93,7 +93,7 @@ class Delegating(OpenAI):
 @pytest.mark.parametrize("cls", [Voting, Delegating])
 @pytest.mark.parametrize(
     ("cap", "requests"),
-    [({"usd": 0.000_2}, 3), ({"usd": 0.000_063}, 1), ({"requests": 2}, 2), ({"requests": 3}, 3)],
+    [({"usd": 0.000_13}, 3), ({"usd": 0.000_063}, 1), ({"requests": 2}, 2), ({"requests": 3}, 3)],
 )
 async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
     openai_api: ScriptedOpenAI, reader: Reader, cls: Any, cap: Any, requests: int
