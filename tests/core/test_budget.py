@@ -408,7 +408,7 @@ def test_budget_is_entered_once_and_decorates_nothing() -> None:
     once = budget(usd=1)
     with once:
         pass
-    with pytest.raises(RuntimeError, match=r"or budget\(\) anew"), once:
+    with pytest.raises(RuntimeError, match=r"or budget\(\) again"), once:
         pass
     assert isinstance(once, Budget)
 
