@@ -41,7 +41,7 @@ from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.place import Place
 from asyncbucket.core.process import reset_after_fork
-from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, line_of, rouse
+from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
 from asyncbucket.core.seats import EMPTY, Seat, Seats
 from asyncbucket.core.terms import read_clocks
 
@@ -184,7 +184,7 @@ class Pacer:
         self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)
         if line is None:
-            line = line_of(node, priority)
+            line = new_line(node, priority)
         line.join(waiter, now)
         if deadline is not None:
             seat.watch(waiter, deadline)

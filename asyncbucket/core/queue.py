@@ -420,14 +420,11 @@ class Branch(Flow):
         return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
 
 
-def line_of(node: Node, priority: int) -> Line:
-    """Return the line for calls of a limiter and a priority."""
-    line = node.lines.get(priority)
-    if line is None:
-        line = Line(node, branch_of(node, priority), priority)
-        node.lines = {**node.lines, priority: line}
-    found: Line = line
-    return found
+def new_line(node: Node, priority: int) -> Line:
+    """Return a line for the calls of a limiter and a priority that had none yet."""
+    line = Line(node, branch_of(node, priority), priority)
+    node.lines = {**node.lines, priority: line}
+    return line
 
 
 def branch_of(node: Node, priority: int) -> Branch:
