@@ -32,6 +32,8 @@ OUTSIDE = (
     "OPENAI_API_BASE",
     "OPENAI_API_KEY",
     "OPENAI_BASE_URL",
+    "OPENAI_ORG_ID",
+    "OPENAI_PROJECT_ID",
 )
 for name in OUTSIDE:
     for spelling in (name, name.lower()):

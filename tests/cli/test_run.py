@@ -293,6 +293,24 @@ def test_key_quoted_by_provider_is_never_shown(server_answering: Callable[..., s
     assert "pass-word" not in result.output + written
 
 
+def test_key_in_a_long_page_is_not_even_shown_in_part(
+    server_answering: Callable[..., str],
+) -> None:
+    base = server_answering("", page=b"x" * 485 + SECRET.encode(), status=400)
+    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
+    assert result.exit_code == 1
+    assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
+
+
+def test_reply_that_breaks_off_is_asked_for_again(server_answering: Callable[..., str]) -> None:
+    base = server_answering("", page=b"{}", status=200, cut=1)
+    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
+    result = typed(*arguments, "--attempts", "2")
+    assert result.exit_code == 0, result.output
+    assert "1 answered" in result.stderr
+    assert "2 requests" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("page", "status", "said"),
     [
@@ -331,10 +349,16 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
 
 @pytest.fixture
 def server_answering() -> Generator[Callable[..., str]]:
-    """Make a server that answers 401 with a message, or a page, at a URL with a password."""
+    """Make a server that answers 401 with a message, or a page, at a URL with a password.
+
+    The first ``cut`` replies break off.
+    """
     with contextlib.ExitStack() as stack:
 
-        def start(message: str, *, page: bytes | None = None, status: int = 401) -> str:
+        def start(
+            message: str, *, page: bytes | None = None, status: int = 401, cut: int = 0
+        ) -> str:
+            cuts = iter(range(cut))
             error = {"error": {"message": message, "code": "invalid_api_key"}}
             body = json.dumps(error).encode() if page is None else page
 
@@ -342,7 +366,8 @@ def server_answering() -> Generator[Callable[..., str]]:
                 def do_POST(self) -> None:
                     self.rfile.read(int(self.headers["content-length"]))
                     self.send_response(status)
-                    self.send_header("content-length", str(len(body)))
+                    is_cut = next(cuts, None) is not None
+                    self.send_header("content-length", str(len(body) + is_cut))
                     self.end_headers()
                     self.wfile.write(body)
 

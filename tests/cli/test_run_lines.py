@@ -81,14 +81,15 @@ def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
         ("https://example.org/v1", ("authorization", "Bearer k"), None),
     ],
 )
-def test_key_and_version_are_sent_as_the_server_wants_them(
-    api_base: str, header: tuple[str, str], params: str | None
+def test_key_payer_and_version_are_sent_as_the_server_wants_them(
+    api_base: str, header: tuple[str, str], params: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
     job = Job(source="-", out="-", api_base=api_base)
     job.api_key = "k"
     options = address(job)
     assert options["base_url"] == api_base.partition("?")[0]
-    assert options["headers"] == dict([header])
+    assert options["headers"] == dict([header]) | {"openai-project": "proj-1"}
     assert dict(options["params"]).get("api-version") == params
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -43,11 +44,13 @@ from asyncbucket.core.wording import USD, counted, in_given_unit, one_line, usd_
 from asyncbucket.http.pool_file import keys_of, read_pool
 from asyncbucket.plan import plan
 from asyncbucket.plan.calls import read_call
-from asyncbucket.providers.errors import EXHAUSTED
+from asyncbucket.providers.details import Details
+from asyncbucket.providers.errors import EXHAUSTED, RefusedReply, judge_reply
 from asyncbucket.providers.prices import read_prices
 from asyncbucket.providers.profiles import profile_of
+from asyncbucket.providers.request import any_json
 from asyncbucket.providers.usage import read_usage
-from asyncbucket.retry import Retry
+from asyncbucket.retry import Retrier, Retry
 
 _MAX_MESSAGE: Final = 500
 #: Connections kept for the next request. For each request httpcore compares idle ones in pairs: a
@@ -61,6 +64,8 @@ _FATAL: Final = frozenset({401, 402})
 _OF_ONE_REQUEST: Final = frozenset({400, 413, 422})
 #: This many failures in a row, each after its own attempts, end the run.
 _MAX_FAILURES_IN_A_ROW: Final = 50
+#: Who pays, by OpenAI's own variables, if a key may be used for several.
+_ACCOUNTS: Final = {"OPENAI_ORG_ID": "openai-organization", "OPENAI_PROJECT_ID": "openai-project"}
 #: Longer than requests under way take.
 _DAY: Final = 86_400.0
 
@@ -130,9 +135,10 @@ class Run:
         #: Slots are this process's own: a store would keep those of a killed run for a while.
         slots = job.slots or (CONCURRENCY if self._root.concurrency is None else None)
         self._limiter = self._root.child("calls", concurrency=slots)
+        self._retrier = Retrier(Retry(attempts=job.attempts), self._root, caller=self._limiter)
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
-            retries=Retry(attempts=job.attempts),
+            retries=0,  # a reply may break off, which the client's own retries do not see
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=_MAX_IDLE),
             **where,
         )
@@ -180,18 +186,25 @@ class Run:
     async def _send(self, task: Task) -> None:
         request = task.request
         reply: httpx.Response | None = None
-        self._sending += 1
-        try:
+
+        async def attempt() -> httpx.Response:
             # A member of a pool may have another path before this one, and so may --api-base.
             reply = await self._client.post(request.path.removeprefix("/v1"), json=request.body)
-            body = reply.json() if reply.is_success else None
+            if not reply.is_success:
+                told = Details(any_json(reply.content), reply.headers)
+                raise RefusedReply(reply, judge_reply(reply.status_code, told))
+            return reply
+
+        self._sending += 1
+        try:
+            reply = await self._retrier.call(attempt)
+            body = reply.json()
+        except RefusedReply as refused:
+            self._write_failure(request, refused, refused.reply)
         except Exception as error:  # noqa: BLE001 - whatever fails a line is written and counted
             self._write_failure(request, error, reply)
         else:
-            if reply.is_success:
-                self._write_answer(task, reply, body)
-            else:
-                self._write_failure(request, None, reply)
+            self._write_answer(task, reply, body)
         finally:
             self._sending -= 1
 
@@ -208,7 +221,7 @@ class Run:
             self._tally.count_answer(read_usage(usage))
 
     def _write_failure(
-        self, request: Request, error: Exception | None, reply: httpx.Response | None
+        self, request: Request, error: Exception, reply: httpx.Response | None
     ) -> None:
         if isinstance(error, StoreError):
             raise error
@@ -216,7 +229,7 @@ class Run:
         if reply is None:
             code, message = type(error).__name__, str(error) or "no more is known"
         else:
-            code, message, body = _refusal_in(reply)
+            code, message, body = _refusal_in(reply, self._without_keys(reply.text))
             described = _described(reply, body)
         message = self._without_keys(message)[:_MAX_MESSAGE]
         self._tally.failed += 1
@@ -303,10 +316,12 @@ def address(job: Job) -> dict[str, Any]:
     """Return where requests go, with which key, as options of an HTTP client."""
     url, key = urlsplit(job.base), job.api_key or "none"
     is_azure = (url.hostname or "").endswith(".azure.com")
+    headers = {"api-key": key} if is_azure else {"authorization": f"Bearer {key}"}
+    accounts = {header: os.environ.get(name) for name, header in _ACCOUNTS.items()}
     return {
         "base_url": url._replace(query="").geturl(),
         "params": parse_qsl(url.query),  # such as the version of Azure's API
-        "headers": {"api-key": key} if is_azure else {"authorization": f"Bearer {key}"},
+        "headers": headers | {header: text for header, text in accounts.items() if text},
     }
 
 
@@ -320,16 +335,16 @@ def _described(reply: httpx.Response, body: Any) -> Mapping[str, Any]:
     return {"status_code": reply.status_code, "request_id": request_id, "body": body}
 
 
-def _refusal_in(reply: httpx.Response) -> tuple[str, str, Any]:
-    """Return the code of a reply that is no answer, what it says, and its body."""
-    status, text = reply.status_code, reply.text[:_MAX_MESSAGE]
+def _refusal_in(reply: httpx.Response, text: str) -> tuple[str, str, Any]:
+    """Return the code of a reply that is no answer, what it says, and its body, which is ``text``."""
+    status, beginning = reply.status_code, text[:_MAX_MESSAGE]
     if reply.is_success:
-        what = f"HTTP {status}: the reply is not JSON: {text or 'it is empty'}"
-        return "no_json", what, text
+        what = f"HTTP {status}: the reply is not JSON: {beginning or 'it is empty'}"
+        return "no_json", what, beginning
     try:
-        body = reply.json()
+        body = json.loads(text)
     except (ValueError, RecursionError):
-        body = text
+        body = beginning
     told = body.get("error", body) if isinstance(body, dict) else body
     told = told if isinstance(told, dict) else {"message": told}
     code = str(told.get("code") or told.get("type") or f"http_{status}")[:64]
