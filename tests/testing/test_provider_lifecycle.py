@@ -1,6 +1,8 @@
 """Starting, stopping and controlling the provider, in a thread and in a process."""
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import re
@@ -59,6 +61,15 @@ async def test_stopped_provider_leaves_no_thread_or_socket(until: Until) -> None
     assert set(threading.enumerate()) == before
     assert refuses_connections(url)
     assert provider.statistics().in_flight == 0
+
+
+def test_connections_that_come_as_the_provider_stops_are_closed() -> None:
+    for _ in range(3):
+        with contextlib.ExitStack() as clients, RateLimitedProvider() as provider:
+            parts = urlsplit(provider.url)
+            for _ in range(100):
+                clients.enter_context(socket.create_connection((parts.hostname, parts.port)))
+    gc.collect()  # which warns of what is open, and warnings are errors
 
 
 @pytest.mark.real_clock

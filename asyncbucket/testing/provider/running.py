@@ -337,10 +337,14 @@ class _ProviderServer(uvicorn.Server):
         sockets: list[socket.socket] | None = None,  # noqa: ARG002 - the parent's signature
     ) -> None:
         # Not the parent's, which waits for calls in flight to the end of their latency. Once cut
-        # off, they see their client gone, and end.
+        # off, they see their client gone, and end. asyncio would leave a connection open that it
+        # has accepted, but not yet served, when its server closes: so those get there first.
+        connections, loop = self.server_state.connections, asyncio.get_running_loop()
+        with contextlib.suppress(NotImplementedError):  # Windows, where none comes late
+            loop.remove_reader(self._socket)
+        while connections or len(asyncio.all_tasks()) > 1:
+            for connection in tuple(connections):
+                connection.transport.abort()
+            await asyncio.sleep(0.001)
         for server in self.servers:
             server.close()
-        for connection in self.server_state.connections:
-            connection.transport.abort()
-        if self.server_state.tasks:
-            await asyncio.wait(self.server_state.tasks)
