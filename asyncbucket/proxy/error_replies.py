@@ -38,7 +38,7 @@ _TYPES: Final = {
     504: ("server_error", "provider_timeout", "timeout_error", "DEADLINE_EXCEEDED"),
 }
 #: The paths of Google's own protocol, and the type of what says when to come back.
-_GOOGLES_PATH: Final = re.compile(r"/v1(alpha|beta)/|:\w*(Contents?|[pP]redict|Tokens)$")
+_GOOGLES_PATH: Final = re.compile(r"/v1(alpha|beta)/(?!openai/)|:\w*(Contents?|[pP]redict|Tokens)$")
 _RETRY_INFO: Final = "type.googleapis.com/google.rpc.RetryInfo"
 #: Seconds after which a caller may try again if nobody knows when there is room.
 _SOON: Final = 1.0

@@ -83,6 +83,7 @@ def test_error_has_the_providers_format_and_no_key(
     [
         (scope("/x", b"anthropic-version"), "anthropic"),
         (scope("/x", b"x-goog-api-key"), "google"),
+        (scope("/v1beta/openai/chat/completions"), "openai"),
         (scope("/v1/projects/p/locations/l/publishers/google/models/m:rawPredict"), "google"),
         (scope("/v1/models/ft:gpt-4o-mini:acme::id"), "openai"),
         (scope("/model/anthropic.claude-v2:1/converse"), "openai"),
