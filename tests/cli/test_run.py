@@ -347,6 +347,23 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
+def test_server_that_accepts_no_connection_ends_the_run_and_is_told_from_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("asyncbucket.http.clients._CONNECT_TIMEOUT", 0.1)
+    with contextlib.ExitStack() as sockets:
+        busy, *others = [sockets.enter_context(socket.socket()) for _ in range(4)]
+        busy.bind(("127.0.0.1", 0))
+        busy.listen(0)
+        for each in others:  # which fill its queue
+            each.setblocking(False)
+            each.connect_ex(busy.getsockname())
+        base = f"http://127.0.0.1:{busy.getsockname()[1]}/v1"
+        result = typed(batch(1), "-o", "o", "--rpm", "60", "--attempts", "1", "--api-base", base)
+    assert result.exit_code == 2
+    assert f"error: no request succeeds: ConnectTimeout ({base}); see that it" in result.stderr
+
+
 @pytest.fixture
 def server_answering() -> Generator[Callable[..., str]]:
     """Make a server that answers 401 with a message, or a page, at a URL with a password.

@@ -227,7 +227,8 @@ class Run:
             raise error
         described: Mapping[str, Any] | None = None
         if reply is None:
-            code, message = type(error).__name__, str(error) or "no more is known"
+            code = type(error).__name__
+            message = str(error) or code  # httpx says no more of a timeout
         else:
             code, message, body = _refusal_in(reply, self._without_keys(reply.text))
             described = _described(reply, body)
