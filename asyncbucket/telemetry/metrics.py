@@ -87,7 +87,7 @@ class Metrics(ABC):
     def watch(self, limiter: Limiter, max_limiters: int) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
-        Members of a pool count as well, unless they do already.
+        Members of a pool count as well, unless they, or some below them, do already.
 
         Raises:
             ValueError: it, or one above or below it, is observed already, or ``max_limiters`` is
@@ -102,7 +102,8 @@ class Metrics(ABC):
                         f"limiter {other.name!r} is watched here already, and the calls of "
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
-            members = (each for each in members_of(limiter) if each not in known)
+            shown = {above for each in known for above in levels(each)}
+            members = (each for each in members_of(limiter) if each not in shown)
             sources += (_Source(self, each, max_limiters) for each in members)
             self._sources = (*self._sources, *sources)
         stops = [source.begin() for source in sources]

@@ -333,6 +333,15 @@ async def test_number_means_the_same_in_telemetry_and_in_serve_stats(
         lease.release()
 
 
+def test_calls_of_a_watched_child_do_not_count_twice_when_a_pool_of_its_parent_is_watched() -> None:
+    parent, registry = Limiter("5 RPM", name="key-1"), CollectorRegistry()
+    child = parent.child("chat")
+    telemetry.prometheus(child, registry=registry)
+    telemetry.prometheus(Pool(parent, Limiter("5 RPM", name="key-2")), registry=registry)
+    child.acquire_nowait().release()
+    assert scrape(registry)[f"{ENDED}_total", "key-1/chat", "ok"] == 1
+
+
 async def test_members_of_a_pool_are_shown_with_it(virtual_time: VirtualTime) -> None:
     a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
     pool = Pool(a, b, name="all")
