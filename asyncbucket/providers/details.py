@@ -40,9 +40,9 @@ _CODES: Final = frozenset(
     {"code", "type", "Code", "status", "__type", "error_code", "error_type", "limit_source"}
 )
 _MESSAGES: Final = frozenset({"message", "Message", "quotaId"})
-#: How deep strings are looked for, and how many: Google's are below six others.
+#: How deep strings are looked for, and among how many values: Google's are below six others.
 _DEPTH: Final = 8
-_MAX_STRINGS: Final = 100
+_MAX_VALUES: Final = 1_000
 #: How much of a message is read.
 _MAX_MESSAGE: Final = 1_000
 _PER_DAY: Final = re.compile(r"per[ _-]?day|\bdaily\b|_daily", re.IGNORECASE)
@@ -76,7 +76,8 @@ class Details:
     __slots__ = ("_headers", "_strings")
 
     def __init__(self, body: object, headers: Mapping[str, Any] = _NOTHING) -> None:
-        self._strings = list(islice(_strings(body, _DEPTH), _MAX_STRINGS))
+        values = islice(_values(body, _DEPTH), _MAX_VALUES)
+        self._strings = [(name, value) for name, value in values if isinstance(value, str)]
         self._headers = {str(name).lower(): value for name, value in headers.items()}
 
     @property
@@ -138,16 +139,15 @@ class Details:
         return any(pattern.search(text[:_MAX_MESSAGE]) for text in texts)
 
 
-def _strings(value: object, depth: int, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield all strings in a body, each with the name of its member."""
-    if isinstance(value, str):
-        yield name, value
-    elif depth and isinstance(value, Mapping):
+def _values(value: object, depth: int, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield all that is in a body, each with the name of its member."""
+    yield name, value
+    if depth and isinstance(value, Mapping):
         for key, member in value.items():
-            yield from _strings(member, depth - 1, str(key))
+            yield from _values(member, depth - 1, str(key))
     elif depth and isinstance(value, list):
         for item in value:
-            yield from _strings(item, depth - 1, name)
+            yield from _values(item, depth - 1, name)
 
 
 def _reset_in(value: object, now: float) -> float | None:

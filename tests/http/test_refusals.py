@@ -1,6 +1,7 @@
 """A refusal pauses everyone once, for as long as it says; none if waiting does not help."""
 
 import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -79,6 +80,17 @@ def take_in(
 
 def error(code: str | None = None, kind: str | None = None) -> dict[str, Any]:
     return {"error": {"code": code, "type": kind}}
+
+
+def test_a_huge_body_is_not_searched_to_its_end() -> None:
+    numbers = iter(range(1_000_000))
+
+    class Huge(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            return numbers
+
+    assert not Details(Huge()).codes
+    assert next(numbers) <= 1_000
 
 
 @pytest.mark.parametrize(
