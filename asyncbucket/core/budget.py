@@ -108,7 +108,9 @@ class Budget:
             return _as_given({name: self._sums[side, name] for name in self._caps})
 
     def __repr__(self) -> str:
-        amounts = (self._caps, {name: self._sums["spent", name] for name in self._caps})
+        with self._lock:
+            self._catch_up_locked()
+            amounts = (self._caps, {name: self._sums["spent", name] for name in self._caps})
         caps, spent = (", ".join(map(counted, each.values(), each)) for each in amounts)
         return f"<Budget of {caps}, {spent} spent>"
 

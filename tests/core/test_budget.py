@@ -47,6 +47,7 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
             with pytest.raises(BudgetExceeded) as error:
                 await limiter.acquire(usd=0.80)
             lease.settle(usd=0.5)
+        assert repr(capped) == "<Budget of 2 USD, 100 requests, 0.50 USD, 1 request spent>"
         assert (capped.spent, capped.left) == (
             {"usd": 0.5, "requests": 1},
             {"usd": 1.5, "requests": 99},
@@ -60,7 +61,6 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
     assert found.budget is capped
     assert (found.resource, found.cap, found.spent) == ("usd", 2.0, 0)
     assert (found.reserved, found.cost) == (1.25, 0.8)
-    assert repr(capped) == "<Budget of 2 USD, 100 requests, 0.50 USD, 1 request spent>"
     assert inherited.get() is None
 
 
