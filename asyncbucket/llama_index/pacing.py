@@ -211,15 +211,16 @@ class HeldCall(HeldLease):
         if requests > 1:
             more = {"requests": requests - self._paid_requests, "usd": max(0.0, due - reserved)}
             await reserve_more(lease, more, blocking=io is SYNC)
-            lease.settle(requests=requests)
+            used: dict[str, float] = {"requests": requests}
             if self.price is not None:
-                lease.settle(usd=max(reserved, due))
+                used["usd"] = max(reserved, due)
+            lease.settle(**used)  # at once, lest another thread finds less reserved in between
         self._paid_requests, self._due = requests, due
 
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a request that found no connection costs nothing."""
         # The SDK's own error says only that there was no connection; its cause says why.
-        if self.price is not None and self._requests <= 1 and was_refused(error):
+        if self.price is not None and self._paid_requests <= 1 and was_refused(error):
             lease.settle(usd=0)
         only = self._requests == 1 and self.sent_at is None
         end_failed(lease, error, unsent=only and never_sent(error.__cause__))

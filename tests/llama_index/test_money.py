@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.agent.workflow import FunctionAgent
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, CompletionResponse
 from llama_index.core.llms import MockLLM
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
@@ -107,6 +107,30 @@ async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
         await reader.call(llm.achat, llm.chat, [ChatMessage("hi " * 30)])
     assert len(openai_api.requests) == requests
     assert all(capped.spent[name] <= most for name, most in cap.items())
+
+
+class Offline(MockLLM):
+    """A model without an SDK, which asks three times for each chat, and is refused at last."""
+
+    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
+        if prompt == "2":
+            raise APIError
+        usage = {"prompt_tokens": 11, "completion_tokens": 7}
+        return CompletionResponse(text="hello", raw={"usage": usage})
+
+    def chat(self, *_: Any, **__: Any) -> Any:
+        return [self.complete(str(number)) for number in range(3)]
+
+
+class APIError(Exception):
+    status_code = 400
+
+
+def test_refusal_of_the_last_request_of_a_call_does_not_refund_those_before() -> None:
+    llm = Limiter(prices={"*": PRICES["gpt-4o-mini"]}).wrap(Offline(max_tokens=9))
+    with budget(usd=1) as capped, pytest.raises(APIError):
+        llm.chat(MESSAGES)
+    assert micro(capped.spent) >= 2 * SETTLED
 
 
 async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap(
