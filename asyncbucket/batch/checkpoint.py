@@ -199,21 +199,28 @@ class OpenCheckpoint:
             raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
         return digest("k" + text)
 
-    def save(self, key: bytes, result: Any) -> None:
-        """Keep a result by the key of its item.
+    def save(self, results: Mapping[bytes, Any]) -> None:
+        """Keep results by the keys of their items, in one transaction.
 
         Raises:
-            CheckpointError: it cannot be kept, or the disk is full.
+            CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
         """
-        try:
-            value = self._dump(result)
-        except Exception as error:
-            raise CheckpointError(
-                f"a result of type {type(result).__name__} cannot be kept: {error}; give "
-                f"Checkpoint(..., dump=, load=), or return what can be pickled"
-            ) from error
-        with self._lock, self._explained():
-            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, value))
+        rows: list[tuple[bytes, bytes]] = []
+        failure: CheckpointError | None = None
+        for key, result in results.items():
+            try:
+                rows.append((key, self._dump(result)))
+            except Exception as error:  # noqa: BLE001 - raised when the others are kept
+                failure = CheckpointError(
+                    f"a result of type {type(result).__name__} cannot be kept: {error}; give "
+                    f"Checkpoint(..., dump=, load=), or return what can be pickled"
+                )
+                failure.__cause__ = error
+        with self._lock, self._explained(), self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", rows)
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Release the file for the next run."""

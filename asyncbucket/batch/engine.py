@@ -105,6 +105,9 @@ class Engine(Generic[T, R]):
     results: MemoryObjectReceiveStream[Item[T, R]] = field(init=False)
     _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
     _saved: OpenCheckpoint | None = None
+    _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    #: Results that wait for the disk, by the keys of their items.
+    _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _group: TaskGroup | None = None
     _workers: int = 0
@@ -271,12 +274,19 @@ class Engine(Generic[T, R]):
                     await to_thread.run_sync(self._saved.close)
 
     async def _save(self, saved: OpenCheckpoint, key: bytes, result: Any) -> None:
-        """Save a result, whatever ends the calls meanwhile: it is paid for."""
-        try:
-            with CancelScope(shield=True):
-                await to_thread.run_sync(saved.save, key, result)
-        except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
-            self._fail(error)
+        """Save a result, whatever ends the calls meanwhile: it is paid for.
+
+        Those that come while the disk is busy are saved together: it may be slower than the calls.
+        """
+        self._unsaved[key] = result
+        with CancelScope(shield=True):
+            async with self._saving:
+                if key in self._unsaved:
+                    results, self._unsaved = self._unsaved, {}
+                    try:
+                        await to_thread.run_sync(saved.save, results)
+                    except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
+                        self._fail(error)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import sqlite3
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 
 from asyncbucket import Limiter
 from asyncbucket.batch import Checkpoint, CheckpointError, Item, amap
+from asyncbucket.batch.checkpoint import OpenCheckpoint
 from asyncbucket.batch.results import name_of
 
 
@@ -113,6 +116,26 @@ async def test_result_that_cannot_be_pickled_ends_the_run_and_loses_no_other(pat
     await run(path, again, range(4))
     assert sum(callable(item.result) for item in seen) == 1
     assert again.seen == [3]
+
+
+async def test_results_are_saved_together_while_the_disk_is_busy_even_if_the_reader_leaves(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transactions, save = [], OpenCheckpoint.save
+
+    def save_slowly(saved: OpenCheckpoint, results: Mapping[bytes, Any]) -> None:
+        transactions.append(len(results))
+        time.sleep(0.05)
+        save(saved, results)
+
+    monkeypatch.setattr(OpenCheckpoint, "save", save_slowly)
+    async with amap(Limiter(concurrency=40), Calls(), range(40), checkpoint=path) as results:
+        await anext(results)
+    assert sum(transactions) == 40
+    assert len(transactions) < 5
+    again = Calls()
+    await run(path, again, range(40))
+    assert again.seen == []
 
 
 async def test_custom_dump_and_load_replace_pickle(path: Path) -> None:
