@@ -125,6 +125,10 @@ def _make_reporting(client: Any) -> None:
     http_client = client._client  # noqa: SLF001 - there is no public way
     if type(http_client) is getattr(sdk, "AsyncHttpxClientWrapper", None):
         _connect_by_loop(http_client, client)
+    if getattr(client, "_platform", ...) is None:
+        # Or its first request, which holds a slot, would ask for it in a thread. But perhaps all
+        # threads run synchronous calls that wait for a slot.
+        client._platform = sdk.get_platform()  # noqa: SLF001 - as above
     client.__class__ = _reporting_class(cls)
 
 

@@ -8,6 +8,7 @@ import functools
 import gc
 import warnings
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -287,6 +288,24 @@ def test_call_is_sent_once_on_each_of_several_event_loops(
     assert provider.statistics().requests == (6 if call is ask else 3)
     assert admitted(limiter) == provider.statistics().requests
     assert not caplog.records
+
+
+@pytest.mark.usefixtures("openai_api")
+async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot() -> None:
+    limiter = Limiter(concurrency=1)
+    llm = limiter.wrap(make_openai())
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        async with limiter.acquire():
+            calls = [asyncio.ensure_future(llm.achat(MESSAGES))]
+            await asyncio.sleep(0)  # it is the first in line
+            calls.append(asyncio.ensure_future(asyncio.to_thread(llm.chat, MESSAGES)))
+            while limiter.statistics().waiting < 2:
+                await asyncio.sleep(0.001)
+        done, _ = await asyncio.wait(calls, timeout=5)
+        calls[0].cancel()  # or the thread would wait for ever
+        await asyncio.wait(calls)
+    assert len(done) == 2
 
 
 @pytest.mark.usefixtures("openai_api")
