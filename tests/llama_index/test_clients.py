@@ -300,7 +300,7 @@ async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot
             calls = [asyncio.ensure_future(llm.achat(MESSAGES))]
             await asyncio.sleep(0)  # it is the first in line
             calls.append(asyncio.ensure_future(asyncio.to_thread(llm.chat, MESSAGES)))
-            while limiter.statistics().waiting < 2:
+            while limiter.statistics().waiting < 2:  # noqa: ASYNC110 - nothing tells when it waits
                 await asyncio.sleep(0.001)
         done, _ = await asyncio.wait(calls, timeout=5)
         calls[0].cancel()  # or the thread would wait for ever

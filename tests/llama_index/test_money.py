@@ -123,6 +123,8 @@ class Offline(MockLLM):
 
 
 class APIError(Exception):
+    """An error of a provider, as SDKs raise it."""
+
     status_code = 400
 
 
