@@ -325,17 +325,30 @@ class Pacing:
 
     async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
         """Wait for the admission of a call that costs ``estimate``; note when it leaves."""
-        amounts, price, usd = self._amounts(estimate), None, 0.0
+        amounts, prices, usd = self._amounts(estimate), {}, 0.0
         if estimate.input_tokens or estimate.output_tokens:
-            price = price_here(self.limiter, model_of(call.model, call.kwargs))
-        if price is not None:
-            usd = amounts["usd"] = self._usd(estimate, price)
+            prices = self._prices(call)
+        if prices:
+            usd = amounts["usd"] = max(self._usd(estimate, price) for price in prices.values())
         lease = await self._acquire(call.io, **amounts)
         assert call.sent is not None
         call.sent.admitted(self.limiter, lease)
         call.member = lease.limiter if isinstance(lease, PoolLease) else None
         provider = call.member or self.limiter
+        price = prices.get(call.member, prices.get(None))
         return lease, HeldCall(self.limiter, lease, provider=provider, price=price, usd=usd)
+
+    def _prices(self, call: ModelCall) -> "dict[Limiter | None, Price]":
+        """Return what the call costs by the member of a pool that may take it, else by None.
+
+        There is nothing if nothing counts dollars.
+        """
+        models = {None: call.model, **self.models}
+        found = {
+            member: price_here(self.limiter, model_of(model, call.kwargs))
+            for member, model in models.items()
+        }
+        return {member: price for member, price in found.items() if price is not None}
 
     def _usd(self, estimate: Estimate, price: "Price") -> float:
         """Return the dollars to reserve: the most that the call can cost, if its output is limited."""

@@ -13,7 +13,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
-from asyncbucket import BudgetExceeded, Limiter, Price, UnknownPrice, budget
+from asyncbucket import BudgetExceeded, Limiter, Pool, Price, UnknownPrice, budget
 from asyncbucket.core.events import Released
 from asyncbucket.llama_index import Retry
 from asyncbucket.testing import RateLimitedProvider
@@ -109,6 +109,25 @@ async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
     assert all(capped.spent[name] <= most for name, most in cap.items())
 
 
+def test_call_in_a_pool_costs_what_the_model_of_its_member_costs(
+    openai_api: ScriptedOpenAI,
+) -> None:
+    prices = {**PRICES, "gpt-4o": Price(input=2.5, output=10)}
+    pool = Pool(
+        *(Limiter(name=name, concurrency=1, prices=prices) for name in "ab"), prefer="first"
+    )
+    llm = pool.wrap([make_openai(max_tokens=50), make_openai(model="gpt-4o", max_tokens=50)])
+    spent = []
+    for calls in ("first", "second"):
+        with budget(usd=1) as capped, contextlib.ExitStack() as stack:
+            if calls == "second":
+                stack.enter_context(pool.members[0].acquire_sync())
+            llm.chat(MESSAGES)
+        spent.append(micro(capped.spent))
+    assert [body["model"] for body in openai_api.bodies] == ["gpt-4o-mini", "gpt-4o"]
+    assert spent == [SETTLED, 98]  # 11 * 2.5 + 7 * 10, rounded up
+
+
 class Offline(MockLLM):
     """A model without an SDK, which asks three times for each chat, and is refused at last."""
 
@@ -135,19 +154,19 @@ def test_refusal_of_the_last_request_of_a_call_does_not_refund_those_before() ->
     assert micro(capped.spent) >= 2 * SETTLED
 
 
-async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap(
-    openai_api: ScriptedOpenAI,
-) -> None:
+async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap() -> None:
     class Together(OpenAI):
         async def achat(self, *_: Any, **__: Any) -> Any:
             return await asyncio.gather(*(self.acomplete("hi") for _ in range(9)))
 
-    llm = Limiter(prices=PRICES).wrap(
-        Together(model="gpt-4o-mini", api_key="k", api_base=API_BASE, max_tokens=50)
-    )
-    with budget(usd=0.000_2) as capped, pytest.raises(BudgetExceeded):
-        await llm.achat(MESSAGES)
-    assert len(openai_api.requests) < 5
+    async with RateLimitedProvider(latency=0.05) as provider:
+        llm = Limiter(prices=PRICES).wrap(
+            Together(model="gpt-4o-mini", api_key="k", api_base=provider.base_url, max_tokens=50)
+        )
+        with budget(usd=0.000_2) as capped, pytest.raises(BudgetExceeded):
+            await llm.achat(MESSAGES)
+        await asyncio.sleep(0.1)
+        assert provider.statistics().requests < 5
     assert micro(capped.spent) <= 200
 
 
