@@ -343,10 +343,10 @@ class Pacing:
 
         There is nothing if nothing counts dollars.
         """
-        models = {None: call.model, **self.models}
+        models: list[tuple[Limiter | None, Any]] = [(None, call.model), *self.models.items()]
         found = {
             member: price_here(self.limiter, model_of(model, call.kwargs))
-            for member, model in models.items()
+            for member, model in models
         }
         return {member: price for member, price in found.items() if price is not None}
 

@@ -202,22 +202,34 @@ def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> An
             f"limiter.acquire(...)` or @limiter.paced"
         )
     scoped: Any = copy.copy(obj)
+    object.__setattr__(scoped, "__class__", _workflow_class(type(obj), options.get("kind")))
     if isinstance(llm := getattr(obj, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
         scoped.llm = _wrap_one(llm, limiter, of_model)
+    return scoped
 
-    @functools.wraps(obj.run)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        plain = type(scoped).run
+
+@functools.lru_cache(maxsize=256)
+def _workflow_class(cls: Any, kind: str | None) -> Any:
+    """Return a subclass of a workflow's ``cls``, each run of which is one agent of a ``kind``.
+
+    A function kept by the object would go on to run the original when the object is copied.
+    """
+
+    @functools.wraps(cls.run)
+    def run(workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
+        plain = functools.partial(cls.run, workflow)
         if running_agent(inherited.get()) is not None:
-            return plain(scoped, *args, **kwargs)
-        agent = Agent(None, options.get("kind"), None)
+            return plain(*args, **kwargs)
+        agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
-            handler = plain(scoped, *args, **kwargs)
+            handler = plain(*args, **kwargs)
             asyncio.ensure_future(_end_with(agent, handler))  # noqa: RUF006 - the handler's task keeps it
         return handler
 
-    object.__setattr__(scoped, "run", run)  # pydantic would refuse it
+    scoped = _subclass(cls)
+    scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
+    scoped.run = run
     return scoped
 
 
@@ -275,11 +287,17 @@ class Paced:
 @functools.lru_cache(maxsize=256)
 def paced_class(cls: type[Any]) -> type[Any]:
     """Return the paced subclass of ``cls``, which people and their dashboards know as ``cls``."""
-    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
-    paced = types.new_class(cls.__name__, (Paced, cls), {}, lambda ns: ns.update(names))
+    paced: type[Any] = _subclass(Paced, cls)
     for name, override in (*paced_methods(cls, paced), *_overrides(cls, paced)):
         setattr(paced, name, override)
     return paced
+
+
+def _subclass(*bases: type[Any]) -> Any:
+    """Return a subclass that has the name of the last of its ``bases``, and its documentation."""
+    cls = bases[-1]
+    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return types.new_class(cls.__name__, bases, {}, lambda ns: ns.update(names))
 
 
 def _overrides(cls: type[Any], paced: type[Any]) -> Iterator[tuple[str, Any]]:

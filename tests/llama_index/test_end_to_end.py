@@ -5,6 +5,7 @@ The agents are real, and so is the provider, but without sockets: everything is 
 
 import asyncio
 import contextlib
+import copy
 from typing import Any
 
 import httpx
@@ -302,6 +303,15 @@ async def test_each_run_of_a_workflow_is_one_agent(virtual_time: VirtualTime) ->
     assert now.kinds["research"].size == pytest.approx(0.2)
 
 
+async def test_copy_of_a_paced_workflow_runs_itself(virtual_time: VirtualTime) -> None:
+    paced = Limiter(clock=virtual_time.clock).wrap(Research(Limiter()), kind="research")
+    other = copy.copy(paced)
+    other.limiter = Limiter("600 RPM burst 600", clock=virtual_time.clock)
+    await other.run()
+    await asyncio.sleep(0)
+    assert agents_of(other.limiter).kinds["research"].known == 1
+
+
 async def test_run_that_fails_or_is_cancelled_teaches_no_size(virtual_time: VirtualTime) -> None:
     limiter = Limiter("600 RPM burst 600", clock=virtual_time.clock)
     paced = limiter.wrap(Research(limiter), kind="research")
@@ -329,7 +339,7 @@ def test_function_agent_is_wrapped_with_its_model(bench: Bench) -> None:
     limiter = bench.limiter
     worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm(), timeout=None)
     paced: Any = limiter.wrap(worker, kind="weather")
-    assert type(paced) is FunctionAgent
+    assert isinstance(paced, FunctionAgent)
     assert limiter_of(paced.llm) is limiter
 
     async def main() -> None:
