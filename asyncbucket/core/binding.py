@@ -435,7 +435,7 @@ class Group:
         for pacer in self.pacers:
             pacer.group = self
             pacer.observed = observed
-        self.share(self.pacers[0])
+        self.share(max(self.pacers, key=lambda pacer: pacer.seats.arrivals))
 
     def share(self, first: Pacer) -> None:
         """Have all use the lock of ``first``, and where its calls wait."""

@@ -79,8 +79,8 @@ class Pacer:
         self.observed = 0
         #: Where all who wait compete: the priorities, above the root's own branches.
         self.top = Branch(self.root, None, 1.0)
-        #: Calls that wait; how many have ever waited; and the number of the current look.
-        self.waiting = self.arrivals = self.looks = 0
+        #: Calls that wait, and the number of the current look.
+        self.waiting = self.looks = 0
         #: What last held up the head.
         self.bound_by: str | None = None
         #: Since when nobody has passed of those who wait; and whether it was said already that slots
@@ -180,7 +180,7 @@ class Pacer:
     ) -> None:
         """Let ``waiter`` stand in line at ``node``."""
         waiter.amounts, waiter.seat, waiter.asked, waiter.deadline = amounts, seat, now, deadline
-        waiter.number = self.arrivals = self.arrivals + 1
+        waiter.number = self.seats.arrivals = self.seats.arrivals + 1
         self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)
         if line is None:

@@ -226,6 +226,8 @@ class Seats(dict[object, Seat]):
     def __init__(self, look: Look) -> None:
         super().__init__()
         self._look = look
+        #: How many calls have ever waited here.
+        self.arrivals = 0
         #: Where plain threads hold their leases; and the loop that ran last in a thread.
         self.threads = Seat(look)
         self.by_thread: dict[int, LoopSeat] = {}

@@ -223,7 +223,7 @@ class StorePlace:
 
     def fail_all(self, cause: Exception) -> None:
         """Make all calls fail that have come by now; with the lock held."""
-        self.calls.fail_all(cause, self._pacer.arrivals)
+        self.calls.fail_all(cause, self._pacer.seats.arrivals)
         self._ring()
 
     def fail(self, waiter: AnyWaiter, cause: Exception) -> None:

@@ -423,3 +423,20 @@ async def test_call_held_up_by_a_store_goes_to_another_member(virtual_time: Virt
     for lease in leases:
         lease.release()
     assert [each.statistics().in_flight for each in (pool, *members)] == [0, 0, 0]
+
+
+async def test_calls_of_a_pool_fail_only_with_what_happened_to_a_store_after_they_came(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (member,) = memory.limiters(1, "1000 RPM burst 1000")
+    for _ in range(3):
+        await take(member)
+    pool = Pool(member)
+    await member.aclose()
+    await take(pool)
+    await member.aclose()
+    memory.gone = True
+    for _ in range(3):
+        with pytest.raises(StoreError, match="the store is gone"):
+            await take(pool, timeout=1)
