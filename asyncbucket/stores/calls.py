@@ -72,11 +72,11 @@ class StoreCalls:
             self._cancel(waiter.amounts, reservation)
         return True
 
-    def drop_ended(self) -> None:
-        """Have calls leave whose loop has ended."""
+    def bury(self) -> None:
+        """Count out the calls whose loop has ended; those that gave up before are counted out by themselves."""
         for waiter in self:
-            if waiter.seat.is_closed():
-                self.leave(waiter)
+            if waiter.seat.is_closed() and not waiter.done():
+                self._place.bury(waiter)
 
     # --- to be booked ---
 
@@ -108,6 +108,7 @@ class StoreCalls:
 
     def heads(self) -> list[Any]:
         """Return the calls that go next; they stay here. Those that have failed are told."""
+        self.bury()
         self._tell_failed()
         waiting = (each for each in self.unbooked() if not self.has_failed(each))
         return list(itertools.islice(waiting, self._room))
@@ -130,10 +131,7 @@ class StoreCalls:
     def _tell_failed(self) -> None:
         for waiter in self:
             if self.has_failed(waiter):
-                if waiter.seat.is_closed():
-                    self.leave(waiter)
-                else:
-                    self._place.fail(waiter, self._failure[0])
+                self._place.fail(waiter, self._failure[0])
 
     # --- booked ---
 
@@ -156,11 +154,13 @@ class StoreCalls:
             loop = waiter.seat.loop or home
             if reservation.start > now:
                 return reservation.start, elsewhere
+            if waiter.done():  # it gave up, and will leave
+                continue
             if loop.is_closed():
-                self.leave(waiter)
+                self._place.bury(waiter)
             elif loop is not here:
                 elsewhere.add(loop)
-            elif not waiter.done():  # else it gave up, and will leave
+            else:
                 meters, _ = redated(waiter, below, now)
                 if self._place.admit(waiter, reservation, meters, now):
                     del self._booked[waiter]

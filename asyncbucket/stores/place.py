@@ -25,7 +25,7 @@ from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import Seat
+from asyncbucket.core.seats import NOWHERE, Seat
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
@@ -242,6 +242,11 @@ class StorePlace:
             error = too_late_locked(node, amounts, waiter.asked, waiter.deadline)
             self._pacer.fail_locked(waiter, error)
 
+    def bury(self, waiter: AnyWaiter) -> None:
+        """Count out a call whose loop has ended; with the lock held."""
+        self._pacer.gone_locked(waiter, self.clock())
+        waiter.seat = NOWHERE
+
     def refuse(self, waiter: AnyWaiter) -> None:
         """Make a call fail that exceeds a limit and can never pass; with the lock held.
 
@@ -322,7 +327,7 @@ class StorePlace:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
         if self._session is not None and self._session.loop.is_closed():
             self._session = None
-            self.calls.drop_ended()
+            self.calls.bury()
         if self._session is None:
             home = None if self.owns_store else loop
             self._session = Session(self, home, is_closing=is_closing)

@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,28 @@ def test_run_that_ends_while_a_batch_is_unanswered_loses_no_slot(where: str) -> 
     asyncio.run(limiter.aclose())
     gc.collect()
     assert asyncio.run(peek_at(open_store(where))).slots == 0
+
+
+def test_loop_closed_while_its_call_waits_leaves_the_slot_of_a_child(path: Path) -> None:
+    limiter = Limiter("1 request/0.4s burst 1", store=f"sqlite:///{path}?patience=5")
+    child, loop = limiter.child("chat", concurrency=1), asyncio.new_event_loop()
+    loop.run_until_complete(take(limiter))
+    waiting = loop.create_task(child.acquire())  # type: ignore[arg-type]
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+    assert child.statistics().in_flight == 1
+
+    async def next_run() -> None:
+        async with child.acquire(timeout=5):
+            assert child.statistics().in_flight == 1
+        await limiter.aclose()
+
+    asyncio.run(next_run())
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        waiting.cancel()
+    del waiting
+    gc.collect()
+    assert (limiter.statistics().waiting, limiter.statistics().in_flight) == (0, 0)
 
 
 @UNCLOSED
