@@ -324,7 +324,7 @@ class Node:
                 window = changed[limit.key] = Window(limit, wall=self.pacer.wall)
             else:
                 window.reshape(limit, now)
-            window.refuses = not learned
+            window.refuses = not learned or self.place is not None  # as stores do
             self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
 

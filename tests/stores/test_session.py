@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, Pool, StoreError, WouldBlock, agent
+from asyncbucket import (
+    AcquireTimeout,
+    Cost,
+    CostExceedsLimit,
+    Limit,
+    Limiter,
+    Pool,
+    StoreError,
+    WouldBlock,
+    agent,
+)
 from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
@@ -327,6 +337,19 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(
     HeaderReader(child).read([left, (limit, b"300")], OPENAI, since=limiter.now())
     assert child.explain().bound_by == "requests"
     assert limiter.explain().bound_by is None
+
+
+async def test_learned_limit_in_a_store_refuses_a_call_above_it(virtual_time: VirtualTime) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (limiter,) = memory.limiters(1)
+    await take(limiter, tokens=90)
+    waiting = asyncio.ensure_future(take(limiter, tokens=101))
+    limiter.learn(Limit("tokens", 100))
+    for call in (waiting, take(limiter, tokens=102)):
+        with pytest.raises(CostExceedsLimit):
+            await asyncio.wait_for(call, 1)
+    await take(limiter, tokens=100)
+    assert memory.trips < 20
 
 
 async def test_explanation_uses_last_answer_of_store(virtual_time: VirtualTime) -> None:
