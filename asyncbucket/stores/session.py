@@ -339,7 +339,7 @@ class Session:
         now = self._clock()
         if heads:
             self._plan(receipt, now, trip=now - asked_at)
-            self._answer_calls(heads, receipt, now)
+            self._answer_calls(heads, receipt, asked_at, now)
         self._let_go()
         if self._in_line and (self._listener is None or self._listener.done()):
             self._listener = self._spawn(self._listen())
@@ -358,7 +358,9 @@ class Session:
         self._ask_at = now + max(0, ask_at - receipt.now)
         self._last_start = max(self._last_start, now + last - receipt.now)
 
-    def _answer_calls(self, heads: Sequence[Any], receipt: Receipt, now: int) -> None:
+    def _answer_calls(
+        self, heads: Sequence[Any], receipt: Receipt, asked_at: int, now: int
+    ) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked."""
         assert self._health is not None
         offset, before, booked = now - receipt.now, self._held_up, 0
@@ -376,7 +378,7 @@ class Session:
             else:
                 self._awaits_slots |= booking.outcome is Outcome.FULL
                 if self._held_up is None and booking.bound_by is not None:
-                    soonest = receipt.soonest + offset
+                    soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
                     until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
                     self._held_up = booking.bound_by, until
                     self._soonest = waiter.amounts, soonest

@@ -19,6 +19,8 @@ class MemoryStore:
     gone: bool = False
     #: How long an answer takes (s), and how many there were.
     delay: float = 0.001
+    #: How much longer the answer is on its way back.
+    late: float = 0
     trips: int = 0
     url: str = "memory"
 
@@ -69,6 +71,7 @@ class MemoryLedger:
             raise StoreError("the store is gone")
         self.store.trips += 1
         receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
+        await asyncio.sleep(self.store.late)
         if self.config == self.state.config:
             return receipt
         self.config = self.state.config

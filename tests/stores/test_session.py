@@ -166,6 +166,20 @@ async def test_call_that_cannot_start_before_its_deadline_fails_at_once(
     assert patient.done()
 
 
+async def test_slow_answer_of_a_store_refuses_no_call_that_can_start_in_time(
+    virtual_time: VirtualTime,
+) -> None:
+    memory = MemoryStore(virtual_time.clock)
+    (limiter,) = memory.limiters(1, "1 request/10s")
+    await take(limiter)
+    await asyncio.sleep(1.1)  # until the store has heard that it is over
+    memory.late = 0.5
+    call = asyncio.ensure_future(take(limiter, timeout=9.3))
+    await asyncio.sleep(1)
+    memory.late = 0
+    await call
+
+
 async def test_errors_say_when_other_limiters_hold_all_slots(virtual_time: VirtualTime) -> None:
     one, two = MemoryStore(virtual_time.clock).limiters(2, "1000 RPM", concurrency=1)
     with pytest.raises(WouldBlock, match="the store that keeps its limits has to be asked") as told:
