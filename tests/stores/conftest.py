@@ -48,6 +48,7 @@ class RunningServer:
             with contextlib.suppress(ConnectionRefusedError):
                 self.start()
                 break
+            self.stop()
         else:
             raise TimeoutError(f"{SERVER} did not start on five ports")
 
