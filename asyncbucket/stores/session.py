@@ -45,8 +45,10 @@ _GATHER_SLOTS: Final = 1_000_000_000
 _GATHER_BRIEFLY: Final = 500_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
-#: For how long (ns) a call that has given up may ask in another thread what it waited for.
+#: For how long (ns) a call that has given up may ask in another thread what it waited for; and for how
+#: long at most a pool leaves a store alone that held its call up.
 _REMEMBER: Final = 500_000_000
+_LEAVE_ALONE: Final = 2_000_000_000
 #: The shortest sleep (s).
 _NAP: Final = 20e-6
 _FAILED: Final = (
@@ -134,7 +136,7 @@ class Session:
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first unbooked call waits for, and until when at least."""
-        return self._held_up if self._clock() < self._forget_at else None
+        return self._held_up
 
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch."""
@@ -269,6 +271,9 @@ class Session:
             if self._in_line and not self._pending.is_urgent():
                 self._fail_late_calls(heads)
         now = self._clock()
+        if now >= self._forget_at:
+            self._held_up, self._forget_at = None, NEVER
+            self._place.ring_pool()
         if self._health.is_gone:
             is_probing = self._probe is not None and not self._probe.done()
             if not is_probing and now >= self._health.retry_at:
@@ -280,7 +285,9 @@ class Session:
         heads = heads[:number]
         if self._in_line and not heads:  # nobody waits any more: leave the store's line
             self._in_line = self._awaits_slots = False
-            self._ask_at, self._forget_at = 0, now + _REMEMBER
+            _, until = self._held_up or ("", 0)
+            self._ask_at = 0
+            self._forget_at = now + max(_REMEMBER, min(until - now, _LEAVE_ALONE))
             await self._send(())
             return
         now = self._clock()
@@ -289,7 +296,8 @@ class Session:
         if is_due or now >= report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
-        await self._sleep(min(self._ask_at if heads else NEVER, report_at, look_again_at))
+        ask_at = self._ask_at if heads else self._forget_at
+        await self._sleep(min(ask_at, report_at, look_again_at))
 
     def _fail_late_calls(self, heads: Sequence[Any]) -> None:
         """Fail those whose deadline comes before such a call can start, whatever comes back."""
