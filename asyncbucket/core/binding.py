@@ -168,7 +168,7 @@ class Members:
         if place is not None and (not place.room(seat) or place.held_back()):
             return None, NEVER
         is_held_back = line.node.pacer is not self.pacer
-        if place is not None and is_held_back and place.held_up() is not None:
+        if place is not None and is_held_back and place.holds_up():
             return None, NEVER  # it would go to and fro
         # One that a store holds back has earned nothing elsewhere.
         since = now if is_held_back else line.since

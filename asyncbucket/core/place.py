@@ -48,6 +48,10 @@ class Place(Protocol):
         """
         ...
 
+    def holds_up(self) -> bool:
+        """Tell whether the first of them has to wait, or another would have to, as far as is known."""
+        ...
+
     def held_back(self) -> list[AnyWaiter]:
         """Return the calls, in order, that the store has not booked because it holds the first up."""
         ...

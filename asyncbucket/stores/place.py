@@ -126,8 +126,11 @@ class StorePlace:
     def held_up(self) -> tuple[str, int] | None:
         return None if self._session is None else self._session.held_up()
 
+    def holds_up(self) -> bool:
+        return self._session is not None and self._session.holds_up()
+
     def held_back(self) -> list[AnyWaiter]:
-        return [] if self.held_up() is None else self.calls.unbooked()
+        return self.calls.unbooked() if self.holds_up() else []
 
     def use(self) -> Iterator[LimitUse]:
         for limit in self.config().limits:

@@ -76,6 +76,8 @@ class Session:
         #: What the first unbooked call waits for, until when at least, and when that is forgotten.
         self._held_up: tuple[str, int] | None = None
         self._forget_at = NEVER
+        #: Whether, while the store is gone, the first unbooked call has to wait; forgotten likewise.
+        self._is_stuck = False
         #: What the first unbooked call costs, and from when on it may start, whatever comes back.
         self._soonest: tuple[Amounts, int] = {}, 0
         #: Whether calls wait in the store's line, for slots among others; whether others wait there.
@@ -137,6 +139,10 @@ class Session:
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first unbooked call waits for, and until when at least."""
         return self._held_up
+
+    def holds_up(self) -> bool:
+        """Tell whether the first unbooked call has to wait, as a pool may have another member take it."""
+        return self._is_stuck or self._held_up is not None
 
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch."""
@@ -272,7 +278,7 @@ class Session:
                 self._fail_late_calls(heads)
         now = self._clock()
         if now >= self._forget_at:
-            self._held_up, self._forget_at = None, NEVER
+            self._held_up, self._is_stuck, self._forget_at = None, False, NEVER
             self._place.ring_pool()
         if self._health.is_gone:
             is_probing = self._probe is not None and not self._probe.done()
@@ -325,6 +331,9 @@ class Session:
         heard()
         self._beat_at = self._clock() + min(_MAX_BEAT_INTERVAL, round(self._place.slot_ttl * 3.3e8))
         self._is_crowded = receipt.crowded
+        if self._is_stuck:
+            self._is_stuck = False
+            self._place.ring_pool()
         debts = self._health.recover()
         self._health.note_answer(receipt, self._ledger.config)
         if receipt.changed is not None and self._pending.config is None:
@@ -458,7 +467,14 @@ class Session:
             slot = bool(waiter.amounts.get(SLOT))
             self._reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now, None)
         self._let_go()
-        return when if heads else NEVER
+        if heads:
+            was_stuck, self._is_stuck, self._forget_at = self._is_stuck, when > now, NEVER
+            if self._is_stuck and not was_stuck:
+                self._place.ring_pool()
+            return when
+        if self._is_stuck and self._forget_at >= NEVER:
+            self._forget_at = now + _LEAVE_ALONE
+        return self._forget_at
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""

@@ -24,7 +24,7 @@ class Store:
         #: The call that stands here, what it has booked below the root, and when.
         self.standing: tuple[AnyWaiter, Meters, int] | None = None
         self.ended_calls = 0
-        self.holds_up: tuple[str, int] | None = None
+        self.waits_for: tuple[str, int] | None = None
 
     def let_go(self) -> bool:
         assert self.standing is not None
@@ -64,10 +64,13 @@ class Store:
         self.ended_calls += 1
 
     def held_up(self) -> tuple[str, int] | None:
-        return self.holds_up
+        return self.waits_for
+
+    def holds_up(self) -> bool:
+        return self.waits_for is not None
 
     def held_back(self) -> list[AnyWaiter]:
-        return [self.standing[0]] if self.standing and self.holds_up else []
+        return [self.standing[0]] if self.standing and self.waits_for else []
 
     def use(self) -> Iterator[LimitUse]:
         return iter(())
@@ -87,7 +90,7 @@ async def test_member_of_a_pool_in_a_store_takes_the_head_when_it_has_room(
     own.pause(1)
     held_back = await start_all([chat.acquire(tokens=1)])
     assert store.standing is not None
-    store.holds_up = ("requests", 10**12)
+    store.waits_for = ("requests", 10**12)
     store.ring()
     taken = await held_back[0]  # the other does as soon as it can
     assert (time.now, taken.waited) == (1.0, 1.0)
@@ -96,7 +99,7 @@ async def test_member_of_a_pool_in_a_store_takes_the_head_when_it_has_room(
     assert store.standing is None
     assert own.statistics().admitted == 1
     assert (chat.statistics().waiting, shared.statistics().in_flight) == (0, 0)
-    store.holds_up = None
+    store.waits_for = None
     own.pause(5)
     calls = await stand_in(chat, 3)
     await asyncio.sleep(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limit, Limiter
+from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
 from asyncbucket.stores import Correction, LimitConfig
 from asyncbucket.stores.outage import Record
 from asyncbucket.testing import VirtualTime, assert_never_over
@@ -86,6 +86,29 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
     await asyncio.sleep(3)
     assert (await store.peek()).limits[0].used == 1 + passing
     await limiter.aclose()
+
+
+@pytest.mark.parametrize("policy", ["share", "closed"])
+async def test_another_member_of_a_pool_takes_what_a_store_that_is_gone_holds_up(
+    virtual_time: VirtualTime, policy: Any
+) -> None:
+    store = MemoryStore(virtual_time.clock)
+    (shared,) = store.limiters(1, "3 requests/9s burst 3", on_outage=policy)
+    own = Limiter("99 RPM burst 99", name="own", concurrency=1, clock=virtual_time.clock)
+    pool = Pool(shared, own, prefer="first")
+    for _ in range(3):
+        await call(shared)
+    await asyncio.sleep(2)
+    store.gone = True
+    kept = await own.acquire()
+    calls = [asyncio.ensure_future(call(pool)) for _ in range(9)]
+    await asyncio.sleep(1)
+    kept.release()
+    await asyncio.wait_for(asyncio.gather(*calls), 1)
+    store.gone, kept = False, await own.acquire()
+    await asyncio.wait_for(call(pool), 12)
+    kept.release()
+    await pool.aclose()
 
 
 @pytest.mark.parametrize("limit", ["40 tokens/s", "40 tokens/s burst 4"])
