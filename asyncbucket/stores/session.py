@@ -471,10 +471,9 @@ class Session:
             was_stuck, self._is_stuck, self._forget_at = self._is_stuck, when > now, NEVER
             if self._is_stuck and not was_stuck:
                 self._place.ring_pool()
-            return when
-        if self._is_stuck and self._forget_at >= NEVER:
+        elif self._is_stuck and self._forget_at >= NEVER:
             self._forget_at = now + _LEAVE_ALONE
-        return self._forget_at
+        return when if heads else self._forget_at
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
