@@ -52,24 +52,38 @@ _NEARLY_DONE: Final = 0.5
 class AgentRun:
     """One agent at one limiter, or one call that no agent makes."""
 
-    __slots__ = ("agent", "began", "fluid", "is_open", "number", "size", "start", "tag", "used")
+    __slots__ = (
+        "agent",
+        "began",
+        "fluid",
+        "is_open",
+        "leaves",
+        "number",
+        "size",
+        "start",
+        "tag",
+        "used",
+    )
 
     def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
         self.agent = agent
         #: When it made its first call here (ns).
         self.began = 0
-        #: V when it came; what it is expected to use, and what it has used; when the fluid would
-        #: finish it, and whether it has yet to.
-        self.start, self.used, self.fluid = start, 0.0, False
+        #: V when it came; what it has used; whether the fluid has yet to finish it, and when it will;
+        #: and its place in line.
+        self.start, self.used, self.fluid, self.leaves, self.tag = start, 0.0, False, start, start
         self.expect(size)
         #: Who goes first among equals: whoever came first.
         self.number = number
 
     def expect(self, size: float | None) -> None:
-        """Set what it is expected to use; None if nobody knows: then it pays as it goes."""
+        """Set what it is expected to use; None if nobody knows: then it pays as it goes.
+
+        Its tag never falls, so that its calls stay in order, also if some got back what they had paid.
+        """
         self.is_open = size is None
         self.size = self.used if size is None else size
-        self.tag = self.start + self.size
+        self.tag = max(self.tag, self.start + self.size)
 
 
 class Agents:
@@ -81,8 +95,8 @@ class Agents:
         self._all: _Sizes = _Sizes() if above is None else above._all
         self._runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
-        #: Virtual time; those that the fluid has not finished, by tag, stale entries included; and
-        #: how many they are.
+        #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
+        #: and how many they are.
         self._clock = 0.0
         self._fluid: list[tuple[float, int, AgentRun]] = []
         self._in_fluid = 0
@@ -131,15 +145,16 @@ class Agents:
     def _enter(self, agent: Agent | None, size: float | None) -> AgentRun:
         self._numbers += 1
         run = AgentRun(agent, self._clock, size, self._numbers)
-        self._join_fluid(run)
+        self._join_fluid(run, run.tag)
         return run
 
-    def _join_fluid(self, run: AgentRun) -> None:
+    def _join_fluid(self, run: AgentRun, leaves: float) -> None:
+        run.leaves = leaves
         if not run.fluid:
             run.fluid = True
             self._in_fluid += 1
         if not run.is_open:
-            heapq.heappush(self._fluid, (run.tag, run.number, run))
+            heapq.heappush(self._fluid, (leaves, run.number, run))
 
     def expected(self, kind: str | None, above: float = -1.0) -> float | None:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
@@ -149,13 +164,13 @@ class Agents:
         """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
         fluid, left = self._fluid, work
         while fluid:
-            tag, _, first = fluid[0]
-            if first.fluid and first.tag == tag:
-                until = max(0.0, tag - self._clock) * self._in_fluid
+            leaves, _, first = fluid[0]
+            if first.fluid and first.leaves == leaves:
+                until = max(0.0, leaves - self._clock) * self._in_fluid
                 if until > left:
                     break
                 left -= until
-                self._clock, first.fluid = max(tag, self._clock), False
+                self._clock, first.fluid = max(leaves, self._clock), False
                 self._in_fluid -= 1
             heapq.heappop(fluid)
         self._clock += left / max(1, self._in_fluid)
@@ -182,7 +197,7 @@ class Agents:
             run.size = size
         else:
             run.expect(size)
-            self._join_fluid(run)
+            self._join_fluid(run, run.tag)
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
@@ -207,8 +222,8 @@ class Agents:
                 if other.is_open:
                     self._resize(other)
         if run.fluid:  # now its true size is known
-            run.expect(run.used)
-            self._join_fluid(run)
+            run.is_open = False
+            self._join_fluid(run, run.start + run.used)
         if not self._runs:
             self._fluid.clear()
             self._in_fluid = 0

@@ -505,6 +505,9 @@ class History:
 
     async def run(self, lease: Lease, call: Call, timeout: float | None) -> None:
         call.asked = self.now  # it stands in line from now on
+        if self.agents is not None and call.agent not in self.agents:  # over: the call is alone
+            self.number += 1
+            call.agent = self.number
         if timeout is not None:
             call.deadline = self.now + round(timeout * SECOND)
         self.oracle.asked(call)

@@ -15,3 +15,9 @@ BATCHES = [
 def test_random_histories_break_no_promise(first: int) -> None:
     for seed in range(first, first + 25):
         play(seed)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", [22817947333, 22817947671, 22817949805])
+def test_calls_of_an_agent_stay_in_order_though_some_are_paid_back_or_it_ends(seed: int) -> None:
+    play(seed)
