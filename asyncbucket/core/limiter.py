@@ -707,7 +707,7 @@ class Limiter(Doors, OfThisProcess):
     @property
     def concurrency(self) -> int | None:
         """The most calls in flight at once, as it is now; None if unbounded."""
-        return None if self._node.slots >= NEVER else self._node.slots
+        return self._node.concurrency
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""

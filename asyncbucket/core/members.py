@@ -81,6 +81,15 @@ class PoolNode(Node):
         #: What a call from here passes at each member that has taken one.
         self.at_members: dict[Member, NodeAtMember] = {}
 
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; None if unbounded."""
+        members: tuple[Member, ...] = self.pacer.pool.members
+        bounds = [member.root.concurrency for member in members]
+        if self.parent is not None or None in bounds:
+            return super().concurrency
+        return sum(bound for bound in bounds if bound is not None)
+
     def routes(self, amounts: Amounts) -> list[Node]:
         """Return what such a call would pass at each member that can take it."""
         return [each.at(self) for each in self.pacer.pool.members if each.takes(amounts)]

@@ -189,6 +189,11 @@ class Node:
             child.forget()
 
     @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at once, as it is now; None if unbounded."""
+        return None if self.slots >= NEVER else self.slots
+
+    @property
     def place(self) -> Any:
         """What keeps its limits and slots (`asyncbucket.core.place.Place`), if a store does."""
         return None if self.parent is not None else self.pacer.place

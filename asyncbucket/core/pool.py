@@ -296,14 +296,6 @@ class Pool(Limiter):
             return super().limits
         return tuple(limit for member in self.members for limit in member.limits)
 
-    @property
-    def concurrency(self) -> int | None:
-        """The most calls in flight at all members together; None if unbounded."""
-        bounds = [member.concurrency for member in self.members]
-        if self._parent is not None or None in bounds:
-            return super().concurrency
-        return sum(bound for bound in bounds if bound is not None)
-
     def statistics(self) -> Statistics:
         """Return a frozen snapshot of the pool's calls, and of all members' limits."""
         now = super().statistics()
@@ -312,7 +304,6 @@ class Pool(Limiter):
         each = [member.statistics() for member in self.members]
         return replace(
             now,
-            concurrency=self.concurrency,
             limits=tuple(use for member in each for use in member.limits),
             paused=min(member.paused for member in each),
             upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),

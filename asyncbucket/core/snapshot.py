@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.doors import pauses
-from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Node
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 
@@ -27,7 +26,7 @@ def statistics_locked(node: Node) -> Statistics:
         cancelled=node.cancelled,
         waiting=node.waiting,
         in_flight=node.in_flight,
-        concurrency=None if node.slots >= NEVER else node.slots,
+        concurrency=node.concurrency,
         paused=max((0, *(pause.until - now for pause in pauses(node)))) * 1e-9,
         upstream_429=node.upstream_429,
         overridden=pacer.overridden,

@@ -195,11 +195,8 @@ def read_clocks(
     Raises:
         TypeError: a clock is not a callable that returns an integer.
     """
-    clocks = {
-        "clock": (clock, "monotonic_ns"),
-        "wall_clock": (time.time_ns if wall_clock is None else wall_clock, "time_ns"),
-    }
-    for name, (given, example) in clocks.items():
+    wall = time.time_ns if wall_clock is None else wall_clock
+    for name, given, example in ("clock", clock, "monotonic_ns"), ("wall_clock", wall, "time_ns"):
         if not callable(given) or not isinstance(given(), int):
             raise TypeError(
                 f"{name} must be a callable that returns integer nanoseconds, such as "
@@ -208,6 +205,5 @@ def read_clocks(
     if wall_clock is None and clock is not time.monotonic_ns:  # it is a time of its own
         ahead = time.time_ns() - clock()
         return lambda now: now + ahead
-    read = wall_clock or time.time_ns
     # Read first, so that what passes between the two makes a reset late, not early.
-    return lambda now: now + read() - clock()
+    return lambda now: now + wall() - clock()
