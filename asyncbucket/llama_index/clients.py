@@ -31,11 +31,9 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
-import asyncbucket
 from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.llama_index.pacing import HeldCall, Pacing
 from asyncbucket.nesting import innermost_held_lease
@@ -45,14 +43,16 @@ from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
 from asyncbucket.waiting import ASYNC, SYNC
 
-C = TypeVar("C")
+T = TypeVar("T")
 
-#: What retries beneath these classes, by module: the arguments that switch it off for one call, or
-#: what to do about it. Of llama-index-llms-litellm 0.8 with litellm 1.110, and llama-index-llms-cohere
-#: 0.9 with cohere 7.3.
-_RETRYING: Final[Mapping[str, Mapping[str, Any] | str]] = {
+#: What switches off for one call the retries beneath these classes, by module. Of
+#: llama-index-llms-litellm 0.8 with litellm 1.110, and llama-index-llms-cohere 0.9 with cohere 7.3.
+_UNRETRIED: Final[Mapping[str, Mapping[str, Any]]] = {
     "llama_index.llms.litellm": {"num_retries": 0},
     "llama_index.llms.cohere": {"request_options": {"max_retries": 0}},
+}
+#: What to do about the others.
+_REMEDIES: Final[Mapping[str, str]] = {
     "llama_index.embeddings.cohere": (
         "pass httpx_client=limiter.http_client(sync=True) and "
         "httpx_async_client=limiter.http_client() instead of wrapping it"
@@ -65,8 +65,8 @@ _RETRYING: Final[Mapping[str, Mapping[str, Any] | str]] = {
     ),
 }
 _BOTOCORE_REMEDY: Final = 'make it with botocore_config=Config(retries={"total_max_attempts": 1})'
-_INTEGRATIONS: Final = ("llama_index.llms.", "llama_index.embeddings.")
-_PACKAGE: Final = str(Path(asyncbucket.__file__).parent)
+#: From a warning to the line that called `Limiter.wrap`.
+_TO_CALLER: Final = 5
 #: Marks the classes made here.
 _REPORTS: Final = "__asyncbucket_reports__"
 _BODY_STARTED: Final = "send_request_body.started"
@@ -90,17 +90,18 @@ def _tracer(held: HeldCall, host: str) -> Callable[..., Coroutine[Any, Any, None
     return trace
 
 
-def is_client(value: object) -> bool:
+def _is_plain_client(value: object) -> bool:
     """Tell whether ``value`` is an SDK's client, judged by its class: mocks have every attribute."""
-    return all(hasattr(type(value), name) for name in ("with_options", "_prepare_request"))
+    cls = type(value)
+    is_client = hasattr(cls, "with_options") and hasattr(cls, "_prepare_request")
+    return is_client and not hasattr(cls, _REPORTS)
 
 
-def without_retries(client: C) -> C:
-    """Return a copy of ``client`` that does not retry, on the same connections; or itself if it is one."""
-    original: Any = client
-    if hasattr(client, _REPORTS) and original.max_retries == 0:
-        return client
-    copied: C = original.with_options(max_retries=0)
+def without_retries(value: Any) -> Any:
+    """Return a copy of an SDK's client that does not retry, on the same connections; else ``value``."""
+    if not _is_plain_client(value):
+        return value
+    copied = value.with_options(max_retries=0)
     _make_reporting(copied)
     return copied
 
@@ -111,7 +112,7 @@ def client_of(model: object, client: Any) -> Any:
     One in a field is the user's.
     """
     is_users = any(client is value for value in vars(model).values())
-    if is_client(client) and not is_users and not hasattr(client, _REPORTS):
+    if _is_plain_client(client) and not is_users:
         _make_reporting(client)
         client.max_retries = 0
     return client
@@ -168,10 +169,15 @@ def _reporting_class(cls: Any) -> type[Any]:
         held = innermost_held_lease()
         if isinstance(held, HeldCall):
             if not kwargs.get("stream"):
-                held.note_usage(usage_of(reply))
+                held.usages.append(usage_of(reply))
             elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
                 held.stream = weakref.ref(reply)
-                reply._iterator = _Items(reply._iterator, held)  # noqa: SLF001 - all its iterators read
+                items, wanted = reply._iterator, _reader(held)  # noqa: SLF001 - all its iterators read
+                reply._iterator = (  # noqa: SLF001 - as above
+                    (item async for item in items if wanted(item))
+                    if io is ASYNC
+                    else filter(wanted, items)
+                )
         return reply
 
     names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
@@ -179,65 +185,49 @@ def _reporting_class(cls: Any) -> type[Any]:
     return type(cls.__name__, (cls,), {**names, **methods, _REPORTS: True})
 
 
-class _Items:
-    """Iterate over an SDK's stream, and note the usage that passes.
+def _reader(held: HeldCall) -> Callable[[Any], bool]:
+    """Return what notes the usage in an SDK's stream, and tells which chunks are for the caller.
 
-    A chunk that is empty except for a usage that only we asked for is left out: whoever looks at
-    the last chunk expects the end of the answer there.
+    A chunk that is empty except for a usage that only we asked for is not: whoever looks at the last
+    chunk expects the end of the answer there.
     """
+    usages, index = held.usages, len(held.usages)
+    usages.append(None)
 
-    def __init__(self, items: Any, held: HeldCall) -> None:
-        self._items = items
-        self._held = held
-        held.usages.append(None)
-        self._index = len(held.usages) - 1
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        while not self._is_for_caller(item := next(self._items)):
-            pass
-        return item
-
-    async def __anext__(self) -> Any:
-        while not self._is_for_caller(item := await anext(self._items)):
-            pass
-        return item
-
-    def _is_for_caller(self, item: Any) -> bool:
+    def is_for_caller(item: Any) -> bool:
         fields: dict[str, Any] = getattr(item, "__dict__", {})
         if not any(map(fields.get, ("usage", "response", "message"))):  # as most
             return True
-        usage, usages = usage_of(item), self._held.usages
+        usage = usage_of(item)
         if usage is None:
             return True
-        usages[self._index] = usage | usages[self._index]
-        return bool(fields.get("choices", True)) or not self._held.hides_usage
+        usages[index] = usage | usages[index]
+        return bool(fields.get("choices", True)) or not held.hides_usage
+
+    return is_for_caller
 
 
 def unretried_options(cls: type[Any]) -> Mapping[str, Any]:
     """Return the arguments that keep others from retrying a call of a model of class ``cls``."""
-    options = _retrying(cls)
-    return options if isinstance(options, Mapping) else {}
+    return _known(_UNRETRIED, cls) or {}
 
 
 def warn_of_misuse(model: Any, pacing: Pacing) -> None:
-    """Warn of each thing that undoes the pacing of ``model``."""
+    """Warn of each thing that undoes the pacing of ``model``, at the line that called `wrap`."""
     name = type(model).__name__
     if getattr(model, "rate_limiter", None) is not None:
-        _warn(
+        warnings.warn(
             f"{name} has a rate_limiter of its own: each call would wait there, too, "
-            f"with its slot held and as part of the model's latency; make it without rate_limiter="
+            f"with its slot held and as part of the model's latency; make it without rate_limiter=",
+            stacklevel=_TO_CALLER,
         )
-    remedy = _BOTOCORE_REMEDY if _has_retrying_botocore(model) else _retrying(model.__class__)
-    if isinstance(remedy, str) and pacing.retrier.policy.attempts > 1:
-        _warn(
+    of_class = _known(_REMEDIES, model.__class__)
+    remedy = _BOTOCORE_REMEDY if _has_retrying_botocore(model) else of_class
+    if remedy is not None and pacing.retrier.policy.attempts > 1:
+        warnings.warn(
             f"{name} tries failed requests again by itself, unseen by the limiter: {remedy}; "
-            f"or wrap with retry=False, so that only one layer retries"
+            f"or wrap with retry=False, so that only one layer retries",
+            stacklevel=_TO_CALLER,
         )
 
 
@@ -251,16 +241,7 @@ def _has_retrying_botocore(model: Any) -> bool:
     return bool(retries.get("total_max_attempts", retries.get("max_attempts", 1) + 1) > 1)
 
 
-def _retrying(cls: Any) -> Mapping[str, Any] | str | None:
-    """Return what is known of the integration that ``cls``, or one above it, is from."""
-    modules = (base.__module__ for base in cls.__mro__)
-    found = (each for each in modules if each.startswith(_INTEGRATIONS))
-    return _RETRYING.get(".".join(next(found, "").split(".")[:3]))
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called asyncbucket."""
-    frame, level = sys._getframe(), 1  # noqa: SLF001 - skip_file_prefixes exists from 3.12 on
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+def _known(table: Mapping[str, T], cls: Any) -> T | None:
+    """Return what a table says of the integration that ``cls``, or a class above it, is from."""
+    packages = {".".join(base.__module__.split(".")[:3]) for base in cls.__mro__}
+    return next((known for package, known in table.items() if package in packages), None)

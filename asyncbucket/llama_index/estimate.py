@@ -16,10 +16,9 @@ constants below.
 import json
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from asyncbucket.core.cost import rounded_up
-from asyncbucket.providers.prices import added_tokens
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
@@ -33,10 +32,7 @@ if TYPE_CHECKING:
     from llama_index.core.base.llms.types import ChatMessage
     from llama_index.core.llms import LLM
 
-Tokenizer: TypeAlias = Callable[[str], Sized]
-"""LlamaIndex's notion of a tokenizer: it turns a text into tokens, of which only the number matters."""
-
-_BYTES_PER_TOKEN: Final = 4
+BYTES_PER_TOKEN: Final = 4
 #: Bytes of what models add to each call: temperature, stream options and the like.
 _ADDED_BYTES: Final = 128
 #: For media that cannot be measured without a decoder: the field with the bytes in base64, the
@@ -56,12 +52,11 @@ class Estimate:
     """What a call is expected to cost.
 
     Attributes:
-        input_tokens: what is sent.
+        input_tokens: what is sent. Where dollars count, a call with an output limit reserves them for
+            four times as many, because a token has at least one byte.
         output_tokens: what comes back, at most or probably.
         foreseen: whether the output is a guess rather than a limit. A guess may be lowered to what
             the limits can ever admit.
-        input_at_most: what the input surely stays under, for limits and budgets of dollars; None
-            if that is ``input_tokens``.
 
     Raises:
         TypeError, ValueError: an amount is not a number, or negative, NaN or infinite.
@@ -70,13 +65,13 @@ class Estimate:
     input_tokens: int
     output_tokens: int
     foreseen: bool = False
-    input_at_most: int | None = None
 
     def __post_init__(self) -> None:
         rounded_up(self.input_tokens, "input_tokens")
         rounded_up(self.output_tokens, "output_tokens")
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Estimate the cost of a call. It runs on the event loop: no I/O, a few milliseconds at most.
 
@@ -108,23 +103,21 @@ class DefaultEstimator:
             some models' own tokenizers do, and it takes the event loop's time.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, tokenizer: Callable[[str], Sized] | None = None) -> None:
         self._tokenizer = tokenizer
         self._forecast = OutputForecast()
-
-    def __repr__(self) -> str:
-        return f"<DefaultEstimator {self._forecast!r}>"
 
     def chat(
         self, llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
     ) -> Estimate:
         """Estimate a chat by everything that is sent."""
-        found = _Media()
-        return self._estimate(llm, list(map(found.message, messages)), kwargs, found)
+        media: list[int] = []
+        sent = [_message(message, media) for message in messages]
+        return self._estimate(llm, sent, kwargs, sum(media))
 
     def completion(self, llm: "LLM", prompt: str, kwargs: Mapping[str, Any]) -> Estimate:
         """Estimate a completion; chat models get the prompt as one message."""
-        return self._estimate(llm, [{"role": "user", "content": prompt}], kwargs, _Media())
+        return self._estimate(llm, [{"role": "user", "content": prompt}], kwargs, 0)
 
     def embedding(self, texts: Sequence[str]) -> int:
         """Estimate the tokens of one batch of texts to embed, at least one."""
@@ -135,7 +128,7 @@ class DefaultEstimator:
         self._forecast.observe(output_tokens)
 
     def _estimate(
-        self, llm: "LLM", messages: list[Any], kwargs: Mapping[str, Any], media: "_Media"
+        self, llm: "LLM", messages: list[Any], kwargs: Mapping[str, Any], media: int
     ) -> Estimate:
         fields = vars(llm)  # asking pydantic for what is missing takes microseconds
         arguments = {**(fields.get("additional_kwargs") or {}), **kwargs}
@@ -143,10 +136,8 @@ class DefaultEstimator:
         limit = _output_limit(arguments) or _output_limit(fields)
         replies = replies_of(arguments) if arguments else 1
         text = _json({"messages": messages, **sent, **arguments})
-        added = added_tokens(has_tools=bool(arguments.get("tools")))
         return Estimate(
-            input_tokens=self._count(text) + _ADDED_BYTES // _BYTES_PER_TOKEN + media.tokens,
-            input_at_most=size_of(text) + added + media.tokens,
+            input_tokens=self._count(text) + _ADDED_BYTES // BYTES_PER_TOKEN + media,
             # The forecast is for the whole call.
             output_tokens=limit * replies or self._forecast.foresee(),
             foreseen=not limit,
@@ -154,53 +145,46 @@ class DefaultEstimator:
 
     def _count(self, text: str) -> int:
         """Return the tokens of a text, by its bytes or by the tokenizer if that finds more."""
-        by_size = -(-size_of(text) // _BYTES_PER_TOKEN)
+        by_size = -(-_size_of(text) // BYTES_PER_TOKEN)
         return by_size if self._tokenizer is None else max(by_size, len(self._tokenizer(text)))
 
 
-class _Media:
-    """Turn messages into what is sent as text, and count the tokens of everything else."""
+def _message(message: "ChatMessage", media: list[int]) -> Any:
+    """Return a message as it is sent, with the tool calls that some integrations keep beside.
 
-    __slots__ = ("tokens",)
-
-    def __init__(self) -> None:
-        self.tokens = 0
-
-    def message(self, message: "ChatMessage") -> Any:
-        """Return a message as it is sent, with the tool calls that some integrations keep beside."""
-        if not hasattr(message, "blocks"):
-            return None  # not a message: the model's own error says it better
-        extra = message.additional_kwargs
-        if extra and any(block.block_type == "tool_call" for block in message.blocks):
-            extra = {name: value for name, value in extra.items() if name != "tool_calls"}
-        content = list(map(self.block, message.blocks))
-        return {"role": message.role, "content": content, **extra}
-
-    def block(self, block: Any) -> Any:
-        """Return a content block as it is sent; most count by their fields."""
-        match getattr(block, "block_type", None):
-            case "text":
-                return {"type": "text", "text": block.text}
-            case "image":
-                self.tokens += LOW_DETAIL_IMAGE_TOKENS if block.detail == "low" else IMAGE_TOKENS
-            case "document" if str(block.document_mimetype).startswith("text/") and block.data:
-                self.tokens += _decoded_size(block.data) // _BYTES_PER_TOKEN
-            case "audio" | "video" | "document" as medium:
-                field, least, bytes_per_token = _MEDIA[medium]
-                size = _decoded_size(getattr(block, field))
-                self.tokens += max(least, size // bytes_per_token)
-            case "tool_call":
-                arguments = block.tool_kwargs
-                if not isinstance(arguments, str):
-                    arguments = _json(arguments)  # sent as JSON inside JSON
-                function = {"name": block.tool_name, "arguments": arguments}
-                return {"id": block.tool_call_id, "type": "function", "function": function}
-            case _:
-                return block  # as its fields
-        return None
+    The tokens of what is not sent as text are added to ``media``.
+    """
+    if not hasattr(message, "blocks"):
+        return None  # not a message: the model's own error says it better
+    extra = message.additional_kwargs
+    if extra and any(block.block_type == "tool_call" for block in message.blocks):
+        extra = {name: value for name, value in extra.items() if name != "tool_calls"}
+    content = [_block(block, media) for block in message.blocks]
+    return {"role": message.role, "content": content, **extra}
 
 
-def size_of(text: str) -> int:
+def _block(block: Any, media: list[int]) -> Any:
+    """Return a content block as it is sent; most count by their fields."""
+    match getattr(block, "block_type", None):
+        case "text":
+            return {"type": "text", "text": block.text}
+        case "image":
+            media.append(LOW_DETAIL_IMAGE_TOKENS if block.detail == "low" else IMAGE_TOKENS)
+        case "document" if str(block.document_mimetype).startswith("text/") and block.data:
+            media.append(_decoded_size(block.data) // BYTES_PER_TOKEN)
+        case "audio" | "video" | "document" as medium:
+            field, least, bytes_per_token = _MEDIA[medium]
+            media.append(max(least, _decoded_size(getattr(block, field)) // bytes_per_token))
+        case "tool_call":
+            arguments = _json(block.tool_kwargs)  # sent as JSON inside JSON
+            function = {"name": block.tool_name, "arguments": arguments}
+            return {"id": block.tool_call_id, "type": "function", "function": function}
+        case _:
+            return block  # as its fields
+    return None
+
+
+def _size_of(text: str) -> int:
     """Return the bytes of a text, of which a token has at least one."""
     # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbours are.
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -221,15 +205,9 @@ def _json(value: object) -> str:
 
 
 def _to_jsonable(value: Any) -> object:
-    """Convert what is sent as JSON: tools, pydantic models and classes."""
-    to_openai_tool = getattr(getattr(value, "metadata", None), "to_openai_tool", None)
-    if callable(to_openai_tool):
-        return to_openai_tool(skip_length_check=True)
-    if isinstance(value, type):
-        schema = getattr(value, "model_json_schema", None)
-        return schema() if callable(schema) else value.__name__
-    dump = getattr(value, "model_dump", None)
-    return dump() if callable(dump) else str(value)
+    """Convert what is sent as JSON: pydantic models and classes."""
+    convert = getattr(value, "model_json_schema" if isinstance(value, type) else "model_dump", None)
+    return convert() if callable(convert) else str(value)
 
 
 _ENCODER: Final = json.JSONEncoder(

@@ -94,9 +94,8 @@ def observe(limiter: Limiter) -> Callable[[], None]:
     """Send refusals, pauses and retries of ``limiter``; return a function that ends this."""
 
     def send(event: Event) -> None:
-        kind = _KINDS.get(type(event))
-        if kind is not None:
-            names = [name for name in kind.model_fields if hasattr(event, name)]
-            _dispatcher.event(kind(**{name: getattr(event, name) for name in names}))
+        if kind := _KINDS.get(type(event)):
+            known = (name for name in kind.model_fields if hasattr(event, name))
+            _dispatcher.event(kind(**{name: getattr(event, name) for name in known}))
 
     return limiter.observe(send)

@@ -1,4 +1,4 @@
-"""How one model or tool is paced, and one call of it: admitted, held, retried, settled.
+"""How one model or tool is paced, and one call or stream of it: admitted, held, retried, settled.
 
 The guard against paying twice is `asyncbucket.nesting`, which the models share with the transports
 beneath them. Here its note also carries the usage, which is looked for once a call: in what the SDK
@@ -10,17 +10,34 @@ stream, which only drops it, leaves the provider at work until the garbage colle
 
 A tool's call is simpler: it is admitted as one request, and never retried, because only its author
 knows what it has done by then. What it holds while it makes calls itself: see `asyncbucket.nesting`.
+
+*Streams* are generators that take nothing before their first item is requested. Everything happens
+at the first step: the admission, the model's own call, and the first item of its stream, which is
+where OpenAI's 429 appears. Up to that point a failed attempt is retried like any call; after it
+never, because the caller has seen a part of the answer.
+
+However a stream ends, its request is closed, too. Otherwise the provider would have more calls in
+flight than there are slots, because a model's stream may stop, or break off, before the provider
+does. asyncio closes a dropped asynchronous generator only when its loop runs again; the slot must
+not wait for that, so the generator stands behind an object that drops the lease.
+
+The usage comes with a stream's last chunk; OpenAI sends it only if asked, so we ask if the user
+does not, and `clients` leaves that chunk out.
 """
 
+import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from asyncbucket.core.context import put_back
+from llama_index_instrumentation.dispatcher import active_instrument_tags
+from llama_index_instrumentation.span import active_span_id
+
+from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import (
     counts_at,
@@ -32,15 +49,20 @@ from asyncbucket.core.levels import (
 )
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import PoolLease
-from asyncbucket.llama_index.estimate import DefaultEstimator, Estimate, Estimator
+from asyncbucket.llama_index.estimate import (
+    BYTES_PER_TOKEN,
+    DefaultEstimator,
+    Estimate,
+    Estimator,
+)
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
-from asyncbucket.providers.errors import end_failed, never_sent, was_refused
-from asyncbucket.providers.prices import model_of, price_here, within_limits
+from asyncbucket.providers.errors import answered, end_failed, never_sent, was_refused
+from asyncbucket.providers.prices import added_tokens, model_of, price_here, within_limits
 from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
-from asyncbucket.retry import Retrier, Retry, Sent
-from asyncbucket.waiting import ASYNC, IO, SYNC
+from asyncbucket.retry import Retrier, Retry, sent_above
+from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 if TYPE_CHECKING:
     import weakref
@@ -48,10 +70,12 @@ if TYPE_CHECKING:
     from asyncbucket.providers.prices import Price
     from asyncbucket.providers.profiles import Profile
 
-#: Where a paced model or tool keeps its `Pacing`.
-PACING: Final = "_asyncbucket_pacing"
-#: Finds the usage in a reply, or in a part of one.
-Reader: TypeAlias = Callable[[Any], Usage | None]
+
+#: What makes OpenAI's streams end with their usage.
+_USAGE: Final = {"stream_options": {"include_usage": True}}
+_BAD_REQUEST: Final = (400, 404, 422)
+#: Marks the end of a stream, because None may be one of its items.
+_END: Final[Any] = object()
 
 
 def no_usage(_: object) -> None:
@@ -65,7 +89,8 @@ class Method(NamedTuple):
     argument: str
     #: Estimates a call from an estimator, the model, and what the method is called with.
     estimate: Callable[..., Estimate]
-    read: Reader = no_usage
+    #: Finds the usage in a reply, or in a part of one.
+    read: Callable[[Any], Usage | None] = no_usage
     #: Whether what a class inherits from LlamaIndex's base calls other paced methods, which pay.
     by_others: bool = False
 
@@ -82,24 +107,12 @@ class ModelCall:
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    #: What it is sent with besides, if the provider takes it.
-    options: Mapping[str, Any] = field(default_factory=dict)
-    sent: Sent | None = None
-    #: The member of a pool that has taken it.
-    member: Limiter | None = None
+    #: Whether it is a stream that must be asked for its usage.
+    asks_for_usage: bool = False
 
-    def send(self, **options: Any) -> Awaitable[Any]:
-        """Send it."""
-        return self.io.call(self.own, *self.args, **self.kwargs, **options)
-
-    def at_member(self, models: Mapping[Limiter, Any]) -> "ModelCall":
-        """Return the admitted call as it is made: in a pool, of the model of the member that took it."""
-        model = None if self.member is None else models.get(self.member)
-        if model is None:
-            return self
-        if hasattr(self.model, "callback_manager"):  # frameworks set it late, and only there
-            model.callback_manager = self.model.callback_manager
-        return replace(self, own=getattr(super(type(model), model), self.name))
+    def send(self, own: Callable[..., Any], **options: Any) -> Awaitable[Any]:
+        """Send it, by ``own``, a model's own method."""
+        return self.io.call(own, *self.args, **self.kwargs, **options)
 
     def estimate(self, estimator: Estimator) -> Estimate:
         """Estimate what it will cost."""
@@ -112,25 +125,19 @@ class HeldCall(HeldLease):
     Args:
         limiter: the limiter that was asked.
         lease: the lease that pays.
-        provider: the limiter that has the provider's limits: in a pool, the member.
-        price: what the model costs; None if nothing counts dollars.
-        usd: what was reserved for the first request.
+        own: the method that makes the call.
     """
 
-    def __init__(
-        self,
-        limiter: Limiter,
-        lease: Lease,
-        *,
-        provider: Limiter,
-        price: "Price | None" = None,
-        usd: float = 0.0,
-    ) -> None:
+    def __init__(self, limiter: Limiter, lease: Lease, own: Callable[..., Any]) -> None:
         super().__init__(limiter, lease)
-        self.price = price
-        self.provider = provider
-        self._usd = usd
-        #: What the requests so far cost at most, or cost if that is known.
+        #: In a pool, that of the member's model.
+        self.own = own
+        #: The limiter that has the provider's limits: in a pool, the member.
+        self.provider = lease.limiter if isinstance(lease, PoolLease) else limiter
+        #: What the model costs, and what was reserved for the first request, if dollars count.
+        self.price: Price | None = None
+        self.usd = 0.0
+        #: What the requests so far cost at most.
         self._due = 0.0
         #: Methods of models that were called inside, by which the call may make more requests.
         self._methods = 0
@@ -163,14 +170,11 @@ class HeldCall(HeldLease):
         await self._pay_for(self._methods, usd, call.io)
         token = INSIDE.set(self)
         try:
-            reply = await call.send()
+            reply = await call.send(call.own)
         finally:
             put_back(INSIDE, token)
-        usage = call.method.read(reply)
-        if self.price is not None and usage is not None:
-            self._due += self.price.of(usage) - usd
         if not self._requests:  # otherwise the SDK's replies say it
-            self.usages.append(usage)
+            self.usages.append(call.method.read(reply))
         return reply
 
     async def request_prepared(self, io: IO) -> None:
@@ -182,14 +186,8 @@ class HeldCall(HeldLease):
         lease = self.lease
         if lease is not None:
             self._requests += 1
-            await self._pay_for(self._requests, self._usd, io)
+            await self._pay_for(self._requests, self.usd, io)
             sent(lease)
-
-    def note_usage(self, usage: Usage | None) -> None:
-        """Note what one of the SDK's replies says was used."""
-        self.usages.append(usage)
-        if self.price is not None and usage is not None and not self._methods:
-            self._due += self.price.of(usage) - self._usd
 
     def request_sent(self) -> None:
         """Date the booking to now, when the request really goes out."""
@@ -207,7 +205,7 @@ class HeldCall(HeldLease):
         lease = self.lease
         if lease is None or requests <= self._paid_requests:
             return
-        due, reserved = self._due + usd, max(self._usd, self._due)
+        due, reserved = self._due + usd, max(self.usd, self._due)
         if requests > 1:
             more = {"requests": requests - self._paid_requests, "usd": max(0.0, due - reserved)}
             await reserve_more(lease, more, blocking=io is SYNC)
@@ -240,9 +238,7 @@ INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", de
 def held_call(limiter: Limiter) -> HeldCall | None:
     """Return the note of a model's call in this context that counts at ``limiter``, or None."""
     for held in held_leases():
-        lease = held.lease if isinstance(held, HeldCall) else None
-        if lease is not None and counts_at(lease, limiter):
-            assert isinstance(held, HeldCall)
+        if isinstance(held, HeldCall) and (lease := held.lease) and counts_at(lease, limiter):
             return held
     return None
 
@@ -269,8 +265,7 @@ class Pacing:
         self.limiter = limiter
         self.models: Mapping[Limiter, Any] = {} if models is None else models
         self.estimator = DefaultEstimator() if estimator is None else estimator
-        needed = ("chat", "completion", "embedding")
-        if isinstance(estimator, type) or not all(hasattr(self.estimator, each) for each in needed):
+        if not isinstance(self.estimator, Estimator) or isinstance(estimator, type):
             raise TypeError(
                 f"estimator= takes an object with chat(), completion() and embedding(), not {estimator!r}"
             )
@@ -300,22 +295,16 @@ class Pacing:
         """Return the reply, paced and retried; inside a call that pays, without pacing."""
         if held is None:
             attempt = functools.partial(self._attempt, call, call.estimate(self.estimator))
-            return await self.retry(call, attempt)
-        usd = 0.0
-        if held.price is not None:
-            usd = self._usd(call.estimate(self.estimator), held.price)
+            return await self.retrier.call(attempt, io=call.io, tried=call.own)
+        price = held.price
+        usd = 0.0 if price is None else self._usd(call, call.estimate(self.estimator), price)
         return await held.call_inside(call, usd)
-
-    async def retry(self, call: ModelCall, attempt: Callable[[], Any]) -> Any:
-        """Return what ``attempt()`` returns, one attempt at ``call``, after as many as it takes."""
-        call.sent = Sent()
-        return await self.retrier.call(attempt, io=call.io, tried=call.own, sent=call.sent)
 
     async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
         lease, held = await self.admit(call, estimate)
         try:
             with held:
-                reply = await call.at_member(self.models).send()
+                reply = await call.send(held.own)
             self.settle(held, lambda: call.method.read(reply))
         except BaseException as error:
             held.failed(lease, error)
@@ -324,39 +313,21 @@ class Pacing:
         return reply
 
     async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
-        """Wait for the admission of a call that costs ``estimate``; note when it leaves."""
-        amounts, prices, usd = self._amounts(estimate), {}, 0.0
-        if estimate.input_tokens or estimate.output_tokens:
-            prices = self._prices(call)
-        if prices:
-            usd = amounts["usd"] = max(self._usd(estimate, price) for price in prices.values())
+        """Wait for the admission of an attempt that costs ``estimate``; note that it leaves."""
+        amounts = self._amounts(call, estimate)
         lease = await self._acquire(call.io, **amounts)
-        assert call.sent is not None
-        call.sent.admitted(self.limiter, lease)
-        call.member = lease.limiter if isinstance(lease, PoolLease) else None
-        provider = call.member or self.limiter
-        price = prices.get(call.member, prices.get(None))
-        return lease, HeldCall(self.limiter, lease, provider=provider, price=price, usd=usd)
-
-    def _prices(self, call: ModelCall) -> "dict[Limiter | None, Price]":
-        """Return what the call costs by the member of a pool that may take it, else by None.
-
-        There is nothing if nothing counts dollars.
-        """
-        models: list[tuple[Limiter | None, Any]] = [(None, call.model), *self.models.items()]
-        found = {
-            member: price_here(self.limiter, model_of(model, call.kwargs))
-            for member, model in models
-        }
-        return {member: price for member, price in found.items() if price is not None}
-
-    def _usd(self, estimate: Estimate, price: "Price") -> float:
-        """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
-        if estimate.foreseen:
-            usd = price.at_most(estimate.input_tokens, estimate.output_tokens)
-            return within_limits(self.limiter, usd)
-        at_most = estimate.input_at_most or estimate.input_tokens
-        return price.at_most(at_most, estimate.output_tokens)
+        attempt = sent_above()
+        assert attempt is not None
+        attempt.admitted(self.limiter, lease)
+        held = HeldCall(self.limiter, lease, call.own)
+        model = self.models.get(held.provider, call.model)
+        if model is not call.model:
+            held.own = getattr(super(type(model), model), call.name)
+            # Frameworks set it late, and only at the first model.
+            model.callback_manager = call.model.callback_manager
+        if "usd" in amounts:
+            held.price, held.usd = self._price(call, model), amounts["usd"]
+        return lease, held
 
     async def _acquire(self, io: IO, **amounts: float) -> Lease:
         """Wait for the admission of a call, for which calls around it give up slots."""
@@ -365,16 +336,34 @@ class Pacing:
         report_wait(self.limiter, lease)
         return lease
 
-    def _amounts(self, estimate: Estimate) -> dict[str, float]:
-        """Return the tokens to reserve; a guess of the output must not make a call impossible."""
-        if not isinstance(estimate, Estimate):
-            raise TypeError(f"{self.estimator!r} returned {estimate!r}; it must return an Estimate")
+    def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
+        """Return what to reserve; a guess of the output must not make a call impossible."""
         sent, received = estimate.input_tokens, estimate.output_tokens
         if estimate.foreseen:
             cost = {"input_tokens": sent, "output_tokens": received, "tokens": sent + received}
             excess = excess_of(cost, limits_by_way(effective_limiter(self.limiter)))
             received = max(0, received - excess)
-        return {"input_tokens": sent, "output_tokens": received}
+        amounts: dict[str, float] = {"input_tokens": sent, "output_tokens": received}
+        if sent or received:
+            models = (call.model, *self.models.values())  # any of a pool's members may take it
+            prices = [price for each in models if (price := self._price(call, each))]
+            if prices:
+                amounts["usd"] = max(self._usd(call, estimate, price) for price in prices)
+        return amounts
+
+    def _price(self, call: ModelCall, model: Any) -> "Price | None":
+        """Return the price of the call if ``model`` makes it; None if nothing counts dollars."""
+        return price_here(self.limiter, model_of(model, call.kwargs))
+
+    def _usd(self, call: ModelCall, estimate: Estimate, price: "Price") -> float:
+        """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
+        if estimate.foreseen:
+            usd = price.at_most(estimate.input_tokens, estimate.output_tokens)
+            return within_limits(self.limiter, usd)
+        # A token has at least one byte.
+        added = added_tokens(has_tools=bool(call.kwargs.get("tools")))
+        at_most = estimate.input_tokens * BYTES_PER_TOKEN + added
+        return price.at_most(at_most, estimate.output_tokens)
 
     def settle(self, held: HeldCall, find: Callable[[], Usage | None]) -> None:
         """Correct the reservation to what a whole reply used, as was noted or as ``find`` says."""
@@ -397,15 +386,142 @@ class Pacing:
         if usage.output_tokens and observe is not None:  # embeddings teach nothing
             observe(usage.output_tokens)
 
+    async def stream(self, call: ModelCall, held: HeldCall | None) -> Any:
+        """Return the stream that the call gives, paced; inside a call that pays, without pacing."""
+        if held is not None:
+            return await self.start_stream(call, call.own, held)
+        variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
+        reading = _Reading(self, call, [(variable, variable.get()) for variable in variables])
+        items = reading.items()
+        return AsyncPacedStream(reading, items) if call.io is ASYNC else _on_this_thread(items)
 
-def pacing_of(paced: Any) -> Pacing:
-    """Return the pacing of a paced model or tool."""
-    private: Mapping[str, Any] = getattr(paced, "__pydantic_private__", None) or {}
-    pacing: Pacing | None = private.get(PACING) or vars(paced).get(PACING)
-    if pacing is None:
-        name = type(paced).__name__
-        raise TypeError(
-            f"this {name} was made by the class of a paced one, so no limiter paces it: "
-            f"make a plain {name}, and wrap that"
-        )
-    return pacing
+    async def start_stream(self, call: ModelCall, own: Callable[..., Any], held: HeldCall) -> Any:
+        """Start a stream; it is asked for its usage unless the provider has refused to say that."""
+        held.hides_usage = call.asks_for_usage and self.asks_for_usage
+        return call.io.iterator(await call.send(own, **(_USAGE if held.hides_usage else {})))
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A stream, and the attempt at it that is being read."""
+
+    pacing: Pacing
+    call: ModelCall
+    #: The context in which it was requested: inherited terms, span and tags. Engines hand streams to
+    #: threads and tasks of their own, which know none of these.
+    context: list[tuple[ContextVar[Any], Any]]
+    lease: Lease | None = None
+    held: HeldCall | None = None
+    inner: Any = None
+    usage: Usage | None = None
+
+    async def items(self) -> AsyncGenerator[Any, None]:
+        """Yield the items, under one lease from the first to the last."""
+        pacing, call = self.pacing, self.call
+        try:
+            with self._as_requested():
+                attempt = functools.partial(self._attempt, call.estimate(pacing.estimator))
+                item = await pacing.retrier.call(attempt, io=call.io, tried=call.own)
+            while item is not _END:
+                yield item
+                with self._as_requested():
+                    item = await self._next()
+            # When the whole reply is there; for a broken stream the usage is never known.
+            assert self.held is not None
+            pacing.settle(self.held, lambda: self.usage)
+        except BaseException as error:
+            await self._end(None if isinstance(error, GeneratorExit) else error)
+            raise
+        await self._end()
+
+    async def _attempt(self, estimate: Estimate) -> Any:
+        """Make one attempt; return the first item, or the end."""
+        pacing, call = self.pacing, self.call
+        self.lease, self.held = await pacing.admit(call, estimate)
+        held = self.held
+        try:
+            with held:
+                self.inner = await pacing.start_stream(call, held.own, held)
+            item = await self._next()
+            answered(self.lease)
+        except BaseException as error:
+            await self._end(error)
+            status = getattr(error, "status_code", None)
+            is_refused = status in _BAD_REQUEST and "stream_options" in str(error)
+            if not (held.hides_usage and is_refused):
+                raise
+        else:
+            return item
+        pacing.asks_for_usage = False
+        return await self._attempt(estimate)
+
+    async def _next(self) -> Any:
+        """Let the model's own stream go on under our lease."""
+        held = self.held
+        assert held is not None
+        with held:
+            item = await self.call.io.next_item(self.inner, _END)
+        if held.stream is None:
+            usage = self.call.method.read(item)
+            self.usage = self.usage if usage is None else usage | self.usage
+        return item
+
+    async def _end(self, error: BaseException | None = None) -> None:
+        """Close the request, and give the slot back."""
+        io, held, inner = self.call.io, self.held, self.inner
+        self.held = self.inner = None
+        if held is None:
+            return
+        try:
+            if hasattr(inner, "aclose" if io is ASYNC else "close"):
+                await io.close(inner)
+            await held.close_stream(io)
+        finally:
+            lease, self.lease = self.lease, None
+            if lease is not None and error is None:
+                lease.release()
+            elif lease is not None and error is not None:
+                held.failed(lease, error)
+
+    @contextlib.contextmanager
+    def _as_requested(self) -> Generator[None]:
+        tokens = [(variable, variable.set(value)) for variable, value in self.context]
+        try:
+            yield
+        finally:
+            for variable, token in tokens:
+                put_back(variable, token)
+
+
+class AsyncPacedStream(AsyncGenerator[Any, None]):
+    """Read a stream; if it is dropped, its slot comes back at once."""
+
+    def __init__(self, reading: _Reading, items: AsyncGenerator[Any, None]) -> None:
+        self._reading = reading
+        self._items = items
+
+    async def asend(self, value: None, /) -> Any:
+        """Return the next item, like ``__anext__``."""
+        return await self._items.asend(value)
+
+    async def athrow(self, *error: Any) -> Any:
+        """End the stream and raise; nobody inside would handle it."""
+        return await self._items.athrow(*error)
+
+    async def aclose(self) -> None:
+        """End the stream and give the slot back. Idempotent."""
+        await self._items.aclose()
+
+    def __del__(self) -> None:
+        # The lease releases itself, safely even if the garbage collector interrupts the limiter.
+        self._reading.lease = None
+
+
+def _on_this_thread(items: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
+    """Yield ``items``, whose steps never suspend."""
+    try:
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield run(items.__anext__())
+    finally:
+        run(items.aclose())

@@ -16,14 +16,14 @@ not by ``__init__`` (which would open clients, and would need to know each class
 its ``__dict__`` is the inner model's. Its private values are copies: among them are the limiter,
 and HTTP clients that do not retry. The inner model is left as it was, and stays unpaced.
 
-Where a call is paced: see `methods`. *Structured LLMs* (``llm.as_structured_llm(...)``) have a model
-inside; that one is paced. ``predict_and_call`` must not be paced as a whole, since tools run inside.
+Where a call is paced, and what paces a copy in a pickle: see `paced`. *Structured LLMs*
+(``llm.as_structured_llm(...)``) have a model inside; that one is paced.
 
 The traps, and where they are handled
     Public methods call public methods, and would pay twice: `asyncbucket.nesting` and `pacing`. A
-    stream holds its slot until it ends, and may never be started or never be ended: `streams`. The
+    stream holds its slot until it ends, and may never be started or never be ended: `pacing`. The
     model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`, and
-    ``max_retries`` below. Pickling: `copies`.
+    ``max_retries`` in `paced`.
     Spans: LlamaIndex puts one around a method that a *class* overrides, by ``__init_subclass__``.
     The overrides are set when the class is there, so this does not apply: a call has the same span
     and events as before. A span is called after the object's class, so the subclass has the class's
@@ -31,50 +31,42 @@ The traps, and where they are handled
 
 Each attempt of a retried call has an admission, a span and a start event of its own, because that
 many requests did go out. Between attempts no slot is held.
+
+*Pools.* Calls are prepared by the first model's class, and its replies are read by it: tools,
+streams and structured output have the format of its provider. So the others must be of its family,
+as ``AzureOpenAI`` is of ``OpenAI``'s. Embedding models only turn text into numbers, which are of use
+beside those of the same model alone.
 """
 
 import asyncio
-import contextlib
 import copy
 import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypedDict, TypeVar, cast
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool, FunctionTool
 from llama_index.core.workflow import Workflow
 
 from asyncbucket.core.context import Agent, InheritedScope, inherited, read_label, running_agent
-from asyncbucket.core.levels import is_under, share_a_level
+from asyncbucket.core.levels import is_under
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
-from asyncbucket.llama_index.clients import (
-    client_of,
-    is_client,
-    warn_of_misuse,
-    without_retries,
-)
-from asyncbucket.llama_index.copies import reduce, set_state
+from asyncbucket.llama_index.clients import warn_of_misuse
 from asyncbucket.llama_index.estimate import Estimator
-from asyncbucket.llama_index.methods import paced_methods
-from asyncbucket.llama_index.pacing import PACING, Pacing, pacing_of
-from asyncbucket.llama_index.pools import check_models, refuse_single
+from asyncbucket.llama_index.paced import Paced, paced_copy, pacing_of, subclass
+from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.retry import Retry
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 T = TypeVar("T")
 
-#: Fields that set how often a model's own class retries.
-_RETRY_FIELDS: Final = ("max_retries", "retries")
-#: Methods by which models make their clients.
-_CLIENT_METHODS: Final = ("_get_client", "_get_aclient")
+#: What LLMs of any provider have in common.
+_COMMON: Final = frozenset({*CustomLLM.__mro__, *FunctionCallingLLM.__mro__})
 
 
 class WrapOptions(TypedDict, total=False):
@@ -117,13 +109,17 @@ def wrap(
     """
     given = {"retry": retry, "estimator": estimator, "kind": read_label(kind, "kind")}
     options = {name: value for name, value in given.items() if value is not None}
-    if isinstance(limiter, Pool) and isinstance(obj, (list, tuple)):
-        return cast("T", _wrap_for_pool(obj, limiter, options))
     if not isinstance(obj, (list, tuple)):
-        one: T = _wrap_one(obj, limiter, options)
-        return one
+        return cast("T", _wrap_one(obj, limiter, options))
+    if isinstance(limiter, Pool):
+        return cast("T", _wrap_for_pool(obj, limiter, options))
     several: Any = [_wrap_one(_as_tool(item), limiter, options) for item in obj]
     return cast("T", tuple(several) if isinstance(obj, tuple) else several)
+
+
+def _as_tool(obj: Any) -> Any:
+    """Return a plain function as the tool that an agent would make of it."""
+    return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj
 
 
 def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
@@ -131,69 +127,28 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     if isinstance(obj, StructuredLLM):
         inside = _wrap_one(obj.llm, limiter, options)
         return obj if inside is obj.llm else obj.model_copy(update={"llm": inside})
-    if not isinstance(obj, (LLM, BaseEmbedding, BaseTool)):
+    if isinstance(obj, Workflow):
         return _wrap_workflow(obj, limiter, options)
-    if "kind" in options:
-        raise TypeError("kind= is for agents and workflows, whose runs it sorts by size")
-    if options and isinstance(obj, BaseTool):
+    _check_options(obj, options)
+    function = getattr(obj, "real_fn", None)  # of a tool; it may acquire by itself
+    present = getattr(obj, "paced_by", None) or getattr(function, "paced_by", None)
+    if present is not None:
+        return _wrap_again(obj, present, limiter, options)
+    if isinstance(limiter, Pool):
         raise TypeError(
-            f"{', '.join(sorted(options))}= is for models: a tool is never tried again, and costs one "
-            f"request"
-        )
-    if isinstance(obj, Paced):
-        return _wrap_again(obj, limiter, options)
-    refuse_single(obj, limiter)
-    mark = getattr(getattr(obj, "real_fn", None), "paced_by", None)
-    if mark is not None and share_a_level(mark, limiter):
-        if is_under(mark, limiter):
-            return obj  # a tool whose function acquires
-        raise ValueError(
-            f"the function of {obj!r} acquires from {mark!r} already, so each call would be "
-            f"charged twice by {limiter!r}: wrap the plain function, or leave the tool as it is"
+            f"one {type(obj).__name__} calls one provider, and pool {limiter.name!r} has "
+            f"{len(limiter.members)}: wrap one model for each member, pool.wrap([llm_a, llm_b]), and "
+            f"a tool by a limiter of its own; or, without wrapping it, make the model with clients of "
+            f'pool.http_client({{limiter: {{"base_url": ..., "headers": ...}}}})'
         )
     pacing = Pacing(limiter, **options)
-    if not isinstance(obj, BaseTool):
-        warn_of_misuse(obj, pacing)
-    return _paced(obj, paced_class(type(obj)), pacing)
+    warn_of_misuse(obj, pacing)
+    return paced_copy(obj, pacing)
 
 
-def _wrap_again(obj: "Paced", limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    pacing = pacing_of(obj)
-    if is_under(pacing.limiter, limiter):
-        if not options:
-            return obj
-        limiter = pacing.limiter
-    elif not is_under(limiter, pacing.limiter):
-        raise ValueError(
-            f"{obj!r} is paced by {pacing.limiter!r} already and can't be paced by {limiter!r} too: "
-            f"neither limiter is under the other, so that a call would wait in two lines; wrap what "
-            f"it was made of, or make one of them a child of the other"
-        )
-    return _paced(
-        obj, type(obj), Pacing(limiter, models=pacing.models, **{**pacing.options, **options})
-    )
-
-
-def _wrap_for_pool(models: Sequence[Any], pool: Pool, options: Mapping[str, Any]) -> Any:
-    """Return a model like the first, which calls the model of whichever member takes the call."""
-    check_models(models, pool)
-    others: dict[Limiter, Any] = {}
-    pacing = Pacing(pool, **options, models=others)
-    paced = []
-    for model in models:
-        warn_of_misuse(model, pacing)
-        cls: Any = type(model)  # hashable, which mypy cannot know
-        paced.append(_paced(model, paced_class(cls), pacing))
-    others.update(zip(pool.members[1:], paced[1:], strict=True))
-    return paced[0]
-
-
-def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return an agent or workflow whose runs are one agent each, its model paced by ``limiter``.
-
-    A run that begins inside another agent's scope belongs to that agent.
-    """
-    if not isinstance(obj, Workflow):
+def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what is neither model nor tool, and options that do not apply to it."""
+    if not isinstance(obj, (LLM, BaseEmbedding, BaseTool)):
         what = f"the class {obj.__name__}" if isinstance(obj, type) else type(obj).__name__
         raise TypeError(
             f"a LlamaIndex LLM, embedding model, tool or agent can be wrapped, not {what}; wrap "
@@ -201,9 +156,77 @@ def _wrap_workflow(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> An
             f"client http_client=limiter.http_client(); pace other code by `async with "
             f"limiter.acquire(...)` or @limiter.paced"
         )
-    scoped: Any = copy.copy(obj)
-    object.__setattr__(scoped, "__class__", _workflow_class(type(obj), options.get("kind")))
-    if isinstance(llm := getattr(obj, "llm", None), LLM):
+    wrong = sorted(options if isinstance(obj, BaseTool) else options.keys() & {"kind"})
+    if wrong:
+        raise TypeError(
+            f"{', '.join(wrong)}= does not apply to a {type(obj).__name__}: kind= is for agents and "
+            f"workflows, retry= and estimator= are for models"
+        )
+
+
+def _wrap_again(obj: Any, present: Limiter, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    """Return ``obj``, which ``present`` paces, paced by ``limiter``; each level counts a call once."""
+    if is_under(present, limiter):
+        if not options:
+            return obj
+        limiter = present
+    elif not isinstance(obj, Paced) or not is_under(limiter, present):
+        raise ValueError(
+            f"{obj!r} is paced by {present!r} already and can't be paced by {limiter!r} too: "
+            f"a call would wait in two lines, or be charged twice; wrap what it was made of, or make "
+            f"one of the limiters a child of the other"
+        )
+    pacing = pacing_of(obj)
+    return paced_copy(obj, Pacing(limiter, models=pacing.models, **{**pacing.options, **options}))
+
+
+# --- pools ---
+
+
+def _wrap_for_pool(models: Sequence[Any], pool: Pool, options: Mapping[str, Any]) -> Any:
+    """Return a model like the first, which calls the model of whichever member takes the call."""
+    if len(models) != len(pool.members) or not all(_can_serve_as(each, models) for each in models):
+        raise TypeError(
+            f"pool {pool.name!r} needs one model for each member, in their order "
+            f"({', '.join(repr(member.name) for member in pool.members)}), LLMs of one family, such as "
+            f"OpenAI, AzureOpenAI and OpenAILike, or embedding models with the same model_name and "
+            f"dimensions, whose vectors compare; none of them paced already, or structured; not "
+            f"{', '.join(type(model).__name__ for model in models)}"
+        )
+    others: dict[Limiter, Any] = {}
+    pacing = Pacing(pool, **options, models=others)
+    for model in models:
+        warn_of_misuse(model, pacing)
+    first, *rest = (paced_copy(model, pacing) for model in models)
+    others.update(zip(pool.members[1:], rest, strict=True))
+    return first
+
+
+def _can_serve_as(model: Any, models: Sequence[Any]) -> bool:
+    """Tell whether a call that was prepared by the first of a pool's models can be made by ``model``."""
+    first = models[0]
+    if isinstance(model, (Paced, StructuredLLM)):
+        return False
+    if isinstance(first, BaseEmbedding):
+        what = ("model_name", "dimensions")
+        is_same = all(getattr(model, name, None) == getattr(first, name, None) for name in what)
+        return is_same and isinstance(model, BaseEmbedding)
+    family = (set(type(model).__mro__) & set(type(first).__mro__)) - _COMMON
+    return bool(family) and isinstance(model, LLM)
+
+
+# --- agents and workflows ---
+
+
+def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
+    """Return an agent or workflow whose runs are one agent each, its model paced by ``limiter``.
+
+    A run that begins inside another agent's scope belongs to that agent.
+    """
+    scoped: Any = copy.copy(workflow)
+    cls: Any = type(workflow)
+    object.__setattr__(scoped, "__class__", _workflow_class(cls, options.get("kind")))
+    if isinstance(llm := getattr(workflow, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
         scoped.llm = _wrap_one(llm, limiter, of_model)
     return scoped
@@ -224,24 +247,18 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
             handler = plain(*args, **kwargs)
-            asyncio.ensure_future(_end_with(agent, handler))  # noqa: RUF006 - the handler's task keeps it
+            result = asyncio.ensure_future(handler.stop_event_result())
+            result.add_done_callback(functools.partial(_end, agent))
         return handler
 
-    scoped = _subclass(cls)
+    scoped = subclass(cls)
     scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
     scoped.run = run
     return scoped
 
 
-async def _end_with(agent: Agent, handler: Any) -> None:
-    """End ``agent`` when its run is over."""
-    ended_well = False
-    with contextlib.suppress(Exception):  # whoever awaits the handler gets it
-        try:
-            await handler.stop_event_result()
-            ended_well = True
-        finally:
-            agent.end(ended_well=ended_well)
+def _end(agent: Agent, result: asyncio.Future[Any]) -> None:
+    agent.end(ended_well=not result.cancelled() and result.exception() is None)
 
 
 def limiter_of(paced: object) -> Limiter:
@@ -257,96 +274,3 @@ def limiter_of(paced: object) -> Limiter:
     if not isinstance(paced, Paced):
         raise TypeError(f"{paced!r} is not paced: limiter.wrap(...) and pace(...) return what is")
     return paced.paced_by
-
-
-class Paced:
-    """The part of a paced model or tool that is neither.
-
-    It is not a pydantic model, so mixing it in adds no field and changes no default.
-    """
-
-    @property
-    def paced_by(self) -> Limiter:
-        """The limiter, by the mark that `Limiter.paced` leaves on functions, too."""
-        return pacing_of(self).limiter
-
-    @property
-    def limiter(self) -> Limiter:
-        """The limiter; type checkers know it by `limiter_of`."""
-        return self.paced_by
-
-    def __repr_args__(self) -> "Generator[tuple[str | None, Any]]":
-        """Show what helps a reader; a model's fields include its API key."""
-        for name in ("model", "model_name"):
-            if name in vars(self):
-                yield name, vars(self)[name]
-                break
-        yield "limiter", self.paced_by
-
-
-@functools.lru_cache(maxsize=256)
-def paced_class(cls: type[Any]) -> type[Any]:
-    """Return the paced subclass of ``cls``, which people and their dashboards know as ``cls``."""
-    paced: type[Any] = _subclass(Paced, cls)
-    for name, override in (*paced_methods(cls, paced), *_overrides(cls, paced)):
-        setattr(paced, name, override)
-    return paced
-
-
-def _subclass(*bases: type[Any]) -> Any:
-    """Return a subclass that has the name of the last of its ``bases``, and its documentation."""
-    cls = bases[-1]
-    names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
-    return types.new_class(cls.__name__, bases, {}, lambda ns: ns.update(names))
-
-
-def _overrides(cls: type[Any], paced: type[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what else ``paced``, a subclass of a model's class ``cls``, does in its own way."""
-    if not issubclass(cls, BaseComponent):
-        return
-    yield "__reduce_ex__", reduce
-    for name in _RETRY_FIELDS:
-        if name in cls.model_fields:
-            yield name, _zero(name)
-    for name in _CLIENT_METHODS:
-        if hasattr(cls, name):
-            yield name, _client_method(paced, name)
-
-
-def _zero(name: str) -> property:
-    """Return a property that reads 0, whatever the field says: one layer retries, and it is ours.
-
-    The field's own value stays where it is, so it is serialised, copied and set as before.
-    """
-
-    def set_field(model: object, value: int) -> None:
-        vars(model)[name] = value
-
-    return property(lambda _: 0, set_field)
-
-
-def _client_method(paced: type[Any], name: str) -> Callable[..., Any]:
-    def get_client(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return client_of(model, getattr(super(paced, model), name)(*args, **kwargs))
-
-    return get_client
-
-
-def _paced(obj: Any, cls: type[Any], pacing: Pacing) -> Any:
-    """Return an object of ``cls`` with the attributes of ``obj``, which stays as it is."""
-    paced: Any = object.__new__(cls)
-    if isinstance(obj, BaseTool):
-        vars(paced).update(vars(obj), **{PACING: pacing})
-        return paced
-    # Not a field, so it appears in no schema, dump, hash of an ingestion cache, or request.
-    private = {
-        name: without_retries(value) if is_client(value) else value
-        for name, value in (obj.__pydantic_private__ or {}).items()
-    }
-    set_state(paced, obj, vars(obj), {**private, PACING: pacing})
-    return paced
-
-
-def _as_tool(obj: Any) -> Any:
-    """Return a plain function as the tool that an agent would make of it."""
-    return FunctionTool.from_defaults(obj) if inspect.isroutine(obj) else obj

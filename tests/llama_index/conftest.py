@@ -1,7 +1,6 @@
 """What these tests share: models, records of instrumentation, and a scripted OpenAI."""
 
 import asyncio
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -13,12 +12,11 @@ import pytest
 import respx
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.embeddings import MockEmbedding
-from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
+from llama_index.llms.anthropic import Anthropic
 from llama_index.llms.azure_openai import AzureOpenAI
 from llama_index.llms.openai import OpenAI, OpenAIResponses
 from llama_index.llms.openai_like import OpenAILike
@@ -50,10 +48,6 @@ def make_openai(**options: Any) -> OpenAI:
     return OpenAI(**usual | options)
 
 
-def make_completing_openai() -> OpenAI:
-    return make_openai(model="gpt-3.5-turbo-instruct", max_tokens=5)
-
-
 def make_responses(**options: Any) -> OpenAIResponses:
     return OpenAIResponses(model="gpt-4o-mini", api_key="k", api_base=API_BASE, **options)
 
@@ -64,17 +58,12 @@ def make_azure(**options: Any) -> AzureOpenAI:
 
 
 def make_like(**options: Any) -> OpenAILike:
-    options = {"api_base": API_BASE, "is_chat_model": True, **options}
-    return OpenAILike(model="m", api_key="k", **options)
+    options = {"api_base": API_BASE, **options}
+    return OpenAILike(model="m", api_key="k", is_chat_model=True, **options)
 
 
-def make_completing_like() -> OpenAILike:
-    return make_like(is_chat_model=False)
-
-
-def some_models() -> list[Any]:
-    embedding = OpenAIEmbedding(api_key=KEY)
-    return [MockLLM(max_tokens=3), make_openai(api_key=KEY), MockEmbedding(embed_dim=2), embedding]
+def make_anthropic(**options: Any) -> Anthropic:
+    return Anthropic(model="claude-sonnet-4-5", api_key="k", base_url="https://llm.test", **options)
 
 
 def name_of(make: Callable[..., Any]) -> str:
@@ -111,21 +100,6 @@ class Instrumentation:
         return taken
 
 
-class Estimating:
-    """Estimate every call as ``estimate()`` says."""
-
-    def __init__(self, estimate: Callable[[], Any]) -> None:
-        self._estimate = estimate
-
-    def __repr__(self) -> str:
-        return "<Estimating>"
-
-    def chat(self, *_: Any) -> Any:
-        return self._estimate()
-
-    completion = embedding = chat
-
-
 class _Events(BaseEventHandler):
     _seen: Instrumentation = PrivateAttr()
 
@@ -151,25 +125,24 @@ def instrumentation() -> Iterator[Instrumentation]:
     root.event_handlers[:], root.span_handlers[:] = before
 
 
-def _events(*events: Any) -> httpx.Response:
-    lines = [each if isinstance(each, str) else json.dumps(each) for each in events]
-    text = "".join(f"data: {line}\n\n" for line in lines)
-    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
-
-
 @dataclass
 class ScriptedOpenAI:
-    """An OpenAI API that answers everything, after whatever a test scripts first."""
+    """OpenAI's API: the bundled provider, after whatever a test scripts first."""
 
-    script: list[httpx.Response | Exception] = field(default_factory=list)
+    script: list[httpx.Response | Exception | None] = field(default_factory=list)
     requests: list[httpx.Request] = field(default_factory=list)
-    usage: dict[str, Any] = field(
-        default_factory=lambda: {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+    provider: RateLimitedProvider = field(
+        default_factory=lambda: RateLimitedProvider(charge="usage")
     )
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(request.content) for request in self.requests]
+
+    @property
+    def tokens(self) -> int:
+        """What the replies so far used."""
+        return self.provider.statistics().tokens
 
     def refuse(
         self, status: int, headers: dict[str, str] | None = None, *, times: int = 1, **error: Any
@@ -183,81 +156,10 @@ class ScriptedOpenAI:
             scripted = self.script.pop(0)
             if isinstance(scripted, Exception):
                 raise scripted
-            return scripted
-        body = json.loads(request.content)
-        make: Callable[[dict[str, Any]], httpx.Response] = {
-            "chat/completions": self._chat,
-            "completions": self._completion,
-            "responses": self._response,
-            "embeddings": self._embeddings,
-        }[request.url.path.removeprefix("/v1/").removeprefix("/openai/deployments/gpt/")]
-        return make(body)
-
-    def _chat(self, body: dict[str, Any]) -> httpx.Response:
-        message: dict[str, Any] = {"role": "assistant", "content": "hello there"}
-        if body.get("response_format"):
-            message["content"] = '{"name": "Ada"}'
-        if body.get("tools"):
-            function = {
-                "name": body["tools"][0]["function"]["name"],
-                "arguments": '{"name": "Ada"}',
-            }
-            call = {"id": "call_1", "type": "function", "index": 0, "function": function}
-            message |= {"content": None, "tool_calls": [call]}
-        parts = [{**message, "content": part} for part in (message["content"] or "").split()]
-        deltas = [{"delta": part} for part in parts or [message]]
-        return self._reply(body, "chat.completion", {"message": message}, deltas)
-
-    def _completion(self, body: dict[str, Any]) -> httpx.Response:
-        parts = [{"text": "hello"}, {"text": "there"}]
-        return self._reply(body, "text_completion", {"text": "hello there"}, parts)
-
-    def _reply(
-        self, body: dict[str, Any], kind: str, whole: dict[str, Any], parts: list[dict[str, Any]]
-    ) -> httpx.Response:
-        base = {"id": "1", "created": 1, "model": body["model"], "object": kind}
-        if not body.get("stream"):
-            choices = [{"index": 0, "finish_reason": "stop", **whole}]
-            return httpx.Response(200, json={**base, "choices": choices, "usage": self.usage})
-        base["object"] = kind.replace("chat.completion", "chat.completion.chunk")
-        chunks = [
-            {**base, "choices": [{"index": 0, "finish_reason": None, **part}]} for part in parts
-        ]
-        if (body.get("stream_options") or {}).get("include_usage"):
-            chunks.append({**base, "choices": [], "usage": self.usage})
-        return _events(*chunks, "[DONE]")
-
-    def _response(self, body: dict[str, Any]) -> httpx.Response:
-        text = '{"name": "Ada"}' if body.get("text") else "hello there"
-        content = [{"type": "output_text", "text": text, "annotations": []}]
-        message = {"type": "message", "id": "m", "role": "assistant", "status": "completed"}
-        usage = {
-            "input_tokens": self.usage["prompt_tokens"],
-            "output_tokens": self.usage["completion_tokens"],
-            "total_tokens": self.usage["total_tokens"],
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": 0},
-        }
-        options = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
-        base = {"id": "r", "object": "response", "created_at": 1, "model": body["model"]}
-        output = [{**message, "content": content}]
-        reply = {**base, **options, "status": "completed", "output": output, "usage": usage}
-        if not body.get("stream"):
-            return httpx.Response(200, json=reply)
-        where = {"item_id": "m", "output_index": 0, "content_index": 0, "sequence_number": 1}
-        delta = {"type": "response.output_text.delta", **where, "delta": text, "logprobs": []}
-        done = {"type": "response.completed", "response": reply, "sequence_number": 2}
-        return _events(delta, done)
-
-    def _embeddings(self, body: dict[str, Any]) -> httpx.Response:
-        data = [
-            {"object": "embedding", "index": i, "embedding": [0.5, 0.5]}
-            for i, _ in enumerate(body["input"])
-        ]
-        words = sum(len(text.split()) for text in body["input"])
-        usage = {"prompt_tokens": words, "total_tokens": words}
-        reply = {"object": "list", "data": data, "model": body["model"], "usage": usage}
-        return httpx.Response(200, json=reply)
+            if scripted is not None:
+                return scripted
+        reply: httpx.Response = self.provider.mock_transport(sync=True).handle_request(request)
+        return reply
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -267,15 +169,16 @@ def without_loop_of_the_thread() -> None:
 
 
 @pytest.fixture
-def scripted_openai() -> ScriptedOpenAI:
-    return ScriptedOpenAI()
+def limiter() -> Limiter:
+    return Limiter("1000 RPM", "1M TPM", concurrency=1)
 
 
 @pytest.fixture
-def openai_api(scripted_openai: ScriptedOpenAI) -> Iterator[ScriptedOpenAI]:
+def openai_api() -> Iterator[ScriptedOpenAI]:
+    api = ScriptedOpenAI()
     with respx.mock(assert_all_called=False) as mock:
-        mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=scripted_openai.answer)
-        yield scripted_openai
+        mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=api.answer)
+        yield api
 
 
 @dataclass(frozen=True)
@@ -301,9 +204,6 @@ class Reader:
     async def close(self, stream: Any) -> None:
         stream.close() if self.is_sync else await stream.aclose()
 
-    async def throw(self, stream: Any, *error: Any) -> None:
-        stream.throw(*error) if self.is_sync else await stream.athrow(*error)
-
     async def read(self, llm: Any, *args: Any) -> list[Any]:
         return await self.rest(await self.begin(llm, *args))
 
@@ -320,16 +220,14 @@ class Bench:
         self.time, self.provider, self.limiter = time, provider, limiter
         #: The limiters that admitted calls, and what the calls inherited.
         self.seen: list[tuple[str, Inherited | None]] = []
-        self._http_client = httpx.Client(transport=provider.mock_transport(sync=True))
-        self._async_http_client = httpx.AsyncClient(transport=provider.mock_transport())
         options: dict[str, Any] = {
             "api_base": "http://provider.test/v1",
-            "http_client": self._http_client,
-            "async_http_client": self._async_http_client,
+            "http_client": httpx.Client(transport=provider.mock_transport(sync=True)),
+            "async_http_client": httpx.AsyncClient(transport=provider.mock_transport()),
         }
-        #: Makes a model that is not paced.
-        self.plain_llm: Callable[[], Any] = functools.partial(make_openai, **options)
-        self.llm = limiter.child("chat").wrap(self.plain_llm())
+        #: A model that is not paced.
+        self.plain_llm = make_openai(**options)
+        self.llm = limiter.child("chat").wrap(self.plain_llm)
         self.embed_model: Any = limiter.child("embeddings").wrap(
             OpenAIEmbedding(api_key="k", embed_batch_size=2, **options)
         )
@@ -348,18 +246,12 @@ class Bench:
     def agent(self, **options: Any) -> FunctionAgent:
         return FunctionAgent(name="f", description="f", tools=[self.tool], llm=self.llm, **options)
 
-    def close(self) -> None:
-        self._http_client.close()
-        self.time.run(self._async_http_client.aclose())
-
 
 @pytest.fixture
-def bench(virtual_time: VirtualTime) -> Iterator[Bench]:
+def bench(virtual_time: VirtualTime) -> Bench:
     provider = RateLimitedProvider(clock=virtual_time.clock)
     limiter = Limiter("60 RPM burst 1", name="openai", clock=virtual_time.clock)
-    bench = Bench(virtual_time, provider, limiter)
-    yield bench
-    bench.close()
+    return Bench(virtual_time, provider, limiter)
 
 
 def ask(agent: Any, question: str = "look up 1 and 2") -> Any:
