@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from asyncbucket.http.clients import ClientOptions
     from asyncbucket.http.transport import PacedTransport, TransportOptions
     from asyncbucket.llama_index.wrap import WrapOptions
-    from asyncbucket.telemetry.observers import Trace
-    from asyncbucket.telemetry.stats import StatsServer
+    from asyncbucket.telemetry.stats import StatsServer, Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -285,7 +284,7 @@ class Doors:
         Raises:
             ValueError: ``last`` is not a whole number from 1 on.
         """
-        from asyncbucket.telemetry.observers import Trace
+        from asyncbucket.telemetry.stats import Trace
 
         return Trace(cast("Limiter", self), last=last)
 

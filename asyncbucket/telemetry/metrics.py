@@ -7,11 +7,12 @@ each other. Tenants have no numbers of their own but what events say of all of t
 the member, and under the pool's name at the member: ``openai-1/pool``.
 """
 
+import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Self, TypeAlias, cast
+from typing import Any, Final, Self, TypeAlias, cast
 
 from asyncbucket.core import events
 from asyncbucket.core.cost import Cost
@@ -19,7 +20,7 @@ from asyncbucket.core.events import Event
 from asyncbucket.core.levels import levels, members_of, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.statistics import Statistics, shares_used
-from asyncbucket.core.wording import USD, in_given_unit, read_count
+from asyncbucket.core.wording import USD, in_given_unit
 from asyncbucket.waiting import Lock
 
 #: How a call's request for admission is decided, besides the reasons of a refusal.
@@ -27,18 +28,8 @@ ACQUIRED: Final = "acquired"
 CANCELED: Final = "request_canceled"
 
 Add: TypeAlias = Callable[[float], object]
+#: A metric, by how much it rises, and the values of its labels besides the limiter's.
 Measurement: TypeAlias = tuple[str, float, tuple[str, ...]]
-"""A metric, by how much it rises, and the values of its labels besides the limiter's."""
-
-
-def check_source(limiter: object) -> None:
-    """Refuse what is not a limiter, before anything is switched on.
-
-    Raises:
-        TypeError: it is not a limiter.
-    """
-    if not isinstance(limiter, Limiter):
-        raise TypeError(f"only a limiter can be watched, not {type(limiter).__name__}")
 
 
 @dataclass(slots=True)
@@ -64,12 +55,10 @@ class Load:
 class Metrics(ABC):
     """Hold the limiters that one registry observes, and count what happens in them."""
 
-    #: What is shown as 0 from the first sight of a limiter on: metrics and their labels.
-    zeros: ClassVar[Sequence[tuple[str, tuple[str, ...]]]] = ()
-
     def __init__(self, registry: Any) -> None:  # noqa: ARG002 - for those who register with it
-        self._adders: dict[tuple[tuple[str, ...], str, tuple[str, ...]], tuple[Add, ...]] = {}
-        self._sources: tuple[_Source, ...] = ()
+        #: An entry for each call of `watch`: the limiter, and the members if it is a pool.
+        self._watched: tuple[list[Limiter], ...] = ()
+        self._add = functools.cache(self.adder)
 
     @classmethod
     def of(cls, registry: Any) -> Self:
@@ -81,21 +70,19 @@ class Metrics(ABC):
         return cast("Self", metrics)
 
     @abstractmethod
-    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
-        """Return what adds to a metric; None if it isn't shown."""
+    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add:
+        """Return what adds to a metric, if it is shown."""
 
-    def watch(self, limiter: Limiter, max_limiters: int) -> Callable[[], None]:
+    def watch(self, limiter: Limiter) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
 
         Members of a pool count as well, unless they, or some below them, do already.
 
         Raises:
-            ValueError: it, or one above or below it, is observed already, or ``max_limiters`` is
-                not a whole number from 1 on.
+            ValueError: it, or one above or below it, is observed already.
         """
-        sources = [_Source(self, limiter, read_count(max_limiters, "max_limiters", least=1))]
         with _LOCK:
-            known = [source.limiter for source in self._sources]
+            known = [each for watched in self._watched for each in watched]
             for other in known:
                 if other in levels(limiter) or limiter in levels(other):
                     raise ValueError(
@@ -103,111 +90,80 @@ class Metrics(ABC):
                         f"{limiter.name!r} would count twice; switch that off first"
                     )
             shown = {above for each in known for above in levels(each)}
-            members = (each for each in members_of(limiter) if each not in shown)
-            sources += (_Source(self, each, max_limiters) for each in members)
-            self._sources = (*self._sources, *sources)
-        stops = [source.begin() for source in sources]
+            watched = [limiter, *(each for each in members_of(limiter) if each not in shown)]
+            stops = [each.observe(self._observer(shown_name(each))) for each in watched]
+            self._watched = (*self._watched, watched)
 
         def off() -> None:
             for stop in stops:
                 stop()
             with _LOCK:
-                self._sources = tuple(each for each in self._sources if each not in sources)
+                self._watched = tuple(each for each in self._watched if each is not watched)
 
         return off
 
-    def count(self, event: Event, labels: tuple[str, ...]) -> None:
-        """Count an event for each of ``labels``."""
-        for metric, amount, values in _measurements(event):
-            adders = self._adders.get((labels, metric, values))
-            if adders is None:
-                made = [self.adder(metric, label, values) for label in labels]
-                adders = tuple(add for add in made if add is not None)
-                self._adders[labels, metric, values] = adders
-            for add in adders:
-                add(amount)
+    def _observer(self, root: str) -> Callable[[Event], None]:
+        """Return what counts an event at its limiter and those above it, up to ``root``."""
+        labels_of = functools.cache(functools.partial(_labels, root))
+
+        def observe(event: Event) -> None:
+            for metric, amount, values in _measurements(event):
+                for label in labels_of(event.limiter):
+                    self._add(metric, label, values)(amount)
+
+        return observe
 
     def loads(self) -> dict[str, Load]:
         """Return how full each limiter is now, by label."""
         loads: dict[str, Load] = {}
-        for source in self._sources:
-            for each in with_children(source.limiter):
-                name = shown_name(each)
-                if name in source.path(name):
-                    loads.setdefault(name, Load()).add(each.statistics())
+        for watched in self._watched:
+            for each in (below for limiter in watched for below in with_children(limiter)):
+                loads.setdefault(shown_name(each), Load()).add(each.statistics())
         return loads
 
 
-class _Source:
-    """One observed limiter, and the labels under which it and those below it count."""
-
-    def __init__(self, metrics: Metrics, limiter: Limiter, most: int) -> None:
-        self.limiter = limiter
-        self.root = shown_name(limiter)
-        self._metrics = metrics
-        self._most = most
-        self._labels: set[str] = set()
-        self._paths: dict[str, tuple[str, ...]] = {}
-
-    def begin(self) -> Callable[[], None]:
-        """Count from now on, until the returned function is called."""
-        self.path(self.root)
-        return self.limiter.observe(self.observe)
-
-    def observe(self, event: Event) -> None:
-        self._metrics.count(event, self._paths.get(event.limiter) or self.path(event.limiter))
-
-    def path(self, name: str) -> tuple[str, ...]:
-        """Return the labels of ``name``, from the top; those above stand for one too many."""
-        below = name.removeprefix(self.root)
-        if below == name or below[:1] not in ("", "/"):  # a pool's call: the pool is a child here
-            below = f"/{name.partition('/')[0]}"
-        parts = below.split("/")
-        names = [self.root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
-        path = tuple(filter(self._has_label, names))
-        if len(path) == len(names):
-            self._paths[name] = path
-        return path
-
-    def _has_label(self, name: str) -> bool:
-        if name not in self._labels and len(self._labels) < self._most:
-            self._labels.add(name)
-            for metric, values in self._metrics.zeros:
-                self._metrics.adder(metric, name, values)
-        return name in self._labels
+def _labels(root: str, name: str) -> list[str]:
+    """Return the names under which an event at ``name`` counts, from ``root`` down."""
+    below = name.removeprefix(root)
+    if below == name or below[:1] not in ("", "/"):  # a pool's call: the pool is a child here
+        below = f"/{name.partition('/')[0]}"
+    parts = below.split("/")
+    return [root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
-def _measurements(event: Event) -> list[Measurement]:
-    """Return what an event adds to which metrics."""
-    measured: list[Measurement] = []
+def _measurements(event: Event) -> Iterator[Measurement]:  # noqa: C901 - a table
+    """Yield what an event adds to which metrics."""
     match event:
         case events.Admitted(cost=cost, waited=waited, bound_by=bound_by):
-            waits = ("waited", waited, (ACQUIRED, bound_by or "none"))
-            measured = [waits, ("asked", 1, (ACQUIRED,))]
+            yield "waited", waited, (ACQUIRED, bound_by or "none")
+            yield "asked", 1, (ACQUIRED,)
             if cost.get("tokens"):
-                measured.append(("tokens", cost["tokens"], ("reserved",)))
+                yield "tokens", cost["tokens"], ("reserved",)
         case events.Released(held=held, outcome=outcome, used=used):
-            measured = [("held", held, (outcome,)), ("ended", 1, (outcome,))]
-            measured += [("spent_usd", in_given_unit(used[USD], USD), ())] if USD in used else []
+            yield "held", held, (outcome,)
+            yield "ended", 1, (outcome,)
+            if USD in used:
+                yield "spent_usd", in_given_unit(used[USD], USD), ()
         case events.Refused(reason=reason):
-            measured = [("asked", 1, (reason,)), ("ended", 1, (reason,))]
+            yield "asked", 1, (reason,)
+            yield "ended", 1, (reason,)
         case events.Cancelled(waited=waited):
-            waits = ("waited", waited, (CANCELED, "none"))
-            measured = [waits, ("asked", 1, (CANCELED,)), ("ended", 1, ("cancelled",))]
+            yield "waited", waited, (CANCELED, "none")
+            yield "asked", 1, (CANCELED,)
+            yield "ended", 1, ("cancelled",)
         case events.Settled(reserved=reserved, used={"tokens": used}, corrects=corrects):
             before = corrects.get("tokens")
             booked = reserved.get("tokens", 0) if before is None else before
-            more, less = max(0, used - (before or 0)), max(0, booked - used)
-            measured = [("tokens", more, ("used",)), ("tokens", less, ("refunded",))]
+            yield "tokens", max(0, used - (before or 0)), ("used",)
+            yield "tokens", max(0, booked - used), ("refunded",)
         case events.Paused(reason="429" | "daily quota"):
-            measured = [("upstream_429", 1, ())]
+            yield "upstream_429", 1, ()
         case events.Retried():
-            measured = [("retries", 1, ())]
+            yield "retries", 1, ()
         case events.AgentFinished(kind=kind, seconds=seconds, ended_well=ended_well):
-            measured = [("agents", seconds, (kind or "none", "ok" if ended_well else "failed"))]
+            yield "agents", seconds, (kind or "none", "ok" if ended_well else "failed")
         case _:
             pass
-    return measured
 
 
 def as_given(amounts: Mapping[str, int]) -> dict[str, float]:

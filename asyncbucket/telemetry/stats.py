@@ -1,6 +1,6 @@
-"""What can be seen of limiters from outside: plain values, and the endpoint that serves them.
+"""What `asyncbucket watch` and `asyncbucket plot` read: statistics at an endpoint, and traces.
 
-The endpoint is for `asyncbucket watch` and for scripts. It is read-only, listens only on loopback,
+The endpoint is for scripts, too. It is read-only, listens only on loopback,
 and has its own thread, so it answers even while the event loop is busy. A browser that was directed
 to it under a foreign host name gets nothing (DNS rebinding).
 
@@ -8,7 +8,9 @@ A limiter's numbers include those of the limiters below it. Tenants are private:
 numbers of the limiter above, and are not listed.
 """
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import http.server
 import ipaddress
@@ -18,19 +20,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
+from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.core.levels import members_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.statistics import LimitUse
-from asyncbucket.telemetry.metrics import check_source, with_children
+from asyncbucket.core.wording import read_count
+from asyncbucket.telemetry.metrics import with_children
 
 _HOST: Final = "127.0.0.1"
 #: Where `asyncbucket watch` looks.
 DEFAULT_PORT: Final = 4294
+#: What a trace keeps.
+_KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
 
 def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
@@ -42,18 +49,14 @@ def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for each in _shown(limiters):
         now = each.statistics()
-        plain = asdict(replace(now, limits=(), paused=round(now.paused, 3)))
-        rows.append({**plain, "limits": list(map(row_of, now.limits))})
+        rows.append(dataclasses.asdict(now) | {"limits": list(map(row_of, now.limits))})
     return {"time": time.time(), "limiters": rows}
 
 
-def _shown(limiters: Iterable[Limiter]) -> Iterator[Limiter]:
-    """Yield limiters with their children, and the members of pools, each of them once."""
-    with_members = dict.fromkeys(
-        each for limiter in limiters for each in (limiter, *members_of(limiter))
-    )
-    for limiter in with_members:
-        yield from with_children(limiter)
+def _shown(limiters: Iterable[Limiter]) -> Iterable[Limiter]:
+    """Return limiters with their children, and the members of pools, each of them once."""
+    tops = [each for limiter in limiters for each in (limiter, *members_of(limiter))]
+    return dict.fromkeys(each for top in tops for each in with_children(top))
 
 
 def row_of(use: LimitUse) -> dict[str, Any]:
@@ -119,20 +122,11 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int | None = Non
             `StatsServer.url` shows which.
 
     Raises:
-        ValueError: two limiters have the same name.
-        TypeError: one of ``limiters`` is not a `Limiter`.
         OverflowError: a port is from 0 to 65535.
         OSError: the port is taken, or not available; the message says which.
     """
-    served = [limiters] if isinstance(limiters, Limiter) else list(limiters)
-    for each in served:
-        check_source(each)
-    names = sorted(each.name for each in _shown(served))
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"limiters to be shown are called {', '.join(map(repr, names))}: give each a name= of "
-            f"its own, and leave out children, which are seen with their parents"
-        )
+    served = [limiters] if isinstance(limiters, Limiter) else limiters
+    report(served)  # what is no limiter fails here, not in the server's thread
     if port is None:
         with contextlib.suppress(OSError):
             return StatsServer(served, DEFAULT_PORT)
@@ -184,3 +178,79 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+class Trace:
+    """Keep the latest events of a limiter and those below it: admissions, and what explains them.
+
+    >>> trace = limiter.trace()
+    >>> ...
+    >>> trace.save("trace.jsonl")  # for: asyncbucket plot trace.jsonl -o out.png
+
+    It may be read from any thread while it records. Call `stop` when you have seen enough.
+
+    Args:
+        limiter: the limiter to record.
+        last: how many events are kept, at about 300 bytes each.
+
+    Raises:
+        ValueError: ``last`` is not a whole number from 1 on.
+    """
+
+    def __init__(self, limiter: Limiter, *, last: int) -> None:
+        self._limiter = limiter
+        #: A deque's `append` and `copy` are atomic, so no lock is needed.
+        self._events = collections.deque[Event](maxlen=read_count(last, "last", least=1))
+        self._unobserve = limiter.observe(self._record)
+
+    def _record(self, event: Event) -> None:
+        if isinstance(event, _KEPT):
+            self._events.append(event)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self._events.copy())
+
+    def amounts(self, resource: str) -> list[tuple[int, int]]:
+        """Return each admission's instant (ns of the limiter's clock) and units of ``resource``.
+
+        This is what `asyncbucket.testing.assert_never_over` takes.
+        """
+        return [
+            (round(event.at * 1_000_000_000), event.cost[resource])
+            for event in self
+            if isinstance(event, Admitted) and event.cost.get(resource)
+        ]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON lines: first the limits, then one event per line."""
+        limiter, named = self._limiter, ("resource", "amount", "per", "burst")
+        limits = [{name: getattr(limit, name) for name in named} for limit in limiter.limits]
+        head = {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
+        lines = [head, *map(_saved, self)]
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        Path(path).write_text(text, "utf-8")
+
+    def stop(self) -> None:
+        """Stop recording; what was kept stays."""
+        self._unobserve()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Trace of {self._limiter.name!r}, {len(self):,} events>"
+
+
+def _saved(event: Event) -> dict[str, Any]:
+    told = {each.name: getattr(event, each.name) for each in dataclasses.fields(event)}
+    if "cost" in told:
+        told["cost"] = dict(told["cost"])
+    told["at"] = round(event.at, 6)
+    known = {name: value for name, value in told.items() if value is not None}
+    return {"event": type(event).__name__.lower(), **known}

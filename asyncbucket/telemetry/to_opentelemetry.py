@@ -5,21 +5,19 @@ semantic conventions
 (https://opentelemetry.io/docs/specs/semconv/dotnet/dotnet-aspnetcore-metrics/), with the prefix
 ``asyncbucket``: a dashboard for one can read the other.
 
-A wait is a span of its own, made when it is over, within the span that was current where the call
-asked. It says what the call waited for, and has any other attributes given. It has no
+A wait is a span of its own, within the span that was current where the call asked. It says what the call waited for, and has any other attributes given. It has no
 ``gen_ai.operation.name`` and no ``gen_ai.usage.*``: those mark an inference, and a sum of
 inferences or tokens must not include a wait.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import MeterProvider, Observation
-from opentelemetry.trace import Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
 from asyncbucket.core.limiter import Limiter
@@ -29,7 +27,6 @@ from asyncbucket.telemetry.metrics import (
     Add,
     Metrics,
     as_given,
-    check_source,
 )
 
 #: Buckets in seconds: ASP.NET's, and longer ones, because waits of minutes are common here.
@@ -38,8 +35,6 @@ BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 _SCOPE: Final = "asyncbucket"
 _PREFIX: Final = "asyncbucket.rate_limiting."
 _POLICY: Final = _PREFIX + "policy"
-#: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
-_waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
 
 def opentelemetry(
@@ -48,7 +43,6 @@ def opentelemetry(
     meter_provider: MeterProvider | None = None,
     tracer_provider: TracerProvider | None = None,
     attributes: Mapping[str, str] | None = None,
-    max_limiters: int = 100,
 ) -> Callable[[], None]:
     """Measure with OpenTelemetry, and make a span of each wait within the span of the caller.
 
@@ -62,16 +56,13 @@ def opentelemetry(
         meter_provider: where metrics go; by default the global one.
         tracer_provider: where spans go; by default the global one.
         attributes: further attributes of each span, such as ``{"gen_ai.request.model": "gpt-4o"}``.
-        max_limiters: how many limiters are told apart, as for `prometheus`.
 
     Raises:
         ImportError: opentelemetry-api is not installed; the message names the extra.
         ValueError: as for `prometheus`, for the meter provider.
-        TypeError: ``limiter`` is not a limiter.
     """
-    check_source(limiter)
     meters = metrics.get_meter_provider() if meter_provider is None else meter_provider
-    stop_measuring = Instruments.of(meters).watch(limiter, max_limiters)
+    stop_measuring = Instruments.of(meters).watch(limiter)
     spans = Spans(trace.get_tracer(_SCOPE, tracer_provider=tracer_provider), attributes or {})
     stop_tracing = limiter.observe(spans.observe)
 
@@ -125,9 +116,9 @@ class Instruments(Metrics):
         used = "Share of a limit that is used now, 1 for all of it."
         meter.create_observable_gauge(_PREFIX + "limit.utilization", [self._shares], "1", used)
 
-    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
+    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add:
         if metric not in self._records:
-            return None
+            return lambda _: None
         add, names = self._records[metric]
         attributes = {_POLICY: label, **dict(zip(names, values, strict=True))}
         return lambda amount: add(amount, attributes)
@@ -148,37 +139,38 @@ class Spans:
     def __init__(self, tracer: Tracer, attributes: Mapping[str, str]) -> None:
         self._tracer = tracer
         self._attributes = attributes
+        #: The span of the call of this context while it waits.
+        self._waiting: ContextVar[Span | None] = ContextVar("asyncbucket span", default=None)
 
     def observe(self, event: Event) -> None:
-        """Remember when a wait begins, and make its span when it ends."""
-        since = _waiting_since.get()
-        if isinstance(event, Queued | Admitted | Refused | Cancelled):
-            _waiting_since.set(time.time_ns() if isinstance(event, Queued) else 0)
+        """Begin a span when a call begins to wait, and end it with the wait."""
         match event:
-            case Admitted(waited=waited) if waited > 0:
-                self._span(event, waited, ACQUIRED, queued_requests=event.waiting)
-            case Refused(reason=reason) if since:  # at once is no wait
-                self._span(event, (time.time_ns() - since) * 1e-9, reason)
-            case Cancelled(waited=waited):
-                self._span(event, waited, CANCELED)
+            case Queued():
+                cost = as_given(event.cost).items()
+                said = {f"{_PREFIX}cost.{resource}": amount for resource, amount in cost}
+                span = self._tracer.start_span(
+                    f"wait {event.limiter}",
+                    attributes={**self._attributes, _POLICY: event.limiter, **said},
+                )
+                self._waiting.set(span)
+            case Admitted():
+                self._end(ACQUIRED, bound_by=event.bound_by, queued_requests=event.waiting)
+            case Refused():
+                self._end(event.reason, bound_by=event.bound_by, is_error=True)
+            case Cancelled():
+                self._end(CANCELED)
             case _:
                 pass
 
-    def _span(
-        self, event: Admitted | Refused | Cancelled, waited: float, result: str, **numbers: Any
-    ) -> None:
-        now = time.time_ns()
-        said = {"policy": event.limiter, "result": result, **numbers}
-        bound_by = getattr(event, "bound_by", None)
-        if bound_by is not None:
-            said["bound_by"] = bound_by
-        said |= {f"cost.{name}": amount for name, amount in as_given(event.cost).items()}
-        span = self._tracer.start_span(
-            f"wait {event.limiter}",
-            start_time=now - round(waited * 1e9),
-            attributes={**self._attributes, **{_PREFIX + name: said[name] for name in said}},
-        )
-        if isinstance(event, Refused):
-            span.set_attribute("error.type", event.reason)
+    def _end(self, result: str, *, is_error: bool = False, **numbers: str | int | None) -> None:
+        span = self._waiting.get()
+        if span is None:  # a call that is refused at once, or passes, has not waited
+            return
+        self._waiting.set(None)
+        for name, value in {"result": result, **numbers}.items():
+            if value is not None:
+                span.set_attribute(_PREFIX + name, value)
+        if is_error:
+            span.set_attribute("error.type", result)
             span.set_status(Status(StatusCode.ERROR))
-        span.end(now)
+        span.end()

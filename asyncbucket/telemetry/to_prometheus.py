@@ -12,19 +12,22 @@ from prometheus_client.registry import Collector
 
 from asyncbucket.core import events
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics, check_source
+from asyncbucket.telemetry.metrics import ACQUIRED, Add, Metrics
 
 #: Waits may be as short as a burst's pace or as long as a minute's window plus a pause.
 BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 #: An agent takes seconds or hours.
 AGENT_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1_200, 1_800, 3_600, 7_200)
-#: How a call may end.
-_OUTCOMES: Final = (*get_args(events.Outcome), *get_args(events.Reason), "cancelled")
+#: What is 0 from the first scrape of a limiter on, so that a rate sees the first refusal.
+_ZEROS: Final = (
+    *(("ended", (how,)) for how in (*get_args(events.Outcome), *get_args(events.Reason))),
+    ("ended", ("cancelled",)),
+    *(("tokens", (kind,)) for kind in ("reserved", "used", "refunded")),
+    *((metric, ()) for metric in ("spent_usd", "upstream_429", "retries")),
+)
 
 
-def prometheus(
-    limiter: Limiter, *, registry: CollectorRegistry = REGISTRY, max_limiters: int = 100
-) -> Callable[[], None]:
+def prometheus(limiter: Limiter, *, registry: CollectorRegistry = REGISTRY) -> Callable[[], None]:
     """Count into Prometheus metrics, which a scrape of ``registry`` shows.
 
     Any number of limiters may share a registry; those of one name share their numbers. A limiter's
@@ -32,32 +35,22 @@ def prometheus(
     its gauges disappear, and its counters stay where they are. In prometheus_client's multiprocess
     mode the gauges are missing: what waits now is known to its own process alone.
 
+    Each child has labels of its own. Use `Limiter.key` for users or tenants: they share one.
+
     Args:
         limiter: the limiter to observe.
         registry: what to register with; by default prometheus_client's own ``REGISTRY``.
-        max_limiters: how many are told apart, this one and those below it; further children count
-            only in the limiters above them.
 
     Raises:
         ImportError: prometheus_client is not installed; the message names the extra.
         ValueError: this registry already observes the limiter, or one above or below it, so its
-            calls would count twice; or ``max_limiters`` is not a whole number from 1 on.
-        TypeError: ``limiter`` is not a limiter.
+            calls would count twice.
     """
-    check_source(limiter)
-    return PrometheusMetrics.of(registry).watch(limiter, max_limiters)
+    return PrometheusMetrics.of(registry).watch(limiter)
 
 
 class PrometheusMetrics(Metrics, Collector):
-    """All metrics of one registry. Counters begin at 0, so that a rate sees the first refusal."""
-
-    zeros = (
-        *(("ended", (outcome,)) for outcome in _OUTCOMES),
-        *(("tokens", (kind,)) for kind in ("reserved", "used", "refunded")),
-        ("spent_usd", ()),
-        ("upstream_429", ()),
-        ("retries", ()),
-    )
+    """All metrics of one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
@@ -67,20 +60,16 @@ class PrometheusMetrics(Metrics, Collector):
             labels = ("limiter", *labels)
             return Counter(f"asyncbucket_{name}_total", text, labels, registry=registry)
 
-        self._wait = Histogram(
-            "asyncbucket_wait_seconds",
-            "Seconds between asking and admission, by what bound the call.",
-            ("limiter", "bound_by"),
-            registry=registry,
-            buckets=BUCKETS,
-        )
-        self._agents = Histogram(
-            "asyncbucket_agent_seconds",
-            "Seconds from an agent's first call to its end, by kind of agent.",
-            ("limiter", "kind", "outcome"),
-            registry=registry,
-            buckets=AGENT_BUCKETS,
-        )
+        def histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+            labels = ("limiter", *labels)
+            return Histogram(
+                f"asyncbucket_{name}_seconds", text, labels, registry=registry, buckets=buckets
+            )
+
+        waits = "Seconds between asking and admission, by what bound the call."
+        agents = "Seconds from an agent's first call to its end, by kind of agent."
+        self._wait = histogram("wait", waits, "bound_by", buckets=BUCKETS)
+        self._agents = histogram("agent", agents, "kind", "outcome", buckets=AGENT_BUCKETS)
         self._counters = {
             "ended": counter("requests", "Calls by how they ended.", "outcome"),
             "tokens": counter("tokens", "Tokens reserved, used, and refunded by settling.", "kind"),
@@ -89,13 +78,13 @@ class PrometheusMetrics(Metrics, Collector):
             "retries": counter("retries", "Failed calls that are tried again."),
         }
 
-    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add | None:
+    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add:
         if metric == "waited" and values[0] == ACQUIRED:
             return self._wait.labels(label, values[1]).observe
         if metric == "agents":
             return self._agents.labels(label, *values).observe
         counter = self._counters.get(metric)
-        return None if counter is None else counter.labels(label, *values).inc
+        return _ignore if counter is None else counter.labels(label, *values).inc
 
     def collect(self) -> Iterator[Metric]:
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
@@ -106,6 +95,8 @@ class PrometheusMetrics(Metrics, Collector):
         agents = gauge("running_agents", "Agents that call the limiter itself and are not over.")
         used = gauge("limit_used_ratio", "Share of a limit in use, 1 for all of it.", "limit")
         for label, load in self.loads().items():
+            for metric, values in _ZEROS:
+                self.adder(metric, label, values)
             queued.add_metric([label], load.queued)
             in_flight.add_metric([label], load.in_flight)
             agents.add_metric([label], load.agents)
@@ -116,3 +107,7 @@ class PrometheusMetrics(Metrics, Collector):
     def describe(self) -> Iterator[Metric]:
         """Give the names, by which a registry refuses others like them and selects what is asked."""
         return self.collect()
+
+
+def _ignore(_: float) -> None:
+    """Add to what Prometheus does not show."""

@@ -21,9 +21,11 @@ def limiter() -> Limiter:
 
 @pytest.fixture
 def say() -> Say:
-    """Let an event happen in a limiter."""
+    """Let an event happen in a limiter; a call costs `COST` unless a test says otherwise."""
 
     def emit_event(limiter: Limiter, event_type: type[Event], **what: Any) -> None:
+        if "cost" in event_type.__dataclass_fields__:
+            what = {"cost": COST, **what}
         emit(limiter, event_type(limiter=shown_name(limiter), at=1.0, **what))
 
     return emit_event
@@ -34,7 +36,7 @@ def admit(say: Say) -> Say:
     """Admit a call that waited for nothing, unless a test says otherwise."""
 
     def admit_call(limiter: Limiter, **what: Any) -> None:
-        usual = {"cost": COST, "waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
+        usual = {"waited": 0.0, "bound_by": None, "waiting": 0, "in_flight": 1}
         say(limiter, Admitted, **{**usual, **what})
 
     return admit_call
