@@ -132,8 +132,8 @@ def shown_url(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def check_url(url: str) -> None:
-    """Refuse what is not the URL of a server.
+def check_url(url: str, option: str = "--api-base") -> None:
+    """Refuse what is not the URL of a server; ``option`` says where it was given.
 
     Raises:
         ValueError: the message shows an example.
@@ -143,11 +143,11 @@ def check_url(url: str) -> None:
         is_server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # which may quote a password
         raise ValueError(
-            "--api-base has a host or port that cannot be read: give e.g. http://127.0.0.1:8000/v1"
+            f"{option} has a host or port that cannot be read: give e.g. http://127.0.0.1:8000/v1"
         ) from None
     if not is_server:
         raise ValueError(
-            f"--api-base must begin with http:// or https:// and a host, not {shown_url(url)!r}"
+            f"{option} must begin with http:// or https:// and a host, not {shown_url(url)!r}"
         )
 
 

@@ -26,7 +26,7 @@ SERVES = {
     "http": ("http",),
     "http_server.py": ("proxy",),
     "llama_index": ("llama-index",),
-    "proxy": ("proxy",),
+    "cli/proxy": ("proxy",),
     "retry.py": ("llama-index",),
     "stores/redis": ("redis",),
     "telemetry/to_opentelemetry.py": ("otel",),

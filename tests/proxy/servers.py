@@ -2,14 +2,66 @@
 
 import asyncio
 import contextlib
+import gzip
+import json
 import socket
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict
 from typing import Any
 
 import httpx
 
-from asyncbucket.proxy.options import read_options
-from asyncbucket.proxy.serving import Serving, _Server
+from asyncbucket.cli.proxy import ProxyOptions
+from asyncbucket.cli.proxy.app import Proxy, _Server
+
+CHAT: dict[str, Any] = {"model": "gpt", "messages": [{"role": "user", "content": "salve"}]}
+MEBIBYTE = 1_048_576
+
+
+class Upstream:
+    """A provider that shows what it got, with so many mebibytes more, and does what its path says."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.is_cut_off = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.calls += 1
+        path, size, more = scope["path"], 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        if path == "/hangs":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.is_cut_off.set()
+            return
+        headers = [(b"set-cookie", b"a=1"), (b"Set-Cookie", b"b=2"), (b"keep-alive", b"timeout=5")]
+        headers.append((b"content-encoding", b"gzip"))
+        await send({"type": "http.response.start", "status": 201, "headers": headers})
+        part = {"type": "http.response.body", "body": b"x" * 999, "more_body": True}
+        if path == "/breaks":
+            return
+        if path == "/endless":
+            watch = asyncio.ensure_future(receive())
+            while not watch.done():
+                await send(part)
+                await asyncio.sleep(0.001)
+            self.is_cut_off.set()
+            return
+        shown = {
+            "method": scope["method"],
+            "target": (scope["raw_path"] + b"?" + scope["query_string"]).decode(),
+            "headers": [(name.decode(), value.decode()) for name, value in scope["headers"]],
+            "body": size,
+        }
+        content = gzip.compress(json.dumps(shown).encode())
+        await send({**part, "body": content})
+        if path == "/big":
+            for _ in range(int(scope["query_string"])):
+                await send({**part, "body": bytes(MEBIBYTE)})
+        await send({**part, "body": b"", "more_body": False})
 
 
 async def until(is_so: Callable[[], object]) -> None:
@@ -42,12 +94,12 @@ async def served(app: Any, *listeners: socket.socket) -> AsyncGenerator[str]:
 class Proxied:
     """A proxy that serves, and a client whose base URL it is."""
 
-    def __init__(self, serving: Serving, client: httpx.AsyncClient) -> None:
-        self.serving = serving
-        self.limiter = serving.limiter
+    def __init__(self, proxy: Proxy, client: httpx.AsyncClient) -> None:
+        self.proxy = proxy
+        self.limiter = proxy.limiter
         self.client = client
         self.url = str(client.base_url)
-        self.status_url = f"http://{serving.status_address}"
+        self.status_url = f"http://{proxy.status_address}"
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Return a bare connection to the proxy."""
@@ -56,23 +108,17 @@ class Proxied:
 
     async def until(self, **wanted: int) -> None:
         """Wait until the limiter's statistics are like that."""
-        await until(
-            lambda: all(
-                getattr(self.limiter.statistics(), name) == number
-                for name, number in wanted.items()
-            )
-        )
+        await until(lambda: wanted.items() <= asdict(self.limiter.statistics()).items())
 
 
 @contextlib.asynccontextmanager
 async def proxied(upstream: str | None, *limits: str, **given: Any) -> AsyncGenerator[Proxied]:
-    """Serve a proxy before ``upstream``; ``given`` are options, and arguments of its limiter."""
-    given |= {"upstream": upstream, "listen": "0", "status": "127.0.0.1:0"}
-    serving = Serving(read_options(limits=limits, **given))
+    """Serve a proxy before ``upstream``; ``given`` are other options."""
+    given |= {"upstream": upstream, "also": [*limits], "listen": "0", "status": "127.0.0.1:0"}
+    proxy = Proxy(ProxyOptions(**given))
     async with (
-        served(serving, *serving._sockets) as url,
+        served(proxy, *proxy.sockets) as url,
         httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client,
     ):
-        yield Proxied(serving, client)
-        await serving._proxy.aclose()
-        await serving.limiter.aclose()
+        yield Proxied(proxy, client)
+        await proxy.aclose()

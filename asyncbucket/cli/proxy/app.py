@@ -1,0 +1,366 @@
+"""The proxy at work: an ASGI application that passes calls on, and what serves it.
+
+The transport prices a call by its body, and sends it again if it fails. So a body is read before
+its call waits, as far as bodies may be held. One that is too large passes as a stream: it counts as
+one request and as a call without text, and is sent once. Replies pass chunk by chunk, as fast as the
+caller reads. A task watches each connection. If the caller hangs up, its call is cancelled, whether
+it waits or runs, and `asyncbucket.http` gives back what it took.
+
+Calls and status pages have addresses of their own. So every path of a provider can be called, also
+its ``/metrics``; and in a pod, calls may stay on loopback while probes and scrapes come from outside.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.datastructures import Headers as ReadHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from asyncbucket.cli.proxy.callers import (
+    OWN,
+    CallerTerms,
+    Headers,
+    ProxyError,
+    error_response,
+    protocol_of,
+    with_key,
+)
+from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.limiter import Limiter
+from asyncbucket.http.endpoints import Endpoints, Sites
+from asyncbucket.http.pool_file import read_pool
+from asyncbucket.http.transport import PacedTransport
+from asyncbucket.http_server import configured, listen
+from asyncbucket.telemetry import prometheus, report
+from asyncbucket.telemetry.stats import is_loopback
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
+    from asyncbucket.cli.proxy import ProxyOptions
+
+#: RFC 9110, 7.6.1, with those that older software sends.
+_HOP_BY_HOP: Final = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
+        *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+    }
+)
+#: The most bytes that are held of one body, and of all together: a million tokens, and 64 million.
+_HELD_BODY: Final = 4 * 1_048_576
+_HELD: Final = 64 * _HELD_BODY
+#: Seconds, as the SDKs have them; how many connections there are is the limiter's business.
+_TIMEOUT: Final = {"connect": 5.0, "read": 600.0, "write": 600.0, "pool": None}
+#: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
+_GRACE: Final = 25
+#: A caller takes two descriptors, one on each side; many systems allow 1,024.
+_DESCRIPTORS: Final = 65_536
+
+_log: Final = logging.getLogger("asyncbucket.proxy")
+
+
+class Proxy:
+    """A proxy that is about to serve: it listens already.
+
+    Args:
+        options: what it is made of.
+
+    Raises:
+        ValueError: an address is taken or not available, or an argument of the limiter is wrong.
+    """
+
+    def __init__(self, options: "ProxyOptions") -> None:
+        #: Where calls go, with whose key, and who shares; replaced while calls are open.
+        self._options = options
+        #: A pool's calls are made for its first member, and rewritten for whichever takes them.
+        self._pooled_at: str | None = None
+        endpoints: Endpoints | None = None
+        self.limiter: Limiter
+        if options.pool is None:
+            self.limiter = Limiter(*options.limits, **options.terms)
+        else:
+            self.limiter, endpoints = read_pool(options.pool)
+            self._pooled_at = Sites(self.limiter, endpoints).base_url
+        self._transport = PacedTransport(self.limiter, profile=options.profile, endpoints=endpoints)
+        self._terms = CallerTerms()
+        #: Bytes of all bodies that are held.
+        self._held = 0
+        self._registry = CollectorRegistry()
+        prometheus(self.limiter, registry=self._registry)
+        try:
+            self.sockets = [listen(*address) for address in options.addresses]
+        except OSError as error:
+            raise ValueError(f"{error.strerror}: change listen or status") from error
+        #: Where calls come in, and where the status pages are.
+        self.address, self.status_address = map(_address_of, self.sockets)
+
+    def run(self, reread: Callable[[], "ProxyOptions"] | None = None) -> None:
+        """Serve until SIGINT or SIGTERM; then finish what is open, or drop it after a while.
+
+        Args:
+            reread: returns new options on SIGHUP; by default that signal is not taken.
+        """
+        _allow_many_connections()
+        asyncio.run(self._run(reread))
+
+    async def _run(self, reread: Callable[[], "ProxyOptions"] | None) -> None:
+        server, loop = _Server(self), asyncio.get_running_loop()
+        with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, server.handle_exit, number, None)
+            if reread is not None:
+                loop.add_signal_handler(signal.SIGHUP, self.reload, reread)
+        try:
+            await server.serve(self.sockets)
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections to the provider and to the store."""
+        await self._transport.aclose()
+        await self.limiter.aclose()
+
+    def reload(self, reread: Callable[[], "ProxyOptions"]) -> None:
+        """Put new options in force; open calls go on. What cannot be read changes nothing."""
+        try:
+            options = reread()
+            if options.pool != self._options.pool:
+                raise ValueError("only a restart can change pool")  # noqa: TRY301
+            if options.pool is None:
+                concurrency = options.terms.get("concurrency")
+                self.limiter.reconfigure(*options.limits, concurrency=concurrency)
+        except (OSError, TypeError, ValueError) as error:
+            _log.error("the settings stay as they are: %s", error)
+            return
+        self._options = options
+        _log.info(
+            "new settings are in force; addresses, the profile, the store, what is in a pool's file and "
+            "limits that you removed change with a restart"
+        )
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Answer a request at either address; at one on loopback, only programs on this machine."""
+        is_call = not self.status_address.endswith(f":{scope['server'][1]}")
+        address = self.address if is_call else self.status_address
+        if is_loopback(address) and not _is_from_here(ReadHeaders(scope=scope)):
+            error = ProxyError("this proxy serves only programs on its own machine", status=403)
+            await error_response(error, scope)(scope, receive, send)
+        elif is_call:
+            await self._serve(_Caller(scope, receive, send))
+        else:
+            await self._status_page(scope["path"])(scope, receive, send)
+
+    def _status_page(self, path: str) -> Response:
+        match path:
+            case "/healthz":
+                return PlainTextResponse("ok")
+            case "/" | "/stats":
+                return JSONResponse(report([self.limiter]))
+            case "/metrics":
+                metrics = generate_latest(self._registry)
+                return Response(metrics, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+            case _:
+                return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
+
+    async def _serve(self, caller: "_Caller") -> None:
+        """Answer a call, unless its caller leaves or the server stops."""
+        call = asyncio.ensure_future(self._answer(caller))
+        leaving = asyncio.ensure_future(caller.left())
+        is_stopping = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((call, leaving), return_when=asyncio.FIRST_COMPLETED)
+            is_stopping = False
+        call.cancel()
+        leaving.cancel()
+        await asyncio.wait((call, leaving))
+        if not call.cancelled():
+            call.result()  # raises what nobody expected
+        elif is_stopping and not caller.is_answered:
+            stopping = ProxyError("the proxy stops: try again", status=503, retry_after=1.0)
+            await caller.refuse(stopping)
+
+    async def _answer(self, caller: "_Caller") -> None:
+        options = self._options
+        by_key = bool(options.tenants_by_key)
+        try:
+            with self._terms.applied(caller.scope["headers"], tenants_by_key=by_key):
+                request = await self._request(caller, options)
+                reply = await self._transport.handle_async_request(request)
+                await _pass_on(reply, caller.send)
+        except ClientDisconnect:
+            return
+        except (AsyncBucketError, ProxyError, httpx.HTTPError) as error:
+            await caller.refuse(error)
+        finally:
+            self._held -= caller.held
+
+    async def _request(self, caller: "_Caller", options: "ProxyOptions") -> httpx.Request:
+        """Return the provider's request.
+
+        Raises:
+            ProxyError: it is for a WebSocket, or its path cannot be sent.
+        """
+        scope = caller.scope
+        upgrade = dict(scope["headers"]).get(b"upgrade", b"")
+        if upgrade.lower() == b"websocket":  # Java's client offers others, and can do without
+            raise ProxyError("WebSockets cannot pass: use the provider's HTTP interface")
+        headers = _end_to_end(scope["headers"], b"host", b"expect")
+        headers = [(name, value) for name, value in headers if not name.startswith(OWN)]
+        if options.key is not None:
+            headers = with_key(headers, options.key, protocol_of(scope))
+        path, query = scope["raw_path"], scope["query_string"]
+        if self._pooled_at is not None and path.startswith(b"/v1/"):
+            path = path.removeprefix(b"/v1")  # instead of which each member has a base URL
+        url = httpx.URL(self._pooled_at or str(options.upstream))
+        target = url.raw_path.rstrip(b"/") + path + b"?" * bool(query) + query
+        if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
+            raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
+        try:
+            url = url.copy_with(raw_path=target)
+        except httpx.InvalidURL:
+            raise ProxyError("the path is too long") from None
+        extensions: dict[str, Any] = {"timeout": _TIMEOUT}
+        if self._pooled_at is None:
+            extensions["target"] = target  # as it came: httpx would percent-encode it differently
+        content = await self._body(caller) or None
+        return httpx.Request(
+            scope["method"], url, headers=headers, content=content, extensions=extensions
+        )
+
+    async def _body(self, caller: "_Caller") -> bytes | AsyncIterator[bytes]:
+        """Return the whole body if it may be held, else a stream."""
+        chunks, kept = caller.body(), bytearray()
+        async for chunk in chunks:
+            kept += chunk
+            caller.held = len(kept)
+            self._held += len(chunk)
+            if caller.held > _HELD_BODY or self._held > _HELD:
+                return _joined(bytes(kept), chunks)
+        return bytes(kept)
+
+
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]], *left_out: bytes) -> Headers:
+    """Return ``headers`` in their order, without those that concern one connection, and ``left_out``."""
+    given = [(name, name.lower(), value) for name, value in headers]
+    hop_by_hop = {*_HOP_BY_HOP, *left_out}
+    for _, lower, value in given:
+        if lower == b"connection":
+            hop_by_hop |= {each.strip().lower() for each in value.split(b",")}
+        elif lower == b"transfer-encoding":  # which overrides it; both together smuggle requests
+            hop_by_hop.add(b"content-length")
+    return [(name, value) for name, lower, value in given if lower not in hop_by_hop]
+
+
+async def _pass_on(reply: Any, send: "Send") -> None:
+    """Send a caller the provider's reply."""
+    response = StreamingResponse(reply.stream, reply.status_code)
+    response.raw_headers = _end_to_end(reply.headers.raw)
+    try:
+        await response.stream_response(send)
+    except httpx.HTTPError as error:  # the server cuts the connection, as the provider did
+        _log.warning("the provider broke off a reply (%s)", type(error).__name__)
+    finally:
+        await reply.aclose()
+
+
+class _Caller:
+    """The other end of a connection: what it sends, and whether it is still there."""
+
+    def __init__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        self.scope, self.receive = scope, receive
+        #: Bytes of its body that are held.
+        self.held = 0
+        #: Whether its answer has begun.
+        self.is_answered = False
+        self._send = send
+        self._is_read = asyncio.Event()
+
+    async def body(self) -> AsyncGenerator[bytes]:
+        """Yield its body.
+
+        Raises:
+            ClientDisconnect: it hung up before the end.
+        """
+        more = True
+        while more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            more = message.get("more_body", False)
+            if message["body"]:
+                yield message["body"]
+        self._is_read.set()
+
+    async def left(self) -> None:
+        """Return when it has hung up; not before its body was read, which tells by itself."""
+        await self._is_read.wait()
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def send(self, message: "Message") -> None:
+        """Send it a part of its answer."""
+        self.is_answered = True
+        await self._send(message)
+
+    async def refuse(self, error: Exception) -> None:
+        """Tell it of an error."""
+        await error_response(error, self.scope)(self.scope, self.receive, self.send)
+
+
+async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to us, and says nothing of its own."""
+
+    def __init__(self, app: Any) -> None:
+        # It would warn of each upgrade that is offered, and Java's client always offers one.
+        super().__init__(configured(app, log_level="error", timeout_graceful_shutdown=_GRACE))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # they are told that the proxy stops
+            await asyncio.wait(self.server_state.tasks)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def _address_of(listener: socket.socket) -> str:
+    host, port, *_ = listener.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_from_here(headers: ReadHeaders) -> bool:
+    """Tell whether a request comes from a program on this machine.
+
+    A browser that was directed here under a foreign name (DNS rebinding) shows that name in ``Host``;
+    one that a foreign page has send something shows the page in ``Origin``.
+    """
+    origin = headers.get("origin")
+    is_own = origin is None or is_loopback(origin.partition("://")[2])
+    return is_own and is_loopback(headers.get("host", ""))
+
+
+def _allow_many_connections() -> None:
+    """Raise this process's bound on open descriptors as far as it may."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such bound
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
