@@ -99,7 +99,7 @@ def main() -> None:
     recorders = [record(None), record(limiter)]
     draw(recorders)
     for recorder in recorders:
-        print(recorder.run.as_dict())
+        print(recorder.run)
     print(machine_line())
 
 

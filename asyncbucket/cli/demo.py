@@ -5,7 +5,6 @@ both halves; only the models differ, plain or wrapped.
 """
 
 import asyncio
-import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from asyncbucket.cli import DONE, FAILED, INTERRUPTED, interrupts_blocked, options
+from asyncbucket.cli import DONE, FAILED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
 from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
@@ -61,14 +60,12 @@ Job = Callable[[], Awaitable[object]]
 
 def demo(
     *,
-    agents: Annotated[int | None, options.count("Agents at once.", maximum=10_000)] = None,
-    rpm: options.Rpm = None,
+    rpm: Annotated[int, options.count("Requests a minute that are allowed; default: 600.")] = _RPM,
     seconds: Annotated[
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
     ] = 24.0,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --seconds 6.")] = False,
-    as_json: options.AsJson = False,
 ) -> None:
     """Run agents under a provider's limits, with and without pacing.
 
@@ -77,17 +74,20 @@ def demo(
     Examples:
         asyncbucket demo
         asyncbucket demo --quick
-        asyncbucket demo --agents 500 --rpm 2400
+        asyncbucket demo --rpm 2400
     """
-    scenario = scenario_of(agents, rpm=rpm, seconds=_QUICK if quick else seconds)
-    console, runs = Console(highlight=False), list[Run]()
+    scenario = scenario_of(_QUICK if quick else seconds, rpm=rpm)
+    limiter = Limiter(scenario.requests, scenario.tokens, concurrency=_CONCURRENCY)
+    runs = [Run(scenario=scenario), Run(scenario=scenario, limiter=limiter)]
+    console = Console(highlight=False)
     with silenced():
-        status = _run_both(scenario, console, runs, quiet=as_json)
-        if as_json:
-            typer.echo(json.dumps([run.as_dict() for run in runs], indent=2))
-        else:
-            _show(console, runs)
-    raise typer.Exit(status)
+        console.print(f"{scenario}\nloading LlamaIndex ...", markup=False)
+        for run in runs:
+            with Screen(console) as screen:
+                run_once(run, screen)
+            screen.say(str(run.panel()))
+    _show(console, runs)
+    raise typer.Exit(FAILED if runs[-1].failed else DONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +106,7 @@ class Scenario:
     requests: Limit
     tokens: Limit
 
-    @property
-    def headline(self) -> str:
-        """What will be run, in two lines."""
+    def __str__(self) -> str:
         batches = "1 batch" if self.batches == 1 else f"{self.batches:,} batches"
         return (
             f"{counted(self.agents, 'LlamaIndex agents')} with a tool, {batches} of embeddings, all at "
@@ -116,18 +114,15 @@ class Scenario:
         )
 
 
-def scenario_of(
-    agents: int | None = None, *, rpm: int | None = None, seconds: float = 24.0
-) -> Scenario:
+def scenario_of(seconds: float = 24.0, *, rpm: int = _RPM) -> Scenario:
     """Return a scenario with as many calls as the provider lets pass in ``seconds``."""
-    rpm = rpm or _RPM
     window = round(min(_WINDOW, seconds / _MIN_WINDOWS), 3)
     requests = max(1, round(rpm * window / 60))
-    calls = agents * CALLS_PER_AGENT if agents else rpm * seconds / 60
-    batches = round(calls / _CALLS_PER_BATCH)
+    calls = rpm * seconds / 60
+    batches = max(1, round(calls / _CALLS_PER_BATCH))
     return Scenario(
-        agents=agents or max(1, round((calls - batches) / CALLS_PER_AGENT)),
-        batches=max(1, batches),
+        agents=max(1, round((calls - batches) / CALLS_PER_AGENT)),
+        batches=batches,
         requests=Limit("requests", requests, per=window),
         tokens=Limit("tokens", max(2, requests) * _TOKENS_PER_CALL, per=window),
     )
@@ -167,13 +162,6 @@ class Run:
             return 0.0
         return ((self.ended_ns or time.monotonic_ns()) - self.started_ns) * 1e-9
 
-    @property
-    def mean_wait(self) -> float:
-        """How long an admission took on average, in seconds."""
-        now = None if self.limiter is None else self.limiter.statistics()
-        waited = sum(wait.seconds for wait in now.waits.values()) if now else 0.0
-        return waited / now.admitted if now and now.admitted else 0.0
-
     def look(self, provider: "ProviderProcess") -> None:
         """Take over what the provider has counted."""
         seen = provider.statistics()
@@ -191,46 +179,16 @@ class Run:
         """Return what is shown while it runs."""
         agents = self.scenario.agents
         finished = f"{self.agents_finished:,} of {agents:,} agents"
-        bars = [Bar(finished, self.agents_finished / agents)]
-        facts = [f"{self.answered:,} calls answered", f"{self.refused:,} 429s"]
-        facts.append(f"{self.failed:,} failed")
+        counts = {"calls answered": self.answered, "429s": self.refused, "failed": self.failed}
         if self.limiter is not None:
-            now = self.limiter.statistics()
-            facts.append(f"{now.waiting:,} waiting")
-            for use in now.limits:
-                label = f"{use.used:,} of {use.limit}"
-                bars.append(Bar(label, min(1.0, use.used / use.limit.units), style="yellow"))
-        return Panel(f"{self.name}, {self.seconds:.0f} s", tuple(bars), tuple(facts))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures in values that JSON can hold; times are seconds."""
-        names = ("name", "agents_finished", "answered", "failed", "requests", "refused", "seconds")
-        return {name: getattr(self, name) for name in (*names, "share", "mean_wait")}
+            counts["waiting"] = self.limiter.statistics().waiting
+        facts = tuple(f"{count:,} {what}" for what, count in counts.items())
+        bar = Bar(finished, self.agents_finished / agents)
+        return Panel(f"{self.name}, {self.seconds:.0f} s", (bar,), facts)
 
 
-def _run_both(scenario: Scenario, console: Console, runs: list[Run], *, quiet: bool) -> int:
-    """Append both runs to ``runs``; return the exit status: 1 if a paced call failed, 130 after Ctrl-C.
-
-    Runs that ended before Ctrl-C, and the one that it ended, are there.
-    """
-    if not quiet:
-        console.print(scenario.headline, markup=False)
-        console.print("loading LlamaIndex ...", style="dim")
-    limits = scenario.requests, scenario.tokens
-    for limiter in (None, Limiter(*limits, concurrency=_CONCURRENCY)):
-        run = Run(scenario=scenario, limiter=limiter)
-        runs.append(run)
-        with Screen(console, quiet=quiet) as screen:
-            finished = run_once(run, screen)
-        if not finished:
-            return INTERRUPTED
-        if not quiet:
-            screen.say(f"{run.panel()}")
-    return FAILED if runs[-1].failed else DONE
-
-
-def run_once(run: Run, screen: Screen) -> bool:
-    """Run the agents once, from the provider's start to its end; return False if Ctrl-C ended it."""
+def run_once(run: Run, screen: Screen) -> None:
+    """Run the agents once, from the provider's start to its end."""
     from asyncbucket.testing import ProviderProcess
 
     provider = ProviderProcess(
@@ -245,18 +203,14 @@ def run_once(run: Run, screen: Screen) -> bool:
         with interrupts_blocked():
             provider.start()
         asyncio.run(_drive(run, screen, provider))
-    except KeyboardInterrupt:
-        return False
+        run.look(provider)
     finally:
-        if provider.pid is not None:
-            run.look(provider)
         provider.stop()
-    return True
 
 
 async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
-    asyncio.get_running_loop().set_exception_handler(_ignore)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     ticker = asyncio.create_task(_tick(run, screen, provider))
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
@@ -274,10 +228,6 @@ async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
         ticker.cancel()
 
 
-def _ignore(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    del loop, context
-
-
 async def _tick(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
     while True:
         await asyncio.to_thread(run.look, provider)
@@ -289,10 +239,9 @@ async def _run_job(job: Job, run: Run) -> None:
     try:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
-        name, code = type(error).__name__, getattr(error, "code", None)
         # Equal errors are counted together; providers' messages all differ.
-        whole = name if hasattr(error, "status_code") else f"{name}: {error}"
-        run.failures[f"{name} ({code})" if code else whole] += 1
+        name = type(error).__name__
+        run.failures[name if hasattr(error, "status_code") else f"{name}: {error}"] += 1
 
 
 def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
@@ -338,9 +287,6 @@ def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
 
 def _show(console: Console, runs: Sequence[Run]) -> None:
     """Print the table, and what went wrong."""
-    runs = [run for run in runs if run.seconds]
-    if not runs:  # Ctrl-C before anything began
-        return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column()
     for run in runs:
@@ -359,18 +305,18 @@ def _column(run: Run) -> dict[str, str | Text]:
     """Return a run's figures by their names in the table."""
     agents = run.scenario.agents
     waits = {} if run.limiter is None else run.limiter.statistics().waits
-    bound_by = ", ".join(f"{named(name)} {wait.count:,}" for name, wait in waits.items())
-    finished = run.agents_finished == agents
+    means = (f"{named(name)}, {wait.seconds / wait.count:.1f} s" for name, wait in waits.items())
     return {
-        "agents finished": _good(finished, f"{run.agents_finished:,} of {agents:,}"),
+        "agents finished": _good(
+            run.agents_finished == agents, f"{run.agents_finished:,} of {agents:,}"
+        ),
         "calls": f"{run.answered + run.failed:,}",
         "HTTP requests": f"{run.requests:,}",
         "429s": _good(not run.refused, f"{run.refused:,}"),
         "failed": _good(not run.failed, f"{run.failed:,}"),
         "wall time": f"{run.seconds:.1f} s",
         "share of the limit used": percent(run.share),
-        "wait for admission, mean": "-" if run.limiter is None else f"{run.mean_wait:.2f} s",
-        "calls that waited for": "-" if run.limiter is None else bound_by or "nothing",
+        "waited for, mean": "; ".join(means) or "-",
     }
 
 

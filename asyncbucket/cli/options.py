@@ -1,5 +1,6 @@
 """What commands share: options and limits, a provider's address and key."""
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,12 +23,12 @@ _SHORTEST_KEY: Final = 8
 # Typer's functions return Any, whatever the option's type.
 
 
-def count(help_text: str, *names: str, maximum: int | None = None) -> Any:
-    """Return an option whose help is ``help_text``: a whole number from 1 on, and at most ``maximum``."""
+def count(help_text: str, *names: str) -> Any:
+    """Return an option whose help is ``help_text``: a whole number from 1 on."""
 
     def read(typed: str) -> int:
         try:
-            return read_count(typed, maximum=maximum)
+            return read_count(typed)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
@@ -61,20 +62,17 @@ def take_from(options: type[Any], command: Callable[..., None]) -> None:
     taken.__annotations__ = options.__init__.__annotations__
 
 
-def read_count(typed: str, *, maximum: int | None = None) -> int:
+def read_count(typed: str) -> int:
     """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        ValueError: it is not a number from 1 on, or is above ``maximum``.
+        ValueError: it is not a number from 1 on.
     """
-    try:
+    with contextlib.suppress(LimitSyntaxError):
         number = read_amount(typed)
-    except LimitSyntaxError:
-        number = 0
-    if not 1 <= number <= (maximum or number):
-        end = "on" if maximum is None else f"to {maximum:,}"
-        raise ValueError(f"{typed!r} is not a whole number from 1 {end}, such as 500 or 2k")
-    return number
+        if number >= 1:
+            return number
+    raise ValueError(f"{typed!r} is not a whole number from 1 on, such as 500 or 2k")
 
 
 def read_concurrency(typed: str | None) -> int | Literal["auto"] | None:

@@ -19,8 +19,6 @@ from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import DEFAULT_PORT, row_of
 
 _PATIENCE: Final = 5.0
-#: Members that every limiter has, a program's or a store's.
-_REQUIRED_MEMBERS: Final = frozenset({"name", "limits", "paused", "in_flight"})
 #: What is shown of counters that are not 0.
 _COUNTS: Final = {
     "upstream_429": "refused by the provider (429)",
@@ -94,38 +92,27 @@ def reader_of(url: str) -> Reader:
     Raises:
         ValueError: the URL is of an unknown kind.
     """
-    scheme, separator, _ = url.partition("://")
-    shown = without_password(url)
-    if scheme == "http":
-        try:
-            httpx.URL(url)
-        except httpx.InvalidURL:  # which might quote a password
-            raise ValueError(f"{shown!r} names no port: give one up to 65535") from None
-        return partial(_fetch, url, shown)
-    if not separator or scheme == "https":
-        raise ValueError(
-            f"{shown!r} is not a limiter to watch: give the URL that limiter.serve_stats() returns "
-            f"(http://127.0.0.1:4294) or a store's (redis://host:6379/0)"
-        )
-    open_store(url)
+    if url.startswith("http://"):
+        return partial(_fetch, url)
+    try:
+        open_store(url)
+    except ValueError as error:
+        hint = "or give the URL that limiter.serve_stats() returns, such as http://127.0.0.1:4294"
+        raise ValueError(f"{error}; {hint}") from None
     return lambda: asyncio.run(_peek(url))
 
 
-def _fetch(url: str, shown: str) -> dict[str, Any]:
+def _fetch(url: str) -> dict[str, Any]:
     try:
         with httpx.Client(trust_env=False, timeout=_PATIENCE) as client:
             report: Any = client.get(url).json()
-    except (httpx.HTTPError, ValueError, RecursionError) as error:
+        return {"time": report["time"], "limiters": report["limiters"]}
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
+        kind = type(error).__name__  # its message may quote a password
         raise ConnectionError(
-            f"nobody serves statistics at {shown} ({str(error) or type(error).__name__}): does the "
-            f"program run, and did it call limiter.serve_stats()?"
+            f"nobody serves statistics at {without_password(url)} ({kind}): does the program run, and "
+            f"did it call limiter.serve_stats()?"
         ) from error
-    limiters = report.get("limiters") if isinstance(report, dict) else None
-    if isinstance(limiters, list) and all(
-        isinstance(limiter, dict) and limiter.keys() >= _REQUIRED_MEMBERS for limiter in limiters
-    ):
-        return {**report}
-    raise ConnectionError(f"{shown} answers something else: is that limiter.serve_stats()?")
 
 
 async def _peek(url: str) -> dict[str, Any]:
@@ -155,21 +142,15 @@ def _row(name: str, snapshot: Snapshot) -> dict[str, Any]:
 
 def compare(now: Limiters, before: Limiters, seconds: float) -> list[Panel]:
     """Return a panel for each limiter, compared with how it was ``seconds`` ago."""
-    earlier = {limiter["name"]: limiter for limiter in before}
+    admitted = {limiter["name"]: limiter.get("admitted", 0) for limiter in before}
     panels: list[Panel] = []
     for limiter in now:
-        above = [other for other in now if limiter["name"].startswith(f"{other['name']}/")]
-        rate = 0.0
-        if limiter["name"] in earlier and seconds > 0 and "admitted" in limiter:
-            rate = max(0, limiter["admitted"] - earlier[limiter["name"]]["admitted"]) / seconds
-        panels.append(
-            Panel(
-                one_line(limiter["name"]),
-                tuple(_bars(limiter, above)),
-                tuple(_facts(limiter, rate)),
-                alarming=bool(limiter["paused"] or limiter.get("upstream_429")),
-            )
-        )
+        name, total = limiter["name"], limiter.get("admitted", 0)
+        above = [other for other in now if name.startswith(f"{other['name']}/")]
+        rate = max(0, total - admitted.get(name, total)) / seconds if seconds > 0 else 0.0
+        bars, facts = tuple(_bars(limiter, above)), tuple(_facts(limiter, rate))
+        alarming = bool(limiter["paused"] or limiter.get("upstream_429"))
+        panels.append(Panel(one_line(name), bars, facts, alarming=alarming))
     return panels
 
 
@@ -179,40 +160,25 @@ def _bars(limiter: Mapping[str, Any], above: Limiters) -> Iterator[Bar]:
     If several, here and above, count the resource that binds, it is the one with the least left.
     """
     binding = limiter.get("bound_by")
-    least = min(
-        (
-            limit["available"]
-            for each in (limiter, *above)
-            for limit in _limits(each)
-            if limit["resource"] == binding
-        ),
-        default=0,
-    )
+    all_limits = [limit for each in (limiter, *above) for limit in _limits(each)]
+    left = [limit["available"] for limit in all_limits if limit["resource"] == binding]
     for limit in _limits(limiter):
-        part = min(1.0, max(0.0, limit["used"] / limit["amount"]))
+        used, amount, resource = limit["used"], limit["amount"], limit["resource"]
+        part = min(1.0, max(0.0, used / amount))
         style, note = ("yellow" if part >= _FULL else "green"), ""
-        if limit["resource"] == binding and limit["available"] <= least:
+        if resource == binding and limit["available"] <= min(left):
             style, note = "red", "binds" if part >= _FULL else "binds, paced"
-        yield Bar(
-            f"{written(limit['used'], limit['resource'])} of {one_line(limit['limit'])}",
-            part,
-            note,
-            style,
-        )
+        label = f"{written(used, resource)} of {one_line(limit['limit'])}"
+        yield Bar(label, part, note, style)
 
 
 def _limits(limiter: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the limits of a limiter, with its slots as the last one."""
     yield from limiter["limits"]
-    slots, slots_taken = limiter.get("concurrency"), limiter["in_flight"]
+    slots, used = limiter.get("concurrency"), limiter["in_flight"]
     if slots:
-        yield {
-            "limit": f"{slots:,} at once",
-            "resource": "concurrency",
-            "amount": slots,
-            "used": slots_taken,
-            "available": slots - slots_taken,
-        }
+        limit = {"limit": f"{slots:,} at once", "resource": "concurrency", "amount": slots}
+        yield {**limit, "used": used, "available": slots - used}
 
 
 def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:

@@ -161,18 +161,6 @@ def key_in_env(variable: str) -> str:
     return key
 
 
-def limiters_in_toml() -> list[str | None]:
-    """Return the values of ``limiter`` that `from_toml` accepts here: None for the table itself.
-
-    Raises:
-        LimitSyntaxError: the file or the table cannot be read.
-        FileNotFoundError: there is no such file.
-    """
-    _, table = _find_table(None)
-    tables = _tables_in(table)
-    return [*([] if tables.keys() == table.keys() else [None]), *tables]
-
-
 def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the tables inside a table that describe further limiters."""
     return {

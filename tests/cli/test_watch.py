@@ -115,35 +115,28 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "status", "message"),
+    ("url", "message"),
     [
-        ("http://me:s3cret@127.0.0.1:1", 2, "nobody serves statistics at http://***@127"),
-        ("localhost:4294", 2, "'localhost:4294' is not a limiter to watch: give the URL that"),
-        ("https://example.org", 2, "is not a limiter to watch"),
-        ("ftp://example.org", 2, "is not a store"),
-        ("http://me:s3cret/x@127.0.0.1", 2, "'http://***@127.0.0.1' names no port: give one"),
+        ("http://me:s3cret@127.0.0.1:1", "nobody serves statistics at http://***@127"),
+        ("http://me:s3cret/x@127.0.0.1", "at http://***@127.0.0.1 (InvalidURL)"),
+        ("localhost:4294", "serve_stats() returns, such as http://127.0.0.1:4294\n"),
     ],
 )
-def test_watch_explains_an_invalid_or_unreachable_url(url: str, status: int, message: str) -> None:
+def test_watch_explains_an_invalid_or_unreachable_url(url: str, message: str) -> None:
     done = run.invoke(app, ["watch", url, "--once"])
-    assert done.exit_code == status
+    assert done.exit_code == 2
     assert message in done.stderr
+    assert "s3cret" not in done.stderr
 
 
 OK = b"HTTP/1.0 200 OK\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (b"220 ready\x1b[2J\r\n", "nobody serves statistics"),
-        (b"HTTP/1.0 404 Not Found\r\n\r\n", "nobody serves statistics"),
-        *((OK + page, "limiter.serve_stats()?\n") for page in (b"<html>", b"[1]", b"{}", b"null")),
-        (OK + b'{"limiters": 5}', "answers something else: is that limiter.serve_stats()?\n"),
-        (OK + b'{"limiters": [{"name": 1}]}', "answers something else"),
-    ],
+    "answer",
+    [b"220 ready\x1b[2J\r\n", *(OK + page for page in (b"<html>", b"[1]", b"{}", b"null"))],
 )
-def test_watch_reports_a_server_that_is_no_limiter(answer: bytes, message: str) -> None:
+def test_watch_reports_a_server_that_is_no_limiter(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -155,7 +148,7 @@ def test_watch_reports_a_server_that_is_no_limiter(answer: bytes, message: str) 
         threading.Thread(target=serve).start()
         done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.getsockname()[1]}", "--once"])
     assert done.exit_code == 2
-    assert message in done.stderr
+    assert "nobody serves statistics" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -313,8 +313,7 @@ def has_commands() -> None:
         *("-m", "asyncbucket", "plan", "--calls", "1000", "--tokens", "800"),
         *("--tpm", "200000", "--latency", "1"),
     )
-    outcome = json.loads(_run("-m", "asyncbucket", "demo", "--seconds", "3", "--json"))
-    assert outcome
+    assert "429s" in _run("-m", "asyncbucket", "demo", "--seconds", "3")
 
 
 @promise("cli")
