@@ -1,4 +1,4 @@
-"""What metrics say of limiters, whoever shows them: measurements of events, and loads for gauges.
+"""The metrics of limiters, whoever shows them: counted from events, or read when somebody looks.
 
 A limiter's numbers include those of all limiters below it, as its statistics do: a call of
 ``openai/chat`` counts there and at ``openai``. So a sum is taken over limiters that are not below
@@ -11,7 +11,6 @@ import functools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeAlias, cast
 
 from asyncbucket.core import events
@@ -19,37 +18,46 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Event
 from asyncbucket.core.levels import levels, members_of, shown_name
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.statistics import Statistics, shares_used
+from asyncbucket.core.statistics import shares_used
 from asyncbucket.core.wording import USD, in_given_unit
 from asyncbucket.waiting import Lock
 
-#: How a call's request for admission is decided, besides the reasons of a refusal.
-ACQUIRED: Final = "acquired"
-CANCELED: Final = "request_canceled"
+#: A metric's text, and its labels.
+Description: TypeAlias = tuple[str, tuple[str, ...]]
+#: Waits may be as short as a burst's pace or as long as a minute's window; agents may take hours.
+BUCKETS: Final = (
+    *(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    *(20, 30, 60, 120, 300, 600, 1_200, 3_600, 7_200),
+)
+#: Histograms of seconds.
+HISTOGRAMS: Final[dict[str, Description]] = {
+    "wait": (
+        "Seconds between asking and admission, by what bound the call.",
+        ("limiter", "bound_by"),
+    ),
+    "agent": (
+        "Seconds from an agent's first call to its end, by kind of agent.",
+        ("limiter", "kind", "outcome"),
+    ),
+}
+COUNTERS: Final[dict[str, Description]] = {
+    "requests": ("Calls by how they ended.", ("limiter", "outcome")),
+    "tokens": ("Tokens reserved, used, and refunded by settling.", ("limiter", "kind")),
+    "spent_usd": ("US dollars that calls have cost.", ("limiter",)),
+    "upstream_429": ("Calls that the provider refused for rate.", ("limiter",)),
+    "retries": ("Failed calls that are tried again.", ("limiter",)),
+}
+#: What is read when somebody looks, because the use of a limit changes even if nothing happens.
+GAUGES: Final[dict[str, Description]] = {
+    "queued_requests": ("Calls that wait for their admission now.", ("limiter",)),
+    "in_flight_requests": ("Calls admitted and not yet over.", ("limiter",)),
+    "running_agents": ("Agents that call the limiter itself and are not over.", ("limiter",)),
+    "limit_used_ratio": ("Share of a limit in use, 1 for all of it.", ("limiter", "limit")),
+}
 
 Add: TypeAlias = Callable[[float], object]
 #: A metric, by how much it rises, and the values of its labels besides the limiter's.
 Measurement: TypeAlias = tuple[str, float, tuple[str, ...]]
-
-
-@dataclass(slots=True)
-class Load:
-    """Say how full the limiters of one label are."""
-
-    queued: int = 0
-    in_flight: int = 0
-    #: Agents that call the limiter itself.
-    agents: int = 0
-    #: The fraction of each limit that is used; of several limiters the highest.
-    used: dict[str, float] = field(default_factory=dict)
-
-    def add(self, now: Statistics) -> None:
-        """Count a limiter in."""
-        self.queued += now.waiting
-        self.in_flight += now.in_flight
-        self.agents += 0 if now.agents is None else now.agents.running
-        for limit, share in shares_used(now).items():
-            self.used[limit] = max(share, self.used.get(limit, 0.0))
 
 
 class Metrics(ABC):
@@ -70,8 +78,8 @@ class Metrics(ABC):
         return cast("Self", metrics)
 
     @abstractmethod
-    def adder(self, metric: str, label: str, values: tuple[str, ...]) -> Add:
-        """Return what adds to a metric, if it is shown."""
+    def adder(self, metric: str, values: tuple[str, ...]) -> Add:
+        """Return what adds to a histogram or a counter with these values of its labels."""
 
     def watch(self, limiter: Limiter) -> Callable[[], None]:
         """Count for ``limiter`` and all below it, until the returned function is called.
@@ -82,14 +90,13 @@ class Metrics(ABC):
             ValueError: it, or one above or below it, is observed already.
         """
         with _LOCK:
-            known = [each for watched in self._watched for each in watched]
-            for other in known:
-                if other in levels(limiter) or limiter in levels(other):
-                    raise ValueError(
-                        f"limiter {other.name!r} is watched here already, and the calls of "
-                        f"{limiter.name!r} would count twice; switch that off first"
-                    )
+            known = {each for watched in self._watched for each in watched}
             shown = {above for each in known for above in levels(each)}
+            if limiter in shown or not known.isdisjoint(levels(limiter)):
+                raise ValueError(
+                    f"limiter {limiter.name!r}, or one above or below it, is watched here already, and "
+                    f"its calls would count twice; switch that off first"
+                )
             watched = [limiter, *(each for each in members_of(limiter) if each not in shown)]
             stops = [each.observe(self._observer(shown_name(each))) for each in watched]
             self._watched = (*self._watched, watched)
@@ -109,17 +116,27 @@ class Metrics(ABC):
         def observe(event: Event) -> None:
             for metric, amount, values in _measurements(event):
                 for label in labels_of(event.limiter):
-                    self._add(metric, label, values)(amount)
+                    self._add(metric, (label, *values))(amount)
 
         return observe
 
-    def loads(self) -> dict[str, Load]:
-        """Return how full each limiter is now, by label."""
-        loads: dict[str, Load] = {}
+    def read(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """Return the values of each gauge now, by those of its labels.
+
+        Limiters of one name count together; of their limits the fullest counts.
+        """
+        found: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in GAUGES}
         for watched in self._watched:
             for each in (below for limiter in watched for below in with_children(limiter)):
-                loads.setdefault(shown_name(each), Load()).add(each.statistics())
-        return loads
+                now, label = each.statistics(), shown_name(each)
+                running = 0 if now.agents is None else now.agents.running
+                counts = (now.waiting, now.in_flight, running)
+                for name, count in zip(GAUGES, counts, strict=False):
+                    found[name][label,] = found[name].get((label,), 0) + count
+                used = found["limit_used_ratio"]
+                for limit, share in shares_used(now).items():
+                    used[label, limit] = max(share, used.get((label, limit), 0.0))
+        return found
 
 
 def _labels(root: str, name: str) -> list[str]:
@@ -135,22 +152,17 @@ def _measurements(event: Event) -> Iterator[Measurement]:  # noqa: C901 - a tabl
     """Yield what an event adds to which metrics."""
     match event:
         case events.Admitted(cost=cost, waited=waited, bound_by=bound_by):
-            yield "waited", waited, (ACQUIRED, bound_by or "none")
-            yield "asked", 1, (ACQUIRED,)
+            yield "wait", waited, (bound_by or "none",)
             if cost.get("tokens"):
                 yield "tokens", cost["tokens"], ("reserved",)
-        case events.Released(held=held, outcome=outcome, used=used):
-            yield "held", held, (outcome,)
-            yield "ended", 1, (outcome,)
+        case events.Released(outcome=outcome, used=used):
+            yield "requests", 1, (outcome,)
             if USD in used:
                 yield "spent_usd", in_given_unit(used[USD], USD), ()
         case events.Refused(reason=reason):
-            yield "asked", 1, (reason,)
-            yield "ended", 1, (reason,)
-        case events.Cancelled(waited=waited):
-            yield "waited", waited, (CANCELED, "none")
-            yield "asked", 1, (CANCELED,)
-            yield "ended", 1, ("cancelled",)
+            yield "requests", 1, (reason,)
+        case events.Cancelled():
+            yield "requests", 1, ("cancelled",)
         case events.Settled(reserved=reserved, used={"tokens": used}, corrects=corrects):
             before = corrects.get("tokens")
             booked = reserved.get("tokens", 0) if before is None else before
@@ -161,7 +173,7 @@ def _measurements(event: Event) -> Iterator[Measurement]:  # noqa: C901 - a tabl
         case events.Retried():
             yield "retries", 1, ()
         case events.AgentFinished(kind=kind, seconds=seconds, ended_well=ended_well):
-            yield "agents", seconds, (kind or "none", "ok" if ended_well else "failed")
+            yield "agent", seconds, (kind or "none", "ok" if ended_well else "failed")
         case _:
             pass
 

@@ -40,23 +40,19 @@ DEFAULT_PORT: Final = 4294
 _KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
 
-def report(limiters: Sequence[Limiter]) -> dict[str, Any]:
+def report(limiters: Iterable[Limiter]) -> dict[str, Any]:
     """Return what can be seen of ``limiters`` and their children, in values that JSON can hold.
 
-    Shape: ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
+    The members of pools are shown, too, and each limiter once. Shape:
+    ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
     """
+    tops = [each for limiter in limiters for each in (limiter, *members_of(limiter))]
     rows: list[dict[str, Any]] = []
-    for each in _shown(limiters):
+    for each in dict.fromkeys(below for top in tops for below in with_children(top)):
         now = each.statistics()
         rows.append(dataclasses.asdict(now) | {"limits": list(map(row_of, now.limits))})
     return {"time": time.time(), "limiters": rows}
-
-
-def _shown(limiters: Iterable[Limiter]) -> Iterable[Limiter]:
-    """Return limiters with their children, and the members of pools, each of them once."""
-    tops = [each for limiter in limiters for each in (limiter, *members_of(limiter))]
-    return dict.fromkeys(each for top in tops for each in with_children(top))
 
 
 def row_of(use: LimitUse) -> dict[str, Any]:
@@ -76,7 +72,7 @@ def row_of(use: LimitUse) -> dict[str, Any]:
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    ``GET /`` returns JSON; see `report`. It is a context manager that closes on leaving.
+    A GET of any path returns JSON; see `report`. It is a context manager that closes on leaving.
     """
 
     def __init__(self, limiters: Sequence[Limiter], port: int) -> None:
@@ -139,8 +135,6 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    server_version = "asyncbucket"
-    sys_version = ""
     timeout = 5.0
 
     def __init__(self, limiters: Sequence[Limiter], *request: Any) -> None:
@@ -156,14 +150,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Answer."""
         if not is_loopback(self.headers.get("Host") or "localhost"):
             self.send_error(403, "Only for this machine")
-        elif self.path.partition("?")[0] != "/":
-            self.send_error(404, "See / for limiters, telemetry.prometheus for metrics")
         else:
             body = json.dumps(report(self.limiters)).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(body)
 

@@ -172,12 +172,12 @@ def test_wait_span_is_in_the_trace_of_its_caller(*, threads: bool) -> None:
     finished = spans.get_finished_spans()
     agents = {span.context.span_id: span.name for span in finished if span.context}
     waits = {
-        agents[span.parent.span_id]: (span.attributes or {})["asyncbucket.rate_limiting.result"]
+        agents[span.parent.span_id]: (span.attributes or {})["asyncbucket.result"]
         for span in finished
         if span.name == "wait openai" and span.parent
     }
     assert waits == {
-        **dict.fromkeys(("agent 0", "agent 1", "agent 2"), "acquired"),
+        **dict.fromkeys(("agent 0", "agent 1", "agent 2"), "admitted"),
         "agent 3": "timeout",
     }
 
