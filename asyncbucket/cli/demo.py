@@ -18,7 +18,6 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from asyncbucket.cli import DONE, FAILED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
@@ -26,7 +25,7 @@ from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import counted, named, one_line
+from asyncbucket.core.wording import named, one_line
 from asyncbucket.plan.result import percent
 
 if TYPE_CHECKING:
@@ -107,10 +106,9 @@ class Scenario:
     tokens: Limit
 
     def __str__(self) -> str:
-        batches = "1 batch" if self.batches == 1 else f"{self.batches:,} batches"
         return (
-            f"{counted(self.agents, 'LlamaIndex agents')} with a tool, {batches} of embeddings, all at "
-            f"once;\na bundled provider allows {self.requests}, {self.tokens}\n"
+            f"{self.agents:,} LlamaIndex agents with a tool, {self.batches:,} batches of embeddings, all "
+            f"at once;\na bundled provider allows {self.requests}, {self.tokens}\n"
         )
 
 
@@ -175,15 +173,28 @@ class Run:
         allowed = limit.units * self.seconds / limit.per
         return min(1.0, (self.requests - self.refused) / allowed) if allowed else 0.0
 
+    def figures(self) -> dict[str, str]:
+        """Return what is shown of it by name."""
+        waits = {} if self.limiter is None else self.limiter.statistics().waits
+        means = (
+            f"{named(each)}, {wait.seconds / wait.count:.1f} s" for each, wait in waits.items()
+        )
+        return {
+            "agents finished": f"{self.agents_finished:,} of {self.scenario.agents:,}",
+            "calls": f"{self.answered + self.failed:,}",
+            "HTTP requests": f"{self.requests:,}",
+            "429s": f"{self.refused:,}",
+            "failed": f"{self.failed:,}",
+            "wall time": f"{self.seconds:.1f} s",
+            "share of the limit used": percent(self.share),
+            "waited for, mean": "; ".join(means) or "-",
+        }
+
     def panel(self) -> Panel:
         """Return what is shown while it runs."""
-        agents = self.scenario.agents
-        finished = f"{self.agents_finished:,} of {agents:,} agents"
-        counts = {"calls answered": self.answered, "429s": self.refused, "failed": self.failed}
-        if self.limiter is not None:
-            counts["waiting"] = self.limiter.statistics().waiting
-        facts = tuple(f"{count:,} {what}" for what, count in counts.items())
-        bar = Bar(finished, self.agents_finished / agents)
+        figures = self.figures()
+        bar = Bar(figures["agents finished"], self.agents_finished / self.scenario.agents)
+        facts = tuple(f"{figures[each]} {each}" for each in ("calls", "429s", "failed"))
         return Panel(f"{self.name}, {self.seconds:.0f} s", (bar,), facts)
 
 
@@ -273,11 +284,10 @@ def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
             await worker.run(user_msg=f"I am traveler {number}. What should I wear in {city}?")
         run.agents_finished += 1
 
-    def embed(number: int) -> Awaitable[object]:
+    async def embed(number: int) -> None:
         lines = range(_TEXTS_PER_BATCH)
         texts = [f"Report {number}.{line}: the harbor lies in fine weather." for line in lines]
-        batch: Awaitable[object] = embed_model.aget_text_embedding_batch(texts)
-        return batch
+        await embed_model.aget_text_embedding_batch(texts)
 
     agents, batches = run.scenario.agents, run.scenario.batches
     jobs: list[tuple[float, Job]] = [(n / agents, partial(ask, n)) for n in range(agents)]
@@ -289,36 +299,12 @@ def _show(console: Console, runs: Sequence[Run]) -> None:
     """Print the table, and what went wrong."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column()
-    for run in runs:
-        shown.add_column(run.name, justify="right")
-    columns = [_column(run) for run in runs]
+    for run, style in zip(runs, ("red", "green"), strict=True):
+        shown.add_column(run.name, justify="right", style=style)
+    columns = [run.figures() for run in runs]
     for name in columns[0]:
         shown.add_row(name, *(each[name] for each in columns))
     console.print(shown)
     for run in runs:
         for what, count in run.failures.most_common():
-            line = f"{run.name}, {count:,} failed: {one_line(what)}"
-            console.print(line, markup=False, highlight=False)
-
-
-def _column(run: Run) -> dict[str, str | Text]:
-    """Return a run's figures by their names in the table."""
-    agents = run.scenario.agents
-    waits = {} if run.limiter is None else run.limiter.statistics().waits
-    means = (f"{named(name)}, {wait.seconds / wait.count:.1f} s" for name, wait in waits.items())
-    return {
-        "agents finished": _good(
-            run.agents_finished == agents, f"{run.agents_finished:,} of {agents:,}"
-        ),
-        "calls": f"{run.answered + run.failed:,}",
-        "HTTP requests": f"{run.requests:,}",
-        "429s": _good(not run.refused, f"{run.refused:,}"),
-        "failed": _good(not run.failed, f"{run.failed:,}"),
-        "wall time": f"{run.seconds:.1f} s",
-        "share of the limit used": percent(run.share),
-        "waited for, mean": "; ".join(means) or "-",
-    }
-
-
-def _good(good: bool, text: str) -> Text:  # noqa: FBT001 - whether the text is good news
-    return Text(text, "bold green" if good else "bold red")
+            console.print(f"{run.name}, {count:,} failed: {one_line(what)}", markup=False)

@@ -23,11 +23,11 @@ from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 #: What stands before each line but the first of a finding.
 _INDENT: Final = " " * 6
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
-#: Packages whose clients retry by themselves, and others whose version matters.
+#: Packages whose clients retry by themselves, and all whose versions matter.
 _RETRYING: Final = ("openai", "anthropic", "llama-index-llms-openai")
-_OTHERS: Final = (
-    *("httpx", "httpx2", "stamina", "llama-index-core"),
-    *("redis", "prometheus-client", "opentelemetry-api"),
+_PACKAGES: Final = (
+    *(*_RETRYING, "llama-index-core", "httpx", "httpx2"),
+    *("stamina", "redis", "prometheus-client", "opentelemetry-api"),
 )
 #: The limiter that is made in a store for this check; nobody else uses it.
 _NAME: Final = "asyncbucket-doctor"
@@ -100,29 +100,22 @@ def packages() -> Iterator[Finding]:
     number = version_of("asyncbucket") or "(not installed)"
     python = f"{sys.implementation.name} {platform.python_version()}"
     yield Finding("asyncbucket", "good", f"{number} on {python}")
-    found = {name: version_of(name) for name in (*_RETRYING, *_OTHERS)}
-    shown = ", ".join(f"{name} {found[name]}" for name in found if found[name])
-    yield Finding("packages", "good", shown or "none of those that asyncbucket works with")
-    retrying = ", ".join(name for name in _RETRYING if found[name])
+    found = {name: here for name in _PACKAGES if (here := version_of(name))}
+    yield Finding("packages", "good", ", ".join(map(" ".join, found.items())))
+    retrying = ", ".join(name for name in _RETRYING if name in found)
     if retrying:
-        yield Finding(
-            "retries",
-            "note",
-            f"clients of {retrying} retry by themselves, and layers of retries multiply",
-            "limiter.wrap(...) and pace(...) leave one layer; give other clients on a limiter "
-            "max_retries=0",
-        )
+        multiply = f"clients of {retrying} retry by themselves, and layers of retries multiply"
+        remedy = "limiter.wrap(...) and pace(...) leave one layer; give other clients max_retries=0"
+        yield Finding("retries", "note", multiply, remedy)
 
 
 def frameworks() -> Iterator[Finding]:
     """Report the agent frameworks, what paces each, and which of them as it is nothing paces."""
     for framework in FRAMEWORKS:
         number = version_of(framework.package)
-        if number is None:
-            continue
-        if framework.unpaced is None:
+        if number and framework.unpaced is None:
             yield Finding(framework.name, "good", f"{number}, paced by {framework.how}")
-        else:
+        elif number:
             found = f"{number} is not paced as it is: {framework.unpaced}"
             yield Finding(framework.name, "note", found, framework.how)
 

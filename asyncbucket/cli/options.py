@@ -14,6 +14,7 @@ from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit, read_amount
 from asyncbucket.core.pool import Pool
+from asyncbucket.stores import without_password
 
 #: Where a provider is unless something else is said.
 OPENAI: Final = "https://api.openai.com/v1"
@@ -136,17 +137,14 @@ def check_url(url: str, option: str = "--api-base") -> None:
     Raises:
         ValueError: the message shows an example.
     """
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        is_server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # which may quote a password
-        raise ValueError(
-            f"{option} has a host or port that cannot be read: give e.g. http://127.0.0.1:8000/v1"
-        ) from None
-    if not is_server:
-        raise ValueError(
-            f"{option} must begin with http:// or https:// and a host, not {shown_url(url)!r}"
-        )
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return
+    raise ValueError(
+        f"{option} must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/v1, "
+        f"not {without_password(url)!r}"
+    )
 
 
 def without_keys(text: str, *keys: str | None) -> str:

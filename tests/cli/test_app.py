@@ -166,7 +166,7 @@ def at_a_terminal(folder: Path, *arguments: str, interrupt_after: str, by: int) 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
 @pytest.mark.parametrize(
     ("command", "shown", "number"),
-    [("demo", "answered", signal.SIGINT), ("watch", "500 requests", signal.SIGTERM)],
+    [("demo", "429s", signal.SIGINT), ("watch", "500 requests", signal.SIGTERM)],
 )
 def test_signal_ends_what_moves_without_traceback_and_restores_cursor(
     tmp_path: Path, command: str, shown: str, number: int

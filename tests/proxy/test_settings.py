@@ -66,7 +66,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
         (FILE + 'key_env = "sk-secret"', "key_env must name an environment variable that holds"),
         (FILE + 'status = "9000"', "listen and status are both at port 9000: change one"),
         (FILE.replace("[::1]:9000", "here"), "'here' is not an address to listen at, such as 4295"),
-        (FILE + 'pool = "pool.toml"', "say where calls go: --upstream .* or else --pool"),
+        (FILE + 'pool = "pool.toml"', "say where calls go: --upstream .* or --pool"),
         (
             FILE.replace("upstream", "pool"),
             "500 requests per 60 s, .*, concurrency cannot go with a pool: write it into https:",

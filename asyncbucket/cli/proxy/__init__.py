@@ -35,10 +35,7 @@ from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 _HOST: Final = "127.0.0.1"
 _LAST_PORT: Final = 65_535
 #: What may be in the file's table ``[proxy]``.
-_ENTRIES: Final = (
-    *("upstream", "pool", "listen", "status", "profile", "key_env"),
-    "tenants_by_key",
-)
+_ENTRIES: Final = ("upstream", "pool", "listen", "status", "profile", "key_env", "tenants_by_key")
 
 
 @dataclass(kw_only=True)
@@ -146,9 +143,7 @@ class ProxyOptions:
 
     def _check_upstream(self) -> None:
         if (self.upstream is None) == (self.pool is None):
-            raise ValueError(
-                "say where calls go: --upstream https://api.openai.com, or else --pool"
-            )
+            raise ValueError("say where calls go: --upstream https://api.openai.com, or --pool")
         if self.upstream is None:
             said = [*map(str, self.limits), *self.terms, *(["key_env"] if self.key_env else [])]
             if said:

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,10 +52,8 @@ if TYPE_CHECKING:
 
 #: RFC 9110, 7.6.1, with those that older software sends.
 _HOP_BY_HOP: Final = frozenset(
-    {
-        *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization"),
-        *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
-    }
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    b"transfer-encoding upgrade".split()
 )
 #: The most bytes that are held of one body, and of all together: a million tokens, and 64 million.
 _HELD_BODY: Final = 4 * 1_048_576
@@ -143,10 +142,7 @@ class Proxy:
             _log.error("the settings stay as they are: %s", error)
             return
         self._options = options
-        _log.info(
-            "new settings are in force; addresses, the profile, the store, what is in a pool's file and "
-            "limits that you removed change with a restart"
-        )
+        _log.info("new settings are in force, but addresses, profile and store need a restart")
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer a request at either address; at one on loopback, only programs on this machine."""
@@ -239,14 +235,14 @@ class Proxy:
 
     async def _body(self, caller: "_Caller") -> bytes | AsyncIterator[bytes]:
         """Return the whole body if it may be held, else a stream."""
-        chunks, kept = caller.body(), bytearray()
+        chunks, kept = caller.body(), deque[bytes]()
         async for chunk in chunks:
-            kept += chunk
-            caller.held = len(kept)
+            kept.append(chunk)
+            caller.held += len(chunk)
             self._held += len(chunk)
             if caller.held > _HELD_BODY or self._held > _HELD:
-                return _joined(bytes(kept), chunks)
-        return bytes(kept)
+                return _joined(kept, chunks)
+        return b"".join(kept)
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]], *left_out: bytes) -> Headers:
@@ -317,8 +313,9 @@ class _Caller:
         await error_response(error, self.scope)(self.scope, self.receive, self.send)
 
 
-async def _joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
+async def _joined(kept: deque[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    while kept:
+        yield kept.popleft()
     async for chunk in rest:
         yield chunk
 

@@ -26,14 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import httpx
 from starlette.responses import JSONResponse
 
+from asyncbucket.core import errors
 from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_text
-from asyncbucket.core.errors import (
-    AcquireTimeout,
-    AsyncBucketError,
-    CostExceedsLimit,
-    StoreError,
-    UnknownPrice,
-)
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -62,6 +56,8 @@ _TYPES: Final = {
 #: The paths of Google's own protocol, and the type of what says when to come back.
 _GOOGLES_PATH: Final = re.compile(r"/v1(alpha|beta)/(?!openai/)|:\w*(Contents?|[pP]redict|Tokens)$")
 _RETRY_INFO: Final = "type.googleapis.com/google.rpc.RetryInfo"
+#: Errors of a call that is not to be tried again: it can never pass, or its caller's time was up.
+_POINTLESS: Final = (errors.CostExceedsLimit, errors.AcquireTimeout, errors.UnknownPrice)
 #: Seconds after which a caller may try again if nobody knows when there is room.
 _SOON: Final = 1.0
 
@@ -203,11 +199,10 @@ def error_response(error: Exception, scope: "Scope") -> JSONResponse:
     message, is_pointless = str(error), False
     if isinstance(error, ProxyError):
         status, is_pointless = error.status, seconds is None
-    elif isinstance(error, StoreError):
+    elif isinstance(error, errors.StoreError):
         status, seconds = 503, _SOON
-    elif isinstance(error, AsyncBucketError):
-        status = 429
-        is_pointless = isinstance(error, CostExceedsLimit | AcquireTimeout | UnknownPrice)
+    elif isinstance(error, errors.AsyncBucketError):
+        status, is_pointless = 429, isinstance(error, _POINTLESS)
         if seconds is None and not is_pointless:
             seconds = _SOON
     else:  # what else an HTTP client's error says may hold the value of a header
