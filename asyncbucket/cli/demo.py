@@ -221,7 +221,7 @@ def run_once(run: Run, screen: Screen) -> None:
 
 async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    asyncio.get_running_loop().set_exception_handler(_ignore)
     ticker = asyncio.create_task(_tick(run, screen, provider))
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
@@ -237,6 +237,10 @@ async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
     finally:
         run.ended_ns = time.monotonic_ns()
         ticker.cancel()
+
+
+def _ignore(*_: object) -> None:
+    """Say nothing."""
 
 
 async def _tick(run: Run, screen: Screen, provider: "ProviderProcess") -> None:

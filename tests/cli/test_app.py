@@ -1,15 +1,13 @@
 """The command line as people see it: help, versions, errors, terminals and signals."""
 
+import contextlib
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -21,20 +19,6 @@ from asyncbucket.cli import main
 from tests.conftest import python
 
 COMMANDS = sorted(getattr(get_command(cli.app), "commands", {}))
-_PATIENCE = 60.0
-
-WITHOUT = """
-import sys
-sys.modules[{module!r}] = None
-sys.argv[1:] = {arguments!r}
-from asyncbucket.cli import main
-main()
-"""
-
-
-def without(module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    program = WITHOUT.format(module=module, arguments=list(arguments))
-    return python("-c", program)
 
 
 def test_version_option_shows_the_package_version() -> None:
@@ -43,37 +27,33 @@ def test_version_option_shows_the_package_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"),
-    [
-        ("typer", "cli"),
-        ("llama_index", "cli"),
-        ("starlette", "testing"),
-    ],
+    ("module", "extra"), [("typer", "cli"), ("llama_index", "cli"), ("starlette", "testing")]
 )
 def test_missing_extra_names_its_install_command(module: str, extra: str) -> None:
-    result = without(module, "demo")
+    program = f"""
+import sys
+from asyncbucket.cli import main
+sys.modules[{module!r}] = None
+sys.argv[1:] = ["demo"]
+main()
+"""
+    result = python("-c", program)
     assert result.returncode == 2
     assert f" {module}" in result.stderr
     assert result.stderr.endswith(f'pip install "asyncbucket[{extra}]"\n')
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("number", "ctrl_c"),
-    [
-        (signal.SIGINT, signal.default_int_handler),
-        # A script's shell makes its background commands ignore Ctrl-C, but not SIGTERM.
-        (signal.SIGTERM, signal.SIG_IGN),
-    ],
-)
-def test_signal_ends_a_command_with_status_130(
-    number: int, ctrl_c: Any, monkeypatch: pytest.MonkeyPatch
+def test_sigterm_ends_a_command_in_the_background_of_a_script(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A script's shell makes it ignore Ctrl-C, but not SIGTERM."""
+
     def ended(**_: object) -> None:
-        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(cli, "app", ended)
-    before = signal.signal(signal.SIGINT, ctrl_c), signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
         main()
     signal.signal(signal.SIGINT, before[0])
@@ -133,49 +113,37 @@ def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     assert [line for line in result.output.splitlines() if len(line) > 80] == []
 
 
-def at_a_terminal(folder: Path, *arguments: str, interrupt_after: str, by: int) -> tuple[int, str]:
-    """Run a command at a terminal, and interrupt it after a text. Return status and output."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "asyncbucket", *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=folder,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
-        start_new_session=True,
-    )
-    os.close(theirs)
-    seen, end = "", time.monotonic() + _PATIENCE
-    while time.monotonic() < end:
-        if not select.select([ours], [], [], 0.05)[0]:
-            continue
-        try:
-            seen += os.read(ours, 65_536).decode(errors="replace")
-        except OSError:  # it has ended, and nobody holds the other side
-            break
-        if interrupt_after and interrupt_after in seen:
-            time.sleep(0.5)  # until it is at work: Python itself is noisy while it makes a loop
-            os.killpg(process.pid, by)
-            interrupt_after = ""
-    os.close(ours)
-    process.kill()
-    return process.wait(), seen
-
-
 @pytest.mark.real_clock  # a terminal and a signal: another process's time
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("command", "shown", "number"),
     [("demo", "429s", signal.SIGINT), ("watch", "500 requests", signal.SIGTERM)],
 )
 def test_signal_ends_what_moves_without_traceback_and_restores_cursor(
-    tmp_path: Path, command: str, shown: str, number: int
+    command: str, shown: str, number: int
 ) -> None:
-    with Limiter("500 RPM").serve_stats() as server:
+    ours, theirs = pty.openpty()
+    with Limiter("500 RPM").serve_stats() as server, contextlib.ExitStack() as stack:
         arguments = [server.url] if command == "watch" else []
-        status, seen = at_a_terminal(
-            tmp_path, command, *arguments, interrupt_after=shown, by=number
+        process = subprocess.Popen(
+            [sys.executable, "-m", "asyncbucket", command, *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80"},
+            start_new_session=True,
         )
-    assert status == 130, seen
+        stack.callback(process.kill)
+        os.close(theirs)
+        seen, is_sent = "", False
+        with contextlib.suppress(OSError):  # it has ended, and nobody holds the other side
+            while True:
+                seen += os.read(ours, 65_536).decode(errors="replace")
+                if shown in seen and not is_sent:
+                    time.sleep(0.5)  # until it is at work: Python is noisy while it makes a loop
+                    os.killpg(process.pid, number)
+                    is_sent = True
+        os.close(ours)
+        assert process.wait() == 130, seen
     assert "Traceback" not in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1

@@ -2,7 +2,6 @@
 
 import json
 import socket
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -34,21 +33,16 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
     assert all(each["remedy"] for each in findings if each["state"] != "good")
 
 
-def test_reachable_store_is_reported_with_its_answer_time(tmp_path: Path) -> None:
-    (line,) = [
-        line
-        for line in typed("--store", f"sqlite:///{tmp_path}/limits.db").splitlines()
-        if " answers in " in line
-    ]
-    assert line.startswith("ok ")
-    assert "/limits.db, size " in line
-
-
-def test_slow_store_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_SLOW", 0.0)
+@pytest.mark.parametrize(("slow", "state"), [(9.0, "good"), (0.0, "note")])
+def test_store_is_reported_with_its_answer_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, state: str
+) -> None:
+    monkeypatch.setattr(doctor, "_SLOW", slow)
     finding = doctor.shared_store(f"sqlite:///{tmp_path}/limits.db")
-    assert finding.state == "note"
-    assert "keep the store near its workers" in str(finding.remedy)
+    assert finding.state == state
+    assert " answers in " in finding.found
+    assert "/limits.db, size " in finding.found
+    assert (finding.remedy is None) == (state == "good")
 
 
 def test_unreachable_store_is_named_without_its_password() -> None:
@@ -56,12 +50,8 @@ def test_unreachable_store_is_named_without_its_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     url = f"redis://user:secret@127.0.0.1:{port}/0"  # closed by now
-    (finding,) = (
-        each
-        for each in json.loads(typed("--json", "--store", url, status=1))
-        if each["about"] == "store"
-    )
-    assert finding["state"] == "bad"
+    *_, finding = json.loads(typed("--json", "--store", url, status=1))
+    assert (finding["about"], finding["state"]) == ("store", "bad")
     assert finding["found"].count(f"redis://***@127.0.0.1:{port}/0") == 1
     assert "secret" not in finding["found"]
     assert finding["found"].endswith("; see whether it runs")
@@ -75,34 +65,13 @@ def test_store_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no answer within 0.1 s; see whether it runs" in finding.found
 
 
-@pytest.mark.parametrize(
-    ("installed", "found"),
-    [
-        ({}, [("good", "")]),
-        (
-            {"httpx": "0.28", "openai": "2.54", "llama-index-llms-openai": "1"},
-            [
-                ("good", "openai 2.54, llama-index-llms-openai 1, httpx 0.28"),
-                (
-                    "note",
-                    "clients of openai, llama-index-llms-openai retry by themselves, and layers of retries multiply",
-                ),
-            ],
-        ),
-    ],
-)
-def test_packages_and_retries_are_reported(
-    installed: dict[str, str], found: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_and_retries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"httpx": "0.28", "openai": "2.54", "llama-index-llms-openai": "1"}
     monkeypatch.setattr(doctor, "version_of", installed.get)
-    first, *rest = doctor.packages()
+    first, found, retries = doctor.packages()
     assert first.found.startswith("(not installed) on cpython 3")
-    assert [(each.state, each.found) for each in rest] == found
-
-
-def test_version_of_what_is_not_installed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_: str) -> str:
-        raise PackageNotFoundError
-
-    monkeypatch.setattr(doctor, "version", missing)
-    assert doctor.version_of("asyncbucket") is None
+    assert found.found == "openai 2.54, llama-index-llms-openai 1, httpx 0.28"
+    assert retries.state == "note"
+    assert retries.found.startswith("clients of openai, llama-index-llms-openai retry by")
+    monkeypatch.setattr(doctor, "version_of", {}.get)
+    assert [each.state for each in doctor.packages()] == ["good", "good"]

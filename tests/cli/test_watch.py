@@ -42,8 +42,8 @@ LOOK: dict[str, Any] = {
 }
 
 
-def panel_of(now: dict[str, Any], before: dict[str, Any] | None = None) -> Panel:
-    (panel,) = compare([now], [] if before is None else [before], 2.0)
+def panel_of(now: dict[str, Any], *before: dict[str, Any]) -> Panel:
+    (panel,) = compare([now], before, 2.0)
     return panel
 
 
@@ -63,17 +63,11 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     )
 
 
-def test_dollars_are_shown_as_dollars() -> None:
+def test_dollars_are_shown_as_dollars_and_a_burst_that_binds_as_pace() -> None:
     money = {**limit("usd", 25_000_000, 1_230_000, 23_770_000), "limit": "25 USD per 86,400 s"}
-    panel = panel_of({**LOOK, "limits": [money]})
+    panel = panel_of({**LOOK, "limits": [money, limit("tokens", 10_000, 4_000, 0)]})
     assert panel.bars[0].label == "1.23 of 25 USD per 86,400 s"
-
-
-def test_limit_that_binds_by_its_burst_is_called_paced() -> None:
-    limits = [limit("tokens", 10_000, 4_000, 0)]
-    panel = panel_of({**LOOK, "limits": limits, "paused": 0.02})
-    assert panel.bars[0].note == "binds, paced"
-    assert panel.facts[0] == "paused for 0.02 s more"  # not 0.0 s
+    assert panel.bars[1].note == "binds, paced"
 
 
 async def test_only_the_limit_that_binds_is_marked(virtual_time: VirtualTime) -> None:
@@ -155,12 +149,8 @@ def test_watch_reports_a_server_that_is_no_limiter(answer: bytes) -> None:
 def test_watch_shows_the_same_limit_fields_for_store_and_program(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'limits.db'}"
 
-    async def main() -> None:
-        limiter = Limiter("60 RPM", concurrency=2, store=url, name="openai")
-        (await limiter.acquire()).release()
-        await limiter.aclose()
-
-    asyncio.run(main())
+    with Limiter("60 RPM", concurrency=2, store=url, name="openai").acquire_sync():
+        pass
     done = run.invoke(app, ["watch", url, "--once", "--json"])
     (seen,) = json.loads(done.stdout)["limiters"]
     (limit,) = seen["limits"]
@@ -169,10 +159,9 @@ def test_watch_shows_the_same_limit_fields_for_store_and_program(tmp_path: Path)
     assert (seen["name"], limit["label"], limit["used"]) == ("openai", "rpm", 1)
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_watch_ends_well_when_the_program_does(options: tuple[str, ...]) -> None:
+def test_watch_ends_well_when_the_program_does() -> None:
     server = Limiter("600 RPM", name="openai").serve_stats()
     threading.Timer(0.3, server.close).start()
-    done = run.invoke(app, ["watch", server.url, "--interval", "0.1", *options])
+    done = run.invoke(app, ["watch", server.url, "--interval", "0.1"])
     assert (done.exit_code, done.stderr) == (0, "the program that was watched has ended\n")
     assert done.stdout.count("openai") >= 1

@@ -136,7 +136,6 @@ def test_openais_error_tells_tokens_from_requests() -> None:
     ("caller", "protocol"),
     [
         (scope("/x", b"anthropic-version"), "anthropic"),
-        (scope("/x", b"x-goog-api-key"), "google"),
         (scope("/v1beta/openai/chat/completions"), "openai"),
         (scope("/v1/projects/p/locations/l/publishers/google/models/m:rawPredict"), "google"),
         (scope("/v1/models/ft:gpt-4o-mini:acme::id"), "openai"),

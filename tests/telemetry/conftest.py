@@ -1,9 +1,12 @@
-"""What the tests of telemetry share: a limiter, and events that happen as a test says."""
+"""What the tests of telemetry share: a limiter, events that happen as a test says, and a scrape."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from asyncbucket import Limiter
 from asyncbucket.core.events import Admitted, Event
@@ -12,6 +15,25 @@ from asyncbucket.core.levels import emit, shown_name
 Say: TypeAlias = Callable[..., None]
 
 COST = {"requests": 1, "tokens": 900, "input_tokens": 600, "output_tokens": 300, "concurrency": 1}
+
+
+def scrape(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
+    """Return each sample by its name and the values of its labels, sorted by name."""
+    return Counter(
+        {
+            (
+                sample.name.removeprefix("asyncbucket_"),
+                *(value for _, value in sorted(sample.labels.items())),
+            ): sample.value
+            for family in text_string_to_metric_families(generate_latest(registry).decode())
+            for sample in family.samples
+        }
+    )
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
 
 
 @pytest.fixture

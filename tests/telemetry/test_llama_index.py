@@ -1,4 +1,4 @@
-"""Waits and refusals beside what LlamaIndex reports of models and agents."""
+"""Refusals, retries and pauses beside what LlamaIndex reports of models and agents."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,11 +9,7 @@ from llama_index_instrumentation.base import BaseEvent
 from llama_index_instrumentation.event_handlers import BaseEventHandler
 from pydantic import PrivateAttr
 
-from asyncbucket import AcquireTimeout, Limiter, events, telemetry
-from asyncbucket.llama_index import RateLimitRefusedEvent
-from asyncbucket.testing import VirtualTime
-
-dispatcher = get_dispatcher("tests.telemetry")
+from asyncbucket import Limiter, events, telemetry
 
 
 class _Handler(BaseEventHandler):
@@ -54,22 +50,3 @@ def test_refusals_retries_and_pauses_are_reported_with_numbers(
         {"class_name": f"RateLimit{kind}Event", "limiter": "openai", **numbers}
         for kind, numbers in (("Refused", refusal), ("Retry", retry), ("Pause", pause))
     ]
-
-
-async def test_refusal_event_is_in_the_span_of_its_caller(
-    virtual_time: VirtualTime, seen: list[BaseEvent]
-) -> None:
-    limiter = Limiter(concurrency=1, name="mine", clock=virtual_time.clock)
-    telemetry.llama_index(limiter)
-
-    @dispatcher.span
-    async def ask_by_hand() -> None:
-        async with limiter.acquire(timeout=2):
-            raise AssertionError("unreachable")
-
-    async with limiter.acquire():
-        with pytest.raises(AcquireTimeout):
-            await ask_by_hand()
-    (refused,) = [event for event in seen if isinstance(event, RateLimitRefusedEvent)]
-    assert (refused.reason, refused.bound_by) == ("timeout", "concurrency")
-    assert str(refused.span_id).startswith("test_refusal_event")

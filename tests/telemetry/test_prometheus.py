@@ -4,28 +4,9 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from asyncbucket import Limiter, agent, events, telemetry
-from tests.telemetry.conftest import COST
-
-
-def scrape(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
-    text = generate_latest(registry).decode()
-    return {
-        (
-            sample.name.removeprefix("asyncbucket_"),
-            *(value for key, value in sorted(sample.labels.items()) if key != "le"),
-        ): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.name.endswith(("_created", "_bucket"))
-    }
-
-
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
+from tests.telemetry.conftest import COST, scrape
 
 
 def test_registry_knows_all_names_before_anything_is_counted(
@@ -89,24 +70,6 @@ def test_tokens_are_counted_as_reserved_used_and_refunded(
     assert seen["tokens_total", "reserved", "openai"] == 900
     assert seen["tokens_total", "used", "openai"] == 750  # a counter never falls
     assert seen["tokens_total", "refunded", "openai"] == 200 + 30
-
-
-def test_gauges_are_read_at_scrape_time_at_every_level(registry: CollectorRegistry) -> None:
-    limiter = Limiter("500 RPM burst 500", "200k TPM", concurrency=4, name="openai")
-    telemetry.prometheus(limiter, registry=registry)
-    with limiter.acquire_nowait(requests=100) as lease, limiter.child("chat").acquire_nowait():
-        lease.settle(tokens=220_000)
-        seen = scrape(registry)
-    assert (seen["in_flight_requests", "openai"], seen["in_flight_requests", "openai/chat"]) == (
-        2,
-        1,
-    )
-    assert {key[1]: value for key, value in seen.items() if key[0].endswith("_ratio")} == {
-        "rpm": pytest.approx(0.202, abs=0.001),
-        "tpm": pytest.approx(1.1),
-        "concurrency": 0.5,
-    }
-    assert scrape(registry)["in_flight_requests", "openai"] == 0
 
 
 def test_counters_of_watched_limiter_include_those_below_it(

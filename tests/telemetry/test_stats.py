@@ -33,40 +33,15 @@ def get(url: str, **headers: str) -> str:
         return str(reply.read().decode())
 
 
-def test_report_lists_children_and_counts_tenants_without_names() -> None:
-    seen = report([busy()])
-    assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
-    root, chat = seen["limiters"]
-    assert (root["admitted"], chat["admitted"]) == (2, 1)
-    assert root["upstream_429"] == 1
-    assert 59 < root["paused"] <= 60
-    assert root["limits"][1] == {
-        "limit": "10,000 tokens per 60 s",
-        "label": "tpm",
-        "resource": "tokens",
-        "amount": 10_000,
-        "per": 60,
-        "used": 150,
-        "available": 9_850,
-    }
-    assert "secret" not in json.dumps(seen)
-
-
 def test_child_beside_its_parent_is_shown_once() -> None:
     parent = Limiter("5 RPM", name="chat")
     seen = report([parent, parent.child("a")])
     assert [each["name"] for each in seen["limiters"]] == ["chat", "chat/a"]
 
 
-@pytest.mark.parametrize(
-    ("limiters", "port", "error"),
-    [("chat", 0, AttributeError), ([], 99_999, OverflowError)],
-)
-def test_what_cannot_be_served_is_refused_at_once(
-    limiters: Any, port: int, error: type[Exception]
-) -> None:
-    with pytest.raises(error):
-        serve_stats(limiters, port=port)
+def test_what_is_no_limiter_is_refused_at_once() -> None:
+    with pytest.raises(AttributeError):
+        serve_stats("chat")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +55,32 @@ def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch
             busy().serve_stats(port=port)
 
 
-def test_report_is_served_but_foreign_host_name_gets_403() -> None:
+def test_report_is_served_with_children_without_names_of_tenants() -> None:
     with busy().serve_stats() as server:
         assert repr(server) == f"<StatsServer at {server.url}>"
+        text = get(server.url)
+    root, chat = json.loads(text)["limiters"]
+    assert [(each["name"], each["admitted"]) for each in (root, chat)] == [
+        *(("openai", 2), ("openai/chat", 1))
+    ]
+    assert root["upstream_429"] == 1
+    assert 59 < root["paused"] <= 60
+    assert root["limits"][1] == {
+        "limit": "10,000 tokens per 60 s",
+        "label": "tpm",
+        "resource": "tokens",
+        "amount": 10_000,
+        "per": 60,
+        "used": 150,
+        "available": 9_850,
+    }
+    assert "secret" not in text
+
+
+def test_foreign_host_name_gets_403() -> None:
+    with busy().serve_stats() as server:
         for host in ("localhost", "127.0.0.1:80", "[::1]", "[::1]:4294"):
-            seen = json.loads(get(server.url, Host=host))
-            assert [each["name"] for each in seen["limiters"]] == ["openai", "openai/chat"]
+            assert "openai" in get(server.url, Host=host)
         for host in ("evil.example", "::1", "[", "localhost.evil.example"):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 get(server.url, Host=host)
@@ -141,7 +136,6 @@ async def test_notebook_shows_statistics_with_escaped_html(virtual_time: Virtual
         html = limiter._repr_html_()
         assert "&lt;b&gt;" in html
         assert "1 admitted · 1 waiting (concurrency binds) · 1 of 1 in flight" in html
-        assert "600 requests per 60 s" in html
         assert "paused" not in html
         assert str(limiter.statistics()) == (
             "<b>: 1 admitted, 1 waiting (concurrency binds), 1 of 1 in flight, 0 refused, 0 cancelled, "
@@ -149,9 +143,8 @@ async def test_notebook_shows_statistics_with_escaped_html(virtual_time: Virtual
         )
         limiter.pause(9)
     await asyncio.sleep(1)
-    html = limiter._repr_html_()
-    assert "1 admitted · 1 waiting · 0 of 1 in flight" in html
-    assert "paused for 8 s more" in html
+    assert "1 waiting · 0 of 1 in flight" in limiter._repr_html_()
+    assert "paused for 8 s more" in limiter._repr_html_()
     (await waiting).release()
 
 
@@ -171,18 +164,13 @@ async def test_trace_keeps_and_saves_the_last_events(
     assert [units for _, units in trace.amounts("tokens")] == [10] * 5
     assert_never_over(trace.amounts("requests"), limiter.limits[0])
     trace.save(tmp_path / "trace.jsonl")
-    head, *events = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
+    head, first, *_, last = map(json.loads, (tmp_path / "trace.jsonl").read_text().splitlines())
     assert head["limiter"] == "openai"
     assert head["limits"][1] == {"resource": "tokens", "amount": 1000, "per": 60, "burst": None}
-    assert events[0]["event"] == "admitted"
-    assert events[0]["limiter"] == "openai/chat"
-    assert events[-1] == {
-        "event": "paused",
-        "at": 4.0,
-        "limiter": "openai",
-        "seconds": 1,
-        "reason": "",
-    }
+    assert (first["event"], first["limiter"]) == ("admitted", "openai/chat")
+    assert first["cost"]["tokens"] == 10
+    paused = {"event": "paused", "at": 4.0, "limiter": "openai", "seconds": 1, "reason": ""}
+    assert last == paused
 
 
 @pytest.mark.parametrize("last", [0, 1.5])

@@ -124,9 +124,7 @@ class CallerTerms:
             self._kinds.add(kind)
         kind = kind if kind in self._kinds else None
         key = (tenant, kind, name)
-        run = self._agents.get(key)
-        if run is None:
-            run = self._agents[key] = _RunningAgent(Agent(name, kind, None))
+        run = self._agents.setdefault(key, _RunningAgent(Agent(name, kind, None)))
         if run.end is not None:
             run.end.cancel()
         run.calls += 1
