@@ -183,13 +183,22 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     assert KEY not in told.text
 
 
-@pytest.mark.parametrize("target", [b"*", b"http://evil.example/"])
-async def test_proxy_of_http_is_what_it_is_not(upstream: Any, target: bytes) -> None:
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (b"*", "not as an HTTP proxy"),
+        (b"http://evil.example/", "not as an HTTP proxy"),
+        (b"/" + b"x" * 65_536, "the path is too long"),
+    ],
+)
+async def test_path_that_cannot_be_sent_on_is_refused(
+    upstream: Any, target: bytes, message: str
+) -> None:
     async with proxied(upstream[1]) as proxy:
         exact = {"target": target}
         told = await proxy.client.request("OPTIONS", "/", extensions=exact)
     assert (told.status_code, upstream[0].calls) == (400, 0)
-    assert "not as an HTTP proxy" in told.text
+    assert message in told.text
 
 
 async def test_provider_out_of_reach_is_502() -> None:
