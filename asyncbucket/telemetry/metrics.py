@@ -142,7 +142,7 @@ class Metrics(ABC):
 def _labels(root: str, name: str) -> list[str]:
     """Return the names under which an event at ``name`` counts, from ``root`` down."""
     below = name.removeprefix(root)
-    if below == name or below[:1] not in ("", "/"):  # a pool's call: the pool is a child here
+    if name != root and not name.startswith(f"{root}/"):  # a pool's call: the pool is a child here
         below = f"/{name.partition('/')[0]}"
     parts = below.split("/")
     return [root + "/".join(parts[: depth + 1]) for depth in range(len(parts))]

@@ -25,6 +25,7 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
     monkeypatch.setenv("NO_COLOR", "1")
     lines = typed().splitlines()
     findings = json.loads(typed("--json"))
+    assert any(line.startswith("      -> limiter.wrap(...) and pace(...)") for line in lines)
     assert lines[0].split()[:2] == ["ok", "asyncbucket:"]
     assert lines[-1].startswith("0 wrong, ")
     assert max(map(len, lines)) <= 60

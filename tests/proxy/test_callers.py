@@ -77,6 +77,8 @@ def test_tenant_of_a_key_is_the_same_for_each_of_its_calls_and_is_not_the_key() 
     ]
     assert seen[0] == seen[1] != seen[2]
     assert "sk-one" not in str(seen)
+    elsewhere = inherited_by(CallerTerms(), by_key=True, authorization="Bearer sk-one")
+    assert elsewhere.tenant != seen[0]
 
 
 def scope(path: str, *headers: bytes) -> dict[str, Any]:

@@ -59,6 +59,7 @@ async def test_call_reaches_the_provider_as_it_was_sent(
         )
         got = await proxy.client.send(request, stream=True)
         raw = b"".join([chunk async for chunk in got.aiter_raw()])
+        await until(lambda: not proxy.proxy._held)
 
     seen = json.loads(gzip.decompress(raw))
     assert got.status_code == 201
@@ -201,6 +202,16 @@ async def test_path_that_cannot_be_sent_on_is_refused(
     assert message in told.text
 
 
+async def test_length_beside_chunks_counts_for_nothing(upstream: Any) -> None:
+    async with proxied(upstream[1]) as proxy:
+        reader, writer = await proxy.connect()
+        headers = b"host: localhost\r\ntransfer-encoding: chunked\r\ncontent-length: 9\r\n"
+        writer.write(b"POST /x HTTP/1.1\r\n" + headers + b"connection: close\r\n\r\n")
+        writer.write(b"2\r\n{}\r\n0\r\n\r\n")
+        assert await reader.readline() == b"HTTP/1.1 201 Created\r\n"
+        writer.close()
+
+
 async def test_provider_out_of_reach_is_502() -> None:
     async with proxied("http://127.0.0.1:1", rpm=60) as proxy:
         proxy.proxy._transport = proxy.limiter.transport(retries=0)
@@ -285,6 +296,14 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
         replies = await asyncio.gather(*calls[:100])
     assert {reply[:12] for reply in replies} == {b"HTTP/1.1 201"}
     assert app.calls == 100
+
+
+async def test_path_behind_v1_is_added_to_a_members_url(tmp_path: Path, upstream: Any) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text(f'[member.one]\nrpm = 60\nbase_url = "{upstream[1]}/base"\n')
+    async with proxied(None, pool=file) as proxy:
+        seen = (await proxy.client.get("/v1/x?debug=1")).json()
+    assert seen["target"] == "/base/x?debug=1"
 
 
 async def test_pool_goes_on_at_the_others_if_a_provider_dies(

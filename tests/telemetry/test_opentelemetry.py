@@ -113,7 +113,7 @@ def test_wait_span_is_inside_the_callers_span(
 
 
 def test_only_waits_have_spans_and_those_that_end_in_refusal_are_errors(
-    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
+    limiter: Limiter, otel: Telemetry, say: Any, admit: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     otel.watch(limiter)
     admit(limiter)
@@ -123,6 +123,7 @@ def test_only_waits_have_spans_and_those_that_end_in_refusal_are_errors(
     say(limiter, events.Refused, reason="queue_full", bound_by=None, retry_after=None)
     say(limiter, events.Queued, waiting=1)
     say(limiter, events.Cancelled, waited=2.0)
+    assert caplog.records == []  # no span is ended twice
     refused, cancelled = otel.spans
     assert refused.status.status_code is StatusCode.ERROR
     assert cancelled.status.status_code is StatusCode.UNSET

@@ -85,13 +85,15 @@ def test_counters_of_watched_limiter_include_those_below_it(
 
 
 def test_limiters_share_registry_and_one_name(registry: CollectorRegistry, admit: Any) -> None:
-    one, two, twin = (Limiter(name=name) for name in ("openai", "anthropic", "openai"))
+    one, twin = (Limiter(f"{rpm} RPM", name="openai") for rpm in (5, 50))
+    two = Limiter(name="anthropic")
     off, *_ = (telemetry.prometheus(each, registry=registry) for each in (one, two, twin))
     for each in (one, two, twin):
         admit(each)
     held = [each.acquire_nowait() for each in (one, twin)]
     seen = scrape(registry)
     assert seen["in_flight_requests", "openai"] == len(held)
+    assert seen["limit_used_ratio", "rpm", "openai"] == 0.2  # the fuller
     assert seen["wait_seconds_count", "none", "openai"] == 4
     assert seen["wait_seconds_count", "none", "anthropic"] == 1
     off()

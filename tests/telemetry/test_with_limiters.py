@@ -258,7 +258,7 @@ async def test_members_of_a_pool_are_shown_with_it(
     virtual_time: VirtualTime, registry: CollectorRegistry
 ) -> None:
     a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
-    pool = Pool(a, b, name="all")
+    pool = Pool(a, b, name="key-100-and-300")
     other = Pool(b, Limiter("5 RPM", name="spare", clock=virtual_time.clock), name="other")
     off = telemetry.prometheus(pool, registry=registry)
     telemetry.prometheus(other, registry=registry)  # one of whose members is shown already
@@ -269,14 +269,14 @@ async def test_members_of_a_pool_are_shown_with_it(
     ended = {
         key[1]: n for key, n in scrape(registry).items() if key[::2] == ("requests_total", "ok")
     }
-    at_b = 2 - a.children["all"].statistics().admitted
+    at_b = 2 - a.children[pool.name].statistics().admitted
     assert ended == {
-        "all": 2, "all/chat": 1, "other": 0, "spare": 0,
-        "key-100": 3 - at_b, "key-100/all": 2 - at_b, "key-300": 1 + at_b, "key-300/all": at_b,
-        "key-300/other": 0, "spare/other": 0,
+        pool.name: 2, f"{pool.name}/chat": 1, "other": 0, "spare": 0,
+        "key-100": 3 - at_b, f"key-100/{pool.name}": 2 - at_b,
+        "key-300": 1 + at_b, f"key-300/{pool.name}": at_b, "key-300/other": 0, "spare/other": 0,
     }  # fmt: skip
     used = {key[2]: n for key, n in scrape(registry).items() if key[0].endswith("used_ratio")}
-    assert used["all"] == pytest.approx(4 / 400)
+    assert used[pool.name] == pytest.approx(4 / 400)
     assert used["key-100"] == pytest.approx((3 - at_b) / 100)
     names = [each["name"] for each in report([pool, a])["limiters"]]
     assert sorted(names) == sorted(ended.keys() - {"other", "spare", "spare/other"})

@@ -225,12 +225,9 @@ class Proxy:
             url = url.copy_with(raw_path=target)
         except httpx.InvalidURL:
             raise ProxyError("the path is too long") from None
-        extensions: dict[str, Any] = {"timeout": _TIMEOUT}
-        if self._pooled_at is None:
-            extensions["target"] = target  # as it came: httpx would percent-encode it differently
         content = await self._body(caller) or None
         return httpx.Request(
-            scope["method"], url, headers=headers, content=content, extensions=extensions
+            scope["method"], url, headers=headers, content=content, extensions={"timeout": _TIMEOUT}
         )
 
     async def _body(self, caller: "_Caller") -> bytes | AsyncIterator[bytes]:
