@@ -258,7 +258,7 @@ async def test_members_of_a_pool_are_shown_with_it(
     virtual_time: VirtualTime, registry: CollectorRegistry
 ) -> None:
     a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
-    pool = Pool(a, b, name="key-100-and-300")
+    pool = Pool(a, b, name="key-300-and-100")
     other = Pool(b, Limiter("5 RPM", name="spare", clock=virtual_time.clock), name="other")
     off = telemetry.prometheus(pool, registry=registry)
     telemetry.prometheus(other, registry=registry)  # one of whose members is shown already
