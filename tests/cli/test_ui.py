@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from asyncbucket.cli.ui import Bar, Panel, Screen, draw
 
@@ -22,17 +22,13 @@ def console(*, width: int = 80, unicode: bool = True, terminal: bool = False) ->
     return Console(file=file, width=width, color_system=None, force_terminal=terminal)
 
 
-def shown(on: Console, *drawn: RenderableType) -> list[str]:
-    with on.capture() as captured:
-        on.print(*drawn)
-    return [line.rstrip() for line in captured.get().splitlines()]
-
-
 @pytest.mark.parametrize("width", [60, 80, 160])
 @pytest.mark.parametrize("unicode", [True, False])
 def test_panel_fits_its_terminal_with_facts_indented(*, width: int, unicode: bool) -> None:
     on = console(width=width, unicode=unicode)
-    title, *below = [line for line in shown(on, draw([PANEL])) if line]
+    with on.capture() as captured:
+        on.print(draw([PANEL]))
+    title, *below = [line.rstrip() for line in captured.get().splitlines() if line.strip()]
     assert title == "openai"
     assert below[1].endswith("99%  < binds")
     assert ("━━━━" if unicode else "----") in below[1]

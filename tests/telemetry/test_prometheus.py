@@ -3,7 +3,7 @@ import sys
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
 from asyncbucket import Limiter, agent, events, telemetry
 from tests.telemetry.conftest import COST, scrape
@@ -119,14 +119,6 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
     telemetry.prometheus(tree[then], registry=CollectorRegistry())
     off()
     telemetry.prometheus(tree[then], registry=registry)
-
-
-def test_default_registry_is_that_of_prometheus_client(limiter: Limiter) -> None:
-    off = telemetry.prometheus(limiter)
-    shown = b'asyncbucket_queued_requests{limiter="openai"} 0.0'
-    assert shown in generate_latest(REGISTRY)
-    off()
-    assert shown not in generate_latest(REGISTRY)
 
 
 @pytest.mark.parametrize(
