@@ -99,7 +99,7 @@ def main() -> None:
     recorders = [record(None), record(limiter)]
     draw(recorders)
     for recorder in recorders:
-        print(recorder.run)
+        print(recorder.run.name, recorder.run.figures())
     print(machine_line())
 
 

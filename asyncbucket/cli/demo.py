@@ -37,8 +37,6 @@ _WINDOW: Final = 6.0
 _MIN_WINDOWS: Final = 4
 _RPM: Final = 600
 _CONCURRENCY: Final = 60
-#: Seconds of a quick run.
-_QUICK: Final = 6.0
 #: One call in this many is a batch of embeddings; an agent makes two calls, around its tool.
 _CALLS_PER_BATCH: Final = 12
 CALLS_PER_AGENT: Final = 2
@@ -75,7 +73,7 @@ def demo(
         asyncbucket demo --quick
         asyncbucket demo --rpm 2400
     """
-    scenario = scenario_of(_QUICK if quick else seconds, rpm=rpm)
+    scenario = scenario_of(6.0 if quick else seconds, rpm=rpm)
     limiter = Limiter(scenario.requests, scenario.tokens, concurrency=_CONCURRENCY)
     runs = [Run(scenario=scenario), Run(scenario=scenario, limiter=limiter)]
     console = Console(highlight=False)

@@ -122,7 +122,6 @@ def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int | None = Non
         OSError: the port is taken, or not available; the message says which.
     """
     served = [limiters] if isinstance(limiters, Limiter) else limiters
-    report(served)  # what is no limiter fails here, not in the server's thread
     if port is None:
         with contextlib.suppress(OSError):
             return StatsServer(served, DEFAULT_PORT)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.telemetry import report, serve_stats
+from asyncbucket.telemetry import report
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.conftest import python
 
@@ -37,11 +37,6 @@ def test_child_beside_its_parent_is_shown_once() -> None:
     parent = Limiter("5 RPM", name="chat")
     seen = report([parent, parent.child("a")])
     assert [each["name"] for each in seen["limiters"]] == ["chat", "chat/a"]
-
-
-def test_what_is_no_limiter_is_refused_at_once() -> None:
-    with pytest.raises(AttributeError):
-        serve_stats("chat")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

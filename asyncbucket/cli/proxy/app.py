@@ -60,6 +60,8 @@ _HELD_BODY: Final = 4 * 1_048_576
 _HELD: Final = 64 * _HELD_BODY
 #: Seconds, as the SDKs have them; how many connections there are is the limiter's business.
 _TIMEOUT: Final = {"connect": 5.0, "read": 600.0, "write": 600.0, "pool": None}
+#: A caller that sends nothing of its body for so many seconds holds memory, or a slot, in vain.
+_STALLED: Final = 60.0
 #: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
 _GRACE: Final = 25
 #: A caller takes two descriptors, one on each side; many systems allow 1,024.
@@ -163,8 +165,9 @@ class Proxy:
             case "/" | "/stats":
                 return JSONResponse(report([self.limiter]))
             case "/metrics":
-                metrics = generate_latest(self._registry)
-                return Response(metrics, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+                return Response(
+                    generate_latest(self._registry), media_type=CONTENT_TYPE_PLAIN_0_0_4
+                )
             case _:
                 return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
 
@@ -204,7 +207,7 @@ class Proxy:
         """Return the provider's request.
 
         Raises:
-            ProxyError: it is for a WebSocket, or its path cannot be sent.
+            ProxyError: it is for a WebSocket, its path cannot be sent, or it does not come.
         """
         scope = caller.scope
         upgrade = dict(scope["headers"]).get(b"upgrade", b"")
@@ -283,10 +286,15 @@ class _Caller:
 
         Raises:
             ClientDisconnect: it hung up before the end.
+            ProxyError: it sent nothing for a while.
         """
         more = True
         while more:
-            message = await self.receive()
+            try:
+                async with asyncio.timeout(_STALLED):
+                    message = await self.receive()
+            except TimeoutError:
+                raise ProxyError("nothing of the body came for a minute", status=408) from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             more = message.get("more_body", False)
