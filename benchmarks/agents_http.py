@@ -9,7 +9,7 @@ from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limiter, agent
-from asyncbucket.testing import ProviderProcess
+from benchmarks.harness import served_provider
 
 #: Agents of each kind; how many conversations one holds side by side, and questions in each.
 KINDS: Final = {"chat": (28, 1, 1), "tools": (22, 1, 4), "research": (10, 5, 2)}
@@ -60,13 +60,8 @@ async def _drive(base_url: str, *, scopes: bool) -> tuple[list[float], float]:
 
 def play(*, scopes: bool) -> tuple[list[float], float, int]:
     """Return the seconds that each agent took, those of the whole run, and refusals."""
-    provider = ProviderProcess(
+    with served_provider(
         rpm=_RPM, minute=_MINUTE, latency=(0.1, 0.4), policy="sliding_window"
-    )
-    provider.start()
-    try:
+    ) as provider:
         seconds, whole = asyncio.run(_drive(provider.base_url, scopes=scopes))
-        refused = sum(not arrival.admitted for arrival in provider.arrivals)
-    finally:
-        provider.stop()
-    return seconds, whole, refused
+    return seconds, whole, provider.seen.refused

@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.options import POLICY_NAMES, PolicyName
-from benchmarks.harness import progress
+from asyncbucket.testing.enforcer import POLICY_NAMES, PolicyName
+from benchmarks.harness import progress, served_provider
 from benchmarks.plot import OURS, THEIRS, pages
 from benchmarks.report import machine_line, versions_line, write_files
 from benchmarks.ways import PATIENCE, RPM, TPM, WAYS, Place, Way
@@ -65,8 +64,8 @@ class Outcome:
 async def drive(way: Way, policy: PolicyName, *, calls: int) -> Outcome:
     """Send ``calls`` chats at once through one way to one provider."""
     logging.disable()  # some peers tell of each retry
-    with ProviderProcess(latency=LATENCY, rpm=RPM, tpm=TPM, policy=policy) as provider:
-        place = Place(provider.url)
+    with served_provider(latency=LATENCY, rpm=RPM, tpm=TPM, policy=policy) as provider:
+        place = Place(provider.base_url.removesuffix("/v1"))
         async with way.start(place) as chat:
             begun, cpu = time.monotonic(), _cpu(place.processes)
             tasks = [asyncio.ensure_future(chat(f"Tell me about {n}.")) for n in range(calls)]
@@ -75,7 +74,7 @@ async def drive(way: Way, policy: PolicyName, *, calls: int) -> Outcome:
             for task in tasks:
                 task.cancel()
             replies = await asyncio.gather(*tasks, return_exceptions=True)
-        seen = provider.statistics()
+    seen = provider.seen
     errors = [reply for reply in replies if isinstance(reply, BaseException)]
     for kind in sorted({type(error).__name__ for error in errors}):
         sys.stderr.write(f"{way.name}, {policy}: lost calls with {kind}\n")

@@ -10,12 +10,17 @@ CPU time (time asleep is the limiter's job); the rest is wall time of a loop tha
 
 import asyncio
 import collections
+import contextlib
 import gc
+import json
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+from asyncbucket.testing import ProviderStatistics
 
 #: One sample: set up, measure, return the figure.
 Sample: TypeAlias = Callable[[], Coroutine[Any, Any, float]]
@@ -75,6 +80,30 @@ class Figure:
         """Return the median over the rounds of ``ours`` / ``theirs``."""
         pairs = zip(self.row(ours).samples, self.row(theirs).samples, strict=True)
         return statistics.median(mine / other for mine, other in pairs)
+
+
+@dataclass(slots=True)
+class ServedProvider:
+    """The bundled provider, while it runs in a process of its own."""
+
+    base_url: str
+    #: What it saw, once it has ended.
+    seen: ProviderStatistics = field(default_factory=ProviderStatistics)
+
+
+@contextlib.contextmanager
+def served_provider(**options: Any) -> Generator[ServedProvider]:
+    """Run the bundled provider in a process of its own, so that it takes no time of the caller's."""
+    given = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", *given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        provider = ServedProvider(process.stdout.readline().strip())
+        try:
+            yield provider
+        finally:
+            process.terminate()
+            provider.seen = ProviderStatistics(**json.loads(process.stdout.readline()))
 
 
 def progress(now: str = "") -> None:

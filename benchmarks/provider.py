@@ -22,9 +22,8 @@ from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.llms.openai import OpenAI
 
 import asyncbucket
-from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.options import PolicyName
-from benchmarks.harness import progress
+from asyncbucket.testing.enforcer import PolicyName
+from benchmarks.harness import progress, served_provider
 
 _MINUTE = 10.0
 _RPM = 300
@@ -135,7 +134,7 @@ def refusals(*, calls: int, policies: tuple[PolicyName, ...]) -> list[Outcome]:
 
 
 async def _drive(name: str, way: Way, policy: PolicyName, calls: int) -> Outcome:
-    with ProviderProcess(
+    with served_provider(
         rpm=_RPM, tpm=_TPM, minute=_MINUTE, policy=policy, latency=(0.1, 0.5)
     ) as provider:
         async with httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None)) as inner:
@@ -145,6 +144,6 @@ async def _drive(name: str, way: Way, policy: PolicyName, calls: int) -> Outcome
                 *(chat(f"Tell me about number {n}.") for n in range(calls)), return_exceptions=True
             )
             seconds = time.monotonic() - start
-        refused = provider.statistics().refused
+    refused = provider.seen.refused
     answered = sum(not isinstance(reply, BaseException) for reply in replies)
     return Outcome(name, policy, calls, answered, refused, seconds)

@@ -28,8 +28,8 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.testing import ProviderProcess
-from asyncbucket.testing.provider.options import POLICY_NAMES, PolicyName
+from asyncbucket.testing.enforcer import POLICY_NAMES, PolicyName
+from benchmarks.harness import served_provider
 
 MINUTE: Final = 20.0
 RPM: Final = 300
@@ -90,20 +90,21 @@ async def storm(door: Door, policy: PolicyName, load: Load) -> Outcome:
     limits = [Limit("requests", RPM, per=MINUTE), Limit("tokens", TPM, per=MINUTE)]
     limiter = Limiter(*limits, concurrency=CONCURRENCY, name="storm")
     async with AsyncExitStack() as stack:
-        provider = ProviderProcess(
-            rpm=RPM,
-            tpm=TPM,
-            minute=MINUTE,
-            policy=policy,
-            latency=LATENCY,
-            concurrency=CONCURRENCY,
+        provider = stack.enter_context(
+            served_provider(
+                rpm=RPM,
+                tpm=TPM,
+                minute=MINUTE,
+                policy=policy,
+                latency=LATENCY,
+                concurrency=CONCURRENCY,
+            )
         )
-        await stack.enter_async_context(provider)
         llm, embed_model = await _models(stack, door, limiter, provider.base_url)
         start = time.monotonic()
         counts = await asyncio.gather(*_jobs(llm, embed_model, load), return_exceptions=True)
         seconds = time.monotonic() - start
-        seen = provider.statistics()
+    seen = provider.seen
     minutes = seconds / MINUTE
     return Outcome(
         door=door,

@@ -17,7 +17,7 @@ from typing import Any
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limiter
-from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing import RateLimitedProvider
 
 PROMPTS = [f"Name a city whose name has {n} letters." for n in range(300)]
 
@@ -47,7 +47,7 @@ def run(base_url: str, checkpoint: str) -> None:
 def main() -> None:
     """Start a run, kill it as `kill -9` does, and start it again."""
     with (
-        ProviderProcess(rpm=6_000, tpm=1_000_000, latency=(0.05, 0.15)) as provider,
+        RateLimitedProvider(rpm=6_000, tpm=1_000_000, latency=(0.05, 0.15)) as provider,
         tempfile.TemporaryDirectory() as folder,
     ):
         arguments = (provider.base_url, str(Path(folder) / "run.db"))

@@ -29,7 +29,7 @@ from asyncbucket.core.wording import named, one_line
 from asyncbucket.plan.result import percent
 
 if TYPE_CHECKING:
-    from asyncbucket.testing import ProviderProcess
+    from asyncbucket.testing import RateLimitedProvider
 
 #: The provider's limits hold over windows of this length, unless the demo is too short.
 _WINDOW: Final = 6.0
@@ -158,7 +158,7 @@ class Run:
             return 0.0
         return ((self.ended_ns or time.monotonic_ns()) - self.started_ns) * 1e-9
 
-    def look(self, provider: "ProviderProcess") -> None:
+    def look(self, provider: "RateLimitedProvider") -> None:
         """Take over what the provider has counted."""
         seen = provider.statistics()
         self.requests, self.refused = seen.requests, seen.refused
@@ -198,9 +198,9 @@ class Run:
 
 def run_once(run: Run, screen: Screen) -> None:
     """Run the agents once, from the provider's start to its end."""
-    from asyncbucket.testing import ProviderProcess
+    from asyncbucket.testing import RateLimitedProvider
 
-    provider = ProviderProcess(
+    provider = RateLimitedProvider(
         rpm=run.scenario.requests.units,
         tpm=run.scenario.tokens.units,
         minute=run.scenario.requests.per,
@@ -217,7 +217,7 @@ def run_once(run: Run, screen: Screen) -> None:
         provider.stop()
 
 
-async def _drive(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
+async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
     asyncio.get_running_loop().set_exception_handler(_ignore)
     ticker = asyncio.create_task(_tick(run, screen, provider))
@@ -241,9 +241,9 @@ def _ignore(*_: object) -> None:
     """Say nothing."""
 
 
-async def _tick(run: Run, screen: Screen, provider: "ProviderProcess") -> None:
+async def _tick(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
     while True:
-        await asyncio.to_thread(run.look, provider)
+        run.look(provider)
         screen.show([run.panel()])
         await asyncio.sleep(screen.interval(_LINE_INTERVAL))
 

@@ -30,8 +30,6 @@ from asyncbucket.testing.virtual_time import (
 if TYPE_CHECKING:
     from asyncbucket.testing.provider import (
         Arrival,
-        Failure,
-        ProviderProcess,
         ProviderStatistics,
         RateLimitedProvider,
     )
@@ -40,8 +38,6 @@ __all__ = [
     "Arrival",
     "BusiestWindow",
     "DeadlockError",
-    "Failure",
-    "ProviderProcess",
     "ProviderStatistics",
     "RateLimitedProvider",
     "VirtualClock",

@@ -41,7 +41,6 @@ import selectors
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from contextvars import Context
 from pathlib import PurePath
 from typing import Any, Self, TypeVar, TypeVarTuple
 
@@ -80,9 +79,7 @@ class VirtualClock:
 
     def __init__(self, start: float = 0.0) -> None:
         if not is_number(start) or not 0 <= start <= LATEST_START:
-            raise ValueError(
-                f"virtual time starts at a number of seconds from 0 to {LATEST_START:,}, not {start!r}"
-            )
+            raise ValueError(f"start must be seconds from 0 to {LATEST_START:,}, not {start!r}")
         self._now: int = round(start * NANOSECONDS)
 
     def __repr__(self) -> str:
@@ -103,9 +100,7 @@ class VirtualClock:
             ValueError: If `seconds` is negative, NaN or infinite.
         """
         if not 0 <= seconds < math.inf:
-            raise ValueError(
-                f"virtual time can't advance by {seconds} s; give a finite number >= 0"
-            )
+            raise ValueError(f"seconds must be finite and at least 0, not {seconds}")
         self._now += round(seconds * NANOSECONDS)
 
     def advance_to(self, when: float) -> None:
@@ -164,11 +159,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return now
 
     def call_at(
-        self,
-        when: float,
-        callback: Callable[[*Ts], object],
-        *args: *Ts,
-        context: Context | None = None,
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Any = None
     ) -> asyncio.TimerHandle:
         if when == math.inf:  # never: the loop would jump towards it day by day, for ever
             return asyncio.TimerHandle(when, callback, args, self, context)
@@ -207,27 +198,20 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             # bounded, so that after a wake-up for anything else the loop checks its work again.
             return LAST_CHANCE
         if self._idle_waiters:
-            self._wake_idle_waiters()
-            return 0.0
-        if timeout is None:
+            for waiter in self._idle_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle_waiters.clear()
+        elif timeout is None:
             self._give_last_chance()
-            return 0.0
-        self.clock.advance_to(self.time() + timeout)
+        else:
+            self.clock.advance_to(self.time() + timeout)
         return 0.0
-
-    def _wake_idle_waiters(self) -> None:
-        waiters, self._idle_waiters = self._idle_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _give_last_chance(self) -> None:
         may_be_woken = threading.active_count() > 1 or len(self._io.get_map()) > self._own_files
-        if not (may_be_woken and self._has_io_within(LAST_CHANCE)):
+        if not (may_be_woken and selectors.DefaultSelector.select(self._io, LAST_CHANCE)):
             raise DeadlockError(self._describe_deadlock())
-
-    def _has_io_within(self, seconds: float) -> bool:
-        return bool(selectors.DefaultSelector.select(self._io, seconds))
 
     def _describe_deadlock(self) -> str:
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())

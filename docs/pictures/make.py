@@ -23,7 +23,7 @@ from rich.text import Text
 
 from asyncbucket import Limiter
 from asyncbucket.cli.pictures import draw_trace, read_trace
-from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing import RateLimitedProvider
 
 HERE = Path(__file__).parent
 WIDTH: Final = 92
@@ -63,7 +63,7 @@ def draw_run(folder: Path) -> None:
     """Draw a run of prompts after half a minute."""
     (folder / "prompts.jsonl").write_text(PROMPTS)
     limits = "--rpm 500 --tpm 200000"
-    with ProviderProcess(rpm=500, latency=(0.3, 1.2)) as provider:
+    with RateLimitedProvider(rpm=500, latency=(0.3, 1.2)) as provider:
         command = f"asyncbucket run prompts.jsonl -o answers.jsonl --model gpt-4o-mini {limits}"
         environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
         terminal = Terminal(folder, command, **environment)
@@ -71,7 +71,7 @@ def draw_run(folder: Path) -> None:
         terminal.draw(HERE / "run.svg", "asyncbucket run")
 
 
-async def paced_program(provider: ProviderProcess, limiter: Limiter, *, calls: int) -> None:
+async def paced_program(provider: RateLimitedProvider, limiter: Limiter, *, calls: int) -> None:
     """Send people's calls and twice as many of a batch, all at once, under one limiter."""
     children = limiter.child("chat"), limiter.child("batch", "30 requests/6s")
     async with asyncio.TaskGroup() as group:
@@ -107,7 +107,7 @@ async def draw_watch_and_trace(folder: Path) -> None:
     for is_refused in (False, True):
         limiter = Limiter("60 requests/6s", "12k tokens/6s", concurrency=16, name="openai")
         trace = limiter.trace()
-        with ProviderProcess(**options) as provider, limiter.serve_stats() as server:
+        with RateLimitedProvider(**options) as provider, limiter.serve_stats() as server:
             program = asyncio.create_task(paced_program(provider, limiter, calls=40))
             await asyncio.sleep(4)
             if is_refused:

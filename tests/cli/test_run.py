@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 
 from asyncbucket.cli.app import app
 from asyncbucket.cli.run.job import Job
-from asyncbucket.testing import ProviderProcess
+from asyncbucket.testing import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 pytestmark = pytest.mark.real_clock
@@ -216,7 +216,7 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     provider = rate_limited_provider(always=500)
     arguments = [batch(150), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
     result = run(provider, *arguments, "--concurrency", "4")
-    provider.reconfigure(always=None)
+    provider.always = None
     again = run(provider, *arguments)
     assert (result.exit_code, again.exit_code) == (2, 0)
     assert "error: no request succeeds: HTTP 500" in result.stderr
@@ -631,7 +631,7 @@ def test_ctrl_c_ends_a_run_that_waits_for_input(rate_limited_provider: ProviderF
 def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path) -> None:
     chance = random.Random(5)
     lines, rpm, at_once = 240, 3_000, 16
-    with ProviderProcess(rpm=rpm, latency=(0.05, 0.2), policy="sliding_window") as provider:
+    with RateLimitedProvider(rpm=rpm, latency=(0.05, 0.2), policy="sliding_window") as provider:
         arguments = [batch(lines), "-o", "out.jsonl", "--rpm", str(rpm), "--quiet"]
         arguments += ["--concurrency", str(at_once)]
         for _ in range(3):
@@ -649,7 +649,7 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
-def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
+def wait_for_admissions(provider: RateLimitedProvider, more: int) -> None:
     before = provider.statistics().admitted
     while provider.statistics().admitted < before + more:
         time.sleep(0.005)
@@ -671,7 +671,7 @@ def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
     assert "error: out.jsonl was changed by another program during the run" in errors
     assert f", and {paid - kept} answers in it went lost" in errors
     assert paid < 30
-    provider.reconfigure(latency=0.0)
+    provider.latency = 0.0
     assert run(provider, *arguments).exit_code == 0
     assert provider.statistics().admitted == 60 + paid - kept
 

@@ -52,7 +52,6 @@ class Framework:
     ask: Callable[[str], Awaitable[object]]
     first_part: Callable[[str], Awaitable[object]] | None
     provider: RateLimitedProvider
-    latency: list[float]
 
 
 @pytest.fixture(params=SECTIONS)
@@ -60,8 +59,7 @@ async def framework(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Framework]:
     """Run a section with a limiter of the test's own."""
-    latency = [0.02]
-    with RateLimitedProvider(rpm=RATE, minute=1.0, latency=lambda: latency[0]) as provider:
+    with RateLimitedProvider(rpm=RATE, minute=1.0, latency=0.02) as provider:
         settings = {
             **{f"{name}_API_KEY": "test-key" for name in ("OPENAI", "ANTHROPIC", "GEMINI")},
             "OPENAI_BASE_URL": provider.base_url,
@@ -88,7 +86,6 @@ async def framework(
             ask=defined["ask"],
             first_part=defined.get("first_part"),
             provider=provider,
-            latency=latency,
         )
     # Clients that nobody closes must not warn in another test.
     _ = gc.collect()
@@ -134,7 +131,7 @@ async def test_one_layer_retries(framework: Framework) -> None:
 
 async def test_cancelled_calls_give_their_slots_back(framework: Framework) -> None:
     limiter, waits = framework.limiter, framework.title in IN_THREADS
-    framework.latency[0] = 1.0 if waits else 30.0
+    framework.provider.latency = 1.0 if waits else 30.0
     tasks = [asyncio.ensure_future(framework.ask(next(PROMPTS))) for _ in range(4 * CONCURRENCY)]
     await until(lambda: framework.provider.statistics().in_flight >= CONCURRENCY, within=10)
 
@@ -143,14 +140,14 @@ async def test_cancelled_calls_give_their_slots_back(framework: Framework) -> No
     _ = await asyncio.gather(*tasks, return_exceptions=True)
 
     await until(lambda: not limiter.statistics().in_flight, within=20 if waits else 2)
-    framework.latency[0] = 0.0
+    framework.provider.latency = 0.0
     await framework.ask(next(PROMPTS))
 
 
 async def test_dropped_stream_gives_its_slot_back(framework: Framework) -> None:
     if framework.first_part is None:
         pytest.skip("the page shows no stream")
-    framework.latency[0] = 1.0
+    framework.provider.latency = 1.0
 
     await framework.first_part(next(PROMPTS))
 

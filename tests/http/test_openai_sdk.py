@@ -64,7 +64,7 @@ async def responses_and_embeddings(client: AsyncOpenAI, _: RateLimitedProvider) 
 async def errors(client: AsyncOpenAI, provider: RateLimitedProvider) -> Outcome:
     seen = []
     for make in (
-        lambda: client.chat.completions.create(model="", messages=HELLO),
+        lambda: client.chat.completions.create(model="m", messages=[]),
         lambda: client.post("/nothing", cast_to=httpx.Response, body={}),
         lambda: client.models.retrieve("unknown"),
     ):

@@ -518,7 +518,7 @@ async def test_no_call_is_lost_while_one_of_three_providers_is(
         async def disturb() -> None:
             await asyncio.sleep(0.4)
             if trouble == "bad key":
-                broken.reconfigure(always=401)
+                broken.always = 401
                 return
             await asyncio.to_thread(broken.stop)
             await asyncio.sleep(0.5)
@@ -563,7 +563,7 @@ async def test_openai_sdk_uses_all_members_and_gets_its_own_errors() -> None:
             reply = await client.chat.completions.create(model="m", messages=HELLO)
             stream = await client.chat.completions.create(model="m", messages=HELLO, stream=True)
             text = "".join([part.choices[0].delta.content or "" async for part in stream])
-            one.reconfigure(always=401)
+            one.always = 401
             with pytest.raises(openai.AuthenticationError) as caught:
                 await client.chat.completions.create(model="m", messages=HELLO)
 

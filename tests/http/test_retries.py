@@ -20,7 +20,7 @@ from asyncbucket.errors import refusal_in
 from asyncbucket.nesting import HeldLease
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
-from asyncbucket.testing.provider.options import PolicyName
+from asyncbucket.testing.enforcer import PolicyName
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import answering, chunked, client_over
 from tests.http.test_openai_sdk import FAMILY

@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -158,8 +160,18 @@ class ScriptedOpenAI:
                 raise scripted
             if scripted is not None:
                 return scripted
-        reply: httpx.Response = self.provider.mock_transport(sync=True).handle_request(request)
-        return reply
+        return answered(self.provider, request)
+
+
+def answered(provider: RateLimitedProvider, request: httpx.Request) -> httpx.Response:
+    """Return the provider's reply to a synchronous client; a loop may be running in its thread."""
+
+    async def answer() -> httpx.Response:
+        reply = await provider.mock_transport().handle_async_request(request)
+        return httpx.Response(reply.status_code, headers=reply.headers, content=await reply.aread())
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, answer()).result()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -222,7 +234,7 @@ class Bench:
         self.seen: list[tuple[str, Inherited | None]] = []
         options: dict[str, Any] = {
             "api_base": "http://provider.test/v1",
-            "http_client": httpx.Client(transport=provider.mock_transport(sync=True)),
+            "http_client": httpx.Client(transport=httpx.MockTransport(partial(answered, provider))),
             "async_http_client": httpx.AsyncClient(transport=provider.mock_transport()),
         }
         #: A model that is not paced.

@@ -64,7 +64,7 @@ def test_bucket_paces_however_late_the_clock_starts(start: float) -> None:
         assert time.now == pytest.approx(start + 10, abs=0.001)
 
 
-@pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0", None])
+@pytest.mark.parametrize("start", [-1.0, 1e12, 1_795_714_549_366_466_200, float("nan"), "0"])
 def test_start_outside_0_to_10_billion_seconds_is_refused(start: Any) -> None:
     with pytest.raises(ValueError, match="from 0 to 10,000,000,000, not"):
         VirtualTime(start=start)
@@ -97,7 +97,7 @@ def test_timer_runs_when_the_clock_is_moved_to_its_very_instant_in_a_running_loo
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
 def test_clock_refuses_negative_or_non_finite_advance(seconds: float) -> None:
-    with pytest.raises(ValueError, match=f"can't advance by {seconds} s"):
+    with pytest.raises(ValueError, match=f"finite and at least 0, not {seconds}"):
         VirtualClock().advance(seconds)
 
 

@@ -1,4 +1,4 @@
-"""What the fake model says, and how each endpoint writes it: whole, as a stream's events, or as an error.
+"""What the bundled provider's model says, and how each endpoint writes it: whole, or as a stream.
 
 The model is cheap, and answers the same every time. It calls the first tool once for each question,
 and answers in text when it sees a result. With `tool_choice` it does as told. A response format gets
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
+
+from asyncbucket.core.wording import read_count
 
 Json: TypeAlias = Mapping[str, Any]
 Chunk: TypeAlias = dict[str, Any]
@@ -33,8 +35,6 @@ QUOTE: Final = 200
 """How much of a question is repeated."""
 _FILLER: Final = " and so on"
 _MAX_TOKENS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-_MOST: Final = 1_000_000
-"""The largest number of tokens or dimensions; any more would take long to make."""
 #: Members of messages that are no text.
 _SILENT: Final = {"role", "type", "id", "call_id", "tool_call_id", "tool_use_id"}
 _TEXT: Final[Json] = {"type": "string"}
@@ -78,7 +78,7 @@ def answer(body: Json, *, reply_tokens: int = 0) -> Answer:
     characters = _characters([messages, body.get("system"), body.get("instructions")])
     characters += sum(len(json.dumps(part)) for part in (*offered, reply_format) if part)
     tool = _tool_to_call(body.get("tool_choice") or "auto", tools, observed=observed)
-    max_tokens = read_count(body, *_MAX_TOKENS)
+    max_tokens = _number(body, *_MAX_TOKENS)
     quote = question[:QUOTE]
     if tool is not None:
         parameters = tools[tool].get("parameters") or tools[tool].get("input_schema") or {}
@@ -105,14 +105,11 @@ def _text(text: str, reply_format: Json, tokens: int) -> str:
     return text if len(text) >= tokens * 4 else (text + _FILLER * tokens)[: tokens * 4]
 
 
-def read_count(body: Json, *names: str) -> int | None:
+def _number(body: Json, *names: str) -> int | None:
     """Read a number that may have several names; None if it isn't there."""
     for name in names:
-        value = body.get(name)
-        if value is not None:
-            if not 1 <= value <= _MOST:
-                raise ValueError(f"{name} must be from 1 to {_MOST:,}, not {value}")
-            return int(value)
+        if body.get(name) is not None:
+            return read_count(body[name], name, least=1)
     return None
 
 
@@ -204,21 +201,6 @@ def _tool_to_call(choice: Any, tools: Mapping[str, Json], *, observed: bool) -> 
     return next(iter(tools), None) if wanted else None
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How an endpoint that generates text is asked, and how it answers.
-
-    Attributes:
-        whole: Writes a reply, given the answer and the call's number.
-        events: Writes the same as a stream's chunks, given the request's body, too.
-        read: Brings a body with its path into the form of OpenAI's chats.
-    """
-
-    whole: Callable[[Answer, str], Chunk]
-    events: Callable[[Answer, str, Json], list[Chunk]]
-    read: Callable[[Json, str], Json] = lambda body, _path: body
-
-
 def as_events(events: Sequence[Chunk]) -> list[bytes]:
     """Write server-sent events; a chat's have no types, and end with [DONE]."""
     if "type" not in events[0]:
@@ -256,10 +238,10 @@ def _chat_events(reply: Answer, call_id: str, body: Json) -> list[Chunk]:
         deltas += [{"content": piece} for piece in _pieces(reply.text)]
     choices: list[Chunk] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": _finish(reply)})
-    if not (body.get("stream_options") or {}).get("include_usage"):
-        return [{**head, "choices": [choice]} for choice in choices]
-    chunks = [{**head, "choices": [choice], "usage": None} for choice in choices]
-    return [*chunks, {**head, "choices": [], "usage": _chat_usage(reply)}]
+    chunks = [{**head, "choices": [choice]} for choice in choices]
+    if (body.get("stream_options") or {}).get("include_usage"):
+        chunks.append({**head, "choices": [], "usage": _chat_usage(reply)})
+    return chunks
 
 
 def _chat_head(kind: str, reply: Answer, call_id: str) -> Chunk:
@@ -280,8 +262,6 @@ def _chat_usage(reply: Answer) -> Json:
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
         "total_tokens": reply.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -302,9 +282,6 @@ def _response(reply: Answer, call_id: str) -> Chunk:
         "incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None,
         "model": reply.model,
         "output": [{**item, "status": status}],
-        "parallel_tool_calls": False,
-        "tool_choice": "auto",
-        "tools": [],
         "usage": {
             "input_tokens": reply.prompt_tokens,
             "input_tokens_details": {"cached_tokens": 0},
@@ -319,25 +296,23 @@ def _response_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
     whole = _response(reply, call_id)
     (item,) = whole["output"]
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    started = {**item, "status": "in_progress"}
+    where: Chunk = {"item_id": item["id"], "output_index": 0}
+    head: list[Chunk] = []
     if reply.tool is None:
         (part,) = item["content"]
-        started["content"] = []
-        where: Chunk = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        empty: Chunk = {"content": []}
+        where["content_index"] = 0
         delta: Chunk = {"type": "response.output_text.delta", "logprobs": [], **where}
         head = [{"type": "response.content_part.added", "part": {**part, "text": ""}, **where}]
-        tail = [{"type": "response.content_part.done", "part": part, **where}]
     else:
-        started["arguments"] = ""
-        where = {"item_id": item["id"], "output_index": 0}
+        empty = {"arguments": ""}
         delta = {"type": "response.function_call_arguments.delta", **where}
-        head, tail = [], []
+    started = {**item, "status": "in_progress", **empty}
     events: list[Chunk] = [
         {"type": "response.created", "response": begun},
         {"type": "response.output_item.added", "output_index": 0, "item": started},
         *head,
         *({**delta, "delta": piece} for piece in _pieces(reply.text)),
-        *tail,
         {"type": "response.output_item.done", "output_index": 0, "item": item},
         {"type": f"response.{whole['status']}", "response": whole},
     ]
@@ -400,7 +375,7 @@ def embeddings(body: Json) -> tuple[int, Chunk]:
     asked = body["input"]
     texts = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
     tokens = sum(tokens_of(len(text)) if isinstance(text, str) else len(text) for text in texts)
-    size = read_count(body, "dimensions") or DIMENSIONS
+    size = _number(body, "dimensions") or DIMENSIONS
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(str(text), size)}
         for index, text in enumerate(texts)
@@ -431,10 +406,8 @@ def _from_gemini(body: Json, path: str) -> Json:
 
 
 def _from_bedrock(body: Json, path: str) -> Json:
-    """Bring a body of Bedrock's into OpenAI's form; `converse` keeps its limits aside."""
-    options = body.get("inferenceConfig") or {}
-    model = path.rsplit("/", 2)[-2]
-    return {"max_tokens": options.get("maxTokens"), **body, "model": model}
+    """Bring a body of Bedrock's `invoke` for Claude into OpenAI's form."""
+    return {**body, "model": path.rsplit("/", 2)[-2]}
 
 
 def _gemini(reply: Answer, _call_id: str) -> Chunk:
@@ -452,113 +425,28 @@ def _gemini(reply: Answer, _call_id: str) -> Chunk:
     }
 
 
-def _converse(reply: Answer, _call_id: str) -> Chunk:
-    """Return Bedrock's form of a message."""
-    message = {"role": "assistant", "content": [{"text": reply.text}]}
-    return {
-        "output": {"message": message},
-        "stopReason": "max_tokens" if reply.truncated else "end_turn",
-        "usage": {
-            "inputTokens": reply.prompt_tokens,
-            "outputTokens": reply.completion_tokens,
-            "totalTokens": reply.total_tokens,
-        },
-        "metrics": {"latencyMs": 1},
-    }
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How an endpoint that generates text is asked, and how it answers.
 
+    Attributes:
+        whole: Writes a reply, given the answer and the call's number.
+        events: Writes the same as a stream's chunks, given the request's body, too.
+        read: Brings a body with its path into the form of OpenAI's chats.
+    """
 
-def _cohere(reply: Answer, call_id: str) -> Chunk:
-    """Return the message of Cohere's second version."""
-    usage = {"input_tokens": reply.prompt_tokens, "output_tokens": reply.completion_tokens}
-    return {
-        "id": call_id,
-        "message": {"role": "assistant", "content": [{"type": "text", "text": reply.text}]},
-        "finish_reason": "MAX_TOKENS" if reply.truncated else "COMPLETE",
-        "usage": {"billed_units": usage, "tokens": usage},
-    }
-
-
-def _no_events(_reply: Answer, _call_id: str, _body: Json) -> list[Chunk]:
-    raise ValueError("the provider streams only OpenAI's and Anthropic's formats")
+    whole: Callable[[Answer, str], Chunk]
+    events: Callable[[Answer, str, Json], list[Chunk]] | None = None
+    read: Callable[[Json, str], Json] = lambda body, _path: body
 
 
 DIALECTS: Final = {
-    "generateContent": Dialect(_gemini, _no_events, _from_gemini),
-    "converse": Dialect(_converse, _no_events, _from_bedrock),
-    "invoke": Dialect(_message, _no_events, _from_bedrock),
-    "chat": Dialect(_cohere, _no_events),
     "chat/completions": Dialect(_chat, _chat_events),
     "responses": Dialect(
         _response, _response_events, lambda body, _: {**body, "messages": body["input"]}
     ),
     "messages": Dialect(_message, _message_events),
+    "generateContent": Dialect(_gemini, read=_from_gemini),
+    "invoke": Dialect(_message, read=_from_bedrock),
 }
-
-#: Type and code of an error by its status, at OpenAI, at Anthropic and at Google.
-_OPENAI: Final = {
-    400: ("invalid_request_error", None),
-    401: ("invalid_request_error", "invalid_api_key"),
-    404: ("invalid_request_error", "unknown_url"),
-    429: ("requests", "rate_limit_exceeded"),
-    503: ("server_error", "overloaded"),
-}
-_ANTHROPIC: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    529: "overloaded_error",
-}
-_GOOGLE: Final = {
-    400: "INVALID_ARGUMENT",
-    401: "UNAUTHENTICATED",
-    404: "NOT_FOUND",
-    429: "RESOURCE_EXHAUSTED",
-}
-#: What Google calls a quota.
-_QUOTAS: Final = {"requests": "RequestsPerMinute", "daily_requests": "RequestsPerDay"}
-_GOOGLE_TYPE: Final = "type.googleapis.com/google.rpc"
-
-
-def error_body(
-    form: str,
-    status: int,
-    message: str,
-    kind: str | None,
-    code: str | None,
-    refused_by: str,
-    wait: int,
-) -> Mapping[str, Any]:
-    """Return the body of an error in one of the forms that `Rules` name.
-
-    Args:
-        form: openai, anthropic, google, google_quota, openrouter or message.
-        status: The HTTP status.
-        message: For people.
-        kind: OpenAI's type; by default that of the status.
-        code: OpenAI's code; by default that of the status.
-        refused_by: The resource that refuses the call.
-        wait: Seconds until it would pass.
-    """
-    google = {"code": status, "message": message, "status": _GOOGLE.get(status, "INTERNAL")}
-    match form:
-        case "message":
-            return {"message": message}
-        case "anthropic":
-            error = {"type": _ANTHROPIC.get(status, "api_error"), "message": message}
-            details = {"details": {"error_code": code}} if code else {}
-            return {"type": "error", "error": {**error, **details}}
-        case "google":
-            return {"error": google}
-        case "google_quota":
-            quota = f"Generate{_QUOTAS.get(refused_by, 'ContentInputTokensPerMinute')}PerProject"
-            failure = {"@type": f"{_GOOGLE_TYPE}.QuotaFailure", "violations": [{"quotaId": quota}]}
-            retry = {"@type": f"{_GOOGLE_TYPE}.RetryInfo", "retryDelay": f"{wait}s"}
-            return {"error": {**google, "details": [failure, retry]}}
-        case "openrouter":
-            metadata = {"error_type": "rate_limit_exceeded"}
-            return {"error": {"code": status, "message": message, "metadata": metadata}}
-        case _:
-            usual_kind, usual_code = _OPENAI.get(status, ("server_error", None))
-            what = {"type": kind or usual_kind, "param": None, "code": code or usual_code}
-            return {"error": {"message": message, **what}}
+"""How each endpoint speaks, by the end of its path; Google's and Amazon's stream at other paths."""

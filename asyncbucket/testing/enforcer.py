@@ -1,0 +1,531 @@
+"""What the bundled provider is told, how it counts, and which calls get in.
+
+A call is admitted by all limits or charged by none, in one step at one instant. A refused call costs
+nothing; an admitted one is charged even if it fails. All public methods of the enforcer may be called
+from any thread.
+
+How real providers count and answer is a table, `rules.toml`, and no code for any of them. Each names
+the page that it follows. They judge asyncbucket, so rules and policies share nothing with its own
+profiles and meters: asyncbucket books the future, these look at the past.
+
+A policy is a pure object that is given the time and the limit, and remembers what was used of N units
+a minute, whatever N is at the moment. At an instant `now`, in integer nanoseconds that never go
+backwards, it says
+
+- `wait`: in how many nanoseconds an amount would pass; 0 is now, None is never,
+- `remaining`: how many units would pass now,
+- `reset`: in how many nanoseconds everything is back, if nothing else comes,
+
+and is told by `charge` what was admitted. A policy is one `Bucket` or `Window`, or two that both
+have to agree.
+"""
+
+import math
+import random
+import threading
+import time
+import tomllib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+
+from asyncbucket.core.wording import is_number, read_count
+
+NANOSECONDS: Final = 1_000_000_000
+TOO_MANY_REQUESTS: Final = 429
+
+PolicyName: TypeAlias = Literal[
+    "token_bucket", "sliding_window", "fixed_window", "one_second_slices", "ten_second_slices"
+]
+POLICY_NAMES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
+#: Into how many slices a policy divides a minute.
+SLICES: Final[Mapping[str, int]] = {"one_second_slices": 60, "ten_second_slices": 6}
+
+#: What is limited, by which option, and how a refusal calls it.
+LIMITS: Final[Mapping[str, tuple[str, str]]] = {
+    "requests": ("rpm", "requests per min (RPM)"),
+    "tokens": ("tpm", "tokens per min (TPM)"),
+    "input_tokens": ("itpm", "input tokens per min (ITPM)"),
+    "output_tokens": ("otpm", "output tokens per min (OTPM)"),
+    "daily_requests": ("rpd", "requests per day (RPD)"),
+    "concurrency": ("concurrency", "concurrent requests"),
+}
+_MINUTES_OF_A_DAY: Final = 1_440
+_ARRIVALS_KEPT: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What one provider does.
+
+    Attributes:
+        source: The page that says so.
+        reserves: What a call is charged in tokens at admission: the larger of prompt and max_tokens,
+            their sum, the prompt alone, or, as only a fake model can know, what the reply will use.
+        unlimited_output: What a call without max_tokens is charged for its output.
+        settles: Whether the charge is corrected once the reply is done.
+        output_counts: How many tokens an output token counts as then.
+        counted_in: How a resource is counted, if not as the option `policy` says.
+        slices: How many of its headers' limits make up a minute, for each resource.
+        headers: The headers about a limit, by its resource; `parts` are which there are.
+        reset: How a reset is written: as Go's duration, as a date, or in seconds.
+        waits: The headers in which a refusal says how long to wait.
+        error: The name of an error's body.
+        refusal: The name of the body of a refusal for rate, if that is another.
+        refusal_headers: More headers of a refusal.
+    """
+
+    source: str
+    reserves: Literal["larger", "sum", "prompt", "usage"] = "sum"
+    unlimited_output: int = 16
+    settles: bool = True
+    output_counts: int = 1
+    counted_in: Mapping[str, PolicyName] = field(default_factory=dict[str, PolicyName])
+    slices: Mapping[str, int] = field(default_factory=dict[str, int])
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    parts: tuple[str, ...] = ("limit", "remaining")
+    reset: Literal["go", "date", "seconds"] = "seconds"
+    waits: tuple[str, ...] = ()
+    error: str = "openai"
+    refusal: str = ""
+    refusal_headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+RULES: Final[Mapping[str, Rules]] = {
+    name: Rules(**rules)
+    for name, rules in tomllib.loads(
+        files("asyncbucket.testing").joinpath("rules.toml").read_text("utf-8")
+    ).items()
+}
+
+
+ChargeRule: TypeAlias = Literal["openai", "usage"]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Options:
+    """How the provider behaves.
+
+    Limits, concurrency, latency, always and reply_tokens may be set while it runs, too; what was used
+    stays used.
+
+    Attributes:
+        rpm: Requests a minute; no limit by default.
+        tpm: Tokens a minute; no limit by default.
+        itpm: Input tokens a minute; no limit by default.
+        otpm: Output tokens a minute, counted as they are produced; no limit by default.
+        rpd: Requests in 1,440 minutes; no limit by default.
+        profile: Whose rules hold, such as bedrock. By default OpenAI's, with Anthropic's headers and
+            errors at its endpoint.
+        policy: How the limits are counted: token_bucket, sliding_window, fixed_window,
+            one_second_slices or ten_second_slices.
+        charge: What a call costs in tokens up front: openai (what the profile says, by default the
+            larger of the prompt and max_tokens) or usage (what the reply will use).
+        concurrency: The most calls in flight; no limit by default.
+        latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
+        always: A status with which to answer every call.
+        reply_tokens: The least length of a text reply, in tokens.
+        minute: Seconds a minute lasts. A short one makes tests on a real clock short.
+        port: Port on 127.0.0.1; 0 takes a free one.
+        clock: The clock of the limits, in integer nanoseconds.
+
+    Raises:
+        ValueError: An option is out of its range.
+        TypeError: There is no such option, or the clock returns no integers.
+    """
+
+    rpm: int | None = None
+    tpm: int | None = None
+    itpm: int | None = None
+    otpm: int | None = None
+    rpd: int | None = None
+    profile: str | None = None
+    policy: PolicyName = "token_bucket"
+    charge: ChargeRule = "openai"
+    concurrency: int | None = None
+    latency: float | tuple[float, float] = 0.0
+    always: int | None = None
+    reply_tokens: int = 0
+    minute: float = 60.0
+    port: int = 0
+    clock: Callable[[], int] = time.monotonic_ns
+
+    def __post_init__(self) -> None:
+        for name in ("rpm", "tpm", "itpm", "otpm", "rpd", "concurrency"):
+            if getattr(self, name) is not None:
+                read_count(getattr(self, name), name, least=1)
+        read_count(self.reply_tokens, "reply_tokens")
+        names = {"policy": POLICY_NAMES, "charge": get_args(ChargeRule), "profile": (None, *RULES)}
+        for name, known in names.items():
+            if getattr(self, name) not in known:
+                some = ", ".join(filter(None, known))
+                raise ValueError(f"{name} must be one of {some}, not {getattr(self, name)!r}")
+        if not _are_seconds(self.minute) or not self.minute:
+            raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
+        if not callable(self.clock) or not isinstance(self.clock(), int):
+            raise TypeError(f"clock must return integer nanoseconds, not {self.clock!r}")
+        if self.always is not None:
+            Failure(self.always)
+        low, high = self.latencies()
+        if not (_are_seconds(low) and _are_seconds(high) and low <= high):
+            raise ValueError(f"latency must be seconds >= 0 or (low, high), not {self.latency!r}")
+
+    def latencies(self) -> tuple[float, float]:
+        """Return the shortest and the longest latency."""
+        return self.latency if isinstance(self.latency, tuple) else (self.latency, self.latency)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A scripted failure; `RateLimitedProvider.fail_next` explains its members."""
+
+    status: int = 500
+    code: str | None = None
+    retry_after: float | None = None
+    after_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.status, int) or self.status // 100 not in (4, 5):
+            raise ValueError(f"status must be 400 to 599, not {self.status!r}")
+        if self.retry_after is not None and not _are_seconds(self.retry_after):
+            raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after!r}")
+        if self.after_chunks is not None:
+            read_count(self.after_chunks, "after_chunks")
+
+
+class Arrival(NamedTuple):
+    """One call, as the provider saw it.
+
+    `(arrival.time_ns, arrival.tokens)` of the admitted ones is a trace for `assert_never_over`.
+    """
+
+    time_ns: int
+    """When it was decided, on the provider's clock (`time.monotonic_ns()` unless set)."""
+    endpoint: str
+    """The end of the path, such as "chat/completions"."""
+    tokens: int
+    """What it was or would have been charged."""
+    admitted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatistics:
+    """A snapshot of what the provider saw since it started.
+
+    Attributes:
+        requests: Calls at metered endpoints that could be read, admitted and refused ones.
+        admitted: Calls that were charged, including those that then failed.
+        refused_429: Refused calls by what refused them: "requests", "tokens", "input_tokens",
+            "output_tokens", "daily_requests", "concurrency", "scripted".
+        errors: Admitted calls that were made to fail.
+        tokens: Tokens charged, as corrected once a reply was done.
+        in_flight: Calls that are being answered now.
+        peak_in_flight: The most at once.
+        disconnected: Calls whose client went away before the end of the reply.
+        endpoints: Requests of each endpoint.
+    """
+
+    requests: int = 0
+    admitted: int = 0
+    refused_429: Mapping[str, int] = field(default_factory=dict[str, int])
+    errors: int = 0
+    tokens: int = 0
+    in_flight: int = 0
+    peak_in_flight: int = 0
+    disconnected: int = 0
+    endpoints: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def refused(self) -> int:
+        """All calls answered with 429."""
+        return sum(self.refused_429.values())
+
+
+def _are_seconds(value: object) -> bool:
+    return is_number(value) and 0 <= value < math.inf
+
+
+class Bucket:
+    """Refill N units continuously within a span.
+
+    What is used is kept in units x span, of which each nanosecond gives back exactly N.
+    """
+
+    def __init__(self, span: int) -> None:
+        self._span = span
+        self._used = 0
+        self._at = 0
+
+    def wait(self, amount: int, limit: int, now: int) -> int:
+        over = self._used_at(limit, now) + (amount - limit) * self._span
+        return max(0, _ceil(over, limit))
+
+    def charge(self, amount: int, limit: int, now: int) -> None:
+        self._used = max(0, self._used_at(limit, now) + amount * self._span)
+
+    def remaining(self, limit: int, now: int) -> int:
+        return max(0, limit - _ceil(self._used_at(limit, now), self._span))
+
+    def reset(self, limit: int, now: int) -> int:
+        return _ceil(self._used_at(limit, now), limit)
+
+    def _used_at(self, limit: int, now: int) -> int:
+        self._used = max(0, self._used - (now - self._at) * limit)
+        self._at = now
+        return self._used
+
+
+class Window:
+    """Count at most N units in each window: any span of time, or those that the clock begins.
+
+    Windows of the clock admit twice N across their edge. A call of more than N passes in a window
+    that nothing has used, and closes those after it until it is paid off.
+    """
+
+    def __init__(self, span: int, *, by_clock: bool = False) -> None:
+        self._span = span
+        self._by_clock = by_clock
+        #: When units come back, and how many.
+        self._log: deque[tuple[int, int]] = deque()
+        self._used = 0
+
+    def wait(self, amount: int, limit: int, now: int) -> int:
+        over = self._used_at(now) - max(0, limit - amount)
+        wait = 0
+        # Walks no further than the entries that must leave, which are few under saturation.
+        for expires, used in self._log:
+            if over <= 0:
+                break
+            over -= used
+            wait = expires - now
+        return wait
+
+    def charge(self, amount: int, limit: int, now: int) -> None:
+        room = limit - self._used_at(now)
+        while amount < 0 and self._log:  # back from the latest
+            expires, used = self._log.pop()
+            part = min(-amount, used)
+            self._used, amount = self._used - part, amount + part
+            if used > part:
+                self._log.append((expires, used - part))
+        amount = max(0, amount)
+        expires = now + self._span - (now % self._span if self._by_clock else 0)
+        self._used += amount
+        while amount:
+            part = min(amount, room)
+            self._log.append((expires, part))
+            amount, room, expires = amount - part, limit, expires + self._span
+
+    def remaining(self, limit: int, now: int) -> int:
+        return max(0, limit - self._used_at(now))
+
+    def reset(self, limit: int, now: int) -> int:  # noqa: ARG002 - a bucket needs the limit
+        self._used_at(now)
+        return self._log[-1][0] - now if self._log else 0
+
+    def _used_at(self, now: int) -> int:
+        while self._log and self._log[0][0] <= now:
+            self._used -= self._log.popleft()[1]
+        return self._used
+
+
+class Policy:
+    """Count as providers do.
+
+    One-second slices are N / 60 units, rounded up, in each second of the clock, and at most N in
+    any minute; ten-second slices are N / 6. What is charged may be negative: it comes back.
+
+    Args:
+        name: One of `POLICY_NAMES`.
+        minute: How long one lasts, in nanoseconds.
+    """
+
+    def __init__(self, name: PolicyName, minute: int) -> None:
+        #: What counts, and into how many parts it divides the limit.
+        self._parts: list[tuple[Bucket | Window, int]] = [(Window(minute), 1)]
+        if name == "token_bucket":
+            self._parts = [(Bucket(minute), 1)]
+        elif name == "fixed_window":
+            self._parts = [(Window(minute, by_clock=True), 1)]
+        elif name in SLICES:
+            count = SLICES[name]
+            self._parts.append((Window(minute // count, by_clock=True), count))
+
+    def wait(self, amount: int, limit: int, now: int) -> int | None:
+        if amount > limit:
+            return None
+        return max(part.wait(amount, _ceil(limit, n), now) for part, n in self._parts)
+
+    def charge(self, amount: int, limit: int, now: int) -> None:
+        for part, n in self._parts:
+            part.charge(amount, _ceil(limit, n), now)
+
+    def remaining(self, limit: int, now: int) -> int:
+        return min(part.remaining(_ceil(limit, n), now) for part, n in self._parts)
+
+    def reset(self, limit: int, now: int) -> int:
+        return max(part.reset(_ceil(limit, n), now) for part, n in self._parts)
+
+
+def _ceil(amount: int, divisor: int) -> int:
+    return -(-amount // divisor)
+
+
+@dataclass(frozen=True, slots=True)
+class RateRefusal:
+    """Why a call was refused for rate.
+
+    Attributes:
+        reason: "requests", "tokens"..., or "concurrency".
+        limit: The limit that refuses it.
+        used: How much of it is used.
+        requested: What the call asked for.
+        wait: Nanoseconds until it would pass; None if waiting doesn't help or it is unknown.
+    """
+
+    reason: str
+    limit: int
+    used: int
+    requested: int
+    wait: int | None
+
+
+class Enforcer:
+    """Decide about calls, and keep a record of them."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        #: Whose rules hold, if not each endpoint's.
+        self.rules = None if options.profile is None else RULES[options.profile]
+        self._lock = threading.Lock()
+        minute = round(options.minute * NANOSECONDS)
+        counted_in = {} if self.rules is None else self.rules.counted_in
+        self._policies = {
+            name: Policy(counted_in.get(name, options.policy), minute)
+            for name in LIMITS
+            if name != "concurrency"
+        }
+        self._policies["daily_requests"] = Policy("fixed_window", minute * _MINUTES_OF_A_DAY)
+        self._scripted: deque[Failure] = deque()
+        self._latencies = random.Random(0)  # noqa: S311 - repeatable, not secret
+        self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
+        self._refused: Counter[str] = Counter()
+        self._endpoints: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def enter(
+        self, endpoint: str, costs: Mapping[str, int]
+    ) -> tuple[bool, RateRefusal | Failure | None]:
+        """Tell whether a call is admitted, and why not or how it fails; an admitted one must `leave`.
+
+        A call with a `Failure` other than 429 is admitted, too.
+
+        Args:
+            endpoint: The end of its path.
+            costs: What it costs besides being a request, in tokens at least.
+        """
+        costs = {"requests": 1, "daily_requests": 1, **costs}
+        with self._lock:
+            now = self.options.clock()
+            reason, outcome = self._decide(costs, now)
+            self._endpoints[endpoint] += 1
+            self._arrivals.append(Arrival(now, endpoint, costs["tokens"], not reason))
+            if reason:
+                self._refused[reason] += 1
+                return False, outcome
+            self._charge(costs, now)
+            counts = self._counts
+            counts["admitted"] += 1
+            counts["errors"] += outcome is not None
+            counts["in_flight"] += 1
+            counts["peak_in_flight"] = max(counts["peak_in_flight"], counts["in_flight"])
+            return True, outcome
+
+    def leave(self, corrections: Mapping[str, int] | None) -> None:
+        """Give the slot of an admitted call back, and correct its charge by these differences.
+
+        None says that its client went away before the end.
+        """
+        with self._lock:
+            self._counts["in_flight"] -= 1
+            self._counts["disconnected"] += corrections is None
+            self._charge(corrections or {}, self.options.clock())
+
+    def draw_latency(self) -> float:
+        """Return the seconds that the next reply takes."""
+        return self._latencies.uniform(*self.options.latencies())
+
+    def budget(self) -> list[tuple[str, int, int, int]]:
+        """Return for each limit its name, amount, what remains, and nanoseconds until it is full."""
+        with self._lock:
+            now = self.options.clock()
+            return [
+                (name, limit, policy.remaining(limit, now), policy.reset(limit, now))
+                for name, limit, policy in self._limits()
+            ]
+
+    def statistics(self) -> ProviderStatistics:
+        """Take a consistent snapshot."""
+        with self._lock:
+            return ProviderStatistics(
+                requests=sum(self._endpoints.values()),
+                refused_429=dict(self._refused),
+                endpoints=dict(self._endpoints),
+                **self._counts,
+            )
+
+    def arrivals(self) -> list[Arrival]:
+        """Copy the latest arrivals, oldest first."""
+        with self._lock:
+            return list(self._arrivals)
+
+    def fail_next(self, count: int, failure: Failure) -> None:
+        """Let the next `count` calls fail, after those scripted before; 0 forgets all of them."""
+        read_count(count, "count")
+        with self._lock:
+            if count:
+                self._scripted.extend([failure] * count)
+            else:
+                self._scripted.clear()
+
+    def _limits(self) -> Iterator[tuple[str, int, Policy]]:
+        for name, policy in self._policies.items():
+            limit: int | None = getattr(self.options, LIMITS[name][0])
+            if limit is not None:
+                yield name, limit, policy
+
+    def _decide(
+        self, costs: Mapping[str, int], now: int
+    ) -> tuple[str, RateRefusal | Failure | None]:
+        """Return what refuses a call, if anything does, and the outcome."""
+        failure = Failure(self.options.always) if self.options.always else None
+        if self._scripted:
+            failure = self._scripted[0]
+        is_429 = failure is not None and failure.status == TOO_MANY_REQUESTS
+        refusal = None if is_429 else self._refusal(costs, now)
+        if refusal is not None:
+            return refusal.reason, refusal
+        if self._scripted:
+            self._scripted.popleft()
+        return "scripted" if is_429 else "", failure
+
+    def _refusal(self, costs: Mapping[str, int], now: int) -> RateRefusal | None:
+        slots, in_flight = self.options.concurrency, self._counts["in_flight"]
+        if slots is not None and in_flight >= slots:
+            return RateRefusal("concurrency", slots, in_flight, 1, None)
+        refusals: list[RateRefusal] = []
+        for name, limit, policy in self._limits():
+            amount = costs.get(name, 0)
+            wait = policy.wait(amount, limit, now)
+            if wait != 0:
+                used = limit - policy.remaining(limit, now)
+                refusals.append(RateRefusal(name, limit, used, amount, wait))
+        # The one that lasts longest.
+        return max(refusals, key=lambda each: (each.wait is None, each.wait or 0), default=None)
+
+    def _charge(self, costs: Mapping[str, int], now: int) -> None:
+        for name, limit, policy in self._limits():
+            policy.charge(costs.get(name, 0), limit, now)
+        self._counts["tokens"] += costs.get("tokens", 0)

@@ -1,0 +1,355 @@
+"""The provider over HTTP: starting and stopping it, its limits and errors, in a test or a terminal."""
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from asyncbucket import testing
+from asyncbucket.testing import RateLimitedProvider
+from asyncbucket.testing.endpoints import go_duration
+from asyncbucket.testing.provider import main
+from asyncbucket.testing.pytest_plugin import ProviderFactory
+from tests.conftest import python
+
+Call: TypeAlias = Callable[..., Any]
+
+KEY = {"authorization": "Bearer test-key"}
+HELLO = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
+CHAT = "/v1/chat/completions"
+
+
+def call(provider: RateLimitedProvider, path: str = CHAT) -> httpx.Response:
+    return httpx.post(f"{provider.url}{path}", headers=KEY, json=HELLO)
+
+
+def refuses_connections(url: str) -> bool:
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((parts.hostname, parts.port)) != 0
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Wait until something has happened in the provider's thread."""
+    async with asyncio.timeout(10):
+        while not happened():  # noqa: ASYNC110 - the server's loop sends no event to this one
+            await asyncio.sleep(0.005)
+
+
+async def test_stopped_provider_leaves_no_thread_or_socket() -> None:
+    before = set(threading.enumerate())
+    async with RateLimitedProvider(latency=60.0) as provider, httpx.AsyncClient() as client:
+        url = provider.url
+        pending = asyncio.create_task(client.post(f"{url}{CHAT}", headers=KEY, json=HELLO))
+        await until(lambda: provider.statistics().in_flight == 1)
+        begun = time.monotonic()
+        provider.stop()
+        assert time.monotonic() - begun < 2
+        with pytest.raises(httpx.HTTPError):
+            await pending
+    assert set(threading.enumerate()) == before
+    assert refuses_connections(url)
+    assert provider.statistics().in_flight == 0
+
+
+def test_connections_that_come_as_the_provider_stops_are_closed() -> None:
+    for _ in range(3):
+        with contextlib.ExitStack() as clients, RateLimitedProvider() as provider:
+            parts = urlsplit(provider.url)
+            for _ in range(100):
+                clients.enter_context(socket.create_connection((parts.hostname, parts.port)))
+    gc.collect()  # which warns of what is open, and warnings are errors
+
+
+def test_stopped_provider_can_be_started_again() -> None:
+    provider = RateLimitedProvider(rpm=60)
+    for _ in range(2):
+        assert repr(provider) == "<RateLimitedProvider not running>"
+        with pytest.raises(RuntimeError, match="isn't running: enter it with `with`"):
+            _ = provider.base_url
+        with provider:
+            assert call(provider).status_code == 200
+            assert repr(provider) == f"<RateLimitedProvider {provider.url}>"
+            with pytest.raises(RuntimeError, match=f"runs already, at {provider.url}"):
+                provider.start()
+    assert provider.statistics().admitted == 2
+
+
+def test_port_in_use_is_an_error_at_a_start_that_can_be_retried() -> None:
+    with RateLimitedProvider() as first:
+        second = RateLimitedProvider(port=urlsplit(first.url).port or 0)
+        with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:\d+: .* in use"):
+            second.start()
+        assert call(first).status_code == 200
+    with second:
+        assert call(second).status_code == 200
+
+
+@pytest.mark.real_clock
+def test_replies_are_not_delayed_by_tcp_acknowledgements() -> None:
+    """This runs in real time, the kernel's: 20 calls on one connection take under 20 x 40 ms."""
+    took: list[float] = []
+    with RateLimitedProvider() as provider, httpx.Client(headers=KEY) as client:
+        for _ in range(4):  # a busy machine may spoil one of them
+            begun = time.monotonic()
+            for _ in range(20):
+                client.post(f"{provider.url}{CHAT}", json=HELLO)
+            took.append(time.monotonic() - begun)
+    assert min(took) < 0.4
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("stream", [True, False])
+async def test_slot_comes_back_when_client_disconnects(
+    rate_limited_provider: ProviderFactory, *, stream: bool
+) -> None:
+    """It runs in real time, because a socket must close: an abandoned call frees its slot early."""
+    provider = rate_limited_provider(latency=60.0)
+
+    async with httpx.AsyncClient(headers=KEY) as client:
+        post = client.post(f"{provider.url}{CHAT}", json={**HELLO, "stream": stream})
+        pending = asyncio.create_task(post)
+        await until(lambda: provider.statistics().in_flight == 1)
+        pending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pending
+    await until(lambda: provider.statistics().in_flight == 0)
+    assert provider.statistics().disconnected == 1
+
+
+@pytest.mark.real_clock
+async def test_stream_spreads_its_latency(rate_limited_provider: ProviderFactory) -> None:
+    """This runs in real time, as the server does: the first chunk comes long before the last."""
+    provider = rate_limited_provider(latency=0.6)
+    arrived: list[float] = []
+    async with (
+        httpx.AsyncClient(headers=KEY) as client,
+        client.stream("POST", f"{provider.url}{CHAT}", json={**HELLO, "stream": True}) as reply,
+    ):
+        arrived = [time.monotonic() async for _ in reply.aiter_raw()]
+    assert arrived[-1] - arrived[0] > 0.1
+
+
+def test_reply_reports_the_limits_and_429_says_when_to_retry(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider = rate_limited_provider(rpm=1, tpm=6_000, policy="sliding_window")
+    reply, refused = call(provider), call(provider)
+    provider.rpm, provider.tpm = None, 49
+    never = call(provider)
+    names = ("limit-requests", "remaining-requests", "limit-tokens", "remaining-tokens")
+    said = [reply.headers[f"x-ratelimit-{name}"] for name in names]
+    assert said == ["1", "0", "6000", "5950"]
+    assert reply.headers["x-ratelimit-reset-tokens"].startswith(("59.", "1m0s"))
+    assert reply.headers["x-request-id"].startswith("req_")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["type"]) == (
+        429,
+        "rate_limit_exceeded",
+        "requests",
+    )
+    assert "on requests per min (RPM): Limit 1, Used 1, Requested 1. Please try" in error["message"]
+    assert refused.headers["retry-after"] == "60"
+    assert 59_000 < int(refused.headers["retry-after-ms"]) <= 60_000
+    assert "can never pass" in never.json()["error"]["message"]
+    assert "retry-after" not in never.headers
+    assert [(arrival.tokens, arrival.admitted) for arrival in provider.arrivals] == [
+        (50, True),
+        (50, False),
+        (50, False),
+    ]
+
+
+def test_429_and_headers_of_messages_are_those_of_anthropic(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider = rate_limited_provider(rpm=1, policy="sliding_window")
+    reply, refused = call(provider, "/v1/messages"), call(provider, "/v1/messages")
+    error = refused.json()
+    assert (error["type"], error["error"]["type"]) == ("error", "rate_limit_error")
+    assert "Limit 1, Used 1, Requested 1." in error["error"]["message"]
+    assert refused.headers["retry-after"] == "60"
+    assert reply.headers["anthropic-ratelimit-requests-limit"] == "1"
+    assert reply.headers["anthropic-ratelimit-requests-remaining"] == "0"
+    reset = datetime.fromisoformat(reply.headers["anthropic-ratelimit-requests-reset"])
+    assert reset.tzinfo is not None
+    assert reply.headers["request-id"].startswith("req_")
+    provider.rpm = None
+    provider.fail_next(status=529)
+    assert call(provider, "/v1/messages").json()["error"]["type"] == "overloaded_error"
+
+
+def test_scripted_failure_has_the_given_status_code_and_wait(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider = rate_limited_provider(concurrency=1)
+    provider.fail_next(status=503, retry_after=1.5)
+    provider.fail_next(status=429, code="insufficient_quota")
+    overloaded, quota = call(provider), call(provider)
+    assert (overloaded.status_code, overloaded.headers["retry-after-ms"]) == (503, "1500")
+    assert quota.json()["error"]["code"] == quota.json()["error"]["type"] == "insufficient_quota"
+    assert call(provider).status_code == 200  # a failed call has left its slot
+    seen = provider.statistics()
+    assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ({"count": -1}, "count must be a whole number of at least 0, not -1"),
+        ({"status": 200}, "status must be 400 to 599, not 200"),
+        ({"retry_after": -1}, "retry_after must be finite and >= 0 s, not -1"),
+        ({"after_chunks": -1}, "after_chunks must be a whole number of at least 0"),
+    ],
+)
+def test_invalid_failure_is_refused_at_once(failure: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RateLimitedProvider().fail_next(**failure)
+
+
+@pytest.mark.parametrize(("charge", "tokens"), [("openai", 50), ("usage", 2 + 4)])
+def test_call_is_charged_by_the_configured_rule(charge: Any, tokens: int) -> None:
+    with RateLimitedProvider(charge=charge) as provider:
+        call(provider)
+        assert provider.statistics().tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "content", "message"),
+    [
+        (400, CHAT, b'{"model": "m"}', "KeyError('messages')"),
+        (400, CHAT, b'{"model": "m", "messages": []}', "there are no messages"),
+        (400, CHAT, b'{"model": "m", "messages": [{"content": 7}]}', "can't be understood"),
+        (400, CHAT, b'{"model": "m", "messages": "x", "max_tokens": 0}', "at least 1, not 0"),
+        (400, CHAT, b"[" * 100_000, "can't be understood"),
+        (400, "/v1/embeddings", b'{"model": "m", "input": []}', "can't be understood"),
+        (404, "/v1/nonsense", b"{}", "Invalid URL (POST /v1/nonsense)"),
+    ],
+)
+def test_call_that_cannot_be_read_is_an_error_and_costs_nothing(
+    rate_limited_provider: ProviderFactory, status: int, path: str, content: bytes, message: str
+) -> None:
+    provider = rate_limited_provider()
+    reply = httpx.post(f"{provider.url}{path}", headers=KEY, content=content)
+    assert reply.status_code == status
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert message in reply.json()["error"]["message"]
+    assert httpx.get(f"{provider.url}{CHAT}", headers=KEY).status_code == 404
+    assert provider.statistics().requests == 0
+
+
+def test_call_without_a_key_gets_401(rate_limited_provider: ProviderFactory) -> None:
+    url = f"{rate_limited_provider().url}/v1/messages"
+    openai, anthropic = (httpx.post(each, json=HELLO).json() for each in (url + "/x", url))
+    assert openai["error"]["code"] == "invalid_api_key"
+    assert anthropic["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize("family", ["httpx", "httpx2"])
+async def test_mocked_reply_matches_that_of_the_server(family: Any) -> None:
+    library: Any = pytest.importorskip(family)
+    provider = RateLimitedProvider(rpm=2, policy="sliding_window")
+    transport = provider.mock_transport(family=family)
+    async with library.AsyncClient(transport=transport, headers=KEY) as client:
+        mocked = await client.post(f"http://provider{CHAT}", json=HELLO)
+        with provider:
+            real = call(provider)
+        refused = await client.post(f"http://provider{CHAT}", json=HELLO)
+        provider.rpm = None
+        provider.fail_next(2, after_chunks=2)
+        with pytest.raises(library.RemoteProtocolError, match="closed in a stream"):
+            await client.post(f"http://provider{CHAT}", json={**HELLO, "stream": True})
+        unstreamed = await client.post(f"http://provider{CHAT}", json=HELLO)
+    assert mocked.json()["choices"] == real.json()["choices"]
+    assert set(mocked.headers) == set(real.headers)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+    assert unstreamed.status_code == 500
+    assert (provider.statistics().errors, provider.statistics().in_flight) == (2, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "asyncbucket.testing.provider", "--rpm", "60"]
+    with subprocess.Popen(
+        [*command, "--latency", "(0.0, 0.001)", "--policy", "fixed_window"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        base_url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", base_url)
+        reply = httpx.post(f"{base_url}/chat/completions", headers=KEY, json=HELLO)
+        assert reply.headers["x-ratelimit-limit-requests"] == "60"
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=10)
+    assert json.loads(said)["admitted"] == 1
+    assert process.returncode == 0
+
+
+def test_command_that_cannot_start_ends_with_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refusal(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["provider", *options])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return str(caught.value)
+
+    monkeypatch.setattr(signal, "signal", {}.get)
+    assert refusal("--rpm", "0") == "error: rpm must be a whole number of at least 1, not 0"
+    with RateLimitedProvider() as first:
+        port = urlsplit(first.url).port
+        assert refusal("--port", f"{port}").startswith(f"error: cannot listen on 127.0.0.1:{port}")
+
+
+def test_virtual_time_and_assertions_load_no_web_framework() -> None:
+    script = """
+import sys
+from asyncbucket.testing import assert_never_over, virtual_time
+import asyncbucket.testing.pytest_plugin
+print(sorted({"starlette", "uvicorn", "openai", "httpx"} & sys.modules.keys()), virtual_time)
+"""
+    assert python("-c", script, check=True).stdout.startswith("[] <function virtual_time at ")
+
+
+def test_every_public_name_of_testing_can_be_loaded() -> None:
+    assert dir(testing) == sorted(testing.__all__)
+    assert [name for name in testing.__all__ if getattr(testing, name).__name__ != name] == []
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = getattr(testing, "nonsense")  # noqa: B009 - a type checker would see it
+
+
+def test_missing_extra_error_names_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", dict[str, object]().get)
+    monkeypatch.delitem(sys.modules, "asyncbucket.testing.provider", raising=False)
+    with pytest.raises(ImportError, match=r'and uvicorn: pip install "asyncbucket\[testing\]"$'):
+        importlib.import_module("asyncbucket.testing.provider")
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (0, "0s"),
+        (120_000_000, "120ms"),
+        (999_000_000 + 1, "1s"),
+        (8640_000_000, "8.64s"),
+        (3661_000_000_000 + 500_000_000, "61m1.5s"),
+    ],
+)
+def test_duration_is_written_in_go_format(nanoseconds: int, text: str) -> None:
+    assert go_duration(nanoseconds) == text
