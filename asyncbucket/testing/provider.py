@@ -230,7 +230,7 @@ def main() -> None:
     """Serve until SIGINT or SIGTERM; print one line with the URL, and at the end the statistics."""
     parser = argparse.ArgumentParser(
         prog="python -m asyncbucket.testing.provider",
-        description=inspect.getdoc(Options),
+        description=str(inspect.getdoc(Options)).partition("    clock:")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )

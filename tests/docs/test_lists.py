@@ -1,4 +1,4 @@
-"""The page of examples and llms.txt, the docs on one page for language models, leave nothing out."""
+"""Lists leave nothing out: the page of examples, and llms.txt, the docs on one page for language models."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,16 @@ from asyncbucket.cli.app import app
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 TEXT = (DOCS / "llms.txt").read_text("utf-8")
+#: What type checkers say of them is asked in tests/packaging/test_types.py.
+RECIPES = re.findall(
+    r"^```python\n(.*?)^```", (DOCS / "cookbook.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
+def test_cookbook_has_ten_recipes_of_at_most_fifteen_lines() -> None:
+    lengths = [len(list(filter(None, recipe.splitlines()))) for recipe in RECIPES]
+    assert len(lengths) >= 10
+    assert max(lengths) <= 15
 
 
 def test_page_of_examples_lists_exactly_the_examples() -> None:

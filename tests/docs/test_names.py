@@ -29,24 +29,19 @@ def members_of_classes() -> dict[str, set[str]]:
     for file in (ROOT / "asyncbucket").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ClassDef):
-                members[node.name] |= set(_names_in(node))
                 bases[node.name] |= {base.id for base in node.bases if isinstance(base, ast.Name)}
+                for inner in ast.walk(node):
+                    match inner:
+                        case (
+                            ast.FunctionDef(name=name)
+                            | ast.AsyncFunctionDef(name=name)
+                            | ast.Attribute(attr=name, ctx=ast.Store())
+                            | ast.Name(id=name, ctx=ast.Store())
+                        ):
+                            members[node.name].add(name)
     for name, above in bases.items():
-        for base in above & members.keys():
-            members[name] |= members[base]
+        members[name].update(*(members[base] for base in above & members.keys()))
     return members
-
-
-def _names_in(node: ast.ClassDef) -> list[str]:
-    names: list[str] = []
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-            names.append(inner.name)
-        elif isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
-            names.append(inner.attr)
-        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-            names.append(inner.id)
-    return names
 
 
 @each_page

@@ -22,9 +22,6 @@ import gc
 import inspect
 import io
 import re
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Coroutine, Generator
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +35,7 @@ from sybil.parsers.myst import CodeBlockParser, SkipParser
 
 from asyncbucket import Limiter, TokenBucket
 from asyncbucket.testing import RateLimitedProvider, virtual_time
+from tests.stores.conftest import SERVER, RunningServer
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -120,22 +118,11 @@ def with_provider(patch: pytest.MonkeyPatch) -> Generator[Run]:
 @contextlib.contextmanager
 def with_server(patch: pytest.MonkeyPatch) -> Generator[Run]:
     """Run a page on the machine's clock with a server for shared limits."""
-    program = shutil.which("valkey-server") or shutil.which("redis-server")
-    if program is None:
+    if SERVER is None:
         pytest.skip("NO SERVER: install valkey-server (or redis-server) to run this page")
-    path = Path.cwd() / "valkey.sock"
-    settings = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(path.parent)]
-    with subprocess.Popen([program, *settings], stdout=subprocess.DEVNULL) as server:
-        try:
-            until = time.monotonic() + 10
-            while not path.exists():
-                assert time.monotonic() < until, "the server did not start"
-                time.sleep(0.01)
-            with on_real_time(patch) as run:
-                patch.setenv("LIMITS_URL", f"unix://{path}?db=0")
-                yield run
-        finally:
-            server.terminate()
+    with RunningServer(Path.cwd()) as server, on_real_time(patch) as run:
+        patch.setenv("LIMITS_URL", server.url)
+        yield run
 
 
 STAGES = {

@@ -15,40 +15,27 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "reference.md").read_text("utf-8")
 #: Names behind ``asyncbucket.``; the first is the package itself.
 MODULES = (
-    "",
-    "batch",
-    "core.events",
-    "http",
-    "llama_index",
-    "plan",
-    "retry",
-    "stores",
-    "telemetry",
+    *("", "batch", "core.events", "http", "llama_index", "plan", "retry", "stores", "telemetry"),
     "testing",
 )
 
 
-def test_reference_shows_inherited_members_of_limiter() -> None:
-    """`wrap`, `transport` and `amap` are what most people look for, but are in a base class."""
+def test_reference_shows_what_base_classes_without_an_entry_have() -> None:
+    """Such as `wrap`, `transport` and `amap` of a limiter, and `retry_after` of errors."""
     limiter = PAGE.split(".. autoclass:: asyncbucket.Limiter\n")[1].split("\n\n")[0]
     assert ":inherited-members:" in limiter
+    for error in ("WouldBlock", "AcquireTimeout", "QueueFull"):
+        assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
+        assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
 
 
-@pytest.mark.parametrize("error", ["WouldBlock", "AcquireTimeout", "QueueFull"])
-def test_reference_shows_retry_after_and_bound_by_of_errors(error: str) -> None:
-    """``retry_after`` and its unit are in a base class without an entry of its own."""
-    assert f":: asyncbucket.{error}\n   :members: retry_after, bound_by\n" in PAGE
-    assert error in PAGE.split(":exclude-members: Limiter, ")[1].split("\n")[0]
-
-
-@pytest.mark.parametrize("what", ["attribute", "data", "property"])
-def test_text_before_a_colon_in_attribute_docs_is_not_read_as_a_type(what: str) -> None:
+def test_text_before_a_colon_in_attribute_docs_is_not_read_as_a_type() -> None:
     """Napoleon would read it as a type, and show the second half of the sentence first."""
     napoleon = pytest.importorskip("sphinx.ext.napoleon")
-    before_napoleon = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
     lines = ["What binds: a resource."]
-    before_napoleon(None, what, "bound_by", None, None, lines)
-    shown = napoleon.GoogleDocstring(lines, what=what, name="bound_by").lines()
+    hook = runpy.run_path(str(DOCS / "conf.py"))["begin_with_a_comment"]
+    hook(None, "attribute", "bound_by", None, None, lines)
+    shown = napoleon.GoogleDocstring(lines, what="attribute", name="bound_by").lines()
     assert shown == ["..", "", "What binds: a resource."]
 
 

@@ -5,7 +5,6 @@ import functools
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
@@ -47,16 +46,14 @@ def canonical(name: str) -> str:
 
 
 @functools.cache
-def modules() -> tuple[tuple[str, str], ...]:
-    return tuple(_modules())
-
-
-def _modules() -> Iterator[tuple[str, str]]:
-    for file in sorted(PACKAGE.rglob("*.py")):
-        path = file.relative_to(PACKAGE).as_posix()
-        for name in sorted(imported(ast.parse(file.read_text("utf-8")))):
-            if name not in sys.stdlib_module_names and name != "asyncbucket":
-                yield path, name
+def modules() -> list[tuple[str, str]]:
+    """Return each file of the package, with each library that it imports."""
+    return [
+        (file.relative_to(PACKAGE).as_posix(), name)
+        for file in sorted(PACKAGE.rglob("*.py"))
+        for name in sorted(imported(ast.parse(file.read_text("utf-8"))))
+        if name not in sys.stdlib_module_names and name != "asyncbucket"
+    ]
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -102,18 +99,13 @@ def required_by(name: str) -> frozenset[str]:
 
 def installed_by(names: set[str]) -> set[str]:
     """Return the distributions, and all that they require in turn."""
-    found, todo = set[str](), list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += required_by(name)
-    return found
+    found = names.union(*map(required_by, names))
+    return found if found == names else installed_by(found)
 
 
 @functools.cache
-def provided() -> Mapping[str, list[str]]:
-    return packages_distributions()
+def providers_of(module: str) -> set[str]:
+    return {canonical(name) for name in packages_distributions().get(module, [])}
 
 
 def extras_of(path: str) -> tuple[str, ...]:
@@ -121,10 +113,10 @@ def extras_of(path: str) -> tuple[str, ...]:
     return SERVES[max(parts, key=len)]
 
 
-@pytest.mark.parametrize(("path", "module"), list(modules()))
+@pytest.mark.parametrize(("path", "module"), modules())
 def test_extra_installs_every_module_its_part_imports(path: str, module: str) -> None:
     """No ModuleNotFoundError is possible after an extra was installed."""
-    providers = {canonical(name) for name in provided().get(module, [])}
+    providers = providers_of(module)
     there = installed_by({name for extra in extras_of(path) for name in named(extra)})
     assert providers, f"{module} is not installed here, so nobody can say who brings it"
     assert providers & there, f"{path} imports {module}, which {extras_of(path)} do not install"
@@ -136,8 +128,7 @@ def test_extra_installs_every_module_its_part_imports(path: str, module: str) ->
 )
 def test_every_distribution_of_an_extra_is_used(extra: str) -> None:
     """Nobody downloads what nothing imports; a part that moves must be changed here, too."""
-    used = {module for _, module in modules()}
-    providers = {canonical(name) for module in used for name in provided().get(module, [])}
+    providers = {name for _, module in modules() for name in providers_of(module)}
     own = {canonical(Requirement(line).name) for line in EXTRAS[extra]} - {"asyncbucket"}
     assert own - providers <= FOR_THE_USER.get(extra, set())
     assert all((PACKAGE / part).exists() for part in SERVES)

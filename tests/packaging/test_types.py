@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.test_cookbook import RECIPES
+from tests.docs.test_lists import RECIPES
 
 CONSUMER = Path(__file__).with_name("consumer.py").read_text("utf-8")
 #: Checkers read httpx, httpx2 and the libraries beneath, on a machine that may be busy.
