@@ -72,11 +72,9 @@ def imported(node: ast.AST) -> set[str]:
 
 def named(extra: str) -> set[str]:
     found: set[str] = set()
-    for line in EXTRAS[extra]:
-        requirement = Requirement(line)
+    for requirement in map(Requirement, EXTRAS[extra]):
         if requirement.name == "asyncbucket":
-            for other in requirement.extras:
-                found |= named(other)
+            found.update(*map(named, requirement.extras))
         else:
             found.add(canonical(requirement.name))
     return found

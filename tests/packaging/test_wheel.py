@@ -2,13 +2,22 @@
 
 import configparser
 import email.message
+import os
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import python
+
 ROOT = Path(__file__).parents[2]
+PROMISES = Path(__file__).with_name("promises.py")
+#: Modules of the standard library that the core needs, and asyncio has not loaded.
+ALSO = {
+    *("_bisect", "_decimal", "bisect", "copy", "dataclasses", "decimal", "fractions", "gc"),
+    *("numbers", "org", "org.python", "org.python.core"),  # copy looks for Jython
+}
 #: Extras for those who work on asyncbucket; all others are for users.
 FOR_DEVELOPERS = {"bench", "crewai", "dev", "docs", "frameworks", "peers", "test"}
 
@@ -85,3 +94,29 @@ def test_source_distribution_holds_what_packagers_need(source: Path, folder: str
     theirs = {file.name for file in (source / folder).iterdir()}
     assert ours <= theirs
     assert folder != "." or {"LICENSE", "Makefile", "CHANGELOG.md", "SECURITY.md"} <= theirs
+
+
+def alone(unpacked: Path, *arguments: str) -> str:
+    """Return what a program prints that has the wheel and the standard library alone."""
+    env = {**os.environ, "WHEEL": str(unpacked)}
+    done = python("-I", "-S", "-B", "-W", "error", *arguments, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_core_works_without_extras_and_the_rest_names_its_install_command(unpacked: Path) -> None:
+    """Calls are paced, planned, shared and shown; everything else names its `pip install`."""
+    assert alone(unpacked, str(PROMISES)).count(": ok") >= 12
+
+
+def test_import_loads_only_the_core_and_few_stdlib_modules(unpacked: Path) -> None:
+    """Beyond asyncio it loads its own core, and a few small modules of the standard library."""
+    code = (
+        f"import asyncio, sys; sys.path.insert(0, {str(unpacked)!r}); before = set(sys.modules);"
+        "import asyncbucket; print(*sorted(sys.modules.keys() - before))"
+    )
+    loaded = set(alone(unpacked, "-c", code).split())
+    assert "asyncbucket.core.limiter" in loaded
+    assert {name for name in loaded if not name.startswith("asyncbucket")} <= ALSO
+    parts = {name.rpartition(".")[0] for name in loaded if name.count(".") > 1}
+    assert parts == {"asyncbucket.core"}, "a part that few need"

@@ -152,6 +152,8 @@ def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> 
     gate.leave({})
     assert gate.enter(CHAT, {"tokens": 10}) == (False, Failure(429, retry_after=2.5))
     gate.fail_next(0, Failure())  # forgets the rest
+    with pytest.raises(ValueError, match="count must be a whole number of at least 0, not -1"):
+        gate.fail_next(-1, Failure())
     assert gate.enter(CHAT, {"tokens": 10}) == (True, Failure(503))
     seen = gate.statistics()
     assert (seen.tokens, seen.errors) == (20, 2)
@@ -169,20 +171,22 @@ def test_slot_of_a_call_is_free_again_when_it_has_left(clock: VirtualClock) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"rpm": 0}, "rpm must be a whole number of at least 1, not 0"),
-        ({"tpm": "100k"}, "tpm must be a whole number of at least 1, not '100k'"),
-        ({"reply_tokens": None}, "reply_tokens must be a whole number of at least 0, not None"),
-        ({"policy": "magic"}, "policy must be one of token_bucket, sliding_window, .* not 'magic'"),
-        ({"profile": "magic"}, "profile must be one of openai, anthropic, .* not 'magic'"),
-        ({"minute": 0}, "minute must be a positive number of seconds, not 0"),
-        ({"latency": (2, 1)}, r"latency must be seconds >= 0 or \(low, high\), not \(2, 1\)"),
-        ({"latency": float("nan")}, "latency must be .* not nan"),
-        ({"always": 200}, "status must be 400 to 599, not 200"),
-        ({"clock": time.monotonic}, "clock must return integer nanoseconds"),
+        (Options, {"rpm": 0}, "rpm must be a whole number of at least 1, not 0"),
+        (Options, {"tpm": "100k"}, "tpm must be a whole number of at least 1, not '100k'"),
+        (Options, {"reply_tokens": None}, "reply_tokens must be a whole number of at least 0"),
+        (Options, {"policy": "magic"}, "policy must be one of token_bucket, .* not 'magic'"),
+        (Options, {"profile": "magic"}, "profile must be one of openai, .* not 'magic'"),
+        (Options, {"minute": 0}, "minute must be a positive number of seconds, not 0"),
+        (Options, {"latency": (2, 1)}, r"latency must be seconds .* not \(2, 1\)"),
+        (Options, {"latency": float("nan")}, "latency must be seconds .* not nan"),
+        (Options, {"always": 200}, "status must be 400 to 599, not 200"),
+        (Options, {"clock": time.monotonic}, "clock must return integer nanoseconds"),
+        (Failure, {"retry_after": -1}, "retry_after must be finite and >= 0 s, not -1"),
+        (Failure, {"after_chunks": -1}, "after_chunks must be a whole number of at least 0"),
     ],
 )
-def test_invalid_option_is_refused_at_once(options: Any, message: str) -> None:
+def test_invalid_option_is_refused_at_once(kind: Any, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        Options(**options)
+        kind(**options)
