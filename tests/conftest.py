@@ -26,14 +26,8 @@ if TYPE_CHECKING:
 # Set before anything that reads them is imported: no test reaches beyond this machine, and none
 # depends on the key, the proxy or the terminal of the person who runs it.
 OUTSIDE = (
-    "ALL_PROXY",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "OPENAI_API_BASE",
-    "OPENAI_API_KEY",
-    "OPENAI_BASE_URL",
-    "OPENAI_ORG_ID",
-    "OPENAI_PROJECT_ID",
+    *("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "OPENAI_API_BASE", "OPENAI_API_KEY"),
+    *("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"),
 )
 for name in OUTSIDE:
     for spelling in (name, name.lower()):

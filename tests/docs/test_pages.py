@@ -4,12 +4,11 @@ The blocks of one page share a namespace and an event loop, `await` is allowed a
 the working directory is a fresh one. A `text` block is what the block before it printed. A page says
 in HTML comments, which no reader sees, what it needs beyond that:
 
-- `<!-- run: real -->` anywhere on the page: the machine's clock. Otherwise time is virtual: limiters
+- `<!-- run: real -->` anywhere on the page: the machine's clock, and the bundled provider behind the
+  address and key that OpenAI's clients find in the environment. Otherwise time is virtual: limiters
   and loops that the page makes run on it, so a page that waits for hours takes milliseconds. What
   such a page sets in LlamaIndex's `Settings` ends with it.
-- `<!-- run: provider -->`: the same, and the bundled provider behind the address and key that OpenAI's
-  clients find in the environment.
-- `<!-- run: server -->`: the machine's clock, and a Valkey or Redis server at ``$LIMITS_URL``.
+- `<!-- run: server -->`: the same, and a Valkey or Redis server at ``$LIMITS_URL``.
 - `<!-- run: frameworks -->`: not here but by tests/frameworks, section by section: each needs packages that
   `make frameworks` installs.
 - `<!-- skip: next "the reason" -->` before a block: it is shown, not run.
@@ -97,22 +96,15 @@ def on_virtual_time(patch: pytest.MonkeyPatch) -> Generator[Run]:
 
 @contextlib.contextmanager
 def on_real_time(patch: pytest.MonkeyPatch) -> Generator[Run]:
-    """Run a page on the machine's clock."""
+    """Run a page on the machine's clock, with the bundled provider where clients find it."""
     settings = vars(import_module("llama_index.core").Settings)
     for name in settings:
         patch.setitem(settings, name, settings[name])
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@contextlib.contextmanager
-def with_provider(patch: pytest.MonkeyPatch) -> Generator[Run]:
-    """Run a page on the machine's clock against the bundled provider."""
-    with RateLimitedProvider() as provider, on_real_time(patch) as run:
+    with RateLimitedProvider() as provider, asyncio.Runner() as runner:
         patch.setenv("OPENAI_API_BASE", provider.base_url)
         patch.setenv("OPENAI_BASE_URL", provider.base_url)
         patch.setenv("OPENAI_API_KEY", "test-key")
-        yield run
+        yield runner.run
 
 
 @contextlib.contextmanager
@@ -125,12 +117,7 @@ def with_server(patch: pytest.MonkeyPatch) -> Generator[Run]:
         yield run
 
 
-STAGES = {
-    "virtual": on_virtual_time,
-    "real": on_real_time,
-    "provider": with_provider,
-    "server": with_server,
-}
+STAGES = {"virtual": on_virtual_time, "real": on_real_time, "server": with_server}
 
 
 def stage_of(page: Path) -> str:

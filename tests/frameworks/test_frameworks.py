@@ -155,7 +155,7 @@ async def test_dropped_stream_gives_its_slot_back(framework: Framework) -> None:
     assert framework.limiter.statistics().admitted == 1
 
 
-async def test_hook_gives_calls_of_litellm_their_client() -> None:
+async def test_hook_gives_calls_of_litellm_their_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """So are those paced that another framework makes."""
     litellm = pytest.importorskip("litellm")
     loggers = pytest.importorskip("litellm.integrations.custom_logger")
@@ -164,19 +164,12 @@ async def test_hook_gives_calls_of_litellm_their_client() -> None:
     client = handlers.AsyncHTTPHandler(transport=limiter.transport())
 
     class PassClient(loggers.CustomLogger):  # type: ignore[misc, name-defined]
-        async def async_pre_call_deployment_hook(
-            self, kwargs: dict[str, Any], _: object
-        ) -> dict[str, Any]:
+        async def async_pre_call_deployment_hook(self, kwargs: Any, _: object) -> dict[str, Any]:
             return {**kwargs, "client": client}
 
-    litellm.callbacks.append(PassClient())
-    try:
-        with RateLimitedProvider() as provider:
-            messages = [{"role": "user", "content": next(PROMPTS)}]
-            await litellm.acompletion(
-                "anthropic/claude-sonnet-5", messages, api_base=provider.url, api_key="test-key"
-            )
-    finally:
-        litellm.callbacks.clear()
+    monkeypatch.setattr(litellm, "callbacks", [PassClient()])
+    messages, model = [{"role": "user", "content": next(PROMPTS)}], "anthropic/claude-sonnet-5"
+    with RateLimitedProvider() as provider:
+        await litellm.acompletion(model, messages, api_base=provider.url, api_key="test-key")
 
     assert limiter.statistics().admitted == 1

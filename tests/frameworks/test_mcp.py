@@ -17,14 +17,15 @@ from asyncbucket.testing import VirtualTime
 
 mcp: Any = pytest.importorskip("mcp")
 
+#: What mcp 1 has for a server.
+FIRST = ("mcp.server.fastmcp", "FastMCP")
 with_client = pytest.mark.skipif(not hasattr(mcp, "Client"), reason="mcp 1 has no Client")
 
 
 def make_server() -> Any:
     """Return a server with two tools, one of which takes a second."""
-    of_mcp_2 = hasattr(mcp, "Client")
-    module = importlib.import_module("mcp.server" if of_mcp_2 else "mcp.server.fastmcp")
-    server = (module.MCPServer if of_mcp_2 else module.FastMCP)("weather")
+    name = ("mcp.server", "MCPServer") if hasattr(mcp, "Client") else FIRST
+    server = getattr(importlib.import_module(name[0]), name[1])("weather")
 
     async def forecast(city: str) -> str:
         await asyncio.sleep(1)
@@ -33,8 +34,8 @@ def make_server() -> Any:
     async def alerts(city: str) -> str:
         return f"None for {city}."
 
-    for tool in (forecast, alerts):
-        server.add_tool(tool)
+    server.add_tool(forecast)
+    server.add_tool(alerts)
     return server
 
 
@@ -67,13 +68,10 @@ def test_tools_are_paced_by_server_and_tool(weather: Limiter, virtual_time: Virt
             session = weather.wrap(inner)
             assert isinstance(session, mcp.ClientSession)
             calls = [session.call_tool("forecast", {"city": "Rome"}) for _ in range(5)]
-            replies = await asyncio.gather(
-                *calls, session.call_tool(name="alerts", arguments={"city": "Rome"})
-            )
-            assert {reply.content[0].text for reply in replies} == {
-                "Sun in Rome.",
-                "None for Rome.",
-            }
+            calls.append(session.call_tool(name="alerts", arguments={"city": "Rome"}))
+            replies = await asyncio.gather(*calls)
+            texts = {reply.content[0].text for reply in replies}
+            assert texts == {"Sun in Rome.", "None for Rome."}
             assert len((await session.list_tools()).tools) == 2
             _ = await inner.call_tool("alerts", {"city": "Rome"})  # stays unpaced
 
@@ -90,10 +88,8 @@ def test_cancelled_and_failed_tools_give_their_slots_back(
     async def main() -> None:
         async with connected() as inner:
             session = weather.wrap(inner)
-            calls = [
-                asyncio.ensure_future(session.call_tool("forecast", {"city": "Rome"}))
-                for _ in range(4)
-            ]
+            asks = (session.call_tool("forecast", {"city": "Rome"}) for _ in range(4))
+            calls = [asyncio.ensure_future(ask) for ask in asks]
             await asyncio.sleep(0.5)
             assert weather.statistics().in_flight == 2
             for call in calls:

@@ -19,7 +19,6 @@ import tempfile
 import traceback
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -40,22 +39,13 @@ IMPLIED["plot"] = {"cli", *IMPLIED["cli"]}
 IMPLIED["all"] = {"otel", "plot", "redis", *IMPLIED["plot"]}
 
 
-@dataclass(frozen=True)
-class Promise:
-    """Something that works with an extra, and without it names the extra to install."""
-
-    extra: str
-    keep: Callable[[], object]
-    #: Whether users without the extra are told to install it; False: they cannot get that far.
-    tells: bool
-
-
-PROMISES: list[Promise] = []
+#: An extra; what works with it; whether users without it are told to install it, or cannot get that far.
+PROMISES: list[tuple[str, Callable[[], object], bool]] = []
 
 
 def promise(extra: str, *, tells: bool = True) -> Callable[[Callable[[], object]], None]:
     """Note what an extra, or else the core, promises."""
-    return lambda keep: PROMISES.append(Promise(extra, keep, tells))
+    return lambda keep: PROMISES.append((extra, keep, tells))
 
 
 def limiter() -> Limiter:
@@ -214,31 +204,29 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def broken(promise: Promise, *, here: bool) -> str | None:
+def broken(extra: str, keep: Callable[[], object], *, here: bool) -> str:
     """Return what is wrong with a promise, whether or not its extra is installed."""
     try:
-        promise.keep()
+        keep()
     except ImportError as error:
-        told = f"asyncbucket[{promise.extra}]"
-        if here:
-            return traceback.format_exc()
-        return None if "pip install" in str(error) and told in str(error) else f"says {error}"
+        told = "pip install" in str(error) and f"asyncbucket[{extra}]" in str(error)
+        return "" if told and not here else traceback.format_exc()
     except Exception:  # noqa: BLE001 - any failure is reported
         return traceback.format_exc()
-    return None  # it may work without its extra if another one brought what it needs
+    return ""  # it may work without its extra if another one brought what it needs
 
 
 def main(extras: set[str]) -> int:
     """Check every promise; return 1 if one is broken."""
-    here = {"core", *extras}.union(*(IMPLIED.get(extra, set()) for extra in extras))
+    installed = {"core", *extras}.union(*(IMPLIED.get(extra, set()) for extra in extras))
     failures = 0
-    for each in PROMISES:
-        there = each.extra in here
-        if there or each.tells:
-            wrong = broken(each, here=there)
-            failures += wrong is not None
-            what = f"{each.extra if there else 'no ' + each.extra}: {each.keep.__name__}"
-            print(f"  {what}: {'ok' if wrong is None else 'BROKEN: ' + wrong}")
+    for extra, keep, tells in PROMISES:
+        here = extra in installed
+        if here or tells:
+            wrong = broken(extra, keep, here=here)
+            failures += bool(wrong)
+            what = f"{extra if here else 'no ' + extra}: {keep.__name__}"
+            print(f"  {what}: {f'BROKEN: {wrong}' if wrong else 'ok'}")
     return int(failures > 0)
 
 

@@ -16,16 +16,11 @@ from asyncbucket.testing.assertions import (
 SECOND = 1_000_000_000
 
 
-traces = st.lists(
-    st.tuples(
-        st.one_of(
-            st.integers(min_value=0, max_value=20).map(lambda half: half * SECOND // 2),
-            st.integers(min_value=0, max_value=10 * SECOND),
-        ),
-        st.integers(min_value=0, max_value=9),
-    ),
-    max_size=30,
+instants = st.one_of(
+    st.integers(min_value=0, max_value=20).map(lambda half: half * SECOND // 2),
+    st.integers(min_value=0, max_value=10 * SECOND),
 )
+traces = st.lists(st.tuples(instants, st.integers(min_value=0, max_value=9)), max_size=30)
 
 
 def test_trace_may_be_unordered_and_in_seconds_or_nanoseconds() -> None:
@@ -56,22 +51,20 @@ def test_what_is_over_a_limit_or_its_burst_fails_with_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trace", "error", "message"),
+    ("trace", "message"),
     [
-        ([(0, 1), (0.5, 1)], TypeError, "mixes int times"),
-        ([("0", 1)], TypeError, r"int \(ns\) or float \(s\), not '0'"),
-        ([(True, 1)], TypeError, "not True"),
-        ([(float("nan"), 1)], ValueError, "must be finite, not nan"),
-        ([(0, -1)], ValueError, "integer >= 0, not -1"),
-        ([(0, 1.5)], ValueError, "integer >= 0, not 1.5"),
-        ([(0, True)], ValueError, "integer >= 0, not True"),
+        ([(0, 1), (0.5, 1)], "mixes int times"),
+        ([("0", 1)], r"int \(ns\) or float \(s\), not '0'"),
+        ([(True, 1)], "not True"),
+        ([(float("nan"), 1)], "must be finite, not nan"),
+        ([(0, -1)], "integer >= 0, not -1"),
+        ([(0, 1.5)], "integer >= 0, not 1.5"),
+        ([(0, True)], "integer >= 0, not True"),
     ],
 )
-def test_trace_without_a_clear_meaning_is_refused(
-    trace: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        assert_never_over(trace, Limit("units", 10, per=60))
+def test_trace_without_a_clear_meaning_is_refused(trace: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        assert_never_over(trace, "10 TPM")
 
 
 def test_limit_window_or_bucket_without_a_clear_meaning_is_refused() -> None:
@@ -84,21 +77,17 @@ def test_limit_window_or_bucket_without_a_clear_meaning_is_refused() -> None:
             assert_within_bucket([(0, 5)], rate=rate, burst=burst)
 
 
-@given(traces, st.integers(min_value=1, max_value=40), st.integers(min_value=1, max_value=8))
-def test_window_check_agrees_with_brute_force(
-    trace: list[tuple[int, int]], amount: int, halves: int
-) -> None:
-    window = halves * SECOND // 2
-    worst = max(
-        (sum(amount for when, amount in trace if end - window < when <= end) for end, _ in trace),
-        default=0,
-    )
-    assert busiest_window(trace, per=halves / 2).amount == worst
-    if worst <= amount:
-        assert_never_over(trace, Limit("units", amount, per=halves / 2))
-    else:
+@given(traces, st.integers(min_value=1, max_value=8))
+def test_window_check_agrees_with_brute_force(trace: list[tuple[int, int]], halves: int) -> None:
+    window, per = halves * SECOND // 2, halves / 2
+    ends = {end for end, _ in trace}
+    sums = [sum(n for when, n in trace if end - window < when <= end) for end in ends]
+    worst = max(sums, default=0)
+    assert busiest_window(trace, per=per).amount == worst
+    assert_never_over(trace, Limit("units", worst or 1, per=per))
+    if worst > 1:
         with pytest.raises(AssertionError, match=f"over the limit: {worst} units"):
-            assert_never_over(trace, Limit("units", amount, per=halves / 2))
+            assert_never_over(trace, Limit("units", worst - 1, per=per))
 
 
 @given(traces, st.sampled_from([0.5, 1.0, 1 / 3, 2.0, 7.25]), st.sampled_from([1, 2, 2.5, 5, 9]))

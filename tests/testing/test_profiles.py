@@ -146,19 +146,6 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
     assert sent <= told | {"x-trial-endpoint-call-remaining"}
 
 
-async def test_spend_limit_of_anthropic_is_for_good() -> None:
-    provider = RateLimitedProvider(profile="anthropic")
-    provider.fail_next(1, status=429, code="enforced_spend_limit_reached")
-    limiter = Limiter("60 RPM")
-    transport = limiter.transport(provider.mock_transport(), profile="anthropic")
-    async with httpx.AsyncClient(transport=transport, headers=KEY) as client:
-        reply = await client.post("http://p/v1/messages", json=openai_body("Why?"))
-
-    assert reply.status_code == 429
-    assert provider.statistics().requests == 1
-    assert limiter.statistics().upstream_429 == 0
-
-
 @pytest.mark.parametrize(("path", "body"), [(GEMINI, gemini_body), (INVOKE, openai_body)])
 async def test_native_formats_report_their_usage(path: str, body: Body) -> None:
     provider = RateLimitedProvider(reply_tokens=RECEIVED)

@@ -57,8 +57,7 @@ async def test_chat_repeats_the_question_padded_to_reply_tokens_and_cut_at_max_t
     reply = await chat(client)
     assert reply.choices[0].message.content == "You said: Hello"
     assert reply.choices[0].finish_reason == "stop"
-    usage = reply.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (2, 4, 6)
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (2, 4)
     provider.reply_tokens = 300
     assert (await chat(client)).usage.completion_tokens == 300
     for name in ("max_tokens", "max_completion_tokens"):
