@@ -7,7 +7,6 @@ have no sentences; tables and headings have words, though. A sentence is passive
 
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -43,27 +42,8 @@ _PASSIVE: Final = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a page asks of its reader."""
-
-    words: int
-    sentences: tuple[str, ...]
-
-    @property
-    def mean(self) -> float:
-        """Words a sentence."""
-        words = sum(len(_WORD.findall(each)) for each in self.sentences)
-        return words / max(1, len(self.sentences))
-
-    @property
-    def passive(self) -> tuple[str, ...]:
-        """Return the sentences that don't say who does it."""
-        return tuple(each for each in self.sentences if _PASSIVE.search(each))
-
-
-def read(text: str) -> Reading:
-    """Measure a page of Markdown."""
+def read(text: str) -> tuple[int, list[str]]:
+    """Return how many words a page of Markdown has, and its sentences."""
     text = _FENCE.sub("\n\n", _COMMENT.sub("", text))
     for mark, words in (_ROLE, r"\1"), (_LINK, r"\1"), (_TAG, ""), (_CODE, "§"):
         text = mark.sub(words, text)
@@ -81,7 +61,7 @@ def read(text: str) -> Reading:
         for sentence in _STOP.split(" ".join(paragraph))
         if _WORD.search(sentence)
     ]
-    return Reading(words=len(_WORD.findall(text)), sentences=tuple(sentences))
+    return len(_WORD.findall(text)), sentences
 
 
 def pages() -> list[Path]:
@@ -104,17 +84,19 @@ def to_understand() -> set[str]:
 
 def faults(page: Path) -> list[str]:
     """Say what makes a page hard to read."""
-    reading = read(page.read_text("utf-8"))
+    words, sentences = read(page.read_text("utf-8"))
+    mean = sum(len(_WORD.findall(each)) for each in sentences) / max(1, len(sentences))
+    passive = [each for each in sentences if _PASSIVE.search(each)]
+    share = len(passive) / max(1, len(sentences))
     found: list[str] = []
-    if reading.mean > SENTENCE:
-        longest = max(reading.sentences, key=len)
-        found.append(f"{reading.mean:.1f} words a sentence, not {SENTENCE}; as in: {longest}")
-    share = len(reading.passive) / max(1, len(reading.sentences))
+    if mean > SENTENCE:
+        longest = max(sentences, key=len)
+        found.append(f"{mean:.1f} words a sentence, not {SENTENCE}; as in: {longest}")
     if share >= PASSIVE:
-        listed = "\n  ".join(reading.passive)
+        listed = "\n  ".join(passive)
         found.append(f"{share:.0%} passive sentences, not {PASSIVE:.0%}:\n  {listed}")
-    if page.parent.name == "docs" and page.stem not in to_understand() and reading.words > PAGE:
-        found.append(f"{reading.words:,} words, not {PAGE:,}: cut it, or make two pages of it")
+    if page.parent.name == "docs" and page.stem not in to_understand() and words > PAGE:
+        found.append(f"{words:,} words, not {PAGE:,}: cut it, or make two pages of it")
     return found
 
 

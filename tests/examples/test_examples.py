@@ -1,10 +1,8 @@
 """Each example runs as a stranger would run it, and shows what it promises."""
 
-import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,29 +18,23 @@ pytestmark = [
 ]
 
 
-def run(name: str, *arguments: str, cwd: Path) -> str:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    done = python(str(EXAMPLES / name), *arguments, cwd=cwd, env=clean, timeout=240)
+def run(name: str, *, cwd: Path) -> str:
+    done = python(str(EXAMPLES / name), cwd=cwd, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # neither a warning nor a log line
     return done.stdout
 
 
-@pytest.fixture
-def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+def run_here(name: str, capfd: pytest.CaptureFixture[str]) -> str:
     """Run an example in this process, which has loaded its libraries: seconds of a new one."""
-
-    def run_example(name: str) -> str:
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        printed, errors = capfd.readouterr()
-        assert errors == ""
-        return printed
-
-    return run_example
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    printed, errors = capfd.readouterr()
+    assert errors == ""
+    return printed
 
 
-def test_every_agent_answers_and_no_call_is_refused(run_here: Callable[[str], str]) -> None:
-    printed = run_here("agents_with_tools.py")
+def test_every_agent_answers_and_no_call_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    printed = run_here("agents_with_tools.py", capfd)
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
 
@@ -53,13 +45,12 @@ def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> Non
     restored, called = map(int, re.findall(r"(\d+) from the checkpoint, (\d+) asked", printed)[-1])
     assert restored + called == 300
     assert restored >= 100
-    again = re.search(r"(\d+) were in flight at the kill\n0 refused \(429\)", printed)
-    assert again is not None
-    assert int(again[1]) <= 20
+    (again,) = re.findall(r"(\d+) were in flight at the kill\n0 refused \(429\)", printed)
+    assert int(again) <= 20
 
 
-def test_openai_sdk_calls_are_paced_without_a_429(run_here: Callable[[str], str]) -> None:
-    printed = run_here("plain_openai_sdk.py")
+def test_openai_sdk_calls_are_paced_without_a_429(capfd: pytest.CaptureFixture[str]) -> None:
+    printed = run_here("plain_openai_sdk.py", capfd)
     assert "a stream: 'You said: Tell me a story.'" in printed
     assert "80 vectors in one call\n82 calls, 0 refused (429)" in printed
     assert "concurrency 0/32, 0 waiting" in printed
@@ -75,9 +66,9 @@ def test_no_call_is_lost_with_a_key_whose_provider_dies(tmp_path: Path) -> None:
 
 
 def test_questions_wait_less_than_the_ingestion_beside_them(
-    run_here: Callable[[str], str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    printed = run_here("rag_ingestion.py")
+    printed = run_here("rag_ingestion.py", capfd)
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
     assert len(behind) == 5
     assert behind[0] > 20
@@ -90,14 +81,15 @@ def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     printed = run("shared_store.py", cwd=tmp_path)
     assert re.findall(r"(\d+) of 40 answered", printed) == ["40"] * 4
     assert "160 calls in all, 0 refused (429)" in printed
-    most = re.search(r"at most (\d+) at once, where 16 may be", printed)
-    assert most is not None
-    assert int(most[1]) <= 16
+    (most,) = re.findall(r"at most (\d+) at once, where 16 may be", printed)
+    assert int(most) <= 16
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flooding_tenant_gets_429_while_others_are_served(run_here: Callable[[str], str]) -> None:
-    printed = run_here("multi_tenant_fastapi.py")
+def test_flooding_tenant_gets_429_while_others_are_served(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    printed = run_here("multi_tenant_fastapi.py", capfd)
     found = re.findall(r"^(\w+): (\d+) times (\d+)$", printed, re.MULTILINE)
     heard = {(tenant, int(status)): int(count) for tenant, count, status in found}
     assert heard["bob", 429] > heard["bob", 200]

@@ -50,7 +50,7 @@ async def test_service_says_whose_limit_refuses_a_question(
     service = example.service(limiter, AsyncOpenAI(api_key="any", http_client=model))
     transport = httpx.ASGITransport(service)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
-        asked = {"json": {"text": text}, "headers": {"authorization": key}}
+        asked: Any = {"json": {"text": text}, "headers": {"authorization": key}}
         asks = (http.post("/ask", **asked) for _ in range(sum(heard.values())))
         replies = await asyncio.gather(*asks)
     assert Counter(reply.status_code for reply in replies) == heard

@@ -9,9 +9,9 @@ import gc
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,22 +43,11 @@ REQUESTS_ONLY = {"Other models of LangChain"}
 PROMPTS = (f"Is {n} prime?" for n in itertools.count(time.time_ns()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Framework:
-    """What a section of the page defines, and the provider that it calls."""
-
-    title: str
-    limiter: Limiter
-    ask: Callable[[str], Awaitable[object]]
-    first_part: Callable[[str], Awaitable[object]] | None
-    provider: RateLimitedProvider
-
-
 @pytest.fixture(params=SECTIONS)
 async def framework(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Framework]:
-    """Run a section with a limiter of the test's own."""
+) -> AsyncIterator[Any]:
+    """Run a section with a limiter of the test's own; yield what it defines, and the provider."""
     with RateLimitedProvider(rpm=RATE, minute=1.0, latency=0.02) as provider:
         settings = {
             **{f"{name}_API_KEY": "test-key" for name in ("OPENAI", "ANTHROPIC", "GEMINI")},
@@ -80,12 +69,8 @@ async def framework(
             exec(source, defined)  # noqa: S102 - our own documentation
         except ModuleNotFoundError as error:
             pytest.skip(f"{error.name} is not installed")
-        yield Framework(
-            title=request.param,
-            limiter=limiter,
-            ask=defined["ask"],
-            first_part=defined.get("first_part"),
-            provider=provider,
+        yield SimpleNamespace(
+            **{"title": request.param, "provider": provider, "first_part": None, **defined}
         )
     # Clients that nobody closes must not warn in another test.
     _ = gc.collect()
@@ -100,7 +85,7 @@ async def until(condition: Callable[[], bool], *, within: float) -> None:
 
 
 async def test_many_calls_at_once_are_never_refused_and_use_the_limit(
-    framework: Framework,
+    framework: Any,
 ) -> None:
     provider, limiter = framework.provider, framework.limiter
     await framework.ask(next(PROMPTS))  # some load parts of themselves late
@@ -118,7 +103,7 @@ async def test_many_calls_at_once_are_never_refused_and_use_the_limit(
     print(figures)  # noqa: T201 - for those who ask for it by `-s`
 
 
-async def test_one_layer_retries(framework: Framework) -> None:
+async def test_one_layer_retries(framework: Any) -> None:
     framework.provider.fail_next(100, status=503, retry_after=0.001)
 
     with pytest.raises(Exception, match=r"."):  # each has its own
@@ -129,7 +114,7 @@ async def test_one_layer_retries(framework: Framework) -> None:
     assert framework.limiter.statistics().in_flight == 0
 
 
-async def test_cancelled_calls_give_their_slots_back(framework: Framework) -> None:
+async def test_cancelled_calls_give_their_slots_back(framework: Any) -> None:
     limiter, waits = framework.limiter, framework.title in IN_THREADS
     framework.provider.latency = 1.0 if waits else 30.0
     tasks = [asyncio.ensure_future(framework.ask(next(PROMPTS))) for _ in range(4 * CONCURRENCY)]
@@ -144,7 +129,7 @@ async def test_cancelled_calls_give_their_slots_back(framework: Framework) -> No
     await framework.ask(next(PROMPTS))
 
 
-async def test_dropped_stream_gives_its_slot_back(framework: Framework) -> None:
+async def test_dropped_stream_gives_its_slot_back(framework: Any) -> None:
     if framework.first_part is None:
         pytest.skip("the page shows no stream")
     framework.provider.latency = 1.0

@@ -39,8 +39,3 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(folder, filter="data")
     (tree,) = folder.iterdir()
     return tree
-
-
-@pytest.fixture(scope="session")
-def rebuilt(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wheel", tree=source, into=tmp_path_factory.mktemp("rebuilt"))

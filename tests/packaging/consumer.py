@@ -10,9 +10,8 @@ import httpx
 import httpx2
 
 import asyncbucket
-from asyncbucket import Limiter, Pool, WouldBlock, pace
+from asyncbucket import Limiter, Pool, pace
 from asyncbucket.batch import Item, Results
-from asyncbucket.http import Profile, RequestSize
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -43,10 +42,6 @@ async def acquiring_gives_a_lease(limiter: Limiter) -> None:
         lease.release()
     task = asyncio.create_task(limiter.acquire())
     assert_type(await task, asyncbucket.Lease)
-    try:
-        limiter.acquire_nowait(tokens=5).release()
-    except WouldBlock as full:
-        assert_type(full.retry_after, float | None)
 
 
 def pacing_keeps_the_signature(limiter: Limiter) -> None:
@@ -79,13 +74,6 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
     client: httpx2.Client = limiter.http_client(family="httpx2", sync=True)
     client.close()
     limiter.http_client(rutes={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-
-
-def profiles_charge_by_the_size_of_a_request(limiter: Limiter) -> None:
-    def charge(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
-        return asked.by_size, asked.output(foreseen), asked.by_size + asked.output(foreseen)
-
-    limiter.transport(profile=Profile(name="mine", charge=charge))
 
 
 async def pools_are_limiters_of_several_keys(one: Limiter, other: Limiter, model: Model) -> None:

@@ -129,19 +129,6 @@ async def test_slot_comes_back_when_client_disconnects(
     assert provider.statistics().disconnected == 1
 
 
-@pytest.mark.real_clock
-async def test_stream_spreads_its_latency(rate_limited_provider: ProviderFactory) -> None:
-    """This runs in real time, as the server does: the first chunk comes long before the last."""
-    provider = rate_limited_provider(latency=0.6)
-    request = httpx.Request(
-        "POST", f"{provider.url}{CHAT}", headers=KEY, json={**HELLO, "stream": True}
-    )
-    async with httpx.AsyncClient() as client:
-        reply = await client.send(request, stream=True)
-        arrived = [time.monotonic() async for _ in reply.aiter_raw()]
-    assert arrived[-1] - arrived[0] > 0.1
-
-
 def test_reply_reports_the_limits_and_429_says_when_to_retry(
     rate_limited_provider: ProviderFactory,
 ) -> None:
@@ -207,7 +194,6 @@ def test_call_is_charged_by_the_configured_rule(charge: Any, tokens: int) -> Non
     [
         (400, CHAT, b'{"model": "m"}', "KeyError('messages')"),
         (400, CHAT, b'{"model": "m", "messages": []}', "there are no messages"),
-        (400, CHAT, b'{"model": "m", "messages": [{"content": 7}]}', "can't be understood"),
         (400, CHAT, b'{"model": "m", "messages": "x", "max_tokens": 0}', "at least 1, not 0"),
         (400, CHAT, b"[" * 100_000, "can't be understood"),
         (400, "/v1/embeddings", b'{"model": "m", "input": []}', "can't be understood"),
