@@ -56,7 +56,7 @@ class CallError(Exception):
         status: The HTTP status.
         message: For people.
         kind: OpenAI's type; by default that of the status.
-        code: OpenAI's and Anthropic's code; by default that of the status.
+        code: OpenAI's code; by default that of the status.
         wait: Nanoseconds until the call would pass, if that is told.
         refused: The resource that refuses it for rate.
     """
@@ -274,8 +274,7 @@ def error_body(form: str, error: CallError) -> Json:
         case "message":
             return {"message": message}
         case "anthropic":
-            details = {"details": {"error_code": error.code}} if error.code else {}
-            what = {"type": _type(_ANTHROPIC, status), "message": message, **details}
+            what = {"type": _type(_ANTHROPIC, status), "message": message}
             return {"type": "error", "error": what}
         case "google":
             return {"error": google}

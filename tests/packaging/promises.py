@@ -85,12 +85,14 @@ def plans_shares_and_tells() -> None:
     assert Limiter.from_env("PACKAGED_").limits[0].amount == 500
     assert presets.preset_names()
     with tempfile.TemporaryDirectory() as folder:
-        shared = Limiter("6000 RPM", store=f"sqlite:///{folder}/limits.db", name="packaged")
-        trace = shared.trace()
-        off = telemetry.logging(shared)
-        with shared.acquire_sync(), shared.serve_stats() as server:
-            assert b"packaged" in read(server.url)
-        off()
+        url = f"sqlite:///{folder}/limits.db"
+        with Limiter("6000 RPM", store=url, name="packaged").acquire_sync():
+            pass
+    paced = limiter()
+    trace = paced.trace()
+    telemetry.logging(paced)
+    with paced.acquire_sync(), paced.serve_stats() as server:
+        assert b"packaged" in read(server.url)
     assert [amount for _, amount in trace.amounts("requests")] == [1]
 
 

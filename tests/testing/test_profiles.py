@@ -72,8 +72,8 @@ LOADS: dict[str, Load] = {
 }
 
 
-def play(name: str, load: Load) -> RateLimitedProvider:
-    """Send all calls at once, through a transport with this profile, and answer each."""
+def play(name: str, load: Load) -> tuple[RateLimitedProvider, httpx.Headers]:
+    """Send all calls at once, through a transport with this profile; return the last reply's headers."""
     with virtual_time() as time:
         provider = RateLimitedProvider(
             profile=name, reply_tokens=RECEIVED, latency=1.0, clock=time.clock, **load.allows
@@ -81,7 +81,7 @@ def play(name: str, load: Load) -> RateLimitedProvider:
         limiter = Limiter(*load.says, concurrency=load.concurrency, clock=time.clock)
         transport = limiter.transport(provider.mock_transport(), profile=name)
 
-        async def main() -> None:
+        async def main() -> httpx.Headers:
             async with httpx.AsyncClient(transport=transport, headers=KEY) as client:
                 ask = client.post
                 calls = (
@@ -90,16 +90,19 @@ def play(name: str, load: Load) -> RateLimitedProvider:
                 )
                 replies = await asyncio.gather(*calls)
             assert {reply.status_code for reply in replies} == {200}
+            return replies[-1].headers
 
-        time.run(main())
-    return provider
+        return provider, time.run(main())
 
 
 @pytest.mark.parametrize("name", LOADS)
 def test_nothing_is_refused_and_95_percent_of_the_limit_is_used(name: str) -> None:
-    provider = play(name, LOADS[name])
+    allows = LOADS[name].allows
+    provider, _ = play(name, LOADS[name])
 
     assert provider.statistics().refused == 0
+    if allows.keys() == {"tpm"}:  # what the provider has charged in the end
+        assert provider.statistics().tokens == CALLS * allows["tpm"] // 60
     first = provider.arrivals[0].time_ns
     seconds = [(arrival.time_ns - first) * 1e-9 for arrival in provider.arrivals]
     # The first minute may be a bucketful, or less as long as nothing is known.
@@ -108,8 +111,9 @@ def test_nothing_is_refused_and_95_percent_of_the_limit_is_used(name: str) -> No
 
 def test_azures_limit_of_ten_seconds_is_taken_for_none_of_a_minute() -> None:
     """A deployment of 120 a minute announces 20: it takes a minute, not six."""
-    provider = play("azure", Load({"rpm": 120}, ("120 RPM",)))
+    provider, headers = play("azure", Load({"rpm": 120}, ("120 RPM",)))
 
+    assert headers["x-ratelimit-limit-requests"] == "20"
     assert provider.arrivals[-1].time_ns - provider.arrivals[0].time_ns < 100_000_000_000
     assert provider.statistics().refused <= 1  # before it is known when slices begin
 
@@ -117,7 +121,7 @@ def test_azures_limit_of_ten_seconds_is_taken_for_none_of_a_minute() -> None:
 def test_capacity_that_nobody_publishes_is_found() -> None:
     """Vertex shares it dynamically: the first refusals say how much there is."""
     load = Load({"concurrency": 8}, (), GEMINI, gemini_body, "auto")
-    seen = play("vertex", load).statistics()
+    seen = play("vertex", load)[0].statistics()
 
     assert seen.admitted == CALLS
     assert seen.refused < CALLS // 8
@@ -141,6 +145,7 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
     assert verdict.rate_limited
     assert not verdict.daily
     assert (verdict.retry_after is not None) is bool(rules.waits or rules.refusal)
+    assert rules.refusal_headers.keys() <= reply.headers.keys()
     told = {header.format(part=part) for header in rules.headers.values() for part in rules.parts}
     sent = {header for header in reply.headers if "limit" in header} - {"x-ratelimit-reset"}
     assert sent <= told | {"x-trial-endpoint-call-remaining"}
@@ -148,11 +153,11 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
 
 @pytest.mark.parametrize(("path", "body"), [(GEMINI, gemini_body), (INVOKE, openai_body)])
 async def test_native_formats_report_their_usage(path: str, body: Body) -> None:
-    provider = RateLimitedProvider(reply_tokens=RECEIVED)
+    provider = RateLimitedProvider(reply_tokens=2 * MOST)
     async with httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY) as client:
         reply = await client.post(f"http://p{path}", json=body(f"{0:0200}"))
 
-    assert usage_of(reply.json()) == Usage(GIVEN, RECEIVED, GIVEN + RECEIVED)
+    assert usage_of(reply.json()) == Usage(GIVEN, MOST, GIVEN + MOST)
 
 
 def test_used_up_day_is_noticed_once() -> None:

@@ -179,7 +179,8 @@ def test_scripted_failure_has_the_given_status_code_and_wait(
     assert quota.json()["error"]["code"] == quota.json()["error"]["type"] == "insufficient_quota"
     assert call(provider).status_code == 200  # a failed call has left its slot
     seen = provider.statistics()
-    assert (seen.admitted, seen.errors, seen.refused_429) == (2, 1, {"scripted": 1})
+    assert (seen.admitted, seen.errors, seen.disconnected) == (2, 1, 0)
+    assert seen.refused_429 == {"scripted": 1}
 
 
 @pytest.mark.parametrize(("charge", "tokens"), [("openai", 50), ("usage", 2 + 4)])
