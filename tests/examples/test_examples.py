@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.conftest import python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+Captured: TypeAlias = pytest.CaptureFixture[str]
 
 pytestmark = [
     pytest.mark.real_clock,  # processes of their own, and a real server: a stranger's clock
@@ -25,7 +27,7 @@ def run(name: str, *, cwd: Path) -> str:
     return done.stdout
 
 
-def run_here(name: str, capfd: pytest.CaptureFixture[str]) -> str:
+def run_here(name: str, capfd: Captured) -> str:
     """Run an example in this process, which has loaded its libraries: seconds of a new one."""
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     printed, errors = capfd.readouterr()
@@ -33,7 +35,7 @@ def run_here(name: str, capfd: pytest.CaptureFixture[str]) -> str:
     return printed
 
 
-def test_every_agent_answers_and_no_call_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_agent_answers_and_no_call_is_refused(capfd: Captured) -> None:
     printed = run_here("agents_with_tools.py", capfd)
     assert "32 agents answered with 64 calls, 0 refused (429)" in printed
     assert re.search(r"^openai: \d+ calls waited for requests$", printed, re.MULTILINE)
@@ -49,7 +51,7 @@ def test_killed_batch_pays_again_only_for_calls_in_flight(tmp_path: Path) -> Non
     assert int(again) <= 20
 
 
-def test_openai_sdk_calls_are_paced_without_a_429(capfd: pytest.CaptureFixture[str]) -> None:
+def test_openai_sdk_calls_are_paced_without_a_429(capfd: Captured) -> None:
     printed = run_here("plain_openai_sdk.py", capfd)
     assert "a stream: 'You said: Tell me a story.'" in printed
     assert "80 vectors in one call\n82 calls, 0 refused (429)" in printed
@@ -65,9 +67,7 @@ def test_no_call_is_lost_with_a_key_whose_provider_dies(tmp_path: Path) -> None:
     assert "0 refused (429)" in printed
 
 
-def test_questions_wait_less_than_the_ingestion_beside_them(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_questions_wait_less_than_the_ingestion_beside_them(capfd: Captured) -> None:
     printed = run_here("rag_ingestion.py", capfd)
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
     assert len(behind) == 5
@@ -86,9 +86,7 @@ def test_four_processes_share_limits_through_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flooding_tenant_gets_429_while_others_are_served(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_flooding_tenant_gets_429_while_others_are_served(capfd: Captured) -> None:
     printed = run_here("multi_tenant_fastapi.py", capfd)
     found = re.findall(r"^(\w+): (\d+) times (\d+)$", printed, re.MULTILINE)
     heard = {(tenant, int(status)): int(count) for tenant, count, status in found}

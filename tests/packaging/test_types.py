@@ -41,10 +41,8 @@ def test_users_programs_and_recipes_of_the_cookbook_are_checked_against_the_whee
     python: Path, tmp_path: Path, pytestconfig: Any, command: str, says: str
 ) -> None:
     """Each `assert_type` holds, and wrong calls are found; without the marker all would be Any."""
-    programs = {"consumer": CONSUMER}
-    programs |= {f"recipe_{number}": recipe for number, recipe in enumerate(RECIPES)}
-    for name, text in programs.items():
-        (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    for number, program in enumerate([CONSUMER, *RECIPES]):
+        (tmp_path / f"program_{number}.py").write_text(program, "utf-8")
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', "utf-8")
     cache = pytestconfig.cache.mkdir("mypy")  # the libraries are read once, not in every run
     given = command.format(python=python, cache=cache).split()

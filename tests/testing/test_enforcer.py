@@ -123,13 +123,8 @@ def test_use_counts_against_another_limit_and_corrections_come_back(name: Policy
     assert policy.remaining(3600, 0) == Policy(name, MINUTE).remaining(3600, 0)
 
 
-@pytest.fixture
-def clock() -> VirtualClock:
-    return VirtualClock()
-
-
-def test_refusal_names_the_limit_with_the_longest_wait(clock: VirtualClock) -> None:
-    gate = Enforcer(Options(rpm=2, tpm=100, clock=clock))
+def test_refusal_names_the_limit_with_the_longest_wait() -> None:
+    gate = Enforcer(Options(rpm=2, tpm=100, clock=VirtualClock()))
     gate.enter(CHAT, {"tokens": 50})
     gate.enter(CHAT, {"tokens": 50})
     refusals = [gate.enter(CHAT, {"tokens": tokens}) for tokens in (100, 10, 101)]
@@ -143,8 +138,8 @@ def test_refusal_names_the_limit_with_the_longest_wait(clock: VirtualClock) -> N
     assert seen.tokens == 100  # a refused call is charged by no limit
 
 
-def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> None:
-    gate = Enforcer(Options(tpm=100, always=503, clock=clock))
+def test_failed_call_is_charged_but_scripted_429_is_not() -> None:
+    gate = Enforcer(Options(tpm=100, always=503, clock=VirtualClock()))
     gate.fail_next(1, Failure(500))
     gate.fail_next(2, Failure(429, retry_after=2.5))
     assert gate.enter(CHAT, {"tokens": 101})[0] is False  # this uses up no failure
@@ -160,8 +155,8 @@ def test_failed_call_is_charged_but_scripted_429_is_not(clock: VirtualClock) -> 
     assert seen.refused_429 == {"tokens": 1, "scripted": 1}
 
 
-def test_slot_of_a_call_is_free_again_when_it_has_left(clock: VirtualClock) -> None:
-    gate = Enforcer(Options(concurrency=1, clock=clock))
+def test_slot_of_a_call_is_free_again_when_it_has_left() -> None:
+    gate = Enforcer(Options(concurrency=1, clock=VirtualClock()))
     costs = {"tokens": 1}
     assert gate.enter(CHAT, costs) == (True, None)
     assert gate.enter(CHAT, costs) == (False, RateRefusal("concurrency", 1, 1, 1, None))
