@@ -1,8 +1,9 @@
 """A kit for test suites of paced code, asyncbucket's own among them.
 
 - `virtual_time`: an event loop on which an hour passes in milliseconds.
-- `RateLimitedProvider`, `ProviderProcess`: a provider on loopback that speaks as OpenAI and
-  Anthropic do, and enforces its limits (needs `pip install "asyncbucket[testing]"`).
+- `RateLimitedProvider`: a provider on loopback that speaks as OpenAI and Anthropic do, and enforces
+  its limits (needs `pip install "asyncbucket[testing]"`). Behind it: `provider` runs it, `endpoints`
+  answers, `enforcer` counts and decides, `replies` has its words.
 - `assert_never_over`: an exact check that a trace of admissions kept a limit.
 
 The provider is loaded when one of its names is first used, so virtual time needs no web framework.
