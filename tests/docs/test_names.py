@@ -31,14 +31,12 @@ def members_of_classes() -> dict[str, set[str]]:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] |= {base.id for base in node.bases if isinstance(base, ast.Name)}
                 for inner in ast.walk(node):
-                    match inner:
-                        case (
-                            ast.FunctionDef(name=name)
-                            | ast.AsyncFunctionDef(name=name)
-                            | ast.Attribute(attr=name, ctx=ast.Store())
-                            | ast.Name(id=name, ctx=ast.Store())
-                        ):
-                            members[node.name].add(name)
+                    if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+                        members[node.name].add(inner.name)
+                    elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                        members[node.name].add(inner.id)
+                    elif isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                        members[node.name].add(inner.attr)
     for name, above in bases.items():
         members[name].update(*(members[base] for base in above & members.keys()))
     return members
