@@ -11,7 +11,6 @@ Only the standard library is imported here: nothing must help the code under tes
 import asyncio
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
