@@ -2,7 +2,7 @@
 
 `plan` runs the calls through the real meters on virtual time (`asyncbucket.plan.drive`), so there
 is no second model of a limiter that could be wrong. `calls` decides what calls cost, how long they
-take and when they come; `result` says what came of it.
+take and when they come; `result` is what a plan says.
 """
 
 from importlib import import_module
@@ -15,17 +15,12 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from asyncbucket.core.pool import Pool
-    from asyncbucket.plan.bill import PlannedDollars
-    from asyncbucket.plan.calls import Poisson, Sample, Samples
+    from asyncbucket.plan.calls import PlannedDollars, Poisson, Sample, Samples
     from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
     from asyncbucket.providers.prices import Prices
 
-#: Where the other names are; loaded on first use, so that `import asyncbucket` stays light.
-_LAZY: Final = {
-    **dict.fromkeys(("Poisson", "Sample", "Samples"), "calls"),
-    "PlannedDollars": "bill",
-    **dict.fromkeys(("Plan", "PlannedLimit", "PlannedWaits"), "result"),
-}
+_RESULTS: Final = ("Plan", "PlannedLimit", "PlannedWaits")
+_CALLS: Final = ("PlannedDollars", "Poisson", "Sample", "Samples")
 
 __all__ = [
     "Plan",
@@ -40,9 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
+    """Load the other names on first use, so that `import asyncbucket` stays light."""
+    if name not in _RESULTS + _CALLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    module = "result" if name in _RESULTS else "calls"
+    return getattr(import_module(f"{__name__}.{module}"), name)
 
 
 def plan(  # noqa: PLR0913 - all but the limits by keyword
@@ -71,15 +68,14 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
     as many as calls, else drawn with replacement; or the path of a JSONL file of samples. A sample
     of tokens is a number, a `Cost`, a text (four characters are a token), or an object: amounts
     such as ``{"input_tokens": 900, "output_tokens": 300}``, a request's body, or a line of OpenAI's
-    batch files. A sample of latency is a number of seconds or an object with ``latency``.
+    batch files. A sample of latency is a number of seconds.
 
     All calls stand in one line. To see how tenants, children or agents that start agents share
     limits, run them with a `Limiter` on virtual time: `asyncbucket.testing.virtual_time`.
 
     Args:
         limits: as for `Limiter`: texts such as ``"500 RPM"`` or `Limit` objects.
-        calls: how many; may be omitted if samples determine it. At most 10 million: a plan
-            simulates each one.
+        calls: how many; may be omitted if samples determine it. A plan simulates each one.
         tokens: tokens that a call costs.
         concurrency: the most calls in flight at once.
         latency: seconds from a call's admission to its end; none by default.
@@ -102,8 +98,7 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
         OSError: a file cannot be read.
     """
     from asyncbucket.plan.calls import Load
-    from asyncbucket.plan.drive import Bounds
-    from asyncbucket.plan.result import make_plan
+    from asyncbucket.plan.drive import Bounds, make_plan
     from asyncbucket.providers.prices import read_prices
 
     read = tuple(read_limits(limits, limits_by_keyword))
@@ -114,21 +109,16 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
         if read or concurrency is not None:
             raise ValueError("a pool has the limits of its members: give no others")
         members = [Bounds(each.limits, each.concurrency, each.name) for each in pool.members]
-    try:
-        load = Load(
-            tokens=tokens,
-            latency=latency,
-            calls=calls,
-            arrivals=arrivals,
-            profile=profile,
-            model=model,
-            prices=None if prices is None else read_prices(prices),
-            seed=seed,
-        )
-        for bounds in members:
-            load.check(bounds.limits, bounds.slots)
-        return make_plan(load, members, what_if=what_if)
-    except OverflowError as error:
-        raise ValueError(
-            "a plan covers 292 years at most, and some latency or instant is beyond: give smaller ones"
-        ) from error
+    load = Load(
+        tokens=tokens,
+        latency=latency,
+        calls=calls,
+        arrivals=arrivals,
+        profile=profile,
+        model=model,
+        prices=None if prices is None else read_prices(prices),
+        seed=seed,
+    )
+    for bounds in members:
+        load.check(bounds.limits, bounds.slots)
+    return make_plan(load, members, what_if=what_if)

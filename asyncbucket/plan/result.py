@@ -1,25 +1,11 @@
-"""What a plan says, in numbers and in words, and how it comes from a run of its calls."""
+"""What a plan says, in numbers and in words."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import CostExceedsLimit
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
-from asyncbucket.plan.bill import PlannedDollars
-from asyncbucket.plan.calls import Load
-from asyncbucket.plan.drive import NANOSECONDS, Bounds, Lane, PlannedCall, Record, run_calls
-
-#: Up to this many calls, other limits are tried by default.
-_MAX_WHAT_IF_CALLS: Final = 100_000
-#: Parts of the timeline at most, and the calls in one of them on average at least: parts with one
-#: call or none would look like a comb.
-_PARTS: Final = 240
-_CALLS_A_PART: Final = 5
+from asyncbucket.plan.calls import PlannedDollars
 
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
@@ -175,108 +161,3 @@ def change(seconds: float | None, duration: float) -> str:
     if abs(share) < 0.005:  # noqa: PLR2004 - it would be written as 0 %
         return "the same"
     return f"{duration_in_words(seconds)} ({share:+.0%})".replace("%", " %")
-
-
-def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) -> Plan:
-    """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
-    record = run_calls(load, members)
-    refusal = _refusal(members, record.refused[0]) if record.refused else None
-    calls, end = len(record.admitted), record.end
-    if refusal is not None and not calls:
-        raise CostExceedsLimit(f"no call can ever pass: {refusal}")
-    planned = []
-    asks = load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if
-    for place, bounds in enumerate(members):
-        for number, limit in enumerate(_limits(bounds, record, record.lanes[place])):
-            doubled = removed = record.seconds if asks else None
-            if asks and record.held_up.get(limit.resource):
-                doubled, removed = (
-                    run_calls(load, [*members[:place], other, *members[place + 1 :]]).seconds
-                    for other in _changed(bounds, number)
-                )
-            planned.append(replace(limit, if_doubled=doubled, if_removed=removed))
-    held_up = sum(record.held_up.values())
-    return Plan(
-        duration=record.seconds,
-        calls=calls,
-        tokens=sum(lane.used["tokens"] for lane in record.lanes),
-        usd=load.dollars(),
-        waits=_waits(record),
-        limits=tuple(planned),
-        held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
-        peak_in_flight=record.peak,
-        mean_in_flight=sum(lane.busy for lane in record.lanes) / end if end else 0.0,
-        refused=len(record.refused),
-        refusal=refusal,
-        timeline=_timeline(record),
-    )
-
-
-def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
-    """Return what the limiter, or the pool, tells a call that can never pass."""
-    limiters = [Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members]
-    try:
-        (limiters[0] if len(limiters) == 1 else Pool(*limiters)).acquire_nowait(
-            Cost.of(call.amounts)
-        )
-    except CostExceedsLimit as error:
-        return str(error)
-    return None
-
-
-def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator[PlannedLimit]:
-    """Describe each limit, and the slots as the last one."""
-    of = f"{bounds.name}: " if bounds.name else ""
-    for limit in bounds.limits:
-        used = lane.used[limit.resource]
-        rate = limit.units / limit.per * lane.calls / used if used else None
-        part = _part_used(limit, used, record)
-        yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
-    if bounds.slots is not None:
-        part = lane.busy / (bounds.slots * record.end) if record.end else 0.0
-        rate = bounds.slots * lane.calls * NANOSECONDS / lane.busy if lane.busy else None
-        slots = f"{of}{bounds.slots:,} at once"
-        yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
-
-
-def _part_used(limit: Limit, used: int, record: Record) -> float:
-    """Return which part of a limit was used, of the most that was possible in that time."""
-    last = record.admitted[-1] if record.admitted else 0
-    most: float = limit.units * (last // limit.window + 1)
-    if limit.burst_units is not None:
-        most = min(most, limit.burst_units + limit.units * last / limit.window)
-    # Calls that use more than they reserved may exceed it: then all was used.
-    return min(1.0, used / most)
-
-
-def _changed(bounds: Bounds, number: int) -> tuple[Bounds, Bounds]:
-    """Return bounds with one of the limits doubled, and without it; the slots come last."""
-    before, rest = bounds.limits[:number], bounds.limits[number:]
-    if not rest:
-        assert bounds.slots is not None
-        return bounds._replace(slots=2 * bounds.slots), bounds._replace(slots=None)
-    limit = rest[0]
-    # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
-    default = replace(limit, burst=None).burst
-    burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
-    doubled = replace(limit, amount=2 * limit.amount, burst=burst)
-    return (
-        bounds._replace(limits=(*before, doubled, *rest[1:])),
-        bounds._replace(limits=(*before, *rest[1:])),
-    )
-
-
-def _waits(record: Record) -> PlannedWaits:
-    ranked = sorted(record.waited) or [0]
-    p50, p95, most = (
-        ranked[max(0, -(-len(ranked) * rank // 100) - 1)] / NANOSECONDS for rank in (50, 95, 100)
-    )
-    return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / NANOSECONDS)
-
-
-def _timeline(record: Record) -> tuple[int, ...]:
-    parts = max(1, min(_PARTS, len(record.admitted) // _CALLS_A_PART))
-    counts = [0] * parts
-    for instant in record.admitted:
-        counts[min(instant * parts // max(1, record.end), parts - 1)] += 1
-    return tuple(counts)
