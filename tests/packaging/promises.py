@@ -333,7 +333,7 @@ def says_its_version() -> None:
 
 @promise("plot", tells=False)
 def draws_a_trace() -> None:
-    from asyncbucket.cli.pictures import draw_trace, read_trace
+    from asyncbucket.cli.pictures import draw_trace
 
     paced = limiter()
     trace = paced.trace()
@@ -341,7 +341,7 @@ def draws_a_trace() -> None:
         pass
     with tempfile.TemporaryDirectory() as folder:
         trace.save(Path(folder) / "trace.jsonl")
-        draw_trace(read_trace(Path(folder) / "trace.jsonl"), Path(folder) / "trace.svg", dark=False)
+        draw_trace(Path(folder) / "trace.jsonl", Path(folder) / "trace.svg", dark=False)
         assert (Path(folder) / "trace.svg").stat().st_size > 1_000
 
 
