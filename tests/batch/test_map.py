@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.batch import map_sync
 from tests.conftest import python
 
 pytestmark = pytest.mark.real_clock
@@ -30,31 +29,22 @@ def test_plain_function_runs_in_as_many_threads_as_slots() -> None:
             running -= 1
         return number * 2
 
-    items = list(map_sync(limiter, work, range(24), ordered=True))
+    items = list(limiter.map(work, range(24), ordered=True))
     assert [item.result for item in items] == [number * 2 for number in range(24)]
     assert most == 4
     assert threading.current_thread().name not in threads
     assert limiter.statistics().admitted == 24
 
 
-def test_map_awaits_an_async_function() -> None:
-    async def double(number: int) -> int:
-        return number * 2
-
-    items = list(map_sync(Limiter(concurrency=2), double, [1, 2], ordered=True))
-    assert [item.result for item in items] == [2, 4]
-
-
 def test_breaking_out_of_map_ends_its_batch() -> None:
     limiter = Limiter(concurrency=2)
     begun: list[int] = []
 
-    def work(number: int) -> int:
+    def work(number: int) -> None:
         begun.append(number)
         time.sleep(0.02)
-        return number
 
-    for _ in map_sync(limiter, work, range(10_000), window=4):
+    for _ in limiter.map(work, range(10_000), window=4):
         break
     assert len(begun) <= 6
     assert limiter.statistics().in_flight == 0
@@ -80,7 +70,7 @@ def test_map_takes_errors_checkpoint_and_cost_options(tmp_path: Path) -> None:
 
     def sweep() -> list[bool]:
         options: dict[str, Any] = {"errors": "collect", "checkpoint": tmp_path / "run.db"}
-        found = map_sync(limiter, work, [0, 1, 2], ordered=True, cost={"tokens": 10}, **options)
+        found = limiter.map(work, [0, 1, 2], ordered=True, cost={"tokens": 10}, **options)
         return [item.ok for item in found]
 
     assert sweep() == sweep() == [False, True, True]
@@ -92,8 +82,8 @@ def test_map_works_inside_a_running_event_loop() -> None:
     limiter = Limiter("6000 RPM", concurrency=2)
 
     async def main() -> list[int]:
-        map_sync(limiter, abs, [0])
-        return [item.result for item in map_sync(limiter, abs, [-1, -2], ordered=True)]
+        limiter.map(abs, [0])
+        return [item.result for item in limiter.map(abs, [-1, -2], ordered=True)]
 
     assert asyncio.run(main()) == [1, 2]
     assert limiter.statistics().admitted == 2

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -40,15 +40,8 @@ def logged(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     return outer
 
 
-three: Any = 3
-
-
 async def plain(prompt: str) -> str:
     return prompt
-
-
-async def prefixed(prefix: str, prompt: str) -> str:
-    return prefix + prompt
 
 
 @pytest.mark.parametrize(
@@ -64,7 +57,6 @@ async def prefixed(prefix: str, prompt: str) -> str:
         functools.partial(decorated),
         child.wrap(MockLLM()).acomplete,
         plain,
-        functools.partial(prefixed, "a"),
         MockLLM().acomplete,
         str.upper,
     ],
@@ -82,12 +74,11 @@ def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
     root = Limiter("1000 RPM", concurrency=1, name="key")
     batch = root.child("batch")
     model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
-    with pytest.raises(
-        ValueError, match=r"acomplete is paced by .* and would be paced by 'key/batch', too: pace"
-    ):
-        batch.amap(model.acomplete, ["a"])
-    with pytest.raises(ValueError, match="would be paced by 'key/batch', too"):
-        batch.map(model.complete, ["a"])
+    for function in (model.acomplete, model.complete):
+        with pytest.raises(
+            ValueError, match=r"is paced by .* and would be paced by 'key/batch', too"
+        ):
+            batch.map(function, ["a"])
     batch.amap(model.acomplete, ["a"], paced=True)
 
 
@@ -215,7 +206,7 @@ def test_each_item_of_a_batch_of_agents_is_one_agent(*, agents: bool | str) -> N
     assert (now.agents.finished, now.agents.running) == (3, 0)
     assert now.agents.kinds.keys() == {None if agents is True else agents}
     with pytest.raises(ValueError, match="an agent's kind must be a non-empty string, not int"):
-        limiter.amap(run, [1], agents=three)
+        limiter.amap(run, [1], agents=cast("Any", 3))
 
 
 async def echo(question: str) -> str:

@@ -83,7 +83,7 @@ class Tally:
 def progress(tally: Tally, outlook: Outlook) -> Panel:
     """Return what is shown while it runs."""
     done, total, now = tally.done, tally.total, outlook.limiter.statistics()
-    facts = outlook.words(tally.answered + tally.failed, {"requests": tally.left})
+    facts = outlook.words(tally.answered + tally.failed, tally.left)
     binds = outlook.bound_by()
     facts += [] if binds is None else [with_verb(binds, "bind")]
     if tally.stopped:  # the rest is left for the next run
