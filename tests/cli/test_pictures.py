@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from asyncbucket import CostExceedsLimit, Limiter
+from asyncbucket import Cost, CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.testing import VirtualTime
 
@@ -51,7 +51,7 @@ async def test_trace_is_drawn_light_and_dark(
     )
     with limiter.trace() as trace:
         with pytest.raises(CostExceedsLimit):
-            limiter.acquire_nowait(images=10)
+            limiter.acquire_nowait(cost=Cost(images=10))
         for _ in range(20):
             await limiter.acquire()
         limiter.pause(3)

@@ -25,7 +25,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from asyncbucket.cli.app import app
-from asyncbucket.cli.run.job import Job
 from asyncbucket.testing import ProviderProcess
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
@@ -111,20 +110,20 @@ def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactor
 def test_bad_lines_are_reported_the_rest_is_sent(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider()
     good = Path(batch(2)).read_bytes()
-    Path("in.jsonl").write_bytes(
-        b'{"custom_id": \n' + good + b"\xff\n\n" + good + b'{"custom_id": "x"}\n'
-    )
-    result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
-    failed = lines_of("out.errors.jsonl")
-    errors = {line["line"]: line["error"] for line in failed}
+    lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?\n"]
+    Path("in.jsonl").write_bytes(b"\n".join(lines))
+    odd = ['{"messages": [1], "temperature": NaN}', json.dumps("\ud800")]  # no JSON can hold them
+    with Path("in.jsonl").open("a") as file:
+        file.write("\n".join(odd))
+    result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000", "--model", "m")
+    errors = {line["line"]: line["error"]["code"] for line in lines_of("out.errors.jsonl")}
     assert result.exit_code == 1
-    assert sorted(errors) == [1, 4, 6, 7, 8]
-    assert [line["custom_id"] for line in failed] == [None, None, "q0", "q1", "x"]
-    assert {error["code"] for error in errors.values()} == {"bad_line"}
-    assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
-    assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
-    assert "5 bad lines" in result.stderr
-    assert "errors: 5 x bad_line; the first: line 1: not JSON" in result.stderr
+    assert {number for number in errors if errors[number] == "bad_line"} == {1, 4, 6}
+    assert {errors.get(8), errors.get(9)} == {"ValueError", "UnicodeEncodeError"}
+    assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 3
+    assert "3 answered, 2 failed, 3 bad lines" in result.stderr
+    assert "errors: 3 x bad_line, 1 x" in result.stderr
+    assert "; the first: line 1: not JSON" in result.stderr
 
 
 def test_failed_request_is_recorded_and_retried_by_the_next_run(
@@ -143,27 +142,6 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
     assert error["custom_id"] == "q0"
     assert sorted(line["custom_id"] for line in lines_of("out.jsonl")) == ["q0", "q1", "q2"]
     assert not Path("out.errors.jsonl").exists()
-
-
-def test_body_that_no_json_can_hold_fails_alone(rate_limited_provider: ProviderFactory) -> None:
-    odd = ['{"messages": [1], "temperature": NaN}', json.dumps("\ud800"), "Why?"]
-    Path("in.txt").write_text("\n".join(odd))
-    result = run(rate_limited_provider(), "in.txt", "-o", "out", "--rpm", "6000", "--model", "m")
-    assert result.exit_code == 1
-    assert "1 answered, 2 failed\n" in result.stderr
-    assert "1 x ValueError" in result.stderr
-    assert "1 x UnicodeEncodeError" in result.stderr
-
-
-@pytest.mark.parametrize(("stream", "options"), [("stdin", ["-", "-o", "a"]), ("stdout", ["in"])])
-def test_closed_stream_is_refused_before_anything_is_paid(
-    stream: str, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch(1, "in")
-    job = Job(source=options[0], out=options[-1] if "-o" in options else "-", concurrency="1")
-    monkeypatch.setattr(sys, stream, None)
-    with pytest.raises(ValueError, match="is closed: name a file, and give -o"):
-        job.check()
 
 
 def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
@@ -249,24 +227,6 @@ def test_closed_output_pipe_ends_the_run_quietly(rate_limited_provider: Provider
     assert provider.statistics().requests < 100
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pipe's size cannot be set")
-def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=(0.02, 0.1))
-    options = [batch(32), "--rpm", "60000", "--concurrency", "8"]
-    # A pipe of this size has room for a few answers.
-    with started(provider, *options, stdout=PIPE, pipesize=4_096) as process:
-        while not provider.statistics().requests:
-            time.sleep(0.01)
-        time.sleep(0.7)
-        sent = provider.statistics().requests
-        taken, _ = process.communicate(timeout=30)
-    answers = [json.loads(line) for line in taken.splitlines()]
-    assert process.returncode == 0
-    assert sent < 24
-    assert sorted(each["line"] for each in answers) == list(range(1, 33))
-    assert provider.statistics().requests == 32
-
-
 def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider()
     Path("in.txt").write_text("How far is the moon?\n")
@@ -282,33 +242,23 @@ def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFact
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-def test_key_quoted_by_provider_is_never_shown(server_answering: Callable[..., str]) -> None:
-    base = server_answering(f"Incorrect API key provided: {SECRET}")
-    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
-    result = CliRunner().invoke(app, ["run", *arguments])
-    written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())
-    assert result.exit_code == 2
-    assert "Incorrect API key provided: ***" in result.stderr
-    assert SECRET not in result.output + written
-    assert "pass-word" not in result.output + written
-
-
-def test_key_in_a_long_page_is_not_even_shown_in_part(
-    server_answering: Callable[..., str],
+@pytest.mark.parametrize(
+    ("page", "status", "shown"),
+    [
+        (f'{{"error": {{"message": "Bad key: {SECRET}", "code": "x"}}}}', 401, "Bad key: ***"),
+        ("x" * 485 + SECRET, 400, "***"),  # not even in part, where a message is cut off
+    ],
+)
+def test_key_quoted_by_provider_is_never_shown(
+    server_answering: Callable[..., str], page: str, status: int, shown: str
 ) -> None:
-    base = server_answering("", page=b"x" * 485 + SECRET.encode(), status=400)
+    base = server_answering(page.encode(), status)
     result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
-    assert result.exit_code == 1
-    assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
-
-
-def test_reply_that_breaks_off_is_asked_for_again(server_answering: Callable[..., str]) -> None:
-    base = server_answering("", page=b"{}", status=200, cut=1)
-    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
-    result = typed(*arguments, "--attempts", "2")
-    assert result.exit_code == 0, result.output
-    assert "1 answered" in result.stderr
-    assert "2 requests" in result.stderr
+    written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())
+    assert result.exit_code == (2 if status == 401 else 1)
+    assert shown in result.stderr
+    assert SECRET[:3] not in result.output + written
+    assert "pass-word" not in result.output + written
 
 
 @pytest.mark.parametrize(
@@ -317,20 +267,20 @@ def test_reply_that_breaks_off_is_asked_for_again(server_answering: Callable[...
         (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
         (b"[" * 100_000, 404, "HTTP 404: [[["),
-        (b"<html>", 405, "HTTP 405: <html>"),
     ],
 )
 def test_server_that_is_no_api_ends_the_run(
     server_answering: Callable[..., str], page: bytes, status: int, said: str
 ) -> None:
-    base = server_answering("", page=page, status=status)
+    base = server_answering(page, status)
     arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
     result = typed(batch(100), *arguments, "--api-base", base)
     assert result.exit_code == 2
     assert f"\nerror: no request succeeds: {said}" in result.stderr
     assert " (http://127" in result.stderr
-    assert len(lines_of("out.errors.jsonl")) < 60
+    assert "0 answered, 5" in result.stderr
     assert "\x1b" not in result.stderr
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
 def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
@@ -347,46 +297,19 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
-def test_server_that_accepts_no_connection_ends_the_run_and_is_told_from_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("asyncbucket.http.clients._CONNECT_TIMEOUT", 0.1)
-    with contextlib.ExitStack() as sockets:
-        busy, *others = [sockets.enter_context(socket.socket()) for _ in range(4)]
-        busy.bind(("127.0.0.1", 0))
-        busy.listen(0)
-        for each in others:  # which fill its queue
-            each.setblocking(False)
-            each.connect_ex(busy.getsockname())
-        base = f"http://127.0.0.1:{busy.getsockname()[1]}/v1"
-        result = typed(batch(1), "-o", "o", "--rpm", "60", "--attempts", "1", "--api-base", base)
-    assert result.exit_code == 2
-    assert f"error: no request succeeds: ConnectTimeout ({base}); see that it" in result.stderr
-
-
 @pytest.fixture
-def server_answering() -> Generator[Callable[..., str]]:
-    """Make a server that answers 401 with a message, or a page, at a URL with a password.
-
-    The first ``cut`` replies break off.
-    """
+def server_answering() -> Generator[Callable[[bytes, int], str]]:
+    """Make a server that always answers with a page and a status, at a URL with a password."""
     with contextlib.ExitStack() as stack:
 
-        def start(
-            message: str, *, page: bytes | None = None, status: int = 401, cut: int = 0
-        ) -> str:
-            cuts = iter(range(cut))
-            error = {"error": {"message": message, "code": "invalid_api_key"}}
-            body = json.dumps(error).encode() if page is None else page
-
+        def start(page: bytes, status: int) -> str:
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_POST(self) -> None:
                     self.rfile.read(int(self.headers["content-length"]))
                     self.send_response(status)
-                    is_cut = next(cuts, None) is not None
-                    self.send_header("content-length", str(len(body) + is_cut))
+                    self.send_header("content-length", str(len(page)))
                     self.end_headers()
-                    self.wfile.write(body)
+                    self.wfile.write(page)
 
                 def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
 
@@ -406,7 +329,7 @@ def test_run_with_another_model_needs_restart(rate_limited_provider: ProviderFac
     refused = run(provider, *arguments, "b")
     anew = run(provider, *arguments, "b", "--restart")
     assert refused.exit_code == 2
-    assert "holds answers with model 'a', not 'b': give another -o\n" in refused.stderr
+    assert "holds answers made with {'model': 'a', " in refused.stderr
     assert anew.exit_code == 0
     assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
 
@@ -455,7 +378,6 @@ def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
     rest = run(provider, *options, "--max-usd", "1", "--json", "-q")
 
     assert "this job costs 0.005 USD, 0.00015 to 0.005\n" in planned.stdout
-    assert "--max-usd 0.002 may stop it before its end" in planned.stdout
     assert (first.exit_code, again.exit_code, rest.exit_code) == (3, 3, 0)
     assert re.search(
         r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more", first.stderr
@@ -484,8 +406,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one, or pipe"),
-        ("in.jsonl --rpm 1 -o no/out.jsonl", "no is not a folder"),
-        ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
+        ("in.jsonl --rpm 1 -o no/out.jsonl", "no/out.jsonl cannot be used (No such file"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
@@ -497,7 +418,6 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
         ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
         ("in.jsonl --also many", "'many' is not a limit"),
-        ("in.jsonl --also 5_pages/minute", "no request takes any pages, so 5 pages per 60 s "),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
 )
@@ -533,7 +453,6 @@ def test_missing_or_broken_key_is_refused_and_never_shown(
     "files",
     [
         "in.errors.jsonl -o in.errors.jsonl",
-        "in.errors.jsonl -o ./in.errors.jsonl --restart",
         "in.errors.jsonl -o in.jsonl",
         "in.errors.jsonl -o hardlink --restart",
     ],
@@ -543,7 +462,7 @@ def test_file_given_for_two_purposes_is_refused(files: str) -> None:
     Path("hardlink").hardlink_to("in.errors.jsonl")
     result = typed("--rpm", "1", *files.split())
     assert result.exit_code == 2
-    assert "is read or written already: give another" in result.stderr
+    assert "is read already: give another" in result.stderr
     assert Path("in.errors.jsonl").read_bytes() == before
     assert {path.name for path in Path().iterdir()} == {"in.errors.jsonl", "hardlink"}
 
@@ -679,19 +598,15 @@ def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
     assert provider.statistics().admitted == 60 + paid - kept
 
 
-@pytest.mark.parametrize(
-    "content", [b"weights, and many of them " * 100, b"SQLite format 3\0" + b"?" * 4_080]
-)
-def test_damaged_or_foreign_record_of_limits_is_one_line_and_left_unchanged(
-    content: bytes, rate_limited_provider: ProviderFactory
+def test_damaged_record_of_limits_is_one_line_and_left_unchanged(
+    rate_limited_provider: ProviderFactory,
 ) -> None:
-    Path("out.jsonl.limits").write_bytes(content)
+    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
     result = run(rate_limited_provider(), batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
     assert result.exit_code == 2
     assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
-    assert "move it away, and a new one is made\n" in result.stderr
     assert result.stderr.count("\n") == 1
-    assert Path("out.jsonl.limits").read_bytes() == content
+    assert Path("out.jsonl.limits").read_text().startswith("weights")
     assert not Path("out.jsonl").exists()
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from asyncbucket.cli.run import Job
 from asyncbucket.cli.run.answers import Answers, line_of
-from asyncbucket.cli.run.job import Job, Request, read_request
+from asyncbucket.cli.run.lines import Request, read_request
 
 JOB = Job(source="-", out="-", model="m")
 SETTINGS: dict[str, Any] = {"model": "m"}

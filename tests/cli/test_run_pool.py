@@ -51,7 +51,7 @@ def test_members_share_a_run_which_goes_on_without_one_that_died(
     assert len({line["custom_id"] for line in lines_of("out.jsonl")}) == 60
     assert sum(each.statistics().requests for each in providers[1:]) == 60
     other = typed(batch(60), "-o", "out.jsonl", "--rpm", "6000")
-    assert "out.jsonl holds answers with api-base None, not 'https://api.ope" in other.stderr
+    assert "out.jsonl holds answers made with {'pool': 'pool.toml', " in other.stderr
 
 
 def test_bookings_of_each_member_outlive_the_run(
@@ -77,7 +77,7 @@ def test_bookings_of_each_member_outlive_the_run(
 def test_run_ends_if_no_member_takes_its_key_which_is_never_shown(
     server_answering: Callable[..., str],  # noqa: F811
 ) -> None:
-    base = server_answering(f"Incorrect API key provided: {SECRET}").rpartition("@")[2]
+    base = server_answering(f"Incorrect API key: {SECRET}".encode(), 401).rpartition("@")[2]
     pool = pool_of(f"http://{base}", f"http://{base}", limit="concurrency = 60")
     result = typed(batch(60), "-o", "out.jsonl", "--pool", pool)
     written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())

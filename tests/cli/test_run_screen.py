@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from asyncbucket import Limiter
-from asyncbucket.cli.run.job import Job
+from asyncbucket.cli.run import Job
 from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen
 from asyncbucket.testing import VirtualTime

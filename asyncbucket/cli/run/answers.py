@@ -4,9 +4,9 @@ Its lines have the form of OpenAI's output files. At each start it is read from 
 nothing beside it can be damaged or lost. An incomplete last line, as a kill leaves it, is cut off. The
 file itself is locked, by whatever name it is reached, so no two runs write it.
 
-Other programs can change it in spite of the lock. So before each write, name and size of the file are
-compared with what was written. If they differ, answers under way are written to what is there now, and
-the run ends. At the end all answers are looked for once more.
+Other programs can change it in spite of the lock, and on Windows there is none. So before each write,
+name and size of the file are compared with what was written. If they differ, answers under way are
+written to what is there now, and the run ends. At the end all answers are looked for once more.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from asyncbucket.cli.run.job import BadLine, Request
+from asyncbucket.cli.run.lines import Request
 from asyncbucket.core.wording import counted
 
 _PREFIX: Final = "batch_req_"
@@ -53,10 +53,9 @@ class Answers:
     ) -> None:
         self._path = path or Path()
         self._settings = settings
-        #: The keys of all answers; how many lines had which content; and the line of each id.
+        #: The keys of all answers, and how many lines had which content.
         self._answered = set[bytes]()
         self._times = Counter[bytes]()
-        self._lines: dict[str, int] = {}
         self._fd: int | None = None
         self._size = 0
         #: What is wrong with the file, if another program changed it.
@@ -102,24 +101,13 @@ class Answers:
             self._size += os.write(self._fd, b"\n")
 
     def _check_settings(self, before: Mapping[str, Any]) -> None:
-        for name in sorted((before.keys() | self._settings.keys()) if before else ()):
-            if before.get(name) != self._settings.get(name):
-                other = f"{name.replace('_', '-')} {before.get(name)!r}, not {self._settings.get(name)!r}"
-                if name == "system":  # of which only a hash is known
-                    other = "another system message"
-                raise ValueError(f"{self._path} holds answers with {other}: give another -o")
+        if before and before != self._settings:
+            raise ValueError(
+                f"{self._path} holds answers made with {before}, not {self._settings}: give another -o"
+            )
 
     def look_up(self, request: Request) -> tuple[bytes, bool]:
-        """Return the key of a line, which counts equal ones before it, and whether it is answered.
-
-        Raises:
-            BadLine: another line has its ``custom_id``.
-        """
-        if request.named:
-            first = self._lines.setdefault(request.custom_id, request.line)
-            if first != request.line:
-                why = f"custom_id {request.custom_id!r} is that of line {first} already"
-                raise BadLine(why, request.custom_id)
+        """Return the key of a line, which counts equal ones before it, and whether it is answered."""
         self._times[request.key] += 1
         key = request.key + self._times[request.key].to_bytes(4, "big")
         return key, key in self._answered
@@ -186,18 +174,20 @@ class Answers:
 
 
 class Errors:
-    """Write failures to a file that is made anew with the first one; without a file, discard them."""
+    """Write failures to a file, which is made with the first one; without a file, discard them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._fd: int | None = None
+        if path is not None:
+            path.unlink(missing_ok=True)
 
-    def write(self, *, hide: Callable[[str], str] = str, **members: Any) -> None:
-        """Append a line of these members, without what ``hide`` removes from its text."""
+    def write(self, **members: Any) -> None:
+        """Append a line of these members."""
         if self._path is not None:
             if self._fd is None:
-                self._fd = os.open(self._path, _APPENDING | os.O_TRUNC, 0o666)
-            append(hide(line_of(None, members).decode()).encode(), self._fd, self._path)
+                self._fd = os.open(self._path, _APPENDING, 0o666)
+            append(line_of(None, members), self._fd, self._path)
 
     def close(self) -> None:
         """Close the file."""
@@ -252,26 +242,18 @@ def _parsed(line: bytes) -> tuple[bytes | None, dict[str, Any]]:
 
 def _open_locked(path: Path) -> int:
     """Open the file at ``path`` for this process alone; the lock is on the file, not on its name."""
-    while True:
-        fd = os.open(path, _APPENDING, 0o666)
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+    fd = os.open(path, _APPENDING, 0o666)
+    try:
+        if sys.platform != "win32":
+            import fcntl
 
-                os.lseek(fd, 1 << 62, os.SEEK_SET)  # where nobody reads
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            os.close(fd)
-            raise ValueError(
-                f"{path} is being written by another run: let it end, or give another -o"
-            ) from None
-        if _is_at(fd, path):
-            return fd
-        os.close(fd)  # it was removed in between
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ValueError(
+            f"{path} is being written by another run: let it end, or give another -o"
+        ) from None
+    return fd
 
 
 def _is_at(fd: int, path: Path) -> bool:

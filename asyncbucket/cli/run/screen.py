@@ -8,7 +8,7 @@ import anyio
 
 from asyncbucket.batch.progress import Outlook
 from asyncbucket.cli.options import allowed
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
+from asyncbucket.cli.run import CONCURRENCY, STANDARD, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
