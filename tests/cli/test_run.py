@@ -202,29 +202,14 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     assert provider.statistics().errors < 60
 
 
-def test_prompts_from_stdin_are_answered_on_stdout(rate_limited_provider: ProviderFactory) -> None:
-    options = ["-", "-o", "-", "--model", "m", "--rpm", "6000"]
-    with started(rate_limited_provider(), *options, stdin=PIPE, stdout=PIPE) as process:
-        output, errors = process.communicate("Why?\n\nWhy not?\nWhy?", timeout=60)
-    answers = [json.loads(line) for line in output.splitlines()]
-    assert process.returncode == 0, errors
+def test_answers_go_to_a_file_of_their_own_by_default(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    Path("in.txt").write_text("Why?\n\nWhy not?\nWhy?")
+    result = run(rate_limited_provider(), "in.txt", "--model", "m", "--rpm", "6000")
+    assert (result.exit_code, result.stdout) == (0, "")
+    answers = lines_of("answers.jsonl")
     assert sorted(answer["custom_id"] for answer in answers) == ["line-1", "line-3", "line-4"]
-    assert list(Path().iterdir()) == []
-
-
-def test_closed_output_pipe_ends_the_run_quietly(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=0.05)
-    options = [batch(500), "--rpm", "60000", "--concurrency", "4"]
-    with started(provider, *options, stdout=PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-        process.wait(30)
-    assert "Traceback" not in errors
-    assert "Broken" not in errors
-    assert provider.statistics().requests < 100
 
 
 def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFactory) -> None:
@@ -405,7 +390,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
     [
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
-        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one, or pipe"),
+        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
         ("in.jsonl --rpm 1 -o no/out.jsonl", "no/out.jsonl cannot be used (No such file"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
@@ -416,7 +401,6 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
         ),
         ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
-        ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
         ("in.jsonl --also many", "'many' is not a limit"),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
@@ -473,8 +457,8 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
     *, are_paid: bool, rate_limited_provider: ProviderFactory
 ) -> None:
     provider = rate_limited_provider()
-    room = "0" if are_paid else "answers._ROOM"
-    program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import answers; answers._ROOM = {room}; main()"
+    room = "0" if are_paid else "lines._ROOM"
+    program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import lines; lines._ROOM = {room}; main()"
     options = ["-o", "out.jsonl", "--concurrency", "20", "--api-base", provider.base_url]
     command = [sys.executable, "-c", program, "run", batch(300), *options]
     # Python would compile modules into files that are cut short, too.
@@ -529,24 +513,6 @@ def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderF
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "4 requests (0 answers/s), 0 429s" in errors
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_ends_a_run_that_waits_for_input(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    reader, writer = os.pipe()
-    arguments = ["-", "-o", "out.jsonl", "--rpm", "600", "--model", "m"]
-    with started(provider, *arguments, stdin=reader) as process:
-        os.write(writer, b"Hi\n")
-        while not Path("out.jsonl").exists() or not Path("out.jsonl").read_bytes().endswith(b"\n"):
-            time.sleep(0.01)  # before the first answer, room for it is tried there
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    os.close(reader)
-    os.close(writer)
-    assert process.returncode == 130
-    assert "1 answered" in errors
-    assert "stopping when" not in errors
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -610,27 +576,16 @@ def test_damaged_record_of_limits_is_one_line_and_left_unchanged(
     assert not Path("out.jsonl").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of a shell")
-def test_examples_in_help_run_one_after_another(rate_limited_provider: ProviderFactory) -> None:
+def test_examples_in_help_run_one_after_another(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = rate_limited_provider().base_url
-    batch(3, path="batch.jsonl")
-    batch(3, path="in.jsonl")
-    for path in ("prompts.txt", "a.txt"):
-        Path(path).write_text("# two\none\ntwo\n")
-    help_ = typed("--help").output
-    examples = [
-        line for line in help_.partition("Examples:")[2].splitlines() if "asyncbucket run" in line
-    ]
-    this = f"{sys.executable} -m asyncbucket run"
+    monkeypatch.setenv("OPENAI_BASE_URL", base)
+    for path in ("batch.jsonl", "in.jsonl"):
+        batch(3, path)
+    Path("prompts.txt").write_text("one\ntwo\n")
+    examples = re.findall("asyncbucket run (.*)", typed("--help").output.partition("Examples:")[2])
     for example in examples:
-        command = example.replace("asyncbucket run", this).replace(" | jq .", "")
-        line = command.replace("http://127.0.0.1:8000/v1", base)
-        if "|" in line:
-            ended = done("/bin/sh", "-c", line, env={**os.environ, "OPENAI_BASE_URL": base})
-        else:  # a process for each would take a second
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OPENAI_BASE_URL", base)
-                result = typed(*shlex.split(line.strip().removeprefix(this)))
-            ended = result.exit_code, result.stderr
-        assert ended[0] == 0, (example, ended)
-    assert len(examples) == 4
+        line = example.replace("http://localhost/v1", base)
+        assert typed(*shlex.split(line)).exit_code == 0, example
+    assert len(examples) == 3

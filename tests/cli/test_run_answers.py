@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from asyncbucket.cli.run import Job
-from asyncbucket.cli.run.answers import Answers, line_of
-from asyncbucket.cli.run.lines import Request, read_request
+from asyncbucket.cli.run.lines import Answers, Request, line_of, read_request
 
-JOB = Job(source="-", out="-", model="m")
+JOB = Job(source=Path("in"), model="m")
 SETTINGS: dict[str, Any] = {"model": "m"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from asyncbucket.cli.run import Job
 from asyncbucket.cli.run.lines import Request, read_request
 from asyncbucket.cli.run.work import address
 
-JOB = Job(source="-", out="-", model="m")
+IN = Path("in")
+JOB = Job(source=IN, model="m")
 
 
 def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
@@ -27,7 +29,7 @@ def batch(**members: Any) -> dict[str, Any]:
 
 
 def test_batch_line_keeps_its_id_url_and_body_unless_a_model_is_given() -> None:
-    request = read(batch(), Job(source="-", out="-"))
+    request = read(batch(), Job(source=IN))
     assert (request.custom_id, request.path) == ("a", "/v1/chat/completions")
     assert request.body == batch()["body"]
     assert read(batch()).body == batch()["body"] | {"model": "m"}
@@ -48,7 +50,7 @@ def test_text_that_only_starts_like_json_is_a_prompt(text: str) -> None:
 
 
 def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
-    options: dict[str, Any] = {"source": "-", "out": "-", "model": "m", "system": "Be brief."}
+    options: dict[str, Any] = {"source": IN, "model": "m", "system": "Be brief."}
     chat = read(b"Why?", Job(**options, max_tokens=9))
     responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
     embedding = read(b"Why?", Job(**options, endpoint="embeddings", max_tokens=9))
@@ -65,7 +67,7 @@ def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
 
 
 def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
-    job = Job(source="-", out="-", max_tokens=9)
+    job = Job(source=IN, max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
     assert read(line, job).body == {
         "messages": [{"role": "user", "content": "Why?"}],
@@ -85,7 +87,7 @@ def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
 def test_key_and_version_are_sent_as_the_server_wants_them(
     api_base: str, headers: dict[str, str], params: list[tuple[str, str]]
 ) -> None:
-    job = Job(source="-", out="-", api_base=api_base)
+    job = Job(source=IN, api_base=api_base)
     job.api_key = "k"
     base_url = api_base.partition("?")[0]
     assert address(job) == {"base_url": base_url, "headers": headers, "params": params}

@@ -51,7 +51,7 @@ def test_members_share_a_run_which_goes_on_without_one_that_died(
     assert len({line["custom_id"] for line in lines_of("out.jsonl")}) == 60
     assert sum(each.statistics().requests for each in providers[1:]) == 60
     other = typed(batch(60), "-o", "out.jsonl", "--rpm", "6000")
-    assert "out.jsonl holds answers made with {'pool': 'pool.toml', " in other.stderr
+    assert "out.jsonl holds answers made with {'model': None, 'api': 'pool.toml', " in other.stderr
 
 
 def test_bookings_of_each_member_outlive_the_run(

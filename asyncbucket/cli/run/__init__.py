@@ -1,7 +1,7 @@
 """`asyncbucket run`: a file of requests or prompts in, a file of answers out, under your limits.
 
-Here is what can be typed, checked before anything begins. `lines` are what goes in, `answers` is the file
-that comes out, `work` sends and writes, and shows how far it is.
+Here is what can be typed, checked before anything begins. `lines` are what goes in and what comes out,
+`work` sends and writes, `screen` counts and shows.
 """
 
 import hashlib
@@ -26,7 +26,6 @@ PATHS: Final[dict[str, str]] = {
 FOR_GOOD: Final = 400 * 86_400
 #: Calls at once, by default.
 CONCURRENCY: Final = 100
-STANDARD: Final = "-"
 _KEY: Final = "OPENAI_API_KEY"
 #: Options that concern one provider, not the members of a pool.
 _OF_ONE_PROVIDER: Final = (
@@ -47,9 +46,9 @@ class Job:
     """
 
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line; - is stdin.")
+        Path, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line.")
     ]
-    out: Annotated[str, options.file("Answers as JSONL; - is stdout.", "--out", "-o")] = STANDARD
+    out: Annotated[Path, options.file("Answers as JSONL.", "--out", "-o")] = Path("answers.jsonl")
     model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None
     # What is allowed.
     rpm: options.Rpm = None
@@ -108,20 +107,14 @@ class Job:
         return (*self.limits, Limit(USD, self.max_usd, per=FOR_GOOD))
 
     @property
-    def out_file(self) -> Path | None:
-        """The file of answers; None if they go to standard output."""
-        return None if self.out == STANDARD else Path(self.out)
-
-    @property
-    def limits_file(self) -> Path | None:
+    def limits_file(self) -> Path:
         """The store that remembers what was admitted lately, also for runs on a link to ``out``."""
-        return None if self.out == STANDARD else Path(f"{Path(self.out).resolve()}.limits")
+        return Path(f"{self.out.resolve()}.limits")
 
     @property
-    def errors_file(self) -> Path | None:
-        """The file of lines without an answer; None if the answers go to standard output."""
-        out = self.out_file
-        return None if out is None else out.parent / f"{out.stem}.errors{out.suffix}"
+    def errors_file(self) -> Path:
+        """The file of lines without an answer."""
+        return self.out.with_name(f"{self.out.stem}.errors{self.out.suffix}")
 
     @property
     def destination(self) -> str:
@@ -132,15 +125,8 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """The settings on which answers depend: with others, it is another run."""
         system = self.system and hashlib.sha256(self.system.encode()).hexdigest()[:16]
-        found = {
-            "model": self.model,
-            "api_base": None if self.pool else self.destination,
-            "pool": self.pool and self.pool.name,
-            "endpoint": self.endpoint,
-            "system": system,
-            "max_tokens": self.max_tokens,
-        }
-        return {name: value for name, value in found.items() if value is not None}
+        api = self.pool.name if self.pool else self.destination
+        return {"model": self.model, "api": api, "system": system}
 
     def check(self) -> None:
         """Refuse options that do not fit together; find the key.
@@ -154,8 +140,6 @@ class Job:
             raise ValueError(
                 f"{names} cannot go with --pool: write it into the members' tables in {self.pool}"
             )
-        if self.as_json and self.out_file is None and not self.dry_run:
-            raise ValueError("--json prints on standard output, where the answers go: give -o")
         if not self.limits and self.slots is None and self.pool is None:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
@@ -170,19 +154,13 @@ class Job:
 
     def _check_files(self) -> None:
         """Refuse files that cannot be read or written, and to write what is read: it would be lost."""
-        source = None if self.source == STANDARD else Path(self.source)
-        if source and not source.is_file():
-            raise ValueError(
-                f"{self.source!r} is not a file that can be read: name one, or pipe the lines in and give -"
-            )
-        for path in (self.out_file, self.limits_file, self.errors_file):
-            if path and path.exists():
-                if not path.is_file():  # answers are read again
-                    raise ValueError(f"{path} is not a file that can be written: give another -o")
-                if source and path.samefile(source):
-                    raise ValueError(
-                        f"{path} is read already: give another -o, or it would be lost"
-                    )
+        if not self.source.is_file():
+            raise ValueError(f"{str(self.source)!r} is not a file that can be read: name one")
+        for path in (self.out, self.limits_file, self.errors_file):
+            if path.exists() and not path.is_file():  # answers are read again
+                raise ValueError(f"{path} is not a file that can be written: give another -o")
+            if path.exists() and path.samefile(self.source):
+                raise ValueError(f"{path} is read already: give another -o, or it would be lost")
 
 
 def _api_key(api_base: str) -> str | None:
@@ -217,8 +195,7 @@ def run(**given: Any) -> None:
     Examples:
         asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
         asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --max-usd 2.50 --dry-run
-        asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
-        grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
+        asyncbucket run in.jsonl -o b --concurrency 9 --api-base http://localhost/v1
     """
     job = Job(**given)
     job.check()

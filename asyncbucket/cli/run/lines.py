@@ -1,21 +1,30 @@
-"""The lines that go in: requests of OpenAI's batch files, bodies, or prompts.
+"""The lines that go in, and the answers that come out, one a line.
 
-They are read as they are wanted, from a file of a million or from a pipe that somebody types into.
+What goes in are requests of OpenAI's batch files, bodies, or prompts. The file of answers alone says
+which of them are answered.
+
+Its lines have the form of OpenAI's output files. At each start it is read from its beginning, so
+nothing beside it can be damaged or lost. An incomplete last line, as a kill leaves it, is cut off. The
+file itself is locked, by whatever name it is reached, so no two runs write it.
+
+Other programs can change it in spite of the lock, and on Windows there is none. So before each write,
+name and size of the file are compared with what was written. If they differ, answers under way are
+written to what is there now, and the run ends. At the end all answers are looked for once more.
 """
 
-import asyncio
-import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import sys
-import threading
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
-from asyncbucket.cli.run import PATHS, STANDARD, Job
+from asyncbucket.cli.run import PATHS, Job
+from asyncbucket.core.wording import counted
 from asyncbucket.plan.calls import read_line
 
 
@@ -36,7 +45,12 @@ _BODIES: Final = {
     "/v1/embeddings": _Body({"input": (str, list)}),
 }
 _MAX_TOKENS: Final = frozenset(body.max_tokens for body in _BODIES.values())
-_CHUNK: Final = 1 << 18
+_PREFIX: Final = "batch_req_"
+#: How each of our lines begins, complete or not.
+_LINE_START: Final = b'{"id":"' + _PREFIX.encode()
+#: Bytes that must fit on the disk before anything is paid for.
+_ROOM: Final = 1 << 20
+_APPENDING: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 class NoModelError(ValueError):
@@ -127,40 +141,220 @@ def _completed(path: str, body: dict[str, Any], job: Job) -> dict[str, Any]:
     return body
 
 
-def count_lines(path: str) -> int:
-    """Return how many lines are not empty; a gigabyte takes about a second."""
-    with Path(path).open("rb") as file:
-        return sum(not line.isspace() for line in file)
+class Answers:
+    """The answers of a run, those of earlier runs included.
 
+    Args:
+        path: the file.
+        settings: the settings on which answers depend; each line names them.
+        restart: delete the answers so far.
+        read_only: change nothing and lock nothing, for a dry run.
 
-async def read_lines(source: str) -> AsyncIterator[list[bytes]]:
-    """Yield the lines in each read, without their ends."""
-    file: BinaryIO = sys.stdin.buffer if source == STANDARD else Path(source).open("rb")  # noqa: ASYNC230, SIM115 - closed below
-    rest = b""
-    try:
-        while chunk := await _read(file.fileno()):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield lines
-        yield [rest]
-    finally:
-        if source != STANDARD:
-            file.close()
-
-
-async def _read(descriptor: int) -> bytes:
-    """Return the next data; empty at the end.
-
-    It may take as long as a person types, and cannot be cancelled. So it runs in a thread that
-    nobody waits for when everything else has ended.
+    Raises:
+        ValueError: another run is writing the file, its answers were made with other settings, or
+            other lines are in it. The message says the remedy.
     """
-    answer = concurrent.futures.Future[bytes]()
-    answer.set_running_or_notify_cancel()  # so that it cannot be cancelled, either
 
-    def read() -> None:
-        try:
-            answer.set_result(os.read(descriptor, _CHUNK))
-        except OSError as error:
-            answer.set_exception(error)
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        self._path = path
+        self._settings = settings
+        #: The keys of all answers, and how many lines had which content.
+        self._answered = set[bytes]()
+        self._times = Counter[bytes]()
+        self._fd: int | None = None
+        self._size = 0
+        #: What is wrong with the file, if another program changed it.
+        self.trouble: str | None = None
+        if read_only and (restart or not path.exists()):
+            return
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            if not read_only:
+                self._fd = _open_locked(path)
+                if restart:
+                    os.ftruncate(self._fd, 0)
+            self._read(path)
+            undo.pop_all()
 
-    threading.Thread(target=read, name="asyncbucket run", daemon=True).start()
-    return await asyncio.wrap_future(answer)
+    def _read(self, path: Path) -> None:
+        """Index what is in the file, and make its last line a complete one."""
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                key, before = _parsed(line)
+                if key is not None:
+                    self._check_settings(before)
+                    self._answered.add(key)
+                elif line.endswith(b"\n") or not _LINE_START.startswith(line[: len(_LINE_START)]):
+                    raise ValueError(
+                        f"line {number} of {path} was not written by `asyncbucket run`: remove it, or "
+                        f"give another -o"
+                    )
+        self._complete_last_line()
+
+    def _complete_last_line(self) -> None:
+        """Cut off half an answer, as a kill leaves it; complete any other line, of an editor."""
+        self._size, last = 0, b""
+        if self._fd is None:
+            return
+        with self._path.open("rb") as file:
+            for last in file:
+                self._size += len(last)
+        if last.startswith(_LINE_START[: len(last)]) and _parsed(last)[0] is None:
+            self._size -= len(last)
+            os.ftruncate(self._fd, self._size)
+        elif not last.endswith(b"\n"):
+            self._size += os.write(self._fd, b"\n")
+
+    def _check_settings(self, before: Mapping[str, Any]) -> None:
+        if before and before != self._settings:
+            raise ValueError(
+                f"{self._path} holds answers made with {before}, not {self._settings}: give another -o"
+            )
+
+    def look_up(self, request: Request) -> tuple[bytes, bool]:
+        """Return the key of a line, which counts equal ones before it, and whether it is answered."""
+        self._times[request.key] += 1
+        key = request.key + self._times[request.key].to_bytes(4, "big")
+        return key, key in self._answered
+
+    def check_room(self) -> None:
+        """See that answers can be written, before the first one is paid for.
+
+        Raises:
+            OSError: the disk is full, or almost.
+        """
+        if self._fd is not None:
+            # A kill in between leaves half an answer, which the next run cuts off.
+            append(_LINE_START + b" " * _ROOM, self._fd, self._path)
+            os.ftruncate(self._fd, self._size)
+
+    def write(self, key: bytes, members: Mapping[str, Any]) -> None:
+        """Append an answer, which from then on survives the end of this process."""
+        assert self._fd is not None
+        line = line_of(key, members, run=self._settings)
+        if not self._is_intact(self._fd):
+            self.trouble = f"{self._path} was changed by another program during the run"
+            if not _is_at(self._fd, self._path):
+                fd = _open_locked(self._path)
+                os.close(self._fd)
+                self._fd = fd
+            self._complete_last_line()
+        append(line, self._fd, self._path)
+        self._size += len(line)
+        self._answered.add(key)
+
+    def _is_intact(self, fd: int) -> bool:
+        return _is_at(fd, self._path) and os.fstat(fd).st_size == self._size
+
+    def check(self) -> None:
+        """Look for all answers, at the end of a run; `trouble` says what is wrong, if anything."""
+        if self._fd is None:
+            return
+        missing = self._answered
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            missing -= {_parsed(line)[0] or b"" for line in file if line.endswith(b"\n")}
+        if self.trouble is not None or missing or not self._is_intact(self._fd):
+            self.trouble = f"{self._path} was changed by another program during the run"
+            if missing:
+                self.trouble += f", and {counted(len(missing), 'answers')} in it went lost"
+            self.trouble += "; the same command asks again for what is missing"
+
+    def close(self) -> None:
+        """Close the file, which ends the lock."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None and not self._size and self._is_intact(self._fd):
+            self._path.resolve().unlink()  # a run without an answer leaves nothing behind
+        self.close()
+
+
+class Errors:
+    """Write failures to a file, which is made with the first one; without a file, discard them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._fd: int | None = None
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def write(self, **members: Any) -> None:
+        """Append a line of these members."""
+        if self._path is not None:
+            if self._fd is None:
+                self._fd = os.open(self._path, _APPENDING, 0o666)
+            append(line_of(None, members), self._fd, self._path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+def line_of(key: bytes | None, members: Mapping[str, Any], **more: Any) -> bytes:
+    """Return the line of an answer, or of a request without one."""
+    name = None if key is None else _PREFIX + key.hex()
+    default = {"custom_id": None, "response": None, "error": None, "usage": None}
+    found = {"id": name, **default, **members, **more}
+    text = json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def append(line: bytes, fd: int, path: Path) -> None:
+    """Append a line to a file, or nothing of it.
+
+    Raises:
+        OSError: with the path, which the system's own error lacks.
+    """
+    size, view = os.fstat(fd).st_size, memoryview(line)
+    try:
+        while view:  # a signal may interrupt a write
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a pipe cannot be shortened
+            os.ftruncate(fd, size)  # half a line would spoil the next one
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _parsed(line: bytes) -> tuple[bytes | None, dict[str, Any]]:
+    """Return the key of an answer, None if it is none, and the settings it was made with."""
+    try:
+        answer = json.loads(line)
+        return bytes.fromhex(answer["id"].removeprefix(_PREFIX)), answer.get("run") or {}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None, {}
+
+
+def _open_locked(path: Path) -> int:
+    """Open the file at ``path`` for this process alone; the lock is on the file, not on its name."""
+    fd = os.open(path, _APPENDING, 0o666)
+    try:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ValueError(
+            f"{path} is being written by another run: let it end, or give another -o"
+        ) from None
+    return fd
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Tell whether ``path`` leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -7,9 +7,8 @@ import asyncio
 import contextlib
 import json
 import signal
-import sys
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -21,15 +20,8 @@ from asyncbucket.batch import amap
 from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import CANNOT_RUN, DONE, FAILED, INTERRUPTED, SPENT
 from asyncbucket.cli.options import without_keys
-from asyncbucket.cli.run import CONCURRENCY, FOR_GOOD, STANDARD, Job
-from asyncbucket.cli.run.answers import Answers, Errors
-from asyncbucket.cli.run.lines import (
-    NoModelError,
-    Request,
-    count_lines,
-    read_lines,
-    read_request,
-)
+from asyncbucket.cli.run import CONCURRENCY, FOR_GOOD, Job
+from asyncbucket.cli.run.lines import Answers, Errors, NoModelError, Request, read_request
 from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, StoreError, UnknownPrice
@@ -69,12 +61,11 @@ _LOOKS: Final = 3
 Task: TypeAlias = tuple[Request, bytes]
 
 
-async def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> AsyncGenerator[Task]:
+def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Iterator[Task]:
     """Yield requests to be sent; lines that are answered or cannot be read are counted and skipped."""
-    number, begun = 0, False
-    async for lines in read_lines(job.source):
-        for data in lines:
-            number += 1
+    begun = False
+    with job.source.open("rb") as file:
+        for number, data in enumerate(file, 1):
             if tally.stopped:
                 return
             try:
@@ -109,9 +100,9 @@ class Run:
         self._sending = 0
         #: Requests since the last answer that failed in a way that all others may.
         self._failures_in_a_row = 0
-        is_kept = job.out_file is not None and bool(job.all_limits or job.pool)
         #: The store remembers across runs what was admitted.
-        store = f"sqlite:///{quote(str(job.limits_file))}" if is_kept else None
+        is_limited = job.all_limits or job.pool
+        store = f"sqlite:///{quote(str(job.limits_file))}" if is_limited else None
         self._root: Limiter
         where: dict[str, Any]
         if job.pool is None:
@@ -166,15 +157,12 @@ class Run:
             spent = (use.used for use in now.limits if use.limit.key == (USD, FOR_GOOD))
             self._tally.usd = next((in_given_unit(used, USD) for used in spent), None)
 
-    async def _feed(self) -> AsyncGenerator[Task]:
+    def _feed(self) -> Iterator[Task]:
         """Yield what is to be sent; with the first of it, what can refuse a run has not done so."""
-        is_first = True
-        async for task in tasks(self._job, self._answers, self._errors, self._tally):
-            if is_first:
-                is_first = False
+        found = tasks(self._job, self._answers, self._errors, self._tally)
+        for number, task in enumerate(found):
+            if number == 0:
                 self._answers.check_room()
-                if self._job.source != STANDARD:
-                    self._tally.total = count_lines(self._job.source)
                 self._screen.say(headline(self._job, self._tally, self._root))
             yield task
 
@@ -203,12 +191,11 @@ class Run:
         usage = body.get("usage") if isinstance(body, dict) else None
         usage = usage if isinstance(usage, dict) else None
         members = _members(request, response=_described(reply, body), usage=usage)
-        has_reader = self._answers.write(key, members)
-        if not has_reader or self._answers.trouble is not None:
+        self._answers.write(key, members)
+        if self._answers.trouble is not None:
             self._stop()
-        if has_reader:
-            self._failures_in_a_row = 0
-            self._tally.count_answer(read_usage(usage))
+        self._failures_in_a_row = 0
+        self._tally.count_answer(read_usage(usage))
 
     def _write_refusal(self, request: Request, reply: httpx.Response) -> None:
         """Write why a reply is no answer."""
@@ -280,8 +267,7 @@ class Run:
     async def _watch(self, sending: anyio.CancelScope) -> None:
         """Stop once the cap of dollars binds, and no call in flight can give any back.
 
-        After a stop, end what waits when nothing is under way: in line, in a back-off, or for the
-        next line of a pipe.
+        After a stop, end what waits when nothing is under way: in line, or in a back-off.
         """
         spent = idle = 0
         while idle < _LOOKS:
@@ -334,14 +320,14 @@ def run(job: Job) -> int:
         OSError, StoreError: a file cannot be written.
     """
     tally = Tally()
-    new = [path for path in (job.errors_file, job.limits_file) if path and not path.exists()]
-    screen = Screen(
-        standard_error(), quiet=job.quiet, shared=job.out_file is None and sys.stdout.isatty()
-    )
+    new = [path for path in (job.errors_file, job.limits_file) if not path.exists()]
+    screen = Screen(standard_error(), quiet=job.quiet)
     with (
-        Answers(job.out_file, job.settings, restart=job.restart) as answers,
+        Answers(job.out, job.settings, restart=job.restart) as answers,
         contextlib.closing(Errors(job.errors_file)) as errors,
     ):
+        with job.source.open("rb") as file:  # a gigabyte takes about a second
+            tally.total = sum(not line.isspace() for line in file)
         started = time.monotonic()
         try:
             with silenced(), screen:  # what logs say is counted and shown
@@ -390,15 +376,12 @@ def dry_run(job: Job) -> int:
     profile = profile_of(urlsplit(base_url).hostname or "")
     read = partial(read_call, profile=profile, model=None, prices=read_prices(job.prices))
 
-    async def costs_of_calls() -> list[Any]:
-        """Return what each request that would be sent is charged at admission, and costs."""
-        with Answers(job.out_file, job.settings, restart=job.restart, read_only=True) as answers:
-            return [
-                read({"url": request.path, "body": request.body})
-                async for request, _ in tasks(job, answers, Errors(None), tally)
-            ]
-
-    costs, planned = asyncio.run(costs_of_calls()), None
+    with Answers(job.out, job.settings, restart=job.restart, read_only=True) as answers:
+        costs: list[Any] = [
+            read({"url": request.path, "body": request.body})
+            for request, _ in tasks(job, answers, Errors(None), tally)
+        ]
+    planned = None
     if costs:
         slots = None if job.slots == "auto" or pool else job.slots or CONCURRENCY
         planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
