@@ -182,7 +182,7 @@ class Caller:
             if not inspect.isawaitable(awaitable):
                 raise TypeError(
                     f"{name_in_code(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: "
-                    f"amap takes async functions; map takes plain ones"
+                    f"give an async function, which may call a plain one by asyncio.to_thread"
                 )
             return await awaitable
 

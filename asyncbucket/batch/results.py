@@ -1,4 +1,4 @@
-"""What one calls: `Limiter.amap`, and `Limiter.map` for code without an event loop.
+"""What one calls, what runs the calls, and what one iterates over: `Limiter.amap`.
 
 There is not a task for each item, but a few workers that go on: as many as calls in flight, and one
 that waits in line. A worker whose call has been admitted makes sure that another one stands in line.
@@ -14,14 +14,11 @@ end in the task in which it began, and a reader may stop reading anywhere.
 """
 
 import asyncio
-import atexit
 import contextlib
 import functools
-import inspect
 import itertools
 import math
 import os
-import weakref
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -43,14 +40,12 @@ from typing import (
     Self,
     TypedDict,
     TypeVar,
-    Unpack,
     cast,
 )
 
 import anyio
 from anyio import to_thread
 from anyio.abc import TaskGroup
-from anyio.from_thread import start_blocking_portal
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
@@ -71,12 +66,10 @@ Errors = Literal["raise", "collect"]
 _MAX_WORKERS: Final = 1_000
 #: ... and this many, if the function acquires.
 _MAX_IF_FN_ACQUIRES: Final = 256
-#: The most threads if the limiter has no concurrency.
-_MAX_THREADS: Final = 64
 
 
 class MapOptions(TypedDict, total=False):
-    """What `Limiter.amap` and `Limiter.map` take by keyword."""
+    """What `Limiter.amap` takes by keyword."""
 
     ordered: bool
     errors: Errors
@@ -522,68 +515,3 @@ def _cancelled_from_within(what: str) -> Generator[None]:
         raise RuntimeError(
             f"{what} was cancelled from within, by something that it awaits"
         ) from cancelled
-
-
-#: Iterators that were handed out, and may be left in the middle. Module state, because `atexit` is: if one
-#: were closed later than that, it would wait for ever for a thread that has stopped.
-_OPEN_ITERATORS: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
-
-
-def map_sync(
-    limiter: Limiter,
-    fn: Callable[[T], Any],
-    items: Iterable[T] | AsyncIterable[T],
-    **options: Unpack[MapOptions],
-) -> Generator[Item[T, Any]]:
-    """Call ``fn`` for each item, and iterate over the results; see `amap` for the options.
-
-    >>> for item in limiter.map(llm.complete, prompts):
-    ...     print(item.input, item.result)
-
-    A plain function is called in threads, by default as many as the limiter's concurrency, at most
-    64. An async function runs on an event loop in a thread, where the items are iterated as well.
-    Leaving the loop waits for running calls, because a thread cannot be cancelled.
-
-    Raises:
-        ValueError, TypeError, ImportError: as for `amap`, at once.
-    """
-    if callable(fn) and not inspect.iscoroutinefunction(fn):
-        workers = options.get("workers")
-        if workers is None:
-            workers = min(limiter.concurrency or _MAX_THREADS, _MAX_THREADS)
-        workers = read_count(workers, "workers", least=1)
-        fn = _in_threads(fn, workers)
-        options["workers"] = workers
-    results = _iterate(amap(limiter, fn, items, **options))
-    _OPEN_ITERATORS.add(results)
-    return results
-
-
-@atexit.register
-def _close_iterators() -> None:
-    for iterator in tuple(_OPEN_ITERATORS):
-        with contextlib.suppress(ValueError):  # another thread is in it
-            iterator.close()
-
-
-def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
-    with start_blocking_portal() as portal:
-        try:
-            while True:
-                try:
-                    yield portal.call(results.__anext__)
-                except StopAsyncIteration:
-                    return
-        finally:
-            portal.call(results.aclose)
-
-
-def _in_threads(fn: Callable[[T], Any], threads: int) -> Callable[[T], Awaitable[Any]]:
-    thread_limit = anyio.CapacityLimiter(threads)
-
-    @functools.wraps(fn)
-    async def call(item: T) -> Any:
-        result = await to_thread.run_sync(fn, item, limiter=thread_limit)
-        return await result if inspect.isawaitable(result) else result
-
-    return call

@@ -288,7 +288,7 @@ async def test_calls_inherit_the_priority_of_the_reader() -> None:
 @pytest.mark.parametrize(
     ("module", "call", "message"),
     [
-        ("anyio", "", 'amap and map need anyio: pip install "asyncbucket[batch]"'),
+        ("anyio", "", 'amap needs anyio: pip install "asyncbucket[batch]"'),
         (
             *("rich", "amap(Limiter(rpm=1), print, [], show_progress=True)"),
             'a progress bar needs rich: pip install "asyncbucket[batch]"',
@@ -303,8 +303,8 @@ def test_missing_extra_names_its_install_command(module: str, call: str, message
     assert f"ImportError: {message}" in python("-c", program).stderr
 
 
-async def test_plain_function_is_refused_with_a_hint_at_map() -> None:
-    with pytest.raises(TypeError, match=r"str, which cannot be awaited: .* map takes plain ones"):
+async def test_plain_function_is_refused_with_a_hint_at_threads() -> None:
+    with pytest.raises(TypeError, match=r"str, which cannot be awaited: .* asyncio\.to_thread"):
         await gathered(amap(Limiter(concurrency=1), cast("Any", str), [1]))
 
 

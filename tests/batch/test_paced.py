@@ -48,22 +48,22 @@ async def plain(prompt: str) -> str:
     "function",
     [
         llm.acomplete,
-        llm.complete,
         llm.as_structured_llm(Word).acomplete,
         decorated,
-        limiter.paced(str.upper),
         logged(decorated),
         logged(llm.acomplete),
         functools.partial(decorated),
         child.wrap(MockLLM()).acomplete,
         plain,
         MockLLM().acomplete,
-        str.upper,
     ],
 )
-def test_call_is_charged_once_by_marked_functions_or_else_by_the_batch(function: Any) -> None:
+async def test_call_is_charged_once_by_marked_functions_or_else_by_the_batch(
+    function: Any,
+) -> None:
     before = limiter.statistics().admitted
-    items = list(limiter.map(function, ["a b c d", "e"], errors="collect"))
+    results = limiter.amap(function, ["a b c d", "e"], errors="collect")
+    items = [item async for item in results]
     assert len(items) == 2
     assert limiter.statistics().admitted == before + 2
     assert limiter.statistics().in_flight == 0
@@ -74,11 +74,8 @@ def test_function_paced_by_parent_or_sibling_is_refused(of: str) -> None:
     root = Limiter("1000 RPM", concurrency=1, name="key")
     batch = root.child("batch")
     model = (root if of == "above" else root.child("chat")).wrap(MockLLM())
-    for function in (model.acomplete, model.complete):
-        with pytest.raises(
-            ValueError, match=r"is paced by .* and would be paced by 'key/batch', too"
-        ):
-            batch.map(function, ["a"])
+    with pytest.raises(ValueError, match=r"is paced by .* and would be paced by 'key/batch', too"):
+        batch.amap(model.acomplete, ["a"])
     batch.amap(model.acomplete, ["a"], paced=True)
 
 
@@ -124,16 +121,16 @@ def test_unmarked_function_that_acquires_fails_with_remedy(name: str, errors: An
         assert here.statistics().in_flight == 0
 
 
-def test_unmarked_plain_function_that_acquires_fails_without_waiting_for_itself() -> None:
+async def test_unmarked_function_in_threads_fails_without_waiting_for_itself() -> None:
     here = Limiter("1000 RPM", concurrency=1)
     model = here.wrap(MockLLM())
 
-    def ask(prompt: str) -> str:
-        return str(model.complete(prompt))
+    async def ask(prompt: str) -> str:
+        return str(await asyncio.to_thread(model.complete, prompt))
 
     with pytest.raises(ValueError, match=r"ask acquires from 'default' itself.*: pass paced=True"):
-        list(here.map(ask, ["a", "b", "c"]))
-    assert [item.result for item in here.map(ask, ["a"], paced=True)] == ["a"]
+        _ = [item async for item in here.amap(ask, ["a", "b", "c"])]
+    assert [item.result async for item in here.amap(ask, ["a"], paced=True)] == ["a"]
     assert (here.statistics().in_flight, here.statistics().overridden) == (0, 0)
 
 
