@@ -187,7 +187,7 @@ def name_of(fn: object) -> str:
     return " ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Item(Generic[T, R]):
     """One item that went in, and its result or error.
 
@@ -215,11 +215,6 @@ class Item(Generic[T, R]):
     def ok(self) -> bool:
         """Whether there is a result."""
         return self.error is None
-
-    def __repr__(self) -> str:
-        outcome = f"result={self._result!r}" if self.error is None else f"error={self.error!r}"
-        restored = ", restored" if self.restored else ""
-        return f"<Item {self.index}: {self.input!r}, {outcome}{restored}>"
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):

@@ -1,24 +1,21 @@
 """The calls of a plan: how many, what they cost, how long they take, and when they come.
 
-In dollars, three things are uncertain. How long is a reply? If ``max_tokens`` limits it, from nothing
-to that; otherwise nobody knows the most. How are tokens split, if only their total is known? From all
-input to all output. And are samples like the calls that come? The sum of N calls like k samples has a
-standard error of ``N * s * sqrt(1/k + 1/N)``, with s the standard deviation of the samples' prices;
-the range has 1.96 times that on both sides.
+In dollars, two things are uncertain. How long is a reply? If ``max_tokens`` limits it, from nothing to
+that; otherwise nobody knows the most. And how are tokens split, if only their total is known? From all
+input to all output.
 """
 
 import json
 import math
 import random
 import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
@@ -32,28 +29,19 @@ from asyncbucket.core.wording import (
     plain,
     read_count,
     shown,
-    usd_written,
 )
+from asyncbucket.plan import NANOSECONDS, PlannedDollars, Poisson, Samples
 from asyncbucket.providers.prices import Prices, price_of
 from asyncbucket.providers.profiles import Call, Profile, profile_named
 from asyncbucket.providers.request import FORESEEN, RequestSize, replies_of
 
-Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
-"""A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
-
-Samples: TypeAlias = Sample | PathLike[str] | Iterable[Sample]
-"""One sample for every call, samples, or the path of a file of them, one a line: JSON, or plain text."""
-
 T = TypeVar("T")
 
-NANOSECONDS: Final = 1_000_000_000
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 #: What a request's body asks with.
 _ASKED: Final = frozenset({"messages", "prompt", "input"})
 #: How a line begins that is meant as JSON. Other brackets may begin a text.
 _JSON_START: Final = re.compile(r'[{"]|\[\s*[\[\]{"\d-]')
-#: Standard errors on each side of a range that holds 95 % of a normal distribution.
-_SIDES: Final = 1.96
 
 
 class PlannedCall(NamedTuple):
@@ -63,56 +51,6 @@ class PlannedCall(NamedTuple):
     latency: int
 
 
-@dataclass(frozen=True, slots=True)
-class Poisson:
-    """Let calls come at random, independently: ``rate`` a second on average."""
-
-    rate: float
-
-    def __post_init__(self) -> None:
-        """Refuse an invalid rate."""
-        if not is_number(self.rate) or not 0 < self.rate < math.inf:
-            raise ValueError(
-                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
-            )
-
-    def instants(self, calls: int, seed: int) -> Iterator[int]:
-        """Yield when each call comes, in nanoseconds."""
-        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
-        now = 0.0
-        for _ in range(calls):
-            now += rng.expovariate(self.rate)
-            yield round(now * NANOSECONDS)
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedDollars:
-    """What calls cost, in dollars; ``print`` it.
-
-    Attributes:
-        least: what they cost at least, with 95 % certainty if samples stand for calls.
-        likely: the most likely sum.
-        most: what they cost at most; None if nothing limits the replies.
-    """
-
-    least: float
-    likely: float
-    most: float | None
-
-    def __str__(self) -> str:
-        likely, least = _dollars(self.likely), _dollars(self.least)
-        if self.most is None:
-            return f"this job costs {likely} USD, at least {least}: nothing limits the replies"
-        if (self.least, self.most) == (self.likely, self.likely):
-            return f"this job costs {likely} USD"
-        return f"this job costs {likely} USD, {least} to {_dollars(self.most)}"
-
-
-def _dollars(amount: float) -> str:
-    """Return an amount in cents or, below ten cents, with two digits that count."""
-    return f"{amount:,.2f}" if amount >= 0.1 else usd_written(float(f"{amount:.2g}"))  # noqa: PLR2004
-
-
 class CallCost(NamedTuple):
     """What one call takes of the limits, and what it costs in dollars, if that is known."""
 
@@ -120,42 +58,39 @@ class CallCost(NamedTuple):
     bill: PlannedDollars | None
 
 
+@dataclass(kw_only=True, eq=False)
 class Load:
     """Yield each call with the instant (ns) at which it comes: the same ones every time.
 
-    Args:
+    Attributes:
         tokens, latency, calls, arrivals, profile, model, prices, seed: see `asyncbucket.plan.plan`.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: Samples | None,
-        latency: Samples | None,
-        calls: int | None,
-        arrivals: Poisson | None,
-        profile: str,
-        model: str | None,
-        prices: Prices | None,
-        seed: int,
-    ) -> None:
-        if arrivals is not None and not isinstance(arrivals, Poisson):
+    tokens: Samples | None
+    latency: Samples | None
+    calls: int | None
+    arrivals: Poisson | None
+    profile: str
+    model: str | None
+    prices: Prices | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.arrivals, Poisson | None):
             raise TypeError(
-                f"arrivals must be Poisson(8.0), for so many calls a second, not {shown(arrivals)}"
+                f"arrivals must be Poisson(8.0), for so many calls a second, not {shown(self.arrivals)}"
             )
-        self._has_tokens = tokens is not None
-        read = partial(read_call, profile=profile_named(profile), model=model, prices=prices)
-        self._costs = _Series("tokens", 0 if tokens is None else tokens, read)
-        self._lengths = _Series("latency", 0 if latency is None else latency, _read_seconds)
-        self._arrivals = arrivals
-        self._seed = seed
-        calls = None if calls is None else read_count(calls, "calls", least=1)
-        if calls is None and not (self._costs.are_many or self._lengths.are_many):
+        profile = profile_named(self.profile)
+        read = partial(read_call, profile=profile, model=self.model, prices=self.prices)
+        self._costs = _Series("tokens", self.tokens, read)
+        self._lengths = _Series("latency", self.latency, _read_seconds)
+        if self.calls is None and not (self._costs.are_many or self._lengths.are_many):
             raise ValueError(
                 "how many calls? give calls, or samples of tokens or latency, in a list or a file"
             )
+        most = max(len(self._costs.values), len(self._lengths.values))
         #: How many calls there are, from whichever argument determines it.
-        self.calls = calls or max(len(self._costs.values), len(self._lengths.values))
+        self.count = most if self.calls is None else read_count(self.calls, "calls", least=1)
 
     def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
         """Refuse limits on something unknown, which would not bind in the plan.
@@ -163,21 +98,12 @@ class Load:
         Raises:
             ValueError: the message says what is missing.
         """
-        limited = {limit.resource for limit in limits}
-        tokens = sorted(limited & _TOKENS)
-        if tokens and not self._has_tokens:
+        known = {"requests"} | (_TOKENS if self.tokens is not None else set())
+        known |= set() if any(each.bill is None for each in self._costs.values) else {USD}
+        for name in sorted({limit.resource for limit in limits} - known):
             raise ValueError(
-                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
-                "call has: give tokens="
-            )
-        for name in sorted(limited - _TOKENS - {"requests", USD}):
-            raise ValueError(
-                f"a limit counts {name}, and a plan counts requests, tokens and dollars alone: leave "
-                "it out"
-            )
-        if USD in limited and any(each.bill is None for each in self._costs.values):
-            raise ValueError(
-                "a limit counts dollars, but nothing says what a call costs: give model="
+                f"a limit counts {named(name)}, but nothing says how many a call takes: give tokens=, "
+                f"and for dollars model=; or leave the limit out"
             )
         if concurrency is not None and not any(self._lengths.values):
             raise ValueError(
@@ -187,15 +113,15 @@ class Load:
 
     def dollars(self) -> PlannedDollars | None:
         """Return what all calls cost together; None if that is not known of each."""
-        if not self._has_tokens:
+        if self.tokens is None:
             return None
-        return _add_up([each.bill for each in self._costs.values], self.calls)
+        return _add_up([each.bill for each in self._costs.values], self.count)
 
     def __iter__(self) -> Iterator[tuple[int, PlannedCall]]:
-        instants: Iterable[int] = repeat(0, self.calls)
-        if self._arrivals is not None:
-            instants = self._arrivals.instants(self.calls, self._seed)
-        drawn = (each.draw(self.calls, self._seed) for each in (self._costs, self._lengths))
+        instants: Iterable[int] = repeat(0, self.count)
+        if self.arrivals is not None:
+            instants = self.arrivals.instants(self.count, self.seed)
+        drawn = (each.draw(self.count, self.seed) for each in (self._costs, self._lengths))
         cost, latency = CallCost(Cost(), None), -1
         call = PlannedCall({}, 0)
         for instant, values in zip(instants, zip(*drawn, strict=True), strict=True):
@@ -212,7 +138,7 @@ class _Series(Generic[T]):
     Samples are taken in order if there are as many as calls, else drawn with replacement.
     """
 
-    def __init__(self, name: str, given: Samples, read: Callable[[Any], T]) -> None:
+    def __init__(self, name: str, given: Samples | None, read: Callable[[Any], T]) -> None:
         """Read what was ``given`` as ``name``; ``read`` turns a sample into a value."""
         self._name = name
         #: Whether there are samples, not one for every call.
@@ -222,7 +148,7 @@ class _Series(Generic[T]):
         elif isinstance(given, Iterable) and not isinstance(given, Mapping):
             samples = ((f"{name}, sample {n}", sample) for n, sample in enumerate(given, 1))
         else:
-            self.are_many, samples = False, iter([(name, given)])
+            self.are_many, samples = False, iter([(name, 0 if given is None else given)])
         self.values = [_checked(sample, where, read) for where, sample in samples]
         if not self.values:
             raise ValueError(f"{name} has no samples: give at least one")
@@ -366,16 +292,12 @@ def _add_up(bills: Sequence[PlannedDollars | None], calls: int) -> PlannedDollar
     known = [bill for bill in bills if bill is not None]
     if len(known) < len(bills):
         return None
-    samples, each = len(known), [bill.likely for bill in known]
-    error = 0.0
-    if 1 < samples != calls:
-        error = _SIDES * calls * statistics.stdev(each) * math.sqrt(1 / samples + 1 / calls)
-    scale = calls / samples
+    scale = calls / len(known)
     bounds = [bill.most for bill in known if bill.most is not None]
     return PlannedDollars(
-        likely=scale * sum(each),
-        least=max(0.0, scale * sum(bill.least for bill in known) - error),
-        most=None if len(bounds) < samples else scale * sum(bounds) + error,
+        least=scale * sum(bill.least for bill in known),
+        likely=scale * sum(bill.likely for bill in known),
+        most=scale * sum(bounds) if len(bounds) == len(known) else None,
     )
 
 

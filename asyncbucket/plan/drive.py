@@ -23,10 +23,10 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts, Window
 from asyncbucket.core.node import Meters, latest
 from asyncbucket.core.pool import Pool
-from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
-from asyncbucket.plan.result import Plan, PlannedLimit, PlannedWaits
+from asyncbucket.plan import NANOSECONDS, Plan, PlannedLimit, PlannedWaits
+from asyncbucket.plan.calls import Load, PlannedCall
 
-#: Up to this many calls, other limits are tried by default.
+#: Up to this many calls, other limits are tried.
 _MAX_WHAT_IF_CALLS: Final = 100_000
 #: Parts of the timeline at most, and the calls in one of them on average at least: parts with one
 #: call or none would look like a comb.
@@ -156,7 +156,7 @@ def _wall_of(limit: Limit) -> Callable[[int], int]:
     return lambda now: now + start
 
 
-def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) -> Plan:
+def make_plan(load: Load, members: Sequence[Bounds]) -> Plan:
     """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
     record = run_calls(load, members)
     refusal = _refusal(members, record.refused[0]) if record.refused else None
@@ -164,7 +164,7 @@ def make_plan(load: Load, members: Sequence[Bounds], *, what_if: bool | None) ->
     if refusal is not None and not calls:
         raise CostExceedsLimit(f"no call can ever pass: {refusal}")
     planned = []
-    asks = load.calls <= _MAX_WHAT_IF_CALLS if what_if is None else what_if
+    asks = load.count <= _MAX_WHAT_IF_CALLS
     for place, bounds in enumerate(members):
         for number, limit in enumerate(_limits(bounds, record, record.lanes[place])):
             doubled = removed = record.seconds if asks else None

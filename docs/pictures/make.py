@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from asyncbucket import Limiter
-from asyncbucket.cli.pictures import draw_trace
+from asyncbucket.cli.plan import draw_trace
 from asyncbucket.testing import ProviderProcess
 
 HERE = Path(__file__).parent

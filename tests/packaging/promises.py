@@ -331,7 +331,7 @@ def says_its_version() -> None:
 
 @promise("plot", tells=False)
 def draws_a_trace() -> None:
-    from asyncbucket.cli.pictures import draw_trace
+    from asyncbucket.cli.plan import draw_trace
 
     paced = limiter()
     trace = paced.trace()

@@ -68,7 +68,6 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
         latency=latency,
         arrivals=arrivals,
         seed=seed,
-        what_if=False,
     )
     largest = 1_000 * tpm if limits[1] in chosen else 5_000
     instants = [instant * 1e-9 for instant in arrivals.instants(calls, seed)]
@@ -97,7 +96,7 @@ def test_plan_of_a_pool_agrees_with_the_pool(seed: int) -> None:
             for name in "abc"
         ]
         pool, waits = Pool(*members, prefer="first"), []
-        planned = plan(pool=pool, tokens=tokens, latency=latency, what_if=False)
+        planned = plan(pool=pool, tokens=tokens, latency=latency)
 
         async def call(tokens: int, latency: float) -> None:
             async with pool.acquire(tokens=tokens) as lease:
