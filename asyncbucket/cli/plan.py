@@ -26,11 +26,8 @@ _ADMITTED: Final = "#1f9d55"
 _WAITING: Final = "#3b7dd8"
 _LIMIT: Final = "#d98c00"
 _PAUSE: Final = "#d9534f"
-#: Units of the time axis: from how many seconds on, the unit's name, and its seconds.
-_UNITS: Final = (
-    *((172_800, "days", 86_400), (7_200, "hours", 3_600)),
-    *((120, "minutes", 60), (0, "seconds", 1)),
-)
+#: From this many seconds on, the time axis shows minutes.
+_LONG: Final = 120
 
 
 def _samples_option(text: str) -> Any:
@@ -174,7 +171,7 @@ def _draw_plan(plan: Plan, path: Path, *, dark: bool) -> None:
     Raises:
         ValueError, ImportError, OSError: it cannot be drawn, or not there; the message says why.
     """
-    unit, seconds = next((name, size) for least, name, size in _UNITS if plan.duration >= least)
+    unit, seconds = ("minutes", 60) if plan.duration >= _LONG else ("seconds", 1)
     part = plan.duration / len(plan.timeline)
     rates = [count / (part or 1.0) for count in plan.timeline]
     edges = [number * part / seconds for number in range(len(rates) + 1)]

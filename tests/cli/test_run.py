@@ -307,12 +307,13 @@ def server_answering() -> Generator[Callable[[bytes, int], str]]:
         yield start
 
 
-def test_run_with_another_model_needs_restart(rate_limited_provider: ProviderFactory) -> None:
+def test_run_with_another_model_is_refused(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider()
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
     run(provider, *arguments, "a")
     refused = run(provider, *arguments, "b")
-    anew = run(provider, *arguments, "b", "--restart")
+    Path("out.jsonl").unlink()
+    anew = run(provider, *arguments, "b")
     assert refused.exit_code == 2
     assert "holds answers made with {'model': 'a', " in refused.stderr
     assert anew.exit_code == 0
@@ -438,7 +439,7 @@ def test_missing_or_broken_key_is_refused_and_never_shown(
     [
         "in.errors.jsonl -o in.errors.jsonl",
         "in.errors.jsonl -o in.jsonl",
-        "in.errors.jsonl -o hardlink --restart",
+        "in.errors.jsonl -o hardlink",
     ],
 )
 def test_file_given_for_two_purposes_is_refused(files: str) -> None:

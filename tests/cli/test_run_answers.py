@@ -74,7 +74,7 @@ def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> Non
     with pytest.raises(
         ValueError, match=r"^line 1 of .*out.jsonl was not written by .*: remove it"
     ):
-        Answers(out, SETTINGS)
+        Answers(out, SETTINGS).__enter__()
     assert out.read_text() == text
 
 
@@ -86,20 +86,23 @@ def test_second_run_on_the_same_file_is_refused_under_any_name(out: Path, name: 
             path.symlink_to(out)
         elif name == "hardlink":
             path.hardlink_to(out)
-        with pytest.raises(ValueError, match="is being written by another run: let it end"):
-            Answers(path, SETTINGS)
-        with pytest.raises(ValueError, match="is being written by another run"):
-            Answers(path, SETTINGS, restart=True)
-    Answers(path, SETTINGS).close()
+        with (
+            pytest.raises(ValueError, match="is being written by another run: let it end"),
+            Answers(path, SETTINGS),
+        ):
+            pass
+    with Answers(path, SETTINGS):
+        pass
 
 
 def test_dry_run_reads_without_changing_or_locking(out: Path) -> None:
-    with Answers(out, SETTINGS, read_only=True):
-        assert not out.exists()
+    answers = Answers(out, SETTINGS)
+    answers.read()
+    assert not out.exists()
     torn = answered(out, "a") + b'{"id":'
     out.write_bytes(torn)
-    with Answers(out, SETTINGS, read_only=True) as dry:
-        assert dry.look_up(prompt("a"))[1]
+    answers.read()
+    assert answers.look_up(prompt("a"))[1]
     assert out.read_bytes() == torn
 
 
@@ -145,7 +148,7 @@ def test_change_during_a_run_is_reported_with_what_is_missing_and_loses_no_later
     assert answers.trouble.endswith("the same command asks again for what is missing")
     if how == "edited":  # an id that is none
         with pytest.raises(ValueError, match=r"line 1 of .* was not written by"):
-            Answers(out, SETTINGS)
+            Answers(out, SETTINGS).read()
     else:
         assert sum(are_done(out, "a", "b")) == 2 - lost
         assert all(are_done(out, *later))

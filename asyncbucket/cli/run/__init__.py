@@ -77,9 +77,6 @@ class Job:
     dry_run: Annotated[
         bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
     ] = False
-    restart: Annotated[
-        bool, options.flag("Start over: delete the answers so far.", "--restart")
-    ] = False
     # What is shown.
     quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False
     as_json: Annotated[bool, options.flag("Print the summary as JSON on stdout.", "--json")] = False

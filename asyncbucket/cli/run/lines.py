@@ -50,7 +50,6 @@ _PREFIX: Final = "batch_req_"
 _LINE_START: Final = b'{"id":"' + _PREFIX.encode()
 #: Bytes that must fit on the disk before anything is paid for.
 _ROOM: Final = 1 << 20
-_APPENDING: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 class NoModelError(ValueError):
@@ -142,81 +141,72 @@ def _completed(path: str, body: dict[str, Any], job: Job) -> dict[str, Any]:
 
 
 class Answers:
-    """The answers of a run, those of earlier runs included.
+    """The answers of a run, those of earlier runs included; locked and writable in a ``with`` block.
 
     Args:
         path: the file.
         settings: the settings on which answers depend; each line names them.
-        restart: delete the answers so far.
-        read_only: change nothing and lock nothing, for a dry run.
 
     Raises:
         ValueError: another run is writing the file, its answers were made with other settings, or
             other lines are in it. The message says the remedy.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        *,
-        restart: bool = False,
-        read_only: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
         self._settings = settings
         #: The keys of all answers, and how many lines had which content.
         self._answered = set[bytes]()
         self._times = Counter[bytes]()
-        self._fd: int | None = None
+        self._fd: int
+        #: The size of the file after the last whole line.
         self._size = 0
         #: What is wrong with the file, if another program changed it.
         self.trouble: str | None = None
-        if read_only and (restart or not path.exists()):
-            return
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
-            if not read_only:
-                self._fd = _open_locked(path)
-                if restart:
-                    os.ftruncate(self._fd, 0)
-            self._read(path)
-            undo.pop_all()
 
-    def _read(self, path: Path) -> None:
-        """Index what is in the file, and make its last line a complete one."""
-        with path.open("rb") as file:
+    def __enter__(self) -> Self:
+        self._fd = _open_locked(self._path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self._fd)
+            self.read()
+            self._complete_last_line()
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._size and self._is_intact():
+            self._path.resolve().unlink()  # a run without an answer leaves nothing behind
+        os.close(self._fd)
+
+    def read(self) -> None:
+        """Index what is in the file, without changing or locking it."""
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 key, before = _parsed(line)
-                if key is not None:
-                    self._check_settings(before)
-                    self._answered.add(key)
-                elif line.endswith(b"\n") or not _LINE_START.startswith(line[: len(_LINE_START)]):
+                if key is None and not _is_cut_off(line):
                     raise ValueError(
-                        f"line {number} of {path} was not written by `asyncbucket run`: remove it, or "
-                        f"give another -o"
+                        f"line {number} of {self._path} was not written by `asyncbucket run`: remove it, "
+                        f"or give another -o"
                     )
-        self._complete_last_line()
+                if before and before != self._settings:
+                    raise ValueError(
+                        f"{self._path} holds answers made with {before}, not {self._settings}: give "
+                        f"another -o"
+                    )
+                if key is not None:
+                    self._answered.add(key)
 
     def _complete_last_line(self) -> None:
         """Cut off half an answer, as a kill leaves it; complete any other line, of an editor."""
-        self._size, last = 0, b""
-        if self._fd is None:
-            return
+        self._size, last = 0, b"\n"
         with self._path.open("rb") as file:
             for last in file:
                 self._size += len(last)
-        if last.startswith(_LINE_START[: len(last)]) and _parsed(last)[0] is None:
+        if _is_cut_off(last):
             self._size -= len(last)
             os.ftruncate(self._fd, self._size)
         elif not last.endswith(b"\n"):
-            self._size += os.write(self._fd, b"\n")
-
-    def _check_settings(self, before: Mapping[str, Any]) -> None:
-        if before and before != self._settings:
-            raise ValueError(
-                f"{self._path} holds answers made with {before}, not {self._settings}: give another -o"
-            )
+            self._append(b"\n")
 
     def look_up(self, request: Request) -> tuple[bytes, bool]:
         """Return the key of a line, which counts equal ones before it, and whether it is answered."""
@@ -230,54 +220,54 @@ class Answers:
         Raises:
             OSError: the disk is full, or almost.
         """
-        if self._fd is not None:
-            # A kill in between leaves half an answer, which the next run cuts off.
-            append(_LINE_START + b" " * _ROOM, self._fd, self._path)
-            os.ftruncate(self._fd, self._size)
+        # A kill in between leaves half an answer, which the next run cuts off.
+        self._append(room := _LINE_START + b" " * _ROOM)
+        self._size -= len(room)
+        os.ftruncate(self._fd, self._size)
 
     def write(self, key: bytes, members: Mapping[str, Any]) -> None:
         """Append an answer, which from then on survives the end of this process."""
-        assert self._fd is not None
-        line = line_of(key, members, run=self._settings)
-        if not self._is_intact(self._fd):
+        if not self._is_intact():
             self.trouble = f"{self._path} was changed by another program during the run"
-            if not _is_at(self._fd, self._path):
-                fd = _open_locked(self._path)
-                os.close(self._fd)
-                self._fd = fd
+            os.close(self._fd)
+            self._fd = _open_locked(self._path)
             self._complete_last_line()
-        append(line, self._fd, self._path)
-        self._size += len(line)
+        self._append(line_of(key, members, run=self._settings))
         self._answered.add(key)
 
-    def _is_intact(self, fd: int) -> bool:
-        return _is_at(fd, self._path) and os.fstat(fd).st_size == self._size
+    def _append(self, line: bytes) -> None:
+        """Append a line, or nothing of it.
+
+        Raises:
+            OSError: with the path, which the system's own error lacks.
+        """
+        view = memoryview(line)
+        try:
+            while view:  # a signal may interrupt a write
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            os.ftruncate(self._fd, self._size)  # half a line would spoil the next one
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._size += len(line)
+
+    def _is_intact(self) -> bool:
+        """Tell whether the path leads to the open file, with nothing in it but what was written."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._fd), found) and found.st_size == self._size
 
     def check(self) -> None:
         """Look for all answers, at the end of a run; `trouble` says what is wrong, if anything."""
-        if self._fd is None:
-            return
         missing = self._answered
         with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
             missing -= {_parsed(line)[0] or b"" for line in file if line.endswith(b"\n")}
-        if self.trouble is not None or missing or not self._is_intact(self._fd):
+        if self.trouble is not None or missing or not self._is_intact():
             self.trouble = f"{self._path} was changed by another program during the run"
             if missing:
                 self.trouble += f", and {counted(len(missing), 'answers')} in it went lost"
             self.trouble += "; the same command asks again for what is missing"
-
-    def close(self) -> None:
-        """Close the file, which ends the lock."""
-        if self._fd is not None:
-            os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd is not None and not self._size and self._is_intact(self._fd):
-            self._path.resolve().unlink()  # a run without an answer leaves nothing behind
-        self.close()
 
 
 class Errors:
@@ -285,21 +275,14 @@ class Errors:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._fd: int | None = None
         if path is not None:
             path.unlink(missing_ok=True)
 
     def write(self, **members: Any) -> None:
         """Append a line of these members."""
         if self._path is not None:
-            if self._fd is None:
-                self._fd = os.open(self._path, _APPENDING, 0o666)
-            append(line_of(None, members), self._fd, self._path)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._fd is not None:
-            os.close(self._fd)
+            with self._path.open("ab") as file:
+                file.write(line_of(None, members))
 
 
 def line_of(key: bytes | None, members: Mapping[str, Any], **more: Any) -> bytes:
@@ -311,22 +294,6 @@ def line_of(key: bytes | None, members: Mapping[str, Any], **more: Any) -> bytes
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def append(line: bytes, fd: int, path: Path) -> None:
-    """Append a line to a file, or nothing of it.
-
-    Raises:
-        OSError: with the path, which the system's own error lacks.
-    """
-    size, view = os.fstat(fd).st_size, memoryview(line)
-    try:
-        while view:  # a signal may interrupt a write
-            view = view[os.write(fd, view) :]
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a pipe cannot be shortened
-            os.ftruncate(fd, size)  # half a line would spoil the next one
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _parsed(line: bytes) -> tuple[bytes | None, dict[str, Any]]:
     """Return the key of an answer, None if it is none, and the settings it was made with."""
     try:
@@ -336,9 +303,16 @@ def _parsed(line: bytes) -> tuple[bytes | None, dict[str, Any]]:
         return None, {}
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Tell whether this is the beginning of an answer: a kill may end one anywhere."""
+    is_ours = line.startswith(_LINE_START[: len(line)])
+    return is_ours and not line.endswith(b"\n") and _parsed(line)[0] is None
+
+
 def _open_locked(path: Path) -> int:
     """Open the file at ``path`` for this process alone; the lock is on the file, not on its name."""
-    fd = os.open(path, _APPENDING, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+    fd = os.open(path, flags, 0o666)
     try:
         if sys.platform != "win32":
             import fcntl
@@ -350,11 +324,3 @@ def _open_locked(path: Path) -> int:
             f"{path} is being written by another run: let it end, or give another -o"
         ) from None
     return fd
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Tell whether ``path`` leads to the open file."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False

@@ -322,10 +322,8 @@ def run(job: Job) -> int:
     tally = Tally()
     new = [path for path in (job.errors_file, job.limits_file) if not path.exists()]
     screen = Screen(standard_error(), quiet=job.quiet)
-    with (
-        Answers(job.out, job.settings, restart=job.restart) as answers,
-        contextlib.closing(Errors(job.errors_file)) as errors,
-    ):
+    with Answers(job.out, job.settings) as answers:
+        errors = Errors(job.errors_file)
         with job.source.open("rb") as file:  # a gigabyte takes about a second
             tally.total = sum(not line.isspace() for line in file)
         started = time.monotonic()
@@ -376,11 +374,12 @@ def dry_run(job: Job) -> int:
     profile = profile_of(urlsplit(base_url).hostname or "")
     read = partial(read_call, profile=profile, model=None, prices=read_prices(job.prices))
 
-    with Answers(job.out, job.settings, restart=job.restart, read_only=True) as answers:
-        costs: list[Any] = [
-            read({"url": request.path, "body": request.body})
-            for request, _ in tasks(job, answers, Errors(None), tally)
-        ]
+    answers = Answers(job.out, job.settings)
+    answers.read()
+    costs: list[Any] = [
+        read({"url": request.path, "body": request.body})
+        for request, _ in tasks(job, answers, Errors(None), tally)
+    ]
     planned = None
     if costs:
         slots = None if job.slots == "auto" or pool else job.slots or CONCURRENCY
