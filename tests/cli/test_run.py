@@ -28,7 +28,10 @@ from asyncbucket.cli.app import app
 from asyncbucket.testing import ProviderProcess
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
-pytestmark = pytest.mark.real_clock
+pytestmark = [
+    pytest.mark.real_clock,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals, locks and limits are Unix's"),
+]
 
 PIPE = subprocess.PIPE
 COMMAND = [sys.executable, "-m", "asyncbucket", "run"]
@@ -77,12 +80,18 @@ def lines_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
-def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(rpm=6_000)
-    result = run(provider, batch(50), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "8")
-    answers = {line["custom_id"]: line for line in lines_of("out.jsonl")}
-    assert result.exit_code == 0, result.output
-    assert provider.statistics().admitted == len(answers) == 50
+def test_every_line_is_answered_once_also_by_later_runs(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider, out = rate_limited_provider(rpm=6_000), "50 % off? #1.jsonl"
+    arguments = ["-o", out, "--rpm", "6000", "--concurrency", "8"]
+    first, again = (run(provider, batch(50), *arguments) for _ in range(2))
+    more = run(provider, batch(52), *arguments)
+    answers = {line["custom_id"]: line for line in lines_of(out)}
+    assert (first.exit_code, again.exit_code, more.exit_code) == (0, 0, 0), first.output
+    assert "50 answered" in first.stderr
+    assert "0 answered and 50 earlier" in again.stderr
+    assert provider.statistics().admitted == len(answers) == 52
     assert provider.statistics().refused == 0
     answer = answers["q7"]
     content = answer["response"]["body"]["choices"][0]["message"]["content"]
@@ -91,19 +100,6 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
     assert answer["response"]["request_id"].startswith("req_")
     assert answer["usage"] == answer["response"]["body"]["usage"]
     assert (answer["error"], answer["line"]) == (None, 8)
-    assert "50 answered" in result.stderr
-    assert not Path("out.errors.jsonl").exists()
-
-
-def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactory) -> None:
-    provider, out = rate_limited_provider(), "50 % off? #1.jsonl"
-    arguments = ["-o", out, "--rpm", "6000"]
-    run(provider, batch(10), *arguments)
-    again = run(provider, batch(10), *arguments)
-    more = run(provider, batch(12), *arguments)
-    assert (again.exit_code, more.exit_code) == (0, 0)
-    assert "0 answered and 10 earlier" in again.stderr
-    assert provider.statistics().admitted == len(lines_of(out)) == 12
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", out, f"{out}.limits"}
 
 
@@ -153,28 +149,6 @@ def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) 
     assert len(lines_of("out.jsonl")) == 1
     assert "2 requests" in result.stderr
     assert ", 1 429s" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("failure", "said"),
-    [
-        ({"status": 401}, r"HTTP 401: .*; correct the key in OPENAI_API_KEY, or see to the acc"),
-        ({"status": 429, "code": "insufficient_quota"}, "HTTP 429: "),
-        ({"status": 404}, r"HTTP 404: .*; see that it runs, or correct --api-base or --model"),
-    ],
-)
-def test_error_that_every_request_would_get_ends_the_run(
-    rate_limited_provider: ProviderFactory, failure: dict[str, Any], said: str
-) -> None:
-    provider = rate_limited_provider()
-    provider.fail_next(1_000, **failure)
-    result = run(provider, batch(1_000), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
-    assert result.exit_code == 2
-    assert re.search(f"error: no request succeeds: {said}", result.stderr)
-    assert provider.statistics().requests < 100
-    assert SECRET not in result.output
-    left = {path.name for path in Path().iterdir()}
-    assert left == {"in.jsonl"} or failure["status"] == 404  # which may be of one request
 
 
 @pytest.mark.parametrize(("status", "count"), [(403, 1), (400, 60)])
@@ -227,45 +201,54 @@ def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFact
     assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
-@pytest.mark.parametrize(
-    ("page", "status", "shown"),
-    [
-        (f'{{"error": {{"message": "Bad key: {SECRET}", "code": "x"}}}}', 401, "Bad key: ***"),
-        ("x" * 485 + SECRET, 400, "***"),  # not even in part, where a message is cut off
-    ],
-)
-def test_key_quoted_by_provider_is_never_shown(
-    server_answering: Callable[..., str], page: str, status: int, shown: str
-) -> None:
-    base = server_answering(page.encode(), status)
-    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
-    written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())
-    assert result.exit_code == (2 if status == 401 else 1)
-    assert shown in result.stderr
-    assert SECRET[:3] not in result.output + written
-    assert "pass-word" not in result.output + written
+def error(message: str, code: str) -> bytes:
+    return json.dumps({"error": {"message": message, "code": code}}).encode()
 
 
 @pytest.mark.parametrize(
     ("page", "status", "said"),
     [
-        (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
+        (
+            error(f"bad {SECRET}", "x"),
+            401,
+            r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI_API",
+        ),
+        (
+            error("broke", "insufficient_quota"),
+            429,
+            "HTTP 429: broke .*; correct the key .* account",
+        ),
+        (
+            b"[" * 100_000,
+            404,
+            r"HTTP 404: \[\[\[.*; see that it runs, or correct --api-base or --mod",
+        ),
+        (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
-        (b"[" * 100_000, 404, "HTTP 404: [[["),
     ],
 )
-def test_server_that_is_no_api_ends_the_run(
+def test_error_that_every_request_would_get_ends_the_run(
     server_answering: Callable[..., str], page: bytes, status: int, said: str
 ) -> None:
+    """No key or password is shown, even if the server quotes it; no file is left behind."""
     base = server_answering(page, status)
-    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
-    result = typed(batch(100), *arguments, "--api-base", base)
+    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4", "--model", "m"]
+    result = typed(batch(1_000), *arguments, "--api-base", base)
     assert result.exit_code == 2
-    assert f"\nerror: no request succeeds: {said}" in result.stderr
-    assert " (http://127" in result.stderr
-    assert "0 answered, 5" in result.stderr
-    assert "\x1b" not in result.stderr
+    assert re.search(f"\nerror: no request succeeds: {said}", result.stderr), result.stderr
+    assert f" ({base.replace('somebody:pass-word@', '')})" in result.stderr
+    assert re.search(r"0 answered, \d\d? failed", result.stderr)
+    assert not any(text in result.output for text in (SECRET, "pass-word", "\x1b"))
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
+
+
+def test_key_in_a_long_message_is_not_even_shown_in_part(
+    server_answering: Callable[..., str],
+) -> None:
+    base = server_answering(b"x" * 485 + SECRET.encode(), 400)
+    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
+    assert result.exit_code == 1
+    assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
 
 
 def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
@@ -376,11 +359,8 @@ def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
     assert json.loads(rest.stdout)["usd"] == micro / 1e6
 
 
-def test_model_without_a_price_ends_a_run_that_has_a_cap(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    result = run(rate_limited_provider(), batch(3), "--rpm", "600", "--max-usd", "1")
-
+def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
+    result = typed(batch(3), "--rpm", "600", "--max-usd", "1")
     assert result.exit_code == 2
     assert "no price is known for the model 'gpt'" in result.stderr
     assert "write it to a file, and pass that as --prices" in result.stderr
@@ -392,17 +372,11 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
-        ("in.jsonl --rpm 1 -o no/out.jsonl", "no/out.jsonl cannot be used (No such file"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
-        ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
-        (
-            "in.jsonl --rpm 1 --api-base http://x:99999",
-            "--api-base has a host or port that cannot be read",
-        ),
+        ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base has a host or port that cannot"),
         ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
-        ("in.jsonl --also many", "'many' is not a limit"),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
 )
@@ -418,41 +392,26 @@ def test_usage_error_is_one_line_with_status_2(arguments: str, message: str) -> 
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", "in.txt"}
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("", "OPENAI_API_KEY is not set: export your key in it, or name another provider"),
-        (f"{SECRET}\n{SECRET}", "OPENAI_API_KEY holds characters that no key has: export the key"),
-    ],
-)
-def test_missing_or_broken_key_is_refused_and_never_shown(
-    key: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    result = typed(batch(1), "--rpm", "1")
-    assert (result.exit_code, message in result.stderr) == (2, True)
-    assert SECRET not in result.stderr
+def test_missing_or_broken_key_is_refused_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, message in (("", "is not set"), (f"{SECRET}\n", "holds characters that no key has")):
+        monkeypatch.setenv("OPENAI_API_KEY", f"{key}{key}")
+        result = typed(batch(1), "--rpm", "1")
+        assert result.exit_code == 2
+        assert f"OPENAI_API_KEY {message}: export" in result.stderr
+        assert SECRET not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        "in.errors.jsonl -o in.errors.jsonl",
-        "in.errors.jsonl -o in.jsonl",
-        "in.errors.jsonl -o hardlink",
-    ],
-)
-def test_file_given_for_two_purposes_is_refused(files: str) -> None:
+@pytest.mark.parametrize("out", ["in.errors.jsonl", "in.jsonl", "hardlink"])
+def test_file_that_would_be_read_and_written_is_refused(out: str) -> None:
     before = Path(batch(1, "in.errors.jsonl")).read_bytes()
     Path("hardlink").hardlink_to("in.errors.jsonl")
-    result = typed("--rpm", "1", *files.split())
+    result = typed("--rpm", "1", "in.errors.jsonl", "-o", out)
     assert result.exit_code == 2
     assert "is read already: give another" in result.stderr
     assert Path("in.errors.jsonl").read_bytes() == before
     assert {path.name for path in Path().iterdir()} == {"in.errors.jsonl", "hardlink"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
 @pytest.mark.parametrize("are_paid", [False, True])
 def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
     *, are_paid: bool, rate_limited_provider: ProviderFactory
@@ -477,7 +436,6 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
         assert "the same command continues from here" in said
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
@@ -499,7 +457,6 @@ def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFa
     assert seen.disconnected == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(latency=30)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
@@ -516,7 +473,6 @@ def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderF
     assert "4 requests (0 answers/s), 0 429s" in errors
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path) -> None:
     chance = random.Random(5)
     lines, rpm, at_once = 240, 3_000, 16
@@ -563,18 +519,6 @@ def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
     provider.reconfigure(latency=0.0)
     assert run(provider, *arguments).exit_code == 0
     assert provider.statistics().admitted == 60 + paid - kept
-
-
-def test_damaged_record_of_limits_is_one_line_and_left_unchanged(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
-    result = run(rate_limited_provider(), batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
-    assert result.exit_code == 2
-    assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert Path("out.jsonl.limits").read_text().startswith("weights")
-    assert not Path("out.jsonl").exists()
 
 
 def test_examples_in_help_run_one_after_another(

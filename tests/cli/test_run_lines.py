@@ -22,6 +22,14 @@ def read(line: Any, job: Job = JOB, number: int = 1) -> Request:
     return request
 
 
+def refusal(line: Any) -> str:
+    try:
+        read(line)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def batch(**members: Any) -> dict[str, Any]:
     body = {"model": "gpt", "messages": [{"role": "user", "content": "Hi"}]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -35,67 +43,59 @@ def test_batch_line_keeps_its_id_url_and_body_unless_a_model_is_given() -> None:
     assert read(batch()).body == batch()["body"] | {"model": "m"}
 
 
+FORMS = [b"Why?", b'"Why?"', b"  Why?\r\n", "\ufeffWhy?".encode(), b'{"prompt": "Why?"}']
+#: They only start like JSON.
+TEXTS = ['"Why?" she said', "[INST] Why?", "2 + 2", "true or not?"]
+
+
 @pytest.mark.parametrize(
-    "line", [b"Why?", b'"Why?"', b"  Why?\r", "﻿Why?".encode(), b'{"prompt": "Why?"}']
+    ("line", "prompt"),
+    [(line, "Why?") for line in FORMS] + [(text.encode(), text) for text in TEXTS],
 )
-def test_prompt_in_any_form_becomes_a_chat_request(line: bytes) -> None:
+def test_prompt_in_any_form_becomes_a_chat_request(line: bytes, prompt: str) -> None:
     request = read(line)
-    assert request.body == {"messages": [{"role": "user", "content": "Why?"}], "model": "m"}
+    assert request.body == {"messages": [{"role": "user", "content": prompt}], "model": "m"}
     assert request.custom_id == "line-1"
 
 
-@pytest.mark.parametrize("text", ['"Why?" she said', "[INST] Why?", "2 + 2", "true or not?"])
-def test_text_that_only_starts_like_json_is_a_prompt(text: str) -> None:
-    assert read(text.encode()).body["messages"][0]["content"] == text
-
-
 def test_prompt_is_shaped_for_the_chosen_endpoint() -> None:
-    options: dict[str, Any] = {"source": IN, "model": "m", "system": "Be brief."}
-    chat = read(b"Why?", Job(**options, max_tokens=9))
-    responses = read(b"Why?", Job(**options, endpoint="responses", max_tokens=9))
-    embedding = read(b"Why?", Job(**options, endpoint="embeddings", max_tokens=9))
+    options: dict[str, Any] = {"source": IN, "model": "m", "system": "Be brief.", "max_tokens": 9}
+    chat = read(b"Why?", Job(**options))
+    responses = read(b"Why?", Job(**options, endpoint="responses"))
+    embedding = read(b"Why?", Job(**options, endpoint="embeddings"))
     assert chat.body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert chat.body["max_completion_tokens"] == 9
-    assert responses.path == "/v1/responses"
-    assert responses.body == {
-        "input": "Why?",
-        "instructions": "Be brief.",
-        "max_output_tokens": 9,
-        "model": "m",
-    }
-    assert (embedding.path, embedding.body) == ("/v1/embeddings", {"input": "Why?", "model": "m"})
+    body = {"input": "Why?", "model": "m"}
+    more = {"instructions": "Be brief.", "max_output_tokens": 9}
+    assert (responses.path, responses.body) == ("/v1/responses", body | more)
+    assert (embedding.path, embedding.body) == ("/v1/embeddings", body)
 
 
 def test_fields_of_a_line_are_kept_and_override_the_options() -> None:
-    job = Job(source=IN, max_tokens=9)
     line = {"prompt": "Why?", "model": "mine", "temperature": 0, "max_tokens": 5}
-    assert read(line, job).body == {
-        "messages": [{"role": "user", "content": "Why?"}],
-        "model": "mine",
-        "temperature": 0,
-        "max_tokens": 5,
-    }
+    messages = [{"role": "user", "content": line.pop("prompt")}]
+    found = read(line | {"prompt": "Why?"}, Job(source=IN, max_tokens=9)).body
+    assert found == {"messages": messages, **line}
 
 
 @pytest.mark.parametrize(
-    ("api_base", "headers", "params"),
+    ("base", "query", "headers"),
     [
-        ("https://x.openai.azure.com/openai/v1?v=1", {"api-key": "k"}, [("v", "1")]),
-        ("https://example.org/v1", {"authorization": "Bearer k"}, []),
+        ("https://x.openai.azure.com/openai/v1", "?v=1", {"api-key": "k"}),
+        ("https://example.org/v1", "", {"authorization": "Bearer k"}),
     ],
 )
 def test_key_and_version_are_sent_as_the_server_wants_them(
-    api_base: str, headers: dict[str, str], params: list[tuple[str, str]]
+    base: str, query: str, headers: dict[str, str]
 ) -> None:
-    job = Job(source=IN, api_base=api_base)
+    job = Job(source=IN, api_base=base + query)
     job.api_key = "k"
-    base_url = api_base.partition("?")[0]
-    assert address(job) == {"base_url": base_url, "headers": headers, "params": params}
+    params = [("v", "1")] if query else []
+    assert address(job) == {"base_url": base, "headers": headers, "params": params}
 
 
-@pytest.mark.parametrize("line", [b"", b"   ", b"\t\r"])
-def test_empty_line_is_skipped(line: bytes) -> None:
-    assert read_request(1, line, JOB) is None
+def test_empty_line_is_skipped() -> None:
+    assert read_request(1, b" \t\r\n", JOB) is None
 
 
 def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
@@ -109,41 +109,25 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
     ("line", "reason"),
     [
         (b'{"custom_id": ', "not JSON: Expecting value: line 1 column "),
-        (b'"How far', "not JSON: Unterminated string"),
         (b'{"prompt": "Why?"} {"prompt": "How?"}', "not JSON: there is more after its end"),
-        (b'[{"role": "user"}, ', "not JSON: Expecting value"),
         (b'[{"role": "user"}]', "JSON, but neither a text nor an object: put quotes"),
-        (b"[1, 2", "not JSON: Expecting ',' delimiter"),
         (b'""', "the prompt is empty"),
-        (b'{"prompt": " "}', "the prompt is empty"),
         (b'{"text": "Why?"}', "nothing to answer: a body for /v1/chat/completions needs messages"),
-        (b'{"messages": "Why?"}', "nothing to answer: a body for /v1/chat/completions needs mess"),
-        (batch(body={"model": "m"}), "nothing to answer: a body for /v1/chat/completions needs"),
         (batch(url="/v1/embeddings"), "nothing to answer: a body for /v1/embeddings needs input"),
-        (b"42", "JSON, but neither a text nor an object: put quotes"),
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
         (batch(custom_id=7), "custom_id is missing, or no text"),
         (batch(url="/v1/files"), "url is '/v1/files', known: /v1/chat/completions, /v1/"),
-        (batch(url={}), "url is {}, known: /v1/chat/completions, /v1/"),
         (batch(body=None), "body is missing, or no object"),
         (batch(body={"messages": [1], "stream": True}), "the body asks for a stream"),
     ],
 )
 def test_bad_line_is_refused_with_the_reason(line: Any, reason: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        read(line)
-    assert reason in str(caught.value)
+    assert reason in refusal(line)
 
 
-def test_deeply_nested_line_is_read_or_reported_as_bad() -> None:
-    reasons: list[str | None] = []
-    for depth in (*range(2, sys.getrecursionlimit()), 1_000_000):
-        line = b'{"messages": [1], "metadata": ' + b"[" * depth + b"]" * depth + b"}"
-        try:
-            read(line)
-        except ValueError as bad:
-            reasons.append(str(bad))
-        else:
-            reasons.append(None)
-    assert (reasons[0], reasons[-1]) == (None, "its brackets are nested deeper than can be read")
+def test_deeply_nested_line_is_read_or_refused() -> None:
+    depths = (*range(2, sys.getrecursionlimit()), 1_000_000)
+    start = b'{"messages": [1], "metadata": '
+    reasons = [refusal(start + b"[" * depth + b"]" * depth + b"}") for depth in depths]
+    assert (reasons[0], reasons[-1]) == ("", "its brackets are nested deeper than can be read")
     assert len(set(reasons)) == 2
