@@ -3,6 +3,7 @@
 The provider runs on the machine's clock, in its own thread or process: virtual time won't do.
 """
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -24,8 +25,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from asyncbucket import AcquireTimeout
 from asyncbucket.cli.app import app
-from asyncbucket.testing import ProviderProcess
+from asyncbucket.http import read_pool
+from asyncbucket.testing import ProviderProcess, RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 pytestmark = [
@@ -42,6 +45,11 @@ SECRET = "sk-very-secret"
 def in_a_folder_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+@pytest.fixture
+def provider(rate_limited_provider: ProviderFactory) -> RateLimitedProvider:
+    return rate_limited_provider()
 
 
 def batch(count: int, path: str = "in.jsonl") -> str:
@@ -69,30 +77,31 @@ def started(provider: Any, *arguments: str, **streams: Any) -> "subprocess.Popen
     return subprocess.Popen(command, **options)
 
 
-def done(*command: str, **streams: Any) -> tuple[int, str]:
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, **streams
-    )
-    return ended.returncode, ended.stderr
-
-
 def lines_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
-def test_every_line_is_answered_once_also_by_later_runs(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider, out = rate_limited_provider(rpm=6_000), "50 % off? #1.jsonl"
+def test_every_line_is_answered_once_in_several_runs(provider: RateLimitedProvider) -> None:
+    out = "50 % off? #1.jsonl"
     arguments = ["-o", out, "--rpm", "6000", "--concurrency", "8"]
+    provider.fail_next(1, status=429, retry_after=0.1)
     first, again = (run(provider, batch(50), *arguments) for _ in range(2))
-    more = run(provider, batch(52), *arguments)
+    more = run(provider, batch(52), *arguments, "--json")
     answers = {line["custom_id"]: line for line in lines_of(out)}
     assert (first.exit_code, again.exit_code, more.exit_code) == (0, 0, 0), first.output
-    assert "50 answered" in first.stderr
+    assert "50 answered\n51 requests" in first.stderr
+    assert ", 1 429s" in first.stderr
     assert "0 answered and 50 earlier" in again.stderr
+    told = json.loads(more.stdout)
+    assert (told["lines"], told["left"], told["answered"], told["answered_earlier"]) == (
+        52,
+        0,
+        2,
+        50,
+    )
+    assert told["input_tokens"] == sum(answers[f"q{n}"]["usage"]["prompt_tokens"] for n in (50, 51))
     assert provider.statistics().admitted == len(answers) == 52
-    assert provider.statistics().refused == 0
+    assert provider.statistics().refused == 1
     answer = answers["q7"]
     content = answer["response"]["body"]["choices"][0]["message"]["content"]
     assert content == "You said: What is 7 times 7?"
@@ -103,29 +112,25 @@ def test_every_line_is_answered_once_also_by_later_runs(
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", out, f"{out}.limits"}
 
 
-def test_bad_lines_are_reported_the_rest_is_sent(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
+def test_bad_lines_are_reported_the_rest_is_sent(provider: RateLimitedProvider) -> None:
     good = Path(batch(2)).read_bytes()
     lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?\n"]
     Path("in.jsonl").write_bytes(b"\n".join(lines))
     odd = ['{"messages": [1], "temperature": NaN}', json.dumps("\ud800")]  # no JSON can hold them
     with Path("in.jsonl").open("a") as file:
         file.write("\n".join(odd))
-    result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000", "--model", "m")
-    errors = {line["line"]: line["error"]["code"] for line in lines_of("out.errors.jsonl")}
+    result = run(provider, "in.jsonl", "--rpm", "6000", "--model", "m")
+    errors = {line["line"]: line["error"]["code"] for line in lines_of("answers.errors.jsonl")}
     assert result.exit_code == 1
     assert {number for number in errors if errors[number] == "bad_line"} == {1, 4, 6}
     assert {errors.get(8), errors.get(9)} == {"ValueError", "UnicodeEncodeError"}
-    assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 3
+    assert len(lines_of("answers.jsonl")) == provider.statistics().admitted == 3
     assert "3 answered, 2 failed, 3 bad lines" in result.stderr
     assert "errors: 3 x bad_line, 1 x" in result.stderr
     assert "; the first: line 1: not JSON" in result.stderr
 
 
-def test_failed_request_is_recorded_and_retried_by_the_next_run(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider()
+def test_failed_request_is_recorded_and_sent_by_the_next_run(provider: RateLimitedProvider) -> None:
     provider.fail_next(1, status=400, code="string_above_max_length")
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "1"]
     first = run(provider, *arguments)
@@ -140,32 +145,19 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
     assert not Path("out.errors.jsonl").exists()
 
 
-def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    provider.fail_next(1, status=429, retry_after=0.1)
-    base = f"{provider.base_url}/?api-version=2024-10-21"
-    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "6000", "--api-base", base)
-    assert result.exit_code == 0
-    assert len(lines_of("out.jsonl")) == 1
-    assert "2 requests" in result.stderr
-    assert ", 1 429s" in result.stderr
-
-
 @pytest.mark.parametrize(("status", "count"), [(403, 1), (400, 60)])
 def test_refused_lines_do_not_stop_the_others(
-    status: int, count: int, rate_limited_provider: ProviderFactory
+    status: int, count: int, provider: RateLimitedProvider
 ) -> None:
-    provider = rate_limited_provider(latency=0.05)
+    provider.reconfigure(latency=0.05)
     provider.fail_next(count, status=status)
     result = run(provider, batch(80), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
     assert result.exit_code == 1, result.stderr
     assert len(lines_of("out.jsonl")) == 80 - count
 
 
-def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(always=500)
+def test_outage_ends_the_run_and_leaves_lines_for_the_next(provider: RateLimitedProvider) -> None:
+    provider.reconfigure(always=500)
     arguments = [batch(150), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
     result = run(provider, *arguments, "--concurrency", "4")
     provider.reconfigure(always=None)
@@ -174,31 +166,6 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     assert "error: no request succeeds: HTTP 500" in result.stderr
     assert len(lines_of("out.jsonl")) == 150
     assert provider.statistics().errors < 60
-
-
-def test_answers_go_to_a_file_of_their_own_by_default(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    Path("in.txt").write_text("Why?\n\nWhy not?\nWhy?")
-    result = run(rate_limited_provider(), "in.txt", "--model", "m", "--rpm", "6000")
-    assert (result.exit_code, result.stdout) == (0, "")
-    answers = lines_of("answers.jsonl")
-    assert sorted(answer["custom_id"] for answer in answers) == ["line-1", "line-3", "line-4"]
-
-
-def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    Path("in.txt").write_text("How far is the moon?\n")
-    arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--json"]
-    for endpoint in ("embeddings", "responses"):
-        result = run(provider, *arguments, "-o", f"{endpoint}.jsonl", "--endpoint", endpoint)
-        summary = json.loads(result.stdout)
-        (answer,) = lines_of(f"{endpoint}.jsonl")
-        usage = answer["usage"]
-        sent = usage.get("prompt_tokens", usage.get("input_tokens"))
-        assert summary["input_tokens"] == sent > 0
-        assert summary["output_tokens"] == usage.get("output_tokens", 0)
-    assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
 
 
 def error(message: str, code: str) -> bytes:
@@ -290,26 +257,11 @@ def server_answering() -> Generator[Callable[[bytes, int], str]]:
         yield start
 
 
-def test_run_with_another_model_is_refused(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
-    run(provider, *arguments, "a")
-    refused = run(provider, *arguments, "b")
-    Path("out.jsonl").unlink()
-    anew = run(provider, *arguments, "b")
-    assert refused.exit_code == 2
-    assert "holds answers made with {'model': 'a', " in refused.stderr
-    assert anew.exit_code == 0
-    assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
-
-
-def test_line_that_costs_more_than_a_limit_fails_alone_and_the_dry_run_says_so(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_too_costly_line_fails_alone_as_the_dry_run_says(provider: RateLimitedProvider) -> None:
     Path("in.txt").write_text("why " * 12_000 + "\nWhy?\nHow?\n")
     options = ["--model", "m", "--tpm", "9000", "-o", "out.jsonl", "--concurrency", "1"]
     planned = typed("in.txt", *options, "--dry-run", "--json")
-    result = run(rate_limited_provider(), "in.txt", *options)
+    result = run(provider, "in.txt", *options)
     told = json.loads(planned.stdout)
     assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (2, 1, 2)
     assert (planned.exit_code, result.exit_code) == (1, 1)
@@ -317,8 +269,7 @@ def test_line_that_costs_more_than_a_limit_fails_alone_and_the_dry_run_says_so(
     assert "1 x CostExceedsLimit" in result.stderr
 
 
-def test_dry_run_sends_nothing_but_estimates(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
+def test_dry_run_sends_nothing_but_estimates(provider: RateLimitedProvider) -> None:
     arguments = ["-o", "out.jsonl", "--rpm", "60"]
     run(provider, batch(2), *arguments)
     before = Path("out.jsonl").read_bytes()
@@ -333,10 +284,10 @@ def test_dry_run_sends_nothing_but_estimates(rate_limited_provider: ProviderFact
     assert Path("out.jsonl").read_bytes() == before
 
 
-def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
-    rate_limited_provider: ProviderFactory,
+def test_run_stops_before_its_cap_and_goes_on_with_a_larger_one(
+    provider: RateLimitedProvider,
 ) -> None:
-    provider = rate_limited_provider(reply_tokens=16)
+    provider.reconfigure(reply_tokens=16)
     Path("prices.toml").write_text("[gpt]\ninput = 1\noutput = 10\n")
     options = [batch(30), "-o", "out.jsonl", "--rpm", "6000", "--prices", "prices.toml"]
 
@@ -375,6 +326,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base has a host or port that cannot"),
+        ("in.jsonl --rpm 1 --max-usd 1 --pool x", "--rpm, --max-usd cannot go with --pool: write"),
         ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
@@ -414,18 +366,20 @@ def test_file_that_would_be_read_and_written_is_refused(out: str) -> None:
 
 @pytest.mark.parametrize("are_paid", [False, True])
 def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
-    *, are_paid: bool, rate_limited_provider: ProviderFactory
+    *, are_paid: bool, provider: RateLimitedProvider
 ) -> None:
-    provider = rate_limited_provider()
     room = "0" if are_paid else "lines._ROOM"
     program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import lines; lines._ROOM = {room}; main()"
     options = ["-o", "out.jsonl", "--concurrency", "20", "--api-base", provider.base_url]
     command = [sys.executable, "-c", program, "run", batch(300), *options]
     # Python would compile modules into files that are cut short, too.
     small = 'ulimit -f 16; PYTHONDONTWRITEBYTECODE=1 exec "$0" "$@"'
+    # A tracer would write files, too.
     here = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    status, said = done("sh", "-c", small, *command, env=here)  # a tracer would write files, too
-    assert status == 2
+    command = ["sh", "-c", small, *command]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    said = ended.stderr
+    assert ended.returncode == 2
     assert "error: out.jsonl cannot be written (File too large): make room\n" in said
     assert (provider.statistics().requests > 0) is are_paid
     assert (said.count("\n") == 1) is not are_paid
@@ -436,8 +390,8 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
         assert "the same command continues from here" in said
 
 
-def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=0.5)
+def test_ctrl_c_lets_requests_in_flight_finish(provider: RateLimitedProvider) -> None:
+    provider.reconfigure(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
     with started(provider, *arguments, stdout=PIPE) as process:
         while provider.statistics().in_flight < 4:
@@ -457,8 +411,8 @@ def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFa
     assert seen.disconnected == 0
 
 
-def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=30)
+def test_second_ctrl_c_drops_requests_in_flight(provider: RateLimitedProvider) -> None:
+    provider.reconfigure(latency=30)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
     with started(provider, *arguments) as process:
         while provider.statistics().in_flight < 4:
@@ -483,10 +437,10 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
             with started(provider, *arguments) as process:
                 wait_for_admissions(provider, chance.randrange(5, 60))
                 process.send_signal(signal.SIGKILL)
-        end = done(*COMMAND, *arguments, "--api-base", provider.base_url)
+        end = run(provider, *arguments)
         seen = provider.statistics()
     answers = Counter(line["custom_id"] for line in lines_of("out.jsonl"))
-    assert end == (0, "")
+    assert (end.exit_code, end.output) == (0, "")
     assert answers == Counter(f"q{number}" for number in range(lines))
     assert seen.refused == 0
     assert seen.admitted - lines <= 3 * at_once
@@ -500,10 +454,8 @@ def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
         time.sleep(0.005)
 
 
-def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(latency=0.2)
+def test_output_removed_during_a_run_loses_no_later_answer(provider: RateLimitedProvider) -> None:
+    provider.reconfigure(latency=0.2)
     arguments = [batch(60), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
     with started(provider, *arguments) as process:
         out = Path("out.jsonl")
@@ -522,9 +474,9 @@ def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
 
 
 def test_examples_in_help_run_one_after_another(
-    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+    provider: RateLimitedProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = rate_limited_provider().base_url
+    base = provider.base_url
     monkeypatch.setenv("OPENAI_BASE_URL", base)
     for path in ("batch.jsonl", "in.jsonl"):
         batch(3, path)
@@ -534,3 +486,64 @@ def test_examples_in_help_run_one_after_another(
         line = example.replace("http://localhost/v1", base)
         assert typed(*shlex.split(line)).exit_code == 0, example
     assert len(examples) == 3
+
+
+# --- several providers ---
+
+
+def pool_of(*base_urls: str, limit: str = 'limits = ["6k RPM burst 100"]') -> str:
+    tables = (
+        f'[member.p{number}]\nbase_url = "{url}"\nkey_env = "OPENAI_API_KEY"\n{limit}\n'
+        for number, url in enumerate(base_urls)
+    )
+    Path("pool.toml").write_text('prefer = "first"\n' + "".join(tables))
+    return "pool.toml"
+
+
+def test_members_share_a_run_which_goes_on_without_one_that_died(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    providers = [rate_limited_provider(latency=0.01) for _ in range(3)]
+    pool = pool_of(*(each.base_url for each in providers))
+    providers[0].stop()
+    dry, first, more, none = (
+        typed(batch(count), "-o", "out.jsonl", "--pool", pool, *options)
+        for count, options in [(40, ["--dry-run"]), (40, []), (60, []), (60, ["--json"])]
+    )
+    assert [each.exit_code for each in (dry, first, more, none)] == [0, 0, 0, 0], first.output
+    assert "40 requests to send" in dry.output
+    assert "in.jsonl, 40 lines; pool.toml\np0: 6,000 requests per 60 s; p1: 6" in first.stderr
+    assert "20 answered and 40 earlier" in more.stderr
+    assert json.loads(none.stdout)["requests"] == 0
+    assert len({line["custom_id"] for line in lines_of("out.jsonl")}) == 60
+    assert sum(each.statistics().requests for each in providers[1:]) == 60
+    other = typed(batch(60), "-o", "out.jsonl", "--rpm", "6000")
+    assert "holds answers made with {'model': None, 'api': 'pool.toml', " in other.stderr
+
+
+def test_bookings_of_each_member_outlive_the_run(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = rate_limited_provider().base_url
+    pool = pool_of(base, f"{base}/", limit='limits = ["3 requests/hour"]')
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/")  # that is not for pools
+    result = typed(batch(3), "-o", "out.jsonl", "--pool", pool)
+    assert result.exit_code == 0, result.output
+    after, _ = read_pool(pool, store=f"sqlite:///{Path('out.jsonl.limits').resolve()}")
+    after.members[1].acquire_sync(timeout=5)
+    with pytest.raises(AcquireTimeout):
+        after.members[0].acquire_sync(timeout=1)
+    asyncio.run(after.aclose())
+
+
+def test_run_ends_if_no_member_takes_its_key_which_is_never_shown(
+    server_answering: Callable[..., str],
+) -> None:
+    base = server_answering(error(f"Incorrect API key: {SECRET}", "x"), 401).rpartition("@")[2]
+    pool = pool_of(f"http://{base}", f"http://{base}", limit="concurrency = 60")
+    result = typed(batch(60), "-o", "out.jsonl", "--pool", pool)
+    assert result.exit_code == 2
+    assert "error: no request succeeds" in result.stderr
+    assert "pool.toml" in result.stderr.splitlines()[-1]
+    assert SECRET not in result.output
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "pool.toml"}

@@ -12,19 +12,12 @@ from rich.console import Console
 
 from asyncbucket import Limiter
 from asyncbucket.cli.run import Job
-from asyncbucket.cli.run.screen import Tally, headline, show_progress, summary
+from asyncbucket.cli.run.screen import Tally, show_progress, summary
 from asyncbucket.cli.ui import Screen
 from asyncbucket.testing import VirtualTime
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-JOB = Job(
-    source=Path("in.jsonl"),
-    out=Path("out.jsonl"),
-    model="gpt-4o-mini",
-    also=["40k ITPM"],
-    rpm=500,
-    api_base="https://me:secret@example.org:8443/v1",
-)
+JOB = Job(source=Path("in.jsonl"), out=Path("out.jsonl"), rpm=500)
 
 
 def tally(**more: Any) -> Tally:
@@ -69,13 +62,6 @@ async def test_progress_is_shown_on_80_columns_or_in_lines(
     assert max(map(len, output.splitlines())) <= 80 or not terminal
 
 
-def test_headline_shows_input_model_and_limits_without_password() -> None:
-    assert headline(JOB, tally(), Limiter(*JOB.limits)).splitlines() == [
-        "in.jsonl, 5,000 lines with gpt-4o-mini; https://example.org:8443/v1",
-        "40,000 input tokens per 60 s, 500 requests per 60 s, 100 at once",
-    ]
-
-
 def test_summary_counts_every_line_and_names_errors() -> None:
     errors = Counter({"http_500": 6, "bad_line": 1})
     assert summary(JOB, tally(errors=errors, first_error="over\x1bloaded")).splitlines() == [
@@ -84,10 +70,3 @@ def test_summary_counts_every_line_and_names_errors() -> None:
         "errors: 6 x http_500, 1 x bad_line; the first: over loaded",
         "answers: out.jsonl, failed lines: out.errors.jsonl",
     ]
-
-
-def test_stopped_run_says_how_many_are_left_and_how_to_go_on() -> None:
-    first, *_, last = summary(JOB, tally(stopped=True)).splitlines()
-    assert first.startswith("stopped after 1 min 40 s: ")
-    assert first.endswith(", 2,756 left")
-    assert last == "the same command continues from here"

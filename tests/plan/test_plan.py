@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, CostExceedsLimit, Limiter, LimitSyntaxError, Pool, Price
+from asyncbucket import Cost, CostExceedsLimit, Limiter, Pool, Price
 from asyncbucket.plan import Poisson, change, drive, duration_in_words, percent, plan
 
 
@@ -64,20 +64,13 @@ def test_same_seed_gives_the_same_plan() -> None:
     assert plan(**given, seed=1) == plan(**given, seed=1) != plan(**given, seed=2)
 
 
-def test_calls_that_can_never_pass_are_counted() -> None:
+def test_calls_that_can_never_pass_are_counted_or_an_error_if_all_are_such() -> None:
     planned = plan(tokens=[500, 50_000, 700], tpm=30_000, latency=1.0)
     assert (planned.calls, planned.refused) == (2, 1)
-    assert "never passed: 1 call: cost of 50,000 tokens exceeds the limit of 30,000 tokens" in str(
-        planned
-    )
-
-
-def test_plan_in_which_no_call_can_pass_is_an_error() -> None:
-    with pytest.raises(
-        CostExceedsLimit,
-        match="no call can ever pass: cost of 800 tokens exceeds the limit of 500 tokens per 60 s",
-    ):
-        plan(calls=3, tokens=800, tpm=500)
+    why = "cost of 50,000 tokens exceeds the limit of 30,000 tokens"
+    assert f"never passed: 1 call: {why}" in str(planned)
+    with pytest.raises(CostExceedsLimit, match=f"no call can ever pass: {why} per 60 s"):
+        plan(calls=3, tokens=50_000, tpm=30_000)
 
 
 @pytest.mark.parametrize(("calls", "asks"), [(10, True), (11, False)])
@@ -105,27 +98,29 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("limits", "arguments", "message"),
     [
-        ({}, "how many calls"),
-        ({"calls": 1.5}, r"calls must be a whole number of at least 1, not 1\.5"),
-        ({"calls": 5, "tpm": 100}, "a limit counts tokens, but nothing says how many a call takes"),
-        (
-            {"calls": 5, "rpm": 9, "pool": Pool(Limiter(rpm=5))},
-            "a pool has the limits of its members",
-        ),
-        ({"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
-        ({"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* not 'auto'"),
-        ({"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
-        ({"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
-        ({"tokens": []}, "tokens has no samples"),
-        ({"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
-        ({"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8\.0"),
+        ([], {}, "how many calls"),
+        ([], {"calls": 1.5}, r"calls must be a whole number of at least 1, not 1\.5"),
+        (["many"], {"calls": 5}, "'many' is not a limit"),
+        (["5 TPM"], {"calls": 5}, "counts tokens, but nothing says how many a call takes"),
+        (["3 images/10s"], {"calls": 5}, "counts images, but nothing says how many a call"),
+        (["1 USD/day"], {"calls": 5, "tokens": 5}, "counts USD, but nothing says how many"),
+        (["9 RPM"], {"calls": 5, "pool": Pool(Limiter(rpm=5))}, "a pool has the limits of its mem"),
+        ([], {"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
+        ([], {"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* 'auto'"),
+        ([], {"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
+        ([], {"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
+        ([], {"tokens": []}, "tokens has no samples"),
+        ([], {"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
+        ([], {"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8"),
     ],
 )
-def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(
+    limits: list[str], arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        plan(**arguments)
+        plan(*limits, **arguments)
 
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "x" * 40}]}
@@ -139,10 +134,6 @@ PRICES = {"m": Price(input=1, output=4)}
         (1_000, "this job costs 25.00 USD, 10.00 to 40.00"),  # all input, or all output
         (BODY | {"max_tokens": 500}, "this job costs 10.34 USD, 0.10 to 20.10"),
         (BODY, "this job costs 10.34 USD, at least 0.10: nothing limits the replies"),
-        (
-            [Cost(input_tokens=n, output_tokens=0) for n in (800, 1_000, 1_200)],
-            "this job costs 10.00 USD",
-        ),
         ({"input_tokens": 1, "output_tokens": 0}, "this job costs 0.01 USD"),
     ],
 )
@@ -150,7 +141,6 @@ def test_plan_says_what_calls_cost(tokens: Any, says: str) -> None:
     planned = plan(calls=10_000, tokens=tokens, rpm=60_000, model="m", prices=PRICES)
     assert str(planned.usd) == says
     assert str(planned).splitlines()[1] == says
-    assert planned.as_dict()["usd"]["likely"] == planned.usd.likely if planned.usd else False
 
 
 def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
@@ -160,22 +150,11 @@ def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
     with pytest.raises(ValueError, match="no price is known for the model 'm'"):
         plan(calls=10, tokens=5, rpm=10, model="m")
-    with pytest.raises(ValueError, match="counts USD, but nothing says how many"):
-        plan("1 USD/day", calls=10, tokens=5)
     planned = plan(
         "1 USD/hour", calls=4, tokens=Cost(input_tokens=500_000), model="m", prices=PRICES
     )
     assert (planned.bound_by, round(planned.duration, -2)) == ("usd", 3_600)
     assert planned.limits[0].limit == "1 USD per 3,600 s"
-
-
-def test_unreadable_limit_or_one_on_another_resource_is_refused() -> None:
-    with pytest.raises(LimitSyntaxError):
-        plan("many", calls=3)
-    with pytest.raises(
-        ValueError, match="counts images, but nothing says how many a call takes: give"
-    ):
-        plan("3 images/10s", calls=3)
 
 
 def test_arrival_rate_must_be_a_finite_number_above_zero() -> None:
@@ -241,12 +220,7 @@ def test_input_limit_binds_on_the_input_tokens_of_a_body() -> None:
 
 def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
     assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
-    planned = plan(calls=3_000, tokens=[100, 300])
-    assert planned.calls == 3_000
-    assert planned.tokens == pytest.approx(600_000, rel=0.05)
-
-
-def test_one_sample_may_be_amounts_and_is_rounded_up() -> None:
+    assert plan(calls=3_000, tokens=[100, 300]).tokens == pytest.approx(600_000, rel=0.05)
     assert plan(calls=2, tokens=10.2).tokens == 22
     assert plan(calls=2, tokens={"input_tokens": 40, "output_tokens": 2}).tokens == 84
 
@@ -255,11 +229,9 @@ def test_one_sample_may_be_amounts_and_is_rounded_up() -> None:
     ("line", "message"),
     [
         ("{", r"samples\.jsonl, line 3: not JSON: Expecting property name"),
-        ("[" * 100_000, r"samples\.jsonl, line 3: its brackets are nested deeper"),
         ("\udc85", r"samples\.jsonl, line 3: not UTF-8 text at byte 0"),
         ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 3: an object with cost gives no tokens"),
         ("{}", "an object with nothing gives no tokens"),
-        ("null", "line 3: expected a number, not None"),
         ("NaN", "line 3: expected a finite number from 0 on, not nan"),
         ('{"tokens": "many"}', "line 3: expected a number, not str"),
     ],
