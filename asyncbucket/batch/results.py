@@ -79,7 +79,6 @@ class MapOptions(TypedDict, total=False):
     show_progress: bool
     checkpoint: str | os.PathLike[str] | None
     workers: int | None
-    window: int | None
 
 
 def amap(  # noqa: PLR0913 - each is an option of its own
@@ -95,14 +94,13 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     show_progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    window: int | None = None,
 ) -> "Results[T, R]":
     """Call ``fn`` for each item behind ``limiter``; iterate over the results as they arrive.
 
     >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
     ...     print(item.index, item.input, item.result)
 
-    Items may be endless: at most ``window`` are taken and not yet handed out. ``break``,
+    Items may be endless: at most twice the workers are taken and not yet handed out. ``break``,
     ``aclose()``, leaving ``async with`` and cancellation end everything in flight.
 
     Each call is admitted once: by ``fn`` itself if it is a method of a model that the limiter
@@ -125,7 +123,6 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         checkpoint: the path of a file in which results are kept; items found in it are not called
             again.
         workers: the most calls at once; by default the limiter's concurrency decides.
-        window: by default twice the workers.
 
     Raises:
         ValueError, TypeError: an option is invalid; or ``fn`` is paced by a limiter above or beside
@@ -150,7 +147,6 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
         caller=caller,
         workers=workers,
-        window=2 * workers if window is None else read_count(window, "window", least=1),
         ordered=ordered,
         stop_on_error=errors == "raise",
         checkpoint=None
@@ -317,7 +313,6 @@ class Engine(Generic[T, R]):
         items: what goes in.
         caller: calls the function for one item.
         workers: the most calls at once.
-        window: the most items that are taken and whose results are not fetched.
         ordered: whether results come out in the order of the items.
         stop_on_error: whether nothing is started any more once an item has failed.
         checkpoint: opens the file where results are kept.
@@ -328,7 +323,6 @@ class Engine(Generic[T, R]):
     items: AsyncIterator[T]
     caller: Caller
     workers: int
-    window: int
     ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
@@ -352,7 +346,7 @@ class Engine(Generic[T, R]):
     _next: int = 0
 
     def __post_init__(self) -> None:
-        self.places = anyio.Semaphore(self.window, fast_acquire=True)
+        self.places = anyio.Semaphore(2 * self.workers, fast_acquire=True)
         # Unbounded, because the places are the bound.
         self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
 

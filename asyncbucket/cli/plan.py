@@ -54,7 +54,6 @@ def plan(  # noqa: PLR0913 - one for each option
     model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
     prices: options.PriceFile = None,
     # What is found out, and shown.
-    seed: Annotated[int, options.text("Seed of all random numbers.", metavar="N")] = 0,
     out: Annotated[Path | None, options.file("Draw it: .png, .svg or .pdf.")] = None,
     dark: options.Dark = False,
     as_json: options.AsJson = False,
@@ -81,7 +80,6 @@ def plan(  # noqa: PLR0913 - one for each option
         profile=profile,
         model=model,
         prices=prices,
-        seed=seed,
         rpm=rpm,
         tpm=tpm,
     )

@@ -89,7 +89,7 @@ async def test_batch_runs_as_many_workers_as_its_calls_need(virtual_time: Virtua
 async def test_batch_takes_at_most_a_window_of_items_ahead(virtual_time: VirtualTime) -> None:
     limiter = Limiter(concurrency=5, clock=virtual_time.clock)
     numbers = itertools.count()
-    async with amap(limiter, Work(), numbers, window=12) as results:
+    async with amap(limiter, Work(), numbers, workers=6) as results:
         for _ in range(3):
             await anext(results)
         await asyncio.sleep(1_000)
@@ -277,7 +277,6 @@ async def test_plain_function_is_refused_with_a_hint_at_threads() -> None:
         ("in.txt", {}, "^items is one string, .* a call for each of its 6 characters"),
         ([1], {"errors": "ignore"}, "errors must be 'raise' or 'collect', not 'ignore'"),
         ([1], {"workers": 0}, "workers must be a whole number of at least 1, not 0"),
-        ([1], {"window": "9"}, "window must be a whole number of at least 1, not '9'"),
         ([1], {"cost": {"tokens": 1}, "paced": True}, "give one"),
         ([1], {"cost": 3}, "a cost must be a Cost, a dict such as"),
     ],

@@ -36,8 +36,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="signals, locks and limits are Unix's"),
 ]
 
-PIPE = subprocess.PIPE
-COMMAND = [sys.executable, "-m", "asyncbucket", "run"]
 SECRET = "sk-very-secret"
 
 
@@ -71,10 +69,10 @@ def typed(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["run", *arguments], prog_name="asyncbucket")
 
 
-def started(provider: Any, *arguments: str, **streams: Any) -> "subprocess.Popen[str]":
-    command = [*COMMAND, *arguments, "--api-base", provider.base_url]
-    options: dict[str, Any] = {"stderr": PIPE, "text": True} | streams
-    return subprocess.Popen(command, **options)
+def started(provider: Any, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "asyncbucket", "run", *arguments]
+    command += ["--api-base", provider.base_url]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:
@@ -112,20 +110,24 @@ def test_every_line_is_answered_once_in_several_runs(provider: RateLimitedProvid
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", out, f"{out}.limits"}
 
 
-def test_bad_lines_are_reported_the_rest_is_sent(provider: RateLimitedProvider) -> None:
+def test_lines_that_cannot_be_sent_are_reported_the_rest_is_sent(
+    provider: RateLimitedProvider,
+) -> None:
     good = Path(batch(2)).read_bytes()
-    lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?\n"]
-    Path("in.jsonl").write_bytes(b"\n".join(lines))
-    odd = ['{"messages": [1], "temperature": NaN}', json.dumps("\ud800")]  # no JSON can hold them
-    with Path("in.jsonl").open("a") as file:
-        file.write("\n".join(odd))
-    result = run(provider, "in.jsonl", "--rpm", "6000", "--model", "m")
+    lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?"]
+    lines += [b'{"messages": [1], "temperature": NaN}', rb'"\ud800"']  # no JSON can hold them
+    Path("in.jsonl").write_bytes(b"\n".join([*lines, b"why " * 12_000]))
+    result = run(provider, "in.jsonl", "--tpm", "9000", "--model", "m")
     errors = {line["line"]: line["error"]["code"] for line in lines_of("answers.errors.jsonl")}
     assert result.exit_code == 1
-    assert {number for number in errors if errors[number] == "bad_line"} == {1, 4, 6}
-    assert {errors.get(8), errors.get(9)} == {"ValueError", "UnicodeEncodeError"}
+    assert errors == {
+        **dict.fromkeys([1, 4, 6], "bad_line"),
+        8: "ValueError",
+        9: "UnicodeEncodeError",
+        10: "CostExceedsLimit",
+    }
     assert len(lines_of("answers.jsonl")) == provider.statistics().admitted == 3
-    assert "3 answered, 2 failed, 3 bad lines" in result.stderr
+    assert "3 answered, 3 failed, 3 bad lines" in result.stderr
     assert "errors: 3 x bad_line, 1 x" in result.stderr
     assert "; the first: line 1: not JSON" in result.stderr
 
@@ -225,10 +227,7 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
         result = typed(batch(60), *arguments)
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == (
-        f"error: no request succeeds: All connection attempts failed ({base}); "
-        f"see that it runs, or correct --api-base or --model"
-    )
+    assert f"succeeds: All connection attempts failed ({base}); see that it runs" in result.stderr
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
@@ -257,29 +256,20 @@ def server_answering() -> Generator[Callable[[bytes, int], str]]:
         yield start
 
 
-def test_too_costly_line_fails_alone_as_the_dry_run_says(provider: RateLimitedProvider) -> None:
-    Path("in.txt").write_text("why " * 12_000 + "\nWhy?\nHow?\n")
-    options = ["--model", "m", "--tpm", "9000", "-o", "out.jsonl", "--concurrency", "1"]
-    planned = typed("in.txt", *options, "--dry-run", "--json")
-    result = run(provider, "in.txt", *options)
-    told = json.loads(planned.stdout)
-    assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (2, 1, 2)
-    assert (planned.exit_code, result.exit_code) == (1, 1)
-    assert "2 answered, 1 failed\n" in result.stderr
-    assert "1 x CostExceedsLimit" in result.stderr
-
-
 def test_dry_run_sends_nothing_but_estimates(provider: RateLimitedProvider) -> None:
-    arguments = ["-o", "out.jsonl", "--rpm", "60"]
+    arguments = ["-o", "out.jsonl", "--rpm", "60", "--tpm", "9000", "--model", "gpt"]
     run(provider, batch(2), *arguments)
     before = Path("out.jsonl").read_bytes()
-    Path("in.jsonl").write_text(Path(batch(600)).read_text() + "{\n")
+    lines = [Path(batch(600)).read_text(), json.dumps("why " * 12_000), "\n{\n"]
+    Path("in.jsonl").write_text("".join(lines))
     result = run(provider, "in.jsonl", *arguments, "--dry-run")
+    told = json.loads(run(provider, "in.jsonl", *arguments, "--dry-run", "--json").stdout)
     sending, bad, plan, *_ = result.stdout.splitlines()
     assert result.exit_code == 1
-    assert sending == "598 requests to send, 2 answered earlier, 1 bad"
-    assert bad.startswith("errors: 1 x bad_line; the first: line 601: not JSON")
+    assert sending == "598 requests to send, 2 answered earlier, 1 too costly, 1 bad"
+    assert bad.startswith("errors: 1 x bad_line; the first: line 602: not JSON")
     assert re.search(r"^(9|10) min.*requests bind", plan)
+    assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (598, 1, 598)
     assert provider.statistics().requests == 2
     assert Path("out.jsonl").read_bytes() == before
 
@@ -323,6 +313,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
+        ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "and a host, not 'http:///v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base has a host or port that cannot"),
@@ -351,17 +342,6 @@ def test_missing_or_broken_key_is_refused_and_never_shown(monkeypatch: pytest.Mo
         assert result.exit_code == 2
         assert f"OPENAI_API_KEY {message}: export" in result.stderr
         assert SECRET not in result.stderr
-
-
-@pytest.mark.parametrize("out", ["in.errors.jsonl", "in.jsonl", "hardlink"])
-def test_file_that_would_be_read_and_written_is_refused(out: str) -> None:
-    before = Path(batch(1, "in.errors.jsonl")).read_bytes()
-    Path("hardlink").hardlink_to("in.errors.jsonl")
-    result = typed("--rpm", "1", "in.errors.jsonl", "-o", out)
-    assert result.exit_code == 2
-    assert "is read already: give another" in result.stderr
-    assert Path("in.errors.jsonl").read_bytes() == before
-    assert {path.name for path in Path().iterdir()} == {"in.errors.jsonl", "hardlink"}
 
 
 @pytest.mark.parametrize("are_paid", [False, True])
@@ -393,13 +373,13 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
 def test_ctrl_c_lets_requests_in_flight_finish(provider: RateLimitedProvider) -> None:
     provider.reconfigure(latency=0.5)
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
-    with started(provider, *arguments, stdout=PIPE) as process:
+    with started(provider, *arguments) as process:
         while provider.statistics().in_flight < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
     seen = provider.statistics()
-    assert (process.returncode, output) == (130, "")
+    assert process.returncode == 130
     assert "Traceback" not in errors
     assert re.search(
         r"^stopping after \d requests? under way; Ctrl-C again to drop", errors, re.MULTILINE
@@ -435,7 +415,9 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
         arguments += ["--concurrency", str(at_once)]
         for _ in range(3):
             with started(provider, *arguments) as process:
-                wait_for_admissions(provider, chance.randrange(5, 60))
+                enough = provider.statistics().admitted + chance.randrange(5, 60)
+                while provider.statistics().admitted < enough:
+                    time.sleep(0.005)
                 process.send_signal(signal.SIGKILL)
         end = run(provider, *arguments)
         seen = provider.statistics()
@@ -446,12 +428,6 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert seen.admitted - lines <= 3 * at_once
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
-
-
-def wait_for_admissions(provider: ProviderProcess, more: int) -> None:
-    before = provider.statistics().admitted
-    while provider.statistics().admitted < before + more:
-        time.sleep(0.005)
 
 
 def test_output_removed_during_a_run_loses_no_later_answer(provider: RateLimitedProvider) -> None:
@@ -471,6 +447,14 @@ def test_output_removed_during_a_run_loses_no_later_answer(provider: RateLimited
     provider.reconfigure(latency=0.0)
     assert run(provider, *arguments).exit_code == 0
     assert provider.statistics().admitted == 60 + paid - kept
+
+
+def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) -> None:
+    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
+    result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
+    assert result.exit_code == 2
+    assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
+    assert Path("out.jsonl.limits").read_text().startswith("weights")
 
 
 def test_examples_in_help_run_one_after_another(

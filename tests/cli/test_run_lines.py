@@ -91,10 +91,6 @@ def test_key_and_version_are_sent_as_the_server_wants_them() -> None:
         assert address(job) == {"base_url": base, "headers": headers, "params": params}
 
 
-def test_empty_line_is_skipped() -> None:
-    assert read_request(1, b" \t\r\n", JOB) is None
-
-
 def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
     assert read(b"Why?", number=1).key == read(b"Why?", number=2).key
     assert read({"messages": [1], "n": 2}).key == read({"n": 2, "messages": [1]}).key

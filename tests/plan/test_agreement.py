@@ -74,14 +74,10 @@ def test_plan_of_a_pool_agrees_with_the_pool(seed: int) -> None:
     chance = random.Random(seed)
     tokens = [chance.randint(50, 1_500) for _ in range(150)]
     latency = [chance.uniform(0.01, 5) for _ in tokens]
-    members: list[tuple[str, str, int]] = [
-        (
-            f"{chance.choice([30, 60, 300])} RPM burst {chance.randint(1, 10)}",
-            f"{chance.choice([2, 10, 40])}k TPM",
-            chance.randint(1, 6),
-        )
-        for _ in range(3)
-    ]
+    members: list[tuple[str, str, int]] = []
+    for _ in range(3):
+        requests = f"{chance.choice([30, 60, 300])} RPM burst {chance.randint(1, 10)}"
+        members.append((requests, f"{chance.choice([2, 10, 40])}k TPM", chance.randint(1, 6)))
 
     def pool(**clock: Any) -> Pool:
         each = (

@@ -39,14 +39,6 @@ def test_if_doubled_equals_a_plan_with_twice_the_limit(limit: str, twice: str) -
     assert changed.if_doubled == plan(twice, calls=700).duration
 
 
-def test_limit_that_no_call_waits_for_does_not_bind() -> None:
-    planned = plan(calls=5, rpm=500, latency=2.5)
-    assert planned.bound_by is None
-    assert planned.duration == 2.5
-    assert planned.waits.max == 0
-    assert (planned.limits[0].if_doubled, planned.limits[0].if_removed) == (2.5, 2.5)
-
-
 def test_plan_begins_as_the_limit_has_just_reset() -> None:
     """Whatever day it is, and whenever and where others reset."""
     daily = "10 RPD resets 09:30 America/Los_Angeles"
@@ -86,6 +78,7 @@ def test_poisson_arrivals_come_at_their_rate() -> None:
     planned = plan(calls=1_000, arrivals=Poisson(5.0), rpm=6_000)
     assert planned.duration == pytest.approx(200, rel=0.1)
     assert planned.bound_by is None
+    assert planned.limits[0].if_removed == planned.duration
 
 
 def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
@@ -157,10 +150,10 @@ def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert planned.limits[0].limit == "1 USD per 3,600 s"
 
 
-def test_arrival_rate_must_be_a_finite_number_above_zero() -> None:
-    for rate in (0, float("inf"), True):
-        with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
-            Poisson(rate)
+@pytest.mark.parametrize("rate", [0, float("inf"), True])
+def test_arrival_rate_must_be_a_finite_number_above_zero(rate: float) -> None:
+    with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
+        Poisson(rate)
 
 
 def test_durations_shares_and_changes_are_in_two_units_and_not_rounded_up() -> None:
