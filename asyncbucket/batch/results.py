@@ -391,7 +391,7 @@ class Engine(Generic[T, R]):
                 entry = None if self._exhausted else await self._fetch()
             if entry is None:
                 self._unadmitted -= 1
-                self.places.release()  # for the others, which must see the end, too
+                self.places.release()  # nothing was taken
                 return
             if entry.stored is not None:
                 result = entry.stored[0]

@@ -50,7 +50,6 @@ async def results(on: Limiter | Pool, function: Any, items: Any, **options: Any)
         llm.acomplete,
         decorated,
         logged(decorated),
-        logged(llm.acomplete),
         functools.partial(decorated),
         limiter.child("chat").wrap(MockLLM()).acomplete,
         plain,

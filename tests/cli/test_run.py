@@ -6,6 +6,7 @@ The provider runs on the machine's clock, in its own thread or process: virtual 
 import asyncio
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -147,15 +148,15 @@ def test_failed_request_is_recorded_and_sent_by_the_next_run(provider: RateLimit
     assert not Path("out.errors.jsonl").exists()
 
 
-@pytest.mark.parametrize(("status", "count"), [(403, 1), (400, 60)])
+@pytest.mark.parametrize("statuses", [[200, 403] * 60, [400] * 60 + [200] * 20])
 def test_refused_lines_do_not_stop_the_others(
-    status: int, count: int, provider: RateLimitedProvider
+    statuses: list[int], server_answering: Callable[..., str]
 ) -> None:
-    provider.reconfigure(latency=0.05)
-    provider.fail_next(count, status=status)
-    result = run(provider, batch(80), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
+    options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
+    base = server_answering(b"{}", *statuses)
+    result = typed(batch(len(statuses)), *options, "--api-base", base)
     assert result.exit_code == 1, result.stderr
-    assert len(lines_of("out.jsonl")) == 80 - count
+    assert len(lines_of("out.jsonl")) == statuses.count(200)
 
 
 def test_outage_ends_the_run_and_leaves_lines_for_the_next(provider: RateLimitedProvider) -> None:
@@ -232,15 +233,17 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
 
 
 @pytest.fixture
-def server_answering() -> Generator[Callable[[bytes, int], str]]:
-    """Make a server that always answers with a page and a status, at a URL with a password."""
+def server_answering() -> Generator[Callable[..., str]]:
+    """Make a server that answers with a page and statuses in turn, at a URL with a password."""
     with contextlib.ExitStack() as stack:
 
-        def start(page: bytes, status: int) -> str:
+        def start(page: bytes, *statuses: int) -> str:
+            replies = itertools.cycle(statuses)
+
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_POST(self) -> None:
                     self.rfile.read(int(self.headers["content-length"]))
-                    self.send_response(status)
+                    self.send_response(next(replies))
                     self.send_header("content-length", str(len(page)))
                     self.end_headers()
                     self.wfile.write(page)

@@ -182,7 +182,6 @@ def written(folder: Path, *lines: Any) -> Path:
 @pytest.mark.parametrize(
     ("sample", "tokens"),
     [
-        (800, 800),
         ("w" * 400, 100),
         (Cost(tokens=70), 70),
         ({"tokens": 55}, 55),
