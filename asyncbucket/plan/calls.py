@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from os import PathLike
@@ -74,6 +74,10 @@ class Load:
     model: str | None
     prices: Prices | None
     seed: int
+    #: How many calls there are, from whichever argument determines it.
+    count: int = field(init=False)
+    _costs: "_Series[CallCost]" = field(init=False)
+    _lengths: "_Series[int]" = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.arrivals, Poisson | None):
@@ -89,7 +93,6 @@ class Load:
                 "how many calls? give calls, or samples of tokens or latency, in a list or a file"
             )
         most = max(len(self._costs.values), len(self._lengths.values))
-        #: How many calls there are, from whichever argument determines it.
         self.count = most if self.calls is None else read_count(self.calls, "calls", least=1)
 
     def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:

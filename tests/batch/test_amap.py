@@ -126,9 +126,9 @@ async def test_error_is_raised_unwrapped_after_earlier_results(virtual_time: Vir
 async def test_error_behind_an_item_that_never_started_is_raised(virtual_time: VirtualTime) -> None:
     limiter = Limiter("1 RPM", tpm=100, clock=virtual_time.clock)
     seen: list[Item[int, int]] = []
-    options: dict[str, Any] = {"ordered": True, "cost": lambda n: {"tokens": n}}
+    results = amap(limiter, Work(), [1, 2, 100], cost=twice, ordered=True)
     with pytest.raises(CostExceedsLimit, match="cost of 200 tokens"):
-        await gathered(amap(limiter, Work(), [1, 2, 200], **options), seen)
+        await gathered(results, seen)
     assert [item.input for item in seen] == [1]
     assert limiter.statistics().limits[1].used == 0  # the first one's minute is over
 

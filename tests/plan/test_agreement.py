@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_plan_of_a_random_history_agrees_with_a_limiter(seed: int) -> None:
     instants = [instant * 1e-9 for instant in arrivals.instants(calls, seed)]
     history = zip(instants, tokens, latency, strict=True)
     passing = [each for each in history if each[1] <= largest]
-    assert_same(planned, lambda clock: Limiter(*chosen, concurrency=slots, clock=clock), passing)
+    assert_same(planned, partial(Limiter, *chosen, concurrency=slots), passing)
     assert planned.tokens == sum(each[1] for each in passing)
     assert planned.refused == calls - len(passing)
 
