@@ -1,6 +1,6 @@
-"""Many items through one function, behind one limiter: `Limiter.amap` and `Limiter.map`.
+"""Many items through one function, behind one limiter: `Limiter.amap`.
 
-`results` is what one calls and iterates over, `engine` runs the workers, `caller` decides who acquires,
+`results` is what one calls and iterates over, and runs the workers; `caller` decides who acquires,
 `checkpoint` remembers results, `progress` shows them.
 
 Needs `pip install "asyncbucket[batch]"`.
@@ -9,10 +9,9 @@ Needs `pip install "asyncbucket[batch]"`.
 from importlib.util import find_spec
 
 if not find_spec("anyio"):
-    raise ImportError('amap and map need anyio: pip install "asyncbucket[batch]"')
+    raise ImportError('amap needs anyio: pip install "asyncbucket[batch]"')
 
-from asyncbucket.batch.checkpoint import Checkpoint, CheckpointError
-from asyncbucket.batch.engine import Item
-from asyncbucket.batch.results import Results, amap, map_sync
+from asyncbucket.batch.checkpoint import CheckpointError
+from asyncbucket.batch.results import Item, Results, amap
 
-__all__ = ["Checkpoint", "CheckpointError", "Item", "Results", "amap", "map_sync"]
+__all__ = ["CheckpointError", "Item", "Results", "amap"]

@@ -125,7 +125,7 @@ class Caller:
             return found is not None
         if share_a_level(found, limiter):
             raise ValueError(
-                f"{_name(self._fn)} is paced by {found.name!r} already, and would be paced by "
+                f"{name_in_code(self._fn)} is paced by {found.name!r} already, and would be paced by "
                 f"{limiter.name!r}, too: pace both by one limiter, or say by paced= or cost= who acquires"
             )
         return False
@@ -143,11 +143,10 @@ class Caller:
 
             def refuse(limiter: str) -> None:
                 error = ValueError(
-                    f"{_name(self._fn)} acquires from {limiter!r} itself, so each call would be charged "
+                    f"{name_in_code(self._fn)} acquires from {limiter!r} itself, so each call would be charged "
                     f"twice: pass paced=True, or cost= if the batch is to acquire as well"
                 )
-                with contextlib.suppress(RuntimeError):  # a thread has outlived the loop
-                    loop.call_soon_threadsafe(end, error)
+                loop.call_soon_threadsafe(end, error)
 
             self._refuse = refuse if self._refuses_second else None
         return stack
@@ -182,13 +181,14 @@ class Caller:
             awaitable = self._fn(item)
             if not inspect.isawaitable(awaitable):
                 raise TypeError(
-                    f"{_name(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: "
-                    f"amap takes async functions; map takes plain ones"
+                    f"{name_in_code(self._fn)} returned {type(awaitable).__name__}, which cannot be awaited: "
+                    f"give an async function, which may call a plain one by asyncio.to_thread"
                 )
             return await awaitable
 
 
-def _name(fn: object) -> str:
+def name_in_code(fn: object) -> str:
+    """Return what the code calls ``fn``."""
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 

@@ -8,7 +8,6 @@ prompts are ten calls. Failures are not kept: the next run tries them again.
 The file is locked while it is in use, because two runs of the same items would pay twice.
 
 Results are pickled. So treat a checkpoint like a pickle: do not open one that came from elsewhere.
-`Checkpoint` takes functions of your own instead.
 """
 
 import contextlib
@@ -18,27 +17,24 @@ import os
 import pickle
 import sqlite3
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
+from collections.abc import Generator
+from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple
 
 from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.core.wording import shown
 
-_VERSION: Final = "2"
-_SCHEMA: Final = """
+#: Marks our files, and their version: SQLite keeps it in the head of each file.
+_APPLICATION_ID: Final = 0x6162_0003
+_SCHEMA: Final = f"""
+PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, value BLOB NOT NULL);
 CREATE TEMP TABLE seen (key BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 """
-_FOREIGN_TABLES: Final = """
-SELECT 1 FROM sqlite_master
-WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT IN ('about', 'results')
-"""
 #: Counts how often an item came in this run, on disk rather than in memory.
-COUNT: Final = """
+_COUNT: Final = """
 INSERT INTO seen VALUES (?, 1) ON CONFLICT (key) DO UPDATE SET times = times + 1 RETURNING times
 """
 #: Bytes of a key; the chance that two of a billion items share one is under 1e-20.
@@ -60,96 +56,50 @@ class Entry(NamedTuple):
     stored: tuple[Any] | None = None
 
 
-@dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """Say where results are kept, and how; a path alone is enough for ``checkpoint=``.
-
-    Args:
-        path: the file; it is made if it does not exist.
-        key: returns a text by which to recognize an item, if that is not plain data.
-        dump: turns a result into bytes, instead of pickle.
-        load: turns these bytes into the result; required with ``dump``.
-        name: what the results are of; a checkpoint of another name is refused. By default the
-            function's name, for a model's method with that of the model.
-
-    Raises:
-        TypeError: only one of ``dump`` and ``load`` is given, or one of the three is no function.
-    """
-
-    path: str | os.PathLike[str]
-    _: KW_ONLY
-    key: Callable[[Any], str] | None = None
-    dump: Callable[[Any], bytes] | None = None
-    load: Callable[[bytes], Any] | None = None
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.dump is None) != (self.load is None):
-            raise TypeError("dump and load belong together: give both, or neither")
-        for what in ("key", "dump", "load"):
-            given = getattr(self, what)
-            if given is not None and not callable(given):
-                raise TypeError(f"{what} must be a function, not {shown(given)}")
-
-    @classmethod
-    def of(cls, value: "str | os.PathLike[str] | Checkpoint", *, name: str) -> "Checkpoint":
-        """Return what is passed as ``checkpoint=`` as a checkpoint that has a name."""
-        checkpoint = value if isinstance(value, Checkpoint) else cls(value)
-        return replace(checkpoint, name=checkpoint.name or name)
-
-    def __repr__(self) -> str:
-        return f"<Checkpoint {os.fspath(self.path)!r}>"
-
-
-class OpenCheckpoint:
     """A checkpoint in use. Its methods block while the disk works, and may run in any thread.
 
     Args:
-        checkpoint: where it is, and what the results are of.
+        path: the file; it is made if it does not exist.
+        name: what the results are of.
 
     Raises:
         CheckpointError: the file is in use, is not a checkpoint, or is of something else.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._dump = checkpoint.dump or pickle.dumps
-        self._load = checkpoint.load or pickle.loads
+    def __init__(self, path: str | os.PathLike[str], name: str) -> None:
+        self._path = path
         self._lock = threading.Lock()
         with self._explained(), contextlib.ExitStack() as undo:
             self._database = sqlite3.connect(
-                checkpoint.path, timeout=0.5, isolation_level=None, check_same_thread=False
+                path, timeout=0.5, isolation_level=None, check_same_thread=False
             )
             undo.callback(self._database.close)
-            self._open()
+            self._open(name)
             undo.pop_all()
 
-    def _open(self) -> None:
-        database, path, name = self._database, self._checkpoint.path, self._checkpoint.name or ""
+    def _open(self, name: str) -> None:
+        database, path = self._database, self._path
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        if database.execute(_FOREIGN_TABLES).fetchone():
-            raise CheckpointError(f"{path} is a database of another program: give another file")
+        ((mark,),) = database.execute("PRAGMA application_id")
+        if mark != _APPLICATION_ID and database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise CheckpointError(
+                f"{path} is a database of another program, or a checkpoint of another version: give "
+                f"another file"
+            )
         database.executescript(_SCHEMA)
         database.execute("BEGIN EXCLUSIVE")
-        wanted = {"version": _VERSION, "of": name}
-        found = wanted | dict(database.execute("SELECT name, value FROM about"))
-        if found["version"] != _VERSION:
-            raise CheckpointError(
-                f"{path} is a checkpoint of version {found['version']}, this is version {_VERSION}: "
-                f"give another file"
-            )
-        if found["of"] != name:
-            raise CheckpointError(
-                f"{path} holds results of {found['of']}, not of {name}: give another "
-                f"file, or Checkpoint(..., name={found['of']!r}) if they are the same"
-            )
-        database.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", wanted.items())
+        database.execute("INSERT OR IGNORE INTO about VALUES ('of', ?)", (name,))
+        ((found,),) = database.execute("SELECT value FROM about WHERE name = 'of'")
         database.execute("COMMIT")
+        if found != name:
+            raise CheckpointError(
+                f"{path} holds results of {found}, not of {name}: give another file"
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Generator[None]:
         """Say what SQLite's errors mean, and what to do."""
-        path = self._checkpoint.path
         try:
             yield
         except sqlite3.Error as error:
@@ -162,65 +112,46 @@ class OpenCheckpoint:
                     f"cannot be used as a checkpoint ({error}): give a file that may be written, "
                     f"where there is room for it"
                 )
-            raise CheckpointError(f"{path} {why}") from error
+            raise CheckpointError(f"{self._path} {why}") from error
 
-    def look_up(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries with their keys, and with their results if there are any.
+    def look_up(self, entry: Entry) -> Entry:
+        """Return an entry with its key, and with its result if there is one.
 
         Raises:
-            TypeError: an item has no key.
-            CheckpointError: the file cannot be read.
+            TypeError: the item has no key.
+            CheckpointError: the file, or the result in it, cannot be read.
         """
-        with self._lock, self._explained(), self._database:
-            self._database.execute("BEGIN")
-            return [self._with_result(entry) for entry in entries]
-
-    def _with_result(self, entry: Entry) -> Entry:
-        item = self._key(entry.input)
-        ((times,),) = self._database.execute(COUNT, (item,)).fetchall()
-        key = item + times.to_bytes(4, "big")
-        query = "SELECT value FROM results WHERE key = ?"
-        row = self._database.execute(query, (key,)).fetchone()
+        item = _key_of(entry.input)
+        with self._lock, self._explained():
+            ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
+            key = item + times.to_bytes(4, "big")
+            query = "SELECT value FROM results WHERE key = ?"
+            row = self._database.execute(query, (key,)).fetchone()
         if row is None:
             return entry._replace(key=key)
         try:
-            return entry._replace(key=key, stored=(self._load(row[0]),))
+            return entry._replace(key=key, stored=(pickle.loads(row[0]),))  # noqa: S301 - our own
         except Exception as error:
             raise CheckpointError(
-                f"a result in {self._checkpoint.path} cannot be read: {error}; its classes must be "
-                f"importable as when it was kept, or give another file"
+                f"a result in {self._path} cannot be read: {error}; its classes must be importable "
+                f"as when it was kept, or give another file"
             ) from error
 
-    def _key(self, item: Any) -> bytes:
-        if self._checkpoint.key is None:
-            return key_of(item)
-        text: object = self._checkpoint.key(item)
-        if not isinstance(text, str):
-            raise TypeError(f"key= of a checkpoint must return a string, not {shown(text)}")
-        return digest("k" + text)
-
-    def save(self, results: Mapping[bytes, Any]) -> None:
-        """Keep results by the keys of their items, in one transaction.
+    def save(self, key: bytes, result: Any) -> None:
+        """Keep a result by the key of its item.
 
         Raises:
-            CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
+            CheckpointError: it cannot be kept, for example because the disk is full.
         """
-        rows: list[tuple[bytes, bytes]] = []
-        failure: CheckpointError | None = None
-        for key, result in results.items():
-            try:
-                rows.append((key, self._dump(result)))
-            except Exception as error:  # noqa: BLE001 - raised when the others are kept
-                failure = CheckpointError(
-                    f"a result of type {type(result).__name__} cannot be kept: {error}; give "
-                    f"Checkpoint(..., dump=, load=), or return what can be pickled"
-                )
-                failure.__cause__ = error
-        with self._lock, self._explained(), self._database:
-            self._database.execute("BEGIN")
-            self._database.executemany("INSERT OR REPLACE INTO results VALUES (?, ?)", rows)
-        if failure is not None:
-            raise failure
+        try:
+            row = key, pickle.dumps(result)
+        except Exception as error:
+            raise CheckpointError(
+                f"a result of type {type(result).__name__} cannot be kept: {error}; return what can "
+                f"be pickled, such as its text"
+            ) from error
+        with self._lock, self._explained():
+            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
 
     def close(self) -> None:
         """Release the file for the next run."""
@@ -228,49 +159,33 @@ class OpenCheckpoint:
             self._database.close()
 
 
-def key_of(item: object) -> bytes:
+def _key_of(item: object) -> bytes:
     """Return a key that depends on what ``item`` holds, and on nothing else.
 
-    It may consist of text, bytes, numbers, None, lists, tuples, dicts, dataclasses and pydantic
-    models, nested at will. Different types are different items; the order of a dict's keys does not
-    matter.
+    It may be what JSON can hold, bytes, dataclasses and pydantic models, nested at will.
 
     Raises:
         TypeError: it holds something else, whose `repr` may differ from one process to the next.
     """
     try:
-        return digest(json.dumps(_with_types(item), separators=(",", ":")))
+        text = json.dumps(item, sort_keys=True, separators=(",", ":"), default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"a checkpoint cannot recognize an item of type {type(item).__name__} ({error}): give "
-            f"Checkpoint(..., key=...), a function from the item to a string"
+            f"plain data, such as an id, and look up the rest in the function"
         ) from error
+    return hashlib.sha256(text.encode()).digest()[:_KEY_SIZE]
 
 
-def digest(text: str) -> bytes:
-    """Return the key of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:_KEY_SIZE]
-
-
-def _with_types(value: Any) -> object:
-    """Return ``value`` in a form that JSON can hold: anything with parts as a list, its type first.
-
-    JSON alone would not distinguish tuples from lists, or the key 1 from "1".
-    """
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    parts: Iterable[object]
-    if hasattr(value, "__pydantic_fields_set__"):  # also what only a subclass of a field's type has
-        parts = [_with_types(value.model_dump(mode="json", serialize_as_any=True))]
-    elif is_dataclass(value) and not isinstance(value, type):
-        parts = [[field.name, _with_types(getattr(value, field.name))] for field in fields(value)]
-    elif isinstance(value, (bytes, bytearray)):
-        parts = [value.hex()]
-    elif isinstance(value, Mapping):
-        pairs = ([_with_types(key), _with_types(part)] for key, part in value.items())
-        parts = sorted(pairs, key=json.dumps)
-    elif isinstance(value, (list, tuple)):
-        parts = map(_with_types, value)
+def _plain(part: Any) -> object:
+    """Return what JSON cannot hold as a list of its type and its parts."""
+    parts: object
+    if hasattr(part, "__pydantic_fields_set__"):  # also what only a subclass of a field's type has
+        parts = part.model_dump(mode="json", serialize_as_any=True)
+    elif is_dataclass(part) and not isinstance(part, type):
+        parts = {field.name: getattr(part, field.name) for field in fields(part)}
+    elif isinstance(part, bytes):
+        parts = part.hex()
     else:
-        raise TypeError(f"it contains {type(value).__name__}")
-    return [f"{type(value).__module__}.{type(value).__qualname__}", *parts]
+        raise TypeError(f"it contains {type(part).__name__}")
+    return [f"{type(part).__module__}.{type(part).__qualname__}", parts]

@@ -5,11 +5,10 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Self
 
-import anyio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -35,27 +34,26 @@ class Outlook:
         self._clock = clock
         self._samples = deque([(clock(), 0)], maxlen=_SAMPLES)
 
-    def words(self, done: int, left: Mapping[str, float] | None = None) -> list[str]:
+    def words(self, done: int, left: int) -> list[str]:
         """Return the rate and the time left in words, as far as they are known.
 
         Args:
             done: the calls that are done.
-            left: amounts that are left, by resource. From them follows how long the limits will
-                take at least, even before anything is done.
+            left: how many are left; 0 if that is not known. From it follows how long limits on
+                requests take at least, even before anything is done.
         """
         now, (since, before) = self._clock(), self._samples[0]
         self._samples.append((now, done))
         rate = (done - before) / (now - since) if now > since else 0.0
-        words = [f"{rounded(rate)}/s"] if rate else []
-        if left:
-            seconds = left.get("requests", 0.0) / rate if rate else 0.0
-            # Of a pool, no member's limit holds for all calls.
-            limits = () if isinstance(self.limiter, Pool) else self.limiter.statistics().limits
-            for use in limits:
-                more = left.get(use.limit.resource, 0.0) - max(0, use.available)
+        seconds = left / rate if rate else 0.0
+        # Of a pool, no member's limit holds for all calls.
+        limits = () if isinstance(self.limiter, Pool) else self.limiter.statistics().limits
+        for use in limits:
+            if use.limit.resource == "requests":
+                more = left - max(0, use.available)
                 seconds = max(seconds, more * use.limit.per / use.limit.units)
-            words += [f"{_clock_time(seconds)} left"] if seconds else []
-        return words
+        words = [f"{rounded(rate)}/s"] if rate else []
+        return words + ([f"{_clock_time(seconds)} left"] if left and seconds else [])
 
     def bound_by(self) -> str | None:
         """Return what holds up the first call in line, for people; None if nobody waits."""
@@ -86,58 +84,53 @@ def standard_error() -> Console:
 
 
 class Bar:
-    """Show a batch on standard error, a few times a second; counting costs next to nothing."""
+    """Show a batch on standard error, in a ``with`` block, as its items are done."""
 
     def __init__(self, limiter: Limiter, total: int | None) -> None:
-        self._limiter = limiter
+        self._outlook = Outlook(limiter, clock=limiter.now)
         self._total = total
         self._done = self._failed = self._restored = 0
-
-    def count(self, *, failed: bool, restored: bool) -> None:
-        """Count an item that is done."""
-        self._done += 1
-        self._failed += failed
-        self._restored += restored
-
-    @contextlib.asynccontextmanager
-    async def shown(self) -> AsyncGenerator[None]:
-        """Show the bar during an ``async with`` block."""
-        started = anyio.current_time()
-        bar = Progress(
+        self._started = self._shown = 0.0
+        self._bar = Progress(
             TextColumn("[bold]{task.fields[count]}"),
-            *([] if self._total is None else [BarColumn(bar_width=28)]),
+            *([] if total is None else [BarColumn(bar_width=28)]),
             TextColumn("{task.description}", markup=False),
             console=standard_error(),
             auto_refresh=False,  # a thread of rich's would compete with the calls
             # What is printed meanwhile appears above the bar, unless it goes somewhere else.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
-        bar.add_task("", total=self._total, count="")
-        with bar:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._refresh, bar)
-                try:
-                    yield
-                finally:
-                    group.cancel_scope.cancel()
-                    self._show(bar, f"in {_clock_time(anyio.current_time() - started)}")
+        self._bar.add_task("", total=total, count="")
 
-    async def _refresh(self, bar: Progress) -> None:
-        outlook = Outlook(self._limiter, clock=anyio.current_time)
-        while True:
-            left = {} if self._total is None else {"requests": self._total - self._done}
-            binds = outlook.bound_by()
-            waiting = [] if binds is None else [f"waiting for {binds}"]
-            self._show(bar, *outlook.words(self._done - self._restored, left), *waiting)
-            await anyio.sleep(_REFRESH_INTERVAL)
+    def count(self, *, failed: bool, restored: bool) -> None:
+        """Count an item that is done; show it a few times a second."""
+        self._done += 1
+        self._failed += failed
+        self._restored += restored
+        now = self._outlook.limiter.now()
+        if now >= self._shown + _REFRESH_INTERVAL:
+            self._shown = now
+            binds = self._outlook.bound_by()
+            left = 0 if self._total is None else self._total - self._done
+            words = self._outlook.words(self._done - self._restored, left)
+            self._show(*words, *([] if binds is None else [f"waiting for {binds}"]))
 
-    def _show(self, bar: Progress, *words: str) -> None:
+    def __enter__(self) -> Self:
+        self._started = self._outlook.limiter.now()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(f"in {_clock_time(self._outlook.limiter.now() - self._started)}")
+        self._bar.stop()
+
+    def _show(self, *words: str) -> None:
         of = "" if self._total is None else f"/{self._total:,}"
         parts = [f"{self._restored:,} restored"] if self._restored else []
         parts += [f"{self._failed:,} failed"] if self._failed else []
         text, count = "  ".join([*words, *parts]), f"{self._done:,}{of}"
-        bar.update(bar.task_ids[0], completed=self._done, count=count, description=text)
-        bar.refresh()
+        self._bar.update(self._bar.task_ids[0], completed=self._done, count=count, description=text)
+        self._bar.refresh()
 
 
 def _clock_time(seconds: float) -> str:

@@ -1,32 +1,60 @@
-"""What one calls: `Limiter.amap`, and `Limiter.map` for code without an event loop."""
+"""What one calls, what runs the calls, and what one iterates over: `Limiter.amap`.
+
+There is not a task for each item, but a few workers that go on: as many as calls in flight, and one
+that waits in line. A worker whose call has been admitted makes sure that another one stands in line.
+So their number follows what the limiter admits, and only one call of a batch is in the limiter's line.
+
+*Bounded.* An item that was taken holds a place in the window until its result is fetched, so a slow
+reader stops the batch, and endless items need only the memory for one window. *In order*, if
+requested: results that come early wait for their turn; the window bounds how early they can be.
+*Kept*, if there is a checkpoint: a result is on disk before it is handed out.
+
+The tasks run in one anyio task group in a task of its own, not in the reader's: a task group must
+end in the task in which it began, and a reader may stop reading anywhere.
+"""
 
 import asyncio
-import atexit
 import contextlib
 import functools
-import inspect
+import itertools
+import math
 import os
-import weakref
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
     Generator,
     Iterable,
+    Iterator,
     Sized,
 )
-from typing import Any, Final, Generic, Literal, Self, TypedDict, TypeVar, Unpack
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Generic,
+    Literal,
+    Self,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
 import anyio
-from anyio import CapacityLimiter, ClosedResourceError, EndOfStream, WouldBlock, to_thread
-from anyio.from_thread import start_blocking_portal
+from anyio import to_thread
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from asyncbucket.batch.caller import Caller, ItemCostOf, layers_of
-from asyncbucket.batch.checkpoint import Checkpoint
-from asyncbucket.batch.engine import Engine, Item
+from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
+from asyncbucket.batch.checkpoint import Checkpoint, Entry
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
+
+if TYPE_CHECKING:
+    from asyncbucket.batch.progress import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,12 +66,10 @@ Errors = Literal["raise", "collect"]
 _MAX_WORKERS: Final = 1_000
 #: ... and this many, if the function acquires.
 _MAX_IF_FN_ACQUIRES: Final = 256
-#: The most threads if the limiter has no concurrency.
-_MAX_THREADS: Final = 64
 
 
 class MapOptions(TypedDict, total=False):
-    """What `Limiter.amap` and `Limiter.map` take by keyword."""
+    """What `Limiter.amap` takes by keyword."""
 
     ordered: bool
     errors: Errors
@@ -51,9 +77,8 @@ class MapOptions(TypedDict, total=False):
     paced: bool | None
     agents: bool | str
     show_progress: bool
-    checkpoint: str | os.PathLike[str] | Checkpoint | None
+    checkpoint: str | os.PathLike[str] | None
     workers: int | None
-    window: int | None
 
 
 def amap(  # noqa: PLR0913 - each is an option of its own
@@ -67,16 +92,15 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     paced: bool | None = None,
     agents: bool | str = False,
     show_progress: bool = False,
-    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    window: int | None = None,
 ) -> "Results[T, R]":
     """Call ``fn`` for each item behind ``limiter``; iterate over the results as they arrive.
 
     >>> async for item in limiter.amap(llm.acomplete, prompts, checkpoint="run.db"):
     ...     print(item.index, item.input, item.result)
 
-    Items may be endless: at most ``window`` are taken and not yet handed out. ``break``,
+    Items may be endless: at most twice the workers are taken and not yet handed out. ``break``,
     ``aclose()``, leaving ``async with`` and cancellation end everything in flight.
 
     Each call is admitted once: by ``fn`` itself if it is a method of a model that the limiter
@@ -96,21 +120,15 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         agents: True, or a kind, if ``fn`` runs an agent, which acquires for each of its calls: each
             item is one agent to the limiters then, see `asyncbucket.agent`.
         show_progress: a bar on standard error.
-        checkpoint: a path, or a `Checkpoint`: results are kept there, and items found in it are not
-            called again.
+        checkpoint: the path of a file in which results are kept; items found in it are not called
+            again.
         workers: the most calls at once; by default the limiter's concurrency decides.
-        window: by default twice the workers.
 
     Raises:
-        ValueError, TypeError: an option is invalid; ``fn`` cannot be called; or it is paced by a
-            limiter above or beside this one, so its calls would be charged twice.
+        ValueError, TypeError: an option is invalid; or ``fn`` is paced by a limiter above or beside
+            this one, so its calls would be charged twice.
         ImportError: rich, which draws the bar, is not installed.
     """
-    if not callable(fn):
-        raise TypeError(
-            f"the function comes first, not called yet, and then the items, as in amap(ask, prompts); "
-            f"{type(fn).__name__} cannot be called"
-        )
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
     caller = Caller(limiter, fn, cost=cost, paced=paced, agents=agents)
@@ -126,16 +144,22 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"give a list of strings, or the open file if this is its name"
         )
     engine: Engine[T, R] = Engine(
-        items=aiter(items) if isinstance(items, AsyncIterable) else iter(items),
+        items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
         caller=caller,
         workers=workers,
-        window=2 * workers if window is None else read_count(window, "window", least=1),
         ordered=ordered,
         stop_on_error=errors == "raise",
-        checkpoint=None if checkpoint is None else Checkpoint.of(checkpoint, name=name_of(fn)),
+        checkpoint=None
+        if checkpoint is None
+        else functools.partial(Checkpoint, checkpoint, name_of(fn)),
         bar=_bar(limiter, items) if show_progress else None,
     )
-    return Results(engine, raises=errors == "raise")
+    return Results(engine)
+
+
+async def _async(items: Iterator[T]) -> AsyncGenerator[T]:
+    for item in items:
+        yield item
 
 
 def _bar(limiter: Limiter, items: object) -> Any:
@@ -147,16 +171,46 @@ def _bar(limiter: Limiter, items: object) -> Any:
 
 
 def name_of(fn: object) -> str:
-    """Return the name of the results of ``fn`` in a checkpoint."""
+    """Return the name of the results of ``fn`` in a checkpoint: with its model, if it is a model's."""
     *_, fn = layers_of(fn)
-    name: str = getattr(fn, "__qualname__", type(fn).__qualname__)
     owner = getattr(fn, "__self__", None)
     output_cls = getattr(owner, "output_cls", None)  # of a structured LLM, which calls another one
     owner = getattr(owner, "llm", owner)
     model = getattr(owner, "model", None) or getattr(owner, "model_name", None)
-    if isinstance(output_cls, type):
-        name = f"{name} for {output_cls.__qualname__}"
-    return f"{name} of {model}" if isinstance(model, str) else name
+    parts = [name_in_code(fn)]
+    parts += [f"for {output_cls.__qualname__}"] if isinstance(output_cls, type) else []
+    parts += [f"of {model}"] if isinstance(model, str) else []
+    return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[T, R]):
+    """One item that went in, and its result or error.
+
+    Attributes:
+        index: its place among the items, from 0.
+        input: the item itself.
+        error: what ``fn`` raised, or why it was not admitted; None if it has a result.
+        restored: whether the result comes from a checkpoint, without a call.
+    """
+
+    index: int
+    input: T
+    _result: R | None = None
+    error: Exception | None = None
+    restored: bool = False
+
+    @property
+    def result(self) -> R:
+        """What ``fn`` returned; for an item that failed, this raises its error."""
+        if self.error is not None:
+            raise self.error
+        return cast("R", self._result)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return self.error is None
 
 
 class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
@@ -166,9 +220,8 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
     ``await results.aclose()``, also waits until that has ended.
     """
 
-    def __init__(self, engine: Engine[T, R], *, raises: bool) -> None:
+    def __init__(self, engine: "Engine[T, R]") -> None:
         self._engine = engine
-        self._raises = raises
         self._task: asyncio.Task[None] | None = None
         #: Cancelling it ends the task.
         self._scope: anyio.CancelScope
@@ -193,10 +246,10 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             self._task = asyncio.create_task(self._engine.run(self._scope), name="asyncbucket amap")
         try:
             item = self._engine.results.receive_nowait()
-        except (WouldBlock, EndOfStream, ClosedResourceError):
+        except (anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
             item = await self._wait()
         self._engine.places.release()
-        if item.error is not None and self._raises:
+        if item.error is not None and self._engine.stop_on_error:
             await self.aclose()
             if isinstance(item.error, StopAsyncIteration):  # would end the loop as if all were done
                 raise RuntimeError("the function raised StopAsyncIteration") from item.error
@@ -206,28 +259,19 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
     async def _wait(self) -> Item[T, R]:
         try:
             return await self._engine.results.receive()
-        except (EndOfStream, ClosedResourceError):
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
             pass
         except BaseException:
             await self.aclose()
             raise
         if not self._over:  # else another task has closed it
-            await self._end()
+            self._over = True
+            self._engine.close()
+            assert self._task is not None
+            await asyncio.shield(self._task)
+            if self._engine.failure is not None:
+                raise self._engine.failure
         raise StopAsyncIteration
-
-    async def _end(self) -> None:
-        """Finish after the engine has ended by itself."""
-        self._over = True
-        self._engine.results.close()
-        assert self._task is not None
-        if self._task.cancelled():
-            raise RuntimeError(
-                "this batch was cancelled, but not by its reader: perhaps its event loop has ended; "
-                "start it again on the loop that reads it"
-            )
-        await asyncio.shield(self._task)
-        if self._engine.failure is not None:
-            raise self._engine.failure
 
     async def aclose(self) -> None:
         """Cancel what is in flight, and wait for its end; from any task, any number of times."""
@@ -261,66 +305,202 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         return f"<Results {state}>"
 
 
-#: Iterators that were handed out, and may be left in the middle. Module state, because `atexit` is: if one
-#: were closed later than that, it would wait for ever for a thread that has stopped.
-_OPEN_ITERATORS: Final["weakref.WeakSet[Generator[Any]]"] = weakref.WeakSet()
+@dataclass(kw_only=True, eq=False)
+class Engine(Generic[T, R]):
+    """Run one batch.
 
-
-def map_sync(
-    limiter: Limiter,
-    fn: Callable[[T], Any],
-    items: Iterable[T] | AsyncIterable[T],
-    **options: Unpack[MapOptions],
-) -> Generator[Item[T, Any]]:
-    """Call ``fn`` for each item, and iterate over the results; see `amap` for the options.
-
-    >>> for item in limiter.map(llm.complete, prompts):
-    ...     print(item.input, item.result)
-
-    A plain function is called in threads, by default as many as the limiter's concurrency, at most
-    64. An async function runs on an event loop in a thread, where the items are iterated as well.
-    Leaving the loop waits for running calls, because a thread cannot be cancelled.
-
-    Raises:
-        ValueError, TypeError, ImportError: as for `amap`, at once.
+    Attributes:
+        items: what goes in.
+        caller: calls the function for one item.
+        workers: the most calls at once.
+        ordered: whether results come out in the order of the items.
+        stop_on_error: whether nothing is started any more once an item has failed.
+        checkpoint: opens the file where results are kept.
+        bar: shows how far it has come.
+        failure: why it ended early, if not by an item's own error.
     """
-    if callable(fn) and not inspect.iscoroutinefunction(fn):
-        workers = options.get("workers")
-        if workers is None:
-            workers = min(limiter.concurrency or _MAX_THREADS, _MAX_THREADS)
-        workers = read_count(workers, "workers", least=1)
-        fn = _in_threads(fn, workers)
-        options["workers"] = workers
-    results = _iterate(amap(limiter, fn, items, **options))
-    _OPEN_ITERATORS.add(results)
-    return results
 
+    items: AsyncIterator[T]
+    caller: Caller
+    workers: int
+    ordered: bool
+    stop_on_error: bool
+    checkpoint: Callable[[], Checkpoint] | None
+    bar: "Bar | None"
+    failure: Exception | None = None
+    #: Places in the window.
+    places: anyio.Semaphore = field(init=False)
+    results: MemoryObjectReceiveStream[Item[T, R]] = field(init=False)
+    _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
+    _saved: Checkpoint | None = None
+    _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _group: TaskGroup | None = None
+    _workers: int = 0
+    #: Workers without an admitted call: they wait in line, or fetch an item.
+    _unadmitted: int = 0
+    _fetching: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    _exhausted: bool = False
+    _stopped: bool = False
+    _early: dict[int, Item[T, R]] = field(default_factory=dict[int, "Item[T, R]"])
+    _next: int = 0
 
-@atexit.register
-def _close_iterators() -> None:
-    for iterator in tuple(_OPEN_ITERATORS):
-        with contextlib.suppress(ValueError):  # another thread is in it
-            iterator.close()
+    def __post_init__(self) -> None:
+        self.places = anyio.Semaphore(2 * self.workers, fast_acquire=True)
+        # Unbounded, because the places are the bound.
+        self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
 
+    def close(self) -> None:
+        """Drop what is not read."""
+        self._sender.close()
+        self.results.close()
 
-def _iterate(results: Results[T, Any]) -> Generator[Item[T, Any]]:
-    with start_blocking_portal() as portal:
+    async def run(self, scope: anyio.CancelScope) -> None:
+        """Work until all is done, or ``scope`` is cancelled; then the stream of results ends.
+
+        Cancel the scope, not the task: the file is opened, written and closed behind a shield,
+        which only holds against the scope.
+        """
+        bar = contextlib.nullcontext() if self.bar is None else self.bar
+        with self._sender, scope, bar, self.caller.watched(self._end):
+            try:
+                async with self._opened(), anyio.create_task_group() as self._group:
+                    if self.failure is None:
+                        self._start_worker()
+                for index in sorted(self._early):  # those behind one that was not started
+                    self._sender.send_nowait(self._early[index])
+            except BaseException:  # cancelled: nobody will read on
+                self.results.close()
+                raise
+            finally:
+                close = getattr(self.items, "aclose", None)
+                if close is not None:  # nobody else would close an async generator in time
+                    with anyio.CancelScope(shield=True):
+                        await close()
+
+    def _start_worker(self) -> None:
+        assert self._group is not None
+        self._workers += 1
+        self._unadmitted += 1
+        self._group.start_soon(self._work)
+
+    async def _work(self) -> None:
+        while True:
+            await self.places.acquire()
+            async with self._fetching:
+                entry = None if self._exhausted else await self._fetch()
+            if entry is None:
+                self._unadmitted -= 1
+                self.places.release()  # nothing was taken
+                return
+            if entry.stored is not None:
+                result = entry.stored[0]
+                self._hand_out(Item(entry.number, entry.input, result, restored=True))
+            else:
+                await self._process(entry)
+
+    async def _fetch(self) -> Entry | None:
+        """Take an item, and find out whether it is done; None if there is none, or an error."""
         try:
-            while True:
-                try:
-                    yield portal.call(results.__anext__)
-                except StopAsyncIteration:
-                    return
+            with _cancelled_from_within("the iterable of items"):
+                entry = Entry(next(self._numbers), await anext(self.items))
+            if self._saved is not None:
+                entry = await to_thread.run_sync(self._saved.look_up, entry)
+        except StopAsyncIteration:
+            self._exhausted = True
+        except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
+            self._exhausted, self.failure = True, self.failure or error
+        else:
+            return None if self._stopped else entry
+        return None
+
+    async def _process(self, entry: Entry) -> None:
+        admitted = False
+
+        def begin() -> None:
+            """Note that a worker leaves the line; make sure that another one stands there."""
+            nonlocal admitted
+            if self._stopped:
+                raise Stopped
+            admitted = True
+            self._unadmitted -= 1
+            if not self._unadmitted and self._workers < self.workers:
+                self._start_worker()
+
+        try:
+            with _cancelled_from_within("the call"):
+                result = await self.caller.call(entry.input, begin)
+        except Stopped:
+            self.places.release()  # as nobody will fetch a result
+        except Exception as error:  # noqa: BLE001 - it belongs to the item
+            if self.stop_on_error:
+                self._stop()
+            self._hand_out(Item(entry.number, entry.input, error=error))
+        else:
+            if self._saved is not None:
+                await self._save(self._saved, entry.key, result)
+            self._hand_out(Item(entry.number, entry.input, result))
         finally:
-            portal.call(results.aclose)
+            self._unadmitted += admitted
+
+    def _stop(self) -> None:
+        """Start no more calls."""
+        self._stopped = self._exhausted = True
+
+    def _fail(self, error: Exception) -> None:
+        self._stop()
+        self.failure = self.failure or error
+
+    def _end(self, error: Exception) -> None:
+        """End the batch with an error, and all calls with it."""
+        self._fail(error)
+        if self._group is not None:
+            self._group.cancel_scope.cancel()
+
+    def _hand_out(self, item: Item[T, R]) -> None:
+        if self.bar is not None:
+            self.bar.count(failed=not item.ok, restored=item.restored)
+        if not self.ordered:
+            self._sender.send_nowait(item)
+            return
+        self._early[item.index] = item
+        while self._next in self._early:
+            self._sender.send_nowait(self._early.pop(self._next))
+            self._next += 1
+
+    @contextlib.asynccontextmanager
+    async def _opened(self) -> AsyncGenerator[None]:
+        """Open the checkpoint, if there is one, until the end of the block."""
+        try:
+            if self.checkpoint is not None:
+                self._saved = await to_thread.run_sync(self.checkpoint)
+        except Exception as error:  # noqa: BLE001 - the reader gets it
+            self._fail(error)
+        try:
+            yield
+        finally:
+            if self._saved is not None:
+                with anyio.CancelScope(shield=True):
+                    await to_thread.run_sync(self._saved.close)
+
+    async def _save(self, saved: Checkpoint, key: bytes, result: Any) -> None:
+        """Save a result, whatever ends the calls meanwhile: it is paid for."""
+        with anyio.CancelScope(shield=True):
+            async with self._saving:  # one thread is enough
+                try:
+                    await to_thread.run_sync(saved.save, key, result)
+                except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
+                    self._fail(error)
 
 
-def _in_threads(fn: Callable[[T], Any], threads: int) -> Callable[[T], Awaitable[Any]]:
-    thread_limit = CapacityLimiter(threads)
-
-    @functools.wraps(fn)
-    async def call(item: T) -> Any:
-        result = await to_thread.run_sync(fn, item, limiter=thread_limit)
-        return await result if inspect.isawaitable(result) else result
-
-    return call
+@contextlib.contextmanager
+def _cancelled_from_within(what: str) -> Generator[None]:
+    """Turn a cancellation from inside ``what`` into an error; one that is meant for us passes."""
+    try:
+        yield
+    except asyncio.CancelledError as cancelled:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        raise RuntimeError(
+            f"{what} was cancelled from within, by something that it awaits"
+        ) from cancelled

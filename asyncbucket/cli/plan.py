@@ -1,15 +1,33 @@
-"""`asyncbucket plan`: how long calls take under limits, in words, as JSON and as a picture."""
+"""`asyncbucket plan` and `asyncbucket plot`: how long calls will take, and what a limiter did.
+
+A plan is told in words, as JSON and as a picture; a trace is drawn.
+"""
 
 import contextlib
+import itertools
 import json
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.plan import Poisson
+from asyncbucket.core.wording import counted, named, written_out
+from asyncbucket.plan import Plan, Poisson
 from asyncbucket.plan import plan as make_plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_ADMITTED: Final = "#1f9d55"
+_WAITING: Final = "#3b7dd8"
+_LIMIT: Final = "#d98c00"
+_PAUSE: Final = "#d9534f"
+#: From this many seconds on, the time axis shows minutes.
+_LONG: Final = 120
 
 
 def _samples_option(text: str) -> Any:
@@ -36,10 +54,6 @@ def plan(  # noqa: PLR0913 - one for each option
     model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
     prices: options.PriceFile = None,
     # What is found out, and shown.
-    what_if: Annotated[
-        bool | None, options.flag("Say what other limits would bring.", "--what-if/--no-what-if")
-    ] = None,
-    seed: Annotated[int, options.text("Seed of all random numbers.", metavar="N")] = 0,
     out: Annotated[Path | None, options.file("Draw it: .png, .svg or .pdf.")] = None,
     dark: options.Dark = False,
     as_json: options.AsJson = False,
@@ -66,15 +80,11 @@ def plan(  # noqa: PLR0913 - one for each option
         profile=profile,
         model=model,
         prices=prices,
-        what_if=what_if,
-        seed=seed,
         rpm=rpm,
         tpm=tpm,
     )
     if out is not None:
-        from asyncbucket.cli.pictures import draw_plan
-
-        draw_plan(planned, out, dark=dark)
+        _draw_plan(planned, out, dark=dark)
     typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else planned)
     if out is not None and not as_json:
         typer.echo(f"drawn: {out}")
@@ -99,3 +109,153 @@ def _samples(text: str | None) -> float | Path | dict[str, Any] | None:
     if not Path(text).exists():
         raise ValueError(f"{text!r} is neither a number nor a file that is there")
     return Path(text)
+
+
+def plot(
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="What limiter.trace().save(...) wrote.")
+    ],
+    *,
+    out: Annotated[Path, options.file("A .png, .svg or .pdf.", "-o", "--out")],
+    dark: options.Dark = False,
+) -> None:
+    """Draw what limiter.trace() recorded.
+
+    Admissions against each limit, the calls that waited, and pauses.
+
+    Examples:
+        asyncbucket plot trace.jsonl -o out.png
+        asyncbucket plot trace.jsonl -o out.svg --dark
+    """
+    draw_trace(trace, out, dark=dark)
+    typer.echo(f"drawn: {out}")
+
+
+@contextlib.contextmanager
+def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["Figure"]:
+    """Provide a figure of ``size`` inches that is written to ``path`` at the end of the block.
+
+    Raises:
+        ValueError: the suffix of the path is of no kind that matplotlib draws.
+        ImportError: matplotlib is missing.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'a picture needs {error.name}: pip install "asyncbucket[plot]"'
+        ) from error
+    if not path.suffix:
+        raise ValueError(f"{str(path)!r} shows no kind of picture: end it in .png, .svg or .pdf")
+    look: dict[Any, Any] = {
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 9,
+        "font.size": 8,
+        "text.parse_math": False,  # names may hold dollars
+    }
+    with style.context(["dark_background" if dark else "default", look]):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        yield figure
+        figure.savefig(path)
+
+
+def _draw_plan(plan: Plan, path: Path, *, dark: bool) -> None:
+    """Draw admissions over time.
+
+    Raises:
+        ValueError, ImportError, OSError: it cannot be drawn, or not there; the message says why.
+    """
+    unit, seconds = ("minutes", 60) if plan.duration >= _LONG else ("seconds", 1)
+    part = plan.duration / len(plan.timeline)
+    rates = [count / (part or 1.0) for count in plan.timeline]
+    edges = [number * part / seconds for number in range(len(rates) + 1)]
+    with _figure(path, (8, 4.2), dark=dark) as figure:
+        axes = figure.subplots()
+        axes.stairs(rates, edges, fill=True, color=_ADMITTED, alpha=0.85, linewidth=0)
+        axes.set(title=plan.summary, xlabel=unit, ylabel="admitted a second")
+        axes.set_xlim(0, edges[-1] or 1)
+        limit = plan.binding
+        if limit is not None and limit.rate is not None:
+            label = f"{limit.limit}: {limit.rate:,.3g}/s in the long run"
+            axes.axhline(limit.rate, color=_LIMIT, linewidth=1.5, label=label)
+            axes.legend(loc="upper right")
+
+
+def draw_trace(trace: Path, out: Path, *, dark: bool) -> None:
+    """Draw how full each limit's window was, who waited, and when it was paused.
+
+    Raises:
+        ValueError: this is not a trace, or nothing happened in it; or ``out`` is of no known kind.
+        ImportError, OSError: matplotlib is missing; a file cannot be read or written.
+    """
+    head, events = _read_trace(trace)
+    admitted = [event for event in events if event["event"] == "admitted"]
+    pauses = [event for event in events if event["event"] == "paused"]
+    rows, end = len(head["limits"]) + 1, max(events[-1]["at"], 1e-3)
+    with _figure(out, (8, 1.2 + 1.7 * rows), dark=dark) as figure:
+        paused = "; paused where it is red" if pauses else ""
+        figure.suptitle(f"{head['limiter']}: {counted(len(admitted), 'admissions')}{paused}")
+        panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        for axes, limit in zip(panels, head["limits"], strict=False):
+            _draw_window(axes, admitted, limit, end)
+        _draw_waiting(panels[-1], events)
+        for axes in panels:
+            axes.set_xlim(0, end)
+            axes.grid(alpha=0.2)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            for pause in pauses:
+                over = pause["at"] + pause["seconds"]
+                axes.axvspan(pause["at"], over, color=_PAUSE, alpha=0.18, linewidth=0)
+
+
+def _read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the head of a trace, and its events in order, the first one at 0."""
+    try:
+        head, *events = map(json.loads, path.read_bytes().splitlines())
+        events.sort(key=lambda event: event["at"])
+        _ = head["limiter"], head["limits"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a trace ({error!r}); write one with limiter.trace().save()"
+        ) from error
+    if not events:
+        raise ValueError(f"{path}: nothing happened in this trace")
+    start = events[0]["at"]
+    return head, [event | {"at": event["at"] - start} for event in events]
+
+
+def _draw_window(
+    axes: "Axes", admitted: Sequence[Mapping[str, Any]], limit: Mapping[str, Any], end: float
+) -> None:
+    """Draw how many units are in the window that ends at each instant."""
+    resource, amount, per = limit["resource"], limit["amount"], limit["per"]
+    taken = [(event["at"], event["cost"].get(resource, 0)) for event in admitted]
+    steps = Counter[float]()
+    for at, units in taken:
+        steps[at] += units
+        steps[at + per] -= units
+    instants = [at for at in sorted(steps) if at <= end]
+    held = [*itertools.accumulate(steps[at] for at in instants)]
+    curve = [*instants, end], [*held, held[-1] if held else 0]
+    axes.step(*curve, where="post", color=_ADMITTED)
+    axes.fill_between(*curve, step="post", color=_ADMITTED, alpha=0.25)
+    axes.axhline(amount, color=_LIMIT, linestyle="--", linewidth=1)
+    title = f"in the last {written_out(per)} s; limit {amount:,}"
+    axes.set(title=title, ylabel=named(resource), ylim=(0, amount * 1.12))
+
+
+def _draw_waiting(axes: "Axes", events: Sequence[Mapping[str, Any]]) -> None:
+    """Draw how many waited, over all limiters of the trace, each of which reports its own line."""
+    waiting: dict[str, int] = {}
+    steps = [(0.0, 0)]  # a refusal or a pause says nothing of the line
+    for event in events:
+        if "waiting" in event:
+            waiting[event["limiter"]] = event["waiting"]
+            steps.append((event["at"], sum(waiting.values())))
+    axes.step(*zip(*steps, strict=True), where="post", color=_WAITING)
+    most = max(1, *(count for _, count in steps))
+    axes.set(title="waiting", ylabel="calls", xlabel="seconds", ylim=(0, 1.12 * most))

@@ -22,9 +22,9 @@ from asyncbucket.core.node import Node, Sizer
 from asyncbucket.core.place import Place
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Generator, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Iterable
 
-    from asyncbucket.batch import Item, Results
+    from asyncbucket.batch import Results
     from asyncbucket.batch.results import MapOptions
     from asyncbucket.core.limiter import Limiter
     from asyncbucket.http.clients import ClientOptions
@@ -236,26 +236,6 @@ class Doors:
         from asyncbucket.batch import amap
 
         return amap(cast("Limiter", self), fn, items, **options)
-
-    @overload
-    def map(
-        self,
-        fn: "Callable[[T], Awaitable[R]]",
-        items: "Iterable[T] | AsyncIterable[T]",
-        **options: Unpack["MapOptions"],
-    ) -> "Generator[Item[T, R]]": ...
-    @overload
-    def map(
-        self,
-        fn: Callable[[T], R],
-        items: "Iterable[T] | AsyncIterable[T]",
-        **options: Unpack["MapOptions"],
-    ) -> "Generator[Item[T, R]]": ...
-    def map(self, fn: Callable[..., Any], items: Any, **options: Any) -> Any:
-        """Call ``fn`` with each of ``items``, paced, in code without an event loop; see `amap`."""
-        from asyncbucket.batch import map_sync
-
-        return map_sync(cast("Limiter", self), fn, items, **options)
 
     def serve_stats(self, *, port: int | None = None) -> "StatsServer":
         """Serve the statistics of this limiter and its children, read-only, on this machine only.

@@ -1,64 +1,54 @@
-"""The calls of a plan: how many, what they cost, how long they take, and when they come."""
+"""The calls of a plan: how many, what they cost, how long they take, and when they come.
+
+In dollars, two things are uncertain. How long is a reply? If ``max_tokens`` limits it, from nothing to
+that; otherwise nobody knows the most. And how are tokens split, if only their total is known? From all
+input to all output.
+"""
 
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import UnknownPrice
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER
-from asyncbucket.core.wording import MICRO, USD, is_number, named, plain, read_count, shown
-from asyncbucket.plan.bill import PlannedDollars, add_up, bill_of
-from asyncbucket.plan.drive import NANOSECONDS, PlannedCall
-
-if TYPE_CHECKING:
-    from asyncbucket.providers.prices import Prices
-    from asyncbucket.providers.profiles import Profile
-
-Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
-"""A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
-
-Samples: TypeAlias = Sample | PathLike[str] | Iterable[Sample]
-"""One sample for every call, samples, or the path of a file of them, one a line: JSON, or plain text."""
+from asyncbucket.core.meters import Amounts
+from asyncbucket.core.wording import (
+    MICRO,
+    USD,
+    is_number,
+    named,
+    plain,
+    read_count,
+    shown,
+)
+from asyncbucket.plan import NANOSECONDS, PlannedDollars, Poisson, Samples
+from asyncbucket.providers.prices import Prices, price_of
+from asyncbucket.providers.profiles import Call, Profile, profile_named
+from asyncbucket.providers.request import FORESEEN, RequestSize, replies_of
 
 T = TypeVar("T")
 
-#: The most calls of a plan: they take a minute or two and some gigabytes.
-_MOST: Final = 10_000_000
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
-_SECONDS: Final = ("latency", "seconds", "duration")
+#: What a request's body asks with.
+_ASKED: Final = frozenset({"messages", "prompt", "input"})
 #: How a line begins that is meant as JSON. Other brackets may begin a text.
 _JSON_START: Final = re.compile(r'[{"]|\[\s*[\[\]{"\d-]')
 
 
-@dataclass(frozen=True, slots=True)
-class Poisson:
-    """Let calls come at random, independently: ``rate`` a second on average."""
+class PlannedCall(NamedTuple):
+    """One call: what it costs, and how long it takes (ns)."""
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        """Refuse an invalid rate."""
-        if not is_number(self.rate) or not 0 < self.rate < math.inf:
-            raise ValueError(
-                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
-            )
-
-    def instants(self, calls: int, seed: int) -> Iterator[int]:
-        """Yield when each call comes, in nanoseconds."""
-        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
-        now = 0.0
-        for _ in range(calls):
-            now += rng.expovariate(self.rate)
-            yield round(now * NANOSECONDS)
+    amounts: Amounts
+    latency: int
 
 
 class CallCost(NamedTuple):
@@ -68,49 +58,42 @@ class CallCost(NamedTuple):
     bill: PlannedDollars | None
 
 
+@dataclass(kw_only=True, eq=False)
 class Load:
     """Yield each call with the instant (ns) at which it comes: the same ones every time.
 
-    Args:
+    Attributes:
         tokens, latency, calls, arrivals, profile, model, prices, seed: see `asyncbucket.plan.plan`.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: Samples | None,
-        latency: Samples | None,
-        calls: int | None,
-        arrivals: Poisson | None,
-        profile: str,
-        model: str | None,
-        prices: "Prices | None",
-        seed: int,
-    ) -> None:
-        if arrivals is not None and not isinstance(arrivals, Poisson):
-            raise TypeError(
-                f"arrivals must be Poisson(8.0), for so many calls a second, not {shown(arrivals)}"
-            )
-        from asyncbucket.providers.profiles import profile_named
+    tokens: Samples | None
+    latency: Samples | None
+    calls: int | None
+    arrivals: Poisson | None
+    profile: str
+    model: str | None
+    prices: Prices | None
+    seed: int
+    #: How many calls there are, from whichever argument determines it.
+    count: int = field(init=False)
+    _costs: "_Series[CallCost]" = field(init=False)
+    _lengths: "_Series[int]" = field(init=False)
 
-        self._has_tokens = tokens is not None
-        read = partial(read_call, profile=profile_named(profile), model=model, prices=prices)
-        self._costs = _Series("tokens", 0 if tokens is None else tokens, read)
-        self._lengths = _Series("latency", 0 if latency is None else latency, _read_seconds)
-        self._arrivals = arrivals
-        self._seed = seed
-        calls = None if calls is None else read_count(calls, "calls", least=1)
-        #: How many calls there are, from whichever argument determines it.
-        self.calls = calls or max(len(self._costs.values), len(self._lengths.values))
-        if calls is None and not (_are_many(tokens) or _are_many(latency)):
+    def __post_init__(self) -> None:
+        if not isinstance(self.arrivals, Poisson | None):
+            raise TypeError(
+                f"arrivals must be Poisson(8.0), for so many calls a second, not {shown(self.arrivals)}"
+            )
+        profile = profile_named(self.profile)
+        read = partial(read_call, profile=profile, model=self.model, prices=self.prices)
+        self._costs = _Series("tokens", self.tokens, read)
+        self._lengths = _Series("latency", self.latency, _read_seconds)
+        if self.calls is None and not (self._costs.are_many or self._lengths.are_many):
             raise ValueError(
                 "how many calls? give calls, or samples of tokens or latency, in a list or a file"
             )
-        if self.calls > _MOST:
-            raise ValueError(
-                f"{self.calls:,} calls are more than the {_MOST:,} that a plan runs through: plan "
-                "a part of them; where limits bind, twice the calls take twice as long"
-            )
+        most = max(len(self._costs.values), len(self._lengths.values))
+        self.count = most if self.calls is None else read_count(self.calls, "calls", least=1)
 
     def check(self, limits: Iterable[Limit], concurrency: int | None) -> None:
         """Refuse limits on something unknown, which would not bind in the plan.
@@ -118,21 +101,12 @@ class Load:
         Raises:
             ValueError: the message says what is missing.
         """
-        limited = {limit.resource for limit in limits}
-        tokens = sorted(limited & _TOKENS)
-        if tokens and not self._has_tokens:
+        known = {"requests"} | (_TOKENS if self.tokens is not None else set())
+        known |= set() if any(each.bill is None for each in self._costs.values) else {USD}
+        for name in sorted({limit.resource for limit in limits} - known):
             raise ValueError(
-                f"a limit counts {' and '.join(map(named, tokens))}, but nothing says how many a "
-                "call has: give tokens="
-            )
-        for name in sorted(limited - _TOKENS - {"requests", USD}):
-            raise ValueError(
-                f"a limit counts {name}, and a plan counts requests, tokens and dollars alone: leave "
-                "it out"
-            )
-        if USD in limited and any(each.bill is None for each in self._costs.values):
-            raise ValueError(
-                "a limit counts dollars, but nothing says what a call costs: give model="
+                f"a limit counts {named(name)}, but nothing says how many a call takes: give tokens=, "
+                f"and for dollars model=; or leave the limit out"
             )
         if concurrency is not None and not any(self._lengths.values):
             raise ValueError(
@@ -142,15 +116,15 @@ class Load:
 
     def dollars(self) -> PlannedDollars | None:
         """Return what all calls cost together; None if that is not known of each."""
-        if not self._has_tokens:
+        if self.tokens is None:
             return None
-        return add_up([each.bill for each in self._costs.values], self.calls)
+        return _add_up([each.bill for each in self._costs.values], self.count)
 
     def __iter__(self) -> Iterator[tuple[int, PlannedCall]]:
-        instants: Iterable[int] = repeat(0, self.calls)
-        if self._arrivals is not None:
-            instants = self._arrivals.instants(self.calls, self._seed)
-        drawn = (each.draw(self.calls, self._seed) for each in (self._costs, self._lengths))
+        instants: Iterable[int] = repeat(0, self.count)
+        if self.arrivals is not None:
+            instants = self.arrivals.instants(self.count, self.seed)
+        drawn = (each.draw(self.count, self.seed) for each in (self._costs, self._lengths))
         cost, latency = CallCost(Cost(), None), -1
         call = PlannedCall({}, 0)
         for instant, values in zip(instants, zip(*drawn, strict=True), strict=True):
@@ -167,15 +141,17 @@ class _Series(Generic[T]):
     Samples are taken in order if there are as many as calls, else drawn with replacement.
     """
 
-    def __init__(self, name: str, given: Samples, read: Callable[[Any], T]) -> None:
+    def __init__(self, name: str, given: Samples | None, read: Callable[[Any], T]) -> None:
         """Read what was ``given`` as ``name``; ``read`` turns a sample into a value."""
         self._name = name
+        #: Whether there are samples, not one for every call.
+        self.are_many = True
         if isinstance(given, str | PathLike):
             samples = _lines(name, Path(given))
-        elif isinstance(given, Iterable) and not isinstance(given, Mapping | bytes):
+        elif isinstance(given, Iterable) and not isinstance(given, Mapping):
             samples = ((f"{name}, sample {n}", sample) for n, sample in enumerate(given, 1))
         else:
-            samples = iter([(name, given)])
+            self.are_many, samples = False, iter([(name, 0 if given is None else given)])
         self.values = [_checked(sample, where, read) for where, sample in samples]
         if not self.values:
             raise ValueError(f"{name} has no samples: give at least one")
@@ -188,11 +164,6 @@ class _Series(Generic[T]):
         if len(self.values) == 1:
             return repeat(self.values[0], calls)
         return (rng.choice(self.values) for _ in range(calls))
-
-
-def _are_many(given: object) -> bool:
-    """Tell whether this is samples, or a file of them, not one sample for every call."""
-    return isinstance(given, Iterable | PathLike) and not isinstance(given, Mapping | bytes)
 
 
 def _checked(sample: Any, where: str, read: Callable[[Any], T]) -> T:
@@ -208,10 +179,7 @@ def _lines(name: str, path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{name}: {path}, line {number}"
-                try:
-                    yield where, read_line(line)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
+                yield where, _checked(line, where, read_line)
 
 
 def read_line(line: bytes) -> Any:
@@ -238,30 +206,32 @@ def read_line(line: bytes) -> Any:
 
 
 def read_call(
-    sample: object, *, profile: "Profile", model: str | None, prices: "Prices | None"
+    sample: object, *, profile: Profile, model: str | None, prices: Prices | None
 ) -> CallCost:
     """Return what a call takes of the limits, and what it costs.
+
+    Args:
+        sample: see `Sample`; a request is charged as ``profile`` says, and names its model.
+        profile: how the provider charges a request.
+        model: the model; by default the one that the request names.
+        prices: prices that come before the published ones.
 
     Raises:
         TypeError, ValueError: the sample has no tokens, or nobody knows what ``model`` costs.
     """
     if isinstance(sample, CallCost):
         return sample
-    cost = _read_tokens(sample, profile)
-    return CallCost(cost, bill_of(cost, sample, model, prices))
+    body: Mapping[str, Any] = {}
+    if isinstance(sample, Mapping):
+        inner = sample.get("body", sample)
+        body = inner if isinstance(inner, Mapping) else {}
+    cost = _read_tokens(sample, body, profile)
+    return CallCost(cost, _bill_of(cost, body, model, prices))
 
 
-def _read_tokens(sample: object, profile: "Profile") -> Cost:
-    """Return what a call costs, as ``profile`` charges it if the sample is a request.
-
-    Four characters of a text are one token, OpenAI's estimate at admission.
-
-    Raises:
-        TypeError, ValueError: the sample has no tokens.
-    """
+def _read_tokens(sample: object, body: Mapping[str, Any], profile: Profile) -> Cost:
+    """Return what a call costs. Four characters of a text are one token: OpenAI's estimate."""
     if isinstance(sample, str):
-        from asyncbucket.providers.request import RequestSize
-
         size = RequestSize()
         size.add(sample)
         return Cost(tokens=size.by_characters)
@@ -272,16 +242,12 @@ def _read_tokens(sample: object, profile: "Profile") -> Cost:
     amounts = {name: _number(sample[name]) for name in _TOKENS & sample.keys()}
     if amounts:
         return Cost(**amounts)
-    body = sample.get("body", sample)
-    if not isinstance(body, Mapping) or not body.keys() & {"messages", "prompt", "input"}:
+    if not body.keys() & _ASKED:
         raise ValueError(
             f"an object with {', '.join(sorted(map(str, sample))) or 'nothing'} gives no "
             "tokens: give tokens, input_tokens and output_tokens, or a request's messages, "
             "prompt or input"
         )
-    from asyncbucket.providers.profiles import Call
-    from asyncbucket.providers.request import FORESEEN
-
     url = sample.get("url")
     path = url if isinstance(url, str) else _path_of(body)
     return profile.cost(Call("POST", "", path, body, foreseen=FORESEEN)) or Cost()
@@ -296,21 +262,51 @@ def _path_of(body: Mapping[str, Any]) -> str:
     return "/v1/embeddings" if "embedding" in str(body.get("model")) else "/v1/responses"
 
 
-def _read_seconds(sample: object) -> int:
-    """Return a sample of seconds in nanoseconds, from a number or an object that has one.
+def _bill_of(
+    cost: Cost, body: Mapping[str, Any], model: str | None, prices: Prices | None
+) -> PlannedDollars | None:
+    """Return what a call costs; None if nothing says which model it is for."""
+    name = model or body.get("model")
+    if name is None:
+        return None
+    try:
+        price = price_of(name, prices)
+    except UnknownPrice:
+        if model is None:
+            return None
+        raise
+    given, received = cost.get("input_tokens", 0), cost.get("output_tokens", 0)
+    if cost.get("tokens", 0) == given == received:  # only the sum is known
+        ends = sorted((price.at_most(given, 0), price.at_most(0, received)))
+        return PlannedDollars(ends[0], sum(ends) / 2, ends[1])
+    whole, least = price.at_most(given, received), price.at_most(given, 0)
+    if not body.keys() & _ASKED:
+        return PlannedDollars(whole, whole, whole)
+    asked = RequestSize()
+    asked.add_options(body)
+    if received and asked.max_output is None:
+        return PlannedDollars(least, whole, None)
+    expected = min(received, FORESEEN * replies_of(body))
+    return PlannedDollars(least, price.at_most(given, expected), whole)
 
-    Raises:
-        TypeError, ValueError: it is not a number of seconds from 0 on.
-    """
-    if isinstance(sample, Mapping):
-        seconds = next((sample[name] for name in _SECONDS if name in sample), None)
-        if seconds is None:
-            raise ValueError(f"an object without {', '.join(_SECONDS)} gives no seconds")
-        sample = seconds
-    length = round(_number(sample) * NANOSECONDS)
-    if length >= NEVER:
-        raise OverflowError
-    return length
+
+def _add_up(bills: Sequence[PlannedDollars | None], calls: int) -> PlannedDollars | None:
+    """Return what ``calls`` calls cost that are like those of ``bills``; None if one is unknown."""
+    known = [bill for bill in bills if bill is not None]
+    if len(known) < len(bills):
+        return None
+    scale = calls / len(known)
+    bounds = [bill.most for bill in known if bill.most is not None]
+    return PlannedDollars(
+        least=scale * sum(bill.least for bill in known),
+        likely=scale * sum(bill.likely for bill in known),
+        most=scale * sum(bounds) if len(bounds) == len(known) else None,
+    )
+
+
+def _read_seconds(sample: object) -> int:
+    """Return a sample of seconds in nanoseconds."""
+    return round(_number(sample) * NANOSECONDS)
 
 
 def _number(value: object) -> float:

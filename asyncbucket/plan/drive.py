@@ -1,4 +1,4 @@
-"""Run calls through the real meters on virtual time: the basis of a plan.
+"""Make a plan: run its calls through the real meters on virtual time.
 
 A limiter consists of meters, which say what may pass and when; a queue, which says who is next; and
 a pacer, which sleeps. Here nobody has to sleep: time moves to the next instant at which something
@@ -11,25 +11,29 @@ hours, whatever the date is, so that a plan is the same tomorrow; months are tho
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Final, NamedTuple
 
+from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import CostExceedsLimit
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts, Window
 from asyncbucket.core.node import Meters, latest
+from asyncbucket.core.pool import Pool
+from asyncbucket.plan import NANOSECONDS, Plan, PlannedLimit, PlannedWaits
+from asyncbucket.plan.calls import Load, PlannedCall
 
-NANOSECONDS: Final = 1_000_000_000
+#: Up to this many calls, other limits are tried.
+_MAX_WHAT_IF_CALLS: Final = 100_000
+#: Parts of the timeline at most, and the calls in one of them on average at least: parts with one
+#: call or none would look like a comb.
+_PARTS: Final = 240
+_CALLS_A_PART: Final = 5
 #: When plans begin, for limits that reset by the calendar: early in January 2025.
 _DATE: Final = 1_736_380_800 * NANOSECONDS
-
-
-class PlannedCall(NamedTuple):
-    """One call: what it costs, and how long it takes (ns)."""
-
-    amounts: Amounts
-    latency: int
 
 
 class Bounds(NamedTuple):
@@ -64,17 +68,17 @@ class Record:
         return self.end / NANOSECONDS
 
 
-def run_calls(calls: Iterable[tuple[int, PlannedCall]], members: Sequence[Bounds]) -> Record:
+def run_calls(load: Load, members: Sequence[Bounds]) -> Record:
     """Run every call from its arrival to its end, first come first served.
 
     Args:
-        calls: instants (ns), ascending, and the calls that come then.
+        load: the calls, in order of their arrival.
         members: what the calls pass: each goes to the member that can start it first.
     """
     lanes = [Lane(bounds) for bounds in members]
     record = Record(lanes=lanes)
     now = 0
-    for arrived, call in calls:
+    for arrived, call in load:
         able = [lane for lane in lanes if lane.takes(call.amounts)]
         if not able:
             record.refused.append(call)
@@ -150,3 +154,107 @@ def _wall_of(limit: Limit) -> Callable[[int], int]:
     calendar = limit.calendar
     start = 0 if calendar is None else calendar.start(calendar.number(_DATE))
     return lambda now: now + start
+
+
+def make_plan(load: Load, members: Sequence[Bounds]) -> Plan:
+    """Return the plan of calls under limits; see `asyncbucket.plan.plan`."""
+    record = run_calls(load, members)
+    refusal = _refusal(members, record.refused[0]) if record.refused else None
+    calls, end = len(record.admitted), record.end
+    if refusal is not None and not calls:
+        raise CostExceedsLimit(f"no call can ever pass: {refusal}")
+    planned = []
+    asks = load.count <= _MAX_WHAT_IF_CALLS
+    for place, bounds in enumerate(members):
+        for number, limit in enumerate(_limits(bounds, record, record.lanes[place])):
+            doubled = removed = record.seconds if asks else None
+            if asks and record.held_up.get(limit.resource):
+                doubled, removed = (
+                    run_calls(load, [*members[:place], other, *members[place + 1 :]]).seconds
+                    for other in _changed(bounds, number)
+                )
+            planned.append(replace(limit, if_doubled=doubled, if_removed=removed))
+    held_up = sum(record.held_up.values())
+    return Plan(
+        duration=record.seconds,
+        calls=calls,
+        tokens=sum(lane.used["tokens"] for lane in record.lanes),
+        usd=load.dollars(),
+        waits=_waits(record),
+        limits=tuple(planned),
+        held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
+        peak_in_flight=record.peak,
+        mean_in_flight=sum(lane.busy for lane in record.lanes) / end if end else 0.0,
+        refused=len(record.refused),
+        refusal=refusal,
+        timeline=_timeline(record),
+    )
+
+
+def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
+    """Return what the limiter, or the pool, tells a call that can never pass."""
+    limiters = [Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members]
+    limiter = limiters[0] if len(limiters) == 1 else Pool(*limiters)
+    try:
+        limiter.acquire_nowait(Cost.of(call.amounts))
+    except CostExceedsLimit as error:
+        return str(error)
+    return None
+
+
+def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator[PlannedLimit]:
+    """Describe each limit, and the slots as the last one."""
+    of = f"{bounds.name}: " if bounds.name else ""
+    for limit in bounds.limits:
+        used = lane.used[limit.resource]
+        rate = limit.units / limit.per * lane.calls / used if used else None
+        part = _part_used(limit, used, record)
+        yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
+    if bounds.slots is not None:
+        part = lane.busy / (bounds.slots * record.end) if record.end else 0.0
+        rate = bounds.slots * lane.calls * NANOSECONDS / lane.busy if lane.busy else None
+        slots = f"{of}{bounds.slots:,} at once"
+        yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
+
+
+def _part_used(limit: Limit, used: int, record: Record) -> float:
+    """Return which part of a limit was used, of the most that was possible in that time."""
+    last = record.admitted[-1] if record.admitted else 0
+    most: float = limit.units * (last // limit.window + 1)
+    if limit.burst_units is not None:
+        most = min(most, limit.burst_units + limit.units * last / limit.window)
+    # Calls that use more than they reserved may exceed it: then all was used.
+    return min(1.0, used / most)
+
+
+def _changed(bounds: Bounds, number: int) -> tuple[Bounds, Bounds]:
+    """Return bounds with one of the limits doubled, and without it; the slots come last."""
+    before, rest = bounds.limits[:number], bounds.limits[number:]
+    if not rest:
+        assert bounds.slots is not None
+        return bounds._replace(slots=2 * bounds.slots), bounds._replace(slots=None)
+    limit = rest[0]
+    # A user who doubles the number gets its default burst: for 38 that is 3, for 19 it was 1.
+    default = replace(limit, burst=None).burst
+    burst = None if limit.burst is None or limit.burst == default else 2 * limit.burst
+    doubled = replace(limit, amount=2 * limit.amount, burst=burst)
+    return (
+        bounds._replace(limits=(*before, doubled, *rest[1:])),
+        bounds._replace(limits=(*before, *rest[1:])),
+    )
+
+
+def _waits(record: Record) -> PlannedWaits:
+    ranked = sorted(record.waited) or [0]
+    p50, p95, most = (
+        ranked[max(0, -(-len(ranked) * rank // 100) - 1)] / NANOSECONDS for rank in (50, 95, 100)
+    )
+    return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / NANOSECONDS)
+
+
+def _timeline(record: Record) -> tuple[int, ...]:
+    parts = max(1, min(_PARTS, len(record.admitted) // _CALLS_A_PART))
+    counts = [0] * parts
+    for instant in record.admitted:
+        counts[min(instant * parts // max(1, record.end), parts - 1)] += 1
+    return tuple(counts)

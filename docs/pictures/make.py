@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from asyncbucket import Limiter
-from asyncbucket.cli.pictures import draw_trace, read_trace
+from asyncbucket.cli.plan import draw_trace
 from asyncbucket.testing import RateLimitedProvider
 
 HERE = Path(__file__).parent
@@ -119,8 +119,7 @@ async def draw_watch_and_trace(folder: Path) -> None:
             await program
     trace.save(str(folder / "trace.jsonl"))
     for name in ("light", "dark"):
-        seen = read_trace(folder / "trace.jsonl")
-        draw_trace(seen, HERE / f"trace-{name}.png", dark=name == "dark")
+        draw_trace(folder / "trace.jsonl", HERE / f"trace-{name}.png", dark=name == "dark")
 
 
 if __name__ == "__main__":

@@ -1,104 +1,121 @@
-"""`asyncbucket plan`: what people type, see and draw."""
+"""`asyncbucket plan` and `asyncbucket plot`: what people type, see and draw."""
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from asyncbucket import Cost, CostExceedsLimit, Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.plan import plan
-
-EXAMPLE = (
-    *("--calls", "10000", "--tokens", "800", "--rpm", "500", "--tpm", "200000"),
-    *("--concurrency", "32", "--latency", "1.5"),
-)
+from asyncbucket.testing import VirtualTime
 
 
-def typed(*arguments: str, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["plan", *arguments])
+def typed(line: str, *more: str, status: int = 0) -> str:
+    result = CliRunner().invoke(app, [*shlex.split(line), *more])
     assert result.exit_code == status, result.output
     return result.stdout if status == 0 else result.stderr
 
 
 def test_docs_example_prints_what_the_plan_says() -> None:
     planned = plan(calls=10_000, tokens=800, rpm=500, tpm=200_000, concurrency=32, latency=1.5)
-    assert typed(*EXAMPLE) == f"{planned}\n"
-
-
-def test_plan_says_what_a_job_costs(tmp_path: Path) -> None:
-    prices = tmp_path / "prices.toml"
-    prices.write_text("[m]\ninput = 1\noutput = 4\n")
-    options = ("--calls", "10", "--tokens", "100000", "--rpm", "500", "--model", "m")
-    told = typed(*options, "--prices", str(prices))
-    assert "this job costs 2.50 USD, 1.00 to 4.00\n" in told
-    assert typed(*options, status=2).endswith("write it to a TOML file and give --prices\n")
+    options = "--calls 10000 --tokens 800 --rpm 500 --tpm 200000 --concurrency 32 --latency 1.5"
+    assert typed(f"plan {options}") == f"{planned}\n"
 
 
 def test_examples_in_help_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"What is a bucket?"\n' * 50, "utf-8")
-    lines = [line.strip() for line in typed("--help").splitlines()]
+    lines = [line.strip() for line in typed("plan --help").splitlines()]
     examples = [line for line in lines if line.startswith("asyncbucket plan ")]
     assert len(examples) == 3
     for line in examples:
-        assert " calls" in typed(*shlex.split(line)[2:]).splitlines()[0]
+        assert " calls" in typed(line.removeprefix("asyncbucket ")).splitlines()[0]
 
 
-def test_numbers_may_have_separators_or_a_k_suffix() -> None:
-    plain = typed("--calls", "3", "--tokens", "2000", "--tpm", "2000", "--json")
-    assert typed("--calls", "3", "--tokens", "2k", "--tpm", "2k", "--json") == plain
-    assert typed("--calls", "3", "--tokens", '{"tokens": 2000}', "--tpm", "2k", "--json") == plain
+@pytest.mark.parametrize("tokens", ["2000", "2k", "'{\"tokens\": 2000}'"])
+def test_numbers_and_amounts_may_be_written_in_several_ways(tokens: str) -> None:
+    told = json.loads(typed(f"plan --calls 3 --tokens {tokens} --tpm 2k --json"))
+    assert (told["calls"], told["tokens"], round(told["duration"])) == (3, 6_000, 121)
 
 
-def test_token_and_latency_samples_are_read_from_files(tmp_path: Path) -> None:
-    prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log.jsonl"
-    prompts.write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
-    log.write_text("1.5\n2.5\n", "utf-8")
-    shown = json.loads(typed("--tokens", str(prompts), "--latency", str(log), "--json"))
-    assert (shown["calls"], shown["tokens"], shown["duration"]) == (2, 5 + 16, 2.5)
-
-
-def test_limits_of_options_texts_and_preset_are_combined() -> None:
-    shown = json.loads(
-        typed(
-            *("--calls", "5", "--tokens", "10", "--also", "9 RPD", "--also", "8 RPH"),
-            *("--also", "7k TPD", "--preset", "openai/tier-2/gpt-4o-mini", "--json"),
-        )
-    )
-    assert [limit["limit"] for limit in shown["limits"]] == [
-        "9 requests per 86,400 s",
-        "8 requests per 3,600 s",
-        "7,000 tokens per 86,400 s",
-        "5,000 requests per 60 s",
-        "2,000,000 tokens per 60 s",
+def test_samples_limits_and_prices_are_read_from_files_options_and_presets(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text('"What is a bucket?"\n{"prompt": "And a token?"}\n', "utf-8")
+    (tmp_path / "log").write_text("1.5\n2.5\n", "utf-8")
+    (tmp_path / "prices").write_text("[m]\ninput = 1\noutput = 4\n")
+    files = f"{tmp_path}/prompts --latency {tmp_path}/log --prices {tmp_path}/prices --model m"
+    limits = "--also '9 RPD' --also '7k TPD' --preset openai/tier-2/gpt-4o-mini"
+    told = json.loads(typed(f"plan {files} {limits} --json"))
+    assert (told["calls"], told["tokens"], told["duration"]) == (2, 5 + 16, 2.5)
+    assert told["usd"]["likely"] > 0
+    assert [limit["limit"] for limit in told["limits"]] == [
+        *("9 requests per 86,400 s", "7,000 tokens per 86,400 s"),
+        *("5,000 requests per 60 s", "2,000,000 tokens per 60 s"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("options", "error"),
     [
-        (
-            (),
-            "error: how many calls? give calls, or samples of tokens or latency, in a list or a file",
-        ),
-        (
-            ("--calls", "3", "--tokens", "none.jsonl"),
-            "error: 'none.jsonl' is neither a number nor a file that is there\n",
-        ),
-        (
-            ("--calls", "3", "--out", "plan.docx"),
-            "error: Format 'docx' is not supported (supported formats: ",
-        ),
-        (("--calls", "3", "--out", "none/x.svg"), "error: none/x.svg cannot be used (No such"),
-        (("--calls", "3", "--profile", "x"), "error: no profile is called 'x'; known: openai"),
-        (("--calls", "3", "--preset", "x"), "error: no preset is called 'x'"),
-        (("--calls", "3", "--tokens", "{"), "error: '{' is not JSON: Expecting property name"),
-        (("a.jsonl", "--tokens", "9"), "error: 'a.jsonl' and --tokens both say what calls cost"),
-        (("--calls", "3", "--out", "plan"), "error: 'plan' shows no kind of picture: end it in "),
-        (("--calls", "3", "--tokens", "9", "--also", "5 TPM"), "error: no call can ever pass"),
+        ("", "how many calls? give calls, or samples of tokens or latency, in a list or a file"),
+        ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number nor a file that is"),
+        ("--calls 3 --out plan.docx", "Format 'docx' is not supported (supported formats: "),
+        ("--calls 3 --out none/x.svg", "none/x.svg cannot be used (No such"),
+        ("--calls 3 --out plan", "'plan' shows no kind of picture: end it in "),
+        ("--calls 3 --preset x", "no preset is called 'x'"),
+        ("--calls 3 --tokens {", "'{' is not JSON: Expecting property name"),
+        ("a.jsonl --tokens 9", "'a.jsonl' and --tokens both say what calls cost"),
     ],
 )
-def test_mistake_is_explained_with_status_2(arguments: tuple[str, ...], error: str) -> None:
-    assert typed(*arguments, status=2).startswith(error)
+def test_mistake_is_explained_with_status_2(options: str, error: str) -> None:
+    assert typed(f"plan {options}", status=2).startswith(f"error: {error}")
+
+
+@pytest.mark.parametrize("options", ["", " --dark"])
+def test_plan_is_drawn_light_and_dark(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "plan.svg"
+    for calls in (3, 3_000):  # of 3, nobody waits, and they take no time
+        said = typed(f"plan --calls {calls} --rpm 600 --out {path}{options}")
+        assert said.endswith(f"drawn: {path}\n")
+    background, _, picture = path.read_bytes().partition(b"patch_2")
+    assert (b"fill: #ffffff" in background) == (not options)
+    assert b"<!-- 600 requests per 60 s: 10/s in the long run -->" in picture
+
+
+def test_missing_matplotlib_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = typed("plan --calls 3 --out plan.png", status=2)
+    assert said.endswith('pip install "asyncbucket[plot]"\n')
+
+
+async def test_trace_is_drawn(virtual_time: VirtualTime, tmp_path: Path) -> None:
+    """The name looks like a formula; a call is refused, and a limit admits nothing."""
+    limits = ("60 RPM burst 2", "9 images/hour")
+    limiter = Limiter(*limits, name="$5 {a_month$", clock=virtual_time.clock)
+    with limiter.trace() as trace:
+        with pytest.raises(CostExceedsLimit):
+            limiter.acquire_nowait(cost=Cost(images=10))
+        for _ in range(20):
+            await limiter.acquire()
+        limiter.pause(3)
+    trace.save(tmp_path / "trace.jsonl")
+    assert typed(f"plot {tmp_path}/trace.jsonl -o {tmp_path}/x.svg") == f"drawn: {tmp_path}/x.svg\n"
+    content = (tmp_path / "x.svg").read_text()
+    for text in ("$5 {a_month$: 20 admissions; paused", "in the last 60 s; limit 60", "waiting"):
+        assert f"<!-- {text}" in content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}\n", "is not a trace (KeyError('limiter')); write one with limiter.trace().save()"),
+        ("hello\nworld\n", "is not a trace (JSONDecodeError("),
+        ('{"limits": [], "limiter": "a"}\n', "nothing happened in this trace"),
+    ],
+)
+def test_plot_refuses_other_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "trace.jsonl").write_text(text)
+    assert message in typed(f"plot {tmp_path}/trace.jsonl -o {tmp_path}/out.png", status=2)

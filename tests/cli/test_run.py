@@ -3,8 +3,10 @@
 The provider runs on the machine's clock, in its own thread or process: virtual time won't do.
 """
 
+import asyncio
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -24,15 +26,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from asyncbucket import AcquireTimeout
 from asyncbucket.cli.app import app
-from asyncbucket.cli.run.job import Job
+from asyncbucket.http import read_pool
 from asyncbucket.testing import RateLimitedProvider
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 
-pytestmark = pytest.mark.real_clock
+pytestmark = [
+    pytest.mark.real_clock,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals, locks and limits are Unix's"),
+]
 
-PIPE = subprocess.PIPE
-COMMAND = [sys.executable, "-m", "asyncbucket", "run"]
 SECRET = "sk-very-secret"
 
 
@@ -40,6 +44,11 @@ SECRET = "sk-very-secret"
 def in_a_folder_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+
+@pytest.fixture
+def provider(rate_limited_provider: ProviderFactory) -> RateLimitedProvider:
+    return rate_limited_provider()
 
 
 def batch(count: int, path: str = "in.jsonl") -> str:
@@ -61,30 +70,37 @@ def typed(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["run", *arguments], prog_name="asyncbucket")
 
 
-def started(provider: Any, *arguments: str, **streams: Any) -> "subprocess.Popen[str]":
-    command = [*COMMAND, *arguments, "--api-base", provider.base_url]
-    options: dict[str, Any] = {"stderr": PIPE, "text": True} | streams
-    return subprocess.Popen(command, **options)
-
-
-def done(*command: str, **streams: Any) -> tuple[int, str]:
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, **streams
-    )
-    return ended.returncode, ended.stderr
+def started(provider: Any, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "asyncbucket", "run", *arguments]
+    command += ["--api-base", provider.base_url]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
 
 
-def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(rpm=6_000)
-    result = run(provider, batch(50), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "8")
-    answers = {line["custom_id"]: line for line in lines_of("out.jsonl")}
-    assert result.exit_code == 0, result.output
-    assert provider.statistics().admitted == len(answers) == 50
-    assert provider.statistics().refused == 0
+def test_every_line_is_answered_once_in_several_runs(provider: RateLimitedProvider) -> None:
+    out = "50 % off? #1.jsonl"
+    arguments = ["-o", out, "--rpm", "6000", "--concurrency", "8"]
+    provider.fail_next(1, status=429, retry_after=0.1)
+    first, again = (run(provider, batch(50), *arguments) for _ in range(2))
+    more = run(provider, batch(52), *arguments, "--json")
+    answers = {line["custom_id"]: line for line in lines_of(out)}
+    assert (first.exit_code, again.exit_code, more.exit_code) == (0, 0, 0), first.output
+    assert "50 answered\n51 requests" in first.stderr
+    assert ", 1 429s" in first.stderr
+    assert "0 answered and 50 earlier" in again.stderr
+    told = json.loads(more.stdout)
+    assert (told["lines"], told["left"], told["answered"], told["answered_earlier"]) == (
+        52,
+        0,
+        2,
+        50,
+    )
+    assert told["input_tokens"] == sum(answers[f"q{n}"]["usage"]["prompt_tokens"] for n in (50, 51))
+    assert provider.statistics().admitted == len(answers) == 52
+    assert provider.statistics().refused == 1
     answer = answers["q7"]
     content = answer["response"]["body"]["choices"][0]["message"]["content"]
     assert content == "You said: What is 7 times 7?"
@@ -92,45 +108,32 @@ def test_every_line_is_answered_once(rate_limited_provider: ProviderFactory) -> 
     assert answer["response"]["request_id"].startswith("req_")
     assert answer["usage"] == answer["response"]["body"]["usage"]
     assert (answer["error"], answer["line"]) == (None, 8)
-    assert "50 answered" in result.stderr
-    assert not Path("out.errors.jsonl").exists()
-
-
-def test_second_run_sends_only_added_lines(rate_limited_provider: ProviderFactory) -> None:
-    provider, out = rate_limited_provider(), "50 % off? #1.jsonl"
-    arguments = ["-o", out, "--rpm", "6000"]
-    run(provider, batch(10), *arguments)
-    again = run(provider, batch(10), *arguments)
-    more = run(provider, batch(12), *arguments)
-    assert (again.exit_code, more.exit_code) == (0, 0)
-    assert "0 answered and 10 earlier" in again.stderr
-    assert provider.statistics().admitted == len(lines_of(out)) == 12
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", out, f"{out}.limits"}
 
 
-def test_bad_lines_are_reported_the_rest_is_sent(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    good = Path(batch(2)).read_bytes()
-    Path("in.jsonl").write_bytes(
-        b'{"custom_id": \n' + good + b"\xff\n\n" + good + b'{"custom_id": "x"}\n'
-    )
-    result = run(provider, "in.jsonl", "-o", "out.jsonl", "--rpm", "6000")
-    failed = lines_of("out.errors.jsonl")
-    errors = {line["line"]: line["error"] for line in failed}
-    assert result.exit_code == 1
-    assert sorted(errors) == [1, 4, 6, 7, 8]
-    assert [line["custom_id"] for line in failed] == [None, None, "q0", "q1", "x"]
-    assert {error["code"] for error in errors.values()} == {"bad_line"}
-    assert errors[6]["message"] == "custom_id 'q0' is that of line 2 already"
-    assert len(lines_of("out.jsonl")) == provider.statistics().admitted == 2
-    assert "5 bad lines" in result.stderr
-    assert "errors: 5 x bad_line; the first: line 1: not JSON" in result.stderr
-
-
-def test_failed_request_is_recorded_and_retried_by_the_next_run(
-    rate_limited_provider: ProviderFactory,
+def test_lines_that_cannot_be_sent_are_reported_the_rest_is_sent(
+    provider: RateLimitedProvider,
 ) -> None:
-    provider = rate_limited_provider()
+    good = Path(batch(2)).read_bytes()
+    lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?"]
+    lines += [b'{"messages": [1], "temperature": NaN}', rb'"\ud800"']  # no JSON can hold them
+    Path("in.jsonl").write_bytes(b"\n".join([*lines, b"why " * 12_000]))
+    result = run(provider, "in.jsonl", "--tpm", "9000", "--model", "m")
+    errors = {line["line"]: line["error"]["code"] for line in lines_of("answers.errors.jsonl")}
+    assert result.exit_code == 1
+    assert errors == {
+        **dict.fromkeys([1, 4, 6], "bad_line"),
+        8: "ValueError",
+        9: "UnicodeEncodeError",
+        10: "CostExceedsLimit",
+    }
+    assert len(lines_of("answers.jsonl")) == provider.statistics().admitted == 3
+    assert "3 answered, 3 failed, 3 bad lines" in result.stderr
+    assert "errors: 3 x bad_line, 1 x" in result.stderr
+    assert "; the first: line 1: not JSON" in result.stderr
+
+
+def test_failed_request_is_recorded_and_sent_by_the_next_run(provider: RateLimitedProvider) -> None:
     provider.fail_next(1, status=400, code="string_above_max_length")
     arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--concurrency", "1"]
     first = run(provider, *arguments)
@@ -145,75 +148,19 @@ def test_failed_request_is_recorded_and_retried_by_the_next_run(
     assert not Path("out.errors.jsonl").exists()
 
 
-def test_body_that_no_json_can_hold_fails_alone(rate_limited_provider: ProviderFactory) -> None:
-    odd = ['{"messages": [1], "temperature": NaN}', json.dumps("\ud800"), "Why?"]
-    Path("in.txt").write_text("\n".join(odd))
-    result = run(rate_limited_provider(), "in.txt", "-o", "out", "--rpm", "6000", "--model", "m")
-    assert result.exit_code == 1
-    assert "1 answered, 2 failed\n" in result.stderr
-    assert "1 x ValueError" in result.stderr
-    assert "1 x UnicodeEncodeError" in result.stderr
-
-
-@pytest.mark.parametrize(("stream", "options"), [("stdin", ["-", "-o", "a"]), ("stdout", ["in"])])
-def test_closed_stream_is_refused_before_anything_is_paid(
-    stream: str, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch(1, "in")
-    job = Job(source=options[0], out=options[-1] if "-o" in options else "-", concurrency="1")
-    monkeypatch.setattr(sys, stream, None)
-    with pytest.raises(ValueError, match="is closed: name a file, and give -o"):
-        job.check()
-
-
-def test_request_is_retried_after_a_429(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    provider.fail_next(1, status=429, retry_after=0.1)
-    base = f"{provider.base_url}/?api-version=2024-10-21"
-    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "6000", "--api-base", base)
-    assert result.exit_code == 0
-    assert len(lines_of("out.jsonl")) == 1
-    assert "2 requests" in result.stderr
-    assert ", 1 429s" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("failure", "said"),
-    [
-        ({"status": 401}, r"HTTP 401: .*; correct the key in OPENAI_API_KEY, or see to the acc"),
-        ({"status": 429, "code": "insufficient_quota"}, "HTTP 429: "),
-        ({"status": 404}, r"HTTP 404: .*; see that it runs, or correct --api-base or --model"),
-    ],
-)
-def test_error_that_every_request_would_get_ends_the_run(
-    rate_limited_provider: ProviderFactory, failure: dict[str, Any], said: str
-) -> None:
-    provider = rate_limited_provider()
-    provider.fail_next(1_000, **failure)
-    result = run(provider, batch(1_000), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
-    assert result.exit_code == 2
-    assert re.search(f"error: no request succeeds: {said}", result.stderr)
-    assert provider.statistics().requests < 100
-    assert SECRET not in result.output
-    left = {path.name for path in Path().iterdir()}
-    assert left == {"in.jsonl"} or failure["status"] == 404  # which may be of one request
-
-
-@pytest.mark.parametrize(("status", "count"), [(403, 1), (400, 60)])
+@pytest.mark.parametrize("statuses", [[200, 403] * 60, [400] * 60 + [200] * 20])
 def test_refused_lines_do_not_stop_the_others(
-    status: int, count: int, rate_limited_provider: ProviderFactory
+    statuses: list[int], server_answering: Callable[..., str]
 ) -> None:
-    provider = rate_limited_provider(latency=0.05)
-    provider.fail_next(count, status=status)
-    result = run(provider, batch(80), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4")
+    options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
+    base = server_answering(b"{}", *statuses)
+    result = typed(batch(len(statuses)), *options, "--api-base", base)
     assert result.exit_code == 1, result.stderr
-    assert len(lines_of("out.jsonl")) == 80 - count
+    assert len(lines_of("out.jsonl")) == statuses.count(200)
 
 
-def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(always=500)
+def test_outage_ends_the_run_and_leaves_lines_for_the_next(provider: RateLimitedProvider) -> None:
+    provider.always = 500
     arguments = [batch(150), "-o", "out.jsonl", "--rpm", "60000", "--attempts", "1"]
     result = run(provider, *arguments, "--concurrency", "4")
     provider.always = None
@@ -224,113 +171,54 @@ def test_outage_ends_the_run_and_leaves_lines_for_the_next_run(
     assert provider.statistics().errors < 60
 
 
-def test_prompts_from_stdin_are_answered_on_stdout(rate_limited_provider: ProviderFactory) -> None:
-    options = ["-", "-o", "-", "--model", "m", "--rpm", "6000"]
-    with started(rate_limited_provider(), *options, stdin=PIPE, stdout=PIPE) as process:
-        output, errors = process.communicate("Why?\n\nWhy not?\nWhy?", timeout=60)
-    answers = [json.loads(line) for line in output.splitlines()]
-    assert process.returncode == 0, errors
-    assert sorted(answer["custom_id"] for answer in answers) == ["line-1", "line-3", "line-4"]
-    assert list(Path().iterdir()) == []
-
-
-def test_closed_output_pipe_ends_the_run_quietly(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=0.05)
-    options = [batch(500), "--rpm", "60000", "--concurrency", "4"]
-    with started(provider, *options, stdout=PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-        process.wait(30)
-    assert "Traceback" not in errors
-    assert "Broken" not in errors
-    assert provider.statistics().requests < 100
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pipe's size cannot be set")
-def test_paused_reader_of_answers_costs_no_call(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=(0.02, 0.1))
-    options = [batch(32), "--rpm", "60000", "--concurrency", "8"]
-    # A pipe of this size has room for a few answers.
-    with started(provider, *options, stdout=PIPE, pipesize=4_096) as process:
-        while not provider.statistics().requests:
-            time.sleep(0.01)
-        time.sleep(0.7)
-        sent = provider.statistics().requests
-        taken, _ = process.communicate(timeout=30)
-    answers = [json.loads(line) for line in taken.splitlines()]
-    assert process.returncode == 0
-    assert sent < 24
-    assert sorted(each["line"] for each in answers) == list(range(1, 33))
-    assert provider.statistics().requests == 32
-
-
-def test_tokens_of_all_endpoints_are_counted(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    Path("in.txt").write_text("How far is the moon?\n")
-    arguments = ["in.txt", "--rpm", "6000", "--model", "m", "--json"]
-    for endpoint in ("embeddings", "responses"):
-        result = run(provider, *arguments, "-o", f"{endpoint}.jsonl", "--endpoint", endpoint)
-        summary = json.loads(result.stdout)
-        (answer,) = lines_of(f"{endpoint}.jsonl")
-        usage = answer["usage"]
-        sent = usage.get("prompt_tokens", usage.get("input_tokens"))
-        assert summary["input_tokens"] == sent > 0
-        assert summary["output_tokens"] == usage.get("output_tokens", 0)
-    assert provider.statistics().endpoints == {"embeddings": 1, "responses": 1}
-
-
-def test_key_quoted_by_provider_is_never_shown(server_answering: Callable[..., str]) -> None:
-    base = server_answering(f"Incorrect API key provided: {SECRET}")
-    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60", "--model", "m", "--api-base", base]
-    result = CliRunner().invoke(app, ["run", *arguments])
-    written = "".join(path.read_bytes().decode("latin-1") for path in Path().iterdir())
-    assert result.exit_code == 2
-    assert "Incorrect API key provided: ***" in result.stderr
-    assert SECRET not in result.output + written
-    assert "pass-word" not in result.output + written
-
-
-def test_key_in_a_long_page_is_not_even_shown_in_part(
-    server_answering: Callable[..., str],
-) -> None:
-    base = server_answering("", page=b"x" * 485 + SECRET.encode(), status=400)
-    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
-    assert result.exit_code == 1
-    assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
-
-
-def test_reply_that_breaks_off_is_asked_for_again(server_answering: Callable[..., str]) -> None:
-    base = server_answering("", page=b"{}", status=200, cut=1)
-    arguments = [batch(1), "-o", "out.jsonl", "--rpm", "60000", "--api-base", base]
-    result = typed(*arguments, "--attempts", "2")
-    assert result.exit_code == 0, result.output
-    assert "1 answered" in result.stderr
-    assert "2 requests" in result.stderr
+def error(message: str, code: str) -> bytes:
+    return json.dumps({"error": {"message": message, "code": code}}).encode()
 
 
 @pytest.mark.parametrize(
     ("page", "status", "said"),
     [
-        (b"<html>\nHi\x1b[31m", 200, "HTTP 200: the reply is not JSON: <html> Hi [31m"),
+        (
+            error(f"bad {SECRET}", "x"),
+            401,
+            r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI_API",
+        ),
+        (
+            error("broke", "insufficient_quota"),
+            429,
+            "HTTP 429: broke .*; correct the key .* account",
+        ),
+        (
+            b"[" * 100_000,
+            404,
+            r"HTTP 404: \[\[\[.*; see that it runs, or correct --api-base or --mod",
+        ),
+        (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
-        (b"[" * 100_000, 404, "HTTP 404: [[["),
-        (b"<html>", 405, "HTTP 405: <html>"),
     ],
 )
-def test_server_that_is_no_api_ends_the_run(
+def test_error_that_every_request_would_get_ends_the_run(
     server_answering: Callable[..., str], page: bytes, status: int, said: str
 ) -> None:
-    base = server_answering("", page=page, status=status)
-    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2", "--model", "m"]
-    result = typed(batch(100), *arguments, "--api-base", base)
+    """No key or password is shown, even if the server quotes it; no file is left behind."""
+    base = server_answering(page, status)
+    arguments = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4", "--model", "m"]
+    result = typed(batch(1_000), *arguments, "--api-base", base)
     assert result.exit_code == 2
-    assert f"\nerror: no request succeeds: {said}" in result.stderr
-    assert " (http://127" in result.stderr
-    assert len(lines_of("out.errors.jsonl")) < 60
-    assert "\x1b" not in result.stderr
+    assert re.search(f"\nerror: no request succeeds: {said}", result.stderr), result.stderr
+    assert f" ({base.replace('somebody:pass-word@', '')})" in result.stderr
+    assert re.search(r"0 answered, \d\d? failed", result.stderr)
+    assert not any(text in result.output for text in (SECRET, "pass-word", "\x1b"))
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
+
+
+def test_key_in_a_long_message_is_not_even_shown_in_part(
+    server_answering: Callable[..., str],
+) -> None:
+    base = server_answering(b"x" * 485 + SECRET.encode(), 400)
+    result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base)
+    assert result.exit_code == 1
+    assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
 
 
 def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
@@ -340,53 +228,25 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
         result = typed(batch(60), *arguments)
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == (
-        f"error: no request succeeds: All connection attempts failed ({base}); "
-        f"see that it runs, or correct --api-base or --model"
-    )
+    assert f"succeeds: All connection attempts failed ({base}); see that it runs" in result.stderr
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
-
-
-def test_server_that_accepts_no_connection_ends_the_run_and_is_told_from_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("asyncbucket.http.clients._CONNECT_TIMEOUT", 0.1)
-    with contextlib.ExitStack() as sockets:
-        busy, *others = [sockets.enter_context(socket.socket()) for _ in range(4)]
-        busy.bind(("127.0.0.1", 0))
-        busy.listen(0)
-        for each in others:  # which fill its queue
-            each.setblocking(False)
-            each.connect_ex(busy.getsockname())
-        base = f"http://127.0.0.1:{busy.getsockname()[1]}/v1"
-        result = typed(batch(1), "-o", "o", "--rpm", "60", "--attempts", "1", "--api-base", base)
-    assert result.exit_code == 2
-    assert f"error: no request succeeds: ConnectTimeout ({base}); see that it" in result.stderr
 
 
 @pytest.fixture
 def server_answering() -> Generator[Callable[..., str]]:
-    """Make a server that answers 401 with a message, or a page, at a URL with a password.
-
-    The first ``cut`` replies break off.
-    """
+    """Make a server that answers with a page and statuses in turn, at a URL with a password."""
     with contextlib.ExitStack() as stack:
 
-        def start(
-            message: str, *, page: bytes | None = None, status: int = 401, cut: int = 0
-        ) -> str:
-            cuts = iter(range(cut))
-            error = {"error": {"message": message, "code": "invalid_api_key"}}
-            body = json.dumps(error).encode() if page is None else page
+        def start(page: bytes, *statuses: int) -> str:
+            replies = itertools.cycle(statuses)
 
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_POST(self) -> None:
                     self.rfile.read(int(self.headers["content-length"]))
-                    self.send_response(status)
-                    is_cut = next(cuts, None) is not None
-                    self.send_header("content-length", str(len(body) + is_cut))
+                    self.send_response(next(replies))
+                    self.send_header("content-length", str(len(page)))
                     self.end_headers()
-                    self.wfile.write(body)
+                    self.wfile.write(page)
 
                 def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
 
@@ -399,52 +259,28 @@ def server_answering() -> Generator[Callable[..., str]]:
         yield start
 
 
-def test_run_with_another_model_needs_restart(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    arguments = [batch(3), "-o", "out.jsonl", "--rpm", "6000", "--model"]
-    run(provider, *arguments, "a")
-    refused = run(provider, *arguments, "b")
-    anew = run(provider, *arguments, "b", "--restart")
-    assert refused.exit_code == 2
-    assert "holds answers with model 'a', not 'b': give another -o\n" in refused.stderr
-    assert anew.exit_code == 0
-    assert {line["response"]["body"]["model"] for line in lines_of("out.jsonl")} == {"b"}
-
-
-def test_line_that_costs_more_than_a_limit_fails_alone_and_the_dry_run_says_so(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    Path("in.txt").write_text("why " * 12_000 + "\nWhy?\nHow?\n")
-    options = ["--model", "m", "--tpm", "9000", "-o", "out.jsonl", "--concurrency", "1"]
-    planned = typed("in.txt", *options, "--dry-run", "--json")
-    result = run(rate_limited_provider(), "in.txt", *options)
-    told = json.loads(planned.stdout)
-    assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (2, 1, 2)
-    assert (planned.exit_code, result.exit_code) == (1, 1)
-    assert "2 answered, 1 failed\n" in result.stderr
-    assert "1 x CostExceedsLimit" in result.stderr
-
-
-def test_dry_run_sends_nothing_but_estimates(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    arguments = ["-o", "out.jsonl", "--rpm", "60"]
+def test_dry_run_sends_nothing_but_estimates(provider: RateLimitedProvider) -> None:
+    arguments = ["-o", "out.jsonl", "--rpm", "60", "--tpm", "9000", "--model", "gpt"]
     run(provider, batch(2), *arguments)
     before = Path("out.jsonl").read_bytes()
-    Path("in.jsonl").write_text(Path(batch(600)).read_text() + "{\n")
+    lines = [Path(batch(600)).read_text(), json.dumps("why " * 12_000), "\n{\n"]
+    Path("in.jsonl").write_text("".join(lines))
     result = run(provider, "in.jsonl", *arguments, "--dry-run")
+    told = json.loads(run(provider, "in.jsonl", *arguments, "--dry-run", "--json").stdout)
     sending, bad, plan, *_ = result.stdout.splitlines()
     assert result.exit_code == 1
-    assert sending == "598 requests to send, 2 answered earlier, 1 bad"
-    assert bad.startswith("errors: 1 x bad_line; the first: line 601: not JSON")
+    assert sending == "598 requests to send, 2 answered earlier, 1 too costly, 1 bad"
+    assert bad.startswith("errors: 1 x bad_line; the first: line 602: not JSON")
     assert re.search(r"^(9|10) min.*requests bind", plan)
+    assert (told["to_send"], told["too_costly"], told["plan"]["calls"]) == (598, 1, 598)
     assert provider.statistics().requests == 2
     assert Path("out.jsonl").read_bytes() == before
 
 
-def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
-    rate_limited_provider: ProviderFactory,
+def test_run_stops_before_its_cap_and_goes_on_with_a_larger_one(
+    provider: RateLimitedProvider,
 ) -> None:
-    provider = rate_limited_provider(reply_tokens=16)
+    provider.reply_tokens = 16
     Path("prices.toml").write_text("[gpt]\ninput = 1\noutput = 10\n")
     options = [batch(30), "-o", "out.jsonl", "--rpm", "6000", "--prices", "prices.toml"]
 
@@ -455,7 +291,6 @@ def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
     rest = run(provider, *options, "--max-usd", "1", "--json", "-q")
 
     assert "this job costs 0.005 USD, 0.00015 to 0.005\n" in planned.stdout
-    assert "--max-usd 0.002 may stop it before its end" in planned.stdout
     assert (first.exit_code, again.exit_code, rest.exit_code) == (3, 3, 0)
     assert re.search(
         r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more", first.stderr
@@ -468,11 +303,8 @@ def test_run_stops_before_its_cap_of_dollars_and_goes_on_with_a_larger_one(
     assert json.loads(rest.stdout)["usd"] == micro / 1e6
 
 
-def test_model_without_a_price_ends_a_run_that_has_a_cap(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    result = run(rate_limited_provider(), batch(3), "--rpm", "600", "--max-usd", "1")
-
+def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
+    result = typed(batch(3), "--rpm", "600", "--max-usd", "1")
     assert result.exit_code == 2
     assert "no price is known for the model 'gpt'" in result.stderr
     assert "write it to a file, and pass that as --prices" in result.stderr
@@ -483,18 +315,15 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap(
     [
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key may do: --rpm and --tpm"),
-        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one, or pipe"),
-        ("in.jsonl --rpm 1 -o no/out.jsonl", "no is not a folder"),
-        ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
+        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
+        ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "not 'http://***@/v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base must begin with"),
+        ("in.jsonl --rpm 1 --max-usd 1 --pool x", "--rpm, --max-usd cannot go with --pool: write"),
         ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
-        ("in.jsonl --rpm 1 --json", "--json prints on standard output"),
-        ("in.jsonl --also many", "'many' is not a limit"),
-        ("in.jsonl --also 5_pages/minute", "no request takes any pages, so 5 pages per 60 s "),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
 )
@@ -510,56 +339,31 @@ def test_usage_error_is_one_line_with_status_2(arguments: str, message: str) -> 
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", "in.txt"}
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("", "OPENAI_API_KEY is not set: export your key in it, or name another provider"),
-        (f"{SECRET}\n{SECRET}", "OPENAI_API_KEY holds characters that no key has: export the key"),
-    ],
-)
-def test_missing_or_broken_key_is_refused_and_never_shown(
-    key: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    result = typed(batch(1), "--rpm", "1")
-    assert (result.exit_code, message in result.stderr) == (2, True)
-    assert SECRET not in result.stderr
+def test_missing_or_broken_key_is_refused_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, message in (("", "is not set"), (f"{SECRET}\n", "holds characters that no key has")):
+        monkeypatch.setenv("OPENAI_API_KEY", f"{key}{key}")
+        result = typed(batch(1), "--rpm", "1")
+        assert result.exit_code == 2
+        assert f"OPENAI_API_KEY {message}: export" in result.stderr
+        assert SECRET not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        "in.errors.jsonl -o in.errors.jsonl",
-        "in.errors.jsonl -o ./in.errors.jsonl --restart",
-        "in.errors.jsonl -o in.jsonl",
-        "in.errors.jsonl -o hardlink --restart",
-    ],
-)
-def test_file_given_for_two_purposes_is_refused(files: str) -> None:
-    before = Path(batch(1, "in.errors.jsonl")).read_bytes()
-    Path("hardlink").hardlink_to("in.errors.jsonl")
-    result = typed("--rpm", "1", *files.split())
-    assert result.exit_code == 2
-    assert "is read or written already: give another" in result.stderr
-    assert Path("in.errors.jsonl").read_bytes() == before
-    assert {path.name for path in Path().iterdir()} == {"in.errors.jsonl", "hardlink"}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
 @pytest.mark.parametrize("are_paid", [False, True])
 def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
-    *, are_paid: bool, rate_limited_provider: ProviderFactory
+    *, are_paid: bool, provider: RateLimitedProvider
 ) -> None:
-    provider = rate_limited_provider()
-    room = "0" if are_paid else "answers._ROOM"
-    program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import answers; answers._ROOM = {room}; main()"
+    room = "0" if are_paid else "lines._ROOM"
+    program = f"from asyncbucket.cli import main; from asyncbucket.cli.run import lines; lines._ROOM = {room}; main()"
     options = ["-o", "out.jsonl", "--concurrency", "20", "--api-base", provider.base_url]
     command = [sys.executable, "-c", program, "run", batch(300), *options]
     # Python would compile modules into files that are cut short, too.
     small = 'ulimit -f 16; PYTHONDONTWRITEBYTECODE=1 exec "$0" "$@"'
+    # A tracer would write files, too.
     here = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    status, said = done("sh", "-c", small, *command, env=here)  # a tracer would write files, too
-    assert status == 2
+    command = ["sh", "-c", small, *command]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    said = ended.stderr
+    assert ended.returncode == 2
     assert "error: out.jsonl cannot be written (File too large): make room\n" in said
     assert (provider.statistics().requests > 0) is are_paid
     assert (said.count("\n") == 1) is not are_paid
@@ -570,17 +374,16 @@ def test_full_disk_is_reported_before_anything_is_paid_or_with_what_is_left(
         assert "the same command continues from here" in said
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=0.5)
+def test_ctrl_c_lets_requests_in_flight_finish(provider: RateLimitedProvider) -> None:
+    provider.latency = 0.5
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
-    with started(provider, *arguments, stdout=PIPE) as process:
+    with started(provider, *arguments) as process:
         while provider.statistics().in_flight < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
     seen = provider.statistics()
-    assert (process.returncode, output) == (130, "")
+    assert process.returncode == 130
     assert "Traceback" not in errors
     assert re.search(
         r"^stopping after \d requests? under way; Ctrl-C again to drop", errors, re.MULTILINE
@@ -592,9 +395,8 @@ def test_ctrl_c_lets_requests_in_flight_finish(rate_limited_provider: ProviderFa
     assert seen.disconnected == 0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider(latency=30)
+def test_second_ctrl_c_drops_requests_in_flight(provider: RateLimitedProvider) -> None:
+    provider.latency = 30
     arguments = [batch(200), "-o", "out.jsonl", "--rpm", "600", "--concurrency", "4"]
     with started(provider, *arguments) as process:
         while provider.statistics().in_flight < 4:
@@ -609,25 +411,6 @@ def test_second_ctrl_c_drops_requests_in_flight(rate_limited_provider: ProviderF
     assert "4 requests (0 answers/s), 0 429s" in errors
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_ends_a_run_that_waits_for_input(rate_limited_provider: ProviderFactory) -> None:
-    provider = rate_limited_provider()
-    reader, writer = os.pipe()
-    arguments = ["-", "-o", "out.jsonl", "--rpm", "600", "--model", "m"]
-    with started(provider, *arguments, stdin=reader) as process:
-        os.write(writer, b"Hi\n")
-        while not Path("out.jsonl").exists() or not Path("out.jsonl").read_bytes().endswith(b"\n"):
-            time.sleep(0.01)  # before the first answer, room for it is tried there
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    os.close(reader)
-    os.close(writer)
-    assert process.returncode == 130
-    assert "1 answered" in errors
-    assert "stopping when" not in errors
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path) -> None:
     chance = random.Random(5)
     lines, rpm, at_once = 240, 3_000, 16
@@ -636,12 +419,14 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
         arguments += ["--concurrency", str(at_once)]
         for _ in range(3):
             with started(provider, *arguments) as process:
-                wait_for_admissions(provider, chance.randrange(5, 60))
+                enough = provider.statistics().admitted + chance.randrange(5, 60)
+                while provider.statistics().admitted < enough:
+                    time.sleep(0.005)
                 process.send_signal(signal.SIGKILL)
-        end = done(*COMMAND, *arguments, "--api-base", provider.base_url)
+        end = run(provider, *arguments)
         seen = provider.statistics()
     answers = Counter(line["custom_id"] for line in lines_of("out.jsonl"))
-    assert end == (0, "")
+    assert (end.exit_code, end.output) == (0, "")
     assert answers == Counter(f"q{number}" for number in range(lines))
     assert seen.refused == 0
     assert seen.admitted - lines <= 3 * at_once
@@ -649,16 +434,8 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
-def wait_for_admissions(provider: RateLimitedProvider, more: int) -> None:
-    before = provider.statistics().admitted
-    while provider.statistics().admitted < before + more:
-        time.sleep(0.005)
-
-
-def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
-    rate_limited_provider: ProviderFactory,
-) -> None:
-    provider = rate_limited_provider(latency=0.2)
+def test_output_removed_during_a_run_loses_no_later_answer(provider: RateLimitedProvider) -> None:
+    provider.latency = 0.2
     arguments = [batch(60), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
     with started(provider, *arguments) as process:
         out = Path("out.jsonl")
@@ -676,43 +453,85 @@ def test_output_removed_during_a_run_ends_it_and_loses_no_later_answer(
     assert provider.statistics().admitted == 60 + paid - kept
 
 
-@pytest.mark.parametrize(
-    "content", [b"weights, and many of them " * 100, b"SQLite format 3\0" + b"?" * 4_080]
-)
-def test_damaged_or_foreign_record_of_limits_is_one_line_and_left_unchanged(
-    content: bytes, rate_limited_provider: ProviderFactory
-) -> None:
-    Path("out.jsonl.limits").write_bytes(content)
-    result = run(rate_limited_provider(), batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
+def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) -> None:
+    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
+    result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
     assert result.exit_code == 2
     assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
-    assert "move it away, and a new one is made\n" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert Path("out.jsonl.limits").read_bytes() == content
-    assert not Path("out.jsonl").exists()
+    assert Path("out.jsonl.limits").read_text().startswith("weights")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes are of a shell")
-def test_examples_in_help_run_one_after_another(rate_limited_provider: ProviderFactory) -> None:
-    base = rate_limited_provider().base_url
-    batch(3, path="batch.jsonl")
-    batch(3, path="in.jsonl")
-    for path in ("prompts.txt", "a.txt"):
-        Path(path).write_text("# two\none\ntwo\n")
-    help_ = typed("--help").output
-    examples = [
-        line for line in help_.partition("Examples:")[2].splitlines() if "asyncbucket run" in line
-    ]
-    this = f"{sys.executable} -m asyncbucket run"
+def test_examples_in_help_run_one_after_another(
+    provider: RateLimitedProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = provider.base_url
+    monkeypatch.setenv("OPENAI_BASE_URL", base)
+    for path in ("batch.jsonl", "in.jsonl"):
+        batch(3, path)
+    Path("prompts.txt").write_text("one\ntwo\n")
+    examples = re.findall("asyncbucket run (.*)", typed("--help").output.partition("Examples:")[2])
     for example in examples:
-        command = example.replace("asyncbucket run", this).replace(" | jq .", "")
-        line = command.replace("http://127.0.0.1:8000/v1", base)
-        if "|" in line:
-            ended = done("/bin/sh", "-c", line, env={**os.environ, "OPENAI_BASE_URL": base})
-        else:  # a process for each would take a second
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OPENAI_BASE_URL", base)
-                result = typed(*shlex.split(line.strip().removeprefix(this)))
-            ended = result.exit_code, result.stderr
-        assert ended[0] == 0, (example, ended)
-    assert len(examples) == 4
+        line = example.replace("http://localhost/v1", base)
+        assert typed(*shlex.split(line)).exit_code == 0, example
+    assert len(examples) == 3
+
+
+# --- several providers ---
+
+
+def pool_of(*base_urls: str, limit: str = 'limits = ["6k RPM burst 100"]') -> str:
+    tables = (
+        f'[member.p{number}]\nbase_url = "{url}"\nkey_env = "OPENAI_API_KEY"\n{limit}\n'
+        for number, url in enumerate(base_urls)
+    )
+    Path("pool.toml").write_text('prefer = "first"\n' + "".join(tables))
+    return "pool.toml"
+
+
+def test_members_share_a_run_which_goes_on_without_one_that_died(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    providers = [rate_limited_provider(latency=0.01) for _ in range(3)]
+    pool = pool_of(*(each.base_url for each in providers))
+    providers[0].stop()
+    dry, first, more, none = (
+        typed(batch(count), "-o", "out.jsonl", "--pool", pool, *options)
+        for count, options in [(40, ["--dry-run"]), (40, []), (60, []), (60, ["--json"])]
+    )
+    assert [each.exit_code for each in (dry, first, more, none)] == [0, 0, 0, 0], first.output
+    assert "40 requests to send" in dry.output
+    assert "in.jsonl, 40 lines; pool.toml\np0: 6,000 requests per 60 s; p1: 6" in first.stderr
+    assert "20 answered and 40 earlier" in more.stderr
+    assert json.loads(none.stdout)["requests"] == 0
+    assert len({line["custom_id"] for line in lines_of("out.jsonl")}) == 60
+    assert sum(each.statistics().requests for each in providers[1:]) == 60
+    other = typed(batch(60), "-o", "out.jsonl", "--rpm", "6000")
+    assert "holds answers made with {'model': None, 'api': 'pool.toml', " in other.stderr
+
+
+def test_bookings_of_each_member_outlive_the_run(
+    rate_limited_provider: ProviderFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = rate_limited_provider().base_url
+    pool = pool_of(base, f"{base}/", limit='limits = ["3 requests/hour"]')
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/")  # that is not for pools
+    result = typed(batch(3), "-o", "out.jsonl", "--pool", pool)
+    assert result.exit_code == 0, result.output
+    after, _ = read_pool(pool, store=f"sqlite:///{Path('out.jsonl.limits').resolve()}")
+    after.members[1].acquire_sync(timeout=5)
+    with pytest.raises(AcquireTimeout):
+        after.members[0].acquire_sync(timeout=1)
+    asyncio.run(after.aclose())
+
+
+def test_run_ends_if_no_member_takes_its_key_which_is_never_shown(
+    server_answering: Callable[..., str],
+) -> None:
+    base = server_answering(error(f"Incorrect API key: {SECRET}", "x"), 401).rpartition("@")[2]
+    pool = pool_of(f"http://{base}", f"http://{base}", limit="concurrency = 60")
+    result = typed(batch(60), "-o", "out.jsonl", "--pool", pool)
+    assert result.exit_code == 2
+    assert "error: no request succeeds" in result.stderr
+    assert "pool.toml" in result.stderr.splitlines()[-1]
+    assert SECRET not in result.output
+    assert {path.name for path in Path().iterdir()} == {"in.jsonl", "pool.toml"}

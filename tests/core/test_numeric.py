@@ -80,8 +80,8 @@ async def test_numpy_numbers_are_accepted_everywhere(time: VirtualTime) -> None:
 
 def test_numpy_numbers_are_accepted_by_plans_and_reports() -> None:
     three = pytest.importorskip("numpy").int8(3)
-    told = plan(rpm=100, calls=three, concurrency=three, latency=three, what_if=True)
-    assert told == plan(rpm=100, calls=3, concurrency=3, latency=3, what_if=True)
+    told = plan(rpm=100, calls=three, concurrency=three, latency=three)
+    assert told == plan(rpm=100, calls=3, concurrency=3, latency=3)
     limiter = Limiter("1k TPM")
     observe_remaining(limiter, three, resource="tokens", per=60, limit=three, rounding=three)
     assert available(limiter) == three

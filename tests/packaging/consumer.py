@@ -98,10 +98,6 @@ async def batches_know_their_items(limiter: Limiter, model: Model) -> None:
         assert_type(item.input, str)
     async for answer in limiter.amap(model.acomplete, ["salve"]):
         assert_type(answer.result, str)
-    for synchronous in limiter.map(measure, ["salve"]):
-        assert_type(synchronous.result, int)
-    for counted in limiter.map(len, ["salve"]):
-        assert_type(counted.result, int)
 
 
 def limiters_are_made_from_outside() -> None:

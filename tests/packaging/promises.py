@@ -132,9 +132,21 @@ def wraps_openai() -> None:
 
 @promise("batch")
 def maps_a_batch() -> None:
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        items = limiter().map(abs, [-1, -2], show_progress=True, checkpoint=f"{folder}/run.db")
-        assert sorted(item.result for item in items) == [1, 2]
+    async def double(number: int) -> int:
+        return 2 * number
+
+    async def main(folder: str) -> list[int]:
+        bar = sys.stderr
+        with contextlib.redirect_stderr(io.StringIO()):
+            results = limiter().amap(
+                double, range(3), ordered=True, show_progress=True, checkpoint=f"{folder}/run.db"
+            )
+            found = [item.result async for item in results]
+        assert sys.stderr is bar
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert asyncio.run(main(folder)) == [0, 2, 4]
 
 
 @promise("redis")
@@ -191,7 +203,7 @@ def says_its_version() -> None:
 
 @promise("plot", tells=False)
 def draws_a_trace() -> None:
-    import_module("asyncbucket.cli.pictures")
+    import_module("asyncbucket.cli.plan")
 
 
 def run(*arguments: str) -> str:

@@ -21,7 +21,7 @@ SERVES = {
     "": (),
     "batch": ("batch",),
     "cli": ("cli",),
-    "cli/pictures.py": ("cli", "plot"),
+    "cli/plan.py": ("cli", "plot"),
     "http": ("http",),
     "http_server.py": ("proxy",),
     "llama_index": ("llama-index",),

@@ -1,15 +1,179 @@
 """`asyncbucket run`: a file of requests or prompts in, a file of answers out, under your limits.
 
-From the inside out: `job` says what can be typed and is to be done, and reads the lines, `answers` is
-the file that comes out, `work` sends and writes, `screen` counts and shows.
+Here is what can be typed, checked before anything begins. `lines` are what goes in and what comes out,
+`work` sends and writes, `screen` counts and shows.
 """
 
-from typing import Any
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.cli.run.job import Job
+from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.wording import USD
+
+#: Paths of the API by their short names.
+PATHS: Final[dict[str, str]] = {
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "embeddings": "/v1/embeddings",
+}
+#: The window, in seconds, of the cap of dollars: a year and a month.
+FOR_GOOD: Final = 400 * 86_400
+#: Calls at once, by default.
+CONCURRENCY: Final = 100
+_KEY: Final = "OPENAI_API_KEY"
+#: Options that concern one provider, not the members of a pool.
+_OF_ONE_PROVIDER: Final = (
+    *("rpm", "tpm", "also", "preset", "concurrency"),
+    *("max_usd", "prices", "api_base"),
+)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Hold the options of a run as they are typed, and what they mean.
+
+    Attributes:
+        limits: all limits but the cap of dollars.
+        slots: the most calls in flight; None if the user did not say.
+        base: where the provider is.
+        api_key: the key in the environment, if one is needed.
+    """
+
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line.")
+    ]
+    out: Annotated[Path, options.file("Answers as JSONL.", "--out", "-o")] = Path("answers.jsonl")
+    model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None
+    # What is allowed.
+    rpm: options.Rpm = None
+    tpm: options.Tpm = None
+    also: options.Also = None
+    preset: options.Preset = None
+    concurrency: Annotated[
+        str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+    ] = None
+    max_usd: Annotated[
+        float | None, options.text("Stop before it costs more dollars than this.", metavar="USD")
+    ] = None
+    prices: options.PriceFile = None
+    # Where requests go, and what is in them.
+    api_base: Annotated[
+        str | None, options.text("Any OpenAI-compatible server; default: OpenAI.", metavar="URL")
+    ] = None
+    endpoint: Annotated[str, options.name("Where prompts go: chat, responses, embeddings.")] = (
+        "chat"
+    )
+    system: Annotated[str | None, options.text("The system message before each prompt.")] = None
+    max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None
+    pool: options.PoolFile = None
+    # How often, and how.
+    attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5
+    dry_run: Annotated[
+        bool, options.flag("Send nothing; say how long it would take.", "--dry-run")
+    ] = False
+    # What is shown.
+    quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False
+    as_json: Annotated[bool, options.flag("Print the summary as JSON on stdout.", "--json")] = False
+    limits: tuple[Limit, ...] = field(init=False)
+    slots: int | Literal["auto"] | None = field(init=False)
+    base: str = field(init=False)
+    api_key: str | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read what was typed.
+
+        Raises:
+            ValueError: it cannot be understood; the message says what, and the remedy.
+        """
+        also = [*(self.also or ()), *options.preset_limits(self.preset)]
+        self.limits = tuple(read_limits(also, {"rpm": self.rpm, "tpm": self.tpm}))
+        self.slots = options.read_concurrency(self.concurrency)
+        self.base = self.api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
+
+    @property
+    def all_limits(self) -> tuple[Limit, ...]:
+        """The limits, with the cap of dollars as one over the longest time that there is."""
+        if self.max_usd is None:
+            return self.limits
+        return (*self.limits, Limit(USD, self.max_usd, per=FOR_GOOD))
+
+    @property
+    def limits_file(self) -> Path:
+        """The store that remembers what was admitted lately, also for runs on a link to ``out``."""
+        return Path(f"{self.out.resolve()}.limits")
+
+    @property
+    def errors_file(self) -> Path:
+        """The file of lines without an answer."""
+        return self.out.with_name(f"{self.out.stem}.errors{self.out.suffix}")
+
+    @property
+    def destination(self) -> str:
+        """Where requests go, in a form that may be shown: without a password in the URL."""
+        return options.shown_url(self.base) if self.pool is None else str(self.pool)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings on which answers depend: with others, it is another run."""
+        system = self.system and hashlib.sha256(self.system.encode()).hexdigest()[:16]
+        api = self.pool.name if self.pool else self.destination
+        return {"model": self.model, "api": api, "system": system}
+
+    def check(self) -> None:
+        """Refuse options that do not fit together; find the key.
+
+        Raises:
+            ValueError: the message says what, and the remedy.
+        """
+        given = [name for name in _OF_ONE_PROVIDER if getattr(self, name) is not None]
+        if self.pool is not None and given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(
+                f"{names} cannot go with --pool: write it into the members' tables in {self.pool}"
+            )
+        if not self.limits and self.slots is None and self.pool is None:
+            raise ValueError(
+                "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
+                "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
+            )
+        options.check_url(self.base)
+        if self.endpoint not in PATHS:
+            raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
+        self._check_files()
+        if not (self.dry_run or self.pool):
+            self.api_key = _api_key(self.base)
+
+    def _check_files(self) -> None:
+        """Refuse files that cannot be read or written, and to write what is read: it would be lost."""
+        if not self.source.is_file():
+            raise ValueError(f"{str(self.source)!r} is not a file that can be read: name one")
+        for path in (self.out, self.limits_file, self.errors_file):
+            if path.exists() and not path.is_file():  # answers are read again
+                raise ValueError(f"{path} is not a file that can be written: give another -o")
+            if path.exists() and path.samefile(self.source):
+                raise ValueError(f"{path} is read already: give another -o, or it would be lost")
+
+
+def _api_key(api_base: str) -> str | None:
+    """Return the API key in the environment.
+
+    Raises:
+        ValueError: there is none, and the provider needs one; or it cannot be sent.
+    """
+    key = os.environ.get(_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{_KEY} holds characters that no key has: export the key alone in it")
+    if not key and api_base == options.OPENAI:
+        raise ValueError(
+            f"{_KEY} is not set: export your key in it, or name another provider with --api-base"
+        )
+    return key or None
 
 
 def run(**given: Any) -> None:
@@ -28,8 +192,7 @@ def run(**given: Any) -> None:
     Examples:
         asyncbucket run prompts.txt -o answers.jsonl --model gpt-4o-mini --rpm 500
         asyncbucket run batch.jsonl -o out.jsonl --rpm 500 --max-usd 2.50 --dry-run
-        asyncbucket run in.jsonl --concurrency 9 --api-base http://127.0.0.1:8000/v1
-        grep -v '^#' a.txt | asyncbucket run - --model gpt-4o-mini --rpm 500 | jq .
+        asyncbucket run in.jsonl -o b --concurrency 9 --api-base http://localhost/v1
     """
     job = Job(**given)
     job.check()

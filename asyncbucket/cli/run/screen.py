@@ -8,12 +8,12 @@ import anyio
 
 from asyncbucket.batch.progress import Outlook
 from asyncbucket.cli.options import allowed
-from asyncbucket.cli.run.job import CONCURRENCY, STANDARD, Job
+from asyncbucket.cli.run import CONCURRENCY, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, one_line, rounded, usd_written, with_verb
-from asyncbucket.plan.result import duration_in_words
+from asyncbucket.plan import duration_in_words
 from asyncbucket.providers.usage import Usage
 
 #: Seconds between two plain lines of progress.
@@ -24,8 +24,8 @@ _LINE_INTERVAL: Final = 10.0
 class Tally:
     """Count lines, requests and tokens."""
 
-    #: Lines that are requests or should be; None while unknown.
-    total: int | None = None
+    #: Lines that are requests or should be.
+    total: int = 0
     answered: int = 0
     answered_earlier: int = 0
     failed: int = 0
@@ -69,21 +69,21 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """Lines that are not finished, as far as known."""
-        return max(0, (self.total or 0) - self.done)
+        """Lines that are not finished."""
+        return self.total - self.done
 
     def as_dict(self) -> dict[str, Any]:
         """Return it in values that JSON can hold."""
         names = ["answered", "answered_earlier", "failed", "bad", "seconds", "requests"]
         names += ["refused_429", "input_tokens", "output_tokens", "usd", "stopped", "errors"]
-        lines = {"lines": self.done if self.total is None else self.total, "left": self.left}
+        lines = {"lines": self.total, "left": self.left}
         return lines | {name: getattr(self, name) for name in names}
 
 
 def progress(tally: Tally, outlook: Outlook) -> Panel:
     """Return what is shown while it runs."""
     done, total, now = tally.done, tally.total, outlook.limiter.statistics()
-    facts = outlook.words(tally.answered + tally.failed, {"requests": tally.left})
+    facts = outlook.words(tally.answered + tally.failed, tally.left)
     binds = outlook.bound_by()
     facts += [] if binds is None else [with_verb(binds, "bind")]
     if tally.stopped:  # the rest is left for the next run
@@ -91,9 +91,7 @@ def progress(tally: Tally, outlook: Outlook) -> Panel:
     facts += [f"{now.in_flight:,} in flight", f"{now.upstream_429:,} 429s"]
     facts += [f"{tally.failed:,} failed"] if tally.failed else []
     facts += [f"{tally.bad:,} bad"] if tally.bad else []
-    if not total:
-        return Panel(counted(done, "lines"), (), tuple(facts))
-    bar = Bar(f"{done:,} of {total:,}", min(1.0, done / total))
+    bar = Bar(f"{done:,} of {total:,}", done / max(1, total))
     return Panel("progress", (bar,), tuple(facts))
 
 
@@ -111,10 +109,9 @@ def headline(job: Job, tally: Tally, limiter: Limiter) -> str:
     limits = [allowed(limiter)] if isinstance(limiter, Pool) else [*map(str, job.limits)]
     limits += [] if job.max_usd is None else [f"{usd_written(job.max_usd)} USD in all"]
     limits += ["as many as go well" if job.slots == "auto" else slots]
-    lines = "" if tally.total is None else f", {counted(tally.total, 'lines')}"
     model = "" if job.model is None else f" with {job.model}"
-    source = "standard input" if job.source == STANDARD else job.source
-    return f"{source}{lines}{model}; {job.destination}\n{', '.join(limits)}"
+    lines = counted(tally.total, "lines")
+    return f"{job.source}, {lines}{model}; {job.destination}\n{', '.join(limits)}"
 
 
 def summary(job: Job, tally: Tally) -> str:
@@ -136,16 +133,15 @@ def summary(job: Job, tally: Tally) -> str:
     if tally.errors and not tally.refused:
         lines.append(errors_of(tally))
         files.append(f"failed lines: {job.errors_file}")
-    if files and job.out != STANDARD:
+    if files:
         lines.append(", ".join(files))
     if tally.usd is not None:
         spent = f"{usd_written(tally.usd)} of {usd_written(job.max_usd or 0)} USD spent"
         rest = "; the next request may cost more than is left" if tally.out_of_usd else ""
         lines.append(spent + rest)
     if tally.stopped:
-        give = "" if job.out != STANDARD else "with -o FILE, "
         how = " with a larger --max-usd" if tally.out_of_usd else ""
-        lines.append(f"{give}the same command{how} continues from here")
+        lines.append(f"the same command{how} continues from here")
     return "\n".join(lines)
 
 
