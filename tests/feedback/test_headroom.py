@@ -178,23 +178,36 @@ def used(counts: str, booked: list[int], now: int) -> int:
     return -(-max(0, level - (now - last) * 100) // MINUTE)
 
 
-def passed(headroom: Headroom, amount: int, *, until: int) -> list[int]:
-    """Return when calls of ``amount`` pass that wait in line from 0 on."""
+def passed(headroom: Headroom, amount: int, *, since: int = 0, until: int) -> list[int]:
+    """Return when calls of ``amount`` pass that wait in line from ``since`` on."""
     times: list[int] = []
-    now = 0
+    now = since
     while (now := headroom.earliest(amount, now)) < until:
         headroom.book(amount, now)
         times.append(now)
     return times
 
 
-def test_slices_never_admit_more_than_their_share_and_waste_little() -> None:
-    """At most ten pass in a second, five of them at once; this uses 97 % of 600 a minute."""
-    times = passed(meter(remaining=10), 1, until=MINUTE)
+def test_slices_never_admit_more_than_their_share() -> None:
+    """Of ten a second, half is left to others until reports say what they take."""
+    headroom = meter(remaining=10)
+    assert len(passed(headroom, 1, until=SECOND)) == 3
+    times: list[int] = []
+    for second in range(1, 60):
+        headroom.update(10, second * SECOND, amount=600)
+        times += passed(headroom, 1, since=second * SECOND, until=(second + 1) * SECOND)
     assert_never_over([(when, 1) for when in times], Limit("units", 10, per=1))
-    assert times[:5] == [0] * 5
-    assert times[5] > 0
-    assert 0.97 < len(times) / 600 <= 1
+    assert len(times) / 590 > 0.75
+
+
+@pytest.mark.parametrize(("every", "passing"), [(1, 60), (10, 0)])
+def test_units_that_come_back_all_the_time_rule_slices_out(every: int, passing: int) -> None:
+    """In a slice of ten seconds, what was booked stays missing until it ends."""
+    headroom = meter(remaining=90)
+    for second in range(1, 15):
+        headroom.book(5, second * SECOND - SECOND // 2)
+        headroom.update(90 - 5 * (second % every), second * SECOND, amount=600)
+    assert sum(headroom.take(1, 14 * SECOND) for _ in range(200)) == passing
 
 
 def test_report_above_slice_share_ends_slicing() -> None:
