@@ -24,9 +24,8 @@ from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
-from asyncbucket.core.seats import Seat, ThreadSeat
+from asyncbucket.core.seats import ATOMIC, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.core.terms import CallAmounts
 from asyncbucket.core.wording import USD
 

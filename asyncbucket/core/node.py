@@ -432,6 +432,104 @@ class Node:
             child.after_fork()
 
 
+class PoolNode(Node):
+    """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
+
+    __slots__ = ("at_members",)
+
+    def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
+        super().__init__(name, parent, pacer=pacer)
+        #: What a call from here passes at each member that has taken one.
+        self.at_members: dict[Any, NodeAtMember] = {}
+
+    @property
+    def _member_nodes(self) -> Iterable[Node]:
+        """What limits the pool at its members: it is a child of each."""
+        return (member.node for member in self.pacer.pool.members)
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; None if unbounded."""
+        bounds = [node.path[-1].concurrency for node in self._member_nodes]
+        if self.parent is not None or None in bounds:
+            return super().concurrency
+        return sum(bound for bound in bounds if bound is not None)
+
+    def routes(self, amounts: Amounts) -> "list[NodeAtMember]":
+        """Return what such a call would pass at each member that can take it."""
+        return [each.at(self) for each in self.pacer.pool.members if each.takes(amounts)]
+
+    def forget(self) -> None:
+        super().forget()
+        for node in self.at_members.values():
+            node.forget()
+
+    def _work_out_limits(self) -> None:
+        super()._work_out_limits()
+        if self.parent is None:  # of all members' limits together
+            rates: dict[str, float] = {}
+            for node in self._member_nodes:
+                for resource, seconds in node.seconds.items():
+                    rates[resource] = rates.get(resource, 0.0) + 1 / seconds
+            self.seconds = {resource: 1 / rate for resource, rate in rates.items()}
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        dues = [
+            route.earliest_of_all(amounts, max(now, route.member.out_until))
+            for route in self.routes(amounts)
+        ]
+        return min(dues, key=lambda due: due[0], default=(NEVER, None))
+
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        is_alone = not self.path[-1].waiting
+        anywhere = (
+            route.parent.soonest(amounts, now, is_first=is_alone) for route in self.routes(amounts)
+        )
+        return max(super().soonest(amounts, now, is_first=is_first), min(anywhere, default=NEVER))
+
+    def check(self, amounts: Amounts) -> None:
+        super().check(amounts)
+        self.pacer.pool.check(amounts)
+
+    def resources(self) -> set[str]:
+        return super().resources().union(*(node.resources() for node in self._member_nodes))
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self.at_members = {}
+        if self.parent is None:
+            self.pacer.pool.after_fork()
+
+
+class NodeAtMember(Node):
+    """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
+
+    __slots__ = ("inner", "member")
+
+    parent: Node
+
+    def __init__(self, inner: PoolNode, member: Any) -> None:
+        super().__init__(inner.name, pacer=member.pacer)
+        self.inner, self.member = inner, member
+        self.path = (*inner.path, *member.node.path)
+        self.parent = member.node
+
+    @property
+    def queue_path(self) -> tuple[Node, ...]:
+        return self.parent.path[:-1]
+
+    def _work_out(self) -> None:
+        self.own = tuple(pair for node in self.inner.path for pair in node.own)
+        self.meters = (*self.own, *self.parent.meters)
+        self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self._work_out_limits()
+        self.seconds = self.inner.seconds  # by which the pool's agents are measured
+        self.bounded = (
+            *(node for node in self.inner.path if node.slots < NEVER),
+            *self.parent.bounded,
+        )
+
+
 def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:
     """Return the first instant that suits all meters, and what binds."""
     when, bound_by = since, None

@@ -33,16 +33,25 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
-from asyncbucket.core import blocked
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
-from asyncbucket.core.place import Place
-from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
-from asyncbucket.core.seats import EMPTY, Seat, Seats
+from asyncbucket.core.seats import (
+    EMPTY,
+    GRACE,
+    Place,
+    Seat,
+    Seats,
+    beyond_slots,
+    bury,
+    is_late,
+    reset_after_fork,
+    return_set_aside,
+    wait_for_slots,
+)
 from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
@@ -95,10 +104,10 @@ class Pacer:
         #: store keeps them, and all open calls were made in this process.
         self.is_plain = True
         self.seats = Seats(self.look)
-        #: The members of a pool, if this is its tree: `asyncbucket.core.binding.Members`.
+        #: The members of a pool, if this is its tree: `asyncbucket.core.members.Members`.
         self.pool: Any = None
         #: The trees that look together, because pools have calls wait at several of them: an
-        #: `asyncbucket.core.binding.Group`.
+        #: `asyncbucket.core.members.Group`.
         self.group: Any = None
         reset_after_fork(self)
 
@@ -204,7 +213,7 @@ class Pacer:
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
-        seat.sleep(min(blocked.wait_for_slots(self, now) if due == NEVER else due, end), now)
+        seat.sleep(min(wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
@@ -267,7 +276,7 @@ class Pacer:
             waiter.cancel()
             self.gone_locked(waiter, now)
         else:  # nothing can be resolved there any more
-            blocked.bury(self, seat)
+            bury(self, seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -299,7 +308,7 @@ class Pacer:
             head, due = self.top.head(now)
             if head is None:
                 return due != SOON
-            if not blocked.is_late(self, head.seat, now):
+            if not is_late(self, head.seat, now):
                 return False
 
     def next_look_locked(self, now: int) -> int:
@@ -320,7 +329,7 @@ class Pacer:
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
-                blocked.bury(self, seat)
+                bury(self, seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -343,7 +352,7 @@ class Pacer:
             self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
-                blocked.return_set_aside(seat)
+                return_set_aside(seat)
             seat.looks_at = now
             self.looks += 1
             if self.group is not None:
@@ -388,7 +397,7 @@ class Pacer:
             if due > now:
                 self.bound_by = waiter.line.bound_by = bound_by
             if waiter.seat is not seat:
-                if blocked.is_late(self, waiter.seat, now):
+                if is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
@@ -406,7 +415,7 @@ class Pacer:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
         if other.looks_at > max(due, now):
             other.ring(now)
-        return max(min(due, other.looks_at), now) + blocked.GRACE
+        return max(min(due, other.looks_at), now) + GRACE
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat, and nobody else has a say."""
@@ -553,7 +562,7 @@ class Pacer:
 
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
-        waiter, due = blocked.beyond_slots(self, seat, now)
+        waiter, due = beyond_slots(self, seat, now)
         if waiter is not None:
             self._serve(waiter, now)
         return due

@@ -1,21 +1,19 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 from asyncbucket.core.agents import AgentLease
-from asyncbucket.core.binding import Members, Prefer
 from asyncbucket.core.context import Agent, inherited, read_text, span_of
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.members import Member, PoolNode
+from asyncbucket.core.members import Member, Members, Prefer
 from asyncbucket.core.meters import NEVER
-from asyncbucket.core.node import Meters
+from asyncbucket.core.node import Meters, PoolNode
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import Seat
@@ -40,7 +38,6 @@ T = TypeVar("T")
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
 
-_log: Final = logging.getLogger("asyncbucket")
 _PATIENCE: Final = ("patience", "0 never waits for one member")
 
 
@@ -80,7 +77,7 @@ class PoolLease(FirstLease):
         member = self._member
         if member is not None:
             pacer = member.pacer
-            pacer.do(self._member_failed_locked, member, reason)
+            pacer.do(member.fail, self, reason)
             if pacer.news:
                 pacer.catch_up()
         self.failed()
@@ -90,17 +87,6 @@ class PoolLease(FirstLease):
         member = self._member
         if member is not None and member.failures:
             member.pacer.do(partial(member.ended, self, is_proof=True))
-
-    def _member_failed_locked(self, member: Member, reason: str) -> None:
-        now = member.pacer.clock()
-        member.pacer.is_plain = False  # from now on, the end of a call may be a proof
-        if member.fail(reason, now):
-            pool, name = member.pool.root.name, member.limiter.name
-            member.pacer.news.append(
-                partial(_log.warning, "pool %r leaves out %r: %s", pool, name, reason)
-            )
-        member.pool.give_up(now)
-        member.pacer.ring_locked(member.node)
 
     # --- the machine ---
 

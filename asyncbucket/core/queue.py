@@ -420,6 +420,51 @@ class Branch(Flow):
         return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
 
 
+class PoolLine(Line):
+    """Stand in the queue of a member for a pool: see `asyncbucket.core.members`."""
+
+    __slots__ = ("member",)
+
+    def __init__(self, member: Any, priority: int) -> None:
+        super().__init__(member.node, branch_of(member.node, priority), priority)
+        self.member = member
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the pool's call that this member is to take next; else when to ask again."""
+        if not self.living:
+            return None, EMPTY
+        pool = self.member.pool
+        found: tuple[AnyWaiter | None, int]
+        found = pool.next_at(self.member, pool.pacer.top.head(now, back), now)
+        return found
+
+    def lines(self) -> Iterator[Line]:
+        yield from self.member.pool.pacer.top.lines()
+
+
+class PaidLine(Line):
+    """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
+
+    __slots__ = ("paid",)
+
+    def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
+        super().__init__(node, None, paid[0].priority)
+        self.paid = paid
+        self.rank = -self.priority
+
+    def depart(self, calls: int = 1) -> None:
+        self.node.pacer.top.flows.discard(self)
+        super().depart(calls)
+
+    @property
+    def waited_at(self) -> Node:
+        return self.paid[0].node
+
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        for line in self.paid:
+            line.credit_flows(reserved, used)
+
+
 def new_line(node: Node, priority: int) -> Line:
     """Return a line for the calls of a limiter and a priority that had none yet."""
     line = Line(node, branch_of(node, priority), priority)

@@ -10,7 +10,7 @@ from time import monotonic, monotonic_ns, sleep
 import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
-from asyncbucket.core import blocked
+from asyncbucket.core import seats
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.core.conftest import nothing_is_left
 from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
@@ -18,7 +18,7 @@ from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(blocked, "_PATIENCE", 100_000_000)
+    monkeypatch.setattr(seats, "_PATIENCE", 100_000_000)
     return 0.1
 
 

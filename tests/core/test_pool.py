@@ -25,7 +25,7 @@ from asyncbucket import (
     Pool,
     WouldBlock,
 )
-from asyncbucket.core import binding
+from asyncbucket.core import members
 from asyncbucket.core.pool import PoolLease
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.core.conftest import (
@@ -38,7 +38,7 @@ from tests.core.conftest import (
     start_all,
 )
 
-CORE = str(Path(binding.__file__).parent)
+CORE = str(Path(members.__file__).parent)
 Trace = dict[str, list[tuple[float, int]]]
 
 
@@ -565,7 +565,7 @@ async def test_children_of_a_pool_share_it_by_weight(time: VirtualTime) -> None:
 async def test_latest_conversations_are_remembered(
     time: VirtualTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(binding, "_HOMES", 2)
+    monkeypatch.setattr(members, "_HOMES", 2)
     a, b = members_of(time, 600, 600)
     pool = Pool(a, b, prefer="first")
     for key in "xyz":
