@@ -22,12 +22,11 @@ plus what it has used, which is fair sharing.
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
 
-import bisect
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from math import fsum
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asyncbucket.core.context import Agent
 from asyncbucket.core.events import AgentFinished, AgentStarted
@@ -48,22 +47,11 @@ _KINDS: Final = 200
 #: What part of a new agent's size is little enough for one that runs to stay in its place.
 _NEARLY_DONE: Final = 0.5
 
+_Sizes: TypeAlias = deque[float]
+
 
 class AgentRun:
     """One agent at one limiter, or one call that no agent makes."""
-
-    __slots__ = (
-        "agent",
-        "began",
-        "fluid",
-        "is_open",
-        "leaves",
-        "number",
-        "size",
-        "start",
-        "tag",
-        "used",
-    )
 
     def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
         self.agent = agent
@@ -91,8 +79,9 @@ class Agents:
 
     def __init__(self, node: Node, above: "Agents | None") -> None:
         self._node = node
+        #: What the latest runs of each kind have used, and those of all kinds.
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
-        self._all: _Sizes = _Sizes() if above is None else above._all
+        self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
         self._runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
         #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
@@ -158,7 +147,8 @@ class Agents:
 
     def expected(self, kind: str | None, above: float = -1.0) -> float | None:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
-        return (self._sizes.get(kind) or self._all).mean_above(above)
+        sizes = [size for size in self._sizes.get(kind) or self._all if size > above]
+        return fsum(sizes) / len(sizes) if sizes else None
 
     def pay(self, run: AgentRun, work: float) -> None:
         """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
@@ -211,13 +201,10 @@ class Agents:
         node, now = self._node, self._node.pacer.clock()
         if ended_well:
             self._finished += 1
-            sizes = self._sizes.get(agent.kind)
-            if sizes is None:
-                if len(self._sizes) >= _KINDS:
-                    self._sizes.pop(next(iter(self._sizes)))
-                sizes = self._sizes[agent.kind] = _Sizes()
-            for each in sizes, self._all:
-                each.add(run.used)
+            if agent.kind not in self._sizes and len(self._sizes) >= _KINDS:
+                self._sizes.pop(next(iter(self._sizes)))
+            for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
+                sizes.append(run.used)
             for other in self._runs.values():
                 if other.is_open:
                     self._resize(other)
@@ -238,16 +225,14 @@ class Agents:
 
     def statistics(self) -> AgentStatistics:
         """Return a frozen snapshot."""
-        kinds: dict[str | None, int] = {}
-        for agent in self._runs:
-            kinds[agent.kind] = kinds.get(agent.kind, 0) + 1
+        kinds = Counter(agent.kind for agent in self._runs)
         return AgentStatistics(
             running=len(self._runs),
             finished=self._finished,
             kinds={
                 kind: AgentKind(
-                    running=kinds.get(kind, 0),
-                    known=0 if kind not in self._sizes else len(self._sizes[kind]),
+                    running=kinds[kind],
+                    known=len(self._sizes.get(kind, ())),
                     size=self.expected(kind),
                 )
                 for kind in {*kinds, *self._sizes}
@@ -294,30 +279,6 @@ class CallsByAgent:
     def __iter__(self) -> Iterator[Any]:
         """Yield the calls in order."""
         return (entry[-1] for entry in sorted(self._heap))
-
-
-class _Sizes:
-    """What the latest runs of a kind have used, in order of size."""
-
-    def __init__(self) -> None:
-        self._latest: deque[float] = deque()
-        self._sorted: list[float] = []
-        #: The sums of the largest one, the two largest, and so on.
-        self._sums: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._sorted)
-
-    def add(self, size: float) -> None:
-        if len(self._latest) >= _RUNS:
-            self._sorted.remove(self._latest.popleft())
-        self._latest.append(size)
-        bisect.insort(self._sorted, size)
-        self._sums = list(accumulate(reversed(self._sorted)))
-
-    def mean_above(self, used: float) -> float | None:
-        larger = len(self._sorted) - bisect.bisect_right(self._sorted, used)
-        return self._sums[larger - 1] / larger if larger else None
 
 
 class AgentLease(Lease):

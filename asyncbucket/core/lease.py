@@ -254,7 +254,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer.notify(
             node,
             Admitted,
-            self._when,
+            at=self._when,
             cost=self.cost,
             waited=self.waited,
             bound_by=self.bound_by,

@@ -53,8 +53,6 @@ _GRAINS: Final = 512
 _JITTER: Final = 3
 #: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
-#: It remembers this many earlier bursts; a call that is open for longer errs on the safe side.
-_BURSTS: Final = 8
 
 #: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
@@ -83,7 +81,10 @@ class Meter(Protocol):
 
     def take(self, amount: int, now: int) -> bool:
         """Book ``amount`` if it may pass at ``now``; return whether it may."""
-        ...
+        if self.earliest(amount, now) > now:
+            return False
+        self.book(amount, now)
+        return True
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
@@ -150,18 +151,14 @@ class Bucket(Meter):
         self.burst = 0
         #: What was booked before this instant comes back elsewhere.
         self.began = 0
-        #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
-        self._earlier_bursts: tuple[tuple[int, int], ...] = ()
+        #: Until when (ns) bookings were made under other bursts, and the least of those.
+        self._earlier_bursts = -1, burst
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)] if self.burst else []
-        if len(earlier) > _BURSTS:
-            earlier[:2] = [(earlier[1][0], min(earlier[0][1], earlier[1][1]))]
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
-        self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
         self.tat = now * self.q - -missing * self.p // p
@@ -169,7 +166,9 @@ class Bucket(Meter):
         if self._dates:
             self._dates = [date * self.q // q for date in self._dates]
             self._lows = [low * self.p // p for low in self._lows]
-        self._earlier_bursts = tuple((until * self.q // q, old) for until, old in earlier)
+        if self.burst not in {0, burst}:
+            self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
+        self.burst = burst
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -236,8 +235,8 @@ class Bucket(Meter):
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        bursts = (old for until, old in self._earlier_bursts if start <= until)
-        burst = next(bursts, self.burst)
+        until, least = self._earlier_bursts
+        burst = least if when <= until else self.burst
         as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
             amount = min(left + amount, burst) - min(left, burst)
@@ -271,13 +270,12 @@ class Bucket(Meter):
 
     def state(self) -> list[Any]:
         """Return all that it remembers, as plain data for `restore`."""
-        bursts = [list(each) for each in self._earlier_bursts]
-        return [self.tat, self.full_at, self._dates, self._lows, self.low, bursts]
+        earlier = self._earlier_bursts
+        return [self.tat, self.full_at, self._dates, self._lows, self.low, earlier]
 
     def restore(self, state: list[Any]) -> None:
         """Remember what a bucket of the same rate and burst did when it made ``state``."""
-        self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
-        self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
+        self.tat, self.full_at, self._dates, self._lows, self.low, self._earlier_bursts = state
 
 
 def exact_rate(rate: float | Fraction) -> Fraction:

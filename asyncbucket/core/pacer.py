@@ -156,24 +156,19 @@ class Pacer:
         for pacer in (self,) if self.group is None else self.group.pacers:
             pacer.observed += number
 
-    def event(
-        self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
-    ) -> Event:
-        """Return an event of now, or of ``at``."""
-        at = self.clock() if at is None else at
-        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
-
-    def notify(
+    def notify_locked(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
     ) -> None:
-        """Tell the observers of ``node`` and of those above; without the lock."""
+        """Tell the observers of ``node`` and of those above, when the lock is released."""
         if self.observed:
-            node.emit(self.event(node, event_type, at, **fields))
+            at = self.clock() if at is None else at
+            event = event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
+            self.news.append(partial(node.emit, event))
 
-    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell them when the lock is released."""
-        if self.observed:
-            self.news.append(partial(node.emit, self.event(node, event_type, **fields)))
+    def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
+        """Tell them now; without the lock."""
+        self.notify_locked(node, event_type, **fields)
+        self.catch_up()
 
     # --- standing in line ---
 
@@ -439,14 +434,17 @@ class Pacer:
         if not self.let_go(waiter, now, bound_by):
             return 0
         line.node.book(waiter.amounts, now)
-        self._count_served(waiter, now, 1, 1.0, now - waiter.asked, bound_by)
+        self._count_served(waiter, now, 1, now - waiter.asked, bound_by)
         return 1
 
     def _serve_line(self, line: Line, most: int, now: int) -> int:
-        """Let calls of the only line go, in order, as long as they fit; return how many did."""
-        node, calls, root = line.node, line.calls, self.root
+        """Let calls of the only line go, in order, as long as they fit; return how many did.
+
+        Nobody else waits, so virtual time need not tell how many they were.
+        """
+        node, calls = line.node, line.calls
         bound_by = line.bound_by or self.bound_by
-        count, waited, work, total = 0, 0, 1.0, 0.0
+        count = waited = 0
         last: AnyWaiter | None = None
         while calls and count < most:
             waiter = calls[0]
@@ -466,14 +464,11 @@ class Pacer:
                     node.unbook(node.meters, amounts, now)
             else:
                 break
-            work = root.work(amounts)
-            total += len(group) * work
             count += len(group)
             waited += sum(group)
             last = waiter
         if last is not None:
-            worth = total / work if work else float(count)
-            self._count_served(last, now, count, worth, waited, bound_by)
+            self._count_served(last, now, count, waited, bound_by)
         return count
 
     def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
@@ -509,7 +504,6 @@ class Pacer:
         last: AnyWaiter,
         now: int,
         calls: int,
-        worth: float,
         waited: int,
         bound_by: str | None,
     ) -> None:
@@ -520,7 +514,7 @@ class Pacer:
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
         self.count_in(node, last.seat, -calls)
-        self.top.serve(last, calls, worth)
+        self.top.serve(last, calls)
         if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(node)
 

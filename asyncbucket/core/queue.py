@@ -371,24 +371,21 @@ class Branch(Flow):
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
-    def serve(self, waiter: AnyWaiter, calls: int = 1, worth: float = 1.0) -> None:
-        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed.
-
-        They cost as much as ``worth`` calls like the last.
-        """
-        self.charge(waiter.line, waiter.amounts, worth)
+    def serve(self, waiter: AnyWaiter, calls: int = 1) -> None:
+        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed."""
+        self.charge(waiter.line, waiter.amounts)
         waiter.line.depart(calls)
 
-    def charge(self, line: Line, amounts: Amounts, worth: float = 1.0) -> None:
+    def charge(self, line: Line, amounts: Amounts) -> None:
         """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
         look = self.node.pacer.looks
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.work(amounts), worth)  # noqa: SLF001 - its own kind
+            branch._charge_first(branch.node.work(amounts))  # noqa: SLF001 - its own kind
             flow.look = look
             flow = branch
 
-    def _charge_first(self, work: float, worth: float) -> None:
+    def _charge_first(self, work: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
         if self.above is None:
@@ -398,9 +395,9 @@ class Branch(Flow):
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
         weights = max(self._weights, flow.weight)  # sums of floats drift
-        self._potential += worth * work / weights
+        self._potential += work / weights
         self.clock = max(self.clock, self._potential - self._works / weights)
-        step = worth * work / flow.weight - flow.credit
+        step = work / flow.weight - flow.credit
         flow.credit = max(0.0, -step)
         flow.tag += max(0.0, step)
         heapq.heapreplace(self._ready, (flow.tag, flow))

@@ -238,13 +238,6 @@ class Headroom(Meter):
         when = max(even, self._ours.earliest(amount + reserve, now))
         return min(when, self._last_booking + self.window // _LEAST)
 
-    def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.core.meters.Meter.take`."""
-        if self.earliest(amount, now) > now:
-            return False
-        self.book(amount, now)
-        return True
-
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.core.meters.Meter.book`."""
         level = self._expected_level(when, self._needed_level(amount))

@@ -53,13 +53,6 @@ class Pause(Meter):
         """See `asyncbucket.core.meters.Meter.earliest`."""
         return max(now, self.until)
 
-    def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.core.meters.Meter.take`."""
-        if self.until > now:
-            return False
-        self.book(amount, now)
-        return True
-
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""
         if self.step:
