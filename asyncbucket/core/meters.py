@@ -118,21 +118,6 @@ class Bucket(Meter):
 
     bulk = True
 
-    __slots__ = (
-        "_dates",
-        "_earlier_bursts",
-        "_lows",
-        "began",
-        "burst",
-        "depth",
-        "full_at",
-        "low",
-        "p",
-        "q",
-        "slack",
-        "tat",
-    )
-
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
         self.tat = 0
@@ -289,27 +274,6 @@ class Window(Meter):
     """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
 
     bulk = True
-
-    __slots__ = (
-        "_calendar",
-        "_closed",
-        "_closes",
-        "_dates",
-        "_forgotten",
-        "_largest",
-        "_last",
-        "_opened",
-        "_units",
-        "_wall",
-        "amount",
-        "grain",
-        "hold",
-        "limit",
-        "pace",
-        "refuses",
-        "used",
-        "window",
-    )
 
     def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
         """Keep ``limit``; calls booked up to ``began`` give nothing back.

@@ -59,41 +59,6 @@ class Node:
     Everything is read and written with the pacer's lock held, unless it says otherwise.
     """
 
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "admitted",
-        "agents",
-        "bounded",
-        "branches",
-        "cancelled",
-        "children",
-        "extra",
-        "in_flight",
-        "last_words",
-        "learned",
-        "limits",
-        "lines",
-        "max_queue",
-        "meters",
-        "most",
-        "name",
-        "observers",
-        "own",
-        "pacer",
-        "parent",
-        "path",
-        "refunded",
-        "refused",
-        "seconds",
-        "sizer",
-        "slots",
-        "takes",
-        "upstream_429",
-        "waiting",
-        "waits",
-        "weight",
-    )
-
     # Worked out when first asked for:
     #: The meters of this limiter; and all that a call from here passes, up to the root's.
     own: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
@@ -106,11 +71,32 @@ class Node:
     #: How many seconds one unit takes of the fastest limit: see `work`.
     seconds: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
 
+    # What most limiters never set:
+    weight = 1.0
+    max_queue: int | None = None
+    children: "weakref.WeakSet[Node] | None" = None
+    observers: Observers | None = None
+    #: Limits that the provider announced and nobody gave.
+    learned: frozenset[Key] = frozenset()
+    #: What finds the number of slots, if it is not given.
+    sizer: Sizer | None = None
+    #: What orders its calls by agent: see `asyncbucket.core.agents`.
+    agents: Any = None
+    #: Called before it is forgotten, if it was let go.
+    last_words: "Callable[[Node], object] | None" = None
+    cancelled = refused = upstream_429 = 0
+    #: Units given back by settling, by resource.
+    refunded: dict[str, int] = EMPTY_MAPPING
+    #: How many calls waited, and how long (ns) in total, by what bound them.
+    waits: dict[str, list[int]] = EMPTY_MAPPING
+    #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
+    lines: dict[int, Any] = EMPTY_MAPPING
+    branches: dict[int, Any] = EMPTY_MAPPING
+
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
-        self.name, self.parent, self.weight = name, parent, 1.0
+        self.name, self.parent = name, parent
         #: This node and those above it, up to the root.
         self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
-        self.children: weakref.WeakSet[Node] | None = None
         #: The `asyncbucket.core.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
         if parent is not None:
@@ -118,28 +104,11 @@ class Node:
                 parent.children = weakref.WeakSet()
             parent.children.add(self)
         self.limits: dict[Key, Window] = EMPTY_MAPPING
-        #: Limits that the provider announced and nobody gave.
-        self.learned: frozenset[Key] = frozenset()
-        #: The most calls in flight; and what finds that number, if it is not given.
+        #: The most calls in flight.
         self.slots = NEVER
-        self.sizer: Sizer | None = None
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
-        self.max_queue: int | None = None
         self.in_flight = self.admitted = self.waiting = 0
-        self.cancelled = self.refused = self.upstream_429 = 0
-        #: Units given back by settling, by resource.
-        self.refunded: dict[str, int] = EMPTY_MAPPING
-        #: How many calls waited, and how long (ns) in total, by what bound them.
-        self.waits: dict[str, list[int]] = EMPTY_MAPPING
-        self.observers: Observers | None = None
-        #: What orders its calls by agent: see `asyncbucket.core.agents`.
-        self.agents: Any = None
-        #: Called before it is forgotten, if it was let go.
-        self.last_words: Callable[[Node], object] | None = None
-        #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
-        self.lines: dict[int, Any] = EMPTY_MAPPING
-        self.branches: dict[int, Any] = EMPTY_MAPPING
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""
@@ -435,8 +404,6 @@ class Node:
 class PoolNode(Node):
     """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
 
-    __slots__ = ("at_members",)
-
     def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
         super().__init__(name, parent, pacer=pacer)
         #: What a call from here passes at each member that has taken one.
@@ -503,8 +470,6 @@ class PoolNode(Node):
 
 class NodeAtMember(Node):
     """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
-
-    __slots__ = ("inner", "member")
 
     parent: Node
 

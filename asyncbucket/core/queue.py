@@ -100,20 +100,6 @@ AnyWaiter: TypeAlias = Waiter | SyncWaiter
 class Flow:
     """Compete with others for the next place in the branch above."""
 
-    __slots__ = (
-        "above",
-        "asleep",
-        "competes",
-        "credit",
-        "living",
-        "look",
-        "node",
-        "rank",
-        "tag",
-        "weight",
-        "work",
-    )
-
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
         self.node, self.above, self.weight = node, above, weight
         #: Who goes first among equals: the more urgent priority, or who came first.
@@ -150,8 +136,6 @@ class Flow:
 
 class Line(Flow):
     """Hold the calls of one limiter and priority that wait, in order of arrival."""
-
-    __slots__ = ("bound_by", "calls", "priority", "since")
 
     def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
@@ -246,17 +230,6 @@ class Line(Flow):
 
 class Branch(Flow):
     """Choose among flows: the lowest tag of those that may go."""
-
-    __slots__ = (
-        "_asleep",
-        "_joined",
-        "_potential",
-        "_ready",
-        "_weights",
-        "_works",
-        "clock",
-        "flows",
-    )
 
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
         super().__init__(node, above, weight, rank)
@@ -420,8 +393,6 @@ class Branch(Flow):
 class PoolLine(Line):
     """Stand in the queue of a member for a pool: see `asyncbucket.core.members`."""
 
-    __slots__ = ("member",)
-
     def __init__(self, member: Any, priority: int) -> None:
         super().__init__(member.node, branch_of(member.node, priority), priority)
         self.member = member
@@ -441,8 +412,6 @@ class PoolLine(Line):
 
 class PaidLine(Line):
     """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
-
-    __slots__ = ("paid",)
 
     def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
         super().__init__(node, None, paid[0].priority)
