@@ -8,7 +8,7 @@ does the work: see `asyncbucket.core.pacer.Pacer.do`.
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
@@ -225,8 +225,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 seat.home = pacer.seats.here()
                 pacer.seats[seat] = seat
                 waiter = SyncWaiter()
-            waiter.lease = self
-            pacer.join_locked(waiter, node, amounts, seat, now, deadline, self._priority)
+            waiter.lease, waiter.seat = self, seat
+            waiter.amounts, waiter.deadline = amounts, deadline
+            pacer.join_locked(waiter, node, now, self._priority)
             return waiter
         finally:
             pacer.lock.release()
@@ -417,10 +418,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     meter.owe(delta, now)
             return
         node.count_refund(resource, -delta)
-        for back, when, left, meters in _take_back(parts, -delta):
+        while delta < 0:  # the latest first
+            booked, when, meters = parts.pop()
+            left = max(0, booked + delta)
+            if left:
+                parts.append((left, when, meters))
             for meter, counts in meters:
                 if counts == resource:
-                    meter.unbook(back, when, left=left)
+                    meter.unbook(booked - left, when, left=left)
+            delta += booked - left
 
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, or else as reserved."""
@@ -591,17 +597,3 @@ class FirstLease(Lease):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int, Meters]]:
-    """Take ``units`` from ``parts``, the latest first.
-
-    Yield for each: units, date, what is left, and the meters in which it was booked.
-    """
-    while units > 0:
-        booked, when, meters = parts.pop()
-        back = min(booked, units)
-        if booked > back:
-            parts.append((booked - back, when, meters))
-        yield back, when, booked - back, meters
-        units -= back

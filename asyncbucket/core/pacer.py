@@ -36,7 +36,7 @@ from typing import Any, Final
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
-from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
 from asyncbucket.core.seats import (
@@ -172,18 +172,10 @@ class Pacer:
 
     # --- standing in line ---
 
-    def join_locked(
-        self,
-        waiter: AnyWaiter,
-        node: Node,
-        amounts: Amounts,
-        seat: Seat,
-        now: int,
-        deadline: int | None,
-        priority: int,
-    ) -> None:
-        """Let ``waiter`` stand in line at ``node``."""
-        waiter.amounts, waiter.seat, waiter.asked, waiter.deadline = amounts, seat, now, deadline
+    def join_locked(self, waiter: AnyWaiter, node: Node, now: int, priority: int = 0) -> None:
+        """Let ``waiter`` stand in line at ``node``; it knows its seat, its amounts and its deadline."""
+        seat, deadline = waiter.seat, waiter.deadline
+        waiter.asked = now
         waiter.number = self.seats.arrivals = self.seats.arrivals + 1
         self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)
@@ -211,12 +203,12 @@ class Pacer:
         seat.sleep(min(wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
-    def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
-        """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
+    def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
+        """Count out ``waiter``, which is done but did not pass; ring if another may be next now."""
         line = waiter.line
         if line.node.pacer is not self:  # of the group
-            is_another_next: bool = line.node.pacer.gone_locked(waiter, now)
-            return is_another_next
+            line.node.pacer.gone_locked(waiter, now)
+            return
         stood_here = self.place is not None and self.place.leave(waiter)
         calls = line.calls
         while calls and calls[0] is not waiter and calls[0].done():  # gave up before
@@ -233,7 +225,6 @@ class Pacer:
         self.count_in(line.waited_at, waiter.seat, -1)
         if first or not line.living:
             self.ring_locked(line.node, now)
-        return first or not line.living
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
@@ -356,21 +347,18 @@ class Pacer:
                 due = self.admit(seat, now) if self.waiting else EMPTY
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
-                if self._end_waits(seat, now):
-                    due = now
-                end, _ = seat.first_deadline()
+                end = self._end_waits(seat, now)
             seat.sleep(min(due, end) if seat.waiting else EMPTY, now)
 
-    def _end_waits(self, seat: Seat, now: int) -> bool:
-        """Resolve the waiters whose deadline has come; return whether another is next now."""
-        is_another_next = False
-        while True:
-            end, waiter = seat.first_deadline()
-            if end > now:
-                return is_another_next
+    def _end_waits(self, seat: Seat, now: int) -> int:
+        """Resolve the waiters whose deadline has come; return when the next one does."""
+        end, waiter = seat.first_deadline()
+        while end <= now:
             with contextlib.suppress(*_DONE):
                 waiter.set_result(False)
-                is_another_next |= self.gone_locked(waiter, now)
+                self.gone_locked(waiter, now)
+            end, waiter = seat.first_deadline()
+        return end
 
     def admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
@@ -434,7 +422,7 @@ class Pacer:
         if not self.let_go(waiter, now, bound_by):
             return 0
         line.node.book(waiter.amounts, now)
-        self._count_served(waiter, now, 1, now - waiter.asked, bound_by)
+        self._count_served(waiter, now, 1, now - waiter.asked)
         return 1
 
     def _serve_line(self, line: Line, most: int, now: int) -> int:
@@ -468,7 +456,7 @@ class Pacer:
             waited += sum(group)
             last = waiter
         if last is not None:
-            self._count_served(last, now, count, waited, bound_by)
+            self._count_served(last, now, count, waited)
         return count
 
     def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
@@ -499,17 +487,10 @@ class Pacer:
             waiter.asked = now  # from now on when it passed
         return True
 
-    def _count_served(
-        self,
-        last: AnyWaiter,
-        now: int,
-        calls: int,
-        waited: int,
-        bound_by: str | None,
-    ) -> None:
+    def _count_served(self, last: AnyWaiter, now: int, calls: int, waited: int) -> None:
         """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
         line = last.line
-        node = line.node
+        node, bound_by = line.node, line.bound_by or self.bound_by
         line.since = self.since = now
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)

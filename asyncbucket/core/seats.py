@@ -513,21 +513,16 @@ class OfThisProcess:
         )
 
 
-class Forkable(Protocol):
-    """Know how to start afresh in a child process."""
-
-    def after_fork(self) -> None:
-        """Replace locks, which the parent may have held, and forget what is the parent's."""
-        ...
-
-
 #: Module state, because ``os.register_at_fork`` cannot be undone: so it is called once, and holds
 #: only weak references.
-_FORKABLE: Final["weakref.WeakSet[Forkable]"] = weakref.WeakSet()
+_FORKABLE: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
 
 
-def reset_after_fork(obj: Forkable) -> None:
-    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives."""
+def reset_after_fork(obj: Any) -> None:
+    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives.
+
+    It is to replace locks, which the parent may have held, and to forget what is the parent's.
+    """
     _FORKABLE.add(obj)
 
 

@@ -207,8 +207,9 @@ class TokenBucket(OfThisProcess):
                     raise self._timeout_error(amount, timeout, due - now)
             seat = pacer.seats.here()
             waiter = Waiter(loop=seat.loop)
-            waiter.lease = None
-            pacer.join_locked(waiter, self._node, amounts, seat, now, deadline, 0)
+            waiter.lease, waiter.seat = None, seat
+            waiter.amounts, waiter.deadline = amounts, deadline
+            pacer.join_locked(waiter, self._node, now)
             return waiter
         finally:
             pacer.lock.release()
