@@ -197,7 +197,6 @@ class Member:
             self.failures += 1
             lease.is_probe = False
         self.reason = reason
-        self.pool.give_up(now)
         self.pacer.ring_locked(self.node)
 
 
@@ -267,6 +266,7 @@ class Members:
     def admit(self, seat: Seat, now: int) -> tuple[int, int]:
         """Let all go that may, or step out; return how many did, and when this seat must look again."""
         passed = 0
+        self._give_up(now)
         while True:
             due = self._end_keeping(now)
             head = self.pacer.top.head(now)
@@ -324,7 +324,9 @@ class Members:
         home, lease = self.home_of(waiter.lease), waiter.lease
         if home in candidates:
             return self.serve(waiter, home.pacer, now)
-        until = min(now + lease.patience, lease.latest)
+        until = now + lease.patience
+        if waiter.deadline is not None:
+            until = min(until, waiter.deadline)
         may_wait = until > now and not isinstance(waiter.line, PaidLine)
         if may_wait and home is not None and home.can_take(waiter.amounts, now):
             self._step_out(waiter, home, until)
@@ -492,23 +494,18 @@ class Members:
                 due = min(due, member.pacer.override(seat, now))
         return due
 
-    def hopeless(self, now: int) -> AcquireTimeout | None:
-        """Return the error of all calls that would wait, if each member has failed again and again."""
+    def _give_up(self, now: int) -> None:
+        """Have all calls fail that wait, if each member has failed again and again."""
         if any(each.out_until <= now or each.failures < _HOPELESS for each in self.members):
-            return None
+            return
         states = [each.state(now) for each in self.members]
-        return AcquireTimeout(
+        says = (
             f"no member of pool {self.root.name!r} works: {'; '.join(map(str, states))}; mend one, or "
-            f"try again later",
-            retry_after=min(state.left_out for state in states),
+            f"try again later"
         )
-
-    def give_up(self, now: int) -> None:
-        """Have all calls fail that wait, if there is no hope."""
+        left = min(state.left_out for state in states)
         for waiter in list(self.pacer.top.waiters()):
-            error = self.hopeless(now)
-            if error is not None:
-                self.pacer.fail_locked(waiter, error)
+            self.pacer.fail_locked(waiter, AcquireTimeout(says, retry_after=left))
 
     # --- what its nodes ask ---
 
@@ -550,15 +547,13 @@ class Group:
     """Trees that look together, because pools tie them: they share a lock, and where calls wait."""
 
     def __init__(self, pool: Members) -> None:
-        pacers = [member.pacer for member in pool.members]
-        known = dict.fromkeys(pacer.group for pacer in pacers if pacer.group is not None)
-        self.pools: tuple[Members, ...] = (*(each for group in known for each in group.pools), pool)
-        #: Those of the pools and those of their members.
-        self.pacers: tuple[Pacer, ...] = tuple(
-            dict.fromkeys(
-                (*(each for group in known for each in group.pacers), pool.pacer, *pacers)
-            )
-        )
+        pools, pacers = [pool], [pool.pacer, *(member.pacer for member in pool.members)]
+        for group in {pacer.group for pacer in pacers} - {None}:
+            pools += group.pools
+            pacers += group.pacers
+        #: The pools; the trees of these and those of their members.
+        self.pools: tuple[Members, ...] = tuple(pools)
+        self.pacers: tuple[Pacer, ...] = tuple(dict.fromkeys(pacers))
         observed = sum({id(p.group or p): p.observed for p in self.pacers}.values())
         for pacer in self.pacers:
             pacer.group = self

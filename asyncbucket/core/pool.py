@@ -12,11 +12,9 @@ from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.members import Member, Members, Prefer
-from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, PoolNode
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import MemberState, Statistics
 from asyncbucket.core.terms import (
     CallAmounts,
@@ -47,8 +45,6 @@ class PoolLease(FirstLease):
     #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
     sticky: str | None = None
     patience = 0
-    #: Until when it may wait (ns).
-    latest = NEVER
     #: Whether the pool waits for its end, because the member has failed before.
     is_probe = False
     _member: Member | None = None
@@ -89,16 +85,6 @@ class PoolLease(FirstLease):
             member.pacer.do(partial(member.ended, self, is_proof=True))
 
     # --- the machine ---
-
-    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
-        members: Members = self._node.pacer.pool
-        with members.pacer:
-            hopeless = members.hopeless(members.pacer.clock())
-        if hopeless is not None:
-            raise hopeless
-        if deadline is not None:
-            self.latest = deadline
-        return super()._join_line(deadline, seat)
 
     def _take_now(self) -> bool:
         self.patience = 0
@@ -201,7 +187,7 @@ class Pool(Limiter):
         max_queue: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        _check(members, prefer, read_name(name))
+        _check(members, prefer)
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
         pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
@@ -427,7 +413,7 @@ class Pool(Limiter):
             )
 
 
-def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
+def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
     if not members:
         raise ValueError("a pool needs at least one limiter: Pool(openai, azure)")
     for member in members:
@@ -438,10 +424,6 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
         if member._node.in_flight or member._node.pacer.waiting:
             raise RuntimeError(
                 f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
-            )
-        if name in member.children:
-            raise ValueError(
-                f"{member.name!r} has a child {name!r} already: give the pool another name="
             )
     names = [member.name for member in members]
     if len(set(names)) < len(names):
