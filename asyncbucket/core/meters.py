@@ -77,7 +77,6 @@ class Meter(Protocol):
         a waiter, ``now`` is the instant since which it has been first in line. ``back`` assumes
         that this many units had been given back.
         """
-        ...
 
     def take(self, amount: int, now: int) -> bool:
         """Book ``amount`` if it may pass at ``now``; return whether it may."""
@@ -88,15 +87,12 @@ class Meter(Protocol):
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
-        ...
 
     def owe(self, amount: int, when: int) -> None:
         """Take ``amount`` whether or not it may pass; later calls wait for it."""
-        ...
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
-        ...
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """Move a booking from ``when`` to ``now``, because the call leaves only now."""
@@ -105,7 +101,6 @@ class Meter(Protocol):
 
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
-        ...
 
 
 class Bucket(Meter):

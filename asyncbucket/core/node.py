@@ -50,7 +50,6 @@ class Sizer(Protocol):
             waited: whether it had waited for a slot.
             full: whether all slots were taken until then.
         """
-        ...
 
 
 class Node:

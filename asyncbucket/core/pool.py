@@ -1,6 +1,6 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
@@ -20,7 +20,6 @@ from asyncbucket.core.terms import (
     CallAmounts,
     CallKeywords,
     Concurrency,
-    LimitKeywords,
     Terms,
     read_name,
 )
@@ -156,7 +155,8 @@ class Pool(Limiter):
     ...     reply = await clients[lease.limiter].chat.completions.create(...)
 
     Children, tenants, agents, priorities and deadlines work as with any `Limiter`. A call too
-    costly for one member goes to those that can take it.
+    costly for one member goes to those that can take it. Limits are the members': `reconfigure` and
+    `learn` raise a TypeError, but for a child.
 
     Args:
         members: limiters without parents, at least one, with different names. Make the pool before
@@ -376,41 +376,18 @@ class Pool(Limiter):
         for member in self.members:
             member.pause(seconds, reason=reason, gradually=gradually)
 
-    def learn(self, limit: Limit) -> None:
-        """Adopt a limit that a provider announces; see `Limiter.learn`.
-
-        Raises:
-            TypeError: this is no child: limits are the members'.
-        """
-        self._refuse_own_limits("teach")
-        super().learn(limit)
-
-    def reconfigure(
-        self,
-        *limits: str | Limit,
-        concurrency: Concurrency | None = None,
-        weight: float | None = None,
-        **limits_by_keyword: Unpack[LimitKeywords],
-    ) -> None:
-        """Change the limits of a child; see `Limiter.reconfigure`.
-
-        Raises:
-            TypeError: this is no child: limits are the members'.
-        """
-        self._refuse_own_limits("reconfigure")
-        super().reconfigure(*limits, concurrency=concurrency, weight=weight, **limits_by_keyword)
-
     async def aclose(self) -> None:
         """Have every member leave its store; see `Limiter.aclose`. Of a child, it does nothing."""
         if self._parent is None:
             for member in self.members:
                 await member.aclose()
 
-    def _refuse_own_limits(self, what: str) -> None:
+    def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         if self._parent is None:
             raise TypeError(
-                f"a pool has no limits of its own: {what} a member, such as pool.members[0]"
+                "a pool has no limits of its own: reconfigure a member, such as pool.members[0]"
             )
+        super()._check_place(limits, concurrency)
 
 
 def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:

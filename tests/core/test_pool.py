@@ -806,7 +806,6 @@ def test_pool_refuses_what_it_cannot_be_made_of(
         "text": "text",
         "pool": Pool(b),
         "child": a.child("c"),
-        "with pool": b,
         "other clock": Limiter(name="other"),
         "busy": busy,
     }
@@ -818,7 +817,7 @@ def test_pool_refuses_what_it_cannot_be_made_of(
     ("method", "args", "options", "error", "says"),
     [
         ("reconfigure", ["5 RPM"], {}, TypeError, "no limits of its own: reconfigure a member"),
-        ("learn", [Limit("requests", 5)], {}, TypeError, "no limits of its own: teach a member"),
+        ("learn", [Limit("requests", 5)], {}, TypeError, "no limits of its own: reconfigure a member"),
         ("acquire", [], {"sticky": ""}, ValueError, "sticky must be a non-empty string"),
         ("acquire", [], {"patience": -1}, ValueError, "patience must be at least 0 s"),
         ("acquire_nowait", [], {"images": 1}, TypeError, "this limiter counts"),
