@@ -82,7 +82,8 @@ class Agents:
         #: What the latest runs of each kind have used, and those of all kinds.
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
         self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
-        self._runs: dict[Agent, AgentRun] = {}
+        #: Those that run here.
+        self.runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
         #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
         #: and how many they are.
@@ -90,16 +91,11 @@ class Agents:
         self._fluid: list[tuple[float, int, AgentRun]] = []
         self._in_fluid = 0
 
-    @property
-    def running(self) -> int:
-        """How many agents run here."""
-        return len(self._runs)
-
     def run_of(self, agent: Agent) -> AgentRun | None:
         """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
-        run = self._runs.get(agent)
+        run = self.runs.get(agent)
         if run is None and not agent.is_over:
-            run = self._runs[agent] = self._enter(agent, self._size_of(agent))
+            run = self.runs[agent] = self.enter(agent, self._size_of(agent))
             run.began = self._node.pacer.clock()
             agent.limiters.append(self)
             self._node.pacer.notify_locked(self._node, AgentStarted, kind=agent.kind)
@@ -109,7 +105,7 @@ class Agents:
         self, calls: Iterable[Any], agent: Agent | None, amounts: Amounts
     ) -> tuple[list[Any], int]:
         """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
-        run = None if agent is None else self._runs.get(agent)
+        run = None if agent is None else self.runs.get(agent)
         size = self._node.work(amounts) if agent is None else self._size_of(agent)
         tag = self._clock + (size or 0.0) if run is None else run.tag
         runs = [(call, call.lease._run) for call in calls]
@@ -123,15 +119,11 @@ class Agents:
 
     def _size_of(self, agent: Agent) -> float | None:
         """Return what an agent is expected to use that has just come."""
-        return (
-            self.expected(agent.kind) if agent.expects is None else self._node.work(agent.expects)
-        )
+        told = agent.expects
+        return self.expected(agent.kind) if told is None else self._node.work(told)
 
-    def lone(self, work: float) -> AgentRun:
-        """Return the run of a call that no agent makes."""
-        return self._enter(None, work)
-
-    def _enter(self, agent: Agent | None, size: float | None) -> AgentRun:
+    def enter(self, agent: Agent | None, size: float | None) -> AgentRun:
+        """Return a new run of an agent, or of a call that no agent makes."""
         self._numbers += 1
         run = AgentRun(agent, self._clock, size, self._numbers)
         self._join_fluid(run, run.tag)
@@ -179,7 +171,7 @@ class Agents:
 
     def _resize(self, run: AgentRun) -> None:
         """Expect more of an agent that has used more than expected."""
-        if run.agent not in self._runs:
+        if run.agent not in self.runs:
             return
         kind = run.agent.kind
         size, new = self.expected(kind, run.used), self.expected(kind)
@@ -191,13 +183,10 @@ class Agents:
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
-        pacer = self._node.pacer
-        pacer.do(self._end_locked, agent, ended_well)
-        if pacer.news:
-            pacer.catch_up()
+        self._node.pacer.do_and_tell(self._end_locked, agent, ended_well)
 
     def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
-        run = self._runs.pop(agent)
+        run = self.runs.pop(agent)
         node, now = self._node, self._node.pacer.clock()
         if ended_well:
             self._finished += 1
@@ -205,13 +194,13 @@ class Agents:
                 self._sizes.pop(next(iter(self._sizes)))
             for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
                 sizes.append(run.used)
-            for other in self._runs.values():
+            for other in self.runs.values():
                 if other.is_open:
                     self._resize(other)
         if run.fluid:  # now its true size is known
             run.is_open = False
             self._join_fluid(run, run.start + run.used)
-        if not self._runs:
+        if not self.runs:
             self._fluid.clear()
             self._in_fluid = 0
         seconds = (now - run.began) * 1e-9
@@ -221,13 +210,13 @@ class Agents:
 
     def order(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
         """Return a line of ``calls``: by agent while any runs, else in order of arrival."""
-        return CallsByAgent(self, calls) if self._runs else deque(sorted(calls))
+        return CallsByAgent(self, calls) if self.runs else deque(sorted(calls))
 
     def statistics(self) -> AgentStatistics:
         """Return a frozen snapshot."""
-        kinds = Counter(agent.kind for agent in self._runs)
+        kinds = Counter(agent.kind for agent in self.runs)
         return AgentStatistics(
-            running=len(self._runs),
+            running=len(self.runs),
             finished=self._finished,
             kinds={
                 kind: AgentKind(
@@ -254,7 +243,7 @@ class CallsByAgent:
         """Add a call."""
         run = call.lease._run
         if run is None:
-            run = call.lease._run = self._agents.lone(call.line.node.work(call.amounts))
+            run = call.lease._run = self._agents.enter(None, call.line.node.work(call.amounts))
         heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
 
     def popleft(self) -> Any:
@@ -292,7 +281,9 @@ class AgentLease(Lease):
         pacer: Pacer = self._node.pacer
         with pacer:
             agents = agents_of(self._node)
-            self._run = agents.run_of(self._agent) or agents.lone(self._node.work(self._amounts))
+            self._run = agents.run_of(self._agent) or agents.enter(
+                None, self._node.work(self._amounts)
+            )
         if not super()._try_now():
             return False
         pacer.do(agents.passed, self)

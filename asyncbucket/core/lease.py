@@ -6,20 +6,14 @@ the garbage collector, which closes a generator or a coroutine that holds a leas
 does the work: see `asyncbucket.core.pacer.Pacer.do`.
 """
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from asyncbucket.core.admission import (
-    REFUSALS,
-    count_refusal,
-    refuse,
-    too_late,
-    too_late_locked,
-    too_many_wait_locked,
-)
+from asyncbucket.core import admission
 from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
@@ -192,12 +186,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     pacer.catch_up()
                 raise
             if not in_time:
-                raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+                raise admission.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
             waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER
-            if isinstance(error, REFUSALS):
-                count_refusal(node, amounts, error)
+            if isinstance(error, admission.REFUSALS):
+                admission.count_refusal(node, amounts, error)
             raise
         finally:
             del waiter  # else an error's traceback would keep it alive
@@ -214,9 +208,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             node.check(amounts)
             for level in node.path:
                 if level.max_queue is not None and level.waiting >= level.max_queue:
-                    raise too_many_wait_locked(level, node, amounts)
+                    raise admission.too_many_wait_locked(level, node, amounts)
             if deadline is not None and node.soonest(amounts, now) > deadline:
-                raise too_late_locked(node, amounts, now, deadline)
+                raise admission.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if seat is None:
                 seat = pacer.seats.here()
@@ -239,15 +233,14 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer: Pacer = self._node.pacer
         seat = ThreadSeat(pacer.look)
         try:
-            self._wait(seat).send(None)
-        except StopIteration:
-            pass
+            with contextlib.suppress(StopIteration):
+                self._wait(seat).send(None)
         finally:
             pacer.do(pacer.seats.pop, seat, None)
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
-        refuse(self._node, self._amounts)
+        admission.refuse(self._node, self._amounts)
 
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]
@@ -353,10 +346,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     def _settle(self, used: dict[str, int]) -> None:
         if self._state < HELD:
             raise RuntimeError("this call has not been admitted yet: await it, or enter it")
-        pacer: Pacer = self._node.pacer
-        pacer.do(self._settle_locked, used)
-        if pacer.news:
-            pacer.catch_up()
+        self._node.pacer.do_and_tell(self._settle_locked, used)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
@@ -526,19 +516,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer.ring_locked(self._node)
 
     def _end(self, outcome: Outcome) -> None:
-        if self._state not in (HELD, LENT):
-            return
-        pacer: Pacer = self._node.pacer
-        pacer.do(self._end_locked, outcome)
-        if pacer.news:
-            pacer.catch_up()
+        if self._state in (HELD, LENT):
+            self._node.pacer.do_and_tell(self._end_locked, outcome)
 
     def _end_locked(self, outcome: Outcome) -> None:
-        node, seat = self._node, self._seat
-        if self._state not in (HELD, LENT) or seat.look is None:
+        if self._state not in (HELD, LENT) or self._seat.look is None:
             return
         self._state = OVER
-        seat.leases -= 1
+        self._seat.leases -= 1
+        node = self._node
         pacer: Pacer = node.pacer
         for level in node.path if self._levels is None else self._levels:
             if level.sizer is not None:
@@ -590,7 +576,12 @@ class FirstLease(Lease):
 
     def __del__(self) -> None:
         super().__del__()
-        if self._state == ASKED and self._coroutine is None and not self._node.was_called:
+        node = self._node
+        if (
+            self._state == ASKED
+            and self._coroutine is None
+            and not (node.admitted or node.waiting or node.refused or node.cancelled)
+        ):
             warnings.warn(
                 "an acquisition was never awaited, so that nothing was paced: write "
                 "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",

@@ -78,11 +78,6 @@ class Member:
         #: Calls that are kept for it: until when, their numbers, and where they stand.
         self.kept: list[tuple[int, int, PaidLine]] = []
 
-    @property
-    def root(self) -> Node:
-        """The node with the member's limits."""
-        return self.node.path[-1]
-
     # --- the pool's place in its queue ---
 
     def compete(self, priority: int | None) -> None:
@@ -150,7 +145,7 @@ class Member:
 
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
-        root = self.root
+        root = self.node.path[-1]
         parts = [root.in_flight / root.slots]
         for window in root.limits.values():
             window.available(now)  # which forgets what is over
@@ -351,7 +346,6 @@ class Members:
         if not callable(prefer):
             return min(candidates, key=lambda member: member.use(now))
         limiters = [member.limiter for member in candidates]
-        said: Any = None
         self.pacer.lock.release()
         try:
             said = prefer(limiters)
@@ -518,7 +512,7 @@ class Members:
         if any(member.takes(amounts) for member in self.members):
             return
         if len(self.members) == 1:
-            self.members[0].root.check(amounts)  # which refuses
+            self.members[0].node.check(amounts)  # which refuses
         exceeded = {member.limiter.name: member.node.exceeded(amounts) for member in self.members}
         resources = dict.fromkeys(limit.resource for limit in exceeded.values() if limit)
         cost = ", ".join(counted(amounts[each], each) for each in resources)
@@ -592,6 +586,5 @@ class Group:
                     count, when = pool.admit(seat, now)
                     passed += count
                     due = min(due, when)
-            others_wait = any(each.root.waiting for each in self.pacers if each.pool is None)
-            if not passed or due <= now or not (others_wait or len(self.pools) > 1):
+            if not passed or due <= now:
                 return due  # else a call that passed may have made way for one of another line

@@ -69,6 +69,8 @@ class Meter(Protocol):
     bound_by: ClassVar[str | None] = None
     #: Whether several calls at one instant count like one call of their total.
     bulk: ClassVar[bool] = False
+    #: What a store has to keep of it.
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
@@ -102,6 +104,15 @@ class Meter(Protocol):
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
 
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        return [getattr(self, name) for name in self.kept]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a meter of the same limit did when it made ``state``."""
+        for name, value in zip(self.kept, state, strict=True):
+            setattr(self, name, value)
+
 
 class Bucket(Meter):
     """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
@@ -112,6 +123,7 @@ class Bucket(Meter):
     """
 
     bulk = True
+    kept = ("tat", "full_at", "_dates", "_lows", "low", "_earlier_bursts")
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
@@ -239,23 +251,12 @@ class Bucket(Meter):
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """See `Meter.redate`; the excess over a burst was earned by waiting, whenever it leaves."""
-        amount = min(amount, self.burst)
-        self.unbook(amount, when)
-        self.owe(amount, now)
+        super().redate(min(amount, self.burst), when, now)
 
     def available(self, now: int) -> int:
         """See `Meter.available`."""
         backlog = self.tat - now * self.q
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
-
-    def state(self) -> list[Any]:
-        """Return all that it remembers, as plain data for `restore`."""
-        earlier = self._earlier_bursts
-        return [self.tat, self.full_at, self._dates, self._lows, self.low, earlier]
-
-    def restore(self, state: list[Any]) -> None:
-        """Remember what a bucket of the same rate and burst did when it made ``state``."""
-        self.tat, self.full_at, self._dates, self._lows, self.low, self._earlier_bursts = state
 
 
 def exact_rate(rate: float | Fraction) -> Fraction:
@@ -269,6 +270,7 @@ class Window(Meter):
     """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
 
     bulk = True
+    kept = ("_dates", "_units", "_last", "_closes", "used", "_largest", "_forgotten", "_opened")
 
     def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
         """Keep ``limit``; calls booked up to ``began`` give nothing back.
@@ -395,15 +397,14 @@ class Window(Meter):
         return self._closes + max(0, calendar.start(number + times) - then)
 
     def state(self) -> list[Any]:
-        """Return all that it remembers, as plain data for `restore`."""
-        newest = [self._last, self._closes, self.used, self._largest, self._forgotten, self._opened]
-        return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
+        """See `Meter.state`."""
+        return [super().state(), None if self.pace is None else self.pace.state()]
 
     def restore(self, state: list[Any]) -> None:
-        """Remember what a window of the same limit did when it made ``state``."""
-        self._dates, self._units, newest, pace = state
+        """See `Meter.restore`."""
+        own, pace = state
+        super().restore(own)
         self._closed = sum(self._units)
-        self._last, self._closes, self.used, self._largest, self._forgotten, self._opened = newest
         if self.pace is not None:
             self.pace.restore(pace)
 

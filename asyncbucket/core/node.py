@@ -367,16 +367,11 @@ class Node:
             node.refunded = node.refunded or {}
             node.refunded[resource] = node.refunded.get(resource, 0) + units
 
-    @property
-    def was_called(self) -> bool:
-        """Whether any call has come this way; it may be asked anywhere, even by a finalizer."""
-        return bool(self.admitted or self.waiting or self.refused or self.cancelled)
-
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
             not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
-            and not (self.agents and self.agents.running)
+            and not (self.agents and self.agents.runs)
             and all(window.is_as_new(now) for window in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
@@ -416,10 +411,10 @@ class PoolNode(Node):
     @property
     def concurrency(self) -> int | None:
         """The most calls in flight at all members together; None if unbounded."""
-        bounds = [node.path[-1].concurrency for node in self._member_nodes]
-        if self.parent is not None or None in bounds:
+        if self.parent is not None:
             return super().concurrency
-        return sum(bound for bound in bounds if bound is not None)
+        slots = sum(node.path[-1].slots for node in self._member_nodes)
+        return None if slots >= NEVER else slots
 
     def routes(self, amounts: Amounts) -> "list[NodeAtMember]":
         """Return what such a call would pass at each member that can take it."""
@@ -447,11 +442,11 @@ class PoolNode(Node):
         return min(dues, key=lambda due: due[0], default=(NEVER, None))
 
     def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
-        is_alone = not self.path[-1].waiting
+        own, is_alone = super().soonest(amounts, now, is_first=is_first), not self.path[-1].waiting
         anywhere = (
             route.parent.soonest(amounts, now, is_first=is_alone) for route in self.routes(amounts)
         )
-        return max(super().soonest(amounts, now, is_first=is_first), min(anywhere, default=NEVER))
+        return max(own, min(anywhere, default=NEVER))
 
     def check(self, amounts: Amounts) -> None:
         super().check(amounts)
@@ -459,12 +454,6 @@ class PoolNode(Node):
 
     def resources(self) -> set[str]:
         return super().resources().union(*(node.resources() for node in self._member_nodes))
-
-    def after_fork(self) -> None:
-        super().after_fork()
-        self.at_members = {}
-        if self.parent is None:
-            self.pacer.pool.after_fork()
 
 
 class NodeAtMember(Node):

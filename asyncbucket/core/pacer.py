@@ -33,25 +33,14 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
+from asyncbucket.core import seats
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
-from asyncbucket.core.seats import (
-    EMPTY,
-    GRACE,
-    Place,
-    Seat,
-    Seats,
-    beyond_slots,
-    bury,
-    is_late,
-    reset_after_fork,
-    return_set_aside,
-    wait_for_slots,
-)
+from asyncbucket.core.seats import EMPTY, GRACE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
@@ -133,6 +122,12 @@ class Pacer:
         if self.jobs:
             self.catch_up(tell=False)
 
+    def do_and_tell(self, job: Callable[..., object], *args: object) -> None:
+        """Do it, and tell the news: not for finalizers, which may run anywhere."""
+        self.do(job, *args)
+        if self.news:
+            self.catch_up()
+
     def catch_up(self, *, tell: bool = True) -> None:
         """Run what was left to whoever releases the lock, in order, and tell the news."""
         while self.jobs and self.lock.acquire(False):  # a keyword would take twice the time
@@ -200,7 +195,7 @@ class Pacer:
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
-        seat.sleep(min(wait_for_slots(self, now) if due == NEVER else due, end), now)
+        seat.sleep(min(seats.wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
@@ -262,7 +257,7 @@ class Pacer:
             waiter.cancel()
             self.gone_locked(waiter, now)
         else:  # nothing can be resolved there any more
-            bury(self, seat)
+            seats.bury(self, seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -294,7 +289,7 @@ class Pacer:
             head, due = self.top.head(now)
             if head is None:
                 return due != SOON
-            if not is_late(self, head.seat, now):
+            if not seats.is_late(self, head.seat, now):
                 return False
 
     def next_look_locked(self, now: int) -> int:
@@ -315,7 +310,7 @@ class Pacer:
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
-                bury(self, seat)
+                seats.bury(self, seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -338,7 +333,7 @@ class Pacer:
             self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
-                return_set_aside(seat)
+                seats.return_set_aside(seat)
             seat.looks_at = now
             self.looks += 1
             if self.group is not None:
@@ -380,14 +375,12 @@ class Pacer:
             if due > now:
                 self.bound_by = waiter.line.bound_by = bound_by
             if waiter.seat is not seat:
-                if is_late(self, waiter.seat, now):
+                if seats.is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
-            if place is not None:
-                self._push(place, waiter, now)
-            elif passed < BATCH:
+            if place is not None or passed < BATCH:
                 passed += self._serve(waiter, now)
                 served = None
             else:
@@ -418,8 +411,11 @@ class Pacer:
         if waiter.done():
             return 0
         line.calls.popleft()
-        bound_by = line.bound_by or self.bound_by
-        if not self.let_go(waiter, now, bound_by):
+        if self.place is not None:
+            self.push_at(line.node, self.place, waiter, now)
+            self._charge(waiter, now, 1)
+            return 0
+        if not self.let_go(waiter, now, line.bound_by or self.bound_by):
             return 0
         line.node.book(waiter.amounts, now)
         self._count_served(waiter, now, 1, now - waiter.asked)
@@ -489,24 +485,20 @@ class Pacer:
 
     def _count_served(self, last: AnyWaiter, now: int, calls: int, waited: int) -> None:
         """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
-        line = last.line
-        node, bound_by = line.node, line.bound_by or self.bound_by
-        line.since = self.since = now
+        node, bound_by = last.line.node, last.line.bound_by or self.bound_by
+        self.since = now
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
         self.count_in(node, last.seat, -calls)
-        self.top.serve(last, calls)
-        if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
-            rouse(node)
+        self._charge(last, now, calls)
 
-    def _push(self, place: Place, waiter: AnyWaiter, now: int) -> None:
-        """Hand ``waiter`` over to the store, booked below the root."""
-        line = waiter.line
-        line.calls.popleft()
+    def _charge(self, last: AnyWaiter, now: int, calls: int) -> None:
+        """Charge the flows for calls that left the line, up to ``last``."""
+        line = last.line
         line.since = now
-        self.push_at(line.node, place, waiter, now)
-        self.top.serve(waiter)
-        if len(line.node.path) > 2:  # noqa: PLR2004 - as in `_serve`
+        self.top.charge(line, last.amounts)
+        line.depart(calls)
+        if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)
 
     def push_at(self, node: Node, place: Place, waiter: AnyWaiter, now: int) -> None:
@@ -537,7 +529,7 @@ class Pacer:
 
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
-        waiter, due = beyond_slots(self, seat, now)
+        waiter, due = seats.beyond_slots(self, seat, now)
         if waiter is not None:
             self._serve(waiter, now)
         return due
@@ -552,5 +544,7 @@ class Pacer:
         self.waiting = 0
         self.top = Branch(self.root, None, 1.0)
         self.root.after_fork()
+        if self.pool is not None:
+            self.pool.after_fork()
         if self.group is not None:
             self.group.share(self)

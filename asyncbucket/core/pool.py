@@ -16,13 +16,7 @@ from asyncbucket.core.node import Meters, PoolNode
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.statistics import MemberState, Statistics
-from asyncbucket.core.terms import (
-    CallAmounts,
-    CallKeywords,
-    Concurrency,
-    Terms,
-    read_name,
-)
+from asyncbucket.core.terms import CallAmounts, CallKeywords, Concurrency, Terms, read_name
 
 if TYPE_CHECKING:
     from asyncbucket.http.clients import ClientOptions
@@ -57,8 +51,7 @@ class PoolLease(FirstLease):
         """
         if self._member is None:
             raise RuntimeError("no member has taken this call yet: await the lease, or enter it")
-        limiter: Limiter = self._member.limiter
-        return limiter
+        return cast("Limiter", self._member.limiter)
 
     def member_failed(self, reason: str) -> None:
         """Release, and report that the member itself failed, not this call.
@@ -71,10 +64,7 @@ class PoolLease(FirstLease):
         """
         member = self._member
         if member is not None:
-            pacer = member.pacer
-            pacer.do(member.fail, self, reason)
-            if pacer.news:
-                pacer.catch_up()
+            member.pacer.do_and_tell(member.fail, self, reason)
         self.failed()
 
     def member_works(self) -> None:

@@ -154,7 +154,7 @@ class Line(Flow):
         """Append ``waiter``."""
         waiter.line = self
         agents = self.node.agents
-        if agents is not None and bool(agents.running) is self.in_order_of_arrival:
+        if agents is not None and bool(agents.runs) is self.in_order_of_arrival:
             self.refill(self.calls)
         self.calls.append(waiter)
         if not self.living:
@@ -344,11 +344,6 @@ class Branch(Flow):
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
-    def serve(self, waiter: AnyWaiter, calls: int = 1) -> None:
-        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed."""
-        self.charge(waiter.line, waiter.amounts)
-        waiter.line.depart(calls)
-
     def charge(self, line: Line, amounts: Amounts) -> None:
         """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
@@ -440,13 +435,12 @@ def new_line(node: Node, priority: int) -> Line:
 
 def branch_of(node: Node, priority: int) -> Branch:
     """Return where the calls of one priority at a limiter and below it meet."""
-    branch = node.branches.get(priority)
+    branch: Branch | None = node.branches.get(priority)
     if branch is None:
         above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)
         branch = Branch(node, above, node.weight, rank=-priority)
         node.branches = {**node.branches, priority: branch}
-    found: Branch = branch
-    return found
+    return branch
 
 
 def rouse(node: Node) -> None:

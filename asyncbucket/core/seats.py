@@ -92,7 +92,7 @@ class Seat:
 
     def is_closed(self) -> bool:
         """Tell whether nothing can run here any more."""
-        return False
+        return self.loop is not None and self.loop.is_closed()
 
     def watch(self, waiter: Any, deadline: int) -> None:
         """Note that the time of ``waiter`` is up at ``deadline``."""
@@ -203,9 +203,6 @@ class LoopSeat(Seat):
         elif until < NEVER:
             delay = min(max((until - now) * 1e-9, NAP), _LONGEST)
             self._timer = self.loop.call_later(delay, self._time_up, context=self._context)
-
-    def is_closed(self) -> bool:
-        return self.loop.is_closed()
 
 
 class _AlwaysHeldLock(asyncio.Lock):
@@ -356,7 +353,6 @@ def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
     if now < heard + _PATIENCE:
         return None, heard + _PATIENCE
     back = sum(each.leases for each in holders)
-    waiter: Any
     waiter, due = pacer.top.head(now, back)
     if waiter is None or waiter.seat is not seat:
         return None, due
@@ -365,13 +361,11 @@ def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
         return None, due
     pacer.overridden += 1
     if pacer.overridden == 1:
-        pacer.news.append(
-            partial(
-                _log.warning,
-                "a call passed without a slot: every slot is held on an event loop that has "
-                "been blocked for over 1 s; await on that loop instead of blocking it",
-            )
+        says = (
+            "a call passed without a slot: every slot is held on an event loop that has been blocked "
+            "for over 1 s; await on that loop instead of blocking it"
         )
+        pacer.news.append(partial(_log.warning, says))
     return waiter, now
 
 
@@ -386,23 +380,18 @@ def wait_for_slots(pacer: Any, now: int) -> int:
         later: int = (pacer.since // _STALL + 2) * _STALL
         return later  # seldom another: so the timer can stay
     pacer.has_warned = True
-    nodes = {
-        node for line in pacer.top.lines() for node in (*line.node.bounded, *pacer.root.bounded)
-    }
-    held = (
+    held = {
         f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
-        for node in sorted(nodes, key=lambda node: node.name)
+        for line in pacer.top.lines()
+        for node in (*line.node.bounded, *pacer.root.bounded)
         if node.in_flight >= node.slots
+    }
+    says = (
+        "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
+        "leases (`async with` does)"
     )
-    pacer.news.append(
-        partial(
-            _log.warning,
-            "no call has passed for %.0f s: open leases hold %s; if those calls are over, release "
-            "their leases (`async with` does)",
-            (now - pacer.since) * 1e-9,
-            ", ".join(held),
-        )
-    )
+    seconds = (now - pacer.since) * 1e-9
+    pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
     return NEVER
 
 

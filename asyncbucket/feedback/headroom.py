@@ -184,7 +184,8 @@ class Headroom(Meter):
         """Tell the slices; rule out those that are too short for the report."""
         if self._slices is not None:
             self._slices.update(low, remaining, high, now)
-            self._slice_counts = () if self._slices.are_refuted else self._slice_counts
+            if self._slices.spare_refills < 0:
+                self._slice_counts = ()
         limit, before = self._provider_limit, self._slice_counts
         self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
         if self._slice_counts != before or not before:
@@ -374,17 +375,13 @@ class Slices:
         self._began, self._most = now, 0
         #: When a quarter of it began, what was left then, and what we booked since.
         self._quarter_began, self._left_then, self._booked = now, 0, 0
-        #: How many more quarters may bring units back than slices have begun.
-        self._spare_refills = _SPARE
+        #: How many more quarters may bring units back than slices have begun; if fewer than none,
+        #: there are no such slices.
+        self.spare_refills = _SPARE
 
     def taken_by_others(self, left: int, now: int) -> int:
         """Return what others have taken of a slice, at least, if ``left`` is left of it."""
         return min(self._window.available(now), self._most_left) - left
-
-    @property
-    def are_refuted(self) -> bool:
-        """Whether units came back more often than slices can have begun."""
-        return self._spare_refills < 0
 
     def update(self, low: int, remaining: int, high: int, now: int) -> None:
         """Take in a report that ``remaining`` is left of a slice, from ``low`` to ``high`` in truth."""
@@ -392,11 +389,11 @@ class Slices:
         if now - self._began >= self._length:
             self._others += (self._most - self._others) / _SLICES
             self._began, self._most = now, 0
-            self._spare_refills += 1
+            self.spare_refills += 1
         self._most = max(self._most, self.taken_by_others(remaining, now))
         if now - self._quarter_began >= self._length // _QUARTER:
             back = low + self._booked - self._left_then
-            self._spare_refills -= back * _QUARTER >= self._booked > 0
+            self.spare_refills -= back * _QUARTER >= self._booked > 0
             self._quarter_began, self._left_then, self._booked = now, high, 0
 
     def earliest(self, amount: int, now: int) -> int:

@@ -780,12 +780,6 @@ async def test_observers_of_pool_and_member_hear_of_calls(time: VirtualTime) -> 
         (["child"], {}, ValueError, "have no parents: 'a/c' is a child"),
         (["a", "a"], {}, ValueError, "different names, not a, a"),
         (["a", "other clock"], {}, ValueError, "need the same clock"),
-        (
-            ["with pool"],
-            {},
-            ValueError,
-            "'b' has a child 'pool' already: give the pool another name=",
-        ),
         (["busy"], {}, RuntimeError, "wait or are in flight: make the pool before the first call"),
         (["a"], {"prefer": "best"}, ValueError, "prefer must be 'least_used', 'first' or a"),
         (["a"], {"patience": -1}, ValueError, "patience must be at least 0 s"),
