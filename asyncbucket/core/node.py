@@ -163,7 +163,7 @@ class Node:
 
     @property
     def place(self) -> Any:
-        """What keeps its limits and slots (`asyncbucket.core.place.Place`), if a store does."""
+        """What keeps its limits and slots (`asyncbucket.core.seats.Place`), if a store does."""
         return None if self.parent is not None else self.pacer.place
 
     @property
