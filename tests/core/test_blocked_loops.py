@@ -11,7 +11,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
 from asyncbucket.core import seats
-from asyncbucket.testing import VirtualClock, VirtualTime
+from asyncbucket.testing import VirtualClock
 from tests.core.conftest import nothing_is_left
 from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
 
@@ -57,21 +57,6 @@ def test_blocked_loop_with_all_slots_does_not_deadlock(caplog: pytest.LogCapture
         "a call passed without a slot: every slot is held on an event loop that has been blocked "
         "for over 1 s; await on that loop instead of blocking it"
     )
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("depth", [0, 1])
-def test_acquire_sync_on_loop_that_holds_all_slots_does_not_deadlock(depth: int) -> None:
-    key = Limiter(concurrency=10)
-    limiter = below(key, depth, 1)
-
-    async def main() -> None:
-        async with limiter.acquire():
-            with limiter.child("agent").acquire_sync():
-                pass
-
-    asyncio.run(main())
-    assert overridden(key) == 1
 
 
 @pytest.mark.parametrize("stopped_first", [False, True])
@@ -247,28 +232,6 @@ def test_call_waiting_on_closed_loop_is_counted_out_once(
     assert key.statistics().waiting == 0
 
 
-def test_waiter_on_stopped_loop_holds_up_no_other_call() -> None:
-    limiter = Limiter("1000/s burst 1", concurrency=1)
-    holder = limiter.acquire_nowait()
-    stopped = asyncio.new_event_loop()
-    task = stopped.create_task(take(limiter))
-    run_until_waiting(stopped, limiter)
-
-    async def main() -> None:
-        async with asyncio.timeout(ENOUGH):
-            waiting = asyncio.create_task(take(limiter))
-            await asyncio.sleep(0)
-            holder.release()
-            (await waiting).release()
-            (await take(limiter)).release()
-
-    asyncio.run(main())
-    task.cancel()
-    stopped.run_until_complete(asyncio.wait([task]))
-    stopped.close()
-    nothing_is_left(limiter)
-
-
 def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop() -> None:
     """The call on the closed loop cannot be told, which is no error; calls on other loops are."""
     limiter = Limiter("1k TPM")
@@ -285,32 +248,3 @@ def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop() -> None:
     asyncio.run(main())
     nothing_is_left(limiter)
     del task
-
-
-def test_loop_that_ends_with_calls_in_tree_leaves_nothing_behind(time: VirtualTime) -> None:
-    """Nothing is left at the root or in between, and the places in a child's queue are free."""
-    key = Limiter("1 RPS", concurrency=1, clock=time.clock)
-    chat = key.child("chat", max_queue=20)
-    agent = chat.child("agent")
-
-    async def call() -> None:
-        async with agent.acquire():
-            await asyncio.sleep(3)
-
-    async def left_behind() -> None:
-        held = await key.acquire()
-        for _ in range(20):
-            asyncio.create_task(call())  # noqa: RUF006 - to be cancelled by asyncio.run
-        await asyncio.sleep(0)
-        assert agent.statistics().waiting == 20
-        held.release()
-
-    asyncio.run(left_behind())
-    nothing_is_left(key, chat, agent)
-
-    async def once() -> None:
-        async with agent.acquire() as lease:
-            assert lease.waited == 0
-
-    time.advance(2)
-    asyncio.run(once())

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import random
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -162,40 +161,6 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
     assert (now.cancelled, now.refused) == (2, 1)
     holder.release()
     nothing_is_left(limiter)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["limiter", "bucket"])
-async def test_40_000_cancellations_leak_nothing_in_order(time: VirtualTime, kind: str) -> None:
-    chance = random.Random(20)
-    limiter = Limiter("1000 RPS burst 1000", "20k tokens/s", concurrency=32, clock=time.clock)
-    bucket = TokenBucket(rate=20_000.0, burst=100, clock=time.clock)
-    served: list[int] = []
-    cancelled = 0
-
-    async def call(number: int) -> None:
-        cost = chance.randrange(1, 60)
-        if kind == "bucket":
-            await bucket.acquire(cost)
-            served.append(number)
-        else:
-            async with limiter.acquire(tokens=cost):
-                served.append(number)
-                await asyncio.sleep(0.05 * chance.random())
-
-    calls: list[asyncio.Task[None]] = []
-    for number in range(0, 40_000, 2_000):
-        calls += [asyncio.create_task(call(each)) for each in range(number, number + 2_000)]
-        await asyncio.sleep(0.05 * chance.random())
-        cancelled += sum(each.cancel() for each in calls if chance.random() < 0.99)
-        calls = [each for each in calls if not (each.done() or each.cancelling())]
-    await asyncio.gather(*calls)
-    assert cancelled > 37_000
-    assert served == sorted(served)
-    await asyncio.sleep(2)
-    nothing_is_left(limiter)
-    assert [use.used for use in limiter.statistics().limits] == [1, 0]
-    assert (bucket.statistics().waiting, bucket.statistics().available) == (0, 100)
 
 
 @pytest.mark.parametrize("turns", range(6))

@@ -56,23 +56,6 @@ async def test_open_call_of_sibling_does_not_help_call_at_own_limit(time: Virtua
     assert (time.now, len(open_calls)) == (0, 1)
 
 
-async def test_call_that_may_use_units_just_handed_over_is_not_refused(time: VirtualTime) -> None:
-    """Between an admission and its lease, what was booked still counts as lent."""
-    limiter = Limiter("100 TPM", concurrency=1, clock=time.clock)
-    first = await limiter.acquire()
-    handed = await start(limiter.acquire(tokens=99))
-    first.release()
-    await asyncio.sleep(0)
-    assert limiter.statistics().limits[0].used == 99
-    assert not handed.done()
-    patient = limiter.acquire(tokens=50, timeout=2)
-    patient.send(None)  # waits in line, and is not refused
-    (await handed)._undo()
-    await asyncio.sleep(0)
-    patient.close()
-    assert limiter.statistics().waiting == 0
-
-
 async def test_call_above_burst_is_in_time_with_units_earned_by_head(time: VirtualTime) -> None:
     limiter = Limiter("60 RPM burst 1", clock=time.clock)
     first = asyncio.ensure_future(limiter.acquire(requests=30))

@@ -117,34 +117,6 @@ def test_lock_held_by_other_thread_at_fork_does_not_deadlock_forked_process(lock
     """)
 
 
-def test_calls_waiting_in_parent_process_do_not_wait_in_forked_process() -> None:
-    run("""
-        limiter = Limiter(concurrency=1)
-        held = limiter.acquire_nowait()
-        waiting = thread(lambda: limiter.acquire_sync().release())
-        until_waiting(limiter)
-
-        def check():
-            assert limiter.statistics().waiting == 0
-            lease = limiter.acquire_nowait()
-            second = thread(lambda: limiter.acquire_sync().release())
-            until_waiting(limiter)
-            lease.release()
-            second.join()
-
-            async def main():
-                async with limiter.acquire():
-                    assert limiter.statistics().in_flight == 1
-
-            asyncio.run(main())
-
-        in_child(check)
-        held.release()
-        waiting.join(20)
-        assert not waiting.is_alive()
-    """)
-
-
 def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() -> None:
     """Cancelled, closed or just admitted, they give nothing back; the child's line is its own."""
     run("""
@@ -191,35 +163,5 @@ def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() ->
             assert (limiter.statistics().waiting, limiter.statistics().cancelled) == (0, 3)
 
         calls = []
-        asyncio.run(main())
-    """)
-
-
-def test_waiting_calls_and_slots_of_children_and_tenants_do_not_survive_fork() -> None:
-    run("""
-        key = Limiter("100 RPM", concurrency=3)
-        key.per_key("50 RPM", concurrency=1, alive=1)
-        chat = key.child("chat", "50 RPM", concurrency=1)
-        held = [chat.acquire_nowait(), key.acquire_nowait(tenant="acme")]
-
-        def check():
-            for limiter in (key, chat, key.key("acme")):
-                waiting, in_flight, used = state(limiter)
-                assert (waiting, in_flight) == (0, 0) and used[0] > 0
-            with chat.acquire_nowait(), key.acquire_nowait(tenant="acme"):
-                pass
-            for number in range(9):
-                key.key(str(number))
-            os._exit(0)
-
-        async def main():
-            asked = [chat.acquire(timeout=60), key.acquire(tenant="acme", timeout=60)]
-            waiting = [asyncio.create_task(call) for call in asked]
-            await asyncio.sleep(0)
-            assert key.statistics().waiting == 2
-            in_child(check)
-            for call in waiting:
-                call.cancel()
-
         asyncio.run(main())
     """)

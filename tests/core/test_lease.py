@@ -7,7 +7,7 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, available, start, start_all, used
+from tests.core.conftest import HELD, available, start_all, used
 
 
 async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> None:
@@ -139,20 +139,6 @@ async def test_lease_released_twice_gives_back_one_slot(time: VirtualTime) -> No
     other.release()
 
 
-async def test_undo_gives_everything_back_once(time: VirtualTime) -> None:
-    limiter = Limiter("5 RPS burst 5", "100 TPM", concurrency=1, clock=time.clock)
-    lease = await limiter.acquire(tokens=100)
-    waiting = await start(limiter.acquire(tokens=100))
-    lease._undo()
-    lease._undo()
-    other = await waiting
-    assert other.waited == 0
-    other._undo()
-    assert used(limiter) == [0, 0]
-    assert limiter.statistics().admitted == 2
-    limiter.acquire_nowait(requests=0, tokens=1)._undo()
-
-
 async def test_sending_call_redates_its_booking_and_its_debt(time: VirtualTime) -> None:
     limiter = Limiter("100 TPM", "9 images/s", concurrency=1, clock=time.clock)
     lease = limiter.acquire_nowait(tokens=10)
@@ -204,20 +190,3 @@ async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> Non
     given.learn(Limit("tokens", 200_000))
     with pytest.raises(CostExceedsLimit):
         given.acquire_nowait(tokens=6)
-
-
-async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualTime) -> None:
-    """Otherwise less than nothing would be lent there, and calls refused that can pass."""
-    limiter = Limiter("100 TPM", clock=time.clock)
-    child = limiter.child("chat")
-    inherited = child.acquire_nowait(tokens=40)
-    limiter._node.pacer.after_fork()
-    assert (limiter.statistics().in_flight, child.statistics().in_flight) == (0, 0)
-    inherited.settle(tokens=0)
-    inherited._undo()
-    assert used(limiter) == [40]
-    async with limiter.acquire(tokens=60) as lease:
-        hopeful = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
-        await asyncio.sleep(1)
-        lease.settle(tokens=0)
-        assert (await hopeful).waited == 1

@@ -246,13 +246,6 @@ def test_call_above_burst_gives_back_no_more_than_it_took_of_a_bucket_reshaped_s
     assert before <= bucket.available(when) <= bursts[-1]
 
 
-def test_earliest_of_bucket_is_sooner_if_units_come_back() -> None:
-    bucket = Bucket(rate=1, burst=10)
-    bucket.book(10, 3 * SECOND)
-    due = [bucket.earliest(5, 3 * SECOND, back=units) for units in (0, 3, 5, 9)]
-    assert due == [8 * SECOND, 5 * SECOND, 3 * SECOND, 3 * SECOND]
-
-
 @pytest.mark.parametrize("rate", [0.1, 2 / 3, 7, 200_000 / 60, 1e-9, 123_456_789.123, 1e9])
 def test_bucket_meets_its_rate_exactly_over_thousands_of_units(rate: float) -> None:
     """Rounding errors do not add up: unit n beyond the burst passes at n / rate, rounded up."""

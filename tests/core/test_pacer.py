@@ -4,8 +4,6 @@ import asyncio
 import contextvars
 import gc
 import itertools
-import sys
-import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ import pytest
 from asyncbucket import Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 from tests.core.conftest import cancel, start, start_all
-from tests.core.test_shares import count, saturate
 
 Ts = TypeVarTuple("Ts")
 
@@ -39,35 +36,6 @@ async def test_pacer_lives_only_while_calls_wait(time: VirtualTime) -> None:
         (await call).release()
     await time.all_blocked()
     assert not pacers()
-
-
-@pytest.mark.parametrize("rung", [False, True])
-async def test_pacer_keeps_nothing_of_its_callers_alive(time: VirtualTime, *, rung: bool) -> None:
-
-    class Prompt:
-        pass
-
-    variable = contextvars.ContextVar[Prompt]("variable")
-    bucket = TokenBucket(rate=1.0, clock=time.clock)
-    bucket.acquire_nowait()
-
-    async def first() -> "weakref.ref[Prompt]":
-        prompt = Prompt()
-        variable.set(prompt)
-        await bucket.acquire()
-        return weakref.ref(prompt)
-
-    early = asyncio.create_task(first())
-    await asyncio.sleep(0)
-    if rung:
-        (await start(bucket.acquire())).cancel()
-    late = [asyncio.create_task(bucket.acquire()) for _ in range(2)]
-    prompt = await early
-    del early
-    await time.all_blocked()
-    gc.collect()
-    assert prompt() is None
-    await asyncio.gather(*late)
 
 
 async def test_pacer_cancelled_by_foreign_code_starts_again(time: VirtualTime) -> None:
@@ -101,19 +69,6 @@ async def test_1000_calls_are_admitted_in_batches_of_256(time: VirtualTime, chil
         turns.append(sum(call.done() for call in calls))
     assert max(after - before for before, after in itertools.pairwise(turns)) == 256
     assert time.now == 0
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("first", ["crowd", "slow"])
-async def test_grandchild_keeps_its_rate_beside_crowds(time: VirtualTime, first: str) -> None:
-    key = Limiter("5k requests/s burst 100", name="key", clock=time.clock)
-    team, others = key.child("team"), key.child("others")
-    slow = team.child("slow", "400/s burst 1")
-    lines = [[(team.child("crowd"), 0)] * 1_500, [(slow, 0)] * 250]
-    passed = await saturate(
-        time, 0, *itertools.chain(*lines[:: 1 if first == "crowd" else -1]), *[(others, 0)] * 1_500
-    )
-    assert count(passed, until=0.5)["team/slow"] >= 170  # one by one, it would be 176
 
 
 def test_timer_that_fires_early_admits_no_call_early() -> None:
@@ -160,33 +115,6 @@ async def test_calls_that_leave_a_long_line_leave_nothing_behind(time: VirtualTi
     assert sum(each() is not None for each in left) < 100
     assert limiter.statistics().waiting == 3
     cancel(first, last, late)
-
-
-async def test_patient_call_keeps_nothing_of_those_that_pass_meanwhile(time: VirtualTime) -> None:
-    key = Limiter("1000/s", clock=time.clock)
-    agent = key.child("chat", "1M TPD").child("agent")
-    await agent.acquire(tokens=700_000)
-    patient = await start(agent.acquire(tokens=500_000, timeout=90_000))
-    await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(100)))
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(1_000):
-        (await agent.acquire(tokens=1, priority=1, timeout=99_000)).release()
-    gc.collect()
-    assert sys.getallocatedblocks() < before + 1_500
-    patient.cancel()
-
-
-def test_thread_that_waits_for_a_first_slot_is_no_reason_to_warn(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    limiter = Limiter(concurrency=1)
-    lease = limiter.acquire_sync()
-    timer = threading.Timer(0.05, lease.release)
-    timer.start()
-    limiter.acquire_sync().release()
-    timer.join()
-    assert caplog.messages == []
 
 
 async def test_slots_that_do_not_come_back_are_named_once(

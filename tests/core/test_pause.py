@@ -114,25 +114,6 @@ async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
     assert limiter.statistics().cancelled == 1
 
 
-async def test_pause_keeps_priorities_and_holds_up_only_its_own_tenant(time: VirtualTime) -> None:
-    passed: list[str] = []
-
-    async def call(limiter: Limiter, name: str, priority: int) -> None:
-        async with limiter.acquire(priority=priority):
-            passed.append(name)
-
-    key = Limiter("60 RPM burst 1", clock=time.clock)
-    key.pause(10)
-    async with asyncio.TaskGroup() as group:
-        for name, priority in (("batch", -1), ("normal", 0), ("interactive", 1)):
-            group.create_task(call(key.child(name), name, priority))
-    assert passed == ["interactive", "normal", "batch"]
-    key.key("paused").pause(100)
-    waiting = asyncio.create_task(key.acquire(tenant="paused"))
-    assert (await key.acquire(tenant="other")).bound_by == "requests"
-    assert (await waiting).bound_by == "paused"
-
-
 def test_restored_pause_goes_on_as_the_one_before() -> None:
     """A store keeps it."""
     pause, other = Pause(), Pause()

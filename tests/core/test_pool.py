@@ -208,22 +208,6 @@ async def test_call_that_was_out_of_line_holds_up_nobody_when_it_gives_up(
     nothing_is_left(pool, a, b)
 
 
-def test_call_on_stopped_loop_holds_up_nobody() -> None:
-    pool = Pool(*(Limiter(concurrency=1, name=name) for name in "ab"))
-    held = [pool.acquire_nowait(), pool.acquire_nowait()]
-    stopped = asyncio.new_event_loop()
-    first = stopped.create_task(name_of_taker(pool))
-    while not pool.statistics().waiting:
-        stopped.run_until_complete(asyncio.sleep(0))
-    threading.Timer(0.05, held[0].release).start()
-    with pool.acquire_sync(timeout=20):
-        pass
-    held[1].release()
-    assert stopped.run_until_complete(first) in "ab"
-    stopped.close()
-    nothing_is_left(pool, *pool.members)
-
-
 def test_calls_of_several_loops_and_threads_share_the_line() -> None:
     pool = Pool(*(Limiter(rps=100, name=name, concurrency=2) for name in "ab"))
     ended: list[str] = []

@@ -134,22 +134,6 @@ def test_calls_of_two_loops_pass_in_order_of_arrival_and_by_shares(light: int) -
     assert sum(lights[: 5 * light // 2]) >= light // 2
 
 
-def test_loops_that_take_turns_in_one_thread_keep_their_calls_apart(
-    two_loops: tuple[asyncio.AbstractEventLoop, ...],
-) -> None:
-    limiter = Limiter(concurrency=1)
-    holder = limiter.acquire_nowait()
-    tasks: list[asyncio.Task[Lease]] = []
-    for loop in two_loops * 2:
-        tasks.append(loop.create_task(take(limiter)))
-        turn(loop)
-    holder.release()
-    for task in tasks:
-        turn(*two_loops)
-        task.result().release()
-    nothing_is_left(limiter)
-
-
 def test_timed_out_head_makes_room_for_call_on_another_loop(
     two_loops: tuple[asyncio.AbstractEventLoop, ...],
 ) -> None:
@@ -168,23 +152,6 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     turn(there)
     assert cheap.result().bound_by == "tokens"
     held.release()
-
-
-async def test_lease_can_be_released_and_settled_in_another_thread() -> None:
-    limiter = Limiter("100 TPM", concurrency=1)
-    lease = await limiter.acquire(tokens=100)
-    waiting = asyncio.create_task(limiter.acquire(tokens=60))
-    await asyncio.sleep(0)
-
-    def elsewhere() -> None:
-        lease.settle(tokens=40)
-        lease.release()
-        lease.release()
-
-    await asyncio.to_thread(elsewhere)
-    async with asyncio.timeout(ENOUGH):
-        (await waiting).release()
-    nothing_is_left(limiter)
 
 
 # --- threads without a loop ---
