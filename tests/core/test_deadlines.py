@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.testing import VirtualTime, virtual_time
-from tests.core.conftest import HELD, refused, start
+from tests.core.conftest import HELD, refused
 
 
 async def test_call_that_would_be_late_is_refused_at_once(time: VirtualTime) -> None:
@@ -54,15 +54,6 @@ async def test_open_call_of_sibling_does_not_help_call_at_own_limit(time: Virtua
         with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
             await acme.acquire(tokens=60, timeout=5)
     assert (time.now, len(open_calls)) == (0, 1)
-
-
-async def test_call_above_burst_is_in_time_with_units_earned_by_head(time: VirtualTime) -> None:
-    limiter = Limiter("60 RPM burst 1", clock=time.clock)
-    first = asyncio.ensure_future(limiter.acquire(requests=30))
-    await asyncio.sleep(20)
-    second = await start(limiter.acquire(requests=30, timeout=15))
-    first.cancel()
-    assert (await second).waited == 9
 
 
 @pytest.mark.parametrize("missing", ["debt", "none left at the provider"])

@@ -258,27 +258,6 @@ async def test_newcomer_at_member_does_not_pass_waiting_pool(time: VirtualTime) 
     assert (await waiting[0]).limiter is a
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-async def test_direct_call_goes_at_once_when_the_call_of_a_pool_before_it_makes_way(
-    time: VirtualTime, *, is_kept: bool
-) -> None:
-    """It gives up, or is kept for the member where its conversation is."""
-    a, b = (Limiter("100 TPM", name=name, concurrency=2, clock=time.clock) for name in "ab")
-    pool = Pool(b, a, prefer="first")
-    held = [await pool.acquire(sticky="talk"), await b.acquire(), await a.acquire(tokens=50)]
-    before = await start(pool.acquire(tokens=60, sticky="talk" if is_kept else None))
-    direct = await start(a.acquire(tokens=20))
-    assert not direct.done()  # in order
-    await asyncio.sleep(60 * HELD if is_kept else 1)
-    if not is_kept:
-        cancel(before)
-    await all_blocked()
-    assert (before.done(), direct.done()) == (not is_kept, True)
-    for lease in held:
-        lease.release()
-    await asyncio.wait([before])
-
-
 async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_directly(
     time: VirtualTime,
 ) -> None:
@@ -654,15 +633,6 @@ async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
     assert str(Pool(Limiter(name="d", clock=time.clock)).explain()) == (
         "a call would pass at once; no limit over time binds such calls"
     )
-
-
-async def test_explained_wait_counts_all_members(time: VirtualTime) -> None:
-    pool = Pool(*members_of(time, 60, 120))
-    waiting = await start_all([name_of_taker(pool) for _ in range(18 + 30)])
-    explained = pool.explain().wait
-    waiting.append(await start(name_of_taker(pool)))
-    await asyncio.gather(*waiting)
-    assert explained == pytest.approx(time.now, abs=0.3)
 
 
 async def test_observers_of_pool_and_member_hear_of_calls(time: VirtualTime) -> None:

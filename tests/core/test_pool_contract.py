@@ -1,10 +1,6 @@
 """What holds for a `Limiter` holds for a `Pool`: the same tests, with pools of one member."""
 
-import functools
 import importlib
-import inspect
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -63,31 +59,17 @@ def pool_of_one(
     return PoolOfOne(member, name=name, max_queue=max_queue, timeout=timeout)
 
 
-def with_pools(module: ModuleType, test: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a test of ``module`` in which each limiter is a pool."""
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "Limiter", pool_of_one)
-            test(**fixtures)
-
-    @functools.wraps(test)
-    async def run_async(**fixtures: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "Limiter", pool_of_one)
-            await test(**fixtures)
-
-    return run_async if inspect.iscoroutinefunction(test) else run
+@pytest.fixture(autouse=True)
+def limiters_are_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each limiter of these tests a pool."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "Limiter", pool_of_one)
 
 
 for _module in MODULES:
     for _name, _test in list(vars(_module).items()):
         _marks = {mark.name for mark in getattr(_test, "pytestmark", ())}
-        if (
-            _name.startswith("test_")
-            and inspect.isfunction(_test)
-            and _name not in LEFT_OUT
-            and not _marks & {"heavy", "real_clock"}
+        if _name.startswith("test_") and not (
+            _name in LEFT_OUT or _marks & {"heavy", "real_clock"}
         ):
-            globals()[_name] = with_pools(_module, _test)
+            globals()[_name] = _test

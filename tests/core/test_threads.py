@@ -157,24 +157,6 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
 # --- threads without a loop ---
 
 
-def test_acquire_sync_waits_for_slot() -> None:
-    limiter = Limiter(concurrency=1)
-    before = set(threading.enumerate())
-    holder = limiter.acquire_sync()
-    assert (holder.waited, holder.bound_by) == (0, None)
-    with pytest.raises(AcquireTimeout):
-        limiter.acquire_sync(timeout=0.001)
-    assert set(threading.enumerate()) == before
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        job = pool.submit(limiter.acquire_sync)
-        eventually(lambda: limiter.statistics().waiting == 1)
-        holder.release()
-        with job.result(ENOUGH) as lease:
-            assert lease.waited > 0
-            assert lease.bound_by == "concurrency"
-    nothing_is_left(limiter)
-
-
 class Interrupted(BaseException):
     """Stand for a KeyboardInterrupt that arrives while a thread waits."""
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from asyncbucket.feedback.adaptive import Adaptive
 
@@ -179,25 +177,3 @@ def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
     assert adaptive.size == 14
     refuse(adaptive, started=1, now=2)
     assert repr(adaptive) == "<Adaptive 18 of 1 to 20>"
-
-
-@settings(deadline=None)
-@given(
-    least=st.integers(1, 5),
-    more=st.integers(0, 60),
-    events=st.lists(
-        st.tuples(st.integers(0, 5 * SECOND), st.booleans(), st.integers(0, 40)), max_size=60
-    ),
-)
-def test_size_stays_within_its_bounds_for_any_history(
-    least: int, more: int, events: list[tuple[int, bool, int]]
-) -> None:
-    adaptive = Adaptive(least=least, most=least + more)
-    now = 0
-    for latency, waited, calls in events:
-        now += SECOND
-        if calls:
-            feed(adaptive, calls, lambda _, ns=latency: ns, waited=waited)  # type: ignore[misc]
-        else:
-            refuse(adaptive, started=now - latency, now=now)
-        assert least <= adaptive.size <= least + more

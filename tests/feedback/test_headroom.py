@@ -89,33 +89,6 @@ def test_headroom_measures_what_others_use_and_reserves_it() -> None:
     assert not headroom.take(600 - 240 - 150, now)
 
 
-def test_share_left_by_others_is_paced_after_a_small_burst() -> None:
-    """At most a tenth of our share passes at once, and then one about every 60 / 336 s."""
-    headroom = meter(remaining=600)
-    now = listen(headroom, rate=4, seconds=30)
-    burst = sum(headroom.take(1, now) for _ in range(100))
-    first = headroom.earliest(1, now)
-    assert headroom.take(1, first)
-    assert 28 <= burst <= 36
-    assert 0.15 * SECOND < headroom.earliest(1, first) - first < 0.21 * SECOND
-
-
-def test_one_call_passes_per_twentieth_of_window_despite_others() -> None:
-    headroom = meter(remaining=600)
-    now = listen(headroom, rate=9, seconds=60)
-    headroom.update(60, now, amount=600)
-    while headroom.take(1, now):
-        pass
-    assert headroom.earliest(1, now) <= now + 3 * SECOND
-
-
-def test_provider_limit_far_above_ours_delays_no_call() -> None:
-    headroom = meter()
-    for second in range(60):
-        headroom.update(60_000 - 100 * second, second * SECOND, amount=600)
-    assert all(headroom.take(1, MINUTE) for _ in range(600))
-
-
 @given(
     counts=st.sampled_from(["log", "clock", "bucket"]),
     calls=st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
