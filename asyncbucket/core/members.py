@@ -483,9 +483,8 @@ class Members:
         """Let a call pass without a slot at a member whose slots are held on blocked loops."""
         due = NEVER
         for member in self.members:
-            if member.out_until <= now:
-                member.rouse()
-                due = min(due, member.pacer.override(seat, now))
+            member.rouse()
+            due = min(due, member.pacer.override(seat, now))
         return due
 
     def _give_up(self, now: int) -> None:

@@ -184,3 +184,20 @@ async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> Non
     given.learn(Limit("tokens", 200_000))
     with pytest.raises(CostExceedsLimit):
         given.acquire_nowait(tokens=6)
+
+
+async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualTime) -> None:
+    """Otherwise less than nothing would be lent there, and calls refused that can pass."""
+    limiter = Limiter("100 TPM", clock=time.clock)
+    child = limiter.child("chat")
+    inherited = child.acquire_nowait(tokens=40)
+    limiter._node.pacer.after_fork()
+    assert (limiter.statistics().in_flight, child.statistics().in_flight) == (0, 0)
+    inherited.settle(tokens=0)
+    inherited._undo()
+    assert used(limiter) == [40]
+    async with limiter.acquire(tokens=60) as lease:
+        hopeful = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
+        await asyncio.sleep(1)
+        lease.settle(tokens=0)
+        assert (await hopeful).waited == 1

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,36 +23,24 @@ def pacers() -> list[asyncio.Task[object]]:
     return [task for task in asyncio.all_tasks() if task.get_name() == "asyncbucket pacer"]
 
 
-async def test_pacer_lives_only_while_calls_wait(time: VirtualTime) -> None:
-    limiter = Limiter("10 RPS burst 1", concurrency=1, clock=time.clock)
+async def test_pacer_lives_only_while_calls_wait_and_starts_again_when_foreign_code_cancels_it(
+    time: VirtualTime,
+) -> None:
+    limiter = Limiter("1/s burst 1", concurrency=1, clock=time.clock)
     holder = await limiter.acquire()
     await asyncio.sleep(0)
     assert not pacers()
-    calls = await start_all(limiter.acquire() for _ in range(3))
-    limiter.pause(0)  # somebody rings
-    await time.all_blocked()
-    assert len(pacers()) == 1
-    holder.release()
-    for call in calls:
-        (await call).release()
-    await time.all_blocked()
-    assert not pacers()
-
-
-async def test_pacer_cancelled_by_foreign_code_starts_again(time: VirtualTime) -> None:
-    limiter = Limiter("1/s burst 1", concurrency=1, clock=time.clock)
-    holder = await limiter.acquire()
     waiting = await start_all(limiter.acquire() for _ in range(2))
     for _ in range(3):
-        limiter.pause(0)
+        limiter.pause(0)  # somebody rings
         await time.all_blocked()
         (pacer,) = pacers()
         pacer.cancel()
         await time.all_blocked()
     holder.release()
-    (await waiting[0]).release()
-    assert time.now == pytest.approx(1.0, rel=0.01)
-    (await waiting[1]).release()
+    for call in waiting:
+        (await call).release()
+    assert time.now == pytest.approx(2.0, rel=0.01)
     await time.all_blocked()
     assert not pacers()
 
@@ -136,3 +125,18 @@ async def test_slots_that_do_not_come_back_are_named_once(
         lease.release()
     for call in calls:
         (await call).release()
+
+
+async def test_patient_call_keeps_nothing_of_those_that_pass_meanwhile(time: VirtualTime) -> None:
+    key = Limiter("1000/s", clock=time.clock)
+    agent = key.child("chat", "1M TPD").child("agent")
+    await agent.acquire(tokens=700_000)
+    patient = await start(agent.acquire(tokens=500_000, timeout=90_000))
+    await asyncio.gather(*(agent.acquire(tokens=1, priority=1) for _ in range(100)))
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(1_000):
+        (await agent.acquire(tokens=1, priority=1, timeout=99_000)).release()
+    gc.collect()
+    assert sys.getallocatedblocks() < before + 1_500
+    patient.cancel()

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.statistics import Waits
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import refused, start, start_all
+from tests.core.conftest import refused, start_all
 
 
 async def test_no_call_passes_during_pause(time: VirtualTime) -> None:
@@ -29,21 +29,6 @@ async def test_no_call_passes_during_pause(time: VirtualTime) -> None:
     leases = await asyncio.gather(*calls)
     assert [(lease.waited, lease.bound_by) for lease in leases] == [(5.0, "paused")] * 2
     assert limiter.statistics().waits == {"paused": Waits(2, 10.0)}
-
-
-async def test_call_with_deadline_within_pause_fails(time: VirtualTime) -> None:
-    limiter = Limiter("5 RPM", clock=time.clock)
-    await limiter.acquire()
-    waiting = await start(limiter.acquire(timeout=60))
-    limiter.pause(30)
-    says = "a call of 1 request cannot pass within 10 s: the limiter is paused for 30 s more; raise"
-    with refused(AcquireTimeout, says):
-        await limiter.acquire(timeout=10)
-    assert time.now == 0
-    limiter.pause(90, reason="deploy")
-    with refused(AcquireTimeout, "within 60 s: the limiter is paused for 30 s more (deploy)"):
-        await waiting
-    assert time.now == 60
 
 
 async def test_gradual_pause_admits_twice_as_many_calls_at_each_step(time: VirtualTime) -> None:

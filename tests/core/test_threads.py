@@ -149,8 +149,9 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     limiter.pause(0)  # both look again
     turn(here)
     assert isinstance(costly.exception(), AcquireTimeout)
-    turn(there)
-    assert cheap.result().bound_by == "tokens"
+    late = here.create_task(limiter.acquire(tokens=1))
+    turn(there, here)
+    assert (cheap.result().bound_by, late.done()) == ("tokens", True)
     held.release()
 
 

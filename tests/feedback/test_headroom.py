@@ -1,17 +1,14 @@
 """The meter of what a provider says is left: it holds calls back, never lets more pass, and forgets."""
 
 import asyncio
-import contextlib
 import itertools
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from asyncbucket import Cost, Limit, Limiter, WouldBlock
+from asyncbucket import Limit, Limiter
 from asyncbucket.core.levels import observe_remaining
 from asyncbucket.feedback.headroom import Headroom, share_of
-from asyncbucket.testing import VirtualClock, assert_never_over, virtual_time
+from asyncbucket.testing import assert_never_over, virtual_time
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
@@ -87,49 +84,6 @@ def test_headroom_measures_what_others_use_and_reserves_it() -> None:
     now = listen(headroom, rate=4, seconds=30, ours=5)
     assert 230 <= headroom.others.estimate <= 270
     assert not headroom.take(600 - 240 - 150, now)
-
-
-@given(
-    counts=st.sampled_from(["log", "clock", "bucket"]),
-    calls=st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 3 * SECOND)), max_size=120),
-    at_admission=st.booleans(),
-)
-def test_unshared_key_reserves_nothing_for_others(
-    *, counts: str, calls: list[tuple[int, int]], at_admission: bool
-) -> None:
-    headroom = meter(amount=100)
-    now = 0
-    sent: list[int] = []
-    events: list[tuple[int, int, int]] = []
-    for number, (pause, took) in enumerate(calls):
-        now += pause
-        events += [(now, 0, number), (now + took, 1, number)]
-        sent.append(now)
-    said: dict[int, int] = {}
-    booked: list[int] = []
-    for instant, replies, number in sorted(events):
-        if not replies:
-            headroom.book(1, instant)
-            booked.append(instant)
-        left = 100 - used(counts, booked, instant)
-        if not replies:
-            said[number] = left
-            continue
-        booked_since = sum(when >= sent[number] for when in booked)
-        remaining = said[number] if at_admission else left
-        headroom.update(max(0, remaining), instant, amount=100, booked_since=booked_since)
-        assert headroom.others.estimate == 0
-
-
-def used(counts: str, booked: list[int], now: int) -> int:
-    if counts == "log":
-        return sum(when > now - MINUTE for when in booked)
-    if counts == "clock":
-        return sum(when // MINUTE == now // MINUTE for when in booked)
-    level, last = 0, 0
-    for when in booked:
-        level, last = max(0, level - (when - last) * 100) + MINUTE, when
-    return -(-max(0, level - (now - last) * 100) // MINUTE)
 
 
 def passed(headroom: Headroom, amount: int, *, since: int = 0, until: int) -> list[int]:
@@ -213,25 +167,3 @@ def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
                 return (await waiting).waited
 
         assert time.run(main()) == pytest.approx(1)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 3 * SECOND), st.booleans(), st.integers(0, 130)), max_size=60)
-)
-def test_user_limit_is_never_exceeded_whatever_provider_reports(
-    history: list[tuple[int, bool, int]],
-) -> None:
-    clock = VirtualClock()
-    limiter = Limiter(Limit("units", 100, per=10), clock=clock)
-    passed: list[tuple[int, int]] = []
-    for pause, hears, amount in history:
-        clock.advance(pause * 1e-9)
-        if hears:
-            observe_remaining(limiter, amount, resource="units", per=10, since=clock.seconds - 1)
-        else:
-            with contextlib.suppress(WouldBlock):
-                limiter.acquire_nowait(Cost(units=amount % 40 + 1))
-                passed.append((clock(), amount % 40 + 1))
-        (use,) = limiter.statistics().limits
-        assert use.available <= 100 - use.used
-    assert_never_over(passed, Limit("units", 100, per=10))
