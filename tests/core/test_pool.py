@@ -270,16 +270,6 @@ async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_direc
     assert "ppp" not in order  # afterwards they share as before
 
 
-async def test_two_pools_share_a_member(time: VirtualTime) -> None:
-    a, b, c = members_of(time, 60, 60, 60)
-    left, right = Pool(a, b, name="left"), Pool(b, c, name="right")
-    took = await asyncio.gather(
-        *(name_of_taker(pool) for pool in (left, right) for _ in range(180))
-    )
-    assert collections.Counter(took) == pytest.approx({"a": 120, "b": 120, "c": 120}, abs=3)
-    assert time.now <= 1.07 * (360 - 18) / 3  # in the end, one of them is alone with two members
-
-
 # --- who is preferred ---
 
 
@@ -612,22 +602,6 @@ async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
     assert str(Pool(Limiter(name="d", clock=time.clock)).explain()) == (
         "a call would pass at once; no limit over time binds such calls"
     )
-
-
-async def test_observers_of_pool_and_member_hear_of_calls(time: VirtualTime) -> None:
-    (a,) = members_of(time, 60, concurrency=1)
-    heard: dict[str, list[str]] = {"pool": [], "a": []}
-    a.observe(lambda event: heard["a"].append(type(event).__name__))
-    pool = Pool(a)
-    end = pool.observe(lambda event: heard["pool"].append(type(event).__name__))
-    held = await pool.acquire()
-    waiting = await start(pool.acquire())
-    held.release()
-    (await waiting).release()
-    end()
-    await name_of_taker(pool)
-    assert heard["pool"] == ["Admitted", "Queued", "Released", "Admitted", "Released"]
-    assert heard["a"] == ["Admitted", "Released"] * 3
 
 
 #: What is done with limiters a and b, a child of a, one that is busy and one of another clock.

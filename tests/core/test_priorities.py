@@ -10,7 +10,7 @@ import asyncbucket
 from asyncbucket import Limiter
 from asyncbucket.core.context import Priority
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, start_all
+from tests.core.conftest import HELD
 
 #: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.
 GAP = HELD - 0.9
@@ -54,19 +54,6 @@ async def test_each_priority_gets_its_guaranteed_share(
     places = [place for place, each in enumerate(served[15:1_900]) if each == priorities[0]]
     gaps = [after - before for before, after in itertools.pairwise(places)]
     assert max(gaps) <= 1 / parts[0] + 1
-
-
-async def test_priority_outranks_shares_of_children(time: VirtualTime) -> None:
-    key = Limiter("10 RPS burst 1", clock=time.clock)
-    busy, idle = key.child("busy"), key.child("idle", weight=100)
-    served: list[Any] = []
-    calls = [asyncio.create_task(ask(busy, None, served)) for _ in range(20)]
-    await asyncio.sleep(1)
-    calls += await start_all(ask(idle, None, served) for _ in range(20))
-    before = len(served)
-    await ask(busy, 1, served)
-    assert served[before:] == [1]
-    await asyncio.gather(*calls)
 
 
 async def test_priority_comes_from_call_then_context_then_limiter(time: VirtualTime) -> None:
