@@ -241,6 +241,21 @@ async def test_explain_says_how_many_agents_go_before(time: VirtualTime) -> None
     (await asked).release()
 
 
+async def test_order_of_arrival_returns_when_no_agent_runs(time: VirtualTime) -> None:
+    limiter = Limiter("60 TPM", clock=time.clock)
+    held = await limiter.acquire(tokens=60)
+    with agent():
+        gone = asyncio.ensure_future(limiter.acquire(tokens=1))
+        await asyncio.sleep(0)
+    gone.cancel()
+    calls = [asyncio.ensure_future(limiter.acquire(tokens=each)) for each in (50, 1)]
+    await asyncio.sleep(0)
+    held.settle(tokens=10)
+    await asyncio.wait([*calls, gone], return_when=asyncio.FIRST_COMPLETED)
+    assert ((await calls[0]).waited, calls[1].done()) == (0, False)
+    await calls[1]
+
+
 async def test_observers_hear_of_agents_but_not_their_names(time: VirtualTime) -> None:
     limiter = Limiter("60 RPM", clock=time.clock)
     heard: list[Event] = []

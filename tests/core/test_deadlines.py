@@ -7,7 +7,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
-from asyncbucket.core.levels import observe_remaining
 from asyncbucket.testing import VirtualTime, virtual_time
 from tests.core.conftest import HELD, refused
 
@@ -44,17 +43,6 @@ async def test_call_that_may_use_refund_of_open_call_is_not_refused(time: Virtua
     assert time.now == 6.0
     lease.release()
     (await waiting).release()
-
-
-@pytest.mark.parametrize("missing", ["debt", "none left at the provider"])
-async def test_missing_tokens_refuse_no_tokenless_call(time: VirtualTime, missing: str) -> None:
-    limiter = Limiter("1/s", "100 TPM burst 100", clock=time.clock)
-    with await limiter.acquire(tokens=10) as lease:
-        if missing == "debt":
-            lease.settle(tokens=500)
-        else:
-            observe_remaining(limiter, 0, resource="tokens", per=60)
-    assert (await limiter.acquire(timeout=5)).bound_by == "requests"
 
 
 async def test_each_call_times_out_at_its_own_deadline(time: VirtualTime) -> None:

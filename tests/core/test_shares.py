@@ -129,6 +129,19 @@ async def test_share_of_idle_child_goes_to_its_sibling(time: VirtualTime, key: L
     assert count(await saturate(time, 300, *a, *b), 205, 300)["b"] == pytest.approx(472, abs=8)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("rpm", [5, 8, 9])
+async def test_child_below_its_share_gets_what_it_may(time: VirtualTime, rpm: int) -> None:
+    minutes = 60
+    key = Limiter("50 RPM", name="key", clock=time.clock)
+    children = (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm))
+    got = count(await saturate(time, 60 * minutes, *[(child, 0) for child in children * 3]))
+    slow = got.pop("slow")
+    assert slow >= 0.97 * 60 / (60 / rpm + 60 / 50) * minutes
+    assert max(got.values()) - min(got.values()) <= 6
+    assert slow + sum(got.values()) >= 0.99 * 50 * minutes
+
+
 async def test_child_held_up_long_is_only_one_call_ahead_of_sibling(time: VirtualTime) -> None:
     key = Limiter("1 RPS burst 1", name="key", clock=time.clock)
     quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
