@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this
 
 #: What every program begins with, for a fork copies the locks of all threads of its process.
 HEAD = """
-import asyncio, os, signal, sys, threading, time
+import asyncio, os, signal, sys, threading
 from asyncbucket import Limiter, TokenBucket
 
 def in_child(check):
@@ -32,10 +32,6 @@ def thread(call):
     thread = threading.Thread(target=call)
     thread.start()
     return thread
-
-def until_waiting(limiter):
-    while limiter.statistics().waiting == 0:
-        time.sleep(0.001)
 """
 
 
