@@ -303,7 +303,6 @@ def agents_of(node: Node) -> Agents:
     """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
     agents: Agents | None = node.agents
     if agents is None:
-        is_tenant = node.parent is not None and "/*" in node.name
-        above = agents_of(node.parent) if is_tenant and node.parent is not None else None
+        above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
         agents = node.agents = Agents(node, above)
     return agents

@@ -559,11 +559,6 @@ class Group:
             for name in ("lock", "jobs", "news", "seats"):
                 setattr(pacer, name, getattr(first, name))
 
-    def forget(self) -> None:
-        """Have the pools work out anew what their calls pass, because a member has changed."""
-        for pool in self.pools:
-            pool.root.forget()
-
     def rouse(self, pacer: Pacer) -> None:
         """Ask for the pools anew in the queue of one member."""
         for pool in self.pools:

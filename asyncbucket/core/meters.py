@@ -79,6 +79,7 @@ class Meter(Protocol):
         a waiter, ``now`` is the instant since which it has been first in line. ``back`` assumes
         that this many units had been given back.
         """
+        ...
 
     def take(self, amount: int, now: int) -> bool:
         """Book ``amount`` if it may pass at ``now``; return whether it may."""
@@ -103,6 +104,7 @@ class Meter(Protocol):
 
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
+        ...
 
     def state(self) -> list[Any]:
         """Return all that it remembers, as plain data for `restore`."""
@@ -334,7 +336,7 @@ class Window(Meter):
         if self._calendar is not None:
             if amount > self.amount:
                 return NEVER
-            return max(due, self.resets_at(1 if over <= self.amount else 2))
+            return max(due, self._resets_at(self._calendar, 1 if over <= self.amount else 2))
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
@@ -388,10 +390,8 @@ class Window(Meter):
         left = self._left(now)
         return left if self.pace is None else min(left, self.pace.available(now))
 
-    def resets_at(self, times: int = 1) -> int:
+    def _resets_at(self, calendar: "Calendar", times: int) -> int:
         """Return when it will have reset so many times, by the wall clock as it is now."""
-        calendar = self._calendar
-        assert calendar is not None
         then = self._wall(self._closes)
         number = min(calendar.number(then), self._opened)
         return self._closes + max(0, calendar.start(number + times) - then)

@@ -315,8 +315,10 @@ class Pacer:
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
         node.forget()
-        if self.group is not None:
-            self.group.forget()
+        for pool in (
+            () if self.group is None else self.group.pools
+        ):  # a member of theirs has changed
+            pool.root.forget()
         if self.waiting:
             for waiter in list(self.top.waiters()):
                 try:

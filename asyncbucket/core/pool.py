@@ -326,8 +326,7 @@ class Pool(Limiter):
             ImportError: the extra ``asyncbucket[http]`` is not installed.
         """
         make: Any = super().transport
-        transport: PacedTransport = make(inner, endpoints=endpoints, **options)
-        return transport
+        return cast("PacedTransport", make(inner, endpoints=endpoints, **options))
 
     transport_sync = transport  # type: ignore[assignment]
 

@@ -408,6 +408,7 @@ class Place(Protocol):
 
     def room(self, seat: Seat) -> bool:
         """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
+        ...
 
     def push(self, waiter: Any, below: Meters, now: int) -> None:
         """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
@@ -417,12 +418,14 @@ class Place(Protocol):
 
     def leave(self, waiter: Any) -> bool:
         """Give back what a call that has given up took here; return whether it stood here."""
+        ...
 
     def ended(self, lease: Any) -> None:
         """Give back the slot of ``lease``, once."""
 
     def waiting(self) -> int:
         """Return how many calls stand here: until the store books them, or until they start."""
+        ...
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first of them waits for, and until when at least, if that is known.
@@ -432,15 +435,19 @@ class Place(Protocol):
 
     def holds_up(self) -> bool:
         """Tell whether the first of them has to wait, or another would have to, as far as is known."""
+        ...
 
     def held_back(self) -> list[Any]:
         """Return the calls, in order, that the store has not booked because it holds the first up."""
+        ...
 
     def use(self) -> Iterator[LimitUse]:
         """Yield how much of each limit is used, as last heard."""
+        ...
 
     def options(self) -> dict[str, Any]:
         """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
+        ...
 
     def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
         """Refuse changes that the store cannot keep; this changes nothing.

@@ -85,9 +85,8 @@ class Adaptive:
     """
 
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
-        self.least = least
-        self.most = most
-        self.size = self._warmup = self._clamp(start)
+        self.least, self.most = least, most
+        self.size = self._warmup = max(least, min(start, most))
         #: A size, and how long calls took there.
         self._anchor: tuple[int, _Latencies] | None = None
         #: The size to go back to after a round at a lower size that gives an anchor.
@@ -217,11 +216,8 @@ class Adaptive:
         self._step = min(2 * step, self.size)
 
     def _resize(self, size: int) -> None:
-        before, self.size = self.size, self._clamp(size)
+        before, self.size = self.size, max(self.least, min(size, self.most))
         self._warmup = max(before, self.size)
-
-    def _clamp(self, size: int) -> int:
-        return max(self.least, min(size, self.most))
 
 
 class _Latencies(NamedTuple):
