@@ -72,15 +72,12 @@ class Node:
 
     # What most limiters never set:
     weight = 1.0
-    max_queue: int | None = None
     children: "weakref.WeakSet[Node] | None" = None
     observers: Observers | None = None
     #: Limits that the provider announced and nobody gave.
     learned: frozenset[Key] = frozenset()
     #: What finds the number of slots, if it is not given.
     sizer: Sizer | None = None
-    #: What orders its calls by agent: see `asyncbucket.core.agents`.
-    agents: Any = None
     #: Called before it is forgotten, if it was let go.
     last_words: "Callable[[Node], object] | None" = None
     cancelled = refused = upstream_429 = 0
@@ -88,8 +85,6 @@ class Node:
     refunded: dict[str, int] = EMPTY_MAPPING
     #: How many calls waited, and how long (ns) in total, by what bound them.
     waits: dict[str, list[int]] = EMPTY_MAPPING
-    #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
-    lines: dict[int, Any] = EMPTY_MAPPING
     branches: dict[int, Any] = EMPTY_MAPPING
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
@@ -108,6 +103,11 @@ class Node:
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
         self.in_flight = self.admitted = self.waiting = 0
+        self.max_queue: int | None = None
+        #: Where its calls wait, by priority: see `asyncbucket.core.queue`; and what orders them by
+        #: agent: see `asyncbucket.core.agents`.
+        self.lines: dict[int, Any] = EMPTY_MAPPING
+        self.agents: Any = None
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""

@@ -37,7 +37,7 @@ from asyncbucket.core import seats
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
-from asyncbucket.core.meters import NEVER
+from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
 from asyncbucket.core.seats import EMPTY, GRACE, Place, Seat, Seats, reset_after_fork
@@ -415,7 +415,7 @@ class Pacer:
         line.calls.popleft()
         if self.place is not None:
             self.push_at(line.node, self.place, waiter, now)
-            self._charge(waiter, now, 1)
+            self._charge(line, waiter.amounts, now, 1)
             return 0
         if not self.let_go(waiter, now, line.bound_by or self.bound_by):
             return 0
@@ -492,13 +492,12 @@ class Pacer:
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
         self.count_in(node, last.seat, -calls)
-        self._charge(last, now, calls)
+        self._charge(last.line, last.amounts, now, calls)
 
-    def _charge(self, last: AnyWaiter, now: int, calls: int) -> None:
-        """Charge the flows for calls that left the line, up to ``last``."""
-        line = last.line
+    def _charge(self, line: Line, amounts: Amounts, now: int, calls: int) -> None:
+        """Charge the flows for calls that left the line, the last for ``amounts``."""
         line.since = now
-        self.top.charge(line, last.amounts)
+        self.top.charge(line, amounts)
         line.depart(calls)
         if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)

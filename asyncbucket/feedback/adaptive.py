@@ -108,9 +108,6 @@ class Adaptive:
         #: Whether all slots were taken at some point in it; if not, calls wait for a child's slots.
         self._full = False
 
-    def __repr__(self) -> str:
-        return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
-
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
         """Take in the end of a call: see `asyncbucket.core.node.Sizer`."""
         if outcome == "overloaded" and started > self._cut_at:

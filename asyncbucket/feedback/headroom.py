@@ -81,9 +81,8 @@ _ROOM: Final = 64
 _SLICES: Final = 8
 _BUSY: Final = 16
 #: Units come back if, in this fraction (1/4) of a slice, at least the same fraction of what we
-#: booked does; by chance, so many times more than slices begin.
+#: booked does.
 _QUARTER: Final = 4
-_SPARE: Final = 2
 
 
 def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
@@ -377,7 +376,7 @@ class Slices:
         self._quarter_began, self._left_then, self._booked = now, 0, 0
         #: How many more quarters may bring units back than slices have begun; if fewer than none,
         #: there are no such slices.
-        self.spare_refills = _SPARE
+        self.spare_refills = 2  # by chance
 
     def taken_by_others(self, left: int, now: int) -> int:
         """Return what others have taken of a slice, at least, if ``left`` is left of it."""
