@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.process import reset_after_fork
+from asyncbucket.core.seats import reset_after_fork
 
 T = TypeVar("T")
 

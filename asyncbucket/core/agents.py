@@ -22,12 +22,11 @@ plus what it has used, which is fair sharing.
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
 
-import bisect
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from math import fsum
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asyncbucket.core.context import Agent
 from asyncbucket.core.events import AgentFinished, AgentStarted
@@ -48,22 +47,11 @@ _KINDS: Final = 200
 #: What part of a new agent's size is little enough for one that runs to stay in its place.
 _NEARLY_DONE: Final = 0.5
 
+_Sizes: TypeAlias = deque[float]
+
 
 class AgentRun:
     """One agent at one limiter, or one call that no agent makes."""
-
-    __slots__ = (
-        "agent",
-        "began",
-        "fluid",
-        "is_open",
-        "leaves",
-        "number",
-        "size",
-        "start",
-        "tag",
-        "used",
-    )
 
     def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
         self.agent = agent
@@ -91,9 +79,11 @@ class Agents:
 
     def __init__(self, node: Node, above: "Agents | None") -> None:
         self._node = node
+        #: What the latest runs of each kind have used, and those of all kinds.
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
-        self._all: _Sizes = _Sizes() if above is None else above._all
-        self._runs: dict[Agent, AgentRun] = {}
+        self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
+        #: Those that run here.
+        self.runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
         #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
         #: and how many they are.
@@ -101,16 +91,11 @@ class Agents:
         self._fluid: list[tuple[float, int, AgentRun]] = []
         self._in_fluid = 0
 
-    @property
-    def running(self) -> int:
-        """How many agents run here."""
-        return len(self._runs)
-
     def run_of(self, agent: Agent) -> AgentRun | None:
         """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
-        run = self._runs.get(agent)
+        run = self.runs.get(agent)
         if run is None and not agent.is_over:
-            run = self._runs[agent] = self._enter(agent, self._size_of(agent))
+            run = self.runs[agent] = self.enter(agent, self._size_of(agent))
             run.began = self._node.pacer.clock()
             agent.limiters.append(self)
             self._node.pacer.notify_locked(self._node, AgentStarted, kind=agent.kind)
@@ -120,7 +105,7 @@ class Agents:
         self, calls: Iterable[Any], agent: Agent | None, amounts: Amounts
     ) -> tuple[list[Any], int]:
         """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
-        run = None if agent is None else self._runs.get(agent)
+        run = None if agent is None else self.runs.get(agent)
         size = self._node.work(amounts) if agent is None else self._size_of(agent)
         tag = self._clock + (size or 0.0) if run is None else run.tag
         runs = [(call, call.lease._run) for call in calls]
@@ -134,15 +119,11 @@ class Agents:
 
     def _size_of(self, agent: Agent) -> float | None:
         """Return what an agent is expected to use that has just come."""
-        return (
-            self.expected(agent.kind) if agent.expects is None else self._node.work(agent.expects)
-        )
+        told = agent.expects
+        return self.expected(agent.kind) if told is None else self._node.work(told)
 
-    def lone(self, work: float) -> AgentRun:
-        """Return the run of a call that no agent makes."""
-        return self._enter(None, work)
-
-    def _enter(self, agent: Agent | None, size: float | None) -> AgentRun:
+    def enter(self, agent: Agent | None, size: float | None) -> AgentRun:
+        """Return a new run of an agent, or of a call that no agent makes."""
         self._numbers += 1
         run = AgentRun(agent, self._clock, size, self._numbers)
         self._join_fluid(run, run.tag)
@@ -158,7 +139,8 @@ class Agents:
 
     def expected(self, kind: str | None, above: float = -1.0) -> float | None:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
-        return (self._sizes.get(kind) or self._all).mean_above(above)
+        sizes = [size for size in self._sizes.get(kind) or self._all if size > above]
+        return fsum(sizes) / len(sizes) if sizes else None
 
     def pay(self, run: AgentRun, work: float) -> None:
         """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
@@ -189,7 +171,7 @@ class Agents:
 
     def _resize(self, run: AgentRun) -> None:
         """Expect more of an agent that has used more than expected."""
-        if run.agent not in self._runs:
+        if run.agent not in self.runs:
             return
         kind = run.agent.kind
         size, new = self.expected(kind, run.used), self.expected(kind)
@@ -201,30 +183,24 @@ class Agents:
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
-        pacer = self._node.pacer
-        pacer.do(self._end_locked, agent, ended_well)
-        if pacer.news:
-            pacer.catch_up()
+        self._node.pacer.do_and_tell(self._end_locked, agent, ended_well)
 
     def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
-        run = self._runs.pop(agent)
+        run = self.runs.pop(agent)
         node, now = self._node, self._node.pacer.clock()
         if ended_well:
             self._finished += 1
-            sizes = self._sizes.get(agent.kind)
-            if sizes is None:
-                if len(self._sizes) >= _KINDS:
-                    self._sizes.pop(next(iter(self._sizes)))
-                sizes = self._sizes[agent.kind] = _Sizes()
-            for each in sizes, self._all:
-                each.add(run.used)
-            for other in self._runs.values():
+            if agent.kind not in self._sizes and len(self._sizes) >= _KINDS:
+                self._sizes.pop(next(iter(self._sizes)))
+            for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
+                sizes.append(run.used)
+            for other in self.runs.values():
                 if other.is_open:
                     self._resize(other)
         if run.fluid:  # now its true size is known
             run.is_open = False
             self._join_fluid(run, run.start + run.used)
-        if not self._runs:
+        if not self.runs:
             self._fluid.clear()
             self._in_fluid = 0
         seconds = (now - run.began) * 1e-9
@@ -234,20 +210,18 @@ class Agents:
 
     def order(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
         """Return a line of ``calls``: by agent while any runs, else in order of arrival."""
-        return CallsByAgent(self, calls) if self._runs else deque(sorted(calls))
+        return CallsByAgent(self, calls) if self.runs else deque(sorted(calls))
 
     def statistics(self) -> AgentStatistics:
         """Return a frozen snapshot."""
-        kinds: dict[str | None, int] = {}
-        for agent in self._runs:
-            kinds[agent.kind] = kinds.get(agent.kind, 0) + 1
+        kinds = Counter(agent.kind for agent in self.runs)
         return AgentStatistics(
-            running=len(self._runs),
+            running=len(self.runs),
             finished=self._finished,
             kinds={
                 kind: AgentKind(
-                    running=kinds.get(kind, 0),
-                    known=0 if kind not in self._sizes else len(self._sizes[kind]),
+                    running=kinds[kind],
+                    known=len(self._sizes.get(kind, ())),
                     size=self.expected(kind),
                 )
                 for kind in {*kinds, *self._sizes}
@@ -269,7 +243,7 @@ class CallsByAgent:
         """Add a call."""
         run = call.lease._run
         if run is None:
-            run = call.lease._run = self._agents.lone(call.line.node.work(call.amounts))
+            run = call.lease._run = self._agents.enter(None, call.line.node.work(call.amounts))
         heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
 
     def popleft(self) -> Any:
@@ -296,30 +270,6 @@ class CallsByAgent:
         return (entry[-1] for entry in sorted(self._heap))
 
 
-class _Sizes:
-    """What the latest runs of a kind have used, in order of size."""
-
-    def __init__(self) -> None:
-        self._latest: deque[float] = deque()
-        self._sorted: list[float] = []
-        #: The sums of the largest one, the two largest, and so on.
-        self._sums: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._sorted)
-
-    def add(self, size: float) -> None:
-        if len(self._latest) >= _RUNS:
-            self._sorted.remove(self._latest.popleft())
-        self._latest.append(size)
-        bisect.insort(self._sorted, size)
-        self._sums = list(accumulate(reversed(self._sorted)))
-
-    def mean_above(self, used: float) -> float | None:
-        larger = len(self._sorted) - bisect.bisect_right(self._sorted, used)
-        return self._sums[larger - 1] / larger if larger else None
-
-
 class AgentLease(Lease):
     """Ask for an admission as part of a run of an agent, which pays for what its calls use."""
 
@@ -331,7 +281,9 @@ class AgentLease(Lease):
         pacer: Pacer = self._node.pacer
         with pacer:
             agents = agents_of(self._node)
-            self._run = agents.run_of(self._agent) or agents.lone(self._node.work(self._amounts))
+            self._run = agents.run_of(self._agent) or agents.enter(
+                None, self._node.work(self._amounts)
+            )
         if not super()._try_now():
             return False
         pacer.do(agents.passed, self)
@@ -351,7 +303,6 @@ def agents_of(node: Node) -> Agents:
     """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
     agents: Agents | None = node.agents
     if agents is None:
-        is_tenant = node.parent is not None and "/*" in node.name
-        above = agents_of(node.parent) if is_tenant and node.parent is not None else None
+        above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
         agents = node.agents = Agents(node, above)
     return agents

@@ -38,8 +38,7 @@ from asyncbucket.core.errors import BudgetExceeded
 from asyncbucket.core.events import Outcome
 from asyncbucket.core.lease import ASKED, HELD, OVER, PARTS_OF_TOKENS, WAITING, Lease
 from asyncbucket.core.meters import Amounts
-from asyncbucket.core.process import reset_after_fork
-from asyncbucket.core.seats import ThreadSeat
+from asyncbucket.core.seats import ThreadSeat, reset_after_fork
 from asyncbucket.core.wording import counted, in_given_unit, is_number
 
 #: What is asked before a call is refused: it returns the new cap, or None.

@@ -19,7 +19,7 @@ from typing import (
 
 from asyncbucket.core.meters import Window
 from asyncbucket.core.node import Node, Sizer
-from asyncbucket.core.place import Place
+from asyncbucket.core.seats import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Iterable

@@ -15,7 +15,7 @@ from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_v
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
-    from asyncbucket.core.place import Place
+    from asyncbucket.core.seats import Place
 
 
 @dataclass(frozen=True, slots=True)

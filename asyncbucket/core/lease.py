@@ -6,27 +6,20 @@ the garbage collector, which closes a generator or a coroutine that holds a leas
 does the work: see `asyncbucket.core.pacer.Pacer.do`.
 """
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from asyncbucket.core.admission import (
-    REFUSALS,
-    count_refusal,
-    refuse,
-    too_late,
-    too_late_locked,
-    too_many_wait_locked,
-)
+from asyncbucket.core import admission
 from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
-from asyncbucket.core.seats import Seat, ThreadSeat
+from asyncbucket.core.seats import ATOMIC, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.core.terms import CallAmounts
 from asyncbucket.core.wording import USD
 
@@ -193,12 +186,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     pacer.catch_up()
                 raise
             if not in_time:
-                raise too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+                raise admission.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
             waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER
-            if isinstance(error, REFUSALS):
-                count_refusal(node, amounts, error)
+            if isinstance(error, admission.REFUSALS):
+                admission.count_refusal(node, amounts, error)
             raise
         finally:
             del waiter  # else an error's traceback would keep it alive
@@ -215,9 +208,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             node.check(amounts)
             for level in node.path:
                 if level.max_queue is not None and level.waiting >= level.max_queue:
-                    raise too_many_wait_locked(level, node, amounts)
+                    raise admission.too_many_wait_locked(level, node, amounts)
             if deadline is not None and node.soonest(amounts, now) > deadline:
-                raise too_late_locked(node, amounts, now, deadline)
+                raise admission.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if seat is None:
                 seat = pacer.seats.here()
@@ -226,8 +219,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 seat.home = pacer.seats.here()
                 pacer.seats[seat] = seat
                 waiter = SyncWaiter()
-            waiter.lease = self
-            pacer.join_locked(waiter, node, amounts, seat, now, deadline, self._priority)
+            waiter.lease, waiter.seat = self, seat
+            waiter.amounts, waiter.deadline = amounts, deadline
+            pacer.join_locked(waiter, node, now, self._priority)
             return waiter
         finally:
             pacer.lock.release()
@@ -239,15 +233,14 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer: Pacer = self._node.pacer
         seat = ThreadSeat(pacer.look)
         try:
-            self._wait(seat).send(None)
-        except StopIteration:
-            pass
+            with contextlib.suppress(StopIteration):
+                self._wait(seat).send(None)
         finally:
             pacer.do(pacer.seats.pop, seat, None)
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
-        refuse(self._node, self._amounts)
+        admission.refuse(self._node, self._amounts)
 
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]
@@ -255,7 +248,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer.notify(
             node,
             Admitted,
-            self._when,
+            at=self._when,
             cost=self.cost,
             waited=self.waited,
             bound_by=self.bound_by,
@@ -353,10 +346,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     def _settle(self, used: dict[str, int]) -> None:
         if self._state < HELD:
             raise RuntimeError("this call has not been admitted yet: await it, or enter it")
-        pacer: Pacer = self._node.pacer
-        pacer.do(self._settle_locked, used)
-        if pacer.news:
-            pacer.catch_up()
+        self._node.pacer.do_and_tell(self._settle_locked, used)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
@@ -418,10 +408,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     meter.owe(delta, now)
             return
         node.count_refund(resource, -delta)
-        for back, when, left, meters in _take_back(parts, -delta):
+        while delta < 0:  # the latest first
+            booked, when, meters = parts.pop()
+            left = max(0, booked + delta)
+            if left:
+                parts.append((left, when, meters))
             for meter, counts in meters:
                 if counts == resource:
-                    meter.unbook(back, when, left=left)
+                    meter.unbook(booked - left, when, left=left)
+            delta += booked - left
 
     def _booked(self) -> dict[str, int]:
         """Return what is booked: as settled, or else as reserved."""
@@ -521,19 +516,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         pacer.ring_locked(self._node)
 
     def _end(self, outcome: Outcome) -> None:
-        if self._state not in (HELD, LENT):
-            return
-        pacer: Pacer = self._node.pacer
-        pacer.do(self._end_locked, outcome)
-        if pacer.news:
-            pacer.catch_up()
+        if self._state in (HELD, LENT):
+            self._node.pacer.do_and_tell(self._end_locked, outcome)
 
     def _end_locked(self, outcome: Outcome) -> None:
-        node, seat = self._node, self._seat
-        if self._state not in (HELD, LENT) or seat.look is None:
+        if self._state not in (HELD, LENT) or self._seat.look is None:
             return
         self._state = OVER
-        seat.leases -= 1
+        self._seat.leases -= 1
+        node = self._node
         pacer: Pacer = node.pacer
         for level in node.path if self._levels is None else self._levels:
             if level.sizer is not None:
@@ -585,24 +576,15 @@ class FirstLease(Lease):
 
     def __del__(self) -> None:
         super().__del__()
-        if self._state == ASKED and self._coroutine is None and not self._node.was_called:
+        node = self._node
+        if (
+            self._state == ASKED
+            and self._coroutine is None
+            and not (node.admitted or node.waiting or node.refused or node.cancelled)
+        ):
             warnings.warn(
                 "an acquisition was never awaited, so that nothing was paced: write "
                 "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _take_back(parts: Parts, units: int) -> Iterator[tuple[int, int, int, Meters]]:
-    """Take ``units`` from ``parts``, the latest first.
-
-    Yield for each: units, date, what is left, and the meters in which it was booked.
-    """
-    while units > 0:
-        booked, when, meters = parts.pop()
-        back = min(booked, units)
-        if booked > back:
-            parts.append((booked - back, when, meters))
-        yield back, when, booked - back, meters
-        units -= back

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from asyncbucket.core import doors
 from asyncbucket.core.agents import AgentLease
-from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.budget import pay_from
 from asyncbucket.core.context import (
     Agent,
@@ -32,8 +31,8 @@ from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import EMPTY_MAPPING, Node
 from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.process import OfThisProcess
 from asyncbucket.core.queue import reweigh
+from asyncbucket.core.seats import OfThisProcess, bury_closed
 from asyncbucket.core.snapshot import statistics_locked
 from asyncbucket.core.statistics import Statistics
 from asyncbucket.core.tenants import ALIVE, Tenants

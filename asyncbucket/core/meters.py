@@ -53,8 +53,6 @@ _GRAINS: Final = 512
 _JITTER: Final = 3
 #: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
-#: It remembers this many earlier bursts; a call that is open for longer errs on the safe side.
-_BURSTS: Final = 8
 
 #: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
@@ -71,6 +69,8 @@ class Meter(Protocol):
     bound_by: ClassVar[str | None] = None
     #: Whether several calls at one instant count like one call of their total.
     bulk: ClassVar[bool] = False
+    #: What a store has to keep of it.
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """Return the first instant from ``now`` on at which ``amount`` may pass.
@@ -83,19 +83,19 @@ class Meter(Protocol):
 
     def take(self, amount: int, now: int) -> bool:
         """Book ``amount`` if it may pass at ``now``; return whether it may."""
-        ...
+        if self.earliest(amount, now) > now:
+            return False
+        self.book(amount, now)
+        return True
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
-        ...
 
     def owe(self, amount: int, when: int) -> None:
         """Take ``amount`` whether or not it may pass; later calls wait for it."""
-        ...
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
-        ...
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """Move a booking from ``when`` to ``now``, because the call leaves only now."""
@@ -105,6 +105,15 @@ class Meter(Protocol):
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
         ...
+
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        return [getattr(self, name) for name in self.kept]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a meter of the same limit did when it made ``state``."""
+        for name, value in zip(self.kept, state, strict=True):
+            setattr(self, name, value)
 
 
 class Bucket(Meter):
@@ -116,21 +125,7 @@ class Bucket(Meter):
     """
 
     bulk = True
-
-    __slots__ = (
-        "_dates",
-        "_earlier_bursts",
-        "_lows",
-        "began",
-        "burst",
-        "depth",
-        "full_at",
-        "low",
-        "p",
-        "q",
-        "slack",
-        "tat",
-    )
+    kept = ("tat", "full_at", "_dates", "_lows", "low", "_earlier_bursts")
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
@@ -150,18 +145,14 @@ class Bucket(Meter):
         self.burst = 0
         #: What was booked before this instant comes back elsewhere.
         self.began = 0
-        #: Until when, in q-ths of ns, bookings were made under other bursts, and which.
-        self._earlier_bursts: tuple[tuple[int, int], ...] = ()
+        #: Until when (ns) bookings were made under other bursts, and the least of those.
+        self._earlier_bursts = -1, burst
         self.reshape(rate=rate, burst=burst, now=0)
 
     def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
         """Change rate and burst; units that are missing stay missing until they are given back."""
         p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        earlier = [*self._earlier_bursts, (now * q, self.burst)] if self.burst else []
-        if len(earlier) > _BURSTS:
-            earlier[:2] = [(earlier[1][0], min(earlier[0][1], earlier[1][1]))]
         self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
-        self.burst = burst
         self.depth = burst * self.p
         self.slack = self.depth - self.p
         self.tat = now * self.q - -missing * self.p // p
@@ -169,7 +160,9 @@ class Bucket(Meter):
         if self._dates:
             self._dates = [date * self.q // q for date in self._dates]
             self._lows = [low * self.p // p for low in self._lows]
-        self._earlier_bursts = tuple((until * self.q // q, old) for until, old in earlier)
+        if self.burst not in {0, burst}:
+            self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
+        self.burst = burst
         self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
@@ -236,8 +229,8 @@ class Bucket(Meter):
         # only if the whole call does and nothing was booked since, not even at the same instant. A
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
-        bursts = (old for until, old in self._earlier_bursts if start <= until)
-        burst = next(bursts, self.burst)
+        until, least = self._earlier_bursts
+        burst = least if when <= until else self.burst
         as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
             amount = min(left + amount, burst) - min(left, burst)
@@ -260,24 +253,12 @@ class Bucket(Meter):
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """See `Meter.redate`; the excess over a burst was earned by waiting, whenever it leaves."""
-        amount = min(amount, self.burst)
-        self.unbook(amount, when)
-        self.owe(amount, now)
+        super().redate(min(amount, self.burst), when, now)
 
     def available(self, now: int) -> int:
         """See `Meter.available`."""
         backlog = self.tat - now * self.q
         return (self.depth - backlog) // self.p if backlog > 0 else self.burst
-
-    def state(self) -> list[Any]:
-        """Return all that it remembers, as plain data for `restore`."""
-        bursts = [list(each) for each in self._earlier_bursts]
-        return [self.tat, self.full_at, self._dates, self._lows, self.low, bursts]
-
-    def restore(self, state: list[Any]) -> None:
-        """Remember what a bucket of the same rate and burst did when it made ``state``."""
-        self.tat, self.full_at, self._dates, self._lows, self.low, bursts = state
-        self._earlier_bursts = tuple((until, burst) for until, burst in bursts)
 
 
 def exact_rate(rate: float | Fraction) -> Fraction:
@@ -291,27 +272,7 @@ class Window(Meter):
     """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
 
     bulk = True
-
-    __slots__ = (
-        "_calendar",
-        "_closed",
-        "_closes",
-        "_dates",
-        "_forgotten",
-        "_largest",
-        "_last",
-        "_opened",
-        "_units",
-        "_wall",
-        "amount",
-        "grain",
-        "hold",
-        "limit",
-        "pace",
-        "refuses",
-        "used",
-        "window",
-    )
+    kept = ("_dates", "_units", "_last", "_closes", "used", "_largest", "_forgotten", "_opened")
 
     def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
         """Keep ``limit``; calls booked up to ``began`` give nothing back.
@@ -375,7 +336,7 @@ class Window(Meter):
         if self._calendar is not None:
             if amount > self.amount:
                 return NEVER
-            return max(due, self.resets_at(1 if over <= self.amount else 2))
+            return max(due, self._resets_at(self._calendar, 1 if over <= self.amount else 2))
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
@@ -429,24 +390,21 @@ class Window(Meter):
         left = self._left(now)
         return left if self.pace is None else min(left, self.pace.available(now))
 
-    def resets_at(self, times: int = 1) -> int:
+    def _resets_at(self, calendar: "Calendar", times: int) -> int:
         """Return when it will have reset so many times, by the wall clock as it is now."""
-        calendar = self._calendar
-        assert calendar is not None
         then = self._wall(self._closes)
         number = min(calendar.number(then), self._opened)
         return self._closes + max(0, calendar.start(number + times) - then)
 
     def state(self) -> list[Any]:
-        """Return all that it remembers, as plain data for `restore`."""
-        newest = [self._last, self._closes, self.used, self._largest, self._forgotten, self._opened]
-        return [self._dates, self._units, newest, None if self.pace is None else self.pace.state()]
+        """See `Meter.state`."""
+        return [super().state(), None if self.pace is None else self.pace.state()]
 
     def restore(self, state: list[Any]) -> None:
-        """Remember what a window of the same limit did when it made ``state``."""
-        self._dates, self._units, newest, pace = state
+        """See `Meter.restore`."""
+        own, pace = state
+        super().restore(own)
         self._closed = sum(self._units)
-        self._last, self._closes, self.used, self._largest, self._forgotten, self._opened = newest
         if self.pace is not None:
             self.pace.restore(pace)
 

@@ -50,7 +50,6 @@ class Sizer(Protocol):
             waited: whether it had waited for a slot.
             full: whether all slots were taken until then.
         """
-        ...
 
 
 class Node:
@@ -58,41 +57,6 @@ class Node:
 
     Everything is read and written with the pacer's lock held, unless it says otherwise.
     """
-
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "admitted",
-        "agents",
-        "bounded",
-        "branches",
-        "cancelled",
-        "children",
-        "extra",
-        "in_flight",
-        "last_words",
-        "learned",
-        "limits",
-        "lines",
-        "max_queue",
-        "meters",
-        "most",
-        "name",
-        "observers",
-        "own",
-        "pacer",
-        "parent",
-        "path",
-        "refunded",
-        "refused",
-        "seconds",
-        "sizer",
-        "slots",
-        "takes",
-        "upstream_429",
-        "waiting",
-        "waits",
-        "weight",
-    )
 
     # Worked out when first asked for:
     #: The meters of this limiter; and all that a call from here passes, up to the root's.
@@ -106,11 +70,27 @@ class Node:
     #: How many seconds one unit takes of the fastest limit: see `work`.
     seconds: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
 
+    # What most limiters never set:
+    weight = 1.0
+    children: "weakref.WeakSet[Node] | None" = None
+    observers: Observers | None = None
+    #: Limits that the provider announced and nobody gave.
+    learned: frozenset[Key] = frozenset()
+    #: What finds the number of slots, if it is not given.
+    sizer: Sizer | None = None
+    #: Called before it is forgotten, if it was let go.
+    last_words: "Callable[[Node], object] | None" = None
+    cancelled = refused = upstream_429 = 0
+    #: Units given back by settling, by resource.
+    refunded: dict[str, int] = EMPTY_MAPPING
+    #: How many calls waited, and how long (ns) in total, by what bound them.
+    waits: dict[str, list[int]] = EMPTY_MAPPING
+    branches: dict[int, Any] = EMPTY_MAPPING
+
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
-        self.name, self.parent, self.weight = name, parent, 1.0
+        self.name, self.parent = name, parent
         #: This node and those above it, up to the root.
         self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
-        self.children: weakref.WeakSet[Node] | None = None
         #: The `asyncbucket.core.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
         if parent is not None:
@@ -118,28 +98,16 @@ class Node:
                 parent.children = weakref.WeakSet()
             parent.children.add(self)
         self.limits: dict[Key, Window] = EMPTY_MAPPING
-        #: Limits that the provider announced and nobody gave.
-        self.learned: frozenset[Key] = frozenset()
-        #: The most calls in flight; and what finds that number, if it is not given.
+        #: The most calls in flight.
         self.slots = NEVER
-        self.sizer: Sizer | None = None
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
-        self.max_queue: int | None = None
         self.in_flight = self.admitted = self.waiting = 0
-        self.cancelled = self.refused = self.upstream_429 = 0
-        #: Units given back by settling, by resource.
-        self.refunded: dict[str, int] = EMPTY_MAPPING
-        #: How many calls waited, and how long (ns) in total, by what bound them.
-        self.waits: dict[str, list[int]] = EMPTY_MAPPING
-        self.observers: Observers | None = None
-        #: What orders its calls by agent: see `asyncbucket.core.agents`.
-        self.agents: Any = None
-        #: Called before it is forgotten, if it was let go.
-        self.last_words: Callable[[Node], object] | None = None
-        #: Where its calls wait, by priority: see `asyncbucket.core.queue`.
+        self.max_queue: int | None = None
+        #: Where its calls wait, by priority: see `asyncbucket.core.queue`; and what orders them by
+        #: agent: see `asyncbucket.core.agents`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
-        self.branches: dict[int, Any] = EMPTY_MAPPING
+        self.agents: Any = None
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""
@@ -195,7 +163,7 @@ class Node:
 
     @property
     def place(self) -> Any:
-        """What keeps its limits and slots (`asyncbucket.core.place.Place`), if a store does."""
+        """What keeps its limits and slots (`asyncbucket.core.seats.Place`), if a store does."""
         return None if self.parent is not None else self.pacer.place
 
     @property
@@ -399,16 +367,11 @@ class Node:
             node.refunded = node.refunded or {}
             node.refunded[resource] = node.refunded.get(resource, 0) + units
 
-    @property
-    def was_called(self) -> bool:
-        """Whether any call has come this way; it may be asked anywhere, even by a finalizer."""
-        return bool(self.admitted or self.waiting or self.refused or self.cancelled)
-
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
             not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
-            and not (self.agents and self.agents.running)
+            and not (self.agents and self.agents.runs)
             and all(window.is_as_new(now) for window in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
@@ -430,6 +393,94 @@ class Node:
         self.agents = None
         for child in self.children or ():
             child.after_fork()
+
+
+class PoolNode(Node):
+    """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
+
+    def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
+        super().__init__(name, parent, pacer=pacer)
+        #: What a call from here passes at each member that has taken one.
+        self.at_members: dict[Any, NodeAtMember] = {}
+
+    @property
+    def _member_nodes(self) -> Iterable[Node]:
+        """What limits the pool at its members: it is a child of each."""
+        return (member.node for member in self.pacer.pool.members)
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; None if unbounded."""
+        if self.parent is not None:
+            return super().concurrency
+        slots = sum(node.path[-1].slots for node in self._member_nodes)
+        return None if slots >= NEVER else slots
+
+    def routes(self, amounts: Amounts) -> "list[NodeAtMember]":
+        """Return what such a call would pass at each member that can take it."""
+        return [each.at(self) for each in self.pacer.pool.members if each.takes(amounts)]
+
+    def forget(self) -> None:
+        super().forget()
+        for node in self.at_members.values():
+            node.forget()
+
+    def _work_out_limits(self) -> None:
+        super()._work_out_limits()
+        if self.parent is None:  # of all members' limits together
+            rates: dict[str, float] = {}
+            for node in self._member_nodes:
+                for resource, seconds in node.seconds.items():
+                    rates[resource] = rates.get(resource, 0.0) + 1 / seconds
+            self.seconds = {resource: 1 / rate for resource, rate in rates.items()}
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        dues = [
+            route.earliest_of_all(amounts, max(now, route.member.out_until))
+            for route in self.routes(amounts)
+        ]
+        return min(dues, key=lambda due: due[0], default=(NEVER, None))
+
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        own, is_alone = super().soonest(amounts, now, is_first=is_first), not self.path[-1].waiting
+        anywhere = (
+            route.parent.soonest(amounts, now, is_first=is_alone) for route in self.routes(amounts)
+        )
+        return max(own, min(anywhere, default=NEVER))
+
+    def check(self, amounts: Amounts) -> None:
+        super().check(amounts)
+        self.pacer.pool.check(amounts)
+
+    def resources(self) -> set[str]:
+        return super().resources().union(*(node.resources() for node in self._member_nodes))
+
+
+class NodeAtMember(Node):
+    """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
+
+    parent: Node
+
+    def __init__(self, inner: PoolNode, member: Any) -> None:
+        super().__init__(inner.name, pacer=member.pacer)
+        self.inner, self.member = inner, member
+        self.path = (*inner.path, *member.node.path)
+        self.parent = member.node
+
+    @property
+    def queue_path(self) -> tuple[Node, ...]:
+        return self.parent.path[:-1]
+
+    def _work_out(self) -> None:
+        self.own = tuple(pair for node in self.inner.path for pair in node.own)
+        self.meters = (*self.own, *self.parent.meters)
+        self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self._work_out_limits()
+        self.seconds = self.inner.seconds  # by which the pool's agents are measured
+        self.bounded = (
+            *(node for node in self.inner.path if node.slots < NEVER),
+            *self.parent.bounded,
+        )
 
 
 def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:

@@ -33,16 +33,14 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
-from asyncbucket.core import blocked
+from asyncbucket.core import seats
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
-from asyncbucket.core.place import Place
-from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
-from asyncbucket.core.seats import EMPTY, Seat, Seats
+from asyncbucket.core.seats import EMPTY, GRACE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
@@ -95,10 +93,10 @@ class Pacer:
         #: store keeps them, and all open calls were made in this process.
         self.is_plain = True
         self.seats = Seats(self.look)
-        #: The members of a pool, if this is its tree: `asyncbucket.core.binding.Members`.
+        #: The members of a pool, if this is its tree: `asyncbucket.core.members.Members`.
         self.pool: Any = None
         #: The trees that look together, because pools have calls wait at several of them: an
-        #: `asyncbucket.core.binding.Group`.
+        #: `asyncbucket.core.members.Group`.
         self.group: Any = None
         reset_after_fork(self)
 
@@ -124,6 +122,12 @@ class Pacer:
         if self.jobs:
             self.catch_up(tell=False)
 
+    def do_and_tell(self, job: Callable[..., object], *args: object) -> None:
+        """Do it, and tell the news: not for finalizers, which may run anywhere."""
+        self.do(job, *args)
+        if self.news:
+            self.catch_up()
+
     def catch_up(self, *, tell: bool = True) -> None:
         """Run what was left to whoever releases the lock, in order, and tell the news."""
         while self.jobs and self.lock.acquire(False):  # a keyword would take twice the time
@@ -147,39 +151,26 @@ class Pacer:
         for pacer in (self,) if self.group is None else self.group.pacers:
             pacer.observed += number
 
-    def event(
-        self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
-    ) -> Event:
-        """Return an event of now, or of ``at``."""
-        at = self.clock() if at is None else at
-        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
-
-    def notify(
+    def notify_locked(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
     ) -> None:
-        """Tell the observers of ``node`` and of those above; without the lock."""
+        """Tell the observers of ``node`` and of those above, when the lock is released."""
         if self.observed:
-            node.emit(self.event(node, event_type, at, **fields))
+            at = self.clock() if at is None else at
+            event = event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
+            self.news.append(partial(node.emit, event))
 
-    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell them when the lock is released."""
-        if self.observed:
-            self.news.append(partial(node.emit, self.event(node, event_type, **fields)))
+    def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
+        """Tell them now; without the lock."""
+        self.notify_locked(node, event_type, **fields)
+        self.catch_up()
 
     # --- standing in line ---
 
-    def join_locked(
-        self,
-        waiter: AnyWaiter,
-        node: Node,
-        amounts: Amounts,
-        seat: Seat,
-        now: int,
-        deadline: int | None,
-        priority: int,
-    ) -> None:
-        """Let ``waiter`` stand in line at ``node``."""
-        waiter.amounts, waiter.seat, waiter.asked, waiter.deadline = amounts, seat, now, deadline
+    def join_locked(self, waiter: AnyWaiter, node: Node, now: int, priority: int = 0) -> None:
+        """Let ``waiter`` stand in line at ``node``; it knows its seat, its amounts and its deadline."""
+        seat, deadline = waiter.seat, waiter.deadline
+        waiter.asked = now
         waiter.number = self.seats.arrivals = self.seats.arrivals + 1
         self.count_in(node, seat, 1)
         line: Line | None = node.lines.get(priority)
@@ -204,15 +195,15 @@ class Pacer:
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
-        seat.sleep(min(blocked.wait_for_slots(self, now) if due == NEVER else due, end), now)
+        seat.sleep(min(seats.wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
-    def gone_locked(self, waiter: AnyWaiter, now: int) -> bool:
-        """Count out ``waiter``, which is done but did not pass; return whether another is next now."""
+    def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
+        """Count out ``waiter``, which is done but did not pass; ring if another may be next now."""
         line = waiter.line
         if line.node.pacer is not self:  # of the group
-            is_another_next: bool = line.node.pacer.gone_locked(waiter, now)
-            return is_another_next
+            line.node.pacer.gone_locked(waiter, now)
+            return
         stood_here = self.place is not None and self.place.leave(waiter)
         calls = line.calls
         while calls and calls[0] is not waiter and calls[0].done():  # gave up before
@@ -229,7 +220,6 @@ class Pacer:
         self.count_in(line.waited_at, waiter.seat, -1)
         if first or not line.living:
             self.ring_locked(line.node, now)
-        return first or not line.living
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
@@ -267,7 +257,7 @@ class Pacer:
             waiter.cancel()
             self.gone_locked(waiter, now)
         else:  # nothing can be resolved there any more
-            blocked.bury(self, seat)
+            seats.bury(self, seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -299,7 +289,7 @@ class Pacer:
             head, due = self.top.head(now)
             if head is None:
                 return due != SOON
-            if not blocked.is_late(self, head.seat, now):
+            if not seats.is_late(self, head.seat, now):
                 return False
 
     def next_look_locked(self, now: int) -> int:
@@ -320,13 +310,15 @@ class Pacer:
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
-                blocked.bury(self, seat)
+                seats.bury(self, seat)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
         node.forget()
-        if self.group is not None:
-            self.group.forget()
+        for pool in (
+            () if self.group is None else self.group.pools
+        ):  # a member of theirs has changed
+            pool.root.forget()
         if self.waiting:
             for waiter in list(self.top.waiters()):
                 try:
@@ -343,7 +335,7 @@ class Pacer:
             self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
-                blocked.return_set_aside(seat)
+                seats.return_set_aside(seat)
             seat.looks_at = now
             self.looks += 1
             if self.group is not None:
@@ -352,21 +344,18 @@ class Pacer:
                 due = self.admit(seat, now) if self.waiting else EMPTY
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
-                if self._end_waits(seat, now):
-                    due = now
-                end, _ = seat.first_deadline()
+                end = self._end_waits(seat, now)
             seat.sleep(min(due, end) if seat.waiting else EMPTY, now)
 
-    def _end_waits(self, seat: Seat, now: int) -> bool:
-        """Resolve the waiters whose deadline has come; return whether another is next now."""
-        is_another_next = False
-        while True:
-            end, waiter = seat.first_deadline()
-            if end > now:
-                return is_another_next
+    def _end_waits(self, seat: Seat, now: int) -> int:
+        """Resolve the waiters whose deadline has come; return when the next one does."""
+        end, waiter = seat.first_deadline()
+        while end <= now:
             with contextlib.suppress(*_DONE):
                 waiter.set_result(False)
-                is_another_next |= self.gone_locked(waiter, now)
+                self.gone_locked(waiter, now)
+            end, waiter = seat.first_deadline()
+        return end
 
     def admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
         """Admit all that may go; return when this seat must look again."""
@@ -388,14 +377,12 @@ class Pacer:
             if due > now:
                 self.bound_by = waiter.line.bound_by = bound_by
             if waiter.seat is not seat:
-                if blocked.is_late(self, waiter.seat, now):
+                if seats.is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
-            if place is not None:
-                self._push(place, waiter, now)
-            elif passed < BATCH:
+            if place is not None or passed < BATCH:
                 passed += self._serve(waiter, now)
                 served = None
             else:
@@ -406,7 +393,7 @@ class Pacer:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
         if other.looks_at > max(due, now):
             other.ring(now)
-        return max(min(due, other.looks_at), now) + blocked.GRACE
+        return max(min(due, other.looks_at), now) + GRACE
 
     def _is_single_file(self) -> bool:
         """Tell whether all who wait stand in one line, on one seat, and nobody else has a say."""
@@ -426,18 +413,24 @@ class Pacer:
         if waiter.done():
             return 0
         line.calls.popleft()
-        bound_by = line.bound_by or self.bound_by
-        if not self.let_go(waiter, now, bound_by):
+        if self.place is not None:
+            self.push_at(line.node, self.place, waiter, now)
+            self._charge(line, waiter.amounts, now, 1)
+            return 0
+        if not self.let_go(waiter, now, line.bound_by or self.bound_by):
             return 0
         line.node.book(waiter.amounts, now)
-        self._count_served(waiter, now, 1, 1.0, now - waiter.asked, bound_by)
+        self._count_served(waiter, now, 1, now - waiter.asked)
         return 1
 
     def _serve_line(self, line: Line, most: int, now: int) -> int:
-        """Let calls of the only line go, in order, as long as they fit; return how many did."""
-        node, calls, root = line.node, line.calls, self.root
+        """Let calls of the only line go, in order, as long as they fit; return how many did.
+
+        Nobody else waits, so virtual time need not tell how many they were.
+        """
+        node, calls = line.node, line.calls
         bound_by = line.bound_by or self.bound_by
-        count, waited, work, total = 0, 0, 1.0, 0.0
+        count = waited = 0
         last: AnyWaiter | None = None
         while calls and count < most:
             waiter = calls[0]
@@ -457,14 +450,11 @@ class Pacer:
                     node.unbook(node.meters, amounts, now)
             else:
                 break
-            work = root.work(amounts)
-            total += len(group) * work
             count += len(group)
             waited += sum(group)
             last = waiter
         if last is not None:
-            worth = total / work if work else float(count)
-            self._count_served(last, now, count, worth, waited, bound_by)
+            self._count_served(last, now, count, waited)
         return count
 
     def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
@@ -495,34 +485,21 @@ class Pacer:
             waiter.asked = now  # from now on when it passed
         return True
 
-    def _count_served(
-        self,
-        last: AnyWaiter,
-        now: int,
-        calls: int,
-        worth: float,
-        waited: int,
-        bound_by: str | None,
-    ) -> None:
+    def _count_served(self, last: AnyWaiter, now: int, calls: int, waited: int) -> None:
         """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
-        line = last.line
-        node = line.node
-        line.since = self.since = now
+        node, bound_by = last.line.node, last.line.bound_by or self.bound_by
+        self.since = now
         if bound_by is not None:
             node.count_waits(calls, waited, bound_by)
         self.count_in(node, last.seat, -calls)
-        self.top.serve(last, calls, worth)
-        if len(node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
-            rouse(node)
+        self._charge(last.line, last.amounts, now, calls)
 
-    def _push(self, place: Place, waiter: AnyWaiter, now: int) -> None:
-        """Hand ``waiter`` over to the store, booked below the root."""
-        line = waiter.line
-        line.calls.popleft()
+    def _charge(self, line: Line, amounts: Amounts, now: int, calls: int) -> None:
+        """Charge the flows for calls that left the line, the last for ``amounts``."""
         line.since = now
-        self.push_at(line.node, place, waiter, now)
-        self.top.serve(waiter)
-        if len(line.node.path) > 2:  # noqa: PLR2004 - as in `_serve`
+        self.top.charge(line, amounts)
+        line.depart(calls)
+        if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)
 
     def push_at(self, node: Node, place: Place, waiter: AnyWaiter, now: int) -> None:
@@ -553,7 +530,7 @@ class Pacer:
 
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
-        waiter, due = blocked.beyond_slots(self, seat, now)
+        waiter, due = seats.beyond_slots(self, seat, now)
         if waiter is not None:
             self._serve(waiter, now)
         return due
@@ -568,5 +545,7 @@ class Pacer:
         self.waiting = 0
         self.top = Branch(self.root, None, 1.0)
         self.root.after_fork()
+        if self.pool is not None:
+            self.pool.after_fork()
         if self.group is not None:
             self.group.share(self)

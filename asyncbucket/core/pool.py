@@ -1,33 +1,22 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
 from asyncbucket.core.agents import AgentLease
-from asyncbucket.core.binding import Members, Prefer
 from asyncbucket.core.context import Agent, inherited, read_text, span_of
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.lease import ASKED, FirstLease, Lease
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.members import Member, PoolNode
-from asyncbucket.core.meters import NEVER
-from asyncbucket.core.node import Meters
+from asyncbucket.core.members import Member, Members, Prefer
+from asyncbucket.core.node import Meters, PoolNode
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import MemberState, Statistics
-from asyncbucket.core.terms import (
-    CallAmounts,
-    CallKeywords,
-    Concurrency,
-    LimitKeywords,
-    Terms,
-    read_name,
-)
+from asyncbucket.core.terms import CallAmounts, CallKeywords, Concurrency, Terms, read_name
 
 if TYPE_CHECKING:
     from asyncbucket.http.clients import ClientOptions
@@ -40,7 +29,6 @@ T = TypeVar("T")
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
 
-_log: Final = logging.getLogger("asyncbucket")
 _PATIENCE: Final = ("patience", "0 never waits for one member")
 
 
@@ -50,8 +38,6 @@ class PoolLease(FirstLease):
     #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
     sticky: str | None = None
     patience = 0
-    #: Until when it may wait (ns).
-    latest = NEVER
     #: Whether the pool waits for its end, because the member has failed before.
     is_probe = False
     _member: Member | None = None
@@ -65,8 +51,7 @@ class PoolLease(FirstLease):
         """
         if self._member is None:
             raise RuntimeError("no member has taken this call yet: await the lease, or enter it")
-        limiter: Limiter = self._member.limiter
-        return limiter
+        return cast("Limiter", self._member.limiter)
 
     def member_failed(self, reason: str) -> None:
         """Release, and report that the member itself failed, not this call.
@@ -79,10 +64,7 @@ class PoolLease(FirstLease):
         """
         member = self._member
         if member is not None:
-            pacer = member.pacer
-            pacer.do(self._member_failed_locked, member, reason)
-            if pacer.news:
-                pacer.catch_up()
+            member.pacer.do_and_tell(member.fail, self, reason)
         self.failed()
 
     def member_works(self) -> None:
@@ -91,28 +73,7 @@ class PoolLease(FirstLease):
         if member is not None and member.failures:
             member.pacer.do(partial(member.ended, self, is_proof=True))
 
-    def _member_failed_locked(self, member: Member, reason: str) -> None:
-        now = member.pacer.clock()
-        member.pacer.is_plain = False  # from now on, the end of a call may be a proof
-        if member.fail(reason, now):
-            pool, name = member.pool.root.name, member.limiter.name
-            member.pacer.news.append(
-                partial(_log.warning, "pool %r leaves out %r: %s", pool, name, reason)
-            )
-        member.pool.give_up(now)
-        member.pacer.ring_locked(member.node)
-
     # --- the machine ---
-
-    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
-        members: Members = self._node.pacer.pool
-        with members.pacer:
-            hopeless = members.hopeless(members.pacer.clock())
-        if hopeless is not None:
-            raise hopeless
-        if deadline is not None:
-            self.latest = deadline
-        return super()._join_line(deadline, seat)
 
     def _take_now(self) -> bool:
         self.patience = 0
@@ -184,7 +145,8 @@ class Pool(Limiter):
     ...     reply = await clients[lease.limiter].chat.completions.create(...)
 
     Children, tenants, agents, priorities and deadlines work as with any `Limiter`. A call too
-    costly for one member goes to those that can take it.
+    costly for one member goes to those that can take it. Limits are the members': `reconfigure` and
+    `learn` raise a TypeError, but for a child.
 
     Args:
         members: limiters without parents, at least one, with different names. Make the pool before
@@ -215,7 +177,7 @@ class Pool(Limiter):
         max_queue: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        _check(members, prefer, read_name(name))
+        _check(members, prefer)
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
         pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
@@ -364,8 +326,7 @@ class Pool(Limiter):
             ImportError: the extra ``asyncbucket[http]`` is not installed.
         """
         make: Any = super().transport
-        transport: PacedTransport = make(inner, endpoints=endpoints, **options)
-        return transport
+        return cast("PacedTransport", make(inner, endpoints=endpoints, **options))
 
     transport_sync = transport  # type: ignore[assignment]
 
@@ -404,44 +365,21 @@ class Pool(Limiter):
         for member in self.members:
             member.pause(seconds, reason=reason, gradually=gradually)
 
-    def learn(self, limit: Limit) -> None:
-        """Adopt a limit that a provider announces; see `Limiter.learn`.
-
-        Raises:
-            TypeError: this is no child: limits are the members'.
-        """
-        self._refuse_own_limits("teach")
-        super().learn(limit)
-
-    def reconfigure(
-        self,
-        *limits: str | Limit,
-        concurrency: Concurrency | None = None,
-        weight: float | None = None,
-        **limits_by_keyword: Unpack[LimitKeywords],
-    ) -> None:
-        """Change the limits of a child; see `Limiter.reconfigure`.
-
-        Raises:
-            TypeError: this is no child: limits are the members'.
-        """
-        self._refuse_own_limits("reconfigure")
-        super().reconfigure(*limits, concurrency=concurrency, weight=weight, **limits_by_keyword)
-
     async def aclose(self) -> None:
         """Have every member leave its store; see `Limiter.aclose`. Of a child, it does nothing."""
         if self._parent is None:
             for member in self.members:
                 await member.aclose()
 
-    def _refuse_own_limits(self, what: str) -> None:
+    def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         if self._parent is None:
             raise TypeError(
-                f"a pool has no limits of its own: {what} a member, such as pool.members[0]"
+                "a pool has no limits of its own: reconfigure a member, such as pool.members[0]"
             )
+        super()._check_place(limits, concurrency)
 
 
-def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
+def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
     if not members:
         raise ValueError("a pool needs at least one limiter: Pool(openai, azure)")
     for member in members:
@@ -452,10 +390,6 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer, name: str) -> None:
         if member._node.in_flight or member._node.pacer.waiting:
             raise RuntimeError(
                 f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
-            )
-        if name in member.children:
-            raise ValueError(
-                f"{member.name!r} has a child {name!r} already: give the pool another name="
             )
     names = [member.name for member in members]
     if len(set(names)) < len(names):

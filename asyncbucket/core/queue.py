@@ -100,20 +100,6 @@ AnyWaiter: TypeAlias = Waiter | SyncWaiter
 class Flow:
     """Compete with others for the next place in the branch above."""
 
-    __slots__ = (
-        "above",
-        "asleep",
-        "competes",
-        "credit",
-        "living",
-        "look",
-        "node",
-        "rank",
-        "tag",
-        "weight",
-        "work",
-    )
-
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
         self.node, self.above, self.weight = node, above, weight
         #: Who goes first among equals: the more urgent priority, or who came first.
@@ -151,8 +137,6 @@ class Flow:
 class Line(Flow):
     """Hold the calls of one limiter and priority that wait, in order of arrival."""
 
-    __slots__ = ("bound_by", "calls", "priority", "since")
-
     def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
@@ -170,7 +154,7 @@ class Line(Flow):
         """Append ``waiter``."""
         waiter.line = self
         agents = self.node.agents
-        if agents is not None and bool(agents.running) is self.in_order_of_arrival:
+        if agents is not None and bool(agents.runs) is self.in_order_of_arrival:
             self.refill(self.calls)
         self.calls.append(waiter)
         if not self.living:
@@ -246,17 +230,6 @@ class Line(Flow):
 
 class Branch(Flow):
     """Choose among flows: the lowest tag of those that may go."""
-
-    __slots__ = (
-        "_asleep",
-        "_joined",
-        "_potential",
-        "_ready",
-        "_weights",
-        "_works",
-        "clock",
-        "flows",
-    )
 
     def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
         super().__init__(node, above, weight, rank)
@@ -371,24 +344,16 @@ class Branch(Flow):
             heapq.heappop(asleep)
         return asleep[0][0] if asleep else EMPTY
 
-    def serve(self, waiter: AnyWaiter, calls: int = 1, worth: float = 1.0) -> None:
-        """Charge the flows on the way to ``waiter``, the last of ``calls`` calls that passed.
-
-        They cost as much as ``worth`` calls like the last.
-        """
-        self.charge(waiter.line, waiter.amounts, worth)
-        waiter.line.depart(calls)
-
-    def charge(self, line: Line, amounts: Amounts, worth: float = 1.0) -> None:
+    def charge(self, line: Line, amounts: Amounts) -> None:
         """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
         look = self.node.pacer.looks
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.work(amounts), worth)  # noqa: SLF001 - its own kind
+            branch._charge_first(branch.node.work(amounts))  # noqa: SLF001 - its own kind
             flow.look = look
             flow = branch
 
-    def _charge_first(self, work: float, worth: float) -> None:
+    def _charge_first(self, work: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
         if self.above is None:
@@ -398,9 +363,9 @@ class Branch(Flow):
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
         weights = max(self._weights, flow.weight)  # sums of floats drift
-        self._potential += worth * work / weights
+        self._potential += work / weights
         self.clock = max(self.clock, self._potential - self._works / weights)
-        step = worth * work / flow.weight - flow.credit
+        step = work / flow.weight - flow.credit
         flow.credit = max(0.0, -step)
         flow.tag += max(0.0, step)
         heapq.heapreplace(self._ready, (flow.tag, flow))
@@ -420,6 +385,47 @@ class Branch(Flow):
         return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
 
 
+class PoolLine(Line):
+    """Stand in the queue of a member for a pool: see `asyncbucket.core.members`."""
+
+    def __init__(self, member: Any, priority: int) -> None:
+        super().__init__(member.node, branch_of(member.node, priority), priority)
+        self.member = member
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the pool's call that this member is to take next; else when to ask again."""
+        if not self.living:
+            return None, EMPTY
+        pool = self.member.pool
+        found: tuple[AnyWaiter | None, int]
+        found = pool.next_at(self.member, pool.pacer.top.head(now, back), now)
+        return found
+
+    def lines(self) -> Iterator[Line]:
+        yield from self.member.pool.pacer.top.lines()
+
+
+class PaidLine(Line):
+    """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
+
+    def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
+        super().__init__(node, None, paid[0].priority)
+        self.paid = paid
+        self.rank = -self.priority
+
+    def depart(self, calls: int = 1) -> None:
+        self.node.pacer.top.flows.discard(self)
+        super().depart(calls)
+
+    @property
+    def waited_at(self) -> Node:
+        return self.paid[0].node
+
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        for line in self.paid:
+            line.credit_flows(reserved, used)
+
+
 def new_line(node: Node, priority: int) -> Line:
     """Return a line for the calls of a limiter and a priority that had none yet."""
     line = Line(node, branch_of(node, priority), priority)
@@ -429,13 +435,12 @@ def new_line(node: Node, priority: int) -> Line:
 
 def branch_of(node: Node, priority: int) -> Branch:
     """Return where the calls of one priority at a limiter and below it meet."""
-    branch = node.branches.get(priority)
+    branch: Branch | None = node.branches.get(priority)
     if branch is None:
         above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)
         branch = Branch(node, above, node.weight, rank=-priority)
         node.branches = {**node.branches, priority: branch}
-    found: Branch = branch
-    return found
+    return branch
 
 
 def rouse(node: Node) -> None:

@@ -1,4 +1,4 @@
-"""Where calls wait: on an event loop, or in a blocked thread.
+"""Where calls wait: on an event loop, in a blocked thread, at a store; and what belongs to one process.
 
 A seat looks at the queue (`asyncbucket.core.pacer.Pacer.look`) when the next call may go, and when
 its doorbell rings. The doorbell of a loop is an `asyncio.Condition` on which one task sleeps. It is
@@ -9,17 +9,38 @@ on the Condition, so no notification is lost to a waiter that is being cancelled
 gh-112202), and nobody is woken in vain. The task is there while several calls wait. For a lone one,
 and when the timer is due, the loop looks itself, without the detour of waking a task: so a slot
 that changes hands all the time costs no task.
+
+A seat whose loop is blocked misses its turn. Then its calls stand aside, so that it holds up nobody,
+until it looks again; those of a closed loop are counted out for good. If every slot is held on loops
+that are blocked, one call at a time passes without a slot, because what blocks a loop may be waiting
+for that very call. All of this is called by the `asyncbucket.core.pacer.Pacer`, with its lock held.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
+import itertools
+import logging
+import os
+import sys
 import threading
-from collections.abc import Callable
-from typing import Any, Final, Literal, TypeAlias
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeAlias
 
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
+from asyncbucket.core.node import Meters, shown_name
+from asyncbucket.core.statistics import LimitUse
 
+#: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
+#: loads, arithmetic and stores is atomic.
+ATOMIC: Final[bool] = (
+    sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+)
 #: "Nobody is left": later even than `NEVER`, which may still end when something is given back.
 EMPTY: Final = NEVER << 1
 #: Sweeping pays from this many done entries on.
@@ -27,6 +48,15 @@ SWEEP: Final = 64
 #: The shortest sleep (s), because timers may fire early; the longest that every loop accepts.
 NAP: Final = 20e-6
 _LONGEST: Final = 86_400.0
+
+#: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
+GRACE: Final = 50_000_000
+_PATIENCE: Final = 1_000_000_000
+#: After this time (ns) without an admission, slots may have been forgotten.
+_STALL: Final = 60_000_000_000
+
+
+_log: Final = logging.getLogger("asyncbucket")
 
 #: Looks at the queue for a seat, and lets it sleep until it must look again.
 Look: TypeAlias = Callable[["Seat"], None]
@@ -62,7 +92,7 @@ class Seat:
 
     def is_closed(self) -> bool:
         """Tell whether nothing can run here any more."""
-        return False
+        return self.loop is not None and self.loop.is_closed()
 
     def watch(self, waiter: Any, deadline: int) -> None:
         """Note that the time of ``waiter`` is up at ``deadline``."""
@@ -174,9 +204,6 @@ class LoopSeat(Seat):
             delay = min(max((until - now) * 1e-9, NAP), _LONGEST)
             self._timer = self.loop.call_later(delay, self._time_up, context=self._context)
 
-    def is_closed(self) -> bool:
-        return self.loop.is_closed()
-
 
 class _AlwaysHeldLock(asyncio.Lock):
     """The lock of the bell: see above. It costs nothing to take or to give back."""
@@ -263,3 +290,228 @@ class Seats(dict[object, Seat]):
         self.clear()
         self.by_thread.clear()
         self.threads = Seat(self._look)
+
+
+# --- loops that do not run ---
+
+
+def is_late(pacer: Any, seat: Seat, now: int) -> bool:
+    """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
+    if seat.is_closed():
+        seat.is_late = True
+        bury(pacer, seat)
+    elif now > seat.looks_at + GRACE:
+        seat.is_late = True
+    return seat.is_late
+
+
+def return_set_aside(seat: Seat) -> None:
+    """Put calls that stood aside back in their places."""
+    seat.is_late = False
+    waiters, seat.set_aside = seat.set_aside, []
+    for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
+        line.refill((*group, *line.calls))
+        line.arrive()
+
+
+def bury_closed(pacer: Any) -> bool:
+    """Count out all who wait on loops that were closed; return whether there were any."""
+    closed = [seat for seat in pacer.seats.values() if seat.waiting and seat.is_closed()]
+    for seat in closed:
+        bury(pacer, seat)
+    return bool(closed)
+
+
+def bury(pacer: Any, seat: Seat) -> None:
+    """Count out all who wait on ``seat``, whose loop was closed."""
+    trees = (pacer,) if pacer.group is None else pacer.group.pacers
+    lines = {line for tree in trees for line in tree.top.lines()}
+    lines |= {waiter.line for waiter in seat.set_aside}
+    for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
+        if waiter.seat is seat and not waiter.done():
+            waiter.line.depart()
+            node = waiter.line.waited_at
+            node.pacer.count_in(node, seat, -1)
+            waiter.seat = NOWHERE
+    for line in lines:  # those that gave up before go, too: their tasks count them out
+        line.refill(each for each in line.calls if each.seat not in (NOWHERE, seat))
+    seat.set_aside.clear()
+
+
+def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
+    """Return a call that is to pass without a slot, because loops that do not run hold all; else when to look again.
+
+    Code may block its loop while it waits for a call on another loop (LlamaIndex's
+    ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
+    """
+    holders = [each for each in pacer.seats.values() if each.leases]
+    if not holders or seat.leases or pacer.seats.threads.leases:
+        return None, wait_for_slots(pacer, now)
+    for each in holders:
+        each.ring(now)
+    heard = max(each.looks_at for each in holders)
+    if now < heard + _PATIENCE:
+        return None, heard + _PATIENCE
+    back = sum(each.leases for each in holders)
+    waiter, due = pacer.top.head(now, back)
+    if waiter is None or waiter.seat is not seat:
+        return None, due
+    due, _ = pacer.root.earliest(waiter.amounts, waiter.line.since, back)
+    if due > now:
+        return None, due
+    pacer.overridden += 1
+    if pacer.overridden == 1:
+        says = (
+            "a call passed without a slot: every slot is held on an event loop that has been blocked "
+            "for over 1 s; await on that loop instead of blocking it"
+        )
+        pacer.news.append(partial(_log.warning, says))
+    return waiter, now
+
+
+def wait_for_slots(pacer: Any, now: int) -> int:
+    """Return when to look again while slots have to come back; warn once if none does.
+
+    A lease that is dropped gives its slot back; one that something still holds does not.
+    """
+    if pacer.has_warned or pacer.clock is not time.monotonic_ns:
+        return NEVER
+    if now < pacer.since + _STALL:
+        later: int = (pacer.since // _STALL + 2) * _STALL
+        return later  # seldom another: so the timer can stay
+    pacer.has_warned = True
+    held = {
+        f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
+        for line in pacer.top.lines()
+        for node in (*line.node.bounded, *pacer.root.bounded)
+        if node.in_flight >= node.slots
+    }
+    says = (
+        "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
+        "leases (`async with` does)"
+    )
+    seconds = (now - pacer.since) * 1e-9
+    pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
+    return NEVER
+
+
+# --- stores ---
+
+
+class Place(Protocol):
+    """Keep the limits of a root where other processes reach them.
+
+    The pacer decides who goes next, and books the limits below the root. Then the call stands here
+    until the store has booked it and its start has come. `room`, `push`, `leave` and `ended` are
+    called with the pacer's lock held.
+    """
+
+    def room(self, seat: Seat) -> bool:
+        """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
+        ...
+
+    def push(self, waiter: Any, below: Meters, now: int) -> None:
+        """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
+
+        Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
+        """
+
+    def leave(self, waiter: Any) -> bool:
+        """Give back what a call that has given up took here; return whether it stood here."""
+        ...
+
+    def ended(self, lease: Any) -> None:
+        """Give back the slot of ``lease``, once."""
+
+    def waiting(self) -> int:
+        """Return how many calls stand here: until the store books them, or until they start."""
+        ...
+
+    def held_up(self) -> tuple[str, int] | None:
+        """Return what the first of them waits for, and until when at least, if that is known.
+
+        `NEVER` means that it depends on a slot being given back.
+        """
+
+    def holds_up(self) -> bool:
+        """Tell whether the first of them has to wait, or another would have to, as far as is known."""
+        ...
+
+    def held_back(self) -> list[Any]:
+        """Return the calls, in order, that the store has not booked because it holds the first up."""
+        ...
+
+    def use(self) -> Iterator[LimitUse]:
+        """Yield how much of each limit is used, as last heard."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
+        ...
+
+    def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
+        """Refuse changes that the store cannot keep; this changes nothing.
+
+        Raises:
+            ValueError: it cannot keep one of them.
+        """
+
+    def configure(self) -> None:
+        """Tell all processes the limits as they are now."""
+
+    def pause(self, span: int, *, gradually: bool) -> None:
+        """Tell all processes to let nobody pass for ``span`` ns."""
+
+    async def aclose(self) -> None:
+        """Give back what this process holds, and leave the store."""
+
+
+# --- processes ---
+
+
+class OfThisProcess:
+    """Belong to one process: a copy is the object itself, and it cannot be pickled.
+
+    A real copy of something that holds a slot, or counts what passes, would do so twice.
+    """
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its process and cannot be pickled: make a limiter in "
+            f"each process, with store=... if they are to share limits"
+        )
+
+
+#: Module state, because ``os.register_at_fork`` cannot be undone: so it is called once, and holds
+#: only weak references.
+_FORKABLE: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
+
+
+def reset_after_fork(obj: Any) -> None:
+    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives.
+
+    It is to replace locks, which the parent may have held, and to forget what is the parent's.
+    """
+    _FORKABLE.add(obj)
+
+
+def _after_fork() -> None:
+    for obj in tuple(_FORKABLE):
+        obj.after_fork()
+
+
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.doors import pauses
 from asyncbucket.core.node import Node
+from asyncbucket.core.seats import bury_closed
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 
 if TYPE_CHECKING:

@@ -58,14 +58,12 @@ class MemberState:
     name: str
     #: Why the pool leaves it out; None if it does not.
     reason: str | None
-    #: For how long yet (s); 0 while one call finds out whether it works again.
+    #: For how long yet (s), unless a call that finds out whether it works again ends well.
     left_out: float
 
     def __str__(self) -> str:
         if self.reason is None:
             return f"{self.name!r}: in use"
-        if not self.left_out:
-            return f"{self.name!r}: on probation ({self.reason})"
         return f"{self.name!r}: left out for {in_seconds(self.left_out)} more ({self.reason})"
 
 

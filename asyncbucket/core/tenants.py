@@ -9,7 +9,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from asyncbucket.core.node import Node
 from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.process import reset_after_fork
+from asyncbucket.core.seats import reset_after_fork
 from asyncbucket.core.terms import Terms
 
 # It touches the private parts of the limiters that it keeps.

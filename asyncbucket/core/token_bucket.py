@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from asyncbucket.core.blocked import bury_closed
 from asyncbucket.core.context import deadline_of
 from asyncbucket.core.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.core.meters import Amounts, Bucket
 from asyncbucket.core.pacer import Pacer
-from asyncbucket.core.process import ATOMIC, OfThisProcess
 from asyncbucket.core.queue import Waiter
+from asyncbucket.core.seats import ATOMIC, OfThisProcess, bury_closed
 from asyncbucket.core.wording import counted, in_seconds, is_integer, is_number, shown
 
 _ONE: Final[Amounts] = {"units": 1}
@@ -208,8 +207,9 @@ class TokenBucket(OfThisProcess):
                     raise self._timeout_error(amount, timeout, due - now)
             seat = pacer.seats.here()
             waiter = Waiter(loop=seat.loop)
-            waiter.lease = None
-            pacer.join_locked(waiter, self._node, amounts, seat, now, deadline, 0)
+            waiter.lease, waiter.seat = None, seat
+            waiter.amounts, waiter.deadline = amounts, deadline
+            pacer.join_locked(waiter, self._node, now)
             return waiter
         finally:
             pacer.lock.release()

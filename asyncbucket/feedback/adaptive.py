@@ -44,8 +44,7 @@ in concurrency-limits, never notices a server that queues and does not refuse.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple
 
 #: Where the search begins.
 _START: Final = 4
@@ -76,8 +75,8 @@ _HOLD: Final = 10
 class Adaptive:
     """Say how many calls may be in flight, within bounds, by how earlier ones ended.
 
-    After each call of `succeeded` or `overloaded`, ``size`` is the number to keep to. The same
-    history gives the same sizes.
+    After each call of `ended`, ``size`` is the number to keep to. The same history gives the same
+    sizes.
 
     Args:
         least: the lower bound, at least 1.
@@ -86,9 +85,8 @@ class Adaptive:
     """
 
     def __init__(self, *, least: int, most: int, start: int = _START) -> None:
-        self.least = least
-        self.most = most
-        self.size = self._warmup = self._clamp(start)
+        self.least, self.most = least, most
+        self.size = self._warmup = max(least, min(start, most))
         #: A size, and how long calls took there.
         self._anchor: tuple[int, _Latencies] | None = None
         #: The size to go back to after a round at a lower size that gives an anchor.
@@ -110,48 +108,33 @@ class Adaptive:
         #: Whether all slots were taken at some point in it; if not, calls wait for a child's slots.
         self._full = False
 
-    def __repr__(self) -> str:
-        return f"<Adaptive {self.size} of {self.least} to {self.most:,}>"
-
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
         """Take in the end of a call: see `asyncbucket.core.node.Sizer`."""
-        if outcome == "ok":
-            self.succeeded(now - started, waited=waited, full=full)
-        elif outcome == "overloaded":
-            self.overloaded(started=started, now=now)
-
-    def succeeded(self, latency: int, *, waited: bool, full: bool = True) -> None:
-        """Take in a call that ended well.
-
-        Args:
-            latency: ns since it was admitted.
-            waited: whether it had to wait for a slot, here or at another level.
-            full: whether all slots were taken until it ended.
-        """
+        if outcome == "overloaded" and started > self._cut_at:
+            self._refused(now)
+        if outcome != "ok":
+            return
         self._seen += 1
         self._full |= full
         counted = self._seen - self._warmup
         if counted <= 0:
             return
         self._waited += waited
-        self._total += latency
-        self._squares += latency * latency
+        self._total += now - started
+        self._squares += (now - started) ** 2
         if counted < max(self.size, _SAMPLE):
             return
-        latencies = _Latencies.of(counted, self._total, self._squares)
+        mean = max(self._total / counted, 1.0)
+        variance = max(self._squares / counted - mean * mean, 0.0)
+        latencies = _Latencies(mean, math.sqrt(variance / counted) / mean)
         if latencies.error <= _MAX_ERROR or counted >= _MAX_ROUND * self.size:
             busy = self._full and self._waited * 2 >= counted
             self._begin_round()
             self._clean_since_cut = True
             self._end_round(latencies, busy=busy)
 
-    def overloaded(self, *, started: int, now: int) -> None:
-        """Take in a call, admitted at ``started``, that the server refused or let time out.
-
-        Calls admitted before the latest cut by a refusal tell nothing new.
-        """
-        if started <= self._cut_at:
-            return
+    def _refused(self, now: int) -> None:
+        """Cut the size, because the server refused a call that was admitted after the latest cut."""
         size = self.size if self._resume_size is None else self._resume_size
         self._ceiling, self._rounds_held = size, 0
         if self._clean_since_cut:
@@ -230,27 +213,16 @@ class Adaptive:
         self._step = min(2 * step, self.size)
 
     def _resize(self, size: int) -> None:
-        before, self.size = self.size, self._clamp(size)
+        before, self.size = self.size, max(self.least, min(size, self.most))
         self._warmup = max(before, self.size)
 
-    def _clamp(self, size: int) -> int:
-        return max(self.least, min(size, self.most))
 
-
-@dataclass(frozen=True, slots=True)
-class _Latencies:
+class _Latencies(NamedTuple):
     """How long the calls of a round took (mean, in ns), and the relative standard error of the mean."""
 
     mean: float
     error: float
 
-    @classmethod
-    def of(cls, count: int, total: int, squares: int) -> Self:
-        """Sum up latencies by their number, their sum and the sum of their squares."""
-        mean = max(total / count, 1.0)
-        variance = max(squares / count - mean * mean, 0.0)
-        return cls(mean, math.sqrt(variance / count) / mean)
-
-    def rise_from(self, base: Self) -> float:
+    def rise_from(self, base: "_Latencies") -> float:
         """Return the logarithm of the ratio of the means, less what may be chance."""
         return math.log(self.mean / base.mean) - math.hypot(self.error, base.error)

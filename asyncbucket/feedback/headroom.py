@@ -30,8 +30,10 @@ comes back at the limit's rate, or all that was ever left is left, nobody else i
 
 *Slices.* Providers may count in shorter slices than they say, 60,000 a minute as 1,000 a second,
 and report what is left of a slice. Reports are taken to be of a slice as long as they never exceed
-what a slice holds, and `asyncbucket.feedback.slices`, loaded when a report is as low as that, finds
-out when slices begin. Once it is known, the level does not count: `Slices` decides what passes.
+what a slice holds. Then no more than that passes in any time as long as a slice, whenever slices
+begin, less what others take of one (`Slices`): half at first, then a mean of the most that was ever
+missing within a slice's length, and a margin. (To find out when slices begin, from where the numbers
+jump, would use two to four percent more of a limit, and refuse as much.)
 
 In the first window, and whenever others are active, calls come evenly, at most a tenth of the limit
 at once: otherwise everything would be spent before anything was heard.
@@ -44,13 +46,10 @@ with others at 0, 10, 40 and 60 %.
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Meter, Window
-
-if TYPE_CHECKING:
-    from asyncbucket.feedback.slices import Slices
 
 #: Less than this fraction (1/32) of the limit is noise: calls may arrive in another order.
 _NOISE: Final = 32
@@ -76,6 +75,14 @@ _AT_ONCE: Final = 10
 _SLICE_COUNTS: Final[tuple[int, ...]] = (60, 6)
 #: Windows as long as these (ns) may be.
 _SLICED: Final = range(1_000_000_000, _LONG + 1)
+#: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
+_ROOM: Final = 64
+#: What others take of a slice is a mean over this many, and nothing below this fraction (1/16).
+_SLICES: Final = 8
+_BUSY: Final = 16
+#: Units come back if, in this fraction (1/4) of a slice, at least the same fraction of what we
+#: booked does.
+_QUARTER: Final = 4
 
 
 def share_of(amount: int, slices: int = _SLICE_COUNTS[0]) -> int:
@@ -176,16 +183,15 @@ class Headroom(Meter):
         """Tell the slices; rule out those that are too short for the report."""
         if self._slices is not None:
             self._slices.update(low, remaining, high, now)
-            self._slice_counts = () if self._slices.are_refuted else self._slice_counts
+            if self._slices.spare_refills < 0:
+                self._slice_counts = ()
         limit, before = self._provider_limit, self._slice_counts
         self._slice_counts = tuple(n for n in before if remaining <= share_of(limit, n))
         if self._slice_counts != before or not before:
             self._slices = None
         if self._slice_counts and self._slices is None:
-            from asyncbucket.feedback.slices import Slices
-
             count = self._slice_counts[0]
-            self._slices = Slices(share_of(limit, count), self.window // count, self._last_report)
+            self._slices = Slices(share_of(limit, count), self.window // count, now)
             self._slices.update(low, remaining, high, now)
 
     def _correct(self, low: int, high: int, now: int) -> None:
@@ -214,17 +220,14 @@ class Headroom(Meter):
         level = self._expected_level(now, needed)
         if level is None or back:
             return now
-        slices = self._slices
-        if slices and slices.are_known:
-            return slices.earliest(amount, now)
         when = now
         if needed > level:
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve or (now < self._first_report + self.window and not self._is_long):
             when = max(when, self._earliest_evenly(amount, now, reserve))
-        if slices:
-            when = max(when, slices.earliest(amount, now))
+        if self._slices:
+            when = max(when, self._slices.earliest(amount, now))
         return min(when, self._last_report + _MEMORY * self.window)
 
     def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:
@@ -234,13 +237,6 @@ class Headroom(Meter):
         even = self._spread_until - max(0, self.window // _AT_ONCE - cost)
         when = max(even, self._ours.earliest(amount + reserve, now))
         return min(when, self._last_booking + self.window // _LEAST)
-
-    def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.core.meters.Meter.take`."""
-        if self.earliest(amount, now) > now:
-            return False
-        self.book(amount, now)
-        return True
 
     def book(self, amount: int, when: int) -> None:
         """See `asyncbucket.core.meters.Meter.book`."""
@@ -265,7 +261,7 @@ class Headroom(Meter):
         self._ours.unbook(amount, when, left=left)
         self._spread_until -= self._spacing(amount)
         if self._slices:
-            self._slices.unbook(amount, when)
+            self._slices.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
         """See `asyncbucket.core.meters.Meter.available`: what is left, including any reserve for others."""
@@ -353,3 +349,70 @@ class Others:
         memory = self._window // 2 if latest > self._mean else _MEMORY * self._window
         self._mean += (latest - self._mean) * (now - since) // (memory + now - since)
         self.estimate = max(latest, self._mean)
+
+
+class Slices:
+    """Admit no more than its share in any slice of a window, less what others take of it.
+
+    Args:
+        share: units in a slice.
+        length: how long a slice is (ns).
+        now: the instant.
+    """
+
+    def __init__(self, share: int, length: int, now: int) -> None:
+        self.share = share
+        self._length = length
+        per = (length + length // _ROOM) / 1_000_000_000
+        self._window = Window(Limit("units", share, per=per, burst=share))
+        #: Until when a call that is larger than a slice takes all of it.
+        self._full_until = 0
+        #: What others take of a slice, as a mean over so many; the most that was ever left.
+        self._others = share / 2
+        self._most_left = 0
+        #: When the latest slice's length began, and the most that others had taken in it.
+        self._began, self._most = now, 0
+        #: When a quarter of it began, what was left then, and what we booked since.
+        self._quarter_began, self._left_then, self._booked = now, 0, 0
+        #: How many more quarters may bring units back than slices have begun; if fewer than none,
+        #: there are no such slices.
+        self.spare_refills = 2  # by chance
+
+    def taken_by_others(self, left: int, now: int) -> int:
+        """Return what others have taken of a slice, at least, if ``left`` is left of it."""
+        return min(self._window.available(now), self._most_left) - left
+
+    def update(self, low: int, remaining: int, high: int, now: int) -> None:
+        """Take in a report that ``remaining`` is left of a slice, from ``low`` to ``high`` in truth."""
+        self._most_left = max(self._most_left, remaining)
+        if now - self._began >= self._length:
+            self._others += (self._most - self._others) / _SLICES
+            self._began, self._most = now, 0
+            self.spare_refills += 1
+        self._most = max(self._most, self.taken_by_others(remaining, now))
+        if now - self._quarter_began >= self._length // _QUARTER:
+            back = low + self._booked - self._left_then
+            self.spare_refills -= back * _QUARTER >= self._booked > 0
+            self._quarter_began, self._left_then, self._booked = now, high, 0
+
+    def earliest(self, amount: int, now: int) -> int:
+        """See `Headroom.earliest`; one call passes in every slice, whatever others take."""
+        reserve, others = 0, min(self._others, self._most_left)
+        if others * _BUSY >= self.share:
+            reserve = int(others + math.sqrt(others * amount))
+        due = self._window.earliest(min(amount + reserve, self.share), now)
+        return max(due, self._full_until)
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Headroom.book`; a call that is larger than a slice takes the next ones, too."""
+        self._window.book(amount, when)
+        self._booked += amount
+        if amount > self.share:
+            self._full_until = when - -amount // self.share * self._length
+
+    def unbook(self, amount: int, when: int, left: int) -> None:
+        """See `Headroom.unbook`."""
+        self._window.unbook(amount, when)
+        self._booked -= amount
+        if amount + left > self.share:
+            self._full_until = when - -left // self.share * self._length

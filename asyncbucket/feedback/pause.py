@@ -20,9 +20,8 @@ class Pause(Meter):
     instant.
     """
 
-    __slots__ = ("_calls", "_start", "reason", "step", "until")
-
     bound_by: ClassVar[str | None] = "paused"
+    kept = ("until", "_start", "step", "_calls")
 
     def __init__(self) -> None:
         self.until = 0
@@ -41,24 +40,16 @@ class Pause(Meter):
             self.step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1
 
-    def state(self) -> list[int]:
-        """Return all that it remembers, as plain data for `restore`."""
-        return [self.until, self._start, self.step, self._calls]
-
-    def restore(self, state: list[int]) -> None:
-        """Go on as the pause that made ``state``."""
-        self.until, self._start, self.step, self._calls = state
-
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.earliest`."""
         return max(now, self.until)
 
-    def take(self, amount: int, now: int) -> bool:
-        """See `asyncbucket.core.meters.Meter.take`."""
-        if self.until > now:
-            return False
-        self.book(amount, now)
-        return True
+    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - all calls are alike
+        """See `asyncbucket.core.meters.Meter.take`; many ask at once when a pause ends."""
+        passes = self.until <= now
+        if passes and self.step:
+            self._advance(1)
+        return passes
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""

@@ -23,9 +23,8 @@ from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.process import reset_after_fork
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import NOWHERE, Seat
+from asyncbucket.core.seats import NOWHERE, Seat, reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
@@ -70,7 +69,7 @@ def open_place(
 
 
 class StorePlace:
-    """Keep what a process has to do with the store; see `asyncbucket.core.place.Place`."""
+    """Keep what a process has to do with the store; see `asyncbucket.core.seats.Place`."""
 
     def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
         self.name = node.name
@@ -97,7 +96,7 @@ class StorePlace:
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
 
-    # --- what the pacer asks: see `asyncbucket.core.place.Place` ---
+    # --- what the pacer asks: see `asyncbucket.core.seats.Place` ---
 
     def room(self, seat: Seat) -> bool:
         self._open_session(seat.loop)

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.core.levels import members_of
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.process import reset_after_fork
+from asyncbucket.core.seats import reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.wording import read_count
 from asyncbucket.telemetry.metrics import with_children

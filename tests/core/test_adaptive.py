@@ -4,23 +4,14 @@ import asyncio
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket import Limiter
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import all_blocked, nothing_is_left, refused
+from tests.core.conftest import all_blocked, nothing_is_left
 
 
 @pytest.fixture
 def limiter(time: VirtualTime) -> Limiter:
     return Limiter(concurrency=(1, 100), clock=time.clock)
-
-
-async def test_auto_concurrency_starts_with_four_slots_and_shows_them(time: VirtualTime) -> None:
-    limiter = Limiter(concurrency="auto", clock=time.clock)
-    leases = [limiter.acquire_nowait() for _ in range(4)]
-    with refused(AcquireTimeout, "all 4 slots are taken"):
-        await limiter.acquire(timeout=1)
-    assert limiter.statistics().concurrency == limiter.concurrency == len(leases)
-    assert repr(limiter) == "<Limiter 'default', concurrency 4/4 of 1 to 1,000, 0 waiting>"
 
 
 async def test_raised_concurrency_admits_waiting_calls(time: VirtualTime, limiter: Limiter) -> None:

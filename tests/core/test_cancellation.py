@@ -2,10 +2,11 @@
 
 import asyncio
 import gc
-import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -164,40 +165,6 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
     nothing_is_left(limiter)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("kind", ["limiter", "bucket"])
-async def test_40_000_cancellations_leak_nothing_in_order(time: VirtualTime, kind: str) -> None:
-    chance = random.Random(20)
-    limiter = Limiter("1000 RPS burst 1000", "20k tokens/s", concurrency=32, clock=time.clock)
-    bucket = TokenBucket(rate=20_000.0, burst=100, clock=time.clock)
-    served: list[int] = []
-    cancelled = 0
-
-    async def call(number: int) -> None:
-        cost = chance.randrange(1, 60)
-        if kind == "bucket":
-            await bucket.acquire(cost)
-            served.append(number)
-        else:
-            async with limiter.acquire(tokens=cost):
-                served.append(number)
-                await asyncio.sleep(0.05 * chance.random())
-
-    calls: list[asyncio.Task[None]] = []
-    for number in range(0, 40_000, 2_000):
-        calls += [asyncio.create_task(call(each)) for each in range(number, number + 2_000)]
-        await asyncio.sleep(0.05 * chance.random())
-        cancelled += sum(each.cancel() for each in calls if chance.random() < 0.99)
-        calls = [each for each in calls if not (each.done() or each.cancelling())]
-    await asyncio.gather(*calls)
-    assert cancelled > 37_000
-    assert served == sorted(served)
-    await asyncio.sleep(2)
-    nothing_is_left(limiter)
-    assert [use.used for use in limiter.statistics().limits] == [1, 0]
-    assert (bucket.statistics().waiting, bucket.statistics().available) == (0, 100)
-
-
 @pytest.mark.parametrize("turns", range(6))
 def test_call_handed_over_on_loop_that_is_closed_then_leaks_nothing(turns: int) -> None:
     """It had passed, but its task never ran again."""
@@ -233,3 +200,29 @@ async def test_dropped_lease_that_waited_with_deadline_releases_itself(time: Vir
     await all_blocked()
     limiter.acquire_nowait().release()
     assert time.now == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_call_that_gives_up_as_its_store_hands_it_over_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, before: bool
+) -> None:
+    key = Limiter("60 TPM", concurrency=1, store=f"sqlite:///{tmp_path}/limits.db")
+    team = key.child("team", "60 TPM", "5 images/m")
+    pacer = key._node.pacer
+    pass_on = pacer.pass_on_locked
+
+    def cancelling(*booked: Any) -> bool:
+        if before:
+            call.cancel()
+        passed = pass_on(*booked)
+        call.cancel()
+        assert passed is not before
+        return bool(passed)
+
+    monkeypatch.setattr(pacer, "pass_on_locked", cancelling)
+    call = asyncio.create_task(team.acquire(tokens=5))
+    await asyncio.wait([call])
+    monkeypatch.undo()
+    async with team.acquire(tokens=60, timeout=20):
+        assert (team.statistics().cancelled, key.statistics().in_flight) == (1, 1)
+    await key.aclose()

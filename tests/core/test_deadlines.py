@@ -7,9 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
-from asyncbucket.core.levels import observe_remaining
 from asyncbucket.testing import VirtualTime, virtual_time
-from tests.core.conftest import HELD, refused, start
+from tests.core.conftest import HELD, refused
 
 
 async def test_call_that_would_be_late_is_refused_at_once(time: VirtualTime) -> None:
@@ -44,53 +43,6 @@ async def test_call_that_may_use_refund_of_open_call_is_not_refused(time: Virtua
     assert time.now == 6.0
     lease.release()
     (await waiting).release()
-
-
-async def test_open_call_of_sibling_does_not_help_call_at_own_limit(time: VirtualTime) -> None:
-    key = Limiter("1k TPM", clock=time.clock)
-    open_calls = [await key.child("other").acquire(tokens=60)]
-    for acme in (key.child("a", "60 TPM"), key.child("b", "600 TPM burst 60")):
-        (await acme.acquire(tokens=60)).release()
-        with pytest.raises(AcquireTimeout, match=r"within 5 s: tokens bind"):
-            await acme.acquire(tokens=60, timeout=5)
-    assert (time.now, len(open_calls)) == (0, 1)
-
-
-async def test_call_that_may_use_units_just_handed_over_is_not_refused(time: VirtualTime) -> None:
-    """Between an admission and its lease, what was booked still counts as lent."""
-    limiter = Limiter("100 TPM", concurrency=1, clock=time.clock)
-    first = await limiter.acquire()
-    handed = await start(limiter.acquire(tokens=99))
-    first.release()
-    await asyncio.sleep(0)
-    assert limiter.statistics().limits[0].used == 99
-    assert not handed.done()
-    patient = limiter.acquire(tokens=50, timeout=2)
-    patient.send(None)  # waits in line, and is not refused
-    (await handed)._undo()
-    await asyncio.sleep(0)
-    patient.close()
-    assert limiter.statistics().waiting == 0
-
-
-async def test_call_above_burst_is_in_time_with_units_earned_by_head(time: VirtualTime) -> None:
-    limiter = Limiter("60 RPM burst 1", clock=time.clock)
-    first = asyncio.ensure_future(limiter.acquire(requests=30))
-    await asyncio.sleep(20)
-    second = await start(limiter.acquire(requests=30, timeout=15))
-    first.cancel()
-    assert (await second).waited == 9
-
-
-@pytest.mark.parametrize("missing", ["debt", "none left at the provider"])
-async def test_missing_tokens_refuse_no_tokenless_call(time: VirtualTime, missing: str) -> None:
-    limiter = Limiter("1/s", "100 TPM burst 100", clock=time.clock)
-    with await limiter.acquire(tokens=10) as lease:
-        if missing == "debt":
-            lease.settle(tokens=500)
-        else:
-            observe_remaining(limiter, 0, resource="tokens", per=60)
-    assert (await limiter.acquire(timeout=5)).bound_by == "requests"
 
 
 async def test_each_call_times_out_at_its_own_deadline(time: VirtualTime) -> None:

@@ -127,7 +127,7 @@ def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
     ]
     clock.advance(1)
     probe = pool.acquire_nowait()
-    assert str(pool.states()[0]) == "'one': on probation (HTTP 401)"
+    assert str(pool.states()[0]) == "'one': left out for 2 s more (HTTP 401)"
     probe.member_works()  # before it is over
     assert str(pool.states()[0]) == "'one': in use"
     assert not probe.released

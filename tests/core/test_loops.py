@@ -2,8 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
@@ -34,19 +32,9 @@ async def test_eager_tasks_are_served_in_order(time: VirtualTime) -> None:
     nothing_is_left(limiter)
 
 
-@pytest.fixture
-def on_uvloop() -> Callable[[Coroutine[Any, Any, None]], None]:
-    uvloop = pytest.importorskip("uvloop")
-
-    def run(main: Coroutine[Any, Any, None]) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main)
-
-    return run
-
-
 @pytest.mark.real_clock
-def test_limiter_keeps_order_and_leaks_nothing_on_uvloop(on_uvloop: Callable[..., None]) -> None:
+def test_limiter_keeps_order_and_leaks_nothing_on_uvloop() -> None:
+    uvloop = pytest.importorskip("uvloop")
     limiter = Limiter("500 requests/s burst 5", concurrency=2)
     served: list[int] = []
 
@@ -62,7 +50,8 @@ def test_limiter_keeps_order_and_leaks_nothing_on_uvloop(on_uvloop: Callable[...
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    on_uvloop(main())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
     assert served == sorted(served)
     assert set(range(0, 60, 2)) <= set(served)
     nothing_is_left(limiter)

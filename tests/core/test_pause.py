@@ -5,19 +5,22 @@ import math
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.statistics import Waits
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import refused, start, start_all
+from tests.core.conftest import refused, start_all
 
 
 async def test_no_call_passes_during_pause(time: VirtualTime) -> None:
     limiter = Limiter("10 RPS burst 10", concurrency=2, clock=time.clock)
     held = [limiter.acquire_nowait(), limiter.acquire_nowait()]
-    limiter.pause(5)
+    limiter.pause(2)
     calls = await start_all(limiter.acquire() for _ in range(2))
+    limiter.pause(5)
+    limiter.pause(1)  # the longer one stays
+    assert limiter.statistics().paused == 5.0
     await asyncio.sleep(1)
     for lease in held:
         lease.release()
@@ -26,37 +29,6 @@ async def test_no_call_passes_during_pause(time: VirtualTime) -> None:
     leases = await asyncio.gather(*calls)
     assert [(lease.waited, lease.bound_by) for lease in leases] == [(5.0, "paused")] * 2
     assert limiter.statistics().waits == {"paused": Waits(2, 10.0)}
-
-
-async def test_longer_pause_stays_in_force(time: VirtualTime) -> None:
-    limiter = Limiter(clock=time.clock)
-    limiter.pause(5)
-    limiter.pause(1)
-    assert limiter.statistics().paused == 5.0
-    waiting = asyncio.create_task(limiter.acquire())
-    await asyncio.sleep(2)
-    limiter.pause(10)
-    assert (await waiting).waited == 12.0
-    assert limiter.statistics().paused == 0
-    limiter.pause(0)
-    await limiter.acquire()
-    assert time.now == 12.0
-    assert limiter.statistics().upstream_429 == 0
-
-
-async def test_call_with_deadline_within_pause_fails(time: VirtualTime) -> None:
-    limiter = Limiter("5 RPM", clock=time.clock)
-    await limiter.acquire()
-    waiting = await start(limiter.acquire(timeout=60))
-    limiter.pause(30)
-    says = "a call of 1 request cannot pass within 10 s: the limiter is paused for 30 s more; raise"
-    with refused(AcquireTimeout, says):
-        await limiter.acquire(timeout=10)
-    assert time.now == 0
-    limiter.pause(90, reason="deploy")
-    with refused(AcquireTimeout, "within 60 s: the limiter is paused for 30 s more (deploy)"):
-        await waiting
-    assert time.now == 60
 
 
 async def test_gradual_pause_admits_twice_as_many_calls_at_each_step(time: VirtualTime) -> None:
@@ -77,23 +49,6 @@ async def test_gradual_pause_admits_twice_as_many_calls_at_each_step(time: Virtu
     assert time.now == pytest.approx(2.4)
 
 
-async def test_slow_start_applies_to_newcomers_too(time: VirtualTime) -> None:
-    limiter = Limiter(clock=time.clock)
-    limiter.pause(16, gradually=True)
-    await limiter.acquire()
-    assert time.now == 16
-    with refused(WouldBlock, "paused"):
-        limiter.acquire_nowait()
-    await asyncio.sleep(0.25)
-    limiter.pause(0)  # which does not end it
-    limiter.acquire_nowait()
-    with refused(WouldBlock, "paused"):
-        limiter.acquire_nowait()
-    await asyncio.sleep(60)
-    for _ in range(300):
-        limiter.acquire_nowait()
-
-
 @pytest.mark.parametrize("when", ["before", "handed over"])
 async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
     time: VirtualTime, when: str
@@ -112,25 +67,6 @@ async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
     await asyncio.wait(calls)
     assert time.now == 16.25
     assert limiter.statistics().cancelled == 1
-
-
-async def test_pause_keeps_priorities_and_holds_up_only_its_own_tenant(time: VirtualTime) -> None:
-    passed: list[str] = []
-
-    async def call(limiter: Limiter, name: str, priority: int) -> None:
-        async with limiter.acquire(priority=priority):
-            passed.append(name)
-
-    key = Limiter("60 RPM burst 1", clock=time.clock)
-    key.pause(10)
-    async with asyncio.TaskGroup() as group:
-        for name, priority in (("batch", -1), ("normal", 0), ("interactive", 1)):
-            group.create_task(call(key.child(name), name, priority))
-    assert passed == ["interactive", "normal", "batch"]
-    key.key("paused").pause(100)
-    waiting = asyncio.create_task(key.acquire(tenant="paused"))
-    assert (await key.acquire(tenant="other")).bound_by == "requests"
-    assert (await waiting).bound_by == "paused"
 
 
 def test_restored_pause_goes_on_as_the_one_before() -> None:

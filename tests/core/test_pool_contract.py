@@ -1,10 +1,6 @@
 """What holds for a `Limiter` holds for a `Pool`: the same tests, with pools of one member."""
 
-import functools
 import importlib
-import inspect
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ MODULES = [
 LEFT_OUT = {
     "test_call_behind_cousin_is_bound_by_same_resource",
     "test_call_cancelled_within_any_line_of_the_core_leaks_nothing",
-    "test_call_that_could_pass_in_time_is_never_refused",
     "test_call_that_would_be_late_is_refused_at_once",
     "test_calls_of_child_count_in_statistics_of_every_level_above",
     "test_each_call_times_out_at_its_own_deadline",
@@ -30,8 +25,6 @@ LEFT_OUT = {
 
 class PoolOfOne(Pool):
     """A pool that can be changed like its only member."""
-
-    __slots__ = ()
 
     def reconfigure(self, *limits: Any, **terms: Any) -> None:
         if self.parent is None:
@@ -63,31 +56,17 @@ def pool_of_one(
     return PoolOfOne(member, name=name, max_queue=max_queue, timeout=timeout)
 
 
-def with_pools(module: ModuleType, test: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a test of ``module`` in which each limiter is a pool."""
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "Limiter", pool_of_one)
-            test(**fixtures)
-
-    @functools.wraps(test)
-    async def run_async(**fixtures: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "Limiter", pool_of_one)
-            await test(**fixtures)
-
-    return run_async if inspect.iscoroutinefunction(test) else run
+@pytest.fixture(autouse=True)
+def limiters_are_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each limiter of these tests a pool."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "Limiter", pool_of_one)
 
 
 for _module in MODULES:
     for _name, _test in list(vars(_module).items()):
         _marks = {mark.name for mark in getattr(_test, "pytestmark", ())}
-        if (
-            _name.startswith("test_")
-            and inspect.isfunction(_test)
-            and _name not in LEFT_OUT
-            and not _marks & {"heavy", "real_clock"}
+        if _name.startswith("test_") and not (
+            _name in LEFT_OUT or _marks & {"heavy", "real_clock"}
         ):
-            globals()[_name] = with_pools(_module, _test)
+            globals()[_name] = _test

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import random
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import asyncbucket
 from asyncbucket import Limiter
 from asyncbucket.core.context import Priority
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, start_all
+from tests.core.conftest import HELD
 
 #: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.
 GAP = HELD - 0.9
@@ -37,23 +36,6 @@ async def served_to(
 
 
 @pytest.mark.heavy
-async def test_interactive_call_waits_one_gap_beside_2_000_batch_calls(time: VirtualTime) -> None:
-    chance = random.Random(2)
-    waits: list[float] = []
-    limiter = Limiter("10 RPS burst 1", clock=time.clock)
-    served: list[Any] = []
-    batch = await start_all(ask(limiter, "batch", served) for _ in range(2_000))
-    for _ in range(100):
-        await asyncio.sleep(0.5 + chance.random())
-        lease = await limiter.acquire(priority="interactive")
-        waits.append(lease.waited)
-    await asyncio.gather(*batch)
-    assert len(served) == 2_000
-    assert max(waits) <= GAP + 1e-9
-    assert time.now == pytest.approx(2_100 / 10, rel=0.01)
-
-
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("priorities", "parts"),
     [
@@ -72,37 +54,6 @@ async def test_each_priority_gets_its_guaranteed_share(
     places = [place for place, each in enumerate(served[15:1_900]) if each == priorities[0]]
     gaps = [after - before for before, after in itertools.pairwise(places)]
     assert max(gaps) <= 1 / parts[0] + 1
-
-
-async def test_calls_of_one_priority_pass_in_order_of_arrival(time: VirtualTime) -> None:
-    limiter = Limiter("20 RPS burst 1", clock=time.clock)
-    served: dict[int, list[int]] = {-1: [], 0: [], 1: []}
-
-    async def call(number: int, priority: int) -> None:
-        async with limiter.acquire(priority=priority):
-            served[priority].append(number)
-
-    chance = random.Random(4)
-    async with asyncio.TaskGroup() as group:
-        for number in range(300):
-            group.create_task(call(number, chance.choice([-1, 0, 1])))
-            if chance.random() < 0.3:
-                await asyncio.sleep(0.1)
-    assert sum(map(len, served.values())) == 300
-    assert all(numbers == sorted(numbers) for numbers in served.values())
-
-
-async def test_priority_outranks_shares_of_children(time: VirtualTime) -> None:
-    key = Limiter("10 RPS burst 1", clock=time.clock)
-    busy, idle = key.child("busy"), key.child("idle", weight=100)
-    served: list[Any] = []
-    calls = [asyncio.create_task(ask(busy, None, served)) for _ in range(20)]
-    await asyncio.sleep(1)
-    calls += await start_all(ask(idle, None, served) for _ in range(20))
-    before = len(served)
-    await ask(busy, 1, served)
-    assert served[before:] == [1]
-    await asyncio.gather(*calls)
 
 
 async def test_priority_comes_from_call_then_context_then_limiter(time: VirtualTime) -> None:

@@ -1,7 +1,7 @@
 """A saturated key over the real transport: nearly all of it is used, and hardly a call is refused.
 
 The provider is scripted: it counts by a bucket, a log of the last minute, minutes of the clock, or
-seconds, of the clock or sliding, and says in each reply what is left. Other programs may use the same key.
+seconds, and says in each reply what is left. Other programs may use the same key.
 """
 
 import asyncio
@@ -27,24 +27,20 @@ REQUEST: Final[dict[str, Any]] = {
 #: What `REQUEST` costs if tokens are limited.
 TOKENS = 400
 
-Counts = Literal["bucket", "log", "minute", "second", "sliding second"]
+Counts = Literal["bucket", "log", "minute", "second"]
 WHOLE: tuple[Counts, ...] = ("bucket", "log", "minute")
 CLOCKED: tuple[Counts, ...] = (*WHOLE, "second")
 
 
 @dataclass
 class Provider(httpx.AsyncBaseTransport):
-    """Admit `rpm` calls a minute; `depth` is the size of its bucket, if that is smaller.
-
-    Each second of the clock that it counts begins `phase` seconds earlier.
-    """
+    """Admit `rpm` calls a minute; `depth` is the size of its bucket, if that is smaller."""
 
     counts: Counts
     rpm: int
     clock: VirtualClock
     cost: int
     depth: int | None
-    phase: float
     #: When calls were admitted, and how many were refused.
     admitted: list[int] = field(default_factory=list)
     refused: int = 0
@@ -70,13 +66,7 @@ class Provider(httpx.AsyncBaseTransport):
         left = self.rpm - len(self._last_minute)
         if self.counts == "log":
             return left
-        used = self._by_second[self._second(now)]
-        if self.counts == "sliding second":
-            used = sum(when > now - SECOND for when in self.admitted[-self.rpm // 60 :])
-        return min(left, self.rpm // 60 - used)
-
-    def _second(self, now: int) -> int:
-        return (now + round(self.phase * SECOND)) // SECOND
+        return min(left, self.rpm // 60 - self._by_second[now // SECOND])
 
     def admit(self) -> bool:
         if self.left() < 1:
@@ -85,7 +75,7 @@ class Provider(httpx.AsyncBaseTransport):
         now = self.clock()
         self._missing += MINUTE
         self._by_minute[now // MINUTE] += 1
-        self._by_second[self._second(now)] += 1
+        self._by_second[now // SECOND] += 1
         self._last_minute.append(now)
         self.admitted.append(now)
         return True
@@ -117,7 +107,6 @@ def share(
     deaf: int = 0,
     evenly: bool = False,
     ours_at_most: int | None = None,
-    phase: float = 0,
 ) -> tuple[float, float]:
     """Saturate a limit while others take a part of it.
 
@@ -128,7 +117,7 @@ def share(
     cost = TOKENS if tokens else 1
     chance = random.Random(1)
     with virtual_time() as time:
-        provider = Provider(counts, rpm, time.clock, cost, depth, phase)
+        provider = Provider(counts, rpm, time.clock, cost, depth)
         limit = (ours_at_most or rpm) * cost
         limiter = Limiter(f"{limit} {'TPM' if tokens else 'RPM'}", clock=time.clock)
 
@@ -182,8 +171,6 @@ def shared(counts: Counts, refused: float, used: float, **options: Any) -> Any:
     [
         *(alone(counts) for counts in CLOCKED),
         *(alone(counts, tokens=True) for counts in ("log", "second")),
-        alone("second", phase=0.99),
-        alone("sliding second", 0.93),
         # Calls before the first reply that is read are not taken for others'.
         *(alone(counts, deaf=40) for counts in ("log", "minute")),
         *(alone(counts, 0.95 / 2, ours_at_most=300) for counts in ("log", "second")),
