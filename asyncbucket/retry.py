@@ -6,7 +6,7 @@ What is decided here, for each failed attempt:
    time-outs, lost connections, 408, 409, 429 and 5xx are retried; other 4xx and an exhausted quota
    are not.
 2. *Who waits?* A 429 concerns all users of the limiter, so all pause, by the rule of
-   `asyncbucket.providers.refusals`: the refusals of one wave make one pause. If the server names no
+   `asyncbucket.providers.learn`: the refusals of one wave make one pause. If the server names no
    time, the pause doubles from wave to wave.
 3. *When?* As the server says, plus up to a tenth; otherwise by exponential back-off, of which a
    random part between a half and the whole is waited. Never past the deadline, and never longer
@@ -46,9 +46,8 @@ from asyncbucket.core.levels import effective_limiter, emit, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
-from asyncbucket.providers.details import WEEK
-from asyncbucket.providers.errors import Verdict, classify
-from asyncbucket.providers.refusals import Refusals, doubled
+from asyncbucket.providers.errors import WEEK, Verdict, classify
+from asyncbucket.providers.learn import Refusals, doubled
 from asyncbucket.waiting import ASYNC, IO, Lock
 
 try:
@@ -138,10 +137,8 @@ class Retry:
         Raises:
             TypeError, ValueError: it is not one of these.
         """
-        if retries is None or isinstance(retries, Retry | bool):
-            return cls.of(retries)
         if not is_integer(retries):
-            raise TypeError(f"retries must be a whole number or a Retry, not {retries!r}")
+            return cls.of(retries)
         if retries < 0:
             raise ValueError(f"retries must be at least 0, which means none, not {retries}")
         return cls(attempts=retries + 1)
@@ -150,7 +147,7 @@ class Retry:
 class Sent:
     """Hold what is known of a call's latest attempt; while it is entered, a layer above retries."""
 
-    __slots__ = ("_is_open", "_token", "at", "member", "paused", "pool")
+    __slots__ = ("_token", "at", "is_open", "member", "paused", "pool")
 
     def __init__(self) -> None:
         #: When it was sent, in seconds of the limiter's clock; None until then.
@@ -160,7 +157,8 @@ class Sent:
         self.member: Limiter | None = None
         #: The limiter that was paused already, if the attempt was refused for rate.
         self.paused: Limiter | None = None
-        self._is_open = False
+        #: Whether the layer that retries still waits for the attempt.
+        self.is_open = False
         self._token: Token[Sent | None] | None = None
 
     def admitted(self, limiter: Limiter, lease: Lease) -> None:
@@ -171,17 +169,12 @@ class Sent:
 
     def __enter__(self) -> None:
         self.paused = self.member = None
-        self._is_open, self._token = True, _SENT.set(self)
+        self.is_open, self._token = True, _SENT.set(self)
 
     def __exit__(self, *error: object) -> None:
-        self._is_open = False  # a task that was started inside has a copy of the context
+        self.is_open = False  # a task that was started inside has a copy of the context
         if self._token is not None:
             put_back(_SENT, self._token)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the layer that retries still waits for the attempt."""
-        return self._is_open
 
 
 _SENT: Final[ContextVar[Sent | None]] = ContextVar("asyncbucket_sent", default=None)
@@ -232,19 +225,17 @@ class Retrier:
         attempt: Callable[[], Awaitable[T]],
         *,
         io: IO = ASYNC,
-        deadline: float | None = None,
         tried: Callable[..., object] | None = None,
         sent: Sent | None = None,
     ) -> T:
         """Await ``attempt()`` until it succeeds or there is no point in trying again.
 
-        Cancellation passes through at once, from an attempt and from a back-off.
+        Cancellation passes through at once, from an attempt and from a back-off. No attempt begins
+        after the `asyncbucket.deadline` around the call.
 
         Args:
             attempt: makes one attempt; it acquires for itself, and gives back whatever happens.
             io: how ``attempt`` waits, and how back-offs do; see `asyncbucket.waiting`.
-            deadline: the latest instant at which an attempt may begin, in seconds of the limiter's
-                clock; `asyncbucket.deadline` around the call counts besides.
             tried: what the attempt calls in the end; stamina's hooks see its name.
             sent: where attempts note when they were sent, so that a late refusal is assigned to its
                 own wave.
@@ -259,7 +250,7 @@ class Retrier:
         except Exception as error:
             if isinstance(error, AsyncBucketError):
                 raise
-            trial = _Trial(self, attempt, error, started, self._latest(deadline), sent)
+            trial = _Trial(self, attempt, error, started, sent)
         else:
             self.succeeded(sent)
             return result
@@ -280,15 +271,8 @@ class Retrier:
             return retried
         finally:
             # stamina's objects are a cycle, and keep the trial until the collector runs.
-            trial.error, trial.attempt = None, _nothing
+            del trial.error, trial.attempt
         raise failed
-
-    def _latest(self, deadline: float | None) -> float:
-        """Return when the last attempt may begin: by ``deadline``, and by those set around the call."""
-        terms = inherited.get()
-        left = None if terms is None else terms.seconds_left()
-        latest = math.inf if deadline is None else deadline
-        return latest if left is None else min(latest, self.now() + left)
 
     def succeeded(self, sent: Sent) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""
@@ -296,71 +280,20 @@ class Retrier:
         if self._budget < most:
             with self._lock:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
-        self._refusals_of(sent).succeeded(sent.at)
+        self.refusals_of(sent).succeeded(sent.at)
 
-    def _refusals_of(self, sent: Sent) -> Refusals:
-        """Return what a refusal of this attempt pauses."""
-        return self._refusals if sent.member is None else Refusals.of(sent.member)
-
-    def pause(self, verdict: Verdict, sent: Sent) -> float:
-        """Take in a refusal, once; return the seconds until the pause that it makes ends."""
-        policy, refusals = self.policy, self._refusals_of(sent)
-        if sent.paused is refusals.limiter:  # by the transport that got the reply
-            return refusals.seconds_left()
-        return refusals.take_in(
-            verdict, first=policy.backoff, longest=policy.max_wait, sent_at=sent.at
-        )
-
-    def next_wait(
-        self, verdict: Verdict, attempts: int, sent: Sent, deadline: float
-    ) -> tuple[float, str | None]:
-        """Return how long to wait before the next attempt, and why there will be none, if so."""
-        policy, asked = self.policy, verdict.retry_after
-        paused = self.pause(verdict, sent)
-        if self._goes_elsewhere(verdict, attempts, sent):
-            return 0.0, None
-        if not verdict.retry:
-            return 0.0, f"{verdict.reason} is not retried"
-        known, refused_for = asked, 0.0
-        if verdict.rate_limited and asked is None:
-            known, refused_for = paused, self._refusals_of(sent).lasted(waves=policy.attempts)
-        wait, left = self._jittered(known, attempts), deadline - self.now()
-        reason = None
-        if attempts >= policy.attempts:
-            reason = f"Retry(attempts={policy.attempts}) allows no more"
-        elif asked is not None and asked > policy.max_wait:
-            reason = (
-                f"the provider asks to wait {in_seconds(asked)}, "
-                f"and Retry(max_wait={policy.max_wait:g}) allows no more"
-            )
-        elif refused_for > policy.max_wait:
-            reason = f"the provider has refused every call for {in_seconds(refused_for)}"
-        elif not wait <= left:
-            reason = (
-                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}"
-            )
-        elif not verdict.rate_limited and not self._spend():
-            reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
-        return wait, reason
-
-    def _goes_elsewhere(self, verdict: Verdict, attempts: int, sent: Sent) -> bool:
-        """Tell whether the call goes back into a pool's line at once, perhaps to another member."""
-        most = self.policy.attempts
-        if sent.pool is None or sent.member is None or most == 1:
-            return False
-        if attempts >= max(most, len(sent.pool.members)):
-            return False
-        is_one_in = any(each.reason is None for each in sent.pool.states())
-        return verdict.rate_limited or (verdict.member_failed and is_one_in)
-
-    def _spend(self) -> bool:
+    def spend(self) -> bool:
         """Take a retry from the budget, if it holds one."""
         with self._lock:
             enough = self._budget >= 1
             self._budget -= enough
             return enough
 
-    def _jittered(self, known: float | None, attempts: int) -> float:
+    def refusals_of(self, sent: Sent) -> Refusals:
+        """Return what a refusal of this attempt pauses."""
+        return self._refusals if sent.member is None else Refusals.of(sent.member)
+
+    def jittered(self, known: float | None, attempts: int) -> float:
         """Return a wait with its jitter: ``known``, or that of the back-off after ``attempts``."""
         policy = self.policy
         if known:
@@ -386,7 +319,6 @@ class _Trial:
     #: The failure of the attempt that was made before stamina was asked.
     first: Exception | None
     started: float
-    deadline: float
     sent: Sent
     attempts: int = 0
     #: The provider's last error.
@@ -411,7 +343,7 @@ class _Trial:
         if not isinstance(error, Exception) or isinstance(error, AsyncBucketError):
             return False
         self.error, verdict = error, classify(error)
-        wait, reason = self.retrier.next_wait(verdict, self.attempts, self.sent, self.deadline)
+        wait, reason = self._next_wait(verdict)
         if reason is None:
             self.retrier.report(self.attempts, verdict, wait)
             # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
@@ -422,10 +354,59 @@ class _Trial:
             self._add_note(error, reason)
         return False
 
+    def _next_wait(self, verdict: Verdict) -> tuple[float, str | None]:
+        """Return how long to wait before the next attempt, and why there will be none, if so."""
+        policy, known, refused_for = self.retrier.policy, verdict.retry_after, 0.0
+        paused = self._pause(verdict)
+        if self._goes_elsewhere(verdict):
+            return 0.0, None
+        if not verdict.retry:
+            return 0.0, f"{verdict.reason} is not retried"
+        if known is not None and known > policy.max_wait:
+            asked = in_seconds(known)
+            return 0.0, (
+                f"the provider asks to wait {asked}, and Retry(max_wait={policy.max_wait:g}) allows no more"
+            )
+        if verdict.rate_limited and known is None:
+            refused_for = self.retrier.refusals_of(self.sent).lasted(waves=policy.attempts)
+            known = paused
+        wait, left = self.retrier.jittered(known, self.attempts), _seconds_left()
+        reason = None
+        if self.attempts >= policy.attempts:
+            reason = f"Retry(attempts={policy.attempts}) allows no more"
+        elif refused_for > policy.max_wait:
+            reason = f"the provider has refused every call for {in_seconds(refused_for)}"
+        elif wait > left:
+            reason = (
+                f"the next attempt is due in {in_seconds(wait)}, the deadline in {in_seconds(left)}"
+            )
+        elif not verdict.rate_limited and not self.retrier.spend():
+            reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
+        return wait, reason
+
+    def _pause(self, verdict: Verdict) -> float:
+        """Take in a refusal, once; return the seconds until the pause that it makes ends."""
+        policy, refusals = self.retrier.policy, self.retrier.refusals_of(self.sent)
+        if self.sent.paused is refusals.limiter:  # by the transport that got the reply
+            return refusals.seconds_left()
+        return refusals.take_in(
+            verdict, first=policy.backoff, longest=policy.max_wait, sent_at=self.sent.at
+        )
+
+    def _goes_elsewhere(self, verdict: Verdict) -> bool:
+        """Tell whether the call goes back into a pool's line at once, perhaps to another member."""
+        most, pool = self.retrier.policy.attempts, self.sent.pool
+        if pool is None or self.sent.member is None or most == 1:
+            return False
+        if self.attempts >= max(most, len(pool.members)):
+            return False
+        is_one_in = any(each.reason is None for each in pool.states())
+        return verdict.rate_limited or (verdict.member_failed and is_one_in)
+
     def final_error(self, ended: Exception) -> Exception:
         """Return what to raise after the last attempt: the provider's last error."""
         if self.error is None:  # stamina is switched off, so it did not ask
-            self.retrier.pause(classify(ended), self.sent)
+            self._pause(classify(ended))
         elif isinstance(ended, AsyncBucketError):
             self.attempts -= 1  # it was refused before it reached the provider
             self._add_note(self.error, f"no other attempt was admitted: {ended}")
@@ -442,5 +423,8 @@ class _Trial:
             error.add_note(f"asyncbucket: pool {shown_name(pool)!r}: {'; '.join(map(str, states))}")
 
 
-async def _nothing() -> None:
-    """Stand in for an attempt that is over."""
+def _seconds_left() -> float:
+    """Return the seconds until the deadline around this code; infinity if there is none."""
+    terms = inherited.get()
+    left = None if terms is None else terms.seconds_left()
+    return math.inf if left is None else left

@@ -1,4 +1,4 @@
-"""One implementation for callers on an event loop and for callers that block their thread.
+"""Event loops and threads: one implementation for both, one lock, and connections for each loop.
 
 An ``async def`` that does everything that may wait through an ``io`` object serves both. Given
 `ASYNC`, it is awaited as usual. Given `SYNC`, whose methods never suspend, it runs to its end in one
@@ -7,14 +7,17 @@ step, which `run` makes. (That costs 10.7 µs a call where a plain function cost
 A `StopIteration` cannot leave such a function: Python turns it into a `RuntimeError`.
 
 Nothing here is waited for while a lock is held, so both kinds of caller share `Lock`.
+
+`PerLoopTransport` gives each event loop connections of its own: on another loop, a connection that
+is kept open sends a request whose reply is lost.
 """
 
 import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
@@ -48,10 +51,6 @@ class AsyncIO:
         """Close what has an ``aclose``."""
         await resource.aclose()
 
-    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:
-        """Raise TimeoutError if what is in the block takes longer."""
-        return asyncio.timeout(seconds)
-
     def function(self, fn: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
         """Return ``fn`` as callers of this kind call it."""
         return fn
@@ -79,10 +78,6 @@ class SyncIO:
     async def close(self, resource: Any) -> None:
         """Close what has a ``close``."""
         resource.close()
-
-    def timeout(self, seconds: float) -> contextlib.AbstractAsyncContextManager[object]:  # noqa: ARG002 - as above
-        """Leave time-outs to what blocks."""
-        return contextlib.nullcontext()
 
     def function(self, fn: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
         """Return ``fn`` as callers of this kind call it: as a plain function."""
@@ -132,3 +127,77 @@ class Lock:
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""
         self._lock = threading.RLock()
+
+
+async def _closed_with_loop(transport: Any) -> AsyncGenerator[None]:
+    """Close ``transport`` in the end: a loop that ends closes all generators that are open."""
+    try:
+        yield
+    finally:
+        # Some loops are closed without that, as by nest_asyncio; then the collector comes here.
+        await _close(transport)
+
+
+async def _close(transport: Any) -> None:
+    """Close ``transport``, as far as possible if its loop is closed."""
+    with contextlib.suppress(RuntimeError):  # it calls its loop
+        await transport.aclose()
+
+
+class PerLoopTransport:
+    """Send requests by transports that ``make()`` makes, one for each event loop; thread-safe.
+
+    Args:
+        make: makes a transport.
+        first: that of the loop that asks first, if there is one already.
+    """
+
+    def __init__(self, make: Callable[[], Any], first: Any = None) -> None:
+        self._make = make
+        self._first = first
+        #: The transport of each loop, and what closes it when the loop ends.
+        self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None]]] = {}
+        self._lock = Lock()
+
+    def current(self) -> Any:
+        """Return the transport of the running loop."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._by_loop:
+                self._forget_ended(loop)
+                self._by_loop[loop] = self._next()
+            return self._by_loop[loop][0]
+
+    def _next(self) -> tuple[Any, AsyncGenerator[None]]:
+        first, self._first = self._first, None
+        transport = self._make() if first is None else first
+        guard = _closed_with_loop(transport)
+        with contextlib.suppress(StopIteration):  # it is open now
+            guard.asend(None).send(None)
+        return transport, guard
+
+    def _forget_ended(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Forget the loops that have ended; ``loop`` closes what these may have left open."""
+        for ended in [each for each in self._by_loop if each.is_closed()]:
+            transport, _ = self._by_loop.pop(ended)
+            loop.create_task(_close(transport))  # it never waits
+
+    def on_this_loop(self) -> Any:
+        """Return the transport of the running loop, or this one if no loop runs."""
+        running = asyncio._get_running_loop() is not None  # noqa: SLF001 - None outside
+        return self.current() if running else self
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """Send ``request``, and return the response."""
+        return await self.current().handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop."""
+        await self.current().aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.current().__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.current().__aexit__(*error)

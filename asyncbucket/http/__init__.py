@@ -5,8 +5,7 @@ module has the profiles of known providers, `Profile`, which describes a provide
 `read_pool`, which reads a pool from a file.
 """
 
-from asyncbucket.http.endpoints import Endpoint
-from asyncbucket.http.pool_file import read_pool
+from asyncbucket.http.endpoints import Endpoint, read_pool
 from asyncbucket.providers.profiles import (
     ANTHROPIC,
     AZURE,

@@ -1,19 +1,31 @@
-"""One HTTP attempt, from its admission to the end of its reply.
+"""One HTTP attempt, from its admission to the end of its reply, and the bodies that tell it so.
 
 The lease is given back by whatever happens first: the body is read to its end, it is closed, the
 attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself. A
 refusal is read and judged at once, and the call is over, whether or not anybody looks at the reply;
 and a GET for a stream of events, which may stay open as long as the program runs, is over with its
 headers.
+
+A client insists on its own library's kind of stream, so a body's class is derived from the bases of
+the request's or the reply's stream, whichever library that is from. A reply's body holds the
+attempt; if it is dropped, the attempt's slot is given back. A request's body refers to it weakly,
+because a connection pool keeps the request while its connection is in use, and a reply that is
+dropped unread never ends that use.
 """
 
+import asyncio
+import contextlib
+import functools
+import importlib
+import weakref
+import zlib
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import sent
-from asyncbucket.http.bodies import Tail, read_ahead, reply_body
+from asyncbucket.core.limiter import Limiter
 from asyncbucket.http.lanes import ReadRequest
-from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import (
     FIRST_ERROR,
     Verdict,
@@ -23,20 +35,25 @@ from asyncbucket.providers.errors import (
     judge_reply,
     never_sent,
 )
-from asyncbucket.providers.request import (
-    any_json,
-    is_input_only,
-    replies_of,
-    reports_own_usage,
-)
+from asyncbucket.providers.request import any_json, is_input_only, replies_of, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete
 from asyncbucket.retry import Sent
-from asyncbucket.waiting import IO
+from asyncbucket.waiting import ASYNC, IO
 
+FAMILIES: Final = ("httpx", "httpx2")
 #: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
 _REORDERING_LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _REDATE_AFTER: Final = 0.002
+#: How long (s) a refusal's body may take after its headers; time-outs of what blocks are the client's.
+_LONGEST_REFUSAL: Final = 5.0
+#: How much of a reply's end is kept, in bytes: more than what follows the usage.
+_TAIL_BYTES: Final = 65_536
+#: How much of a compressed reply is kept (it must be complete to be decoded), and decoded.
+_ENCODED_TAIL_BYTES: Final = 1_048_576
+_MAX_DECODED_BYTES: Final = 8 * 1_048_576
+#: The first bytes of a stream: Anthropic's first event has the tokens of the prompt.
+_HEAD_BYTES: Final = 4_096
 
 
 class Attempt:
@@ -44,19 +61,23 @@ class Attempt:
 
     Args:
         read: the request.
+        member: the member of a pool that admitted it.
         lease: what the attempt holds.
         noted: what the layer that retries reads.
     """
 
-    def __init__(self, read: ReadRequest, lease: Lease, noted: Sent) -> None:
+    def __init__(
+        self, read: ReadRequest, member: Limiter | None, lease: Lease, noted: Sent
+    ) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
-        self._lane, self._call, self._profile, _, self._price, self._teaches = read
+        self._read = read
+        self._provider, self._profile = read.at(member)
         self._lease = lease
-        self._sent_at = self._lane.limiter.now()
+        self._sent_at = read.lane.limiter.now()
         self._noted = noted
-        noted.admitted(self._lane.limiter, lease)
-        self._tail: Tail | None = None
+        noted.admitted(read.lane.limiter, lease)
+        self._tail: _Tail | None = None
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
@@ -64,44 +85,45 @@ class Attempt:
 
     def request_sent(self) -> None:
         """Note that the request leaves only now."""
-        now = self._lane.limiter.now()
+        now = self._read.lane.limiter.now()
         if now - self._sent_at > _REDATE_AFTER:
             self._sent_at = self._noted.at = now
             sent(self._lease)
 
     async def replied(self, reply: Any, io: IO) -> Verdict | None:
         """Take in a reply; return what it means if its status is an error."""
-        lane, call = self._lane, self._call
+        read, headers = self._read, self._provider.headers
         ok = reply.status_code < FIRST_ERROR
-        if self._teaches and (not ok or lane.header_reader.is_due(self._sent_at)):
+        if read.teaches and (not ok or headers.is_due(self._sent_at)):
             since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
-            lane.header_reader.read(reply.headers, self._profile, since=since, ok=ok)
+            headers.read(reply.headers, self._profile, since=since, ok=ok)
         if not ok:
             return await self._refused(reply, io)
-        lane.refusals.succeeded(self._sent_at)
+        self._provider.refusals.succeeded(self._sent_at)
         answered(self._lease)
-        if call.method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
+        method = read.call.method
+        if method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
-        elif reports_own_usage(call.method, call.path) and (
-            self._price is not None or lane.needs_usage(self._profile)
+        elif reports_own_usage(method, read.call.path) and (
+            read.price is not None or read.lane.needs_usage(self._profile)
         ):
-            self._tail = Tail(reply)
+            self._tail = _Tail(_encoding_of(reply))
         if reply.is_closed:  # it came with its body, as in tests
             self.chunk_received(reply.content)
             self.body_ended(complete=True)
         else:
-            reply.stream = reply_body(reply.stream, self)
+            reply.stream = _wrapped(_ReplyBody, reply.stream, self)
         return None
 
     async def _refused(self, reply: Any, io: IO) -> Verdict | None:
         """Judge a failed reply, pause the limiter if need be, and note that for whoever retries."""
-        if self._price is not None:
+        if self._read.price is not None:
             self._lease.settle(usd=0)  # no provider charges for an error
-        if not self._teaches:
+        if not self._read.teaches:
             self._lease.failed()
             return None
-        body, refusals = await read_ahead(reply, io), self._lane.refusals
-        verdict = judge_reply(reply.status_code, Details(any_json(body), reply.headers))
+        body, refusals = any_json(await _read_ahead(reply, io)), self._provider.refusals
+        verdict = judge_reply(reply.status_code, body, reply.headers)
         refusals.take_in(verdict, sent_at=self._sent_at)
         if verdict.pause is not None:
             self._noted.paused = refusals.limiter
@@ -120,23 +142,214 @@ class Attempt:
             if tail is not None:
                 head, end = tail.read()
                 if complete or is_complete(end):
-                    self._settle(head, end)
+                    self._settle(find_usage(end, head))
         finally:
             self._lease.release()
 
-    def _settle(self, head: bytes, end: bytes) -> None:
-        events = head.lstrip()[:1] != b"{"
-        usage = find_usage(end, head if events else b"") or find_usage(head)
+    def _settle(self, usage: Usage | None) -> None:
+        read = self._read
         if usage is None:
             return
-        if is_input_only(self._call.path):  # some report the total only
+        if is_input_only(read.call.path):  # some report the total only
             usage = Usage(usage.total, 0, usage.total)
-        amounts: dict[str, float] = {**self._profile.settled(self._call, usage)}
+        amounts: dict[str, float] = {**self._profile.settled(read.call, usage)}
         if amounts and "tokens" not in amounts:  # else it would become the sum of input and output
             amounts["tokens"] = self._lease.cost.get("tokens", 0)
-        if self._price is not None:
-            amounts["usd"] = self._price.of(usage)
+        if read.price is not None:
+            amounts["usd"] = read.price.of(usage)
         if amounts:
             self._lease.settle(**amounts)
         if usage.output_tokens:
-            self._lane.forecast.observe(-(-usage.output_tokens // replies_of(self._call.body)))
+            read.lane.forecast.observe(-(-usage.output_tokens // replies_of(read.call.body)))
+
+
+class _ReplyBody:
+    """Pass on a reply's body, and tell the attempt."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = attempt
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        complete = False
+        try:
+            async for chunk in self._inner:
+                self._attempt.chunk_received(chunk)
+                yield chunk
+            complete = True
+        finally:
+            self._attempt.body_ended(complete=complete)
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            for chunk in self._inner:
+                self._attempt.chunk_received(chunk)
+                yield chunk
+        except GeneratorExit:
+            raise  # perhaps from the collector, amid the limiter's work: `close` may follow
+        except BaseException:
+            self._attempt.body_ended(complete=False)
+            raise
+        self._attempt.body_ended(complete=True)
+
+    async def aclose(self) -> None:
+        try:
+            await self._inner.aclose()
+        finally:
+            self._attempt.body_ended(complete=False)
+
+    def close(self) -> None:
+        try:
+            self._inner.close()
+        finally:
+            self._attempt.body_ended(complete=False)
+
+
+class _RequestBody:
+    """Pass on a request's body, which is read once the headers have been sent."""
+
+    def __init__(self, inner: Any, attempt: Attempt) -> None:
+        self._inner = inner
+        self._attempt = weakref.ref(attempt)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._note_sent()
+        return aiter(self._inner)
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._note_sent()
+        return iter(self._inner)
+
+    def _note_sent(self) -> None:
+        attempt = self._attempt()
+        if attempt is not None:
+            attempt.request_sent()
+
+
+def request_body(stream: Any, attempt: Attempt) -> Any:
+    """Return a request's ``stream``, wrapped so that it tells ``attempt`` when it leaves."""
+    return _wrapped(_RequestBody, stream, attempt)
+
+
+def _wrapped(wrapper: Any, stream: Any, attempt: Attempt) -> Any:
+    """Return ``wrapper(stream, attempt)`` as a stream of the library that ``stream`` is from."""
+    return _stream_class(wrapper, library_of(stream))(stream, attempt)
+
+
+@functools.cache
+def _stream_class(wrapper: Any, library: Any) -> type[Any]:
+    bases = (wrapper, library.AsyncByteStream, library.SyncByteStream)
+    return type("PacedByteStream", bases, {})
+
+
+async def _read_ahead(reply: Any, io: IO) -> bytes:
+    """Read a refusal's body, which frees its connection, and put it back; return it, decoded.
+
+    What is longer than any provider's or takes longer is cut off, and what breaks off ends there: the
+    status and the headers say enough.
+    """
+    if reply.is_closed:  # it came with its body, as in tests
+        return bytes(reply.content)
+    stream, chunks, room = reply.stream, list[bytes](), _MAX_DECODED_BYTES
+    body = io.iterator(stream)
+    timeout = asyncio.timeout(_LONGEST_REFUSAL) if io is ASYNC else contextlib.nullcontext()
+    try:
+        with contextlib.suppress(Exception):
+            async with timeout:
+                while room > 0 and (chunk := await io.next_item(body, None)) is not None:
+                    chunks.append(chunk)
+                    room -= len(chunk)
+    finally:
+        await io.close(stream)
+    data = b"".join(chunks)
+    reply.stream = library_of(stream).ByteStream(data)
+    return _decoded(data, _encoding_of(reply))
+
+
+class _Tail:
+    """Keep the head and the end of a reply's body that passes by."""
+
+    __slots__ = ("_encoding", "_end", "_head", "_limit")
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding = encoding
+        self._head, self._end = b"", bytearray()
+        self._limit = _TAIL_BYTES if encoding == "identity" else _ENCODED_TAIL_BYTES
+
+    def add(self, chunk: bytes) -> None:
+        """Note the next chunk."""
+        self._end += chunk
+        if len(self._end) > 2 * self._limit:  # seldom, so that a byte is moved once at most
+            self._head = self._head or bytes(self._end[:_HEAD_BYTES])
+            del self._end[: -self._limit]
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Return head and end, decoded; empty if that cannot be done."""
+        end = _decoded(bytes(self._end), self._encoding)
+        head = self._head if self._encoding == "identity" else b""
+        return head or end[:_HEAD_BYTES], end
+
+
+def _encoding_of(reply: Any) -> str:
+    """Return how the body of a reply is still compressed, or ``"identity"``."""
+    if reply.is_closed:  # a body that came with the reply, as in tests, is decoded already
+        return "identity"
+    encoding: str = reply.headers.get("content-encoding") or "identity"
+    return encoding.lower()
+
+
+def _decoded(data: bytes, encoding: str) -> bytes:
+    """Return ``data`` decoded, as far as it goes; nothing if it is odd, or becomes too large.
+
+    A few bytes may unpack to gigabytes. So the output is bounded, and an ``encoding`` whose library
+    cannot bound it is not decoded.
+    """
+    limit = _MAX_DECODED_BYTES + 1
+    try:
+        if encoding == "identity":
+            found = data
+        elif encoding in ("gzip", "deflate"):
+            found = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit)
+        elif encoding == "br":
+            unpacker = importlib.import_module("brotli").Decompressor()
+            found = unpacker.process(data, output_buffer_limit=limit)
+        elif encoding == "zstd":
+            reader = importlib.import_module("zstandard").ZstdDecompressor().stream_reader(data)
+            found = reader.read(limit)
+        else:
+            return b""
+    except Exception:  # noqa: BLE001 - not installed, too old, or not what it says
+        return b""
+    return found if len(found) < limit else b""
+
+
+def library_of(thing: object) -> Any:
+    """Return the library that an object's class is from, or is derived from: httpx or httpx2.
+
+    Raises:
+        TypeError: it is from neither.
+    """
+    family = family_of(type(thing))
+    if family is None:
+        raise TypeError(
+            f"a transport sends requests of httpx or httpx2, not {type(thing).__name__}"
+        )
+    return library_named(family)
+
+
+def library_named(family: str) -> Any:
+    """Return the library of that name.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(family)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{family} is not installed: pip install {family}") from error
+
+
+def family_of(cls: type[Any]) -> str | None:
+    """Return the library that a class comes from, or is derived from; None if it is neither."""
+    families = (base.__module__.partition(".")[0] for base in cls.__mro__)
+    return next((family for family in families if family in FAMILIES), None)

@@ -5,24 +5,16 @@ import importlib.util
 import sys
 from typing import Any, Final, Literal
 
-from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.endpoints import Sites
-from asyncbucket.http.transport import (
-    FAMILIES,
-    POOL,
-    PacedTransport,
-    TransportOptions,
-    family_of,
-    library_named,
-)
+from asyncbucket.http.attempt import FAMILIES, family_of, library_named
+from asyncbucket.http.transport import POOL, PacedTransport, TransportOptions
+from asyncbucket.waiting import PerLoopTransport
 
 #: The time-outs (s) of the SDKs of OpenAI and Anthropic: a reply may take ten minutes.
 _TIMEOUT: Final = 600.0
 _CONNECT_TIMEOUT: Final = 5.0
-#: SDKs that take a client of one of the two libraries, and show which one by this class.
+#: SDKs that take a client of one of the two libraries, and show which one by their `DefaultHttpxClient`.
 _SDKS: Final = ("openai", "anthropic")
-_SDK_CLIENT: Final = "DefaultHttpxClient"
 #: What the transport takes; the rest is the client's.
 _OURS: Final = TransportOptions.__annotations__.keys() | {"endpoints"}
 
@@ -82,30 +74,30 @@ def http_client(
         raise ValueError(f"family must be auto, httpx or httpx2, not {family!r}")
     library = library_named(_wanted_family() if family == "auto" else family)
     ours = {name: options.pop(name) for name in _OURS & options.keys()}
+    paced = PacedTransport(limiter, **ours)
     defaults = {
+        "base_url": paced.base_url,
         "timeout": library.Timeout(timeout=_TIMEOUT, connect=_CONNECT_TIMEOUT),
         "limits": library.Limits(**POOL),
         "follow_redirects": True,
     }
-    if ours.get("endpoints") is not None:
-        defaults["base_url"] = Sites(limiter, ours["endpoints"]).base_url
     cls = library.Client if sync else library.AsyncClient
     make_client: Any = functools.partial(cls, **(defaults | options))
     client = make_client()
     given = [options.get("transport"), *(options.get("mounts") or {}).values()]
 
-    def paced(pattern: Any) -> PacedTransport:
-        inner = _transport_for(pattern, client)
-        if not sync and inner not in given:  # one that was given is the same on every loop
-            inner = PerLoopTransport(lambda: _transport_for(pattern, make_client()), inner)
-        return PacedTransport(limiter, inner, **ours)
+    def inner(pattern: Any) -> Any:
+        first = _transport_for(pattern, client)
+        if sync or first in given:  # one that was given is the same on every loop
+            return first
+        return PerLoopTransport(lambda: _transport_for(pattern, make_client()), first)
 
     # Not `transport=`: a client that gets one makes no others, as for proxies, and these need its
     # options. There is no public way to wrap the transports that a client makes.
-    client._transport = paced(None)  # noqa: SLF001
-    for pattern, inner in client._mounts.items():  # noqa: SLF001
-        if inner is not None:
-            client._mounts[pattern] = paced(pattern)  # noqa: SLF001
+    client._transport = paced.above(inner(None))  # noqa: SLF001
+    for pattern, mounted in client._mounts.items():  # noqa: SLF001
+        if mounted is not None:
+            client._mounts[pattern] = paced.above(inner(pattern))  # noqa: SLF001
     return client
 
 
@@ -116,7 +108,7 @@ def _transport_for(pattern: Any, client: Any) -> Any:
 
 def _wanted_family() -> str:
     """Return the library that the imported SDKs are built on, or else the first installed."""
-    classes = (getattr(sys.modules.get(name), _SDK_CLIENT, None) for name in _SDKS)
+    classes = (getattr(sys.modules.get(name), "DefaultHttpxClient", None) for name in _SDKS)
     wanted = {family_of(cls) for cls in classes if isinstance(cls, type)}
     if len(wanted) > 1:
         raise ValueError(

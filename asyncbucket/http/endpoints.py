@@ -6,20 +6,46 @@ be a credential is dropped, whichever member it was for, and the chosen member's
 member sees another one's. The client keeps its own request: its logs and errors name the address
 that it asked, and no key of a member.
 
-A request that begins with no member's ``base_url`` may be a redirect to somewhere else, which the
-client follows. It goes out without credentials, and counts nowhere.
+A request that begins with no member's ``base_url`` is refused; it may be a redirect to somewhere
+else.
+
+`read_pool` reads a pool and its endpoints from a TOML file. Beside the tables of the members, the
+file may set the pool's ``name``, ``prefer``, ``patience``, ``max_queue`` and ``timeout``. A member's
+table holds what `Limiter.from_toml` takes, and its endpoint::
+
+    prefer = "first"
+
+    [member.openai]
+    limits = ["500 RPM", "200k TPM"]
+    base_url = "https://api.openai.com/v1"
+    key_env = "OPENAI_API_KEY"
+
+    [member.azure]
+    rpm = 300
+    base_url = "https://east.openai.azure.com/openai/v1"
+    key_env = "AZURE_KEY"
+    header = "api-key"
+    models = { "gpt-4o" = "gpt-4o-eu" }
+
+``key_env`` names the environment variable that holds the key. It is sent as ``Authorization:
+Bearer``, or bare in the header that ``header`` names. No key is ever in the file.
 """
 
 import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, Final, NotRequired, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limits import KEYWORDS
 from asyncbucket.core.pool import Pool
-from asyncbucket.http.bodies import content_of
+from asyncbucket.core.settings import from_table, key_in_env, read_toml, with_error_source
+from asyncbucket.http.lanes import content_of
 from asyncbucket.providers.request import read_json
 
 #: Headers that identify an account.
@@ -41,18 +67,21 @@ _PORTS: Final = {"http": 80, "https": 443}
 _EXAMPLE: Final = (
     '{limiter: {"base_url": "https://...", "headers": {"Authorization": "Bearer ..."}}}'
 )
+#: What a file may say of the pool, and of a member's endpoint.
+_POOL: Final = ("name", "prefer", "patience", "max_queue", "timeout")
+_ENDPOINT: Final = ("base_url", "key_env", "header", "models")
+_AUTHORIZATION: Final = "Authorization"
+_BEARER: Final = "Bearer "
 
 
 class Endpoint(TypedDict):
     """Say where a member of a pool is, and with which credentials."""
 
-    #: What its requests begin with, as an SDK takes it: ``"https://api.openai.com/v1"``. A query in it
-    #: is sent with each request.
+    #: What its requests begin with, as an SDK takes it: ``"https://api.openai.com/v1"``. A query in
+    #: it is sent with each request, such as ``"?api-version=2024-10-21"``; it may hold a key.
     base_url: Required[str]
     #: What each request is sent with: ``{"Authorization": "Bearer ..."}``, ``{"api-key": ...}``.
     headers: NotRequired[Mapping[str, str]]
-    #: The same for the query: ``{"api-version": "2024-10-21"}``.
-    params: NotRequired[Mapping[str, str]]
     #: What this member calls a model, by the name in the request: ``{"gpt-4o": "my-deployment"}``.
     models: NotRequired[Mapping[str, str]]
 
@@ -79,8 +108,7 @@ class _Site:
                 f"headers of the endpoint of {name!r} hold a line break, or what is not ASCII: strip the "
                 f"key"
             )
-        params = _texts(name, "params", endpoint.get("params", {}))
-        self.params = {**dict(parse_qsl(url.query, keep_blank_values=True)), **params}
+        self.params = dict(parse_qsl(url.query, keep_blank_values=True))
         self.models = _texts(name, "models", endpoint.get("models", {}))
 
     def owns(self, url: Any) -> bool:
@@ -97,16 +125,13 @@ class Sites:
     """Rewrite requests for the members of ``pool``.
 
     Raises:
-        TypeError: ``endpoints`` are not a mapping, ``pool`` is not a pool, or it is one without
-            endpoints.
+        TypeError: ``pool`` is not a pool.
         ValueError: a member has no endpoint, another limiter has one, or one cannot be understood.
     """
 
     def __init__(self, pool: Limiter, endpoints: Endpoints) -> None:
         if not isinstance(pool, Pool):
             raise TypeError(f"endpoints are for a pool, and {pool!r} is not one: leave them out")
-        if not isinstance(endpoints, Mapping):
-            raise TypeError(f"a pool must know where its members are: {_EXAMPLE} for each of them")
         if set(endpoints) != set(pool.members):
             missing = ", ".join(repr(each.name) for each in pool.members if each not in endpoints)
             what = f"lack {missing}" if missing else "name a limiter that is no member"
@@ -152,13 +177,8 @@ class Sites:
             body = {"content": content.encode()}
             headers = [pair for pair in headers if pair[0].lower() != b"content-length"]
         url = f"{site.scheme}://{site.netloc}{path}{query}"
-        return _request_like(request, url, headers, **body)
-
-    def stripped(self, request: Any) -> Any:
-        """Return ``request`` without anything that may be a credential."""
-        url, params = request.url, self._kept_params(request.url)
-        bare = url.copy_with(query=urlencode(params).encode() if params else None)
-        return _request_like(request, bare, self._kept_headers(request), stream=request.stream)
+        cls: Any = type(request)  # which adds the length of a new body
+        return cls(request.method, url, headers=headers, extensions=request.extensions, **body)
 
     def _kept_headers(self, request: Any) -> list[tuple[bytes, bytes]]:
         pairs: Iterable[tuple[bytes, bytes]] = request.headers.raw
@@ -181,12 +201,6 @@ def _split(name: str, base_url: str) -> SplitResult:
     )
 
 
-def _request_like(request: Any, url: Any, headers: list[Any], **body: Any) -> Any:
-    """Return a request of the same kind; the library adds the length of a new body."""
-    cls: Any = type(request)
-    return cls(request.method, url, headers=headers, extensions=request.extensions, **body)
-
-
 def _path_of(url: Any) -> str:
     """Return the path of an address as it is sent, which keeps its escapes."""
     path: str = url.raw_path.decode().partition("?")[0]
@@ -200,3 +214,79 @@ def _texts(name: str, what: str, given: Mapping[str, str]) -> dict[str, str]:
     ):
         raise TypeError(f"{what} of the endpoint of {name!r} must map names to texts")
     return dict(given)
+
+
+def read_pool(path: str | PathLike[str], *, store: str | None = None) -> tuple[Pool, Endpoints]:
+    """Return the pool that a TOML file describes, and where its members are.
+
+    >>> pool, endpoints = read_pool("pool.toml")
+    >>> http = pool.http_client(endpoints)
+
+    Args:
+        path: the file; see `asyncbucket.http.endpoints`.
+        store: where the limits of members are kept that name no store of their own; except those
+            whose ``concurrency`` is found by itself, which no store keeps.
+
+    Raises:
+        LimitSyntaxError: something in the file cannot be understood, or a key is missing in the
+            environment; a ValueError. The message names the table, and shows no key.
+        OSError: the file cannot be read.
+    """
+    file = Path(path)
+    document = read_toml(file)
+    tables = document.pop("member", None)
+
+    def make() -> tuple[Pool, Endpoints]:
+        for name in document:
+            if name not in _POOL:
+                known = ", ".join(_POOL)
+                raise ValueError(f"{name!r} is not known; known: {known}, and [member.NAME]")
+        if not isinstance(tables, Mapping) or not tables:
+            raise ValueError("it has no members: write a table [member.NAME] for each")
+        endpoints = dict(_read_member(name, tables[name], store) for name in tables)
+        pool = Pool(*endpoints, **document)
+        Sites(pool, endpoints)  # which refuses what is wrong
+        return pool, endpoints
+
+    return with_error_source(str(file), make)
+
+
+def keys_of(endpoint: Endpoint) -> list[str]:
+    """Return the keys in an endpoint: what nobody may see."""
+    return [text.removeprefix(_BEARER) for text in endpoint.get("headers", {}).values()]
+
+
+def _read_member(name: str, table: Any, store: str | None) -> tuple[Limiter, Endpoint]:
+    where = f"[member.{name}]"
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} is not a table")  # noqa: TRY004 - of the file, as the others
+    endpoint = with_error_source(where, lambda: _read_endpoint(table))
+    entries = {key: value for key, value in table.items() if key not in _ENDPOINT}
+    limiter = from_table(partial(_limiter, store), {"name": name, **entries}, where=where)
+    return limiter, endpoint
+
+
+def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> Limiter:
+    """Make a member; the default store is for limits, and keeps no slots that are found by itself."""
+    is_limited = bool(limits or terms.keys() & {*KEYWORDS})
+    if is_limited and isinstance(terms.get("concurrency"), int | None):
+        terms.setdefault("store", default_store)
+    return Limiter(*limits, **terms)
+
+
+def _read_endpoint(table: Mapping[str, Any]) -> Endpoint:
+    params = dict(parse_qsl(urlsplit(str(table.get("base_url"))).query))
+    if (table.keys() | params.keys()) & {"key", "api_key", "headers"}:
+        raise ValueError(
+            "keys stay out of the file: export the key in an environment variable, and name that by "
+            "key_env"
+        )
+    given: Any = {name: table[name] for name in ("base_url", "models") if name in table}
+    endpoint: Endpoint = given
+    if "key_env" in table:
+        key = key_in_env(table["key_env"])
+        header = table.get("header", _AUTHORIZATION)
+        endpoint["headers"] = {header: _BEARER + key if header == _AUTHORIZATION else key}
+    elif "header" in table:
+        raise ValueError("header is the one that the key is sent in: give key_env, too")
+    return endpoint

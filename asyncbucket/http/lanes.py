@@ -5,12 +5,11 @@ is a child of the transport's limiter; ``routes=`` decides which one a request i
 and by the model that it names.
 """
 
-import copy
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.levels import (
@@ -23,11 +22,9 @@ from asyncbucket.core.levels import (
 )
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
-from asyncbucket.http.bodies import content_of
-from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.providers.learn import HeaderReader, Refusals
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
-from asyncbucket.providers.refusals import Refusals
 from asyncbucket.providers.request import OutputForecast, read_json
 from asyncbucket.retry import Retrier, Retry
 
@@ -37,55 +34,31 @@ Target: TypeAlias = str | Limiter | None
 #: function. In a pattern, a path begins with a slash (``"/v1/embeddings"``), anything else is a model
 #: (``"gpt-4o*"``), and both may be combined (``"/v1/chat/completions gpt-4o*"``).
 Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
-#: A path and a model, each with wildcards, or None for any; and where such calls go.
-_Rule: TypeAlias = tuple[str | None, str | None, Target]
 
-#: How many children are remembered.
+#: How many children are remembered: tenants, perhaps.
 _MAX_REMEMBERED: Final = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """What hears the answers of one provider."""
+
+    headers: HeaderReader
+    refusals: Refusals
+    #: None if it is found by the host of each request.
+    profile: Profile | None
+
+
+@dataclass(frozen=True, slots=True)
 class Lane:
-    """What a transport knows about one limiter.
+    """What a transport knows about the calls of one limiter."""
 
-    Args:
-        limiter: what admits the calls.
-        paused_limiter: the one that a refusal pauses.
-        learn: whether to read what headers say.
-        retry: how its failed calls are retried.
-        profiles: if it is a pool, the profile of each member.
-    """
-
-    __slots__ = ("at", "forecast", "header_reader", "limiter", "profile", "refusals", "retrier")
-
-    def __init__(
-        self,
-        limiter: Limiter,
-        *,
-        paused_limiter: Limiter,
-        learn: bool,
-        retry: Retry,
-        profiles: Mapping[Limiter, Profile],
-    ) -> None:
-        self.limiter = limiter
-        self.header_reader = HeaderReader(limiter, learn=learn)
-        self.refusals = Refusals.of(paused_limiter)
-        #: None if failed calls are not retried.
-        self.retrier = (
-            Retrier(retry, paused_limiter, caller=limiter) if retry.attempts > 1 else None
-        )
-        self.forecast = OutputForecast()
-        #: The profile of all requests, if they go to one provider.
-        self.profile: Profile | None = None
-        #: The same at each member of a pool, to which headers and refusals apply.
-        self.at: dict[Limiter, Lane] = {
-            member: self._at(member, profile, learn=learn) for member, profile in profiles.items()
-        }
-
-    def _at(self, member: Limiter, profile: Profile, *, learn: bool) -> Self:
-        lane = copy.copy(self)
-        lane.profile, lane.refusals = profile, Refusals.of(member)
-        lane.header_reader = HeaderReader(member, learn=learn)
-        return lane
+    limiter: Limiter
+    #: Who answers: in a pool, by the member that takes a call; else the one under None.
+    providers: Mapping[Limiter | None, Provider]
+    #: None if failed calls are not retried.
+    retrier: Retrier | None
+    forecast: OutputForecast
 
     def needs_usage(self, profile: Profile) -> bool:
         """Tell whether a reply's usage corrects a limit in force, or a budget."""
@@ -108,12 +81,10 @@ class ReadRequest(NamedTuple):
     #: Whether the headers of its reply are the provider's.
     teaches: bool
 
-    def at(self, member: Limiter | None) -> "ReadRequest":
-        """Return the same as the member of a pool sees it that took the call."""
-        if member is None:
-            return self
-        lane = self.lane.at[member]
-        return self._replace(lane=lane, profile=lane.profile or self.profile)
+    def at(self, member: Limiter | None) -> tuple[Provider, Profile]:
+        """Return who answers, and its profile: in a pool, of the member that took the call."""
+        provider = self.lane.providers[member]
+        return provider, provider.profile or self.profile
 
 
 class Lanes:
@@ -147,12 +118,11 @@ class Lanes:
         if not (profile is None or isinstance(self._fixed_profile, Profile)):
             raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
         self._limiter = limiter
-        profiles = {
-            member: self._fixed_profile or profile_of(host) for member, host in hosts.items()
-        }
-        self._new_lane = partial(Lane, learn=learn, retry=retry, profiles=profiles)
-        self._default = self._new_lane(limiter, paused_limiter=provider_of(limiter))
-        self._by_limiter: dict[Limiter, Lane] = {limiter: self._default}
+        self._learn = learn
+        self._retry = retry
+        self._hosts = hosts
+        self._default = self._new_lane(limiter, paused=provider_of(limiter))
+        self._lane_of = functools.lru_cache(_MAX_REMEMBERED)(self._new_lane)
         self._choose = None if routes is None else self._chooser(routes)
 
     def read(self, request: Any, *, teaches: bool) -> ReadRequest:
@@ -162,16 +132,19 @@ class Lanes:
             UnknownPrice: something counts dollars, and nobody knows what its model costs.
         """
         url = request.url
-        call = Call(request.method, url.host, url.path, read_json(content_of(request)))
-        lane = self._default if self._choose is None else self._lane_of(self._choose(call))
+        call, lane = Call(request.method, url.host, url.path, read_json(content_of(request))), None
+        if self._choose is not None:
+            limiter = self._resolve(self._choose(call))
+            lane = None if limiter is self._limiter else self._lane_of(limiter, paused=limiter)
+        lane = lane or self._default
         call = replace(call, foreseen=lane.forecast.foresee())
         limits = limits_by_way(effective_limiter(lane.limiter))
         profile: Profile | None = None
         cost: Cost | None = None
-        for at in lane.at.values() or (lane,):  # any member may take it: what most charge counts
-            theirs = at.profile or self._fixed_profile or profile_of(url.host)
+        for provider in lane.providers.values():  # any may take it: what most charge counts
+            theirs = provider.profile or profile_of(url.host)
             if teaches:
-                at.header_reader.expect(theirs)
+                provider.headers.expect(theirs)
             if profile is None:
                 profile = theirs
                 call, cost = charge(call, profile, limits)
@@ -180,23 +153,27 @@ class Lanes:
         assert profile is not None
         return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost), teaches)
 
-    def _lane_of(self, target: Target) -> Lane:
-        limiter = self._resolve(target)
-        lane = self._by_limiter.get(limiter)
-        if lane is None:
-            if len(self._by_limiter) >= _MAX_REMEMBERED:  # tenants, perhaps
-                self._by_limiter = {self._limiter: self._default}
-            lane = self._new_lane(limiter, paused_limiter=limiter)
-            self._by_limiter[limiter] = lane
-        return lane
+    def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
+        """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""
+        fixed, providers = self._fixed_profile, dict[Limiter | None, Provider]()
+        for member, host in self._hosts.items():
+            providers[member] = self._provider(member, member, fixed or profile_of(host))
+        if not providers:
+            providers[None] = self._provider(limiter, paused, fixed)
+        retries = self._retry.attempts > 1
+        retrier = Retrier(self._retry, paused, caller=limiter) if retries else None
+        return Lane(limiter, providers, retrier, OutputForecast())
+
+    def _provider(self, limiter: Limiter, paused: Limiter, profile: Profile | None) -> Provider:
+        return Provider(HeaderReader(limiter, learn=self._learn), Refusals.of(paused), profile)
 
     def _chooser(self, routes: Routing) -> Callable[[Call], Target]:
         """Return what finds a call's target; report mistakes at once."""
         if isinstance(routes, Mapping):
             rules = [(*_parse(pattern), target) for pattern, target in routes.items()]
             for *_, target in rules:
-                self._refuse_unknown(target)
-            return partial(_first_match, rules)
+                self._resolve(target, may_be_new=False)
+            return functools.partial(_first_match, rules)
         if not callable(routes):
             raise TypeError(
                 f'routes must be a mapping such as {{"gpt-4o*": "big"}}, or a function of the call, '
@@ -204,26 +181,32 @@ class Lanes:
             )
         return routes
 
-    def _refuse_unknown(self, target: Target) -> None:
-        """Refuse unknown names: a misspelt one would become a child without limits."""
-        if isinstance(target, str) and target not in self._limiter.children:
-            known = ", ".join(self._limiter.children) or "none"
-            raise ValueError(
-                f"{self._limiter.name!r} has no child {target!r} (it has: {known}): correct the name, "
-                f"or make it first by child({target!r}, ...)"
-            )
-        self._resolve(target)
-
-    def _resolve(self, target: Target) -> Limiter:
+    def _resolve(self, target: Target, *, may_be_new: bool = True) -> Limiter:
+        """Return a target's limiter; a misspelt name would become a child without limits."""
         if target is None:
             return self._limiter
         if isinstance(target, str):
+            if not may_be_new and target not in self._limiter.children:
+                known = ", ".join(self._limiter.children) or "none"
+                raise ValueError(
+                    f"{self._limiter.name!r} has no child {target!r} (it has: {known}): correct the "
+                    f"name, or make it first by child({target!r}, ...)"
+                )
             return self._limiter.child(target)
         if not isinstance(target, Limiter):
             raise TypeError(f"a route must lead to a child or its name, not to {shown(target)}")
         if not is_under(target, self._limiter):
             raise ValueError(f"{target.name!r} is not a child of {self._limiter.name!r}")
         return target
+
+
+def content_of(request: Any) -> bytes | None:
+    """Return a request's body, if it is in memory; one that is still to be streamed is left alone."""
+    try:
+        content: bytes = request.content
+    except RuntimeError:
+        return None
+    return content
 
 
 def _higher(one: Cost | None, other: Cost | None) -> Cost | None:
@@ -234,7 +217,8 @@ def _higher(one: Cost | None, other: Cost | None) -> Cost | None:
     return Cost.of({name: max(one.get(name, 0), other.get(name, 0)) for name in names})
 
 
-def _first_match(rules: list[_Rule], call: Call) -> Target:
+def _first_match(rules: list[tuple[str | None, str | None, Target]], call: Call) -> Target:
+    """Return the target of the first rule whose path and model match ``call``, or are any."""
     named = call.body.get("model")
     for path, model, target in rules:
         if path is not None and not fnmatchcase(call.path, path):

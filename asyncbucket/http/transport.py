@@ -18,24 +18,23 @@ Clients copy the extensions of a request to those that follow its redirects. So 
 which host was asked in the first place: what the headers of another host say is not learned.
 """
 
+import copy
 import functools
-import importlib
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.by_loop import PerLoopTransport
-from asyncbucket.core.levels import counts_at, is_under, on_one_path
+from asyncbucket.core.levels import is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
-from asyncbucket.http.attempt import Attempt
-from asyncbucket.http.bodies import can_be_resent, request_body
+from asyncbucket.http.attempt import Attempt, library_of, request_body
 from asyncbucket.http.endpoints import Endpoints, Sites
-from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
+from asyncbucket.http.lanes import Lanes, ReadRequest, Routing, content_of
 from asyncbucket.nesting import give_up_slots, paying_lease
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply, Verdict
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.retry import Retrier, Retry, Sent, sent_above
-from asyncbucket.waiting import ASYNC, IO, SYNC, run
+from asyncbucket.waiting import ASYNC, IO, SYNC, PerLoopTransport, run
 
 if TYPE_CHECKING:
     import httpx
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
 else:
     _AnyTransport = object
 
-FAMILIES: Final = ("httpx", "httpx2")
 #: The SDKs' pool size; the limiter decides how many calls are in flight.
 POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
@@ -70,15 +68,13 @@ _NOTE_HEADER: Final = "x-asyncbucket-note"
 _log: Final = logging.getLogger("asyncbucket")
 
 
+@dataclass(slots=True, eq=False)
 class _Note:
     """Say which limiter has paid for a request that is being sent, and which host it is for."""
 
-    __slots__ = ("host", "limiter", "sending")
-
-    def __init__(self, limiter: Limiter, host: str) -> None:
-        self.limiter = limiter
-        self.host = host
-        self.sending = True
+    limiter: Limiter
+    host: str
+    sending: bool = True
 
 
 class TransportOptions(TypedDict, total=False):
@@ -139,10 +135,8 @@ class PacedTransport(_AnyTransport):
                 f"inner must be a transport with handle_async_request() or handle_request(), not {what}"
             )
         self.limiter: Limiter = limiter
-        self._inner = inner
-        #: The library's own transports, by the name of their method.
-        self._made: dict[str, Any] = {}
-        retry = Retry.times(retries)
+        #: What sends, by the name of its method: one that was given is for both.
+        self._inner: dict[str, Any] = {} if inner is None else dict.fromkeys(_METHODS, inner)
         #: Where the members of a pool are.
         self._sites = None
         if isinstance(limiter, Pool) or endpoints is not None:
@@ -151,7 +145,7 @@ class PacedTransport(_AnyTransport):
             limiter,
             profile=profile,
             learn=learn,
-            retry=retry,
+            retry=Retry.times(retries),
             routes=routes,
             hosts={} if self._sites is None else self._sites.hosts,
         )
@@ -164,8 +158,19 @@ class PacedTransport(_AnyTransport):
         SDKs and tools that look at a client's transport, its class, its pool or its proxy, find
         them here. On an event loop that is the transport with this loop's connections.
         """
-        inner = self._inner or next((made for made in map(self._made.get, _METHODS) if made), None)
+        inner = next(filter(None, map(self._inner.get, _METHODS)), None)
         return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
+
+    @property
+    def base_url(self) -> str:
+        """What a client's ``base_url`` may be: that of a pool's first member; else nothing."""
+        return "" if self._sites is None else self._sites.base_url
+
+    def above(self, inner: Any) -> Self:
+        """Return the same above another transport, such as the one that a client mounts for a proxy."""
+        transport = copy.copy(self)
+        transport._inner = dict.fromkeys(_METHODS, inner)  # noqa: SLF001 - its own
+        return transport
 
     def __repr__(self) -> str:
         inner = self.inner
@@ -181,7 +186,7 @@ class PacedTransport(_AnyTransport):
         return run(self._handle(request, SYNC, "handle_request"))
 
     async def _handle(self, request: Any, io: IO, method: str) -> Any:
-        inner = self._inner or self._made.get(method) or self._make(method, request)
+        inner = self._inner.get(method) or self._make(method, request)
         send = getattr(inner, method, None)
         if send is None:
             raise TypeError(
@@ -190,14 +195,18 @@ class PacedTransport(_AnyTransport):
             )
         above: _Note | None = request.extensions.get(_NOTE)
         if self._sites is not None and self._sites.owner(request.url) is None:
-            return await io.call(send, self._bare(request, self._sites, above))
+            raise ValueError(
+                f"a request to {request.url.host!r} is for no member of pool {self.limiter.name!r}: "
+                f"make the client with the base_url of one of them; redirects elsewhere are not "
+                f"followed"
+            )
         is_first_host = above is None or request.url.host == above.host
         read = self._lanes.read(request, teaches=self._sites is not None or is_first_host)
         is_sdk_retry = self._is_sdk_retry(request)
         if read.cost is None or self._is_paid(read.lane.limiter, above):
             return await self._send_paid(request, read, io, send)
         noted, retrier = sent_above(), read.lane.retrier
-        if noted is not None or is_sdk_retry or retrier is None or not can_be_resent(request):
+        if noted is not None or is_sdk_retry or retrier is None or not _can_be_resent(request):
             reply, _ = await self._attempt(request, read, io, send, noted or Sent())
             return reply
         attempt = functools.partial(self._attempt, request, read, io, send)
@@ -205,14 +214,12 @@ class PacedTransport(_AnyTransport):
 
     async def _send_paid(self, request: Any, read: ReadRequest, io: IO, send: Any) -> Any:
         """Send a request that needs no admission, or has one already."""
-        limiter, member = read.lane.limiter, None
-        if self._sites is not None:
-            member = _paid_member(limiter) or self._sites.owner(request.url)
-        read, sent_at = read.at(member), limiter.now()
+        member = None if self._sites is None else self._sites.owner(request.url)
+        (provider, profile), sent_at = read.at(member), read.lane.limiter.now()
         reply = await io.call(send, self._routed(request, member))
         if read.teaches:
-            ok, reader = reply.status_code < FIRST_ERROR, read.lane.header_reader
-            reader.read(reply.headers, read.profile, since=sent_at, ok=ok)
+            ok = reply.status_code < FIRST_ERROR
+            provider.headers.read(reply.headers, profile, since=sent_at, ok=ok)
         return reply
 
     async def _retried(self, attempt: Any, retrier: Retrier, io: IO, method: Any) -> Any:
@@ -240,7 +247,7 @@ class PacedTransport(_AnyTransport):
         give_up_slots(limiter)
         lease = await io.acquire(limiter, cost=read.cost)
         member = lease.limiter if isinstance(lease, PoolLease) else None
-        attempt = Attempt(read.at(member), lease, noted)
+        attempt = Attempt(read, member, lease, noted)
         above: _Note | None = request.extensions.get(_NOTE)
         note = _Note(limiter, request.url.host if above is None else above.host)
         request.extensions = {**request.extensions, _NOTE: note}
@@ -263,27 +270,14 @@ class PacedTransport(_AnyTransport):
             return request
         return self._sites.rewritten(request, member)
 
-    def _bare(self, request: Any, sites: Sites, above: _Note | None) -> Any:
-        """Return a request that is for no member of the pool without credentials: a redirect."""
-        if above is None:
-            raise ValueError(
-                f"a request to {request.url.host!r} is for no member of pool {self.limiter.name!r}: "
-                f"make the client with the base_url of one of them"
-            )
-        return sites.stripped(request)
-
     def _make(self, method: str, request: Any) -> Any:
         """Make a transport of the library of ``request``, with the SDKs' pool."""
-        family = family_of(type(request))
-        if family is None:
-            what = type(request).__name__
-            raise TypeError(f"a transport sends requests of httpx or httpx2, not {what}")
-        library = library_named(family)
+        library = library_of(request)
         limits = library.Limits(**POOL)
         made = PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
         if method == "handle_request":
             made = library.HTTPTransport(limits=limits)
-        return self._made.setdefault(method, made)  # the first may come on several threads
+        return self._inner.setdefault(method, made)  # the first may come on several threads
 
     def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
         """Tell whether a layer above has already paid for the request, and warn once."""
@@ -326,60 +320,45 @@ class PacedTransport(_AnyTransport):
 
     async def aclose(self) -> None:
         """Close the inner transport."""
-        inner = self._inner or self._made.get("handle_async_request")
+        inner = self._inner.get("handle_async_request")
         if inner is not None:
             await inner.aclose()
 
     def close(self) -> None:
         """Close the inner transport."""
-        inner = self._inner or self._made.get("handle_request")
+        inner = self._inner.get("handle_request")
         if inner is not None:
             inner.close()
 
     async def __aenter__(self) -> Self:
-        if self._inner is not None:
-            await self._inner.__aenter__()
+        inner = self._inner.get("handle_async_request")
+        if inner is not None:
+            await inner.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     def __enter__(self) -> Self:
-        if self._inner is not None:
-            self._inner.__enter__()
+        inner = self._inner.get("handle_request")
+        if inner is not None:
+            inner.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def _paid_member(pool: Limiter) -> Limiter | None:
-    """Return the member of ``pool`` where a layer above has paid for the calls made here."""
-    held = paying_lease(pool)
-    lease = None if held is None else held.lease
-    members = pool.members if isinstance(pool, Pool) and lease is not None else ()
-    return next((member for member in members if lease and counts_at(lease, member)), None)
+def _can_be_resent(request: Any) -> bool:
+    """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
+    if content_of(request) is not None:
+        return True
+    # A file of unknown length cannot be rewound.
+    is_form = type(request.stream).__name__ == "MultipartStream"
+    return is_form and "content-length" in request.headers
 
 
 def _notes_on(refused: RefusedReply) -> str:
     """Return the notes on a failed call in ASCII, for a header."""
     notes = "; ".join(getattr(refused, "__notes__", ()))
     return notes.encode("ascii", "backslashreplace").decode()
-
-
-def library_named(family: str) -> Any:
-    """Return the library of that name.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module(family)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{family} is not installed: pip install {family}") from error
-
-
-def family_of(cls: type[Any]) -> str | None:
-    """Return the library that a class comes from, or is derived from; None if it is neither."""
-    families = (base.__module__.partition(".")[0] for base in cls.__mro__)
-    return next((family for family in families if family in FAMILIES), None)

@@ -34,14 +34,13 @@ import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
-from asyncbucket.by_loop import PerLoopTransport
 from asyncbucket.llama_index.pacing import HeldCall, Pacing
 from asyncbucket.nesting import innermost_held_lease
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
-from asyncbucket.waiting import ASYNC, SYNC
+from asyncbucket.waiting import ASYNC, SYNC, PerLoopTransport
 
 T = TypeVar("T")
 

@@ -1,21 +1,42 @@
 """What a failed call means: whether another attempt may succeed, and when.
 
 Errors are judged by their shape, so no SDK needs to be imported: those of OpenAI, Anthropic, httpx
-and httpx2 are alike, and others are close enough. What they carry comes from outside; a `Verdict`
-contains only a status, a code of a few letters and a clamped number of it. What the body of a
-refusal says is in `asyncbucket.providers.details`.
+and httpx2 are alike, and others are close enough. A `Verdict` contains only a status, a code of a
+few letters and a clamped number of what they carry.
+
+What they carry comes from outside, and is parsed with care. A number or a date is a short text that
+matches its grammar in full; any other value is ignored. (Python's `float` takes ``nan``, ``inf`` and
+``1_0``.) Waits are clamped to between 0 and a week. Every provider nests
+the body of a refusal in another way, so its strings are collected by their names, wherever they are,
+and then read:
+
+- *Codes*: OpenAI's ``error.code`` and ``type``; Anthropic's ``error.details.error_code``;
+  OpenRouter's ``error.metadata.limit_source``; Google's ``error.status``.
+- *Waits*: Google's ``RetryInfo.retryDelay``, such as "35s".
+- *Quotas of a day*, which no back-off outlasts: Google's ``quotaId``, such as
+  ``GenerateRequestsPerDayPerProjectPerModel-FreeTier``; the messages of Bedrock ("Too many tokens
+  per day"), OpenAI and Groq ("requests per day (RPD)"), Cerebras ("Requests per day limit
+  exceeded"); OpenRouter's ``openrouter_free_tier_daily``.
+- *Quotas of a month*: the messages to Cohere's trial keys ("1000 API calls / month").
+
+Sources: ai.google.dev/gemini-api/docs/rate-limits, openrouter.ai/docs/api_reference/limits, and
+replies in public issues; read in November 2026.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import islice
 from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.core.errors import AsyncBucketError, LimitSyntaxError
 from asyncbucket.core.levels import undo
+from asyncbucket.core.limits import Limit
 from asyncbucket.core.pool import PoolLease
-from asyncbucket.providers.details import Details
+from asyncbucket.providers import facts
 
 if TYPE_CHECKING:
     from asyncbucket.core.lease import Lease
@@ -33,89 +54,39 @@ _PAYMENT_REQUIRED: Final = 402
 #: Anthropic's and Google's.
 _OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 498, 503, 504, 529})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED, 498})
-
-#: A 429 that will not pass by waiting: OpenAI's help, "Troubleshooting API usage and spend limits",
-#: and platform.claude.com/docs/en/api/rate-limits, both read in November 2026.
-EXHAUSTED: Final = frozenset(
-    {
-        "billing_hard_limit_reached",
-        "billing_not_active",
-        "credit_balance_exhausted",
-        "enforced_spend_limit_reached",
-        "insufficient_quota",
-        "organization_spend_limit_exceeded",
-        "organization_usage_limit_exceeded",
-        "project_spend_limit_exceeded",
-    }
-)
-#: A 429 for want of capacity, which concerns only calls of the same service tier: of OpenAI's flex
-#: (developers.openai.com/api/docs/guides/flex-processing, read in November 2026), and of Mistral.
-_NO_CAPACITY: Final = frozenset({"resource_unavailable", "service_tier_capacity_exceeded"})
 #: A bad key, an empty balance, a key without the right.
 _NO_ACCESS: Final = frozenset({401, 402, 403})
+
+#: The codes and class names in ``errors.toml``.
+_NAMES: Final = {name: frozenset(names) for name, names in facts("errors.toml").items()}
+EXHAUSTED: Final = _NAMES["exhausted"]
 #: A 404 of Azure's that is about the deployment, which a member of a pool has in its address.
 _NO_DEPLOYMENT: Final = "deploymentnotfound"
-#: Error events in a stream whose status was 200: OpenAI's `code` and `type`, Anthropic's `type`,
-#: and Bedrock's `Code`.
-_TRANSIENT_CODES: Final = frozenset(
-    {
-        "api_error",
-        "overloaded_error",
-        "rate_limit_error",
-        "rate_limit_exceeded",
-        "server_error",
-        "throttlingexception",
-        "timeout_error",
-    }
-)
-_OVERLOADED_CODES: Final = frozenset({"overloaded_error", "timeout_error"})
-_RATE_LIMIT_CODES: Final = ("rate_limit", "throttling")
-#: Python's own (and asyncio's), the SDKs', httpx's and httpx2's, aiohttp's, requests'. Time-outs
-#: while connecting are not among them: they say nothing about calls.
-_TIMEOUTS: Final = frozenset(
-    {"APITimeoutError", "ReadTimeout", "ServerTimeoutError", "TimeoutError"}
-)
-#: Python's own, OpenAI's, Anthropic's, httpx's and httpx2's, aiohttp's, requests', botocore's.
-_CONNECTION_ERRORS: Final = frozenset(
-    {
-        "APIConnectionError",
-        "ClientConnectionError",
-        "ConnectionClosedError",
-        "ConnectionError",
-        "Timeout",
-        "TimeoutError",
-        "TransportError",
-    }
-)
-#: Causes that the next attempt would meet again: a wrong URL, header or certificate.
-_PERMANENT_ERRORS: Final = frozenset(
-    {"LocalProtocolError", "SSLCertVerificationError", "UnsupportedProtocol"}
-)
-#: Of httpx and httpx2, of aiohttp, and of a limiter beneath: the request was never sent.
-_NEVER_SENT: Final = frozenset(
-    {
-        "AsyncBucketError",
-        "ClientConnectorError",
-        "ConnectError",
-        "ConnectTimeout",
-        "ConnectionTimeoutError",
-        "PoolTimeout",
-        "UnsupportedProtocol",
-    }
-)
-#: Of httpx and httpx2, of aiohttp, of botocore, and Python's own: the provider was not reached.
-_UNREACHABLE: Final = frozenset(
-    {
-        "ClientConnectorError",
-        "ConnectError",
-        "ConnectTimeout",
-        "ConnectTimeoutError",
-        "ConnectionRefusedError",
-        "ConnectionTimeoutError",
-        "EndpointConnectionError",
-    }
-)
 _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+#: How deep strings are looked for, and among how many values: Google's are below six others.
+_DEPTH: Final = 8
+_MAX_VALUES: Final = 1_000
+#: How much of a message is read.
+_MAX_MESSAGE: Final = 1_000
+_PER_DAY: Final = re.compile(r"per[ _-]?day|\bdaily\b|_daily", re.IGNORECASE)
+_PER_MONTH: Final = re.compile(r"/ ?month|per month", re.IGNORECASE)
+#: Both bound the length of what they match.
+_NUMBER: Final = re.compile(r"[ \t]*([0-9]{1,64}(?:\.[0-9]{1,64})?)[ \t]*")
+#: RFC 9110's form; nobody has written its two older ones for decades.
+_HTTP_DATE: Final = re.compile(r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9:]{8} GMT")
+#: Numbers from these on are instants, in seconds or in milliseconds since 1970.
+_EPOCH_SECONDS: Final = 1e9
+_EPOCH_MILLISECONDS: Final = 1e12
+#: Why all wait if a quota of a day is used up.
+DAILY: Final = "daily quota"
+#: The longest wait (s) that is distinguished: a week.
+WEEK: Final = 604_800.0
+#: Where Google's days end: ai.google.dev/gemini-api/docs/rate-limits, read in November 2026.
+_GOOGLES_DAY: Final = "00:00 America/Los_Angeles"
+#: The seconds until a day ends at Cerebras, whose refusals name no wait.
+_RESET: Final = "x-ratelimit-reset-requests-day"
+#: If nothing says when, somebody asks once an hour.
+_UNKNOWN: Final = 3_600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +97,10 @@ class Verdict:
     retry: bool
     #: What happened, in a few words; nothing in it is from outside except a status and a code.
     reason: str
-    #: Seconds that the server asks to wait, if it says so.
+    #: Seconds that the server asks to wait, if it says so; or until a quota of a day is full again.
     retry_after: float | None = None
-    #: Whether it was refused for rate, which concerns all calls of the limiter.
-    rate_limited: bool = False
-    #: Whether a quota of a day is used up; ``retry_after`` then is the time until it is full again.
-    daily: bool = False
+    #: Why all calls of the limiter have to wait, if so: "429", "daily quota" or "overload".
+    pause: str | None = None
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
     #: Whether the provider, the key or the account failed, not the call: a pool leaves that member
@@ -139,15 +108,11 @@ class Verdict:
     member_failed: bool = False
     #: Whether the account is exhausted, so that no waiting helps.
     exhausted: bool = False
-    #: Whether the provider says that it is overloaded, which concerns all calls of the limiter.
-    provider_overloaded: bool = False
 
     @property
-    def pause(self) -> str | None:
-        """Why all calls of the limiter have to wait, if so."""
-        if self.rate_limited:
-            return "daily quota" if self.daily else "429"
-        return "overload" if self.provider_overloaded else None
+    def rate_limited(self) -> bool:
+        """Whether the call was refused for rate."""
+        return self.pause in ("429", DAILY)
 
 
 class RefusedReply(Exception):  # noqa: N818 - no error yet: another attempt may follow
@@ -173,27 +138,23 @@ def classify(error: BaseException) -> Verdict:
     refused = any(isinstance(each, AsyncBucketError) for each in _causes(error, implicit=False))
     if refused or not isinstance(error, Exception):
         return Verdict(retry=False, reason=type(error).__name__)
-    status, details = _facts(error)
+    status, body, headers = _facts(error)
     if status is not None and status >= FIRST_ERROR:
-        return judge_reply(status, details)
-    codes = details.codes & _TRANSIENT_CODES
-    if codes:
-        reason = min(codes)
-        rate_limited = reason.startswith(_RATE_LIMIT_CODES)
-        return Verdict(
-            retry=True,
-            reason=reason,
-            rate_limited=rate_limited,
-            overloaded=rate_limited or reason in _OVERLOADED_CODES,
-        )
+        return judge_reply(status, body, headers)
+    for kind in ("rate_limited", "overloaded", "broken"):
+        codes = _Details(body, headers).codes & _NAMES[kind]
+        if codes:
+            pause = "429" if kind == "rate_limited" else None
+            overloaded = kind != "broken"
+            return Verdict(retry=True, reason=min(codes), pause=pause, overloaded=overloaded)
     names = _class_names(error)
     causes = {type(cause).__name__ for cause in _causes(error)}
     explicit = {type(cause).__name__ for cause in _causes(error, implicit=False)}
     return Verdict(
-        retry=bool(names & _CONNECTION_ERRORS and not causes & _PERMANENT_ERRORS),
+        retry=bool(names & _NAMES["connection_errors"] and not causes & _NAMES["permanent_errors"]),
         reason=type(error).__name__,
-        overloaded=bool(names & _TIMEOUTS),
-        member_failed=bool((names | explicit) & _UNREACHABLE),
+        overloaded=bool(names & _NAMES["timeouts"]),
+        member_failed=bool((names | explicit) & _NAMES["unreachable"]),
     )
 
 
@@ -206,7 +167,7 @@ def never_sent(error: BaseException | None) -> bool:
     cause = None if error is None else error.__cause__
     if cause is not None and type(cause).__module__.startswith("aiohttp."):
         error = cause
-    return not _class_names(error).isdisjoint(_NEVER_SENT)
+    return bool(_class_names(error) & (_NAMES["unreachable"] | _NAMES["unsent"]))
 
 
 def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
@@ -238,45 +199,53 @@ def was_refused(error: BaseException) -> bool:
     return status is not None and status >= FIRST_ERROR
 
 
-def judge_reply(status: int, details: Details) -> Verdict:
-    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it."""
-    codes, now = details.codes, wall_clock()
+def judge_reply(status: int, body: object, headers: Mapping[str, Any]) -> Verdict:
+    """Judge a reply whose ``status`` is an error, as `classify` does an SDK's error about it.
+
+    Args:
+        status: the reply's.
+        body: what was in the reply, as JSON, or what an SDK made of it; anything may be in it.
+        headers: the reply's.
+    """
+    details, now = _Details(body, headers), wall_clock()
+    codes, wait = details.codes, details.retry_after(now)
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
-    wait = details.retry_after(now)
-    transient = status in _TRANSIENT_STATUSES or status >= _FIRST_SERVER_ERROR
+    is_server_error, refused = status >= _FIRST_SERVER_ERROR, status == RATE_LIMITED
+    transient = status in _TRANSIENT_STATUSES or is_server_error
     transient |= status == _PAYMENT_REQUIRED and wait is not None
-    refused = status == RATE_LIMITED
-    exhausted = bool(codes & EXHAUSTED) or (refused and details.is_monthly)
+    exhausted = bool(codes & EXHAUSTED) or (refused and details.says(_PER_MONTH))
     member_failed = (
         exhausted
         or (status in _NO_ACCESS and not transient)
         or _NO_DEPLOYMENT in codes
-        or (status >= _FIRST_SERVER_ERROR and not details.forbids_retry)
+        or (is_server_error and not details.forbids_retry)
     )
     if not transient or exhausted or details.forbids_retry:
         return Verdict(retry=False, reason=reason, member_failed=member_failed, exhausted=exhausted)
-    rate_limited = refused and not codes & _NO_CAPACITY
-    daily = rate_limited and details.is_daily
-    says_so = wait is not None or "overloaded" in reason
+    pause = None
+    if refused and not codes & _NAMES["no_capacity"]:
+        pause = DAILY if details.says(_PER_DAY) else "429"
+    elif status == _OVERLOADED or (
+        status == _UNAVAILABLE and (wait is not None or "overloaded" in reason)
+    ):
+        pause = "overload"
     return Verdict(
         retry=True,
         reason=reason,
-        retry_after=details.until_next_day(now) if daily else wait,
-        rate_limited=rate_limited,
-        daily=daily,
+        retry_after=details.until_next_day(now) if pause == DAILY else wait,
+        pause=pause,
         overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
         member_failed=member_failed,
-        provider_overloaded=status == _OVERLOADED or (status == _UNAVAILABLE and says_so),
     )
 
 
-def _facts(error: Exception) -> tuple[int | None, Details]:
-    """Return the status that an error or its response carries, and what else they say."""
+def _facts(error: Exception) -> tuple[int | None, object, Mapping[str, Any]]:
+    """Return the status, body and headers that an error or its response carries."""
     response: Any = getattr(error, "response", None)
     body: object
     if isinstance(response, Mapping):  # botocore's
-        meta = _mapping(response.get("ResponseMetadata"))
+        meta: Any = response.get("ResponseMetadata") or {}
         statuses, found = [meta.get("HTTPStatusCode")], [meta.get("HTTPHeaders")]
         body = response.get("Error")
     else:
@@ -285,15 +254,11 @@ def _facts(error: Exception) -> tuple[int | None, Details]:
         found = [getattr(holder, "headers", None) for holder in (response, error)]
         body = {**vars(error), "body": getattr(error, "body", None)}
     status = next((int(value) for value in statuses if _is_status(value)), None)
-    return status, Details(body, next((each for each in found if isinstance(each, Mapping)), {}))
+    return status, body, next((each for each in found if isinstance(each, Mapping)), {})
 
 
 def _is_status(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and 100 <= value < 600  # noqa: PLR2004 - HTTP's range
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _class_names(error: BaseException | None) -> set[str]:
@@ -308,3 +273,99 @@ def _causes(error: BaseException | None, *, implicit: bool = True) -> Iterator[B
         seen.add(id(error))
         yield error
         error = error.__cause__ or (error.__context__ if implicit else None)
+
+
+class _Details:
+    """What the body and the headers of a refusal say; instants are wall-clock time."""
+
+    __slots__ = ("_headers", "_strings")
+
+    def __init__(self, body: object, headers: Mapping[str, Any]) -> None:
+        values = islice(_values(body, _DEPTH), _MAX_VALUES)
+        self._strings = [(name, value) for name, value in values if isinstance(value, str)]
+        self._headers = {str(name).lower(): value for name, value in headers.items()}
+
+    @property
+    def codes(self) -> set[str]:
+        """The codes and types, in lower case; Anthropic's outer type is always "error"."""
+        return {text.lower() for name, text in self._strings if name in _NAMES["codes"]} - {"error"}
+
+    @property
+    def forbids_retry(self) -> bool:
+        """Whether the server asks clients not to try again."""
+        return bool(self._headers.get("x-should-retry") == "false")
+
+    def says(self, pattern: re.Pattern[str]) -> bool:
+        """Tell whether a code or a message matches."""
+        told = _NAMES["messages"] | _NAMES["codes"]
+        texts = (text for name, text in self._strings if name in told)
+        return any(pattern.search(text[:_MAX_MESSAGE]) for text in texts)
+
+    def retry_after(self, now: float) -> float | None:
+        """Return the seconds that the reply asks to wait, or None if it does not say.
+
+        ``retry-after-ms`` (OpenAI, Azure) takes precedence over ``retry-after``, which is a number
+        of seconds or an HTTP date. A date is compared with the reply's own ``date``, so this
+        machine's clock does not matter; ``now`` is used if there is none. If there is neither, a
+        ``x-ratelimit-reset`` (OpenRouter, Together) says when the limit is full again; and then the
+        body. A wait of 0 names no time.
+        """
+        found = self._headers
+        milliseconds = _number(found.get("retry-after-ms"))
+        if milliseconds:  # Azure's may be 0 beside a `retry-after` of a second
+            return _clamp(milliseconds / 1000)
+        seconds = _number(found.get("retry-after"))
+        date = _http_date(found.get("retry-after"))
+        if seconds is None and date is not None:
+            sent_at = _http_date(found.get("date"))
+            seconds = date - (now if sent_at is None else sent_at)
+        if seconds is None:
+            seconds = _reset_in(found.get("x-ratelimit-reset"), now)
+        delays = (text for name, text in self._strings if name == "retryDelay")
+        return _clamp(seconds or 0) or _reset_in(next(delays, None), now) or None
+
+    def until_next_day(self, now: float) -> float:
+        """Return the seconds until a quota of a day is full again.
+
+        Google may name a wait of seconds all the same, so its calendar counts.
+        """
+        if any(name == "quotaId" for name, _ in self._strings):
+            with contextlib.suppress(LimitSyntaxError):  # no data of zones on this machine
+                day = Limit("requests", 1, per="day", resets=_GOOGLES_DAY)
+                return day.resets_in(round(now * 1e9)) or _UNKNOWN
+        return self.retry_after(now) or _reset_in(self._headers.get(_RESET), now) or _UNKNOWN
+
+
+def _values(value: object, depth: int, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield all that is in a body, each with the name of its member."""
+    yield name, value
+    if depth and isinstance(value, Mapping):
+        for key, member in value.items():
+            yield from _values(member, depth - 1, str(key))
+    elif depth and isinstance(value, list):
+        for item in value:
+            yield from _values(item, depth - 1, name)
+
+
+def _reset_in(value: object, now: float) -> float | None:
+    """Return the seconds until a reset, which is given in seconds (perhaps as "9.5s") or as an instant."""
+    number = _number(value.removesuffix("s") if isinstance(value, str) else value)
+    if number is None or number < _EPOCH_SECONDS:
+        return None if number is None else _clamp(number)
+    return _clamp((number / 1000 if number >= _EPOCH_MILLISECONDS else number) - now)
+
+
+def _number(value: object) -> float | None:
+    found = _NUMBER.fullmatch(value) if isinstance(value, str) else None
+    return None if found is None else float(found[1])
+
+
+def _http_date(value: object) -> float | None:
+    if isinstance(value, str) and _HTTP_DATE.fullmatch(value):
+        with contextlib.suppress(ValueError):  # a 31st of February, a 25th hour
+            return parsedate_to_datetime(value).timestamp()
+    return None
+
+
+def _clamp(seconds: float) -> float:
+    return min(max(seconds, 0.0), WEEK)

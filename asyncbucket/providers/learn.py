@@ -1,26 +1,47 @@
-"""Read what a provider's headers say of its limits, and tell the limiter.
+"""What a provider's answers tell the limiter: headers what is left, refusals when to pause.
 
-The values come from outside; no value, however long or odd, raises anything.
+**Headers.** The values come from outside; no value, however long or odd, raises anything. A limiter
+may be below others, and only one of them has the limit that the provider reports: the one whose
+number is announced, or else the one whose number is nearest.
 
-A limiter may be below others, and only one of them has the limit that the provider reports: the one
-whose number is announced, or else the one whose number is nearest.
+**Refusals.** `asyncbucket.providers.errors` decides what a refusal means; here it is decided what
+follows for the limiter. A refusal for rate, or for lack of slots, concerns all calls, and so does an
+overloaded provider (529, or a 503 that says so): everyone waits, once, and for as long as it says.
+The refusals of one wave, which is everything in flight when the first one came back, make one pause.
+If the provider names no time, the pause doubles from wave to wave until a call succeeds, up to two
+minutes. If the limiter finds its concurrency by itself, a first wave that names no time reduces the
+slots and makes no pause: that is how a server says that there was one call too many.
+
+A quota of a day that is used up makes one pause that lasts until the quota is full again. An
+exhausted account does not pass by waiting, and pauses nobody.
+
+Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
+What they have heard is kept with the limiter, so it remains one wave.
 """
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.levels import in_force, levels, observe_remaining
+from asyncbucket.core.levels import can_give_slots_up, in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.wording import in_seconds
 from asyncbucket.feedback.headroom import share_of
+from asyncbucket.providers.errors import DAILY, Verdict
 from asyncbucket.providers.profiles import Profile, Told
+from asyncbucket.waiting import Lock
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]
+
+#: What a header says of a limit, by the fields of `Told`.
+_PARTS: Final = ("remaining", "limit", "period")
+_HeaderIndex: TypeAlias = dict[bytes, tuple[Told, str]]
 
 #: How many times in a window replies are read, at most.
 _READS_PER_WINDOW: Final = 6_000
@@ -28,6 +49,22 @@ _READS_PER_WINDOW: Final = 6_000
 _MAX_SLICED_WINDOW: Final = 60
 #: A count has one to fifteen digits, which in bytes are ASCII.
 _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,15})[ \t]*")
+
+#: The first pause (s) if the provider names none, and the longest.
+_FIRST_PAUSE: Final = 1.0
+_MAX_PAUSE: Final = 120.0
+_EXPLANATIONS: Final = {
+    "429": (
+        "the provider refused a call (429); its limits may be lower than yours, or others use the "
+        "same key"
+    ),
+    DAILY: "the provider's quota for the day is used up",
+    "overload": "the provider is overloaded; a lower concurrency may serve it better",
+}
+#: At most one pause in this many seconds is logged.
+_WARNING_INTERVAL: Final = 60.0
+
+_log: Final = logging.getLogger("asyncbucket")
 
 
 class HeaderReader:
@@ -98,7 +135,7 @@ class HeaderReader:
             if known is not None and (number := _COUNT.fullmatch(value)):
                 told, part = known
                 key = told.resource, told.per
-                report = reports.get(key) or reports.setdefault(key, _Report(told))
+                report = reports.get(key) or reports.setdefault(key, _Report(told, told.per))
                 report.add(part, int(number[1]))
         for report in reports.values():
             self._complete(report)
@@ -163,7 +200,11 @@ class HeaderReader:
                     self._limiter.learn(limit)
 
     def _find_limit(self, window: tuple[str, float], amount: float) -> _LimitId:
-        """Find the limiter and the window that a header reports, by the amount if it is finite."""
+        """Find the limiter and the window that a header reports.
+
+        That is the one with that amount, or else the one whose amount is nearest; the highest if
+        the amount is infinite.
+        """
         resource, per = window
         candidates = [
             (limit, limiter)
@@ -175,12 +216,8 @@ class HeaderReader:
         for limit, limiter in (*same_window, *candidates):
             if limit.units == amount:  # perhaps of another window
                 return limiter, resource, limit.per
-        nearest = self._limiter
-        if same_window and amount == math.inf:
-            _, nearest = same_window[-1]
-        elif same_window:
-            _, nearest = min(same_window, key=lambda pair: abs(pair[0].units - amount))
-        return nearest, resource, per
+        off = {limiter: abs(limit.units - amount) for limit, limiter in reversed(same_window)}
+        return min(off, key=off.__getitem__, default=self._limiter), resource, per
 
 
 @dataclass(slots=True)
@@ -188,39 +225,139 @@ class _Report:
     """Hold what a reply says of one window; if several headers do, the lowest of each kind counts."""
 
     told: Told
+    #: The window; and what the reply says of it, if it does.
+    per: float
+    seconds: int = 0
     left: float = math.inf
     amount: float = math.inf
     rounding: int = 0
-    #: The window; and what the reply says of it, if it does.
-    per: float = 0
-    seconds: int = 0
 
-    def __post_init__(self) -> None:
-        self.per = self.told.per
-
-    def add(self, part: "_Part", number: int) -> None:
-        """Take in what a header says: what is left, the amount of the limit, or its window."""
+    def add(self, part: str, number: int) -> None:
+        """Take in what a header says: what remains, the amount of the limit, or its window."""
         if part == "period":
             self.seconds = number
-        elif part == "amount":
+        elif part == "limit":
             self.amount = min(self.amount, number * self.told.times or math.inf)
         elif number < self.left:
             self.left, self.rounding = number, self.told.rounding
 
 
-#: What a header says of a limit.
-_Part: TypeAlias = Literal["left", "amount", "period"]
-_HeaderIndex: TypeAlias = dict[bytes, tuple[Told, _Part]]
-
-
 def _headers_of(profile: Profile) -> _HeaderIndex:
     """Return which limit each header reports, and what of it."""
-    index: _HeaderIndex = {}
-    for told in profile.tells:
-        parts: dict[_Part, str | None] = {
-            "left": told.remaining,
-            "amount": told.limit,
-            "period": told.period,
-        }
-        index |= {name.lower().encode(): (told, part) for part, name in parts.items() if name}
-    return index
+    names = [(told, part, getattr(told, part)) for told in profile.tells for part in _PARTS]
+    return {name.lower().encode(): (told, part) for told, part, name in names if name is not None}
+
+
+class Refusals:
+    """Pause one limiter when its provider refuses; `of` returns the one object for each limiter.
+
+    Safe on several threads.
+    """
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.limiter = limiter
+        self._lock = Lock()
+        #: Waves since a call last succeeded, and when the first of them came.
+        self._waves = 0
+        self._first_at = -math.inf
+        #: When the latest wave came, and when its pause ends.
+        self._started_at = -math.inf
+        self._paused_until = -math.inf
+        #: Until when pauses are not logged.
+        self._quiet_until = -math.inf
+        #: Whether an exhausted account was logged.
+        self._warned = False
+
+    @classmethod
+    def of(cls, limiter: Limiter) -> "Refusals":
+        """Return what all who hear of this limiter's refusals share."""
+        found: Refusals = vars(limiter).get("_refusals") or vars(limiter).setdefault(
+            "_refusals", cls(limiter)
+        )
+        return found
+
+    def succeeded(self, sent_at: float | None = None) -> None:
+        """End a series of waves, unless the call was sent before the latest wave came."""
+        if self._waves:
+            with self._lock:
+                if self._is_over(self.limiter.now(), sent_at):
+                    self._waves = 0
+
+    def lasted(self, *, waves: int) -> float:
+        """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
+        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the pause of the latest wave ends."""
+        return max(0.0, self._paused_until - self.limiter.now())
+
+    def _is_over(self, now: float, sent_at: float | None) -> bool:
+        """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
+        return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
+
+    def take_in(
+        self,
+        verdict: Verdict,
+        *,
+        sent_at: float | None = None,
+        first: float = _FIRST_PAUSE,
+        longest: float = _MAX_PAUSE,
+    ) -> float:
+        """Pause the limiter if a refusal concerns all; return the seconds until the pause ends.
+
+        During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
+        sent before it, belongs to the wave that caused it; it only makes the pause longer if the
+        server says so.
+
+        Args:
+            verdict: what the refusal means.
+            sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
+            first: the seconds of a first pause for which the server names no time; the next ones
+                double.
+            longest: the most seconds, unless a quota of a day is used up: then nobody asks before.
+        """
+        if verdict.pause is None:
+            self._warn_of_exhausted_account(verdict)
+            return 0.0
+        asked = verdict.retry_after
+        with self._lock:
+            now = self.limiter.now()
+            new_wave = self._is_over(now, sent_at)
+            if new_wave:
+                self._waves += 1
+                self._started_at = now
+                self._first_at = now if self._waves == 1 else self._first_at
+            if asked is not None:
+                seconds = asked if verdict.pause == DAILY else min(asked, longest)
+            elif not new_wave:
+                seconds = max(0.0, self._paused_until - now)
+            elif self._waves == 1 and can_give_slots_up(self.limiter):
+                seconds = 0.0
+            else:
+                seconds = doubled(first, self._waves, most=longest)
+            self._paused_until = max(self._paused_until, now + seconds)
+            is_news = new_wave and seconds > 0 and now >= self._quiet_until
+            if is_news:
+                self._quiet_until = now + _WARNING_INTERVAL
+        self.limiter.pause(seconds, reason=verdict.pause, gradually=True)
+        if is_news:
+            name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
+            _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
+        return seconds
+
+    def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
+        if verdict.exhausted and not self._warned:
+            self._warned = True
+            _log.warning(
+                "the provider permanently refuses calls of limiter %r (%s): waiting does not help; "
+                "check the account's plan and balance",
+                *(self.limiter.name, verdict.reason),
+            )
+
+
+def doubled(first: float, times: int, *, most: float) -> float:
+    """Return the ``times``-th of a doubling series, 1, 2, 4... times ``first``, up to ``most``.
+
+    The exponent is bounded, because a series may be long and a power of floats overflows.
+    """
+    return min(first * 2.0 ** min(times - 1, 30), most)

@@ -14,13 +14,11 @@ Nothing here is looked up unless a limit or a budget of dollars is in force.
 
 import functools
 import re
-import tomllib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import date
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -31,6 +29,7 @@ from asyncbucket.core.levels import counts, effective_limiter, in_force, prices_
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.settings import read_toml
 from asyncbucket.core.wording import MICRO, USD, is_number
+from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
 from asyncbucket.providers.request import request_size
 from asyncbucket.providers.usage import Usage
@@ -177,10 +176,9 @@ def _read_price(given: object, where: str) -> Price:
 @functools.cache
 def _published() -> dict[str, tuple[Price, str, date]]:
     """Return the built-in prices, with their source and date."""
-    text = files("asyncbucket.providers").joinpath("prices.toml").read_text("utf-8")
     return {
         model: (_read_price(price, model), provider["source"], provider["dated"])
-        for provider in tomllib.loads(text).values()
+        for provider in facts("prices.toml").values()
         for model, price in provider["models"].items()
     }
 
@@ -205,12 +203,9 @@ def price_of(model: object, prices: Prices | None = None, *, today: date | None 
     prices = prices or {}
     name = model if isinstance(model, str) else ""
     names = list(dict.fromkeys((name, _SNAPSHOT.sub("", name))))
-    patterns = [pattern for pattern in prices if pattern != "*"]
-    for each in names:
-        if each in prices:
-            return prices[each]
-    for pattern in patterns:
-        if any(fnmatchcase(each, pattern) for each in names):
+    for pattern in (*names, *prices):
+        fits = any(fnmatchcase(each, pattern) for each in names)
+        if pattern in prices and pattern != "*" and fits:
             return prices[pattern]
     short = (each.rpartition("/")[2] for each in names)
     found = next((each for each in short if each in _published()), None)

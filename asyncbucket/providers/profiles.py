@@ -1,8 +1,8 @@
 """What is known of providers: how they charge a call, and which headers report which limit.
 
-This is the one place for such facts, one entry for each provider; each has its source and the date
-when it was read. (`asyncbucket.providers.errors` has the codes of their refusals.) A profile is
-found by the host that a request goes to, or given by name, or written by the user::
+The facts are in ``profiles.toml``, one entry for each provider, with its source and the date when it
+was read. (`asyncbucket.providers.errors` has the codes of their refusals.) A profile is found by
+the host that a request goes to, or given by name, or written by the user::
 
     class Pictures(Profile):
         def cost(self, call: Call) -> Cost | None:
@@ -27,14 +27,11 @@ from typing import Any, Final
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.limits import Limit
+from asyncbucket.providers import facts
 from asyncbucket.providers.request import RequestSize, request_size
 from asyncbucket.providers.usage import Usage
 
 _MINUTE: Final = 60
-#: What the user may limit besides the tokens that are counted at admission.
-_INPUT_AND_OUTPUT: Final = frozenset({"input_tokens", "output_tokens"})
-#: Windows by the words that headers use for them.
-_WINDOWS: Final = {"minute": _MINUTE, "hour": 3_600, "day": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class Told:
 _DEFAULT_OUTPUT: Final = 16
 
 
-def _openai(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
+def _larger(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge the larger of the estimate by characters and ``max_tokens``.
 
     "Your rate limit is calculated as the maximum of max_tokens and the estimated number of tokens
@@ -89,7 +86,7 @@ def _openai(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     return given, asked.output(foreseen), max(given, asked.output(_DEFAULT_OUTPUT))
 
 
-def _azure(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
+def _both(asked: RequestSize, foreseen: int) -> tuple[int, int, int]:
     """Charge prompt, ``max_tokens`` and ``best_of``, all estimated at admission.
 
     learn.microsoft.com/azure/ai-services/openai/how-to/quota, "Understanding rate limits", read in
@@ -201,184 +198,48 @@ def excess_of(cost: Mapping[str, int], limits_by_way: Iterable[Iterable[Limit]])
     )
 
 
-def _ratelimit_headers(resource: str, name: str, *, per: float = _MINUTE, **more: Any) -> Told:
-    stem = "x-ratelimit-{}-" + name
-    return Told(resource, per, stem.format("remaining"), stem.format("limit"), **more)
+#: How a call is charged at admission, by the names in ``profiles.toml``.
+_CHARGES: Final[Mapping[str, Callable[[RequestSize, int], tuple[int, int, int]]]] = {
+    "larger": _larger,
+    "both": _both,
+    "expected": _expected,
+    "prompt": _prompt,
+}
 
 
-def _anthropic_headers(resource: str, *, rounding: int = 0) -> Told:
-    stem = f"anthropic-ratelimit-{resource.replace('_', '-')}"
-    return Told(resource, _MINUTE, f"{stem}-remaining", f"{stem}-limit", rounding)
+def _read_profile(name: str, known: dict[str, Any]) -> Profile:
+    """Return a provider's profile from its entry in ``profiles.toml``."""
+    known["hosts"] = tuple(known.get("hosts", ()))
+    known["tells"] = tuple(map(_read_told, known.get("tells", ())))
+    known["output_counts"] = tuple(map(tuple, known.get("output_counts", ())))
+    if "charge" in known:
+        known["charge"] = _CHARGES[known["charge"]]
+    if "settles" in known:
+        known["settles"] = frozenset(known["settles"])
+    return Profile(name=name, **known)
 
 
-#: platform.openai.com/docs/guides/rate-limits, "Rate limits in headers", read in 2025. For models
-#: with few requests a day the headers report the day instead; `asyncbucket.providers.learn` tells by the
-#: limit.
-_OPENAI_TELLS: Final = (
-    _ratelimit_headers("requests", "requests"),
-    _ratelimit_headers("tokens", "tokens"),
-    _ratelimit_headers("tokens", "project-tokens"),
-)
+def _read_told(known: dict[str, Any]) -> Told:
+    stem = known.pop("headers", None)
+    if stem is not None:
+        known |= {part: stem.format(part) for part in ("remaining", "limit")}
+    return Told(per=known.pop("per", _MINUTE), **known)
+
+
+_BY_NAME: Final = {
+    name: _read_profile(name, known) for name, known in facts("profiles.toml").items()
+}
 
 #: The larger of prompt and ``max_tokens`` is charged at admission, and not corrected.
-OPENAI: Final = Profile(
-    name="openai",
-    hosts=("api.openai.com",),
-    tells=_OPENAI_TELLS,
-    charge=_openai,
-    settles=_INPUT_AND_OUTPUT,
-)
-
-#: The same headers, and beside them ``renewalperiod``, the seconds that a limit is for. Counters are
-#: per minute; requests are also checked over 1 or 10 s, and a deployment of 120 a minute may announce
-#: 20: learn.microsoft.com/azure/foundry/openai/how-to/quota, read in November 2026. The header itself
-#: is undocumented, and was seen in replies of 2026.
-AZURE: Final = Profile(
-    name="azure",
-    hosts=("openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"),
-    tells=tuple(
-        _ratelimit_headers(name, name, period=f"x-ratelimit-renewalperiod-{name}")
-        for name in ("requests", "tokens")
-    ),
-    charge=_azure,
-    settles=_INPUT_AND_OUTPUT,
-)
-
-#: platform.claude.com/docs/en/api/rate-limits, read in November 2026: output counts as it is produced,
-#: and "max_tokens does not factor into OTPM"; input is estimated and corrected, without what is read
-#: from the prompt cache. Headers round tokens to the nearest thousand. ``-tokens-`` is left out,
-#: because it reports whichever limit is nearest.
-ANTHROPIC: Final = Profile(
-    name="anthropic",
-    hosts=("api.anthropic.com",),
-    tells=(
-        _anthropic_headers("requests"),
-        _anthropic_headers("input_tokens", rounding=1_000),
-        _anthropic_headers("output_tokens", rounding=1_000),
-    ),
-    charge=_expected,
-)
-
-#: console.groq.com/docs/rate-limits, "Rate limit headers", read in November 2026: requests are per
-#: day, tokens per minute. What came from its cache is taken off again once the reply is there: its
-#: console, "Prompt caching", read in 2026.
-GROQ: Final = Profile(
-    name="groq",
-    hosts=("api.groq.com",),
-    tells=(
-        _ratelimit_headers("requests", "requests", per=_WINDOWS["day"]),
-        _ratelimit_headers("tokens", "tokens"),
-    ),
-    counts_cached=False,
-)
-
+OPENAI: Final = _BY_NAME["openai"]
+#: Prompt and ``max_tokens`` are charged at admission, and not corrected.
+AZURE: Final = _BY_NAME["azure"]
+#: Prompt and the output that is expected are charged, and corrected by the usage.
+ANTHROPIC: Final = _BY_NAME["anthropic"]
+#: Prompt and ``max_tokens`` are charged, and corrected by the usage without what came from the cache.
+GROQ: Final = _BY_NAME["groq"]
 #: Servers and gateways that speak OpenAI's protocol: vLLM, LiteLLM and many more.
-GENERIC: Final = Profile(name="generic", tells=_OPENAI_TELLS)
-
-#: Those that are known by name or host alone; all pages were read in November 2026.
-_OTHERS: Final = (
-    # docs.aws.amazon.com/bedrock/latest/userguide/quotas-token-burndown.html: reserves input +
-    # max_tokens, or the model's maximum (64,000 for Claude 4); settles input + cache writes + output
-    # times the burndown rate, which is 5 for Claude from 3.7 on. No header reports limits.
-    Profile(
-        name="bedrock",
-        hosts=("bedrock-runtime*.amazonaws.com",),
-        unlimited_output=64_000,
-        output_counts=(
-            ("*claude-3-7*", 5),
-            *((f"*claude-{old}*", 1) for old in ("3-", "v", "instant")),
-            ("*claude-*", 5),
-        ),
-    ),
-    # inference-docs.cerebras.ai/support/rate-limits: reserves input + max_completion_tokens, or else
-    # up to the whole context. (Another limit, of tokens that are not from its cache, is not kept.)
-    Profile(
-        name="cerebras",
-        hosts=("api.cerebras.ai",),
-        tells=tuple(
-            _ratelimit_headers(resource, f"{resource}-{window}", per=seconds)
-            for resource in ("requests", "tokens")
-            for window, seconds in _WINDOWS.items()
-        ),
-        unlimited_output=131_072,
-    ),
-    # ai.google.dev/gemini-api/docs/rate-limits: requests, and tokens "(input)". No headers.
-    Profile(
-        name="gemini",
-        hosts=("generativelanguage.googleapis.com",),
-        charge=_prompt,
-        output_counts=(("*", 0),),
-    ),
-    # docs.cloud.google.com/vertex-ai/generative-ai/docs/quotas: capacity is shared dynamically, and
-    # "there are no quotas".
-    Profile(name="vertex", hosts=("*aiplatform.googleapis.com", "aiplatform.*.googleapis.com")),
-    # docs.mistral.ai, "Rate limits and usage tiers": requests a second, input and output a minute.
-    # Its replies have the headers (github.com/mistralai/client-ts/issues/169), among them what a
-    # call did cost, which is what it used.
-    Profile(
-        name="mistral",
-        hosts=("mistral.ai",),
-        tells=(
-            _ratelimit_headers("requests", "req-minute", slices=60),
-            _ratelimit_headers("tokens", "tokens-minute"),
-        ),
-        charge=_expected,
-    ),
-    # openrouter.ai/docs/api_reference/limits: requests of free models, and money. Successful replies
-    # have no headers about limits.
-    Profile(name="openrouter", hosts=("openrouter.ai",)),
-    # docs.cohere.com/docs/rate-limits: requests a minute. Replies to trial keys have the headers.
-    Profile(
-        name="cohere",
-        hosts=("api.cohere.com", "api.cohere.ai"),
-        tells=(
-            Told(
-                "requests",
-                _MINUTE,
-                "x-trial-endpoint-call-remaining",
-                "x-trial-endpoint-call-limit",
-            ),
-        ),
-    ),
-    # docs.x.ai/developers/rate-limits: a sixtieth of the requests of a minute in each second, and
-    # tokens a minute.
-    Profile(
-        name="xai",
-        hosts=("api.x.ai",),
-        tells=(
-            _ratelimit_headers("requests", "requests", slices=60),
-            _ratelimit_headers("tokens", "tokens"),
-        ),
-    ),
-    # docs.together.ai/docs/rate-limits: limits follow recent use; the headers are per second.
-    Profile(
-        name="together",
-        hosts=("api.together.xyz", "api.together.ai"),
-        tells=tuple(
-            Told(resource, _MINUTE, f"{stem}-remaining", f"{stem}-limit", times=60, slices=60)
-            for resource, stem in (("requests", "x-ratelimit"), ("tokens", "x-tokenlimit"))
-        ),
-    ),
-    # docs.fireworks.ai/serverless/rate-limits: limits of input and output a minute, which follow
-    # recent use; the headers are per second. Of the two limits of input, the one without what came
-    # from the cache binds first.
-    Profile(
-        name="fireworks",
-        hosts=("api.fireworks.ai",),
-        tells=tuple(
-            Told(resource, _MINUTE, limit=f"x-ratelimit-limit-tokens-{name}", times=60)
-            for resource, name in (
-                ("input_tokens", "cache-adjusted-prompt"),
-                ("output_tokens", "generated"),
-            )
-        ),
-        counts_cached=False,
-    ),
-    # api-docs.deepseek.com/quick_start/rate_limit: calls in flight, and nothing else.
-    Profile(name="deepseek", hosts=("api.deepseek.com",)),
-)
-
-_BY_NAME: Final = {each.name: each for each in (OPENAI, AZURE, ANTHROPIC, GROQ, *_OTHERS, GENERIC)}
+GENERIC: Final = _BY_NAME["generic"]
 
 
 def profile_named(name: str) -> Profile:

@@ -10,29 +10,16 @@ import contextlib
 import json
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
-
-from asyncbucket.waiting import Lock
 
 #: Suffixes of paths whose calls make a model write; the last ones are Gemini's and, at Vertex,
 #: Anthropic's.
 _OUTPUT_PATHS: Final = (
-    "/chat/completions",
-    "/completions",
-    "/responses",
-    "/responses/compact",
-    "/messages",
-    "/api/chat",
-    "/api/generate",
-    "/v1/chat",
-    "/v2/chat",
-    ":generateContent",
-    ":streamGenerateContent",
-    ":rawPredict",
-    ":streamRawPredict",
+    *("/completions", "/responses", "/responses/compact", "/messages"),
+    *("/api/chat", "/api/generate", "/v1/chat", "/v2/chat"),
+    *(":generateContent", ":streamGenerateContent", ":rawPredict", ":streamRawPredict"),
 )
 #: Bedrock's; other servers have an "/invoke", too.
 _BEDROCK_PATH: Final = re.compile(
@@ -61,11 +48,10 @@ _OPTIONS: Final = ("options", "generationConfig", "generation_config", "inferenc
 _NOT_SENT: Final = frozenset(
     {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
 )
-#: Parts that are files, except Anthropic's documents whose source is text or content parts.
-_FILE_TYPES: Final = ("document", "file", "input_file")
+#: Parts that are sound, video or files, by their type, or by the member that holds them at Gemini's
+#: and Bedrock's; except Anthropic's documents whose source is text or content parts.
+_FILE: Final = re.compile(r"audio|video|document|inline_?[dD]ata|\b(input_)?file\b")
 _INLINE_SOURCES: Final = ("text", "content")
-#: Members that hold a picture or a file in base64: Gemini's, then Bedrock's.
-_BLOBS: Final = frozenset({"inlineData", "inline_data", "image", "document", "video"})
 #: A data URL: a picture, a video or a file, whatever the part around it is called.
 _DATA_URL: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
 #: OpenAI's GPT-4o and 4.1: 85 in low detail; 85 and 170 for each of four tiles of 512 pixels ("Images
@@ -117,8 +103,8 @@ class RequestSize:
         """Return the tokens of all replies if each is as long as ``foreseen``, or as is allowed."""
         return min(self.max_output or foreseen, foreseen) * self.replies if self.writes else 0
 
-    def add(self, value: object) -> None:
-        """Add text, parts of messages, or lists of them."""
+    def add(self, value: object, name: str = "") -> None:
+        """Add text, parts of messages, or lists of them; ``name`` is that of the member in a part."""
         if isinstance(value, str) and (data := _DATA_URL.match(value)):
             self.extra += IMAGE_TOKENS if data[1] == "image" else _file_tokens(value)
         elif isinstance(value, str):
@@ -131,7 +117,7 @@ class RequestSize:
                     self.characters += -len(item) % 4
                     self.size += -len(item) % 4
         elif isinstance(value, dict):
-            self._add_part(value)
+            self._add_part(value, name)
         elif isinstance(value, int) and not isinstance(value, bool):
             self.extra += 1  # texts to embed may be sent as token numbers
 
@@ -161,26 +147,20 @@ class RequestSize:
             for name in OUTPUT_LIMITS:
                 self.limit_output(value.get(name))
 
-    def _add_part(self, part: dict[str, Any]) -> None:
-        part_type = part.get("type")
-        part_type = part_type if isinstance(part_type, str) else ""
-        if "image" in part_type:
+    def _add_part(self, part: dict[str, Any], name: str) -> None:
+        kind = f"{name} {part.get('type')} {part.get('mimeType') or part.get('mime_type')}"
+        if "image" in kind:
             self.extra += LOW_DETAIL_IMAGE_TOKENS if _detail(part) == "low" else IMAGE_TOKENS
-        elif "audio" in part_type or (part_type in _FILE_TYPES and not _is_inline_text(part)):
+        elif _FILE.search(kind) and not _is_inline_text(part):
             self.extra += _file_tokens(json.dumps(part))
         else:
-            for name, value in part.items():
-                if name in ("tool_calls", "function_call"):
+            for member, value in part.items():
+                if member in ("tool_calls", "function_call"):
                     self.add_json(value)
-                elif name == "images" and "role" in part:
+                elif member == "images" and "role" in part:
                     self.add_images(value)
-                elif name in _BLOBS and isinstance(value, dict):
-                    is_image = (
-                        "image" in f"{name} {value.get('mimeType') or value.get('mime_type')}"
-                    )
-                    self.extra += IMAGE_TOKENS if is_image else _file_tokens(json.dumps(value))
-                elif name not in _NOT_SENT:
-                    self.add(value)
+                elif member not in _NOT_SENT:
+                    self.add(value, member)
 
 
 def read_json(content: bytes | None) -> Mapping[str, Any]:
@@ -279,36 +259,23 @@ class OutputForecast:
     """Estimate how long a reply will be: an upper quantile of the latest replies.
 
     The one foreseen before any counts as the first. So a longer reply raises the forecast at once,
-    and shorter ones lower it only when they are nine of ten. Safe on several threads.
+    and shorter ones lower it only when they are nine of ten. Threads may share it: of two replies
+    that end at once, one may be forgotten.
     """
 
-    __slots__ = ("_foreseen", "_latest", "_lock")
+    __slots__ = ("_foreseen", "_latest")
 
     def __init__(self) -> None:
-        self.__setstate__(deque([FORESEEN], maxlen=_REMEMBERED))
+        self._latest, self._foreseen = [FORESEEN], FORESEEN
 
     def __repr__(self) -> str:
         return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
 
-    def __getstate__(self) -> deque[int]:
-        """Leave out the lock: a copy may go to another process."""
-        with self._lock:
-            return self._latest.copy()
-
-    def __setstate__(self, state: deque[int]) -> None:
-        self._latest, self._lock = state, Lock()
-        self._foreseen = _quantile(state)
-
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply, and forget the oldest."""
-        with self._lock:
-            self._latest.append(output_tokens)
-            self._foreseen = _quantile(self._latest)
+        self._latest = latest = [*self._latest, output_tokens][-_REMEMBERED:]
+        self._foreseen = sorted(latest)[math.ceil(_QUANTILE * len(latest)) - 1]
 
     def foresee(self) -> int:
         """Return the tokens that a reply probably stays under (nearest rank, no interpolation)."""
         return self._foreseen
-
-
-def _quantile(lengths: Sequence[int]) -> int:
-    return sorted(lengths)[math.ceil(_QUANTILE * len(lengths)) - 1]

@@ -36,20 +36,12 @@ _COHERE_FIELDS: Final = ("tokens", "billed_units")
 
 #: OpenAI chat, then OpenAI Responses, Anthropic and Cohere, Bedrock, Gemini, Ollama.
 _INPUT: Final = (
-    "prompt_tokens",
-    "input_tokens",
-    "inputTokens",
-    "prompt_token_count",
-    "promptTokenCount",
-    "prompt_eval_count",
+    *("prompt_tokens", "input_tokens", "inputTokens"),
+    *("prompt_token_count", "promptTokenCount", "prompt_eval_count"),
 )
 _OUTPUT: Final = (
-    "completion_tokens",
-    "output_tokens",
-    "outputTokens",
-    "candidates_token_count",
-    "candidatesTokenCount",
-    "eval_count",
+    *("completion_tokens", "output_tokens", "outputTokens"),
+    *("candidates_token_count", "candidatesTokenCount", "eval_count"),
 )
 _TOTAL: Final = ("total_tokens", "totalTokens", "total_token_count", "totalTokenCount")
 #: Anthropic and Bedrock count separately what is written to their cache, and read from it; limits
@@ -77,19 +69,12 @@ _PACKED_EVENT: Final = re.compile(rb'"bytes":"([A-Za-z0-9+/]+={0,2})"')
 _MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
 _TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
-#: After one of these a stream is complete, even if the client reads no further. They cannot occur
+#: After this a stream is complete, even if the client reads no further. They cannot occur
 #: in what a model writes, because JSON escapes quotes and line ends.
-_END_MARKERS: Final = (
-    b"\ndata: [DONE]",
-    b"\ndata:[DONE]",
-    b'"eval_count"',
-    b'"message-end"',
-    b'"stream-end"',
-    b'"message_stop"',
-    b'"response.completed"',
-    b'"response.incomplete"',
-    b'"finishReason"',
-    b'"totalTokens"',
+_END_MARKER: Final = re.compile(
+    rb"\ndata: ?\[DONE\]"
+    rb'|"(eval_count|message-end|stream-end|message_stop|response\.(in)?completed?'
+    rb'|finishReason|totalTokens)"'
 )
 _DECODER: Final = json.JSONDecoder()
 
@@ -229,8 +214,7 @@ def _lookup_in(holder: Any) -> _Lookup:
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events was complete, though it was not read to its end."""
     # The last event may be as long as the whole reply.
-    end = _unpacked(end)
-    return any(mark in end for mark in _END_MARKERS)
+    return _END_MARKER.search(_unpacked(end)) is not None
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:

@@ -1,14 +1,18 @@
 """What the tests of `asyncbucket.http` share: both libraries, and scripted inner transports."""
 
 import importlib
+import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.testing import VirtualClock
-from asyncbucket.waiting import ASYNC, IO
+from asyncbucket.waiting import ASYNC, IO, SYNC
+
+either_io = pytest.mark.parametrize("io", [ASYNC, SYNC], ids=["async", "sync"])
 
 
 @pytest.fixture(params=["httpx", "httpx2"])
@@ -37,10 +41,8 @@ def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) ->
                 raise error
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            for chunk in chunks:
+            for chunk in self:
                 yield chunk
-            if error is not None:
-                raise error
 
         def close(self) -> None:
             self.closed = True
@@ -49,6 +51,11 @@ def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) ->
             self.closed = True
 
     return Body()
+
+
+def data(name: str) -> dict[str, Any]:
+    """Return what a TOML file beside the tests has."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text("utf-8"))
 
 
 Answer = Callable[[Any], Any]
@@ -61,6 +68,28 @@ def answering(library: Any, *chunks: bytes, status: int = 200, **headers: str) -
         return library.Response(status, headers=fields, stream=chunked(library, *chunks))
 
     return answer
+
+
+class Server:
+    """Give one answer after the other, to each host its own; the last one for ever."""
+
+    def __init__(self, *answers: Any, **by_host: list[Any]) -> None:
+        self.requests: list[Any] = []
+        self._answers = by_host
+        self._others = list(answers)
+
+    def __call__(self, request: Any) -> Any:
+        self.requests.append(request)
+        answers = self._answers.get(self.hosts[-1], self._others)
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer(request)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Which hosts were asked, without ``.test``."""
+        return [request.url.host.removesuffix(".test") for request in self.requests]
 
 
 def client_over(

@@ -43,18 +43,12 @@ async def test_file_has_limits_and_endpoints_and_names_the_variables_of_keys(fil
     file.write_text(FILE)
     pool, endpoints = read_pool(file)
 
-    assert [(each.name, each.concurrency) for each in pool.members] == [
-        ("openai", None),
-        ("azure", 4),
-        ("vllm", 8),
-    ]
+    members = [(each.name, each.concurrency) for each in pool.members]
+    assert members == [("openai", None), ("azure", 4), ("vllm", 8)]
     assert (pool.name, pool._node.pacer.pool.prefer) == ("gpt", "first")
     assert [str(limit) for limit in pool.members[1].limits] == ["300 requests per 60 s"]
     wanted: list[Endpoint] = [
-        {
-            "base_url": "https://api.openai.com/v1",
-            "headers": {"Authorization": f"Bearer {KEY}"},
-        },
+        {"base_url": "https://api.openai.com/v1", "headers": {"Authorization": f"Bearer {KEY}"}},
         {
             "base_url": "https://east.test/openai/v1?api-version=preview",
             "headers": {"api-key": KEY},
@@ -87,17 +81,11 @@ async def test_default_store_keeps_limits_and_no_slots_found_by_themselves(file:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (FILE, "x = [", "pool.toml is not valid TOML"),
         (FILE, "[member]", r"it has no members: write a table \[member.NAME\] for each"),
         (FILE, "[member]\nopenai = 5", r"\[member.openai\] is not a table"),
         ("patience", "patient", "'patient' is not known; known: name, prefer, patience, max_queue"),
-        ("patience = 0.5", "patience = -1", "patience must be"),
-        ("500 RPM", "500 per", r"\[member.openai\]: limits: '500 per' is not a limit"),
         ("rpm = 300", "rmp = 300", r"entry 'rmp' of \[member.azure\] is not known"),
-        ("concurrency = 8", "", r"\[member.vllm\] limit nothing; write e.g. rpm = 500"),
-        ('base_url = "http://gpu:8000/v1"', "", "the endpoint of 'vllm' needs a \"base_url\""),
         ("http://gpu:8000", "gpu:8000", "the base_url of 'vllm' must be like"),
-        ('"THE_KEY"\nheader', '"NO_SUCH_KEY"\nheader', r"\[member.azure\]: key_env must name an"),
         ('"THE_KEY"\nheader', f'"{KEY}"\nheader', r"\[member.azure\]: key_env must name an"),
         ('key_env = "THE_KEY"\nheader', "header", r"\[member.azure\]: header is the one"),
         ('key_env = "THE_KEY"\nheader', f'key = "{KEY}"\nheader', "keys stay out of the file"),

@@ -1,6 +1,6 @@
 """What models cost, and that transports reserve and settle dollars exactly."""
 
-import asyncio
+import contextlib
 import tomllib
 from datetime import date
 from importlib.resources import files
@@ -11,39 +11,33 @@ import httpx
 import pytest
 
 from asyncbucket import BudgetExceeded, Cost, Limiter, Price, UnknownPrice, budget
-from asyncbucket.errors import refusal_in
 from asyncbucket.http import Call, Profile
 from asyncbucket.prices import PriceWarning, price_of, read_prices
 from asyncbucket.providers.usage import Usage, read_usage
-from asyncbucket.waiting import ASYNC, IO, SYNC
-from tests.http.conftest import client_over
+from asyncbucket.waiting import IO
+from tests.http.conftest import client_over, either_io
 
 URL = "https://api.openai.com/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 BODY = {"model": "gpt-4o-mini-2024-07-18", "messages": MESSAGES, "max_tokens": 300}
-REPLY = {
-    "usage": {
-        "prompt_tokens": 100,
-        "completion_tokens": 7,
-        "prompt_tokens_details": {"cached_tokens": 40},
-    }
-}
+USED = {"prompt_tokens": 100, "completion_tokens": 7}
+REPLY = {"usage": {**USED, "prompt_tokens_details": {"cached_tokens": 40}}}
 #: 60 * 0.15 + 40 * 0.075 + 7 * 0.60 micro-dollars, rounded up.
 SETTLED = 17
 #: 400 bytes, a message and what is added; and 300 tokens of output.
 RESERVED = 246
+TODAY = date(2026, 11, 29)
 
 
 def spent(limiter: Limiter) -> int:
     return limiter.statistics().limits[0].used
 
 
-def client_of(library: Any, limiter: Limiter, *replies: Any, **options: Any) -> Any:
-    """Return a paced client that gets ``replies``, one after the other: bodies, or statuses."""
-    rest, seen = list(replies), list[int]()
+def client_of(library: Any, limiter: Limiter, reply: Any, **options: Any) -> Any:
+    """Return a paced client that always gets ``reply``: a body, a status or an error."""
+    seen = list[int]()
 
     def answer(_: Any) -> Any:
-        reply = rest.pop(0) if len(rest) > 1 else rest[0]
         seen.append(spent(limiter) if limiter.limits else 0)
         if isinstance(reply, Exception):
             raise reply
@@ -55,10 +49,8 @@ def client_of(library: Any, limiter: Limiter, *replies: Any, **options: Any) -> 
     return client
 
 
-@pytest.mark.parametrize("io", [ASYNC, SYNC])
-async def test_call_reserves_its_highest_price_and_is_settled_by_usage(
-    library: Any, io: IO
-) -> None:
+@either_io
+async def test_call_reserves_highest_price_and_is_settled_by_usage(library: Any, io: IO) -> None:
     limiter = Limiter("1 USD/day")
     client = client_of(library, limiter, REPLY, io=io)
     with budget(usd=0.001) as capped:
@@ -68,8 +60,7 @@ async def test_call_reserves_its_highest_price_and_is_settled_by_usage(
 
 
 async def test_budget_needs_no_limit_and_is_checked_before_sending(library: Any) -> None:
-    limiter = Limiter()
-    client = client_of(library, limiter, REPLY)
+    client = client_of(library, Limiter(), REPLY)
     with budget(usd=0.000_3) as capped:
         for _ in range(4):
             await client.post(URL, json=BODY)
@@ -80,16 +71,9 @@ async def test_budget_needs_no_limit_and_is_checked_before_sending(library: Any)
 
 @pytest.mark.parametrize("limits", [[], ["1M TPM"]])
 @pytest.mark.parametrize(
-    "url",
-    [
-        URL,
-        "https://llm.example.com/v1/messages",
-        "https://bedrock-runtime.x.amazonaws.com/model/anthropic.claude-4/converse",
-    ],
+    "url", [URL, "https://bedrock-runtime.x.amazonaws.com/model/anthropic.claude-4/converse"]
 )
-async def test_budget_of_tokens_counts_those_used_however_the_provider_counts(
-    url: str, limits: list[str]
-) -> None:
+async def test_budget_of_tokens_counts_those_used_anywhere(url: str, limits: list[str]) -> None:
     client = client_of(httpx, Limiter(*limits), REPLY)
     with budget(tokens=100_000, output_tokens=90_000) as capped:
         await client.post(url, json={"messages": MESSAGES})
@@ -110,11 +94,8 @@ async def test_budget_of_tokens_counts_those_used_however_the_provider_counts(
 async def test_only_what_a_provider_may_charge_is_spent(reply: Any, used: int) -> None:
     limiter = Limiter("1 USD/day")
     client = client_of(httpx, limiter, reply)
-    with budget(usd=1) as capped:
-        try:
-            await client.post(URL, json=BODY)
-        except httpx.HTTPError:
-            assert isinstance(reply, Exception)
+    with budget(usd=1) as capped, contextlib.suppress(httpx.HTTPError):
+        await client.post(URL, json=BODY)
     assert (spent(limiter), round(capped.spent["usd"] * 1e6)) == (used, used)
     assert (limiter.statistics().in_flight, capped.reserved["usd"]) == (0, 0)
 
@@ -123,8 +104,6 @@ async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> 
     client = client_of(httpx, Limiter(), REPLY)
     body = {**BODY, "model": "my-model"}
     await client.post(URL, json=body)  # nothing counts dollars
-    with budget(tokens=10_000):
-        await client.post(URL, json=body)
     with budget(usd=1) as capped:
         with pytest.raises(UnknownPrice) as error:
             await client.post(URL, json=body)
@@ -148,15 +127,14 @@ async def test_profile_may_say_dollars_and_paths_may_name_the_model() -> None:
         def cost(self, call: Call) -> Cost | None:
             return Cost(usd=0.04 * call.body["n"])
 
-    limiter = Limiter("1 USD/day")
+    limiter = Limiter("1 USD/day", prices={"fast": Price(input=1, output=1)})
     client = client_of(httpx, limiter, {}, profile=Pictures(name="pictures"))
     await client.post("https://pictures.test/v1/images", json={"n": 3, "model": "unheard-of"})
     assert spent(limiter) == 120_000
-    limiter = Limiter("1 USD/day", prices={"fast": Price(input=1, output=1)})
     client = client_of(httpx, limiter, REPLY)
     url = "https://x.openai.azure.com/openai/deployments/fast/chat/completions"
     await client.post(url, json={"messages": MESSAGES})
-    assert spent(limiter) == 107
+    assert spent(limiter) == 120_107
 
 
 async def test_forecast_of_a_reply_makes_no_call_impossible() -> None:
@@ -165,64 +143,30 @@ async def test_forecast_of_a_reply_makes_no_call_impossible() -> None:
     body = {name: value for name, value in BODY.items() if name != "max_tokens"}
     await client.post(URL, json=body)
     assert (client.seen, spent(limiter)) == ([100], SETTLED)
-    with pytest.raises(
-        ValueError, match=r"cost of 0\.000246 USD exceeds"
-    ):  # its own max_tokens does
-        await client.post(URL, json=BODY)
+    with pytest.raises(ValueError, match=r"cost of 0\.000246 USD exceeds"):
+        await client.post(URL, json=BODY)  # its own max_tokens does
 
 
-async def test_concurrent_calls_never_pass_a_budget() -> None:
-    """Even if each uses all that it may."""
-
-    async def answer(_: httpx.Request) -> httpx.Response:
-        await asyncio.sleep(0.001)
-        return httpx.Response(200, json={"usage": {"prompt_tokens": 440, "completion_tokens": 300}})
-
-    async with client_over(httpx, Limiter(concurrency=7), answer) as client:
-        with budget(usd=0.005) as capped:
-            calls = [client.post(URL, json=BODY) for _ in range(60)]
-            ended = await asyncio.gather(*calls, return_exceptions=True)
-    errors = (end for end in ended if isinstance(end, Exception))
-    refused = [error for error in errors if isinstance(refusal_in(error), BudgetExceeded)]
-    assert (len(refused), round(capped.spent["usd"] * 1e6)) == (40, 20 * RESERVED)
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        ("gpt-4o-mini", 0.15),
-        ("gpt-4o-mini-2024-07-18", 0.15),
-        ("gpt-4o-2024-05-13", 5),  # dearer than its model
-        ("openai/gpt-4o-mini", 0.15),
-        ("claude-sonnet-4-5-20250929", 3),
-        ("claude-haiku-4-5@20251001", 1),
-        ("omni-moderation-latest", 0),
-        ("models/gemini-2.5-flash", 0.3),
-    ],
-)
-def test_snapshots_and_prefixes_have_the_price_of_their_model(model: str, expected: float) -> None:
-    assert price_of(model, today=date(2026, 11, 29)).input == expected
-
-
-@pytest.mark.parametrize(
-    "model", [None, "", 5, "ft:gpt-4o-mini-2024-07-18:org::id", "gpt-4o-mini-tts", "gpt-image-1"]
-)
-def test_other_models_have_no_price(model: object) -> None:
-    with pytest.raises(UnknownPrice):
-        price_of(model, today=date(2026, 11, 29))
+def test_only_snapshots_and_prefixes_have_the_price_of_their_model() -> None:
+    for model, expected in {
+        "gpt-4o-mini-2024-07-18": 0.15,
+        "gpt-4o-2024-05-13": 5,  # dearer than its model
+        "openai/gpt-4o-mini": 0.15,
+        "claude-haiku-4-5@20251001": 1,
+        "omni-moderation-latest": 0,
+        "models/gemini-2.5-flash": 0.3,
+    }.items():
+        assert price_of(model, today=TODAY).input == expected
+    for other in (None, "", 5, "ft:gpt-4o-mini-2024-07-18:org::id", "gpt-4o-mini-tts"):
+        with pytest.raises(UnknownPrice):
+            price_of(other, today=TODAY)
 
 
 def test_given_prices_come_first_and_star_comes_last() -> None:
-    prices = {
-        "*": Price(input=9),
-        "gpt-4o*": Price(input=1),
-        "gpt-4o": Price(input=2),
-        "gpt-4o-2024-08-06": Price(input=3),
-    }
-    found = [price_of(model, prices).input for model in ("gpt-4o-2024-08-06", "gpt-4o-2024-11-20")]
-    assert found == [3, 2]
-    found = [price_of(model, prices).input for model in ("gpt-4o-mini", "gpt-4.1", "unknown")]
-    assert found == [1, 2, 9]
+    names = ("*", "gpt-4o*", "gpt-4o", "gpt-4o-2024-08-06")
+    prices = {name: Price(input=n) for n, name in enumerate(names)}
+    models = ("gpt-4o-2024-08-06", "gpt-4o-2024-11-20", "gpt-4o-mini", "gpt-4.1", "unknown")
+    assert [price_of(model, prices).input for model in models] == [3, 2, 1, 2, 0]
 
 
 def test_built_in_prices_are_complete_dated_and_warn_when_old() -> None:
@@ -233,9 +177,8 @@ def test_built_in_prices_are_complete_dated_and_warn_when_old() -> None:
         for model in provider["models"]:
             price = price_of(model, today=provider["dated"])
             assert (price.cached or 0) <= price.input <= (price.written or price.input)
-    with pytest.warns(
-        PriceWarning, match=r"the price of 'gpt-4o-mini' was read .* days ago, on 2026"
-    ):
+    told = r"the price of 'gpt-4o-mini' was read .* days ago, on 2026"
+    with pytest.warns(PriceWarning, match=told):
         price_of("gpt-4o-mini", today=date(2028, 1, 1))
 
 
@@ -248,25 +191,25 @@ def test_price_counts_cached_written_and_long_input() -> None:
     assert price.at_most(1_000, 10) == 2_600 / 1e6
     assert price.at_most(1_001, 10) == 4_204 / 1e6
     assert Price(input=0.15).of(Usage(1, 0, 1)) == 1 / 1e6  # rounded up
-    anthropic = {"input_tokens": 10, "output_tokens": 1} | {
-        "cache_read_input_tokens": 500,
-        "cache_creation_input_tokens": 200,
-    }
-    usage = read_usage(anthropic)
+
+
+def test_usage_tells_what_was_read_from_the_cache_and_written_to_it() -> None:
+    anthropic = {"cache_read_input_tokens": 500, "cache_creation_input_tokens": 200}
+    usage = read_usage({"input_tokens": 10, "output_tokens": 1, **anthropic})
     assert usage == Usage(210, 1, 211, 0, 200, 500)
-    written = {
-        "input_tokens": 300,
-        "input_tokens_details": {"cached_tokens": 100, "cache_write_tokens": 50},
-    }
-    assert read_usage(written) == Usage(300, 0, 300, 100, 50)
+    details = {"cached_tokens": 100, "cache_write_tokens": 50}
+    usage = read_usage({"input_tokens": 300, "input_tokens_details": details})
+    assert usage == Usage(300, 0, 300, 100, 50)
 
 
 def test_prices_may_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prices.toml"
     path.write_text('["m"]\ninput = 1\noutput = 2\nabove = 9\nlong = {input = 3}\n')
     expected = {"m": Price(input=1, output=2, above=9, long=Price(input=3))}
-    assert read_prices(path) == expected
-    assert Limiter(prices=str(path))._prices == expected
+    assert read_prices(path) == Limiter(prices=str(path))._prices == expected
+    path.write_text("no toml")
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        Limiter(prices=path)
 
 
 @pytest.mark.parametrize(
@@ -274,21 +217,12 @@ def test_prices_may_come_from_a_file(tmp_path: Path) -> None:
     [
         (5, "prices must map models to prices"),
         ({"m": 5}, "prices, 'm': expected a Price, not int"),
-        ({"m": {"output": 1}}, "prices, 'm': a price needs at least input"),
-        (
-            {"m": {"input": 1, "in": 2}},
-            "prices, 'm': a price has no in; it has input, output, cached",
-        ),
+        ({"m": {"input": 1, "in": 2}}, "prices, 'm': a price has no in; it has input, output, cac"),
         ({"m": {"input": -1}}, "input must be dollars for a million tokens, such as 0.15, not -1"),
         ({"m": {"input": 1, "above": 5}}, "above= and long= go together"),
-        ({"m": {"input": 1, "above": 5, "long": 1}}, "prices, 'm', long: expected a Price"),
     ],
 )
-def test_invalid_prices_are_refused_at_once(given: Any, says: str, tmp_path: Path) -> None:
+def test_invalid_prices_are_refused_at_once(given: Any, says: str) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         Limiter(prices=given)
     assert says in str(error.value)
-    path = tmp_path / "prices.toml"
-    path.write_text("no toml")
-    with pytest.raises(ValueError, match="is not valid TOML"):
-        Limiter(prices=path)

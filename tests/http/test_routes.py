@@ -19,15 +19,9 @@ async def send(library: Any, limiter: Limiter, routes: Any, *calls: tuple[str, s
             await client.post(HOST + path, json={"model": model, "input": "x", "max_tokens": 9})
 
 
-def admitted(limiter: Limiter) -> dict[str, int]:
-    children = limiter.children
-    return {name: child.statistics().admitted for name, child in children.items()}
-
-
 async def test_request_is_routed_to_child_by_path_or_model(library: Any) -> None:
     limiter = Limiter("500 RPM", name="openai")
-    limiter.child("big", "100 RPM")
-    for name in ("vectors", "answers"):
+    for name in ("big", "vectors", "answers"):
         limiter.child(name)
     routes = {
         "/v1/embeddings": "vectors",
@@ -36,21 +30,11 @@ async def test_request_is_routed_to_child_by_path_or_model(library: Any) -> None
         "o?-mini": limiter.child("thinking"),
         "gpt-4*": None,
     }
-    await send(
-        library,
-        limiter,
-        routes,
-        ("/v1/embeddings", "gpt-4o"),
-        ("/v1/responses", "gpt-4o-mini"),
-        (CHAT, "gpt-4o-mini"),
-        (CHAT, "gpt-4o"),
-        (CHAT, "o3-mini"),
-        (CHAT, "gpt-4.1"),
-        ("/v1/responses", "gpt-3.5"),
-    )
-    assert admitted(limiter) == {"big": 2, "thinking": 1, "vectors": 1, "answers": 1}
-    assert limiter.statistics().admitted == 7
-    assert limiter.statistics().in_flight == 0
+    chats = ((CHAT, model) for model in ("gpt-4o-mini", "gpt-4o", "o3-mini", "gpt-4.1"))
+    others = (("/v1/responses", "gpt-4o-mini"), ("/v1/responses", "gpt-3.5"))
+    await send(library, limiter, routes, ("/v1/embeddings", "gpt-4o"), *chats, *others)
+    assert [each.statistics().admitted for each in limiter.children.values()] == [2, 1, 1, 1]
+    assert (limiter.statistics().admitted, limiter.statistics().in_flight) == (7, 0)
 
 
 async def test_routing_function_chooses_child(library: Any) -> None:
@@ -59,12 +43,11 @@ async def test_routing_function_chooses_child(library: Any) -> None:
 
     limiter = Limiter("500 RPM")
     await send(library, limiter, choose, (CHAT, "m"), ("/v1/embeddings", "m"))
-    assert admitted(limiter) == {"cheap": 1}
+    assert limiter.statistics().admitted == 2
+    assert limiter.children["cheap"].statistics().admitted == 1
 
 
-async def test_refusal_pauses_the_routed_child_but_for_a_tenant_the_whole_key(
-    library: Any,
-) -> None:
+async def test_refusal_pauses_routed_child_but_for_a_tenant_the_whole_key(library: Any) -> None:
     limiter = Limiter("500 RPM", name="openai", clock=VirtualClock())
     big, small, acme = (limiter.child(name) for name in ("big", "small", "acme"))
 
@@ -84,22 +67,17 @@ async def test_refusal_pauses_the_routed_child_but_for_a_tenant_the_whole_key(
 
 
 PATTERN = r'such as "/v1/chat/completions gpt-4o\*", not '
-SHAPE = "routes must be a mapping such as .*, or a function of the call, not "
 
 
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
-        *(({each: "big"}, f"{PATTERN}'{each}'$") for each in ("", "  ", "gpt-4o /v1", "/v1 a b")),
+        *(({each: "big"}, f"{PATTERN}'{each}'$") for each in ("", "gpt-4o /v1", "/v1 a b")),
         ({5: "big"}, f"{PATTERN}5"),
-        (5, f"{SHAPE}5"),
-        ([], rf"{SHAPE}\[\]"),
+        (5, "routes must be a mapping such as .*, or a function of the call, not 5"),
         ({"*": Limiter(name="stranger")}, "'stranger' is not a child of 'openai'"),
         ({"*": 5}, "a route must lead to a child or its name, not to 5"),
-        (
-            {"gpt-4o*": "bgi"},
-            r"'openai' has no child 'bgi' .it has: big.: correct the name, or make it first by child",
-        ),
+        ({"*": "bgi"}, r"'openai' has no child 'bgi' .it has: big.: correct the name, or make it"),
     ],
 )
 def test_route_to_nothing_or_out_of_the_limits_is_refused(routes: Any, message: str) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from asyncbucket import Limiter, deadline
 from asyncbucket.core.terms import Concurrency
-from asyncbucket.providers.details import Details
 from asyncbucket.providers.errors import judge_reply
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing import RateLimitedProvider, virtual_time
@@ -140,10 +139,9 @@ async def test_refusal_says_what_the_provider_says(name: str) -> None:
     async with httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY) as client:
         await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
         reply = await client.post("http://p/v1/chat/completions", json=openai_body("Why?"))
-    verdict = judge_reply(reply.status_code, Details(reply.json(), reply.headers))
+    verdict = judge_reply(reply.status_code, reply.json(), reply.headers)
 
-    assert verdict.rate_limited
-    assert not verdict.daily
+    assert verdict.pause == "429"
     assert (verdict.retry_after is not None) is bool(rules.waits or rules.refusal)
     assert rules.refusal_headers.keys() <= reply.headers.keys()
     told = {header.format(part=part) for header in rules.headers.values() for part in rules.parts}

@@ -38,8 +38,7 @@ from asyncbucket.cli.proxy.callers import (
 )
 from asyncbucket.core.errors import AsyncBucketError
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.http.endpoints import Endpoints, Sites
-from asyncbucket.http.pool_file import read_pool
+from asyncbucket.http.endpoints import Endpoints, read_pool
 from asyncbucket.http.transport import PacedTransport
 from asyncbucket.http_server import configured, listen
 from asyncbucket.telemetry import prometheus, report
@@ -83,16 +82,15 @@ class Proxy:
     def __init__(self, options: "ProxyOptions") -> None:
         #: Where calls go, with whose key, and who shares; replaced while calls are open.
         self._options = options
-        #: A pool's calls are made for its first member, and rewritten for whichever takes them.
-        self._pooled_at: str | None = None
         endpoints: Endpoints | None = None
         self.limiter: Limiter
         if options.pool is None:
             self.limiter = Limiter(*options.limits, **options.terms)
         else:
             self.limiter, endpoints = read_pool(options.pool)
-            self._pooled_at = Sites(self.limiter, endpoints).base_url
         self._transport = PacedTransport(self.limiter, profile=options.profile, endpoints=endpoints)
+        #: A pool's calls are made for its first member, and rewritten for whichever takes them.
+        self._pooled_at = self._transport.base_url or None
         self._terms = CallerTerms()
         #: Bytes of all bodies that are held.
         self._held = 0

@@ -28,7 +28,7 @@ from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, StoreError
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.statistics import Statistics
 from asyncbucket.core.wording import USD, counted, in_given_unit, one_line
-from asyncbucket.http.pool_file import keys_of, read_pool
+from asyncbucket.http.endpoints import keys_of, read_pool
 from asyncbucket.plan import plan
 from asyncbucket.plan.calls import read_call
 from asyncbucket.providers.errors import EXHAUSTED
