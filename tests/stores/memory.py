@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import Batch, LimitConfig, Receipt, Snapshot
-from asyncbucket.stores.sqlite.state import State
+from asyncbucket.stores import Batch, LimitConfig, Snapshot
+from asyncbucket.stores.state import State
+from asyncbucket.stores.store import Receipt
 from asyncbucket.testing import VirtualClock
 
 
@@ -32,9 +33,6 @@ class MemoryStore:
         """Return so many limiters, of as many processes."""
         usual: dict[str, Any] = {"store": self, "clock": self.clock, "name": "openai"}
         return [Limiter(*limits, **{**usual, **options}) for _ in range(number)]
-
-    def check(self, config: LimitConfig) -> None:
-        """Accept all limits."""
 
     async def open(
         self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float
@@ -86,5 +84,7 @@ class MemoryLedger:
             await asyncio.sleep(0.005)
         return False
 
-    async def aclose(self) -> None:
-        self.state.leave(self.worker, self.store.now())
+    async def aclose(self, last: Batch) -> None:
+        await self.commit(last)
+        if not last.held:
+            self.state.leave(self.worker, self.store.now())

@@ -190,11 +190,11 @@ def test_blocked_loop_keeps_its_slots_and_gives_other_loops_no_cause_to_wait(whe
     asyncio.run(limiter.aclose())
 
 
-def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: Any) -> None:
+def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis: Any) -> None:
     limiter = Limiter(concurrency=1, store=url, name="openai")
 
     def connections() -> set[str]:
-        return {client["id"] for client in redis_sync.client_list()}
+        return {client["id"] for client in redis.client_list()}
 
     before = connections()
     for _ in range(2):  # later calls open it again

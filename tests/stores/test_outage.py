@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
-from asyncbucket.stores import Correction, LimitConfig
+from asyncbucket.stores import LimitConfig
 from asyncbucket.stores.outage import Record
+from asyncbucket.stores.store import Correction
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.stores.memory import MemoryStore
 
@@ -54,7 +55,7 @@ async def test_slots_taken_while_store_returns_are_reported_to_it(
     store.gone = True
     leases = [await one.acquire()]
     store.gone, store.delay = False, 0.02
-    await asyncio.sleep(0.11)  # the first heartbeat is under way
+    await asyncio.sleep(0.26)  # the first heartbeat is under way
     leases.append(await one.acquire())
     store.delay = 0.001
     await asyncio.sleep(0.02)

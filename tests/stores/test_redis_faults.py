@@ -6,18 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asyncbucket import StoreError
 from asyncbucket.core.limits import Limit
-from asyncbucket.stores import (
-    Batch,
-    Correction,
-    Ledger,
-    LimitConfig,
-    Receipt,
-    StoreError,
-    open_store,
-)
+from asyncbucket.stores import Batch, LimitConfig, open_store
 from asyncbucket.stores.redis import RedisStore
-from asyncbucket.stores.store import FAR
+from asyncbucket.stores.store import FAR, Correction, Ledger, Receipt
 from tests.stores.conformance.place import outcomes, terms
 
 if TYPE_CHECKING:
@@ -51,9 +44,9 @@ async def refused(ledger: Ledger, batch: Batch) -> StoreError:
 
 async def test_script_flush_loses_nothing_and_charges_once(store: RedisStore, redis: Any) -> None:
     ledger = await store.open("flush", terms("100 requests/minute"))
-    await redis.script_flush()
+    redis.script_flush()
     await ledger.commit(Batch(calls=(FREE,)))
-    await redis.script_flush()
+    redis.script_flush()
     assert await used(ledger) == 1
 
 
@@ -61,12 +54,11 @@ async def test_flushall_closes_limiter_for_a_whole_window(store: RedisStore, red
     one = await store.open("lost", terms("100 requests/minute", "1000 tokens/s", concurrency=2))
     two = await store.open("lost", one.config)
     await one.commit(Batch(calls=(CALL,)))
-    await redis.flushall()
+    redis.flushall()
     receipt = await one.commit(Batch(calls=(CALL,)))
-    assert receipt.lost
     assert closed_for(receipt) >= 60 * SECOND
-    again = await two.commit(Batch(calls=(CALL,), horizon=0))
-    assert not again.lost, "one loss was paid for twice"
+    await two.commit(Batch(calls=(CALL,)))
+    assert await used(two) == 100, "one loss was paid for twice"
     third = await store.open("lost", one.config)
     assert (await third.peek()).limits[0].available <= 0
 
@@ -76,20 +68,18 @@ async def test_loss_closes_window_after_calls_booked_ahead(store: RedisStore, re
     one = await store.open("ahead", LimitConfig(limits=(limit,)))
     await one.commit(Batch(calls=(FREE,) * 10))
     ahead = (await one.commit(Batch(calls=(FREE,) * 10))).bookings[-1].start
-    await redis.flushall()
+    redis.flushall()
     receipt = await one.commit(Batch(calls=(FREE,)))
-    assert receipt.lost
     assert receipt.now + closed_for(receipt) >= ahead + 0.2 * SECOND
 
 
 async def test_newcomer_does_not_hide_data_loss_from_others(store: RedisStore, redis: Any) -> None:
     one = await store.open("hide", terms("100 requests/minute"))
     await one.commit(Batch(calls=(FREE,)))
-    await redis.flushall()
+    redis.flushall()
     newcomer = await store.open("hide", one.config)
     assert outcomes(await newcomer.commit(Batch(calls=(FREE,)))) == ["booked"]
     loss = await one.commit(Batch(calls=(FREE,)))
-    assert loss.lost
     receipt = await newcomer.commit(Batch(calls=(FREE,)))
     assert closed_for(receipt) + receipt.now - loss.now >= 60 * SECOND
 
@@ -106,7 +96,6 @@ async def test_restart_without_data_closes_limiter_for_a_whole_window(
     assert "cannot be reached" in str(error)
     server.start()
     receipt = await ledger.commit(Batch(calls=(FREE,)))
-    assert receipt.lost
     assert closed_for(receipt) >= 60 * SECOND
     await store.aclose()
 
@@ -121,7 +110,6 @@ async def test_restart_with_appendfsync_always_forgets_nothing(
     server.kill()
     server.start()
     receipt = await ledger.commit(Batch(calls=(CALL,) * 2))
-    assert not receipt.lost
     assert outcomes(receipt) == ["booked", "full"]
     assert await used(ledger) == 3
     await store.aclose()
@@ -155,7 +143,7 @@ async def test_frozen_server_is_reported_in_time_and_charges_once(
     undone = Correction.undo(CALL, held.bookings[0].start)
     server.freeze()
     error = await refused(ledger, Batch(corrections=(undone,), held=2, calls=(CALL,) * 4))
-    assert re.search(r"gave no answer within 0\.\d{1,3} s", str(error))
+    assert re.search(r"does not answer: .* .waited 0\.\d{1,3} s", str(error))
     await refused(ledger, Batch(calls=(CALL,)))
     server.thaw()
     receipt = await ledger.commit(Batch(calls=(CALL,)))
@@ -242,7 +230,7 @@ async def test_server_short_of_memory_books_nothing(
 async def test_batch_after_data_loss_counts_slots_again(store: RedisStore, redis: Any) -> None:
     ledger = await store.open("held", terms("1000/s", concurrency=4))
     await ledger.commit(Batch(calls=(CALL,) * 3))
-    await redis.flushall()
+    redis.flushall()
     await ledger.commit(Batch(calls=None))
     assert (await ledger.peek()).slots == 3
 
@@ -260,12 +248,10 @@ async def test_dead_worker_at_head_of_line_is_passed_over(store: RedisStore) -> 
 
 async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any) -> None:
     await store.open("schema", terms("1000/s"))
-    state = await redis.execute_command(
-        "HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[]
-    )
+    state = redis.execute_command("HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[])
     other = state.replace(b"\xa6schema\x03", b"\xa6schema\x04")
     assert other != state
-    await redis.hset("asyncbucket:{schema}:state", "state", other)
+    redis.hset("asyncbucket:{schema}:state", "state", other)
     with pytest.raises(
         StoreError, match="has schema 4, and this asyncbucket needs 3: use one version"
     ):
@@ -277,11 +263,11 @@ async def test_keys_hold_only_limiter_name_and_expire(store: RedisStore, redis: 
         ledger = await store.open("acme", terms("1000 requests/day", concurrency=9), slot_ttl=0.1)
         await ledger.commit(Batch(calls=(CALL,)))
         await asyncio.sleep(0.15)
-    keys = sorted(await redis.keys("*"))
+    keys = sorted(redis.keys("*"))
     assert keys == ["asyncbucket:{acme}:state", "asyncbucket:{acme}:workers"]
     for key in keys:
-        assert 86_400_000 < await redis.pttl(key) < 3 * 86_400_000
-    fields = await redis.hkeys(keys[0])
+        assert 86_400_000 < redis.pttl(key) < 3 * 86_400_000
+    fields = redis.hkeys(keys[0])
     assert sum(field[:2] in {"r:", "h:"} for field in fields) == 2, "of dead workers"
 
 
@@ -289,4 +275,4 @@ async def test_window_in_redis_uses_bounded_memory(store: RedisStore, redis: Any
     ledger = await store.open("memory", terms("100000/s burst 100000"))
     for _ in range(700):
         await ledger.commit(Batch(calls=(FREE,) * 3))
-    assert await redis.hlen("asyncbucket:{memory}:state") < 530
+    assert redis.hlen("asyncbucket:{memory}:state") < 530

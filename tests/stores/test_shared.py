@@ -50,20 +50,17 @@ async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
     two = Limiter("20/s", store=store, name="two")
     lost: list[Event] = []
     two.observe(lost.append)
-    late = await one.acquire()
-    (await two.acquire()).release()
+    for limiter in (one, two):
+        await take(limiter)
     await one.aclose()
-    late.release()
-    (await two.acquire()).release()
-    await asyncio.sleep(0.2)
+    await take(two)
     snapshot = await store.peek("one")
     assert snapshot is not None
     assert (snapshot.slots, snapshot.workers) == (0, 0)
-    assert not [event for event in lost if isinstance(event, StoreLost)]
-    (await one.acquire()).release()
-    await one.aclose()
-    await two.aclose()
-    await store.aclose()
+    assert StoreLost not in map(type, lost)
+    await take(one)
+    for each in (one, two, store):
+        await each.aclose()
 
 
 @pytest.mark.parametrize(
