@@ -150,12 +150,13 @@ class StoreHealth:
         self.is_gone, self._lost_at = True, now
         if place.on_outage == "share":
             self.record.share(workers, self._left, now + self._offset)
-        manner = {
-            "share": f"with its share, 1 of {workers}",
-            "open": "admitting everybody",
-            "closed": "admitting nobody",
-        }[place.on_outage]
-        _log.warning("%s; limiter %s goes on %s", error, place.name, manner)
+        _log.warning(
+            "%s; limiter %s goes on alone (%s), as 1 of %d",
+            error,
+            place.name,
+            place.on_outage,
+            workers,
+        )
         place.notify(StoreLost, reason=str(error))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:

@@ -167,8 +167,7 @@ class RedisStore:
         self._used_in = self._used_in or here
         if self._used_in != here:
             raise StoreError(
-                f"the store {self.url} was made for another event loop or process, where it was first "
-                f"used: give the limiter a URL, and it makes one for each"
+                f"the store {self.url} was made for another event loop or process: give the limiter a URL"
             )
         command, given = self.client.execute_command, (len(keys), *keys, *args)
         try:

@@ -65,26 +65,14 @@ _TABLES: Final = (
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {SCHEMA}",
 )
-_UNREADABLE: Final = (
-    "it cannot be opened or written ({error}): see that the folder {folder} exists and this user may "
-    "write there, or give another path"
+_LOCKED: Final = (
+    "another process has held the write lock for over {patience:g} s; find it with `fuser {path}`, "
+    "or allow more with ?patience={more:g}"
 )
-_DAMAGED: Final = (
-    "it is not a SQLite file, or is damaged ({error}): move it away, and a new one is made"
-)
-#: What SQLite's errors mean for the reader: what happened, the numbers, the remedy.
-_MEANINGS: Final = {
-    sqlite3.SQLITE_BUSY: (
-        "another process has held the write lock for over {patience:g} s; find it with `fuser {path}`, "
-        "or allow more with ?patience={more:g}"
-    ),
-    sqlite3.SQLITE_CANTOPEN: _UNREADABLE,
-    sqlite3.SQLITE_READONLY: _UNREADABLE,
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: _DAMAGED,
-}
 _FAILED: Final = (
-    "SQLite failed ({error}), and nothing was booked: look at the disk, or move the file to another"
+    "SQLite failed ({error}), and nothing was booked: see that the folder {folder} exists and this user "
+    "may write there, and that the disk has space; if the file is no such database or is damaged, move "
+    "it away, and a new one is made"
 )
 _FORKED: Final = (
     "{path} was open when this process forked, and SQLite files cannot be shared with a fork: make "
@@ -211,19 +199,15 @@ class SQLiteStore:
         except StoreError:
             raise
         except sqlite3.Error as error:
-            raise self._explained(error) from error
+            why = _LOCKED if _code_of(error) == sqlite3.SQLITE_BUSY else _FAILED
+            patience, more = self.patience, max(5, self.patience * 4)
+            folder = self.path.parent
+            told = why.format(
+                path=self.path, folder=folder, error=error, patience=patience, more=more
+            )
+            raise StoreError(f"{self.path}: {told}") from error
         except Exception as error:  # of the state, or the interpreter is ending
             raise StoreError(f"{self.path}: {type(error).__name__}: {error}") from error
-
-    def _explained(self, error: sqlite3.Error) -> StoreError:
-        meaning = _MEANINGS.get(_code_of(error), _FAILED).format(
-            path=self.path,
-            folder=self.path.parent,
-            error=error,
-            patience=self.patience,
-            more=max(5, self.patience * 4),
-        )
-        return StoreError(f"{self.path}: {meaning}")
 
     # --- on its thread ---
 

@@ -20,6 +20,8 @@ from redis import Redis
 from asyncbucket import Limiter
 from asyncbucket.stores import open_store, script
 from asyncbucket.stores.redis import RedisStore
+from asyncbucket.testing import VirtualTime
+from tests.stores.memory import MemoryStore
 
 pytest.register_assert_rewrite("tests.stores.conformance")
 
@@ -29,10 +31,9 @@ SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 class RunningServer:
     """A server process that can be killed, frozen and started again on the same port."""
 
-    def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self._folder = folder
         self._options = options
-        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
         for _ in range(5):  # another program may take a port that was free a moment ago
             self.port = free_port()
@@ -47,11 +48,20 @@ class RunningServer:
 
     def start(self) -> None:
         assert SERVER is not None
-        ports = ("--port", "0", "--tls-port") if self._tls else ("--port",)
-        options = ("--bind", "127.0.0.1", "--dir", str(self._folder), "--save", "", *self._options)
+        options = (
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self._folder),
+            "--save",
+            "",
+            *self._options,
+        )
         settings = [str(self._folder / "sentinel.conf")] if "--sentinel" in self._options else []
         self._process = subprocess.Popen(
-            [SERVER, *settings, *ports, str(self.port), *options],
+            [SERVER, *settings, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -69,11 +79,10 @@ class RunningServer:
                 raise ConnectionRefusedError
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    if self._tls:
-                        return
-                    probe.sendall(b"INFO server\r\n")
-                    told = probe.recv(4096)
-                    if not told.startswith(b"-LOADING"):
+                    probe.sendall(b"PING\r\n")
+                    if not probe.recv(100).startswith(b"-LOADING"):
+                        probe.sendall(b"INFO server\r\n")
+                        told = probe.recv(4096)
                         if b"process_id:" in told and b"_id:%d\r" % process.pid not in told:
                             break  # another server was faster
                         return
@@ -120,13 +129,13 @@ def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., 
     running: list[RunningServer] = []
     assert server_program
 
-    def start(*options: str, **settings: Any) -> RunningServer:
+    def start(*options: str) -> RunningServer:
         folder = tmp_path / f"server-{len(running)}"
         folder.mkdir()
         if options[:1] == ("--sentinel",):
             (folder / "sentinel.conf").write_text(options[1])
             options = ("--sentinel",)
-        running.append(RunningServer(folder, *options, **settings))
+        running.append(RunningServer(folder, *options))
         return running[-1]
 
     yield start
@@ -244,6 +253,12 @@ async def store(url: str) -> AsyncIterator[RedisStore]:
     yield store
     await store.aclose()
     await asyncio.sleep(0)
+
+
+@pytest.fixture
+def memory(virtual_time: VirtualTime) -> MemoryStore:
+    """Return a store in memory, on virtual time."""
+    return MemoryStore(virtual_time.clock, virtual_time.run)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import LimitConfig, open_store, without_password
+from asyncbucket import Limiter
+from asyncbucket.stores import open_store, without_password
 from asyncbucket.stores.redis import RedisStore
 
 
@@ -36,19 +36,14 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
     [
         ("postgres://user:s3cret@host/db", r"'postgres://\*\*\*@host/db' is not a store: write"),
         ("user:s3cret@host:6379/0", "is not a store"),
-        (":s3cret@host:6379", "is not a store"),
         ("redis:user:s3cret@host", "is not a store"),
         ("redis+sentinel://host:1/main", "is not a store"),
         ("redis://:s3[cret@host/0", r"'redis://\*\*\*@host/0' cannot be read"),
         ("redis://:s3\uff1acret@host/0", r"\*\*\*@host/0' cannot be read"),
         ("redis://:s3cret", r"\*\*\*.* cannot be read"),
-        ("redis://user:s3cret/0", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
-        ("redis://user:s3cret#more@host:6379/0", "special characters of a password"),
-        ("redis://user:s3cret?more@host:6379/0", "special characters of a password"),
         ("redis://user:1/s3cret@host:6379/0", "special characters of a password"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
-        ("redis://127.0.0.1/1/2", "cannot be read: write redis://user:password@host:6379/0"),
         (
             "redis://127.0.0.1/0?timeout=5",
             "cannot be read: .*unexpected keyword argument 'timeout'",
@@ -57,7 +52,6 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
             "sqlite://user:s3cret@host/limits.db",
             "names no file .* share: write sqlite:///limits.db",
         ),
-        ("sqlite://host/limits.db?password=s3cret", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
@@ -95,16 +89,6 @@ async def test_url_scheme_selects_redis_store(url: str) -> None:
     store = open_store(url)
     assert isinstance(store, RedisStore)
     assert store.url.startswith(url.partition("://")[0])
-
-
-async def test_unreachable_server_raises_store_error_without_secrets() -> None:
-    store = open_store("redis://user:s3cret@127.0.0.1:1/0")
-    with pytest.raises(
-        StoreError, match=r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; see whether it runs"
-    ) as error:
-        await store.open("x", LimitConfig())
-    assert "s3cret" not in f"{error.value}{store!r}"
-    await store.aclose()
 
 
 @pytest.mark.parametrize(

@@ -120,16 +120,6 @@ class StoreConformance:
         assert [use.used for use in (await worker.peek()).limits] == [1, 100]
 
     @scenario
-    async def test_calls_beyond_the_horizon_must_ask_again(self, place: Place) -> None:
-        worker = await place.worker(config(amount_of("requests", 1_000, 10, 1)))
-        receipt = await worker.commit(batch(*[_REQUEST] * 9, horizon=30 * MILLISECOND))
-        starts = [each.start for each in receipt.bookings if each.start]
-        assert [start - starts[0] for start in starts] == [0, *range(10**7, 31 * 10**6, 10**7)]
-        assert receipt.now <= receipt.ask_at <= starts[-1]
-        (use,) = (await worker.peek()).limits
-        assert use.available <= 0, "nothing passes before the last start"
-
-    @scenario
     async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
         for power in (15, 20, 400):
             name = f"{place.name}-{power}"
@@ -232,15 +222,6 @@ class StoreConformance:
         await busy.commit(Batch(held=99, calls=None))
         await _find_no_slot(last)
         await _take_slots(busy, 1)
-
-    @scenario
-    async def test_worker_that_reaches_its_share_comes_after_those_before_it_in_line(
-        self, place: Place
-    ) -> None:
-        holder, first, second = await _holding(place, 3, 2, 1, concurrency=6)
-        await _find_no_slot(first, second)
-        await holder.commit(Batch(held=1, calls=None))
-        assert outcomes(await second.commit(batch(_CALL, _CALL))) == ["booked", "full"]
 
     @scenario
     async def test_dead_worker_first_in_line_delays_a_slot_at_most_3_s(self, place: Place) -> None:
