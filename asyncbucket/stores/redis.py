@@ -58,8 +58,7 @@ _HOW: Final = (
     "%5B for [, %40 for @ and so on"
 )
 _REFUSED: Final = (
-    "refuses the login: {}; look at user and password in its URL, and at the ACL in the docs' page on "
-    "shared stores"
+    "refuses the login: {}; look at user and password in its URL, and at the docs' ACL"
 )
 #: What failures mean, and what to do about them; the first kind that fits counts.
 _REMEDIES: Final = (
@@ -129,12 +128,9 @@ class RedisStore:
             TypeError: it is no client.
         """
         if not isinstance(client, (Redis, RedisCluster)):
-            kind = (
-                f"{type(client).__module__}.{type(client).__qualname__}"  # a URL holds a password
-            )
+            kind = type(client).__name__  # a URL holds a password
             raise TypeError(f"a client must be a redis.asyncio.Redis or RedisCluster, not a {kind}")
-        kind = "cluster" if isinstance(client, RedisCluster) else "server"
-        return cls(client, url=f"redis ({kind} of your client)", owned=False)
+        return cls(client, url="redis (your client)", owned=False)
 
     async def open(
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0

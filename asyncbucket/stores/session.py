@@ -162,11 +162,10 @@ class Session:
             pass
         except BaseException as error:  # whatever it is, those that wait must not wait on
             if isinstance(error, Exception):
-                _log.error(
+                _log.exception(
                     "the session of limiter %s has failed; waiting calls fail, and later ones "
                     "get a new session; please report this",
                     self._place.name,
-                    exc_info=error,
                 )
             with self._place.lock():
                 self._place.fail_all(StoreError(_FAILED))

@@ -65,19 +65,6 @@ _TABLES: Final = (
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {SCHEMA}",
 )
-_LOCKED: Final = (
-    "another process has held the write lock for over {patience:g} s; find it with `fuser {path}`, "
-    "or allow more with ?patience={more:g}"
-)
-_FAILED: Final = (
-    "SQLite failed ({error}), and nothing was booked: see that the folder {folder} exists and this user "
-    "may write there, and that the disk has space; if the file is no such database or is damaged, move "
-    "it away, and a new one is made"
-)
-_FORKED: Final = (
-    "{path} was open when this process forked, and SQLite files cannot be shared with a fork: make "
-    "the limiter in the child, or close it before with `await limiter.aclose()`"
-)
 _HOW: Final = (
     "write sqlite:///limits.db for a file in this folder, sqlite:////var/lib/limits.db for another"
 )
@@ -191,7 +178,10 @@ class SQLiteStore:
         if self._is_closed:
             raise StoreError(f"{self.path}: this store has been closed: open another")
         if any(path == self.path and pid != os.getpid() for pid, path in list(_OPEN.values())):
-            raise StoreError(_FORKED.format(path=self.path))
+            raise StoreError(
+                f"{self.path} was open when this process forked, and SQLite files cannot be shared with a "
+                f"fork: make the limiter in the child, or close it before with `await limiter.aclose()`"
+            )
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
         try:
@@ -199,15 +189,21 @@ class SQLiteStore:
         except StoreError:
             raise
         except sqlite3.Error as error:
-            why = _LOCKED if _code_of(error) == sqlite3.SQLITE_BUSY else _FAILED
-            patience, more = self.patience, max(5, self.patience * 4)
-            folder = self.path.parent
-            told = why.format(
-                path=self.path, folder=folder, error=error, patience=patience, more=more
-            )
-            raise StoreError(f"{self.path}: {told}") from error
+            raise StoreError(f"{self.path}: {self._explained(error)}") from error
         except Exception as error:  # of the state, or the interpreter is ending
             raise StoreError(f"{self.path}: {type(error).__name__}: {error}") from error
+
+    def _explained(self, error: sqlite3.Error) -> str:
+        if _code_of(error) == sqlite3.SQLITE_BUSY:
+            return (
+                f"another process has held the write lock for over {self.patience:g} s; find it with "
+                f"`fuser {self.path}`, or allow more with ?patience={max(5, self.patience * 4):g}"
+            )
+        return (
+            f"SQLite failed ({error}), and nothing was booked: see that the folder {self.path.parent} "
+            f"exists and this user may write there, and that the disk has space; if the file is no such "
+            f"database or is damaged, move it away, and a new one is made"
+        )
 
     # --- on its thread ---
 
@@ -278,8 +274,8 @@ class SQLiteStore:
         """Return the connection to the file that is there now."""
         if self._connection is None or self._inode != self._current_inode():
             self._disconnect()
-            self._connection = self._retry_while_busy(self._connect)
-            self._inode = self._current_inode()
+            connection: sqlite3.Connection = self._retry_while_busy(self._connect)
+            self._connection, self._inode = connection, self._current_inode()
         return self._connection
 
     def _current_inode(self) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pytest
 from redis import Redis
@@ -47,7 +47,9 @@ class RunningServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        assert SERVER is not None
+        if SERVER is None:
+            say = pytest.fail if "CI" in os.environ else pytest.skip
+            say("NO SERVER: install valkey-server (or redis-server) to test shared limits")
         options = (
             "--port",
             str(self.port),
@@ -113,21 +115,10 @@ def free_port() -> int:
             return port
 
 
-@pytest.fixture(scope="session")
-def server_program() -> str:
-    """Return the server's program, or say loudly that there is none."""
-    if SERVER is None:
-        if "CI" in os.environ:
-            pytest.fail("no valkey-server or redis-server: install the Debian package")
-        pytest.skip("NO SERVER: install valkey-server (or redis-server) to test shared limits")
-    return SERVER
-
-
 @pytest.fixture
-def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Start servers with the given options, and stop all of them at the end."""
     running: list[RunningServer] = []
-    assert server_program
 
     def start(*options: str) -> RunningServer:
         folder = tmp_path / f"server-{len(running)}"
@@ -144,10 +135,7 @@ def start_server(server_program: str, tmp_path: Path) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="session")
-def shared_server(
-    server_program: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    assert server_program
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     server = RunningServer(tmp_path_factory.mktemp("valkey"))
     yield server
     server.kill()
@@ -159,13 +147,12 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 5.0)
 
 
-class Fault:
+class Fault(NamedTuple):
     """A store that can break and come back."""
 
-    def __init__(self, url: str, begin: Callable[[], object], end: Callable[[], object]) -> None:
-        self.url = url
-        self.begin = begin
-        self.end = end
+    url: str
+    begin: Callable[[], object]
+    end: Callable[[], object]
 
 
 @pytest.fixture(params=["freeze", "kill", "lock"])
@@ -291,18 +278,20 @@ class Proxy:
         #: How many more bytes of answers pass before the connection breaks, and how often it does.
         self.left = self.cuts = 0
         self.broken = 0
+        self._close: Callable[[], None] = list[None]().clear
         self._tasks: set[asyncio.Task[None]] = set()
 
     def cut(self, left: int, *, times: int = 1) -> None:
         self.left, self.cuts, self.broken = left, times, 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1")
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        server = await asyncio.start_server(self._serve, "127.0.0.1")
+        self.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        self._close = server.close
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._server.close()
+        self._close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

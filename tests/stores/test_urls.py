@@ -42,7 +42,6 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis://:s3\uff1acret@host/0", r"\*\*\*@host/0' cannot be read"),
         ("redis://:s3cret", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
-        ("redis://user:1/s3cret@host:6379/0", "special characters of a password"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
         (
             "redis://127.0.0.1/0?timeout=5",
@@ -52,7 +51,6 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
             "sqlite://user:s3cret@host/limits.db",
             "names no file .* share: write sqlite:///limits.db",
         ),
-        ("sqlite:///:memory:", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
         ("sqlite:///limits.db?patience=soon", "patience must be a positive number of seconds"),
@@ -70,25 +68,16 @@ def test_what_is_no_url_is_refused_and_not_shown() -> None:
     for store, kind in zip(stores, ("PosixPath", "Redis"), strict=True):
         with pytest.raises(TypeError, match=rf"URL such as .*RedisStore.of\(client\), not {kind}$"):
             Limiter(store=store)
-    with pytest.raises(TypeError, match=r"^a client must be .*, not a builtins\.str$"):
+    with pytest.raises(TypeError, match=r"^a client must be .*, not a str$"):
         RedisStore.of("redis://user:s3cret@host")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis://127.0.0.1:6379/0",
-        "valkey://127.0.0.1",
-        "valkeys://127.0.0.1",
-        "rediss://127.0.0.1",
-        "redis://host:6379/0?client_name=me@here",
-        "unix:///run/valkey.sock",
-    ],
-)
-async def test_url_scheme_selects_redis_store(url: str) -> None:
-    store = open_store(url)
-    assert isinstance(store, RedisStore)
-    assert store.url.startswith(url.partition("://")[0])
+async def test_url_scheme_selects_redis_store() -> None:
+    hosts = (f"{scheme}://127.0.0.1" for scheme in ("redis", "rediss", "valkey", "valkeys"))
+    for url in (*hosts, "redis://host:6379/0?client_name=me@here", "unix:///run/valkey.sock"):
+        store = open_store(url)
+        assert isinstance(store, RedisStore)
+        assert store.url.startswith(url.partition("://")[0])
 
 
 @pytest.mark.parametrize(

@@ -161,23 +161,6 @@ class StoreConformance:
         assert (snapshot.slots, snapshot.limits[0].used) == (3, 3)
 
     @scenario
-    async def test_call_that_needs_no_slot_passes_when_all_are_taken(self, place: Place) -> None:
-        (worker,) = await _holding(place, 1)
-        (booking,) = booked(await worker.commit(batch(_REQUEST)))
-        assert not booking.slot
-        unbound = await place.worker(config(_ROOMY), name=f"{place.name}-unbound")
-        await _take_slots(unbound, 9)
-        assert (await unbound.peek()).slots == 0, "they are not limited"
-
-    @scenario
-    async def test_slots_of_a_dead_worker_expire_on_time(self, place: Place) -> None:
-        dead, living = await place.workers(config(_ROOMY, concurrency=1), 2, slot_ttl=0.5)
-        (booking,) = booked(await dead.commit(batch(_CALL)))
-        receipt = await living.commit(batch(_CALL))
-        assert receipt.ask_at == booking.start + SECOND // 2
-        assert (await book(living, _CALL)).start >= receipt.ask_at
-
-    @scenario
     async def test_released_slot_goes_to_the_worker_that_asked_first(self, place: Place) -> None:
         holder, first, second = await _holding(place, 1, 0, 0)
         waiting = asyncio.create_task(book(first, _CALL))
@@ -190,18 +173,6 @@ class StoreConformance:
         await asyncio.sleep(0.05)
         assert await second.changed(timeout=30), "it was called before"
         await _take_slots(second, 1)
-
-    @scenario
-    async def test_many_released_slots_are_shared_equally(self, place: Place) -> None:
-        workers = await _holding(place, 12, 0, 0, concurrency=12)
-        for worker in workers[1:]:
-            await worker.commit(batch(*[_CALL] * 12))
-        got: list[int] = []
-        for worker in workers:
-            receipt = await worker.commit(Batch(held=0, calls=(_CALL,) * 12))
-            got.append(outcomes(receipt).count("booked"))
-        assert sum(got) == 12, got
-        assert max(got) - min(got) <= 2, got
 
     @scenario
     async def test_slot_given_back_goes_to_another_that_has_waited(self, place: Place) -> None:
@@ -231,18 +202,6 @@ class StoreConformance:
         receipt = await living.commit(batch(_CALL))
         assert receipt.ask_at <= freed.now + SECOND
         await book(living, _CALL)
-
-    @scenario
-    async def test_live_workers_are_counted(self, place: Place) -> None:
-        first, _, third = await place.workers(config(_ROOMY), 3, slot_ttl=0.4)
-        assert (await first.commit(Batch(calls=None))).workers == 3
-        for _ in range(2):
-            await third.aclose()
-        assert (await first.commit(Batch(calls=None))).workers == 2
-        for _ in range(2):
-            await asyncio.sleep(0.25)
-            receipt = await first.commit(Batch(calls=None))
-        assert receipt.workers == 1
 
     # --- what concerns all workers ---
 
