@@ -9,9 +9,11 @@ import pytest
 from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
 from asyncbucket.stores import LimitConfig
 from asyncbucket.stores.outage import Record
-from asyncbucket.stores.store import Correction
 from asyncbucket.testing import assert_never_over
 from tests.stores.memory import MemoryStore
+
+HOUR = 3_600_000_000_000
+NOON = 12 * HOUR
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])
@@ -124,11 +126,11 @@ async def call(limiter: Limiter) -> None:
         pass
 
 
-def test_record_counts_for_new_limit_only_units_booked_after_it() -> None:
-    requests, tokens = Limit("requests", 10, per=60), Limit("tokens", 100, per=60)
-    record = Record(LimitConfig(limits=(requests,)))
-    record.book({"requests": 1, "tokens": 100}, 1_000)
-    record.adopt(LimitConfig(limits=(requests, tokens)))
-    record.book({"requests": 1, "tokens": 90}, 2_000)
-    record.correct(Correction(start=1_000, booked={"tokens": 100}, used={"tokens": 20}))
-    assert [window.used for window in record.windows.values()] == [2, 90]
+def test_share_of_a_process_alone_counts_what_it_took_and_comes_back_at_the_reset() -> None:
+    record = Record(LimitConfig(limits=(Limit("tokens", 10, per="day", resets="00:00 UTC"),)))
+    record.book({"tokens": 1}, NOON)
+    record.share(2, (4,), NOON)
+    assert record.earliest({"tokens": 2}, NOON) == NOON
+    assert record.earliest({"tokens": 3}, NOON) == NOON + 12 * HOUR
+    record.book({"tokens": 5}, NOON + 12 * HOUR)
+    assert record.earliest({"tokens": 1}, NOON + 12 * HOUR) == NOON + 36 * HOUR
