@@ -218,7 +218,7 @@ class Session:
             return True
         with self._place.lock():
             loops = [waiter.seat.loop for waiter in self._place.calls]
-            if any(loop is None or loop.is_running() for loop in loops):
+            if self._pending.corrections or any(not loop or loop.is_running() for loop in loops):
                 return False
             if self._pending.held:  # signs of life keep the slots of calls in flight
                 self._answer_closers()

@@ -193,6 +193,14 @@ async def test_closing_fails_waiting_calls_with_store_error(memory: MemoryStore)
     assert (seen.limits[0].used, seen.workers) == (1 + len(calls) - len(told), 0)
 
 
+async def test_statistics_after_closing_count_all_that_was_settled(memory: MemoryStore) -> None:
+    limiter = memory.limiter("100 TPM")
+    async with limiter.acquire(tokens=10) as lease:
+        lease.settle(tokens=4)
+    await limiter.aclose()
+    assert limiter.statistics().limits[0].used == 4
+
+
 async def test_call_that_comes_while_a_limiter_closes_lets_closing_end(
     memory: MemoryStore,
 ) -> None:
