@@ -105,6 +105,12 @@ class RunningServer:
         self._process.kill()
         self._process.wait(10)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
 
 def free_port() -> int:
     """Return a port that nobody listens on, below those that the system gives to clients."""
@@ -136,9 +142,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("valkey"))
-    yield server
-    server.kill()
+    with RunningServer(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
