@@ -113,10 +113,10 @@ def untraced() -> Generator[None]:
 def pytest_pycollect_makeitem(
     collector: pytest.Module | pytest.Class, name: str, obj: object
 ) -> list[pytest.Function] | None:
-    """Run an async test that takes ``virtual_time`` (in the core, ``time``) on it."""
+    """Run an async test that takes ``virtual_time`` (in the core, ``time``, at stores, ``memory``) on it."""
     if not (name.startswith("test_") and inspect.iscoroutinefunction(obj)):
         return None
-    taken = {"time", "virtual_time"} & inspect.signature(obj).parameters.keys()
+    taken = {"time", "virtual_time", "memory"} & inspect.signature(obj).parameters.keys()
     if not taken:
         return None
     test = _run_on_virtual_time(obj, taken.pop())

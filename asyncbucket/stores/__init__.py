@@ -7,33 +7,9 @@ import importlib
 import re
 from typing import Final
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.stores.store import (
-    Batch,
-    Booking,
-    Correction,
-    Ledger,
-    LimitConfig,
-    Outcome,
-    Receipt,
-    Snapshot,
-    Store,
-)
+from asyncbucket.stores.store import Batch, LimitConfig, Snapshot, Store
 
-__all__ = [
-    "Batch",
-    "Booking",
-    "Correction",
-    "Ledger",
-    "LimitConfig",
-    "Outcome",
-    "Receipt",
-    "Snapshot",
-    "Store",
-    "StoreError",
-    "open_store",
-    "without_password",
-]
+__all__ = ["Batch", "LimitConfig", "Snapshot", "Store", "open_store", "without_password"]
 
 _SCHEME: Final = re.compile(r"[a-z]+://")
 #: What may be shown of an address: a host, a port, and a path.

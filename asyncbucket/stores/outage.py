@@ -9,37 +9,34 @@ taken before, minus what has left the window, grows by at most that and by what 
 never exceeds N. After a window, everything that counts was taken alone, and the shares add up to N
 again.
 
-A worker that finds the store again tells it what it took, as debts. It must not take more than its
-share at once either: the store learns what the others took alone only when they have found it, too
-(`RECOVERY_TIME`).
+A worker that finds the store again tells it what it took, as debts. It asks for nothing at once: the
+store learns what the others took alone only when they have found it, too (`RECOVERY_TIME`).
 
 What remains is what others took since this worker last heard from the store: by that much an outage
 may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 """
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.events import StoreLost, StoreRecovered
 from asyncbucket.core.meters import NEVER, Amounts, Bucket, Window
 from asyncbucket.core.wording import counted, in_seconds
-from asyncbucket.stores.store import SLOT, Booking, Correction, LimitConfig, Receipt
+from asyncbucket.stores.store import SLOT, Correction, LimitConfig, Receipt
 
 if TYPE_CHECKING:
     from asyncbucket.stores.place import StorePlace
 
-#: The first and the longest wait (ns) between attempts to reach a store that is gone.
-_RETRY_INTERVAL: Final = 100_000_000
-_MAX_RETRY_INTERVAL: Final = 2_000_000_000
+#: How long (ns) to wait between attempts to reach a store that is gone.
+_RETRY_INTERVAL: Final = 250_000_000
 #: After this long (ns) all workers have found the store again and reported what they took, which
 #: costs one trip that fails and one that does not.
-RECOVERY_TIME: Final = _MAX_RETRY_INTERVAL + 500_000_000
+RECOVERY_TIME: Final = _RETRY_INTERVAL + 250_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -72,12 +69,6 @@ class Record:
             if amount := amounts.get(window.limit.resource):
                 window.book(amount, self.last)
 
-    def book_all(self, calls: Sequence[Any], bookings: Sequence[Booking]) -> None:
-        """Remember the calls of a batch that were booked."""
-        for call, booking in zip(calls, bookings, strict=True):
-            if booking.start:
-                self.book(call.amounts, booking.start)
-
     def correct(self, correction: Correction) -> None:
         """Change the record of a call to what it really used."""
         for window in self.windows.values():
@@ -94,7 +85,7 @@ class Record:
         ``left`` is what the store had left of each limit when last heard; nothing if empty.
         """
         self.last = date = max(now, self.last)
-        for limit, known in zip(self.config.limits, left or itertools.repeat(0), strict=False):
+        for limit, known in zip(self.config.limits, left or [0] * len(self.windows), strict=True):
             window = self.windows[limit.key]
             window.amount, window.pace = limit.units // workers, None
             own = window.amount - window.available(date)
@@ -123,14 +114,11 @@ class StoreHealth:
         self.is_gone = False
         #: When to try a store again that is gone.
         self.retry_at = NEVER
-        self._retry_interval = 0
         self._lost_at = 0
         #: Units admitted alone, by resource; they are reported to the store afterwards.
         self._admitted: Counter[str] = Counter()
-        #: How many slots this worker may hold alone.
-        self._slots = 0
-        #: Until when it takes no more than its share, as others may still have to report theirs.
-        self._share_until = 0
+        #: Until when no call is sent after an outage, as others may still have to report theirs.
+        self.resume_at = 0
         #: How many workers there are, and what the store has left of each limit, as last heard.
         self._workers = 1
         self._left: tuple[int, ...] = ()
@@ -139,79 +127,61 @@ class StoreHealth:
         #: The store's clock minus this one.
         self._offset = 0
 
-    def note_answer(self, receipt: Receipt, config: LimitConfig) -> None:
-        """Note what an answer says; ``config`` is in force."""
+    def note_answer(self, receipt: Receipt, config: LimitConfig) -> Correction | None:
+        """Note what an answer says; ``config`` is in force.
+
+        Return what was admitted while the store was gone, as a debt.
+        """
         now = self._clock()
+        debts = self._recover(now) if self.is_gone else None
         self._offset = receipt.now - now
         self._left = receipt.left
-        # Soon after an outage, or after a loss of data, some workers are still away.
-        soon = now < self._share_until or receipt.lost
-        self._workers = max(self._workers, receipt.workers) if soon else receipt.workers
+        self._workers = receipt.workers
         if self.record.config != config:
             self.record.adopt(config)
+        return debts
 
     def fail(self, error: StoreError) -> None:
         """Note that the store did not answer: go on alone from now on, and try again later."""
         place, workers, now = self._place, self._workers, self._clock()
-        if self.is_gone:
-            self._retry_interval = min(_MAX_RETRY_INTERVAL, 2 * self._retry_interval)
-            self.retry_at = now + self._retry_interval
-            return
-        self.is_gone, self._lost_at, self._share_until = True, now, 0
-        self._retry_interval = _RETRY_INTERVAL
         self.retry_at = now + _RETRY_INTERVAL
-        slots = self.record.config.concurrency
-        self._slots = NEVER if slots is None else slots // workers
+        if self.is_gone:
+            return
+        self.is_gone, self._lost_at = True, now
         if place.on_outage == "share":
             self.record.share(workers, self._left, now + self._offset)
-        manner = {
-            "share": f"with its share, 1 of {workers}",
-            "open": "admitting everybody",
-            "closed": "admitting nobody",
-        }[place.on_outage]
-        _log.warning("%s; limiter %s goes on %s", error, place.name, manner)
-        place.emit(StoreLost(limiter=place.name, at=now * 1e-9, reason=str(error)))
+        _log.warning(
+            "%s; limiter %s goes on alone (%s), as 1 of %d",
+            error,
+            place.name,
+            place.on_outage,
+            workers,
+        )
+        place.notify(StoreLost, reason=str(error))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
         """Book a call without the store if it may pass now; return when it may.
 
         `NEVER` means that it depends on the store, or on a slot being given back.
         """
-        due = self._earliest(amounts, now, held)
-        if due <= now:
-            self.record.book(amounts, now + self._offset)
-            self._admitted.update({n: units for n, units in amounts.items() if units and n != SLOT})
-        return due
-
-    def within_share(self, calls: Sequence[Any], *, held: int) -> tuple[int, int]:
-        """Return how many of ``calls`` the store may be asked for, and when to look for more."""
-        now = self._clock()
-        if now < self._share_until:
-            total: Counter[str] = Counter()
-            for number, call in enumerate(calls):
-                total.update(call.amounts)
-                due = self._earliest(total, now, held)
-                if due > now:
-                    return number, min(due, self._share_until)
-        return len(calls), NEVER
-
-    def _earliest(self, amounts: Amounts, now: int, held: int) -> int:
-        if self._place.on_outage == "open":
-            return now
-        if self._place.on_outage == "closed" or held + amounts.get(SLOT, 0) > self._slots:
+        slots, policy = self.record.config.concurrency, self._place.on_outage
+        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self._workers
+        if policy == "closed" or (policy == "share" and is_short):
             return NEVER
         date = max(now + self._offset, self.record.last)
-        due = self.record.earliest(amounts, date)
-        return now if due <= date else due - self._offset
+        due = date if policy == "open" else self.record.earliest(amounts, date)
+        if due > date:
+            return due - self._offset
+        self.record.book(amounts, date)
+        self._admitted.update({n: units for n, units in amounts.items() if units and n != SLOT})
+        return now
 
-    def recover(self) -> Correction | None:
+    def _recover(self, now: int) -> Correction | None:
         """Go on with the store; return what was admitted without it, as a debt."""
-        if not self.is_gone:
-            return None
-        place, now = self._place, self._clock()
+        place = self._place
         self.is_gone, self.retry_at = False, NEVER
         if place.on_outage == "share":
-            self._share_until = now + RECOVERY_TIME
+            self.resume_at = now + RECOVERY_TIME
         admitted, self._admitted = self._admitted, Counter()
         seconds = (now - self._lost_at) * 1e-9
         _log.warning(
@@ -220,5 +190,5 @@ class StoreHealth:
             in_seconds(seconds),
             ", ".join(counted(units, name) for name, units in admitted.items()) or "nothing",
         )
-        place.emit(StoreRecovered(limiter=place.name, at=now * 1e-9, seconds=seconds))
+        place.notify(StoreRecovered, seconds=seconds)
         return Correction(start=0, booked={}, used=dict(admitted)) if admitted else None

@@ -2,39 +2,50 @@
 
 The pacer still decides who goes next, including children and priorities, and books the limits below
 the root. Then it hands the call over to the session instead of letting it go. There it waits, first
-come, first served, until the session has booked it at the store and its start has come. A process
-has one session, on a thread of its own, for the calls of all its loops and threads. So a loop that
-is blocked, or ends without closing the limiter, holds up nothing at the store. A store that was made
-by the user belongs to the user's loop, and so does its session.
+come, first served, until the session has booked it at the store and its start has come. What it has
+booked below the root, a child's limits for instance, is dated anew while it waits.
+
+A process has one session, on a thread of its own, for the calls of all its loops and threads. So a
+loop that is blocked, or ends without closing the limiter, holds up nothing at the store. A store that
+was made by the user belongs to the user's loop, and so does its session.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import os
 import secrets
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncbucket.core.admission import too_late_locked
 from asyncbucket.core.errors import CostExceedsLimit, StoreError
 from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER
+from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.queue import AnyWaiter
 from asyncbucket.core.seats import NOWHERE, Seat, reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
-from asyncbucket.stores.calls import StoreCalls
-from asyncbucket.stores.pending import BookedMeter, PendingUpdates, Reservation
 from asyncbucket.stores.session import Session
-from asyncbucket.stores.store import SLOT, Correction, LimitConfig, Store, check_membership
+from asyncbucket.stores.store import (
+    SLOT,
+    Batch,
+    Booking,
+    Correction,
+    LimitConfig,
+    Store,
+    check_membership,
+)
 
+#: The bounds of the number of calls that wait to be booked.
+_MIN_ROOM: Final = 8
+_MAX_ROOM: Final = 512
 _AUTO_REFUSED: Final = (
-    "with a store, concurrency must be a number: one process alone cannot find it"
+    "with a store, concurrency must be a number: one process cannot find it alone"
 )
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
 
@@ -58,14 +69,239 @@ def open_place(
         ImportError: the extra for this store is not installed.
     """
     check_membership(node.name, slot_ttl)
-    if node.sizer is not None:
-        raise ValueError(_AUTO_REFUSED)
     if isinstance(store, str) and store.lower().startswith("sqlite:"):
         store = open_store(store).url  # which is absolute: changing directories is harmless
     place = StorePlace(node, store, on_outage=on_outage, slot_ttl=slot_ttl)
     # A wrong URL is refused here, not at the first call, and so are limits that are too large.
+    place.make_store()
     place.check((), None)
     return place
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Say what a call was given."""
+
+    #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
+    booked_at: int
+    #: When it may go, by the worker's clock.
+    start: int
+    slot: bool = False
+    bound_by: str | None = None
+
+
+class BookedMeter:
+    """Stand for what one call has booked of one resource at a store; it reports what changes.
+
+    It is as much of a `asyncbucket.core.meters.Meter` as a lease needs that holds the call.
+    """
+
+    __slots__ = ("_parts", "_place", "_reservation", "_resource")
+
+    def __init__(
+        self, place: "StorePlace", reservation: Reservation, resource: str, units: int
+    ) -> None:
+        self._place = place
+        self._reservation = reservation
+        self._resource = resource
+        #: What is booked, and when by the store's clock: first the reservation, then each debt.
+        self._parts = [(units, reservation.booked_at)]
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
+        """See `asyncbucket.core.meters.Meter.unbook`."""
+        while amount > 0 and self._parts:
+            units, start = self._parts.pop()
+            back = min(units, amount)
+            amount -= back
+            if units > back:
+                self._parts.append((units - back, start))
+            self._report(start, booked=units, used=units - back)
+
+    def owe(self, amount: int, when: int) -> None:
+        """See `asyncbucket.core.meters.Meter.owe`."""
+        # The store dates it on arrival, which is no sooner, so a refund errs on the safe side.
+        booked_at = self._reservation.booked_at
+        start = booked_at and booked_at + when - self._reservation.start
+        self._parts.append((amount, start))
+        self._report(start, booked=0, used=amount)
+
+    def _report(self, start: int, *, booked: int, used: int) -> None:
+        name = self._resource
+        self._place.correct(Correction(start=start, booked={name: booked}, used={name: used}))
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `asyncbucket.core.meters.Meter.redate`: the store's dates stay."""
+
+
+class PendingUpdates:
+    """Keep what came back, the latest limits and the longest pause until they go with a batch."""
+
+    def __init__(self) -> None:
+        #: Slots of calls in flight, and of booked calls.
+        self.held = 0
+        self.corrections: list[Correction] = []
+        self.config: LimitConfig | None = None
+        #: Until when (ns of the worker's clock), and whether gradually.
+        self.pause = 0, False
+
+    def batch(self, calls: Sequence[Amounts] | None, now: int) -> Batch:
+        """Return the next batch; from now on the ledger keeps what is in it."""
+        until, gradually = self.pause
+        batch = Batch(
+            config=self.config,
+            pause=max(0, until - now),
+            gradually=gradually,
+            corrections=tuple(self.corrections),
+            held=self.held,
+            calls=None if calls is None else tuple(calls),
+        )
+        self.config, self.pause, self.corrections = None, (0, False), []
+        return batch
+
+
+@dataclass(slots=True)
+class _Standing:
+    """Keep what a call that stands here has booked below the root, when, and what the store gave it."""
+
+    below: Meters
+    when: int
+    reservation: Reservation | None = None
+
+    def redate(self, waiter: Any, now: int) -> None:
+        """Date to ``now`` what ``waiter`` has booked below the root."""
+        for meter, resource in self.below:
+            if amount := waiter.amounts.get(resource):
+                meter.redate(amount, self.when, now)
+        self.when = now
+
+
+class StoreCalls:
+    """Keep the calls that wait at the store, those that are booked first; with the limiter's lock held."""
+
+    def __init__(self, place: "StorePlace") -> None:
+        self._place = place
+        self._calls: dict[Any, _Standing] = {}
+        #: How many of them may wait to be booked.
+        self._room = _MIN_ROOM
+        #: Why no call waits any more that had come before, and the number of the last one of them.
+        self._failure: tuple[Exception, int] = (StoreError(), 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from tuple(self._calls)
+
+    def push(self, waiter: Any, below: Meters, now: int) -> None:
+        """Take over ``waiter``, which has booked ``below`` the root at ``now``."""
+        self._calls[waiter] = _Standing(below, now)
+
+    def leave(self, waiter: Any) -> bool:
+        """Give back all that ``waiter``, which gave up, has booked; return whether it stood here."""
+        standing = self._calls.pop(waiter, None)
+        if standing is None:
+            return False
+        for meter, resource in standing.below:
+            if amount := waiter.amounts.get(resource):
+                meter.unbook(amount, standing.when)
+        if standing.reservation is not None:
+            self._cancel(waiter.amounts, standing.reservation)
+        return True
+
+    def bury(self) -> None:
+        """Count out the calls whose loop has ended; those that gave up before are counted out by themselves."""
+        for waiter in self:
+            if waiter.seat.is_closed() and not waiter.done():
+                self._place.bury(waiter)
+
+    # --- to be booked ---
+
+    def has_room(self, now: int) -> bool:
+        """Return whether another call may come; date to now what stands here below the root.
+
+        Otherwise limits there would forget those that wait for long, and let too many leave at once.
+        """
+        if sum(each.reservation is None for each in self._calls.values()) >= self._room:
+            return False
+        for waiter, standing in self._calls.items():
+            standing.redate(waiter, now)
+        return True
+
+    def adapt_room(self, sent: int, booked: int) -> None:
+        """Have as many calls wait here as a batch books."""
+        wanted = self._room * 5 // 4 if booked == sent else 2 * booked
+        self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
+
+    def unbooked(self) -> list[Any]:
+        """Return the calls to be booked, in order."""
+        return [
+            waiter
+            for waiter, standing in self._calls.items()
+            if standing.reservation is None and not waiter.done()
+        ]
+
+    def heads(self) -> list[Any]:
+        """Return the calls that go next; they stay here. Those that have failed are told."""
+        self.bury()
+        self._tell_failed()
+        return [each for each in self.unbooked() if not self.has_failed(each)][: self._room]
+
+    # --- failing ---
+
+    def fail_all(self, cause: Exception, last: int) -> None:
+        """Make all calls fail up to number ``last``.
+
+        More of them wait in the pacer's line than fit in here. Each of those would otherwise try the
+        store anew, in vain: it may take seconds to notice that it is gone.
+        """
+        self._failure = cause, last
+        self._tell_failed()
+
+    def has_failed(self, waiter: Any) -> bool:
+        """Tell whether a call came too early: see `fail_all`."""
+        return bool(waiter.number <= self._failure[1])
+
+    def _tell_failed(self) -> None:
+        for waiter in self:
+            if self.has_failed(waiter):
+                self._place.fail(waiter, self._failure[0])
+
+    # --- booked ---
+
+    def reserve(self, waiter: Any, reservation: Reservation) -> None:
+        """Note that a call is booked; it may have given up while the batch was in flight."""
+        if waiter.done() or waiter not in self._calls:
+            self._cancel(waiter.amounts, reservation)
+        else:
+            self._calls[waiter].reservation = reservation
+
+    def admit_due(
+        self, here: asyncio.AbstractEventLoop, home: asyncio.AbstractEventLoop, now: int
+    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
+        """Admit what is due ``here``; return when the next start is, and where else calls are due.
+
+        Those of plain threads are due at ``home``.
+        """
+        elsewhere: set[asyncio.AbstractEventLoop] = set()
+        for waiter, standing in list(self._calls.items()):
+            loop, reservation = waiter.seat.loop or home, standing.reservation
+            if reservation is None or waiter.done():  # it gave up, and will leave
+                continue
+            if reservation.start > now:
+                return reservation.start, elsewhere
+            if loop.is_closed():
+                self._place.bury(waiter)
+            elif loop is not here:
+                elsewhere.add(loop)
+            else:
+                standing.redate(waiter, now)
+                if self._place.admit(waiter, reservation, standing.below, now):
+                    del self._calls[waiter]
+        return NEVER, elsewhere
+
+    def _cancel(self, amounts: Amounts, reservation: Reservation) -> None:
+        """Give back what was booked for a call that is gone, whether or not its start has come."""
+        if reservation.booked_at:
+            self._place.correct(Correction.undo(amounts, reservation.booked_at))
+        if reservation.slot:
+            self._place.release()
 
 
 class StorePlace:
@@ -104,14 +340,13 @@ class StorePlace:
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
         session = self._open_session(waiter.seat.loop)
-        self.calls.push(waiter, (below, now))
+        self.calls.push(waiter, below, now)
         session.wake_for(waiter)
 
     def leave(self, waiter: AnyWaiter) -> bool:
-        is_first = self.calls.first() is waiter
         stood_here = self.calls.leave(waiter)
         if stood_here and self._session is not None:
-            self._session.ask_again(is_first=is_first)
+            self._session.ask_again()
         return stood_here
 
     def ended(self, lease: Any) -> None:
@@ -123,16 +358,17 @@ class StorePlace:
         return sum(not waiter.done() for waiter in self.calls)
 
     def held_up(self) -> tuple[str, int] | None:
-        return None if self._session is None else self._session.held_up()
+        known = None if self._session is None else self._session.held_up
+        return known if known and known[0] else None
 
     def holds_up(self) -> bool:
-        return self._session is not None and self._session.holds_up()
+        return self._session is not None and self._session.held_up is not None
 
     def held_back(self) -> list[AnyWaiter]:
         return self.calls.unbooked() if self.holds_up() else []
 
     def use(self) -> Iterator[LimitUse]:
-        for limit in self.config().limits:
+        for limit in (window.limit for window in self._node.limits.values()):
             available = self.left.get(limit, limit.units)
             yield LimitUse(limit, used=limit.units - available, available=available)
 
@@ -142,16 +378,16 @@ class StorePlace:
         return {"store": self._given, "on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
 
     def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
-        if not isinstance(concurrency, int | None):
-            raise ValueError(_AUTO_REFUSED)  # noqa: TRY004 - "auto" is of the right type elsewhere
-        self.make_store().check(self.config(limits, concurrency))
+        if self._node.sizer is not None or not isinstance(concurrency, int | None):
+            raise ValueError(_AUTO_REFUSED)
+        self.config(limits, concurrency)  # which refuses what no store counts
 
     def configure(self) -> None:
         self.pending.config = self.config()
         self._ring()
 
     def pause(self, span: int, *, gradually: bool) -> None:
-        self.pending.pause(self.clock() + span, gradually=gradually)
+        self.pending.pause = max(self.pending.pause, (self.clock() + span, gradually))
         self._ring()
 
     async def aclose(self) -> None:
@@ -162,9 +398,9 @@ class StorePlace:
         told: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._pacer:
             self.fail_all(StoreError(_CLOSED))
-            if self._session is None and not self.pending:
+            if self._session is None or self._session.loop.is_closed():
                 return
-            self._open_session(asyncio.get_running_loop()).close(told)
+            self._session.close(told)
         await asyncio.wrap_future(told)
 
     # --- what the session asks ---
@@ -172,18 +408,10 @@ class StorePlace:
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
         """Hold the limiter's lock; observers are told on a loop of theirs afterwards."""
-        with self._pacer.lock:
-            yield
-        self._pacer.catch_up(tell=False)
-        self._tell_observers()
-
-    def emit(self, event: Event) -> None:
-        """Tell observers; without the lock."""
-        self._pacer.news.append(functools.partial(self._node.emit, event))
-        self._tell_observers()
-
-    def _tell_observers(self) -> None:
         pacer = self._pacer
+        with pacer.lock:
+            yield
+        pacer.catch_up(tell=False)
         if not pacer.news:
             return
         loops = [seat.loop for seat in list(pacer.seats.values())]
@@ -193,10 +421,15 @@ class StorePlace:
         else:
             running[0].call_soon_threadsafe(pacer.catch_up)
 
+    def notify(self, event_type: type[Event], **fields: Any) -> None:
+        """Tell observers; without the lock."""
+        with self.lock():
+            self._pacer.notify_locked(self._node, event_type, **fields)
+
     def make_store(self) -> Store:
         """Return the store, not connected yet."""
         given = self._given
-        store: Store = given if hasattr(given, "check") else open_store(given)
+        store: Store = given if hasattr(given, "peek") else open_store(given)
         return store
 
     def config(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> LimitConfig:
@@ -259,6 +492,15 @@ class StorePlace:
         except CostExceedsLimit as error:
             self._pacer.fail_locked(waiter, error)
 
+    def reserve(
+        self, waiter: AnyWaiter, booking: Booking, start: int, bound_by: str | None = None
+    ) -> None:
+        """Keep what a call was given until its ``start`` (ns of the worker's clock)."""
+        with self.lock():
+            self.pending.held += booking.slot
+            reservation = Reservation(booking.start, start, booking.slot, bound_by)
+            self.calls.reserve(waiter, reservation)
+
     def admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> bool:
         """Let a booked call go, because its start has come; return whether it still waited."""
         # A call may use limited resources that it did not reserve.
@@ -306,31 +548,24 @@ class StorePlace:
             more = {name: max(amount, booked.get(name, 0)) for name, amount in used.items()}
             correction = Correction(start=0, booked=booked, used=more)
         self.pending.corrections.append(correction)
-        self._tell(correction)
+        if self._session is not None:
+            self._session.report(correction)
 
     def release(self) -> None:
         """Give a slot back."""
         self.pending.held -= 1
-        self._tell(None)
-
-    def _tell(self, correction: Correction | None) -> None:
-        """Have the session tell the store; if there is none, one is opened for that."""
-        loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending
-            self._open_session(loop, is_closing=True).report(correction)
+        if self._session is not None:
+            self._session.report(None)
 
     def _ring(self) -> None:
         if self._session is not None:
             self._session.ring()
 
-    def _open_session(
-        self, loop: asyncio.AbstractEventLoop | None, *, is_closing: bool = False
-    ) -> Session:
+    def _open_session(self, loop: asyncio.AbstractEventLoop | None) -> Session:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
         if self._session is not None and self._session.loop.is_closed():
             self._session = None
             self.calls.bury()
         if self._session is None:
-            home = None if self.owns_store else loop
-            self._session = Session(self, home, is_closing=is_closing)
+            self._session = Session(self, None if self.owns_store else loop)
         return self._session

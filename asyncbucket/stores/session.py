@@ -10,7 +10,7 @@ the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 
 A session serves all loops and threads of a process. It lives on a loop of its own, in a thread that
 ends with it; only a store that was made by the user has it on the user's loop. When the limiter is
-closed it ends as soon as no call waits, no slot is held, and the store has been told everything.
+closed it ends as soon as no call waits or holds a slot.
 """
 
 import asyncio
@@ -25,23 +25,25 @@ from typing import TYPE_CHECKING, Any, Final
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.stores.outage import StoreHealth
-from asyncbucket.stores.pending import Reservation
-from asyncbucket.stores.store import SLOT, Booking, Correction, Ledger, Outcome, Receipt, Store
+from asyncbucket.stores.store import (
+    HORIZON,
+    SLOT,
+    Booking,
+    Correction,
+    Ledger,
+    Outcome,
+    Receipt,
+    Store,
+)
 
 if TYPE_CHECKING:
     import concurrent.futures
 
     from asyncbucket.stores.place import StorePlace
 
-#: How long after its first start (ns) the others of a batch may start.
-_HORIZON: Final = 50_000_000
-#: How long (ns) before the last booked start to ask again at the latest, or two trips if they take
-#: longer.
-_MARGIN: Final = 10_000_000
 #: For how long (ns) to gather what comes back while nobody is known to wait for it, and while somebody
 #: waits: less than a round trip takes, so what comes back in between goes with it.
 _GATHER: Final = 50_000_000
-_GATHER_SLOTS: Final = 1_000_000_000
 _GATHER_BRIEFLY: Final = 500_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
@@ -61,35 +63,31 @@ _log: Final = logging.getLogger("asyncbucket")
 class Session:
     """Serve the calls of one process; with the limiter's lock held unless said otherwise."""
 
-    def __init__(
-        self, place: "StorePlace", loop: asyncio.AbstractEventLoop | None, *, is_closing: bool
-    ) -> None:
-        """Begin, on ``loop`` or on one of its own; ``is_closing``: to tell what came back, and end."""
+    def __init__(self, place: "StorePlace", loop: asyncio.AbstractEventLoop | None) -> None:
+        """Begin, on ``loop`` or on one of its own."""
         #: A limiter that nobody has any more ends its session.
         self._place: StorePlace = weakref.proxy(place, lambda _: self.ring())
         self._pending = place.pending
         self._clock = place.clock
-        #: When what came back must be reported, even if no call goes, and when to give a sign of life.
-        self._report_at = self._beat_at = NEVER
+        #: When a batch is sent though no call asks: to report what came back, or as a sign of life.
+        self._report_at = 0
         #: Before this instant the line's heads are not sent, because they would not be booked.
         self._ask_at = self._last_start = 0
-        #: What the first unbooked call waits for, until when at least, and when that is forgotten.
-        self._held_up: tuple[str, int] | None = None
+        #: What the first unbooked call waits for ("" while the store is gone), until when at least, and
+        #: when that is forgotten.
+        self.held_up: tuple[str, int] | None = None
         self._forget_at = NEVER
-        #: Whether, while the store is gone, the first unbooked call has to wait; forgotten likewise.
-        self._is_stuck = False
         #: What the first unbooked call costs, and from when on it may start, whatever comes back.
         self._soonest: tuple[Amounts, int] = {}, 0
-        #: Whether calls wait in the store's line, for slots among others; whether others wait there.
-        self._in_line = self._awaits_slots = self._is_crowded = False
+        #: Whether calls wait in the store's line, and whether slots are short.
+        self._in_line = self._is_crowded = False
         self._bell = asyncio.Event()
         self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
-        self._helpers: set[asyncio.Task[Any]] = set()
-        self._error: Exception | None = None
-        self._probe: asyncio.Task[Any] | None = None
-        self._listener: asyncio.Task[Any] | None = None
-        self._is_closing = is_closing
+        #: What awaits the store's call, and what tries to reach a store that is gone.
+        self._listener: asyncio.Task[None] | None = None
+        self._probe: asyncio.Task[None] | None = None
+        self._is_closing = False
         #: Who wants to know when the store has been told everything.
         self._closers: list[concurrent.futures.Future[None]] = []
         self._store: Store | None = None
@@ -101,20 +99,11 @@ class Session:
         if loop is None:
             name = "asyncbucket session"
             threading.Thread(target=self._run_in_thread, name=name, daemon=True).start()
-        elif asyncio._get_running_loop() is loop:  # noqa: SLF001 - None in a plain thread
-            self._start()
-        else:
-            loop.call_soon_threadsafe(self._start)
+        else:  # in an empty context: it serves everyone, not the call that happened to come first
+            loop.call_soon_threadsafe(self._start, context=contextvars.Context())
 
     def _start(self) -> None:
-        # Not loop.create_task: an eager factory would run it at once, with the lock held. The
-        # context is empty: it serves everyone, not the call that happened to come first.
-        self._task = asyncio.Task(
-            self._run(),
-            loop=self.loop,
-            name="asyncbucket store session",
-            context=contextvars.Context(),
-        )
+        self._task = self.loop.create_task(self._run(), name="asyncbucket store session")
 
     def _run_in_thread(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
@@ -127,33 +116,26 @@ class Session:
         self._is_closing = self._is_closing and self._place.calls.has_failed(waiter)
         self.ring()
 
-    def ask_again(self, *, is_first: bool) -> None:
-        """Look again: a call has gone, so its place in the store's line is free.
-
-        If it was the first, the next one may be booked sooner.
-        """
-        if is_first:
-            self._ask_at = 0
+    def ask_again(self) -> None:
+        """Ask again: a call has gone, so the next one may be booked sooner, or the line be left."""
+        self._ask_at = 0
         self.ring()
 
-    def held_up(self) -> tuple[str, int] | None:
-        """Return what the first unbooked call waits for, and until when at least."""
-        return self._held_up
-
-    def holds_up(self) -> bool:
-        """Tell whether the first unbooked call has to wait, as a pool may have another member take it."""
-        return self._is_stuck or self._held_up is not None
-
     def report(self, correction: Correction | None) -> None:
-        """Report a correction, or else a slot that came back, with the next batch."""
+        """Report a correction, or else a slot that came back, with the next batch.
+
+        Very soon if a call waits for it, here or elsewhere; while starts lie ahead there is more time,
+        as no call that gets it would start before them.
+        """
+        is_awaited = self._is_crowded
         if correction is not None:
+            is_awaited = self._in_line
             if correction.start and self._health is not None:
                 self._health.record.correct(correction)
-            self._report_soon(is_awaited=self._in_line)
-        else:
-            is_awaited = self._awaits_slots or self._is_crowded
-            is_soon = is_awaited or self._is_closing
-            self._report_soon(is_awaited=is_awaited, late=_GATHER if is_soon else _GATHER_SLOTS)
+        now = self._clock()
+        soon = max(now + _GATHER_BRIEFLY, self._last_start - HORIZON) if is_awaited else NEVER
+        self._report_at = min(self._report_at, soon, now + _GATHER)
+        self.ring()
 
     def ring(self) -> None:
         """Make the session look, from any thread, with or without the lock."""
@@ -165,21 +147,9 @@ class Session:
                 self.loop.call_soon_threadsafe(self._bell.set)
 
     def close(self, told: "concurrent.futures.Future[None]") -> None:
-        """End when no call waits and no slot is held; ``told`` is set once the store knows all."""
+        """End when no call waits or holds a slot; ``told`` is set once no call waits and the store knows all."""
         self._closers.append(told)
         self._is_closing = True
-        self._report_at = self._clock()
-        self.ring()
-
-    def _report_soon(self, *, is_awaited: bool, late: int = _GATHER) -> None:
-        """Report what came back: very soon if a call waits for it, here or elsewhere, else soon.
-
-        While starts lie ahead there is more time: no call that gets it would start before them.
-        """
-        now = self._clock()
-        soon, late = now + _GATHER_BRIEFLY, now + late
-        due = min(late, max(soon, self._last_start - _HORIZON)) if is_awaited else late
-        self._report_at = min(self._report_at, due)
         self.ring()
 
     # --- on the loop, without the lock ---
@@ -192,11 +162,10 @@ class Session:
             pass
         except BaseException as error:  # whatever it is, those that wait must not wait on
             if isinstance(error, Exception):
-                _log.error(
+                _log.exception(
                     "the session of limiter %s has failed; waiting calls fail, and later ones "
                     "get a new session; please report this",
                     self._place.name,
-                    exc_info=error,
                 )
             with self._place.lock():
                 self._place.fail_all(StoreError(_FAILED))
@@ -215,8 +184,7 @@ class Session:
         finally:
             await self._leave()
         with self._place.lock():
-            has_more = self._pending and self._health is not None and not self._health.is_gone
-            is_last = not self._place.calls.heads() and not has_more
+            is_last = not self._place.calls.heads()
             if is_last:
                 self._place.forget(self)
             return is_last
@@ -229,36 +197,32 @@ class Session:
                 return False
         try:
             self._store = place.make_store()
-            config = place.config()
-            if self._is_closing:  # what others have set meanwhile stays
-                snapshot = await self._store.peek(place.name)
-                config = config if snapshot is None else snapshot.config
             self._ledger = await self._store.open(
-                place.name, config, worker=place.worker, slot_ttl=place.slot_ttl
+                place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             with place.lock():
                 place.fail_all(error)
             return False
         self._health = StoreHealth(place, self._ledger.config)
-        self._beat_at = 0
+        self._report_at = 0
         return True
 
     def _is_over(self) -> bool:
-        """Tell whether to leave the store; tell those who close the limiter when it knows all."""
+        """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot."""
         assert self._health is not None
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
+        if self._health.is_gone:
+            return True
         with self._place.lock():
             loops = [waiter.seat.loop for waiter in self._place.calls]
-            is_busy = any(loop is None or loop.is_running() for loop in loops)
-            if not self._health.is_gone and (is_busy or self._pending):
+            if self._pending.corrections or any(not loop or loop.is_running() for loop in loops):
                 return False
-            if not self._health.is_gone and self._pending.held:
+            if self._pending.held:  # signs of life keep the slots of calls in flight
                 self._answer_closers()
-                return False
-            return True
+            return not self._pending.held
 
     def _answer_closers(self) -> None:
         while self._closers:
@@ -269,41 +233,36 @@ class Session:
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
         assert self._health is not None
-        if self._error is not None:
-            raise self._error
+        for helper in (self._listener, self._probe):
+            if helper is not None and helper.done():
+                helper.result()  # if it failed, so has the session
         with self._place.lock():
             heads: Sequence[Any] = self._place.calls.heads()
-            held = self._pending.held
-            if self._in_line and not self._pending.is_urgent():
+            is_urgent = self._pending.config is not None or bool(self._pending.pause[0])
+            if self._in_line and not is_urgent:
                 self._fail_late_calls(heads)
         now = self._clock()
         if now >= self._forget_at:
-            self._held_up, self._is_stuck, self._forget_at = None, False, NEVER
-            self._place.ring_pool()
+            self._note_held_up(None)
+        elif not heads and self.held_up is not None and self._forget_at >= NEVER:
+            left = self.held_up[1] - now
+            self._forget_at = now + max(_REMEMBER, min(left, _LEAVE_ALONE))
         if self._health.is_gone:
-            is_probing = self._probe is not None and not self._probe.done()
-            if not is_probing and now >= self._health.retry_at:
-                self._probe = self._spawn(self._commit(None))
+            if now >= self._health.retry_at:
                 self._health.retry_at = NEVER
-            await self._sleep(min(self._admit_alone(heads), self._health.retry_at))
+                self._probe = self._spawn(self._send(None))
+            await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
             return
-        number, look_again_at = self._health.within_share(heads, held=held)
-        heads = heads[:number]
         if self._in_line and not heads:  # nobody waits any more: leave the store's line
-            self._in_line = self._awaits_slots = False
-            _, until = self._held_up or ("", 0)
-            self._ask_at = 0
-            self._forget_at = now + max(_REMEMBER, min(until - now, _LEAVE_ALONE))
+            self._in_line, self._ask_at = False, 0
             await self._send(())
             return
-        now = self._clock()
-        is_due = bool(heads) and now >= self._ask_at
-        report_at = 0 if self._pending.is_urgent() else min(self._report_at, self._beat_at)
-        if is_due or now >= report_at:
+        ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
+        is_due = bool(heads) and now >= ask_at
+        if is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
-        ask_at = self._ask_at if heads else self._forget_at
-        await self._sleep(min(ask_at, report_at, look_again_at))
+        await self._sleep(min(ask_at, self._report_at))
 
     def _fail_late_calls(self, heads: Sequence[Any]) -> None:
         """Fail those whose deadline comes before such a call can start, whatever comes back."""
@@ -316,100 +275,74 @@ class Session:
             ):
                 self._place.fail_late(waiter)
 
-    async def _commit(self, calls: Sequence[Amounts] | None) -> Receipt:
+    async def _send(self, heads: Sequence[Any] | None) -> None:
+        """Send a batch, and do what the answer says."""
         assert self._ledger is not None
         assert self._health is not None
+        asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
+        calls = None if heads is None else [waiter.amounts for waiter in heads]
         with self._place.lock():
-            batch, heard = self._pending.batch(calls, self._clock(), _HORIZON)
-            self._report_at = NEVER
+            batch = self._pending.batch(calls, asked_at)
+            self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
         try:
             receipt = await self._ledger.commit(batch)
         except StoreError as error:
             self._health.fail(error)
-            self._in_line, self._awaits_slots, self._ask_at = False, False, 0
-            raise
-        heard()
-        self._beat_at = self._clock() + min(_MAX_BEAT_INTERVAL, round(self._place.slot_ttl * 3.3e8))
+            self._in_line, self._ask_at = False, 0
+            return
         self._is_crowded = receipt.crowded
-        if self._is_stuck:
-            self._is_stuck = False
-            self._place.ring_pool()
-        debts = self._health.recover()
-        self._health.note_answer(receipt, self._ledger.config)
+        if self._health.is_gone:
+            self._note_held_up(None)
+        debts = self._health.note_answer(receipt, self._ledger.config)
         if receipt.changed is not None and self._pending.config is None:
             self._place.adopt(receipt.changed)
         with self._place.lock():
-            # The store sorts limits in its own order.
             self._place.left = dict(zip(self._ledger.config.limits, receipt.left, strict=False))
             if debts is not None:
-                self._pending.corrections.append(debts)
-            if debts is not None or self._pending.held != self._pending.reported:
-                self._report_soon(is_awaited=True)
-        return receipt
-
-    async def _send(self, heads: Sequence[Any] | None) -> None:
-        asked_at = self._clock()
-        try:
-            receipt = await self._commit(heads and [waiter.amounts for waiter in heads])
-        except StoreError:
-            return
-        now = self._clock()
+                self._place.correct(debts)
+                self._report_at = 0
         if heads:
-            self._plan(receipt, now, trip=now - asked_at)
-            self._answer_calls(heads, receipt, asked_at, now)
+            self._answer_calls(heads, receipt, asked_at)
         self._let_go()
         if self._in_line and (self._listener is None or self._listener.done()):
             self._listener = self._spawn(self._listen())
 
-    def _plan(self, receipt: Receipt, now: int, *, trip: int) -> None:
-        """Decide when to send the next heads; ``trip`` is how long (ns) this batch took.
+    def _answer_calls(self, heads: Sequence[Any], receipt: Receipt, asked_at: int) -> None:
+        """Answer the calls of a batch, and note what those wait for that were not booked.
 
-        Not before all but a horizon of the booked starts has passed: others get their turn, and
-        more calls go with one trip. Nor before half of the time up to the last start has passed:
-        others want the same units, and one that is late should not find them gone.
+        The next are not sent before all but a horizon of the booked starts has passed: others get
+        their turn, and more calls go with one trip. Nor before half of the time up to the last start
+        has passed: others want the same units, and one that is late should not find them gone.
         """
-        last = max((booking.start for booking in receipt.bookings), default=0)
-        left = last - receipt.now
-        others_first = receipt.now + min(left // 2, left - max(_MARGIN, 2 * trip))
-        ask_at = max(receipt.ask_at, last - _HORIZON, others_first)
-        self._ask_at = now + max(0, ask_at - receipt.now)
-        self._last_start = max(self._last_start, now + last - receipt.now)
-
-    def _answer_calls(
-        self, heads: Sequence[Any], receipt: Receipt, asked_at: int, now: int
-    ) -> None:
-        """Answer the calls of a batch, and note what those wait for that were not booked."""
         assert self._health is not None
-        offset, before, booked = now - receipt.now, self._held_up, 0
-        self._in_line, self._awaits_slots = receipt.in_line, False
-        self._held_up, self._forget_at = None, NEVER
+        now = self._clock()
+        offset, before, booked = now - receipt.now, self.held_up, 0
+        last = max((booking.start for booking in receipt.bookings), default=0)
+        halfway = receipt.now + (last - receipt.now) // 2
+        self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
+        self._last_start = max(self._last_start, last + offset)
+        self._in_line, held_up = receipt.in_line, None
         for waiter, booking in zip(heads, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 booked += 1
-                start = max(now, booking.start + offset)
-                bound_by = booking.bound_by or (None if before is None else before[0])
-                self._reserve(waiter, booking, start, bound_by)
+                self._health.record.book(waiter.amounts, booking.start)
+                bound_by = booking.bound_by or (before[0] if before else None)
+                self._place.reserve(waiter, booking, max(now, booking.start + offset), bound_by)
             elif booking.outcome is Outcome.NEVER:
                 with self._place.lock():
                     self._place.refuse(waiter)
-            else:
-                self._awaits_slots |= booking.outcome is Outcome.FULL
-                if self._held_up is None and booking.bound_by is not None:
-                    soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
-                    until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
-                    self._held_up = booking.bound_by, until
-                    self._soonest = waiter.amounts, soonest
-        self._health.record.book_all(heads, receipt.bookings)
+            elif held_up is None and booking.bound_by is not None:
+                soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
+                until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
+                held_up, self._soonest = (booking.bound_by, until), (waiter.amounts, soonest)
         self._place.calls.adapt_room(len(heads), booked)
-        if self._held_up is not None:
-            self._place.ring_pool()
+        self._note_held_up(held_up)
 
-    def _reserve(self, waiter: Any, booking: Booking, start: int, bound_by: str | None) -> None:
-        reservation = Reservation(booking.start, start, booking.slot, bound_by)
-        with self._place.lock():
-            self._pending.held += booking.slot
-            self._pending.reported += booking.slot
-            self._place.calls.reserve(waiter, reservation)
+    def _note_held_up(self, held_up: tuple[str, int] | None) -> None:
+        """Note what the first unbooked call waits for; a pool may have another member take it."""
+        before, self.held_up, self._forget_at = self.held_up, held_up, NEVER
+        if held_up != before:
+            self._place.ring_pool()
 
     def _let_go(self) -> None:
         """Admit the calls of this loop whose start has come.
@@ -417,29 +350,27 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
-        with self._place.lock():
+        with (
+            contextlib.suppress(ReferenceError),
+            self._place.lock(),
+        ):  # unless nobody has the limiter
             now = self._clock()
             next_start, elsewhere = self._place.calls.admit_due(here, self.loop, now)
             if self._place.calls.has_room(now):
                 self._place.ring_seats()
-        if here is not self.loop:
-            return
+            if here is self.loop:
+                self._set_timer(next_start)
+                for loop in elsewhere:
+                    with contextlib.suppress(RuntimeError):  # it has just been closed
+                        loop.call_soon_threadsafe(self._let_go, context=contextvars.Context())
+
+    def _set_timer(self, next_start: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if next_start < NEVER:
             nap = max(_NAP, (next_start - self._clock()) * 1e-9)
-            self._timer = self.loop.call_later(nap, self._on_timer)
-        for loop in elsewhere:
-            with contextlib.suppress(RuntimeError):  # it has just been closed
-                loop.call_soon_threadsafe(self._on_timer, context=contextvars.Context())
-
-    def _on_timer(self) -> None:
-        try:
-            self._let_go()
-        except Exception as error:  # noqa: BLE001 - the loop would log it, and the others wait on
-            self._error = error
-            self.ring()
+            self._timer = self.loop.call_later(nap, self._let_go)
 
     async def _listen(self) -> None:
         """Ask again when the store notifies, or at the time that it named."""
@@ -452,28 +383,24 @@ class Session:
                 is_called = True  # the next batch finds out
             if is_called or self._clock() >= self._ask_at:
                 self._ask_at = 0
-                self._bell.set()
                 return
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to look again."""
         assert self._health is not None
-        assert self._ledger is not None
-        when = now = self._clock()
+        when: int = self._clock()
+        now = when
         for waiter in heads:
             when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
             if when > now:
                 break
             slot = bool(waiter.amounts.get(SLOT))
-            self._reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now, None)
+            self._place.reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now)
         self._let_go()
-        if heads:
-            was_stuck, self._is_stuck, self._forget_at = self._is_stuck, when > now, NEVER
-            if self._is_stuck and not was_stuck:
-                self._place.ring_pool()
-        elif self._is_stuck and self._forget_at >= NEVER:
-            self._forget_at = now + _LEAVE_ALONE
-        return when if heads else self._forget_at
+        if not heads:
+            return NEVER
+        self._note_held_up(("", when) if when > now else None)
+        return when
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
@@ -484,29 +411,24 @@ class Session:
         self._is_rung = False  # first: another thread may ring at once
         self._bell.clear()
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Have ``work`` done beside, and look again when it has ended."""
         task = asyncio.create_task(work, name="asyncbucket store")
-        self._helpers.add(task)
-        task.add_done_callback(self._note_end)
+        task.add_done_callback(lambda _: self._bell.set())
         return task
-
-    def _note_end(self, task: "asyncio.Task[Any]") -> None:
-        """Look again when a helper has ended; if it failed, so has the session."""
-        self._helpers.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, Exception) and not isinstance(error, StoreError):
-            self._error = error
-        self._bell.set()
 
     async def _leave(self) -> None:
         """Leave the store, and close it."""
-        if self._timer is not None:
-            self._timer.cancel()
-        for task in tuple(self._helpers):
+        self._set_timer(NEVER)
+        helpers = [each for each in (self._listener, self._probe) if each is not None]
+        self._listener = self._probe = None
+        for task in helpers:
             task.cancel()
-        await asyncio.gather(*self._helpers, return_exceptions=True)
+        await asyncio.gather(*helpers, return_exceptions=True)
         ledger, self._ledger, store, self._store = self._ledger, None, self._store, None
-        if ledger is not None:
-            await ledger.aclose()
-        if store is not None and self._owns_store:
-            await store.aclose()
+        try:
+            if ledger is not None:
+                await ledger.aclose(self._pending.batch((), self._clock()))
+        finally:
+            if store is not None and self._owns_store:
+                await store.aclose()

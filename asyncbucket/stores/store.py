@@ -16,12 +16,12 @@ what it has, so workers that want more than there is take turns with equal slice
 The line. Nothing is booked farther ahead than `FAR`, because what other calls give back should
 serve those that wait, and slots cannot be booked ahead at all. A worker whose next call cannot be
 booked yet stands in line: one place for each worker, in order of arrival, for units and slots
-alike. So does one that was served and wants more while others stand there: at the end. Nobody passes those who came first, except that nobody holds more than concurrency / workers
-slots, rounded up, while another that holds fewer waits. A worker that gives back slots and has
-calls waiting takes the slots back at once, unless another holds fewer, or holds as few and has
-waited for 20 ms for each of them: a slot that changes hands costs a round trip. `Ledger.changed` returns when a
-worker's turn has come. A worker that does not come within `GRACE` of its turn is passed over until
-it does.
+alike. So does one that was served and wants more while others stand there: at the end. Nobody passes
+those who came first, except that nobody holds more than concurrency / workers slots, rounded up,
+while another that holds fewer waits. A worker that gives back slots and has calls waiting takes the
+slots back at once, unless another holds fewer, or holds as few and has waited for 20 ms for each of
+them: a slot that changes hands costs a round trip. `Ledger.changed` returns when a worker's turn has
+come. A worker that does not come within `GRACE` of its turn is passed over until it does.
 
 A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
 slots come back; if it comes again, the slots that it holds count again.
@@ -36,7 +36,8 @@ A failure raises `StoreError` within the store's patience (0.2 s). Whether the b
 then unknown, so nothing is sent again blindly. Each batch has a number, and a store answers a number
 that it knows as it did before. The ledger keeps the batch that is in doubt, asks about it before it
 sends another, and gives back what was booked for its calls. A caller that is cancelled counts as a
-failure. Corrections are kept until they are applied, once; all else has to be sent again.
+failure. Limits, pauses and corrections are kept until they are applied, once; all else has to be sent
+again.
 """
 
 import abc
@@ -44,8 +45,8 @@ import asyncio
 import contextlib
 import enum
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
 from asyncbucket.core.errors import StoreError
@@ -53,11 +54,17 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import read_slot_ttl
+from asyncbucket.core.wording import in_seconds
 
+#: How many ns after its first start the other calls of a batch may start, unless it says otherwise.
+HORIZON: Final = 50_000_000
 #: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 250_000_000
 #: A worker that has not come this many ns after its turn is passed over.
 GRACE: Final = 100_000_000
+#: The most units of a limit: a double, as a server's script has it, counts exactly to 128 times that;
+#: the rest is for debts.
+MAX_AMOUNT: Final = 1 << 46
 #: The resource of which a slot is one unit.
 SLOT: Final = "concurrency"
 #: Within so many seconds a store answers, or counts as gone; and the first time, when it is opened.
@@ -85,10 +92,8 @@ def check_membership(name: str, slot_ttl: float) -> None:
     read_slot_ttl(slot_ttl)
 
 
-async def in_time(
-    work: Coroutine[Any, Any, Any], patience: float, too_late: Callable[[float], str]
-) -> Any:
-    """Return the result of ``work``, unless it takes too long; then end it.
+async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str) -> Any:
+    """Return the result of ``work``, unless it takes too long; then end it, and say ``silence``.
 
     A short wait that ends late proves that this process, or the machine, is too busy to tell whether
     the store is: it does not count.
@@ -106,7 +111,7 @@ async def in_time(
                 return task.result()
             if loop.time() - began < 1.5 * _STEP:
                 left -= _STEP
-        raise StoreError(too_late(patience))
+        raise StoreError(f"{silence} (waited {in_seconds(patience)})")
     finally:
         task.cancel()
 
@@ -130,11 +135,24 @@ class LimitConfig:
     """What a limiter is limited to, the same for all workers that share it.
 
     Two limits are the same limit if they have the same resource and window.
+
+    Raises:
+        ValueError: a limit is above what a store counts.
     """
 
+    #: In the order of their resources and windows, however they were given.
     limits: tuple[Limit, ...] = ()
     #: The number of slots, over all workers; None for no bound.
     concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        for limit in self.limits:
+            if limit.units > MAX_AMOUNT:
+                raise ValueError(
+                    f"a store counts to {MAX_AMOUNT:,}: {limit} is above; lower the limit"
+                )
+        in_order = sorted(self.limits, key=lambda limit: (limit.resource, limit.window))
+        object.__setattr__(self, "limits", tuple(in_order))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +192,7 @@ class Batch:
     #: then the worker leaves the line. None keeps its place: a sign of life.
     calls: tuple[Amounts, ...] | None = ()
     #: How long after the first start (ns) the others may start.
-    horizon: int = 50_000_000
+    horizon: int = HORIZON
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +223,6 @@ class Receipt:
     #: The limits in force if they differ from the ledger's; None if they are the same. The batch was
     #: applied under them.
     changed: LimitConfig | None = None
-    #: The store had lost its state, and began again with nothing available.
-    lost: bool = False
     #: What the windows of `LimitConfig.limits` have left, in that order, or less.
     left: tuple[int, ...] = ()
     #: Workers that have given a sign of life within their slots' time to live, this one included.
@@ -235,8 +251,6 @@ class Snapshot:
     #: The last start that was booked; no later call starts earlier.
     last_start: int
     workers: int
-    #: What only this kind of store can tell, for people: version, memory, file...
-    details: dict[str, str] = field(default_factory=dict)
 
 
 def _spawn(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -255,13 +269,17 @@ class Ledger(abc.ABC):
     #: Seconds until the store counts as gone.
     patience: float = PATIENCE
 
-    def __init__(self, name: str, worker: str | None) -> None:
+    def __init__(self, store: "Store", name: str, worker: str | None, silence: str) -> None:
+        #: Where it is kept.
+        self.store = store
         #: The limiter's name; all who open the same name share the same limits.
         self.name = name
         #: This worker's unique name.
         self.worker = secrets.token_hex(8) if worker is None else worker
         #: The limits in force, as last heard.
         self.config = LimitConfig()
+        #: What to say if the store does not answer in time.
+        self.silence = silence
         self._turn = asyncio.Lock()
         #: The number of the last batch; a worker that opens the limiter again repeats none.
         self._number = secrets.randbelow(1 << 48)
@@ -270,11 +288,11 @@ class Ledger(abc.ABC):
         self._flight: asyncio.Task[Receipt] | None = None
         #: How long (s) the slowest trip took, of those of late.
         self._slowest = 0.0
-        #: Corrections that have not been sent, and how many slots it holds, as far as callers know.
-        self._owed: tuple[Correction, ...] = ()
+        #: Limits, pauses and corrections that have not been sent.
+        self._owed = Batch()
+        #: The limits of which callers know, and how many slots it holds as far as they know.
+        self._known = self.config
         self._held = 0
-        #: Whether a batch in doubt found the store's state lost.
-        self._has_lost = False
         self._is_open = True
 
     async def commit(self, batch: Batch) -> Receipt:
@@ -288,28 +306,42 @@ class Ledger(abc.ABC):
         patience = max(self.patience, min(_TRIPS * self._slowest, OPEN_PATIENCE))
         return await self._commit(batch, patience)
 
-    async def join(self, config: LimitConfig) -> None:
-        """Make the limiter if necessary, and put ``config`` in force."""
+    async def join(self, config: LimitConfig) -> Self:
+        """Make the limiter if necessary, put ``config`` in force, and return the ledger."""
         await self._commit(Batch(config=config), max(self.patience, OPEN_PATIENCE))
+        return self
 
     async def _commit(self, batch: Batch, patience: float) -> Receipt:
         self._held = self._held if batch.held is None else batch.held
-        self._owed += batch.corrections
+        self._owe(batch)
         async with self._turn:
-            receipt: Receipt = await self._in_time(self._exchange(batch), patience)
+            receipt: Receipt = await in_time(self._exchange(batch), patience, self.silence)
             self._in_doubt = self._flight = None
         self._held += sum(booking.slot for booking in receipt.bookings)
-        lost, self._has_lost = self._has_lost or receipt.lost, False
-        return replace(receipt, lost=lost)
+        changed = None if self.config in (self._known, batch.config) else self.config
+        self._known = self.config
+        return replace(receipt, changed=changed)
+
+    def _owe(self, batch: Batch) -> None:
+        """Keep the corrections, the latest limits and the longest pause until they are sent."""
+        before = self._owed
+        longest = max(before, batch, key=lambda each: each.pause)
+        self._owed = Batch(
+            config=batch.config or before.config,
+            pause=longest.pause,
+            gradually=longest.gradually,
+            corrections=before.corrections + batch.corrections,
+        )
 
     async def _exchange(self, batch: Batch) -> Receipt:
         if self._in_doubt is not None:
             receipt = await self._deliver(self._in_doubt)
-            self._has_lost |= receipt.lost
-            self._owed += undone(self._in_doubt.calls, receipt)
+            answers = zip(self._in_doubt.calls or (), receipt.bookings, strict=False)
+            undone = [Correction.undo(call, each.start) for call, each in answers if each.start]
+            self._owe(Batch(corrections=tuple(undone)))
             self._in_doubt = self._flight = None
-        corrections, self._owed = self._owed, ()
-        self._in_doubt = replace(batch, corrections=corrections, held=self._held)
+        owed, self._owed = self._owed, Batch()
+        self._in_doubt = replace(owed, held=self._held, calls=batch.calls, horizon=batch.horizon)
         self._number += 1
         return await self._deliver(self._in_doubt)
 
@@ -327,39 +359,36 @@ class Ledger(abc.ABC):
         self._slowest = max(loop.time() - began, _FADING * self._slowest)
         return receipt
 
-    async def _in_time(self, work: Coroutine[Any, Any, Any], patience: float) -> Any:
-        return await in_time(work, patience, self._too_late)
-
     @abc.abstractmethod
     async def _send(self, number: int, batch: Batch) -> Receipt:
         """Apply ``batch``; if ``number`` was applied before, only answer as then."""
 
     @abc.abstractmethod
-    def _too_late(self, patience: float) -> str:
-        """Return what to say if there was no answer within ``patience`` seconds."""
-
-    @abc.abstractmethod
     async def changed(self, *, timeout: float) -> bool:
         """Wait until this worker's turn has come, or the limits have changed.
 
-        Return whether that happened; after ``timeout`` seconds return False. Changes since the last
-        batch was answered count, so none is missed in between. A store that cannot notify checks by
-        itself, at a low rate.
+        Return whether that may have happened; after ``timeout`` seconds return False. Changes since
+        the last batch was answered count, so none is missed in between. A store that cannot notify
+        checks by itself, at a low rate.
         """
 
-    @abc.abstractmethod
     async def peek(self) -> Snapshot:
         """Look at the state of the limiter; this changes nothing."""
+        snapshot = await self.store.peek(self.name)
+        if snapshot is None:
+            raise StoreError(f"{self.store.url} no longer has a limiter {self.name!r}")
+        return snapshot
 
-    async def aclose(self) -> None:
-        """Leave: the worker no longer counts, stands in no line and holds no slots."""
+    async def aclose(self, last: Batch | None = None) -> None:
+        """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire."""
         if not self._is_open:
             return
         self._is_open = False
         with contextlib.suppress(StoreError):  # it expires by itself
-            if self._in_doubt is not None or self._owed:
-                await self.commit(Batch())
-            await self._in_time(self._leave(), self.patience)
+            if last or self._in_doubt or self._owed != Batch():
+                await self.commit(last or Batch())
+            if not self._held:
+                await in_time(self._leave(), self.patience, self.silence)
         if self._flight is not None:
             self._flight.cancel()
 
@@ -378,14 +407,6 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Where it is, without a password."""
-        ...
-
-    def check(self, config: LimitConfig) -> None:
-        """Refuse limits that cannot be kept here; this asks nobody and changes nothing.
-
-        Raises:
-            ValueError: a limit is above what the store counts; the message has both numbers.
-        """
         ...
 
     async def open(
@@ -426,13 +447,3 @@ class Store(Protocol):
     async def aclose(self) -> None:
         """Close the connections. Ledgers cannot be used afterwards."""
         ...
-
-
-def undone(calls: Sequence[Amounts] | None, receipt: Receipt) -> tuple[Correction, ...]:
-    """Return what gives back everything booked for ``calls``, which nobody awaits any more."""
-    booked = zip(calls or (), receipt.bookings, strict=False)
-    return tuple(
-        Correction.undo(call, booking.start)
-        for call, booking in booked
-        if booking.outcome is Outcome.BOOKED
-    )

@@ -42,7 +42,7 @@ def test_store_is_reported_with_its_answer_time(
     finding = doctor.shared_store(f"sqlite:///{tmp_path}/limits.db")
     assert finding.state == state
     assert " answers in " in finding.found
-    assert "/limits.db, size " in finding.found
+    assert "/limits.db answers in " in finding.found
     assert (finding.remedy is None) == (state == "good")
 
 

@@ -457,7 +457,7 @@ def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) ->
     Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
     result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet")
     assert result.exit_code == 2
-    assert "out.jsonl.limits: it is not a SQLite file, or is damaged" in result.stderr
+    assert "out.jsonl.limits: SQLite failed (file is not a database)" in result.stderr
     assert Path("out.jsonl.limits").read_text().startswith("weights")
 
 

@@ -27,7 +27,7 @@ SERVES = {
     "llama_index": ("llama-index",),
     "cli/proxy": ("proxy",),
     "retry.py": ("llama-index",),
-    "stores/redis": ("redis",),
+    "stores/redis.py": ("redis",),
     "telemetry/to_opentelemetry.py": ("otel",),
     "telemetry/to_prometheus.py": ("prometheus",),
     "testing": ("testing",),

@@ -1,12 +1,14 @@
 """A store in memory that several limiters share, on virtual time, and that may be gone."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import Batch, LimitConfig, Receipt, Snapshot
-from asyncbucket.stores.sqlite.state import State
+from asyncbucket.stores import Batch, LimitConfig, Snapshot
+from asyncbucket.stores.state import State
+from asyncbucket.stores.store import Receipt
 from asyncbucket.testing import VirtualClock
 
 
@@ -15,6 +17,8 @@ class MemoryStore:
     """Keep the states of limiters as a file does; it belongs to whoever made it."""
 
     clock: VirtualClock
+    #: Runs a test on virtual time.
+    run: Callable[..., Any]
     states: dict[str, State] = field(default_factory=dict)
     gone: bool = False
     #: How long an answer takes (s), and how many there were.
@@ -28,13 +32,17 @@ class MemoryStore:
         """Return the instant by the store's own clock."""
         return self.clock() + 1_795_000_000_000_000_000
 
-    def limiters(self, number: int, *limits: str, **options: Any) -> list[Limiter]:
-        """Return so many limiters, of as many processes."""
-        usual: dict[str, Any] = {"store": self, "clock": self.clock, "name": "openai"}
-        return [Limiter(*limits, **{**usual, **options}) for _ in range(number)]
+    @property
+    def seconds(self) -> float:
+        return self.clock() * 1e-9
 
-    def check(self, config: LimitConfig) -> None:
-        """Accept all limits."""
+    def limiter(self, *limits: str, **options: Any) -> Limiter:
+        """Return a limiter of a process of its own."""
+        usual: dict[str, Any] = {"store": self, "clock": self.clock, "name": "openai"}
+        return Limiter(*limits, **{**usual, **options})
+
+    def limiters(self, number: int, *limits: str, **options: Any) -> list[Limiter]:
+        return [self.limiter(*limits, **options) for _ in range(number)]
 
     async def open(
         self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float
@@ -86,5 +94,7 @@ class MemoryLedger:
             await asyncio.sleep(0.005)
         return False
 
-    async def aclose(self) -> None:
-        self.state.leave(self.worker, self.store.now())
+    async def aclose(self, last: Batch) -> None:
+        await self.commit(last)
+        if not last.held:
+            self.state.leave(self.worker, self.store.now())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Lease, Limiter, StoreError
+from asyncbucket import Lease, Limiter, StoreError
 from asyncbucket.stores import open_store
 from tests.stores.conformance.place import peek_at
 
@@ -22,22 +22,6 @@ UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore
 async def take(limiter: Limiter) -> None:
     async with limiter.acquire():
         pass
-
-
-async def use_less(limiter: Limiter) -> None:
-    async with limiter.acquire(tokens=400, timeout=2) as lease:
-        lease.settle(tokens=100)
-
-
-@UNCLOSED
-def test_unclosed_run_leaves_slots_and_refunds_to_next_run(where: str) -> None:
-    limiter = Limiter("1000 TPM", concurrency=2, store=where, name="openai")
-    for _ in range(6):
-        asyncio.run(use_less(limiter))
-    asyncio.run(limiter.aclose())
-    gc.collect()
-    snapshot = asyncio.run(peek_at(open_store(where)))
-    assert (snapshot.limits[0].used, snapshot.slots) == (600, 0)
 
 
 @UNCLOSED
@@ -106,13 +90,9 @@ def test_lease_can_be_released_after_its_loop_has_ended(where: str) -> None:
         return await limiter.acquire(tokens=100, timeout=2)
 
     async def release_beside(lease: Lease) -> None:
-        passed = await hold()
         await asyncio.to_thread(lease.release)
-        passed.release()
-        leases = await asyncio.gather(hold(), hold(), hold())
-        for each in leases:
+        for each in await asyncio.gather(hold(), hold(), hold()):
             each.release()
-        await asyncio.sleep(0.1)
         await limiter.aclose()
 
     between, beside = asyncio.run(hold()), asyncio.run(hold())
@@ -121,35 +101,7 @@ def test_lease_can_be_released_after_its_loop_has_ended(where: str) -> None:
     asyncio.run(release_beside(beside))
     gc.collect()
     snapshot = asyncio.run(peek_at(open_store(where)))
-    assert (snapshot.limits[0].used, snapshot.slots) == (510, 0)
-
-
-def test_loops_and_threads_of_a_process_share_the_limit(url: str) -> None:
-    limiter = Limiter("12 RPM burst 12", store=url, name="openai")
-    passed: list[str] = []
-
-    def loop() -> None:
-        async def work() -> None:
-            for _ in range(4):
-                (await limiter.acquire(timeout=5)).release()
-                passed.append("loop")
-
-        asyncio.run(work())
-
-    def plain() -> None:
-        limiter.acquire_sync(timeout=5).release()
-        passed.append("plain")
-
-    threads = [threading.Thread(target=loop) for _ in range(2)]
-    threads += [threading.Thread(target=plain) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(passed) == ["loop"] * 8 + ["plain"] * 4
-    with pytest.raises(AcquireTimeout):
-        limiter.acquire_sync(timeout=0.3)
-    asyncio.run(limiter.aclose())
+    assert (snapshot.limits[0].used, snapshot.slots) == (410, 0)
 
 
 def test_session_ends_with_its_limiter_though_nobody_closed_it(where: str) -> None:
@@ -190,16 +142,12 @@ def test_blocked_loop_keeps_its_slots_and_gives_other_loops_no_cause_to_wait(whe
     asyncio.run(limiter.aclose())
 
 
-def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: Any) -> None:
+def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis: Any) -> None:
     limiter = Limiter(concurrency=1, store=url, name="openai")
-
-    def connections() -> set[str]:
-        return {client["id"] for client in redis_sync.client_list()}
-
-    before = connections()
+    before = len(redis.client_list())
     for _ in range(2):  # later calls open it again
         lease = limiter.acquire_sync(timeout=5)
-        assert connections() - before
+        assert len(redis.client_list()) > before
         with concurrent.futures.ThreadPoolExecutor() as threads:
             waiting = threads.submit(limiter.acquire_sync, timeout=5)
             while not limiter.statistics().waiting:
@@ -208,5 +156,5 @@ def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis_sync: An
             with pytest.raises(StoreError, match="was closed while this call waited"):
                 waiting.result()
         lease.release()
-        while connections() - before:  # the server may notice it later
+        while len(redis.client_list()) > before:  # the server may notice it later
             time.sleep(0.001)

@@ -7,73 +7,52 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
-from asyncbucket.stores import Correction, LimitConfig
+from asyncbucket.stores import LimitConfig
 from asyncbucket.stores.outage import Record
-from asyncbucket.testing import VirtualTime, assert_never_over
+from asyncbucket.testing import assert_never_over
 from tests.stores.memory import MemoryStore
+
+HOUR = 3_600_000_000_000
+NOON = 12 * HOUR
 
 
 @pytest.mark.parametrize("late", [0.05, 0.35, 0.8])
 async def test_limiters_returning_after_outage_together_keep_the_limit(
-    virtual_time: VirtualTime, late: float
+    memory: MemoryStore, late: float
 ) -> None:
     admitted: list[tuple[float, int]] = []
-    store = MemoryStore(virtual_time.clock)
     limit = "100 requests/10s burst 100"
-    both = store.limiters(2, limit)
+    both = memory.limiters(2, limit)
 
     async def agent(limiter: Limiter, start: float) -> None:
         await asyncio.sleep(start)
         while True:
             async with limiter.acquire():
-                admitted.append((virtual_time.clock() * 1e-9, 1))
+                admitted.append((memory.seconds, 1))
 
     for limiter in both:
         (await limiter.acquire()).release()
-        admitted.append((virtual_time.clock() * 1e-9, 1))
+        admitted.append((memory.seconds, 1))
     await asyncio.sleep(22)
-    store.gone = True
+    memory.gone = True
     agents = [asyncio.ensure_future(agent(both[0], 0)) for _ in range(3)]
     agents += [asyncio.ensure_future(agent(both[1], late)) for _ in range(3)]
     await asyncio.sleep(1)
     assert len(admitted) == 2 + 100, "the shares were not used"
-    store.gone = False
+    memory.gone = False
     await asyncio.sleep(24)
     await stop(agents, both)
     assert_never_over(admitted, "100 requests/10s burst 100")
     assert len(admitted) == 2 + 300, "not all was used afterwards"
 
 
-async def test_slots_taken_while_store_returns_are_reported_to_it(
-    virtual_time: VirtualTime,
-) -> None:
-    store = MemoryStore(virtual_time.clock)
-    one, two = store.limiters(2, "1000/s burst 1000", concurrency=2)
-    (await one.acquire()).release()
-    await asyncio.sleep(22)
-    store.gone = True
-    leases = [await one.acquire()]
-    store.gone, store.delay = False, 0.02
-    await asyncio.sleep(0.11)  # the first heartbeat is under way
-    leases.append(await one.acquire())
-    store.delay = 0.001
-    await asyncio.sleep(0.02)
-    with pytest.raises(AcquireTimeout):
-        await two.acquire(timeout=0.05)
-    for lease in leases:
-        lease.release()
-    await one.aclose()
-    await two.aclose()
-
-
 @pytest.mark.parametrize(("policy", "passing"), [("open", 30), ("closed", 0)])
 async def test_open_outage_policy_admits_all_and_closed_admits_none(
-    virtual_time: VirtualTime, policy: Any, passing: int
+    memory: MemoryStore, policy: Any, passing: int
 ) -> None:
-    store = MemoryStore(virtual_time.clock)
-    (limiter,) = store.limiters(1, "10/minute burst 2", on_outage=policy)
+    limiter = memory.limiter("10/minute burst 2", on_outage=policy)
     (await limiter.acquire()).release()
-    store.gone = True
+    memory.gone = True
     calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
     await asyncio.sleep(0.4)
     assert sum(each.done() for each in calls) == passing
@@ -82,30 +61,29 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
             await limiter.acquire(timeout=0.5)
     for each in calls:
         each.cancel()
-    store.gone = False
+    memory.gone = False
     await asyncio.sleep(3)
-    assert (await store.peek()).limits[0].used == 1 + passing
+    assert (await memory.peek()).limits[0].used == 1 + passing
     await limiter.aclose()
 
 
 @pytest.mark.parametrize("policy", ["share", "closed"])
 async def test_another_member_of_a_pool_takes_what_a_store_that_is_gone_holds_up(
-    virtual_time: VirtualTime, policy: Any
+    memory: MemoryStore, policy: Any
 ) -> None:
-    store = MemoryStore(virtual_time.clock)
-    (shared,) = store.limiters(1, "3 requests/9s burst 3", on_outage=policy)
-    own = Limiter("99 RPM burst 99", name="own", concurrency=1, clock=virtual_time.clock)
+    shared = memory.limiter("3 requests/9s burst 3", on_outage=policy)
+    own = Limiter("99 RPM burst 99", name="own", concurrency=1, clock=memory.clock)
     pool = Pool(shared, own, prefer="first")
     for _ in range(3):
         await call(shared)
     await asyncio.sleep(2)
-    store.gone = True
+    memory.gone = True
     kept = await own.acquire()
     calls = [asyncio.ensure_future(call(pool)) for _ in range(9)]
     await asyncio.sleep(1)
     kept.release()
     await asyncio.wait_for(asyncio.gather(*calls), 1)
-    store.gone, kept = False, await own.acquire()
+    memory.gone, kept = False, await own.acquire()
     await asyncio.wait_for(call(pool), 12)
     kept.release()
     await pool.aclose()
@@ -113,21 +91,20 @@ async def test_another_member_of_a_pool_takes_what_a_store_that_is_gone_holds_up
 
 @pytest.mark.parametrize("limit", ["40 tokens/s", "40 tokens/s burst 4"])
 async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
-    virtual_time: VirtualTime, limit: str
+    memory: MemoryStore, limit: str
 ) -> None:
     admitted: list[tuple[float, int]] = []
-    store = MemoryStore(virtual_time.clock)
-    both = store.limiters(2, limit)
+    both = memory.limiters(2, limit)
 
     async def agent(limiter: Limiter) -> None:
         while True:
             async with limiter.acquire(tokens=1):
-                admitted.append((virtual_time.clock() * 1e-9, 1))
+                admitted.append((memory.seconds, 1))
                 await asyncio.sleep(0.01)
 
     agents = [asyncio.ensure_future(agent(limiter)) for limiter in both for _ in range(20)]
     await asyncio.sleep(0.6)
-    store.gone = True
+    memory.gone = True
     await asyncio.sleep(5)
     await stop(agents, both)
     if "burst" not in limit:  # else the other took something since the store was last heard of
@@ -149,11 +126,11 @@ async def call(limiter: Limiter) -> None:
         pass
 
 
-def test_record_counts_for_new_limit_only_units_booked_after_it() -> None:
-    requests, tokens = Limit("requests", 10, per=60), Limit("tokens", 100, per=60)
-    record = Record(LimitConfig(limits=(requests,)))
-    record.book({"requests": 1, "tokens": 100}, 1_000)
-    record.adopt(LimitConfig(limits=(requests, tokens)))
-    record.book({"requests": 1, "tokens": 90}, 2_000)
-    record.correct(Correction(start=1_000, booked={"tokens": 100}, used={"tokens": 20}))
-    assert [window.used for window in record.windows.values()] == [2, 90]
+def test_share_of_a_process_alone_counts_what_it_took_and_comes_back_at_the_reset() -> None:
+    record = Record(LimitConfig(limits=(Limit("tokens", 10, per="day", resets="00:00 UTC"),)))
+    record.book({"tokens": 1}, NOON)
+    record.share(2, (4,), NOON)
+    assert record.earliest({"tokens": 2}, NOON) == NOON
+    assert record.earliest({"tokens": 3}, NOON) == NOON + 12 * HOUR
+    record.book({"tokens": 5}, NOON + 12 * HOUR)
+    assert record.earliest({"tokens": 1}, NOON + 12 * HOUR) == NOON + 36 * HOUR

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket.core.limits import Limit
-from asyncbucket.stores import Batch, LimitConfig
-from asyncbucket.stores.redis import RedisStore, script
+from asyncbucket.stores import Batch, LimitConfig, script
+from asyncbucket.stores.redis import RedisStore
+from tests.stores.conformance.place import terms
 
 MICROSECOND = 1_000
 SECOND = 1_000_000_000
@@ -65,14 +66,15 @@ async def test_store_time_goes_on_when_server_clock_is_set_back(
     await ledger.aclose()
 
 
-async def test_bucket_that_is_never_full_remembers_a_bounded_number_of_bookings(
+async def test_what_a_server_remembers_of_a_limit_is_bounded(
     store: RedisStore, redis: Any, clock: Callable[[int], None]
 ) -> None:
+    """Of a window, and of a bucket that is never full."""
     clock(START)
-    limit = Limit("requests", 2_000, per=86_400, burst=1_000)
-    ledger = await store.open("oracle", LimitConfig(limits=(limit,)))
-    for booked in range(1, 601):
-        clock(START + booked * MICROSECOND)
-        await ledger.commit(Batch(calls=({"requests": 1},)))
-    assert await redis.hstrlen("asyncbucket:{oracle}:state", "state") < 9_000  # 18 bytes each
+    ledger = await store.open("oracle", terms("2000/day burst 1000", "100000 tokens/s"))
+    for booked in range(1, 701):
+        clock(START + booked * 2_000 * MICROSECOND)
+        await ledger.commit(Batch(calls=({"requests": 1, "tokens": 1},)))
+    assert redis.hstrlen("asyncbucket:{oracle}:state", "state") < 9_300  # 18 bytes each
+    assert redis.hlen("asyncbucket:{oracle}:state") < 800
     await ledger.aclose()

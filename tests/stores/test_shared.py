@@ -1,7 +1,6 @@
 """A limiter with a store of either kind: opening, closing, failing, what is refused."""
 
 import asyncio
-import functools
 import logging
 import threading
 import time
@@ -19,18 +18,18 @@ from tests.stores.conformance.place import peek_at
 Limiters: TypeAlias = Callable[..., Limiter]
 
 
-@pytest.fixture
-def shared(where: str, limited: Limiters) -> Limiters:
-    return functools.partial(limited, where)
+async def take(limiter: Limiter) -> None:
+    async with limiter.acquire():
+        pass
 
 
 @pytest.mark.parametrize("turns", [1, 4, 9])
 async def test_cancelled_closing_is_completed_by_closing_again(
-    turns: int, where: str, shared: Limiters
+    turns: int, where: str, limited: Limiters
 ) -> None:
-    before, threads_before = asyncio.all_tasks(), threading.enumerate()
-    limiter = shared("20/s")
-    (await limiter.acquire()).release()
+    tasks, threads = asyncio.all_tasks(), threading.enumerate()
+    limiter = limited(where, "20/s")
+    await take(limiter)
     closing = asyncio.ensure_future(limiter.aclose())
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -38,10 +37,11 @@ async def test_cancelled_closing_is_completed_by_closing_again(
     await asyncio.gather(closing, return_exceptions=True)
     await limiter.aclose()
     assert (await peek_at(open_store(where))).workers == 0
-    assert not [task for task in asyncio.all_tasks() - before if "asyncbucket" in task.get_name()]
-    threads = [thread.name for thread in threading.enumerate() if thread not in threads_before]
-    assert "asyncbucket sqlite" not in threads
-    (await limiter.acquire()).release()
+    assert not [task for task in asyncio.all_tasks() - tasks if "asyncbucket" in task.get_name()]
+    assert "asyncbucket sqlite" not in {
+        each.name for each in threading.enumerate() if each not in threads
+    }
+    await take(limiter)
 
 
 async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
@@ -50,29 +50,25 @@ async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
     two = Limiter("20/s", store=store, name="two")
     lost: list[Event] = []
     two.observe(lost.append)
-    late = await one.acquire()
-    (await two.acquire()).release()
+    for limiter in (one, two):
+        await take(limiter)
     await one.aclose()
-    late.release()
-    (await two.acquire()).release()
-    await asyncio.sleep(0.2)
+    await take(two)
     snapshot = await store.peek("one")
     assert snapshot is not None
     assert (snapshot.slots, snapshot.workers) == (0, 0)
-    assert not [event for event in lost if isinstance(event, StoreLost)]
-    (await one.acquire()).release()
-    await one.aclose()
-    await two.aclose()
-    await store.aclose()
+    assert StoreLost not in map(type, lost)
+    await take(one)
+    for each in (one, two, store):
+        await each.aclose()
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ({"name": ""}, "1 to 200 printable characters and no braces"),
-        ({"name": "a{b}"}, "1 to 200 printable characters and no braces"),
-        ({"name": "x" * 5_000}, "1 to 200 printable characters and no braces"),
-        ({"name": "line\nbreak"}, "1 to 200 printable characters and no braces"),
+        ({"name": "a{b}" * 5_000}, "1 to 200 printable characters and no braces"),
+        ({"name": "line\nbreak"}, "printable"),
         ({"slot_ttl": 0.09}, r"slot_ttl must be .* from 0\.1 to 86,400, a day, not 0\.09"),
         ({"slot_ttl": float("nan")}, "slot_ttl must be a number of seconds"),
         ({"on_outage": "half"}, "on_outage must be one of share, closed, open, not 'half'"),
@@ -105,7 +101,7 @@ async def test_failed_session_fails_waiting_calls_and_is_replaced(
     limited: Limiters,
 ) -> None:
     limiter = limited(url, "1000/s", concurrency=2, slot_ttl=0.3)
-    leases = [await limiter.acquire() for _ in range(2)]
+    leases = [await limiter.acquire() for _ in range(2)]  # they expire, if the session takes long
 
     async def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("odd")
@@ -118,26 +114,19 @@ async def test_failed_session_fails_waiting_calls_and_is_replaced(
     told = [error for error in ended if error is not None]  # others got a slot that had expired
     assert {type(error) for error in told} == {StoreError}
     assert "has failed, see the log: ask again, and report this error" in str(told[0])
-    said = [record.getMessage().partition(";")[0] for record in caplog.records]
-    assert 1 <= len(said) <= 30 / 8 + 1
-    assert set(said) == {"the session of limiter openai has failed"}
+    assert 1 <= len(caplog.records) <= 30 / 8 + 1
+    assert "the session of limiter openai has failed; waiting calls fail" in caplog.text
     assert "ArithmeticError: odd" in caplog.text
     for lease in leases:
         lease.release()
-    async with asyncio.timeout(5):
-        (await limiter.acquire()).release()
-
-
-async def take(limiter: Limiter, *, tokens: int | None = None) -> None:
-    async with limiter.acquire(tokens=tokens):
-        pass
+    await asyncio.wait_for(take(limiter), 5)
 
 
 @pytest.mark.parametrize("turns", [0, 3])
 async def test_limits_changed_while_store_opens_reach_it(
-    turns: int, where: str, shared: Limiters
+    turns: int, where: str, limited: Limiters
 ) -> None:
-    limiter = shared("1000 RPM burst 100")
+    limiter = limited(where, "1000 RPM burst 100")
     call = asyncio.ensure_future(take(limiter))
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -152,9 +141,9 @@ async def test_limits_changed_while_store_opens_reach_it(
 
 @pytest.mark.real_clock
 async def test_direct_calls_and_blocked_loops_at_a_store_do_not_hold_up_a_pool(
-    shared: Limiters,
+    where: str, limited: Limiters
 ) -> None:
-    a, b = shared("1 requests/h burst 1", name="a"), Limiter(concurrency=1, name="b")
+    a, b = limited(where, "1 requests/h burst 1", name="a"), Limiter(concurrency=1, name="b")
     pool = Pool(a, b, prefer="first")
     at_b, at_a = [await asyncio.wait_for(pool.acquire(), 5) for _ in range(2)]
     direct = asyncio.ensure_future(a.acquire())

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import LimitConfig, open_store, without_password
+from asyncbucket import Limiter
+from asyncbucket.stores import open_store, without_password
 from asyncbucket.stores.redis import RedisStore
 
 
@@ -36,31 +36,24 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
     [
         ("postgres://user:s3cret@host/db", r"'postgres://\*\*\*@host/db' is not a store: write"),
         ("user:s3cret@host:6379/0", "is not a store"),
-        (":s3cret@host:6379", "is not a store"),
         ("redis:user:s3cret@host", "is not a store"),
         ("redis+sentinel://host:1/main", "is not a store"),
         ("redis://:s3[cret@host/0", r"'redis://\*\*\*@host/0' cannot be read"),
         ("redis://:s3\uff1acret@host/0", r"\*\*\*@host/0' cannot be read"),
         ("redis://:s3cret", r"\*\*\*.* cannot be read"),
-        ("redis://user:s3cret/0", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
-        ("redis://user:s3cret#more@host:6379/0", "special characters of a password"),
-        ("redis://user:s3cret?more@host:6379/0", "special characters of a password"),
-        ("redis://user:1/s3cret@host:6379/0", "special characters of a password"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
-        ("redis://127.0.0.1/1/2", "cannot be read: write redis://user:password@host:6379/0"),
         (
             "redis://127.0.0.1/0?timeout=5",
             "cannot be read: .*unexpected keyword argument 'timeout'",
         ),
-        ("sqlite://user:s3cret@host/limits.db", "names a host, and a file has none"),
-        ("sqlite://host/limits.db?password=s3cret", "names a host"),
-        ("sqlite://:memory:", "names a host, and a file has none: write sqlite:///"),
-        ("sqlite:///", "names no file that processes could share: write sqlite:///limits.db"),
-        ("sqlite:///:memory:", "names no file .*; for one process no store is needed"),
+        (
+            "sqlite://user:s3cret@host/limits.db",
+            "names no file .* share: write sqlite:///limits.db",
+        ),
+        ("sqlite:///", "names no file"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
-        ("sqlite:///limits.db?patience=soon", "number of seconds, e.g. 0.2, not 'soon'"),
-        ("sqlite:///limits.db?patience=nan", "patience must be a positive number of seconds"),
+        ("sqlite:///limits.db?patience=soon", "patience must be a positive number of seconds"),
         ("sqlite:///limits.db?patience=0", "patience must be a positive number of seconds"),
     ],
 )
@@ -75,43 +68,23 @@ def test_what_is_no_url_is_refused_and_not_shown() -> None:
     for store, kind in zip(stores, ("PosixPath", "Redis"), strict=True):
         with pytest.raises(TypeError, match=rf"URL such as .*RedisStore.of\(client\), not {kind}$"):
             Limiter(store=store)
-    with pytest.raises(TypeError, match=r"^a client must be .*, not a builtins\.str$"):
+    with pytest.raises(TypeError, match=r"^a client must be .*, not a str$"):
         RedisStore.of("redis://user:s3cret@host")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis://127.0.0.1:6379/0",
-        "valkey://127.0.0.1",
-        "valkeys://127.0.0.1",
-        "rediss://127.0.0.1",
-        "redis://host:6379/0?client_name=me@here",
-        "unix:///run/valkey.sock",
-    ],
-)
-async def test_url_scheme_selects_redis_store(url: str) -> None:
-    store = open_store(url)
-    assert isinstance(store, RedisStore)
-    assert store.url.startswith(url.partition("://")[0])
-
-
-async def test_unreachable_server_raises_store_error_without_secrets() -> None:
-    store = open_store("redis://user:s3cret@127.0.0.1:1/0")
-    with pytest.raises(
-        StoreError, match=r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; see whether it runs"
-    ) as error:
-        await store.open("x", LimitConfig())
-    assert "s3cret" not in f"{error.value}{store!r}"
-    await store.aclose()
+async def test_url_scheme_selects_redis_store() -> None:
+    hosts = (f"{scheme}://127.0.0.1" for scheme in ("redis", "rediss", "valkey", "valkeys"))
+    for url in (*hosts, "redis://host:6379/0?client_name=me@here", "unix:///run/valkey.sock"):
+        store = open_store(url)
+        assert isinstance(store, RedisStore)
+        assert store.url.startswith(url.partition("://")[0])
 
 
 @pytest.mark.parametrize(
     ("url", "path"),
     [
-        ("sqlite:///limits.db", "{here}/limits.db"),
-        ("sqlite:////var/lib/limits.db", "/var/lib/limits.db"),
-        ("sqlite:///a%20b%3F/100%25%23.db?patience=2.5", "{here}/a b?/100%#.db"),
+        ("sqlite:////var/limits.db", "/var/limits.db"),
+        ("sqlite:///a%20b%3F%23.db?patience=2.5", "a b?#.db"),
     ],
 )
 def test_sqlite_url_leads_to_same_file_from_any_folder(
@@ -120,6 +93,6 @@ def test_sqlite_url_leads_to_same_file_from_any_folder(
     monkeypatch.chdir(tmp_path)
     store = open_store(url)
     monkeypatch.chdir("/")
-    assert repr(store) == f"<SQLiteStore {path.format(here=tmp_path)}>"
+    assert repr(store) == f"<SQLiteStore {tmp_path / path}>"
     again = open_store(store.url)
     assert (repr(again), again.url) == (repr(store), store.url)

@@ -13,15 +13,9 @@ Subclass `StoreConformance` in a test module, say how the store is reached, and 
 Each scenario opens limiters with fresh names and several connections, as processes would. The answers
 to histories of calls, refunds and debts must be those that a SQLite store gives at those instants of
 the store's clock, whose grain is a microsecond at most. Scenarios run on the machine's clock, because
-that is what stores share; together they take about 20 s.
+that is what stores share; together they take about 15 s.
 """
 
-from .arithmetic import Arithmetic
-from .slots import Slots
-from .steering import Steering
+from .scenarios import StoreConformance
 
 __all__ = ["StoreConformance"]
-
-
-class StoreConformance(Arithmetic, Slots, Steering):
-    """Test a store: override `make_store`."""

@@ -44,6 +44,11 @@ class Place:
         self._ledgers.append(ledger)
         return ledger
 
+    async def workers(
+        self, config: LimitConfig, count: int, *, slot_ttl: float = 30.0
+    ) -> list[Ledger]:
+        return [await self.worker(config, slot_ttl=slot_ttl) for _ in range(count)]
+
     async def close(self) -> None:
         for ledger in self._ledgers:
             await ledger.aclose()
@@ -51,20 +56,13 @@ class Place:
             await store.aclose()
 
 
-class Suite:
-    """Hold scenarios; subclasses say which store they run on."""
-
-    def make_store(self) -> Store:
-        raise NotImplementedError("say which store is tested: override make_store()")
-
-
 Scenario: TypeAlias = Callable[[Any, Place], Coroutine[Any, Any, None]]
 
 
-def scenario(play: Scenario) -> Callable[[Suite], None]:
+def scenario(play: Scenario) -> Callable[[Any], None]:
     """Turn a coroutine method that takes a `Place` into a test."""
 
-    def test(self: Suite) -> None:
+    def test(self: Any) -> None:
         async def run() -> None:
             place = Place(self.make_store)
             try:
@@ -114,12 +112,10 @@ async def peek_at(store: Store, name: str = "openai") -> Snapshot:
     return snapshot
 
 
-async def book_all(worker: Ledger, *calls: Amounts) -> list[Booking]:
-    """Ask like a pacer until all ``calls`` are booked; return their bookings in order."""
-    bookings: list[Booking] = []
-    while len(bookings) < len(calls):
-        receipt = await worker.commit(batch(*calls[len(bookings) :]))
-        bookings += [booking for booking in receipt.bookings if booking.outcome is Outcome.BOOKED]
-        if len(bookings) < len(calls):
-            await worker.changed(timeout=(receipt.ask_at - receipt.now) / SECOND)
-    return bookings
+async def book(worker: Ledger, call: Amounts) -> Booking:
+    """Ask like a session until ``call`` is booked."""
+    while True:
+        receipt = await worker.commit(batch(call))
+        if receipt.bookings[0].outcome is Outcome.BOOKED:
+            return receipt.bookings[0]
+        await worker.changed(timeout=max(0, receipt.ask_at - receipt.now) / SECOND)

@@ -1,9 +1,11 @@
 """Redis and Valkey: one limit for processes on many machines.
 
 A batch is one run of one script, so it happens at once or not at all; the server's clock is the
-only one. `script` says how the script is called, `servers` where it runs.
+only one. `asyncbucket.stores.script` says how the script is called.
 
-*Charged once.* The script keeps its last answer to each worker, and the number of the batch.
+*Charged once.* redis-py sends a command again, here once, when a connection breaks, although the
+server may have run it. The script keeps its last answer to each worker, and the number of the batch;
+everything else may be said twice.
 
 *Lost.* The state has an epoch. If a worker knows an epoch that the server does not (because it was
 flushed, or restarted without its data), everything counts as used up: a full window must pass.
@@ -13,18 +15,16 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
-import time
-from dataclasses import replace
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.wording import in_seconds
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.stores.redis import script, servers
-from asyncbucket.stores.redis.script import GRAIN, Codec
-from asyncbucket.stores.redis.servers import FAILURES, NO_SCRIPT
+from asyncbucket.stores import script
+from asyncbucket.stores.script import GRAIN, Codec
 from asyncbucket.stores.store import (
     OPEN_PATIENCE,
     Batch,
@@ -33,20 +33,77 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     check_membership,
+    in_time,
 )
+
+try:
+    from redis import exceptions
+    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+except ImportError as missing:
+    raise ImportError(
+        'a redis:// store needs redis-py: pip install "asyncbucket[redis]"'
+    ) from missing
 
 __all__ = ["RedisLedger", "RedisStore", "from_url"]
 
 #: Seconds before listening is tried again.
 _RETRY_INTERVAL: Final = 0.5
+#: Seconds after which a connection gives up by itself, if nobody has ended it before.
+_BACKSTOP: Final = 5.0
+_FAILURES: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError, EOFError)
+_HOW: Final = (
+    "write redis://user:password@host:6379/0, and special characters of a password as %2F for /, "
+    "%5B for [, %40 for @ and so on"
+)
+_REFUSED: Final = (
+    "refuses the login: {}; look at user and password in its URL, and at the docs' ACL"
+)
+#: What failures mean, and what to do about them; the first kind that fits counts.
+_REMEDIES: Final = (
+    ((exceptions.NoPermissionError, exceptions.AuthenticationError), _REFUSED),
+    (
+        exceptions.OutOfMemoryError,
+        "is out of memory: {}; raise maxmemory or delete what is not needed",
+    ),
+    (exceptions.ReadOnlyError, "is a replica: {}; give the primary's address"),
+    (
+        exceptions.MovedError,
+        "is one node of a cluster: give RedisStore.of(RedisCluster(...)) as the store",
+    ),
+    (exceptions.ResponseError, "failed: {}"),
+    (Exception, "cannot be reached: {}; see whether it runs"),
+)
 
 
 def from_url(url: str) -> "RedisStore":
-    """Return the store at ``url``: see `asyncbucket.stores.open_store`."""
+    """Return the store at ``url``: see `asyncbucket.stores.open_store`.
+
+    Raises:
+        ValueError: the URL cannot be read.
+    """
     from asyncbucket.stores import without_password
 
-    shown = without_password(url)
-    return RedisStore(servers.connect(url, shown), url=shown, owned=True)
+    shown, why = without_password(url), _HOW
+    try:
+        split = urlsplit(url)
+        database = split.path.strip("/ ")
+        if split.scheme == "unix" or not database or database.isdecimal():
+            client: Any = Redis.from_url(
+                re.sub("^valkey", "redis", url),
+                retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
+                socket_timeout=_BACKSTOP,
+                socket_connect_timeout=_BACKSTOP,
+                protocol=2,
+            )
+            client.connection_pool.make_connection()  # it refuses unknown settings
+            return RedisStore(client, url=shown, owned=True)
+    except TypeError as error:
+        why = str(error)
+    except ValueError:  # which might quote a password
+        pass
+    raise ValueError(f"{shown!r} cannot be read: {why}")
 
 
 class RedisStore:
@@ -66,21 +123,21 @@ class RedisStore:
 
         So limits are kept behind Sentinels (``Sentinel(...).master_for(...)``), in a cluster, or
         wherever else redis-py gets to. The client stays yours: closing the store leaves it open.
-        """
-        return cls(client, url=servers.name_of(client), owned=False)
 
-    def check(self, config: LimitConfig) -> None:
-        """See `asyncbucket.stores.store.Store.check`."""
-        Codec(config)
+        Raises:
+            TypeError: it is no client.
+        """
+        if not isinstance(client, (Redis, RedisCluster)):
+            kind = type(client).__name__  # a URL holds a password
+            raise TypeError(f"a client must be a redis.asyncio.Redis or RedisCluster, not a {kind}")
+        return cls(client, url="redis (your client)", owned=False)
 
     async def open(
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
         check_membership(name, slot_ttl)
-        ledger = RedisLedger(self, name, worker, slot_ttl)
-        await ledger.join(config)
-        return ledger
+        return await RedisLedger(self, name, worker, slot_ttl).join(config)
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`."""
@@ -91,9 +148,9 @@ class RedisStore:
         head, tail = "asyncbucket:{", "}:state"
         try:
             found = [key async for key in self.client.scan_iter(f"{head}*{tail}", count=1_000)]
-        except FAILURES as error:
-            raise servers.store_error(self.url, self.client, error) from error
-        keys = [key.decode() if isinstance(key, bytes) else key for key in found]
+        except _FAILURES as error:
+            raise _store_error(self.url, self.client, error) from error
+        keys = (key.decode() if isinstance(key, bytes) else key for key in found)
         return sorted(key.removeprefix(head).removesuffix(tail) for key in keys)
 
     async def run(self, keys: tuple[str, ...], *args: str | int) -> dict[str, Any]:
@@ -106,17 +163,16 @@ class RedisStore:
         self._used_in = self._used_in or here
         if self._used_in != here:
             raise StoreError(
-                f"the store {self.url} was made for another event loop or process, where it was first "
-                f"used: give the limiter a URL, and it makes one for each"
+                f"the store {self.url} was made for another event loop or process: give the limiter a URL"
             )
         command, given = self.client.execute_command, (len(keys), *keys, *args)
         try:
             try:
                 text = await command("EVALSHA", script.digest(), *given)
-            except NO_SCRIPT:
+            except exceptions.NoScriptError:
                 text = await command("EVAL", script.source(), *given)
-        except FAILURES as error:
-            raise servers.store_error(self.url, self.client, error) from error
+        except _FAILURES as error:
+            raise _store_error(self.url, self.client, error) from error
         reply: dict[str, Any] = json.loads(text)
         return reply
 
@@ -133,18 +189,18 @@ class RedisLedger(Ledger):
     """Keep one limiter on a server, for one worker."""
 
     def __init__(self, store: RedisStore, name: str, worker: str | None, slot_ttl: float) -> None:
-        super().__init__(name, worker)
+        silence = (
+            f"the store {store.url} does not answer: see whether it runs, and how far away it is"
+        )
+        super().__init__(store, name, worker, silence)
         self._store = store
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers")
         self._channel = f"{hash_tag}:wake:"
         self._codec = Codec(LimitConfig())
-        #: The epoch that the worker knows, when it last heard of it, and how long it lives unused.
+        #: The epoch that the worker knows.
         self._epoch = ""
-        self._epoch_heard_at = self._epoch_life = 0.0
-        #: Whether the last batch left calls waiting.
-        self._is_waiting = False
         #: Whether the worker was called, and when it will be.
         self._called = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -156,7 +212,7 @@ class RedisLedger(Ledger):
         If a period of the calendar begins, the server asks when the next ones do.
         """
         self._reset_call()
-        changed, starts = None, "{}"
+        starts = "{}"
         codec = self._codec if batch.config is None else Codec(batch.config)
         local = Pause()
         local.begin(batch.pause, 0, gradually=batch.gradually)
@@ -180,12 +236,8 @@ class RedisLedger(Ledger):
                 starts = codec.starts(reply["wall"])
                 continue
             codec = Codec.from_reply(reply["config"])
-            changed = codec.config
         self._codec, self.config = codec, codec.config
-        receipt = codec.receipt(reply, batch, changed)
-        if batch.calls is not None:
-            self._is_waiting = receipt.ask_at > 0
-        return receipt
+        return codec.receipt(reply, batch)
 
     async def changed(self, *, timeout: float) -> bool:
         """See `asyncbucket.stores.store.Ledger.changed`."""
@@ -216,35 +268,22 @@ class RedisLedger(Ledger):
             self._timer = loop.call_later(delay * 1e-6, self._called.set)
 
     async def _listen(self) -> None:
-        while not servers.is_cancelling():
-            with contextlib.suppress(*FAILURES, StoreError):
-                await self._receive()
-            if not servers.is_cancelling():
-                await asyncio.sleep(_RETRY_INTERVAL)
-
-    async def _receive(self) -> None:
         channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
-        async with self._store.client.pubsub() as pubsub:
-            await pubsub.subscribe(*channels)
-            for _ in channels:
-                if not servers.is_cancelling():
-                    await pubsub.get_message(timeout=None)
-            self._call((await self._run(self._codec, "turn", int(self._is_waiting)))["come"])
-            while not servers.is_cancelling():
-                message = await pubsub.get_message(timeout=None)
-                if message is not None and message["type"] == "message":
-                    self._call(int(message["data"]))
-
-    async def peek(self) -> Snapshot:
-        """See `asyncbucket.stores.store.Ledger.peek`."""
-        snapshot = await self.look()
-        assert snapshot is not None
-        return replace(snapshot, details=await servers.details(self._store.client))
+        while True:
+            with contextlib.suppress(*_FAILURES):
+                async with self._store.client.pubsub() as pubsub:
+                    await pubsub.subscribe(*channels)
+                    while True:
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None and message["type"] == "subscribe":
+                            self._called.set()  # perhaps it was, while nobody listened
+                        elif message is not None:
+                            self._call(int(message["data"]))
+            await asyncio.sleep(_RETRY_INTERVAL)
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
-        patience = self.patience if self.worker else OPEN_PATIENCE
-        reply = await self._in_time(self._run(self._codec, "peek"), patience)
+        reply = await in_time(self._run(self._codec, "peek"), OPEN_PATIENCE, self.silence)
         if not reply:
             return None
         config = Codec.from_reply(reply["config"]).config
@@ -259,30 +298,23 @@ class RedisLedger(Ledger):
             workers=reply["workers"],
         )
 
-    async def aclose(self) -> None:
+    async def aclose(self, last: Batch | None = None) -> None:
         """See `asyncbucket.stores.store.Ledger.aclose`."""
         self._reset_call()
-        await servers.cancel_and_wait(self._listener)
-        await super().aclose()
+        while self._listener is not None and not self._listener.done():
+            self._listener.cancel()  # redis-py may swallow it while it connects
+            await asyncio.wait((self._listener,), timeout=0.1)
+        await super().aclose(last)
 
     async def _leave(self) -> None:
         await self._run(self._codec, "leave")
 
-    def _too_late(self, patience: float) -> str:
-        return (
-            f"the store {self._store.url} gave no answer within {in_seconds(patience)}; "
-            f"see whether it runs and how far away it is"
-        )
-
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
-        # An epoch that may have expired by itself, with nothing left to remember, is not a loss.
-        is_alive = time.monotonic() < self._epoch_heard_at + self._epoch_life
-        sent = time.monotonic()
         reply = await self._store.run(
             self._keys,
             verb,
             self.worker,
-            self._epoch if is_alive else "",
+            self._epoch,
             secrets.token_hex(8),
             codec.text if self.worker else "",
             self._channel,
@@ -290,9 +322,24 @@ class RedisLedger(Ledger):
             *args,
         )
         self._epoch = reply.get("epoch", self._epoch)
-        if "life" in reply:
-            self._epoch_heard_at, self._epoch_life = sent, reply["life"] * 1e-3
         return reply
 
-    def __repr__(self) -> str:
-        return f"<RedisLedger {self.name!r} on {self._store.url}, worker {self.worker}>"
+
+def _store_error(name: str, client: Any, error: Exception) -> StoreError:
+    """Return what a failure means to the person who must fix it, without secrets."""
+    # In a script, it goes on with where that was.
+    message = re.sub(r"\.?( script: [0-9a-f]{40}.*)?$", "", str(error))
+    settings = getattr(getattr(client, "connection_pool", client), "connection_kwargs", {})
+    if password := str(settings.get("password") or ""):
+        message = message.replace(password, "***")
+    if message.startswith("SCHEMA"):
+        _, theirs, ours = message.split()
+        return StoreError(
+            f"the store {name} keeps a limiter that has schema {theirs}, and this asyncbucket needs "
+            f"{ours}: use one version of asyncbucket for one limiter, or another name"
+        )
+    templates = (template for error_types, template in _REMEDIES if isinstance(error, error_types))
+    template = next(templates)
+    if message.startswith("ACL failure"):  # in a script, so it is of another kind
+        template = _REFUSED
+    return StoreError(f"the store {name} {template.format(message or type(error).__name__)}")

@@ -1,7 +1,7 @@
 """One limiter's state in a file: its limits, its slots, its line, and what each batch does to them.
 
 Nothing here waits, reads a clock or knows of files. `asyncbucket.stores.store` has the rules; the
-Lua script of the Redis store follows the same ones, and the same names.
+script that servers run (``lua/``) follows the same ones, and the same names.
 """
 
 import json
@@ -63,9 +63,7 @@ class Place:
 class State:
     """Keep the limits, slots and line of one limiter; all instants are ns of one clock."""
 
-    def __init__(self, config: LimitConfig, now: int = 0, *, epoch: str = "") -> None:
-        #: Names when it began; behind it, the one before that somebody still knew.
-        self.epoch = epoch
+    def __init__(self, config: LimitConfig, now: int = 0) -> None:
         #: What the wall clock shows minus the store's; set before each use.
         self.ahead = 0
         self.config = LimitConfig()
@@ -94,21 +92,6 @@ class State:
     def _wall(self, now: int) -> int:
         return now + self.ahead
 
-    def follows(self, known: str, now: int) -> bool:
-        """Tell whether it is what a worker knows by its epoch; else what that one knew is lost."""
-        ours, theirs = self.epoch.split(), known.split(maxsplit=1)[0]
-        if theirs in ours:
-            return True
-        self.epoch = f"{ours[0]} {theirs}"
-        self.drain(now)
-        return False
-
-    def drain(self, now: int) -> None:
-        """Leave nothing for a whole window, after all that is booked ahead: what was known is lost."""
-        self.last_start = max(now + 2 * FAR, self.last_start)
-        for window in self.windows.values():
-            window.owe(window.amount, self.last_start)
-
     def apply(self, worker: str, batch: Batch, now: int, *, life: int) -> Receipt:
         """Do what ``batch`` says; ``life`` (ns) is how long ``worker`` may be silent."""
         self._expire(now)
@@ -128,6 +111,7 @@ class State:
             bookings = admission.run(batch.calls, batch.horizon)
             ask_at, soonest = admission.ask_at, admission.soonest
         self.call(now)
+        is_waited_for = any(each.bound_by == SLOT and each.worker != worker for each in self.line)
         return Receipt(
             now=now,
             bookings=bookings,
@@ -136,7 +120,7 @@ class State:
             workers=len(self.workers),
             in_line=self.place_of(worker) is not None,
             soonest=soonest,
-            crowded=self._is_crowded(worker),
+            crowded=is_waited_for or 2 * self.free() < (self.config.concurrency or 0),
         )
 
     def leave(self, worker: str, now: int) -> None:
@@ -201,9 +185,7 @@ class State:
         uses: list[LimitUse] = []
         date = max(now, self.last_start)  # nothing more starts before
         for window in self.windows.values():
-            available = window.available(date)
-            if date > now:
-                available = min(available, 0)
+            available = min(window.available(date), NEVER if date <= now else 0)
             uses.append(LimitUse(window.limit, window.used, available))
         counted = self.config.concurrency is not None
         return Snapshot(
@@ -219,10 +201,8 @@ class State:
     def expires_at(self, now: int) -> int:
         """Return from when on there is nothing left to remember, if nothing else happens."""
         ends = [now + _MIN_LIFE, self.pause.until, *(each.until for each in self.workers.values())]
-        for window in self.windows.values():
-            ends.append(max(now, self.last_start) + 3 * window.window)  # debts of a long month
-            if window.pace is not None:
-                ends.append(window.pace.tat // window.pace.q + 1)
+        last = max(now, self.last_start)
+        ends += [last + 3 * window.window for window in self.windows.values()]  # debts of a month
         return min(max(ends), _FOREVER)
 
     def to_text(self) -> str:
@@ -236,7 +216,6 @@ class State:
                 "line": [astuple(place) for place in self.line],
                 "pause": self.pause.state(),
                 "last": [self.last_start, self.last_bound],
-                "epoch": self.epoch,
             },
             separators=(",", ":"),
         )
@@ -247,7 +226,7 @@ class State:
         data = json.loads(text)
         limits = tuple(Limit(**limit) for limit in data["limits"])
         config = LimitConfig(limits=limits, concurrency=data["concurrency"])
-        state = cls(config, epoch=data["epoch"])
+        state = cls(config)
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
@@ -255,10 +234,6 @@ class State:
         state.pause.restore(data["pause"])
         state.last_start, state.last_bound = data["last"]
         return state
-
-    def _is_crowded(self, worker: str) -> bool:
-        others = any(each.bound_by == SLOT and each.worker != worker for each in self.line)
-        return others or 2 * self.free() < (self.config.concurrency or 0)
 
     def _left(self, now: int) -> tuple[int, ...]:
         for window in self.windows.values():
@@ -374,8 +349,6 @@ class Admission:
         if slot:
             self._me.held += 1
             self._gave -= 1
-        if place is not None and self._booked <= (place.wanted if place.bound_by == SLOT else 1):
-            bound_by = bound_by or place.bound_by
         return Booking(Outcome.BOOKED, start, bound_by, slot)
 
     def _look_ahead(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts, Window
 from asyncbucket.stores.store import (
+    MAX_AMOUNT,
     SLOT,
     Batch,
     Booking,
@@ -26,21 +27,18 @@ from asyncbucket.stores.store import (
     Receipt,
 )
 
-_PARTS: Final = ("window", "bucket", "state", "line", "admit", "verbs")
+_PARTS: Final = ("meters", "state", "batch")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
-#: The most that a meter is meant to hold, in units or ticks. A double counts exactly to 128 times
-#: that; the rest is for debts.
-_MAX_AMOUNT: Final = 1 << 46
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
-_MAX_USED: Final = _MAX_AMOUNT << 6
+_MAX_USED: Final = MAX_AMOUNT << 6
 _OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 
 
 @functools.cache
 def source() -> str:
     """Return the text of the script."""
-    folder = Path(__file__).parents[1] / "lua"
+    folder = Path(__file__).with_name("lua")
     return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS)
 
 
@@ -54,14 +52,13 @@ class Codec:
     """Encode limits, batches and answers."""
 
     def __init__(self, config: LimitConfig) -> None:
-        limits = sorted(config.limits, key=lambda limit: (limit.resource, limit.window))
-        self.config = LimitConfig(limits=tuple(limits), concurrency=config.concurrency)
+        self.config = config
         encoded: dict[str, Any] = {
             "limits": [
                 [limit.resource, limit.amount, limit.per, limit.burst, limit.resets]
-                for limit in limits
+                for limit in config.limits
             ],
-            "meters": [_meter_config(limit) for limit in limits],
+            "meters": [_meter_config(limit) for limit in config.limits],
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
@@ -103,7 +100,7 @@ class Codec:
         """Encode the waiting calls."""
         return "same" if calls is None else _as_json([dict(call) for call in calls])
 
-    def receipt(self, reply: dict[str, Any], batch: Batch, changed: LimitConfig | None) -> Receipt:
+    def receipt(self, reply: dict[str, Any], batch: Batch) -> Receipt:
         """Decode the answer to ``batch``."""
         now, flat = reply["now"] * GRAIN, reply["bookings"]
         bookings: list[Booking] = []
@@ -117,8 +114,6 @@ class Codec:
             now=now,
             bookings=tuple(bookings),
             ask_at=reply["ask"] * GRAIN,
-            changed=changed,
-            lost=reply["lost"],
             left=tuple(reply["left"]),
             workers=reply["workers"],
             in_line=reply["inline"],
@@ -138,8 +133,6 @@ def _key_of(limit: Limit) -> str:
 
 def _meter_config(limit: Limit) -> dict[str, Any]:
     """Return the numbers of a limit's meters, in whole microseconds, rounded to the safe side."""
-    if limit.units > _MAX_AMOUNT:
-        raise ValueError(f"a store counts to {_MAX_AMOUNT:,}: {limit} is above; lower the limit")
     window = Window(limit)
     meter: dict[str, Any] = {
         "key": _key_of(limit),
@@ -164,7 +157,7 @@ def _ticks_per_unit(time_per_unit: Fraction, most: int) -> tuple[int, int]:
     less than a ten-thousandth for up to a billion units.
     """
     p, q = time_per_unit.as_integer_ratio()
-    if p * most <= _MAX_AMOUNT:
+    if p * most <= MAX_AMOUNT:
         return p, q
-    q = max(1, int(_MAX_AMOUNT / most / time_per_unit))
+    q = max(1, int(MAX_AMOUNT / most / time_per_unit))
     return -(-time_per_unit.numerator * q // time_per_unit.denominator), q
