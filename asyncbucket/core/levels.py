@@ -36,10 +36,7 @@ def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
 
 def members_of(limiter: Limiter) -> tuple[Limiter, ...]:
     """Return the members of a pool; none of any other limiter, nor of one below a pool."""
-    pool = limiter._node.pacer.pool
-    if pool is None or limiter.parent is not None:
-        return ()
-    return tuple(member.limiter for member in pool.members)
+    return () if limiter.parent is not None else getattr(limiter, "members", ())
 
 
 def _passed(limiter: Limiter) -> set[Node]:
@@ -144,7 +141,7 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
     """
     if isinstance(lease, BudgetLease):
         amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
-        await lease.reserve_more(amounts, blocking=blocking)
+        await lease._ask(reserve=True, blocking=blocking, more=amounts)
 
 
 def undo(lease: Lease) -> None:
