@@ -13,7 +13,6 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.node import Node
 from asyncbucket.core.node import shown_name as _shown_name
-from asyncbucket.core.wording import read_count
 
 # The face of the core's private parts.
 # ruff: noqa: SLF001
@@ -180,12 +179,7 @@ def observe_remaining(
         since: when the call with this answer was sent, in seconds of the limiter's clock; calls
             sent later may or may not be counted in ``remaining`` yet.
         rounding: by how many units ``remaining`` may have been rounded down.
-
-    Raises:
-        ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
     """
-    remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
-    limit = None if limit is None else read_count(limit, "limit")
     node = limiter._node
     pacer = node.pacer
     with pacer:

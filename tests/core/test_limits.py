@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Cost, Limit, Limiter, LimitSyntaxError, TokenBucket, plan
-from asyncbucket.core.levels import observe_remaining
 from asyncbucket.core.limits import KEYWORDS
 from asyncbucket.core.wording import usd_written
 from asyncbucket.testing import VirtualTime
@@ -235,7 +234,6 @@ async def test_numpy_numbers_are_accepted_everywhere(time: VirtualTime) -> None:
     child = limiter.child("child", weight=n(2), concurrency=(n(1), n(4)))
     async with child.acquire(tokens=n(50), timeout=real(30), priority=n(2)) as lease:
         lease.settle(tokens=real(2.5))
-    observe_remaining(limiter, n(90), resource="tokens", per=60, limit=n(100), rounding=n(3))
     assert used(limiter) == [1, 3]
     limiter.pause(n(30))
     await limiter.acquire(timeout=n(30), deadline=n(30), tokens=n(5))

@@ -22,7 +22,6 @@ from asyncbucket import (
     priority,
     tenant,
 )
-from asyncbucket.core.levels import observe_remaining
 
 NAN, INF = math.nan, math.inf
 NO_TIMES = [NAN, True, "5", [], b""]
@@ -76,10 +75,6 @@ def within(context: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 def awaited(**arguments: Any) -> None:
     asyncio.run(TokenBucket(1.0, burst=5).acquire(**arguments))
-
-
-def observe(**heard: Any) -> None:
-    observe_remaining(limiter, resource="requests", per=60, **{"remaining": 0, **heard})
 
 
 def settle(tokens: Any) -> None:
@@ -137,10 +132,6 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("a call must cost something: requests=1 is the usual", Cost, "requests", [0]),
     ("tokens must be finite and not negative, not {}", settle, None, [-1, NAN, INF]),
     ("tokens must be a number, not {}", settle, None, [True]),
-    (WHOLE, observe, "remaining", [NAN, -1]),
-    (WHOLE, observe, "limit", ["600"]),
-    (WHOLE, observe, "rounding", [None]),
-    (SECONDS, observe, "since", [NAN]),
     ("learn() takes a Limit, such as ", limiter.learn, None, ["60 RPM"]),
     ('reason must be a string, such as "429", not {}', partial(limiter.pause, 1), "reason", [429]),
     ("paced decorates a function, not {}; amounts go by keyword", limiter.paced, None, [500]),
