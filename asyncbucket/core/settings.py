@@ -233,7 +233,9 @@ def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any
     if path is not None:
         where, table = _table_in(Path(path))
         if not isinstance(table, Mapping):
-            raise LimitSyntaxError(f"there is no table {where}")
+            raise LimitSyntaxError(
+                f"{path} has no table [tool.asyncbucket] or [asyncbucket]: write one, such as rpm = 500"
+            )
         return where, table
     folders = (Path.cwd(), *Path.cwd().parents)
     for file in (folder / name for folder in folders for name in _FILES):

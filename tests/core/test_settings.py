@@ -148,8 +148,8 @@ def test_tables_of_nearest_file_describe_limiters(
         ("limits = [5]", "a limit must be a string or a Limit, not 5"),
         ("chat.rpm = 5", r"limit nothing; write e\.g\. rpm = 500, or ask for limiter='chat'$"),
         ("batch.rmp = 5", r"entry 'rmp' of .*asyncbucket\.batch\] is not known"),
-        ("[tool.other]\nrpm = 5", r"there is no table .*pyproject\.toml, \[asyncbucket\]"),
-        ("tool = 5", "there is no table"),
+        ("[tool.other]\nrpm = 5", r"pyproject\.toml has no table \[tool\.asyncbucket\] or "),
+        ("tool = 5", "has no table"),
         ("[tool.asyncbucket", "is not valid TOML"),
     ],
 )
