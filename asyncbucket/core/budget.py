@@ -29,7 +29,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.core.context import InheritedScope
 from asyncbucket.core.cost import rounded_up
@@ -52,7 +52,7 @@ _REMEDY: Final = "finish with what you have, make a cheaper call, or ask for a l
 _asking: Final[ContextVar[tuple["Budget", ...]]] = ContextVar("asyncbucket asking", default=())
 
 
-class Budget:
+class Budget(InheritedScope):
     """Cap what all calls inside may spend together, across limiters, models, tools and sub-agents.
 
     >>> with asyncbucket.budget(usd=2.00, requests=100) as budget:
@@ -91,6 +91,7 @@ class Budget:
         output_tokens: float | None = None,
         on_exceeded: OnExceeded | None = None,
     ) -> None:
+        super().__init__(budgets=(self,))
         caps = {"usd": usd, "tokens": tokens, "requests": requests}
         caps |= {"input_tokens": input_tokens, "output_tokens": output_tokens}
         self._caps = {name: rounded_up(cap, name) for name, cap in caps.items() if cap is not None}
@@ -107,20 +108,12 @@ class Budget:
         self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
         #: One question at a time, on each event loop.
         self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self._scope = InheritedScope(budgets=(self,))
         self.after_fork()
         reset_after_fork(self)
 
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        self._scope.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._scope.__exit__(*error)
 
     @property
     def cap(self) -> Mapping[str, float]:

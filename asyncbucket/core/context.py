@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.meters import NEVER
@@ -76,7 +76,7 @@ def running_agent(context: Inherited | None) -> Agent | None:
     return None if found is None or found.is_over else found
 
 
-class InheritedScope(contextlib.AbstractContextManager[None, None]):
+class InheritedScope(contextlib.AbstractContextManager[Any, None]):
     """Set what the calls in one ``with`` block inherit.
 
     It is not a decorator: around an async function, the block would end before the function has
@@ -89,7 +89,7 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
         self._token: Token[Inherited | None] | None = None
         self._values = values
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self._token is not None:
             raise RuntimeError(
                 "this context was entered before: call priority(), tenant(), deadline() or budget() again"
@@ -101,6 +101,7 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
         if "budgets" in self._values:
             inner = replace(inner, budgets=outer.budgets + inner.budgets)
         self._token = inherited.set(inner)
+        return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
@@ -112,10 +113,10 @@ class _AgentScope(InheritedScope):
 
     __slots__ = ()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if running_agent(inherited.get()) is not None:
             self._values = {}
-        super().__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
