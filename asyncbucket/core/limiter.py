@@ -557,8 +557,7 @@ class Limiter(Doors, OfThisProcess):
             raise TypeError(f'learn() takes a Limit, such as Limit("requests", 500), not {limit!r}')
         node = self._node
         pacer: Pacer = node.pacer
-        if node.place is not None:
-            node.place.check([limit], None)
+        self._check_place([limit], None)
         with pacer:
             known = node.limits.get(limit.key)
             if node.limits.keys() - node.learned or (known and known.amount == limit.amount):
@@ -588,8 +587,7 @@ class Limiter(Doors, OfThisProcess):
         new_weight = None if weight is None else read_weight(weight)
         node = self._node
         pacer: Pacer = node.pacer
-        if node.place is not None:  # which refuses what it cannot keep
-            node.place.check(given, concurrency)
+        self._check_place(given, concurrency)
         with pacer:
             if new_weight is not None:
                 reweigh(node, new_weight)
@@ -599,6 +597,11 @@ class Limiter(Doors, OfThisProcess):
             if concurrency is not None:
                 pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots}")
             self._was_changed = True
+
+    def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
+        """Refuse what the store cannot keep, if one keeps these limits."""
+        if self._node.place is not None:
+            self._node.place.check(limits, concurrency)
 
     def _put_in_force_locked(
         self, limits: Iterable[Limit], concurrency: Concurrency | None, *, learned: bool = False
