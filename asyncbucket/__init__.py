@@ -20,9 +20,8 @@ from asyncbucket.core.errors import (
 )
 from asyncbucket.core.explain import Explanation
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.limiter import Limiter, pace
 from asyncbucket.core.limits import Limit
-from asyncbucket.core.pace import pace
 from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
 from asyncbucket.plan import plan
@@ -34,7 +33,11 @@ if TYPE_CHECKING:
     from asyncbucket.plan import Plan
     from asyncbucket.providers.prices import Price
 
+#: What few programs need, and which module has it.
 _LAZY = {
+    "Plan": "asyncbucket.plan",
+    "Pool": "asyncbucket.core.pool",
+    "Price": "asyncbucket.providers.prices",
     "batch": "asyncbucket.batch",
     "presets": "asyncbucket.presets",
     "prices": "asyncbucket.prices",
@@ -47,15 +50,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> object:
     """Import what few programs need on first use: ``asyncbucket.telemetry``, `Plan`."""
-    if name in _LAZY:
-        return import_module(_LAZY[name])
-    if name == "Plan":
-        return import_module("asyncbucket.plan").Plan
-    if name == "Pool":
-        return import_module("asyncbucket.core.pool").Pool
-    if name == "Price":
-        return import_module("asyncbucket.prices").Price
-    raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return getattr(module, name) if name.istitle() else module
 
 
 def __dir__() -> list[str]:

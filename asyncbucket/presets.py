@@ -1,3 +1,5 @@
 """What providers publish about their limits, with date and source."""
 
-from asyncbucket.core.presets import *  # noqa: F403 - all its public names
+from asyncbucket.core.settings import Preset, PresetWarning, preset, preset_names
+
+__all__ = ["Preset", "PresetWarning", "preset", "preset_names"]

@@ -115,7 +115,7 @@ def preset_limits(preset: str | None) -> Iterable[Limit]:
     """
     if preset is None:
         return ()
-    from asyncbucket.core.presets import preset as limits_of
+    from asyncbucket.presets import preset as limits_of
 
     with warnings.catch_warnings(record=True, action="always") as caught:
         limits = limits_of(preset)

@@ -29,13 +29,13 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
-from asyncbucket.core.admission import count_refusal
 from asyncbucket.core.context import InheritedScope
 from asyncbucket.core.cost import rounded_up
 from asyncbucket.core.errors import BudgetExceeded
 from asyncbucket.core.events import Outcome
+from asyncbucket.core.explain import count_refusal
 from asyncbucket.core.lease import ASKED, HELD, OVER, PARTS_OF_TOKENS, WAITING, Lease
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.seats import ThreadSeat, reset_after_fork
@@ -43,8 +43,8 @@ from asyncbucket.core.wording import counted, in_given_unit, is_number
 
 #: What is asked before a call is refused: it returns the new cap, or None.
 OnExceeded: TypeAlias = Callable[[BudgetExceeded], float | Awaitable[float | None] | None]
-#: Where an amount counts: at calls in flight, or at calls that are over.
-_Side: TypeAlias = Literal["reserved", "spent"]
+#: Where an amount counts: at calls in flight, or at calls that are over; or nowhere yet.
+_Side: TypeAlias = Literal["reserved", "spent", "left"]
 
 _NOTHING: Final[Amounts] = {}
 _REMEDY: Final = "finish with what you have, make a cheaper call, or ask for a larger budget"
@@ -52,168 +52,7 @@ _REMEDY: Final = "finish with what you have, make a cheaper call, or ask for a l
 _asking: Final[ContextVar[tuple["Budget", ...]]] = ContextVar("asyncbucket asking", default=())
 
 
-class Budget:
-    """Cap what the calls in a ``with`` block may spend; made by `budget`."""
-
-    def __init__(self, caps: Mapping[str, int], on_exceeded: OnExceeded | None) -> None:
-        self._caps = dict(caps)
-        #: How many units of each resource count where.
-        self._sums: Counter[tuple[_Side, str]] = Counter()
-        #: What leases report: where something counts, how much did, and how much does now.
-        self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
-        self._on_exceeded = on_exceeded
-        #: One question at a time, on each event loop.
-        self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self._scope = InheritedScope(budgets=(self,))
-        self.after_fork()
-        reset_after_fork(self)
-
-    def after_fork(self) -> None:
-        """Replace the lock, which the parent may have held."""
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        self._scope.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._scope.__exit__(*error)
-
-    @property
-    def cap(self) -> Mapping[str, float]:
-        """The caps as they were given: dollars, or units of each resource."""
-        return _as_given(self._caps)
-
-    @property
-    def spent(self) -> Mapping[str, float]:
-        """What calls that have ended cost."""
-        return self._sum("spent")
-
-    @property
-    def reserved(self) -> Mapping[str, float]:
-        """What calls in flight may cost at most."""
-        return self._sum("reserved")
-
-    @property
-    def left(self) -> Mapping[str, float]:
-        """What is neither spent nor reserved; negative if calls used more than they reserved."""
-        with self._lock:
-            self._catch_up_locked()
-            return _as_given({name: self._left_locked(name) for name in self._caps})
-
-    def _sum(self, side: _Side) -> Mapping[str, float]:
-        with self._lock:
-            self._catch_up_locked()
-            return _as_given({name: self._sums[side, name] for name in self._caps})
-
-    def __repr__(self) -> str:
-        with self._lock:
-            self._catch_up_locked()
-            amounts = (self._caps, {name: self._sums["spent", name] for name in self._caps})
-        caps, spent = (", ".join(map(counted, each.values(), each)) for each in amounts)
-        return f"<Budget of {caps}, {spent} spent>"
-
-    # --- what leases ask ---
-
-    def look(self, amounts: Amounts, *, reserve: bool) -> BudgetExceeded | None:
-        """Return why a call can't pass; if it can, ``reserve`` what it may cost.
-
-        Without ``reserve``, a call passes if it could, should all calls in flight cost nothing.
-        """
-        with self._lock:
-            self._catch_up_locked()
-            for name in self._caps:
-                cost = amounts.get(name, 0)
-                in_flight = 0 if reserve else self._sums["reserved", name]
-                if cost and cost > self._left_locked(name) + in_flight:
-                    return self._error_locked(name, cost)
-            if reserve:
-                self.change("reserved", _NOTHING, amounts)
-            return None
-
-    def change(self, side: _Side, before: Amounts, after: Amounts) -> None:
-        """Count ``after`` for a call, instead of what was counted ``before``."""
-        self._changes.append((side, before, after))
-
-    async def is_raised(self, error: BudgetExceeded, *, blocking: bool) -> bool:
-        """Ask whether the cap may be raised, for one call at a time; return whether it was.
-
-        Nobody is asked about calls that are made in order to answer.
-
-        Raises:
-            TypeError: ``on_exceeded`` returned no number, or is async and the caller blocks.
-        """
-        if self._on_exceeded is None or self in _asking.get():
-            return False
-        turn: Any = contextlib.nullcontext()
-        if not blocking:
-            turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-        async with turn:
-            if error.cap != self.cap[error.resource]:
-                return True  # it was raised for another call meanwhile
-            token = _asking.set((*_asking.get(), self))
-            try:
-                answer = self._on_exceeded(error)
-                if inspect.isawaitable(answer):
-                    if blocking:
-                        getattr(answer, "close", bool)()
-                        raise TypeError(
-                            "a blocking call can't await on_exceeded: give a plain function"
-                        )
-                    answer = await answer
-            finally:
-                _asking.reset(token)
-            return self._raise_cap(error, answer)
-
-    def _raise_cap(self, error: BudgetExceeded, answer: object) -> bool:
-        if answer is None or answer is False:
-            return False
-        if not is_number(answer):
-            raise TypeError(
-                f"on_exceeded must return the new cap, such as 5.0, or None, not {answer!r}"
-            )
-        with self._lock:
-            cap = max(self._caps[error.resource], rounded_up(answer, error.resource))
-            self._caps[error.resource] = cap
-        return in_given_unit(cap, error.resource) > error.cap
-
-    # --- with the lock held ---
-
-    def _error_locked(self, name: str, cost: int) -> BudgetExceeded:
-        cap, left = self._caps[name], max(0, self._left_locked(name))
-        reserved, spent = self._sums["reserved", name], self._sums["spent", name]
-        in_flight = f", {counted(reserved, name)} reserved by calls in flight" if reserved else ""
-        return BudgetExceeded(
-            f"this call may cost {counted(cost, name)}, but the budget of {counted(cap, name)} has "
-            f"only {counted(left, name)} left ({counted(spent, name)} spent{in_flight}); {_REMEDY}",
-            budget=self,
-            resource=name,
-            cap=in_given_unit(cap, name),
-            spent=in_given_unit(spent, name),
-            reserved=in_given_unit(reserved, name),
-            cost=in_given_unit(cost, name),
-        )
-
-    def _left_locked(self, name: str) -> int:
-        return self._caps[name] - self._sums["spent", name] - self._sums["reserved", name]
-
-    def _catch_up_locked(self) -> None:
-        """Add up what leases have reported."""
-        while self._changes:
-            side, before, after = self._changes.popleft()
-            for name in self._caps:
-                self._sums[side, name] += after.get(name, 0) - before.get(name, 0)
-
-
-def budget(
-    *,
-    usd: float | None = None,
-    tokens: float | None = None,
-    requests: float | None = None,
-    input_tokens: float | None = None,
-    output_tokens: float | None = None,
-    on_exceeded: OnExceeded | None = None,
-) -> Budget:
+class Budget(InheritedScope):
     """Cap what all calls inside may spend together, across limiters, models, tools and sub-agents.
 
     >>> with asyncbucket.budget(usd=2.00, requests=100) as budget:
@@ -241,19 +80,162 @@ def budget(
         ValueError, TypeError: a cap is not a finite number from 0 on, there is none, or
             ``on_exceeded`` cannot be called.
     """
-    given = {
-        "usd": usd,
-        "tokens": tokens,
-        "requests": requests,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-    }
-    caps = {name: rounded_up(cap, name) for name, cap in given.items() if cap is not None}
-    if not caps:
-        raise ValueError("a budget needs a cap: give e.g. usd=2.00, tokens=100_000 or requests=50")
-    if on_exceeded is not None and not callable(on_exceeded):
-        raise TypeError(f"on_exceeded must be a function of the error, not {on_exceeded!r}")
-    return Budget(caps, on_exceeded)
+
+    def __init__(
+        self,
+        *,
+        usd: float | None = None,
+        tokens: float | None = None,
+        requests: float | None = None,
+        input_tokens: float | None = None,
+        output_tokens: float | None = None,
+        on_exceeded: OnExceeded | None = None,
+    ) -> None:
+        super().__init__(budgets=(self,))
+        caps = {"usd": usd, "tokens": tokens, "requests": requests}
+        caps |= {"input_tokens": input_tokens, "output_tokens": output_tokens}
+        self._caps = {name: rounded_up(cap, name) for name, cap in caps.items() if cap is not None}
+        if not self._caps:
+            raise ValueError(
+                "a budget needs a cap: give e.g. usd=2.00, tokens=100_000 or requests=50"
+            )
+        if on_exceeded is not None and not callable(on_exceeded):
+            raise TypeError(f"on_exceeded must be a function of the error, not {on_exceeded!r}")
+        self._on_exceeded = on_exceeded
+        #: How many units of each resource count where.
+        self._sums = Counter({("left", name): cap for name, cap in self._caps.items()})
+        #: What leases report: where something counts, how much did, and how much does now.
+        self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
+        #: One question at a time, on each event loop.
+        self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held."""
+        self._lock = threading.Lock()
+
+    @property
+    def cap(self) -> Mapping[str, float]:
+        """The caps as they were given: dollars, or units of each resource."""
+        return {name: in_given_unit(cap, name) for name, cap in self._caps.items()}
+
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """What calls that have ended cost."""
+        return self._read("spent")
+
+    @property
+    def reserved(self) -> Mapping[str, float]:
+        """What calls in flight may cost at most."""
+        return self._read("reserved")
+
+    @property
+    def left(self) -> Mapping[str, float]:
+        """What is neither spent nor reserved; negative if calls used more than they reserved."""
+        return self._read("left")
+
+    def _read(self, side: _Side) -> Mapping[str, float]:
+        with self._lock:
+            self._catch_up_locked()
+            return {name: in_given_unit(self._sums[side, name], name) for name in self._caps}
+
+    def __repr__(self) -> str:
+        spent = self.spent
+        caps = (f"{counted(cap, name)} ({spent[name]:,} spent)" for name, cap in self._caps.items())
+        return f"<Budget of {', '.join(caps)}>"
+
+    # --- what leases ask ---
+
+    def look(self, amounts: Amounts, *, reserve: bool) -> BudgetExceeded | None:
+        """Return why a call can't pass; if it can, ``reserve`` what it may cost.
+
+        Without ``reserve``, a call passes if it could, should all calls in flight cost nothing.
+        """
+        with self._lock:
+            self._catch_up_locked()
+            for name in self._caps:
+                cost, left = amounts.get(name, 0), self._sums["left", name]
+                if cost and cost > left + (0 if reserve else self._sums["reserved", name]):
+                    return self._error_locked(name, cost)
+            if reserve:
+                self.change("reserved", _NOTHING, amounts)
+            return None
+
+    def change(self, side: _Side, before: Amounts, after: Amounts) -> None:
+        """Count ``after`` for a call, instead of what was counted ``before``."""
+        self._changes.append((side, before, after))
+
+    async def is_raised(self, error: BudgetExceeded, *, blocking: bool) -> bool:
+        """Ask whether the cap may be raised, for one call at a time; return whether it was.
+
+        Nobody is asked about calls that are made in order to answer.
+
+        Raises:
+            TypeError: ``on_exceeded`` returned no number, or is async and the caller blocks.
+        """
+        if self._on_exceeded is None or self in _asking.get():
+            return False
+        turn: Any = contextlib.nullcontext()
+        if not blocking:
+            turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+        async with turn:
+            if error.cap != self.cap[error.resource]:
+                return True  # it was raised for another call meanwhile
+            token = _asking.set((*_asking.get(), self))
+            try:
+                answer: Any = self._on_exceeded(error)
+                if blocking and inspect.iscoroutine(answer):
+                    answer.close()
+                    raise TypeError(
+                        "a blocking call can't await on_exceeded: give a plain function"
+                    )
+                answer = await answer if inspect.isawaitable(answer) else answer
+            finally:
+                _asking.reset(token)
+            return answer is not None and self._raise_cap(error, answer)
+
+    def _raise_cap(self, error: BudgetExceeded, answer: float) -> bool:
+        if not is_number(answer):
+            raise TypeError(
+                f"on_exceeded must return the new cap, such as 5.0, or None, not {answer!r}"
+            )
+        name = error.resource
+        with self._lock:
+            more = max(0, rounded_up(answer, name) - self._caps[name])
+            self._caps[name] += more
+            self._sums["left", name] += more
+        return self.cap[name] > error.cap
+
+    # --- with the lock held ---
+
+    def _error_locked(self, name: str, cost: int) -> BudgetExceeded:
+        cap, left = self._caps[name], max(0, self._sums["left", name])
+        reserved, spent = self._sums["reserved", name], self._sums["spent", name]
+        in_flight = f", {counted(reserved, name)} reserved by calls in flight" if reserved else ""
+        return BudgetExceeded(
+            f"this call may cost {counted(cost, name)}, but the budget of {counted(cap, name)} has "
+            f"only {counted(left, name)} left ({counted(spent, name)} spent{in_flight}); {_REMEDY}",
+            budget=self,
+            resource=name,
+            cap=in_given_unit(cap, name),
+            spent=in_given_unit(spent, name),
+            reserved=in_given_unit(reserved, name),
+            cost=in_given_unit(cost, name),
+        )
+
+    def _catch_up_locked(self) -> None:
+        """Add up what leases have reported."""
+        while self._changes:
+            side, before, after = self._changes.popleft()
+            for name in self._caps:
+                change = after.get(name, 0) - before.get(name, 0)
+                self._sums[side, name] += change
+                self._sums["left", name] -= change
+
+
+#: What people write: ``with asyncbucket.budget(usd=2.00):``.
+budget = Budget
 
 
 class BudgetLease(Lease):
@@ -300,14 +282,6 @@ class BudgetLease(Lease):
             if isinstance(error, BudgetExceeded):
                 count_refusal(self._node, self._amounts, error)
             raise
-
-    async def reserve_more(self, more: Amounts, *, blocking: bool) -> None:
-        """Reserve at all budgets for a further request of the same call.
-
-        Raises:
-            BudgetExceeded: one cannot pay for it; nothing is reserved.
-        """
-        await self._ask(reserve=True, blocking=blocking, more=more)
 
     async def _ask(self, *, reserve: bool, blocking: bool, more: Amounts | None = None) -> None:
         """Have caps raised until no budget is exceeded.
@@ -385,7 +359,3 @@ def pay_from(budgets: tuple[Budget, ...], lease: Lease) -> None:
     lease.__class__ = _paying(type(lease))
     assert isinstance(lease, BudgetLease)
     lease._budgets = budgets  # noqa: SLF001 - just made
-
-
-def _as_given(amounts: Amounts) -> Mapping[str, float]:
-    return {name: in_given_unit(amount, name) for name, amount in amounts.items()}

@@ -13,8 +13,8 @@ import math
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NoReturn, TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.meters import NEVER
@@ -29,18 +29,16 @@ _HIGHEST: Final = 100
 _FOR_EVER: Final = NEVER * 1e-9
 
 
+@dataclass(eq=False, slots=True)
 class Agent:
     """One run of an agent: what its calls have in common."""
 
-    __slots__ = ("expects", "is_over", "kind", "limiters", "name")
-
-    def __init__(
-        self, name: str | None, kind: str | None, expects: Mapping[str, int] | None
-    ) -> None:
-        self.name, self.kind, self.expects = name, kind, expects
-        self.is_over = False
-        #: What orders its calls, at each limiter that it used: `asyncbucket.core.agents.Agents`.
-        self.limiters: list[Any] = []
+    name: str | None
+    kind: str | None
+    expects: Mapping[str, int] | None
+    is_over: bool = False
+    #: What orders its calls, at each limiter that it used: `asyncbucket.core.agents.Agents`.
+    limiters: list[Any] = field(default_factory=list)
 
     def end(self, *, ended_well: bool) -> None:
         """Tell the limiters that it is over."""
@@ -78,11 +76,11 @@ def running_agent(context: Inherited | None) -> Agent | None:
     return None if found is None or found.is_over else found
 
 
-class InheritedScope(contextlib.AbstractContextManager[None, None]):
+class InheritedScope(contextlib.AbstractContextManager[Any, None]):
     """Set what the calls in one ``with`` block inherit.
 
-    It is not a decorator, as `contextlib.contextmanager` would make it: around an async function,
-    the block would end before the function has begun.
+    It is not a decorator: around an async function, the block would end before the function has
+    begun.
     """
 
     __slots__ = ("_token", "_values")
@@ -91,7 +89,7 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
         self._token: Token[Inherited | None] | None = None
         self._values = values
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self._token is not None:
             raise RuntimeError(
                 "this context was entered before: call priority(), tenant(), deadline() or budget() again"
@@ -103,21 +101,11 @@ class InheritedScope(contextlib.AbstractContextManager[None, None]):
         if "budgets" in self._values:
             inner = replace(inner, budgets=outer.budgets + inner.budgets)
         self._token = inherited.set(inner)
+        return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
         put_back(inherited, self._token)
-
-    def __call__(self, *_: object) -> NoReturn:
-        """Refuse to decorate, and say why.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "priority, tenant and deadline are context managers, not decorators: write e.g. "
-            "`with deadline(30):` inside the function"
-        )
 
 
 class _AgentScope(InheritedScope):
@@ -125,10 +113,10 @@ class _AgentScope(InheritedScope):
 
     __slots__ = ()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if running_agent(inherited.get()) is not None:
             self._values = {}
-        super().__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -264,18 +252,16 @@ def read_priority(value: Priority) -> int:
     )
 
 
-def deadline_of(
-    now: int, *, timeout: float | None = None, deadline: float | None = None
-) -> int | None:
-    """Return the earlier of ``timeout`` seconds from ``now`` and ``deadline``, in nanoseconds.
+def deadline_of(now: int, *timeouts: float | None, deadline: float | None = None) -> int | None:
+    """Return the earliest of ``timeouts`` (seconds from ``now``) and ``deadline``, in nanoseconds.
 
     Raises:
-        ValueError: one of them is NaN or not a number, or the timeout is negative.
+        ValueError: one of them is NaN or not a number, or a timeout is negative.
     """
     end = NEVER if deadline is None else nanoseconds(deadline, "deadline")
-    if timeout is not None:
-        span = span_of(timeout, "timeout", "None waits forever")
-        end = min(end, NEVER if span >= NEVER else now + span)
+    for timeout in timeouts:
+        if timeout is not None:
+            end = min(end, now + span_of(timeout, "timeout", "None waits forever"))
     return None if end >= NEVER else end
 
 

@@ -38,13 +38,12 @@ def amounts_of(
         output_tokens = rounded_up(output_tokens, "output_tokens")
     if tokens is not None and input_tokens is None and output_tokens is None:
         input_tokens = output_tokens = tokens
-    elif input_tokens is None or output_tokens is None:
-        input_tokens, output_tokens = input_tokens or 0, output_tokens or 0
+    sent, received = input_tokens or 0, output_tokens or 0
     amounts = {
         "requests": requests,
-        "tokens": input_tokens + output_tokens if tokens is None else tokens,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
+        "tokens": sent + received if tokens is None else tokens,
+        "input_tokens": sent,
+        "output_tokens": received,
         "concurrency": 1,
     }
     if others:

@@ -5,21 +5,12 @@ Each method loads its adapter when it is called, so the core needs none of them.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ParamSpec,
-    Self,
-    TypeVar,
-    Unpack,
-    cast,
-    overload,
-)
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeAlias, TypeVar, Unpack, cast, overload
 
+from asyncbucket.core.explain import pauses
 from asyncbucket.core.meters import Window
 from asyncbucket.core.node import Node, Sizer
-from asyncbucket.core.seats import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Iterable
@@ -35,6 +26,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+#: An amount for `Doors.paced`, or a function of the call's arguments that returns it.
+PacedCost: TypeAlias = float | str | Callable[..., float | str] | None
 
 
 class Doors:
@@ -74,13 +67,9 @@ class Doors:
         return from_toml(cls, path, **options)
 
     @overload
-    def paced(
-        self, function: Callable[P, R], /, **cost: float | str | Callable[..., float | str] | None
-    ) -> Callable[P, R]: ...
+    def paced(self, function: Callable[P, R], /, **cost: PacedCost) -> Callable[P, R]: ...
     @overload
-    def paced(
-        self, /, **cost: float | str | Callable[..., float | str] | None
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def paced(self, /, **cost: PacedCost) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
     def paced(self, function: Any = None, /, **cost: Any) -> Any:
         """Decorate a function, async or plain, so that each call waits for an admission first.
 
@@ -93,10 +82,7 @@ class Doors:
                 plain function that returns a coroutine.
         """
         if function is None:
-            return functools.partial(self._paced, cost=cost)
-        return self._paced(function, cost=cost)
-
-    def _paced(self, function: Callable[..., Any], *, cost: dict[str, Any]) -> Callable[..., Any]:
+            return functools.partial(self.paced, **cost)
         if not callable(function):
             raise TypeError(
                 f"paced decorates a function, not {function!r}; amounts go by keyword: "
@@ -108,7 +94,7 @@ class Doors:
                 f"acquire inside it, around what it iterates over"
             )
 
-        limiter = cast("Limiter", self)
+        function, limiter = cast("Callable[..., Any]", function), cast("Limiter", self)
 
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
@@ -288,13 +274,6 @@ def find_pause(node: Node) -> Any:
     return node.extra[0][0]
 
 
-def pauses(node: Node) -> Iterator[Any]:
-    """Yield the pause of a limiter, if there has been one."""
-    for meter, _ in node.extra:
-        if meter.bound_by == "paused":
-            yield meter
-
-
 def find_headroom(node: Node, window: Window, now: int) -> Any:
     """Return what is known of what a provider says is left of a limit; with the lock held."""
     from asyncbucket.feedback.headroom import Headroom
@@ -329,9 +308,8 @@ def read_prices(prices: Any) -> Mapping[str, Any]:
     return read_prices(prices)
 
 
-def open_place(node: Node, store: Any, **options: Any) -> Place:
-    """Return what keeps the limits of a root in a store."""
+def open_place(node: Node, store: Any, **options: Any) -> Any:
+    """Return what keeps the limits of a root in a store: a `asyncbucket.core.seats.Place`."""
     from asyncbucket.stores.place import open_place
 
-    place: Place = open_place(node, store, **options)
-    return place
+    return open_place(node, store, **options)

@@ -15,20 +15,8 @@
 Every message says what happened, the numbers, and the remedy.
 """
 
-from typing import Any
-
-__all__ = [
-    "AcquireTimeout",
-    "AsyncBucketError",
-    "BudgetExceeded",
-    "CostExceedsLimit",
-    "LimitSyntaxError",
-    "QueueFull",
-    "StoreError",
-    "UnknownPrice",
-    "WouldBlock",
-    "refusal_in",
-]
+from dataclasses import dataclass as _dataclass
+from typing import Any as _Any
 
 
 class AsyncBucketError(Exception):
@@ -69,6 +57,7 @@ class QueueFull(_NotNow):
     """Say that ``max_queue`` calls wait already."""
 
 
+@_dataclass(eq=False, repr=False)
 class BudgetExceeded(AsyncBucketError):  # noqa: N818 - a name of the public interface
     """Say that a call would pass the budget around it, before it is sent: see `asyncbucket.budget`.
 
@@ -76,24 +65,19 @@ class BudgetExceeded(AsyncBucketError):  # noqa: N818 - a name of the public int
     Amounts are dollars, or units, as they were given.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        budget: Any,
-        resource: str,
-        cap: float,
-        spent: float,
-        reserved: float,
-        cost: float,
-    ) -> None:
-        super().__init__(message)
-        #: The budget, and which of its caps it is: ``"usd"``, ``"tokens"``...
-        self.budget, self.resource = budget, resource
-        #: The cap; what is spent of it, and reserved by calls in flight.
-        self.cap, self.spent, self.reserved = cap, spent, reserved
-        #: What the call may cost at most.
-        self.cost = cost
+    message: str
+    #: The budget, and which of its caps it is: ``"usd"``, ``"tokens"``...
+    budget: _Any
+    resource: str
+    #: The cap; what is spent of it, and reserved by calls in flight.
+    cap: float
+    spent: float
+    reserved: float
+    #: What the call may cost at most.
+    cost: float
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UnknownPrice(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface

@@ -17,7 +17,6 @@ name of a tenant. A limiter is named by its path, ``"openai/chat"``; all its ten
 ``"openai/chat/*"``.
 """
 
-import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -221,65 +220,45 @@ class Observers:
     Every method may be called from any thread, even by an observer while it runs.
     """
 
-    __slots__ = ("_observers",)
-
     def __init__(self) -> None:
-        self._observers: list[_Observer] = []
+        self._callbacks: dict[object, Callback] = {}
+        self._failed: set[object] = set()
 
     def __bool__(self) -> bool:
-        return bool(self._observers)
+        return bool(self._callbacks)
 
-    def add(self, callback: Callback) -> Callable[[], None]:
-        """Call ``callback`` with every event from now on; the returned function ends that.
+    def add(self, callback: Callback) -> Callable[[], bool]:
+        """Call ``callback`` with every event from now on.
+
+        The returned function ends that, and tells whether it had not ended before.
 
         Raises:
             TypeError: it cannot be called, or is a coroutine function, which nobody would await.
         """
-        if not callable(callback):
+        called = type(callback).__call__ if callable(callback) else None  # it may be async, too
+        if called is None or any(map(inspect.iscoroutinefunction, (callback, called))):
             raise TypeError(
-                f"an observer must be a function of an event; {_name(callback)} cannot be called"
+                f"an observer must be a plain function of an event, not {_name(callback)}; one that "
+                f"is async can read a queue, into which a plain one puts events"
             )
-        called = type(callback).__call__  # an object's `__call__` may be async
-        if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(called):
-            raise TypeError(
-                f"an observer must be a plain function, and {_name(callback)} is a coroutine function: "
-                f"let it put the event into a queue"
-            )
-        observer = _Observer(callback)
-        self._observers.append(observer)
-
-        def remove() -> None:
-            with contextlib.suppress(ValueError):  # it was removed before
-                self._observers.remove(observer)
-
-        return remove
+        key = object()
+        self._callbacks[key] = callback
+        return lambda: self._callbacks.pop(key, None) is not None
 
     def emit(self, event: Event) -> None:
         """Call every observer. The first error of each is logged; it still gets later events."""
-        for observer in tuple(self._observers):
+        for key, callback in tuple(self._callbacks.items()):
             try:
-                observer.callback(event)
+                callback(event)
             except Exception as error:  # noqa: BLE001 - the call that caused the event goes on
-                observer.report(event, error)
-
-
-class _Observer:
-    __slots__ = ("_reported", "callback")
-
-    def __init__(self, callback: Callback) -> None:
-        self.callback = callback
-        self._reported = False
-
-    def report(self, event: Event, error: Exception) -> None:
-        """Log the first error."""
-        if not self._reported:
-            self._reported = True
-            _log.error(
-                "observer %s raised on %s; later errors of it are not reported",
-                _name(self.callback),
-                type(event).__name__,
-                exc_info=error,
-            )
+                if key not in self._failed:
+                    self._failed.add(key)
+                    _log.error(
+                        "observer %s raised on %s; later errors of it are not reported",
+                        _name(callback),
+                        type(event).__name__,
+                        exc_info=error,
+                    )
 
 
 def _name(callback: object) -> str:

@@ -1,21 +1,166 @@
-"""Why would a call wait, for how long, and what would have to change?"""
+"""What holds calls up: how refusals read, what `Limiter.explain` says, and what a limiter shows.
+
+An error says what binds, for how long, and the remedy. An explanation plays the line through, on
+copies of the meters: nothing is taken. Both ask the same meters and the same store as the pacer.
+"""
 
 import collections
 import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.core.context import Agent
 from asyncbucket.core.cost import Cost
+from asyncbucket.core.errors import (
+    AcquireTimeout,
+    AsyncBucketError,
+    BudgetExceeded,
+    CostExceedsLimit,
+    QueueFull,
+    WouldBlock,
+)
+from asyncbucket.core.events import Reason, Refused
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, latest
 from asyncbucket.core.queue import AnyWaiter, Line
+from asyncbucket.core.seats import bury_closed
+from asyncbucket.core.statistics import LimitUse, Statistics, Waits
 from asyncbucket.core.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
     from asyncbucket.core.pacer import Pacer
     from asyncbucket.core.seats import Place
+
+Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
+_AT_ONCE: Final = "without waiting"
+#: What observers hear of a refusal.
+_REASONS: Final[dict[type, Reason]] = {
+    WouldBlock: "would_block",
+    AcquireTimeout: "timeout",
+    QueueFull: "queue_full",
+    CostExceedsLimit: "too_costly",
+    BudgetExceeded: "budget",
+}
+REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
+
+
+# --- refusals ---
+
+
+def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
+    """Return the error of a call for which the line of ``level`` is too long."""
+    how = f"behind {counted(level.waiting, 'calls')} waiting already" if level.waiting else _AT_ONCE
+    remedy = f"try again later or raise max_queue={level.max_queue:,}"
+    return _refusal_locked(QueueFull, node, amounts, how, remedy)
+
+
+def refuse(node: Node, amounts: Amounts) -> None:
+    """Refuse a call that cannot pass now.
+
+    Raises:
+        WouldBlock: it cannot pass now, or others wait.
+        CostExceedsLimit: it can never pass.
+    """
+    try:
+        with node.pacer:
+            node.check(amounts)
+            raise _refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
+    except REFUSALS as error:
+        count_refusal(node, amounts, error)
+        raise
+
+
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up.
+
+    Raises:
+        CostExceedsLimit: it can never pass, because limits have been lowered since.
+    """
+    assert deadline is not None
+    with node.pacer:
+        node.check(amounts)
+        return too_late_locked(node, amounts, asked, deadline)
+
+
+def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+    """Return the error of a call that cannot pass by its deadline."""
+    how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
+    return _refusal_locked(AcquireTimeout, node, amounts, how, "raise the timeout or the limit")
+
+
+def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
+    """Count a refused call, and tell observers."""
+    pacer: Pacer = node.pacer
+    with pacer:
+        node.count("refused")
+    if pacer.observed:
+        pacer.notify(
+            node,
+            Refused,
+            cost=Cost.of(amounts),
+            reason=_REASONS[type(error)],
+            bound_by=getattr(error, "bound_by", None),
+            retry_after=getattr(error, "retry_after", None),
+        )
+
+
+def _refusal_locked(
+    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+) -> Refusal:
+    """Return the error of a refusal, with what binds and for how long."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
+    limited = node.resources()
+    named = [name for name, amount in amounts.items() if amount and name in limited]
+    what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
+    return error_type(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def _reason_locked(
+    node: Node, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    pacer: Pacer = node.pacer
+    due, bound_by = node.earliest_of_all(amounts, now)
+    windows = [window for level in node.path for window in level.limits.values()]
+    for limit in (window.limit for window in windows if at_once and pacer.place is None):
+        burst = limit.burst_units
+        if burst is not None and amounts.get(limit.resource, 0) > burst:
+            most = counted(burst, limit.resource)
+            why = f"above a burst of {most} it earns the rest while it is first in line"
+            return NEVER, limit.resource, why
+    if bound_by is None and pacer.place is not None:
+        known = pacer.place.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by, due = known[0], max(now, known[1])
+    if bound_by is None:
+        return pacer.next_look_locked(now), None, "others came first"
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
+    if due < NEVER:
+        binding = (each for each in windows if each.limit.resource == bound_by)
+        full = (each.limit for each in binding if each.available(now) < amounts[bound_by])
+        resets = next((limit.resets for limit in full if limit.resets), None)
+        until = "" if resets is None else f", until the limit resets at {resets}"
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
+    taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
+    slots = min(taken, default=0)  # 0: they are in a store
+    words = {0: "all slots are", 1: "the one slot is"}.get(slots, f"all {slots:,} slots are")
+    return due, bound_by, f"{words} taken"
+
+
+# --- explanations ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +213,9 @@ class Explanation:
             return f"a call would pass at once{behind}"
         if self.bound_by == "concurrency" and self.wait is None:
             return f"a call would wait{behind} until a slot is given back"
-        why = (
-            f"the limiter is paused{self.why_paused}"
-            if self.bound_by == "paused"
-            else with_verb(self.bound_by, "bind")
-        )
+        why = with_verb(self.bound_by, "bind")
+        if self.bound_by == "paused":
+            why = f"the limiter is paused{self.why_paused}"
         for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
         return f"a call would wait{for_so_long}{behind}: {why}"
 
@@ -80,12 +223,11 @@ class Explanation:
         if not self.rates:
             return ["no limit over time binds such calls"]
         first, *others = self.rates
+        unit, seconds = _unit(first)
         if self.together is not None:
-            unit, seconds = _unit(first)
             number = rounded(self.together * seconds)
             each = "; ".join(f"{rate.limiter}: {rate.limit}" for rate in self.rates)
             return [f"its members allow {number} such calls {unit} together ({each})"]
-        unit, seconds = _unit(first)
         number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
         calls = "call" if number == "1" else "calls"
         sentences = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
@@ -118,7 +260,7 @@ def explain_locked(
     waits[binds] += due - when
     when = due
     ((bound_by, _),) = waits.most_common(1)
-    if all(_is_full(route) for route in _routes(node, amounts)):
+    if not _with_slots(_routes(node, amounts)):
         when, bound_by = NEVER, "concurrency"
     rates = _rates(node, amounts)
     due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
@@ -142,8 +284,9 @@ def _routes(node: Node, amounts: Amounts) -> list[Node]:
     return routes
 
 
-def _is_full(route: Node) -> bool:
-    return any(level.in_flight >= level.slots for level in route.bounded)
+def _with_slots(routes: list[Node]) -> list[Node]:
+    """Return those on which a slot is free."""
+    return [each for each in routes if all(node.in_flight < node.slots for node in each.bounded)]
 
 
 def _soonest_route(
@@ -151,11 +294,8 @@ def _soonest_route(
 ) -> tuple[int, str | None, Meters]:
     """Return when such a call could pass by copies of the meters, what binds, and by which ones."""
     routes = _routes(node, amounts)
-    meters = [copy.deepcopy(route.meters, copies) for route in routes if not _is_full(route)] or [
-        copy.deepcopy(routes[0].meters, copies)
-    ]
-    dues = [(*latest(each, amounts, since), each) for each in meters]
-    return min(dues, key=lambda due: due[0])
+    meters = [copy.deepcopy(each.meters, copies) for each in _with_slots(routes) or routes[:1]]
+    return min(((*latest(each, amounts, since), each) for each in meters), key=lambda due: due[0])
 
 
 def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
@@ -212,17 +352,13 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
         return now, None, 0
     known, ahead = place.held_up(), place.waiting()
     if known is not None:
-        bound_by, due = known
-        return (due if ahead <= 1 else NEVER), bound_by, ahead  # known of the first alone
+        return (known[1] if ahead <= 1 else NEVER), known[0], ahead  # known of the first alone
     if root.in_flight >= root.slots:
         return NEVER, "concurrency", ahead
-    lacking = (
-        use.limit.resource
-        for use in place.use()
-        if use.available < amounts.get(use.limit.resource, 0)
-    )
-    resource = next(lacking, None)
-    return (now if resource is None else NEVER), resource, ahead
+    for use in place.use():
+        if use.available < amounts.get(use.limit.resource, 0):
+            return NEVER, use.limit.resource, ahead
+    return now, None, ahead
 
 
 def _rates(node: Node, amounts: Amounts) -> list[Rate]:
@@ -242,3 +378,63 @@ def _unit(rate: Rate) -> tuple[str, int]:
     units = (("a second", 1), ("a minute", 60), ("an hour", 3_600))
     fit = (unit for unit in units if unit[1] >= rate.limit.per and rate.calls * unit[1] >= 1)
     return next(fit, ("a day", 86_400))
+
+
+# --- statistics ---
+
+
+def pauses(node: Node) -> Iterator[Any]:
+    """Yield the pause of a limiter, if there has been one."""
+    return (meter for meter, _ in node.extra if meter.bound_by == "paused")
+
+
+def statistics_locked(node: Node) -> Statistics:
+    """Return what passed at ``node`` and below, what waits, and what for."""
+    pacer: Pacer = node.pacer
+    pacer.run_jobs_locked()
+    bury_closed(pacer)
+    now = pacer.clock()
+    return Statistics(
+        name=node.name,
+        admitted=node.admitted,
+        refused=node.refused,
+        cancelled=node.cancelled,
+        waiting=node.waiting,
+        in_flight=node.in_flight,
+        concurrency=node.concurrency,
+        paused=max((0, *(pause.until - now for pause in pauses(node)))) * 1e-9,
+        upstream_429=node.upstream_429,
+        overridden=pacer.overridden,
+        waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
+        refunded=dict(node.refunded),
+        limits=tuple(_uses(node, now)),
+        bound_by=_bound_by(node),
+        agents=None if node.agents is None else node.agents.statistics(),
+    )
+
+
+def _uses(node: Node, now: int) -> Iterator[LimitUse]:
+    """Yield how much of each limit is used."""
+    wall, place = node.pacer.wall(now), node.place
+    if place is not None:
+        for use in place.use():
+            yield replace(use, resets_in=use.limit.resets_in(wall))
+        return
+    for key, window in node.limits.items():
+        beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+        left = min(meter.available(now) for meter in (window, *beside))
+        yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall))
+
+
+def _bound_by(node: Node) -> str | None:
+    """Return what holds up the next call, if anybody waits at ``node`` or below."""
+    pacer: Pacer = node.pacer
+    if not node.waiting:
+        return None
+    known = None if pacer.place is None else pacer.place.held_up()
+    lines = [line.bound_by for line in node.lines.values() if line.living]
+    below = (each.line.bound_by for each in pacer.top.waiters() if node in each.line.node.path)
+    store = None if known is None else known[0]
+    # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+    first = (store, pacer.bound_by) if node.parent is None else ()
+    return next(filter(None, (*first, *lines, *below, store, pacer.bound_by)), None)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from asyncbucket.core import admission
+from asyncbucket.core import explain
 from asyncbucket.core.cost import COMMON, Cost, rounded_up
 from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
@@ -186,12 +186,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                     pacer.catch_up()
                 raise
             if not in_time:
-                raise admission.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+                raise explain.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
             waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER
-            if isinstance(error, admission.REFUSALS):
-                admission.count_refusal(node, amounts, error)
+            if isinstance(error, explain.REFUSALS):
+                explain.count_refusal(node, amounts, error)
             raise
         finally:
             del waiter  # else an error's traceback would keep it alive
@@ -208,9 +208,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             node.check(amounts)
             for level in node.path:
                 if level.max_queue is not None and level.waiting >= level.max_queue:
-                    raise admission.too_many_wait_locked(level, node, amounts)
+                    raise explain.too_many_wait_locked(level, node, amounts)
             if deadline is not None and node.soonest(amounts, now) > deadline:
-                raise admission.too_late_locked(node, amounts, now, deadline)
+                raise explain.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if seat is None:
                 seat = pacer.seats.here()
@@ -240,7 +240,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
-        admission.refuse(self._node, self._amounts)
+        explain.refuse(self._node, self._amounts)
 
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]

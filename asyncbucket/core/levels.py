@@ -13,7 +13,6 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.node import Node
 from asyncbucket.core.node import shown_name as _shown_name
-from asyncbucket.core.wording import read_count
 
 # The face of the core's private parts.
 # ruff: noqa: SLF001
@@ -36,10 +35,7 @@ def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
 
 def members_of(limiter: Limiter) -> tuple[Limiter, ...]:
     """Return the members of a pool; none of any other limiter, nor of one below a pool."""
-    pool = limiter._node.pacer.pool
-    if pool is None or limiter.parent is not None:
-        return ()
-    return tuple(member.limiter for member in pool.members)
+    return () if limiter.parent is not None else getattr(limiter, "members", ())
 
 
 def _passed(limiter: Limiter) -> set[Node]:
@@ -144,7 +140,7 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
     """
     if isinstance(lease, BudgetLease):
         amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
-        await lease.reserve_more(amounts, blocking=blocking)
+        await lease._ask(reserve=True, blocking=blocking, more=amounts)
 
 
 def undo(lease: Lease) -> None:
@@ -183,12 +179,7 @@ def observe_remaining(
         since: when the call with this answer was sent, in seconds of the limiter's clock; calls
             sent later may or may not be counted in ``remaining`` yet.
         rounding: by how many units ``remaining`` may have been rounded down.
-
-    Raises:
-        ValueError: a number of units is not a whole number from 0 on, or ``since`` not a number.
     """
-    remaining, rounding = read_count(remaining, "remaining"), read_count(rounding, "rounding")
-    limit = None if limit is None else read_count(limit, "limit")
     node = limiter._node
     pacer = node.pacer
     with pacer:

@@ -1,11 +1,9 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from asyncbucket.core import doors
@@ -24,8 +22,9 @@ from asyncbucket.core.context import (
 )
 from asyncbucket.core.cost import Cost, amounts_of
 from asyncbucket.core.doors import Doors
+from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.events import Callback, LimitChanged, LimitLearned, Observers, Paused
-from asyncbucket.core.explain import Explanation, explain_locked
+from asyncbucket.core.explain import Explanation, explain_locked, statistics_locked
 from asyncbucket.core.lease import FirstLease, Lease
 from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.meters import NEVER
@@ -33,7 +32,6 @@ from asyncbucket.core.node import EMPTY_MAPPING, Node
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import reweigh
 from asyncbucket.core.seats import OfThisProcess, bury_closed
-from asyncbucket.core.snapshot import statistics_locked
 from asyncbucket.core.statistics import Statistics
 from asyncbucket.core.tenants import ALIVE, Tenants
 from asyncbucket.core.terms import (
@@ -41,6 +39,7 @@ from asyncbucket.core.terms import (
     CallKeywords,
     Concurrency,
     Keywords,
+    LimiterKeywords,
     LimitKeywords,
     OnOutage,
     OtherResources,
@@ -56,14 +55,14 @@ from asyncbucket.core.wording import is_integer, read_count, shown
 if TYPE_CHECKING:
     from os import PathLike
 
+    from asyncbucket.llama_index.estimate import Estimator
     from asyncbucket.providers.prices import Prices
+    from asyncbucket.retry import Retry
 
 T = TypeVar("T")
-AnyLimiter = TypeVar("AnyLimiter", bound="Limiter")
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
 # ruff: noqa: SLF001
 
-_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 #: After so many calls of which none paid for a limit, something is wrong with it.
 _MANY: Final = 100
 
@@ -114,21 +113,6 @@ class Limiter(Doors, OfThisProcess):
         ImportError: the extra that serves the store is not installed.
     """
 
-    __slots__ = (
-        "__dict__",
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "_children",
-        "_has_terms",
-        "_is_proven",
-        "_node",
-        "_parent",
-        "_prices",
-        "_priority",
-        "_tenants",
-        "_terms",
-        "_timeout",
-    )
-
     def __init__(  # noqa: PLR0913 - each says something else, and all by keyword
         self,
         *limits: str | Limit,
@@ -169,6 +153,8 @@ class Limiter(Doors, OfThisProcess):
         self._is_proven = False
         self._children: dict[str, Self] = EMPTY_MAPPING
         self._tenants: Tenants[Self] | None = None
+        #: Whether it is no longer on these terms.
+        self._was_changed = False
 
     def _start(self, terms: Terms) -> None:
         """Put the terms of a new limiter in force."""
@@ -241,13 +227,9 @@ class Limiter(Doors, OfThisProcess):
         elif cost is None and not resources:
             amounts = amounts_of(requests, tokens, input_tokens, output_tokens)
         else:
-            given = {
-                "requests": requests,
-                "tokens": tokens,
-                "input_tokens": input_tokens,
-                "output_tokens": output_tokens,
-            }
-            amounts = limiter._amounts(cost, {**given, **resources})
+            amounts = limiter._amounts(
+                cost, requests, tokens, input_tokens, output_tokens, **resources
+            )
         if not limiter._is_proven:
             limiter._prove()
         if (
@@ -257,9 +239,7 @@ class Limiter(Doors, OfThisProcess):
             and priority is None
             and not limiter._has_terms
         ):
-            if limiter._is_proven:
-                return Lease(limiter._node, amounts)
-            return FirstLease(limiter._node, amounts)
+            return (Lease if limiter._is_proven else FirstLease)(limiter._node, amounts)
         return limiter._lease(amounts, context, timeout, deadline, priority)
 
     def acquire_nowait(
@@ -276,7 +256,7 @@ class Limiter(Doors, OfThisProcess):
         """
         context = inherited.get()
         limiter = self._limiter_for(tenant, context)
-        whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
+        whole, node = limiter._amounts(cost, **amounts), limiter._node
         plain = context is None and not limiter._has_terms
         lease = Lease(node, whole) if plain else limiter._lease(whole, context)
         if not lease._take_now():
@@ -295,7 +275,7 @@ class Limiter(Doors, OfThisProcess):
         timeout, deadline = amounts.pop("timeout", None), amounts.pop("deadline", None)
         priority, tenant = amounts.pop("priority", None), amounts.pop("tenant", None)
         limiter = self._limiter_for(tenant, context)
-        whole = limiter._amounts(cost, amounts)
+        whole = limiter._amounts(cost, **amounts)
         lease = limiter._lease(whole, context, timeout, deadline, priority)
         if not lease._try_now():
             lease._block()
@@ -317,28 +297,34 @@ class Limiter(Doors, OfThisProcess):
         """
         context = inherited.get()
         limiter = self._limiter_for(None, context)
-        whole, node = limiter._amounts(cost, dict(amounts)), limiter._node
+        whole, node = limiter._amounts(cost, **amounts), limiter._node
         with node.pacer:
             node.check(whole)
             urgency = limiter._urgency(None, context)
             return explain_locked(node, whole, urgency, running_agent(context))
 
-    def _amounts(self, cost: Cost | None, given: dict[str, Any]) -> dict[str, int]:
+    def _amounts(
+        self,
+        cost: Cost | None,
+        requests: float = 1,
+        tokens: float | None = None,
+        input_tokens: float | None = None,
+        output_tokens: float | None = None,
+        **others: Any,
+    ) -> dict[str, int]:
         """Return the amounts of a call, the slot it takes included."""
-        requests = given.pop("requests", 1)
-        tokens, sent, received = (given.pop(name, None) for name in _TOKENS)
         if cost is None:
-            amounts = amounts_of(requests, tokens, sent, received, given)
+            amounts = amounts_of(requests, tokens, input_tokens, output_tokens, others)
         elif not isinstance(cost, Cost):
             raise TypeError(
                 f"a cost must be a Cost or keywords such as tokens=500, not {shown(cost)}"
             )
-        elif requests != 1 or given or any(part is not None for part in (tokens, sent, received)):
+        elif requests != 1 or others or {tokens, input_tokens, output_tokens} != {None}:
             raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
         else:
-            amounts, given = {**cost, "concurrency": 1}, dict(cost)
-        if given:
-            self._node.check_known(given)
+            amounts, others = {**cost, "concurrency": 1}, dict(cost)
+        if others:
+            self._node.check_known(others)
         return amounts
 
     def _deadline(
@@ -347,20 +333,14 @@ class Limiter(Doors, OfThisProcess):
         """Return the earliest of all given deadlines, in ns of the limiter's clock."""
         now = self._node.pacer.clock()
         timeout = self._timeout if timeout is None else timeout
-        end = deadline_of(now, timeout=timeout, deadline=deadline)
         left = None if context is None else context.seconds_left()
-        if left is None or math.isinf(left):
-            return end
-        inherited_end: int = now + round(left * 1_000_000_000)
-        return inherited_end if end is None else min(end, inherited_end)
+        return deadline_of(now, timeout, left, deadline=deadline)
 
     def _urgency(self, priority: Priority | None, context: Inherited | None) -> int:
         """Return the priority of a call: its own, the inherited one, or the limiter's."""
-        if priority is not None:
-            return read_priority(priority)
-        if context is None or context.priority is None:
-            return self._priority
-        return context.priority
+        if priority is None and context is not None:
+            priority = context.priority
+        return self._priority if priority is None else read_priority(priority)
 
     def _lease(
         self,
@@ -394,8 +374,7 @@ class Limiter(Doors, OfThisProcess):
         levels = node.path if place is None else node.path[:-1]
         limits = [window for level in levels for window in level.limits.values()]
         unpaid = [window.limit for window in limits if not window.was_used]
-        if place is not None:
-            unpaid += [use.limit for use in place.use() if not use.used]
+        unpaid += [] if place is None else [use.limit for use in place.use() if not use.used]
         self._is_proven = not unpaid or node.admitted >= _MANY
         if self._is_proven and unpaid:
             warnings.warn(
@@ -491,8 +470,7 @@ class Limiter(Doors, OfThisProcess):
         Raises:
             LimitSyntaxError, ValueError: as for `child`.
         """
-        alive = read_count(alive, "alive")
-        tenants = self._all_tenants()
+        alive, tenants = read_count(alive, "alive"), self._all_tenants()
         tenants.default_terms, tenants.alive = Terms.read(limits, terms), alive
 
     def _all_tenants(self) -> Tenants[Self]:
@@ -502,10 +480,8 @@ class Limiter(Doors, OfThisProcess):
 
     def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
-        self._keep()
         with self._node.pacer:
-            node = type(self._node)(f"{self._node.name}/{name}", self._node)
-            child = self._of(node, terms)
+            child = self._of(type(self._node)(f"{self._node.name}/{name}", self._node), terms)
             child._start(terms)
         return child
 
@@ -529,7 +505,7 @@ class Limiter(Doors, OfThisProcess):
     @property
     def children(self) -> Mapping[str, "Limiter"]:
         """The children by name, as of now, without tenants."""
-        return MappingProxyType(dict(self._children))
+        return dict(self._children)
 
     # --- steering ---
 
@@ -620,12 +596,7 @@ class Limiter(Doors, OfThisProcess):
                 pacer.notify_locked(node, LimitChanged, limit=str(limit))
             if concurrency is not None:
                 pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots}")
-        self._keep()
-
-    def _keep(self) -> None:
-        """See to it that this limiter is not let go, if it is a tenant's."""
-        if self._parent is not None and "/*" in self._node.name and self._parent._tenants:
-            self._parent._tenants.keep(self)
+            self._was_changed = True
 
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """Refuse what the store cannot keep, if one keeps these limits."""
@@ -662,13 +633,12 @@ class Limiter(Doors, OfThisProcess):
         pacer: Pacer = node.pacer
         with pacer:
             node.observers = node.observers or Observers()
-            remove, watching = node.observers.add(callback), [1]
+            remove = node.observers.add(callback)
             pacer.count_observers(1)
 
         def unobserve() -> None:
-            remove()
             with pacer:
-                pacer.count_observers(-watching.pop() if watching else 0)
+                pacer.count_observers(-remove())
 
         return unobserve
 
@@ -713,9 +683,6 @@ class Limiter(Doors, OfThisProcess):
         with self._node.pacer:
             return statistics_locked(self._node)
 
-    def _repr_html_(self) -> str:
-        return self.statistics()._repr_html_()
-
     def __repr__(self) -> str:
         node = self._node
         parts = [f"{type(self).__name__} {self.name!r}", *map(str, self.limits)]
@@ -724,3 +691,32 @@ class Limiter(Doors, OfThisProcess):
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
             parts.append(f"concurrency {node.in_flight}/{self.concurrency}{found}")
         return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
+
+
+def pace(
+    obj: T,
+    *limits: str | Limit,
+    retry: "Retry | int | None" = None,
+    estimator: "Estimator | None" = None,
+    **terms: Unpack[LimiterKeywords],
+) -> T:
+    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
+
+    >>> llm = pace(OpenAI(model="gpt-4o-mini"), rpm=500, tpm=200_000, concurrency=20)
+
+    Args:
+        obj: see `Limiter.wrap`.
+        limits: see `Limiter`.
+        retry: see `asyncbucket.llama_index.wrap`.
+        estimator: see `asyncbucket.llama_index.wrap`.
+        terms: the arguments of the `Limiter`, limits such as ``rpm=500`` included.
+
+    Raises:
+        LimitSyntaxError: a limit cannot be read, or there is none.
+        TypeError: ``obj`` cannot be wrapped.
+        ValueError: as for `Limiter`.
+    """
+    limiter = Limiter(*limits, **terms)
+    if not limiter.limits and limiter.concurrency is None:
+        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
+    return limiter.wrap(obj, retry=retry, estimator=estimator)

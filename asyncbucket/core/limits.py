@@ -1,39 +1,41 @@
-"""Limits: an amount per window, how people write them, and what they mean."""
+"""Limits: an amount per window, how people write them, and when those of the calendar reset.
 
+Most limits hold in every sliding window. Others come back in full when a day, a week or a month of
+the wall clock begins: see `Calendar`.
+"""
+
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
 from fractions import Fraction
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.wording import MICRO, USD, counted, is_number, plain, written_out
 
 if TYPE_CHECKING:
-    from asyncbucket.core.calendars import Calendar, Period
+    from zoneinfo import ZoneInfo
 
 #: What identifies a limit within a limiter: its resource, and its window in seconds.
 Key: TypeAlias = tuple[str, float]
+#: What can begin anew by the calendar.
+Period: TypeAlias = Literal["day", "week", "month"]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
 #: Other words for resources. Without them, a limit of "request", or of "r" in "10r/s", would be a
 #: limit that no call counts against.
 _OTHER_WORDS: Final = {
-    **dict.fromkeys(("requests", "request", "req", "reqs", "r", "call", "calls"), "requests"),
-    **dict.fromkeys(("tokens", "token"), "tokens"),
+    **dict.fromkeys(("request", "req", "reqs", "r", "call", "calls"), "requests"),
+    **dict.fromkeys(("token", "tok", "toks"), "tokens"),
     **dict.fromkeys(("dollars", "dollar"), USD),
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
-#: A name that is this similar (of 1) to one of these is taken for a typing error.
+#: A name that is this similar (of 1) to one of the usual ones is taken for a typing error.
 _NEAR: Final = 0.8
-_OFTEN_MISSPELLED: Final = {"tok": "tokens"} | {
-    word: meant
-    for word, meant in _OTHER_WORDS.items()
-    if word.startswith(("request", "token", "input", "output"))
-}
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 #: Windows, in seconds.
@@ -42,7 +44,7 @@ _LONGEST: Final = 400 * 86_400
 #: From this window on, limits of requests are not paced unless ``burst`` says so.
 _UNPACED_FROM: Final = 3_600
 #: The usual lengths of what begins anew by the calendar.
-_PERIODS: Final[dict[float, "Period"]] = {86_400: "day", 604_800: "week", 2_592_000: "month"}
+_PERIODS: Final[dict[float, Period]] = {86_400: "day", 604_800: "week", 2_592_000: "month"}
 #: The most units in one of them.
 _LARGEST: Final = 1e18
 
@@ -62,11 +64,10 @@ KEYWORDS: Final = {
 _NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
-_EVERY: Final = r"(?P<every>(?:[0-9]{1,3}(?:,[0-9]{3}){1,2}|[0-9]{1,9})(?:\.[0-9]{1,9})?)?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
-    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*{_EVERY}\s*"
-    rf"(?P<unit>month|s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?){_BURST}"
+    rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?:(?P<month>month)|"
+    rf"(?P<every>{_NUMBER})?\s*(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?)){_BURST}"
 )
 #: What separates a limit from when it resets.
 _RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
@@ -74,6 +75,11 @@ _SYNTAX: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", "25 USD/day", '
     'with "burst 20" at the end if wanted'
 )
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_TIME: Final = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
+_HOW: Final = 'write e.g. resets="00:00 America/Los_Angeles", or "00:00 UTC"'
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -88,7 +94,7 @@ class Limit:
     With ``resets="00:00 America/Los_Angeles"`` it holds in each day, week (from Monday) or month of
     the calendar instead, and comes back in full at that time of day. ``per`` is then ``"day"``,
     ``"week"`` or ``"month"``. What was used beyond the amount stays owed, but for no longer than one
-    period. See `asyncbucket.core.calendars` about daylight saving.
+    period. See `asyncbucket.core.limits.Calendar` about daylight saving.
     The resource ``usd`` is money, in US dollars: ``Limit("usd", 25, per="day")``.
 
     Raises:
@@ -110,13 +116,13 @@ class Limit:
         self,
         resource: str,
         amount: float,
-        per: "float | Period" = 60,
+        per: float | Period = 60,
         burst: float | None = None,
         *,
         resets: str | None = None,
     ) -> None:
         """Refuse what is not a limit; fill in the default burst."""
-        put = partial(object.__setattr__, self)
+        put = functools.partial(object.__setattr__, self)
         if not isinstance(resource, str) or not resource.isidentifier():
             raise LimitSyntaxError(f"a resource must be a name such as requests, not {resource!r}")
         if resource == "concurrency":
@@ -127,8 +133,6 @@ class Limit:
         put("per", _read_per(per, resets))
         put("resets", resets)
         if resets is not None:
-            if not isinstance(resets, str):
-                raise LimitSyntaxError(f'resets must be a text such as "00:00 UTC", not {resets!r}')
             if self.per not in _PERIODS:
                 raise LimitSyntaxError(
                     f'a limit that resets has per="day", "week" or "month", not {per!r} seconds'
@@ -161,18 +165,14 @@ class Limit:
         match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:
             raise LimitSyntaxError(f"{text!r} is not a limit; {_SYNTAX}")
-        resource = match["resource"] or "requests"
-        resource = _RESOURCES.get(resource, resource) if match.re is _SHORT else resource
-        every = (match.groupdict().get("every") or "1").replace(",", "")
-        seconds = float(every) if "." in every else int(every)
-        if match["unit"] == "month" and every != "1":
-            raise LimitSyntaxError(f"{text!r} is not a limit: months come one at a time; {_SYNTAX}")
-        in_parts = _read_resource(resource) == USD
+        found = match.groupdict()
+        resource = found["resource"] or "requests"
+        every = _read_number(found.get("every") or "1")
         return cls(
-            resource,
-            _read_number(match["amount"], text, in_parts=in_parts),
-            per="month" if match["unit"] == "month" else seconds * _SECONDS[match["unit"][0]],
-            burst=_read_number(match["burst"], text, in_parts=in_parts) if match["burst"] else None,
+            _RESOURCES[resource] if match.re is _SHORT else resource,
+            _read_number(found["amount"]),
+            per="month" if found.get("month") else every * _SECONDS[found["unit"][0]],
+            burst=_read_number(found["burst"]) if found["burst"] else None,
             resets=resets[0] if resets else None,
         )
 
@@ -211,11 +211,7 @@ class Limit:
     @property
     def calendar(self) -> "Calendar | None":
         """What says when it resets, if it does."""
-        if self.resets is None:
-            return None
-        from asyncbucket.core.calendars import read_calendar  # few limits need it, and datetime
-
-        return read_calendar(_PERIODS[self.per], self.resets)
+        return None if self.resets is None else _read_calendar(_PERIODS[self.per], self.resets)
 
     def resets_in(self, wall: int) -> float | None:
         """Return the seconds until it resets when a wall clock shows ``wall`` (ns since 1970)."""
@@ -271,38 +267,36 @@ def _read_per(per: float | str, resets: str | None) -> float:
 
 def _read_resource(name: str) -> str:
     """Return the resource that is meant; refuse one that looks like a typing error."""
-    if name in _RESOURCES.values():
-        return name
-    meant = _OTHER_WORDS.get(name)
-    if meant is None:
+    usual, meant = _RESOURCES.values(), _OTHER_WORDS.get(name, name)
+    if meant == name and name not in usual:
         import difflib  # only limits of other resources come here
 
-        for near in difflib.get_close_matches(name, _OFTEN_MISSPELLED, n=1, cutoff=_NEAR):
+        for near in difflib.get_close_matches(name, usual, n=1, cutoff=_NEAR):
             raise LimitSyntaxError(
-                f"no call counts against a limit of {name!r}: did you mean {_OFTEN_MISSPELLED[near]}?"
+                f"no call counts against a limit of {name!r}: did you mean {near}?"
             )
-    return meant or name
+    return meant
 
 
 def read_amount(text: str) -> int:
-    """Return a number written as in limits: ``500``, ``14,400``, ``200k``.
+    """Return a whole number written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        LimitSyntaxError: it is not a number from 1 on.
+        LimitSyntaxError: it is none.
     """
-    return Limit.parse(f"{text} requests/s").units
+    written = str(text).strip().lower()
+    number = _read_number(written) if re.fullmatch(_NUMBER, written) else 0.5
+    if not isinstance(number, int):
+        raise LimitSyntaxError(f"{text!r} is not a number such as 500, 14,400 or 200k")
+    return number
 
 
-def _read_number(number: str, text: str, *, in_parts: bool = False) -> float:
-    """Read a number such as ``14,400`` or ``1.5k``; ``text`` is the limit that contains it."""
-    digits = re.sub("[,_]", "", number)
+def _read_number(text: str) -> float:
+    """Read a number such as ``14,400`` or ``1.5k``."""
+    digits = re.sub("[,_]", "", text)
     prefix = digits.lstrip("0123456789.")
     exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
-    if exact.denominator == 1:
-        return int(exact)
-    if not in_parts:
-        raise LimitSyntaxError(f"{text!r} is not a whole number of units; {_SYNTAX}")
-    return float(exact)
+    return int(exact) if exact.denominator == 1 else float(exact)
 
 
 def _units(amount: float, resource: str) -> int:
@@ -321,3 +315,67 @@ def _amount(value: float, resource: str, what: str) -> float:
     if value > _LARGEST:
         raise LimitSyntaxError(f"{what} must be at most {_LARGEST:.0e}; leave it out for no limit")
     return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """Number the days, weeks (from Monday) or months that begin at one time of day in one zone.
+
+    Instants are integer nanoseconds since 1970, UTC.
+
+    Daylight saving: a period begins at its time of day, whatever the clock did before. So a day lasts
+    23 or 25 hours when the clock changes. Where a time of day exists twice, the first of the two
+    counts. Where it is skipped, the period begins as long after midnight as on other days: for
+    02:30, when the clock shows 03:30. (PEP 495 calls both "fold=0".)
+    """
+
+    period: Period
+    at: time
+    zone: "ZoneInfo"
+
+    def number(self, wall: int) -> int:
+        """Return the number of the period in which an instant lies; later ones have higher numbers."""
+        moment = _EPOCH + timedelta(microseconds=wall // 1_000)
+        day = moment.astimezone(self.zone).date()
+        number = {
+            "day": day.toordinal() + 1,
+            "week": (day.toordinal() - 1) // 7 + 1,
+            "month": day.year * 12 + day.month,
+        }[self.period]
+        while self.start(number) > wall:
+            number -= 1
+        return number
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - calendars are few, and kept anyway
+    def start(self, number: int) -> int:
+        """Return when a period begins."""
+        if self.period == "month":
+            first = date(number // 12, number % 12 + 1, 1)
+        else:
+            first = date.fromordinal(7 * number + 1 if self.period == "week" else number)
+        return (datetime.combine(first, self.at, self.zone) - _EPOCH) // _MICROSECOND * 1_000
+
+    def __str__(self) -> str:
+        return f"{self.at:%H:%M} {self.zone.key}"
+
+
+@functools.lru_cache(maxsize=256)
+def _read_calendar(period: Period, resets: str) -> Calendar:
+    """Return the calendar whose periods begin at e.g. "00:00 Europe/Berlin"."""
+    import zoneinfo  # only limits that reset need it
+
+    at, _, zone = str(resets).strip().partition(" ")
+    match = _TIME.fullmatch(at)
+    if match is None:
+        raise LimitSyntaxError(
+            f"{resets!r} does not begin with a time of day from 00:00 to 23:59: {_HOW}"
+        )
+    if not zone.strip():
+        raise LimitSyntaxError(f"{resets!r} does not say in which time zone: {_HOW}")
+    try:
+        found = zoneinfo.ZoneInfo(zone.strip())
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise LimitSyntaxError(
+            f"{zone.strip()!r} is not a time zone: {_HOW}; if none is known here, pip install tzdata"
+        ) from error
+    return Calendar(period, time(int(match[1]), int(match[2])), found)

@@ -39,12 +39,9 @@ period after it should. What was used beyond the amount stays owed in the next p
 import bisect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
-from asyncbucket.core.limits import Limit
-
-if TYPE_CHECKING:
-    from asyncbucket.core.calendars import Calendar
+from asyncbucket.core.limits import Calendar, Limit
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
@@ -490,7 +487,7 @@ class Window(Meter):
             if self.pace is None or self.pace.tat <= now * self.pace.q:
                 self._largest = 0
 
-    def _reset(self, calendar: "Calendar", now: int) -> None:
+    def _reset(self, calendar: Calendar, now: int) -> None:
         """Open the period that the wall clock shows, unless it is one that was opened before."""
         wall = self._wall(now)
         number = calendar.number(wall)

@@ -1,37 +1,41 @@
-"""Limits from outside the code: environment variables, and tables in TOML files.
+"""Limits from outside the code: environment variables, tables in TOML files, published presets.
 
-Both give the limiter's own arguments, under the same names: ``limits`` (texts), ``preset``,
-keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``, and
-``prices``, the path of a file.
+The first two give the limiter's own arguments, under the same names: ``limits`` (texts),
+``preset``, keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``,
+and ``prices``, the path of a file.
+
+A preset is what a provider publishes about its limits, by provider, tier and model. Providers change
+these figures without notice, and an account may have others: the limits page of your own account is
+authoritative. A preset is a starting point for transports and wrapped models: what a provider says
+in its headers lowers what is available, and never raises it. The figures are in ``presets.toml``,
+each with the provider's own page, or a dated copy of it, and the day on which it was read. Only
+figures that could be found are there.
 """
 
+import difflib
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import cache, partial
+from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncbucket.core.errors import LimitSyntaxError
 from asyncbucket.core.limits import KEYWORDS, Limit, read_amount
-from asyncbucket.core.wording import is_number
 
 L = TypeVar("L")
 T = TypeVar("T")
 
 _FILES: Final = ("asyncbucket.toml", "pyproject.toml")
-_TABLE: Final = "asyncbucket"
-_KNOWN: Final = (
-    "limits",
-    "preset",
-    *KEYWORDS,
-    "concurrency",
-    "max_queue",
-    "name",
-    "store",
-    "prices",
-)
+_NUMBERS: Final = (*KEYWORDS, "max_queue")
+_KNOWN: Final = ("limits", "preset", "concurrency", "name", "store", "prices", *_NUMBERS)
+#: A preset this many days old causes a warning.
+_OLD: Final = 180
 
 
 def from_env(
@@ -58,16 +62,19 @@ def from_env(
         LimitSyntaxError: a variable cannot be read, is not known, or none limits anything; a
             ValueError. The message names the variable.
     """
-    variables = os.environ if environ is None else environ
-    found: dict[str, Any] = {}
-    for variable, text in variables.items():
-        name = variable.removeprefix(prefix).lower()
-        if variable.startswith(prefix) and text.strip():
-            _check_name(name, f"environment variable {variable}", prefix=prefix)
-            if arguments.get(name) is None:
-                found[name] = with_error_source(variable, partial(_read, name, text.strip()))
-    hint = f"set e.g. {prefix}RPM=500 and {prefix}TPM=200k"
-    return _make_limiter(cls, found, arguments, where=f"environment variables {prefix}*", hint=hint)
+    table = {
+        variable.removeprefix(prefix).lower(): text.strip()
+        for variable, text in (os.environ if environ is None else environ).items()
+        if variable.startswith(prefix) and text.strip()
+    }
+    return from_table(
+        cls,
+        table,
+        where=f"environment variables {prefix}*",
+        hint=f"set e.g. {prefix}RPM=500 and {prefix}TPM=200k",
+        spelled=lambda name: prefix + name.upper(),
+        **arguments,
+    )
 
 
 def from_toml(
@@ -77,10 +84,9 @@ def from_toml(
     limiter: str | None = None,
     **arguments: Any,
 ) -> L:
-    """Return a limiter configured by a TOML file: by the table ``[tool.asyncbucket]``.
+    """Return a limiter configured by a table of a TOML file: ``[tool.asyncbucket]``, or ``[asyncbucket]``.
 
-    In files other than ``pyproject.toml`` it may also be ``[asyncbucket]``, or the whole file.
-    Tables inside it that are named like no entry describe further limiters::
+    Tables inside it describe further limiters::
 
         [tool.asyncbucket]
         rpm = 500
@@ -92,7 +98,7 @@ def from_toml(
 
     Args:
         cls: the class to make: `Limiter`.
-        path: the file; by default the nearest ``asyncbucket.toml``, or ``pyproject.toml`` that has
+        path: the file; by default the nearest ``asyncbucket.toml`` or ``pyproject.toml`` that has
             the table, from the working directory upwards.
         limiter: the name of a table inside the table; also the limiter's name, unless the table
             sets one.
@@ -104,12 +110,10 @@ def from_toml(
         FileNotFoundError: there is no such file.
     """
     where, table = _find_table(path)
-    tables = _tables_in(table)
-    hint = "write e.g. rpm = 500"
+    tables, hint = _tables_in(table), "write e.g. rpm = 500"
     if limiter is not None:
         if limiter not in tables:
-            known = ", ".join(tables) or "none"
-            raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {known}")
+            raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {', '.join(tables)}")
         where = f"{where[:-1]}.{limiter}]"
         table, tables = {"name": limiter, **tables[limiter]}, {}
     elif tables:
@@ -124,26 +128,63 @@ def from_table(
     *,
     where: str,
     hint: str = "write e.g. rpm = 500",
+    spelled: Callable[[str], str] | None = None,
     **arguments: Any,
 ) -> L:
-    """Return a limiter configured by a table of a TOML file.
+    """Return a limiter configured by a table of a TOML file, or the like.
 
     Args:
         cls: the class to make: `Limiter`.
         table: its entries.
         where: the file and the table, for errors.
         hint: what to do if nothing is limited.
+        spelled: how errors name an entry; by default after ``where``.
         arguments: as for `from_toml`.
 
     Raises:
         LimitSyntaxError: as for `from_toml`.
     """
+    spelled = spelled or partial("{}: {}".format, where)
+    given = {name: value for name, value in arguments.items() if value is not None}
     found: dict[str, Any] = {}
     for name, value in table.items():
-        _check_name(name, f"entry {name!r} of {where}")
-        if arguments.get(name) is None:
-            found[name] = with_error_source(f"{where}: {name}", partial(_read, name, value))
-    return _make_limiter(cls, found, arguments, where=where, hint=hint)
+        if name not in _KNOWN:
+            known = ", ".join(_KNOWN)
+            raise LimitSyntaxError(f"entry {name!r} of {where} is not known; known: {known}")
+        if name not in given:
+            found[name] = with_error_source(spelled(name), partial(_read, name, value))
+    limits = [*found.pop("limits", ()), *found.pop("preset", ())]
+    given = found | given
+    if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
+        raise LimitSyntaxError(f"{where} limit nothing; {hint}")
+    return with_error_source(where, partial(cls, *limits, **given))
+
+
+def _read(name: str, value: Any) -> Any:
+    """Return the argument ``name``; numbers in texts are written as in limits: "14,400", "200k"."""
+    if name == "limits":
+        texts = value.split(";") if isinstance(value, str) else value
+        return [Limit.parse(text) for text in texts if text != ""]
+    if name == "preset":
+        return preset(value)
+    if name == "concurrency":
+        if isinstance(value, str) and value != "auto":
+            value = [read_amount(bound) for bound in value.split("-")]
+            return tuple(value) if len(value) > 1 else value[0]
+        return tuple(value) if isinstance(value, list) else value
+    return read_amount(value) if name in _NUMBERS and isinstance(value, str) else value
+
+
+def with_error_source(where: str, make: Callable[[], T]) -> T:
+    """Return what ``make`` returns; an error says where it comes from.
+
+    Raises:
+        LimitSyntaxError: ``make`` raised a TypeError or a ValueError.
+    """
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise LimitSyntaxError(f"{where}: {error}") from error
 
 
 def key_in_env(variable: str) -> str:
@@ -161,132 +202,7 @@ def key_in_env(variable: str) -> str:
     return key
 
 
-def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the tables inside a table that describe further limiters."""
-    return {
-        name: value
-        for name, value in table.items()
-        if isinstance(value, Mapping) and name not in _KNOWN
-    }
-
-
-def _make_limiter(
-    cls: Callable[..., L],
-    found: dict[str, Any],
-    arguments: dict[str, Any],
-    *,
-    where: str,
-    hint: str,
-) -> L:
-    limits = [*found.pop("limits", ()), *found.pop("preset", ())]
-    given = {**found, **{name: value for name, value in arguments.items() if value is not None}}
-    if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
-        raise LimitSyntaxError(f"{where} limit nothing; {hint}")
-    return with_error_source(where, lambda: cls(*limits, **given))
-
-
-def with_error_source(where: str, make: Callable[[], T]) -> T:
-    """Return what ``make`` returns; an error says where it comes from.
-
-    Raises:
-        LimitSyntaxError: ``make`` raised a TypeError or a ValueError.
-    """
-    try:
-        return make()
-    except (TypeError, ValueError) as error:
-        raise LimitSyntaxError(f"{where}: {error}") from error
-
-
-def _check_name(name: str, what: str, *, prefix: str | None = None) -> None:
-    if name not in _KNOWN:
-        if prefix is None:
-            raise LimitSyntaxError(f"{what} is not known; known: {', '.join(_KNOWN)}")
-        known = ", ".join(f"{prefix}{name.upper()}" for name in _KNOWN)
-        raise LimitSyntaxError(
-            f"{what} is not known; known: {known}; if it is there for something else, give a prefix "
-            f"that only the limiter uses, such as {prefix}LIMIT_"
-        )
-
-
-def _read(name: str, value: object) -> Any:
-    """Return the argument ``name``, from a text of the environment or a value of TOML."""
-    if name == "limits":
-        return _limits(value)
-    if name == "preset":
-        from asyncbucket.core.presets import preset
-
-        return preset(_text(value))
-    if name in ("name", "store", "prices"):
-        return _text(value)
-    if name == "concurrency":
-        return _concurrency(value)
-    if name == "max_queue" and value == "0":  # nobody waits; other numbers are at least 1
-        return 0
-    return _number(value)
-
-
-def _limits(value: object) -> list[Limit]:
-    texts: Iterable[Any] = value.split(";") if isinstance(value, str) else _list(value)
-    try:
-        return [Limit.parse(text) for text in texts if not isinstance(text, str) or text.strip()]
-    except LimitSyntaxError as error:
-        if not isinstance(value, str):
-            raise
-        raise LimitSyntaxError(f"{error}; put a semicolon between two limits") from error
-
-
-def _concurrency(value: object) -> Any:
-    if isinstance(value, str):
-        if value == "auto":
-            return value
-        least, _, most = value.partition("-")
-        try:
-            return (read_amount(least), read_amount(most)) if most else read_amount(value)
-        except LimitSyntaxError:
-            raise ValueError(
-                f"{value!r} is neither a number such as 20, nor 8-64, nor auto"
-            ) from None
-    return tuple(_list(value)) if isinstance(value, list) else value
-
-
-def _number(value: object) -> float:
-    """Return a number; a text may be written as in limits: "14,400", "200k", "1.5M"."""
-    if isinstance(value, str):
-        try:
-            return read_amount(value)
-        except LimitSyntaxError:
-            raise ValueError(f"{value!r} is not a number such as 500, 14,400 or 200k") from None
-    if not is_number(value):
-        raise TypeError(f"{value!r} is not a number")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a string")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f'{value!r} is not a list such as ["500 RPM", "200k TPM"]')
-    return value
-
-
-def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
-    """Return the table that describes limiters, preceded by a text that says where it is."""
-    if path is not None:
-        return _read_table(Path(path), required=True)
-    cwd = Path.cwd()
-    for folder in (cwd, *cwd.parents):
-        for name in _FILES:
-            file = folder / name
-            if file.is_file() and (found := _read_table(file, required=False))[1]:
-                return found
-    raise FileNotFoundError(
-        f"no {_FILES[0]}, nor a {_FILES[1]} with [tool.{_TABLE}], in {cwd} or above it: write one, "
-        "or give its path"
-    )
+# --- tables in TOML files ---
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -303,17 +219,113 @@ def read_toml(file: Path) -> dict[str, Any]:
             raise LimitSyntaxError(f"{file} is not valid TOML: {error}") from error
 
 
-def _read_table(file: Path, *, required: bool) -> tuple[str, Mapping[str, Any]]:
+def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the tables inside a table, which describe further limiters."""
+    return {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, Mapping) and name not in _KNOWN
+    }
+
+
+def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
+    """Return where the table that describes limiters is, at ``path`` or nearest; and the table."""
+    if path is not None:
+        where, table = _table_in(Path(path))
+        if not isinstance(table, Mapping):
+            raise LimitSyntaxError(
+                f"{path} has no table [tool.asyncbucket] or [asyncbucket]: write one, such as rpm = 500"
+            )
+        return where, table
+    folders = (Path.cwd(), *Path.cwd().parents)
+    for file in (folder / name for folder in folders for name in _FILES):
+        if file.is_file() and isinstance((found := _table_in(file))[1], Mapping):
+            return found
+    raise FileNotFoundError(
+        f"no {_FILES[0]} or {_FILES[1]} with [tool.asyncbucket] in {folders[0]} or above it: write "
+        "one, or give its path"
+    )
+
+
+def _table_in(file: Path) -> tuple[str, Any]:
     document = read_toml(file)
     tools = document.get("tool")
-    if not isinstance(tools, Mapping):
-        tools = {}
-    if _TABLE in tools or file.name == _FILES[1]:
-        name, table = f"tool.{_TABLE}", tools.get(_TABLE, {})
-    else:
-        name, table = _TABLE, document.get(_TABLE, document)
-    if required and not table:
-        raise LimitSyntaxError(f"{file} has no table [{name}]")
-    if not isinstance(table, Mapping):
-        raise LimitSyntaxError(f"{file}: {_TABLE} is not a table but {table!r}")
-    return f"{file}, [{name}]", table
+    if isinstance(tools, Mapping) and "asyncbucket" in tools:
+        return f"{file}, [tool.asyncbucket]", tools["asyncbucket"]
+    return f"{file}, [asyncbucket]", document.get("asyncbucket")
+
+
+# --- published limits ---
+
+
+class PresetWarning(UserWarning):
+    """Say that a preset's figures are old."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The limits that a provider publishes for a tier and a model; iterating yields the limits.
+
+    >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
+    """
+
+    name: str
+    limits: tuple[Limit, ...]
+    #: The provider's page.
+    source: str
+    #: When it was read.
+    dated: date
+
+    def __iter__(self) -> Iterator[Limit]:
+        return iter(self.limits)
+
+
+def preset(name: str, *, today: date | None = None) -> Preset:
+    """Return the published limits called ``"provider/tier/model"``; see `preset_names`.
+
+    >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
+
+    Args:
+        name: such as ``"anthropic/start/claude-sonnet-5"``.
+        today: the day on which to judge the age; by default today.
+
+    Raises:
+        ValueError: there is no such preset; the message suggests similar names.
+
+    Warns:
+        PresetWarning: the figures are over half a year old.
+    """
+    found = _presets().get(name)
+    if found is None:
+        names = preset_names()
+        similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
+        raise ValueError(
+            f"no preset is called {name!r}; try e.g. {', '.join(similar)}; "
+            "asyncbucket.presets.preset_names() names all"
+        )
+    age = ((date.today() if today is None else today) - found.dated).days  # noqa: DTZ011 - a day more or less
+    if age > _OLD:
+        warnings.warn(
+            f"the limits of {name!r} were read {age} days ago, on {found.dated}: compare them with "
+            f"{found.source}",
+            PresetWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of all presets, in order of provider, model and tier."""
+    return tuple(_presets())
+
+
+@cache
+def _presets() -> dict[str, Preset]:
+    published = tomllib.loads(files("asyncbucket.core").joinpath("presets.toml").read_text("utf-8"))
+    return {
+        name: Preset(name, tuple(map(Limit.parse, limits)), table["source"], table["dated"])
+        for provider, models in published.items()
+        for model, table in models.items()
+        for tier, limits in table["tiers"].items()
+        for name in (f"{provider}/{tier}/{model}",)
+    }

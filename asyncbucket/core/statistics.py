@@ -102,13 +102,6 @@ class Statistics:
     agents: AgentStatistics | None = None
 
     def __str__(self) -> str:
-        uses = (
-            f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits
-        )
-        return f"{self.name}: {'; '.join([', '.join(self._facts()), *uses])}"
-
-    def _facts(self) -> list[str]:
-        """Return what there is to say besides the limits, in words."""
         waits = ", ".join(
             f"{each.count:,} for {name} ({each.seconds:,.1f} s)"
             for name, each in self.waits.items()
@@ -126,21 +119,10 @@ class Statistics:
             f"paused for {in_seconds(self.paused)} more" if self.paused else "",
             f"waited so far: {waits}" if waits else "",
         ]
-        return list(filter(None, facts))
-
-    def _repr_html_(self) -> str:
-        """Show it as a table in a notebook."""
-        from html import escape  # needed only in notebooks
-
-        rows = "".join(
-            f"<tr><td>{escape(str(use.limit))}</td>"
-            f'<td><meter value="{min(use.used / use.limit.units, 1):.3f}"></meter></td>'
-            f"<td>{written(use.used, use.limit.resource)} used, "
-            f"{written(use.available, use.limit.resource)} available</td></tr>"
-            for use in self.limits
-        )
-        facts = escape(" · ".join(self._facts()))
-        return f"<b>{escape(self.name)}</b><br>{facts}<table>{rows}</table>"
+        used = [
+            f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits
+        ]
+        return f"{self.name}: {'; '.join([', '.join(filter(None, facts)), *used])}"
 
 
 def shares_used(now: Statistics) -> dict[str, float]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Final, Generic, Protocol, TypeVar
 
 from asyncbucket.core.node import Node
-from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.seats import reset_after_fork
 from asyncbucket.core.terms import Terms
 
@@ -16,7 +15,7 @@ from asyncbucket.core.terms import Terms
 # ruff: noqa: SLF001
 
 #: How many tenants' limiters are kept alive unless `per_key` says otherwise; and how many of those
-#: unused for the longest time are looked at whenever one is made.
+#: unused for the longest time are looked at whenever one is asked for.
 ALIVE: Final = 1_000
 _LOOKS: Final = 4
 
@@ -25,6 +24,8 @@ class InFront(Protocol):
     """The public object in front of a node."""
 
     _node: Node
+    #: Whether it is no longer as it was made.
+    _was_changed: bool
 
 
 L = TypeVar("L", bound=InFront)
@@ -34,9 +35,9 @@ class Tenants(Generic[L]):
     """Keep a limiter for each tenant, as long as it is used or not as good as new.
 
     A service may see a hundred thousand tenants a day, and a limiter for each would be a leak. Of
-    the limiters unused for the longest time, those beyond ``alive`` that are as good as new are let
-    go: one made anew would do the same. Whoever still holds one finds it again by name; if it was
-    used in the end, its node stays.
+    the limiters unused for the longest time, those beyond ``alive`` that nobody holds and that are
+    as good as new are let go: one made anew would do the same. If a lease holds the node of one, and
+    uses it in the end, the node stays.
     """
 
     def __init__(self, make: Callable[[str, Terms], L], again: Callable[[Node, Terms], L]) -> None:
@@ -44,17 +45,14 @@ class Tenants(Generic[L]):
         self._make, self._again = make, again
         self.alive = ALIVE
         self.default_terms = Terms()
-        self._lock = threading.RLock()
         self._own_terms: dict[str, Terms] = {}
         self._interned: dict[Terms, Terms] = {}
-        #: All that are alive; in ``_recent`` in the order of their use, and kept alive by it.
-        self._limiters: weakref.WeakValueDictionary[str, L] = weakref.WeakValueDictionary()
+        #: Those that are kept, in the order of their use.
         self._recent: OrderedDict[str, L] = OrderedDict()
-        #: Nodes that leases hold, or that were used after they were let go.
+        #: Nodes that leases may still hold; and those that were used after they were let go.
         self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
         self._used: dict[str, Node] = {}
-        #: Those that were reconfigured, or have children, by the names of their nodes.
-        self._kept: dict[str, L] = {}
+        self.after_fork()
         reset_after_fork(self)
 
     def get(self, tenant: str, terms: Terms | None) -> L:
@@ -71,42 +69,38 @@ class Tenants(Generic[L]):
                         "with key(...).reconfigure(...)"
                     )
                 self._own_terms[tenant] = self._interned.setdefault(terms, terms)
-            limiter = self._find(tenant)
-            limiter._node.last_words = None
-            self._recent[tenant] = limiter
-            self._recent.move_to_end(tenant)
-            for used in tuple(self._used):  # to be looked at again
-                self._recent[used] = self._find(used)
-            self._let_go(limiter._node.pacer)
-            return limiter
+            for each in (*self._used, tenant):
+                self._recent[each] = self._recent.pop(each, None) or self._find(each)
+            for _ in range(min(_LOOKS, len(self._recent) - max(self.alive, 1))):
+                self._look_at_oldest()
+            return self._recent[tenant]
 
     def _find(self, tenant: str) -> L:
-        limiter = self._limiters.get(tenant)
-        if limiter is not None:
-            return limiter
+        """Return a limiter in front of a node that was let go, or a new one."""
         terms = self._own_terms.get(tenant, self.default_terms)
         node = self._used.pop(tenant, None) or self._nodes.get(tenant)
-        if node is None:
-            import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
+        if node is not None:
+            node.last_words = None
+            return self._again(node, terms)
+        import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
 
-            text = tenant.encode(errors="surrogatepass")
-            name = f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}"
-            limiter = self._make(name, terms)
-        else:
-            limiter = self._again(node, terms)
-        self._limiters[tenant], self._nodes[tenant] = limiter, limiter._node
+        text = tenant.encode(errors="surrogatepass")
+        limiter = self._make(f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}", terms)
+        self._nodes[tenant] = limiter._node
         return limiter
 
-    def _let_go(self, pacer: Pacer) -> None:
-        """Let go of those unused for the longest time; the last one used stays."""
-        for _ in range(min(_LOOKS, len(self._recent) - max(self.alive, 1))):
-            tenant, limiter = self._recent.popitem(last=False)
-            with pacer:
-                is_as_new = limiter._node.is_as_new(pacer.clock())
-            if is_as_new and limiter._node.name not in self._kept:
-                limiter._node.last_words = partial(self._look_after, tenant)
-            else:
-                self._recent[tenant] = limiter  # to the end: looked at again later
+    def _look_at_oldest(self) -> None:
+        """Let the one go that is unused for the longest time, unless it is held, or not as new."""
+        tenant, limiter = self._recent.popitem(last=False)
+        held, node = weakref.ref(limiter), limiter._node
+        with node.pacer:
+            may_go = node.is_as_new(node.pacer.clock()) and not limiter._was_changed
+        kept = None if may_go else limiter
+        del limiter
+        if (kept := kept or held()) is None:
+            node.last_words = partial(self._look_after, tenant)
+        else:
+            self._recent[tenant] = kept  # to the end: looked at again later
 
     def _look_after(self, tenant: str, node: Node) -> None:
         """Keep a node that was used after it was let go; nobody holds it any more."""
@@ -116,10 +110,6 @@ class Tenants(Generic[L]):
                 self._used[tenant] = node
 
         node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
-
-    def keep(self, limiter: L) -> None:
-        """Never let go of ``limiter``: one made anew would be another, or lack what is below it."""
-        self._kept[limiter._node.name] = limiter
 
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""

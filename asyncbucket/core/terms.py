@@ -3,11 +3,16 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 
 from asyncbucket.core.context import Priority, deadline_of, read_priority
 from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import is_integer, is_number, plain, read_count
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from asyncbucket.providers.prices import Prices
 
 #: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
 Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
@@ -45,6 +50,19 @@ class Keywords(LimitKeywords, total=False):
     priority: Priority | None
     #: The most seconds to wait, for calls that set none; by default the parent's.
     timeout: float | None
+
+
+class LimiterKeywords(LimitKeywords, total=False):
+    """What `pace` takes for its limiter; see `Limiter`."""
+
+    concurrency: Concurrency | None
+    name: str
+    max_queue: int | None
+    timeout: float | None
+    store: Any
+    on_outage: OnOutage
+    slot_ttl: float
+    prices: "Prices | str | PathLike[str] | None"
 
 
 class OtherResources(TypedDict, total=False):
@@ -106,7 +124,7 @@ class Terms:
             limits=tuple(read_limits(limits, others)),
         )
         read_concurrency(terms.concurrency)
-        deadline_of(0, timeout=terms.timeout)
+        deadline_of(0, terms.timeout)
         return terms
 
 
@@ -115,16 +133,9 @@ def read_name(name: str) -> str:
 
     Raises:
         TypeError: it is not a string.
-        ValueError: it holds surrogates, which logs and metrics cannot write.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, not {name!r}")
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"name must be text that UTF-8 can write, for logs and metrics, not {name!r}"
-        ) from error
     return name
 
 
@@ -151,13 +162,12 @@ def read_concurrency(value: Concurrency | None) -> tuple[int, int] | None:
     if value == "auto":
         return AUTO
     bounds = value if isinstance(value, tuple) else (value, value)
-    if len(bounds) != 2 or not all(is_integer(bound) and bound >= 1 for bound in bounds):  # noqa: PLR2004 - a pair
+    are_whole = len(bounds) == 2 and all(is_integer(each) and each >= 1 for each in bounds)  # noqa: PLR2004 - a pair
+    if not are_whole or bounds[0] > bounds[1]:
         raise ValueError(
-            f'concurrency must be a whole number of at least 1, "auto" or a pair of such numbers, '
-            f"not {value!r}"
+            f'concurrency must be a whole number of at least 1, "auto" or an ascending pair of such '
+            f"numbers, not {value!r}"
         )
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"concurrency={value!r} has its bounds in the wrong order")
     return int(bounds[0]), int(bounds[1])
 
 

@@ -11,13 +11,12 @@ from asyncbucket.core.meters import Amounts, Bucket
 from asyncbucket.core.pacer import Pacer
 from asyncbucket.core.queue import Waiter
 from asyncbucket.core.seats import ATOMIC, OfThisProcess, bury_closed
-from asyncbucket.core.wording import counted, in_seconds, is_integer, is_number, shown
+from asyncbucket.core.wording import counted, in_seconds, is_integer, is_number, read_count, shown
 
 _ONE: Final[Amounts] = {"units": 1}
-#: The range of rates (units a second) and bursts; no real limit lies outside.
+#: The range of rates (units a second); no real limit lies outside.
 _SLOWEST: Final = 1e-9
 _FASTEST: Final = 1e9
-_LARGEST: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class TokenBucket(OfThisProcess):
 
     Args:
         rate: units a second, from 1e-9 to 1e9.
-        burst: whole units that a full bucket holds, from 1 to 1e12. What flows in while it is full is
+        burst: whole units that a full bucket holds, at least 1. What flows in while it is full is
             lost, as with a burst of 1 while the event loop is busy: to use all of ``rate``, choose
             what flows in during the loop's longest delays, a tenth of ``rate`` for 0.1 s.
         clock: a callable that returns monotonic integer nanoseconds.
@@ -55,32 +54,14 @@ class TokenBucket(OfThisProcess):
         TypeError: ``clock`` returns no integer.
     """
 
-    __slots__ = (
-        "__weakref__",  # pyright: ignore[reportUninitializedInstanceVariable]
-        "_bucket",
-        "_clock",
-        "_node",
-        "_open",
-        "_pacer",
-        "_rate",
-    )
-
     def __init__(
-        self,
-        rate: float,
-        burst: int = 1,
-        *,
-        clock: Callable[[], int] = time.monotonic_ns,
+        self, rate: float, burst: int = 1, *, clock: Callable[[], int] = time.monotonic_ns
     ) -> None:
         if not is_number(rate) or not _SLOWEST <= rate <= _FASTEST:
             raise ValueError(f"rate must be from 1e-9 to 1e9 units a second, not {rate!r}")
-        if not is_number(burst) or not 1 <= burst <= _LARGEST or burst != int(burst):
-            raise ValueError(
-                f"burst must be a whole number from 1 to {_LARGEST:,} units, not {burst!r}"
-            )
         self._rate = float(rate)
         self._clock = clock
-        self._bucket = Bucket(rate=self._rate, burst=int(burst))
+        self._bucket = Bucket(rate=self._rate, burst=read_count(burst, "burst", least=1))
         self._pacer = Pacer(clock, "bucket")
         self._node = self._pacer.root
         self._node.extra = ((self._bucket, "units"),)
@@ -169,9 +150,7 @@ class TokenBucket(OfThisProcess):
         """Return a frozen snapshot."""
         with self._pacer:
             bury_closed(self._pacer)
-            return BucketStatistics(
-                available=self._bucket.available(self._clock()), waiting=self._pacer.waiting
-            )
+            return BucketStatistics(self._bucket.available(self._clock()), self._pacer.waiting)
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -196,7 +175,7 @@ class TokenBucket(OfThisProcess):
         """Take ``amount`` now, or return a waiter in the queue."""
         pacer, now = self._pacer, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
-        deadline = None if timeout is None else deadline_of(now, timeout=timeout)
+        deadline = None if timeout is None else deadline_of(now, timeout)
         pacer.lock.acquire()  # `with` would take twice the time
         try:
             if not pacer.waiting and self._take_locked(amounts, now):

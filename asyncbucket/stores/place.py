@@ -19,9 +19,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncbucket.core.admission import too_late_locked
 from asyncbucket.core.errors import CostExceedsLimit, StoreError
 from asyncbucket.core.events import Event, LimitChanged
+from asyncbucket.core.explain import too_late_locked
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node

@@ -389,13 +389,10 @@ class History:
         )
         for number in range(self.chance.randint(0, 5)):
             above = self.chance.choice(self.limiters)
+            limits, slots = self._some_limits(), self._slots()
+            weight = self.chance.choice([1.0, 1.0, 0.5, 4.0])
             self.limiters.append(
-                above.child(
-                    str(number),
-                    *self._some_limits(),
-                    concurrency=self._slots(),
-                    weight=self.chance.choice([1.0, 1.0, 0.5, 4.0]),
-                )
+                above.child(str(number), *limits, concurrency=slots, weight=weight)
             )
         for limiter in self.limiters:
             if self.chance.random() < 0.3:
@@ -583,18 +580,12 @@ class History:
 
     def change(self) -> None:
         limiter = self.chance.choice(self.limiters)
-        limits = [
-            replace(
-                limit,
-                amount=amount,
-                burst=None
-                if limit.burst is None
-                else max(1, min(amount, round(factor * limit.burst))),
-            )
-            for limit in limiter.limits
-            for factor in (self.chance.choice([0.5, 1, 2]),)
-            for amount in (max(1, round(limit.amount * self.chance.choice([0.8, 1, 1.5]))),)
-        ]
+        limits: list[Limit] = []
+        for limit in limiter.limits:
+            factor = self.chance.choice([0.5, 1, 2])
+            amount = max(1, round(limit.amount * self.chance.choice([0.8, 1, 1.5])))
+            burst = limit.burst and max(1, min(amount, round(factor * limit.burst)))
+            limits.append(replace(limit, amount=amount, burst=burst))
         known = {limit.key for limit in limits}
         limits += [each for each in self._some_limits() if each.key not in known]
         slots = None if limiter.concurrency is None else self.chance.choice([1, 2, 5])

@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
-import itertools
 import math
-import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -28,20 +26,9 @@ async def test_nested_contexts_combine_and_are_reset_on_exit(time: VirtualTime) 
     assert inherited.get() is None
 
 
-@pytest.mark.parametrize(
-    "given", [asyncbucket.tenant("acme"), asyncbucket.priority(1), asyncbucket.deadline(5)]
-)
-def test_context_is_entered_once_and_decorates_nothing(given: Any) -> None:
-    """If two tasks shared one, each would reset the other's value.
-
-    Around an async function it would end before the function runs, which nobody would notice.
-    """
-
-    async def ask() -> None:
-        """Ask."""
-
-    with pytest.raises(TypeError, match="inside the function"):
-        given(ask)
+def test_context_is_entered_once() -> None:
+    """If two tasks shared one, each would reset the other's value."""
+    given = asyncbucket.tenant("acme")
     twice = pytest.raises(RuntimeError, match=r"call priority\(\), tenant\(\), deadline\(\) or")
     with contextlib.suppress(KeyError), given:
         with twice, given:
@@ -50,30 +37,6 @@ def test_context_is_entered_once_and_decorates_nothing(given: Any) -> None:
     assert inherited.get() is None
     with pytest.raises(RuntimeError, match="entered before"), given:
         pass
-
-
-async def test_tasks_and_to_thread_inherit_context_but_threads_do_not() -> None:
-    seen: list[Any] = []
-
-    def note() -> None:
-        here = inherited.get()
-        seen.append(here and (here.priority, here.tenant))
-
-    async def deeper() -> None:
-        note()
-        await asyncio.create_task(deepest())
-
-    async def deepest() -> None:
-        note()
-
-    with asyncbucket.priority("interactive"), asyncbucket.tenant("acme"):
-        task = asyncio.create_task(deeper())
-        await asyncio.to_thread(note)
-        thread = threading.Thread(target=note)
-        thread.start()
-        thread.join()
-    await task
-    assert sorted(seen, key=str) == [(1, "acme")] * 3 + [None]
 
 
 async def test_generator_can_be_closed_in_another_context(time: VirtualTime) -> None:
@@ -126,8 +89,7 @@ async def test_past_deadline_refuses_only_calls_that_would_wait(time: VirtualTim
         await limiter.acquire()
         with pytest.raises(AcquireTimeout, match="within 0 s"):
             await limiter.acquire()
-    has_passed = r"by a deadline that has passed: .* is an instant of time\.monotonic\(\)"
-    with pytest.raises(AcquireTimeout, match=has_passed):
+    with pytest.raises(AcquireTimeout, match=r"within 0 s: .* raise the timeout or the limit$"):
         await limiter.acquire(deadline=-math.inf)
     with asyncbucket.deadline(10**400):
         await limiter.acquire(deadline=10**400, timeout=10**400)
@@ -150,13 +112,3 @@ async def test_calls_inherit_tenant_from_context(time: VirtualTime) -> None:
     tenants = (key.key("acme"), chat.key("acme"), other, other.child("tools"), key.key("third"))
     assert [each.statistics().admitted for each in tenants] == [4, 1, 2, 1, 1]
     assert key.key("another").statistics().admitted == 0
-
-
-async def test_zero_timeout_is_not_reported_as_past_deadline() -> None:
-    """The message speaks of the timeout, though time passes while the call is made."""
-    ticks = itertools.count(10**12, 1_000)
-    limiter = Limiter("1/s", clock=lambda: next(ticks))
-    await limiter.acquire()
-    refused = "cannot pass within 0 s: requests bind for .* more; raise the timeout or the limit$"
-    with pytest.raises(AcquireTimeout, match=refused):
-        await limiter.acquire(timeout=0)

@@ -11,11 +11,9 @@ from asyncbucket import (
     AsyncBucketError,
     Cost,
     CostExceedsLimit,
-    Limit,
     Limiter,
     LimitSyntaxError,
     QueueFull,
-    TokenBucket,
     WouldBlock,
     errors,
 )
@@ -59,17 +57,6 @@ async def test_cost_above_limit_fails_at_once(time: VirtualTime) -> None:
     assert time.now == 0
 
 
-def test_bucket_refuses_call_above_its_burst() -> None:
-    with pytest.raises(CostExceedsLimit) as error:
-        TokenBucket(rate=1.0, burst=1000).acquire_nowait(2000)
-    assert str(error.value) == (
-        "cost of 2,000 units exceeds the burst of 1,000 units and can never pass; "
-        "raise burst or split the call"
-    )
-    with pytest.raises(CostExceedsLimit, match="cost of 5 units exceeds the burst of 1 unit and"):
-        TokenBucket(rate=1.0).acquire_nowait(5)
-
-
 async def test_would_block_says_what_binds_and_for_how_long(time: VirtualTime) -> None:
     limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, clock=time.clock)
     held = limiter.acquire_nowait(tokens=60)
@@ -97,6 +84,24 @@ async def test_would_block_says_what_binds_and_for_how_long(time: VirtualTime) -
         (await waiting).release()
 
 
+async def test_messages_are_written_as_people_speak(time: VirtualTime) -> None:
+    """One is singular, names have no underscores, long times no exponent, foreign text no controls."""
+    limiter = Limiter("10 ITPM", "1 request/1000s", max_queue=0, concurrency=1, clock=time.clock)
+    with limiter.acquire_nowait(input_tokens=10):
+        with refused(WouldBlock, "without waiting: the one slot is taken; wait with"):
+            limiter.acquire_nowait()
+        with refused(QueueFull, "a call of 1 request cannot pass without waiting: the one slot is"):
+            limiter.acquire_sync()
+    with refused(WouldBlock, "requests bind for 1,006 s more"):
+        limiter.acquire_nowait()
+    with refused(WouldBlock, "input tokens bind for 60.4 s more"):
+        limiter.acquire_nowait(requests=0, input_tokens=1)
+    shown = [rounded(each) for each in (0, 0.01234, 12.34, 99.6, 3_600, 1e6)]
+    assert shown == ["0", "0.0123", "12.3", "99.6", "3,600", "1,000,000"]
+    text = " a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é "
+    assert one_line(text) == "a [2J  name of somebody é"
+
+
 async def test_would_block_tells_call_above_burst_to_wait_in_line(time: VirtualTime) -> None:
     """It earns the rest only there, so trying again without waiting would never succeed."""
     child = Limiter("20 requests/20s burst 5", clock=time.clock).child("chat", "100 RPM")
@@ -111,99 +116,39 @@ async def test_would_block_tells_call_above_burst_to_wait_in_line(time: VirtualT
     assert (await child.acquire(requests=10)).waited == 5.0
 
 
-async def test_messages_use_singular_for_one_and_no_underscores(time: VirtualTime) -> None:
-    limiter = Limiter("10 ITPM", max_queue=1, concurrency=1, clock=time.clock)
-    held = await limiter.acquire(input_tokens=10)
-    with refused(WouldBlock, "without waiting: the one slot is taken; wait with"):
-        limiter.acquire_nowait()
-    held.release()
-    with refused(WouldBlock, "input tokens bind for 60.4 s more"):
-        limiter.acquire_nowait(input_tokens=1)
-    waiting = await start(limiter.acquire(input_tokens=1))
-    with refused(QueueFull, "cannot pass behind 1 call waiting already: "):
-        await limiter.acquire()
-    waiting.cancel()
-
-
-async def test_messages_show_long_times_without_exponent(time: VirtualTime) -> None:
-    bucket = TokenBucket(rate=0.001, clock=time.clock)
-    await bucket.acquire()
-    with refused(WouldBlock, "cannot pass before 1,000 s from now at 0.001 a"):
-        bucket.acquire_nowait()
-    with refused(AcquireTimeout, "cannot pass within 900 s at 0.001 a second"):
-        await bucket.acquire(timeout=900)
-    assert str(Limit("requests", 5, per=30 * 86_400)) == "5 requests per 2,592,000 s"
-    shown = [rounded(each) for each in (0, 0.01234, 12.34, 99.6, 3_600, 1e6)]
-    assert shown == ["0", "0.0123", "12.3", "99.6", "3,600", "1,000,000"]
-
-
-def test_foreign_text_is_shown_on_one_line_without_control_characters() -> None:
-    text = " a\x1b[2J\x07 name\r\n\tof\u200bsomebody\u2028 é "
-    assert one_line(text) == "a [2J  name of somebody é"
-
-
 # --- load shedding ---
 
 
-async def test_call_beyond_max_queue_is_refused_with_retry_after(time: VirtualTime) -> None:
-    limiter = Limiter("60 RPM burst 1", max_queue=2, clock=time.clock)
-    await limiter.acquire()
-    calls = await start_all(limiter.acquire() for _ in range(2))
-    says = (
-        "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
-        "1 s more; try again later or raise max_queue=2"
-    )
-    with refused(QueueFull, says, retry_after=1.0, bound_by="requests"):
-        await limiter.acquire()
-    await calls[0]
-    await asyncio.wait_for(limiter.acquire(), 10)
-    assert limiter.statistics().refused == 1
-    assert limiter.max_queue == 2
-
-
-async def test_each_level_has_its_own_max_queue(time: VirtualTime) -> None:
+async def test_call_beyond_max_queue_of_any_level_is_refused(time: VirtualTime) -> None:
     key = Limiter("60 RPM burst 1", max_queue=3, name="key", clock=time.clock)
     a, b = key.child("a", max_queue=2), key.child("b")
     below = a.child("below")
     await key.acquire()
     calls = await start_all(each.acquire() for each in (a, below))
+    says = (
+        "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
+        "1 s more; try again later or raise max_queue=2"
+    )
     for limiter in (a, below):
-        with pytest.raises(QueueFull, match=r"behind 2 calls .* raise max_queue=2$"):
+        with refused(QueueFull, says, retry_after=1.0, bound_by="requests"):
             await limiter.acquire()
     calls.append(await start(b.acquire()))
-    with pytest.raises(QueueFull, match=r"behind 3 calls .* raise max_queue=3$"):
+    with refused(QueueFull, "behind 3 calls waiting already: "):
         await b.acquire()
     calls[0].cancel()
     await all_blocked()
     await asyncio.gather(a.acquire(), *calls[1:])
-    assert key.statistics().refused == 3
-
-
-async def test_max_queue_0_admits_only_calls_that_need_not_wait(time: VirtualTime) -> None:
-    limiter = Limiter("60 RPM burst 1", max_queue=0, clock=time.clock)
-    await limiter.acquire()
-    with pytest.raises(QueueFull):
-        await limiter.acquire()
-    with pytest.raises(WouldBlock):
-        limiter.acquire_nowait()
-    await asyncio.sleep(1)
-    await limiter.acquire()
-    limiter = Limiter(concurrency=1, max_queue=0)
-    with limiter.acquire_sync(), pytest.raises(QueueFull, match="the one slot is taken"):
-        limiter.acquire_sync()
+    assert (key.statistics().refused, key.max_queue) == (3, 3)
 
 
 async def test_timeout_of_limiter_is_default_for_calls_and_children(time: VirtualTime) -> None:
     key = Limiter("1 RPM", timeout=10, clock=time.clock)
     await key.acquire()
-    patient = key.child("patient", timeout=20)
     for limiter, timeout, said in (
-        (key, None, "10 s"),
         (key, 5, "5 s"),
         (key.child("like its parent"), None, "10 s"),
-        (patient, None, "20 s"),
-        (patient.child("below"), None, "20 s"),
-        (patient, 30, "30 s"),
+        (key.child("patient", timeout=20).child("below"), None, "20 s"),
+        (key, 30, "30 s"),
     ):
         with refused(AcquireTimeout, f"cannot pass within {said}"):
             await limiter.acquire(timeout=timeout)

@@ -14,34 +14,30 @@ from tests.core.conftest import HELD, cancel, start, start_all
 
 async def test_explanation_names_what_binds_now_and_in_the_long_run(time: VirtualTime) -> None:
     limiter = Limiter("500 RPM burst 500", "200k TPM", clock=time.clock)
-    assert str(limiter.explain(tokens=1_000)) == (
-        "a call would pass at once; tokens allow 200 such calls a minute "
-        "(200,000 tokens per 60 s); without that limit, requests would allow 500 a minute "
-        "(500 requests per 60 s)"
+    in_the_long_run = (
+        "; tokens allow 200 such calls a minute (200,000 tokens per 60 s); without that limit, "
+        "requests would allow 500 a minute (500 requests per 60 s)"
     )
+    assert str(limiter.explain(tokens=1_000)) == "a call would pass at once" + in_the_long_run
     await limiter.acquire(tokens=200_000)
-    calls = [asyncio.ensure_future(limiter.acquire(tokens=1_000)) for _ in range(40)]
+    calls = await start_all(limiter.acquire(tokens=1_000) for _ in range(40))
     await asyncio.sleep(48)
-    assert str(limiter.explain(tokens=1_000)) == (
-        "a call would wait 12.4 s behind 40 calls: tokens bind; tokens allow 200 such calls a "
-        "minute (200,000 tokens per 60 s); without that limit, requests would allow 500 a "
-        "minute (500 requests per 60 s)"
-    )
-    await asyncio.gather(*calls)
+    said = str(limiter.explain(tokens=1_000))
+    assert said == "a call would wait 12.4 s behind 40 calls: tokens bind" + in_the_long_run
+    cancel(*calls)
 
 
 def test_explanation_has_cost_and_rate_of_limits_tightest_first(time: VirtualTime) -> None:
     key = Limiter("100 RPD", "60k TPM", name="key", clock=time.clock)
-    chat = key.child("chat", "30 RPM")
-    explanation = chat.explain(input_tokens=50, output_tokens=100)
-    assert explanation.cost == Cost(input_tokens=50, output_tokens=100)
-    assert [(rate.limiter, rate.limit.resource, rate.calls) for rate in explanation.rates] == [
+    said = key.child("chat", "30 RPM").explain(input_tokens=50, output_tokens=100)
+    assert said.cost == Cost(input_tokens=50, output_tokens=100)
+    assert [(rate.limiter, rate.limit.resource, rate.calls) for rate in said.rates] == [
         ("key", "requests", pytest.approx(100 / 86_400)),
         ("key/chat", "requests", 0.5),
         ("key", "tokens", pytest.approx(60_000 / 150 / 60)),
     ]
-    assert (explanation.wait, explanation.bound_by, explanation.ahead) == (0.0, None, 0)
-    assert str(explanation) == (
+    assert (said.wait, said.bound_by, said.ahead) == (0.0, None, 0)
+    assert str(said) == (
         "a call would pass at once; requests allow 100 such calls a day (key: 100 requests per "
         "86,400 s); without that limit, requests would allow 43,200 a day (key/chat: 30 "
         "requests per 60 s, burst 3)"
@@ -51,16 +47,13 @@ def test_explanation_has_cost_and_rate_of_limits_tightest_first(time: VirtualTim
 async def test_explanation_gives_no_time_when_slots_bind(time: VirtualTime) -> None:
     limiter = Limiter(concurrency=1, clock=time.clock)
     held = await limiter.acquire()
-    explanation = limiter.explain()
-    assert (explanation.wait, explanation.bound_by) == (None, "concurrency")
-    assert str(explanation) == (
+    assert str(limiter.explain()) == (
         "a call would wait until a slot is given back; no limit over time binds such calls"
     )
     waiting = await start(limiter.acquire())
-    assert str(limiter.explain()).startswith(
-        "a call would wait behind 1 call until a slot is given back"
-    )
-    assert limiter.explain().ahead == 1
+    said = limiter.explain()
+    assert str(said).startswith("a call would wait behind 1 call until a slot is given back")
+    assert (said.wait, said.bound_by, said.ahead) == (None, "concurrency", 1)
     held.release()
     (await waiting).release()
     assert limiter.explain().wait == 0
@@ -71,9 +64,9 @@ async def test_explanation_names_what_most_of_the_wait_is_for(time: VirtualTime)
     await limiter.acquire()
     calls = await start_all(limiter.acquire() for _ in range(3))
     limiter.pause(30)
-    explanation = limiter.explain()
-    assert (explanation.wait, explanation.bound_by, explanation.ahead) == (33.0, "paused", 3)
-    assert str(explanation).startswith("a call would wait 33 s behind 3 calls: the limiter is paus")
+    said = limiter.explain()
+    assert (said.wait, said.bound_by, said.ahead) == (33.0, "paused", 3)
+    assert str(said).startswith("a call would wait 33 s behind 3 calls: the limiter is paused; ")
     cancel(*calls)
 
 
@@ -82,13 +75,11 @@ async def test_explain_changes_nothing(time: VirtualTime) -> None:
     await limiter.acquire(tokens=50)
     calls = await start_all(limiter.acquire(tokens=30) for _ in range(3))
     before = limiter.statistics()
-    for _ in range(3):
-        limiter.explain(tokens=60)
-    assert limiter.statistics() == before
-    cancel(*calls)
+    limiter.explain(tokens=60)
     with pytest.raises(CostExceedsLimit, match="101 tokens exceeds the limit of 100 tokens"):
         limiter.explain(tokens=101)
-    assert limiter.statistics().refused == 0
+    assert limiter.statistics() == before
+    cancel(*calls)
 
 
 costs = st.lists(st.integers(1, 60), min_size=1, max_size=25)
@@ -136,10 +127,10 @@ async def test_explained_wait_in_tree_is_upper_bound(time: VirtualTime) -> None:
 
 async def test_explanation_does_not_count_calls_that_go_later(time: VirtualTime) -> None:
     key = Limiter("10 RPS burst 1", clock=time.clock)
-    calls = [asyncio.ensure_future(key.acquire(priority="batch")) for _ in range(100)]
-    calls += [asyncio.ensure_future(key.acquire()) for _ in range(10)]
+    calls = await start_all(key.acquire(priority="batch") for _ in range(100))
+    calls += await start_all(key.acquire() for _ in range(10))
     poor = key.child("poor", rpm=1)
-    calls += [asyncio.ensure_future(poor.acquire()) for _ in range(50)]
+    calls += await start_all(poor.acquire() for _ in range(50))
     await asyncio.sleep(0.35)
     assert key.explain().ahead == pytest.approx(10, abs=4)
     with asyncbucket.priority("batch"):
@@ -166,38 +157,18 @@ async def test_explain_counts_call_above_burst_that_earned_its_turn(time: Virtua
     assert time.now == 2 * 100 * HELD
 
 
-def test_explanation_applies_to_inherited_tenant(time: VirtualTime) -> None:
-    key = Limiter("100 RPM", name="key", clock=time.clock)
-    key.per_key("1 RPM")
-    key.acquire_nowait(tenant="acme").release()
-    assert key.explain().wait == 0
-    with asyncbucket.tenant("acme"):
-        assert key.explain().wait == pytest.approx(60 * HELD)
-
-
 @pytest.mark.parametrize(
-    ("limits", "cost", "says"),
+    ("limit", "cost", "says"),
     [
-        ("1k TPM", Cost(tokens=500), "tokens allow 2 such calls a minute"),
         ("1000 tokens/s", Cost(tokens=100), "tokens allow 10 such calls a second"),
-        ("5 RPD", Cost(), "requests allow 5 such calls a day"),
         ("6 traffic/s", Cost(requests=0, traffic=3), "traffic allows 2 such calls a second"),
-        (
-            "100 ITPM",
-            Cost(input_tokens=100),
-            "input tokens allow 1 such call a minute (100 input tokens per 60 s)",
-        ),
-        (
-            "500 RPM; 500k ITPM",
-            Cost(input_tokens=1_000),
-            "without that limit, input tokens would allow 500 a minute",
-        ),
+        ("100 ITPM", Cost(input_tokens=100), "input tokens allow 1 such call a minute (100 input"),
     ],
 )
 def test_explanation_spells_names_and_numbers_as_people_do(
-    limits: str, cost: Cost, says: str
+    limit: str, cost: Cost, says: str
 ) -> None:
-    assert says in str(Limiter(*limits.split("; ")).explain(cost))
+    assert says in str(Limiter(limit).explain(cost))
 
 
 async def test_explained_wait_counts_no_slots_given_back_meanwhile(time: VirtualTime) -> None:

@@ -1,10 +1,13 @@
-"""A call that waits for one made inside it gives back the slots that the inner call needs."""
+"""What adapters ask of a limiter, and what can be put behind it: functions of any kind."""
 
+import asyncio
+import functools
+import inspect
 from pathlib import Path
 
 import pytest
 
-from asyncbucket import Cost, Limiter, Pool, Price
+from asyncbucket import Cost, CostExceedsLimit, Limiter, Pool, Price
 from asyncbucket.core.levels import (
     counts_at,
     give_back,
@@ -14,7 +17,7 @@ from asyncbucket.core.levels import (
     terms_of,
 )
 from asyncbucket.testing import VirtualClock, VirtualTime
-from tests.core.conftest import start
+from tests.core.conftest import HELD, nothing_is_left, start, used
 
 
 def in_flight(*limiters: Limiter) -> list[int]:
@@ -44,19 +47,14 @@ def test_outer_call_gives_up_slots_of_common_levels_once() -> None:
     assert in_flight(root, a, b) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("slots", ["before", "after"])
-async def test_inner_call_passes_when_outer_gives_up_slot(time: VirtualTime, slots: str) -> None:
+async def test_inner_call_passes_when_outer_gives_up_slot(time: VirtualTime) -> None:
+    """Also one that was there before the slots were bounded."""
     root = Limiter("1000/s", clock=time.clock)
     tools = root.child("tools")
-    if slots == "before":
-        root.reconfigure(concurrency=1)
     async with tools.acquire() as lease:
-        if slots == "after":
-            root.reconfigure(concurrency=1)
-            tools.reconfigure(concurrency=1)
+        root.reconfigure(concurrency=1)
         inside = await start(root.acquire())
         assert not inside.done()
-        give_back(lease, root)
         give_back(lease, root)
         (await inside).release()
         assert in_flight(root, tools) == [0, 1]
@@ -73,18 +71,14 @@ async def test_slot_in_store_is_given_up_for_inner_call(tmp_path: Path) -> None:
 
 
 def test_terms_of_limiter_make_another_like_it() -> None:
-    key = Limiter("5 RPM", concurrency=(2, 9), max_queue=7, timeout=3)
-    assert terms_of(key) == {"concurrency": (2, 9), "max_queue": 7, "timeout": 3}
     prices = {"m": Price(input=1)}
-    assert terms_of(Limiter("5 RPM", prices=prices))["prices"] == prices
+    key = Limiter("5 RPM", concurrency=(2, 9), max_queue=7, timeout=3, prices=prices)
+    terms = {"concurrency": (2, 9), "max_queue": 7, "timeout": 3}
+    assert terms_of(key) == {**terms, "prices": prices}
+    assert "prices" not in terms_of(Limiter())
     child = key.child("child", "1 RPM", concurrency=4, weight=2, priority="batch")
-    assert terms_of(child) == {
-        "concurrency": 4,
-        "max_queue": None,
-        "timeout": 3,
-        "weight": 2.0,
-        "priority": -1,
-    }
+    terms = {"concurrency": 4, "max_queue": None, "timeout": 3}
+    assert terms_of(child) == {**terms, "weight": 2.0, "priority": -1}
 
 
 def test_call_of_a_pool_may_count_at_each_member_and_counts_at_the_one_that_takes_it() -> None:
@@ -115,19 +109,93 @@ def test_call_inside_one_of_a_pool_gets_its_slots_at_the_member_too() -> None:
 
 def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
     clock = VirtualClock()
-    members = [Limiter(name=name, clock=clock) for name in ("one", "two")]
-    pool = Pool(*members, prefer="first")
+    pool = Pool(*(Limiter(name=name, clock=clock) for name in ("one", "two")), prefer="first")
     failed = pool.acquire_nowait()
     failed.member_works()  # it never failed
     failed.member_failed("HTTP 401")
-
-    assert [str(state) for state in pool.states()] == [
-        "'one': left out for 1 s more (HTTP 401)",
-        "'two': in use",
-    ]
+    left_out = ["'one': left out for 1 s more (HTTP 401)", "'two': in use"]
+    assert [str(state) for state in pool.states()] == left_out
     clock.advance(1)
     probe = pool.acquire_nowait()
     assert str(pool.states()[0]) == "'one': left out for 2 s more (HTTP 401)"
     probe.member_works()  # before it is over
-    assert str(pool.states()[0]) == "'one': in use"
-    assert not probe.released
+    assert (str(pool.states()[0]), probe.released) == ("'one': in use", False)
+
+
+# --- paced functions ---
+
+
+async def test_each_call_of_paced_async_function_waits_for_admission(time: VirtualTime) -> None:
+    """A cost that is a function gets the call's own arguments."""
+    limiter = Limiter("100 TPM", "1/s", "50 images/m", concurrency=1, clock=time.clock)
+
+    @limiter.paced(tokens=len, images=2)
+    async def ask(prompt: str) -> str:
+        """Ask."""
+        assert limiter.statistics().in_flight == 1
+        await asyncio.sleep(0)
+        return prompt.upper()
+
+    assert list(await asyncio.gather(ask("seven ch"), ask("two"))) == ["SEVEN CH", "TWO"]
+    assert time.now == HELD
+    assert used(limiter) == [11, 1, 4]
+    nothing_is_left(limiter)
+    with pytest.raises(CostExceedsLimit):
+        await ask("x" * 101)
+    assert (ask.__name__, ask.__doc__) == ("ask", "Ask.")
+    assert inspect.iscoroutinefunction(ask)
+
+
+def test_paced_plain_function_holds_its_slot_while_it_runs() -> None:
+    limiter = Limiter("10 TPM burst 10", concurrency=1)
+
+    @limiter.paced(tokens=3)
+    def ask(number: int) -> float:
+        assert limiter.statistics().in_flight == 1
+        return 1 / number
+
+    assert ask(2) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        ask(0)
+    nothing_is_left(limiter)
+    assert used(limiter) == [6]
+
+
+async def test_methods_partials_and_objects_can_be_paced(time: VirtualTime) -> None:
+    """`self` is the first argument; a partial of an async function is async, and so is an object."""
+    limiter = Limiter(concurrency=1, clock=time.clock)
+
+    def size(_: object, prompt: str) -> int:
+        return len(prompt)
+
+    async def plain(one: int, other: int) -> int:
+        return one + other
+
+    class Agent:
+        @limiter.paced(tokens=size)
+        async def ask(self, prompt: str) -> str:
+            assert limiter.statistics().in_flight == 1
+            return prompt
+
+        async def __call__(self, prompt: str) -> str:
+            return prompt.upper()
+
+    assert await Agent().ask("x") == "x"
+    assert await limiter.paced(functools.partial(plain, 1))(2) == 3
+    ask = limiter.paced(Agent())
+    assert list(await asyncio.gather(ask("a"), ask("b"))) == ["A", "B"]
+    assert limiter.statistics().admitted == 4
+
+
+def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() -> None:
+    limiter = Limiter("10/s", concurrency=1)
+    ran: list[int] = []
+
+    async def work(number: int) -> None:
+        ran.append(number)
+
+    ask = limiter.paced(lambda: work(1))
+    with pytest.raises(TypeError, match=r"is a plain function that returns a coroutine, .*async d"):
+        _ = ask()
+    nothing_is_left(limiter)
+    assert (used(limiter), ran) == ([0], [])

@@ -7,28 +7,12 @@ import pytest
 from asyncbucket import CostExceedsLimit, Limit, Limiter, LimitSyntaxError, WouldBlock
 from asyncbucket.core.levels import terms_of
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, available, start, start_all, used
-
-
-async def test_changed_limit_applies_at_once_to_bookings_and_waiters(time: VirtualTime) -> None:
-    limiter = Limiter("100 TPM", clock=time.clock)
-    (await limiter.acquire(tokens=100)).release()
-    waiting = await start(limiter.acquire(tokens=80))
-    await asyncio.sleep(5)
-    limiter.reconfigure(tpm=200)
-    assert (await waiting).waited == 5.0
-    assert limiter.limits == (Limit("tokens", 200),)
-    limiter.reconfigure("150 TPM")
-    assert available(limiter) == -30
-    await limiter.acquire(tokens=1)
-    assert time.now == 60 * HELD
+from tests.core.conftest import start, start_all, used
 
 
 @pytest.mark.parametrize("how", ["once", "twice", "cancelled", "at its deadline"])
 async def test_lowered_limit_fails_waiting_call_above_it(time: VirtualTime, how: str) -> None:
     limiter = Limiter("100 TPM", clock=time.clock)
-    events: list[str] = []
-    limiter.observe(lambda event: events.append(type(event).__name__))
     first = await limiter.acquire(tokens=100)
     costly = await start(limiter.acquire(tokens=80, timeout=70))
     cheap = await start(limiter.acquire(tokens=50))
@@ -41,18 +25,16 @@ async def test_lowered_limit_fails_waiting_call_above_it(time: VirtualTime, how:
     if how == "twice":
         limiter.reconfigure(tpm=50)
         limiter.pause(0)
-    if how == "cancelled":
-        costly.cancel()
-    with pytest.raises((CostExceedsLimit, asyncio.CancelledError)) as error:
-        await costly
     gone = how == "cancelled"
-    assert gone or str(error.value) == (
-        "cost of 80 tokens exceeds the limit of 60 tokens per 60 s and can never pass; "
-        "raise tpm or split the request"
+    if gone:
+        costly.cancel()
+    never = (
+        "cost of 80 tokens exceeds the limit of 60 tokens per 60 s and can never pass; raise tpm"
     )
+    with pytest.raises((CostExceedsLimit, asyncio.CancelledError), match=None if gone else never):
+        await costly
     now = limiter.statistics()
     assert (now.refused, now.cancelled) == (1 - gone, gone)
-    assert (events.count("Refused"), events.count("Cancelled")) == (1 - gone, gone)
     first.settle(tokens=0)
     before = time.now
     await cheap
@@ -66,21 +48,17 @@ async def test_newly_set_slots_count_calls_in_flight(time: VirtualTime) -> None:
     assert limiter.concurrency is None
     child.reconfigure(concurrency=1)
     limiter.reconfigure("2/s burst 1", concurrency=2)
-    assert limiter.concurrency == 2
-    shown = "<Limiter 'default', 2 requests per 1 s, concurrency 3/2, 1 waiting>"
-    waiting = asyncio.ensure_future(limiter.acquire())
-    for lease in early[1:]:
+    waiting = await start(limiter.acquire())
+    for in_flight in (3, 2):
         await time.all_blocked()
         assert not waiting.done()
+        shown = f"<Limiter 'default', 2 requests per 1 s, concurrency {in_flight}/2, 1 waiting>"
         assert repr(limiter) == shown
-        lease.settle(tokens=0)
-        lease.release()
-        shown = "<Limiter 'default', 2 requests per 1 s, concurrency 2/2, 1 waiting>"
+        early.pop().release()
     (await waiting).release()
     (await child.acquire()).release()
     early[0].release()
-    assert repr(limiter) == ("<Limiter 'default', 2 requests per 1 s, concurrency 0/2, 0 waiting>")
-    assert repr(child) == "<Limiter 'default/child', concurrency 0/1, 0 waiting>"
+    assert [each.statistics().in_flight for each in (limiter, child)] == [0, 0]
 
 
 async def test_newly_set_slots_count_calls_just_admitted(time: VirtualTime) -> None:
@@ -118,23 +96,19 @@ def test_invalid_reconfigure_changes_nothing(time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("how", ["reconfigure", "learn"])
-@pytest.mark.parametrize("path", [(), ("child",)])
 @pytest.mark.parametrize("pause", [0, 1])
 def test_call_from_before_limit_was_set_gives_it_nothing_back(
-    time: VirtualTime, how: str, path: tuple[str, ...], pause: int
+    time: VirtualTime, how: str, pause: int
 ) -> None:
-    limiter = key = Limiter(clock=time.clock)
-    for name in path:
-        limiter = limiter.child(name)
-    time.advance(1)
-    early = limiter.acquire_nowait(tokens=40)
+    key = Limiter(clock=time.clock)
+    early = key.child("child").acquire_nowait(tokens=40)
     time.advance(pause)
     if how == "learn":
         key.learn(Limit("tokens", 100))
     else:
         key.reconfigure("100 TPM")
     time.advance(1)
-    late = limiter.acquire_nowait(tokens=50)
+    late = key.acquire_nowait(tokens=50)
     early.settle(tokens=0)
     assert used(key) == [50]
     early.settle(tokens=30)

@@ -17,6 +17,7 @@ PROMISES = Path(__file__).with_name("promises.py")
 #: Modules of the standard library that the core needs, and asyncio has not loaded.
 ALSO = {
     *("_bisect", "_decimal", "bisect", "copy", "dataclasses", "decimal", "fractions", "gc"),
+    *("_datetime", "datetime"),
     *("numbers", "org", "org.python", "org.python.core"),  # copy looks for Jython
 }
 #: Extras for those who work on asyncbucket; all others are for users.
