@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 _AT_ONCE: Final = "without waiting"
+#: A deadline further back (ns) than this was probably meant as seconds from now.
+_LONG_PAST: Final = 1_000_000_000
 #: What observers hear of a refusal.
 _REASONS: Final[dict[type, Reason]] = {
     WouldBlock: "would_block",
@@ -87,7 +89,11 @@ def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> 
 def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
     """Return the error of a call that cannot pass by its deadline."""
     how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
-    return _refusal_locked(AcquireTimeout, node, amounts, how, "raise the timeout or the limit")
+    remedy = "raise the timeout or the limit"
+    if asked - deadline > _LONG_PAST:
+        how = "by a deadline that has passed"
+        remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
+    return _refusal_locked(AcquireTimeout, node, amounts, how, remedy)
 
 
 def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:

@@ -29,12 +29,12 @@ _RESOURCES: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot":
 #: limit that no call counts against.
 _OTHER_WORDS: Final = {
     **dict.fromkeys(("request", "req", "reqs", "r", "call", "calls"), "requests"),
-    **dict.fromkeys(("token", "tok", "toks"), "tokens"),
+    "token": "tokens",
     **dict.fromkeys(("dollars", "dollar"), USD),
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
-#: A name that is this similar (of 1) to one of the usual ones is taken for a typing error.
+#: A name that is this similar (of 1) to one of the usual ones, or to "tok", is taken for a typing error.
 _NEAR: Final = 0.8
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -271,9 +271,10 @@ def _read_resource(name: str) -> str:
     if meant == name and name not in usual:
         import difflib  # only limits of other resources come here
 
-        for near in difflib.get_close_matches(name, usual, n=1, cutoff=_NEAR):
+        for near in difflib.get_close_matches(name, (*usual, "tok"), n=1, cutoff=_NEAR):
+            likely = "tokens" if near == "tok" else near
             raise LimitSyntaxError(
-                f"no call counts against a limit of {name!r}: did you mean {near}?"
+                f"no call counts against a limit of {name!r}: did you mean {likely}?"
             )
     return meant
 

@@ -97,6 +97,6 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
     Raises:
         ValueError: it is not a whole number from ``least`` on.
     """
-    if not is_integer(value) or value < least:
+    if not is_number(value) or value != value // 1 or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return int(value)

@@ -77,8 +77,9 @@ _SLICE_COUNTS: Final[tuple[int, ...]] = (60, 6)
 _SLICED: Final = range(1_000_000_000, _LONG + 1)
 #: For network jitter our slices are longer by 1/64. (`Window` adds up to half as much.)
 _ROOM: Final = 64
-#: What others take of a slice is a mean over this many, and nothing below this fraction (1/16).
-_SLICES: Final = 8
+#: What others take of a slice is a mean over so many of each kind, and nothing below this fraction
+#: (1/16).
+_SLICES: Final = dict(zip(_SLICE_COUNTS, (8, 2), strict=True))
 _BUSY: Final = 16
 #: Units come back if, in this fraction (1/4) of a slice, at least the same fraction of what we
 #: booked does.
@@ -191,7 +192,7 @@ class Headroom(Meter):
             self._slices = None
         if self._slice_counts and self._slices is None:
             count = self._slice_counts[0]
-            self._slices = Slices(share_of(limit, count), self.window // count, now)
+            self._slices = Slices(share_of(limit, count), self.window // count, _SLICES[count], now)
             self._slices.update(low, remaining, high, now)
 
     def _correct(self, low: int, high: int, now: int) -> None:
@@ -357,12 +358,13 @@ class Slices:
     Args:
         share: units in a slice.
         length: how long a slice is (ns).
+        memory: over how many slices to take the mean of what others take.
         now: the instant.
     """
 
-    def __init__(self, share: int, length: int, now: int) -> None:
+    def __init__(self, share: int, length: int, memory: int, now: int) -> None:
         self.share = share
-        self._length = length
+        self._length, self._memory = length, memory
         per = (length + length // _ROOM) / 1_000_000_000
         self._window = Window(Limit("units", share, per=per, burst=share))
         #: Until when a call that is larger than a slice takes all of it.
@@ -386,7 +388,7 @@ class Slices:
         """Take in a report that ``remaining`` is left of a slice, from ``low`` to ``high`` in truth."""
         self._most_left = max(self._most_left, remaining)
         if now - self._began >= self._length:
-            self._others += (self._most - self._others) / _SLICES
+            self._others += (self._most - self._others) / self._memory
             self._began, self._most = now, 0
             self.spare_refills += 1
         self._most = max(self._most, self.taken_by_others(remaining, now))

@@ -62,7 +62,7 @@ async def test_newcomer_does_not_pass_waiting_calls_and_hears_when(time: Virtual
 
 
 async def test_bucket_as_context_manager_takes_one_unit_for_good(time: VirtualTime) -> None:
-    bucket = TokenBucket(rate=1.0, burst=2, clock=time.clock)
+    bucket = TokenBucket(rate=1.0, burst=2.0, clock=time.clock)  # type: ignore[arg-type]
     async with bucket as entered:
         assert entered is bucket
     with pytest.raises(ZeroDivisionError):
