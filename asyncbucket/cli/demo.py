@@ -191,7 +191,8 @@ class Run:
     def panel(self) -> Panel:
         """Return what is shown while it runs."""
         figures = self.figures()
-        bar = Bar(figures["agents finished"], self.agents_finished / self.scenario.agents)
+        done = self.agents_finished / self.scenario.agents
+        bar = Bar(f"{figures['agents finished']} agents", done)
         facts = tuple(f"{figures[each]} {each}" for each in ("calls", "429s", "failed"))
         return Panel(f"{self.name}, {self.seconds:.0f} s", (bar,), facts)
 
@@ -219,7 +220,7 @@ def run_once(run: Run, screen: Screen) -> None:
 
 async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
-    asyncio.get_running_loop().set_exception_handler(_ignore)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     ticker = asyncio.create_task(_tick(run, screen, provider))
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
@@ -235,10 +236,6 @@ async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> N
     finally:
         run.ended_ns = time.monotonic_ns()
         ticker.cancel()
-
-
-def _ignore(*_: object) -> None:
-    """Say nothing."""
 
 
 async def _tick(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:

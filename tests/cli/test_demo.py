@@ -1,7 +1,7 @@
 """The demo: what it runs, and the demo itself.
 
 The last part has real agents and real HTTP on loopback, on the machine's clock: it measures waits
-and a wall time, and the provider runs in another process, so virtual time won't do.
+and a wall time, and virtual time does not reach a server.
 """
 
 import re
@@ -40,6 +40,7 @@ def test_table_shows_both_runs_and_what_failed() -> None:
     printed = captured.get()
     assert re.search(r"^ 429s +60 +0 *$", printed, re.MULTILINE)
     assert "without asyncbucket, 7 failed: RateLimitError" in printed
+    assert f"0 of {scenario.agents} agents" in str(calm.panel())
     assert "\x1b" not in printed
 
 

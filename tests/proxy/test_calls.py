@@ -202,6 +202,8 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     [
         (b"*", "not as an HTTP proxy"),
         (b"/" + b"x" * 65_536, "the path is too long"),
+        (b"/v1/../../admin", "a path with .. cannot pass"),
+        (b"/v1/..", "a path with .. cannot pass"),
     ],
 )
 async def test_path_that_cannot_be_sent_on_is_refused(

@@ -142,7 +142,7 @@ class Proxy:
             _log.error("the settings stay as they are: %s", error)
             return
         self._options = options
-        _log.info("new settings are in force, but addresses, profile and store need a restart")
+        _log.info("new settings are in force (limits, upstream, keys); a restart changes the rest")
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer a request at either address; at one on loopback, only programs on this machine."""
@@ -163,9 +163,8 @@ class Proxy:
             case "/" | "/stats":
                 return JSONResponse(report([self.limiter]))
             case "/metrics":
-                return Response(
-                    generate_latest(self._registry), media_type=CONTENT_TYPE_PLAIN_0_0_4
-                )
+                content = generate_latest(self._registry)
+                return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
             case _:
                 return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
 
@@ -187,10 +186,9 @@ class Proxy:
             await caller.refuse(stopping)
 
     async def _answer(self, caller: "_Caller") -> None:
-        options = self._options
-        by_key = bool(options.tenants_by_key)
+        options, headers = self._options, caller.scope["headers"]
         try:
-            with self._terms.applied(caller.scope["headers"], tenants_by_key=by_key):
+            with self._terms.applied(headers, tenants_by_key=options.tenants_by_key):
                 request = await self._request(caller, options)
                 reply = await self._transport.handle_async_request(request)
                 await _pass_on(reply, caller.send)
@@ -222,10 +220,12 @@ class Proxy:
         target = url.raw_path.rstrip(b"/") + path + b"?" * bool(query) + query
         if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
             raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
+        if b"/../" in path + b"/":  # httpx would resolve it, and leave the path of the base URL
+            raise ProxyError("a path with .. cannot pass")
         try:
             url = url.copy_with(raw_path=target)
         except httpx.InvalidURL:
-            raise ProxyError("the path is too long") from None
+            raise ProxyError("the path is too long, or has a #") from None
         content = await self._body(caller) or None
         return httpx.Request(
             scope["method"], url, headers=headers, content=content, extensions={"timeout": _TIMEOUT}

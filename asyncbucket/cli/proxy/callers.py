@@ -99,7 +99,7 @@ class CallerTerms:
         self._kinds: set[str] = set()
 
     @contextlib.contextmanager
-    def applied(self, headers: Headers, *, tenants_by_key: bool) -> Generator[None]:
+    def applied(self, headers: Headers, *, tenants_by_key: bool | None) -> Generator[None]:
         """Put what is called inside on the terms in ``headers``, whose names are in lower case.
 
         Raises:
