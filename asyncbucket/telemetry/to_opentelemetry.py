@@ -3,19 +3,21 @@
 The metrics are those of Prometheus: an exporter that writes for Prometheus makes the same names of
 them, so one dashboard serves both.
 
-A wait is a span of its own, within the span that was current where the call asked. It says what the
-call waited for, and has any other attributes given. It has no ``gen_ai.operation.name`` and no
-``gen_ai.usage.*``: those mark an inference, and a sum of inferences or tokens must not include a wait.
+A wait is a span of its own, made when it is over, within the span that was current where the call
+asked. It says what the call waited for, and has any other attributes given. It has no
+``gen_ai.operation.name`` and no ``gen_ai.usage.*``: those mark an inference, and a sum of inferences
+or tokens must not include a wait.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import MeterProvider, Observation
-from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import Status, StatusCode, Tracer, TracerProvider
 
 from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
 from asyncbucket.core.limiter import Limiter
@@ -30,6 +32,8 @@ from asyncbucket.telemetry.metrics import (
 )
 
 _SCOPE: Final = "asyncbucket"
+#: When the call of this context began to wait, by the wall clock in ns; 0 if it does not wait.
+_waiting_since: Final[ContextVar[int]] = ContextVar("asyncbucket waiting since", default=0)
 
 
 def opentelemetry(
@@ -95,43 +99,41 @@ class Instruments(Metrics):
 
 
 class Spans:
-    """Make a span of each wait; a call that passes at once has none."""
+    """Make a span of each wait when it is over; a call that passes at once has none."""
 
     def __init__(self, tracer: Tracer, attributes: Mapping[str, str]) -> None:
         self._tracer = tracer
         self._attributes = attributes
-        #: The span of the call of this context while it waits.
-        self._waiting: ContextVar[Span | None] = ContextVar("asyncbucket span", default=None)
 
     def observe(self, event: Event) -> None:
-        """Begin a span when a call begins to wait, and end it with the wait."""
+        """Make the span of a wait that ends.
+
+        Its beginning may be told by another thread, so only a refused call's span depends on that.
+        """
+        now, since = time.time_ns(), _waiting_since.get()
+        if isinstance(event, Queued | Admitted | Refused | Cancelled):
+            _waiting_since.set(now if isinstance(event, Queued) else 0)
         match event:
-            case Queued(limiter=limiter):
-                cost = as_given(event.cost).items()
-                said = {f"asyncbucket.cost.{resource}": amount for resource, amount in cost}
-                span = self._tracer.start_span(
-                    f"wait {limiter}",
-                    attributes={**self._attributes, "asyncbucket.limiter": limiter, **said},
-                )
-                self._waiting.set(span)
-            case Admitted(bound_by=bound_by, waiting=waiting):
-                self._end("admitted", bound_by=bound_by, waiting=waiting)
-            case Refused(reason=reason, bound_by=bound_by):
-                self._end(reason, bound_by=bound_by, is_error=True)
-            case Cancelled():
-                self._end("cancelled")
+            case Admitted(waited=waited, bound_by=bound_by, waiting=waiting) if waited:
+                begin = now - round(waited * 1e9)
+                self._span(event, begin, "admitted", bound_by=bound_by, waiting=waiting)
+            case Refused(reason=reason, bound_by=bound_by) if since:  # at once is no wait
+                self._span(event, since, reason, bound_by=bound_by)
+            case Cancelled(waited=waited):
+                self._span(event, now - round(waited * 1e9), "cancelled")
             case _:
                 pass
 
-    def _end(self, result: str, *, is_error: bool = False, **numbers: str | int | None) -> None:
-        span = self._waiting.get()
-        if span is None:  # a call that is refused at once, or passes, has not waited
-            return
-        self._waiting.set(None)
-        for name, value in {"result": result, **numbers}.items():
-            if value is not None:
-                span.set_attribute(f"asyncbucket.{name}", value)
-        if is_error:
+    def _span(
+        self, event: Admitted | Refused | Cancelled, begin: int, result: str, **numbers: Any
+    ) -> None:
+        cost = {f"cost.{resource}": amount for resource, amount in as_given(event.cost).items()}
+        said = {"limiter": event.limiter, "result": result, **numbers, **cost}
+        known = {f"asyncbucket.{name}": said[name] for name in said if said[name] is not None}
+        span = self._tracer.start_span(
+            f"wait {event.limiter}", start_time=begin, attributes={**self._attributes, **known}
+        )
+        if isinstance(event, Refused):
             span.set_attribute("error.type", result)
             span.set_status(Status(StatusCode.ERROR))
         span.end()
