@@ -220,7 +220,7 @@ def run_once(run: Run, screen: Screen) -> None:
 
 async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
-    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
     ticker = asyncio.create_task(_tick(run, screen, provider))
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
