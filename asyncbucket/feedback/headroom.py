@@ -79,7 +79,7 @@ _SLICED: Final = range(1_000_000_000, _LONG + 1)
 _ROOM: Final = 64
 #: What others take of a slice is a mean over so many of each kind, and nothing below this fraction
 #: (1/16).
-_SLICES: Final = dict(zip(_SLICE_COUNTS, (8, 2), strict=True))
+_SLICES: Final[dict[int, int]] = {60: 8, 6: 2}
 _BUSY: Final = 16
 #: Units come back if, in this fraction (1/4) of a slice, at least the same fraction of what we
 #: booked does.
