@@ -266,7 +266,11 @@ class Pacer:
             self._fail(waiter, error)
         else:
             with contextlib.suppress(RuntimeError):  # closed: nobody waits there any more
-                loop.call_soon_threadsafe(self.do, self._fail, waiter, error)
+                loop.call_soon_threadsafe(self._fail_here, waiter, error)
+
+    def _fail_here(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
+        with self:  # `do` might leave it to another thread, and futures are not for those
+            self._fail(waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         if not waiter.done():
