@@ -236,7 +236,7 @@ class RedisLedger(Ledger):
                 starts = codec.starts(reply["wall"])
                 continue
             codec = Codec.from_reply(reply["config"])
-        self._codec, self.config = codec, codec.config
+        self._codec, self.config, self._epoch = codec, codec.config, reply["epoch"]
         return codec.receipt(reply, batch)
 
     async def changed(self, *, timeout: float) -> bool:
@@ -310,7 +310,7 @@ class RedisLedger(Ledger):
         await self._run(self._codec, "leave")
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
-        reply = await self._store.run(
+        return await self._store.run(
             self._keys,
             verb,
             self.worker,
@@ -321,8 +321,6 @@ class RedisLedger(Ledger):
             self._ttl,
             *args,
         )
-        self._epoch = reply.get("epoch", self._epoch)
-        return reply
 
 
 def _store_error(name: str, client: Any, error: Exception) -> StoreError:

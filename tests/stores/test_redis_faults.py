@@ -58,11 +58,14 @@ async def test_flushall_closes_limiter_for_a_whole_window(store: RedisStore, red
     assert await used(two) == 100, "one loss was paid for twice"
 
 
-async def test_newcomer_does_not_hide_data_loss_from_others(store: RedisStore, redis: Any) -> None:
+@pytest.mark.parametrize("limit", ["100 requests/minute", "200 requests/minute"])
+async def test_newcomer_does_not_hide_data_loss_from_others(
+    limit: str, store: RedisStore, redis: Any
+) -> None:
     one = await store.open("hide", terms("100 requests/minute"))
     await one.commit(Batch(calls=(FREE,)))
     redis.flushall()
-    newcomer = await store.open("hide", one.config)
+    newcomer = await store.open("hide", terms(limit))
     assert outcomes(await newcomer.commit(Batch(calls=(FREE,)))) == ["booked"]
     loss = await one.commit(Batch(calls=(FREE,)))
     receipt = await newcomer.commit(Batch(calls=(FREE,)))
