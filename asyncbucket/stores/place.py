@@ -398,7 +398,7 @@ class StorePlace:
         told: concurrent.futures.Future[None] = concurrent.futures.Future()
         with self._pacer:
             self.fail_all(StoreError(_CLOSED))
-            if self._session is None or self._session.loop.is_closed():
+            if self._session is None or not (self.owns_store or self._session.loop.is_running()):
                 return
             self._session.close(told)
         await asyncio.wrap_future(told)

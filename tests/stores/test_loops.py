@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from asyncbucket import Lease, Limiter, StoreError
 from asyncbucket.stores import open_store
+from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import peek_at
 
 #: If a loop ends without closing the limiter, its connections are left to the garbage collector.
@@ -158,3 +160,13 @@ def test_closing_fails_calls_of_threads_and_disconnects(url: str, redis: Any) ->
         lease.release()
         while len(redis.client_list()) > before:  # the server may notice it later
             time.sleep(0.001)
+
+
+def test_closing_does_not_wait_for_a_store_whose_loop_stands(url: str) -> None:
+    client = Redis.from_url(url)
+    limiter = Limiter("1000 RPM", store=RedisStore.of(client), name="openai")
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(take(limiter))
+        asyncio.run(asyncio.wait_for(limiter.aclose(), 5))
+        loop.run_until_complete(limiter.aclose())
+        loop.run_until_complete(client.aclose())
