@@ -1,4 +1,4 @@
-"""Servers of all kinds: behind TLS and a login, in a cluster, behind Sentinel, at a socket."""
+"""Servers of all kinds: behind a login, in a cluster, behind Sentinel, at a socket."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ CALL = {"requests": 1, "concurrency": 1}
 #: What a login must be allowed to do, as docs/shared-stores.md says.
 RULES = (
     "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
-    "+zadd +zrem +zcard +zscore +zrangebyscore +publish +subscribe +unsubscribe"
+    "+zadd +zrem +zcard +zrangebyscore +publish +subscribe +unsubscribe"
 )
 
 

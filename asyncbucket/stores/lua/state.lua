@@ -183,7 +183,7 @@ end
 -- A place is a worker, `since` when it stands there, what its first call costs (`call`) and waits for
 -- (`bound`), for how many slots it waits (`wanted`) and how many it holds (`held`), `first` since when it
 -- has been the first with this call (0: others come first), and when it is `due` to ask again.
--- The rules are those of asyncbucket/stores/store.py; asyncbucket/stores/sqlite/state.py follows them too.
+-- The rules are those of asyncbucket/stores/store.py; asyncbucket/stores/state.py follows them too.
 
 local SLOT, PAUSED = 'concurrency', 'paused'
 local SOON = 5000 -- before it no worker is asked to come again
