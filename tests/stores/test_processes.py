@@ -236,7 +236,7 @@ async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
 
 
 async def test_unreachable_server_fails_first_calls_with_store_error(limited: Limiters) -> None:
-    """Each on its own thread, which asyncio checks in debug mode; else they hung."""
+    """Each on its own loop, as asyncio demands in debug mode, where calls once hung."""
     asyncio.get_running_loop().set_debug(True)
     for _ in range(5):
         limiter = limited("redis://user:s3cret@127.0.0.1:1/0", "100 RPM")
