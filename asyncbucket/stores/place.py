@@ -428,8 +428,7 @@ class StorePlace:
 
     def make_store(self) -> Store:
         """Return the store, not connected yet."""
-        given = self._given
-        store: Store = given if hasattr(given, "peek") else open_store(given)
+        store: Store = self._given if hasattr(self._given, "peek") else open_store(self._given)
         return store
 
     def config(self, changes: Iterable[Limit] = (), concurrency: int | None = None) -> LimitConfig:
