@@ -142,7 +142,9 @@ class Attempt:
             if tail is not None:
                 head, end = tail.read()
                 if complete or is_complete(end):
-                    self._settle(find_usage(end, head))
+                    # What begins a reply in one piece may be what a model has written.
+                    first = b"" if head.lstrip()[:1] == b"{" else head
+                    self._settle(find_usage(end, first) or find_usage(head))
         finally:
             self._lease.release()
 
@@ -294,8 +296,7 @@ def _encoding_of(reply: Any) -> str:
     """Return how the body of a reply is still compressed, or ``"identity"``."""
     if reply.is_closed:  # a body that came with the reply, as in tests, is decoded already
         return "identity"
-    encoding: str = reply.headers.get("content-encoding") or "identity"
-    return encoding.lower()
+    return str(reply.headers.get("content-encoding") or "identity").lower()
 
 
 def _decoded(data: bytes, encoding: str) -> bytes:

@@ -203,8 +203,7 @@ def _split(name: str, base_url: str) -> SplitResult:
 
 def _path_of(url: Any) -> str:
     """Return the path of an address as it is sent, which keeps its escapes."""
-    path: str = url.raw_path.decode().partition("?")[0]
-    return path
+    return str(url.raw_path.decode().partition("?")[0])
 
 
 def _texts(name: str, what: str, given: Mapping[str, str]) -> dict[str, str]:
@@ -276,7 +275,7 @@ def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> Limiter:
 
 def _read_endpoint(table: Mapping[str, Any]) -> Endpoint:
     params = dict(parse_qsl(urlsplit(str(table.get("base_url"))).query))
-    if (table.keys() | params.keys()) & {"key", "api_key", "headers"}:
+    if (table.keys() | params.keys()) & {"api-key", "api_key", "headers", "key"}:
         raise ValueError(
             "keys stay out of the file: export the key in an environment variable, and name that by "
             "key_env"
