@@ -332,9 +332,7 @@ def library_of(thing: object) -> Any:
     """
     family = family_of(type(thing))
     if family is None:
-        raise TypeError(
-            f"a transport sends requests of httpx or httpx2, not {type(thing).__name__}"
-        )
+        raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(thing)}")
     return library_named(family)
 
 

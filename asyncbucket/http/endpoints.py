@@ -34,7 +34,7 @@ Bearer``, or bare in the header that ``header`` names. No key is ever in the fil
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -181,7 +181,7 @@ class Sites:
         return cls(request.method, url, headers=headers, extensions=request.extensions, **body)
 
     def _kept_headers(self, request: Any) -> list[tuple[bytes, bytes]]:
-        pairs: Iterable[tuple[bytes, bytes]] = request.headers.raw
+        pairs = request.headers.raw
         return [pair for pair in pairs if pair[0].decode("latin-1").lower() not in self._dropped]
 
     def _kept_params(self, url: Any) -> list[tuple[str, str]]:
@@ -275,7 +275,7 @@ def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> Limiter:
 
 def _read_endpoint(table: Mapping[str, Any]) -> Endpoint:
     params = dict(parse_qsl(urlsplit(str(table.get("base_url"))).query))
-    if (table.keys() | params.keys()) & {"api-key", "api_key", "headers", "key"}:
+    if (table.keys() | params.keys()) & {"api-key", "api_key", "headers", "key", "sig", "token"}:
         raise ValueError(
             "keys stay out of the file: export the key in an environment variable, and name that by "
             "key_env"

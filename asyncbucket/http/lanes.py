@@ -203,10 +203,9 @@ class Lanes:
 def content_of(request: Any) -> bytes | None:
     """Return a request's body, if it is in memory; one that is still to be streamed is left alone."""
     try:
-        content: bytes = request.content
+        return bytes(request.content)
     except RuntimeError:
         return None
-    return content
 
 
 def _higher(one: Cost | None, other: Cost | None) -> Cost | None:

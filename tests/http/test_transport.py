@@ -451,7 +451,7 @@ async def test_one_transport_serves_both_kinds_of_client(library: Any, limiter: 
 
 
 async def test_request_of_other_kind_or_library_is_refused(library: Any, limiter: Limiter) -> None:
-    with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not object"):
+    with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not <class 'object'>"):
         await limiter.transport().handle_async_request(object())
     paced = limiter.transport(library.AsyncHTTPTransport())
     with pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)"):
