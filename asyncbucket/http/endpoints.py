@@ -64,9 +64,7 @@ _CREDENTIALS: Final = frozenset(
 _KEY_PARAMS: Final = frozenset({"key"})
 _IN_HEADER: Final = re.compile("[ -~]*")
 _PORTS: Final = {"http": 80, "https": 443}
-_EXAMPLE: Final = (
-    '{limiter: {"base_url": "https://...", "headers": {"Authorization": "Bearer ..."}}}'
-)
+_EXAMPLE: Final = '{member: {"base_url": "https://x", "headers": {"Authorization": "Bearer ..."}}}'
 #: What a file may say of the pool, and of a member's endpoint.
 _POOL: Final = ("name", "prefer", "patience", "max_queue", "timeout")
 _ENDPOINT: Final = ("base_url", "key_env", "header", "models")
@@ -132,11 +130,12 @@ class Sites:
     def __init__(self, pool: Limiter, endpoints: Endpoints) -> None:
         if not isinstance(pool, Pool):
             raise TypeError(f"endpoints are for a pool, and {pool!r} is not one: leave them out")
-        if set(endpoints) != set(pool.members):
-            missing = ", ".join(repr(each.name) for each in pool.members if each not in endpoints)
+        given = set(endpoints) if isinstance(endpoints, Mapping) else set[Limiter]()
+        if given != set(pool.members):
+            missing = ", ".join(repr(each.name) for each in pool.members if each not in given)
             what = f"lack {missing}" if missing else "name a limiter that is no member"
             raise ValueError(
-                f"the endpoints of pool {pool.name!r} {what}: give one for each member"
+                f"the endpoints of pool {pool.name!r} {what}: give one for each member, {_EXAMPLE}"
             )
         self._sites = {member: _Site(member.name, endpoints[member]) for member in pool.members}
         sites = self._sites.values()

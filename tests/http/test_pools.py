@@ -195,6 +195,8 @@ def test_endpoints_are_needed_for_each_member_of_a_pool_and_for_nobody_else() ->
     first, stranger = pool.members[0], Limiter()
     with pytest.raises(ValueError, match="of pool 'pool' lack 'azure': give one for each"):
         pool.http_client({first: endpoints[first]})
+    with pytest.raises(ValueError, match="lack 'openai', 'azure': give one for each member"):
+        pool.http_client(list(endpoints.values()))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="name a limiter that is no member"):
         pool.http_client({**endpoints, stranger: {"base_url": "https://x"}})
     with pytest.raises(TypeError, match="endpoints are for a pool"):
