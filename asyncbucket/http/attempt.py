@@ -142,7 +142,7 @@ class Attempt:
             if tail is not None:
                 head, end = tail.read()
                 if complete or is_complete(end):
-                    # What begins a reply in one piece may be what a model has written.
+                    # In a reply in one piece, what a model wrote may look like usage, and comes first.
                     first = b"" if head.lstrip()[:1] == b"{" else head
                     self._settle(find_usage(end, first) or find_usage(head))
         finally:

@@ -41,7 +41,7 @@ _MAX_REMEMBERED: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """What hears the answers of one provider."""
+    """Hold what learns from one provider's answers."""
 
     headers: HeaderReader
     refusals: Refusals

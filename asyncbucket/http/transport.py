@@ -167,7 +167,7 @@ class PacedTransport(_AnyTransport):
         return "" if self._sites is None else self._sites.base_url
 
     def above(self, inner: Any) -> Self:
-        """Return the same above another transport, such as the one that a client mounts for a proxy."""
+        """Return a copy above another inner transport, such as one that a client mounts for a proxy."""
         transport = copy.copy(self)
         transport._inner = dict.fromkeys(_METHODS, inner)  # noqa: SLF001 - its own
         return transport
