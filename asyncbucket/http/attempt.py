@@ -264,6 +264,7 @@ async def _read_ahead(reply: Any, io: IO) -> bytes:
     finally:
         await io.close(stream)
     data = b"".join(chunks)
+    reply.headers.pop("content-length", None)  # less may have come; a proxy passes headers on
     reply.stream = library_of(stream).ByteStream(data)
     return _decoded(data, _encoding_of(reply))
 

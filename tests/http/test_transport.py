@@ -97,9 +97,10 @@ async def test_stalled_refusal_is_over_after_5_s(library: Any, virtual_time: Vir
             await asyncio.sleep(600)
 
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
-    reply = library.Response(500, stream=Stalled())
+    reply = library.Response(500, headers={"content-length": "99"}, stream=Stalled())
     async with client_over(library, limiter, lambda _: reply) as client:
         assert (await client.get(URL)).content == b'{"error": {'
+    assert "content-length" not in reply.headers
     assert virtual_time.now == 5
     assert in_flight(limiter) == 0
 
