@@ -142,7 +142,9 @@ class Attempt:
             if tail is not None:
                 head, end = tail.read()
                 if complete or is_complete(end):
-                    self._settle(find_usage(end, head))
+                    # In a reply in one piece, what a model wrote may look like usage, and comes first.
+                    first = b"" if head.lstrip()[:1] == b"{" else head
+                    self._settle(find_usage(end, first) or find_usage(head))
         finally:
             self._lease.release()
 
@@ -262,6 +264,7 @@ async def _read_ahead(reply: Any, io: IO) -> bytes:
     finally:
         await io.close(stream)
     data = b"".join(chunks)
+    reply.headers.pop("content-length", None)  # less may have come; a proxy passes headers on
     reply.stream = library_of(stream).ByteStream(data)
     return _decoded(data, _encoding_of(reply))
 
@@ -294,8 +297,7 @@ def _encoding_of(reply: Any) -> str:
     """Return how the body of a reply is still compressed, or ``"identity"``."""
     if reply.is_closed:  # a body that came with the reply, as in tests, is decoded already
         return "identity"
-    encoding: str = reply.headers.get("content-encoding") or "identity"
-    return encoding.lower()
+    return str(reply.headers.get("content-encoding") or "identity").lower()
 
 
 def _decoded(data: bytes, encoding: str) -> bytes:
@@ -331,9 +333,7 @@ def library_of(thing: object) -> Any:
     """
     family = family_of(type(thing))
     if family is None:
-        raise TypeError(
-            f"a transport sends requests of httpx or httpx2, not {type(thing).__name__}"
-        )
+        raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(thing)}")
     return library_named(family)
 
 

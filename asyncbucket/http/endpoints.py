@@ -34,7 +34,7 @@ Bearer``, or bare in the header that ``header`` names. No key is ever in the fil
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -64,9 +64,7 @@ _CREDENTIALS: Final = frozenset(
 _KEY_PARAMS: Final = frozenset({"key"})
 _IN_HEADER: Final = re.compile("[ -~]*")
 _PORTS: Final = {"http": 80, "https": 443}
-_EXAMPLE: Final = (
-    '{limiter: {"base_url": "https://...", "headers": {"Authorization": "Bearer ..."}}}'
-)
+_EXAMPLE: Final = '{member: {"base_url": "https://x", "headers": {"Authorization": "Bearer ..."}}}'
 #: What a file may say of the pool, and of a member's endpoint.
 _POOL: Final = ("name", "prefer", "patience", "max_queue", "timeout")
 _ENDPOINT: Final = ("base_url", "key_env", "header", "models")
@@ -132,11 +130,12 @@ class Sites:
     def __init__(self, pool: Limiter, endpoints: Endpoints) -> None:
         if not isinstance(pool, Pool):
             raise TypeError(f"endpoints are for a pool, and {pool!r} is not one: leave them out")
-        if set(endpoints) != set(pool.members):
-            missing = ", ".join(repr(each.name) for each in pool.members if each not in endpoints)
+        given = set(endpoints) if isinstance(endpoints, Mapping) else set[Limiter]()
+        if given != set(pool.members):
+            missing = ", ".join(repr(each.name) for each in pool.members if each not in given)
             what = f"lack {missing}" if missing else "name a limiter that is no member"
             raise ValueError(
-                f"the endpoints of pool {pool.name!r} {what}: give one for each member"
+                f"the endpoints of pool {pool.name!r} {what}: give one for each member, {_EXAMPLE}"
             )
         self._sites = {member: _Site(member.name, endpoints[member]) for member in pool.members}
         sites = self._sites.values()
@@ -181,7 +180,7 @@ class Sites:
         return cls(request.method, url, headers=headers, extensions=request.extensions, **body)
 
     def _kept_headers(self, request: Any) -> list[tuple[bytes, bytes]]:
-        pairs: Iterable[tuple[bytes, bytes]] = request.headers.raw
+        pairs = request.headers.raw
         return [pair for pair in pairs if pair[0].decode("latin-1").lower() not in self._dropped]
 
     def _kept_params(self, url: Any) -> list[tuple[str, str]]:
@@ -203,8 +202,7 @@ def _split(name: str, base_url: str) -> SplitResult:
 
 def _path_of(url: Any) -> str:
     """Return the path of an address as it is sent, which keeps its escapes."""
-    path: str = url.raw_path.decode().partition("?")[0]
-    return path
+    return str(url.raw_path.decode().partition("?")[0])
 
 
 def _texts(name: str, what: str, given: Mapping[str, str]) -> dict[str, str]:
@@ -276,7 +274,7 @@ def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> Limiter:
 
 def _read_endpoint(table: Mapping[str, Any]) -> Endpoint:
     params = dict(parse_qsl(urlsplit(str(table.get("base_url"))).query))
-    if (table.keys() | params.keys()) & {"key", "api_key", "headers"}:
+    if (table.keys() | params.keys()) & {"api-key", "api_key", "headers", "key", "sig", "token"}:
         raise ValueError(
             "keys stay out of the file: export the key in an environment variable, and name that by "
             "key_env"

@@ -41,7 +41,7 @@ _MAX_REMEMBERED: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """What hears the answers of one provider."""
+    """Hold what learns from one provider's answers."""
 
     headers: HeaderReader
     refusals: Refusals
@@ -203,10 +203,9 @@ class Lanes:
 def content_of(request: Any) -> bytes | None:
     """Return a request's body, if it is in memory; one that is still to be streamed is left alone."""
     try:
-        content: bytes = request.content
+        return bytes(request.content)
     except RuntimeError:
         return None
-    return content
 
 
 def _higher(one: Cost | None, other: Cost | None) -> Cost | None:

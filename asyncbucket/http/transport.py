@@ -24,7 +24,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.core.levels import is_under, on_one_path
+from asyncbucket.core.levels import counts_at, is_under, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.http.attempt import Attempt, library_of, request_body
@@ -167,7 +167,7 @@ class PacedTransport(_AnyTransport):
         return "" if self._sites is None else self._sites.base_url
 
     def above(self, inner: Any) -> Self:
-        """Return the same above another transport, such as the one that a client mounts for a proxy."""
+        """Return a copy above another inner transport, such as one that a client mounts for a proxy."""
         transport = copy.copy(self)
         transport._inner = dict.fromkeys(_METHODS, inner)  # noqa: SLF001 - its own
         return transport
@@ -214,7 +214,12 @@ class PacedTransport(_AnyTransport):
 
     async def _send_paid(self, request: Any, read: ReadRequest, io: IO, send: Any) -> Any:
         """Send a request that needs no admission, or has one already."""
-        member = None if self._sites is None else self._sites.owner(request.url)
+        member = None
+        if self._sites is not None:  # it goes to the member that was paid, if one was
+            held = paying_lease(read.lane.limiter)
+            lease = None if held is None else held.lease
+            paid = (each for each in self._sites.hosts if lease and counts_at(lease, each))
+            member = next(paid, self._sites.owner(request.url))
         (provider, profile), sent_at = read.at(member), read.lane.limiter.now()
         reply = await io.call(send, self._routed(request, member))
         if read.teaches:
@@ -351,11 +356,9 @@ class PacedTransport(_AnyTransport):
 
 def _can_be_resent(request: Any) -> bool:
     """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
-    if content_of(request) is not None:
-        return True
-    # A file of unknown length cannot be rewound.
     is_form = type(request.stream).__name__ == "MultipartStream"
-    return is_form and "content-length" in request.headers
+    # A file of unknown length cannot be rewound.
+    return content_of(request) is not None or (is_form and "content-length" in request.headers)
 
 
 def _notes_on(refused: RefusedReply) -> str:

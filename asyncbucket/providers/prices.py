@@ -204,7 +204,7 @@ def price_of(model: object, prices: Prices | None = None, *, today: date | None 
     name = model if isinstance(model, str) else ""
     names = list(dict.fromkeys((name, _SNAPSHOT.sub("", name))))
     for pattern in (*names, *prices):
-        fits = any(fnmatchcase(each, pattern) for each in names)
+        fits = any(pattern == each or fnmatchcase(each, pattern) for each in names)
         if pattern in prices and pattern != "*" and fits:
             return prices[pattern]
     short = (each.rpartition("/")[2] for each in names)

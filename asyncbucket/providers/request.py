@@ -48,9 +48,10 @@ _OPTIONS: Final = ("options", "generationConfig", "generation_config", "inferenc
 _NOT_SENT: Final = frozenset(
     {"cache_control", "detail", "id", "media_type", "role", "status", "tool_call_id", "type"}
 )
-#: Parts that are sound, video or files, by their type, or by the member that holds them at Gemini's
-#: and Bedrock's; except Anthropic's documents whose source is text or content parts.
-_FILE: Final = re.compile(r"audio|video|document|inline_?[dD]ata|\b(input_)?file\b")
+#: Parts that are sound, video or files: by the member that holds them, as at Gemini and Bedrock, or by
+#: their type; except Anthropic's documents whose source is text or content parts.
+_FILE_MEMBERS: Final = frozenset({"audio", "document", "inlineData", "inline_data", "video"})
+_FILE_TYPE: Final = re.compile(r"audio|video|\b(document|(input_)?file)$")
 _INLINE_SOURCES: Final = ("text", "content")
 #: A data URL: a picture, a video or a file, whatever the part around it is called.
 _DATA_URL: Final = re.compile(r"data:(\w+)/[^,]{1,99};base64,")
@@ -148,10 +149,10 @@ class RequestSize:
                 self.limit_output(value.get(name))
 
     def _add_part(self, part: dict[str, Any], name: str) -> None:
-        kind = f"{name} {part.get('type')} {part.get('mimeType') or part.get('mime_type')}"
-        if "image" in kind:
+        kind = f"{part.get('mimeType') or part.get('mime_type')} {part.get('type')}"
+        if "image" in kind or name == "image":
             self.extra += LOW_DETAIL_IMAGE_TOKENS if _detail(part) == "low" else IMAGE_TOKENS
-        elif _FILE.search(kind) and not _is_inline_text(part):
+        elif (name in _FILE_MEMBERS or _FILE_TYPE.search(kind)) and not _is_inline_text(part):
             self.extra += _file_tokens(json.dumps(part))
         else:
             for member, value in part.items():

@@ -90,6 +90,7 @@ async def test_default_store_keeps_limits_and_no_slots_found_by_themselves(file:
         ('key_env = "THE_KEY"\nheader', "header", r"\[member.azure\]: header is the one"),
         ('key_env = "THE_KEY"\nheader', f'key = "{KEY}"\nheader', "keys stay out of the file"),
         ("api-version=preview", f"key={KEY}", r"\[member.azure\]: keys stay out of the file"),
+        ("api-version=preview", f"api-key={KEY}", r"\[member.azure\]: keys stay out of the file"),
         ("https://east", f"https://me:{KEY}@east", "credentials go into headers"),
     ],
 )

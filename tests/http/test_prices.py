@@ -163,10 +163,10 @@ def test_only_snapshots_and_prefixes_have_the_price_of_their_model() -> None:
 
 
 def test_given_prices_come_first_and_star_comes_last() -> None:
-    names = ("*", "gpt-4o*", "gpt-4o", "gpt-4o-2024-08-06")
+    names = ("*", "gpt-4o*", "gpt-4o", "gpt-4o-2024-08-06", "sonnet[1m]")
     prices = {name: Price(input=n) for n, name in enumerate(names)}
-    models = ("gpt-4o-2024-08-06", "gpt-4o-2024-11-20", "gpt-4o-mini", "gpt-4.1", "unknown")
-    assert [price_of(model, prices).input for model in models] == [3, 2, 1, 2, 0]
+    models = (*names[2:], "gpt-4o-2024-11-20", "gpt-4o-mini", "gpt-4.1", "unknown")
+    assert [price_of(model, prices).input for model in models] == [2, 3, 4, 2, 1, 2, 0]
 
 
 def test_built_in_prices_are_complete_dated_and_warn_when_old() -> None:
