@@ -132,7 +132,7 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     _check_options(obj, options)
     function = getattr(obj, "real_fn", None)  # of a tool; it may acquire by itself
     present = getattr(obj, "paced_by", None) or getattr(function, "paced_by", None)
-    if present is not None:
+    if isinstance(present, Limiter):  # mocks have every attribute
         return _wrap_again(obj, present, limiter, options)
     if isinstance(limiter, Pool):
         raise TypeError(

@@ -279,6 +279,15 @@ def test_unpickled_model_shares_the_limiter_in_its_process_but_learns_by_itself(
     assert estimator.completion(paced, "?", {}).output_tokens == 900
 
 
+def test_copies_of_models_of_a_tenant_share_its_limits_in_its_process() -> None:
+    root = Limiter("100 RPM")
+    for limiter in (root.key("acme", "7 RPM"), root.child("chat").key("acme"), root.child("chat")):
+        copied: Any = limiter.wrap(MockLLM())
+        for _ in range(2):  # and so do copies of copies
+            copied = pickle.loads(pickle.dumps(copied))  # noqa: S301 - our own
+            assert limiter_of(copied) is limiter
+
+
 def terms(limiter: Limiter | None) -> list[Any]:
     if limiter is None:
         return []
