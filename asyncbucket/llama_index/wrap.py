@@ -159,7 +159,7 @@ def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
     wrong = sorted(options if isinstance(obj, BaseTool) else options.keys() & {"kind"})
     if wrong:
         raise TypeError(
-            f"{', '.join(wrong)}= does not apply to a {type(obj).__name__}: kind= is for agents and "
+            f"{', '.join(wrong)}= does not apply to {type(obj).__name__}: kind= is for agents and "
             f"workflows, retry= and estimator= are for models"
         )
 

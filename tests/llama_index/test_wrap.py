@@ -153,11 +153,11 @@ def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) ->
         (MockLLM, {}, "wrapped, not the class MockLLM; wrap the llm and the tools of"),
         (MockLLM(), {"estimator": 5}, r"estimator= takes an object with chat\(\), .*, not 5"),
         (MockLLM(), {"estimator": DefaultEstimator}, r"estimator= takes an object with chat\(\)"),
-        (MockLLM(), {"kind": "k"}, "kind= does not apply to a MockLLM: kind= is for agents"),
+        (MockLLM(), {"kind": "k"}, "kind= does not apply to MockLLM: kind= is for agents"),
         (
             FunctionTool.from_defaults(print),
             {"retry": 2},
-            "retry= does not apply to a FunctionTool",
+            "retry= does not apply to FunctionTool",
         ),
     ],
 )
