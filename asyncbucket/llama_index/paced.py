@@ -317,13 +317,14 @@ def _passport(limiter: Limiter) -> list[_Level]:
 
 def _limiter_at(passport: list[_Level]) -> Limiter:
     """Return the limiter that a passport stands for here."""
-    limiter: Any = None
+    limiter: Limiter | None = None
     with _LOCK:
-        for key, *made_with in passport:
+        for key, name, limits, terms in passport:
             parent, limiter = limiter, _LIMITERS.get((os.getpid(), key))
             if limiter is None:
-                limiter = _made(parent, *made_with)
+                limiter = _made(parent, name, limits, terms)
                 _KEYS[limiter], _LIMITERS[os.getpid(), key] = key, limiter
+    assert limiter is not None  # there is a root
     return limiter
 
 

@@ -109,7 +109,7 @@ class Options:
     """How the provider behaves.
 
     Limits, concurrency, latency, always and reply_tokens may be set later, too, while it runs; what was
-    used stays used.
+    used stays used. Profile, policy and minute may not.
 
     Attributes:
         rpm: Requests a minute; no limit by default.
@@ -134,6 +134,7 @@ class Options:
     Raises:
         ValueError: An option is out of its range.
         TypeError: There is no such option, or the clock returns no integers.
+        AttributeError: An option that may not be set later is.
     """
 
     rpm: int | None = None

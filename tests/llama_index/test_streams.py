@@ -50,7 +50,7 @@ async def numbers() -> AsyncGenerator[int, None]:
 
 
 def test_stream_begun_on_a_loop_goes_on_when_that_has_ended(limiter: Limiter) -> None:
-    async def begin() -> Generator[Any, None, None]:
+    async def begin() -> Any:
         stream = limiter.wrap(MockLLM(max_tokens=3)).stream_complete("one two three")
         next(stream)
         return stream
