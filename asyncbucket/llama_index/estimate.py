@@ -145,7 +145,9 @@ class DefaultEstimator:
 
     def _count(self, text: str) -> int:
         """Return the tokens of a text, by its bytes or by the tokenizer if that finds more."""
-        by_size = -(-_size_of(text) // BYTES_PER_TOKEN)
+        # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbors are.
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        by_size = -(-size // BYTES_PER_TOKEN)
         return by_size if self._tokenizer is None else max(by_size, len(self._tokenizer(text)))
 
 
@@ -182,12 +184,6 @@ def _block(block: Any, media: list[int]) -> Any:
         case _:
             return block  # as its fields
     return None
-
-
-def _size_of(text: str) -> int:
-    """Return the bytes of a text, of which a token has at least one."""
-    # Lone surrogates can't be encoded otherwise; they are three bytes as their neighbours are.
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _output_limit(holder: Mapping[str, Any]) -> int:

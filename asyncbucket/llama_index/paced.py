@@ -22,8 +22,8 @@ replace methods by functions of other names.
 
 *Pickles.* LlamaIndex pickles models to spread work over processes
 (``IngestionPipeline(num_workers=2)``). A limiter cannot be pickled: its budget lives in this
-process. What stands for it in a pickle is a key and the terms on which it and those above it were
-made. A copy that comes back into this process shares the original's limiter. In another process,
+process. What stands for it in a pickle are the keys of it and of those above it, and the terms on
+which they were made. A copy that comes back into this process shares the original's limiter. In another process,
 limiters are made on the same terms, once for all copies, and a warning says what that means; with a
 store, the processes share the limits.
 """
@@ -49,13 +49,7 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.llama_index.clients import client_of, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
-from asyncbucket.llama_index.pacing import (
-    INSIDE,
-    Method,
-    ModelCall,
-    Pacing,
-    held_call,
-)
+from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.waiting import ASYNC, SYNC, Lock
 
@@ -299,44 +293,55 @@ def _must_ask_for_usage(llm: Any, kwargs: Mapping[str, Any]) -> bool:
 # --- what paces copies in pickles ---
 
 _LOCK: Final = Lock()
-#: The keys of limiters whose models were pickled. A pickle carries no references, so each process
-#: must find its limiters by name.
+#: The keys of limiters whose models were pickled, and of those above them. A pickle carries no
+#: references, so each process must find its limiters by name.
 _KEYS: Final[dict[Limiter, str]] = {}
-#: Limiters without a parent by the id of a process and the key that stands for them there.
-_ROOTS: Final[dict[tuple[int, str], Limiter]] = {}
-#: What a level of limiters was made with: its own name, its limits as they are now, all other terms.
-_Level: TypeAlias = tuple[str, tuple[Limit, ...], dict[str, Any]]
+#: Limiters by the id of a process and the key that stands for them there.
+_LIMITERS: Final[dict[tuple[int, str], Limiter]] = {}
+#: What stands for a limiter in a pickle: its key, its own name, its limits as they are now, and all
+#: other terms that it was made with.
+_Level: TypeAlias = tuple[str, str, tuple[Limit, ...], dict[str, Any]]
 
 
-def _passport(limiter: Limiter) -> tuple[str, list[_Level]]:
-    """Return what stands for ``limiter`` in a pickle: the key of its root, and all levels from there."""
-    root, *below = reversed(list(levels(limiter)))
+def _passport(limiter: Limiter) -> list[_Level]:
+    """Return what stands for ``limiter`` and those above it, from the root down."""
+    passport: list[_Level] = []
+    for level in levels(limiter):
+        with _LOCK:
+            key = _KEYS.setdefault(level, uuid.uuid4().hex)
+            _LIMITERS[os.getpid(), key] = level
+        name = level.name if level.parent is None else level.name.rpartition("/")[2]
+        passport.append((key, name, level.limits, terms_of(level)))
+    return passport[::-1]
+
+
+def _limiter_at(passport: list[_Level]) -> Limiter:
+    """Return the limiter that a passport stands for here."""
+    limiter: Limiter | None = None
     with _LOCK:
-        key = _KEYS.setdefault(root, uuid.uuid4().hex)
-        _ROOTS[os.getpid(), key] = root
-    names = [root.name, *(each.name.rpartition("/")[2] for each in below)]
-    path = zip(names, [root, *below], strict=True)
-    return key, [(name, each.limits, terms_of(each)) for name, each in path]
+        for key, name, limits, terms in passport:
+            parent, limiter = limiter, _LIMITERS.get((os.getpid(), key))
+            if limiter is None:
+                limiter = _made(parent, name, limits, terms)
+                _KEYS[limiter], _LIMITERS[os.getpid(), key] = key, limiter
+    assert limiter is not None  # there is a root
+    return limiter
 
 
-def _limiter_at(key: str, path: list[_Level]) -> Limiter:
-    """Return the limiter that a passport stands for here; warn if its root was just made."""
-    (name, limits, terms), *below = path
-    with _LOCK:
-        limiter = _ROOTS.get((os.getpid(), key))
-        if limiter is None:
-            limiter = _ROOTS[os.getpid(), key] = Limiter(*limits, name=name, **terms)
-            if "store" not in terms:
-                warnings.warn(
-                    f"{limiter!r} came from another process with a copy of a model; together the "
-                    f"processes may use several times the limits; give each process its share of "
-                    f"them, or all of them one Limiter(store=...)",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        for name, limits, terms in below:
-            make = limiter.key if name.startswith("*") else limiter.child
-            limiter = limiter.children.get(name) or make(name, *limits, **terms)
+def _made(parent: Limiter | None, name: str, limits: tuple[Limit, ...], terms: Any) -> Limiter:
+    """Return a new limiter; if it has no parent, warn at the line that unpickles."""
+    if parent is not None:
+        make = parent.key if name.startswith("*") else parent.child
+        return make(name, *limits, **terms)
+    limiter = Limiter(*limits, name=name, **terms)
+    if "store" not in terms:
+        warnings.warn(
+            f"{limiter!r} came from another process with a copy of a model; together the "
+            f"processes may use several times the limits; give each process its share of "
+            f"them, or all of them one Limiter(store=...)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return limiter
 
 
@@ -356,10 +361,10 @@ def _reduce(model: Any, _: object) -> tuple[Any, ...]:
     private = {name: each for name, each in model.__pydantic_private__.items() if name != _PACING}
     _set_state(twin, model, dict(vars(model)), private or None)
     state = BaseComponent.__getstate__(twin)
-    return _restore, (cls, state, pacing.options, *_passport(pacing.limiter))
+    return _restore, (cls, state, pacing.options, _passport(pacing.limiter))
 
 
-def _restore(cls: Any, state: Any, options: dict[str, Any], key: str, path: list[_Level]) -> object:
+def _restore(cls: Any, state: Any, options: dict[str, Any], passport: list[_Level]) -> object:
     model = cls.__new__(cls)
     model.__setstate__(state)
-    return _limiter_at(key, path).wrap(model, **options)
+    return _limiter_at(passport).wrap(model, **options)

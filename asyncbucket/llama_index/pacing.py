@@ -29,6 +29,7 @@ import contextlib
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -49,12 +50,7 @@ from asyncbucket.core.levels import (
 )
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import PoolLease
-from asyncbucket.llama_index.estimate import (
-    BYTES_PER_TOKEN,
-    DefaultEstimator,
-    Estimate,
-    Estimator,
-)
+from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
 from asyncbucket.providers.errors import answered, end_failed, never_sent, was_refused
@@ -519,9 +515,14 @@ class AsyncPacedStream(AsyncGenerator[Any, None]):
 
 def _on_this_thread(items: AsyncGenerator[Any, None]) -> Generator[Any, None, None]:
     """Yield ``items``, whose steps never suspend."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, None)  # or a loop that runs here would close it when it ends
+    step = items.__anext__()
+    sys.set_asyncgen_hooks(*hooks)
     try:
         with contextlib.suppress(StopAsyncIteration):
             while True:
-                yield run(items.__anext__())
+                yield run(step)
+                step = items.__anext__()
     finally:
         run(items.aclose())

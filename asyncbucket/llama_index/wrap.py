@@ -132,7 +132,7 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
     _check_options(obj, options)
     function = getattr(obj, "real_fn", None)  # of a tool; it may acquire by itself
     present = getattr(obj, "paced_by", None) or getattr(function, "paced_by", None)
-    if present is not None:
+    if isinstance(present, Limiter):  # mocks have every attribute
         return _wrap_again(obj, present, limiter, options)
     if isinstance(limiter, Pool):
         raise TypeError(
@@ -159,7 +159,7 @@ def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
     wrong = sorted(options if isinstance(obj, BaseTool) else options.keys() & {"kind"})
     if wrong:
         raise TypeError(
-            f"{', '.join(wrong)}= does not apply to a {type(obj).__name__}: kind= is for agents and "
+            f"{', '.join(wrong)}= does not apply to {type(obj).__name__}: kind= is for agents and "
             f"workflows, retry= and estimator= are for models"
         )
 

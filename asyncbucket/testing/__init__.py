@@ -29,11 +29,7 @@ from asyncbucket.testing.virtual_time import (
 )
 
 if TYPE_CHECKING:
-    from asyncbucket.testing.provider import (
-        Arrival,
-        ProviderStatistics,
-        RateLimitedProvider,
-    )
+    from asyncbucket.testing.provider import Arrival, ProviderStatistics, RateLimitedProvider
 
 __all__ = [
     "Arrival",

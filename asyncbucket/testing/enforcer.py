@@ -108,8 +108,8 @@ ChargeRule: TypeAlias = Literal["openai", "usage"]
 class Options:
     """How the provider behaves.
 
-    Limits, concurrency, latency, always and reply_tokens may be set while it runs, too; what was used
-    stays used.
+    Limits, concurrency, latency, always and reply_tokens may be set later, too, while it runs; what was
+    used stays used. Profile, policy and minute may not.
 
     Attributes:
         rpm: Requests a minute; no limit by default.
@@ -134,6 +134,7 @@ class Options:
     Raises:
         ValueError: An option is out of its range.
         TypeError: There is no such option, or the clock returns no integers.
+        AttributeError: An option that may not be set later is.
     """
 
     rpm: int | None = None
@@ -153,7 +154,7 @@ class Options:
     clock: Callable[[], int] = time.monotonic_ns
 
     def __post_init__(self) -> None:
-        for name in ("rpm", "tpm", "itpm", "otpm", "rpd", "concurrency"):
+        for name, _ in LIMITS.values():
             if getattr(self, name) is not None:
                 read_count(getattr(self, name), name, least=1)
         read_count(self.reply_tokens, "reply_tokens")
@@ -168,8 +169,8 @@ class Options:
             raise TypeError(f"clock must return integer nanoseconds, not {self.clock!r}")
         if self.always is not None:
             Failure(self.always)
-        low, high = self.latencies()
-        if not (_are_seconds(low) and _are_seconds(high) and low <= high):
+        latencies = self.latencies()
+        if [*map(_are_seconds, latencies)] != [True, True] or latencies[0] > latencies[1]:
             raise ValueError(f"latency must be seconds >= 0 or (low, high), not {self.latency!r}")
 
     def latencies(self) -> tuple[float, float]:

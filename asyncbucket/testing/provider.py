@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Arrival", "Options", "ProviderStatistics", "RateLimitedProvider", "main"]
 
 _HOST: Final = "127.0.0.1"
+_FIXED: Final = ("profile", "policy", "minute")
 _STARTING: Final = 60.0
 """Seconds that a server gets to start; a thread's own error is on standard error."""
 
@@ -73,6 +74,13 @@ class RateLimitedProvider(Options):
         super().__post_init__()
         self.enforcer = Enforcer(self)
         self.app = Api(self.enforcer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "app" in vars(self) and name != "_server":
+            if name in _FIXED:
+                raise AttributeError(f"{name} of a provider can't be changed: make another one")
+            Options(**{name: value})  # what is wrong is an error here
+        super().__setattr__(name, value)
 
     @property
     def url(self) -> str:

@@ -340,6 +340,7 @@ def _message(reply: Answer, call_id: str) -> Chunk:
 
 def _message_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
     whole = _message(reply, call_id)
+    used = {"output_tokens": reply.completion_tokens}
     usage = {**whole["usage"], "output_tokens": 1}
     begun = {**whole, "content": [], "stop_reason": None, "usage": usage}
     pieces = _pieces(reply.text)
@@ -354,11 +355,7 @@ def _message_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
         {"type": "content_block_start", "index": 0, "content_block": block},
         *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
         {"type": "content_block_stop", "index": 0},
-        {
-            "type": "message_delta",
-            "delta": end,
-            "usage": {"output_tokens": reply.completion_tokens},
-        },
+        {"type": "message_delta", "delta": end, "usage": used},
         {"type": "message_stop"},
     ]
 
@@ -393,15 +390,14 @@ def _vector(text: str, size: int) -> list[float]:
 
 def _from_gemini(body: Json, path: str) -> Json:
     """Bring a body of Gemini's into OpenAI's form; tools are left out."""
-    options = body.get("generationConfig") or {}
+    turns = body["contents"]
     return {
         "model": path.rsplit("/", 1)[-1].rsplit(":", 1)[0],
         "messages": [
-            {"role": turn.get("role", "user"), "content": turn["parts"]}
-            for turn in body["contents"]
+            {"role": each.get("role", "user"), "content": each["parts"]} for each in turns
         ],
         "system": (body.get("systemInstruction") or {}).get("parts"),
-        "max_tokens": options.get("maxOutputTokens"),
+        "max_tokens": (body.get("generationConfig") or {}).get("maxOutputTokens"),
     }
 
 

@@ -6,6 +6,7 @@ The agents are real, and so is the provider, but without sockets: everything is 
 import asyncio
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -372,7 +373,7 @@ def test_failing_tool_gives_its_slot_back_and_is_not_retried(limiter: Limiter) -
         calls.append(number)
         raise TimeoutError(unit)
 
-    paced = limiter.wrap(FunctionTool.from_defaults(fail))
+    paced = limiter.wrap(FunctionTool.from_defaults(Mock(side_effect=fail), "fail", "Fail."))
     assert asyncio.run(acall_tool(paced, {"number": 2, "unit": "m"})).is_error
     assert (calls, in_flight(limiter)) == ([2], 0)
 

@@ -49,6 +49,15 @@ async def numbers() -> AsyncGenerator[int, None]:
     yield 0
 
 
+def test_stream_begun_on_a_loop_goes_on_when_that_has_ended(limiter: Limiter) -> None:
+    async def begin() -> Any:
+        stream = limiter.wrap(MockLLM(max_tokens=3)).stream_complete("one two three")
+        next(stream)
+        return stream
+
+    assert [len(list(asyncio.run(begin()))), in_flight(limiter)] == [2, 0]
+
+
 class Breaking(MockLLM):
     """A model whose streams break after the first item."""
 

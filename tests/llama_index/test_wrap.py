@@ -153,11 +153,11 @@ def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) ->
         (MockLLM, {}, "wrapped, not the class MockLLM; wrap the llm and the tools of"),
         (MockLLM(), {"estimator": 5}, r"estimator= takes an object with chat\(\), .*, not 5"),
         (MockLLM(), {"estimator": DefaultEstimator}, r"estimator= takes an object with chat\(\)"),
-        (MockLLM(), {"kind": "k"}, "kind= does not apply to a MockLLM: kind= is for agents"),
+        (MockLLM(), {"kind": "k"}, "kind= does not apply to MockLLM: kind= is for agents"),
         (
             FunctionTool.from_defaults(print),
             {"retry": 2},
-            "retry= does not apply to a FunctionTool",
+            "retry= does not apply to FunctionTool",
         ),
     ],
 )
@@ -277,6 +277,15 @@ def test_unpickled_model_shares_the_limiter_in_its_process_but_learns_by_itself(
     pacing.estimator.observe(1_000)
     assert pacing.estimator.completion(twin, "?", {}).output_tokens == 1_000
     assert estimator.completion(paced, "?", {}).output_tokens == 900
+
+
+def test_copies_of_models_of_a_tenant_share_its_limits_in_its_process() -> None:
+    root = Limiter("100 RPM")
+    for limiter in (root.key("acme", "7 RPM"), root.child("chat").key("acme"), root.child("chat")):
+        copied: Any = limiter.wrap(MockLLM())
+        for _ in range(2):  # and so do copies of copies
+            copied = pickle.loads(pickle.dumps(copied))  # noqa: S301 - our own
+            assert limiter_of(copied) is limiter
 
 
 def terms(limiter: Limiter | None) -> list[Any]:

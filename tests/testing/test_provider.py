@@ -168,6 +168,22 @@ def test_429_and_headers_of_messages_are_those_of_anthropic(
     assert call(provider, "/v1/messages").json()["error"]["type"] == "overloaded_error"
 
 
+def test_wrong_value_set_while_it_runs_is_refused_there(
+    rate_limited_provider: ProviderFactory,
+) -> None:
+    provider: Any = rate_limited_provider()
+    for name, value in {
+        "latency": -1,
+        "rpm": 0,
+        "latencies": 2.0,
+        "policy": "fixed_window",
+    }.items():
+        with pytest.raises((AttributeError, TypeError, ValueError), match=name):
+            setattr(provider, name, value)
+    provider.latency = (0.0, 0.01)
+    assert call(provider).status_code == 200
+
+
 def test_scripted_failure_has_the_given_status_code_and_wait(
     rate_limited_provider: ProviderFactory,
 ) -> None:
