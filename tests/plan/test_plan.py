@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, Pool, Price
-from asyncbucket.plan import Poisson, change, drive, duration_in_words, percent, plan
+from asyncbucket.plan import Poisson, drive, plan
+from asyncbucket.plan.drive import change, duration_in_words, percent
 
 
 @pytest.mark.parametrize(
