@@ -212,6 +212,16 @@ def test_error_that_every_request_would_get_ends_the_run(
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
+def test_key_that_is_revoked_meanwhile_ends_the_run_at_once(
+    server_answering: Callable[..., str],
+) -> None:
+    options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2"]
+    base = server_answering(b"{}", *[200] * 5, *[401] * 95)
+    result = typed(batch(100), *options, "--api-base", base)
+    assert result.exit_code == 2
+    assert re.search(r": 5 answered, [12] failed, 9\d left\n", result.stderr), result.stderr
+
+
 def test_key_in_a_long_message_is_not_even_shown_in_part(
     server_answering: Callable[..., str],
 ) -> None:

@@ -206,7 +206,7 @@ class Run:
         code = str(told.get("code") or told.get("type") or f"http_{reply.status_code}")[:64]
         what = told.get("message") or "no reason given"
         if reply.is_success:
-            code, what = "no_json", f"the reply is not JSON: {body or 'it is empty'}"
+            code, what = "no_json", f"the reply is not JSON: {text or 'it is empty'}"
         message = f"HTTP {reply.status_code}: {what}"
         self._write_failure(request, code, message, response=_described(reply, body))
 
@@ -240,8 +240,10 @@ class Run:
             return None
         self._failures_in_a_row += 1
         is_account = status in _FATAL or code in EXHAUSTED
-        # Each took many attempts: before the first answer, one such failure is enough.
-        is_certain = not self._tally.answered and (is_account or isinstance(error, _NOWHERE))
+        # Each took many attempts: before the first answer, one such failure is enough. It is at any
+        # time if the only key is refused, but another member of a pool may be back soon.
+        is_certain = (is_account or isinstance(error, _NOWHERE)) and not self._tally.answered
+        is_certain |= is_account and self._job.pool is None
         if not is_certain and self._failures_in_a_row < _MAX_FAILURES_IN_A_ROW:
             return None
         if is_account:
