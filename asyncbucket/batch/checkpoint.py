@@ -147,22 +147,21 @@ class Checkpoint:
         Raises:
             CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
         """
-        failure: CheckpointError | None = None
+        failure, kind = None, ""
         with self._lock, self._explained(), self._database:
             self._database.execute("BEGIN")
             for key, result in results.items():
                 try:
                     row = key, pickle.dumps(result)
                 except Exception as error:  # noqa: BLE001 - raised when the others are kept
-                    failure = CheckpointError(
-                        f"a result of type {type(result).__name__} cannot be kept: {error}; return "
-                        f"what can be pickled, such as its text"
-                    )
-                    failure.__cause__ = error
+                    failure, kind = error, type(result).__name__
                 else:
                     self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
         if failure is not None:
-            raise failure
+            raise CheckpointError(
+                f"a result of type {kind} cannot be kept: {failure}; return what can be pickled, such "
+                f"as its text"
+            ) from failure
 
     def close(self) -> None:
         """Release the file for the next run."""

@@ -32,17 +32,7 @@ from collections.abc import (
     Sized,
 )
 from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Final,
-    Generic,
-    Literal,
-    Self,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
 
 import anyio
 from anyio import to_thread
@@ -358,8 +348,8 @@ class Engine(Generic[T, R]):
     _next: int = 0
 
     def __post_init__(self) -> None:
-        places = 2 * self.workers - (self.look_ahead - 1)  # the other ones that are ready have none
-        self.places = anyio.Semaphore(places, fast_acquire=True)
+        # Items that are ready have no place, but the one that is fetched next.
+        self.places = anyio.Semaphore(2 * self.workers - self.look_ahead + 1, fast_acquire=True)
         # Unbounded, because the places are the bound.
         self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
 

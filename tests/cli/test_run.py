@@ -328,6 +328,12 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
         ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
+        ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
+        ("in.jsonl --rpm 1 -o -", "- is not a file that can be written"),
+        (
+            "in.jsonl --also 3images/s",
+            "3 images per 1 s would hold up no request: limit input",
+        ),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "not 'http://***@/v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base must begin with"),

@@ -165,9 +165,10 @@ class Answers:
         self.trouble: str | None = None
 
     def __enter__(self) -> Self:
-        self._fd = _open_locked(self._path)
+        self._fd = _opened(self._path)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._fd)
+            _lock(self._fd, self._path)
             self.read()
             self._complete_last_line()
             undo.pop_all()
@@ -229,8 +230,9 @@ class Answers:
         """Append an answer, which from then on survives the end of this process."""
         if not self._is_intact():
             self.trouble = f"{self._path} was changed by another program during the run"
-            os.close(self._fd)
-            self._fd = _open_locked(self._path)
+            before, self._fd = self._fd, _opened(self._path)
+            os.close(before)
+            _lock(self._fd, self._path)
             self._complete_last_line()
         self._append(line_of(key, members, run=self._settings))
         self._answered.add(key)
@@ -309,18 +311,19 @@ def _is_cut_off(line: bytes) -> bool:
     return is_ours and not line.endswith(b"\n") and _parsed(line)[0] is None
 
 
-def _open_locked(path: Path) -> int:
-    """Open the file at ``path`` for this process alone; the lock is on the file, not on its name."""
+def _opened(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-    fd = os.open(path, flags, 0o666)
-    try:
-        if sys.platform != "win32":
-            import fcntl
+    return os.open(path, flags, 0o666)
 
+
+def _lock(fd: int, path: Path) -> None:
+    """Take an open file for this process alone; the lock is on the file, not on its name."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ValueError(
-            f"{path} is being written by another run: let it end, or give another -o"
-        ) from None
-    return fd
+        except BlockingIOError:
+            raise ValueError(
+                f"{path} is being written by another run: let it end, or give another -o"
+            ) from None

@@ -103,8 +103,6 @@ class Run:
         #: The store remembers across runs what was admitted.
         is_limited = job.all_limits or job.pool
         store = f"sqlite:///{quote(str(job.limits_file))}" if is_limited else None
-        self._root: Limiter
-        where: dict[str, Any]
         if job.pool is None:
             self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
             self._keys, where = [job.api_key], address(job)
@@ -125,15 +123,9 @@ class Run:
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
         sending, task = anyio.CancelScope(), asyncio.current_task()
-        assert task is not None
-
-        def on_signal() -> None:
-            if not self._begin_stop():
-                task.cancel()
-
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
-                asyncio.get_running_loop().add_signal_handler(number, on_signal)
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, task)
         beside = [
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._watch(sending)),
@@ -255,16 +247,16 @@ class Run:
         self._tally.stopped = True
         self._limiter.pause(_DAY)
 
-    def _begin_stop(self) -> bool:
-        """Begin to stop; return whether that is new."""
+    def _on_signal(self, task: asyncio.Task[None]) -> None:
+        """Begin to stop; end the task at once if that is not new."""
         if self._tally.stopped:
-            return False
+            task.cancel()
+            return
         self._stop()
         under_way = self._under_way(self._root.statistics())
         if under_way:
             requests = counted(under_way, "requests")
             self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
-        return True
 
     async def _watch(self, sending: anyio.CancelScope) -> None:
         """Stop once the cap of dollars binds, and no call in flight can give any back.
