@@ -136,13 +136,12 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"items is one string, which would be a call for each of its {len(items):,} characters: "
             f"give a list of strings, or the open file if this is its name"
         )
+    is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
         caller=caller,
         workers=workers,
-        look_ahead=1
-        if checkpoint is None or isinstance(items, AsyncIterable)
-        else min(workers, _MAX_LOOK_AHEAD),
+        look_ahead=min(workers, _MAX_LOOK_AHEAD) if is_looked_up else 1,
         ordered=ordered,
         stop_on_error=errors == "raise",
         checkpoint=None

@@ -368,8 +368,6 @@ def _read_seconds(sample: object) -> int:
 
 
 def _number(value: object) -> float:
-    if not is_number(value):
-        raise TypeError(f"expected a number, not {shown(value)}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"expected a finite number from 0 on, not {value!r}")
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"expected a finite number from 0 on, not {shown(value)}")
     return plain(value)

@@ -123,6 +123,7 @@ class Run:
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
         sending, task = anyio.CancelScope(), asyncio.current_task()
+        assert task is not None
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
                 asyncio.get_running_loop().add_signal_handler(number, self._on_signal, task)
