@@ -50,6 +50,7 @@ _PREFIX: Final = "batch_req_"
 _LINE_START: Final = b'{"id":"' + _PREFIX.encode()
 #: Bytes that must fit on the disk before anything is paid for.
 _ROOM: Final = 1 << 20
+_APPENDING: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 class NoModelError(ValueError):
@@ -165,7 +166,7 @@ class Answers:
         self.trouble: str | None = None
 
     def __enter__(self) -> Self:
-        self._fd = _opened(self._path)
+        self._fd = os.open(self._path, _APPENDING, 0o666)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._fd)
             _lock(self._fd, self._path)
@@ -230,7 +231,7 @@ class Answers:
         """Append an answer, which from then on survives the end of this process."""
         if not self._is_intact():
             self.trouble = f"{self._path} was changed by another program during the run"
-            before, self._fd = self._fd, _opened(self._path)
+            before, self._fd = self._fd, os.open(self._path, _APPENDING, 0o666)
             os.close(before)
             _lock(self._fd, self._path)
             self._complete_last_line()
@@ -309,11 +310,6 @@ def _is_cut_off(line: bytes) -> bool:
     """Tell whether this is the beginning of an answer: a kill may end one anywhere."""
     is_ours = line.startswith(_LINE_START[: len(line)])
     return is_ours and not line.endswith(b"\n") and _parsed(line)[0] is None
-
-
-def _opened(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-    return os.open(path, flags, 0o666)
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -103,6 +103,7 @@ class Run:
         #: The store remembers across runs what was admitted.
         is_limited = job.all_limits or job.pool
         store = f"sqlite:///{quote(str(job.limits_file))}" if is_limited else None
+        where: dict[str, Any]
         if job.pool is None:
             self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
             self._keys, where = [job.api_key], address(job)
@@ -122,11 +123,10 @@ class Run:
 
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
-        sending, task = anyio.CancelScope(), asyncio.current_task()
-        assert task is not None
+        sending = anyio.CancelScope()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
-                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, task)
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, sending)
         beside = [
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._watch(sending)),
@@ -248,10 +248,10 @@ class Run:
         self._tally.stopped = True
         self._limiter.pause(_DAY)
 
-    def _on_signal(self, task: asyncio.Task[None]) -> None:
-        """Begin to stop; end the task at once if that is not new."""
+    def _on_signal(self, sending: anyio.CancelScope) -> None:
+        """Begin to stop; drop what is under way if that is not new."""
         if self._tally.stopped:
-            task.cancel()
+            sending.cancel()
             return
         self._stop()
         under_way = self._under_way(self._root.statistics())
