@@ -17,7 +17,7 @@ import os
 import pickle
 import sqlite3
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple
 
@@ -114,19 +114,23 @@ class Checkpoint:
                 )
             raise CheckpointError(f"{self._path} {why}") from error
 
-    def look_up(self, entry: Entry) -> Entry:
-        """Return an entry with its key, and with its result if there is one.
+    def look_up(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries with their keys, and with their results if there are any.
 
         Raises:
-            TypeError: the item has no key.
-            CheckpointError: the file, or the result in it, cannot be read.
+            TypeError: an item has no key.
+            CheckpointError: the file, or a result in it, cannot be read.
         """
+        with self._lock, self._explained(), self._database:
+            self._database.execute("BEGIN")
+            return [self._with_result(entry) for entry in entries]
+
+    def _with_result(self, entry: Entry) -> Entry:
         item = _key_of(entry.input)
-        with self._lock, self._explained():
-            ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
-            key = item + times.to_bytes(4, "big")
-            query = "SELECT value FROM results WHERE key = ?"
-            row = self._database.execute(query, (key,)).fetchone()
+        ((times,),) = self._database.execute(_COUNT, (item,)).fetchall()
+        key = item + times.to_bytes(4, "big")
+        query = "SELECT value FROM results WHERE key = ?"
+        row = self._database.execute(query, (key,)).fetchone()
         if row is None:
             return entry._replace(key=key)
         try:
@@ -137,21 +141,27 @@ class Checkpoint:
                 f"as when it was kept, or give another file"
             ) from error
 
-    def save(self, key: bytes, result: Any) -> None:
-        """Keep a result by the key of its item.
+    def save(self, results: Mapping[bytes, Any]) -> None:
+        """Keep results by the keys of their items, in one transaction.
 
         Raises:
-            CheckpointError: it cannot be kept, for example because the disk is full.
+            CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
         """
-        try:
-            row = key, pickle.dumps(result)
-        except Exception as error:
+        failure, kind = None, ""
+        with self._lock, self._explained(), self._database:
+            self._database.execute("BEGIN")
+            for key, result in results.items():
+                try:
+                    row = key, pickle.dumps(result)
+                except Exception as error:  # noqa: BLE001 - raised when the others are kept
+                    failure, kind = error, type(result).__name__
+                else:
+                    self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
+        if failure is not None:
             raise CheckpointError(
-                f"a result of type {type(result).__name__} cannot be kept: {error}; return what can "
-                f"be pickled, such as its text"
-            ) from error
-        with self._lock, self._explained():
-            self._database.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", row)
+                f"a result of type {kind} cannot be kept: {failure}; return what can be pickled, such "
+                f"as its text"
+            ) from failure
 
     def close(self) -> None:
         """Release the file for the next run."""

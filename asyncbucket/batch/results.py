@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import os
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -31,17 +32,7 @@ from collections.abc import (
     Sized,
 )
 from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Final,
-    Generic,
-    Literal,
-    Self,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
 
 import anyio
 from anyio import to_thread
@@ -66,6 +57,8 @@ Errors = Literal["raise", "collect"]
 _MAX_WORKERS: Final = 1_000
 #: ... and this many, if the function acquires.
 _MAX_IF_FN_ACQUIRES: Final = 256
+#: The most items of a plain iterable that are looked up in a checkpoint at a time.
+_MAX_LOOK_AHEAD: Final = 64
 
 
 class MapOptions(TypedDict, total=False):
@@ -143,10 +136,12 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"items is one string, which would be a call for each of its {len(items):,} characters: "
             f"give a list of strings, or the open file if this is its name"
         )
+    is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
         caller=caller,
         workers=workers,
+        look_ahead=min(workers, _MAX_LOOK_AHEAD) if is_looked_up else 1,
         ordered=ordered,
         stop_on_error=errors == "raise",
         checkpoint=None
@@ -313,6 +308,7 @@ class Engine(Generic[T, R]):
         items: what goes in.
         caller: calls the function for one item.
         workers: the most calls at once.
+        look_ahead: how many items are taken at a time, which must not wait for each other.
         ordered: whether results come out in the order of the items.
         stop_on_error: whether nothing is started any more once an item has failed.
         checkpoint: opens the file where results are kept.
@@ -323,6 +319,7 @@ class Engine(Generic[T, R]):
     items: AsyncIterator[T]
     caller: Caller
     workers: int
+    look_ahead: int
     ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
@@ -334,19 +331,24 @@ class Engine(Generic[T, R]):
     _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
     _saved: Checkpoint | None = None
     _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    #: Results that wait for the disk, by the keys of their items.
+    _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _group: TaskGroup | None = None
     _workers: int = 0
     #: Workers without an admitted call: they wait in line, or fetch an item.
     _unadmitted: int = 0
     _fetching: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    #: Items that were taken and looked up already.
+    _ready: deque[Entry] = field(default_factory=deque[Entry])
     _exhausted: bool = False
     _stopped: bool = False
     _early: dict[int, Item[T, R]] = field(default_factory=dict[int, "Item[T, R]"])
     _next: int = 0
 
     def __post_init__(self) -> None:
-        self.places = anyio.Semaphore(2 * self.workers, fast_acquire=True)
+        # Items that are ready have no place, but the one that is fetched next.
+        self.places = anyio.Semaphore(2 * self.workers - self.look_ahead + 1, fast_acquire=True)
         # Unbounded, because the places are the bound.
         self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
 
@@ -388,7 +390,9 @@ class Engine(Generic[T, R]):
         while True:
             await self.places.acquire()
             async with self._fetching:
-                entry = None if self._exhausted else await self._fetch()
+                if not (self._ready or self._exhausted):
+                    await self._fetch()
+                entry = self._ready.popleft() if self._ready else None
             if entry is None:
                 self._unadmitted -= 1
                 self.places.release()  # nothing was taken
@@ -399,20 +403,23 @@ class Engine(Generic[T, R]):
             else:
                 await self._process(entry)
 
-    async def _fetch(self) -> Entry | None:
-        """Take an item, and find out whether it is done; None if there is none, or an error."""
+    async def _fetch(self) -> None:
+        """Take some items, and find out which of them are done."""
+        entries: list[Entry] = []
         try:
             with _cancelled_from_within("the iterable of items"):
-                entry = Entry(next(self._numbers), await anext(self.items))
-            if self._saved is not None:
-                entry = await to_thread.run_sync(self._saved.look_up, entry)
+                for number in itertools.islice(self._numbers, self.look_ahead):
+                    entries.append(Entry(number, await anext(self.items)))  # noqa: PERF401 - kept on errors
         except StopAsyncIteration:
             self._exhausted = True
         except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
             self._exhausted, self.failure = True, self.failure or error
-        else:
-            return None if self._stopped else entry
-        return None
+        if self._saved is not None:
+            try:
+                entries = await to_thread.run_sync(self._saved.look_up, entries)
+            except Exception as error:  # noqa: BLE001 - the reader gets it
+                self._fail(error)
+        self._ready.extend([] if self._stopped else entries)
 
     async def _process(self, entry: Entry) -> None:
         admitted = False
@@ -446,6 +453,7 @@ class Engine(Generic[T, R]):
     def _stop(self) -> None:
         """Start no more calls."""
         self._stopped = self._exhausted = True
+        self._ready.clear()
 
     def _fail(self, error: Exception) -> None:
         self._stop()
@@ -484,13 +492,19 @@ class Engine(Generic[T, R]):
                     await to_thread.run_sync(self._saved.close)
 
     async def _save(self, saved: Checkpoint, key: bytes, result: Any) -> None:
-        """Save a result, whatever ends the calls meanwhile: it is paid for."""
+        """Save a result, whatever ends the calls meanwhile: it is paid for.
+
+        Those that come while the disk is busy are saved together: it may be slower than the calls.
+        """
+        self._unsaved[key] = result
         with anyio.CancelScope(shield=True):
-            async with self._saving:  # one thread is enough
-                try:
-                    await to_thread.run_sync(saved.save, key, result)
-                except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
-                    self._fail(error)
+            async with self._saving:
+                if key in self._unsaved:
+                    results, self._unsaved = self._unsaved, {}
+                    try:
+                        await to_thread.run_sync(saved.save, results)
+                    except Exception as error:  # noqa: BLE001 - the reader gets the results, then this
+                        self._fail(error)
 
 
 @contextlib.contextmanager

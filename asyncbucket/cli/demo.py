@@ -26,7 +26,7 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.wording import named, one_line
-from asyncbucket.plan import percent
+from asyncbucket.plan.drive import percent
 
 if TYPE_CHECKING:
     from asyncbucket.testing import RateLimitedProvider

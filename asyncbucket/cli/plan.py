@@ -90,24 +90,19 @@ def plan(  # noqa: PLR0913 - one for each option
         typer.echo(f"drawn: {out}")
 
 
-def _samples(text: str | None) -> float | Path | dict[str, Any] | None:
-    """Return a number, amounts as JSON, or the path of a file of samples.
+def _samples(text: str | None) -> Any:
+    """Return a number, amounts or samples as JSON, or the path of a file of samples.
 
     Raises:
         ValueError: it is neither.
     """
     if text is None:
         return None
-    for read in (float, options.read_count):
+    for read in (float, options.read_count, json.loads):
         with contextlib.suppress(ValueError):
             return read(text)
-    if text.startswith("{"):
-        try:
-            return dict(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{text!r} is not JSON: {error}") from None
     if not Path(text).exists():
-        raise ValueError(f"{text!r} is neither a number nor a file that is there")
+        raise ValueError(f"{text!r} is neither a number, JSON, nor a file that is there")
     return Path(text)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import repeat
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import UnknownPrice
@@ -29,19 +29,77 @@ from asyncbucket.core.wording import (
     plain,
     read_count,
     shown,
+    usd_written,
 )
-from asyncbucket.plan import NANOSECONDS, PlannedDollars, Poisson, Samples
 from asyncbucket.providers.prices import Prices, price_of
 from asyncbucket.providers.profiles import Call, Profile, profile_named
 from asyncbucket.providers.request import FORESEEN, RequestSize, replies_of
 
 T = TypeVar("T")
 
+Sample: TypeAlias = float | str | Cost | Mapping[str, Any]
+"""A number; a text, whose tokens are counted; a cost; or an object, as in a line of JSONL."""
+
+Samples: TypeAlias = Sample | PathLike[str] | Iterable[Sample]
+"""One sample for every call, samples, or the path of a file of them, one a line: JSON, or plain text."""
+
+NANOSECONDS: Final = 1_000_000_000
+
 _TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 #: What a request's body asks with.
 _ASKED: Final = frozenset({"messages", "prompt", "input"})
 #: How a line begins that is meant as JSON. Other brackets may begin a text.
 _JSON_START: Final = re.compile(r'[{"]|\[\s*[\[\]{"\d-]')
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Let calls come at random, independently: ``rate`` a second on average."""
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        """Refuse an invalid rate."""
+        if not is_number(self.rate) or not 0 < self.rate < math.inf:
+            raise ValueError(
+                f"a rate must be a finite number of calls a second above 0, not {self.rate!r}"
+            )
+
+    def instants(self, calls: int, seed: int) -> Iterator[int]:
+        """Yield when each call comes, in nanoseconds."""
+        rng = random.Random(f"{seed} arrivals")  # noqa: S311 - repeatable, not secret
+        now = 0.0
+        for _ in range(calls):
+            now += rng.expovariate(self.rate)
+            yield round(now * NANOSECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDollars:
+    """What calls cost, in dollars; ``print`` it.
+
+    Attributes:
+        least: what they cost at least.
+        likely: the most likely sum.
+        most: what they cost at most; None if nothing limits the replies.
+    """
+
+    least: float
+    likely: float
+    most: float | None
+
+    def __str__(self) -> str:
+        likely, least = _dollars(self.likely), _dollars(self.least)
+        if self.most is None:
+            return f"this job costs {likely} USD, at least {least}: nothing limits the replies"
+        if (self.least, self.most) == (self.likely, self.likely):
+            return f"this job costs {likely} USD"
+        return f"this job costs {likely} USD, {least} to {_dollars(self.most)}"
+
+
+def _dollars(amount: float) -> str:
+    """Return an amount in cents or, below ten cents, with two digits that count."""
+    return f"{amount:,.2f}" if amount >= 0.1 else usd_written(float(f"{amount:.2g}"))  # noqa: PLR2004
 
 
 class PlannedCall(NamedTuple):
@@ -310,8 +368,6 @@ def _read_seconds(sample: object) -> int:
 
 
 def _number(value: object) -> float:
-    if not is_number(value):
-        raise TypeError(f"expected a number, not {shown(value)}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"expected a finite number from 0 on, not {value!r}")
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"expected a finite number from 0 on, not {shown(value)}")
     return plain(value)

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import sqlite3
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,36 @@ async def test_result_is_saved_though_the_reader_leaves_meanwhile(
 ) -> None:
     save = Checkpoint.save
 
-    def save_slowly(checkpoint: Checkpoint, key: bytes, result: Any) -> None:
+    def save_slowly(checkpoint: Checkpoint, results: Mapping[bytes, Any]) -> None:
         time.sleep(0.1)
-        save(checkpoint, key, result)
+        save(checkpoint, results)
 
     monkeypatch.setattr(Checkpoint, "save", save_slowly)
     async with amap(Limiter(concurrency=3), Calls(), range(3), checkpoint=path) as results:
         await anext(results)
     assert all(item.restored for item in await run(path, Calls(), range(3)))
+
+
+async def test_items_are_looked_up_together_and_results_saved_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, list[int]] = {"look_up": [], "save": []}
+
+    def count(name: str) -> None:
+        method = getattr(Checkpoint, name)
+
+        def counted(checkpoint: Checkpoint, group: Any) -> Any:
+            sizes[name].append(len(group))
+            return method(checkpoint, group)
+
+        monkeypatch.setattr(Checkpoint, name, counted)
+
+    count("look_up")
+    count("save")
+    await run(path, Calls(), range(100), workers=20)
+    assert sizes["look_up"] == [20] * 5 + [0]
+    assert sum(sizes["save"]) == 100
+    assert len(sizes["save"]) <= 60
 
 
 async def test_equal_items_are_called_and_restored_one_by_one(path: Path) -> None:

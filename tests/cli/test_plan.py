@@ -61,12 +61,12 @@ def test_samples_limits_and_prices_are_read_from_files_options_and_presets(tmp_p
     ("options", "error"),
     [
         ("", "how many calls? give calls, or samples of tokens or latency, in a list or a file"),
-        ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number nor a file that is"),
+        ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number, JSON, nor a file"),
         ("--calls 3 --out plan.docx", "Format 'docx' is not supported (supported formats: "),
         ("--calls 3 --out none/x.svg", "none/x.svg cannot be used (No such"),
         ("--calls 3 --out plan", "'plan' shows no kind of picture: end it in "),
         ("--calls 3 --preset x", "no preset is called 'x'"),
-        ("--calls 3 --tokens {", "'{' is not JSON: Expecting property name"),
+        ("--calls 3 --tokens {", "'{' is neither a number, JSON, nor a file that is there"),
         ("a.jsonl --tokens 9", "'a.jsonl' and --tokens both say what calls cost"),
     ],
 )

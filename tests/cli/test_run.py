@@ -212,6 +212,16 @@ def test_error_that_every_request_would_get_ends_the_run(
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
+def test_key_that_is_revoked_meanwhile_ends_the_run_at_once(
+    server_answering: Callable[..., str],
+) -> None:
+    options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2"]
+    base = server_answering(b"{}", *[200] * 5, *[401] * 95)
+    result = typed(batch(100), *options, "--api-base", base)
+    assert result.exit_code == 2
+    assert re.search(r": 5 answered, [12] failed, 9\d left\n", result.stderr), result.stderr
+
+
 def test_key_in_a_long_message_is_not_even_shown_in_part(
     server_answering: Callable[..., str],
 ) -> None:
@@ -318,6 +328,12 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
         ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
+        ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
+        ("in.jsonl --rpm 1 -o -", "- is not a file that can be written"),
+        (
+            "in.jsonl --also 3images/s",
+            "3 images per 1 s would hold up no request: limit input",
+        ),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "not 'http://***@/v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base must begin with"),

@@ -259,6 +259,14 @@ def test_change_during_a_run_is_reported_with_what_is_missing_and_loses_no_later
         assert all(are_done(out, *later))
 
 
+def test_file_that_can_no_longer_be_written_is_named(out: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"out\.jsonl"), Answers(out, SETTINGS) as answers:  # noqa: PT012
+        answer(answers, "a")
+        out.unlink()
+        out.mkdir()
+        answer(answers, "b")
+
+
 def test_line_has_the_members_of_openais_files() -> None:
     line = json.loads(line_of(b"\x01", {"custom_id": "\ud800"}, run={"model": "m"}))
     empty = dict.fromkeys(["response", "error", "usage"])

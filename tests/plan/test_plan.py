@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, Pool, Price
-from asyncbucket.plan import Poisson, change, drive, duration_in_words, percent, plan
+from asyncbucket.plan import Poisson, drive, plan
+from asyncbucket.plan.drive import change, duration_in_words, percent
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         ([], {"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
         ([], {"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* 'auto'"),
         ([], {"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
-        ([], {"calls": 5, "tokens": True}, "tokens: expected a number, not True"),
+        ([], {"calls": 5, "tokens": True}, "tokens: expected a finite number from 0 on, not True"),
         ([], {"tokens": []}, "tokens has no samples"),
         ([], {"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
         ([], {"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8"),
@@ -225,7 +226,7 @@ def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
         ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 3: an object with cost gives no tokens"),
         ("{}", "an object with nothing gives no tokens"),
         ("NaN", "line 3: expected a finite number from 0 on, not nan"),
-        ('{"tokens": "many"}', "line 3: expected a number, not str"),
+        ('{"tokens": "many"}', "line 3: expected a finite number from 0 on, not str"),
     ],
 )
 def test_bad_sample_is_refused_with_its_line_number_empty_ones_counted(

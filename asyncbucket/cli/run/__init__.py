@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from asyncbucket.cli import options
+from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit, read_limits
 from asyncbucket.core.wording import USD
 
@@ -111,7 +112,7 @@ class Job:
     @property
     def errors_file(self) -> Path:
         """The file of lines without an answer."""
-        return self.out.with_name(f"{self.out.stem}.errors{self.out.suffix}")
+        return self.out.parent / f"{self.out.stem}.errors{self.out.suffix}"
 
     @property
     def destination(self) -> str:
@@ -142,6 +143,11 @@ class Job:
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
             )
+        odd = [limit for limit in self.limits if limit.resource not in COMMON]
+        if odd:
+            raise ValueError(
+                f"{odd[0]} would hold up no request: limit {', '.join(sorted(COMMON))}"
+            )
         options.check_url(self.base)
         if self.endpoint not in PATHS:
             raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
@@ -154,7 +160,7 @@ class Job:
         if not self.source.is_file():
             raise ValueError(f"{str(self.source)!r} is not a file that can be read: name one")
         for path in (self.out, self.limits_file, self.errors_file):
-            if path.exists() and not path.is_file():  # answers are read again
+            if path.name == "-" or (path.exists() and not path.is_file()):  # answers are read again
                 raise ValueError(f"{path} is not a file that can be written: give another -o")
             if path.exists() and path.samefile(self.source):
                 raise ValueError(f"{path} is read already: give another -o, or it would be lost")

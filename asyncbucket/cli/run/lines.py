@@ -50,6 +50,7 @@ _PREFIX: Final = "batch_req_"
 _LINE_START: Final = b'{"id":"' + _PREFIX.encode()
 #: Bytes that must fit on the disk before anything is paid for.
 _ROOM: Final = 1 << 20
+_APPENDING: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 
 
 class NoModelError(ValueError):
@@ -165,9 +166,10 @@ class Answers:
         self.trouble: str | None = None
 
     def __enter__(self) -> Self:
-        self._fd = _open_locked(self._path)
+        self._fd = os.open(self._path, _APPENDING, 0o666)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._fd)
+            _lock(self._fd, self._path)
             self.read()
             self._complete_last_line()
             undo.pop_all()
@@ -229,8 +231,9 @@ class Answers:
         """Append an answer, which from then on survives the end of this process."""
         if not self._is_intact():
             self.trouble = f"{self._path} was changed by another program during the run"
-            os.close(self._fd)
-            self._fd = _open_locked(self._path)
+            before, self._fd = self._fd, os.open(self._path, _APPENDING, 0o666)
+            os.close(before)
+            _lock(self._fd, self._path)
             self._complete_last_line()
         self._append(line_of(key, members, run=self._settings))
         self._answered.add(key)
@@ -309,18 +312,14 @@ def _is_cut_off(line: bytes) -> bool:
     return is_ours and not line.endswith(b"\n") and _parsed(line)[0] is None
 
 
-def _open_locked(path: Path) -> int:
-    """Open the file at ``path`` for this process alone; the lock is on the file, not on its name."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-    fd = os.open(path, flags, 0o666)
-    try:
-        if sys.platform != "win32":
-            import fcntl
+def _lock(fd: int, path: Path) -> None:
+    """Take an open file for this process alone; the lock is on the file, not on its name."""
+    if sys.platform != "win32":
+        import fcntl
 
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ValueError(
-            f"{path} is being written by another run: let it end, or give another -o"
-        ) from None
-    return fd
+        except BlockingIOError:
+            raise ValueError(
+                f"{path} is being written by another run: let it end, or give another -o"
+            ) from None

@@ -13,7 +13,7 @@ from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool
 from asyncbucket.core.wording import counted, one_line, rounded, usd_written, with_verb
-from asyncbucket.plan import duration_in_words
+from asyncbucket.plan.drive import duration_in_words
 from asyncbucket.providers.usage import Usage
 
 #: Seconds between two plain lines of progress.

@@ -103,7 +103,6 @@ class Run:
         #: The store remembers across runs what was admitted.
         is_limited = job.all_limits or job.pool
         store = f"sqlite:///{quote(str(job.limits_file))}" if is_limited else None
-        self._root: Limiter
         where: dict[str, Any]
         if job.pool is None:
             self._root = Limiter(*job.all_limits, name="run", store=store, prices=job.prices)
@@ -124,16 +123,10 @@ class Run:
 
     async def run(self) -> None:
         """Send all lines that are not answered; on Ctrl-C, finish only those in flight."""
-        sending, task = anyio.CancelScope(), asyncio.current_task()
-        assert task is not None
-
-        def on_signal() -> None:
-            if not self._begin_stop():
-                task.cancel()
-
+        sending = anyio.CancelScope()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends it at once
-                asyncio.get_running_loop().add_signal_handler(number, on_signal)
+                asyncio.get_running_loop().add_signal_handler(number, self._on_signal, sending)
         beside = [
             asyncio.create_task(show_progress(self._screen, self._tally, self._root)),
             asyncio.create_task(self._watch(sending)),
@@ -206,7 +199,7 @@ class Run:
         code = str(told.get("code") or told.get("type") or f"http_{reply.status_code}")[:64]
         what = told.get("message") or "no reason given"
         if reply.is_success:
-            code, what = "no_json", f"the reply is not JSON: {body or 'it is empty'}"
+            code, what = "no_json", f"the reply is not JSON: {text or 'it is empty'}"
         message = f"HTTP {reply.status_code}: {what}"
         self._write_failure(request, code, message, response=_described(reply, body))
 
@@ -240,8 +233,10 @@ class Run:
             return None
         self._failures_in_a_row += 1
         is_account = status in _FATAL or code in EXHAUSTED
-        # Each took many attempts: before the first answer, one such failure is enough.
-        is_certain = not self._tally.answered and (is_account or isinstance(error, _NOWHERE))
+        # Each took many attempts: before the first answer, one such failure is enough. It is at any
+        # time if the only key is refused, but another member of a pool may be back soon.
+        is_certain = (is_account or isinstance(error, _NOWHERE)) and not self._tally.answered
+        is_certain |= is_account and self._job.pool is None
         if not is_certain and self._failures_in_a_row < _MAX_FAILURES_IN_A_ROW:
             return None
         if is_account:
@@ -253,16 +248,16 @@ class Run:
         self._tally.stopped = True
         self._limiter.pause(_DAY)
 
-    def _begin_stop(self) -> bool:
-        """Begin to stop; return whether that is new."""
+    def _on_signal(self, sending: anyio.CancelScope) -> None:
+        """Begin to stop; drop what is under way if that is not new."""
         if self._tally.stopped:
-            return False
+            sending.cancel()
+            return
         self._stop()
         under_way = self._under_way(self._root.statistics())
         if under_way:
             requests = counted(under_way, "requests")
             self._screen.say(f"stopping after {requests} under way; Ctrl-C again to drop them")
-        return True
 
     async def _watch(self, sending: anyio.CancelScope) -> None:
         """Stop once the cap of dollars binds, and no call in flight can give any back.
