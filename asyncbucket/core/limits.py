@@ -61,13 +61,14 @@ KEYWORDS: Final = {
 }
 
 # A comma only separates thousands: whoever writes "2,5k" means 2,500, not 25,000.
-_NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
+_DIGITS: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?"
+_NUMBER: Final = rf"{_DIGITS}[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?:(?P<month>month)|"
-    rf"(?P<every>{_NUMBER})?\s*(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?)){_BURST}"
+    rf"(?P<every>{_DIGITS})?\s*(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?)){_BURST}"
 )
 #: What separates a limit from when it resets.
 _RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
@@ -98,9 +99,9 @@ class Limit:
     The resource ``usd`` is money, in US dollars: ``Limit("usd", 25, per="day")``.
 
     Raises:
-        LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole number of units from 1 to 1e18, the
-            window is not from 0.001 s to 400 days, the burst is above the amount, or ``resets``
-            names no time of day or no time zone.
+        LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole
+            number of units from 1 to 1e18, the window is not from 0.001 s to 400 days, the burst is
+            above the amount, or ``resets`` names no time of day or no time zone.
     """
 
     resource: str
