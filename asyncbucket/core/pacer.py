@@ -345,7 +345,7 @@ class Pacer:
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
                 end = self._end_waits(seat, now)
-            seat.sleep(min(due, end) if seat.waiting else EMPTY, now)
+            seat.sleep(max(now, min(due, end)) if seat.waiting else EMPTY, now)
 
     def _end_waits(self, seat: Seat, now: int) -> int:
         """Resolve the waiters whose deadline has come; return when the next one does."""
