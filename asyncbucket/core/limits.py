@@ -34,7 +34,8 @@ _OTHER_WORDS: Final = {
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
-#: A name that is this similar (of 1) to one of the usual ones, or to "tok", is taken for a typing error.
+#: A name that is this similar (of 1) to one of the usual ones, or to "request", "token" or "tok", is
+#: taken for a typing error.
 _NEAR: Final = 0.8
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -272,8 +273,9 @@ def _read_resource(name: str) -> str:
     if meant == name and name not in usual:
         import difflib  # only limits of other resources come here
 
-        for near in difflib.get_close_matches(name, (*usual, "tok"), n=1, cutoff=_NEAR):
-            likely = "tokens" if near == "tok" else near
+        words = *usual, "request", "token", "tok"
+        for near in difflib.get_close_matches(name, words, n=1, cutoff=_NEAR):
+            likely = near if near in usual else _OTHER_WORDS.get(near, "tokens")
             raise LimitSyntaxError(
                 f"no call counts against a limit of {name!r}: did you mean {likely}?"
             )

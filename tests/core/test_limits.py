@@ -177,6 +177,7 @@ def test_keywords_mean_same_as_limit_strings() -> None:
     ("written", "likely"),
     [
         ("requets", "requests"),
+        ("reqst", "requests"),
         ("tok", "tokens"),
         ("tokn", "tokens"),
         ("input_tokns", "input_tokens"),
