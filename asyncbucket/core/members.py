@@ -547,7 +547,7 @@ class Group:
         for pacer in self.pacers:
             pacer.group = self
             pacer.observed = observed
-        self.share(max(self.pacers, key=lambda pacer: pacer.seats.arrivals))
+        self.share(max(self.pacers, key=lambda pacer: (pacer.waiting, pacer.seats.arrivals)))
 
     def share(self, first: Pacer) -> None:
         """Have all use the lock of ``first``, and where its calls wait."""

@@ -42,13 +42,10 @@ async def test_loop_that_looks_again_in_its_next_turn_is_not_blocked(time: Virtu
     limiter = Limiter(concurrency=1, clock=time.clock)
     children = limiter.child("a", weight=4), limiter.child("b")
 
-    async def ask() -> None:
-        with pytest.raises(AcquireTimeout):
-            await limiter.acquire(timeout=0)
-
     async def call(child: Limiter) -> None:
         async with child.acquire():
-            in_another_thread(ask)
+            with pytest.raises(AcquireTimeout):
+                in_another_thread(lambda: limiter.acquire(timeout=0))
 
     held = await limiter.acquire()
     waiting = await start_all(call(children[each]) for each in (1, 0, 1))
