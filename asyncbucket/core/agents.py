@@ -174,8 +174,9 @@ class Agents:
         if run.agent not in self.runs:
             return
         kind = run.agent.kind
-        size, new = self.expected(kind, run.used), self.expected(kind)
-        if size and new and not run.is_open and size - run.used <= new * _NEARLY_DONE:
+        size = self.expected(kind, run.used)
+        little = 0.0 if run.is_open else (self.expected(kind) or 0.0) * _NEARLY_DONE
+        if size and size - run.used <= little:
             run.size = size
         else:
             run.expect(size)
@@ -195,7 +196,7 @@ class Agents:
             for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
                 sizes.append(run.used)
             for other in self.runs.values():
-                if other.is_open:
+                if other.is_open and other.used < run.used:  # else it stays so
                     self._resize(other)
         if run.fluid:  # now its true size is known
             run.is_open = False

@@ -193,7 +193,7 @@ class Budget(InheritedScope):
                 answer = await answer if inspect.isawaitable(answer) else answer
             finally:
                 _asking.reset(token)
-            return answer is not None and self._raise_cap(error, answer)
+            return answer not in (None, False) and self._raise_cap(error, answer)
 
     def _raise_cap(self, error: BudgetExceeded, answer: float) -> bool:
         if not is_number(answer):

@@ -29,7 +29,7 @@ _HIGHEST: Final = 100
 _FOR_EVER: Final = NEVER * 1e-9
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Agent:
     """One run of an agent: what its calls have in common."""
 

@@ -106,8 +106,8 @@ class Limiter(Doors, OfThisProcess):
     Raises:
         LimitSyntaxError: a limit cannot be read; a ValueError.
         ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
-            ``on_outage`` is none of these words, the store's URL is not understood, ``name`` holds
-            surrogates, or ``prices`` cannot be read.
+            ``on_outage`` is none of these words, the store's URL is not understood, or ``prices``
+            cannot be read.
         TypeError: ``name`` is not a string, ``store`` is not a store, or a clock returns no
             integer.
         ImportError: the extra that serves the store is not installed.

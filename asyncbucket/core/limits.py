@@ -34,7 +34,8 @@ _OTHER_WORDS: Final = {
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
-#: A name that is this similar (of 1) to one of the usual ones, or to "tok", is taken for a typing error.
+#: A name that is this similar (of 1) to one of the usual ones, or to "request", "token" or "tok", is
+#: taken for a typing error.
 _NEAR: Final = 0.8
 _PREFIXES: Final = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -61,13 +62,14 @@ KEYWORDS: Final = {
 }
 
 # A comma only separates thousands: whoever writes "2,5k" means 2,500, not 25,000.
-_NUMBER: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?[kmb]?"
+_DIGITS: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9][0-9_]{0,30})(?:\.[0-9]{1,30})?"
+_NUMBER: Final = rf"{_DIGITS}[kmb]?"
 _AMOUNT: Final = rf"(?P<amount>{_NUMBER})"
 _BURST: Final = rf"(?:\s+burst\s+(?P<burst>{_NUMBER}))?"
 _SHORT: Final = re.compile(rf"{_AMOUNT}\s*(?P<resource>r|[io]?t)p(?P<unit>[smhd]){_BURST}")
 _LONG: Final = re.compile(
     rf"{_AMOUNT}\s*(?P<resource>[a-z_]+)?\s*(?:/|\bper\b)\s*(?:(?P<month>month)|"
-    rf"(?P<every>{_NUMBER})?\s*(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?)){_BURST}"
+    rf"(?P<every>{_DIGITS})?\s*(?P<unit>s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?)){_BURST}"
 )
 #: What separates a limit from when it resets.
 _RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
@@ -98,9 +100,9 @@ class Limit:
     The resource ``usd`` is money, in US dollars: ``Limit("usd", 25, per="day")``.
 
     Raises:
-        LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole number of units from 1 to 1e18, the
-            window is not from 0.001 s to 400 days, the burst is above the amount, or ``resets``
-            names no time of day or no time zone.
+        LimitSyntaxError: the resource looks like a misspelled one, an amount or burst is not a whole
+            number of units from 1 to 1e18, the window is not from 0.001 s to 400 days, the burst is
+            above the amount, or ``resets`` names no time of day or no time zone.
     """
 
     resource: str
@@ -271,8 +273,9 @@ def _read_resource(name: str) -> str:
     if meant == name and name not in usual:
         import difflib  # only limits of other resources come here
 
-        for near in difflib.get_close_matches(name, (*usual, "tok"), n=1, cutoff=_NEAR):
-            likely = "tokens" if near == "tok" else near
+        words = *usual, "request", "token", "tok"
+        for near in difflib.get_close_matches(name, words, n=1, cutoff=_NEAR):
+            likely = near if near in usual else _OTHER_WORDS.get(near, "tokens")
             raise LimitSyntaxError(
                 f"no call counts against a limit of {name!r}: did you mean {likely}?"
             )

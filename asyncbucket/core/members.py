@@ -66,12 +66,14 @@ class Member:
         #: The member itself; and the pool as its child.
         self.limiter, self.node = limiter, node
         self.pacer: Pacer = node.pacer
-        #: How often it has failed in a row, and why; and until when it is left out.
-        self.failures, self.reason, self.out_until = 0, "", 0
+        #: How often it has failed in a row, and why.
+        self.failures, self.reason = 0, ""
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Start afresh: nobody stands here."""
+        """Start afresh: nobody stands here, and a probe was another process's."""
+        #: Until when it is left out.
+        self.out_until = 0
         #: Where the pool stands in its queue, by priority; and where it does now.
         self._lines: dict[int, PoolLine] = {}
         self.standing: PoolLine | None = None
@@ -159,15 +161,11 @@ class Member:
         left = max(0, self.out_until - now) * 1e-9
         return MemberState(self.limiter.name, self.reason if left else None, left)
 
-    def _rest(self, now: int) -> None:
-        """Leave it out for a while."""
-        self.out_until = now + min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
-
     def began(self, lease: Any, now: int) -> None:
-        """Take in that a call goes here: after a failure, it is the probe."""
-        if self.failures:
+        """Take in that a call goes here: after a failure, it is the probe, for a minute at most."""
+        if self.failures and self.out_until <= now:  # else a store admits what it was given before
             lease.is_probe = True
-            self._rest(now)
+            self.out_until = now + _LONGEST_REST
 
     def ended(self, lease: Any, *, is_proof: bool) -> None:
         """Take in that a call is over; a probe that ended well proves that the member works."""
@@ -183,12 +181,10 @@ class Member:
         now = self.pacer.clock()
         self.pacer.is_plain = False  # from now on, the end of a call may be a proof
         if not self.failures:
-            says = "pool %r leaves out %r: %s"
-            self.pacer.news.append(
-                partial(_log.warning, says, self.pool.root.name, self.limiter.name, reason)
-            )
+            says, pool = "pool %r leaves out %r: %s", self.pool.root.name
+            self.pacer.news.append(partial(_log.warning, says, pool, self.limiter.name, reason))
         if lease.is_probe or self.out_until <= now:
-            self._rest(now)
+            self.out_until = now + min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
             self.failures += 1
             lease.is_probe = False
         self.reason = reason
@@ -551,7 +547,7 @@ class Group:
         for pacer in self.pacers:
             pacer.group = self
             pacer.observed = observed
-        self.share(max(self.pacers, key=lambda pacer: pacer.seats.arrivals))
+        self.share(max(self.pacers, key=lambda pacer: (pacer.waiting, pacer.seats.arrivals)))
 
     def share(self, first: Pacer) -> None:
         """Have all use the lock of ``first``, and where its calls wait."""

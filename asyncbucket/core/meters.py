@@ -227,8 +227,8 @@ class Bucket(Meter):
         # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
         found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
         until, least = self._earlier_bursts
-        burst = least if when <= until else self.burst
-        as_debt = burst == self.burst and (self.full_at == start or found != self.depth)
+        burst = self.burst if when > until else least
+        as_debt = when > until and (self.full_at == start or found != self.depth)
         if not as_debt and (left or self.tat != start + self.depth):
             amount = min(left + amount, burst) - min(left, burst)
         back = min([amount * self.p, self.low, *self._lows[later : later + 1]])

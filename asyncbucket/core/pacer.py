@@ -151,19 +151,21 @@ class Pacer:
         for pacer in (self,) if self.group is None else self.group.pacers:
             pacer.observed += number
 
-    def notify_locked(
+    def _event(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
-    ) -> None:
-        """Tell the observers of ``node`` and of those above, when the lock is released."""
-        if self.observed:
-            at = self.clock() if at is None else at
-            event = event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
-            self.news.append(partial(node.emit, event))
+    ) -> Event:
+        at = self.clock() if at is None else at
+        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
 
     def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell them now; without the lock."""
-        self.notify_locked(node, event_type, **fields)
-        self.catch_up()
+        """Tell the observers of ``node`` and of those above: now, in this thread; without the lock."""
+        if self.observed:
+            node.emit(self._event(node, event_type, **fields))
+
+    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
+        """Tell them when the lock is released."""
+        if self.observed:
+            self.news.append(partial(node.emit, self._event(node, event_type, **fields)))
 
     # --- standing in line ---
 
@@ -319,10 +321,8 @@ class Pacer:
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
         node.forget()
-        for pool in (
-            () if self.group is None else self.group.pools
-        ):  # a member of theirs has changed
-            pool.root.forget()
+        for pool in self.group.pools if self.group is not None else ():
+            pool.root.forget()  # a member of theirs has changed
         if self.waiting:
             for waiter in list(self.top.waiters()):
                 try:
@@ -349,7 +349,7 @@ class Pacer:
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
                 end = self._end_waits(seat, now)
-            seat.sleep(min(due, end) if seat.waiting else EMPTY, now)
+            seat.sleep(max(now, min(due, end)) if seat.waiting else EMPTY, now)
 
     def _end_waits(self, seat: Seat, now: int) -> int:
         """Resolve the waiters whose deadline has come; return when the next one does."""

@@ -58,7 +58,7 @@ class MemberState:
     name: str
     #: Why the pool leaves it out; None if it does not.
     reason: str | None
-    #: For how long yet (s), unless a call that finds out whether it works again ends well.
+    #: For how long yet (s), at most: while one call finds out whether it works again, until it ends.
     left_out: float
 
     def __str__(self) -> str:

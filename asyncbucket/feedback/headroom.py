@@ -417,4 +417,5 @@ class Slices:
         self._window.unbook(amount, when)
         self._booked -= amount
         if amount + left > self.share:
-            self._full_until = when - -left // self.share * self._length
+            slices = -(-(amount + left) // self.share) + -left // self.share
+            self._full_until -= slices * self._length

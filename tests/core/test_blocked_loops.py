@@ -11,8 +11,8 @@ import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
 from asyncbucket.core import seats
-from asyncbucket.testing import VirtualClock
-from tests.core.conftest import nothing_is_left
+from asyncbucket.testing import VirtualClock, VirtualTime
+from tests.core.conftest import nothing_is_left, start_all
 from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
 
 
@@ -34,6 +34,23 @@ def overridden(key: Limiter) -> int:
     """Assert that nothing is left over; return how many calls passed without a slot."""
     nothing_is_left(key)
     return key.statistics().overridden
+
+
+async def test_loop_that_looks_again_in_its_next_turn_is_not_blocked(time: VirtualTime) -> None:
+    """It does so when a caller who may be back then would be next."""
+    await asyncio.sleep(60)
+    limiter = Limiter(concurrency=1, clock=time.clock)
+    children = limiter.child("a", weight=4), limiter.child("b")
+
+    async def call(child: Limiter) -> None:
+        async with child.acquire():
+            with pytest.raises(AcquireTimeout):
+                in_another_thread(lambda: limiter.acquire(timeout=0))
+
+    held = await limiter.acquire()
+    waiting = await start_all(call(children[each]) for each in (1, 0, 1))
+    held.release()
+    await asyncio.gather(*waiting)
 
 
 @pytest.mark.usefixtures("impatient")

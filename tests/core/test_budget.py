@@ -319,6 +319,9 @@ def test_on_exceeded_of_a_blocking_call_is_a_plain_function() -> None:
         limiter.acquire_sync()
     with budget(requests=0, on_exceeded=lambda _: None), pytest.raises(BudgetExceeded):
         limiter.acquire_sync()
+    asked = budget(requests=0, on_exceeded=lambda error: error.cap > 9 and 5.0)
+    with asked, pytest.raises(BudgetExceeded):
+        limiter.acquire_sync()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -57,7 +57,7 @@ def test_limit_is_parsed_as_people_write_it(text: str, limit: Limit) -> None:
     [
         "", " ", "RPM", "500", "-5 RPM", "5 XPM", "0 RPM", "0.5 RPM", "1.0001k RPM", "5 RPM burst",
         "5 RPM burst 6", "5 RPM burst 0", "nan RPM", "inf RPM", "1e3 RPM", "500 RPM\n500 TPM",
-        "5/0s", "5/.5s", "5/1.5 month", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d",
+        "5/0s", "5/.5s", "5/1.5 month", "5/fortnight", "\u0665 RPM", "5 concurrency/s", "5 class names/s", "\u00b2/s", "5/401d", "5/10ms",
         "2,5k TPM", "1,00 RPM", "1,,000 RPM", "1000,000 RPM", "1,000, RPM", "5 RPM burst 2,5",
         "5/\u017f", "9" * 5000 + " RPM", "1/" + "9" * 5000 + "s", "5 RPM burst " + "9" * 5000,
     ],
@@ -177,6 +177,7 @@ def test_keywords_mean_same_as_limit_strings() -> None:
     ("written", "likely"),
     [
         ("requets", "requests"),
+        ("reqst", "requests"),
         ("tok", "tokens"),
         ("tokn", "tokens"),
         ("input_tokns", "input_tokens"),

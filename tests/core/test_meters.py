@@ -185,6 +185,13 @@ DONE: dict[str, tuple[list[tuple[str, Any, float]], int]] = {
         ],
         6,
     ),
+    "refund of a call above the burst of its day": (
+        [
+            *[("shape", (1, 20), 0), ("book", 30, 40), ("owe", 6, 40), ("shape", (1, 10), 41)],
+            ("unbook 12", 18, 40),
+        ],
+        -15,
+    ),
     "refund of what was refilled before": (
         [
             *[("shape", (7, 10), 0), ("book", 5, 1), ("shape", (7, 20), 2), ("book", 3, 2)],

@@ -153,6 +153,10 @@ def test_refund_of_large_call_reopens_slices() -> None:
     headroom.unbook(40, 0, left=5)
     headroom.update(10, 2 * SECOND, amount=600)
     assert headroom.take(5, 2 * SECOND)
+    for second in (50, 60):
+        headroom.book(45, second * SECOND)
+    headroom.unbook(1, 50 * SECOND, left=44)  # those of the later call stay closed
+    assert headroom.earliest(5, 60 * SECOND) > 64 * SECOND
 
 
 def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
