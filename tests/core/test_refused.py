@@ -178,7 +178,7 @@ def test_error_does_not_show_text_given_in_place_of_number() -> None:
         (lambda: settle(prompt), "tokens must be a number, not str"),
         (
             lambda: plan(calls=1, rpm=5, latency=[prompt]),
-            "latency, sample 1: expected a number, not str",
+            "latency, sample 1: expected a finite number from 0 on, not str",
         ),
         (
             lambda: TokenBucket(rate=1.0).acquire_nowait(prompt),
