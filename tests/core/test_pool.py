@@ -5,6 +5,7 @@ import collections
 import logging
 import operator
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -566,6 +567,24 @@ async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> N
         probe.release()
     await asyncio.gather(*waiting)
     assert time.now == pytest.approx(31.0)
+
+
+async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 6_000, 6_000))
+    asked = pool.acquire()
+    asked.member_failed("too early")
+    with pytest.raises(RuntimeError, match="no member has taken this call yet"):
+        _ = asked.limiter
+    asked.close()
+    for _ in range(8):
+        (await pool.acquire()).member_failed("ConnectError")
+    says = (
+        "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left out"
+    )
+    with pytest.raises(AcquireTimeout, match=re.escape(says)) as caught:
+        await pool.acquire()
+    assert caught.value.retry_after == 8
+    assert time.now == 7
 
 
 # --- everything else is as with a limiter ---

@@ -159,6 +159,18 @@ def test_refund_of_large_call_reopens_slices() -> None:
     assert headroom.earliest(5, 60 * SECOND) > 64 * SECOND
 
 
+def test_deadline_of_call_without_tokens_knows_no_headroom_of_tokens() -> None:
+    with virtual_time() as time:
+        limiter = Limiter("600 tokens/minute", "60 RPM burst 1", clock=time.clock)
+
+        async def main() -> float:
+            await limiter.acquire()
+            observe_remaining(limiter, 0, resource="tokens", per=60)
+            return (await limiter.acquire(timeout=1)).waited
+
+        assert time.run(main()) == 1
+
+
 def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
     """A call whose deadline only the headroom rules out waits while a reply is awaited."""
     with virtual_time() as time:
