@@ -571,7 +571,7 @@ async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> N
 
 async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> None:
     pool = Pool(*members_of(time, 6_000, 6_000))
-    asked = pool.acquire()
+    asked: Any = pool.acquire()
     asked.member_failed("too early")
     with pytest.raises(RuntimeError, match="no member has taken this call yet"):
         _ = asked.limiter
