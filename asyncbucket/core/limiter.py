@@ -428,8 +428,10 @@ class Limiter(Doors, OfThisProcess):
         given = Terms.read(limits, terms)
         child = self._children.get(read_name(name))
         if child is None:
-            self._children = self._children or {}
-            child = self._children.setdefault(name, self._make_child(name, given))
+            made = self._make_child(name, given)
+            with self._node.pacer:  # another thread may ask for it, too
+                self._children = self._children or {}
+                child = self._children.setdefault(name, made)
         if (limits or terms) and given != child._terms:
             raise ValueError(
                 f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
@@ -475,7 +477,9 @@ class Limiter(Doors, OfThisProcess):
 
     def _all_tenants(self) -> Tenants[Self]:
         if self._tenants is None:
-            self._tenants = Tenants(self._make_child, self._of)
+            made = Tenants(self._make_child, self._of)
+            with self._node.pacer:  # another thread may ask, too
+                self._tenants = self._tenants or made
         return self._tenants
 
     def _make_child(self, name: str, terms: Terms) -> Self:

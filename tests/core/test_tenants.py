@@ -7,7 +7,7 @@ import sys
 import threading
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -187,10 +187,19 @@ async def test_2_000_idle_children_cost_no_tasks_and_little_memory(time: Virtual
     assert len(key.children) == 4_000
 
 
+@pytest.fixture
+def threads_take_turns_often() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("threads_take_turns_often")
 def test_threads_asking_for_one_tenant_get_same_limiter() -> None:
-    for _ in range(20):
+    """Also those that are the first to ask for any."""
+    for _ in range(100):
         key = Limiter()
-        key.per_key("5 RPM burst 5", alive=2)
         start = threading.Barrier(4)
 
         def ask(key: Limiter = key, start: threading.Barrier = start) -> tuple[Limiter, Limiter]:
