@@ -289,7 +289,7 @@ def read_amount(text: str) -> int:
         LimitSyntaxError: it is none.
     """
     written = str(text).strip().lower()
-    number = _read_number(written) if re.fullmatch(_NUMBER, written) else 0.5
+    number = _read_number(written) if re.fullmatch(_NUMBER, written) else None
     if not isinstance(number, int):
         raise LimitSyntaxError(f"{text!r} is not a number such as 500, 14,400 or 200k")
     return number
