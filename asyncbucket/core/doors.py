@@ -33,8 +33,6 @@ PacedCost: TypeAlias = float | str | Callable[..., float | str] | None
 class Doors:
     """Put things behind the limits of a `Limiter`, which inherits all of these methods."""
 
-    __slots__ = ()
-
     @classmethod
     def from_env(cls, prefix: str = "ASYNCBUCKET_", **options: Any) -> Self:
         """Return a limiter configured by environment variables such as ``ASYNCBUCKET_RPM=500``.
