@@ -2,8 +2,8 @@
 
 A history has limiters at any depth, tenants, limits with bursts and without, slots, priorities,
 deadlines, cancellations, settlements, pauses, changed limits, days that begin anew, and a clock that
-jumps. Everything
-runs on virtual time. The oracle writes down what each call took at each level, and checks:
+jumps. Everything runs on virtual time. The oracle writes down what each call took at each level, and
+checks:
 
 - every window of every limit, and every interval of every bucket, at every level, whenever a call
   was admitted; no more calls in flight than there are slots; nobody passes during a pause;

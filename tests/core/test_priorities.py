@@ -10,10 +10,6 @@ import asyncbucket
 from asyncbucket import Limiter
 from asyncbucket.core.context import Priority
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD
-
-#: Most seconds between calls of "10 RPS burst 1": the eleventh also waits for the window.
-GAP = HELD - 0.9
 
 
 async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) -> None:
