@@ -314,7 +314,7 @@ class Members:
         """Let a call go at the best of ``candidates``, or keep it for its own; return if it did, 1 or 0."""
         home, lease = self.home_of(waiter.lease), waiter.lease
         if home in candidates:
-            return self.serve(waiter, home.pacer, now)
+            return self.serve(waiter, home, now)
         until = now + lease.patience
         if waiter.deadline is not None:
             until = min(until, waiter.deadline)
@@ -328,7 +328,7 @@ class Members:
             still, when = self._next_to_start(member, head, seat, now)
             if still is not waiter or when > now:
                 return 0
-        return self.serve(waiter, member.pacer, now)
+        return self.serve(waiter, member, now)
 
     def best(self, candidates: Sequence[Member], now: int) -> Member:
         """Return the preferred one of ``candidates``, which can all start a call now.
@@ -373,9 +373,9 @@ class Members:
             return None
         return self.best(able, now)
 
-    def serve(self, waiter: AnyWaiter, pacer: Pacer, now: int) -> int:
-        """Let a call go at the member of ``pacer``; return 1 if it still waited, else 0."""
-        member = next(each for each in self.members if each.pacer is pacer)
+    def serve(self, waiter: AnyWaiter, member: Member, now: int) -> int:
+        """Let a call go at ``member``; return 1 if it still waited, else 0."""
+        pacer = member.pacer
         if waiter.line.node.pacer is not self.pacer:
             self._take_back(waiter)
         line: Line = waiter.line

@@ -412,7 +412,9 @@ class Pacer:
         """Let the head of a line go; return 1 if it still waited, else 0."""
         line = waiter.line
         if line.node.pacer is not self:
-            passed: int = line.node.pacer.pool.serve(waiter, self, now)
+            pool = line.waited_at.pacer.pool  # a store of another member may hold the call back
+            member = next(each for each in pool.members if each.pacer is self)
+            passed: int = pool.serve(waiter, member, now)
             return passed
         if waiter.done():
             return 0

@@ -5,7 +5,9 @@ import concurrent.futures
 import gc
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic_ns, sleep
+from typing import Any
 
 import pytest
 
@@ -95,6 +97,30 @@ def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
     stopped.close()
     leaked.release()
     assert overridden(limiter) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_call_that_a_store_holds_back_passes_without_slot_at_another_member(
+    tmp_path: Path,
+) -> None:
+    free = Limiter(concurrency=1, name="free")
+    used_up = Limiter("1 requests/h burst 1", name="used up", store=f"sqlite:///{tmp_path}/db")
+    pool = Pool(free, used_up)
+    leaked: Any = await asyncio.to_thread(asyncio.run, take(pool))
+    (await pool.acquire()).release()
+    held_back = asyncio.create_task(take(pool))
+    place = used_up._node.pacer.place
+    while place is None or not place.held_back():  # noqa: ASYNC110 - a session of its own says so
+        await asyncio.sleep(0.01)
+    behind = asyncio.create_task(take(pool))
+    lease: Any = await asyncio.wait_for(held_back, ENOUGH)
+    assert (leaked.limiter, lease.limiter, behind.done()) == (free, free, False)
+    behind.cancel()
+    await asyncio.wait([behind])
+    lease.release()
+    leaked.release()
+    assert overridden(pool) == 1
+    await pool.aclose()
 
 
 @pytest.mark.parametrize("holder", ["thread", "same loop"])
