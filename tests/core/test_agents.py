@@ -28,19 +28,17 @@ def agents_of(limiter: Limiter) -> AgentStatistics:
 class Crowd:
     """Agents that make calls under one limiter; the names of those whose calls have passed."""
 
-    def __init__(self, time: VirtualTime, *limits: str, **terms: Any) -> None:
-        self.limiter = Limiter(*(limits or (RATE,)), clock=time.clock, **terms)
+    def __init__(self, time: VirtualTime, limit: str = RATE) -> None:
+        self.limiter = Limiter(limit, clock=time.clock)
         self.passed: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.limiter.pause(1)
 
-    async def start(
-        self, name: str, calls: int, *, by: Limiter | None = None, **scope: Any
-    ) -> asyncio.Task[None]:
+    async def start(self, name: str, calls: int, **scope: Any) -> asyncio.Task[None]:
         """Start an agent whose calls are asked for at once; return when they wait."""
 
         async def one() -> None:
-            async with (by or self.limiter).acquire():
+            async with self.limiter.acquire():
                 self.passed.append(name)
 
         async def run() -> None:
