@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.seats import NAP
 from asyncbucket.stores.outage import StoreHealth
 from asyncbucket.stores.store import (
     HORIZON,
@@ -51,8 +52,6 @@ _MAX_BEAT_INTERVAL: Final = 10_000_000_000
 #: long at most a pool leaves a store alone that held its call up.
 _REMEMBER: Final = 500_000_000
 _LEAVE_ALONE: Final = 2_000_000_000
-#: The shortest sleep (s).
-_NAP: Final = 20e-6
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
 )
@@ -369,7 +368,7 @@ class Session:
             self._timer.cancel()
             self._timer = None
         if next_start < NEVER:
-            nap = max(_NAP, (next_start - self._clock()) * 1e-9)
+            nap = max(NAP, (next_start - self._clock()) * 1e-9)
             self._timer = self.loop.call_later(nap, self._let_go)
 
     async def _listen(self) -> None:
@@ -404,7 +403,7 @@ class Session:
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
-        seconds = None if until >= NEVER else max(_NAP, (until - self._clock()) * 1e-9)
+        seconds = None if until >= NEVER else max(NAP, (until - self._clock()) * 1e-9)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._bell.wait()
