@@ -316,7 +316,7 @@ class RedisLedger(Ledger):
             self.worker,
             self._epoch,
             secrets.token_hex(8),
-            codec.text if self.worker else "",
+            codec.text,
             self._channel,
             self._ttl,
             *args,

@@ -300,7 +300,7 @@ end
 
 -- Writes nothing.
 function verbs.peek()
-  if config == '' and redis.call('EXISTS', KEYS[1]) == 0 then
+  if redis.call('EXISTS', KEYS[1]) == 0 then
     return '{}'
   end
   local s = load('', new_epoch, config, ttl)

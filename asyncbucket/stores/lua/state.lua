@@ -92,7 +92,7 @@ local function load(known_epoch, new_epoch, config_text, ttl, starts)
   clock(s)
   s.starts = starts and cjson.decode(starts) or {}
   build_meters(s, cjson.decode(s.text))
-  s.ttl = math.max(s.ttl, tonumber(ttl))
+  s.ttl = math.max(s.ttl, ttl)
   if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
     s.before = known_epoch
     drain(s)
