@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
-from asyncbucket.stores import script
+from asyncbucket.stores import script, without_password
 from asyncbucket.stores.script import GRAIN, Codec
 from asyncbucket.stores.store import (
     OPEN_PATIENCE,
@@ -83,8 +83,6 @@ def from_url(url: str) -> "RedisStore":
     Raises:
         ValueError: the URL cannot be read.
     """
-    from asyncbucket.stores import without_password
-
     shown, why = without_password(url), _HOW
     try:
         split = urlsplit(url)

@@ -31,6 +31,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.meters import NEVER
+from asyncbucket.stores import without_password
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import (
     OPEN_PATIENCE,
@@ -403,8 +404,6 @@ def from_url(url: str) -> SQLiteStore:
     Raises:
         ValueError: the URL names no file, or contains something unknown.
     """
-    from asyncbucket.stores import without_password
-
     parts, shown = urlsplit(url), without_password(url)
     path = unquote(parts.path.removeprefix("/"))
     if parts.netloc or path in ("", ":memory:") or parts.fragment:
