@@ -124,9 +124,9 @@ class SQLiteStore:
             raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
         self.path = Path(path).absolute()
         self.patience = patience
+        self._more_time = f"or allow more with ?patience={max(5, patience * 4):g}"
         self.silence = (
-            f"{self.path}: the disk does not answer: see what keeps it busy, or allow more with "
-            f"?patience={max(5, patience * 4):g}"
+            f"{self.path}: the disk does not answer: see what keeps it busy, {self._more_time}"
         )
         self._clock = clock or MachineClock()
         #: The file's clock minus the steady clock, as last read.
@@ -198,7 +198,7 @@ class SQLiteStore:
         if _code_of(error) == sqlite3.SQLITE_BUSY:
             return (
                 f"another process has held the write lock for over {self.patience:g} s; find it with "
-                f"`fuser {self.path}`, or allow more with ?patience={max(5, self.patience * 4):g}"
+                f"`fuser {self.path}`, {self._more_time}"
             )
         return (
             f"SQLite failed ({error}), and nothing was booked: see that the folder {self.path.parent} "
