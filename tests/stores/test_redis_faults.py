@@ -10,7 +10,7 @@ from asyncbucket import StoreError
 from asyncbucket.stores import Batch, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.store import FAR, Correction, Ledger, Receipt
-from tests.stores.conformance.place import outcomes, terms
+from tests.stores.conformance.place import outcomes, terms, used
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +25,6 @@ CALL = {"requests": 1, "concurrency": 1}
 def closed_for(receipt: Receipt) -> int:
     assert outcomes(receipt) == ["later"]
     return receipt.ask_at + FAR - receipt.now
-
-
-async def used(ledger: Ledger) -> int:
-    return (await ledger.peek()).limits[0].used
 
 
 async def refused(ledger: Ledger, batch: Batch) -> StoreError:

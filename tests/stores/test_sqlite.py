@@ -18,7 +18,7 @@ from asyncbucket.stores import Batch, LimitConfig
 from asyncbucket.stores.sqlite import SCHEMA, MachineClock, SQLiteLedger, SQLiteStore
 from asyncbucket.stores.state import State
 from tests.conftest import python
-from tests.stores.conformance.place import outcomes, terms
+from tests.stores.conformance.place import outcomes, terms, used
 
 SECOND = 1_000_000_000
 CONFIG = terms("1000 requests/day burst 1000", concurrency=10)
@@ -39,10 +39,6 @@ async def opened(
         await ledger.aclose()
     finally:
         await store.aclose()
-
-
-async def used(ledger: SQLiteLedger) -> int:
-    return (await ledger.peek()).limits[0].used
 
 
 async def test_file_is_made_when_used_and_alone_when_closed(path: Path) -> None:
@@ -181,7 +177,7 @@ async def test_limiters_with_nothing_to_remember_are_deleted_from_file(path: Pat
         assert other.execute("SELECT min(name), count(*) FROM limiters").fetchall() == [("d", 2)]
     await ledgers[0].commit(ONE)
     assert await store.names() == ["d", "m", "new"]
-    assert [(await ledger.peek()).limits[0].used for ledger in ledgers] == [1, 1]
+    assert [await used(ledger) for ledger in ledgers] == [1, 1]
     await store.aclose()
 
 
@@ -257,7 +253,7 @@ async def test_process_killed_at_any_instant_loses_no_reported_booking(
             await asyncio.sleep(0.005 * round_)
             process.send_signal(signal.SIGKILL)
             told += sum(int(line) for line in process.stdout if line.endswith("\n"))
-            booked = (await ledger.peek()).limits[0].used
+            booked = await used(ledger)
             assert told <= booked <= told + 3
             told = booked
         with contextlib.closing(sqlite3.connect(path)) as other:

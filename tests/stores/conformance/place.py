@@ -37,17 +37,13 @@ class Place:
         self._stores.append(store)
         return store
 
-    async def worker(
-        self, config: LimitConfig, *, slot_ttl: float = 30.0, name: str | None = None
-    ) -> Ledger:
-        ledger = await self.store().open(name or self.name, config, slot_ttl=slot_ttl)
+    async def worker(self, config: LimitConfig, *, name: str | None = None) -> Ledger:
+        ledger = await self.store().open(name or self.name, config)
         self._ledgers.append(ledger)
         return ledger
 
-    async def workers(
-        self, config: LimitConfig, count: int, *, slot_ttl: float = 30.0
-    ) -> list[Ledger]:
-        return [await self.worker(config, slot_ttl=slot_ttl) for _ in range(count)]
+    async def workers(self, config: LimitConfig, count: int) -> list[Ledger]:
+        return [await self.worker(config) for _ in range(count)]
 
     async def close(self) -> None:
         for ledger in self._ledgers:
@@ -104,12 +100,17 @@ def booked(receipt: Receipt) -> list[Booking]:
     return list(receipt.bookings)
 
 
-async def peek_at(store: Store, name: str = "openai") -> Snapshot:
-    """Look at a limiter from outside, and close the store."""
-    snapshot = await store.peek(name)
+async def peek_at(store: Store) -> Snapshot:
+    """Look at the limiter ``openai`` from outside, and close the store."""
+    snapshot = await store.peek("openai")
     await store.aclose()
-    assert snapshot is not None, f"there is no limiter {name}"
+    assert snapshot is not None, "there is no such limiter"
     return snapshot
+
+
+async def used(ledger: Ledger) -> int:
+    """Return how much of the first limit is used."""
+    return (await ledger.peek()).limits[0].used
 
 
 async def book(worker: Ledger, call: Amounts) -> Booking:
