@@ -152,6 +152,19 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 5.0)
 
 
+async def take(limiter: Limiter, **options: Any) -> None:
+    """Let one call go that takes no time."""
+    async with limiter.acquire(**options):
+        pass
+
+
+async def stop(*calls: "asyncio.Future[Any]") -> None:
+    """Cancel calls, and wait until they have ended."""
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
 class Fault(NamedTuple):
     """A store that can break and come back."""
 

@@ -16,14 +16,10 @@ from asyncbucket import Lease, Limiter, StoreError
 from asyncbucket.stores import open_store
 from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import peek_at
+from tests.stores.conftest import take
 
 #: If a loop ends without closing the limiter, its connections are left to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore:loop is closed")
-
-
-async def take(limiter: Limiter) -> None:
-    async with limiter.acquire():
-        pass
 
 
 @UNCLOSED

@@ -1,7 +1,6 @@
 """A store that goes and comes back, on virtual time, never lets the limit be exceeded."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
 from asyncbucket.stores import LimitConfig
 from asyncbucket.stores.outage import Record
 from asyncbucket.testing import assert_never_over
+from tests.stores.conftest import stop, take
 from tests.stores.memory import MemoryStore
 
 HOUR = 3_600_000_000_000
@@ -41,7 +41,9 @@ async def test_limiters_returning_after_outage_together_keep_the_limit(
     assert len(admitted) == 2 + 100, "the shares were not used"
     memory.gone = False
     await asyncio.sleep(24)
-    await stop(agents, both)
+    await stop(*agents)
+    for limiter in both:
+        await limiter.aclose()
     assert_never_over(admitted, "100 requests/10s burst 100")
     assert len(admitted) == 2 + 300, "not all was used afterwards"
 
@@ -53,7 +55,7 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
     limiter = memory.limiter("10/minute burst 2", on_outage=policy)
     (await limiter.acquire()).release()
     memory.gone = True
-    calls = [asyncio.ensure_future(call(limiter)) for _ in range(30)]
+    calls = [asyncio.ensure_future(take(limiter)) for _ in range(30)]
     await asyncio.sleep(0.4)
     assert sum(each.done() for each in calls) == passing
     if policy == "closed":
@@ -75,16 +77,16 @@ async def test_another_member_of_a_pool_takes_what_a_store_that_is_gone_holds_up
     own = Limiter("99 RPM burst 99", name="own", concurrency=1, clock=memory.clock)
     pool = Pool(shared, own, prefer="first")
     for _ in range(3):
-        await call(shared)
+        await take(shared)
     await asyncio.sleep(2)
     memory.gone = True
     kept = await own.acquire()
-    calls = [asyncio.ensure_future(call(pool)) for _ in range(9)]
+    calls = [asyncio.ensure_future(take(pool)) for _ in range(9)]
     await asyncio.sleep(1)
     kept.release()
     await asyncio.wait_for(asyncio.gather(*calls), 1)
     memory.gone, kept = False, await own.acquire()
-    await asyncio.wait_for(call(pool), 12)
+    await asyncio.wait_for(take(pool), 12)
     kept.release()
     await pool.aclose()
 
@@ -106,24 +108,13 @@ async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
     await asyncio.sleep(0.6)
     memory.gone = True
     await asyncio.sleep(5)
-    await stop(agents, both)
+    await stop(*agents)
+    for limiter in both:
+        await limiter.aclose()
     if "burst" not in limit:  # else the other took something since the store was last heard of
         assert_never_over(admitted, limit)
     assert_never_over([(when, units) for when, units in admitted if when > 0.7], limit)
     assert len(admitted) >= 5 * 40
-
-
-async def stop(agents: Sequence[asyncio.Future[None]], limiters: list[Limiter]) -> None:
-    for each in agents:
-        each.cancel()
-    await asyncio.gather(*agents, return_exceptions=True)
-    for limiter in limiters:
-        await limiter.aclose()
-
-
-async def call(limiter: Limiter) -> None:
-    async with limiter.acquire():
-        pass
 
 
 def test_share_of_a_process_alone_counts_what_it_took_and_comes_back_at_the_reset() -> None:

@@ -18,6 +18,7 @@ from asyncbucket.stores.store import Correction, in_time
 from asyncbucket.testing import assert_never_over
 from tests.conftest import python
 from tests.stores.conformance.place import peek_at, terms
+from tests.stores.conftest import take
 
 if TYPE_CHECKING:
     import subprocess
@@ -104,11 +105,6 @@ asyncio.run(main())
 """
 
 
-async def call_once(limiter: Limiter) -> None:
-    async with limiter.acquire():
-        pass
-
-
 def noted(limiter: Limiter, kind: type[Event]) -> asyncio.Queue[Event]:
     """Return a queue of the events of that kind."""
     events: asyncio.Queue[Event] = asyncio.Queue()
@@ -141,16 +137,16 @@ def test_forked_child_does_not_report_refunds_of_its_parent(url: str) -> None:
 
 async def test_call_cancelled_at_any_await_returns_all(where: str, limited: Limiters) -> None:
     one, other = [limited(where, "1000 RPM burst 1000", concurrency=50) for _ in range(2)]
-    await call_once(one)
+    await take(one)
     for turns in range(40):
-        task = asyncio.create_task(call_once(one))
+        task = asyncio.create_task(take(one))
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
         (answer,) = await asyncio.gather(task, return_exceptions=True)
         assert answer is None or isinstance(answer, asyncio.CancelledError)
     await asyncio.sleep(0.3)
-    await call_once(other)
+    await take(other)
     assert other.statistics().limits[0].used == one.statistics().admitted + 1
     for limiter in (one, other):
         await limiter.aclose()
@@ -162,16 +158,16 @@ async def test_lost_store_is_an_outage_and_hangs_no_call(
 ) -> None:
     limiter = limited(fault.url, "100 RPM burst 100")
     lost, back = noted(limiter, StoreLost), noted(limiter, StoreRecovered)
-    await call_once(limiter)
+    await take(limiter)
     with caplog.at_level(logging.WARNING, "asyncbucket"):
         fault.begin()
         for _ in range(4):
-            await call_once(limiter)
+            await take(limiter)
         assert lost.qsize() == 1, "the store is still gone"
         fault.end()
         await asyncio.wait_for(back.get(), 5)
     await asyncio.sleep(0.1)
-    await call_once(limiter)
+    await take(limiter)
     assert limiter.statistics().limits[0].used == 6
     assert (lost.qsize(), back.qsize()) == (1, 0)
     told = [record.getMessage() for record in caplog.records]
@@ -221,15 +217,15 @@ async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
 ) -> None:
     limiter = limited(fault.url, "100 RPM burst 100")
     back = noted(limiter, StoreRecovered)
-    await call_once(limiter)
+    await take(limiter)
     fault.begin()
-    await call_once(limiter)
+    await take(limiter)
     limiter.reconfigure("50 RPM burst 50", concurrency=7)
     limiter.pause(2)
     await asyncio.sleep(0.4)
     fault.end()
     await asyncio.wait_for(back.get(), 5)
-    await call_once(limiter)
+    await take(limiter)
     snapshot = await peek_at(open_store(fault.url))
     assert snapshot.config == LimitConfig(limits=limiter.limits, concurrency=7)
     assert snapshot.paused_until > 0
@@ -240,7 +236,7 @@ async def test_unreachable_server_fails_first_calls_with_store_error(limited: Li
     asyncio.get_running_loop().set_debug(True)
     for _ in range(5):
         limiter = limited("redis://user:s3cret@127.0.0.1:1/0", "100 RPM")
-        calls = (call_once(limiter) for _ in range(5))
+        calls = (take(limiter) for _ in range(5))
         async with asyncio.timeout(5):
             errors = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in errors} == {StoreError}
@@ -261,12 +257,12 @@ async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
     monkeypatch.setattr("asyncbucket.stores.redis.RedisLedger.patience", 0.2)
     limiter = limited(server.url, "100 RPM burst 100")
     async with asyncio.timeout(10):
-        calls = (call_once(limiter) for _ in range(100))
+        calls = (take(limiter) for _ in range(100))
         ended = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in ended} == {StoreError}
         assert str(ended[0]).endswith("(waited 1 s)"), "longer than later, to connect"
         server.thaw()
-        await call_once(limiter)
+        await take(limiter)
 
 
 @pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)
@@ -276,7 +272,7 @@ async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
     limiter = limited(fault.url, "1000/s", concurrency=9)
     lost = noted(limiter, StoreLost)
     for _ in range(2):
-        call = asyncio.create_task(call_once(limiter))
+        call = asyncio.create_task(take(limiter))
         await asyncio.sleep(0)
         time.sleep(0.6)  # noqa: ASYNC251 - three times the store's patience
         await call

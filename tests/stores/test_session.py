@@ -11,7 +11,6 @@ from asyncbucket import (
     Cost,
     CostExceedsLimit,
     Limit,
-    Limiter,
     Pool,
     StoreError,
     WouldBlock,
@@ -21,18 +20,8 @@ from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.testing import assert_never_over
+from tests.stores.conftest import stop, take
 from tests.stores.memory import MemoryStore
-
-
-async def take(limiter: Limiter, **options: Any) -> None:
-    async with limiter.acquire(**options):
-        pass
-
-
-async def stop(*calls: "asyncio.Future[Any]") -> None:
-    for call in calls:
-        call.cancel()
-    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_calls_of_agents_go_to_the_store_in_the_order_of_the_agents(

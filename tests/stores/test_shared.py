@@ -14,13 +14,9 @@ from asyncbucket.core.events import Event, StoreLost
 from asyncbucket.stores import LimitConfig, open_store
 from asyncbucket.stores.redis import RedisLedger
 from tests.stores.conformance.place import peek_at
+from tests.stores.conftest import take
 
 Limiters: TypeAlias = Callable[..., Limiter]
-
-
-async def take(limiter: Limiter) -> None:
-    async with limiter.acquire():
-        pass
 
 
 @pytest.mark.parametrize("turns", [1, 4, 9])
