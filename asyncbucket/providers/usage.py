@@ -69,12 +69,13 @@ _PACKED_EVENT: Final = re.compile(rb'"bytes":"([A-Za-z0-9+/]+={0,2})"')
 _MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
 _TOKEN_COUNT: Final = re.compile(rb'"(prompt_eval_count|eval_count)"\s*:\s*(\d{1,9})(?=\s*[,}])')
-#: After this a stream is complete, even if the client reads no further. They cannot occur
-#: in what a model writes, because JSON escapes quotes and line ends.
-_END_MARKER: Final = re.compile(
-    rb"\ndata: ?\[DONE\]"
-    rb'|"(eval_count|message-end|stream-end|message_stop|response\.(in)?completed?'
-    rb'|finishReason|totalTokens)"'
+#: After one of these a stream is complete, even if the client reads no further. They cannot occur
+#: in what a model writes, because JSON escapes quotes and line ends. (One regular expression for all
+#: takes a millisecond for a long reply.)
+_END_MARKERS: Final = (
+    *(b"\ndata: [DONE]", b"\ndata:[DONE]", b'"eval_count"', b'"message-end"', b'"stream-end"'),
+    *(b'"message_stop"', b'"response.completed"', b'"response.incomplete"'),
+    *(b'"finishReason"', b'"totalTokens"'),
 )
 _DECODER: Final = json.JSONDecoder()
 
@@ -214,7 +215,8 @@ def _lookup_in(holder: Any) -> _Lookup:
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events was complete, though it was not read to its end."""
     # The last event may be as long as the whole reply.
-    return _END_MARKER.search(_unpacked(end)) is not None
+    end = _unpacked(end)
+    return any(mark in end for mark in _END_MARKERS)
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
