@@ -36,7 +36,7 @@ from asyncbucket.providers.errors import (
     never_sent,
 )
 from asyncbucket.providers.request import any_json, is_input_only, replies_of, reports_own_usage
-from asyncbucket.providers.usage import Usage, find_usage, is_complete
+from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.retry import Sent
 from asyncbucket.waiting import ASYNC, IO
 
@@ -140,7 +140,7 @@ class Attempt:
         tail, self._tail = self._tail, None
         try:
             if tail is not None:
-                head, end = tail.read()
+                head, end = map(unpacked, tail.read())
                 if complete or is_complete(end):
                     # In a reply in one piece, what a model wrote may look like usage, and comes first.
                     first = b"" if head.lstrip()[:1] == b"{" else head

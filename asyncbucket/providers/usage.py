@@ -212,16 +212,21 @@ def _lookup_in(holder: Any) -> _Lookup:
     return lambda name: getattr(holder, name, None)
 
 
+def unpacked(data: bytes) -> bytes:
+    """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
+    with contextlib.suppress(ValueError):  # the padding is wrong
+        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
+    return data
+
+
 def is_complete(end: bytes) -> bool:
     """Tell whether a stream of events was complete, though it was not read to its end."""
     # The last event may be as long as the whole reply.
-    end = _unpacked(end)
     return any(mark in end for mark in _END_MARKERS)
 
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     """Return the usage at the end of a reply's body, merged with that in its ``head``."""
-    end, head = _unpacked(end), _unpacked(head)
     counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
     objects = deque(_USAGE_KEY.finditer(end), _MAX_OBJECTS)
     late = (_usage_at(end, key.end()) for key in reversed(objects))
@@ -229,13 +234,6 @@ def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     first = _USAGE_KEY.search(head)
     early = None if first is None else _usage_at(head, first.end())
     return early if usage is None else usage | early
-
-
-def _unpacked(data: bytes) -> bytes:
-    """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
-    with contextlib.suppress(ValueError):  # the padding is wrong
-        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
-    return data
 
 
 def _usage_at(data: bytes, start: int) -> Usage | None:
