@@ -141,8 +141,9 @@ def classify(error: BaseException) -> Verdict:
     status, body, headers = _facts(error)
     if status is not None and status >= FIRST_ERROR:
         return judge_reply(status, body, headers)
+    told = _Details(body, headers).codes
     for kind in ("rate_limited", "overloaded", "broken"):
-        codes = _Details(body, headers).codes & _NAMES[kind]
+        codes = told & _NAMES[kind]
         if codes:
             pause = "429" if kind == "rate_limited" else None
             overloaded = kind != "broken"
