@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 #: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400
-RATE_LIMITED: Final = 429
+_RATE_LIMITED: Final = 429
 _FIRST_SERVER_ERROR: Final = 500
 _UNAVAILABLE: Final = 503
 _OVERLOADED: Final = 529
@@ -52,8 +52,8 @@ _OVERLOADED: Final = 529
 _PAYMENT_REQUIRED: Final = 402
 #: Request time-out, too many requests, unavailable, gateway time-out; Groq's for flex capacity,
 #: Anthropic's and Google's.
-_OVERLOADED_STATUSES: Final = frozenset({408, RATE_LIMITED, 498, 503, 504, 529})
-_TRANSIENT_STATUSES: Final = frozenset({408, 409, RATE_LIMITED, 498})
+_OVERLOADED_STATUSES: Final = frozenset({408, _RATE_LIMITED, 498, 503, 504, 529})
+_TRANSIENT_STATUSES: Final = frozenset({408, 409, _RATE_LIMITED, 498})
 #: A bad key, an empty balance, a key without the right.
 _NO_ACCESS: Final = frozenset({401, 402, 403})
 
@@ -212,7 +212,7 @@ def judge_reply(status: int, body: object, headers: Mapping[str, Any]) -> Verdic
     codes, wait = details.codes, details.retry_after(now)
     code = next((code for code in sorted(codes) if _CODE.fullmatch(code)), None)
     reason = f"HTTP {status} ({code})" if code else f"HTTP {status}"
-    is_server_error, refused = status >= _FIRST_SERVER_ERROR, status == RATE_LIMITED
+    is_server_error, refused = status >= _FIRST_SERVER_ERROR, status == _RATE_LIMITED
     transient = status in _TRANSIENT_STATUSES or is_server_error
     transient |= status == _PAYMENT_REQUIRED and wait is not None
     exhausted = bool(codes & EXHAUSTED) or (refused and details.says(_PER_MONTH))
