@@ -1,9 +1,7 @@
 """What models cost, and that transports reserve and settle dollars exactly."""
 
 import contextlib
-import tomllib
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from asyncbucket import BudgetExceeded, Cost, Limiter, Price, UnknownPrice, budget
 from asyncbucket.http import Call, Profile
 from asyncbucket.prices import PriceWarning, price_of, read_prices
+from asyncbucket.providers import facts
 from asyncbucket.providers.usage import Usage, read_usage
 from asyncbucket.waiting import IO
 from tests.http.conftest import client_over, either_io
@@ -170,8 +169,7 @@ def test_given_prices_come_first_and_star_comes_last() -> None:
 
 
 def test_built_in_prices_are_complete_dated_and_warn_when_old() -> None:
-    text = files("asyncbucket.providers").joinpath("prices.toml").read_text("utf-8")
-    for provider in tomllib.loads(text).values():
+    for provider in facts("prices.toml").values():
         assert provider["source"].startswith("https://")
         assert date(2026, 5, 1) <= provider["dated"] <= date.today()  # noqa: DTZ011
         for model in provider["models"]:
