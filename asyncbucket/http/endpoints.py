@@ -45,8 +45,6 @@ from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import KEYWORDS
 from asyncbucket.core.pool import Pool
 from asyncbucket.core.settings import from_table, key_in_env, read_toml, with_error_source
-from asyncbucket.http.lanes import content_of
-from asyncbucket.providers.request import read_json
 
 #: Headers that identify an account.
 _CREDENTIALS: Final = frozenset(
@@ -158,8 +156,11 @@ class Sites:
         owners = [member for member, site in self._sites.items() if site.owns(url)]
         return max(owners, key=lambda member: len(self._sites[member].path), default=None)
 
-    def rewritten(self, request: Any, member: Limiter) -> Any:
-        """Return ``request`` for ``member``, with its address, credentials and name of the model."""
+    def rewritten(self, request: Any, body: Mapping[str, Any], member: Limiter) -> Any:
+        """Return ``request`` for ``member``, with its address, credentials and name of the model.
+
+        ``body`` is the JSON object that is sent; empty if it is none, or is streamed.
+        """
         owner = self.owner(request.url)
         assert owner is not None
         site = self._sites[member]
@@ -168,16 +169,15 @@ class Sites:
         query = f"?{urlencode(params)}" if params else ""
         kept = [pair for pair in self._kept_headers(request) if pair[0].lower() != b"host"]
         headers: list[tuple[Any, Any]] = [(b"Host", site.netloc), *kept, *site.headers.items()]
-        body: dict[str, Any] = {"stream": request.stream}
-        named = read_json(content_of(request)) if site.models else {}
-        model = named.get("model")
+        sent: dict[str, Any] = {"stream": request.stream}
+        model = body.get("model")
         if isinstance(model, str) and model in site.models:
-            content = json.dumps({**named, "model": site.models[model]}, ensure_ascii=False)
-            body = {"content": content.encode()}
+            content = json.dumps({**body, "model": site.models[model]}, ensure_ascii=False)
+            sent = {"content": content.encode()}
             headers = [pair for pair in headers if pair[0].lower() != b"content-length"]
         url = f"{site.scheme}://{site.netloc}{path}{query}"
         cls: Any = type(request)  # which adds the length of a new body
-        return cls(request.method, url, headers=headers, extensions=request.extensions, **body)
+        return cls(request.method, url, headers=headers, extensions=request.extensions, **sent)
 
     def _kept_headers(self, request: Any) -> list[tuple[bytes, bytes]]:
         pairs = request.headers.raw

@@ -221,7 +221,7 @@ class PacedTransport(_AnyTransport):
             paid = (each for each in self._sites.hosts if lease and counts_at(lease, each))
             member = next(paid, self._sites.owner(request.url))
         (provider, profile), sent_at = read.at(member), read.lane.limiter.now()
-        reply = await io.call(send, self._routed(request, member))
+        reply = await io.call(send, self._routed(request, read, member))
         if read.teaches:
             ok = reply.status_code < FIRST_ERROR
             provider.headers.read(reply.headers, profile, since=sent_at, ok=ok)
@@ -256,7 +256,7 @@ class PacedTransport(_AnyTransport):
         above: _Note | None = request.extensions.get(_NOTE)
         note = _Note(limiter, request.url.host if above is None else above.host)
         request.extensions = {**request.extensions, _NOTE: note}
-        request = self._routed(request, member)
+        request = self._routed(request, read, member)
         body = request.stream
         request.stream = request_body(body, attempt)
         try:
@@ -269,11 +269,11 @@ class PacedTransport(_AnyTransport):
             note.sending = False
             request.stream = body
 
-    def _routed(self, request: Any, member: Limiter | None) -> Any:
+    def _routed(self, request: Any, read: ReadRequest, member: Limiter | None) -> Any:
         """Return what is sent: in a pool, the request as it is for ``member``."""
         if self._sites is None or member is None:
             return request
-        return self._sites.rewritten(request, member)
+        return self._sites.rewritten(request, read.call.body, member)
 
     def _make(self, method: str, request: Any) -> Any:
         """Make a transport of the library of ``request``, with the SDKs' pool."""
