@@ -58,6 +58,13 @@ def data(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text("utf-8"))
 
 
+def filled_in(text: str, stands_for: dict[str, str]) -> str:
+    """Return a text from such a file with its words in capitals replaced."""
+    for word, meaning in stands_for.items():
+        text = text.replace(word, meaning)
+    return text
+
+
 Answer = Callable[[Any], Any]
 
 

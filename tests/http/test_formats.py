@@ -6,23 +6,16 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter
-from tests.http.conftest import answering, client_over, data, used
+from tests.http.conftest import answering, client_over, data, filled_in, used
 
 FORMATS = data("formats")
 STANDS_FOR = {"TEXT": "x" * 400, "FILL": "0," * 50_000, "EVENT": "\0\0\1\r:event-type\7\0"}
 
 
-def filled_in(text: str) -> str:
-    for word, meaning in STANDS_FOR.items():
-        text = text.replace(word, meaning)
-    return text
-
-
 def reply_of(entry: dict[str, Any]) -> str:
     packed = (base64.b64encode(event.encode()).decode() for event in entry.get("packed", ()))
-    return filled_in(
-        entry.get("reply") or "".join(f'EVENT{{"bytes":"{event}","p":"a"}}' for event in packed)
-    )
+    events = (f'EVENT{{"bytes":"{event}","p":"a"}}' for event in packed)
+    return filled_in(entry.get("reply") or "".join(events), STANDS_FOR)
 
 
 def counted(limiter: Limiter) -> tuple[int, int]:
@@ -44,7 +37,7 @@ async def test_usage_settles_when_read(library: Any, name: str, *, ends: bool, c
     limiter = Limiter("10k ITPM", "10k OTPM")
     reserved = (100, 0 if "embeddings" in name else 300)
     answers = answering(library, *pieces, *([] if ends else [b"\n"]))
-    url, body = f"http://llm.test{entry['path']}", filled_in(entry["body"])
+    url, body = f"http://llm.test{entry['path']}", filled_in(entry["body"], STANDS_FOR)
     async with (
         client_over(library, limiter, answers) as client,
         client.stream("POST", url, content=body) as reply,

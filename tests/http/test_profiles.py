@@ -10,7 +10,7 @@ from asyncbucket.http import AZURE, GENERIC, OPENAI, Call, Usage
 from asyncbucket.providers.profiles import charge, profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
 from asyncbucket.providers.usage import find_usage
-from tests.http.conftest import data
+from tests.http.conftest import data, filled_in
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 USAGE = Usage(90, 7, 97)
@@ -128,9 +128,8 @@ def test_usage_settles_what_the_provider_counts(profile: str, settled: dict[str,
 
 @pytest.mark.parametrize(("tokens", "body"), data("requests")["tokens"])
 def test_every_part_of_request_counts_towards_input(tokens: int, body: str) -> None:
-    for word, meaning in STANDS_FOR.items():
-        body = body.replace(word, meaning)
-    assert request_size("/v1/chat/completions", json.loads(body)).by_characters == tokens
+    asked = request_size("/v1/chat/completions", json.loads(filled_in(body, STANDS_FOR)))
+    assert asked.by_characters == tokens
 
 
 def test_text_that_is_not_english_counts_more_by_its_size() -> None:
