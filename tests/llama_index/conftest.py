@@ -199,13 +199,13 @@ class Reader:
 
     is_sync: bool
 
-    async def call(self, on_loop: Any, here: Any, *args: Any) -> Any:
-        return here(*args) if self.is_sync else await on_loop(*args)
+    async def call(self, model: Any, method: str, *args: Any) -> Any:
+        if self.is_sync:
+            return getattr(model, method)(*args)
+        return await getattr(model, f"a{method}")(*args)
 
-    async def begin(self, llm: Any, method: str = "stream_chat", *args: Any) -> Any:
-        args = args or (MESSAGES,)
-        on_loop, here = getattr(llm, f"a{method}"), getattr(llm, method)
-        return await self.call(on_loop, here, *args)
+    async def begin(self, llm: Any) -> Any:
+        return await self.call(llm, "stream_chat", MESSAGES)
 
     async def next(self, stream: Any) -> Any:
         return next(stream, None) if self.is_sync else await anext(stream, None)
@@ -216,8 +216,8 @@ class Reader:
     async def close(self, stream: Any) -> None:
         stream.close() if self.is_sync else await stream.aclose()
 
-    async def read(self, llm: Any, *args: Any) -> list[Any]:
-        return await self.rest(await self.begin(llm, *args))
+    async def read(self, llm: Any) -> list[Any]:
+        return await self.rest(await self.begin(llm))
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])

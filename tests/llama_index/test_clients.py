@@ -107,7 +107,7 @@ async def test_booking_is_dated_when_its_request_is_made_and_again_when_the_body
     options = {"default_headers": {"connection": "close"}}  # nobody closes the client
     llm = make_openai(api_base=rate_limited_provider().base_url, **options)
     llm = Limiter("1000 RPM").wrap(llm)
-    await reader.call(llm.achat, llm.chat, MESSAGES)
+    await reader.call(llm, "chat", MESSAGES)
     assert len(dated) == 2
 
 
@@ -132,10 +132,10 @@ async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
     for _ in range(40):
         await plain.achat(MESSAGES)
     llm = limiter.wrap(plain)
-    await reader.call(llm.achat, llm.chat, MESSAGES)
+    await reader.call(llm, "chat", MESSAGES)
     assert limiter.statistics().limits[0].available == 59
     monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", Mock(return_value=OPENAI))
-    await reader.call(llm.achat, llm.chat, MESSAGES)
+    await reader.call(llm, "chat", MESSAGES)
     assert 14 <= limiter.statistics().limits[0].available <= 20
 
 
@@ -161,9 +161,7 @@ async def test_overload_error_cuts_slots_and_bad_request_does_not(
         limiter = Limiter(concurrency="auto")
         llm = limiter.wrap(make_openai(), retry=False)
         with pytest.raises(openai.APIStatusError):
-            await (
-                reader.read(llm) if streaming else reader.call(llm.acomplete, llm.complete, "hi")
-            )
+            await (reader.read(llm) if streaming else reader.call(llm, "complete", "hi"))
         assert (limiter.concurrency, in_flight(limiter)) == (slots, 0)
 
 

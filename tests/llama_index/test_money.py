@@ -89,7 +89,7 @@ async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
     llm = Limiter(prices=PRICES).wrap(voting(cls))
     refused = contextlib.nullcontext() if requests == 3 else pytest.raises(BudgetExceeded)
     with budget(**cap) as capped, refused:
-        await reader.call(llm.achat, llm.chat, [ChatMessage("hi " * 30)])
+        await reader.call(llm, "chat", [ChatMessage("hi " * 30)])
     assert len(openai_api.requests) == requests
     assert all(capped.spent[name] <= most for name, most in cap.items())
 
