@@ -45,6 +45,14 @@ class Person(BaseModel):
     name: str
 
 
+def greet(name: str) -> str:
+    """Greet."""
+    return f"hello {name}"
+
+
+TOOL = FunctionTool.from_defaults(greet)
+
+
 def make_openai(**options: Any) -> OpenAI:
     usual: dict[str, Any] = {"model": "gpt-4o-mini", "api_key": "k", "api_base": API_BASE}
     return OpenAI(**usual | options)

@@ -28,6 +28,7 @@ from tests.llama_index.conftest import (
     API_BASE,
     MESSAGES,
     PROMPT,
+    TOOL,
     Instrumentation,
     Person,
     ScriptedOpenAI,
@@ -45,13 +46,6 @@ from tests.llama_index.conftest import (
 NAN: Any = math.nan
 #: Ten tokens.
 USED = {"usage": {"prompt_tokens": 4, "completion_tokens": 6}}
-
-
-def greet(name: str) -> str:
-    return f"hello {name}"
-
-
-TOOL = FunctionTool.from_defaults(greet)
 REMOTE: list[Callable[[], LLM]] = [
     make_openai,
     make_responses,

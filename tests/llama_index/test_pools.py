@@ -20,6 +20,7 @@ from tests.llama_index.conftest import (
     API_BASE,
     MESSAGES,
     PROMPT,
+    TOOL,
     Instrumentation,
     Person,
     Reader,
@@ -34,14 +35,6 @@ from tests.llama_index.conftest import (
     make_openai,
     make_responses,
 )
-
-
-def greet(name: str) -> str:
-    """Greet."""
-    return name
-
-
-TOOL = FunctionTool.from_defaults(greet)
 
 
 @pytest.fixture
