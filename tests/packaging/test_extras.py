@@ -101,9 +101,12 @@ def installed_by(names: set[str]) -> set[str]:
     return found if found == names else installed_by(found)
 
 
-@functools.cache
+#: The distributions that bring each module; it takes most of a second to find them.
+distributions = functools.cache(packages_distributions)
+
+
 def providers_of(module: str) -> set[str]:
-    return {canonical(name) for name in packages_distributions().get(module, [])}
+    return {canonical(name) for name in distributions().get(module, [])}
 
 
 def extras_of(path: str) -> tuple[str, ...]:
