@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+#: Extras for those who work on asyncbucket; all others are for users.
+FOR_DEVELOPERS = {"bench", "crewai", "dev", "docs", "frameworks", "peers", "test"}
 
 
 def build(kind: str, *, tree: Path, into: Path) -> Path:

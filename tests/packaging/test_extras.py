@@ -6,13 +6,13 @@ import re
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
-from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+from tests.packaging.conftest import FOR_DEVELOPERS, ROOT
+
 PACKAGE = ROOT / "asyncbucket"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
@@ -123,10 +123,7 @@ def test_extra_installs_every_module_its_part_imports(path: str, module: str) ->
     assert providers & there, f"{path} imports {module}, which {extras_of(path)} do not install"
 
 
-@pytest.mark.parametrize(
-    "extra",
-    sorted(set(EXTRAS) - {"all", "bench", "crewai", "dev", "docs", "frameworks", "peers", "test"}),
-)
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS) - FOR_DEVELOPERS - {"all"}))
 def test_every_distribution_of_an_extra_is_used(extra: str) -> None:
     """Nobody downloads what nothing imports; a part that moves must be changed here, too."""
     providers = {name for _, module in modules() for name in providers_of(module)}

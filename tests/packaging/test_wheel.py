@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import python
-from tests.packaging.conftest import build
+from tests.packaging.conftest import FOR_DEVELOPERS, ROOT, build
 
-ROOT = Path(__file__).parents[2]
 PROMISES = Path(__file__).with_name("promises.py")
 #: Modules of the standard library that the core needs, and asyncio has not loaded.
 ALSO = {
@@ -20,8 +19,6 @@ ALSO = {
     *("_datetime", "datetime"),
     *("numbers", "org", "org.python", "org.python.core"),  # copy looks for Jython
 }
-#: Extras for those who work on asyncbucket; all others are for users.
-FOR_DEVELOPERS = {"bench", "crewai", "dev", "docs", "frameworks", "peers", "test"}
 
 
 def info(unpacked: Path, name: str) -> str:
