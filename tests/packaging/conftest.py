@@ -1,12 +1,12 @@
 """The distributions that users download, built from this tree without a network."""
 
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import python
 
 ROOT = Path(__file__).parents[2]
 #: Extras for those who work on asyncbucket; all others are for users.
@@ -14,8 +14,7 @@ FOR_DEVELOPERS = {"bench", "crewai", "dev", "docs", "frameworks", "peers", "test
 
 
 def build(kind: str, *, tree: Path, into: Path) -> Path:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(into)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tree)
+    python("-m", "hatchling", "build", "-t", kind, "-d", into, check=True, cwd=tree)
     (built,) = into.iterdir()
     return built
 

@@ -1,7 +1,5 @@
 """Users of asyncbucket get its types: a module of theirs is checked against the wheel."""
 
-import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import python
 from tests.docs.test_lists import RECIPES
 
 CONSUMER = Path(__file__).with_name("consumer.py").read_text("utf-8")
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
-def python(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interpreter(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an interpreter whose asyncbucket is the wheel, with the libraries of this one."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
@@ -38,20 +37,13 @@ def python(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["mypy", "basedpyright"],
 )
 def test_users_programs_and_recipes_of_the_cookbook_are_checked_against_the_wheel(
-    python: Path, tmp_path: Path, pytestconfig: Any, command: str, says: str
+    interpreter: Path, tmp_path: Path, pytestconfig: Any, command: str, says: str
 ) -> None:
     """Each `assert_type` holds, and wrong calls are found; without the marker all would be Any."""
     for number, program in enumerate([CONSUMER, *RECIPES]):
         (tmp_path / f"program_{number}.py").write_text(program, "utf-8")
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', "utf-8")
     cache = pytestconfig.cache.mkdir("mypy")  # the libraries are read once, not in every run
-    given = command.format(python=python, cache=cache).split()
-    done = subprocess.run(
-        [sys.executable, "-m", *given, "."],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=280,
-    )
+    given = command.format(python=interpreter, cache=cache).split()
+    done = python("-m", *given, ".", cwd=tmp_path, timeout=280)
     assert says in done.stdout, done.stdout
