@@ -68,16 +68,13 @@ class Screen:
         console: where to.
         quiet: show nothing.
         stays: whether the last picture stays when the block ends.
-        shared: whether the terminal also shows other output, which drawing in place would wipe out.
     """
 
-    def __init__(
-        self, console: Console, *, quiet: bool = False, stays: bool = False, shared: bool = False
-    ) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, stays: bool = False) -> None:
         self._console = console
         self._quiet = quiet
         self._live: Live | None = None
-        if console.is_terminal and not (console.is_dumb_terminal or quiet or shared):
+        if console.is_terminal and not (console.is_dumb_terminal or quiet):
             # Refreshed only by `show`: a thread of rich's would compete with the calls.
             redirected = sys.stdout is not None and sys.stdout.isatty()
             self._live = Live(
