@@ -116,7 +116,9 @@ class Caller:
         self.fn_acquires = bool(paced) or (self._refuses_second and self._is_marked())
         self._refuse: Callable[[str], object] | None = None
         cost = {} if cost is None else cost
-        self._cost: ItemCostOf = cost if callable(cost) else _keywords(cost)
+        #: Keywords of `Limiter.acquire`, the same for each call unless they depend on its item.
+        self._cost: dict[str, Any] | Callable[[Any], ItemCost]
+        self._cost = cost if callable(cost) else _keywords(cost)
 
     def _is_marked(self) -> bool:
         """Tell whether each call of ``fn`` is admitted by the limiter, or by one below it."""
@@ -162,8 +164,8 @@ class Caller:
             begin()
             return await self._start(item)
         give_up_slots(self._limiter)  # of calls around this batch
-        price = self._cost(item) if callable(self._cost) else self._cost
-        async with self._limiter.acquire(**_keywords(price)) as lease:
+        terms = _keywords(self._cost(item)) if callable(self._cost) else self._cost
+        async with self._limiter.acquire(**terms) as lease:
             try:
                 begin()
             except Stopped:
