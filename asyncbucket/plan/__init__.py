@@ -111,7 +111,7 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
         arrivals=arrivals,
         profile=profile,
         model=model,
-        prices=None if prices is None else read_prices(prices),
+        prices=read_prices(prices),
         seed=seed,
     )
     for bounds in members:

@@ -130,7 +130,7 @@ class Load:
     arrivals: Poisson | None
     profile: str
     model: str | None
-    prices: Prices | None
+    prices: Prices
     seed: int
     #: How many calls there are, from whichever argument determines it.
     count: int = field(init=False)
@@ -263,9 +263,7 @@ def read_line(line: bytes) -> Any:
     return text if end < len(text) else found  # a quotation or a number may begin a text
 
 
-def read_call(
-    sample: object, *, profile: Profile, model: str | None, prices: Prices | None
-) -> CallCost:
+def read_call(sample: object, *, profile: Profile, model: str | None, prices: Prices) -> CallCost:
     """Return what a call takes of the limits, and what it costs.
 
     Args:
@@ -321,7 +319,7 @@ def _path_of(body: Mapping[str, Any]) -> str:
 
 
 def _bill_of(
-    cost: Cost, body: Mapping[str, Any], model: str | None, prices: Prices | None
+    cost: Cost, body: Mapping[str, Any], model: str | None, prices: Prices
 ) -> PlannedDollars | None:
     """Return what a call costs; None if nothing says which model it is for."""
     name = model or body.get("model")

@@ -34,8 +34,6 @@ _PARTS: Final = 240
 _CALLS_A_PART: Final = 5
 #: When plans begin, for limits that reset by the calendar: early in January 2025.
 _DATE: Final = 1_736_380_800 * NANOSECONDS
-
-
 #: From this many seconds on, tenths do not matter.
 _LONG: Final = 100
 #: Units of longer times: the unit's seconds and its name, and those of the unit for the rest.
