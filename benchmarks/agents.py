@@ -113,14 +113,8 @@ class Result:
         return statistics.fmean(self.seconds)
 
 
-def play(
-    agents: Sequence[Agent], order: Order, *, earlier: Sequence[Agent] = (), wrong_by: float = 0.0
-) -> Result:
-    """Run ``agents`` on virtual time, after ``earlier`` ones that teach the sizes.
-
-    Sizes that are told are wrong by lognormal ``wrong_by``.
-    """
-    draw = random.Random(0)
+def play(agents: Sequence[Agent], order: Order, *, earlier: Sequence[Agent] = ()) -> Result:
+    """Run ``agents`` on virtual time, after ``earlier`` ones that teach the sizes."""
     seconds: list[float] = []
     admitted: list[tuple[float, int]] = []
 
@@ -134,8 +128,8 @@ def play(
             elif order == "fair shares":
                 yield limiter.child(str(id(one)))
             else:
-                told = one.tokens * draw.lognormvariate(0, wrong_by)
-                expects = Cost(requests=0, tokens=told) if order == "true sizes" else None
+                true = Cost(requests=0, tokens=one.tokens)
+                expects = true if order == "true sizes" else None
                 with agent(kind=one.kind, expects=expects):
                     yield limiter
 
