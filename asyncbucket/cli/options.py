@@ -107,20 +107,20 @@ AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]
 
 
-def preset_limits(preset: str | None) -> Iterable[Limit]:
-    """Return the limits of a preset; if it is old, a line on standard error says so.
+def further_limits(also: Iterable[str] | None, preset: str | None) -> list[str | Limit]:
+    """Return what `Also` and `Preset` say; if a preset is old, a line on standard error says so.
 
     Raises:
         ValueError: there is no such preset.
     """
-    if preset is None:
-        return ()
-    from asyncbucket.presets import preset as limits_of
+    limits: list[str | Limit] = [*(also or ())]
+    if preset is not None:
+        from asyncbucket.presets import preset as limits_of
 
-    with warnings.catch_warnings(record=True, action="always") as caught:
-        limits = limits_of(preset)
-    for warning in caught:
-        typer.echo(f"note: {warning.message}", err=True)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            limits += limits_of(preset)
+        for warning in caught:
+            typer.echo(f"note: {warning.message}", err=True)
     return limits
 
 

@@ -70,8 +70,7 @@ def plan(  # noqa: PLR0913 - one for each option
     if source is not None and tokens is not None:
         raise ValueError(f"{source!r} and --tokens both say what calls cost: give one of them")
     planned = make_plan(
-        *(limits or ()),
-        *options.preset_limits(preset),
+        *options.further_limits(limits, preset),
         calls=calls,
         tokens=_samples(tokens or source),
         latency=_samples(latency),

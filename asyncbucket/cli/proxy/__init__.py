@@ -126,7 +126,7 @@ class ProxyOptions:
 
     def _read_limiter(self, table: Mapping[str, Any] | None) -> None:
         """Take the limiter's arguments from ``table``, where they were not typed."""
-        also = [*(self.also or ()), *options.preset_limits(self.preset)]
+        also = options.further_limits(self.also, self.preset)
         names = ("rpm", "tpm", "max_queue", "store")
         typed = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.concurrency is not None:

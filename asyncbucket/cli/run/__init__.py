@@ -92,7 +92,7 @@ class Job:
         Raises:
             ValueError: it cannot be understood; the message says what, and the remedy.
         """
-        also = [*(self.also or ()), *options.preset_limits(self.preset)]
+        also = options.further_limits(self.also, self.preset)
         self.limits = tuple(read_limits(also, {"rpm": self.rpm, "tpm": self.tpm}))
         self.slots = options.read_concurrency(self.concurrency)
         self.base = self.api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
