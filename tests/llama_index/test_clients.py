@@ -23,7 +23,7 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 from pydantic import PrivateAttr
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, pace
 from asyncbucket.providers.profiles import OPENAI
 from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
@@ -219,10 +219,20 @@ def test_http_client_given_by_the_user_is_not_touched() -> None:
     assert theirs._transport is transport
 
 
-def test_native_rate_limiter_causes_a_warning_at_the_callers_line() -> None:
+@pytest.mark.parametrize(
+    "put_behind",
+    [
+        lambda model: Limiter("100 RPM").wrap(model),
+        lambda model: Limiter("100 RPM").wrap([model]),
+        lambda model: pace(model, rpm=100),
+    ],
+)
+def test_native_rate_limiter_causes_a_warning_at_the_callers_line(
+    put_behind: Callable[[OpenAI], object],
+) -> None:
     inner = OpenAI(api_key=KEY, rate_limiter=TokenBucketRateLimiter(requests_per_minute=10))
     with pytest.warns(UserWarning, match="OpenAI has a rate_limiter of its own") as caught:
-        Limiter("100 RPM").wrap(inner)
+        put_behind(inner)
     assert caught[0].filename == __file__
 
 
