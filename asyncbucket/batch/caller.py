@@ -19,7 +19,7 @@ from asyncbucket.core.context import agent
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Admitted, Event, Queued, Refused
 from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import is_under, levels, share_a_level, undo
+from asyncbucket.core.levels import is_under, root_of, share_a_level, undo
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import shown
 from asyncbucket.nesting import give_up_slots
@@ -139,7 +139,7 @@ class Caller:
         """
         stack = contextlib.ExitStack()
         if not self.fn_acquires:
-            root = _root(self._limiter)
+            root = root_of(self._limiter)
             stack.callback(root.observe(functools.partial(_on_event, root)))
             loop = asyncio.get_running_loop()
 
@@ -171,7 +171,7 @@ class Caller:
             except Stopped:
                 undo(lease)
                 raise
-            root = _root(self._limiter)
+            root = root_of(self._limiter)
             token = _CALL.set(_Call(root, lease, self._refuse, _CALL.get()))
             try:
                 return await self._start(item)
@@ -192,10 +192,6 @@ class Caller:
 def name_in_code(fn: object) -> str:
     """Return what the code calls ``fn``."""
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
-
-
-def _root(limiter: Limiter) -> Limiter:
-    return [*levels(limiter)][-1]
 
 
 def _keywords(price: ItemCost) -> dict[str, Any]:

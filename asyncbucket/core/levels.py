@@ -26,6 +26,11 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
         level = level.parent
 
 
+def root_of(limiter: Limiter) -> Limiter:
+    """Return the limiter above all those above ``limiter``; itself if there is none."""
+    return [*levels(limiter)][-1]
+
+
 def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
     """Return the nodes that a call here passes: on the only way, or on one through each pool member."""
     path: tuple[Node, ...] = limiter._node.path
@@ -102,7 +107,7 @@ def capped() -> set[str]:
 
 def prices_of(limiter: Limiter) -> Mapping[str, Any]:
     """Return the prices that the root of ``limiter`` was given."""
-    return [*levels(limiter)][-1]._prices
+    return root_of(limiter)._prices
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
