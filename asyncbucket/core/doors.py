@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeAlias, TypeVar, Unpack, cast, overload
 
-from asyncbucket.core.explain import pauses
 from asyncbucket.core.meters import Window
 from asyncbucket.core.node import Node, Sizer
 
@@ -265,7 +264,7 @@ def find_pause(node: Node) -> Any:
     """Return the pause of a limiter; with the lock held."""
     from asyncbucket.feedback.pause import Pause
 
-    for pause in pauses(node):
+    for pause in node.pauses():
         return pause
     node.extra = ((Pause(), "concurrency"), *node.extra)  # each call takes one of it
     node.pacer.limits_changed_locked(node)

@@ -8,7 +8,7 @@ import collections
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.core.context import Agent
 from asyncbucket.core.cost import Cost
@@ -389,11 +389,6 @@ def _unit(rate: Rate) -> tuple[str, int]:
 # --- statistics ---
 
 
-def pauses(node: Node) -> Iterator[Any]:
-    """Yield the pause of a limiter, if there has been one."""
-    return (meter for meter, _ in node.extra if meter.bound_by == "paused")
-
-
 def statistics_locked(node: Node) -> Statistics:
     """Return what passed at ``node`` and below, what waits, and what for."""
     pacer: Pacer = node.pacer
@@ -408,7 +403,7 @@ def statistics_locked(node: Node) -> Statistics:
         waiting=node.waiting,
         in_flight=node.in_flight,
         concurrency=node.concurrency,
-        paused=max((0, *(pause.until - now for pause in pauses(node)))) * 1e-9,
+        paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
         upstream_429=node.upstream_429,
         overridden=pacer.overridden,
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},

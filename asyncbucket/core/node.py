@@ -11,7 +11,7 @@ one comes (`Node.__getattr__`), and forgotten when limits change here or above.
 
 import re
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -231,10 +231,13 @@ class Node:
                 return NEVER, "concurrency"
         return latest(self.meters, amounts, now)
 
+    def pauses(self) -> Iterator[Any]:
+        """Yield the pause of this limiter itself, if there has been one."""
+        return (meter for meter, _ in self.extra if meter.bound_by == "paused")
+
     def why_paused(self) -> str:
         """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
-        found: list[Any] = [meter for node in self.path for meter, _ in node.extra]
-        pauses = [meter for meter in found if meter.bound_by == "paused" and meter.reason]
+        pauses = [each for node in self.path for each in node.pauses() if each.reason]
         return f" ({max(pauses, key=lambda pause: pause.until).reason})" if pauses else ""
 
     def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
