@@ -1,5 +1,6 @@
 """What every test relies on."""
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -50,6 +51,13 @@ def python(
 
 #: The folders whose tests are measured, if not all are: see `make test`.
 MEASURED = os.environ.get("MEASURED", "").split()
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    """Wait until something is so that no event tells of: in another thread, or in a server."""
+    async with asyncio.timeout(10):
+        while not is_so():  # noqa: ASYNC110 - there is nothing to await
+            await asyncio.sleep(0.001)
 
 
 def is_measured(item: pytest.Item) -> bool:

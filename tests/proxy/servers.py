@@ -5,7 +5,7 @@ import contextlib
 import gzip
 import json
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ import httpx
 
 from asyncbucket.cli.proxy import ProxyOptions
 from asyncbucket.cli.proxy.app import Proxy, _Server
+from tests.conftest import until
 
 CHAT: dict[str, Any] = {"model": "gpt", "messages": [{"role": "user", "content": "salve"}]}
 MEBIBYTE = 1_048_576
@@ -62,13 +63,6 @@ class Upstream:
             for _ in range(int(scope["query_string"])):
                 await send({**part, "body": bytes(MEBIBYTE)})
         await send({**part, "body": b"", "more_body": False})
-
-
-async def until(is_so: Callable[[], object]) -> None:
-    """Wait until something is so; servers have no events that tell."""
-    async with asyncio.timeout(10):
-        while not is_so():  # noqa: ASYNC110 - there is nothing to await
-            await asyncio.sleep(0.001)
 
 
 @contextlib.asynccontextmanager

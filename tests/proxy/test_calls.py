@@ -16,7 +16,8 @@ import openai
 import pytest
 
 from asyncbucket.testing import RateLimitedProvider
-from tests.proxy.servers import CHAT, Proxied, Upstream, proxied, served, until
+from tests.conftest import until
+from tests.proxy.servers import CHAT, Proxied, Upstream, proxied, served
 
 pytestmark = pytest.mark.real_clock
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +23,7 @@ from asyncbucket.testing import RateLimitedProvider
 from asyncbucket.testing.endpoints import go_duration
 from asyncbucket.testing.provider import main
 from asyncbucket.testing.pytest_plugin import ProviderFactory
-from tests.conftest import python
+from tests.conftest import python, until
 
 KEY = {"authorization": "Bearer test-key"}
 HELLO = {"model": "m", "max_tokens": 50, "messages": [{"role": "user", "content": "Hello"}]}
@@ -39,13 +38,6 @@ def refuses_connections(url: str) -> bool:
     parts = urlsplit(url)
     with socket.socket() as probe:
         return probe.connect_ex((parts.hostname, parts.port)) != 0
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    """Wait until something has happened in the provider's thread."""
-    async with asyncio.timeout(10):
-        while not happened():  # noqa: ASYNC110 - the server's loop sends no event to this one
-            await asyncio.sleep(0.005)
 
 
 async def test_stopped_provider_leaves_no_thread_or_socket() -> None:
