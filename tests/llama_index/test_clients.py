@@ -219,14 +219,14 @@ def test_http_client_given_by_the_user_is_not_touched() -> None:
     assert theirs._transport is transport
 
 
-@pytest.mark.parametrize(
-    "put_behind",
-    [
-        lambda model: Limiter("100 RPM").wrap(model),
-        lambda model: Limiter("100 RPM").wrap([model]),
-        lambda model: pace(model, rpm=100),
-    ],
-)
+WAYS: list[Callable[[OpenAI], object]] = [
+    Limiter("100 RPM").wrap,
+    lambda model: Limiter("100 RPM").wrap([model]),
+    lambda model: pace(model, rpm=100),
+]
+
+
+@pytest.mark.parametrize("put_behind", WAYS)
 def test_native_rate_limiter_causes_a_warning_at_the_callers_line(
     put_behind: Callable[[OpenAI], object],
 ) -> None:
