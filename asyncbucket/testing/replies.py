@@ -138,6 +138,8 @@ def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = N
     kind = schema.get("type") or ("object" if "properties" in schema or not schema else "string")
     if "const" in schema or "enum" in schema:
         return schema["const"] if "const" in schema else schema["enum"][0]
+    if isinstance(kind, list):
+        kind = "null" if "null" in kind else kind[0]
     match kind:
         case "object":
             parts, names = schema.get("properties") or {}, schema.get("required", ())

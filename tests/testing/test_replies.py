@@ -17,10 +17,10 @@ from asyncbucket.testing.provider import RateLimitedProvider
 
 PARAMETERS = {
     "type": "object",
-    "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "minimum": 3}},
+    "properties": {"a": {"type": ["integer", "null"]}, "b": {"type": "integer", "minimum": 3}},
     "required": ["a", "b"],
 }
-ARGUMENTS = {"a": 1, "b": 3}
+ARGUMENTS = {"a": None, "b": 3}
 FUNCTION = {"name": "multiply", "description": "Multiply two numbers.", "parameters": PARAMETERS}
 MULTIPLY: Any = {"type": "function", "function": FUNCTION}
 HELLO: Any = [{"role": "user", "content": "Hello"}]

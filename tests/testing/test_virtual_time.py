@@ -1,5 +1,4 @@
 import asyncio
-import math
 import re
 import time as real
 from typing import Any
@@ -116,7 +115,7 @@ def test_deadlock_error_names_waiting_tasks_and_sleeping_forever_sets_no_timer()
         await asyncio.Event().wait()
 
     async def main() -> None:
-        ended = asyncio.create_task(asyncio.sleep(math.inf))
+        ended = asyncio.create_task(asyncio.sleep(1e18))
         sleeper = asyncio.create_task(anyio.sleep_forever(), name="sleeper")
         await asyncio.sleep(2)
         ended.cancel()
