@@ -99,17 +99,14 @@ class _Exchange:
     async def response(self) -> Response:
         """Return the reply, or an error."""
         try:
-            return await self._reply()
+            model, costs, reply = self._read(await self._request.body())
+            failure = self._enforcer.enter(self.endpoint, model, costs)
+            self._is_admitted = True
+            if failure is not None and (failure.after_chunks is None or isinstance(reply, dict)):
+                self.leave({})
+                raise failure.error()
         except CallError as error:
             return self._error(error)
-
-    async def _reply(self) -> Response:
-        model, costs, reply = self._read(await self._request.body())
-        failure = self._enforcer.enter(self.endpoint, model, costs)
-        self._is_admitted = True
-        if failure is not None and (failure.after_chunks is None or isinstance(reply, dict)):
-            self.leave({})
-            raise failure.error()
         seconds = self._enforcer.draw_latency()
         if isinstance(reply, list):
             chunks = self._stream(reply, seconds / len(reply), failure)
