@@ -50,8 +50,9 @@ class BusiestWindow:
 def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
 
-    `limit` may be a text, as for a limiter: `"60k TPM"`. If `limit.burst` is set, assert also that
-    a bucket of that burst, refilled at `amount / per`, admits the trace.
+    `limit` may be a text, as for a limiter: `"60k TPM"`. If it has a burst (a request limit has one
+    of a tenth, unless you say `"600 RPM burst 600"`), assert also that a bucket of that burst,
+    refilled at `amount / per`, admits the trace.
 
     Returns:
         The busiest window, to assert that the limit was used: `.amount >= 0.99 * limit.amount`.
