@@ -28,11 +28,12 @@ pool = Pool(*keys, name="gpt-4o-mini")
 
 
 async def fail(provider: RateLimitedProvider) -> None:
-    """Stop a provider, and start it again a second later."""
+    """Stop a provider, and start it again when the pool has noticed."""
     await asyncio.sleep(0.5)
     provider.port = urlsplit(provider.url).port or 0
     await asyncio.to_thread(provider.stop)
-    await asyncio.sleep(0.5)
+    while not any(state.reason for state in pool.states()):  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0.05)
     print(*pool.states(), sep="\n")
     await asyncio.sleep(0.5)
     await asyncio.to_thread(provider.start)

@@ -55,7 +55,7 @@ MEASURED = os.environ.get("MEASURED", "").split()
 
 async def until(is_so: Callable[[], object]) -> None:
     """Wait until something is so that no event tells of: in another thread, or in a server."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not is_so():  # noqa: ASYNC110 - there is nothing to await
             await asyncio.sleep(0.001)
 

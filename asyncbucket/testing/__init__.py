@@ -12,12 +12,7 @@ The provider is loaded when one of its names is first used, so virtual time need
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from asyncbucket.testing.assertions import (
-    BusiestWindow,
-    assert_never_over,
-    assert_within_bucket,
-    busiest_window,
-)
+from asyncbucket.testing.assertions import BusiestWindow, assert_never_over, assert_within_bucket
 
 # Not lazily: the function has its module's name, and importing the module later would hide it.
 from asyncbucket.testing.virtual_time import (
@@ -42,7 +37,6 @@ __all__ = [
     "VirtualTimeLoop",
     "assert_never_over",
     "assert_within_bucket",
-    "busiest_window",
     "virtual_time",
 ]
 

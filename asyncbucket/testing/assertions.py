@@ -50,8 +50,9 @@ class BusiestWindow:
 def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
     """Assert that every window of `limit.per` seconds holds at most `limit.amount`.
 
-    `limit` may be a text, as for a limiter: `"60k TPM"`. If `limit.burst` is set, assert also that
-    a bucket of that burst, refilled at `amount / per`, admits the trace.
+    `limit` may be a text, as for a limiter: `"60k TPM"`. If it has a burst (a request limit has one
+    of a tenth, unless you say `"600 RPM burst 600"`), assert also that a bucket of that burst,
+    refilled at `amount / per`, admits the trace.
 
     Returns:
         The busiest window, to assert that the limit was used: `.amount >= 0.99 * limit.amount`.
@@ -65,7 +66,7 @@ def assert_never_over(trace: TimedAmounts, limit: Limit | str) -> BusiestWindow:
     if limit.resets is not None:
         raise ValueError(f"{limit} holds by the calendar, and in no other window of that length")
     admissions = _admissions(trace)
-    worst = _busiest(admissions, _window(limit.per))
+    worst = _busiest(admissions, _nanoseconds(limit.per))
     if worst.amount > limit.units:
         raise AssertionError(
             f"over the limit: {counted(worst.amount, 'units')} in "
@@ -90,16 +91,6 @@ def assert_within_bucket(trace: TimedAmounts, *, rate: float, burst: float) -> N
     if not (0 <= rate < math.inf and 0 < burst < math.inf):
         raise ValueError(f"rate must be from 0 on and burst above 0, not {rate!r} and {burst!r}")
     _check_bucket(_admissions(trace), Fraction(rate), burst)
-
-
-def busiest_window(trace: TimedAmounts, *, per: float) -> BusiestWindow:
-    """Find the window of `per` seconds that holds most; an empty trace gives zeros.
-
-    Raises:
-        ValueError, TypeError: If the trace is not valid, or `per` is not a positive number of
-            seconds.
-    """
-    return _busiest(_admissions(trace), _window(per))
 
 
 def _busiest(admissions: list[tuple[int, int]], window: int) -> BusiestWindow:
@@ -152,13 +143,6 @@ def _admissions(trace: TimedAmounts) -> list[tuple[int, int]]:
     if len({type(when) for when, _ in pairs}) > 1:
         raise TypeError("a trace mixes int times (ns) and float times (s); use one kind")
     return sorted((when if type(when) is int else _nanoseconds(when), n) for when, n in pairs)
-
-
-def _window(per: float) -> int:
-    window = _nanoseconds(per)
-    if window < 1:
-        raise ValueError(f"a window must last a positive number of seconds, not {per}")
-    return window
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Final
@@ -20,17 +19,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from asyncbucket.testing.enforcer import (
-    LIMITS,
+    MILLISECOND,
     NANOSECONDS,
     RULES,
+    CallError,
     Enforcer,
     Failure,
-    RateRefusal,
     Rules,
+    go_duration,
 )
 from asyncbucket.testing.replies import DIALECTS, Answer, Json, answer, as_events, embeddings
 
-_MILLISECOND: Final = 1_000_000
 _KEYS: Final = ("authorization", "api-key", "x-api-key", "x-goog-api-key")
 #: Types of errors by their status, or by its first digit.
 _OPENAI: Final = {429: "requests", 4: "invalid_request_error", 5: "server_error"}
@@ -46,32 +45,6 @@ _CODES: Final = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 #: What Google calls a quota.
 _QUOTAS: Final = {"requests": "RequestsPerMinute", "daily_requests": "RequestsPerDay"}
 _GOOGLE_TYPE: Final = "type.googleapis.com/google.rpc"
-
-
-@dataclass(eq=False)
-class CallError(Exception):
-    """What a call is answered with in place of a reply.
-
-    Attributes:
-        status: The HTTP status.
-        message: For people.
-        kind: OpenAI's type; by default that of the status.
-        code: OpenAI's code; by default that of the status.
-        wait: Nanoseconds until the call would pass, if that is told.
-        refused: The resource that refuses it for rate.
-    """
-
-    status: int
-    message: str
-    kind: str | None = None
-    code: str | None = None
-    wait: int | None = None
-    refused: str = ""
-
-    @property
-    def seconds(self) -> int:
-        """Whole seconds until the call would pass."""
-        return -(-(self.wait or 0) // NANOSECONDS)
 
 
 class Api:
@@ -126,21 +99,17 @@ class _Exchange:
     async def response(self) -> Response:
         """Return the reply, or an error."""
         try:
-            return await self._reply()
+            model, costs, reply = self._read(await self._request.body())
+            failure = self._enforcer.enter(self.endpoint, model, costs)
+            self._is_admitted = True
+            if failure is not None and (failure.after_chunks is None or isinstance(reply, dict)):
+                self.leave({})
+                raise failure.error()
         except CallError as error:
             return self._error(error)
-
-    async def _reply(self) -> Response:
-        model, costs, reply = self._read(await self._request.body())
-        self._is_admitted, outcome = self._enforcer.enter(self.endpoint, costs)
-        if isinstance(outcome, RateRefusal):
-            raise _refusal(outcome, model)
-        if outcome is not None and (outcome.after_chunks is None or isinstance(reply, dict)):
-            self.leave({})
-            raise _failure(outcome)
         seconds = self._enforcer.draw_latency()
         if isinstance(reply, list):
-            chunks = self._stream(reply, seconds / len(reply), outcome)
+            chunks = self._stream(reply, seconds / len(reply), failure)
             return StreamingResponse(chunks, 200, self._headers(), "text/event-stream")
         await self._pause(seconds)
         self.leave(self._corrections)
@@ -216,8 +185,8 @@ class _Exchange:
         form = rules.refusal if error.refused and rules.refusal else rules.error
         waits = {
             "retry-after": error.seconds,
-            "retry-after-ms": -(-nanoseconds // _MILLISECOND),
-            "x-ratelimit-reset": round(time.time() * 1_000) + nanoseconds // _MILLISECOND,
+            "retry-after-ms": -(-nanoseconds // MILLISECOND),
+            "x-ratelimit-reset": round(time.time() * 1_000) + nanoseconds // MILLISECOND,
         }
         headers = {**self._headers(), **(rules.refusal_headers if error.refused else {})}
         if error.wait is not None:
@@ -240,30 +209,6 @@ class _Exchange:
             if template:
                 headers |= {template.format(part=part): str(values[part]) for part in rules.parts}
         return headers
-
-
-def _refusal(refusal: RateRefusal, model: str) -> CallError:
-    """Return a 429 for rate."""
-    advice = "It is larger than the limit and can never pass."
-    if refusal.wait is not None:
-        advice = f"Please try again in {go_duration(refusal.wait)}."
-    elif refusal.reason == "concurrency":
-        advice = "Please try again when one of them is done."
-    message = (
-        f"Rate limit reached for {model} on {LIMITS[refusal.reason][1]}: Limit {refusal.limit}, "
-        f"Used {refusal.used}, Requested {refusal.requested}. {advice}"
-    )
-    kind = "tokens" if refusal.reason == "tokens" else "requests"
-    return CallError(429, message, kind, wait=refusal.wait, refused=refusal.reason)
-
-
-def _failure(failure: Failure) -> CallError:
-    """Return what was scripted."""
-    message = f"The provider was told to answer with {failure.status}."
-    kind = failure.code if failure.code == "insufficient_quota" else None
-    seconds = failure.retry_after
-    wait = None if seconds is None else round(seconds * NANOSECONDS)
-    return CallError(failure.status, message, kind, failure.code, wait)
 
 
 def error_body(form: str, error: CallError) -> Json:
@@ -303,11 +248,3 @@ def _reset(nanoseconds: int, rules: Rules) -> str:
         return str(-(-nanoseconds // NANOSECONDS))
     until = datetime.now(UTC) + timedelta(seconds=nanoseconds / NANOSECONDS)
     return until.isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def go_duration(nanoseconds: int) -> str:
-    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 8.64s, 6m0s."""
-    minutes, milliseconds = divmod(-(-nanoseconds // _MILLISECOND), 60_000)
-    if minutes:
-        return f"{minutes}m{milliseconds / 1000:g}s"
-    return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds / 1000:g}s"  # noqa: PLR2004 - a second

@@ -34,6 +34,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 from asyncbucket.core.wording import is_number, read_count
 
 NANOSECONDS: Final = 1_000_000_000
+MILLISECOND: Final = 1_000_000
 TOO_MANY_REQUESTS: Final = 429
 
 PolicyName: TypeAlias = Literal[
@@ -194,6 +195,13 @@ class Failure:
             raise ValueError(f"retry_after must be finite and >= 0 s, not {self.retry_after!r}")
         if self.after_chunks is not None:
             read_count(self.after_chunks, "after_chunks")
+
+    def error(self) -> "CallError":
+        """Return what the call is answered with."""
+        message = f"The provider was told to answer with {self.status}."
+        kind = self.code if self.code == "insufficient_quota" else None
+        wait = None if self.retry_after is None else round(self.retry_after * NANOSECONDS)
+        return CallError(self.status, message, kind, self.code, wait)
 
 
 class Arrival(NamedTuple):
@@ -374,23 +382,33 @@ def _ceil(amount: int, divisor: int) -> int:
     return -(-amount // divisor)
 
 
-@dataclass(frozen=True, slots=True)
-class RateRefusal:
-    """Why a call was refused for rate.
+@dataclass(eq=False)
+class CallError(Exception):
+    """What a call is answered with in place of a reply.
 
     Attributes:
-        reason: "requests", "tokens"..., or "concurrency".
-        limit: The limit that refuses it.
-        used: How much of it is used.
-        requested: What the call asked for.
-        wait: Nanoseconds until it would pass; None if waiting doesn't help or it is unknown.
+        status: The HTTP status.
+        message: For people.
+        kind: OpenAI's type; by default that of the status.
+        code: OpenAI's code; by default that of the status.
+        wait: Nanoseconds until the call would pass, if that is told.
+        refused: The resource that refuses it for rate.
     """
 
-    reason: str
-    limit: int
-    used: int
-    requested: int
-    wait: int | None
+    status: int
+    message: str
+    kind: str | None = None
+    code: str | None = None
+    wait: int | None = None
+    refused: str = ""
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def seconds(self) -> int:
+        """Whole seconds until the call would pass."""
+        return _ceil(self.wait or 0, NANOSECONDS)
 
 
 class Enforcer:
@@ -416,33 +434,41 @@ class Enforcer:
         self._endpoints: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def enter(
-        self, endpoint: str, costs: Mapping[str, int]
-    ) -> tuple[bool, RateRefusal | Failure | None]:
-        """Tell whether a call is admitted, and why not or how it fails; an admitted one must `leave`.
-
-        A call with a `Failure` other than 429 is admitted, too.
+    def enter(self, endpoint: str, model: str, costs: Mapping[str, int]) -> Failure | None:
+        """Admit a call, which must `leave`, and return how it then fails, if it does.
 
         Args:
             endpoint: The end of its path.
+            model: Which model it is for.
             costs: What it costs besides being a request, in tokens at least.
+
+        Raises:
+            CallError: It is refused: for rate, or by a failure with status 429.
         """
         costs = {"requests": 1, "daily_requests": 1, **costs}
         with self._lock:
             now = self.options.clock()
-            reason, outcome = self._decide(costs, now)
+            failure = Failure(self.options.always) if self.options.always else None
+            if self._scripted:
+                failure = self._scripted[0]
+            is_429 = failure is not None and failure.status == TOO_MANY_REQUESTS
+            refusal = None if is_429 else self._refusal(costs, model, now)
+            if self._scripted and refusal is None:
+                self._scripted.popleft()
+            if failure is not None and is_429:
+                refusal = failure.error()
             self._endpoints[endpoint] += 1
-            self._arrivals.append(Arrival(now, endpoint, costs["tokens"], not reason))
-            if reason:
-                self._refused[reason] += 1
-                return False, outcome
+            self._arrivals.append(Arrival(now, endpoint, costs["tokens"], refusal is None))
+            if refusal is not None:
+                self._refused[refusal.refused or "scripted"] += 1
+                raise refusal
             self._charge(costs, now)
             counts = self._counts
             counts["admitted"] += 1
-            counts["errors"] += outcome is not None
+            counts["errors"] += failure is not None
             counts["in_flight"] += 1
             counts["peak_in_flight"] = max(counts["peak_in_flight"], counts["in_flight"])
-            return True, outcome
+            return failure
 
     def leave(self, corrections: Mapping[str, int] | None) -> None:
         """Give the slot of an admitted call back, and correct its charge by these differences.
@@ -497,36 +523,46 @@ class Enforcer:
             if limit is not None:
                 yield name, limit, policy
 
-    def _decide(
-        self, costs: Mapping[str, int], now: int
-    ) -> tuple[str, RateRefusal | Failure | None]:
-        """Return what refuses a call, if anything does, and the outcome."""
-        failure = Failure(self.options.always) if self.options.always else None
-        if self._scripted:
-            failure = self._scripted[0]
-        is_429 = failure is not None and failure.status == TOO_MANY_REQUESTS
-        refusal = None if is_429 else self._refusal(costs, now)
-        if refusal is not None:
-            return refusal.reason, refusal
-        if self._scripted:
-            self._scripted.popleft()
-        return "scripted" if is_429 else "", failure
-
-    def _refusal(self, costs: Mapping[str, int], now: int) -> RateRefusal | None:
+    def _refusal(self, costs: Mapping[str, int], model: str, now: int) -> CallError | None:
+        """Return which limit refuses a call: the one for which it would wait longest."""
         slots, in_flight = self.options.concurrency, self._counts["in_flight"]
         if slots is not None and in_flight >= slots:
-            return RateRefusal("concurrency", slots, in_flight, 1, None)
-        refusals: list[RateRefusal] = []
+            return _refused(model, "concurrency", slots, in_flight, 1, None)
+        refusals: list[CallError] = []
         for name, limit, policy in self._limits():
             amount = costs.get(name, 0)
             wait = policy.wait(amount, limit, now)
             if wait != 0:
                 used = limit - policy.remaining(limit, now)
-                refusals.append(RateRefusal(name, limit, used, amount, wait))
-        # The one that lasts longest.
+                refusals.append(_refused(model, name, limit, used, amount, wait))
         return max(refusals, key=lambda each: (each.wait is None, each.wait or 0), default=None)
 
     def _charge(self, costs: Mapping[str, int], now: int) -> None:
         for name, limit, policy in self._limits():
             policy.charge(costs.get(name, 0), limit, now)
         self._counts["tokens"] += costs.get("tokens", 0)
+
+
+def _refused(
+    model: str, name: str, limit: int, used: int, amount: int, wait: int | None
+) -> CallError:
+    """Return a 429 for rate, in OpenAI's words."""
+    advice = "It is larger than the limit and can never pass."
+    if wait is not None:
+        advice = f"Please try again in {go_duration(wait)}."
+    elif name == "concurrency":
+        advice = "Please try again when one of them is done."
+    message = (
+        f"Rate limit reached for {model} on {LIMITS[name][1]}: Limit {limit}, Used {used}, "
+        f"Requested {amount}. {advice}"
+    )
+    kind = "tokens" if name == "tokens" else "requests"
+    return CallError(TOO_MANY_REQUESTS, message, kind, wait=wait, refused=name)
+
+
+def go_duration(nanoseconds: int) -> str:
+    """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 8.64s, 6m0s."""
+    minutes, milliseconds = divmod(_ceil(nanoseconds, MILLISECOND), 60_000)
+    if minutes:
+        return f"{minutes}m{milliseconds / 1000:g}s"
+    return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds / 1000:g}s"  # noqa: PLR2004 - a second

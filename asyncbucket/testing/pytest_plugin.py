@@ -12,7 +12,7 @@ that are stopped at the end of the test::
         provider = rate_limited_provider(rpm=600, tpm=100_000)
         client = AsyncOpenAI(base_url=provider.base_url, api_key="any")
 
-pytest loads this module in every session, so it imports nothing until a fixture is used.
+pytest loads this module in every session, so until a fixture is used it imports the core alone.
 """
 
 import contextlib

@@ -11,6 +11,8 @@ raises, which becomes an error 400.
 
 import json
 import random
+import struct
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,6 +138,8 @@ def smallest_instance(schema: Json, *, text: str = "text", root: Json | None = N
     kind = schema.get("type") or ("object" if "properties" in schema or not schema else "string")
     if "const" in schema or "enum" in schema:
         return schema["const"] if "const" in schema else schema["enum"][0]
+    if isinstance(kind, list):
+        kind = "null" if "null" in kind else kind[0]
     match kind:
         case "object":
             parts, names = schema.get("properties") or {}, schema.get("required", ())
@@ -282,9 +286,12 @@ def _response(reply: Answer, call_id: str) -> Chunk:
         "incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None,
         "model": reply.model,
         "output": [{**item, "status": status}],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
         "usage": {
             "input_tokens": reply.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": reply.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": reply.total_tokens,
@@ -301,18 +308,20 @@ def _response_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
     if reply.tool is None:
         (part,) = item["content"]
         empty: Chunk = {"content": []}
-        where["content_index"] = 0
-        delta: Chunk = {"type": "response.output_text.delta", "logprobs": [], **where}
+        where |= {"content_index": 0, "logprobs": []}
+        kind, said = "response.output_text", "text"
         head = [{"type": "response.content_part.added", "part": {**part, "text": ""}, **where}]
     else:
         empty = {"arguments": ""}
-        delta = {"type": "response.function_call_arguments.delta", **where}
+        where["name"] = reply.tool
+        kind, said = "response.function_call_arguments", "arguments"
     started = {**item, "status": "in_progress", **empty}
     events: list[Chunk] = [
         {"type": "response.created", "response": begun},
         {"type": "response.output_item.added", "output_index": 0, "item": started},
         *head,
-        *({**delta, "delta": piece} for piece in _pieces(reply.text)),
+        *({"type": f"{kind}.delta", "delta": piece, **where} for piece in _pieces(reply.text)),
+        {"type": f"{kind}.done", said: reply.text, **where},
         {"type": "response.output_item.done", "output_index": 0, "item": item},
         {"type": f"response.{whole['status']}", "response": whole},
     ]
@@ -373,9 +382,12 @@ def embeddings(body: Json) -> tuple[int, Chunk]:
     texts = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
     tokens = sum(tokens_of(len(text)) if isinstance(text, str) else len(text) for text in texts)
     size = _number(body, "dimensions") or DIMENSIONS
+    vectors: list[Any] = [_vector(str(text), size) for text in texts]
+    if body.get("encoding_format") == "base64":  # which OpenAI's own clients ask for
+        vectors = [b64encode(struct.pack(f"<{size}f", *vector)).decode() for vector in vectors]
     data = [
-        {"object": "embedding", "index": index, "embedding": _vector(str(text), size)}
-        for index, text in enumerate(texts)
+        {"object": "embedding", "index": index, "embedding": vector}
+        for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return tokens, {"object": "list", "data": data, "model": str(body["model"]), "usage": usage}

@@ -22,7 +22,7 @@ What is guaranteed:
 - *Deterministic*. Timers run in order of their instants; those of one instant in the order of
   asyncio's heap.
 - *No hang*. If nothing is ready, no timer is set and the main task isn't done, `DeadlockError`
-  names the tasks that wait and where. Sleeping until infinity sets no timer.
+  names the tasks that wait and where. Sleeping for centuries (`math.inf`, 1e18) sets no timer.
 - *Executors*. Work given to `run_in_executor` (`asyncio.to_thread`) takes no virtual time: while
   any is running, the loop really waits for it and the clock stands still.
 - *Other threads and sockets* are unknown to the loop: a callback from `call_soon_threadsafe` or
@@ -161,7 +161,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Any = None
     ) -> asyncio.TimerHandle:
-        if when == math.inf:  # never: the loop would jump towards it day by day, for ever
+        if not when < 2 * LATEST_START:  # never: the loop would jump towards it day by day
             return asyncio.TimerHandle(when, callback, args, self, context)
         return super().call_at(when, callback, *args, context=context)
 

@@ -12,18 +12,19 @@ from asyncbucket.testing.assertions import assert_never_over, assert_within_buck
 from asyncbucket.testing.enforcer import (
     POLICY_NAMES,
     SLICES,
+    CallError,
     Enforcer,
     Failure,
     Options,
     Policy,
     PolicyName,
-    RateRefusal,
 )
 from asyncbucket.testing.virtual_time import VirtualClock
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
 CHAT = "chat/completions"
+NEVER = "It is larger than the limit and can never pass."
 
 limits = st.integers(min_value=1, max_value=200)
 # Steps in nanoseconds, many of them 0 or near whole seconds and minutes.
@@ -123,46 +124,50 @@ def test_use_counts_against_another_limit_and_corrections_come_back(name: Policy
     assert policy.remaining(3600, 0) == Policy(name, MINUTE).remaining(3600, 0)
 
 
+def enter(gate: Enforcer, tokens: int) -> Failure | CallError | None:
+    """Return how an admitted call fails, if it does, or why a call is refused."""
+    try:
+        return gate.enter(CHAT, "m", {"tokens": tokens})
+    except CallError as refusal:
+        return refusal
+
+
 def test_refusal_names_the_limit_with_the_longest_wait() -> None:
-    gate = Enforcer(Options(rpm=2, tpm=100, clock=VirtualClock()))
-    gate.enter(CHAT, {"tokens": 50})
-    gate.enter(CHAT, {"tokens": 50})
-    refusals = [gate.enter(CHAT, {"tokens": tokens}) for tokens in (100, 10, 101)]
-    assert refusals == [
-        (False, RateRefusal("tokens", 100, 100, 100, 60_000_000_000)),
-        (False, RateRefusal("requests", 2, 2, 1, 30_000_000_000)),
-        (False, RateRefusal("tokens", 100, 100, 101, None)),  # no time helps
+    gate = Enforcer(Options(rpm=2, tpm=100, concurrency=3, clock=VirtualClock()))
+    assert [enter(gate, 50) for _ in range(2)] == [None, None]
+    ends = [enter(gate, tokens) for tokens in (100, 10, 101)]
+    gate.options.rpm, gate.options.concurrency = None, 2
+    ends.append(enter(gate, 0))
+    assert [str(end).partition(" on ")[2] for end in ends] == [
+        "tokens per min (TPM): Limit 100, Used 100, Requested 100. Please try again in 1m0s.",
+        "requests per min (RPM): Limit 2, Used 2, Requested 1. Please try again in 30s.",
+        f"tokens per min (TPM): Limit 100, Used 100, Requested 101. {NEVER}",
+        "concurrent requests: Limit 2, Used 2, Requested 1. Please try again when one of them is done.",
     ]
     seen = gate.statistics()
-    assert seen.refused_429 == {"tokens": 2, "requests": 1}
-    assert seen.tokens == 100  # a refused call is charged by no limit
+    assert seen.refused_429 == {"tokens": 2, "requests": 1, "concurrency": 1}
+    assert (seen.tokens, seen.peak_in_flight) == (100, 2)  # no limit charges for a refused call
+    gate.leave({})
+    assert enter(gate, 0) is None
 
 
 def test_failed_call_is_charged_but_scripted_429_is_not() -> None:
     gate = Enforcer(Options(tpm=100, always=503, clock=VirtualClock()))
     gate.fail_next(1, Failure(500))
     gate.fail_next(2, Failure(429, retry_after=2.5))
-    assert gate.enter(CHAT, {"tokens": 101})[0] is False  # this uses up no failure
-    assert gate.enter(CHAT, {"tokens": 10}) == (True, Failure(500))
+    assert isinstance(enter(gate, 101), CallError)  # this uses up no failure
+    assert enter(gate, 10) == Failure(500)
     gate.leave({})
-    assert gate.enter(CHAT, {"tokens": 10}) == (False, Failure(429, retry_after=2.5))
+    refusal = enter(gate, 10)
+    assert isinstance(refusal, CallError)
+    assert (refusal.status, refusal.wait) == (429, 2.5 * SECOND)
     gate.fail_next(0, Failure())  # forgets the rest
     with pytest.raises(ValueError, match="count must be a whole number of at least 0, not -1"):
         gate.fail_next(-1, Failure())
-    assert gate.enter(CHAT, {"tokens": 10}) == (True, Failure(503))
+    assert enter(gate, 10) == Failure(503)
     seen = gate.statistics()
     assert (seen.tokens, seen.errors) == (20, 2)
     assert seen.refused_429 == {"tokens": 1, "scripted": 1}
-
-
-def test_slot_of_a_call_is_free_again_when_it_has_left() -> None:
-    gate = Enforcer(Options(concurrency=1, clock=VirtualClock()))
-    costs = {"tokens": 1}
-    assert gate.enter(CHAT, costs) == (True, None)
-    assert gate.enter(CHAT, costs) == (False, RateRefusal("concurrency", 1, 1, 1, None))
-    gate.leave({})
-    assert gate.enter(CHAT, costs) == (True, None)
-    assert gate.statistics().peak_in_flight == 1
 
 
 @pytest.mark.parametrize(
