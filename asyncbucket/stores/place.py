@@ -30,11 +30,10 @@ from asyncbucket.core.seats import NOWHERE, Seat, reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
-from asyncbucket.stores.session import Session
+from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import (
     SLOT,
     Batch,
-    Booking,
     Correction,
     LimitConfig,
     Store,
@@ -76,18 +75,6 @@ def open_place(
     place.make_store()
     place.check((), None)
     return place
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Say what a call was given."""
-
-    #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
-    booked_at: int
-    #: When it may go, by the worker's clock.
-    start: int
-    slot: bool = False
-    bound_by: str | None = None
 
 
 class BookedMeter:
@@ -202,7 +189,7 @@ class StoreCalls:
             if amount := waiter.amounts.get(resource):
                 meter.unbook(amount, standing.when)
         if standing.reservation is not None:
-            self._cancel(waiter.amounts, standing.reservation)
+            self._cancel(standing.reservation)
         return True
 
     def bury(self) -> None:
@@ -268,7 +255,7 @@ class StoreCalls:
     def reserve(self, waiter: Any, reservation: Reservation) -> None:
         """Note that a call is booked; it may have given up while the batch was in flight."""
         if waiter.done() or waiter not in self._calls:
-            self._cancel(waiter.amounts, reservation)
+            self._cancel(reservation)
         else:
             self._calls[waiter].reservation = reservation
 
@@ -296,10 +283,10 @@ class StoreCalls:
                     del self._calls[waiter]
         return NEVER, elsewhere
 
-    def _cancel(self, amounts: Amounts, reservation: Reservation) -> None:
+    def _cancel(self, reservation: Reservation) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
         if reservation.booked_at:
-            self._place.correct(Correction.undo(amounts, reservation.booked_at))
+            self._place.correct(Correction.undo(reservation.amounts, reservation.booked_at))
         if reservation.slot:
             self._place.release()
 
@@ -438,7 +425,10 @@ class StorePlace:
         limits |= {limit.key: limit for limit in changes}
         if concurrency is None and node.slots < NEVER:
             concurrency = node.slots
-        return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency)
+        learned = bool(node.learned) and node.learned >= limits.keys()
+        return LimitConfig(
+            limits=tuple(limits.values()), concurrency=concurrency, learned=learned
+        )
 
     def adopt(self, config: LimitConfig) -> None:
         """Adopt limits that another process has set; limits that it does not name are removed."""
@@ -446,7 +436,7 @@ class StorePlace:
         named = {limit.key for limit in config.limits}
         with self.lock():
             node.limits = {key: each for key, each in node.limits.items() if key in named}
-            node.set_limits(config.limits, self.clock())
+            node.set_limits(config.limits, self.clock(), learned=config.learned)
             node.slots = NEVER if config.concurrency is None else config.concurrency
             pacer.limits_changed_locked(node)
             for limit in config.limits:
@@ -491,19 +481,24 @@ class StorePlace:
         except CostExceedsLimit as error:
             self._pacer.fail_locked(waiter, error)
 
-    def reserve(
-        self, waiter: AnyWaiter, booking: Booking, start: int, bound_by: str | None = None
-    ) -> None:
-        """Keep what a call was given until its ``start`` (ns of the worker's clock)."""
+    def to_ask(self, amounts: Amounts) -> Amounts:
+        """Return what a call asks of the store: of a learned limit all at most; the rest is a debt."""
+        for window in self._node.limits.values():
+            resource, most = window.limit.resource, window.amount
+            if not window.refuses and amounts.get(resource, 0) > most:
+                amounts = {**amounts, resource: most}
+        return amounts
+
+    def reserve(self, waiter: AnyWaiter, reservation: Reservation) -> None:
+        """Keep what a call was given until it starts."""
         with self.lock():
-            self.pending.held += booking.slot
-            reservation = Reservation(booking.start, start, booking.slot, bound_by)
+            self.pending.held += reservation.slot
             self.calls.reserve(waiter, reservation)
 
     def admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> bool:
         """Let a booked call go, because its start has come; return whether it still waited."""
         # A call may use limited resources that it did not reserve.
-        amounts = {**dict.fromkeys(self._node.resources(), 0), **waiter.amounts}
+        amounts = {**dict.fromkeys(self._node.resources(), 0), **reservation.amounts}
         booked: list[Any] = [
             (BookedMeter(self, reservation, resource, units), resource)
             for resource, units in amounts.items()
@@ -511,6 +506,9 @@ class StorePlace:
         ]
         if not self._pacer.pass_on_locked(waiter, (*below, *booked), now, reservation.bound_by):
             return False
+        for meter, resource in booked:
+            if debt := waiter.amounts.get(resource, 0) - amounts[resource]:
+                meter.owe(debt, now)
         if reservation.slot:
             self._slots.add(id(waiter.lease))
         waiter.seat.ring(now)  # a thread has to look

@@ -62,6 +62,8 @@ class Codec:
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
+        if config.learned:
+            encoded["learned"] = True
         self.text = _as_json(encoded)
 
     @classmethod
@@ -71,7 +73,8 @@ class Codec:
             Limit(resource, amount, per=per, burst=burst, resets=resets)
             for resource, amount, per, burst, resets in config["limits"]
         )
-        return cls(LimitConfig(limits=limits, concurrency=config.get("concurrency")))
+        slots, learned = config.get("concurrency"), config.get("learned", False)
+        return cls(LimitConfig(limits=limits, concurrency=slots, learned=learned))
 
     def starts(self, wall: int) -> str:
         """Encode when some periods of the limits begin that reset, around the server's ``wall``."""

@@ -20,6 +20,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
@@ -29,7 +30,6 @@ from asyncbucket.stores.outage import StoreHealth
 from asyncbucket.stores.store import (
     HORIZON,
     SLOT,
-    Booking,
     Correction,
     Ledger,
     Outcome,
@@ -57,6 +57,19 @@ _FAILED: Final = (
 )
 
 _log: Final = logging.getLogger("asyncbucket")
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Say what a call was given."""
+
+    amounts: Amounts
+    #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
+    booked_at: int
+    #: When it may go, by the worker's clock.
+    start: int
+    slot: bool = False
+    bound_by: str | None = None
 
 
 class Session:
@@ -196,6 +209,10 @@ class Session:
                 return False
         try:
             self._store = place.make_store()
+            if not place.config().limits:  # keep those that other processes have learned
+                known = await self._store.peek(place.name)
+                if known is not None and known.config.learned and not place.config().limits:
+                    place.adopt(replace(known.config, concurrency=place.config().concurrency))
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
@@ -279,8 +296,8 @@ class Session:
         assert self._ledger is not None
         assert self._health is not None
         asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
-        calls = None if heads is None else [waiter.amounts for waiter in heads]
         with self._place.lock():
+            calls = None if heads is None else [self._place.to_ask(each.amounts) for each in heads]
             batch = self._pending.batch(calls, asked_at)
             self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
         try:
@@ -300,13 +317,15 @@ class Session:
             if debts is not None:
                 self._place.correct(debts)
                 self._report_at = 0
-        if heads:
-            self._answer_calls(heads, receipt, asked_at)
+        if heads and batch.calls:
+            self._answer_calls(heads, batch.calls, receipt, asked_at)
         self._let_go()
         if self._in_line and (self._listener is None or self._listener.done()):
             self._listener = self._spawn(self._listen())
 
-    def _answer_calls(self, heads: Sequence[Any], receipt: Receipt, asked_at: int) -> None:
+    def _answer_calls(
+        self, heads: Sequence[Any], calls: Sequence[Amounts], receipt: Receipt, asked_at: int
+    ) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked.
 
         The next are not sent before all but a horizon of the booked starts has passed: others get
@@ -321,19 +340,21 @@ class Session:
         self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
         self._last_start = max(self._last_start, last + offset)
         self._in_line, held_up = receipt.in_line, None
-        for waiter, booking in zip(heads, receipt.bookings, strict=True):
+        for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 booked += 1
-                self._health.record.book(waiter.amounts, booking.start)
+                self._health.record.book(amounts, booking.start)
                 bound_by = booking.bound_by or (before[0] if before else None)
-                self._place.reserve(waiter, booking, max(now, booking.start + offset), bound_by)
+                start = max(now, booking.start + offset)
+                given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
+                self._place.reserve(waiter, given)
             elif booking.outcome is Outcome.NEVER:
                 with self._place.lock():
                     self._place.refuse(waiter)
             elif held_up is None and booking.bound_by is not None:
                 soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
                 until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
-                held_up, self._soonest = (booking.bound_by, until), (waiter.amounts, soonest)
+                held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
         self._place.calls.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 
@@ -394,7 +415,7 @@ class Session:
             if when > now:
                 break
             slot = bool(waiter.amounts.get(SLOT))
-            self._place.reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now)
+            self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
         self._let_go()
         if not heads:
             return NEVER

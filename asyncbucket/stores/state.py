@@ -211,6 +211,7 @@ class State:
             {
                 "limits": [asdict(window.limit) for window in self.windows.values()],
                 "concurrency": self.config.concurrency,
+                "learned": self.config.learned,
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
                 "line": [astuple(place) for place in self.line],
@@ -225,7 +226,9 @@ class State:
         """Return the state that `to_text` wrote."""
         data = json.loads(text)
         limits = tuple(Limit(**limit) for limit in data["limits"])
-        config = LimitConfig(limits=limits, concurrency=data["concurrency"])
+        config = LimitConfig(
+            limits=limits, concurrency=data["concurrency"], learned=data["learned"]
+        )
         state = cls(config)
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)

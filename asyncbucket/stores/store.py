@@ -144,6 +144,8 @@ class LimitConfig:
     limits: tuple[Limit, ...] = ()
     #: The number of slots, over all workers; None for no bound.
     concurrency: int | None = None
+    #: A provider announced the limits, to a limiter that was given none: they refuse no call for good.
+    learned: bool = False
 
     def __post_init__(self) -> None:
         for limit in self.limits:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import Batch, LimitConfig, Snapshot
+from asyncbucket.stores import Batch, LimitConfig
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import Receipt
 from asyncbucket.testing import VirtualClock
@@ -52,8 +52,8 @@ class MemoryStore:
         await ledger.commit(Batch(config=config))
         return ledger
 
-    async def peek(self, name: str = "openai") -> Snapshot:
-        return self.states[name].peek(self.now())
+    async def peek(self, name: str = "openai") -> Any:
+        return self.states[name].peek(self.now()) if name in self.states else None
 
     async def aclose(self) -> None:
         """Leave it open."""

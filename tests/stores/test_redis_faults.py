@@ -179,11 +179,11 @@ async def test_batch_after_data_loss_counts_slots_again(store: RedisStore, redis
 async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any) -> None:
     await store.open("schema", terms("1000/s"))
     state = redis.execute_command("HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[])
-    other = state.replace(b"\xa6schema\x03", b"\xa6schema\x04")
+    other = state.replace(b"\xa6schema\x04", b"\xa6schema\x05")
     assert other != state
     redis.hset("asyncbucket:{schema}:state", "state", other)
     with pytest.raises(
-        StoreError, match="has schema 4, and this asyncbucket needs 3: use one version"
+        StoreError, match="has schema 5, and this asyncbucket needs 4: use one version"
     ):
         await store.open("schema", terms("1000/s"))
 

@@ -9,7 +9,6 @@ import pytest
 from asyncbucket import (
     AcquireTimeout,
     Cost,
-    CostExceedsLimit,
     Limit,
     Pool,
     StoreError,
@@ -303,16 +302,29 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(memory: Memory
         assert limiter.explain().bound_by is None
 
 
-async def test_learned_limit_in_a_store_refuses_a_call_above_it(memory: MemoryStore) -> None:
-    limiter = memory.limiter()
-    await take(limiter, tokens=90)
-    waiting = asyncio.ensure_future(take(limiter, tokens=101))
-    limiter.learn(Limit("tokens", 100))
-    for call in (waiting, take(limiter, tokens=102)):
-        with pytest.raises(CostExceedsLimit):
-            await asyncio.wait_for(call, 1)
-    await take(limiter, tokens=100)
-    assert memory.trips < 20
+async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_is_a_debt(
+    memory: MemoryStore,
+) -> None:
+    """A newcomer keeps what was learned, and any process corrects it."""
+    one, two = memory.limiters(2)
+    await asyncio.gather(take(one), take(two))
+    one.learn(Limit("tokens", 100, per=60))
+    await take(one, tokens=10)
+    lease = await two.acquire(tokens=250)
+    assert memory.seconds == pytest.approx(60, abs=1), "not alone"
+    await asyncio.sleep(0.1)
+    assert (await memory.peek()).limits[0].used == 250
+    await take(one, tokens=100)
+    assert memory.seconds == pytest.approx(120, abs=2), "the debt was not kept"
+    lease.settle(tokens=10)
+    three = memory.limiter(concurrency=9)
+    await take(three, tokens=500, timeout=100)
+    assert three.limits == two.limits == (Limit("tokens", 100, per=60),)
+    three.learn(Limit("tokens", 5_000, per=60))
+    await take(three, tokens=4_000)
+    await asyncio.sleep(11)  # the others hear of it by a sign of life
+    assert one.limits == two.limits == (Limit("tokens", 5_000, per=60),)
+    assert memory.trips < 80
 
 
 async def test_explanation_uses_last_answer_of_store(memory: MemoryStore) -> None:

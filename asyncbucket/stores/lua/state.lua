@@ -5,7 +5,7 @@
 -- workers); the rest are windows' entries. KEYS[2] holds workers by their expiry. Instants are microseconds
 -- of the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
-local SCHEMA = 3 -- of this state; others are refused
+local SCHEMA = 4 -- of this state; others are refused
 local HOUR = 3600000000 -- a state is kept for longer, for workers that come back late
 local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer

@@ -1,6 +1,7 @@
 """The scenarios: what is booked when, who holds a slot and is next, and what concerns all workers."""
 
 import asyncio
+from dataclasses import replace
 
 from asyncbucket.stores.store import Batch, Correction, Ledger, LimitConfig, Store
 
@@ -228,6 +229,7 @@ class StoreConformance:
     @scenario
     async def test_latest_limits_apply_to_all_workers(self, place: Place) -> None:
         old, new = (config(amount_of("requests", amount, 60)) for amount in (10, 3))
+        new = replace(new, learned=True)
         first = await place.worker(old)
         await first.commit(batch(*[_REQUEST] * 3))
         second = await place.worker(new)
