@@ -426,9 +426,7 @@ class StorePlace:
         if concurrency is None and node.slots < NEVER:
             concurrency = node.slots
         learned = bool(node.learned) and node.learned >= limits.keys()
-        return LimitConfig(
-            limits=tuple(limits.values()), concurrency=concurrency, learned=learned
-        )
+        return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency, learned=learned)
 
     def adopt(self, config: LimitConfig) -> None:
         """Adopt limits that another process has set; limits that it does not name are removed."""

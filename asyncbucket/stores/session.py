@@ -143,7 +143,8 @@ class Session:
         if correction is not None:
             is_awaited = self._in_line
             if correction.start and self._health is not None:
-                self._health.record.correct(correction)
+                record = self._health.record
+                record.correct(correction, record.last_start)
         now = self._clock()
         soon = max(now + _GATHER_BRIEFLY, self._last_start - HORIZON) if is_awaited else NEVER
         self._report_at = min(self._report_at, soon, now + _GATHER)
@@ -333,7 +334,7 @@ class Session:
         has passed: others want the same units, and one that is late should not find them gone.
         """
         assert self._health is not None
-        now = self._clock()
+        now, record = self._clock(), self._health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
         halfway = receipt.now + (last - receipt.now) // 2
@@ -343,7 +344,7 @@ class Session:
         for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED:
                 booked += 1
-                self._health.record.book(amounts, booking.start)
+                record.book(amounts, max(record.last_start, booking.start))  # it may have lost data
                 bound_by = booking.bound_by or (before[0] if before else None)
                 start = max(now, booking.start + offset)
                 given = Reservation(amounts, booking.start, start, booking.slot, bound_by)

@@ -100,7 +100,7 @@ class State:
         if batch.pause:
             self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
         for correction in batch.corrections:
-            self._correct(correction, max(now, self.last_start))
+            self.correct(correction, max(now, self.last_start))
         me = self.workers.setdefault(worker, Worker(0))
         me.until, before = now + life, me.held
         me.held = batch.held or 0
@@ -171,7 +171,7 @@ class State:
             return self.pause.until, "paused"
         return start, bound_by
 
-    def book(self, amounts: Amounts, start: int, bound_by: str | None) -> None:
+    def book(self, amounts: Amounts, start: int, bound_by: str | None = None) -> None:
         """Book a call in all limits."""
         for window in self.windows.values():
             if amount := amounts.get(window.limit.resource):
@@ -247,7 +247,8 @@ class State:
         for name in [name for name, each in self.workers.items() if each.until <= now]:
             self._forget(name)
 
-    def _correct(self, correction: Correction, debts_at: int) -> None:
+    def correct(self, correction: Correction, debts_at: int) -> None:
+        """Change what was booked; what was used beyond it is owed from ``debts_at`` on."""
         for resource, used in correction.used.items():
             more = used - correction.booked.get(resource, 0)
             for window in self.windows.values():
