@@ -125,7 +125,7 @@ class Session:
 
     def wake_for(self, waiter: Any) -> None:
         """Serve ``waiter``, which stands at the store now."""
-        self._is_closing = self._is_closing and self._place.calls.has_failed(waiter)
+        self._is_closing = self._is_closing and self._place.has_failed(waiter)
         self.ring()
 
     def ask_again(self) -> None:
@@ -197,7 +197,7 @@ class Session:
         finally:
             await self._leave()
         with self._place.lock():
-            is_last = not self._place.calls.heads()
+            is_last = not self._place.heads()
             if is_last:
                 self._place.forget(self)
             return is_last
@@ -206,7 +206,7 @@ class Session:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
         place, self._health = self._place, None
         with place.lock():
-            if any(place.calls) and not place.calls.heads():  # they have failed, or given up
+            if place.calls and not place.heads():  # they have failed, or given up
                 return False
         try:
             self._store = place.make_store()
@@ -214,6 +214,7 @@ class Session:
                 known = await self._store.peek(place.name)
                 if known is not None and known.config.learned and not place.config().limits:
                     place.adopt(replace(known.config, concurrency=place.config().concurrency))
+                    place.configure()
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
@@ -254,8 +255,8 @@ class Session:
             if helper is not None and helper.done():
                 helper.result()  # if it failed, so has the session
         with self._place.lock():
-            heads: Sequence[Any] = self._place.calls.heads()
-            is_urgent = self._pending.config is not None or bool(self._pending.pause[0])
+            heads: Sequence[Any] = self._place.heads()
+            is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
             if self._in_line and not is_urgent:
                 self._fail_late_calls(heads)
         now = self._clock()
@@ -341,22 +342,23 @@ class Session:
         self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
         self._last_start = max(self._last_start, last + offset)
         self._in_line, held_up = receipt.in_line, None
-        for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
-            if booking.outcome is Outcome.BOOKED:
-                booked += 1
-                record.book(amounts, max(record.last_start, booking.start))  # it may have lost data
-                bound_by = booking.bound_by or (before[0] if before else None)
-                start = max(now, booking.start + offset)
-                given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
-                self._place.reserve(waiter, given)
-            elif booking.outcome is Outcome.NEVER:
-                with self._place.lock():
+        with self._place.lock():
+            for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
+                if booking.outcome is Outcome.BOOKED:
+                    booked += 1
+                    # It is earlier than the last if the store has lost its data.
+                    record.book(amounts, max(record.last_start, booking.start))
+                    bound_by = booking.bound_by or (before[0] if before else None)
+                    start = max(now, booking.start + offset)
+                    given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
+                    self._place.reserve(waiter, given)
+                elif booking.outcome is Outcome.NEVER:
                     self._place.refuse(waiter)
-            elif held_up is None and booking.bound_by is not None:
-                soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
-                until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
-                held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
-        self._place.calls.adapt_room(len(heads), booked)
+                elif held_up is None and booking.bound_by is not None:
+                    soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
+                    until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
+                    held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
+        self._place.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 
     def _note_held_up(self, held_up: tuple[str, int] | None) -> None:
@@ -376,8 +378,8 @@ class Session:
             self._place.lock(),
         ):  # unless nobody has the limiter
             now = self._clock()
-            next_start, elsewhere = self._place.calls.admit_due(here, self.loop, now)
-            if self._place.calls.has_room(now):
+            next_start, elsewhere = self._place.admit_due(here, self.loop, now)
+            if self._place.has_room(now):
                 self._place.ring_seats()
             if here is self.loop:
                 self._set_timer(next_start)
@@ -409,14 +411,15 @@ class Session:
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to look again."""
         assert self._health is not None
-        when: int = self._clock()
-        now = when
-        for waiter in heads:
-            when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
-            if when > now:
-                break
-            slot = bool(waiter.amounts.get(SLOT))
-            self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
+        now: int = self._clock()
+        when = now
+        with self._place.lock():
+            for waiter in heads:
+                when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
+                if when > now:
+                    break
+                slot = bool(waiter.amounts.get(SLOT))
+                self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
         self._let_go()
         if not heads:
             return NEVER
