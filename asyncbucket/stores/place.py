@@ -303,7 +303,7 @@ class StorePlace:
         limits |= {limit.key: limit for limit in changes}
         if concurrency is None and node.slots < NEVER:
             concurrency = node.slots
-        learned = bool(node.learned) and node.learned >= limits.keys()
+        learned = bool(limits) and node.learned >= limits.keys()
         return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency, learned=learned)
 
     def adopt(self, config: LimitConfig) -> None:

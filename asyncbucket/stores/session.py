@@ -32,6 +32,7 @@ from asyncbucket.stores.store import (
     SLOT,
     Correction,
     Ledger,
+    LimitConfig,
     Outcome,
     Receipt,
     Store,
@@ -104,7 +105,7 @@ class Session:
         self._closers: list[concurrent.futures.Future[None]] = []
         self._store: Store | None = None
         self._ledger: Ledger | None = None
-        self._health: StoreHealth | None = None
+        self._health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
         self._owns_store = place.owns_store
         self.loop = asyncio.new_event_loop() if loop is None else loop
@@ -142,7 +143,7 @@ class Session:
         is_awaited = self._is_crowded
         if correction is not None:
             is_awaited = self._in_line
-            if correction.start and self._health is not None:
+            if correction.start:
                 record = self._health.record
                 record.correct(correction, record.last_start)
         now = self._clock()
@@ -204,7 +205,7 @@ class Session:
 
     async def _open(self) -> bool:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
-        place, self._health = self._place, None
+        place = self._place
         with place.lock():
             if place.calls and not place.heads():  # they have failed, or given up
                 return False
@@ -228,7 +229,6 @@ class Session:
 
     def _is_over(self) -> bool:
         """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot."""
-        assert self._health is not None
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
@@ -250,7 +250,6 @@ class Session:
 
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
-        assert self._health is not None
         for helper in (self._listener, self._probe):
             if helper is not None and helper.done():
                 helper.result()  # if it failed, so has the session
@@ -296,7 +295,6 @@ class Session:
     async def _send(self, heads: Sequence[Any] | None) -> None:
         """Send a batch, and do what the answer says."""
         assert self._ledger is not None
-        assert self._health is not None
         asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
         with self._place.lock():
             calls = None if heads is None else [self._place.to_ask(each.amounts) for each in heads]
@@ -311,11 +309,12 @@ class Session:
         self._is_crowded = receipt.crowded
         if self._health.is_gone:
             self._note_held_up(None)
-        debts = self._health.note_answer(receipt, self._ledger.config)
-        if receipt.changed is not None and self._pending.config is None:
-            self._place.adopt(receipt.changed)
+        config = self._ledger.config
+        debts = self._health.note_answer(receipt, config)
+        if self._pending.config is None and config != self._place.config():
+            self._place.adopt(config)
         with self._place.lock():
-            self._place.left = dict(zip(self._ledger.config.limits, receipt.left, strict=False))
+            self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts is not None:
                 self._place.correct(debts)
                 self._report_at = 0
@@ -334,7 +333,6 @@ class Session:
         their turn, and more calls go with one trip. Nor before half of the time up to the last start
         has passed: others want the same units, and one that is late should not find them gone.
         """
-        assert self._health is not None
         now, record = self._clock(), self._health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
@@ -410,7 +408,6 @@ class Session:
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to look again."""
-        assert self._health is not None
         now: int = self._clock()
         when = now
         with self._place.lock():

@@ -222,9 +222,6 @@ class Receipt:
     #: When calls that were not booked should be sent again at the latest, even if nothing is heard.
     #: 0 if all were booked.
     ask_at: int = 0
-    #: The limits in force if they differ from the ledger's; None if they are the same. The batch was
-    #: applied under them.
-    changed: LimitConfig | None = None
     #: What the windows of `LimitConfig.limits` have left, in that order, or less.
     left: tuple[int, ...] = ()
     #: Workers that have given a sign of life within their slots' time to live, this one included.
@@ -278,7 +275,7 @@ class Ledger(abc.ABC):
         self.name = name
         #: This worker's unique name.
         self.worker = secrets.token_hex(8) if worker is None else worker
-        #: The limits in force, as last heard.
+        #: The limits in force, under which the last batch was applied.
         self.config = LimitConfig()
         #: What to say if the store does not answer in time.
         self.silence = silence
@@ -292,8 +289,7 @@ class Ledger(abc.ABC):
         self._slowest = 0.0
         #: Limits, pauses and corrections that have not been sent.
         self._owed = Batch()
-        #: The limits of which callers know, and how many slots it holds as far as they know.
-        self._known = self.config
+        #: How many slots it holds, as far as callers know.
         self._held = 0
         self._is_open = True
 
@@ -320,9 +316,7 @@ class Ledger(abc.ABC):
             receipt: Receipt = await in_time(self._exchange(batch), patience, self.silence)
             self._in_doubt = self._flight = None
         self._held += sum(booking.slot for booking in receipt.bookings)
-        changed = None if self.config in (self._known, batch.config) else self.config
-        self._known = self.config
-        return replace(receipt, changed=changed)
+        return receipt
 
     def _owe(self, batch: Batch) -> None:
         """Keep the corrections, the latest limits and the longest pause until they are sent."""

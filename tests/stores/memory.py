@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
@@ -80,10 +80,8 @@ class MemoryLedger:
         self.store.trips += 1
         receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
         await asyncio.sleep(self.store.late)
-        if self.config == self.state.config:
-            return receipt
         self.config = self.state.config
-        return replace(receipt, changed=None if self.config == batch.config else self.config)
+        return receipt
 
     async def changed(self, *, timeout: float) -> bool:
         until = self.store.now() + timeout * 1e9

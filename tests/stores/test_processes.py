@@ -188,7 +188,8 @@ async def test_corrections_of_a_failed_batch_are_applied_once(fault: "Fault") ->
         assert time.monotonic() < began + 1.5, "0.3 s, but for busy machines"
     fault.end()
     other = await store.open("owed", terms("50 requests/minute burst 50", concurrency=9))
-    assert (await ledger.commit(Batch())).changed == other.config
+    await ledger.commit(Batch())
+    assert ledger.config == other.config
     for held in (1, 0):
         seen = await ledger.peek()
         assert (seen.limits[0].used, seen.slots) == (1, held)
