@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,13 @@ from asyncbucket.stores.store import (
     Correction,
     LimitConfig,
     Store,
-    check_membership,
 )
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 8
 _MAX_ROOM: Final = 512
+#: A name is part of keys on a server, in braces.
+_NAME: Final = re.compile(r"[^{}]{1,200}")
 _AUTO_REFUSED: Final = (
     "with a store, concurrency must be a number: one process cannot find it alone"
 )
@@ -156,7 +158,11 @@ class StorePlace:
             TypeError: ``store`` is neither a URL nor a store.
             ImportError: the extra for this store is not installed.
         """
-        check_membership(node.name, slot_ttl)
+        if not (_NAME.fullmatch(node.name) and node.name.isprintable()):
+            raise ValueError(
+                f"a limiter's name in a store has 1 to 200 printable characters and no braces, not "
+                f"{node.name[:201]!r}"
+            )
         #: Whether the session makes the store, and closes it.
         self.owns_store = isinstance(store, str)
         if self.owns_store and store.lower().startswith("sqlite:"):

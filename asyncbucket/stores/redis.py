@@ -32,7 +32,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_membership,
     in_time,
 )
 
@@ -134,7 +133,6 @@ class RedisStore:
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        check_membership(name, slot_ttl)
         return await RedisLedger(self, name, worker, slot_ttl).join(config)
 
     async def peek(self, name: str) -> Snapshot | None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -54,10 +55,7 @@ class Codec:
     def __init__(self, config: LimitConfig) -> None:
         self.config = config
         encoded: dict[str, Any] = {
-            "limits": [
-                [limit.resource, limit.amount, limit.per, limit.burst, limit.resets]
-                for limit in config.limits
-            ],
+            "limits": [astuple(limit) for limit in config.limits],
             "meters": [_meter_config(limit) for limit in config.limits],
         }
         if config.concurrency is not None:

@@ -211,11 +211,11 @@ class Session:
                 return False
         try:
             self._store = place.make_store()
-            if not place.config().limits:  # keep those that other processes have learned
-                known = await self._store.peek(place.name)
-                if known is not None and known.config.learned and not place.config().limits:
-                    place.adopt(replace(known.config, concurrency=place.config().concurrency))
-                    place.configure()
+            known = None if place.config().limits else await self._store.peek(place.name)
+            if known is not None and not place.config().limits:  # those of the others hold
+                slots = place.config().concurrency or known.config.concurrency
+                place.adopt(replace(known.config, concurrency=slots))
+            self._pending.config = None
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )

@@ -41,7 +41,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_membership,
     in_time,
 )
 
@@ -148,7 +147,6 @@ class SQLiteStore:
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        check_membership(name, slot_ttl)
         life = round(slot_ttl * 1_000_000_000)
         return await SQLiteLedger(self, name, worker, life=life).join(config)
 

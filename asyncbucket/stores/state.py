@@ -209,9 +209,7 @@ class State:
         """Return the state as JSON, whose integers are exact however long."""
         return json.dumps(
             {
-                "limits": [asdict(window.limit) for window in self.windows.values()],
-                "concurrency": self.config.concurrency,
-                "learned": self.config.learned,
+                "config": asdict(self.config),
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
                 "line": [astuple(place) for place in self.line],
@@ -225,11 +223,8 @@ class State:
     def from_text(cls, text: str) -> "State":
         """Return the state that `to_text` wrote."""
         data = json.loads(text)
-        limits = tuple(Limit(**limit) for limit in data["limits"])
-        config = LimitConfig(
-            limits=limits, concurrency=data["concurrency"], learned=data["learned"]
-        )
-        state = cls(config)
+        limits = tuple(Limit(**limit) for limit in data["config"].pop("limits"))
+        state = cls(LimitConfig(limits=limits, **data["config"]))
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}

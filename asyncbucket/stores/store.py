@@ -53,7 +53,6 @@ from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.terms import read_slot_ttl
 from asyncbucket.core.wording import in_seconds
 
 #: How many ns after its first start the other calls of a batch may start, unless it says otherwise.
@@ -73,23 +72,8 @@ OPEN_PATIENCE: Final = 5.0
 #: A store that has been slow gets more time: so many of its slowest trips, which fade by this factor.
 _TRIPS: Final = 5
 _FADING: Final = 0.9
-_LONGEST_NAME: Final = 200
 #: Seconds of one wait of `in_time`.
 _STEP: Final = 0.05
-
-
-def check_membership(name: str, slot_ttl: float) -> None:
-    """Refuse a name or a time to live that no store accepts.
-
-    Raises:
-        ValueError: ``name`` or ``slot_ttl`` is not allowed: see `Store.open`.
-    """
-    if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
-        raise ValueError(
-            f"a limiter's name in a store has 1 to {_LONGEST_NAME} printable characters and no "
-            f"braces, not {name[: _LONGEST_NAME + 1]!r}"
-        )
-    read_slot_ttl(slot_ttl)
 
 
 async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str) -> Any:
@@ -413,14 +397,13 @@ class Store(Protocol):
         The latest limits count: workers that opened it with others adopt these.
 
         Args:
-            name: which limiter; 1 to 200 printable characters, no braces.
+            name: which limiter; 1 to 200 printable characters, no braces, as `Limiter` sees to.
             config: its limits and slots.
             worker: a unique name for this worker; random by default.
             slot_ttl: seconds of silence after which a worker's slots come back, from 0.1 to a day.
 
         Raises:
             StoreError: out of reach, or unusable.
-            ValueError: the name or the time to live is not allowed.
         """
         ...
 

@@ -265,6 +265,7 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
 async def test_limit_dropped_by_another_limiter_no_longer_applies(
     memory: MemoryStore,
 ) -> None:
+    """A limiter that is given no limits drops none: it takes those that hold."""
     one = memory.limiter("100 RPM burst 100", "10 TPM", concurrency=2)
     await take(one)
     two = memory.limiter("100 RPM burst 100")
@@ -273,6 +274,11 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(
     assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
     assert one.concurrency is None
     await take(one, tokens=11)
+    none = memory.limiter(concurrency=3)
+    for limiter in (none, one):
+        await take(limiter)
+    assert none.limits == one.limits == (Limit("requests", 100, burst=100),)
+    assert one.concurrency == 3
 
 
 async def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next(
