@@ -96,7 +96,7 @@ def from_url(url: str) -> "RedisStore":
             )
             client.connection_pool.make_connection()  # it refuses unknown settings
             return RedisStore(client, url=shown, owned=True)
-    except TypeError as error:
+    except (TypeError, exceptions.RedisError) as error:
         why = str(error)
     except ValueError:  # which might quote a password
         pass

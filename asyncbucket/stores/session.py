@@ -270,12 +270,8 @@ class Session:
                 self._probe = self._spawn(self._send(None))
             await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
             return
-        if self._in_line and not heads:  # nobody waits any more: leave the store's line
-            self._in_line, self._ask_at = False, 0
-            await self._send(())
-            return
         ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
-        is_due = bool(heads) and now >= ask_at
+        is_due = now >= ask_at if heads else self._in_line  # to leave the store's line
         if is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
@@ -306,9 +302,7 @@ class Session:
             self._health.fail(error)
             self._in_line, self._ask_at = False, 0
             return
-        self._is_crowded = receipt.crowded
-        if self._health.is_gone:
-            self._note_held_up(None)
+        self._in_line, self._is_crowded = receipt.in_line, receipt.crowded
         config = self._ledger.config
         debts = self._health.note_answer(receipt, config)
         if self._pending.config is None and config != self._place.config():
@@ -339,7 +333,7 @@ class Session:
         halfway = receipt.now + (last - receipt.now) // 2
         self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
         self._last_start = max(self._last_start, last + offset)
-        self._in_line, held_up = receipt.in_line, None
+        held_up = None
         with self._place.lock():
             for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
                 if booking.outcome is Outcome.BOOKED:
