@@ -352,13 +352,6 @@ class Ledger(abc.ABC):
         checks by itself, at a low rate.
         """
 
-    async def peek(self) -> Snapshot:
-        """Look at the state of the limiter; this changes nothing."""
-        snapshot = await self.store.peek(self.name)
-        if snapshot is None:
-            raise StoreError(f"{self.store.url} no longer has a limiter {self.name!r}")
-        return snapshot
-
     async def aclose(self, last: Batch | None = None) -> None:
         """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire."""
         if not self._is_open:

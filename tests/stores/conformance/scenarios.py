@@ -16,6 +16,7 @@ from .place import (
     booked,
     config,
     outcomes,
+    peek,
     scenario,
 )
 
@@ -118,7 +119,7 @@ class StoreConformance:
         receipt = await worker.commit(batch(*calls, horizon=0))
         assert outcomes(receipt) == ["never", "booked", "later", "never"]
         assert [receipt.bookings[n].bound_by for n in (0, 3)] == ["tokens", "requests"]
-        assert [use.used for use in (await worker.peek()).limits] == [1, 100]
+        assert [use.used for use in (await peek(worker)).limits] == [1, 100]
 
     @scenario
     async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
@@ -145,7 +146,7 @@ class StoreConformance:
             (answer,) = await asyncio.gather(task, return_exceptions=True)
             held += not isinstance(answer, BaseException)
         await worker.commit(Batch(calls=None))
-        snapshot = await worker.peek()
+        snapshot = await peek(worker)
         assert (snapshot.limits[0].used, snapshot.slots) == (held, held)
 
     # --- who holds a slot, and who is next ---
@@ -158,7 +159,7 @@ class StoreConformance:
         assert receipt.bookings[1].bound_by == "concurrency"
         assert receipt.ask_at > receipt.now
         assert (await first.commit(Batch())).crowded, "another worker waits for slots"
-        snapshot = await second.peek()
+        snapshot = await peek(second)
         assert (snapshot.slots, snapshot.limits[0].used) == (3, 3)
 
     @scenario
@@ -213,7 +214,7 @@ class StoreConformance:
         await first.commit(Batch(calls=None, pause=100 * MILLISECOND))
         receipt = await second.commit(batch(_REQUEST))
         assert (outcomes(receipt), receipt.bookings[0].bound_by) == (["later"], "paused")
-        snapshot = await second.peek()
+        snapshot = await peek(second)
         assert 150 * MILLISECOND < snapshot.paused_until - snapshot.now <= 800 * MILLISECOND
         assert (await book(second, _REQUEST)).start >= snapshot.paused_until
 
@@ -259,7 +260,7 @@ class StoreConformance:
 
         async def change(limits: LimitConfig, *corrections: Correction) -> list[tuple[int, int]]:
             await worker.commit(Batch(calls=None, config=limits, corrections=corrections))
-            return [(use.used, use.available) for use in (await worker.peek()).limits]
+            return [(use.used, use.available) for use in (await peek(worker)).limits]
 
         assert await change(config(amount_of("requests", 5, 60), tokens)) == [(4, 1), (0, 100)]
         booked(await worker.commit(batch({"tokens": 90})))
