@@ -253,16 +253,16 @@ class State:
                     elif more < 0:
                         window.unbook(-more, correction.start, left=used)
 
-    def in_order(self, now: int, share: int) -> list[Place]:
-        """Return who waits in the order of their turns, without those who missed theirs."""
-        there = [place for place in self.line if place.due >= now - GRACE]
+    def in_order(self, line: list[Place], now: int, share: int) -> list[Place]:
+        """Return those in ``line`` in the order of their turns, without those who missed theirs."""
+        there = [place for place in line if place.due >= now - GRACE]
         there.sort(key=lambda place: self.workers[place.worker].held >= share)
         return there
 
     def call(self, now: int) -> None:
         """Note whose turn it is: as many as there are free slots, and the first that waits for units."""
         share, free, first = self.share(), self.free(), True
-        for place in self.in_order(now, share):
+        for place in self.in_order(self.line, now, share):
             come = place.due
             if place.bound_by == SLOT:
                 if free > 0:
@@ -288,7 +288,11 @@ class Admission:
         self._gave = gave
         self._share = state.share(worker)
         self._place = state.place_of(worker)
-        if self._place is not None:  # whenever it comes, it stands where it stood
+        #: The line, with this worker at its end if it does not stand there.
+        self._line = state.line
+        if self._place is None:
+            self._line = [*state.line, Place(worker, now, due=now)]
+        else:  # whenever it comes, it stands where it stood
             self._place.due = now
         self._booked = 0
         #: Whether calls passed others that came first, with slots that were given back.
@@ -352,23 +356,14 @@ class Admission:
 
     def _look_ahead(self) -> int:
         """Find who comes before this worker's next call; return how many slots are kept for them."""
-        state, share, reserved, is_behind = self._state, self._share, 0, False
-        is_above = self._me.held >= share
-        for place in state.in_order(self._now, share):
+        state, share, reserved = self._state, self._share, 0
+        for place in state.in_order(self._line, self._now, share):
             held = state.workers[place.worker].held
-            if place is self._place:
-                is_behind = True
-                continue
-            if (held >= share) == is_above:
-                if is_behind:
-                    break
-                is_early = held >= self._me.held and self._now < place.since + held * ROUND
-                if self._gave > 0 and is_early:
-                    self._has_passed = True
-                    continue
-            elif not is_above:
+            if place.worker == self._worker:
                 break
-            if place.bound_by == SLOT:
+            if self._gave > 0 and held >= self._me.held and self._now < place.since + held * ROUND:
+                self._has_passed = True
+            elif place.bound_by == SLOT:
                 reserved += state.reserved(place, share)
             else:
                 self._first = self._first or place
@@ -396,7 +391,7 @@ class Admission:
                 place.first_since = max(now, state.last_start)
         else:
             place.first_since = 0
-            order = state.in_order(now, self._share)
+            order = state.in_order(state.line, now, self._share)
             first, behind = order[0], order.index(place)
             if behind:  # the first may be dead
                 come = now if first.bound_by == SLOT else max(now, first.due)
