@@ -283,14 +283,13 @@ class StorePlace:
         with pacer.lock:
             yield
         pacer.catch_up(tell=False)
-        if not pacer.news:
-            return
-        loops = [seat.loop for seat in list(pacer.seats.values())]
+        loops = [seat.loop for seat in list(pacer.seats.values())] if pacer.news else []
         running = [loop for loop in loops if loop is not None and loop.is_running()]
-        if not running or asyncio._get_running_loop() in running:  # noqa: SLF001 - None in a plain thread
-            pacer.catch_up()
-        else:
+        here = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        if running and here not in running:
             running[0].call_soon_threadsafe(pacer.catch_up)
+        else:
+            pacer.catch_up()
 
     def notify(self, event_type: type[Event], **fields: Any) -> None:
         """Tell observers; without the lock."""

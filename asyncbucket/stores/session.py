@@ -95,6 +95,7 @@ class Session:
         #: Whether calls wait in the store's line, and whether slots are short.
         self._in_line = self._is_crowded = False
         self._bell = asyncio.Event()
+        #: Whether another thread has rung, which costs a system call.
         self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
         #: What awaits the store's call, and what tries to reach a store that is gone.
