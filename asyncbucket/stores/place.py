@@ -386,15 +386,17 @@ class StorePlace:
                 error.__cause__ = None if isinstance(cause, StoreError) else cause
                 self._pacer.fail_locked(waiter, error)
 
-    def fail_late(self, waiter: AnyWaiter) -> None:
-        """Make a call fail that cannot start before its deadline.
+    def fail_late(self, heads: Iterable[AnyWaiter], amounts: Amounts, soonest: int) -> None:
+        """Make those calls fail whose deadline comes before ``soonest``, when a call of ``amounts`` can start.
 
-        A pool may have another member take it.
+        Of a pool's calls none: another member may take them.
         """
-        if waiter.deadline is not None and self._pacer.group is None:
-            node, amounts = waiter.line.node, waiter.amounts
-            error = too_late_locked(node, amounts, waiter.asked, waiter.deadline)
-            self._pacer.fail_locked(waiter, error)
+        for waiter in heads if self._pacer.group is None else ():
+            is_less = any(waiter.amounts.get(each, 0) < units for each, units in amounts.items())
+            if waiter.deadline is not None and waiter.deadline < soonest and not is_less:
+                node, deadline = waiter.line.node, waiter.deadline
+                error = too_late_locked(node, waiter.amounts, waiter.asked, deadline)
+                self._pacer.fail_locked(waiter, error)
 
     def refuse(self, waiter: AnyWaiter) -> None:
         """Make a call fail that exceeds a limit and can never pass.

@@ -119,7 +119,8 @@ class RedisStore:
         """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
 
         So limits are kept behind Sentinels (``Sentinel(...).master_for(...)``), in a cluster, or
-        wherever else redis-py gets to. The client stays yours: closing the store leaves it open.
+        wherever else redis-py gets to. The client stays yours: closing the store leaves it open. If its
+        connections are bounded, it needs two for each limiter.
 
         Raises:
             TypeError: it is no client.

@@ -258,7 +258,7 @@ class Session:
             heads: Sequence[Any] = self._place.heads()
             is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
             if self._in_line and not is_urgent:
-                self._fail_late_calls(heads)
+                self._place.fail_late(heads, *self._soonest)
         now = self._clock()
         if now >= self._forget_at:
             self._note_held_up(None)
@@ -277,17 +277,6 @@ class Session:
             await self._send(heads if is_due or self._in_line else None)
             return
         await self._sleep(min(ask_at, self._report_at))
-
-    def _fail_late_calls(self, heads: Sequence[Any]) -> None:
-        """Fail those whose deadline comes before such a call can start, whatever comes back."""
-        amounts, soonest = self._soonest
-        for waiter in heads:
-            if (
-                waiter.deadline is not None
-                and waiter.deadline < soonest
-                and all(waiter.amounts.get(each, 0) >= amounts[each] for each in amounts)
-            ):
-                self._place.fail_late(waiter)
 
     async def _send(self, heads: Sequence[Any] | None) -> None:
         """Send a batch, and do what the answer says."""
