@@ -271,8 +271,10 @@ class Session:
                 self._probe = self._spawn(self._send(None))
             await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
             return
+        if self._in_line and not heads:  # leave the store's line; whoever comes next asks anew
+            self._ask_at = 0
         ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
-        is_due = now >= ask_at if heads else self._in_line  # to leave the store's line
+        is_due = now >= ask_at if heads else self._in_line
         if is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
