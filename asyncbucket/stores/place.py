@@ -493,15 +493,7 @@ class StorePlace:
     # --- what comes back; with the lock held ---
 
     def correct(self, correction: Correction) -> None:
-        """Have a booking changed.
-
-        For a call that was admitted without the store (``start`` is 0) nothing comes back, but
-        debts count.
-        """
-        if not correction.start:
-            booked, used = correction.booked, correction.used
-            more = {name: max(amount, booked.get(name, 0)) for name, amount in used.items()}
-            correction = Correction(start=0, booked=booked, used=more)
+        """Have a booking changed."""
         self.pending.corrections.append(correction)
         if self._session is not None:
             self._session.report(correction)

@@ -136,19 +136,18 @@ class State:
         """Return the place of ``worker`` in line."""
         return next((place for place in self.line if place.worker == worker), None)
 
+    def _slots(self) -> int:
+        return NEVER if self.config.concurrency is None else self.config.concurrency
+
     def free(self) -> int:
         """Return how many slots are free."""
-        if self.config.concurrency is None:
-            return NEVER
-        return self.config.concurrency - sum(each.held for each in self.workers.values())
+        return self._slots() - sum(each.held for each in self.workers.values())
 
     def share(self, *others: str) -> int:
         """Return how many slots a worker may hold while another with fewer waits."""
-        if self.config.concurrency is None:
-            return NEVER
         contenders = {name for name, each in self.workers.items() if each.held}
         contenders.update(others, (place.worker for place in self.line))
-        return -(-self.config.concurrency // max(1, len(contenders)))
+        return -(-self._slots() // max(1, len(contenders)))
 
     def reserved(self, place: Place, share: int) -> int:
         """Return how many free slots are kept for a worker in line: up to its share, at least 1."""

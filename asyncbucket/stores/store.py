@@ -150,6 +150,7 @@ class Correction:
     resource undoes a booking. ``"concurrency"`` is ignored here: see `Batch.held`.
     """
 
+    #: 0 for a call that was admitted without the store: nothing of it comes back.
     start: int
     booked: Amounts
     used: Amounts
