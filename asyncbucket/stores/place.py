@@ -426,8 +426,7 @@ class StorePlace:
 
     def _cancel(self, reservation: Reservation) -> None:
         """Give back what was booked for a call that is gone, whether or not its start has come."""
-        if reservation.booked_at:
-            self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
+        self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
         if reservation.slot:
             self._release()
 
