@@ -104,13 +104,8 @@ class StoreHealth:
         self.is_gone, self._lost_at = True, now
         if place.on_outage == "share":
             take_share(self.record, workers, self._heard.left, now + self._offset)
-        _log.warning(
-            "%s; limiter %s goes on alone (%s), as 1 of %d",
-            error,
-            place.name,
-            place.on_outage,
-            workers,
-        )
+        how = place.name, place.on_outage, workers
+        _log.warning("%s; limiter %s goes on alone (%s), as 1 of %d", error, *how)
         place.notify(StoreLost, reason=str(error))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:

@@ -307,17 +307,9 @@ class RedisLedger(Ledger):
         await self._run(self._codec, "leave")
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
-        return await self._store.run(
-            self._keys,
-            verb,
-            self.worker,
-            self._epoch,
-            secrets.token_hex(8),
-            codec.text,
-            self._channel,
-            self._ttl,
-            *args,
-        )
+        new_epoch = secrets.token_hex(8)
+        me = self.worker, self._epoch, new_epoch, codec.text, self._channel, self._ttl
+        return await self._store.run(self._keys, verb, *me, *args)
 
 
 def _store_error(name: str, client: Any, error: Exception) -> StoreError:

@@ -86,16 +86,12 @@ class Codec:
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, and what was booked and used of each resource."""
-        return _as_json(
-            [
-                (
-                    each.start // GRAIN,
-                    each.booked,
-                    {n: min(used, _MAX_USED) for n, used in {**each.booked, **each.used}.items()},
-                )
-                for each in corrections
-            ]
-        )
+        encoded: list[Any] = []
+        for each in corrections:
+            used = {**each.booked, **each.used}
+            used = {resource: min(units, _MAX_USED) for resource, units in used.items()}
+            encoded.append((each.start // GRAIN, each.booked, used))
+        return _as_json(encoded)
 
     def calls(self, calls: Sequence[Amounts] | None) -> str:
         """Encode the waiting calls."""

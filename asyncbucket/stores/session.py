@@ -357,10 +357,8 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
-        with (
-            contextlib.suppress(ReferenceError),
-            self._place.lock(),
-        ):  # unless nobody has the limiter
+        # Unless nobody has the limiter any more.
+        with contextlib.suppress(ReferenceError), self._place.lock():
             now = self._clock()
             next_start, elsewhere = self._place.admit_due(here, self.loop, now)
             if self._place.has_room(now):
