@@ -307,6 +307,6 @@ def read_prices(prices: Any) -> Mapping[str, Any]:
 
 def open_place(node: Node, store: Any, **options: Any) -> Any:
     """Return what keeps the limits of a root in a store: a `asyncbucket.core.seats.Place`."""
-    from asyncbucket.stores.place import open_place
+    from asyncbucket.stores.place import StorePlace
 
-    return open_place(node, store, **options)
+    return StorePlace(node, store, **options)

@@ -550,8 +550,8 @@ class Limiter(Doors, OfThisProcess):
         """Adopt a limit that the provider announces, if this limiter was given none.
 
         A learned limit follows later announcements; given limits stay as they are. It holds calls
-        back, but never refuses one, unless a store keeps it: a call above it goes out alone, and
-        its reply may correct the limit.
+        back, but never refuses one: a call above it goes out alone, and its reply may correct the
+        limit. In a store it is the limit of all processes that were given none.
 
         Raises:
             TypeError: it is not a `Limit`.

@@ -300,7 +300,7 @@ class Node:
                 window = changed[limit.key] = Window(limit, wall=self.pacer.wall)
             else:
                 window.reshape(limit, now)
-            window.refuses = not learned or self.place is not None  # as stores do
+            window.refuses = not learned
             self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
 

@@ -19,14 +19,14 @@ may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 from asyncbucket.core.errors import StoreError
 from asyncbucket.core.events import StoreLost, StoreRecovered
-from asyncbucket.core.meters import NEVER, Amounts, Bucket, Window
+from asyncbucket.core.meters import NEVER, Amounts, Bucket
 from asyncbucket.core.wording import counted, in_seconds
+from asyncbucket.stores.state import State
 from asyncbucket.stores.store import SLOT, Correction, LimitConfig, Receipt
 
 if TYPE_CHECKING:
@@ -41,66 +41,23 @@ RECOVERY_TIME: Final = _RETRY_INTERVAL + 250_000_000
 _log: Final = logging.getLogger("asyncbucket")
 
 
-class Record:
-    """Remember what this worker took of every limit, and work out its share of them.
+def take_share(record: State, workers: int, left: Sequence[int], now: int) -> None:
+    """Have ``record`` allow one of ``workers`` its part, of which it may have taken some already.
 
-    Instants are ns of the store's clock, as last known.
+    ``left`` is what the store had left of each limit when last heard; nothing if empty.
     """
-
-    def __init__(self, config: LimitConfig) -> None:
-        self.last = 0
-        self.windows: dict[tuple[str, float], Window] = {}
-        self.adopt(config)
-
-    def adopt(self, config: LimitConfig) -> None:
-        """Follow other limits; the records of limits that stay are kept."""
-        self.config = config
-        known = self.windows
-        self.windows = {
-            limit.key: known.get(limit.key)
-            or Window(replace(limit, burst=limit.amount), began=self.last)
-            for limit in config.limits
-        }
-
-    def book(self, amounts: Amounts, start: int) -> None:
-        """Remember a call; if a store with another clock dates it earlier, it counts as the last."""
-        self.last = max(self.last, start)
-        for window in self.windows.values():
-            if amount := amounts.get(window.limit.resource):
-                window.book(amount, self.last)
-
-    def correct(self, correction: Correction) -> None:
-        """Change the record of a call to what it really used."""
-        for window in self.windows.values():
-            booked = correction.booked.get(window.limit.resource, 0)
-            more = correction.used.get(window.limit.resource, booked) - booked
-            if more > 0:
-                window.book(more, self.last)
-            elif more < 0:
-                window.unbook(-more, correction.start)
-
-    def share(self, workers: int, left: Sequence[int], now: int) -> None:
-        """Let `earliest` allow one of ``workers`` its part, of which it may have taken some already.
-
-        ``left`` is what the store had left of each limit when last heard; nothing if empty.
-        """
-        self.last = date = max(now, self.last)
-        for limit, known in zip(self.config.limits, left or [0] * len(self.windows), strict=True):
-            window = self.windows[limit.key]
-            window.amount, window.pace = limit.units // workers, None
-            own = window.amount - window.available(date)
-            window.book(max(0, window.amount - own - max(0, known) // workers), date)
-            burst = limit.burst_units
-            if burst is not None and burst != limit.units:
-                rate = Fraction(limit.units * 1_000_000_000, limit.window * workers)
-                window.pace = Bucket(rate=rate, burst=max(1, burst // workers))
-                window.pace.book(window.pace.burst, date)
-
-    def earliest(self, amounts: Amounts, now: int) -> int:
-        """Return from when on the share allows ``amounts``."""
-        windows = self.windows.values()
-        wanted = ((window, amounts.get(window.limit.resource, 0)) for window in windows)
-        return max((each.earliest(units, now) for each, units in wanted if units), default=now)
+    date = record.last_start = max(now, record.last_start)
+    windows = record.windows.values()
+    for window, known in zip(windows, left or [0] * len(windows), strict=True):
+        limit = window.limit
+        window.amount, window.pace = limit.units // workers, None
+        own = window.amount - window.available(date)
+        window.book(max(0, window.amount - own - max(0, known) // workers), date)
+        burst = limit.burst_units
+        if burst is not None and burst != limit.units:
+            rate = Fraction(limit.units * 1_000_000_000, limit.window * workers)
+            window.pace = Bucket(rate=rate, burst=max(1, burst // workers))
+            window.pace.book(window.pace.burst, date)
 
 
 class StoreHealth:
@@ -110,7 +67,8 @@ class StoreHealth:
     """
 
     def __init__(self, place: "StorePlace", config: LimitConfig) -> None:
-        self.record = Record(config)
+        #: What this worker took of every limit; its instants are ns of the store's clock.
+        self.record = State(config)
         self.is_gone = False
         #: When to try a store again that is gone.
         self.retry_at = NEVER
@@ -119,9 +77,8 @@ class StoreHealth:
         self._admitted: Counter[str] = Counter()
         #: Until when no call is sent after an outage, as others may still have to report theirs.
         self.resume_at = 0
-        #: How many workers there are, and what the store has left of each limit, as last heard.
-        self._workers = 1
-        self._left: tuple[int, ...] = ()
+        #: What the store said last.
+        self._heard = Receipt(now=0)
         self._place = place
         self._clock = place.clock
         #: The store's clock minus this one.
@@ -134,29 +91,21 @@ class StoreHealth:
         """
         now = self._clock()
         debts = self._recover(now) if self.is_gone else None
-        self._offset = receipt.now - now
-        self._left = receipt.left
-        self._workers = receipt.workers
-        if self.record.config != config:
-            self.record.adopt(config)
+        self._offset, self._heard = receipt.now - now, receipt
+        self.record.configure(config, receipt.now)
         return debts
 
     def fail(self, error: StoreError) -> None:
         """Note that the store did not answer: go on alone from now on, and try again later."""
-        place, workers, now = self._place, self._workers, self._clock()
+        place, workers, now = self._place, self._heard.workers, self._clock()
         self.retry_at = now + _RETRY_INTERVAL
         if self.is_gone:
             return
         self.is_gone, self._lost_at = True, now
         if place.on_outage == "share":
-            self.record.share(workers, self._left, now + self._offset)
-        _log.warning(
-            "%s; limiter %s goes on alone (%s), as 1 of %d",
-            error,
-            place.name,
-            place.on_outage,
-            workers,
-        )
+            take_share(self.record, workers, self._heard.left, now + self._offset)
+        how = place.name, place.on_outage, workers
+        _log.warning("%s; limiter %s goes on alone (%s), as 1 of %d", error, *how)
         place.notify(StoreLost, reason=str(error))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
@@ -165,11 +114,11 @@ class StoreHealth:
         `NEVER` means that it depends on the store, or on a slot being given back.
         """
         slots, policy = self.record.config.concurrency, self._place.on_outage
-        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self._workers
+        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self._heard.workers
         if policy == "closed" or (policy == "share" and is_short):
             return NEVER
-        date = max(now + self._offset, self.record.last)
-        due = date if policy == "open" else self.record.earliest(amounts, date)
+        date = max(now + self._offset, self.record.last_start)
+        due, _ = (date, None) if policy == "open" else self.record.earliest(amounts, date)
         if due > date:
             return due - self._offset
         self.record.book(amounts, date)

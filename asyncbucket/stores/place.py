@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,64 +31,24 @@ from asyncbucket.core.seats import NOWHERE, Seat, reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
-from asyncbucket.stores.session import Session
+from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import (
     SLOT,
     Batch,
-    Booking,
     Correction,
     LimitConfig,
     Store,
-    check_membership,
 )
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 8
 _MAX_ROOM: Final = 512
+#: A name is part of keys on a server, in braces.
+_NAME: Final = re.compile(r"[^{}]{1,200}")
 _AUTO_REFUSED: Final = (
     "with a store, concurrency must be a number: one process cannot find it alone"
 )
 _CLOSED: Final = "the limiter was closed while this call waited: close it when all calls have ended"
-
-
-def open_place(
-    node: Node, store: Any, *, on_outage: OnOutage = "share", slot_ttl: float = 30.0
-) -> "StorePlace":
-    """Return what keeps the limits of ``node``, a root, in ``store``.
-
-    Args:
-        node: whose limits; processes share them by its name.
-        store: a URL, or a store made by the caller. That serves one event loop only, and stays open
-            when the limiter is closed, because others may use it.
-        on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
-        slot_ttl: seconds without a sign of life after which a process's slots come back.
-
-    Raises:
-        ValueError: no store accepts the name, the URL is not a store's, the limiter finds its
-            concurrency by itself, or the store cannot count that far.
-        TypeError: ``store`` is neither a URL nor a store.
-        ImportError: the extra for this store is not installed.
-    """
-    check_membership(node.name, slot_ttl)
-    if isinstance(store, str) and store.lower().startswith("sqlite:"):
-        store = open_store(store).url  # which is absolute: changing directories is harmless
-    place = StorePlace(node, store, on_outage=on_outage, slot_ttl=slot_ttl)
-    # A wrong URL is refused here, not at the first call, and so are limits that are too large.
-    place.make_store()
-    place.check((), None)
-    return place
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Say what a call was given."""
-
-    #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
-    booked_at: int
-    #: When it may go, by the worker's clock.
-    start: int
-    slot: bool = False
-    bound_by: str | None = None
 
 
 class BookedMeter:
@@ -134,7 +95,10 @@ class BookedMeter:
 
 
 class PendingUpdates:
-    """Keep what came back, the latest limits and the longest pause until they go with a batch."""
+    """Keep what came back, the latest limits and the longest pause until they go with a batch.
+
+    The session tells them, too, if nobody has the limiter any more.
+    """
 
     def __init__(self) -> None:
         #: Slots of calls in flight, and of booked calls.
@@ -175,148 +139,43 @@ class _Standing:
         self.when = now
 
 
-class StoreCalls:
-    """Keep the calls that wait at the store, those that are booked first; with the limiter's lock held."""
-
-    def __init__(self, place: "StorePlace") -> None:
-        self._place = place
-        self._calls: dict[Any, _Standing] = {}
-        #: How many of them may wait to be booked.
-        self._room = _MIN_ROOM
-        #: Why no call waits any more that had come before, and the number of the last one of them.
-        self._failure: tuple[Exception, int] = (StoreError(), 0)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from tuple(self._calls)
-
-    def push(self, waiter: Any, below: Meters, now: int) -> None:
-        """Take over ``waiter``, which has booked ``below`` the root at ``now``."""
-        self._calls[waiter] = _Standing(below, now)
-
-    def leave(self, waiter: Any) -> bool:
-        """Give back all that ``waiter``, which gave up, has booked; return whether it stood here."""
-        standing = self._calls.pop(waiter, None)
-        if standing is None:
-            return False
-        for meter, resource in standing.below:
-            if amount := waiter.amounts.get(resource):
-                meter.unbook(amount, standing.when)
-        if standing.reservation is not None:
-            self._cancel(waiter.amounts, standing.reservation)
-        return True
-
-    def bury(self) -> None:
-        """Count out the calls whose loop has ended; those that gave up before are counted out by themselves."""
-        for waiter in self:
-            if waiter.seat.is_closed() and not waiter.done():
-                self._place.bury(waiter)
-
-    # --- to be booked ---
-
-    def has_room(self, now: int) -> bool:
-        """Return whether another call may come; date to now what stands here below the root.
-
-        Otherwise limits there would forget those that wait for long, and let too many leave at once.
-        """
-        if sum(each.reservation is None for each in self._calls.values()) >= self._room:
-            return False
-        for waiter, standing in self._calls.items():
-            standing.redate(waiter, now)
-        return True
-
-    def adapt_room(self, sent: int, booked: int) -> None:
-        """Have as many calls wait here as a batch books."""
-        wanted = self._room * 5 // 4 if booked == sent else 2 * booked
-        self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
-
-    def unbooked(self) -> list[Any]:
-        """Return the calls to be booked, in order."""
-        return [
-            waiter
-            for waiter, standing in self._calls.items()
-            if standing.reservation is None and not waiter.done()
-        ]
-
-    def heads(self) -> list[Any]:
-        """Return the calls that go next; they stay here. Those that have failed are told."""
-        self.bury()
-        self._tell_failed()
-        return [each for each in self.unbooked() if not self.has_failed(each)][: self._room]
-
-    # --- failing ---
-
-    def fail_all(self, cause: Exception, last: int) -> None:
-        """Make all calls fail up to number ``last``.
-
-        More of them wait in the pacer's line than fit in here. Each of those would otherwise try the
-        store anew, in vain: it may take seconds to notice that it is gone.
-        """
-        self._failure = cause, last
-        self._tell_failed()
-
-    def has_failed(self, waiter: Any) -> bool:
-        """Tell whether a call came too early: see `fail_all`."""
-        return bool(waiter.number <= self._failure[1])
-
-    def _tell_failed(self) -> None:
-        for waiter in self:
-            if self.has_failed(waiter):
-                self._place.fail(waiter, self._failure[0])
-
-    # --- booked ---
-
-    def reserve(self, waiter: Any, reservation: Reservation) -> None:
-        """Note that a call is booked; it may have given up while the batch was in flight."""
-        if waiter.done() or waiter not in self._calls:
-            self._cancel(waiter.amounts, reservation)
-        else:
-            self._calls[waiter].reservation = reservation
-
-    def admit_due(
-        self, here: asyncio.AbstractEventLoop, home: asyncio.AbstractEventLoop, now: int
-    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
-        """Admit what is due ``here``; return when the next start is, and where else calls are due.
-
-        Those of plain threads are due at ``home``.
-        """
-        elsewhere: set[asyncio.AbstractEventLoop] = set()
-        for waiter, standing in list(self._calls.items()):
-            loop, reservation = waiter.seat.loop or home, standing.reservation
-            if reservation is None or waiter.done():  # it gave up, and will leave
-                continue
-            if reservation.start > now:
-                return reservation.start, elsewhere
-            if loop.is_closed():
-                self._place.bury(waiter)
-            elif loop is not here:
-                elsewhere.add(loop)
-            else:
-                standing.redate(waiter, now)
-                if self._place.admit(waiter, reservation, standing.below, now):
-                    del self._calls[waiter]
-        return NEVER, elsewhere
-
-    def _cancel(self, amounts: Amounts, reservation: Reservation) -> None:
-        """Give back what was booked for a call that is gone, whether or not its start has come."""
-        if reservation.booked_at:
-            self._place.correct(Correction.undo(amounts, reservation.booked_at))
-        if reservation.slot:
-            self._place.release()
-
-
 class StorePlace:
     """Keep what a process has to do with the store; see `asyncbucket.core.seats.Place`."""
 
     def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
+        """Keep the limits of ``node``, a root, in ``store``; processes share them by its name.
+
+        Args:
+            node: whose limits.
+            store: a URL, or a store made by the caller. That serves one event loop only, and stays
+                open when the limiter is closed, because others may use it.
+            on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
+            slot_ttl: seconds without a sign of life after which a process's slots come back.
+
+        Raises:
+            ValueError: no store accepts the name, the URL is not a store's, the limiter finds its
+                concurrency by itself, or the store cannot count that far.
+            TypeError: ``store`` is neither a URL nor a store.
+            ImportError: the extra for this store is not installed.
+        """
+        if not (_NAME.fullmatch(node.name) and node.name.isprintable()):
+            raise ValueError(
+                f"a limiter's name in a store has 1 to 200 printable characters and no braces, not "
+                f"{node.name[:201]!r}"
+            )
+        #: Whether the session makes the store, and closes it.
+        self.owns_store = isinstance(store, str)
+        if self.owns_store and store.lower().startswith("sqlite:"):
+            store = open_store(store).url  # which is absolute: changing directories is harmless
+        self._given = store
         self.name = node.name
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
         self._node = node
         self._pacer = node.pacer
-        self._given = store
-        #: Whether the session makes the store, and closes it.
-        self.owns_store = isinstance(store, str)
         self.clock = self._pacer.clock
+        self.make_store()  # a wrong URL is refused here, not at the first call
+        self.check((), None)
         self.after_fork()
         reset_after_fork(self)
 
@@ -326,7 +185,12 @@ class StorePlace:
         self.worker = f"{os.getpid()}-{secrets.token_hex(6)}"
         self._session: Session | None = None
         self.pending = PendingUpdates()
-        self.calls = StoreCalls(self)
+        #: The calls that wait here, those that are booked first.
+        self.calls: dict[AnyWaiter, _Standing] = {}
+        #: How many of them may wait to be booked.
+        self._room = _MIN_ROOM
+        #: Why no call waits any more that had come before, and the number of the last one of them.
+        self._failure: tuple[Exception, int] = (StoreError(), 0)
         #: By its lease's identity, each call in flight that holds a slot.
         self._slots: set[int] = set()
         #: The units that are left of each limit, as last heard.
@@ -336,23 +200,30 @@ class StorePlace:
 
     def room(self, seat: Seat) -> bool:
         self._open_session(seat.loop)
-        return self.calls.has_room(self.clock())
+        return self.has_room(self.clock())
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
         session = self._open_session(waiter.seat.loop)
-        self.calls.push(waiter, below, now)
+        self.calls[waiter] = _Standing(below, now)
         session.wake_for(waiter)
 
     def leave(self, waiter: AnyWaiter) -> bool:
-        stood_here = self.calls.leave(waiter)
-        if stood_here and self._session is not None:
+        standing = self.calls.pop(waiter, None)
+        if standing is None:
+            return False
+        for meter, resource in standing.below:
+            if amount := waiter.amounts.get(resource):
+                meter.unbook(amount, standing.when)
+        if standing.reservation is not None:
+            self._cancel(standing.reservation)
+        if self._session is not None:
             self._session.ask_again()
-        return stood_here
+        return True
 
     def ended(self, lease: Any) -> None:
         if id(lease) in self._slots:
             self._slots.remove(id(lease))
-            self.release()
+            self._release()
 
     def waiting(self) -> int:
         return sum(not waiter.done() for waiter in self.calls)
@@ -365,7 +236,7 @@ class StorePlace:
         return self._session is not None and self._session.held_up is not None
 
     def held_back(self) -> list[AnyWaiter]:
-        return self.calls.unbooked() if self.holds_up() else []
+        return self._unbooked() if self.holds_up() else []
 
     def use(self) -> Iterator[LimitUse]:
         for limit in (window.limit for window in self._node.limits.values()):
@@ -412,14 +283,13 @@ class StorePlace:
         with pacer.lock:
             yield
         pacer.catch_up(tell=False)
-        if not pacer.news:
-            return
-        loops = [seat.loop for seat in list(pacer.seats.values())]
+        loops = [seat.loop for seat in list(pacer.seats.values())] if pacer.news else []
         running = [loop for loop in loops if loop is not None and loop.is_running()]
-        if not running or asyncio._get_running_loop() in running:  # noqa: SLF001 - None in a plain thread
-            pacer.catch_up()
-        else:
+        here = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        if running and here not in running:
             running[0].call_soon_threadsafe(pacer.catch_up)
+        else:
+            pacer.catch_up()
 
     def notify(self, event_type: type[Event], **fields: Any) -> None:
         """Tell observers; without the lock."""
@@ -438,7 +308,8 @@ class StorePlace:
         limits |= {limit.key: limit for limit in changes}
         if concurrency is None and node.slots < NEVER:
             concurrency = node.slots
-        return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency)
+        learned = bool(limits) and node.learned >= limits.keys()
+        return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency, learned=learned)
 
     def adopt(self, config: LimitConfig) -> None:
         """Adopt limits that another process has set; limits that it does not name are removed."""
@@ -446,7 +317,7 @@ class StorePlace:
         named = {limit.key for limit in config.limits}
         with self.lock():
             node.limits = {key: each for key, each in node.limits.items() if key in named}
-            node.set_limits(config.limits, self.clock())
+            node.set_limits(config.limits, self.clock(), learned=config.learned)
             node.slots = NEVER if config.concurrency is None else config.concurrency
             pacer.limits_changed_locked(node)
             for limit in config.limits:
@@ -455,34 +326,80 @@ class StorePlace:
             if config.concurrency not in {None, before.concurrency}:
                 pacer.notify_locked(node, LimitChanged, limit=f"concurrency {config.concurrency}")
 
+    # --- with the lock held ---
+
+    def has_room(self, now: int) -> bool:
+        """Return whether another call may come; date to now what stands here below the root.
+
+        Otherwise limits there would forget those that wait for long, and let too many leave at once.
+        """
+        if sum(each.reservation is None for each in self.calls.values()) >= self._room:
+            return False
+        for waiter, standing in self.calls.items():
+            standing.redate(waiter, now)
+        return True
+
+    def adapt_room(self, sent: int, booked: int) -> None:
+        """Have as many calls wait here as a batch books."""
+        wanted = self._room * 5 // 4 if booked == sent else 2 * booked
+        self._room = min(max(wanted, _MIN_ROOM), _MAX_ROOM)
+
+    def heads(self) -> list[AnyWaiter]:
+        """Return the calls that go next, in order; they stay here. Those that have failed are told."""
+        self._bury()
+        self._tell_failed()
+        return [each for each in self._unbooked() if not self.has_failed(each)][: self._room]
+
+    def _unbooked(self) -> list[AnyWaiter]:
+        return [
+            waiter
+            for waiter, standing in self.calls.items()
+            if standing.reservation is None and not waiter.done()
+        ]
+
+    def _bury(self) -> None:
+        """Count out the calls whose loop has ended; those that gave up before are counted out by themselves."""
+        for waiter in list(self.calls):
+            if waiter.seat.is_closed() and not waiter.done():
+                self._pacer.gone_locked(waiter, self.clock())
+                waiter.seat = NOWHERE
+
     def fail_all(self, cause: Exception) -> None:
-        """Make all calls fail that have come by now; with the lock held."""
-        self.calls.fail_all(cause, self._pacer.seats.arrivals)
+        """Make all calls fail that have come by now.
+
+        More of them wait in the pacer's line than fit in here. Each of those would otherwise try the
+        store anew, in vain: it may take seconds to notice that it is gone.
+        """
+        self._failure = cause, self._pacer.seats.arrivals
+        self._tell_failed()
         self._ring()
 
-    def fail(self, waiter: AnyWaiter, cause: Exception) -> None:
-        """Make a call fail; with the lock held."""
-        error = StoreError(str(cause) or repr(cause))
-        error.__cause__ = None if isinstance(cause, StoreError) else cause
-        self._pacer.fail_locked(waiter, error)
+    def has_failed(self, waiter: AnyWaiter) -> bool:
+        """Tell whether a call came too early: see `fail_all`."""
+        return waiter.number <= self._failure[1]
 
-    def fail_late(self, waiter: AnyWaiter) -> None:
-        """Make a call fail that cannot start before its deadline; with the lock held.
+    def _tell_failed(self) -> None:
+        cause = self._failure[0]
+        for waiter in list(self.calls):
+            if self.has_failed(waiter):
+                error = StoreError(str(cause) or repr(cause))
+                error.__cause__ = None if isinstance(cause, StoreError) else cause
+                self._pacer.fail_locked(waiter, error)
 
-        A pool may have another member take it.
+    def fail_late(self, heads: Iterable[AnyWaiter], amounts: Amounts, soonest: int) -> None:
+        """Make those calls fail whose deadline comes before ``soonest``, when a call of ``amounts`` can start.
+
+        Of a pool's calls none: another member may take them.
         """
-        if waiter.deadline is not None and self._pacer.group is None:
-            node, amounts = waiter.line.node, waiter.amounts
-            error = too_late_locked(node, amounts, waiter.asked, waiter.deadline)
-            self._pacer.fail_locked(waiter, error)
-
-    def bury(self, waiter: AnyWaiter) -> None:
-        """Count out a call whose loop has ended; with the lock held."""
-        self._pacer.gone_locked(waiter, self.clock())
-        waiter.seat = NOWHERE
+        for waiter in heads if self._pacer.group is None else ():
+            is_less = any(waiter.amounts.get(each, 0) < units for each, units in amounts.items())
+            if waiter.deadline is not None and waiter.deadline < soonest and not is_less:
+                node, deadline = waiter.line.node, waiter.deadline
+                error = too_late_locked(node, waiter.amounts, waiter.asked, deadline)
+                self._pacer.fail_locked(waiter, error)
 
     def refuse(self, waiter: AnyWaiter) -> None:
-        """Make a call fail that exceeds a limit and can never pass; with the lock held.
+        """Make a call fail that exceeds a limit and can never pass.
 
         If own limits allow it, the store has not heard of them: the call is asked for again.
         """
@@ -491,30 +408,68 @@ class StorePlace:
         except CostExceedsLimit as error:
             self._pacer.fail_locked(waiter, error)
 
-    def reserve(
-        self, waiter: AnyWaiter, booking: Booking, start: int, bound_by: str | None = None
-    ) -> None:
-        """Keep what a call was given until its ``start`` (ns of the worker's clock)."""
-        with self.lock():
-            self.pending.held += booking.slot
-            reservation = Reservation(booking.start, start, booking.slot, bound_by)
-            self.calls.reserve(waiter, reservation)
+    def to_ask(self, amounts: Amounts) -> Amounts:
+        """Return what a call asks of the store: of a learned limit all at most; the rest is a debt."""
+        for window in self._node.limits.values():
+            resource, most = window.limit.resource, window.amount
+            if not window.refuses and amounts.get(resource, 0) > most:
+                amounts = {**amounts, resource: most}
+        return amounts
 
-    def admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> bool:
-        """Let a booked call go, because its start has come; return whether it still waited."""
+    def reserve(self, waiter: AnyWaiter, reservation: Reservation) -> None:
+        """Keep what a call was given until it starts; it may have given up meanwhile."""
+        self.pending.held += reservation.slot
+        if waiter in self.calls:
+            self.calls[waiter].reservation = reservation
+        else:
+            self._cancel(reservation)
+
+    def _cancel(self, reservation: Reservation) -> None:
+        """Give back what was booked for a call that is gone, whether or not its start has come."""
+        self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
+        if reservation.slot:
+            self._release()
+
+    def admit_due(
+        self, here: asyncio.AbstractEventLoop, home: asyncio.AbstractEventLoop, now: int
+    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
+        """Admit what is due ``here``; return when the next start is, and where else calls are due.
+
+        Those of plain threads are due at ``home``.
+        """
+        self._bury()
+        elsewhere: set[asyncio.AbstractEventLoop] = set()
+        for waiter, standing in list(self.calls.items()):
+            loop, reservation = waiter.seat.loop or home, standing.reservation
+            if reservation is None or waiter.done():  # it gave up, and will leave
+                continue
+            if reservation.start > now:
+                return reservation.start, elsewhere
+            if loop is not here:
+                elsewhere.add(loop)
+            else:
+                standing.redate(waiter, now)
+                self._admit(waiter, reservation, standing.below, now)
+        return NEVER, elsewhere
+
+    def _admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> None:
+        """Let a booked call go, because its start has come, unless it gives up in this moment."""
         # A call may use limited resources that it did not reserve.
-        amounts = {**dict.fromkeys(self._node.resources(), 0), **waiter.amounts}
+        amounts = {**dict.fromkeys(self._node.resources(), 0), **reservation.amounts}
         booked: list[Any] = [
             (BookedMeter(self, reservation, resource, units), resource)
             for resource, units in amounts.items()
             if resource != SLOT
         ]
         if not self._pacer.pass_on_locked(waiter, (*below, *booked), now, reservation.bound_by):
-            return False
+            return
+        for meter, resource in booked:
+            if debt := waiter.amounts.get(resource, 0) - amounts[resource]:
+                meter.owe(debt, now)
         if reservation.slot:
             self._slots.add(id(waiter.lease))
+        del self.calls[waiter]
         waiter.seat.ring(now)  # a thread has to look
-        return True
 
     def ring_pool(self) -> None:
         """Have a pool look whose calls the store holds up: another member may take them."""
@@ -537,20 +492,12 @@ class StorePlace:
     # --- what comes back; with the lock held ---
 
     def correct(self, correction: Correction) -> None:
-        """Have a booking changed.
-
-        For a call that was admitted without the store (``start`` is 0) nothing comes back, but
-        debts count.
-        """
-        if not correction.start:
-            booked, used = correction.booked, correction.used
-            more = {name: max(amount, booked.get(name, 0)) for name, amount in used.items()}
-            correction = Correction(start=0, booked=booked, used=more)
+        """Have a booking changed."""
         self.pending.corrections.append(correction)
         if self._session is not None:
             self._session.report(correction)
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Give a slot back."""
         self.pending.held -= 1
         if self._session is not None:
@@ -564,7 +511,7 @@ class StorePlace:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
         if self._session is not None and self._session.loop.is_closed():
             self._session = None
-            self.calls.bury()
+            self._bury()
         if self._session is None:
             self._session = Session(self, None if self.owns_store else loop)
         return self._session

@@ -32,7 +32,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_membership,
     in_time,
 )
 
@@ -97,7 +96,7 @@ def from_url(url: str) -> "RedisStore":
             )
             client.connection_pool.make_connection()  # it refuses unknown settings
             return RedisStore(client, url=shown, owned=True)
-    except TypeError as error:
+    except (TypeError, exceptions.RedisError) as error:
         why = str(error)
     except ValueError:  # which might quote a password
         pass
@@ -120,7 +119,8 @@ class RedisStore:
         """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
 
         So limits are kept behind Sentinels (``Sentinel(...).master_for(...)``), in a cluster, or
-        wherever else redis-py gets to. The client stays yours: closing the store leaves it open.
+        wherever else redis-py gets to. The client stays yours: closing the store leaves it open. If its
+        connections are bounded, it needs two for each limiter.
 
         Raises:
             TypeError: it is no client.
@@ -134,7 +134,6 @@ class RedisStore:
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        check_membership(name, slot_ttl)
         return await RedisLedger(self, name, worker, slot_ttl).join(config)
 
     async def peek(self, name: str) -> Snapshot | None:
@@ -308,17 +307,9 @@ class RedisLedger(Ledger):
         await self._run(self._codec, "leave")
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
-        return await self._store.run(
-            self._keys,
-            verb,
-            self.worker,
-            self._epoch,
-            secrets.token_hex(8),
-            codec.text,
-            self._channel,
-            self._ttl,
-            *args,
-        )
+        new_epoch = secrets.token_hex(8)
+        me = self.worker, self._epoch, new_epoch, codec.text, self._channel, self._ttl
+        return await self._store.run(self._keys, verb, *me, *args)
 
 
 def _store_error(name: str, client: Any, error: Exception) -> StoreError:

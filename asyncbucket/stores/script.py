@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -54,14 +55,13 @@ class Codec:
     def __init__(self, config: LimitConfig) -> None:
         self.config = config
         encoded: dict[str, Any] = {
-            "limits": [
-                [limit.resource, limit.amount, limit.per, limit.burst, limit.resets]
-                for limit in config.limits
-            ],
+            "limits": [astuple(limit) for limit in config.limits],
             "meters": [_meter_config(limit) for limit in config.limits],
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
+        if config.learned:
+            encoded["learned"] = True
         self.text = _as_json(encoded)
 
     @classmethod
@@ -71,7 +71,8 @@ class Codec:
             Limit(resource, amount, per=per, burst=burst, resets=resets)
             for resource, amount, per, burst, resets in config["limits"]
         )
-        return cls(LimitConfig(limits=limits, concurrency=config.get("concurrency")))
+        slots, learned = config.get("concurrency"), config.get("learned", False)
+        return cls(LimitConfig(limits=limits, concurrency=slots, learned=learned))
 
     def starts(self, wall: int) -> str:
         """Encode when some periods of the limits begin that reset, around the server's ``wall``."""
@@ -85,16 +86,12 @@ class Codec:
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, and what was booked and used of each resource."""
-        return _as_json(
-            [
-                (
-                    each.start // GRAIN,
-                    each.booked,
-                    {n: min(used, _MAX_USED) for n, used in {**each.booked, **each.used}.items()},
-                )
-                for each in corrections
-            ]
-        )
+        encoded: list[Any] = []
+        for each in corrections:
+            used = {**each.booked, **each.used}
+            used = {resource: min(units, _MAX_USED) for resource, units in used.items()}
+            encoded.append((each.start // GRAIN, each.booked, used))
+        return _as_json(encoded)
 
     def calls(self, calls: Sequence[Amounts] | None) -> str:
         """Encode the waiting calls."""

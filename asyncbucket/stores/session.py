@@ -20,6 +20,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
@@ -29,9 +30,9 @@ from asyncbucket.stores.outage import StoreHealth
 from asyncbucket.stores.store import (
     HORIZON,
     SLOT,
-    Booking,
     Correction,
     Ledger,
+    LimitConfig,
     Outcome,
     Receipt,
     Store,
@@ -59,6 +60,19 @@ _FAILED: Final = (
 _log: Final = logging.getLogger("asyncbucket")
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Say what a call was given."""
+
+    amounts: Amounts
+    #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
+    booked_at: int
+    #: When it may go, by the worker's clock.
+    start: int
+    slot: bool = False
+    bound_by: str | None = None
+
+
 class Session:
     """Serve the calls of one process; with the limiter's lock held unless said otherwise."""
 
@@ -81,6 +95,7 @@ class Session:
         #: Whether calls wait in the store's line, and whether slots are short.
         self._in_line = self._is_crowded = False
         self._bell = asyncio.Event()
+        #: Whether another thread has rung, which costs a system call.
         self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
         #: What awaits the store's call, and what tries to reach a store that is gone.
@@ -91,7 +106,7 @@ class Session:
         self._closers: list[concurrent.futures.Future[None]] = []
         self._store: Store | None = None
         self._ledger: Ledger | None = None
-        self._health: StoreHealth | None = None
+        self._health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
         self._owns_store = place.owns_store
         self.loop = asyncio.new_event_loop() if loop is None else loop
@@ -112,7 +127,7 @@ class Session:
 
     def wake_for(self, waiter: Any) -> None:
         """Serve ``waiter``, which stands at the store now."""
-        self._is_closing = self._is_closing and self._place.calls.has_failed(waiter)
+        self._is_closing = self._is_closing and self._place.has_failed(waiter)
         self.ring()
 
     def ask_again(self) -> None:
@@ -129,8 +144,9 @@ class Session:
         is_awaited = self._is_crowded
         if correction is not None:
             is_awaited = self._in_line
-            if correction.start and self._health is not None:
-                self._health.record.correct(correction)
+            if correction.start:
+                record = self._health.record
+                record.correct(correction, record.last_start)
         now = self._clock()
         soon = max(now + _GATHER_BRIEFLY, self._last_start - HORIZON) if is_awaited else NEVER
         self._report_at = min(self._report_at, soon, now + _GATHER)
@@ -183,19 +199,24 @@ class Session:
         finally:
             await self._leave()
         with self._place.lock():
-            is_last = not self._place.calls.heads()
+            is_last = not self._place.heads()
             if is_last:
                 self._place.forget(self)
             return is_last
 
     async def _open(self) -> bool:
         """Join the limiter at the store; if that fails, all calls that have come by then fail."""
-        place, self._health = self._place, None
+        place = self._place
         with place.lock():
-            if any(place.calls) and not place.calls.heads():  # they have failed, or given up
+            if place.calls and not place.heads():  # they have failed, or given up
                 return False
         try:
             self._store = place.make_store()
+            known = None if place.config().limits else await self._store.peek(place.name)
+            if known is not None and not place.config().limits:  # those of the others hold
+                slots = place.config().concurrency or known.config.concurrency
+                place.adopt(replace(known.config, concurrency=slots))
+            self._pending.config = None
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
@@ -209,7 +230,6 @@ class Session:
 
     def _is_over(self) -> bool:
         """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot."""
-        assert self._health is not None
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
@@ -231,15 +251,14 @@ class Session:
 
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
-        assert self._health is not None
         for helper in (self._listener, self._probe):
             if helper is not None and helper.done():
                 helper.result()  # if it failed, so has the session
         with self._place.lock():
-            heads: Sequence[Any] = self._place.calls.heads()
-            is_urgent = self._pending.config is not None or bool(self._pending.pause[0])
+            heads: Sequence[Any] = self._place.heads()
+            is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
             if self._in_line and not is_urgent:
-                self._fail_late_calls(heads)
+                self._place.fail_late(heads, *self._soonest)
         now = self._clock()
         if now >= self._forget_at:
             self._note_held_up(None)
@@ -252,35 +271,21 @@ class Session:
                 self._probe = self._spawn(self._send(None))
             await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
             return
-        if self._in_line and not heads:  # nobody waits any more: leave the store's line
-            self._in_line, self._ask_at = False, 0
-            await self._send(())
-            return
+        if self._in_line and not heads:  # leave the store's line; whoever comes next asks anew
+            self._ask_at = 0
         ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
-        is_due = bool(heads) and now >= ask_at
+        is_due = now >= ask_at if heads else self._in_line
         if is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._in_line else None)
             return
         await self._sleep(min(ask_at, self._report_at))
 
-    def _fail_late_calls(self, heads: Sequence[Any]) -> None:
-        """Fail those whose deadline comes before such a call can start, whatever comes back."""
-        amounts, soonest = self._soonest
-        for waiter in heads:
-            if (
-                waiter.deadline is not None
-                and waiter.deadline < soonest
-                and all(waiter.amounts.get(each, 0) >= amounts[each] for each in amounts)
-            ):
-                self._place.fail_late(waiter)
-
     async def _send(self, heads: Sequence[Any] | None) -> None:
         """Send a batch, and do what the answer says."""
         assert self._ledger is not None
-        assert self._health is not None
         asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
-        calls = None if heads is None else [waiter.amounts for waiter in heads]
         with self._place.lock():
+            calls = None if heads is None else [self._place.to_ask(each.amounts) for each in heads]
             batch = self._pending.batch(calls, asked_at)
             self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
         try:
@@ -289,52 +294,55 @@ class Session:
             self._health.fail(error)
             self._in_line, self._ask_at = False, 0
             return
-        self._is_crowded = receipt.crowded
-        if self._health.is_gone:
-            self._note_held_up(None)
-        debts = self._health.note_answer(receipt, self._ledger.config)
-        if receipt.changed is not None and self._pending.config is None:
-            self._place.adopt(receipt.changed)
+        self._in_line, self._is_crowded = receipt.in_line, receipt.crowded
+        config = self._ledger.config
+        debts = self._health.note_answer(receipt, config)
+        if self._pending.config is None and config != self._place.config():
+            self._place.adopt(config)
         with self._place.lock():
-            self._place.left = dict(zip(self._ledger.config.limits, receipt.left, strict=False))
+            self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts is not None:
                 self._place.correct(debts)
                 self._report_at = 0
-        if heads:
-            self._answer_calls(heads, receipt, asked_at)
+        if heads and batch.calls:
+            self._answer_calls(heads, batch.calls, receipt, asked_at)
         self._let_go()
         if self._in_line and (self._listener is None or self._listener.done()):
             self._listener = self._spawn(self._listen())
 
-    def _answer_calls(self, heads: Sequence[Any], receipt: Receipt, asked_at: int) -> None:
+    def _answer_calls(
+        self, heads: Sequence[Any], calls: Sequence[Amounts], receipt: Receipt, asked_at: int
+    ) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked.
 
         The next are not sent before all but a horizon of the booked starts has passed: others get
         their turn, and more calls go with one trip. Nor before half of the time up to the last start
         has passed: others want the same units, and one that is late should not find them gone.
         """
-        assert self._health is not None
-        now = self._clock()
+        now, record = self._clock(), self._health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
         halfway = receipt.now + (last - receipt.now) // 2
         self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
         self._last_start = max(self._last_start, last + offset)
-        self._in_line, held_up = receipt.in_line, None
-        for waiter, booking in zip(heads, receipt.bookings, strict=True):
-            if booking.outcome is Outcome.BOOKED:
-                booked += 1
-                self._health.record.book(waiter.amounts, booking.start)
-                bound_by = booking.bound_by or (before[0] if before else None)
-                self._place.reserve(waiter, booking, max(now, booking.start + offset), bound_by)
-            elif booking.outcome is Outcome.NEVER:
-                with self._place.lock():
+        held_up = None
+        with self._place.lock():
+            for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
+                if booking.outcome is Outcome.BOOKED:
+                    booked += 1
+                    # It is earlier than the last if the store has lost its data.
+                    record.book(amounts, max(record.last_start, booking.start))
+                    bound_by = booking.bound_by or (before[0] if before else None)
+                    start = max(now, booking.start + offset)
+                    given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
+                    self._place.reserve(waiter, given)
+                elif booking.outcome is Outcome.NEVER:
                     self._place.refuse(waiter)
-            elif held_up is None and booking.bound_by is not None:
-                soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
-                until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
-                held_up, self._soonest = (booking.bound_by, until), (waiter.amounts, soonest)
-        self._place.calls.adapt_room(len(heads), booked)
+                elif held_up is None and booking.bound_by is not None:
+                    soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
+                    until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
+                    held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
+        self._place.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 
     def _note_held_up(self, held_up: tuple[str, int] | None) -> None:
@@ -349,13 +357,11 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
-        with (
-            contextlib.suppress(ReferenceError),
-            self._place.lock(),
-        ):  # unless nobody has the limiter
+        # Unless nobody has the limiter any more.
+        with contextlib.suppress(ReferenceError), self._place.lock():
             now = self._clock()
-            next_start, elsewhere = self._place.calls.admit_due(here, self.loop, now)
-            if self._place.calls.has_room(now):
+            next_start, elsewhere = self._place.admit_due(here, self.loop, now)
+            if self._place.has_room(now):
                 self._place.ring_seats()
             if here is self.loop:
                 self._set_timer(next_start)
@@ -386,15 +392,15 @@ class Session:
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to look again."""
-        assert self._health is not None
-        when: int = self._clock()
-        now = when
-        for waiter in heads:
-            when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
-            if when > now:
-                break
-            slot = bool(waiter.amounts.get(SLOT))
-            self._place.reserve(waiter, Booking(Outcome.BOOKED, 0, None, slot), now)
+        now: int = self._clock()
+        when = now
+        with self._place.lock():
+            for waiter in heads:
+                when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
+                if when > now:
+                    break
+                slot = bool(waiter.amounts.get(SLOT))
+                self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
         self._let_go()
         if not heads:
             return NEVER

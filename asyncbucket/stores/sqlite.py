@@ -41,7 +41,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Receipt,
     Snapshot,
-    check_membership,
     in_time,
 )
 
@@ -56,7 +55,7 @@ _NAP: Final = (0.0002, 0.002)
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
 #: The version of the tables, and of what a state means.
-SCHEMA: Final = 5
+SCHEMA: Final = 6
 _TABLES: Final = (
     """CREATE TABLE limiters (
         name TEXT PRIMARY KEY, until INTEGER NOT NULL, state TEXT NOT NULL
@@ -135,7 +134,7 @@ class SQLiteStore:
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._disconnect: Callable[[], object] = int
-        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
         self._is_closed = False
 
     @property
@@ -148,7 +147,6 @@ class SQLiteStore:
         self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        check_membership(name, slot_ttl)
         life = round(slot_ttl * 1_000_000_000)
         return await SQLiteLedger(self, name, worker, life=life).join(config)
 
@@ -166,8 +164,7 @@ class SQLiteStore:
     async def aclose(self) -> None:
         """Finish what is in progress, and close the file."""
         self._is_closed = True
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._thread.shutdown)
         self._disconnect()
 
     async def run(self, work: Callable[..., Any], *args: Any) -> Any:
@@ -183,8 +180,6 @@ class SQLiteStore:
                 f"{self.path} was open when this process forked, and SQLite files cannot be shared with a "
                 f"fork: make the limiter in the child, or close it before with `await limiter.aclose()`"
             )
-        if self._thread is None:
-            self._thread = concurrent.futures.ThreadPoolExecutor(1, "asyncbucket sqlite")
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except StoreError:
@@ -223,10 +218,10 @@ class SQLiteStore:
             connection.execute("INSERT OR REPLACE INTO limiters VALUES (?, ?, ?)", row)
 
     @contextlib.contextmanager
-    def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Generator[sqlite3.Connection]:
-        """Read and write in one step, or not at all; ``begin`` "BEGIN" reads as of one instant."""
+    def transaction(self) -> Generator[sqlite3.Connection]:
+        """Read and write in one step, or not at all."""
         connection = self.connection()
-        self._retry_while_busy(lambda: connection.execute(begin))
+        self._retry_while_busy(lambda: connection.execute("BEGIN IMMEDIATE"))
         try:
             yield connection
             connection.execute("COMMIT")
@@ -382,8 +377,7 @@ class SQLiteLedger(Ledger):
         (others,) = connection.execute("PRAGMA data_version").fetchone()
         changes = connection, others, connection.total_changes
         if changes != self._seen:
-            with self._store.transaction("BEGIN"):
-                state = self._store.read(connection, self.name)
+            state = self._store.read(connection, self.name)
             self._seen = changes
             place = None if state is None else state.place_of(self.worker)
             is_told = state is None or state.config != self.config

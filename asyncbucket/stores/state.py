@@ -100,7 +100,7 @@ class State:
         if batch.pause:
             self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
         for correction in batch.corrections:
-            self._correct(correction, max(now, self.last_start))
+            self.correct(correction, max(now, self.last_start))
         me = self.workers.setdefault(worker, Worker(0))
         me.until, before = now + life, me.held
         me.held = batch.held or 0
@@ -136,19 +136,18 @@ class State:
         """Return the place of ``worker`` in line."""
         return next((place for place in self.line if place.worker == worker), None)
 
+    def _slots(self) -> int:
+        return NEVER if self.config.concurrency is None else self.config.concurrency
+
     def free(self) -> int:
         """Return how many slots are free."""
-        if self.config.concurrency is None:
-            return NEVER
-        return self.config.concurrency - sum(each.held for each in self.workers.values())
+        return self._slots() - sum(each.held for each in self.workers.values())
 
     def share(self, *others: str) -> int:
         """Return how many slots a worker may hold while another with fewer waits."""
-        if self.config.concurrency is None:
-            return NEVER
         contenders = {name for name, each in self.workers.items() if each.held}
         contenders.update(others, (place.worker for place in self.line))
-        return -(-self.config.concurrency // max(1, len(contenders)))
+        return -(-self._slots() // max(1, len(contenders)))
 
     def reserved(self, place: Place, share: int) -> int:
         """Return how many free slots are kept for a worker in line: up to its share, at least 1."""
@@ -171,7 +170,7 @@ class State:
             return self.pause.until, "paused"
         return start, bound_by
 
-    def book(self, amounts: Amounts, start: int, bound_by: str | None) -> None:
+    def book(self, amounts: Amounts, start: int, bound_by: str | None = None) -> None:
         """Book a call in all limits."""
         for window in self.windows.values():
             if amount := amounts.get(window.limit.resource):
@@ -209,8 +208,7 @@ class State:
         """Return the state as JSON, whose integers are exact however long."""
         return json.dumps(
             {
-                "limits": [asdict(window.limit) for window in self.windows.values()],
-                "concurrency": self.config.concurrency,
+                "config": asdict(self.config),
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
                 "line": [astuple(place) for place in self.line],
@@ -224,9 +222,8 @@ class State:
     def from_text(cls, text: str) -> "State":
         """Return the state that `to_text` wrote."""
         data = json.loads(text)
-        limits = tuple(Limit(**limit) for limit in data["limits"])
-        config = LimitConfig(limits=limits, concurrency=data["concurrency"])
-        state = cls(config)
+        limits = tuple(Limit(**limit) for limit in data["config"].pop("limits"))
+        state = cls(LimitConfig(limits=limits, **data["config"]))
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
@@ -244,7 +241,8 @@ class State:
         for name in [name for name, each in self.workers.items() if each.until <= now]:
             self._forget(name)
 
-    def _correct(self, correction: Correction, debts_at: int) -> None:
+    def correct(self, correction: Correction, debts_at: int) -> None:
+        """Change what was booked; what was used beyond it is owed from ``debts_at`` on."""
         for resource, used in correction.used.items():
             more = used - correction.booked.get(resource, 0)
             for window in self.windows.values():
@@ -254,16 +252,16 @@ class State:
                     elif more < 0:
                         window.unbook(-more, correction.start, left=used)
 
-    def in_order(self, now: int, share: int) -> list[Place]:
-        """Return who waits in the order of their turns, without those who missed theirs."""
-        there = [place for place in self.line if place.due >= now - GRACE]
+    def in_order(self, line: list[Place], now: int, share: int) -> list[Place]:
+        """Return those in ``line`` in the order of their turns, without those who missed theirs."""
+        there = [place for place in line if place.due >= now - GRACE]
         there.sort(key=lambda place: self.workers[place.worker].held >= share)
         return there
 
     def call(self, now: int) -> None:
         """Note whose turn it is: as many as there are free slots, and the first that waits for units."""
         share, free, first = self.share(), self.free(), True
-        for place in self.in_order(now, share):
+        for place in self.in_order(self.line, now, share):
             come = place.due
             if place.bound_by == SLOT:
                 if free > 0:
@@ -289,7 +287,11 @@ class Admission:
         self._gave = gave
         self._share = state.share(worker)
         self._place = state.place_of(worker)
-        if self._place is not None:  # whenever it comes, it stands where it stood
+        #: The line, with this worker at its end if it does not stand there.
+        self._line = state.line
+        if self._place is None:
+            self._line = [*state.line, Place(worker, now, due=now)]
+        else:  # whenever it comes, it stands where it stood
             self._place.due = now
         self._booked = 0
         #: Whether calls passed others that came first, with slots that were given back.
@@ -353,23 +355,14 @@ class Admission:
 
     def _look_ahead(self) -> int:
         """Find who comes before this worker's next call; return how many slots are kept for them."""
-        state, share, reserved, is_behind = self._state, self._share, 0, False
-        is_above = self._me.held >= share
-        for place in state.in_order(self._now, share):
+        state, share, reserved = self._state, self._share, 0
+        for place in state.in_order(self._line, self._now, share):
             held = state.workers[place.worker].held
-            if place is self._place:
-                is_behind = True
-                continue
-            if (held >= share) == is_above:
-                if is_behind:
-                    break
-                is_early = held >= self._me.held and self._now < place.since + held * ROUND
-                if self._gave > 0 and is_early:
-                    self._has_passed = True
-                    continue
-            elif not is_above:
+            if place.worker == self._worker:
                 break
-            if place.bound_by == SLOT:
+            if self._gave > 0 and held >= self._me.held and self._now < place.since + held * ROUND:
+                self._has_passed = True
+            elif place.bound_by == SLOT:
                 reserved += state.reserved(place, share)
             else:
                 self._first = self._first or place
@@ -397,7 +390,7 @@ class Admission:
                 place.first_since = max(now, state.last_start)
         else:
             place.first_since = 0
-            order = state.in_order(now, self._share)
+            order = state.in_order(state.line, now, self._share)
             first, behind = order[0], order.index(place)
             if behind:  # the first may be dead
                 come = now if first.bound_by == SLOT else max(now, first.due)

@@ -53,7 +53,6 @@ from asyncbucket.core.errors import StoreError
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.terms import read_slot_ttl
 from asyncbucket.core.wording import in_seconds
 
 #: How many ns after its first start the other calls of a batch may start, unless it says otherwise.
@@ -73,23 +72,8 @@ OPEN_PATIENCE: Final = 5.0
 #: A store that has been slow gets more time: so many of its slowest trips, which fade by this factor.
 _TRIPS: Final = 5
 _FADING: Final = 0.9
-_LONGEST_NAME: Final = 200
 #: Seconds of one wait of `in_time`.
 _STEP: Final = 0.05
-
-
-def check_membership(name: str, slot_ttl: float) -> None:
-    """Refuse a name or a time to live that no store accepts.
-
-    Raises:
-        ValueError: ``name`` or ``slot_ttl`` is not allowed: see `Store.open`.
-    """
-    if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()) or set(name) & set("{}"):
-        raise ValueError(
-            f"a limiter's name in a store has 1 to {_LONGEST_NAME} printable characters and no "
-            f"braces, not {name[: _LONGEST_NAME + 1]!r}"
-        )
-    read_slot_ttl(slot_ttl)
 
 
 async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str) -> Any:
@@ -144,6 +128,8 @@ class LimitConfig:
     limits: tuple[Limit, ...] = ()
     #: The number of slots, over all workers; None for no bound.
     concurrency: int | None = None
+    #: A provider announced the limits, to a limiter that was given none: they refuse no call for good.
+    learned: bool = False
 
     def __post_init__(self) -> None:
         for limit in self.limits:
@@ -164,6 +150,7 @@ class Correction:
     resource undoes a booking. ``"concurrency"`` is ignored here: see `Batch.held`.
     """
 
+    #: 0 for a call that was admitted without the store: nothing of it comes back.
     start: int
     booked: Amounts
     used: Amounts
@@ -220,9 +207,6 @@ class Receipt:
     #: When calls that were not booked should be sent again at the latest, even if nothing is heard.
     #: 0 if all were booked.
     ask_at: int = 0
-    #: The limits in force if they differ from the ledger's; None if they are the same. The batch was
-    #: applied under them.
-    changed: LimitConfig | None = None
     #: What the windows of `LimitConfig.limits` have left, in that order, or less.
     left: tuple[int, ...] = ()
     #: Workers that have given a sign of life within their slots' time to live, this one included.
@@ -276,7 +260,7 @@ class Ledger(abc.ABC):
         self.name = name
         #: This worker's unique name.
         self.worker = secrets.token_hex(8) if worker is None else worker
-        #: The limits in force, as last heard.
+        #: The limits in force, under which the last batch was applied.
         self.config = LimitConfig()
         #: What to say if the store does not answer in time.
         self.silence = silence
@@ -290,8 +274,7 @@ class Ledger(abc.ABC):
         self._slowest = 0.0
         #: Limits, pauses and corrections that have not been sent.
         self._owed = Batch()
-        #: The limits of which callers know, and how many slots it holds as far as they know.
-        self._known = self.config
+        #: How many slots it holds, as far as callers know.
         self._held = 0
         self._is_open = True
 
@@ -318,9 +301,7 @@ class Ledger(abc.ABC):
             receipt: Receipt = await in_time(self._exchange(batch), patience, self.silence)
             self._in_doubt = self._flight = None
         self._held += sum(booking.slot for booking in receipt.bookings)
-        changed = None if self.config in (self._known, batch.config) else self.config
-        self._known = self.config
-        return replace(receipt, changed=changed)
+        return receipt
 
     def _owe(self, batch: Batch) -> None:
         """Keep the corrections, the latest limits and the longest pause until they are sent."""
@@ -372,13 +353,6 @@ class Ledger(abc.ABC):
         checks by itself, at a low rate.
         """
 
-    async def peek(self) -> Snapshot:
-        """Look at the state of the limiter; this changes nothing."""
-        snapshot = await self.store.peek(self.name)
-        if snapshot is None:
-            raise StoreError(f"{self.store.url} no longer has a limiter {self.name!r}")
-        return snapshot
-
     async def aclose(self, last: Batch | None = None) -> None:
         """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire."""
         if not self._is_open:
@@ -417,14 +391,13 @@ class Store(Protocol):
         The latest limits count: workers that opened it with others adopt these.
 
         Args:
-            name: which limiter; 1 to 200 printable characters, no braces.
+            name: which limiter; 1 to 200 printable characters, no braces, as `Limiter` sees to.
             config: its limits and slots.
             worker: a unique name for this worker; random by default.
             slot_ttl: seconds of silence after which a worker's slots come back, from 0.1 to a day.
 
         Raises:
             StoreError: out of reach, or unusable.
-            ValueError: the name or the time to live is not allowed.
         """
         ...
 

@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
-from asyncbucket.stores import Batch, LimitConfig, Snapshot
+from asyncbucket.stores import Batch, LimitConfig
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import Receipt
 from asyncbucket.testing import VirtualClock
@@ -52,8 +52,8 @@ class MemoryStore:
         await ledger.commit(Batch(config=config))
         return ledger
 
-    async def peek(self, name: str = "openai") -> Snapshot:
-        return self.states[name].peek(self.now())
+    async def peek(self, name: str = "openai") -> Any:
+        return self.states[name].peek(self.now()) if name in self.states else None
 
     async def aclose(self) -> None:
         """Leave it open."""
@@ -80,10 +80,8 @@ class MemoryLedger:
         self.store.trips += 1
         receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
         await asyncio.sleep(self.store.late)
-        if self.config == self.state.config:
-            return receipt
         self.config = self.state.config
-        return replace(receipt, changed=None if self.config == batch.config else self.config)
+        return receipt
 
     async def changed(self, *, timeout: float) -> bool:
         until = self.store.now() + timeout * 1e9

@@ -11,7 +11,7 @@ from asyncbucket.stores import Batch, LimitConfig, Store, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.sqlite import MachineClock, SQLiteStore
 from asyncbucket.stores.store import FAR, Ledger
-from tests.stores.conformance.place import outcomes
+from tests.stores.conformance.place import outcomes, peek
 
 SECOND = 1_000_000_000
 HOUR = 3_600 * SECOND
@@ -85,7 +85,7 @@ async def test_period_is_given_once_to_all_processes(hands: Hands) -> None:
     hands.wait(22.9999)  # this day has 23 hours
     assert not await take(second, 1)
     hands.wait(0.0001)
-    assert (await second.peek()).limits[0].available == 10
+    assert (await peek(second)).limits[0].available == 10
     assert [await take(second, 10), await take(first, 1)] == [True, False]
     hands.wait(24 * 10)
     assert [await take(second, 10), await take(first, 1)] == [True, False]

@@ -7,7 +7,8 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, Pool
 from asyncbucket.stores import LimitConfig
-from asyncbucket.stores.outage import Record
+from asyncbucket.stores.outage import take_share
+from asyncbucket.stores.state import State
 from asyncbucket.testing import assert_never_over
 from tests.stores.conftest import stop, take
 from tests.stores.memory import MemoryStore
@@ -118,10 +119,14 @@ async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
 
 
 def test_share_of_a_process_alone_counts_what_it_took_and_comes_back_at_the_reset() -> None:
-    record = Record(LimitConfig(limits=(Limit("tokens", 10, per="day", resets="00:00 UTC"),)))
+    record = State(LimitConfig(limits=(Limit("tokens", 10, per="day", resets="00:00 UTC"),)))
+
+    def earliest(tokens: int) -> int:
+        return record.earliest({"tokens": tokens}, record.last_start)[0]
+
     record.book({"tokens": 1}, NOON)
-    record.share(2, (4,), NOON)
-    assert record.earliest({"tokens": 2}, NOON) == NOON
-    assert record.earliest({"tokens": 3}, NOON) == NOON + 12 * HOUR
+    take_share(record, 2, (4,), NOON)
+    assert earliest(2) == NOON
+    assert earliest(3) == NOON + 12 * HOUR
     record.book({"tokens": 5}, NOON + 12 * HOUR)
-    assert record.earliest({"tokens": 1}, NOON + 12 * HOUR) == NOON + 36 * HOUR
+    assert earliest(1) == NOON + 36 * HOUR

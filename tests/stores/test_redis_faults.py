@@ -10,7 +10,7 @@ from asyncbucket import StoreError
 from asyncbucket.stores import Batch, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.store import FAR, Correction, Ledger, Receipt
-from tests.stores.conformance.place import outcomes, terms, used
+from tests.stores.conformance.place import outcomes, peek, terms, used
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,7 @@ async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", t
             failed += 1
         is_whole, proxy.cuts = not proxy.broken, 0
         await ledger.commit(Batch(corrections=undone, held=1))
-        seen = await ledger.peek()
+        seen = await peek(ledger)
         assert (seen.limits[0].used, seen.slots) == (1, 1), f"cut after {cut} bytes"
         if is_whole:
             break
@@ -173,17 +173,17 @@ async def test_batch_after_data_loss_counts_slots_again(store: RedisStore, redis
     await ledger.commit(Batch(calls=(CALL,) * 3))
     redis.flushall()
     await ledger.commit(Batch(calls=None))
-    assert (await ledger.peek()).slots == 3
+    assert (await peek(ledger)).slots == 3
 
 
 async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any) -> None:
     await store.open("schema", terms("1000/s"))
     state = redis.execute_command("HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[])
-    other = state.replace(b"\xa6schema\x03", b"\xa6schema\x04")
+    other = state.replace(b"\xa6schema\x04", b"\xa6schema\x05")
     assert other != state
     redis.hset("asyncbucket:{schema}:state", "state", other)
     with pytest.raises(
-        StoreError, match="has schema 4, and this asyncbucket needs 3: use one version"
+        StoreError, match="has schema 5, and this asyncbucket needs 4: use one version"
     ):
         await store.open("schema", terms("1000/s"))
 

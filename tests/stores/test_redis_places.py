@@ -15,7 +15,7 @@ from redis.exceptions import AuthenticationError, ReadOnlyError, ResponseError
 from asyncbucket import StoreError
 from asyncbucket.stores import Batch, Store, open_store
 from asyncbucket.stores.redis import RedisStore
-from tests.stores.conformance.place import outcomes, terms
+from tests.stores.conformance.place import outcomes, peek, terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,7 @@ async def use(store: Store, name: str = "place") -> None:
     assert (await one.commit(Batch(calls=None))).workers == 2
     await one.commit(Batch(calls=None, pause=SECOND))
     await one.commit(Batch(calls=None, config=terms("50/s", concurrency=2)))
-    assert (await two.peek()).config == one.config
+    assert (await peek(two)).config == one.config
     for ledger in (one, two):
         await ledger.aclose()
     await store.aclose()

@@ -14,7 +14,7 @@ from asyncbucket.stores import Batch, Store, open_store
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import FAR, Ledger
 from tests.stores.conformance.history import CONFIGS, DAILY, History
-from tests.stores.conformance.place import SECOND
+from tests.stores.conformance.place import SECOND, peek
 
 #: Instants are multiples of it (ns), so that the backlog of a bucket stays whole when the rate doubles.
 TICK = 16_000
@@ -110,7 +110,7 @@ class OnServer(History):
 
     async def _compare(self, ledger: Ledger) -> None:
         copy = State.from_text(self.state.to_text())
-        assert await ledger.peek() == copy.peek(self._now)
+        assert await peek(ledger) == copy.peek(self._now)
 
 
 @pytest.mark.heavy

@@ -18,7 +18,7 @@ from asyncbucket.stores import Batch, LimitConfig
 from asyncbucket.stores.sqlite import SCHEMA, MachineClock, SQLiteLedger, SQLiteStore
 from asyncbucket.stores.state import State
 from tests.conftest import python
-from tests.stores.conformance.place import outcomes, terms, used
+from tests.stores.conformance.place import outcomes, peek, terms, used
 
 SECOND = 1_000_000_000
 CONFIG = terms("1000 requests/day burst 1000", concurrency=10)
@@ -183,7 +183,7 @@ async def test_limiters_with_nothing_to_remember_are_deleted_from_file(path: Pat
 
 async def seconds_at(store: SQLiteStore) -> float:
     ledger = await store.open("openai", CONFIG)
-    now = (await ledger.peek()).now
+    now = (await peek(ledger)).now
     await store.aclose()
     return now / SECOND
 
@@ -290,7 +290,7 @@ async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
                 await ledger.commit(Batch(calls=(CALL,)))
         hang.set()
         await ledger.commit(Batch(calls=None))
-        assert (await used(ledger), (await ledger.peek()).slots) == (0, 0)
+        assert (await used(ledger), (await peek(ledger)).slots) == (0, 0)
 
 
 async def test_deleted_file_is_made_anew_and_calls_in_flight_hold_their_slots(path: Path) -> None:
@@ -301,7 +301,7 @@ async def test_deleted_file_is_made_anew_and_calls_in_flight_hold_their_slots(pa
             each.unlink()
         await one.commit(Batch(calls=(CALL,)))
         await two.commit(Batch(calls=None))
-        seen = await two.peek()
+        seen = await peek(two)
         assert (seen.limits[0].used, seen.slots) == (1, 7)
 
 
@@ -312,7 +312,7 @@ async def book(store):
     try:
         ledger = await store.open("openai", config)
         await ledger.commit(one)
-        print((await ledger.peek()).limits[0].used, flush=True)
+        print((await store.peek("openai")).limits[0].used, flush=True)
     except Exception as error:
         print(error, flush=True)
 

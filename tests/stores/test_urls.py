@@ -42,6 +42,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis://:s3\uff1acret@host/0", r"\*\*\*@host/0' cannot be read"),
         ("redis://:s3cret", r"\*\*\*.* cannot be read"),
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
+        ("rediss://127.0.0.1?ssl_cert_reqs=no", "cannot be read: Invalid SSL Certificate"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
         (
             "redis://127.0.0.1/0?timeout=5",

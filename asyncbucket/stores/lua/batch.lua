@@ -64,25 +64,15 @@ end
 
 -- Find who comes before the next call of a worker: how many slots are kept for them, and who waits for units.
 local function look_ahead(s, a)
-  local kept, behind = 0, false
-  local above = a.held >= a.share
-  for _, place in ipairs(in_order(s, a.share)) do
-    local ahead = true
-    if place == a.place then
-      behind, ahead = true, false
-    elseif (place.held >= a.share) == above then
-      if behind then
-        break
-      end
-      if a.gave > 0 and place.held >= a.held and s.now < place.since + place.held * ROUND then
-        a.passed, ahead = true, false
-      end
-    elseif not above then
+  local kept = 0
+  for _, place in ipairs(in_order(s, a.line, a.share)) do
+    if place == a.me then
       break
-    end
-    if ahead and is_full(place) then
+    elseif a.gave > 0 and place.held >= a.held and s.now < place.since + place.held * ROUND then
+      a.passed = true
+    elseif is_full(place) then
       kept = kept + reserved(place, a.share)
-    elseif ahead then
+    else
       a.first = a.first or place
     end
   end
@@ -116,9 +106,7 @@ local function answer(s, a, call, horizon)
   a.booked = a.booked + 1
   if slot then
     a.held, a.gave = a.held + 1, a.gave - 1
-    if place then
-      place.held = a.held
-    end
+    a.me.held = a.held
     s.total = s.total + 1
     s.holders = s.holders + (a.held == 1 and 1 or 0)
   end
@@ -149,7 +137,7 @@ local function settle_place(s, a, call, wanted, bound, next_expiry)
     end
   else
     place.first = 0
-    local order = in_order(s, a.share)
+    local order = in_order(s, s.line, a.share)
     if order[1] == place then -- a slot may expire
       a.ask = next_expiry(s)
     end
@@ -171,11 +159,16 @@ end
 -- that has to wait stops those behind it.
 local function admit(s, worker, calls, horizon, held, gave, next_expiry)
   local place = place_of(s, worker)
+  local line, me = s.line, place
   if place then -- whenever it comes, it stands where it stood
     place.due = s.now
+  else
+    me = { worker = worker, held = held, due = s.now }
+    line = { unpack(s.line) }
+    table.insert(line, me)
   end
   local a = {
-    worker = worker, place = place, held = held, gave = gave,
+    worker = worker, place = place, me = me, line = line, held = held, gave = gave,
     share = share_of(s, worker, held), booked = 0, latest_start = 0, ask = 0, soonest = 0, answers = {},
   }
   local wanted, stopped_call, stop_bound = 0, nil, ''

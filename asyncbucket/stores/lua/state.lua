@@ -5,7 +5,7 @@
 -- workers); the rest are windows' entries. KEYS[2] holds workers by their expiry. Instants are microseconds
 -- of the server's clock plus an offset that grows when that clock goes back: they never decrease.
 
-local SCHEMA = 3 -- of this state; others are refused
+local SCHEMA = 4 -- of this state; others are refused
 local HOUR = 3600000000 -- a state is kept for longer, for workers that come back late
 local FAR = 250000 -- a call whose start lies farther ahead is not booked, but for those of its batch
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
@@ -263,10 +263,10 @@ local function reserved(place, share)
   return math.min(place.wanted, math.max(1, share - place.held))
 end
 
--- Those who wait in the order of their turns, without those who missed theirs.
-local function in_order(s, share)
+-- Those in `line` in the order of their turns, without those who missed theirs.
+local function in_order(s, line, share)
   local order, above = {}, {}
-  for _, place in ipairs(s.line) do
+  for _, place in ipairs(line) do
     if place.due >= s.now - GRACE then
       table.insert(place.held >= share and above or order, place)
     end
@@ -281,7 +281,7 @@ end
 -- who do not know it yet, each with the microseconds until then.
 local function call(s)
   local share, free, first, notices = share_of(s), free_slots(s), true, {}
-  for _, place in ipairs(in_order(s, share)) do
+  for _, place in ipairs(in_order(s, s.line, share)) do
     local come = place.due
     if is_full(place) then
       if free > 0 then

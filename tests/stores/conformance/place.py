@@ -108,9 +108,16 @@ async def peek_at(store: Store) -> Snapshot:
     return snapshot
 
 
+async def peek(ledger: Ledger) -> Snapshot:
+    """Look at the limiter of ``ledger``."""
+    snapshot = await ledger.store.peek(ledger.name)
+    assert snapshot is not None, "there is no such limiter"
+    return snapshot
+
+
 async def used(ledger: Ledger) -> int:
     """Return how much of the first limit is used."""
-    return (await ledger.peek()).limits[0].used
+    return (await peek(ledger)).limits[0].used
 
 
 async def book(worker: Ledger, call: Amounts) -> Booking:
