@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 
 import aiohttp
 import httpx
+import httpx2
 import pytest
 
 from asyncbucket import Cost, Limiter, WouldBlock, tenant
@@ -90,6 +91,22 @@ async def test_request_without_reply_is_charged_unless_it_never_left(
     assert used(limiter, "tokens") == 300 * charged
 
 
+async def test_error_that_cannot_be_judged_holds_no_slot(library: Any, limiter: Limiter) -> None:
+    class OddError(Exception):
+        @property
+        def response(self) -> None:
+            raise RuntimeError("no response yet")
+
+    def answer(_: Any) -> Any:
+        raise OddError
+
+    async with client_over(library, limiter, answer) as client:
+        with pytest.raises(RuntimeError) as held:
+            await client.get(URL)
+    assert isinstance(held.value.__context__, OddError)
+    assert in_flight(limiter) == 0
+
+
 async def test_stalled_refusal_is_over_after_5_s(library: Any, virtual_time: VirtualTime) -> None:
     class Stalled(library.AsyncByteStream):  # type: ignore[misc]
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -102,6 +119,27 @@ async def test_stalled_refusal_is_over_after_5_s(library: Any, virtual_time: Vir
         assert (await client.get(URL)).content == b'{"error": {'
     assert "content-length" not in reply.headers
     assert virtual_time.now == 5
+    assert in_flight(limiter) == 0
+
+
+def test_thread_reads_a_refusal_for_5_s_and_waits_no_longer_for_any_part_of_it(
+    library: Any, clock: VirtualClock
+) -> None:
+    waits = list[float]()
+
+    class Dripping(library.SyncByteStream):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            while True:
+                waits.append(server.requests[0].extensions["timeout"]["read"])
+                clock.advance(2.0)
+                yield b"x"
+
+    limiter = Limiter(concurrency=1, clock=clock)
+    server = Server(lambda _: library.Response(500, stream=Dripping()))
+    with client_over(library, limiter, server, io=SYNC) as client:
+        assert client.get(URL, timeout=60).content == b"xxx"
+    assert waits == [5.0] * 3
+    assert server.requests[0].extensions["timeout"]["read"] == 60
     assert in_flight(limiter) == 0
 
 
@@ -289,7 +327,7 @@ async def test_compressed_reply_settles_and_stays_intact(library: Any, limiter: 
     assert seen == ["data: " + REPLY.decode(), "", "data: [DONE]"]
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "gzip, odd"])
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "zstd of 3.14", "gzip, odd"])
 async def test_reply_that_unpacks_to_too_much_or_nothing_stays_charged_as_reserved(
     library: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
@@ -299,7 +337,12 @@ async def test_reply_that_unpacks_to_too_much_or_nothing_stays_charged_as_reserv
     packers: dict[str, Any] = {"gzip": gzip.compress, "br": gzip.compress}
     brotli = SimpleNamespace(Decompressor=lambda: SimpleNamespace(process=unpack))
     monkeypatch.setitem(sys.modules, "brotli", brotli)
-    if encoding == "zstd":
+    encoding, is_new, _ = encoding.partition(" of ")
+    if is_new:
+        zstd = SimpleNamespace(ZstdDecompressor=lambda: SimpleNamespace(decompress=unpack))
+        monkeypatch.setitem(sys.modules, "compression.zstd", zstd)
+        packers["zstd"] = gzip.compress
+    elif encoding == "zstd":
         packers["zstd"] = pytest.importorskip("zstandard").compress
     for size, tokens in ((1_000, 97 if encoding in packers else 400), (9_000_000, 400), (0, 400)):
         limiter = Limiter("100k TPM")
@@ -434,20 +477,24 @@ async def test_tool_gives_its_slot_to_the_call_that_it_makes(library: Any) -> No
 # --- what a transport is made of ---
 
 
-async def test_one_transport_serves_both_kinds_of_client(library: Any, limiter: Limiter) -> None:
+async def test_one_transport_serves_both_kinds_of_clients_of_both_libraries(
+    limiter: Limiter,
+) -> None:
     paced = limiter.transport()
     assert paced.inner is None
     assert "above transport" in repr(paced)
     await paced.aclose()
     with RateLimitedProvider() as provider:
-        with library.Client(transport=paced) as client:
-            reply = await asyncio.to_thread(client.get, provider.base_url)
-            assert reply.status_code == 401
-        assert type(paced.inner) is library.HTTPTransport
-        async with library.AsyncClient(transport=paced) as client:
-            assert (await client.get(provider.base_url)).status_code == 401
-            assert type(paced.inner) is library.AsyncHTTPTransport
-    assert limiter.statistics().admitted == 2
+        for library in (httpx, httpx2):
+            with library.Client(transport=paced) as client:
+                reply = await asyncio.to_thread(client.get, provider.base_url)
+                assert reply.status_code == 401
+        assert type(paced.inner) is httpx.HTTPTransport
+        for library in (httpx, httpx2):
+            async with library.AsyncClient(transport=paced) as client:
+                assert (await client.get(provider.base_url)).status_code == 401
+        assert type(paced.inner) is httpx.AsyncHTTPTransport
+    assert limiter.statistics().admitted == 4
     assert "above AsyncHTTPTransport" in repr(paced)
 
 
