@@ -217,9 +217,6 @@ class Retrier:
         self._budget = policy.budget
         self._refusals = Refusals.of(limiter)
 
-    def __repr__(self) -> str:
-        return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
-
     async def call(
         self,
         attempt: Callable[[], Awaitable[T]],
@@ -255,9 +252,8 @@ class Retrier:
             self.succeeded(sent)
             return result
 
-        async def again() -> T:
-            result: T = await trial.again()
-            return result
+        async def again() -> Any:
+            return await trial.again()
 
         assert stamina is not None
         # Its hooks see the name of what is tried.

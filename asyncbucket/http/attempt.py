@@ -35,7 +35,7 @@ from asyncbucket.providers.errors import (
     judge_reply,
     never_sent,
 )
-from asyncbucket.providers.request import any_json, is_input_only, replies_of, reports_own_usage
+from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.retry import Sent
 from asyncbucket.waiting import ASYNC, IO
@@ -166,7 +166,7 @@ class Attempt:
         if amounts:
             self._lease.settle(**amounts)
         if usage.output_tokens:
-            read.lane.forecast.observe(-(-usage.output_tokens // replies_of(read.call.body)))
+            read.lane.forecast.observe(-(-usage.output_tokens // read.call.asked.replies))
 
 
 class _ReplyBody:

@@ -24,7 +24,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.core.levels import counts_at, is_under, on_one_path
+from asyncbucket.core.levels import counts_at, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.http.attempt import Attempt, library_of, request_body
@@ -302,17 +302,11 @@ class PacedTransport(_AnyTransport):
             payer, layer = above.limiter, "another transport"
         if payer is None or not (held or on_one_path(payer, limiter)):
             return False
-        remedy = f"give {layer} a plain client, or don't pace it"
-        if not is_under(payer, limiter):
-            remedy = (
-                f"the limits of {limiter.name!r} are not kept; pace {layer} by that child, or not "
-                f"at all"
-            )
         self._warn_once(
             limiter.name,
-            "calls that %s has paid for by limiter %r come through a transport of %r, too: they are "
-            "charged once, above; %s",
-            *(layer, payer.name, limiter.name, remedy),
+            "calls that %s has paid for by limiter %r come through a transport of %r, too: they "
+            "count once, at the first; pace only one of the two",
+            *(layer, payer.name, limiter.name),
         )
         return True
 
