@@ -266,8 +266,9 @@ class Retrier:
         else:
             return retried
         finally:
-            # stamina's objects are a cycle, and keep the trial until the collector runs.
-            del trial.error, trial.attempt
+            # stamina's objects are a cycle, and keep the trial until the collector runs. Its errors
+            # would keep these frames, and a stream that is the reply would keep its slot.
+            del trial.first, trial.error, trial.attempt
         raise failed
 
     def succeeded(self, sent: Sent) -> None:
@@ -313,7 +314,7 @@ class _Trial:
     retrier: Retrier
     attempt: Callable[[], Awaitable[Any]]
     #: The failure of the attempt that was made before stamina was asked.
-    first: Exception | None
+    first: Exception
     started: float
     sent: Sent
     attempts: int = 0
@@ -323,12 +324,8 @@ class _Trial:
     async def again(self) -> Any:
         """Make another attempt; at first, raise what the one before stamina raised."""
         self.attempts += 1
-        if self.first is not None:
-            first, self.first = self.first, None
-            try:
-                raise first
-            finally:
-                del first
+        if self.attempts == 1:
+            raise self.first
         with self.sent:
             result = await self.attempt()
         self.retrier.succeeded(self.sent)
@@ -342,8 +339,6 @@ class _Trial:
         wait, reason = self._next_wait(verdict)
         if reason is None:
             self.retrier.report(self.attempts, verdict, wait)
-            # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
-            error.__traceback__ = None
             return wait
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):

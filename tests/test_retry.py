@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import logging
 import random
 import subprocess
@@ -195,6 +196,34 @@ def test_429_pauses_limiter_even_if_its_call_gives_up_or_stamina_is_switched_off
     finally:
         stamina.set_active(True)
     assert stage.limiter.statistics().paused == paused
+
+
+@either_kind
+def test_reply_of_a_retried_call_is_dropped_without_the_collector(
+    stage: Stage, *, is_sync: bool
+) -> None:
+    """A dropped stream would else keep its slot."""
+
+    class Reply:
+        pass
+
+    def attempt() -> Reply:
+        stage.times.append(stage.time.now)
+        if len(stage.times) < 3:
+            raise status_error(500)
+        return Reply()
+
+    gc.collect()
+    gc.disable()
+    try:
+        call = stage.retrier().call
+        if is_sync:
+            run(call(partial(SYNC.call, attempt), io=SYNC))
+        else:
+            stage.run(call(as_async(attempt)))
+        assert not any(isinstance(each, Reply) for each in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_retries_obey_staminas_testing_mode(stage: Stage) -> None:

@@ -19,7 +19,6 @@ Several parties may hear of one wave: each transport of a limiter, and each wrap
 What they have heard is kept with the limiter, so it remains one wave.
 """
 
-import contextlib
 import logging
 import math
 import re
@@ -47,8 +46,8 @@ _HeaderIndex: TypeAlias = dict[bytes, tuple[Told, str]]
 _READS_PER_WINDOW: Final = 6_000
 #: Windows longer than this (s) are not counted in slices.
 _MAX_SLICED_WINDOW: Final = 60
-#: A count has one to fifteen digits, which in bytes are ASCII.
-_COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,15})[ \t]*")
+#: A count has one to twelve digits, which in bytes are ASCII.
+_COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 
 #: The first pause (s) if the provider names none, and the longest.
 _FIRST_PAUSE: Final = 1.0
@@ -194,10 +193,9 @@ class HeaderReader:
                 continue
             amount, slices = int(report.amount), report.told.slices
             burst = None if slices == 1 else max(1, amount // slices)
-            with contextlib.suppress(ValueError):  # no real limit is more than a store can count
-                limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
-                if limit not in self._limiter.limits:
-                    self._limiter.learn(limit)
+            limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
+            if limit not in self._limiter.limits:
+                self._limiter.learn(limit)
 
     def _find_limit(self, window: tuple[str, float], amount: float) -> _LimitId:
         """Find the limiter and the window that a header reports.
