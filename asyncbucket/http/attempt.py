@@ -81,10 +81,7 @@ class Attempt:
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
-        try:
-            end_failed(self._lease, error, unsent=never_sent(error))
-        finally:  # looking at an error may raise another
-            self._lease.release()
+        end_failed(self._lease, error, unsent=never_sent(error))
 
     def request_sent(self) -> None:
         """Note that the request leaves only now."""

@@ -142,14 +142,8 @@ class PacedTransport(_AnyTransport):
         self._sites = None
         if isinstance(limiter, Pool) or endpoints is not None:
             self._sites = Sites(limiter, {} if endpoints is None else endpoints)
-        self._lanes = Lanes(
-            limiter,
-            profile=profile,
-            learn=learn,
-            retry=Retry.times(retries),
-            routes=routes,
-            hosts={} if self._sites is None else self._sites.hosts,
-        )
+        hosts = {} if self._sites is None else self._sites.hosts
+        self._lanes = Lanes(limiter, profile, learn, Retry.times(retries), routes, hosts)
         self._warned: set[str] = set()
 
     @property

@@ -174,7 +174,10 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
     """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
     if unsent:
         undo(lease)
-    end_refused(lease, classify(error))
+    try:
+        end_refused(lease, classify(error))
+    finally:  # to look at an error may raise another
+        lease.release()
 
 
 def answered(lease: "Lease") -> None:
