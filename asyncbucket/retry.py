@@ -377,12 +377,10 @@ class _Trial:
 
     def _pause(self, verdict: Verdict) -> float:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""
-        policy, refusals = self.retrier.policy, self.retrier.refusals_of(self.sent)
+        refusals = self.retrier.refusals_of(self.sent)
         if self.sent.paused is refusals.limiter:  # by the transport that got the reply
             return refusals.seconds_left()
-        return refusals.take_in(
-            verdict, first=policy.backoff, longest=policy.max_wait, sent_at=self.sent.at
-        )
+        return refusals.take_in(verdict, sent_at=self.sent.at)
 
     def _goes_elsewhere(self, verdict: Verdict) -> bool:
         """Tell whether the call goes back into a pool's line at once, perhaps to another member."""

@@ -49,7 +49,8 @@ _MAX_SLICED_WINDOW: Final = 60
 #: A count has one to twelve digits, which in bytes are ASCII.
 _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 
-#: The first pause (s) if the provider names none, and the longest.
+#: The first pause (s) if the provider names none; and the longest, except until a quota of a day is
+#: full again.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 _EXPLANATIONS: Final = {
@@ -293,14 +294,7 @@ class Refusals:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
-    def take_in(
-        self,
-        verdict: Verdict,
-        *,
-        sent_at: float | None = None,
-        first: float = _FIRST_PAUSE,
-        longest: float = _MAX_PAUSE,
-    ) -> float:
+    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> float:
         """Pause the limiter if a refusal concerns all; return the seconds until the pause ends.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
@@ -310,9 +304,6 @@ class Refusals:
         Args:
             verdict: what the refusal means.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
-            first: the seconds of a first pause for which the server names no time; the next ones
-                double.
-            longest: the most seconds, unless a quota of a day is used up: then nobody asks before.
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
@@ -326,13 +317,13 @@ class Refusals:
                 self._started_at = now
                 self._first_at = now if self._waves == 1 else self._first_at
             if asked is not None:
-                seconds = asked if verdict.pause == DAILY else min(asked, longest)
+                seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
             elif not new_wave:
                 seconds = max(0.0, self._paused_until - now)
             elif self._waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(first, self._waves, most=longest)
+                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
