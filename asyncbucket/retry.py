@@ -378,9 +378,9 @@ class _Trial:
     def _pause(self, verdict: Verdict) -> float:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""
         refusals = self.retrier.refusals_of(self.sent)
-        if self.sent.paused is refusals.limiter:  # by the transport that got the reply
-            return refusals.seconds_left()
-        return refusals.take_in(verdict, sent_at=self.sent.at)
+        if self.sent.paused is not refusals.limiter:  # else by the transport that got the reply
+            refusals.take_in(verdict, sent_at=self.sent.at)
+        return refusals.seconds_left()
 
     def _goes_elsewhere(self, verdict: Verdict) -> bool:
         """Tell whether the call goes back into a pool's line at once, perhaps to another member."""

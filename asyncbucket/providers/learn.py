@@ -160,7 +160,7 @@ class HeaderReader:
         if told.period is None:
             return
         ours = (limit.key for limiter in self._levels for limit in limiter.limits)
-        if not seconds:
+        if not 0 < seconds <= told.per:  # Azure's are 1, 10 or 60
             report.amount = math.inf
         elif seconds < told.per and (told.resource, told.per) in ours:
             report.amount *= told.per / seconds
@@ -294,8 +294,8 @@ class Refusals:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
-    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> float:
-        """Pause the limiter if a refusal concerns all; return the seconds until the pause ends.
+    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> None:
+        """Pause the limiter if a refusal concerns all.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
@@ -307,7 +307,7 @@ class Refusals:
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
-            return 0.0
+            return
         asked = verdict.retry_after
         with self._lock:
             now = self.limiter.now()
@@ -332,7 +332,6 @@ class Refusals:
         if is_news:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
-        return seconds
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:
