@@ -108,7 +108,7 @@ class Attempt:
             read.price is not None or read.lane.needs_usage(self._profile)
         ):
             self._tail = _Tail(_encoding_of(reply))
-        if reply.is_closed:  # it came with its body, as in tests
+        if reply.is_closed:  # it came with its body, or a transport beneath has read it
             self.chunk_received(reply.content)
             self.body_ended(complete=True)
         else:
@@ -251,6 +251,8 @@ async def _read_ahead(reply: Any, request: Any, io: IO, now: Callable[[], float]
     What is longer than any provider's or takes longer is cut off, and what breaks off ends there: the
     status and the headers say enough.
     """
+    if reply.is_closed:  # it came with its body, or a transport beneath has read it
+        return bytes(reply.content)
     stream, chunks, room = reply.stream, list[bytes](), _MAX_DECODED_BYTES
     timeouts, until = request.extensions.get("timeout", {}), now() + _LONGEST_REFUSAL
     # A thread can't be woken, so its connection has to stop waiting.
@@ -299,7 +301,7 @@ class _Tail:
 
 def _encoding_of(reply: Any) -> str:
     """Return how the body of a reply is still compressed, or ``"identity"``."""
-    if reply.is_closed:  # a body that came with the reply, as in tests, is decoded already
+    if reply.is_closed:  # a body that was read is decoded already
         return "identity"
     return str(reply.headers.get("content-encoding") or "identity").lower()
 

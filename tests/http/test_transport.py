@@ -271,6 +271,29 @@ async def test_booking_is_dated_when_request_is_sent(library: Any) -> None:
 # --- what a reply says ---
 
 
+async def test_reply_that_a_transport_beneath_has_read_is_judged_and_settled(library: Any) -> None:
+    async def body(text: bytes) -> Any:
+        yield text
+
+    async def send(_: Any) -> Any:
+        reply = replies.pop()
+        await reply.aread()
+        return reply
+
+    limiter = Limiter("100k TPM")
+    empty = b'{"error":{"code":"insufficient_quota"}}'
+    replies = [
+        library.Response(429, content=body(empty)),
+        library.Response(200, content=body(REPLY)),
+    ]
+    transport = limiter.transport(sending(library, send), profile="generic")
+    async with library.AsyncClient(transport=transport) as client:
+        assert (await client.post(URL, json=BODY)).content == REPLY
+        assert used(limiter, "tokens") == 97
+        assert (await client.post(URL, json=BODY)).content == empty
+    assert limiter.statistics().paused == in_flight(limiter) == 0
+
+
 @pytest.mark.parametrize(("target", "teaches"), [("https://cdn.test/a", False), ("/b", True)])
 async def test_foreign_redirect_tells_nothing(library: Any, target: str, *, teaches: bool) -> None:
     """Nor is it expected to tell limits; else only a slice of them would pass until it does."""
