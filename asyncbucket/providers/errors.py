@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from time import time as wall_clock
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import AsyncBucketError, LimitSyntaxError
 from asyncbucket.core.levels import undo
@@ -256,12 +256,9 @@ def _facts(error: Exception) -> tuple[int | None, object, Mapping[str, Any]]:
         statuses = [getattr(holder, name, None) for holder in holding for name in names]
         found = [getattr(holder, "headers", None) for holder in (response, error)]
         body = {**vars(error), "body": getattr(error, "body", None)}
-    status = next((int(value) for value in statuses if _is_status(value)), None)
+    known = (each for each in statuses if isinstance(each, int) and 100 <= each < 600)  # noqa: PLR2004
+    status = next(map(int, known), None)
     return status, body, next((each for each in found if isinstance(each, Mapping)), {})
-
-
-def _is_status(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and 100 <= value < 600  # noqa: PLR2004 - HTTP's range
 
 
 def _class_names(error: BaseException | None) -> set[str]:

@@ -20,7 +20,7 @@ import pytest
 
 from asyncbucket import Cost, Limiter, WouldBlock, tenant
 from asyncbucket.http import Call, Profile, Told, Usage
-from asyncbucket.nesting import HeldLease
+from asyncbucket.nesting import HeldLease, give_up_slots, is_running
 from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import Server, answering, chunked, client_over, either_io, in_flight, used
@@ -494,6 +494,18 @@ async def test_tool_gives_its_slot_to_the_call_that_it_makes(library: Any) -> No
     async with client_over(library, limiter, answering(library, b"{}")) as client:
         with await limiter.acquire() as lease, HeldLease(limiter, lease, tool="search"):
             assert (await client.post(URL, json=BODY)).status_code == 200
+
+
+def test_tool_is_called_anew_once_it_has_called_something_or_is_done() -> None:
+    limiter, tool = Limiter(), object()
+    with limiter.acquire_nowait() as lease, HeldLease(limiter, lease, tool=tool):
+        assert is_running(tool)
+        assert not is_running(limiter)
+        give_up_slots(limiter)
+        assert not is_running(tool)
+    with limiter.acquire_nowait() as lease, HeldLease(limiter, lease, tool=tool):
+        lease.release()
+        assert not is_running(tool)
 
 
 # --- what a transport is made of ---
