@@ -90,7 +90,8 @@ class PacedTransport(_AnyTransport):
     """Pace every request of a client, async or synchronous, by ``limiter``; retry what is worth it.
 
     A synchronous client blocks its thread while it waits. A client that is given a transport ignores
-    its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment. For those, pass
+    its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment; and with its own
+    ``proxy=`` or ``mounts=``, requests don't come here. For those, pass
     ``inner=httpx.AsyncHTTPTransport(http2=True)``, or use `asyncbucket.http.clients.http_client`,
     which keeps them.
 
