@@ -41,14 +41,14 @@ class HeldLease:
         tool: the tool whose call it is; None if the lease pays for the calls inside.
     """
 
-    __slots__ = ("_has_inner_calls", "_lease", "_token", "limiter", "outer", "tool")
+    __slots__ = ("_lease", "_token", "has_inner_calls", "limiter", "outer", "tool")
 
     def __init__(self, limiter: Limiter, lease: Lease, *, tool: object = None) -> None:
         self.limiter = limiter
         self.tool = tool
         self.outer = _HELD.get()
         self._lease = weakref.ref(lease)
-        self._has_inner_calls = False
+        self.has_inner_calls = False
         self._token: Token[HeldLease | None] | None = None
 
     def __enter__(self) -> None:
@@ -67,14 +67,10 @@ class HeldLease:
 
     def give_up_slot(self, limiter: Limiter) -> None:
         """Give back the slots that a call of ``limiter``, inside this one, needs."""
-        self._has_inner_calls = True
+        self.has_inner_calls = True
         lease = self.lease
         if lease is not None:
             give_back(lease, limiter)
-
-    def is_call_of(self, tool: object) -> bool:
-        """Tell whether ``tool`` is at work here, and nothing else was called inside."""
-        return self.tool is tool and not self._has_inner_calls and self.lease is not None
 
 
 _HELD: Final[ContextVar[HeldLease | None]] = ContextVar("asyncbucket_held", default=None)
@@ -108,7 +104,9 @@ def is_running(tool: object) -> bool:
     Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
     """
     held = _HELD.get()
-    return held is not None and held.is_call_of(tool)
+    if held is None or held.tool is not tool or held.has_inner_calls:
+        return False
+    return held.lease is not None
 
 
 def give_up_slots(limiter: Limiter) -> None:

@@ -217,9 +217,6 @@ class Retrier:
         self._budget = policy.budget
         self._refusals = Refusals.of(limiter)
 
-    def __repr__(self) -> str:
-        return f"<Retrier {self.policy.attempts} attempts, {self._budget:g} retries in the budget>"
-
     async def call(
         self,
         attempt: Callable[[], Awaitable[T]],
@@ -255,9 +252,8 @@ class Retrier:
             self.succeeded(sent)
             return result
 
-        async def again() -> T:
-            result: T = await trial.again()
-            return result
+        async def again() -> Any:
+            return await trial.again()
 
         assert stamina is not None
         # Its hooks see the name of what is tried.
@@ -270,8 +266,9 @@ class Retrier:
         else:
             return retried
         finally:
-            # stamina's objects are a cycle, and keep the trial until the collector runs.
-            del trial.error, trial.attempt
+            # stamina's objects are a cycle, and keep the trial until the collector runs. Its errors
+            # would keep these frames, and a stream that is the reply would keep its slot.
+            del trial.first, trial.error, trial.attempt
         raise failed
 
     def succeeded(self, sent: Sent) -> None:
@@ -317,7 +314,7 @@ class _Trial:
     retrier: Retrier
     attempt: Callable[[], Awaitable[Any]]
     #: The failure of the attempt that was made before stamina was asked.
-    first: Exception | None
+    first: Exception
     started: float
     sent: Sent
     attempts: int = 0
@@ -327,12 +324,8 @@ class _Trial:
     async def again(self) -> Any:
         """Make another attempt; at first, raise what the one before stamina raised."""
         self.attempts += 1
-        if self.first is not None:
-            first, self.first = self.first, None
-            try:
-                raise first
-            finally:
-                del first
+        if self.attempts == 1:
+            raise self.first
         with self.sent:
             result = await self.attempt()
         self.retrier.succeeded(self.sent)
@@ -346,8 +339,6 @@ class _Trial:
         wait, reason = self._next_wait(verdict)
         if reason is None:
             self.retrier.report(self.attempts, verdict, wait)
-            # Its frames hold what was tried, and lead back here: a dropped stream would keep its slot.
-            error.__traceback__ = None
             return wait
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):
@@ -386,12 +377,10 @@ class _Trial:
 
     def _pause(self, verdict: Verdict) -> float:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""
-        policy, refusals = self.retrier.policy, self.retrier.refusals_of(self.sent)
-        if self.sent.paused is refusals.limiter:  # by the transport that got the reply
-            return refusals.seconds_left()
-        return refusals.take_in(
-            verdict, first=policy.backoff, longest=policy.max_wait, sent_at=self.sent.at
-        )
+        refusals = self.retrier.refusals_of(self.sent)
+        if self.sent.paused is not refusals.limiter:  # else by the transport that got the reply
+            refusals.take_in(verdict, sent_at=self.sent.at)
+        return refusals.seconds_left()
 
     def _goes_elsewhere(self, verdict: Verdict) -> bool:
         """Tell whether the call goes back into a pool's line at once, perhaps to another member."""

@@ -19,7 +19,7 @@ import functools
 import importlib
 import weakref
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
 from asyncbucket.core.lease import Lease
@@ -35,7 +35,7 @@ from asyncbucket.providers.errors import (
     judge_reply,
     never_sent,
 )
-from asyncbucket.providers.request import any_json, is_input_only, replies_of, reports_own_usage
+from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.retry import Sent
 from asyncbucket.waiting import ASYNC, IO
@@ -45,7 +45,7 @@ FAMILIES: Final = ("httpx", "httpx2")
 _REORDERING_LAG: Final = 0.2
 #: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
 _REDATE_AFTER: Final = 0.002
-#: How long (s) a refusal's body may take after its headers; time-outs of what blocks are the client's.
+#: How long (s) a refusal's body may take after its headers; twice that if a thread reads it.
 _LONGEST_REFUSAL: Final = 5.0
 #: How much of a reply's end is kept, in bytes: more than what follows the usage.
 _TAIL_BYTES: Final = 65_536
@@ -90,15 +90,15 @@ class Attempt:
             self._sent_at = self._noted.at = now
             sent(self._lease)
 
-    async def replied(self, reply: Any, io: IO) -> Verdict | None:
-        """Take in a reply; return what it means if its status is an error."""
+    async def replied(self, reply: Any, request: Any, io: IO) -> Verdict | None:
+        """Take in a reply to ``request``; return what it means if its status is an error."""
         read, headers = self._read, self._provider.headers
         ok = reply.status_code < FIRST_ERROR
         if read.teaches and (not ok or headers.is_due(self._sent_at)):
             since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
             headers.read(reply.headers, self._profile, since=since, ok=ok)
         if not ok:
-            return await self._refused(reply, io)
+            return await self._refused(reply, request, io)
         self._provider.refusals.succeeded(self._sent_at)
         answered(self._lease)
         method = read.call.method
@@ -108,21 +108,22 @@ class Attempt:
             read.price is not None or read.lane.needs_usage(self._profile)
         ):
             self._tail = _Tail(_encoding_of(reply))
-        if reply.is_closed:  # it came with its body, as in tests
+        if reply.is_closed:  # it came with its body, or a transport beneath has read it
             self.chunk_received(reply.content)
             self.body_ended(complete=True)
         else:
             reply.stream = _wrapped(_ReplyBody, reply.stream, self)
         return None
 
-    async def _refused(self, reply: Any, io: IO) -> Verdict | None:
+    async def _refused(self, reply: Any, request: Any, io: IO) -> Verdict | None:
         """Judge a failed reply, pause the limiter if need be, and note that for whoever retries."""
         if self._read.price is not None:
             self._lease.settle(usd=0)  # no provider charges for an error
         if not self._read.teaches:
             self._lease.failed()
             return None
-        body, refusals = any_json(await _read_ahead(reply, io)), self._provider.refusals
+        refusals = self._provider.refusals
+        body = any_json(await _read_ahead(reply, request, io, refusals.limiter.now))
         verdict = judge_reply(reply.status_code, body, reply.headers)
         refusals.take_in(verdict, sent_at=self._sent_at)
         if verdict.pause is not None:
@@ -162,7 +163,7 @@ class Attempt:
         if amounts:
             self._lease.settle(**amounts)
         if usage.output_tokens:
-            read.lane.forecast.observe(-(-usage.output_tokens // replies_of(read.call.body)))
+            read.lane.forecast.observe(-(-usage.output_tokens // read.call.asked.replies))
 
 
 class _ReplyBody:
@@ -244,25 +245,30 @@ def _stream_class(wrapper: Any, library: Any) -> type[Any]:
     return type("PacedByteStream", bases, {})
 
 
-async def _read_ahead(reply: Any, io: IO) -> bytes:
+async def _read_ahead(reply: Any, request: Any, io: IO, now: Callable[[], float]) -> bytes:
     """Read a refusal's body, which frees its connection, and put it back; return it, decoded.
 
     What is longer than any provider's or takes longer is cut off, and what breaks off ends there: the
     status and the headers say enough.
     """
-    if reply.is_closed:  # it came with its body, as in tests
+    if reply.is_closed:  # it came with its body, or a transport beneath has read it
         return bytes(reply.content)
     stream, chunks, room = reply.stream, list[bytes](), _MAX_DECODED_BYTES
-    body = io.iterator(stream)
+    timeouts, until = request.extensions.get("timeout", {}), now() + _LONGEST_REFUSAL
+    # A thread can't be woken, so its connection has to stop waiting.
+    longest = min(timeouts.get("read") or _LONGEST_REFUSAL, _LONGEST_REFUSAL)
+    request.extensions["timeout"] = {**timeouts, "read": longest}
     timeout = asyncio.timeout(_LONGEST_REFUSAL) if io is ASYNC else contextlib.nullcontext()
-    try:
-        with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):
+        try:
             async with timeout:
+                body = io.iterator(stream)
                 while room > 0 and (chunk := await io.next_item(body, None)) is not None:
                     chunks.append(chunk)
-                    room -= len(chunk)
-    finally:
-        await io.close(stream)
+                    room = room - len(chunk) if now() < until else 0
+        finally:
+            request.extensions["timeout"] = timeouts
+            await io.close(stream)
     data = b"".join(chunks)
     reply.headers.pop("content-length", None)  # less may have come; a proxy passes headers on
     reply.stream = library_of(stream).ByteStream(data)
@@ -295,7 +301,7 @@ class _Tail:
 
 def _encoding_of(reply: Any) -> str:
     """Return how the body of a reply is still compressed, or ``"identity"``."""
-    if reply.is_closed:  # a body that came with the reply, as in tests, is decoded already
+    if reply.is_closed:  # a body that was read is decoded already
         return "identity"
     return str(reply.headers.get("content-encoding") or "identity").lower()
 
@@ -316,13 +322,24 @@ def _decoded(data: bytes, encoding: str) -> bytes:
             unpacker = importlib.import_module("brotli").Decompressor()
             found = unpacker.process(data, output_buffer_limit=limit)
         elif encoding == "zstd":
-            reader = importlib.import_module("zstandard").ZstdDecompressor().stream_reader(data)
-            found = reader.read(limit)
+            unpacker = _zstd().ZstdDecompressor()
+            if hasattr(unpacker, "stream_reader"):  # zstandard's
+                found = unpacker.stream_reader(data).read(limit)
+            else:
+                found = unpacker.decompress(data, limit)
         else:
             return b""
     except Exception:  # noqa: BLE001 - not installed, too old, or not what it says
         return b""
     return found if len(found) < limit else b""
+
+
+def _zstd() -> Any:
+    """Return what httpx2 or httpx unpacks zstd with: Python's from 3.14 on, or a package."""
+    for name in ("compression.zstd", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return importlib.import_module("zstandard")
 
 
 def library_of(thing: object) -> Any:

@@ -47,16 +47,9 @@ from asyncbucket.core.pool import Pool
 from asyncbucket.core.settings import from_table, key_in_env, read_toml, with_error_source
 
 #: Headers that identify an account.
-_CREDENTIALS: Final = frozenset(
-    {
-        "api-key",
-        "authorization",
-        "cookie",
-        "openai-organization",
-        "openai-project",
-        "x-api-key",
-        "x-goog-api-key",
-    }
+_CREDENTIALS: Final = (
+    *("authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key", "x-amz-security-token"),
+    *("ocp-apim-subscription-key", "openai-organization", "openai-project"),
 )
 #: Google's way to send a key in the address.
 _KEY_PARAMS: Final = frozenset({"key"})
@@ -137,7 +130,8 @@ class Sites:
             )
         self._sites = {member: _Site(member.name, endpoints[member]) for member in pool.members}
         sites = self._sites.values()
-        self._dropped = _CREDENTIALS.union(*(map(str.lower, each.headers) for each in sites))
+        names = {"host", *_CREDENTIALS}.union(*(each.headers for each in sites))
+        self._dropped = {name.lower().encode() for name in names}
         self._dropped_params = _KEY_PARAMS.union(*(each.params for each in sites))
 
     @property
@@ -165,9 +159,11 @@ class Sites:
         assert owner is not None
         site = self._sites[member]
         path = site.path + _path_of(request.url)[len(self._sites[owner].path) :]
-        params = [*self._kept_params(request.url), *site.params.items()]
+        params = parse_qsl(request.url.query.decode(), keep_blank_values=True)
+        params = [pair for pair in params if pair[0] not in self._dropped_params]
+        params += site.params.items()
         query = f"?{urlencode(params)}" if params else ""
-        kept = [pair for pair in self._kept_headers(request) if pair[0].lower() != b"host"]
+        kept = [pair for pair in request.headers.raw if pair[0].lower() not in self._dropped]
         headers: list[tuple[Any, Any]] = [(b"Host", site.netloc), *kept, *site.headers.items()]
         sent: dict[str, Any] = {"stream": request.stream}
         model = body.get("model")
@@ -178,14 +174,6 @@ class Sites:
         url = f"{site.scheme}://{site.netloc}{path}{query}"
         cls: Any = type(request)  # which adds the length of a new body
         return cls(request.method, url, headers=headers, extensions=request.extensions, **sent)
-
-    def _kept_headers(self, request: Any) -> list[tuple[bytes, bytes]]:
-        pairs = request.headers.raw
-        return [pair for pair in pairs if pair[0].decode("latin-1").lower() not in self._dropped]
-
-    def _kept_params(self, url: Any) -> list[tuple[str, str]]:
-        pairs = parse_qsl(url.query.decode(), keep_blank_values=True)
-        return [pair for pair in pairs if pair[0] not in self._dropped_params]
 
 
 def _split(name: str, base_url: str) -> SplitResult:

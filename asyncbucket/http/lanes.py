@@ -7,7 +7,7 @@ and by the model that it names.
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -87,16 +87,9 @@ class ReadRequest(NamedTuple):
         return provider, provider.profile or self.profile
 
 
+@dataclass(eq=False)
 class Lanes:
     """Read the requests of one transport.
-
-    Args:
-        limiter: the limiter for requests that no route matches.
-        profile: a provider's name or a profile; None finds it by the host.
-        learn: whether headers are read.
-        retry: how failed calls are retried.
-        routes: which child a request is for.
-        hosts: if the limiter is a pool, the host of each member.
 
     Raises:
         ValueError: ``profile`` is not known, a pattern is neither a path nor a model, ``limiter``
@@ -104,26 +97,31 @@ class Lanes:
         TypeError: ``profile`` or ``routes`` is of another type, or so is a target.
     """
 
-    def __init__(
-        self,
-        limiter: Limiter,
-        *,
-        profile: Profile | str | None,
-        learn: bool,
-        retry: Retry,
-        routes: Routing | None,
-        hosts: Mapping[Limiter, str],
-    ) -> None:
-        self._fixed_profile = profile_named(profile) if isinstance(profile, str) else profile
-        if not (profile is None or isinstance(self._fixed_profile, Profile)):
-            raise TypeError(f"profile must be a provider's name or a Profile, not {profile!r}")
-        self._limiter = limiter
-        self._learn = learn
-        self._retry = retry
-        self._hosts = hosts
-        self._default = self._new_lane(limiter, paused=provider_of(limiter))
+    #: The limiter for requests that no route matches.
+    limiter: Limiter
+    #: A provider's name or a profile; None finds it by the host.
+    profile: Profile | str | None
+    #: Whether headers are read.
+    learn: bool
+    #: How failed calls are retried.
+    retry: Retry
+    #: Which child a request is for.
+    routes: Routing | None
+    #: If the limiter is a pool, the host of each member.
+    hosts: Mapping[Limiter, str]
+    _fixed_profile: Profile | None = field(init=False)
+    _default: Lane = field(init=False)
+    _lane_of: Callable[..., Lane] = field(init=False)
+    _choose: Callable[[Call], Target] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.profile
+        self._fixed_profile = profile_named(given) if isinstance(given, str) else given
+        if not (given is None or isinstance(self._fixed_profile, Profile)):
+            raise TypeError(f"profile must be a provider's name or a Profile, not {given!r}")
+        self._default = self._new_lane(self.limiter, paused=provider_of(self.limiter))
         self._lane_of = functools.lru_cache(_MAX_REMEMBERED)(self._new_lane)
-        self._choose = None if routes is None else self._chooser(routes)
+        self._choose = None if self.routes is None else self._chooser(self.routes)
 
     def read(self, request: Any, *, teaches: bool) -> ReadRequest:
         """Work out what ``request`` costs; ``teaches`` tells whether its headers are the provider's.
@@ -135,7 +133,7 @@ class Lanes:
         call, lane = Call(request.method, url.host, url.path, read_json(content_of(request))), None
         if self._choose is not None:
             limiter = self._resolve(self._choose(call))
-            lane = None if limiter is self._limiter else self._lane_of(limiter, paused=limiter)
+            lane = None if limiter is self.limiter else self._lane_of(limiter, paused=limiter)
         lane = lane or self._default
         call = replace(call, foreseen=lane.forecast.foresee())
         limits = limits_by_way(effective_limiter(lane.limiter))
@@ -156,16 +154,16 @@ class Lanes:
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""
         fixed, providers = self._fixed_profile, dict[Limiter | None, Provider]()
-        for member, host in self._hosts.items():
+        for member, host in self.hosts.items():
             providers[member] = self._provider(member, member, fixed or profile_of(host))
         if not providers:
             providers[None] = self._provider(limiter, paused, fixed)
-        retries = self._retry.attempts > 1
-        retrier = Retrier(self._retry, paused, caller=limiter) if retries else None
+        retries = self.retry.attempts > 1
+        retrier = Retrier(self.retry, paused, caller=limiter) if retries else None
         return Lane(limiter, providers, retrier, OutputForecast())
 
     def _provider(self, limiter: Limiter, paused: Limiter, profile: Profile | None) -> Provider:
-        return Provider(HeaderReader(limiter, learn=self._learn), Refusals.of(paused), profile)
+        return Provider(HeaderReader(limiter, learn=self.learn), Refusals.of(paused), profile)
 
     def _chooser(self, routes: Routing) -> Callable[[Call], Target]:
         """Return what finds a call's target; report mistakes at once."""
@@ -184,19 +182,19 @@ class Lanes:
     def _resolve(self, target: Target, *, may_be_new: bool = True) -> Limiter:
         """Return a target's limiter; a misspelt name would become a child without limits."""
         if target is None:
-            return self._limiter
+            return self.limiter
         if isinstance(target, str):
-            if not may_be_new and target not in self._limiter.children:
-                known = ", ".join(self._limiter.children) or "none"
+            if not may_be_new and target not in self.limiter.children:
+                known = ", ".join(self.limiter.children) or "none"
                 raise ValueError(
-                    f"{self._limiter.name!r} has no child {target!r} (it has: {known}): correct the "
+                    f"{self.limiter.name!r} has no child {target!r} (it has: {known}): correct the "
                     f"name, or make it first by child({target!r}, ...)"
                 )
-            return self._limiter.child(target)
+            return self.limiter.child(target)
         if not isinstance(target, Limiter):
             raise TypeError(f"a route must lead to a child or its name, not to {shown(target)}")
-        if not is_under(target, self._limiter):
-            raise ValueError(f"{target.name!r} is not a child of {self._limiter.name!r}")
+        if not is_under(target, self.limiter):
+            raise ValueError(f"{target.name!r} is not a child of {self.limiter.name!r}")
         return target
 
 

@@ -24,7 +24,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.core.levels import counts_at, is_under, on_one_path
+from asyncbucket.core.levels import counts_at, on_one_path
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
 from asyncbucket.http.attempt import Attempt, library_of, request_body
@@ -90,7 +90,8 @@ class PacedTransport(_AnyTransport):
     """Pace every request of a client, async or synchronous, by ``limiter``; retry what is worth it.
 
     A synchronous client blocks its thread while it waits. A client that is given a transport ignores
-    its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment. For those, pass
+    its own ``http2=``, ``verify=``, ``limits=`` and the proxies of the environment; and with its own
+    ``proxy=`` or ``mounts=``, requests don't come here. For those, pass
     ``inner=httpx.AsyncHTTPTransport(http2=True)``, or use `asyncbucket.http.clients.http_client`,
     which keeps them.
 
@@ -135,20 +136,15 @@ class PacedTransport(_AnyTransport):
                 f"inner must be a transport with handle_async_request() or handle_request(), not {what}"
             )
         self.limiter: Limiter = limiter
-        #: What sends, by the name of its method: one that was given is for both.
-        self._inner: dict[str, Any] = {} if inner is None else dict.fromkeys(_METHODS, inner)
+        #: What sends: what was given, or else what is made for each method and library.
+        self._given = inner
+        self._made: dict[tuple[str, str], Any] = {}
         #: Where the members of a pool are.
         self._sites = None
         if isinstance(limiter, Pool) or endpoints is not None:
             self._sites = Sites(limiter, {} if endpoints is None else endpoints)
-        self._lanes = Lanes(
-            limiter,
-            profile=profile,
-            learn=learn,
-            retry=Retry.times(retries),
-            routes=routes,
-            hosts={} if self._sites is None else self._sites.hosts,
-        )
+        hosts = {} if self._sites is None else self._sites.hosts
+        self._lanes = Lanes(limiter, profile, learn, Retry.times(retries), routes, hosts)
         self._warned: set[str] = set()
 
     @property
@@ -158,7 +154,8 @@ class PacedTransport(_AnyTransport):
         SDKs and tools that look at a client's transport, its class, its pool or its proxy, find
         them here. On an event loop that is the transport with this loop's connections.
         """
-        inner = next(filter(None, map(self._inner.get, _METHODS)), None)
+        first = min(self._made, default=None)
+        inner = self._given if first is None else self._made[first]
         return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
 
     @property
@@ -169,7 +166,7 @@ class PacedTransport(_AnyTransport):
     def above(self, inner: Any) -> Self:
         """Return a copy above another inner transport, such as one that a client mounts for a proxy."""
         transport = copy.copy(self)
-        transport._inner = dict.fromkeys(_METHODS, inner)  # noqa: SLF001 - its own
+        transport._given = inner  # noqa: SLF001 - its own
         return transport
 
     def __repr__(self) -> str:
@@ -186,7 +183,7 @@ class PacedTransport(_AnyTransport):
         return run(self._handle(request, SYNC, "handle_request"))
 
     async def _handle(self, request: Any, io: IO, method: str) -> Any:
-        inner = self._inner.get(method) or self._make(method, request)
+        inner = self._make(method, request) if self._given is None else self._given
         send = getattr(inner, method, None)
         if send is None:
             raise TypeError(
@@ -261,7 +258,7 @@ class PacedTransport(_AnyTransport):
         request.stream = request_body(body, attempt)
         try:
             reply = await io.call(send, request)
-            return reply, await attempt.replied(reply, io)
+            return reply, await attempt.replied(reply, request, io)
         except BaseException as error:
             attempt.failed(error)
             raise
@@ -276,13 +273,21 @@ class PacedTransport(_AnyTransport):
         return self._sites.rewritten(request, read.call.body, member)
 
     def _make(self, method: str, request: Any) -> Any:
-        """Make a transport of the library of ``request``, with the SDKs' pool."""
+        """Return a transport of the library of ``request``, with the SDKs' pool."""
         library = library_of(request)
-        limits = library.Limits(**POOL)
-        made = PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
-        if method == "handle_request":
-            made = library.HTTPTransport(limits=limits)
-        return self._inner.setdefault(method, made)  # the first may come on several threads
+        key = method, library.__name__
+        if key not in self._made:
+            limits = library.Limits(**POOL)
+            made = PerLoopTransport(lambda: library.AsyncHTTPTransport(limits=limits))
+            if method == "handle_request":
+                made = library.HTTPTransport(limits=limits)
+            self._made.setdefault(key, made)  # the first may come on several threads
+        return self._made[key]
+
+    def _senders(self, method: str) -> list[Any]:
+        """Return what sends by ``method``, so far."""
+        made = [each for key, each in self._made.items() if key[0] == method]
+        return made if self._given is None else [self._given]
 
     def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
         """Tell whether a layer above has already paid for the request, and warn once."""
@@ -292,17 +297,11 @@ class PacedTransport(_AnyTransport):
             payer, layer = above.limiter, "another transport"
         if payer is None or not (held or on_one_path(payer, limiter)):
             return False
-        remedy = f"give {layer} a plain client, or don't pace it"
-        if not is_under(payer, limiter):
-            remedy = (
-                f"the limits of {limiter.name!r} are not kept; pace {layer} by that child, or not "
-                f"at all"
-            )
         self._warn_once(
             limiter.name,
-            "calls that %s has paid for by limiter %r come through a transport of %r, too: they are "
-            "charged once, above; %s",
-            *(layer, payer.name, limiter.name, remedy),
+            "calls that %s has paid for by limiter %r come through a transport of %r, too: they "
+            "count once, at the first; pace only one of the two",
+            *(layer, payer.name, limiter.name),
         )
         return True
 
@@ -325,19 +324,16 @@ class PacedTransport(_AnyTransport):
 
     async def aclose(self) -> None:
         """Close the inner transport."""
-        inner = self._inner.get("handle_async_request")
-        if inner is not None:
+        for inner in self._senders("handle_async_request"):
             await inner.aclose()
 
     def close(self) -> None:
         """Close the inner transport."""
-        inner = self._inner.get("handle_request")
-        if inner is not None:
+        for inner in self._senders("handle_request"):
             inner.close()
 
     async def __aenter__(self) -> Self:
-        inner = self._inner.get("handle_async_request")
-        if inner is not None:
+        for inner in self._senders("handle_async_request"):
             await inner.__aenter__()
         return self
 
@@ -345,8 +341,7 @@ class PacedTransport(_AnyTransport):
         await self.aclose()
 
     def __enter__(self) -> Self:
-        inner = self._inner.get("handle_request")
-        if inner is not None:
+        for inner in self._senders("handle_request"):
             inner.__enter__()
         return self
 

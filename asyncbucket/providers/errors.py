@@ -25,12 +25,12 @@ replies in public issues; read in November 2026.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from time import time as wall_clock
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import AsyncBucketError, LimitSyntaxError
 from asyncbucket.core.levels import undo
@@ -63,8 +63,7 @@ EXHAUSTED: Final = _NAMES["exhausted"]
 #: A 404 of Azure's that is about the deployment, which a member of a pool has in its address.
 _NO_DEPLOYMENT: Final = "deploymentnotfound"
 _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-#: How deep strings are looked for, and among how many values: Google's are below six others.
-_DEPTH: Final = 8
+#: Among how many values strings are looked for.
 _MAX_VALUES: Final = 1_000
 #: How much of a message is read.
 _MAX_MESSAGE: Final = 1_000
@@ -175,7 +174,10 @@ def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
     """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
     if unsent:
         undo(lease)
-    end_refused(lease, classify(error))
+    try:
+        end_refused(lease, classify(error))
+    finally:  # to look at an error may raise another
+        lease.release()
 
 
 def answered(lease: "Lease") -> None:
@@ -254,12 +256,9 @@ def _facts(error: Exception) -> tuple[int | None, object, Mapping[str, Any]]:
         statuses = [getattr(holder, name, None) for holder in holding for name in names]
         found = [getattr(holder, "headers", None) for holder in (response, error)]
         body = {**vars(error), "body": getattr(error, "body", None)}
-    status = next((int(value) for value in statuses if _is_status(value)), None)
+    known = (each for each in statuses if isinstance(each, int) and 100 <= each < 600)  # noqa: PLR2004
+    status = next(map(int, known), None)
     return status, body, next((each for each in found if isinstance(each, Mapping)), {})
-
-
-def _is_status(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and 100 <= value < 600  # noqa: PLR2004 - HTTP's range
 
 
 def _class_names(error: BaseException | None) -> set[str]:
@@ -282,8 +281,7 @@ class _Details:
     __slots__ = ("_headers", "_strings")
 
     def __init__(self, body: object, headers: Mapping[str, Any]) -> None:
-        values = islice(_values(body, _DEPTH), _MAX_VALUES)
-        self._strings = [(name, value) for name, value in values if isinstance(value, str)]
+        self._strings = [pair for pair in _values(body) if isinstance(pair[1], str)]
         self._headers = {str(name).lower(): value for name, value in headers.items()}
 
     @property
@@ -337,15 +335,17 @@ class _Details:
         return self.retry_after(now) or _reset_in(self._headers.get(_RESET), now) or _UNKNOWN
 
 
-def _values(value: object, depth: int, name: str = "") -> Iterator[tuple[str, object]]:
-    """Yield all that is in a body, each with the name of its member."""
-    yield name, value
-    if depth and isinstance(value, Mapping):
-        for key, member in value.items():
-            yield from _values(member, depth - 1, str(key))
-    elif depth and isinstance(value, list):
-        for item in value:
-            yield from _values(item, depth - 1, name)
+def _values(body: object) -> list[tuple[str, Any]]:
+    """Return what is in a body, outermost first, each value with the name of its member."""
+    found: list[tuple[str, Any]] = [("", body)]
+    for name, value in found:
+        members: Iterable[tuple[str, Any]] = ()
+        if isinstance(value, Mapping):
+            members = ((str(key), member) for key, member in value.items())
+        elif isinstance(value, list):
+            members = ((name, item) for item in value)
+        found += islice(members, _MAX_VALUES - len(found))
+    return found
 
 
 def _reset_in(value: object, now: float) -> float | None:

@@ -19,7 +19,6 @@ Several parties may hear of one wave: each transport of a limiter, and each wrap
 What they have heard is kept with the limiter, so it remains one wave.
 """
 
-import contextlib
 import logging
 import math
 import re
@@ -47,10 +46,11 @@ _HeaderIndex: TypeAlias = dict[bytes, tuple[Told, str]]
 _READS_PER_WINDOW: Final = 6_000
 #: Windows longer than this (s) are not counted in slices.
 _MAX_SLICED_WINDOW: Final = 60
-#: A count has one to fifteen digits, which in bytes are ASCII.
-_COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,15})[ \t]*")
+#: A count has one to twelve digits, which in bytes are ASCII.
+_COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 
-#: The first pause (s) if the provider names none, and the longest.
+#: The first pause (s) if the provider names none; and the longest, except until a quota of a day is
+#: full again.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 _EXPLANATIONS: Final = {
@@ -160,7 +160,7 @@ class HeaderReader:
         if told.period is None:
             return
         ours = (limit.key for limiter in self._levels for limit in limiter.limits)
-        if not seconds:
+        if not 0 < seconds <= told.per:  # Azure's are 1, 10 or 60
             report.amount = math.inf
         elif seconds < told.per and (told.resource, told.per) in ours:
             report.amount *= told.per / seconds
@@ -194,10 +194,9 @@ class HeaderReader:
                 continue
             amount, slices = int(report.amount), report.told.slices
             burst = None if slices == 1 else max(1, amount // slices)
-            with contextlib.suppress(ValueError):  # no real limit is more than a store can count
-                limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
-                if limit not in self._limiter.limits:
-                    self._limiter.learn(limit)
+            limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
+            if limit not in self._limiter.limits:
+                self._limiter.learn(limit)
 
     def _find_limit(self, window: tuple[str, float], amount: float) -> _LimitId:
         """Find the limiter and the window that a header reports.
@@ -295,15 +294,8 @@ class Refusals:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
-    def take_in(
-        self,
-        verdict: Verdict,
-        *,
-        sent_at: float | None = None,
-        first: float = _FIRST_PAUSE,
-        longest: float = _MAX_PAUSE,
-    ) -> float:
-        """Pause the limiter if a refusal concerns all; return the seconds until the pause ends.
+    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> None:
+        """Pause the limiter if a refusal concerns all.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
@@ -312,13 +304,10 @@ class Refusals:
         Args:
             verdict: what the refusal means.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
-            first: the seconds of a first pause for which the server names no time; the next ones
-                double.
-            longest: the most seconds, unless a quota of a day is used up: then nobody asks before.
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
-            return 0.0
+            return
         asked = verdict.retry_after
         with self._lock:
             now = self.limiter.now()
@@ -328,13 +317,13 @@ class Refusals:
                 self._started_at = now
                 self._first_at = now if self._waves == 1 else self._first_at
             if asked is not None:
-                seconds = asked if verdict.pause == DAILY else min(asked, longest)
+                seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
             elif not new_wave:
                 seconds = max(0.0, self._paused_until - now)
             elif self._waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(first, self._waves, most=longest)
+                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
@@ -343,7 +332,6 @@ class Refusals:
         if is_news:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
-        return seconds
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:

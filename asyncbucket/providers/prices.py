@@ -31,7 +31,6 @@ from asyncbucket.core.settings import read_toml
 from asyncbucket.core.wording import MICRO, USD, is_number
 from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
-from asyncbucket.providers.request import request_size
 from asyncbucket.providers.usage import Usage
 
 __all__ = ["Price", "PriceWarning", "Prices", "price_of", "read_prices"]
@@ -262,7 +261,7 @@ def priced(limiter: Limiter, call: Call, cost: Cost | None) -> tuple[Cost | None
     price = price_here(limiter, model) if is_charged else None
     if price is None:
         return cost, None
-    asked = request_size(call.path, call.body)
+    asked = call.asked
     output = asked.output(call.foreseen)
     if asked.max_output is None and asked.writes:
         usd = within_limits(limiter, price.at_most(asked.by_size, output))

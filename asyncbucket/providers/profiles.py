@@ -34,7 +34,7 @@ from asyncbucket.providers.usage import Usage
 _MINUTE: Final = 60
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One HTTP request, as a profile sees it."""
 
@@ -48,6 +48,12 @@ class Call:
     #: By how much less than usual is reserved for a reply that the call does not limit, so that the
     #: limits can admit it; ``foreseen`` is cut already.
     excess: int = 0
+
+    @functools.cached_property
+    def asked(self) -> RequestSize:
+        """What the body sends and asks for; nothing unless it is a POST: a GET lists."""
+        is_post = self.method == "POST"
+        return request_size(self.path, self.body) if is_post else RequestSize()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +147,7 @@ class Profile:
 
         That is one request, and tokens if a model reads or writes.
         """
-        asked = RequestSize()
-        if call.method == "POST":  # a GET lists
-            asked = request_size(call.path, call.body)
+        asked = call.asked
         unlimited = max(call.foreseen, self.unlimited_output - call.excess)
         given, received, both = self.charge(asked, unlimited)
         times = self._output_counts(call)

@@ -269,9 +269,6 @@ class OutputForecast:
     def __init__(self) -> None:
         self._latest, self._foreseen = [FORESEEN], FORESEEN
 
-    def __repr__(self) -> str:
-        return f"<OutputForecast {self.foresee():,} tokens from {len(self._latest)} replies>"
-
     def observe(self, output_tokens: int) -> None:
         """Remember the length of a reply, and forget the oldest."""
         self._latest = latest = [*self._latest, output_tokens][-_REMEMBERED:]

@@ -10,7 +10,6 @@ key. It is the key of an object, or, from Ollama, that of a number at the very e
 """
 
 import base64
-import contextlib
 import json
 import re
 from collections import deque
@@ -29,8 +28,6 @@ _USAGE_FIELDS: Final = ("usage", "usage_metadata", "usageMetadata", "meta")
 #: events.
 _WRAPPERS: Final = ("raw", "additional_kwargs", "response", "message", "data")
 
-#: What cannot hold usage.
-_NO_HOLDERS: Final = (str, list, type(None))
 #: Where Cohere keeps the numbers inside: what it processed, and what it charges for.
 _COHERE_FIELDS: Final = ("tokens", "billed_units")
 
@@ -64,7 +61,7 @@ _SEARCHED_BYTES: Final = 4_096
 _USAGE_KEY: Final = re.compile(rb'"(?:usage|usageMetadata|meta)"\s*:\s*(?=\{)')
 #: An event of a model's own stream inside a stream of Bedrock's:
 #: docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_PayloadPart.html, read in November 2026.
-_PACKED_EVENT: Final = re.compile(rb'"bytes":"([A-Za-z0-9+/]+={0,2})"')
+_PACKED_EVENT: Final = re.compile(rb'"bytes":"((?:[\w+/]{4})*(?:[\w+/]{2}==|[\w+/]{3}=)?)"')
 #: How many of them are tried, from the end.
 _MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
@@ -137,7 +134,7 @@ def usage_of(reply: object) -> Usage | None:
     inside = [lookup(name) for name in _WRAPPERS]
     if inside[0] is not None:  # "raw"
         inside += map(_lookup_in(inside[0]), _WRAPPERS)
-    holders = [reply, *(holder for holder in inside if not isinstance(holder, _NO_HOLDERS))]
+    holders = [reply, *(holder for holder in inside if holder is not None)]
     lookups = [lookup, *map(_lookup_in, holders[1:])]
     for lookup in lookups:
         for name in _USAGE_FIELDS:
@@ -214,9 +211,7 @@ def _lookup_in(holder: Any) -> _Lookup:
 
 def unpacked(data: bytes) -> bytes:
     """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
-    with contextlib.suppress(ValueError):  # the padding is wrong
-        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
-    return data
+    return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
 
 
 def is_complete(end: bytes) -> bool:

@@ -46,9 +46,11 @@ def chunked(library: Any, *chunks: bytes, error: BaseException | None = None) ->
 
         def close(self) -> None:
             self.closed = True
+            if error is not None:
+                raise error
 
         async def aclose(self) -> None:
-            self.closed = True
+            self.close()
 
     return Body()
 

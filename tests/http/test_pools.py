@@ -58,7 +58,7 @@ def client_of(
         family=library.__name__,
         sync=io is SYNC,
         transport=library.MockTransport(servers),
-        headers={"Authorization": "Bearer canary-client", "X-Goog-Api-Key": "canary-client"},
+        headers=dict.fromkeys(("Authorization", "Ocp-Apim-Subscription-Key"), "canary-client"),
         cookies={"session": "canary-client"},
         params={"key": "canary-client"},
     )
