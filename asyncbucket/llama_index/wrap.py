@@ -219,7 +219,7 @@ def _can_serve_as(model: Any, models: Sequence[Any]) -> bool:
 
 
 def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return an agent or workflow whose runs are one agent each, its model paced by ``limiter``.
+    """Return an agent or workflow whose runs are one agent each, its models paced by ``limiter``.
 
     A run that begins inside another agent's scope belongs to that agent.
     """
@@ -229,6 +229,12 @@ def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) 
     if isinstance(llm := getattr(workflow, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
         scoped.llm = _wrap_one(llm, limiter, of_model)
+    agents = getattr(workflow, "agents", None)
+    if isinstance(agents, dict):  # an AgentWorkflow's; they run within its own runs
+        scoped.agents = {
+            name: _wrap_one(agent, limiter, options) if isinstance(agent, Workflow) else agent
+            for name, agent in agents.items()
+        }
     return scoped
 
 
@@ -247,9 +253,9 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
             handler = plain(*args, **kwargs)
-            result = asyncio.ensure_future(handler.stop_event_result())
+            result = asyncio.ensure_future(handler)
             result.add_done_callback(functools.partial(_end, agent))
-        return handler
+        return result if asyncio.iscoroutine(handler) else handler
 
     scoped = subclass(cls)
     scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
