@@ -198,9 +198,7 @@ def _to_jsonable(value: Any) -> object:
     return convert() if callable(convert) else str(value)
 
 
-_ENCODER: Final = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), default=_to_jsonable, check_circular=True
-)
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_to_jsonable)
 
 
 def _decoded_size(data: object) -> int:

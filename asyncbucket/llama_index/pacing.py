@@ -72,7 +72,6 @@ if TYPE_CHECKING:
 
 #: What makes OpenAI's streams end with their usage.
 _USAGE: Final = {"stream_options": {"include_usage": True}}
-_BAD_REQUEST: Final = (400, 404, 422)
 #: Marks the end of a stream, because None may be one of its items.
 _END: Final[Any] = object()
 
@@ -448,9 +447,7 @@ class _Reading:
             answered(self.lease)
         except BaseException as error:
             await self._end(error)
-            status = getattr(error, "status_code", None)
-            is_refused = status in _BAD_REQUEST and "stream_options" in str(error)
-            if not (held.hides_usage and is_refused):
+            if not (held.hides_usage and "stream_options" in str(error)):
                 raise
         else:
             return item
@@ -470,8 +467,8 @@ class _Reading:
 
     async def _end(self, error: BaseException | None = None) -> None:
         """Close the request, and give the slot back."""
-        io, held, inner = self.call.io, self.held, self.inner
-        self.held = self.inner = None
+        io, lease, held, inner = self.call.io, self.lease, self.held, self.inner
+        self.lease = self.held = self.inner = None
         if held is None:
             return
         try:
@@ -479,11 +476,8 @@ class _Reading:
                 await io.close(inner)
             await held.close_stream(io)
         finally:
-            lease, self.lease = self.lease, None
-            if lease is not None and error is None:
-                lease.release()
-            elif lease is not None and error is not None:
-                held.failed(lease, error)
+            if lease is not None:
+                lease.release() if error is None else held.failed(lease, error)
 
     @contextlib.contextmanager
     def _as_requested(self) -> Generator[None]:

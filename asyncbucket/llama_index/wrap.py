@@ -95,8 +95,9 @@ def wrap(
     Args:
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
             back as one. Plain functions in it become tools, as they would in an agent. Or an agent
-            or another ``Workflow``: its own model is paced, if it has one, and each ``run`` is one
-            agent to the limiters that it calls; see `asyncbucket.agent`.
+            or another ``Workflow``: its own model is paced, if it has one, or those of the agents
+            of an ``AgentWorkflow``, and each ``run`` is one agent to the limiters that it calls; see
+            `asyncbucket.agent`.
         limiter: what admits the calls; it may be shared with other models and plain code.
         retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
             Models only: a tool is never retried.
@@ -254,17 +255,15 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         with InheritedScope(agent=agent):
             handler = plain(*args, **kwargs)
             result = asyncio.ensure_future(handler)
-            result.add_done_callback(functools.partial(_end, agent))
+        result.add_done_callback(
+            lambda _: agent.end(ended_well=not result.cancelled() and result.exception() is None)
+        )
         return result if asyncio.iscoroutine(handler) else handler
 
     scoped = subclass(cls)
     scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
     scoped.run = run
     return scoped
-
-
-def _end(agent: Agent, result: asyncio.Future[Any]) -> None:
-    agent.end(ended_well=not result.cancelled() and result.exception() is None)
 
 
 def limiter_of(paced: object) -> Limiter:
