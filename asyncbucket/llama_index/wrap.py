@@ -255,9 +255,11 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         with InheritedScope(agent=agent):
             handler = plain(*args, **kwargs)
             result = asyncio.ensure_future(handler)
-        result.add_done_callback(
-            lambda _: agent.end(ended_well=not result.cancelled() and result.exception() is None)
-        )
+
+        def end(done: asyncio.Future[Any]) -> None:
+            agent.end(ended_well=not done.cancelled() and done.exception() is None)
+
+        result.add_done_callback(end)
         return result if asyncio.iscoroutine(handler) else handler
 
     scoped = subclass(cls)

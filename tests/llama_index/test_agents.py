@@ -240,7 +240,9 @@ async def test_each_run_of_a_workflow_or_its_copy_is_one_agent(many: Limiter) ->
 
 async def test_run_that_a_class_has_made_a_coroutine_is_one_agent(many: Limiter) -> None:
     class Coroutine(Research):
-        async def run(self, **options: Any) -> Any:  # type: ignore[override]
+        async def run(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, **options: Any
+        ) -> Any:
             return await super().run(**options)
 
     assert await many.wrap(Coroutine(many)).run() == "done"
