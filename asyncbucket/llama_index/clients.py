@@ -105,13 +105,9 @@ def without_retries(value: Any) -> Any:
     return copied
 
 
-def client_of(model: object, client: Any) -> Any:
-    """Return ``client``, which ``model`` uses, so that it reports and doesn't retry if the model made it.
-
-    One in a field is the user's.
-    """
-    is_users = any(client is value for value in vars(model).values())
-    if _is_plain_client(client) and not is_users:
+def made_client(client: Any) -> Any:
+    """Return ``client``, which a model made late: it reports now, and does not retry."""
+    if _is_plain_client(client):
         _make_reporting(client)
         client.max_retries = 0
     return client
@@ -169,7 +165,7 @@ def _reporting_class(cls: Any) -> type[Any]:
         if isinstance(held, HeldCall):
             if not kwargs.get("stream"):
                 held.usages.append(usage_of(reply))
-            elif hasattr(reply, "close") and hasattr(reply, "_iterator"):
+            elif hasattr(reply, "_iterator"):
                 held.stream = weakref.ref(reply)
                 items, wanted = reply._iterator, _reader(held)  # noqa: SLF001 - all its iterators read
                 reply._iterator = (  # noqa: SLF001 - as above

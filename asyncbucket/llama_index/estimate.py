@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from asyncbucket.core.cost import rounded_up
 from asyncbucket.providers.request import (
     IMAGE_TOKENS,
     LOW_DETAIL_IMAGE_TOKENS,
@@ -57,18 +56,11 @@ class Estimate:
         output_tokens: what comes back, at most or probably.
         foreseen: whether the output is a guess rather than a limit. A guess may be lowered to what
             the limits can ever admit.
-
-    Raises:
-        TypeError, ValueError: an amount is not a number, or negative, NaN or infinite.
     """
 
     input_tokens: int
     output_tokens: int
     foreseen: bool = False
-
-    def __post_init__(self) -> None:
-        rounded_up(self.input_tokens, "input_tokens")
-        rounded_up(self.output_tokens, "output_tokens")
 
 
 @runtime_checkable
@@ -206,9 +198,7 @@ def _to_jsonable(value: Any) -> object:
     return convert() if callable(convert) else str(value)
 
 
-_ENCODER: Final = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), default=_to_jsonable, check_circular=True
-)
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_to_jsonable)
 
 
 def _decoded_size(data: object) -> int:

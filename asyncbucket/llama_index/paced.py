@@ -47,7 +47,7 @@ from llama_index.core.tools.types import AsyncBaseTool
 from asyncbucket.core.levels import levels, terms_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
-from asyncbucket.llama_index.clients import client_of, unretried_options, without_retries
+from asyncbucket.llama_index.clients import made_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call
 from asyncbucket.providers.usage import Usage, usage_of
@@ -161,7 +161,7 @@ def _zero(name: str) -> property:
 
 def _client_method(paced: type[Any], name: str) -> Callable[..., Any]:
     def get_client(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return client_of(model, getattr(super(paced, model), name)(*args, **kwargs))
+        return made_client(getattr(super(paced, model), name)(*args, **kwargs))
 
     return get_client
 
@@ -346,10 +346,10 @@ def _made(parent: Limiter | None, name: str, limits: tuple[Limit, ...], terms: A
 
 
 def _reduce(model: Any, _: object) -> tuple[Any, ...]:
-    """Return what ``pickle`` needs to make a copy of a paced model.
+    """Return what ``pickle`` needs to make a copy of a paced model: an unpaced twin, and what paces it.
 
     LlamaIndex's own ``__getstate__`` deletes from the live object whatever cannot be pickled, so the
-    state is taken from a twin here.
+    twin has a dictionary of its own.
     """
     cls: Any = type(model).__bases__[1]
     twin, pacing = cls.__new__(cls), pacing_of(model)
@@ -360,11 +360,8 @@ def _reduce(model: Any, _: object) -> tuple[Any, ...]:
         )
     private = {name: each for name, each in model.__pydantic_private__.items() if name != _PACING}
     _set_state(twin, model, dict(vars(model)), private or None)
-    state = BaseComponent.__getstate__(twin)
-    return _restore, (cls, state, pacing.options, _passport(pacing.limiter))
+    return _restore, (twin, pacing.options, _passport(pacing.limiter))
 
 
-def _restore(cls: Any, state: Any, options: dict[str, Any], passport: list[_Level]) -> object:
-    model = cls.__new__(cls)
-    model.__setstate__(state)
-    return _limiter_at(passport).wrap(model, **options)
+def _restore(twin: object, options: dict[str, Any], passport: list[_Level]) -> object:
+    return _limiter_at(passport).wrap(twin, **options)

@@ -41,20 +41,23 @@ from llama_index_instrumentation.span import active_span_id
 from asyncbucket.core.context import inherited, put_back
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import (
+    counts,
     counts_at,
     effective_limiter,
     limits_by_way,
+    prices_of,
     provider_of,
     reserve_more,
     sent,
 )
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import PoolLease
+from asyncbucket.core.wording import USD
 from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
-from asyncbucket.nesting import HeldLease, give_up_slots, held_leases, is_running
+from asyncbucket.nesting import HeldLease, give_up_slots, innermost_held_lease, is_running
 from asyncbucket.providers.errors import answered, end_failed, never_sent, was_refused
-from asyncbucket.providers.prices import added_tokens, model_of, price_here, within_limits
+from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
 from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry, sent_above
@@ -69,7 +72,6 @@ if TYPE_CHECKING:
 
 #: What makes OpenAI's streams end with their usage.
 _USAGE: Final = {"stream_options": {"include_usage": True}}
-_BAD_REQUEST: Final = (400, 404, 422)
 #: Marks the end of a stream, because None may be one of its items.
 _END: Final[Any] = object()
 
@@ -233,9 +235,11 @@ INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", de
 
 def held_call(limiter: Limiter) -> HeldCall | None:
     """Return the note of a model's call in this context that counts at ``limiter``, or None."""
-    for held in held_leases():
+    held = innermost_held_lease()  # a loop over `held_leases` takes half a microsecond more
+    while held is not None:
         if isinstance(held, HeldCall) and (lease := held.lease) and counts_at(lease, limiter):
             return held
+        held = held.outer
     return None
 
 
@@ -321,8 +325,8 @@ class Pacing:
             held.own = getattr(super(type(model), model), call.name)
             # Frameworks set it late, and only at the first model.
             model.callback_manager = call.model.callback_manager
-        if "usd" in amounts:
-            held.price, held.usd = self._price(call, model), amounts["usd"]
+        if USD in amounts:
+            held.price, held.usd = self._price(call, model), amounts[USD]
         return lease, held
 
     async def _acquire(self, io: IO, **amounts: float) -> Lease:
@@ -335,21 +339,22 @@ class Pacing:
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""
         sent, received = estimate.input_tokens, estimate.output_tokens
+        limiter = effective_limiter(self.limiter)
         if estimate.foreseen:
             cost = {"input_tokens": sent, "output_tokens": received, "tokens": sent + received}
-            excess = excess_of(cost, limits_by_way(effective_limiter(self.limiter)))
-            received = max(0, received - excess)
+            excess = excess_of(cost, limits_by_way(limiter))
+            received = max(received - excess, 0)
         amounts: dict[str, float] = {"input_tokens": sent, "output_tokens": received}
-        if sent or received:
+        if (sent or received) and counts(limiter, USD):
             models = (call.model, *self.models.values())  # any of a pool's members may take it
-            prices = [price for each in models if (price := self._price(call, each))]
-            if prices:
-                amounts["usd"] = max(self._usd(call, estimate, price) for price in prices)
+            amounts[USD] = max(
+                self._usd(call, estimate, self._price(call, each)) for each in models
+            )
         return amounts
 
-    def _price(self, call: ModelCall, model: Any) -> "Price | None":
-        """Return the price of the call if ``model`` makes it; None if nothing counts dollars."""
-        return price_here(self.limiter, model_of(model, call.kwargs))
+    def _price(self, call: ModelCall, model: Any) -> "Price":
+        """Return the price of the call if ``model`` makes it."""
+        return price_of(model_of(model, call.kwargs), prices_of(self.limiter))
 
     def _usd(self, call: ModelCall, estimate: Estimate, price: "Price") -> float:
         """Return the dollars to reserve: the most that the call can cost, if its output is limited."""
@@ -442,9 +447,7 @@ class _Reading:
             answered(self.lease)
         except BaseException as error:
             await self._end(error)
-            status = getattr(error, "status_code", None)
-            is_refused = status in _BAD_REQUEST and "stream_options" in str(error)
-            if not (held.hides_usage and is_refused):
+            if not (held.hides_usage and "stream_options" in str(error)):
                 raise
         else:
             return item
@@ -464,8 +467,8 @@ class _Reading:
 
     async def _end(self, error: BaseException | None = None) -> None:
         """Close the request, and give the slot back."""
-        io, held, inner = self.call.io, self.held, self.inner
-        self.held = self.inner = None
+        io, lease, held, inner = self.call.io, self.lease, self.held, self.inner
+        self.lease = self.held = self.inner = None
         if held is None:
             return
         try:
@@ -473,11 +476,8 @@ class _Reading:
                 await io.close(inner)
             await held.close_stream(io)
         finally:
-            lease, self.lease = self.lease, None
-            if lease is not None and error is None:
-                lease.release()
-            elif lease is not None and error is not None:
-                held.failed(lease, error)
+            if lease is not None:
+                lease.release() if error is None else held.failed(lease, error)
 
     @contextlib.contextmanager
     def _as_requested(self) -> Generator[None]:

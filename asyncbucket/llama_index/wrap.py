@@ -95,8 +95,9 @@ def wrap(
     Args:
         obj: any ``LLM``, ``BaseEmbedding`` or ``BaseTool``, or a list or tuple of them, which comes
             back as one. Plain functions in it become tools, as they would in an agent. Or an agent
-            or another ``Workflow``: its own model is paced, if it has one, and each ``run`` is one
-            agent to the limiters that it calls; see `asyncbucket.agent`.
+            or another ``Workflow``: its own model is paced, if it has one, or those of the agents
+            of an ``AgentWorkflow``, and each ``run`` is one agent to the limiters that it calls; see
+            `asyncbucket.agent`.
         limiter: what admits the calls; it may be shared with other models and plain code.
         retry: the most attempts, or a `Retry`; False for a single attempt. 5 attempts by default.
             Models only: a tool is never retried.
@@ -219,7 +220,7 @@ def _can_serve_as(model: Any, models: Sequence[Any]) -> bool:
 
 
 def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
-    """Return an agent or workflow whose runs are one agent each, its model paced by ``limiter``.
+    """Return an agent or workflow whose runs are one agent each, its models paced by ``limiter``.
 
     A run that begins inside another agent's scope belongs to that agent.
     """
@@ -229,6 +230,12 @@ def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) 
     if isinstance(llm := getattr(workflow, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
         scoped.llm = _wrap_one(llm, limiter, of_model)
+    agents = getattr(workflow, "agents", None)
+    if isinstance(agents, dict):  # an AgentWorkflow's; they run within its own runs
+        scoped.agents = {
+            name: _wrap_one(agent, limiter, options) if isinstance(agent, Workflow) else agent
+            for name, agent in agents.items()
+        }
     return scoped
 
 
@@ -247,18 +254,18 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
             handler = plain(*args, **kwargs)
-            result = asyncio.ensure_future(handler.stop_event_result())
-            result.add_done_callback(functools.partial(_end, agent))
-        return handler
+            result = asyncio.ensure_future(handler)
+
+        def end(done: asyncio.Future[Any]) -> None:
+            agent.end(ended_well=not done.cancelled() and done.exception() is None)
+
+        result.add_done_callback(end)
+        return result if asyncio.iscoroutine(handler) else handler
 
     scoped = subclass(cls)
     scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
     scoped.run = run
     return scoped
-
-
-def _end(agent: Agent, result: asyncio.Future[Any]) -> None:
-    agent.end(ended_well=not result.cancelled() and result.exception() is None)
 
 
 def limiter_of(paced: object) -> Limiter:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core import Document, SummaryIndex, VectorStoreIndex
-from llama_index.core.agent.workflow import FunctionAgent
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.ingestion import IngestionPipeline
@@ -238,6 +238,17 @@ async def test_each_run_of_a_workflow_or_its_copy_is_one_agent(many: Limiter) ->
     assert now.kinds["research"].size == pytest.approx(0.2)
 
 
+async def test_run_that_a_class_has_made_a_coroutine_is_one_agent(many: Limiter) -> None:
+    class Coroutine(Research):
+        async def run(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, **options: Any
+        ) -> Any:
+            return await super().run(**options)
+
+    assert await many.wrap(Coroutine(many)).run() == "done"
+    assert (await agents_of(many)).finished == 1
+
+
 class Empty(Workflow):
     """A workflow whose step is a function outside of it."""
 
@@ -271,11 +282,16 @@ async def test_run_inside_an_agents_scope_belongs_to_that_agent(many: Limiter) -
     assert (await agents_of(many)).kinds["team"].size == pytest.approx(0.4)
 
 
-def test_function_agent_is_wrapped_with_its_model(bench: Bench) -> None:
+@pytest.mark.parametrize("is_team", [False, True])
+def test_agent_or_team_is_wrapped_with_its_models(
+    bench: Bench,
+    is_team: bool,  # noqa: FBT001 - a case
+) -> None:
     worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm, timeout=None)
-    paced: Any = bench.limiter.wrap(worker, kind="weather")
-    assert isinstance(paced, FunctionAgent)
-    assert limiter_of(paced.llm) is bench.limiter
+    whole: Any = AgentWorkflow([worker]) if is_team else worker
+    paced: Any = bench.limiter.wrap(whole, kind="weather")
+    assert isinstance(paced, type(whole))
+    assert limiter_of((paced.agents["Agent"] if is_team else paced).llm) is bench.limiter
 
     async def main() -> AgentStatistics:
         await asyncio.gather(ask(paced), ask(paced))

@@ -26,6 +26,7 @@ from pydantic import PrivateAttr
 from asyncbucket import Limiter, pace
 from asyncbucket.providers.profiles import OPENAI
 from asyncbucket.testing import VirtualTime
+from asyncbucket.waiting import PerLoopTransport
 from tests.llama_index.conftest import (
     API_BASE,
     KEY,
@@ -209,6 +210,20 @@ async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot
         calls[0].cancel()  # or the thread would wait for ever
         await asyncio.wait(calls)
     assert len(done) == 2
+
+
+def test_model_wrapped_twice_has_one_transport_by_loop_for_each_proxy(
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    llm = make_used_client()
+    for _ in range(2):
+        limiter.wrap(llm)
+    client: Any = llm._aclient
+    transports = [client._client._transport, *client._client._mounts.values()]
+    assert [type(each) for each in transports] == [PerLoopTransport] * 2
+    assert not any(isinstance(each._first, PerLoopTransport) for each in transports)
 
 
 def test_http_client_given_by_the_user_is_not_touched() -> None:
