@@ -73,6 +73,11 @@ class _StandardError(io.TextIOBase):
             self._file.flush()
         return len(text)
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """What it can show: rich draws with ASCII alone where there is no more."""
+        return getattr(self._file, "encoding", "utf-8")
+
     def isatty(self) -> bool:
         return self._file is not None and self._file.isatty()
 
