@@ -57,7 +57,7 @@ Job = Callable[[], Awaitable[object]]
 
 def demo(
     *,
-    rpm: Annotated[int, options.count("Requests a minute that are allowed; default: 600.")] = _RPM,
+    rpm: Annotated[int, options.count("Requests a minute that are allowed.")] = _RPM,
     seconds: Annotated[
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
@@ -194,7 +194,8 @@ class Run:
         done = self.agents_finished / self.scenario.agents
         bar = Bar(f"{figures['agents finished']} agents", done)
         facts = tuple(f"{figures[each]} {each}" for each in ("calls", "429s", "failed"))
-        return Panel(f"{self.name}, {self.seconds:.0f} s", (bar,), facts)
+        took = figures["wall time"] if self.ended_ns else f"{self.seconds:.0f} s"
+        return Panel(f"{self.name}, {took}", (bar,), facts)
 
 
 def run_once(run: Run, screen: Screen) -> None:

@@ -52,7 +52,7 @@ def doctor(
     store: Annotated[str | None, options.text("A store to look at.", metavar="URL")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check what is installed here and how a store answers, and say what to fix.
+    """Say what is installed, how a store answers, and what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
 

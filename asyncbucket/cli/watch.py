@@ -35,7 +35,7 @@ Limiters = Sequence[Mapping[str, Any]]
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="[URL]", help="A URL of limiter.serve_stats(), or a store's.")
+        str, typer.Argument(metavar="URL", help="A URL of limiter.serve_stats(), or a store's.")
     ] = f"http://127.0.0.1:{DEFAULT_PORT}",
     *,
     interval: Annotated[
