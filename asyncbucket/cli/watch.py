@@ -149,8 +149,7 @@ def compare(now: Limiters, before: Limiters, seconds: float) -> list[Panel]:
         above = [other for other in now if name.startswith(f"{other['name']}/")]
         rate = max(0, total - admitted.get(name, total)) / seconds if seconds > 0 else 0.0
         bars, facts = tuple(_bars(limiter, above)), tuple(_facts(limiter, rate))
-        alarming = bool(limiter["paused"] or limiter.get("upstream_429"))
-        panels.append(Panel(one_line(name), bars, facts, alarming=alarming))
+        panels.append(Panel(one_line(name), bars, facts))
     return panels
 
 

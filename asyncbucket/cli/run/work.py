@@ -316,7 +316,9 @@ def run(job: Job) -> int:
     """
     tally = Tally()
     new = [path for path in (job.errors_file, job.limits_file) if not path.exists()]
-    screen = Screen(standard_error(), quiet=job.quiet)
+    console = standard_error()
+    console.quiet = job.quiet
+    screen = Screen(console)
     with Answers(job.out, job.settings) as answers:
         errors = Errors(job.errors_file)
         with job.source.open("rb") as file:  # a gigabyte takes about a second
@@ -338,15 +340,16 @@ def run(job: Job) -> int:
                 screen.say(summary(job, tally))
             for path in new if tally.refused else ():
                 path.unlink(missing_ok=True)
+    console.quiet = False
     return _report(job, tally, screen, answers.trouble)
 
 
 def _report(job: Job, tally: Tally, screen: Screen, trouble: str | None) -> int:
     """Say what went wrong, print the summary as JSON if asked for, and return the exit status."""
     if tally.fatal is not None:
-        screen.say(f"error: no request succeeds: {one_line(tally.fatal)}", always=True)
+        screen.say(f"error: no request succeeds: {one_line(tally.fatal)}")
     if trouble is not None:
-        screen.say(f"error: {trouble}", always=True)
+        screen.say(f"error: {trouble}")
     if job.as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
     if tally.fatal is not None:
