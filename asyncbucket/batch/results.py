@@ -32,7 +32,7 @@ from collections.abc import (
     Sized,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
+from typing import Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
 
 import anyio
 from anyio import to_thread
@@ -40,11 +40,9 @@ from anyio.abc import TaskGroup
 
 from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
 from asyncbucket.batch.checkpoint import Checkpoint, Entry
+from asyncbucket.batch.progress import Bar
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
-
-if TYPE_CHECKING:
-    from asyncbucket.batch.progress import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -119,7 +117,6 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     Raises:
         ValueError, TypeError: an option is invalid; or ``fn`` is paced by a limiter above or beside
             this one, so its calls would be charged twice.
-        ImportError: rich, which draws the bar, is not installed.
     """
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
@@ -135,6 +132,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"items is one string, which would be a call for each of its {len(items):,} characters: "
             f"give a list of strings, or the open file if this is its name"
         )
+    bar = Bar(limiter, len(items) if isinstance(items, Sized) else None) if show_progress else None
     is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
@@ -146,7 +144,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         checkpoint=None
         if checkpoint is None
         else functools.partial(Checkpoint, checkpoint, name_of(fn)),
-        bar=_bar(limiter, items) if show_progress else None,
+        bar=bar,
     )
     return Results(engine.results())
 
@@ -154,14 +152,6 @@ def amap(  # noqa: PLR0913 - each is an option of its own
 async def _async(items: Iterator[T]) -> AsyncGenerator[T]:
     for item in items:
         yield item
-
-
-def _bar(limiter: Limiter, items: object) -> Any:
-    try:
-        from asyncbucket.batch.progress import Bar
-    except ModuleNotFoundError as error:
-        raise ImportError('a progress bar needs rich: pip install "asyncbucket[batch]"') from error
-    return Bar(limiter, len(items) if isinstance(items, Sized) else None)
 
 
 def name_of(fn: object) -> str:
@@ -266,7 +256,7 @@ class Engine(Generic[T, R]):
     ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
-    bar: "Bar | None"
+    bar: Bar | None
     failure: Exception | None = None
     #: Places in the window.
     _places: anyio.Semaphore = field(init=False)

@@ -246,12 +246,12 @@ async def test_calls_inherit_the_priority_of_the_reader() -> None:
     assert item.result == read_priority("batch")
 
 
-def test_missing_rich_names_the_install_command() -> None:
+def test_missing_extra_is_named_with_its_install_command() -> None:
     program = (
-        "import sys; sys.modules['rich'] = None\nfrom asyncbucket import Limiter\n"
-        "Limiter(rpm=1).amap(print, [], show_progress=True)"
+        "import sys; sys.modules['rich'] = None\n"
+        "from asyncbucket import Limiter\nLimiter(rpm=1).amap(print, [])"
     )
-    message = 'ImportError: a progress bar needs rich: pip install "asyncbucket[batch]"'
+    message = 'ImportError: amap needs anyio and rich: pip install "asyncbucket[batch]"'
     assert message in python("-c", program).stderr
 
 
