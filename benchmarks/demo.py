@@ -27,7 +27,7 @@ class Recorder(Screen):
     """Record a run ten times a second instead of showing it."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(Console(), quiet=True)
+        super().__init__(Console(quiet=True))
         self.run = run
         #: Seconds since the start, agents finished, and requests refused so far.
         self.points: list[tuple[float, int, int]] = [(0.0, 0, 0)]

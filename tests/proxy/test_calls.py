@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from asyncbucket.cli.proxy import ProxyOptions
 from asyncbucket.testing import RateLimitedProvider
 from tests.conftest import until
 from tests.proxy.servers import CHAT, Proxied, Upstream, proxied, served
@@ -313,12 +314,27 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
     assert app.calls == 100
 
 
-async def test_path_behind_v1_is_added_to_a_members_url(tmp_path: Path, upstream: Any) -> None:
+async def test_path_behind_v1_is_added_to_a_members_url(
+    tmp_path: Path, upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "pool.toml"
     file.write_text(f'[member.one]\nrpm = 60\nbase_url = "{upstream[1]}/base"\n')
     async with proxied(None, pool=file) as proxy:
         seen = (await proxy.client.get("/v1/x?debug=1")).json()
+        told: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "asyncbucket.cli.proxy.app._log.error", lambda _, why: told.append(str(why))
+            )
+            proxy.proxy.reload(lambda: ProxyOptions(upstream=upstream[1]))
+        assert told == ["only a restart can change pool"]
     assert seen["target"] == "/base/x?debug=1"
+
+
+async def test_upstream_may_have_the_v1_of_its_callers(upstream: Any) -> None:
+    async with proxied(f"{upstream[1]}/v1/") as proxy:
+        seen = [(await proxy.client.get(path)).json()["target"] for path in ("/v1/x", "/x")]
+    assert seen == ["/v1/x?", "/v1/x?"]
 
 
 async def test_pool_goes_on_at_the_others_if_a_provider_dies(

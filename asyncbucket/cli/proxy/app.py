@@ -214,10 +214,11 @@ class Proxy:
         if options.key is not None:
             headers = with_key(headers, options.key, protocol_of(scope))
         path, query = scope["raw_path"], scope["query_string"]
-        if self._pooled_at is not None and path.startswith(b"/v1/"):
-            path = path.removeprefix(b"/v1")  # instead of which each member has a base URL
         url = httpx.URL(self._pooled_at or str(options.upstream))
-        target = url.raw_path.rstrip(b"/") + path + b"?" * bool(query) + query
+        base = url.raw_path.rstrip(b"/")
+        if (self._pooled_at is not None or base.endswith(b"/v1")) and path.startswith(b"/v1/"):
+            path = path.removeprefix(b"/v1")  # which a base URL has, if the provider's paths do
+        target = base + path + b"?" * bool(query) + query
         if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
             raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
         if b"/../" in path + b"/":  # httpx would resolve it, and leave the path of the base URL
