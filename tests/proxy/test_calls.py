@@ -81,7 +81,7 @@ async def test_openai_sdk_needs_only_another_base_url() -> None:
     tools: Any = [{"type": "function", "function": TOOL}]
     with RateLimitedProvider(rpm=600) as provider:
         async with (
-            proxied(provider.url, rpm=600, tpm=100_000, concurrency="8") as proxy,
+            proxied(provider.url, rpm=600, tpm=100_000, concurrency=8) as proxy,
             openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as client,
         ):
             whole = await client.chat.completions.create(**CHAT)
@@ -127,7 +127,7 @@ async def test_caller_that_hangs_up_frees_its_place(
     upstream: Any, path: str, body: Any, in_flight: int
 ) -> None:
     app, url = upstream
-    async with proxied(url, concurrency="1") as proxy:
+    async with proxied(url, concurrency=1) as proxy:
         call = asyncio.ensure_future(proxy.client.post(path, content=body))
         await until(lambda: app.calls == in_flight)
         await asyncio.sleep(0.05)
@@ -141,7 +141,7 @@ async def test_caller_that_stalls_gives_its_slot_back(
     upstream: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
-    async with proxied(upstream[1], concurrency="1") as proxy:
+    async with proxied(upstream[1], concurrency=1) as proxy:
         reader, writer = await proxy.connect()
         head = b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n"
         writer.write(head + bytes(5_000_000))
@@ -291,7 +291,7 @@ async def test_agents_at_the_limit_all_succeed() -> None:
 
 async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any) -> None:
     app, url = upstream
-    async with proxied(url, concurrency="16") as proxy:
+    async with proxied(url, concurrency=16) as proxy:
         held = [proxy.limiter.acquire_nowait() for _ in range(16)]
 
         async def call() -> bytes:

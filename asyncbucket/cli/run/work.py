@@ -112,7 +112,7 @@ class Run:
             self._keys = [key for each in endpoints.values() for key in keys_of(each)]
             where = {"endpoints": endpoints}
         #: Slots are this process's own: a store would keep those of a killed run for a while.
-        slots = job.slots or (CONCURRENCY if self._root.concurrency is None else None)
+        slots = job.concurrency or (CONCURRENCY if self._root.concurrency is None else None)
         self._limiter = self._root.child("calls", concurrency=slots)
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
@@ -380,7 +380,7 @@ def dry_run(job: Job) -> int:
     ]
     planned = None
     if costs:
-        slots = None if job.slots == "auto" or pool else job.slots or CONCURRENCY
+        slots = None if job.concurrency == "auto" or pool else job.concurrency or CONCURRENCY
         planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
     never = planned.refused if planned else 0
     to_send = len(costs) - never
