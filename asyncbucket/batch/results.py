@@ -320,15 +320,18 @@ class Engine(Generic[T, R]):
         bar = contextlib.nullcontext() if self.bar is None else self.bar
         with scope, bar, self.caller.watched(self._end):
             try:
-                async with self._opened(), anyio.create_task_group() as self._group:
-                    if self.failure is None:
-                        self._start_worker()
+                if self.checkpoint is not None:
+                    self._saved = await to_thread.run_sync(self.checkpoint)
+                async with anyio.create_task_group() as self._group:
+                    self._start_worker()
                 # Those behind one that was not started.
                 self._done.extend(item for _, item in sorted(self._early.items()))
             finally:
-                close = getattr(self.items, "aclose", None)
-                if close is not None:  # nobody else would close an async generator in time
-                    with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True):
+                    if self._saved is not None:
+                        await to_thread.run_sync(self._saved.close)
+                    close = getattr(self.items, "aclose", None)
+                    if close is not None:  # nobody else would close an async generator in time
                         await close()
 
     def _start_worker(self) -> None:
@@ -428,21 +431,6 @@ class Engine(Generic[T, R]):
         else:
             self._done.append(item)
         self._news.set()
-
-    @contextlib.asynccontextmanager
-    async def _opened(self) -> AsyncGenerator[None]:
-        """Open the checkpoint, if there is one, until the end of the block."""
-        try:
-            if self.checkpoint is not None:
-                self._saved = await to_thread.run_sync(self.checkpoint)
-        except Exception as error:  # noqa: BLE001 - the reader gets it
-            self._fail(error)
-        try:
-            yield
-        finally:
-            if self._saved is not None:
-                with anyio.CancelScope(shield=True):
-                    await to_thread.run_sync(self._saved.close)
 
     async def _save(self, saved: Checkpoint, key: bytes, result: Any) -> None:
         """Save a result, whatever ends the calls meanwhile: it is paid for.
