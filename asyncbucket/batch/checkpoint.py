@@ -86,10 +86,8 @@ class Checkpoint:
                 f"another file"
             )
         database.executescript(_SCHEMA)
-        database.execute("BEGIN EXCLUSIVE")
         database.execute("INSERT OR IGNORE INTO about VALUES ('of', ?)", (name,))
         ((found,),) = database.execute("SELECT value FROM about WHERE name = 'of'")
-        database.execute("COMMIT")
         if found != name:
             raise CheckpointError(
                 f"{path} holds results of {found}, not of {name}: give another file"
