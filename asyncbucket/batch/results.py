@@ -10,7 +10,8 @@ requested: results that come early wait for their turn; the window bounds how ea
 *Kept*, if there is a checkpoint: a result is on disk before it is handed out.
 
 The tasks run in one anyio task group in a task of its own, not in the reader's: a task group must
-end in the task in which it began, and a reader may stop reading anywhere.
+end in the task in which it began, and a reader may stop reading anywhere. What it reads is an async
+generator. However that ends, by its reader or by the loop of a reader that is gone, the batch ends.
 """
 
 import asyncio
