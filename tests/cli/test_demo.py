@@ -33,7 +33,8 @@ def test_scenario_says_what_runs_under_which_limits() -> None:
 
 def test_table_shows_both_runs_and_what_failed() -> None:
     scenario, console = scenario_of(2.0), Console(width=90)
-    storm, calm = Run(scenario=scenario, refused=60), Run(scenario=scenario, limiter=Limiter())
+    storm, calm = Run(scenario=scenario), Run(scenario=scenario, limiter=Limiter())
+    storm.provider.enforcer._refused["requests"] = 60
     calm.started_ns, calm.ended_ns = 1, 1_900_000_001
     storm.failures["RateLimitError"] = 7
     with console.capture() as captured:
