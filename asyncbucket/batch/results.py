@@ -293,15 +293,15 @@ class Engine(Generic[T, R]):
         task.add_done_callback(lambda _: self._news.set())
         try:
             while self._done or not task.done():
+                if not self._done:
+                    await self._news.wait()
+                self._news.clear()
                 while self._done:
                     item = self._done.popleft()
                     self._places.release()
                     if item.error is not None and self.stop_on_error:
                         raise item.error
                     yield item
-                self._news.clear()
-                if not task.done():
-                    await self._news.wait()
         finally:
             scope.cancel()
             with anyio.CancelScope(shield=True):
