@@ -27,7 +27,7 @@ class Recorder(Screen):
     """Record a run ten times a second instead of showing it."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(Console(), quiet=True)
+        super().__init__(Console(quiet=True))
         self.run = run
         #: Seconds since the start, agents finished, and requests refused so far.
         self.points: list[tuple[float, int, int]] = [(0.0, 0, 0)]
@@ -38,7 +38,8 @@ class Recorder(Screen):
     def show(self, panels: Sequence[Panel]) -> None:
         del panels
         if self.run.started_ns:
-            self.points.append((self.run.seconds, self.run.agents_finished, self.run.refused))
+            refused = self.run.provider.statistics().refused
+            self.points.append((self.run.seconds, self.run.agents_finished, refused))
 
 
 def record(limiter: Limiter | None) -> Recorder:
@@ -52,6 +53,7 @@ def record(limiter: Limiter | None) -> Recorder:
 def draw(recorders: Sequence[Recorder]) -> None:
     """Draw agents that finished beside requests that were refused, over the same seconds."""
     without, paced = recorders
+    refusals = [recorder.points[-1][2] for recorder in recorders]
     agents = paced.run.scenario.agents
     for canvas, ink in pages(PICTURE, 8, 3):
         finished, refused = canvas.subplots(1, 2, sharex=True)
@@ -78,13 +80,11 @@ def draw(recorders: Sequence[Recorder]) -> None:
         _label(
             refused,
             without.run.seconds + 0.5,
-            0.9 * without.run.refused,
-            f"{without.run.refused} without asyncbucket",
+            0.9 * refusals[0],
+            f"{refusals[0]} without asyncbucket",
             REFUSED,
         )
-        _label(
-            refused, 7, 0.04 * without.run.refused, f"{paced.run.refused} with asyncbucket", OURS
-        )
+        _label(refused, 7, 0.04 * refusals[0], f"{refusals[1]} with asyncbucket", OURS)
 
 
 def _label(axes: Axes, seconds: float, count: float, text: str, color: str) -> None:

@@ -8,8 +8,8 @@ Needs `pip install "asyncbucket[batch]"`.
 
 from importlib.util import find_spec
 
-if not find_spec("anyio"):
-    raise ImportError('amap needs anyio: pip install "asyncbucket[batch]"')
+if not (find_spec("anyio") and find_spec("rich")):
+    raise ImportError('amap needs anyio and rich: pip install "asyncbucket[batch]"')
 
 from asyncbucket.batch.checkpoint import CheckpointError
 from asyncbucket.batch.results import Item, Results, amap

@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import sqlite3
-import threading
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple
@@ -57,7 +56,7 @@ class Entry(NamedTuple):
 
 
 class Checkpoint:
-    """A checkpoint in use. Its methods block while the disk works, and may run in any thread.
+    """A checkpoint in use. Its methods block while the disk works; one at a time, in any thread.
 
     Args:
         path: the file; it is made if it does not exist.
@@ -69,7 +68,6 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], name: str) -> None:
         self._path = path
-        self._lock = threading.Lock()
         with self._explained(), contextlib.ExitStack() as undo:
             self._database = sqlite3.connect(
                 path, timeout=0.5, isolation_level=None, check_same_thread=False
@@ -88,10 +86,8 @@ class Checkpoint:
                 f"another file"
             )
         database.executescript(_SCHEMA)
-        database.execute("BEGIN EXCLUSIVE")
         database.execute("INSERT OR IGNORE INTO about VALUES ('of', ?)", (name,))
         ((found,),) = database.execute("SELECT value FROM about WHERE name = 'of'")
-        database.execute("COMMIT")
         if found != name:
             raise CheckpointError(
                 f"{path} holds results of {found}, not of {name}: give another file"
@@ -121,7 +117,7 @@ class Checkpoint:
             TypeError: an item has no key.
             CheckpointError: the file, or a result in it, cannot be read.
         """
-        with self._lock, self._explained(), self._database:
+        with self._explained(), self._database:
             self._database.execute("BEGIN")
             return [self._with_result(entry) for entry in entries]
 
@@ -148,7 +144,7 @@ class Checkpoint:
             CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
         """
         failure, kind = None, ""
-        with self._lock, self._explained(), self._database:
+        with self._explained(), self._database:
             self._database.execute("BEGIN")
             for key, result in results.items():
                 try:
@@ -165,8 +161,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Release the file for the next run."""
-        with self._lock:
-            self._database.close()
+        self._database.close()
 
 
 def _key_of(item: object) -> bytes:

@@ -1,7 +1,6 @@
 """How fast a batch goes, how long it will take, and what binds: in words, and as a bar."""
 
 import contextlib
-import io
 import sys
 import time
 from collections import deque
@@ -61,17 +60,22 @@ class Outlook:
         return "a pause" if binds == "paused" else binds and named(binds)
 
 
-class _StandardError(io.TextIOBase):
+class _StandardError:
     """Standard error for what may be missed: if nobody reads it any more, the batch goes on."""
 
     def __init__(self) -> None:
         self._file = sys.stderr  # rich puts something else there while it shows a bar
+        #: By which rich knows whether more than ASCII can be shown.
+        self.encoding = getattr(self._file, "encoding", None)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, AttributeError):  # gone, or never there
             self._file.write(text)
             self._file.flush()
         return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: what is written is flushed."""
 
     def isatty(self) -> bool:
         return self._file is not None and self._file.isatty()

@@ -10,7 +10,8 @@ requested: results that come early wait for their turn; the window bounds how ea
 *Kept*, if there is a checkpoint: a result is on disk before it is handed out.
 
 The tasks run in one anyio task group in a task of its own, not in the reader's: a task group must
-end in the task in which it began, and a reader may stop reading anywhere.
+end in the task in which it began, and a reader may stop reading anywhere. What it reads is an async
+generator. However that ends, by its reader or by the loop of a reader that is gone, the batch ends.
 """
 
 import asyncio
@@ -32,20 +33,17 @@ from collections.abc import (
     Sized,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
+from typing import Any, Final, Generic, Literal, Self, TypedDict, TypeVar, cast
 
 import anyio
 from anyio import to_thread
 from anyio.abc import TaskGroup
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
 from asyncbucket.batch.checkpoint import Checkpoint, Entry
+from asyncbucket.batch.progress import Bar
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.wording import read_count
-
-if TYPE_CHECKING:
-    from asyncbucket.batch.progress import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -120,7 +118,6 @@ def amap(  # noqa: PLR0913 - each is an option of its own
     Raises:
         ValueError, TypeError: an option is invalid; or ``fn`` is paced by a limiter above or beside
             this one, so its calls would be charged twice.
-        ImportError: rich, which draws the bar, is not installed.
     """
     if errors not in ("raise", "collect"):
         raise ValueError(f"errors must be 'raise' or 'collect', not {errors!r}")
@@ -136,6 +133,7 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"items is one string, which would be a call for each of its {len(items):,} characters: "
             f"give a list of strings, or the open file if this is its name"
         )
+    bar = Bar(limiter, len(items) if isinstance(items, Sized) else None) if show_progress else None
     is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
@@ -147,22 +145,14 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         checkpoint=None
         if checkpoint is None
         else functools.partial(Checkpoint, checkpoint, name_of(fn)),
-        bar=_bar(limiter, items) if show_progress else None,
+        bar=bar,
     )
-    return Results(engine)
+    return Results(engine.results())
 
 
 async def _async(items: Iterator[T]) -> AsyncGenerator[T]:
     for item in items:
         yield item
-
-
-def _bar(limiter: Limiter, items: object) -> Any:
-    try:
-        from asyncbucket.batch.progress import Bar
-    except ModuleNotFoundError as error:
-        raise ImportError('a progress bar needs rich: pip install "asyncbucket[batch]"') from error
-    return Bar(limiter, len(items) if isinstance(items, Sized) else None)
 
 
 def name_of(fn: object) -> str:
@@ -212,15 +202,12 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
     """Iterate over each `Item`; made by `amap`. It starts with the first step; it may end anywhere.
 
     Leaving ``async for`` drops it, which cancels what is running. ``async with`` around it, or
-    ``await results.aclose()``, also waits until that has ended.
+    ``await results.aclose()``, also waits until that has ended. One task reads at a time.
     """
 
-    def __init__(self, engine: "Engine[T, R]") -> None:
-        self._engine = engine
-        self._task: asyncio.Task[None] | None = None
-        #: Cancelling it ends the task.
-        self._scope: anyio.CancelScope
-        self._over = False
+    def __init__(self, items: AsyncGenerator[Item[T, R]]) -> None:
+        # If it is dropped, its event loop closes it.
+        self._items = items
 
     def __aiter__(self) -> Self:
         return self
@@ -232,72 +219,19 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
             StopAsyncIteration: there is none.
             Exception: with ``errors="raise"``, what ``fn`` raised; what the items' iterable raised.
             CheckpointError: the checkpoint cannot be used.
+            RuntimeError: another task waits for an item.
         """
-        if self._over:
-            raise StopAsyncIteration
-        if self._task is None:
-            # The engine does not refer to this object, so it can be dropped while the engine works.
-            self._scope = anyio.CancelScope()
-            self._task = asyncio.create_task(self._engine.run(self._scope), name="asyncbucket amap")
-        try:
-            item = self._engine.results.receive_nowait()
-        except (anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
-            item = await self._wait()
-        self._engine.places.release()
-        if item.error is not None and self._engine.stop_on_error:
-            await self.aclose()
-            if isinstance(item.error, StopAsyncIteration):  # would end the loop as if all were done
-                raise RuntimeError("the function raised StopAsyncIteration") from item.error
-            raise item.error
-        return item
-
-    async def _wait(self) -> Item[T, R]:
-        try:
-            return await self._engine.results.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            pass
-        except BaseException:
-            await self.aclose()
-            raise
-        if not self._over:  # else another task has closed it
-            self._over = True
-            self._engine.close()
-            assert self._task is not None
-            await asyncio.shield(self._task)
-            if self._engine.failure is not None:
-                raise self._engine.failure
-        raise StopAsyncIteration
+        return await anext(self._items)
 
     async def aclose(self) -> None:
-        """Cancel what is in flight, and wait for its end; from any task, any number of times."""
-        self._over = True
-        task = self._task
-        if task is not None:
-            if not task.done():
-                self._scope.cancel()
-                with anyio.CancelScope(shield=True):
-                    await asyncio.wait([task])
-            if not task.cancelled():
-                task.exception()  # mark it as retrieved; it does not matter any more
-        self._engine.close()
+        """Cancel what is in flight, and wait for its end; any number of times."""
+        await self._items.aclose()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    def __del__(self) -> None:
-        task = self._task
-        if task is None or task.done():
-            self._engine.close()
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and all its tasks with it
-            task.get_loop().call_soon_threadsafe(self._scope.cancel)
-
-    def __repr__(self) -> str:
-        state = "over" if self._over else "not begun" if self._task is None else "at work"
-        return f"<Results {state}>"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -323,14 +257,16 @@ class Engine(Generic[T, R]):
     ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
-    bar: "Bar | None"
+    bar: Bar | None
     failure: Exception | None = None
     #: Places in the window.
-    places: anyio.Semaphore = field(init=False)
-    results: MemoryObjectReceiveStream[Item[T, R]] = field(init=False)
-    _sender: MemoryObjectSendStream[Item[T, R]] = field(init=False)
+    _places: anyio.Semaphore = field(init=False)
+    #: What is done and not read, and whether that is new: the places are its bound.
+    _done: deque[Item[T, R]] = field(default_factory=deque[Item[T, R]])
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: Checkpoint | None = None
-    _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    #: Held while a thread works on the checkpoint.
+    _disk: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
     #: Results that wait for the disk, by the keys of their items.
     _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -348,36 +284,55 @@ class Engine(Generic[T, R]):
 
     def __post_init__(self) -> None:
         # Items that are ready have no place, but the one that is fetched next.
-        self.places = anyio.Semaphore(2 * self.workers - self.look_ahead + 1, fast_acquire=True)
-        # Unbounded, because the places are the bound.
-        self._sender, self.results = anyio.create_memory_object_stream[Item[T, R]](math.inf)
+        self._places = anyio.Semaphore(2 * self.workers - self.look_ahead + 1, fast_acquire=True)
 
-    def close(self) -> None:
-        """Drop what is not read."""
-        self._sender.close()
-        self.results.close()
+    async def results(self) -> AsyncGenerator[Item[T, R]]:
+        """Run the batch while somebody reads; the task that runs it does not refer to the reader."""
+        scope = anyio.CancelScope()
+        task = asyncio.create_task(self._run(scope), name="asyncbucket amap")
+        task.add_done_callback(lambda _: self._news.set())
+        try:
+            while self._done or not task.done():
+                if not self._done:
+                    await self._news.wait()
+                self._news.clear()
+                while self._done:
+                    item = self._done.popleft()
+                    self._places.release()
+                    if item.error is not None and self.stop_on_error:
+                        raise item.error
+                    yield item
+        finally:
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # mark it as retrieved; a reader who leaves does not want it
+        await task
+        if self.failure is not None:
+            raise self.failure
 
-    async def run(self, scope: anyio.CancelScope) -> None:
-        """Work until all is done, or ``scope`` is cancelled; then the stream of results ends.
+    async def _run(self, scope: anyio.CancelScope) -> None:
+        """Work until all is done, or ``scope`` is cancelled.
 
         Cancel the scope, not the task: the file is opened, written and closed behind a shield,
         which only holds against the scope.
         """
         bar = contextlib.nullcontext() if self.bar is None else self.bar
-        with self._sender, scope, bar, self.caller.watched(self._end):
+        with scope, bar, self.caller.watched(self._end):
             try:
-                async with self._opened(), anyio.create_task_group() as self._group:
-                    if self.failure is None:
-                        self._start_worker()
-                for index in sorted(self._early):  # those behind one that was not started
-                    self._sender.send_nowait(self._early[index])
-            except BaseException:  # cancelled: nobody will read on
-                self.results.close()
-                raise
+                if self.checkpoint is not None:
+                    self._saved = await to_thread.run_sync(self.checkpoint)
+                async with anyio.create_task_group() as self._group:
+                    self._start_worker()
+                # Those behind one that was not started.
+                self._done.extend(item for _, item in sorted(self._early.items()))
             finally:
-                close = getattr(self.items, "aclose", None)
-                if close is not None:  # nobody else would close an async generator in time
-                    with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True):
+                    if self._saved is not None:
+                        await to_thread.run_sync(self._saved.close)
+                    close = getattr(self.items, "aclose", None)
+                    if close is not None:  # nobody else would close an async generator in time
                         await close()
 
     def _start_worker(self) -> None:
@@ -388,14 +343,14 @@ class Engine(Generic[T, R]):
 
     async def _work(self) -> None:
         while True:
-            await self.places.acquire()
+            await self._places.acquire()
             async with self._fetching:
                 if not (self._ready or self._exhausted):
                     await self._fetch()
                 entry = self._ready.popleft() if self._ready else None
             if entry is None:
                 self._unadmitted -= 1
-                self.places.release()  # nothing was taken
+                self._places.release()  # nothing was taken
                 return
             if entry.stored is not None:
                 result = entry.stored[0]
@@ -416,7 +371,8 @@ class Engine(Generic[T, R]):
             self._exhausted, self.failure = True, self.failure or error
         if self._saved is not None:
             try:
-                entries = await to_thread.run_sync(self._saved.look_up, entries)
+                async with self._disk:
+                    entries = await to_thread.run_sync(self._saved.look_up, entries)
             except Exception as error:  # noqa: BLE001 - the reader gets it
                 self._fail(error)
         self._ready.extend([] if self._stopped else entries)
@@ -438,7 +394,7 @@ class Engine(Generic[T, R]):
             with _cancelled_from_within("the call"):
                 result = await self.caller.call(entry.input, begin)
         except Stopped:
-            self.places.release()  # as nobody will fetch a result
+            self._places.release()  # as nobody will fetch a result
         except Exception as error:  # noqa: BLE001 - it belongs to the item
             if self.stop_on_error:
                 self._stop()
@@ -468,28 +424,14 @@ class Engine(Generic[T, R]):
     def _hand_out(self, item: Item[T, R]) -> None:
         if self.bar is not None:
             self.bar.count(failed=not item.ok, restored=item.restored)
-        if not self.ordered:
-            self._sender.send_nowait(item)
-            return
-        self._early[item.index] = item
-        while self._next in self._early:
-            self._sender.send_nowait(self._early.pop(self._next))
-            self._next += 1
-
-    @contextlib.asynccontextmanager
-    async def _opened(self) -> AsyncGenerator[None]:
-        """Open the checkpoint, if there is one, until the end of the block."""
-        try:
-            if self.checkpoint is not None:
-                self._saved = await to_thread.run_sync(self.checkpoint)
-        except Exception as error:  # noqa: BLE001 - the reader gets it
-            self._fail(error)
-        try:
-            yield
-        finally:
-            if self._saved is not None:
-                with anyio.CancelScope(shield=True):
-                    await to_thread.run_sync(self._saved.close)
+        if self.ordered:
+            self._early[item.index] = item
+            while self._next in self._early:
+                self._done.append(self._early.pop(self._next))
+                self._next += 1
+        else:
+            self._done.append(item)
+        self._news.set()
 
     async def _save(self, saved: Checkpoint, key: bytes, result: Any) -> None:
         """Save a result, whatever ends the calls meanwhile: it is paid for.
@@ -498,7 +440,7 @@ class Engine(Generic[T, R]):
         """
         self._unsaved[key] = result
         with anyio.CancelScope(shield=True):
-            async with self._saving:
+            async with self._disk:
                 if key in self._unsaved:
                     results, self._unsaved = self._unsaved, {}
                     try:

@@ -57,7 +57,7 @@ Job = Callable[[], Awaitable[object]]
 
 def demo(
     *,
-    rpm: Annotated[int, options.count("Requests a minute that are allowed; default: 600.")] = _RPM,
+    rpm: Annotated[int, options.count("Requests a minute that are allowed.")] = _RPM,
     seconds: Annotated[
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
@@ -131,15 +131,25 @@ class Run:
     scenario: Scenario
     #: None without asyncbucket.
     limiter: Limiter | None = None
+    #: It counts what it sees.
+    provider: "RateLimitedProvider" = field(init=False)
     agents_finished: int = 0
-    #: HTTP requests that the provider saw, those it refused (429), and those it answered.
-    requests: int = 0
-    refused: int = 0
-    answered: int = 0
     #: How often each kind of error ended an agent or a batch; the first failed call ends one.
     failures: Counter[str] = field(default_factory=Counter[str])
     started_ns: int = 0
     ended_ns: int = 0
+
+    def __post_init__(self) -> None:
+        from asyncbucket.testing import RateLimitedProvider
+
+        self.provider = RateLimitedProvider(
+            rpm=self.scenario.requests.units,
+            tpm=self.scenario.tokens.units,
+            minute=self.scenario.requests.per,
+            charge="usage",
+            latency=_LATENCY,
+            reply_tokens=_REPLY_TOKENS,
+        )
 
     @property
     def name(self) -> str:
@@ -158,33 +168,24 @@ class Run:
             return 0.0
         return ((self.ended_ns or time.monotonic_ns()) - self.started_ns) * 1e-9
 
-    def look(self, provider: "RateLimitedProvider") -> None:
-        """Take over what the provider has counted."""
-        seen = provider.statistics()
-        self.requests, self.refused = seen.requests, seen.refused
-        self.answered = seen.admitted - seen.in_flight - seen.disconnected
-
-    @property
-    def share(self) -> float:
-        """The fraction of the limit of requests that was used, from 0 to 1."""
-        limit = self.scenario.requests
-        allowed = limit.units * self.seconds / limit.per
-        return min(1.0, (self.requests - self.refused) / allowed) if allowed else 0.0
-
     def figures(self) -> dict[str, str]:
         """Return what is shown of it by name."""
+        seen, limit = self.provider.statistics(), self.scenario.requests
+        answered = seen.admitted - seen.in_flight - seen.disconnected
+        allowed = limit.units * self.seconds / limit.per
+        share = min(1.0, (seen.requests - seen.refused) / allowed) if allowed else 0.0
         waits = {} if self.limiter is None else self.limiter.statistics().waits
         means = (
             f"{named(each)}, {wait.seconds / wait.count:.1f} s" for each, wait in waits.items()
         )
         return {
             "agents finished": f"{self.agents_finished:,} of {self.scenario.agents:,}",
-            "calls": f"{self.answered + self.failed:,}",
-            "HTTP requests": f"{self.requests:,}",
-            "429s": f"{self.refused:,}",
+            "calls": f"{answered + self.failed:,}",
+            "HTTP requests": f"{seen.requests:,}",
+            "429s": f"{seen.refused:,}",
             "failed": f"{self.failed:,}",
             "wall time": f"{self.seconds:.1f} s",
-            "share of the limit used": percent(self.share),
+            "share of the limit used": percent(share),
             "waited for, mean": "; ".join(means) or "-",
         }
 
@@ -194,39 +195,29 @@ class Run:
         done = self.agents_finished / self.scenario.agents
         bar = Bar(f"{figures['agents finished']} agents", done)
         facts = tuple(f"{figures[each]} {each}" for each in ("calls", "429s", "failed"))
-        return Panel(f"{self.name}, {self.seconds:.0f} s", (bar,), facts)
+        took = figures["wall time"] if self.ended_ns else f"{self.seconds:.0f} s"
+        return Panel(f"{self.name}, {took}", (bar,), facts)
 
 
 def run_once(run: Run, screen: Screen) -> None:
     """Run the agents once, from the provider's start to its end."""
-    from asyncbucket.testing import RateLimitedProvider
-
-    provider = RateLimitedProvider(
-        rpm=run.scenario.requests.units,
-        tpm=run.scenario.tokens.units,
-        minute=run.scenario.requests.per,
-        charge="usage",
-        latency=_LATENCY,
-        reply_tokens=_REPLY_TOKENS,
-    )
     try:
         with interrupts_blocked():
-            provider.start()
-        asyncio.run(_drive(run, screen, provider))
-        run.look(provider)
+            run.provider.start()
+        asyncio.run(_drive(run, screen))
     finally:
-        provider.stop()
+        run.provider.stop()
 
 
-async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
+async def _drive(run: Run, screen: Screen) -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
     asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
-    ticker = asyncio.create_task(_tick(run, screen, provider))
+    ticker = asyncio.create_task(_tick(run, screen))
     # As the OpenAI client has it: an httpx client without limits of its own has 100.
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
     try:
         async with httpx.AsyncClient(limits=limits, timeout=60) as client:
-            jobs = _jobs(run, provider.base_url, client)
+            jobs = _jobs(run, client)
             run.started_ns = time.monotonic_ns()
             async with asyncio.TaskGroup() as group:
                 for number, job in enumerate(jobs, 1):
@@ -238,9 +229,8 @@ async def _drive(run: Run, screen: Screen, provider: "RateLimitedProvider") -> N
         ticker.cancel()
 
 
-async def _tick(run: Run, screen: Screen, provider: "RateLimitedProvider") -> None:
+async def _tick(run: Run, screen: Screen) -> None:
     while True:
-        run.look(provider)
         screen.show([run.panel()])
         await asyncio.sleep(screen.interval(_LINE_INTERVAL))
 
@@ -254,7 +244,7 @@ async def _run_job(job: Job, run: Run) -> None:
         run.failures[name if hasattr(error, "status_code") else f"{name}: {error}"] += 1
 
 
-def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
+def _jobs(run: Run, client: httpx.AsyncClient) -> list[Job]:
     """Return agents, with the batches spread evenly among them."""
     with interrupts_blocked():
         from llama_index.core.agent.workflow import FunctionAgent
@@ -265,6 +255,7 @@ def _jobs(run: Run, api_base: str, client: httpx.AsyncClient) -> list[Job]:
         # What the first call would load: half a second of CPU that belongs to neither run.
         import_module("openai.resources")
         get_tokenizer()
+    api_base = run.provider.base_url
     common: Any = {"api_base": api_base, "api_key": "none", "async_http_client": client}
     llm: Any = OpenAI(model="gpt-4o-mini", **common)
     embed_model: Any = OpenAIEmbedding(embed_batch_size=_TEXTS_PER_BATCH, **common)

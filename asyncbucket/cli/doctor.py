@@ -1,7 +1,6 @@
 """`asyncbucket doctor`: what is installed here, how a store answers, what is wrong, and the remedy."""
 
 import asyncio
-import json
 import platform
 import sys
 import textwrap
@@ -23,10 +22,9 @@ from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 #: What stands before each line but the first of a finding.
 _INDENT: Final = " " * 6
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
-#: Packages whose clients retry by themselves, and all whose versions matter.
-_RETRYING: Final = ("openai", "anthropic", "llama-index-llms-openai")
+#: Packages whose versions matter.
 _PACKAGES: Final = (
-    *(*_RETRYING, "llama-index-core", "httpx", "httpx2"),
+    *("openai", "anthropic", "llama-index-core", "llama-index-llms-openai", "httpx", "httpx2"),
     *("stamina", "redis", "prometheus-client", "opentelemetry-api"),
 )
 #: The limiter that is made in a store for this check; nobody else uses it.
@@ -48,11 +46,9 @@ class Finding(NamedTuple):
 
 
 def doctor(
-    *,
-    store: Annotated[str | None, options.text("A store to look at.", metavar="URL")] = None,
-    as_json: options.AsJson = False,
+    *, store: Annotated[str | None, options.text("A store to look at.", metavar="URL")] = None
 ) -> None:
-    """Check what is installed here and how a store answers, and say what to fix.
+    """Say what is installed, how a store answers, and what to fix.
 
     The status is 1 if something is wrong. In a store it makes a limiter of its own, which expires.
 
@@ -62,10 +58,7 @@ def doctor(
     """
     findings = [*packages(), *frameworks()]
     findings += [] if store is None else [shared_store(store)]
-    if as_json:
-        typer.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
-    else:
-        _show(Console(highlight=False), findings)
+    _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(FAILED)
 
@@ -96,17 +89,12 @@ def version_of(package: str) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """Report the package, the interpreter, the libraries beside it, and who retries by itself."""
+    """Report the package, the interpreter, and the libraries beside it."""
     number = version_of("asyncbucket") or "(not installed)"
     python = f"{sys.implementation.name} {platform.python_version()}"
     yield Finding("asyncbucket", "good", f"{number} on {python}")
-    found = {name: here for name in _PACKAGES if (here := version_of(name))}
-    yield Finding("packages", "good", ", ".join(map(" ".join, found.items())))
-    retrying = ", ".join(name for name in _RETRYING if name in found)
-    if retrying:
-        multiply = f"clients of {retrying} retry by themselves, and layers of retries multiply"
-        remedy = "limiter.wrap(...) and pace(...) leave one layer; give other clients max_retries=0"
-        yield Finding("retries", "note", multiply, remedy)
+    found = (f"{name} {here}" for name in _PACKAGES if (here := version_of(name)))
+    yield Finding("packages", "good", ", ".join(found))
 
 
 def frameworks() -> Iterator[Finding]:

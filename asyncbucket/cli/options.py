@@ -5,7 +5,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 import typer
@@ -24,16 +24,16 @@ _SHORTEST_KEY: Final = 8
 # Typer's functions return Any, whatever the option's type.
 
 
-def count(help_text: str, *names: str) -> Any:
-    """Return an option whose help is ``help_text``: a whole number from 1 on."""
+def count(help_text: str, *names: str, or_auto: bool = False) -> Any:
+    """Return an option whose help is ``help_text``: a whole number from 1 on, or perhaps ``auto``."""
 
-    def read(typed: str) -> int:
+    def read(typed: str) -> int | str:
         try:
-            return read_count(typed)
+            return typed if or_auto and typed == "auto" else read_count(typed)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return typer.Option(*names, parser=read, metavar="N", help=help_text)
+    return typer.Option(*names, parser=read, metavar="N|auto" if or_auto else "N", help=help_text)
 
 
 def text(help_text: str, *names: str, metavar: str | None = "TEXT") -> Any:
@@ -74,20 +74,6 @@ def read_count(typed: str) -> int:
         if number >= 1:
             return number
     raise ValueError(f"{typed!r} is not a whole number from 1 on, such as 500 or 2k")
-
-
-def read_concurrency(typed: str | None) -> int | Literal["auto"] | None:
-    """Return a number of calls in flight, or ``auto``.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        return None if typed is None else "auto" if typed == "auto" else read_count(typed)
-    except ValueError:
-        raise ValueError(
-            f"--concurrency must be a number from 1 on, or auto, not {typed!r}"
-        ) from None
 
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]

@@ -36,7 +36,7 @@ def _samples_option(text: str) -> Any:
 
 def plan(  # noqa: PLR0913 - one for each option
     source: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="The same as --tokens FILE.")
+        str | None, typer.Argument(metavar="FILE", help="The same as --tokens FILE.")
     ] = None,
     *,
     # What is asked.

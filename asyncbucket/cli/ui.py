@@ -53,8 +53,6 @@ class Panel:
     title: str
     bars: tuple[Bar, ...] = ()
     facts: tuple[str, ...] = ()
-    #: Whether someone should look at it.
-    alarming: bool = False
 
     def __str__(self) -> str:
         bars = [f"{bar.label} ({bar.note})" if bar.note else bar.label for bar in self.bars]
@@ -66,15 +64,13 @@ class Screen:
 
     Args:
         console: where to.
-        quiet: show nothing.
         stays: whether the last picture stays when the block ends.
     """
 
-    def __init__(self, console: Console, *, quiet: bool = False, stays: bool = False) -> None:
+    def __init__(self, console: Console, *, stays: bool = False) -> None:
         self._console = console
-        self._quiet = quiet
         self._live: Live | None = None
-        if console.is_terminal and not (console.is_dumb_terminal or quiet):
+        if console.is_terminal and not console.is_dumb_terminal:
             # Refreshed only by `show`: a thread of rich's would compete with the calls.
             redirected = sys.stdout is not None and sys.stdout.isatty()
             self._live = Live(
@@ -105,10 +101,9 @@ class Screen:
             for panel in panels:
                 self.say(str(panel))
 
-    def say(self, text: str, *, always: bool = False) -> None:
-        """Print a text that stays, if not ``quiet``, or in any case."""
-        if always or not self._quiet:
-            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
+    def say(self, text: str) -> None:
+        """Print a text that stays."""
+        self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
 
 def draw(panels: Iterable[Panel]) -> RenderableType:
@@ -125,7 +120,7 @@ def _lines(panel: Panel) -> Iterable[RenderableType]:
         drawn = ProgressBar(1.0, bar.part, complete_style=bar.style, finished_style=bar.style)
         note = Text(f"< {bar.note}" if bar.note else "", f"bold {bar.style}")
         bars.add_row(bar.label, drawn, f"{bar.part:4.0%}", note)
-    facts = Text(", ".join(panel.facts), "yellow" if panel.alarming else "dim", overflow="fold")
+    facts = Text(", ".join(panel.facts), "dim", overflow="fold")
     for part in (bars, facts):
         yield Padding(part, (0, 0, 0, 2), expand=False)
     yield Text("")

@@ -35,7 +35,7 @@ Limiters = Sequence[Mapping[str, Any]]
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="[URL]", help="A URL of limiter.serve_stats(), or a store's.")
+        str, typer.Argument(metavar="URL", help="A URL of limiter.serve_stats(), or a store's.")
     ] = f"http://127.0.0.1:{DEFAULT_PORT}",
     *,
     interval: Annotated[
@@ -55,7 +55,9 @@ def watch(
         asyncbucket watch http://127.0.0.1:4294
         asyncbucket watch redis://127.0.0.1:6379/0
     """
-    readings = _readings(reader_of(url), None if once else interval)
+    is_served = url.startswith("http://")
+    read = partial(_fetch, url) if is_served else lambda: asyncio.run(_peek(url))
+    readings = _readings(read, None if once else interval)
     if not as_json:
         _show(readings)
     for reading in readings:
@@ -86,22 +88,6 @@ def _show(readings: Iterator[dict[str, Any]]) -> None:
             before, last = reading["limiters"], now
 
 
-def reader_of(url: str) -> Reader:
-    """Return a function that reads ``url``.
-
-    Raises:
-        ValueError: the URL is of an unknown kind.
-    """
-    if url.startswith("http://"):
-        return partial(_fetch, url)
-    try:
-        open_store(url)
-    except ValueError as error:
-        hint = "or give the URL that limiter.serve_stats() returns, such as http://127.0.0.1:4294"
-        raise ValueError(f"{error}; {hint}") from None
-    return lambda: asyncio.run(_peek(url))
-
-
 def _fetch(url: str) -> dict[str, Any]:
     try:
         with httpx.Client(trust_env=False, timeout=_PATIENCE) as client:
@@ -117,7 +103,11 @@ def _fetch(url: str) -> dict[str, Any]:
 
 async def _peek(url: str) -> dict[str, Any]:
     """Read all limiters of a store."""
-    store = open_store(url)
+    try:
+        store = open_store(url)
+    except ValueError as error:
+        hint = "or give the URL that limiter.serve_stats() returns, such as http://127.0.0.1:4294"
+        raise ValueError(f"{error}; {hint}") from None
     try:
         names = await store.names()
         snapshots = [(name, await store.peek(name)) for name in names]
@@ -149,8 +139,7 @@ def compare(now: Limiters, before: Limiters, seconds: float) -> list[Panel]:
         above = [other for other in now if name.startswith(f"{other['name']}/")]
         rate = max(0, total - admitted.get(name, total)) / seconds if seconds > 0 else 0.0
         bars, facts = tuple(_bars(limiter, above)), tuple(_facts(limiter, rate))
-        alarming = bool(limiter["paused"] or limiter.get("upstream_429"))
-        panels.append(Panel(one_line(name), bars, facts, alarming=alarming))
+        panels.append(Panel(one_line(name), bars, facts))
     return panels
 
 

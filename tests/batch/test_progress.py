@@ -11,7 +11,7 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.batch import amap
-from asyncbucket.batch.progress import Outlook
+from asyncbucket.batch.progress import Outlook, standard_error
 from asyncbucket.testing import VirtualTime
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -68,6 +68,12 @@ async def test_batch_continues_when_its_bar_cannot_be_written(
     limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
     results = amap(limiter, asyncio.sleep, [0.1] * 20, show_progress=True)
     assert sum([item.ok async for item in results]) == 20
+
+
+def test_bar_is_drawn_with_what_standard_error_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("ascii", "utf-8"):
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert standard_error().encoding == encoding
 
 
 def test_time_left_is_estimated_from_limits_before_any_item_is_done() -> None:

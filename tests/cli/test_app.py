@@ -111,6 +111,7 @@ def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     assert result.exit_code == 0
     assert f"asyncbucket {command}" in result.output.partition("Examples:")[2]
     assert [line for line in result.output.splitlines() if len(line) > 80] == []
+    assert "[[" not in result.output
 
 
 @pytest.mark.real_clock  # a terminal and a signal: another process's time

@@ -33,14 +33,16 @@ def test_scenario_says_what_runs_under_which_limits() -> None:
 
 def test_table_shows_both_runs_and_what_failed() -> None:
     scenario, console = scenario_of(2.0), Console(width=90)
-    storm, calm = Run(scenario=scenario, refused=60), Run(scenario=scenario, limiter=Limiter())
+    storm, calm = Run(scenario=scenario), Run(scenario=scenario, limiter=Limiter())
+    storm.provider.enforcer._refused["requests"] = 60
+    calm.started_ns, calm.ended_ns = 1, 1_900_000_001
     storm.failures["RateLimitError"] = 7
     with console.capture() as captured:
         demo._show(console, [storm, calm])
     printed = captured.get()
     assert re.search(r"^ 429s +60 +0 *$", printed, re.MULTILINE)
     assert "without asyncbucket, 7 failed: RateLimitError" in printed
-    assert f"0 of {scenario.agents} agents" in str(calm.panel())
+    assert str(calm.panel()).startswith(f"with asyncbucket, 1.9 s: 0 of {scenario.agents} agents, ")
     assert "\x1b" not in printed
 
 

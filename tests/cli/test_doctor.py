@@ -1,6 +1,5 @@
 """`asyncbucket doctor`: what it finds, and what it advises."""
 
-import json
 import socket
 from pathlib import Path
 
@@ -23,15 +22,20 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
     monkeypatch.setenv("NO_COLOR", "1")
+    found = [*doctor.packages(), *doctor.frameworks()]
+    note = doctor.Finding("some framework", "note", "it has its own sockets", "pass it a client")
+    monkeypatch.setattr(doctor, "frameworks", lambda: [*found[2:], note])
     lines = typed().splitlines()
-    findings = json.loads(typed("--json"))
-    assert any(line.startswith("      -> limiter.wrap(...) and pace(...)") for line in lines)
+    assert lines[-4:-2] == [
+        "note  some framework: it has its own sockets",
+        "      -> pass it a client",
+    ]
     assert lines[0].split()[:2] == ["ok", "asyncbucket:"]
     assert lines[-1].startswith("0 wrong, ")
     assert max(map(len, lines)) <= 60
     assert all(line[:6].strip() in {"ok", "note", ""} for line in lines[:-1])
-    assert len({each["found"] for each in findings}) == len(findings)
-    assert all(each["remedy"] for each in findings if each["state"] != "good")
+    assert len({each.found for each in found}) == len(found)
+    assert all(each.remedy for each in found if each.state != "good")
 
 
 @pytest.mark.parametrize(("slow", "state"), [(9.0, "good"), (0.0, "note")])
@@ -51,11 +55,11 @@ def test_unreachable_store_is_named_without_its_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     url = f"redis://user:secret@127.0.0.1:{port}/0"  # closed by now
-    *_, finding = json.loads(typed("--json", "--store", url, status=1))
-    assert (finding["about"], finding["state"]) == ("store", "bad")
-    assert finding["found"].count(f"redis://***@127.0.0.1:{port}/0") == 1
-    assert "secret" not in finding["found"]
-    assert finding["found"].endswith("; see whether it runs")
+    said = typed("--store", url, status=1)
+    assert "\nBAD   store: " in said
+    assert said.count(f"redis://***@127.0.0.1:{port}/0") == 1
+    assert "secret" not in said
+    assert "; see whether it runs\n\n1 wrong, " in said
 
 
 def test_store_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +70,9 @@ def test_store_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no answer within 0.1 s; see whether it runs" in finding.found
 
 
-def test_packages_and_retries_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"httpx": "0.28", "openai": "2.54", "llama-index-llms-openai": "1"}
     monkeypatch.setattr(doctor, "version_of", installed.get)
-    first, found, retries = doctor.packages()
+    first, found = doctor.packages()
     assert first.found.startswith("(not installed) on cpython 3")
     assert found.found == "openai 2.54, llama-index-llms-openai 1, httpx 0.28"
-    assert retries.state == "note"
-    assert retries.found.startswith("clients of openai, llama-index-llms-openai retry by")
-    monkeypatch.setattr(doctor, "version_of", {}.get)
-    assert [each.state for each in doctor.packages()] == ["good", "good"]

@@ -338,7 +338,6 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "not 'http://***@/v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --max-usd 1 --pool x", "--rpm, --max-usd cannot go with --pool: write"),
-        ("in.jsonl --concurrency many", "--concurrency must be a number from 1 on"),
         ("in.jsonl --rpm 1 --endpoint x", "--endpoint must be one of chat, resp"),
         ("in.txt --rpm 1 -o out.jsonl", "no model: give --model, or name one in the body"),
     ],
@@ -356,11 +355,11 @@ def test_usage_error_is_one_line_with_status_2(arguments: str, message: str) -> 
 
 
 def test_missing_or_broken_key_is_refused_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, message in (("", "is not set"), (f"{SECRET}\n", "holds characters that no key has")):
-        monkeypatch.setenv("OPENAI_API_KEY", f"{key}{key}")
+    for key in ("", f"{SECRET}\n{SECRET}"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
         result = typed(batch(1), "--rpm", "1")
         assert result.exit_code == 2
-        assert f"OPENAI_API_KEY {message}: export" in result.stderr
+        assert "OPENAI_API_KEY must hold your key and nothing else: export" in result.stderr
         assert SECRET not in result.stderr
 
 

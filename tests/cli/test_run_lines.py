@@ -110,6 +110,7 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
         (batch(custom_id=7), "custom_id is missing, or no text"),
         (batch(url="/v1/files"), "url is '/v1/files', known: /v1/chat/completions, /v1/"),
+        (batch(url=["/v1/files"]), "url is ['/v1/files'], known: "),
         (batch(body=None), "body is missing, or no object"),
         (batch(body={"messages": [1], "stream": True}), "the body asks for a stream"),
     ],

@@ -17,9 +17,9 @@ PANEL = Panel(
 )
 
 
-def console(*, width: int = 80, unicode: bool = True, terminal: bool = False) -> Console:
+def console(*, width: int = 80, unicode: bool = True) -> Console:
     file = io.TextIOWrapper(io.BytesIO(), "utf-8" if unicode else "ascii")
-    return Console(file=file, width=width, color_system=None, force_terminal=terminal)
+    return Console(file=file, width=width, color_system=None)
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
@@ -45,10 +45,3 @@ def test_pipe_gets_one_line_per_panel() -> None:
     assert first.startswith(
         "openai: 120 of 300 requests per 60 s, 9,900 of 10,000 tokens per 60 s (binds), 30 waiting"
     )
-
-
-def test_quiet_screen_shows_nothing() -> None:
-    on = console(terminal=True)
-    with on.capture() as captured, Screen(on, quiet=True) as screen:
-        screen.show([PANEL])
-    assert captured.get() == ""

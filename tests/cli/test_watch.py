@@ -52,7 +52,6 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     assert [(bar.note, bar.style) for bar in panel.bars] == [
         *(("", "green"), ("binds", "red"), ("", "yellow"))
     ]
-    assert panel.alarming
     assert panel.facts == (
         "paused for 1.5 s more",
         "30 waiting (about 6 s)",

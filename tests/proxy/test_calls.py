@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from asyncbucket.cli.proxy import ProxyOptions
 from asyncbucket.testing import RateLimitedProvider
 from tests.conftest import until
 from tests.proxy.servers import CHAT, Proxied, Upstream, proxied, served
@@ -80,7 +81,7 @@ async def test_openai_sdk_needs_only_another_base_url() -> None:
     tools: Any = [{"type": "function", "function": TOOL}]
     with RateLimitedProvider(rpm=600) as provider:
         async with (
-            proxied(provider.url, rpm=600, tpm=100_000, concurrency="8") as proxy,
+            proxied(provider.url, rpm=600, tpm=100_000, concurrency=8) as proxy,
             openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY) as client,
         ):
             whole = await client.chat.completions.create(**CHAT)
@@ -126,7 +127,7 @@ async def test_caller_that_hangs_up_frees_its_place(
     upstream: Any, path: str, body: Any, in_flight: int
 ) -> None:
     app, url = upstream
-    async with proxied(url, concurrency="1") as proxy:
+    async with proxied(url, concurrency=1) as proxy:
         call = asyncio.ensure_future(proxy.client.post(path, content=body))
         await until(lambda: app.calls == in_flight)
         await asyncio.sleep(0.05)
@@ -140,7 +141,7 @@ async def test_caller_that_stalls_gives_its_slot_back(
     upstream: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
-    async with proxied(upstream[1], concurrency="1") as proxy:
+    async with proxied(upstream[1], concurrency=1) as proxy:
         reader, writer = await proxy.connect()
         head = b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n"
         writer.write(head + bytes(5_000_000))
@@ -181,7 +182,6 @@ async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
         ({"asyncbucket-priority": "1000"}, 400, "-priority: priority must be 'interac"),
         ({"asyncbucket-agent": "a/"}, 400, "-agent: the name in NAME or KIND/NAME, such as"),
         ({"asyncbucket-tenant": ""}, 400, "-tenant: a tenant must be a non-empty string"),
-        ({"upgrade": "websocket", "connection": "upgrade"}, 400, "WebSockets cannot pass"),
         ({"host": "evil.example"}, 403, "only programs on its own machine"),
         ({"origin": "https://evil.example"}, 403, "only programs on its own machine"),
         ({"origin": "null"}, 403, "only programs on its own machine"),
@@ -290,7 +290,7 @@ async def test_agents_at_the_limit_all_succeed() -> None:
 
 async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any) -> None:
     app, url = upstream
-    async with proxied(url, concurrency="16") as proxy:
+    async with proxied(url, concurrency=16) as proxy:
         held = [proxy.limiter.acquire_nowait() for _ in range(16)]
 
         async def call() -> bytes:
@@ -313,12 +313,22 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
     assert app.calls == 100
 
 
-async def test_path_behind_v1_is_added_to_a_members_url(tmp_path: Path, upstream: Any) -> None:
+async def test_path_behind_v1_is_added_to_a_members_url_which_only_a_restart_changes(
+    tmp_path: Path, upstream: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "pool.toml"
     file.write_text(f'[member.one]\nrpm = 60\nbase_url = "{upstream[1]}/base"\n')
     async with proxied(None, pool=file) as proxy:
         seen = (await proxy.client.get("/v1/x?debug=1")).json()
+        proxy.proxy.reload(lambda: ProxyOptions(upstream=upstream[1]))
+    assert caplog.messages == ["the settings stay as they are: only a restart can change pool"]
     assert seen["target"] == "/base/x?debug=1"
+
+
+async def test_upstream_may_have_the_v1_of_its_callers(upstream: Any) -> None:
+    async with proxied(f"{upstream[1]}/v1/") as proxy:
+        seen = [(await proxy.client.get(path)).json()["target"] for path in ("/v1/x", "/x")]
+    assert seen == ["/v1/x?", "/v1/x?"]
 
 
 async def test_pool_goes_on_at_the_others_if_a_provider_dies(

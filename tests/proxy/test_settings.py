@@ -40,7 +40,7 @@ def test_file_says_all_and_typed_options_override_it(tmp_path: Path) -> None:
     assert options.terms == {"concurrency": "auto", "name": "api.openai.com"}
     assert options.addresses == (("::1", 9000), ("127.0.0.1", 4290))
     assert (options.tenants_by_key, options.key) == (True, None)
-    other = read(tmp_path, FILE, listen="9001", concurrency="5")
+    other = read(tmp_path, FILE, listen="9001", concurrency=5)
     assert (other.addresses[0], other.terms["concurrency"]) == (("127.0.0.1", 9001), 5)
 
 

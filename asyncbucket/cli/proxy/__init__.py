@@ -68,9 +68,7 @@ class ProxyOptions:
     tpm: options.Tpm = None
     also: options.Also = None
     preset: options.Preset = None
-    concurrency: Annotated[
-        str | None, options.text("Calls in flight at most.", metavar="N|auto")
-    ] = None
+    concurrency: Annotated[Any, options.count("Calls in flight at most.", or_auto=True)] = None
     max_queue: Annotated[int | None, options.count("Calls that may wait; default: all.")] = None
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")
@@ -127,10 +125,8 @@ class ProxyOptions:
     def _read_limiter(self, table: Mapping[str, Any] | None) -> None:
         """Take the limiter's arguments from ``table``, where they were not typed."""
         also = options.further_limits(self.also, self.preset)
-        names = ("rpm", "tpm", "max_queue", "store")
+        names = ("rpm", "tpm", "concurrency", "max_queue", "store")
         typed = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.concurrency is not None:
-            typed["concurrency"] = options.read_concurrency(self.concurrency)
 
         def keep(*limits: Limit, **terms: Any) -> None:
             keywords = {name: terms.pop(name) for name in KEYWORDS if name in terms}

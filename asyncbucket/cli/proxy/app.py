@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 import uvicorn
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CollectorRegistry, make_asgi_app
 from starlette.datastructures import Headers as ReadHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from asyncbucket.cli.proxy.callers import (
     OWN,
@@ -45,7 +44,7 @@ from asyncbucket.telemetry import prometheus, report
 from asyncbucket.telemetry.stats import is_loopback
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from asyncbucket.cli.proxy import ProxyOptions
 
@@ -94,8 +93,9 @@ class Proxy:
         self._terms = CallerTerms()
         #: Bytes of all bodies that are held.
         self._held = 0
-        self._registry = CollectorRegistry()
-        prometheus(self.limiter, registry=self._registry)
+        registry = CollectorRegistry()
+        prometheus(self.limiter, registry=registry)
+        self._metrics: ASGIApp = make_asgi_app(registry)
         try:
             self.sockets = [listen(*address) for address in options.addresses]
         except OSError as error:
@@ -156,15 +156,14 @@ class Proxy:
         else:
             await self._status_page(scope["path"])(scope, receive, send)
 
-    def _status_page(self, path: str) -> Response:
+    def _status_page(self, path: str) -> "ASGIApp":
         match path:
             case "/healthz":
                 return PlainTextResponse("ok")
             case "/" | "/stats":
                 return JSONResponse(report([self.limiter]))
             case "/metrics":
-                content = generate_latest(self._registry)
-                return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+                return self._metrics
             case _:
                 return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
 
@@ -203,21 +202,19 @@ class Proxy:
         """Return the provider's request.
 
         Raises:
-            ProxyError: it is for a WebSocket, its path cannot be sent, or it does not come.
+            ProxyError: its path cannot be sent, or it does not come.
         """
         scope = caller.scope
-        upgrade = dict(scope["headers"]).get(b"upgrade", b"")
-        if upgrade.lower() == b"websocket":  # Java's client offers others, and can do without
-            raise ProxyError("WebSockets cannot pass: use the provider's HTTP interface")
         headers = _end_to_end(scope["headers"], b"host", b"expect")
         headers = [(name, value) for name, value in headers if not name.startswith(OWN)]
         if options.key is not None:
             headers = with_key(headers, options.key, protocol_of(scope))
         path, query = scope["raw_path"], scope["query_string"]
-        if self._pooled_at is not None and path.startswith(b"/v1/"):
-            path = path.removeprefix(b"/v1")  # instead of which each member has a base URL
         url = httpx.URL(self._pooled_at or str(options.upstream))
-        target = url.raw_path.rstrip(b"/") + path + b"?" * bool(query) + query
+        base = url.raw_path.rstrip(b"/")
+        if (self._pooled_at is not None or base.endswith(b"/v1")) and path.startswith(b"/v1/"):
+            path = path.removeprefix(b"/v1")  # which a base URL has, if the provider's paths do
+        target = base + path + b"?" * bool(query) + query
         if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
             raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
         if b"/../" in path + b"/":  # httpx would resolve it, and leave the path of the base URL

@@ -8,13 +8,14 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import typer
 
 from asyncbucket.cli import options
 from asyncbucket.core.cost import COMMON
 from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.settings import key_in_env
 from asyncbucket.core.wording import USD
 
 #: Paths of the API by their short names.
@@ -41,7 +42,6 @@ class Job:
 
     Attributes:
         limits: all limits but the cap of dollars.
-        slots: the most calls in flight; None if the user did not say.
         base: where the provider is.
         api_key: the key in the environment, if one is needed.
     """
@@ -56,8 +56,9 @@ class Job:
     tpm: options.Tpm = None
     also: options.Also = None
     preset: options.Preset = None
+    #: A number or ``auto``; typer knows no unions.
     concurrency: Annotated[
-        str | None, options.text(f"Calls at once; default: {CONCURRENCY}.", metavar="N|auto")
+        Any, options.count(f"Calls at once; default: {CONCURRENCY}.", or_auto=True)
     ] = None
     max_usd: Annotated[
         float | None, options.text("Stop before it costs more dollars than this.", metavar="USD")
@@ -82,7 +83,6 @@ class Job:
     quiet: Annotated[bool, options.flag("Show nothing but errors.", "--quiet", "-q")] = False
     as_json: Annotated[bool, options.flag("Print the summary as JSON on stdout.", "--json")] = False
     limits: tuple[Limit, ...] = field(init=False)
-    slots: int | Literal["auto"] | None = field(init=False)
     base: str = field(init=False)
     api_key: str | None = field(init=False, default=None, repr=False)
 
@@ -94,7 +94,6 @@ class Job:
         """
         also = options.further_limits(self.also, self.preset)
         self.limits = tuple(read_limits(also, {"rpm": self.rpm, "tpm": self.tpm}))
-        self.slots = options.read_concurrency(self.concurrency)
         self.base = self.api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
 
     @property
@@ -138,7 +137,7 @@ class Job:
             raise ValueError(
                 f"{names} cannot go with --pool: write it into the members' tables in {self.pool}"
             )
-        if not self.limits and self.slots is None and self.pool is None:
+        if not self.limits and self.concurrency is None and self.pool is None:
             raise ValueError(
                 "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
@@ -172,14 +171,15 @@ def _api_key(api_base: str) -> str | None:
     Raises:
         ValueError: there is none, and the provider needs one; or it cannot be sent.
     """
-    key = os.environ.get(_KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{_KEY} holds characters that no key has: export the key alone in it")
-    if not key and api_base == options.OPENAI:
+    if not os.environ.get(_KEY) and api_base != options.OPENAI:
+        return None
+    try:
+        return key_in_env(_KEY)
+    except ValueError:
         raise ValueError(
-            f"{_KEY} is not set: export your key in it, or name another provider with --api-base"
-        )
-    return key or None
+            f"{_KEY} must hold your key and nothing else: export it, or name a provider that needs "
+            f"none with --api-base"
+        ) from None
 
 
 def run(**given: Any) -> None:

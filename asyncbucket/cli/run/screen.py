@@ -105,10 +105,10 @@ async def show_progress(screen: Screen, tally: Tally, limiter: Limiter) -> None:
 
 def headline(job: Job, tally: Tally, limiter: Limiter) -> str:
     """Say in a line or two what will be done, and under which limits."""
-    slots = f"{job.slots or CONCURRENCY} at once"
+    slots = f"{job.concurrency or CONCURRENCY} at once"
     limits = [allowed(limiter)] if isinstance(limiter, Pool) else [*map(str, job.limits)]
     limits += [] if job.max_usd is None else [f"{usd_written(job.max_usd)} USD in all"]
-    limits += ["as many as go well" if job.slots == "auto" else slots]
+    limits += ["as many as go well" if job.concurrency == "auto" else slots]
     model = "" if job.model is None else f" with {job.model}"
     lines = counted(tally.total, "lines")
     return f"{job.source}, {lines}{model}; {job.destination}\n{', '.join(limits)}"

@@ -112,7 +112,7 @@ class Run:
             self._keys = [key for each in endpoints.values() for key in keys_of(each)]
             where = {"endpoints": endpoints}
         #: Slots are this process's own: a store would keep those of a killed run for a while.
-        slots = job.slots or (CONCURRENCY if self._root.concurrency is None else None)
+        slots = job.concurrency or (CONCURRENCY if self._root.concurrency is None else None)
         self._limiter = self._root.child("calls", concurrency=slots)
         self._client: httpx.AsyncClient = self._limiter.http_client(
             family="httpx",
@@ -316,7 +316,9 @@ def run(job: Job) -> int:
     """
     tally = Tally()
     new = [path for path in (job.errors_file, job.limits_file) if not path.exists()]
-    screen = Screen(standard_error(), quiet=job.quiet)
+    console = standard_error()
+    console.quiet = job.quiet
+    screen = Screen(console)
     with Answers(job.out, job.settings) as answers:
         errors = Errors(job.errors_file)
         with job.source.open("rb") as file:  # a gigabyte takes about a second
@@ -338,15 +340,16 @@ def run(job: Job) -> int:
                 screen.say(summary(job, tally))
             for path in new if tally.refused else ():
                 path.unlink(missing_ok=True)
+    console.quiet = False
     return _report(job, tally, screen, answers.trouble)
 
 
 def _report(job: Job, tally: Tally, screen: Screen, trouble: str | None) -> int:
     """Say what went wrong, print the summary as JSON if asked for, and return the exit status."""
     if tally.fatal is not None:
-        screen.say(f"error: no request succeeds: {one_line(tally.fatal)}", always=True)
+        screen.say(f"error: no request succeeds: {one_line(tally.fatal)}")
     if trouble is not None:
-        screen.say(f"error: {trouble}", always=True)
+        screen.say(f"error: {trouble}")
     if job.as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
     if tally.fatal is not None:
@@ -377,7 +380,7 @@ def dry_run(job: Job) -> int:
     ]
     planned = None
     if costs:
-        slots = None if job.slots == "auto" or pool else job.slots or CONCURRENCY
+        slots = None if job.concurrency == "auto" or pool else job.concurrency or CONCURRENCY
         planned = plan(*job.limits, tokens=costs, concurrency=slots, latency=_LATENCY, pool=pool)
     never = planned.refused if planned else 0
     to_send = len(costs) - never
