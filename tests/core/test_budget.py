@@ -280,6 +280,7 @@ def asked_in_vain(_: BudgetExceeded) -> Any:
 
 @pytest.mark.parametrize("ask", [asked_now, asked_later])
 async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime, ask: Any) -> None:
+    """Also at the first call of an agent, which pays for all of its calls."""
     questions: list[str] = []
 
     def counted(error: BudgetExceeded) -> Any:
@@ -289,11 +290,15 @@ async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime
     limiter = Limiter(concurrency=10, clock=time.clock)
 
     async def one() -> None:
-        async with limiter.acquire(usd=0.2):
+        async with limiter.acquire(usd=0.2) as lease:
             await asyncio.sleep(1)
+            lease.settle(requests=2)
 
-    with budget(usd=1.0, on_exceeded=counted) as capped:
-        await asyncio.gather(*(one() for _ in range(8)))
+    with budget(usd=0.1, on_exceeded=counted) as capped:
+        with asyncbucket.agent("a"):
+            await asyncio.gather(*(one() for _ in range(8)))
+            agents = limiter.statistics().agents
+            assert agents is not None and agents.running == 1
         assert (len(questions), dict(capped.cap)) == (1, {"usd": 2.0})
         with pytest.raises(BudgetExceeded, match="budget of 2 USD"):  # asked, and not raised
             await limiter.acquire(usd=0.5)
