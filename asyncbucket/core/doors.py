@@ -87,7 +87,7 @@ class Doors:
             )
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise TypeError(
-                f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
+                f"{function!r} is a generator: a call of it holds nothing yet; "
                 f"acquire inside it, around what it iterates over"
             )
 
