@@ -75,14 +75,9 @@ def refuse(node: Node, amounts: Amounts) -> None:
 
 
 def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
-    """Return the error of a call whose time is up.
-
-    Raises:
-        CostExceedsLimit: it can never pass, because limits have been lowered since.
-    """
+    """Return the error of a call whose time is up."""
     assert deadline is not None
     with node.pacer:
-        node.check(amounts)
         return too_late_locked(node, amounts, asked, deadline)
 
 
@@ -322,7 +317,6 @@ def _simulate_line(
     what. Slots do not count: nobody knows when one comes back, and those that are free now will.
     """
     copies: dict[int, object] = {}
-    first: dict[Line, int] = {}  # when the first in each line became the first
     # Lines whose first waits for limits that do not apply to the call.
     held_lines: set[Line] = set()
     waits: collections.Counter[str | None] = collections.Counter()
@@ -335,15 +329,13 @@ def _simulate_line(
         if line in held_lines:
             continue
         ahead += 1
-        since = first.get(line, line.since)
-        due, binds, their_meters = _soonest_route(line.node, amounts, since, copies)
+        due, binds, their_meters = _soonest_route(line.node, amounts, line.since, copies)
         if due > when:
             waits[binds] += due - when
             when = due
         for meter, resource in their_meters:
             if amounts.get(resource):
                 meter.book(amounts[resource], when)
-        first[line] = when
     return copies, ahead, when, waits
 
 
