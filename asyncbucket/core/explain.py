@@ -425,9 +425,9 @@ def _bound_by(node: Node) -> str | None:
     if not node.waiting:
         return None
     known = None if pacer.place is None else pacer.place.held_up()
-    lines = [line.bound_by for line in node.lines.values() if line.living]
-    below = (each.line.bound_by for each in pacer.top.waiters() if node in each.line.node.path)
-    store = None if known is None else known[0]
+    of_all = (None if known is None else known[0], pacer.bound_by)
+    lines = (line for line in pacer.top.lines() if line.living and node in line.node.path)
+    here = [line.bound_by for line in lines]
     # At the root the store's answer comes first, as it keeps these limits; below, the child's.
-    first = (store, pacer.bound_by) if node.parent is None else ()
-    return next(filter(None, (*first, *lines, *below, store, pacer.bound_by)), None)
+    answers = (*of_all, *here) if node.parent is None else (*here, *of_all)
+    return next(filter(None, answers), None)
