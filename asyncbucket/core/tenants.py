@@ -78,7 +78,6 @@ class Tenants(Generic[L]):
         terms = self._own_terms.get(tenant, self.default_terms)
         node = self._used.pop(tenant, None) or self._nodes.get(tenant)
         if node is not None:
-            node.last_words = None
             return self._again(node, terms)
         import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
 

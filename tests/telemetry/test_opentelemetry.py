@@ -89,7 +89,9 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     shares = {limit: point.value for (limit, _), point in otel.points("limit_used_ratio").items()}
     assert shares == {"rpm": 0.004, "concurrency": 0.25}
     off()
+    admit(limiter, waited=90.0, bound_by="tokens")
     assert not otel.metrics().keys() & GAUGES.keys()
+    assert len(otel.spans) == 1
 
 
 def test_wait_span_says_what_the_call_waited_for(
