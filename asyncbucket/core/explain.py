@@ -185,7 +185,8 @@ class Explanation:
     cost: Cost
     #: Seconds until such a call would pass, after all those ahead of it. None if that depends on a
     #: slot being given back, or on the store that keeps the limits, of which only the latest reply
-    #: is known. Settling, cancelling and the call's own fair share shorten it.
+    #: is known. Settling and cancelling shorten it. Where children or priorities share a limit, it
+    #: is an estimate: calls that come later may go first, and so may this one.
     wait: float | None
     #: What most of the wait would be for: ``"requests"``, ``"tokens"``, ``"concurrency"``,
     #: ``"paused"``; None if it would pass at once.

@@ -303,7 +303,8 @@ def _read_number(text: str) -> float:
     number = re.sub("[,_]", "", text)
     prefix = number.lstrip("0123456789.")
     whole, _, part = number.removesuffix(prefix).partition(".")
-    digits, scale = int(whole + part) * _PREFIXES[prefix], 10 ** len(part)
+    digits = int(whole + part) * _PREFIXES[prefix]
+    scale: int = 10 ** len(part)
     return digits / scale if digits % scale else digits // scale
 
 
