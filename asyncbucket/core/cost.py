@@ -36,7 +36,7 @@ def amounts_of(
         input_tokens = rounded_up(input_tokens, "input_tokens")
     if output_tokens is not None and (type(output_tokens) is not int or output_tokens < 0):
         output_tokens = rounded_up(output_tokens, "output_tokens")
-    if tokens is not None and input_tokens is None and output_tokens is None:
+    if input_tokens is None and output_tokens is None:
         input_tokens = output_tokens = tokens
     sent, received = input_tokens or 0, output_tokens or 0
     amounts = {
