@@ -104,8 +104,8 @@ async def test_nested_budgets_all_hold_and_tasks_inherit_them() -> None:
             await asyncio.create_task(one())
             with pytest.raises(BudgetExceeded, match=r"budget of 0\.50 USD"):
                 await asyncio.create_task(one())
-        for caps in {"input_tokens": 8}, {"output_tokens": 8}:
-            with budget(**caps), pytest.raises(BudgetExceeded, match=r"budget of 8 (in|out)put"):
+        for part in budget(input_tokens=8), budget(output_tokens=8):
+            with part, pytest.raises(BudgetExceeded, match=r"budget of 8 (in|out)put"):
                 await limiter.acquire(input_tokens=9, output_tokens=9)
         await one()
         with pytest.raises(BudgetExceeded, match="budget of 1 USD"):
