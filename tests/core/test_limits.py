@@ -228,8 +228,8 @@ def test_cost_maps_resources_to_whole_amounts() -> None:
     parts = {"requests": 1, "input_tokens": 900, "output_tokens": 300}
     assert Cost(**parts) == {**parts, "tokens": 1_200}
     assert Cost(input_tokens=5) == {"requests": 1, "input_tokens": 5, "tokens": 5}
-    for given in {"input_tokens": 900}, {"output_tokens": 300}:
-        assert Cost(tokens=1_200, **given) == {**parts, "tokens": 1_200}
+    for part in {"input_tokens": 900}, {"output_tokens": 300}:
+        assert Cost(tokens=1_200, **part) == {**parts, "tokens": 1_200}
 
 
 async def test_numpy_numbers_are_accepted_everywhere(time: VirtualTime) -> None:
