@@ -45,10 +45,11 @@ from asyncbucket.core.lease import Lease
 from asyncbucket.core.levels import effective_limiter, emit, shown_name
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.pool import Pool, PoolLease
+from asyncbucket.core.seats import Lock
 from asyncbucket.core.wording import in_seconds, is_integer, is_number
 from asyncbucket.providers.errors import WEEK, Verdict, classify
 from asyncbucket.providers.learn import Refusals, doubled
-from asyncbucket.waiting import ASYNC, IO, Lock
+from asyncbucket.waiting import ASYNC, IO
 
 try:
     import stamina

@@ -1,12 +1,10 @@
-"""Event loops and threads: one implementation for both, one lock, and connections for each loop.
+"""Event loops and threads: one implementation for both, and connections for each loop.
 
 An ``async def`` that does everything that may wait through an ``io`` object serves both. Given
 `ASYNC`, it is awaited as usual. Given `SYNC`, whose methods never suspend, it runs to its end in one
 step, which `run` makes. (That costs 10.7 µs a call where a plain function costs 9.9.)
 
 A `StopIteration` cannot leave such a function: Python turns it into a `RuntimeError`.
-
-Nothing here is waited for while a lock is held, so both kinds of caller share `Lock`.
 
 `PerLoopTransport` gives each event loop connections of its own: on another loop, a connection that
 is kept open sends a request whose reply is lost.
@@ -15,13 +13,12 @@ is kept open sends a request whose reply is lost.
 import asyncio
 import contextlib
 import functools
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.seats import reset_after_fork
+from asyncbucket.core.seats import Lock
 
 T = TypeVar("T")
 
@@ -104,29 +101,6 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     coroutine.close()
     name = getattr(coroutine, "__qualname__", repr(coroutine))
     raise RuntimeError(f"{name} was to block, but suspended: it must wait by its io object alone")
-
-
-class Lock:
-    """Lock as `threading.RLock` does; a child process finds it open, whoever held it at the fork.
-
-    It is reentrant, because the collector may end a dropped call on a thread that holds it.
-    """
-
-    __slots__ = ("__weakref__", "_lock")  # pyright: ignore[reportUninitializedInstanceVariable]
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        reset_after_fork(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def after_fork(self) -> None:
-        """Replace the lock, which the parent may have held."""
-        self._lock = threading.RLock()
 
 
 async def _closed_with_loop(transport: Any) -> AsyncGenerator[None]:

@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.waiting import ASYNC, IO, SYNC, Lock, run
+from asyncbucket.core.seats import Lock
+from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 
 async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:

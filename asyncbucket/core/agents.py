@@ -26,17 +26,16 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from math import fsum
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from asyncbucket.core.context import Agent
 from asyncbucket.core.events import AgentFinished, AgentStarted
 from asyncbucket.core.lease import Lease
 from asyncbucket.core.meters import Amounts
 from asyncbucket.core.node import Node
+from asyncbucket.core.queue import AnyWaiter
+from asyncbucket.core.seats import Seat
 from asyncbucket.core.statistics import AgentKind, AgentStatistics
-
-if TYPE_CHECKING:
-    from asyncbucket.core.pacer import Pacer
 
 # Whose call it is, is the lease's own business.
 # ruff: noqa: SLF001
@@ -278,17 +277,25 @@ class AgentLease(Lease):
         super().__init__(node, amounts)
         self._agent = agent
 
+    def _enter(self) -> None:
+        """Find the run that pays: the agent's, or one of its own if the agent is over."""
+        node = self._node
+        with node.pacer:
+            agents = agents_of(node)
+            self._run = agents.run_of(self._agent) or agents.enter(None, node.work(self._amounts))
+
     def _try_now(self) -> bool:
-        pacer: Pacer = self._node.pacer
-        with pacer:
-            agents = agents_of(self._node)
-            self._run = agents.run_of(self._agent) or agents.enter(
-                None, self._node.work(self._amounts)
-            )
+        self._enter()
+        agents, pacer = agents_of(self._node), self._node.pacer
         if not super()._try_now():
             return False
         pacer.do(agents.passed, self)
         return True
+
+    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+        if self._run is None:  # it has not tried, because a budget asked first
+            self._enter()
+        return super()._join_line(deadline, seat)
 
     def _hand_back_locked(self) -> None:
         super()._hand_back_locked()

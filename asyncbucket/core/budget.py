@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -38,7 +37,7 @@ from asyncbucket.core.events import Outcome
 from asyncbucket.core.explain import count_refusal
 from asyncbucket.core.lease import ASKED, HELD, OVER, PARTS_OF_TOKENS, WAITING, Lease
 from asyncbucket.core.meters import Amounts
-from asyncbucket.core.seats import ThreadSeat, reset_after_fork
+from asyncbucket.core.seats import Lock, OfThisProcess, ThreadSeat
 from asyncbucket.core.wording import counted, in_given_unit, is_number
 
 #: What is asked before a call is refused: it returns the new cap, or None.
@@ -52,7 +51,7 @@ _REMEDY: Final = "finish with what you have, make a cheaper call, or ask for a l
 _asking: Final[ContextVar[tuple["Budget", ...]]] = ContextVar("asyncbucket asking", default=())
 
 
-class Budget(InheritedScope):
+class Budget(InheritedScope, OfThisProcess):
     """Cap what all calls inside may spend together, across limiters, models, tools and sub-agents.
 
     >>> with asyncbucket.budget(usd=2.00, requests=100) as budget:
@@ -108,12 +107,7 @@ class Budget(InheritedScope):
         self._changes: deque[tuple[_Side, Amounts, Amounts]] = deque()
         #: One question at a time, on each event loop.
         self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
-        self.after_fork()
-        reset_after_fork(self)
-
-    def after_fork(self) -> None:
-        """Replace the lock, which the parent may have held."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def cap(self) -> Mapping[str, float]:
@@ -261,7 +255,6 @@ class BudgetLease(Lease):
     def _refuse(self) -> None:
         error = self._look(reserve=True)
         if error is not None:
-            self._state = OVER
             count_refusal(self._node, self._amounts, error)
             raise error
         self._hold(_NOTHING)

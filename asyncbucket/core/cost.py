@@ -36,12 +36,16 @@ def amounts_of(
         input_tokens = rounded_up(input_tokens, "input_tokens")
     if output_tokens is not None and (type(output_tokens) is not int or output_tokens < 0):
         output_tokens = rounded_up(output_tokens, "output_tokens")
-    if tokens is not None and input_tokens is None and output_tokens is None:
-        input_tokens = output_tokens = tokens
     sent, received = input_tokens or 0, output_tokens or 0
+    if tokens is None:
+        tokens = sent + received
+    else:  # a part that is not given may be all that the other leaves
+        left = max(0, tokens - sent - received)
+        sent = left if input_tokens is None else sent
+        received = left if output_tokens is None else received
     amounts = {
         "requests": requests,
-        "tokens": sent + received if tokens is None else tokens,
+        "tokens": tokens,
         "input_tokens": sent,
         "output_tokens": received,
         "concurrency": 1,
@@ -59,7 +63,8 @@ class Cost(Mapping[str, int]):
     """Map each resource to the whole number of units that one call takes of it.
 
     ``tokens`` is input plus output; it defaults to their sum. If only ``tokens`` is given, the
-    split is unknown, so limits of input tokens and of output tokens each count all of it. Amounts
+    split is unknown, so limits of input tokens and of output tokens each count all of it. If one
+    part is given with it, the rest of it is the other. Amounts
     are rounded up; resources that cost nothing are left out. ``usd`` is given in dollars, and its
     units are micro-dollars: ``Cost(usd=0.5)["usd"]`` is 500,000.
 

@@ -48,11 +48,11 @@ class Doors:
         return from_env(cls, prefix, **options)
 
     @classmethod
-    def from_toml(cls, path: Any = None, **options: Any) -> Self:
+    def from_toml(cls, path: Any = "pyproject.toml", **options: Any) -> Self:
         """Return a limiter configured by ``[tool.asyncbucket]`` in a TOML file.
 
         Args:
-            path: the file; by default ``asyncbucket.toml`` or ``pyproject.toml`` here or above.
+            path: the file.
             options: as in `asyncbucket.core.settings.from_toml`.
 
         Raises:
@@ -87,7 +87,7 @@ class Doors:
             )
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise TypeError(
-                f"{function.__qualname__} is a generator: a call of it holds nothing yet; "
+                f"{function!r} is a generator: a call of it holds nothing yet; "
                 f"acquire inside it, around what it iterates over"
             )
 

@@ -66,18 +66,21 @@ class BudgetExceeded(AsyncBucketError):  # noqa: N818 - a name of the public int
     """
 
     message: str
-    #: The budget, and which of its caps it is: ``"usd"``, ``"tokens"``...
-    budget: _Any
-    resource: str
+    #: The budget, or None in another process; and which of its caps it is: ``"usd"``, ``"tokens"``...
+    budget: _Any = None
+    resource: str = ""
     #: The cap; what is spent of it, and reserved by calls in flight.
-    cap: float
-    spent: float
-    reserved: float
+    cap: float = 0.0
+    spent: float = 0.0
+    reserved: float = 0.0
     #: What the call may cost at most.
-    cost: float
+    cost: float = 0.0
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> tuple[_Any, ...]:
+        return type(self), (self.message,), {**vars(self), "budget": None}
 
 
 class UnknownPrice(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface

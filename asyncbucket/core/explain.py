@@ -75,14 +75,9 @@ def refuse(node: Node, amounts: Amounts) -> None:
 
 
 def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
-    """Return the error of a call whose time is up.
-
-    Raises:
-        CostExceedsLimit: it can never pass, because limits have been lowered since.
-    """
+    """Return the error of a call whose time is up."""
     assert deadline is not None
     with node.pacer:
-        node.check(amounts)
         return too_late_locked(node, amounts, asked, deadline)
 
 
@@ -190,7 +185,8 @@ class Explanation:
     cost: Cost
     #: Seconds until such a call would pass, after all those ahead of it. None if that depends on a
     #: slot being given back, or on the store that keeps the limits, of which only the latest reply
-    #: is known. Settling, cancelling and the call's own fair share shorten it.
+    #: is known. Settling and cancelling shorten it. Where children or priorities share a limit, it
+    #: is an estimate: calls that come later may go first, and so may this one.
     wait: float | None
     #: What most of the wait would be for: ``"requests"``, ``"tokens"``, ``"concurrency"``,
     #: ``"paused"``; None if it would pass at once.
@@ -322,7 +318,6 @@ def _simulate_line(
     what. Slots do not count: nobody knows when one comes back, and those that are free now will.
     """
     copies: dict[int, object] = {}
-    first: dict[Line, int] = {}  # when the first in each line became the first
     # Lines whose first waits for limits that do not apply to the call.
     held_lines: set[Line] = set()
     waits: collections.Counter[str | None] = collections.Counter()
@@ -335,15 +330,13 @@ def _simulate_line(
         if line in held_lines:
             continue
         ahead += 1
-        since = first.get(line, line.since)
-        due, binds, their_meters = _soonest_route(line.node, amounts, since, copies)
+        due, binds, their_meters = _soonest_route(line.node, amounts, line.since, copies)
         if due > when:
             waits[binds] += due - when
             when = due
         for meter, resource in their_meters:
             if amounts.get(resource):
                 meter.book(amounts[resource], when)
-        first[line] = when
     return copies, ahead, when, waits
 
 
@@ -433,9 +426,9 @@ def _bound_by(node: Node) -> str | None:
     if not node.waiting:
         return None
     known = None if pacer.place is None else pacer.place.held_up()
-    lines = [line.bound_by for line in node.lines.values() if line.living]
-    below = (each.line.bound_by for each in pacer.top.waiters() if node in each.line.node.path)
-    store = None if known is None else known[0]
+    of_all = (None if known is None else known[0], pacer.bound_by)
+    lines = (line for line in pacer.top.lines() if line.living and node in line.node.path)
+    here = [line.bound_by for line in lines]
     # At the root the store's answer comes first, as it keeps these limits; below, the child's.
-    first = (store, pacer.bound_by) if node.parent is None else ()
-    return next(filter(None, (*first, *lines, *below, store, pacer.bound_by)), None)
+    answers = (*of_all, *here) if node.parent is None else (*here, *of_all)
+    return next(filter(None, answers), None)

@@ -19,7 +19,7 @@ from asyncbucket.core.errors import AcquireTimeout, AsyncBucketError, CostExceed
 from asyncbucket.core.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.queue import AnyWaiter, Line, SyncWaiter, Waiter
-from asyncbucket.core.seats import ATOMIC, OfThisProcess, Seat, ThreadSeat
+from asyncbucket.core.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.core.terms import CallAmounts
 from asyncbucket.core.wording import USD
 
@@ -66,6 +66,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     _deadline: Callable[[], int | None] | None = None
     _priority = 0
     _state = ASKED
+    #: Where it was admitted; if it was not, settling changes nothing.
+    _seat: Seat = NOWHERE
     _entered = False
     _coroutine: Generator[Any, Any, Any] | None = None
     #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
@@ -148,6 +150,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         """Give everything back that it was just handed: the call gave up at that very moment."""
         self._state = OVER
         self._seat.leases -= 1
+        self._seat = NOWHERE
         node = self._node
         pacer: Pacer = node.pacer
         node.unbook(self._meters, self._amounts, self._when)
@@ -350,7 +353,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
-        if self._seat.look is None:  # a parent process's lease, counted there
+        if self._seat.look is None:  # never admitted, or a parent process's, counted there
             return
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer

@@ -254,14 +254,11 @@ class Limiter(Doors, OfThisProcess):
                 the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        context = inherited.get()
-        limiter = self._limiter_for(tenant, context)
-        whole, node = limiter._amounts(cost, **amounts), limiter._node
-        plain = context is None and not limiter._has_terms
-        lease = Lease(node, whole) if plain else limiter._lease(whole, context)
+        lease = self.acquire(cost, tenant=tenant, **amounts)
         if not lease._take_now():
-            with node.pacer:
-                buried = node.pacer.waiting and bury_closed(node.pacer)
+            pacer: Pacer = lease._node.pacer
+            with pacer:
+                buried = pacer.waiting and bury_closed(pacer)
             if not (buried and lease._take_now()):
                 lease._refuse()
         return lease
@@ -271,12 +268,7 @@ class Limiter(Doors, OfThisProcess):
 
         A call that has to wait stands in the same line as all others.
         """
-        context, amounts = inherited.get(), dict[str, Any](call)
-        timeout, deadline = amounts.pop("timeout", None), amounts.pop("deadline", None)
-        priority, tenant = amounts.pop("priority", None), amounts.pop("tenant", None)
-        limiter = self._limiter_for(tenant, context)
-        whole = limiter._amounts(cost, **amounts)
-        lease = limiter._lease(whole, context, timeout, deadline, priority)
+        lease = self.acquire(cost, **call)
         if not lease._try_now():
             lease._block()
         return lease
@@ -346,9 +338,9 @@ class Limiter(Doors, OfThisProcess):
         self,
         amounts: dict[str, int],
         context: Inherited | None,
-        timeout: float | None = None,
-        deadline: float | None = None,
-        priority: Priority | None = None,
+        timeout: float | None,
+        deadline: float | None,
+        priority: Priority | None,
     ) -> Lease:
         """Return the lease of a call on the given terms, the inherited ones, and the limiter's."""
         end = partial(self._deadline, timeout, deadline, context)

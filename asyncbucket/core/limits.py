@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 from asyncbucket.core.errors import LimitSyntaxError
@@ -240,7 +239,9 @@ def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> l
     for keyword, amount in keywords.items():
         if keyword not in KEYWORDS:
             known = ", ".join(KEYWORDS)
-            raise LimitSyntaxError(f"{keyword}= is not a limit; known: {known}, concurrency")
+            raise LimitSyntaxError(
+                f"{keyword}= is not a limit; known: {known}, concurrency; else {_SYNTAX}"
+            )
         if amount is not None:
             resource, per = KEYWORDS[keyword]
             found.append(Limit(resource, _amount(amount, resource, keyword), per=per))
@@ -269,17 +270,19 @@ def _read_per(per: float | str, resets: str | None) -> float:
 
 def _read_resource(name: str) -> str:
     """Return the resource that is meant; refuse one that looks like a typing error."""
-    usual, meant = _RESOURCES.values(), _OTHER_WORDS.get(name, name)
-    if meant == name and name not in usual:
-        import difflib  # only limits of other resources come here
+    usual = {*_RESOURCES.values(), USD}
+    if name in usual or name in _OTHER_WORDS:
+        return _OTHER_WORDS.get(name, name)
+    import difflib  # only limits of other resources come here
 
-        words = *usual, "request", "token", "tok"
-        for near in difflib.get_close_matches(name, words, n=1, cutoff=_NEAR):
-            likely = near if near in usual else _OTHER_WORDS.get(near, "tokens")
-            raise LimitSyntaxError(
-                f"no call counts against a limit of {name!r}: did you mean {likely}?"
-            )
-    return meant
+    near = difflib.get_close_matches(name, (*usual, "request", "token", "tok"), n=1, cutoff=_NEAR)
+    likely, _ = KEYWORDS.get(name.lower(), (near[0] if near else None, 0))
+    if likely is not None:
+        likely = likely if likely in usual else _OTHER_WORDS.get(likely, "tokens")
+        raise LimitSyntaxError(
+            f"no call counts against a limit of {name!r}: did you mean {likely}?"
+        )
+    return name
 
 
 def read_amount(text: str) -> int:
@@ -297,10 +300,12 @@ def read_amount(text: str) -> int:
 
 def _read_number(text: str) -> float:
     """Read a number such as ``14,400`` or ``1.5k``."""
-    digits = re.sub("[,_]", "", text)
-    prefix = digits.lstrip("0123456789.")
-    exact = Fraction(digits.removesuffix(prefix)) * _PREFIXES[prefix]
-    return int(exact) if exact.denominator == 1 else float(exact)
+    number = re.sub("[,_]", "", text)
+    prefix = number.lstrip("0123456789.")
+    whole, _, part = number.removesuffix(prefix).partition(".")
+    digits = int(whole + part) * _PREFIXES[prefix]
+    scale: int = 10 ** len(part)
+    return digits / scale if digits % scale else digits // scale
 
 
 def _units(amount: float, resource: str) -> int:

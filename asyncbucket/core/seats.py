@@ -515,3 +515,27 @@ def _after_fork() -> None:
 
 with contextlib.suppress(AttributeError):  # Windows does not fork
     os.register_at_fork(after_in_child=_after_fork)
+
+
+class Lock:
+    """Lock as `threading.RLock` does; a child process finds it open, whoever held it at the fork.
+
+    It is reentrant, because the collector may end a dropped call on a thread that holds it. Nobody
+    awaits while it holds one, so event loops and threads share it.
+    """
+
+    __slots__ = ("__weakref__", "_lock")  # pyright: ignore[reportUninitializedInstanceVariable]
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        reset_after_fork(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held."""
+        self._lock = threading.RLock()

@@ -9,13 +9,13 @@ these figures without notice, and an account may have others: the limits page of
 authoritative. A preset is a starting point for transports and wrapped models: what a provider says
 in its headers lowers what is available, and never raises it. The figures are in ``presets.toml``,
 each with the provider's own page, or a dated copy of it, and the day on which it was read. Only
-figures that could be found are there.
+figures that could be found are there. Nothing warns of their age, because that would begin on a day
+on which nothing else has changed: see `Preset.dated`.
 """
 
 import difflib
 import os
 import tomllib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -31,11 +31,8 @@ from asyncbucket.core.limits import KEYWORDS, Limit, read_amount
 L = TypeVar("L")
 T = TypeVar("T")
 
-_FILES: Final = ("asyncbucket.toml", "pyproject.toml")
 _NUMBERS: Final = (*KEYWORDS, "max_queue")
 _KNOWN: Final = ("limits", "preset", "concurrency", "name", "store", "prices", *_NUMBERS)
-#: A preset this many days old causes a warning.
-_OLD: Final = 180
 
 
 def from_env(
@@ -79,7 +76,7 @@ def from_env(
 
 def from_toml(
     cls: Callable[..., L],
-    path: str | PathLike[str] | None = None,
+    path: str | PathLike[str] = "pyproject.toml",
     *,
     limiter: str | None = None,
     **arguments: Any,
@@ -98,8 +95,7 @@ def from_toml(
 
     Args:
         cls: the class to make: `Limiter`.
-        path: the file; by default the nearest ``asyncbucket.toml`` or ``pyproject.toml`` that has
-            the table, from the working directory upwards.
+        path: the file.
         limiter: the name of a table inside the table; also the limiter's name, unless the table
             sets one.
         arguments: further arguments of the limiter; they override entries of the same name.
@@ -109,11 +105,17 @@ def from_toml(
             ValueError. The message names the file and the entry.
         FileNotFoundError: there is no such file.
     """
-    where, table = _find_table(path)
-    tables, hint = _tables_in(table), "write e.g. rpm = 500"
+    where, table = _table_in(Path(path))
+    tables: dict[str, Any] = {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, Mapping) and name not in _KNOWN
+    }
+    hint = "write e.g. rpm = 500"
     if limiter is not None:
         if limiter not in tables:
-            raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {', '.join(tables)}")
+            known = ", ".join(tables) or "none"
+            raise LimitSyntaxError(f"{where} has no table {limiter!r}; it has {known}")
         where = f"{where[:-1]}.{limiter}]"
         table, tables = {"name": limiter, **tables[limiter]}, {}
     elif tables:
@@ -156,7 +158,7 @@ def from_table(
     limits = [*found.pop("limits", ()), *found.pop("preset", ())]
     given = found | given
     if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
-        raise LimitSyntaxError(f"{where} limit nothing; {hint}")
+        raise LimitSyntaxError(f"no limits in {where}: {hint}")
     return with_error_source(where, partial(cls, *limits, **given))
 
 
@@ -219,47 +221,21 @@ def read_toml(file: Path) -> dict[str, Any]:
             raise LimitSyntaxError(f"{file} is not valid TOML: {error}") from error
 
 
-def _tables_in(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the tables inside a table, which describe further limiters."""
-    return {
-        name: value
-        for name, value in table.items()
-        if isinstance(value, Mapping) and name not in _KNOWN
-    }
-
-
-def _find_table(path: str | PathLike[str] | None) -> tuple[str, Mapping[str, Any]]:
-    """Return where the table that describes limiters is, at ``path`` or nearest; and the table."""
-    if path is not None:
-        where, table = _table_in(Path(path))
-        if not isinstance(table, Mapping):
-            raise LimitSyntaxError(
-                f"{path} has no table [tool.asyncbucket] or [asyncbucket]: write one, such as rpm = 500"
-            )
-        return where, table
-    folders = (Path.cwd(), *Path.cwd().parents)
-    for file in (folder / name for folder in folders for name in _FILES):
-        if file.is_file() and isinstance((found := _table_in(file))[1], Mapping):
-            return found
-    raise FileNotFoundError(
-        f"no {_FILES[0]} or {_FILES[1]} with [tool.asyncbucket] in {folders[0]} or above it: write "
-        "one, or give its path"
-    )
-
-
-def _table_in(file: Path) -> tuple[str, Any]:
+def _table_in(file: Path) -> tuple[str, Mapping[str, Any]]:
+    """Return where in ``file`` the table is that describes limiters; and the table."""
     document = read_toml(file)
     tools = document.get("tool")
+    where, table = f"{file}, [asyncbucket]", document.get("asyncbucket")
     if isinstance(tools, Mapping) and "asyncbucket" in tools:
-        return f"{file}, [tool.asyncbucket]", tools["asyncbucket"]
-    return f"{file}, [asyncbucket]", document.get("asyncbucket")
+        where, table = f"{file}, [tool.asyncbucket]", tools["asyncbucket"]
+    if not isinstance(table, Mapping):
+        raise LimitSyntaxError(
+            f"{file} has no table [tool.asyncbucket] or [asyncbucket]: write one, such as rpm = 500"
+        )
+    return where, table
 
 
 # --- published limits ---
-
-
-class PresetWarning(UserWarning):
-    """Say that a preset's figures are old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,20 +256,16 @@ class Preset:
         return iter(self.limits)
 
 
-def preset(name: str, *, today: date | None = None) -> Preset:
+def preset(name: str) -> Preset:
     """Return the published limits called ``"provider/tier/model"``; see `preset_names`.
 
     >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
 
     Args:
         name: such as ``"anthropic/start/claude-sonnet-5"``.
-        today: the day on which to judge the age; by default today.
 
     Raises:
         ValueError: there is no such preset; the message suggests similar names.
-
-    Warns:
-        PresetWarning: the figures are over half a year old.
     """
     found = _presets().get(name)
     if found is None:
@@ -302,14 +274,6 @@ def preset(name: str, *, today: date | None = None) -> Preset:
         raise ValueError(
             f"no preset is called {name!r}; try e.g. {', '.join(similar)}; "
             "asyncbucket.presets.preset_names() names all"
-        )
-    age = ((date.today() if today is None else today) - found.dated).days  # noqa: DTZ011 - a day more or less
-    if age > _OLD:
-        warnings.warn(
-            f"the limits of {name!r} were read {age} days ago, on {found.dated}: compare them with "
-            f"{found.source}",
-            PresetWarning,
-            stacklevel=2,
         )
     return found
 

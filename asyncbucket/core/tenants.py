@@ -1,6 +1,5 @@
 """A limiter for each tenant, made on demand and let go when nobody misses it."""
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from functools import partial
 from typing import Final, Generic, Protocol, TypeVar
 
 from asyncbucket.core.node import Node
-from asyncbucket.core.seats import reset_after_fork
+from asyncbucket.core.seats import Lock
 from asyncbucket.core.terms import Terms
 
 # It touches the private parts of the limiters that it keeps.
@@ -52,8 +51,7 @@ class Tenants(Generic[L]):
         #: Nodes that leases may still hold; and those that were used after they were let go.
         self._nodes: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
         self._used: dict[str, Node] = {}
-        self.after_fork()
-        reset_after_fork(self)
+        self._lock = Lock()
 
     def get(self, tenant: str, terms: Terms | None) -> L:
         """Return a tenant's limiter as it was left, or made on ``terms``.
@@ -80,7 +78,6 @@ class Tenants(Generic[L]):
         terms = self._own_terms.get(tenant, self.default_terms)
         node = self._used.pop(tenant, None) or self._nodes.get(tenant)
         if node is not None:
-            node.last_words = None
             return self._again(node, terms)
         import hashlib  # OpenSSL loads slowly, and most limiters have no tenants
 
@@ -110,7 +107,3 @@ class Tenants(Generic[L]):
                 self._used[tenant] = node
 
         node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
-
-    def after_fork(self) -> None:
-        """Replace the lock, which the parent may have held."""
-        self._lock = threading.RLock()

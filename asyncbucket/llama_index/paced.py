@@ -47,11 +47,12 @@ from llama_index.core.tools.types import AsyncBaseTool
 from asyncbucket.core.levels import levels, terms_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.seats import Lock
 from asyncbucket.llama_index.clients import made_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call
 from asyncbucket.providers.usage import Usage, usage_of
-from asyncbucket.waiting import ASYNC, SYNC, Lock
+from asyncbucket.waiting import ASYNC, SYNC
 
 #: Where a paced model or tool keeps its `Pacing`.
 _PACING: Final = "_asyncbucket_pacing"

@@ -217,11 +217,7 @@ class _Series(Generic[T]):
     def draw(self, calls: int, seed: int) -> Iterable[T]:
         """Return a value for each of ``calls`` calls."""
         rng = random.Random(f"{seed} {self._name}")  # noqa: S311 - repeatable, not secret
-        if len(self.values) == calls:
-            return self.values
-        if len(self.values) == 1:
-            return repeat(self.values[0], calls)
-        return (rng.choice(self.values) for _ in range(calls))
+        return self.values if len(self.values) == calls else rng.choices(self.values, k=calls)
 
 
 def _checked(sample: Any, where: str, read: Callable[[Any], T]) -> T:
@@ -305,28 +301,17 @@ def _read_tokens(sample: object, body: Mapping[str, Any], profile: Profile) -> C
             "prompt or input"
         )
     url = sample.get("url")
-    path = url if isinstance(url, str) else _path_of(body)
-    return profile.cost(Call("POST", "", path, body, foreseen=FORESEEN)) or Cost()
-
-
-def _path_of(body: Mapping[str, Any]) -> str:
-    """Return where a body would be sent; embeddings and responses differ only in the model."""
-    if "messages" in body:
-        return "/v1/chat/completions"
-    if "prompt" in body:
-        return "/v1/completions"
-    return "/v1/embeddings" if "embedding" in str(body.get("model")) else "/v1/responses"
+    if not isinstance(url, str):  # only embeddings are charged otherwise: they have no reply
+        url = "/v1/embeddings" if "embedding" in str(body.get("model")) else "/v1/responses"
+    return profile.cost(Call("POST", "", url, body, foreseen=FORESEEN)) or Cost()
 
 
 def _bill_of(
     cost: Cost, body: Mapping[str, Any], model: str | None, prices: Prices
 ) -> PlannedDollars | None:
-    """Return what a call costs; None if nothing says which model it is for."""
-    name = model or body.get("model")
-    if name is None:
-        return None
+    """Return what a call costs; None if no price is known and the user named no model."""
     try:
-        price = price_of(name, prices)
+        price = price_of(model or body.get("model"), prices)
     except UnknownPrice:
         if model is None:
             return None

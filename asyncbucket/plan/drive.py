@@ -197,10 +197,9 @@ def make_plan(load: Load, members: Sequence[Bounds]) -> "Plan":
 
 def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
     """Return what the limiter, or the pool, tells a call that can never pass."""
-    limiters = [Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members]
-    limiter = limiters[0] if len(limiters) == 1 else Pool(*limiters)
+    limiters = (Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members)
     try:
-        limiter.acquire_nowait(Cost.of(call.amounts))
+        Pool(*limiters).acquire_nowait(Cost.of(call.amounts))
     except CostExceedsLimit as error:
         return str(error)
     return None
@@ -223,11 +222,11 @@ def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator["PlannedLimi
 
 def _part_used(limit: Limit, used: int, record: Record) -> float:
     """Return which part of a limit was used, of the most that was possible in that time."""
-    last = record.admitted[-1] if record.admitted else 0
+    last = record.admitted[-1]
     most: float = limit.units * (last // limit.window + 1)
     if limit.burst_units is not None:
         most = min(most, limit.burst_units + limit.units * last / limit.window)
-    # Calls that use more than they reserved may exceed it: then all was used.
+    # Days of the calendar may be shorter, and then more of them begin.
     return min(1.0, used / most)
 
 
@@ -249,9 +248,9 @@ def _changed(bounds: Bounds, number: int) -> tuple[Bounds, Bounds]:
 
 
 def _waits(record: Record) -> "PlannedWaits":
-    ranked = sorted(record.waited) or [0]
+    ranked = sorted(record.waited)
     p50, p95, most = (
-        ranked[max(0, -(-len(ranked) * rank // 100) - 1)] / NANOSECONDS for rank in (50, 95, 100)
+        ranked[-(-len(ranked) * rank // 100) - 1] / NANOSECONDS for rank in (50, 95, 100)
     )
     return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / NANOSECONDS)
 

@@ -29,11 +29,11 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.core.levels import can_give_slots_up, in_force, levels, observe_remaining
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
+from asyncbucket.core.seats import Lock
 from asyncbucket.core.wording import in_seconds
 from asyncbucket.feedback.headroom import share_of
 from asyncbucket.providers.errors import DAILY, Verdict
 from asyncbucket.providers.profiles import Profile, Told
-from asyncbucket.waiting import Lock
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]

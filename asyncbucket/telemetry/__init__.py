@@ -113,13 +113,12 @@ def __getattr__(name: str) -> object:
     if name not in _EXTRAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value: object = getattr(import_module(f"{__name__}.to_{name}"), name)
+        module = import_module(f"{__name__}.to_{name}")
     except ModuleNotFoundError as error:
         raise ImportError(
             f'telemetry.{name} needs {error.name}: pip install "asyncbucket[{_EXTRAS[name]}]"'
         ) from error
-    globals()[name] = value
-    return value
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -18,9 +18,9 @@ from asyncbucket.core.cost import Cost
 from asyncbucket.core.events import Event
 from asyncbucket.core.levels import levels, members_of, shown_name
 from asyncbucket.core.limiter import Limiter
+from asyncbucket.core.seats import Lock
 from asyncbucket.core.statistics import shares_used
 from asyncbucket.core.wording import USD, in_given_unit
-from asyncbucket.waiting import Lock
 
 #: A metric's text, and its labels.
 Description: TypeAlias = tuple[str, tuple[str, ...]]

@@ -219,9 +219,9 @@ class Trace:
         limiter, named = self._limiter, ("resource", "amount", "per", "burst")
         limits = [{name: getattr(limit, name) for name in named} for limit in limiter.limits]
         head = {"limiter": limiter.name, "limits": limits, "concurrency": limiter.concurrency}
-        lines = [head, *map(_saved, self)]
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        Path(path).write_text(text, "utf-8")
+        told = ({"event": type(each).__name__.lower()} | dataclasses.asdict(each) for each in self)
+        lines = (json.dumps(line, separators=(",", ":"), default=dict) for line in (head, *told))
+        Path(path).write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
     def stop(self) -> None:
         """Stop recording; what was kept stays."""
@@ -235,12 +235,3 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"<Trace of {self._limiter.name!r}, {len(self):,} events>"
-
-
-def _saved(event: Event) -> dict[str, Any]:
-    told = {each.name: getattr(event, each.name) for each in dataclasses.fields(event)}
-    if "cost" in told:
-        told["cost"] = dict(told["cost"])
-    told["at"] = round(event.at, 6)
-    known = {name: value for name, value in told.items() if value is not None}
-    return {"event": type(event).__name__.lower(), **known}

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import contextvars
+import copy
 import gc
+import pickle
 import random
 import threading
 from collections.abc import Mapping
@@ -53,6 +55,9 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
     )
     assert (found.budget, found.resource) == (capped, "usd")
     assert (found.cap, found.spent, found.reserved, found.cost) == (2.0, 0, 1.25, 0.8)
+    sent: BudgetExceeded = pickle.loads(pickle.dumps(found))  # noqa: S301 - by a worker process
+    assert (str(sent), vars(sent)) == (str(found), {**vars(found), "budget": None})
+    assert copy.deepcopy([capped]) == [capped]  # in the state of an agent, say
     assert inherited.get() is None
 
 
@@ -99,6 +104,9 @@ async def test_nested_budgets_all_hold_and_tasks_inherit_them() -> None:
             await asyncio.create_task(one())
             with pytest.raises(BudgetExceeded, match=r"budget of 0\.50 USD"):
                 await asyncio.create_task(one())
+        for part in budget(input_tokens=8), budget(output_tokens=8):
+            with part, pytest.raises(BudgetExceeded, match=r"budget of 8 (in|out)put"):
+                await limiter.acquire(input_tokens=9, output_tokens=9)
         await one()
         with pytest.raises(BudgetExceeded, match="budget of 1 USD"):
             await one()
@@ -280,6 +288,7 @@ def asked_in_vain(_: BudgetExceeded) -> Any:
 
 @pytest.mark.parametrize("ask", [asked_now, asked_later])
 async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime, ask: Any) -> None:
+    """Also at the first call of an agent, which pays for all of its calls."""
     questions: list[str] = []
 
     def counted(error: BudgetExceeded) -> Any:
@@ -289,11 +298,16 @@ async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime
     limiter = Limiter(concurrency=10, clock=time.clock)
 
     async def one() -> None:
-        async with limiter.acquire(usd=0.2):
+        async with limiter.acquire(usd=0.2) as lease:
             await asyncio.sleep(1)
+            lease.settle(requests=2)
 
-    with budget(usd=1.0, on_exceeded=counted) as capped:
-        await asyncio.gather(*(one() for _ in range(8)))
+    with budget(usd=0.1, on_exceeded=counted) as capped:
+        with asyncbucket.agent("a"):
+            await asyncio.gather(*(one() for _ in range(8)))
+            agents = limiter.statistics().agents
+            assert agents is not None
+            assert agents.running == 1
         assert (len(questions), dict(capped.cap)) == (1, {"usd": 2.0})
         with pytest.raises(BudgetExceeded, match="budget of 2 USD"):  # asked, and not raised
             await limiter.acquire(usd=0.5)

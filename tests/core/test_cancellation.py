@@ -132,6 +132,30 @@ async def test_bucket_takes_unit_back_from_cancelled_waiter(time: VirtualTime, d
     assert time.now == (1.0 if first.cancelled() else 2.0)
 
 
+@pytest.mark.parametrize("depth", range(5))
+async def test_settling_call_that_never_went_changes_nothing(time: VirtualTime, depth: int) -> None:
+    """Neither one cancelled around its own instant, when others booked, nor one that was refused."""
+    limiter = Limiter("100 TPM", concurrency=1, clock=time.clock)
+    held = await limiter.acquire(tokens=10)
+
+    async def call(timeout: float | None = None) -> None:
+        lease = limiter.acquire(tokens=50, timeout=timeout)
+        try:
+            await lease
+        finally:
+            lease.settle(tokens=0)
+            lease.release()
+
+    with pytest.raises(AcquireTimeout):
+        await call(timeout=1)
+    waiting = await start(call())
+    held.settle(tokens=30)
+    held.release()
+    call_after(depth, waiting.cancel)
+    await asyncio.wait([waiting])
+    assert (used(limiter), limiter.statistics().in_flight) == ([30], 0)
+
+
 async def test_next_call_passes_at_once_when_head_is_cancelled(time: VirtualTime) -> None:
     limiter = Limiter("50 tokens/10s burst 7", clock=time.clock)
     limiter.acquire_nowait(tokens=7)

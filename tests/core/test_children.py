@@ -33,6 +33,7 @@ async def test_call_behind_cousin_is_bound_by_same_resource(time: VirtualTime) -
     costly, *free = await start_all([agent.acquire(tokens=5), team.acquire(), other.acquire()])
     for each in (key, team, agent, other):
         assert each.statistics().bound_by == "tokens"
+    assert key.child("idle").statistics().bound_by is None
     for lease in await asyncio.gather(costly, *free):
         assert (lease.waited, lease.bound_by) == (10 * HELD, "tokens")
     assert team.statistics().waits["tokens"].count == 3

@@ -135,7 +135,12 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("learn() takes a Limit, such as ", limiter.learn, None, ["60 RPM"]),
     ('reason must be a string, such as "429", not {}', partial(limiter.pause, 1), "reason", [429]),
     ("paced decorates a function, not {}; amounts go by keyword", limiter.paced, None, [500]),
-    ("is a generator: a call of it holds nothing yet", limiter.paced, None, [items, stream]),
+    (
+        "is a generator: a call of it holds nothing yet",
+        limiter.paced,
+        None,
+        [items, partial(stream)],
+    ),
     ("pace() without a limit would pace nothing", partial(pace, object()), "rpm", [None]),
     ("rpm must be a whole number of at least 1", partial(pace, object()), "rpm", [0]),
     ("a budget needs a cap: give e.g. usd=2.00", budget, "usd", [None]),

@@ -62,6 +62,9 @@ def test_tenant_keeps_its_own_terms_even_while_it_is_let_go(time: VirtualTime) -
     key.key("usual")
     with pytest.raises(ValueError, match=OTHER_TERMS):
         key.key("usual", rpm=5)
+    key.per_key(alive=3)
+    kept = [weakref.ref(key.key(f"user {number}")) for number in range(5)]
+    assert [each() is not None for each in kept] == [False, False, True, True, True]
 
 
 def use(tenant: Limiter) -> None:

@@ -150,6 +150,7 @@ def test_first_calls_are_capped_below_half_a_slice_until_a_reply(clock: VirtualC
         assert passing(limiter) == 57  # a tenth of the limit, as usual
 
 
+@pytest.mark.filterwarnings("ignore:100 calls have passed limiter")
 @pytest.mark.parametrize("learn", [True, False])
 def test_day_limits_and_deaf_readers_cap_no_first_call(clock: VirtualClock, *, learn: bool) -> None:
     limiter = Limiter("10k RPD", "10k ITPM" if learn else "10k TPM", clock=clock)

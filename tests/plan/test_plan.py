@@ -127,6 +127,7 @@ PRICES = {"m": Price(input=1, output=4)}
         ({"input_tokens": 900, "output_tokens": 25}, "this job costs 10.00 USD"),
         (1_000, "this job costs 25.00 USD, 10.00 to 40.00"),  # all input, or all output
         (BODY | {"max_tokens": 500}, "this job costs 10.34 USD, 0.10 to 20.10"),
+        (BODY | {"max_tokens": 5}, "this job costs 0.30 USD, 0.10 to 0.30"),
         (BODY, "this job costs 10.34 USD, at least 0.10: nothing limits the replies"),
         ({"input_tokens": 1, "output_tokens": 0}, "this job costs 0.01 USD"),
     ],
@@ -140,7 +141,10 @@ def test_plan_says_what_calls_cost(tokens: Any, says: str) -> None:
 def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert plan(calls=10, tokens=5, rpm=10).usd is None
     assert plan(calls=10, tokens=BODY, rpm=10).usd is None
-    assert plan(calls=10, tokens=BODY, rpm=10, prices=PRICES).usd is not None
+    assert str(plan(calls=1, tokens=BODY, prices=PRICES).usd).startswith(
+        "this job costs 0.001 USD,"
+    )
+    assert plan(calls=10, tokens=5, rpm=10, prices={"*": PRICES["m"]}).usd is not None
     assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
     with pytest.raises(ValueError, match="no price is known for the model 'm'"):
         plan(calls=10, tokens=5, rpm=10, model="m")
@@ -203,6 +207,8 @@ def test_token_sample_of_any_form_is_charged(tmp_path: Path, sample: Any, tokens
 
 def test_request_body_is_charged_by_the_given_profile() -> None:
     assert plan(tokens=[CHAT], profile="azure").tokens == 1_300
+    batch = {"url": "/v1/embeddings", "body": EMBEDDING | {"model": "bge-m3"}}
+    assert [plan(tokens=[each], profile="azure").tokens for each in (EMBEDDING, batch)] == [20, 20]
     assert plan(calls=1, tokens=BODY, tpm=100_000, profile="bedrock").tokens == 64_010
 
 
@@ -212,7 +218,8 @@ def test_input_limit_binds_on_the_input_tokens_of_a_body() -> None:
 
 
 def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
-    assert plan(calls=3, tokens=[1, 2, 3]).tokens == 6
+    assert plan(tokens=[1, 2, 3]).tokens == 6
+    assert plan(latency=[1, 2, 3], tokens=2).tokens == 6
     assert plan(calls=3_000, tokens=[100, 300]).tokens == pytest.approx(600_000, rel=0.05)
     assert plan(calls=2, tokens=10.2).tokens == 22
     assert plan(calls=2, tokens={"input_tokens": 40, "output_tokens": 2}).tokens == 84

@@ -63,7 +63,8 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     held = [each.acquire_nowait() for each in (limiter, limiter.child("chat"))]
     admit(limiter, waited=90.0, bound_by="tokens")
     say(limiter, events.Released, held=2.0, outcome="ok", used={"usd": 12_500})
-    say(limiter, events.Settled, reserved=COST, used={"tokens": 700})
+    for used in 700, 950:
+        say(limiter, events.Settled, reserved=COST, used={"tokens": used})
     say(limiter, events.Paused, seconds=1.0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
     say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
@@ -76,7 +77,7 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     assert metrics["wait"].unit == "s"
     assert {kind: point.value for (kind, _), point in tokens.items()} == {
         "reserved": 900,
-        "used": 700,
+        "used": 1_650,
         "refunded": 200,
     }
     assert otel.points("agent")["chat", "openai", "ok"].sum == 30.0
@@ -89,7 +90,9 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     shares = {limit: point.value for (limit, _), point in otel.points("limit_used_ratio").items()}
     assert shares == {"rpm": 0.004, "concurrency": 0.25}
     off()
+    admit(limiter, waited=90.0, bound_by="tokens")
     assert not otel.metrics().keys() & GAUGES.keys()
+    assert len(otel.spans) == 1
 
 
 def test_wait_span_says_what_the_call_waited_for(
