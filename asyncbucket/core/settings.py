@@ -9,13 +9,13 @@ these figures without notice, and an account may have others: the limits page of
 authoritative. A preset is a starting point for transports and wrapped models: what a provider says
 in its headers lowers what is available, and never raises it. The figures are in ``presets.toml``,
 each with the provider's own page, or a dated copy of it, and the day on which it was read. Only
-figures that could be found are there. Nothing warns of their age, because that would begin on a day
-on which nothing else has changed: see `Preset.dated`.
+figures that could be found are there.
 """
 
 import difflib
 import os
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 _NUMBERS: Final = (*KEYWORDS, "max_queue")
 _KNOWN: Final = ("limits", "preset", "concurrency", "name", "store", "prices", *_NUMBERS)
+#: A preset this many days old causes a warning.
+_OLD: Final = 180
 
 
 def from_env(
@@ -238,6 +240,10 @@ def _table_in(file: Path) -> tuple[str, Mapping[str, Any]]:
 # --- published limits ---
 
 
+class PresetWarning(UserWarning):
+    """Say that a preset's figures are old."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """The limits that a provider publishes for a tier and a model; iterating yields the limits.
@@ -256,16 +262,20 @@ class Preset:
         return iter(self.limits)
 
 
-def preset(name: str) -> Preset:
+def preset(name: str, *, today: date | None = None) -> Preset:
     """Return the published limits called ``"provider/tier/model"``; see `preset_names`.
 
     >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
 
     Args:
         name: such as ``"anthropic/start/claude-sonnet-5"``.
+        today: the day on which to judge the age; by default today.
 
     Raises:
         ValueError: there is no such preset; the message suggests similar names.
+
+    Warns:
+        PresetWarning: the figures are over half a year old.
     """
     found = _presets().get(name)
     if found is None:
@@ -274,6 +284,14 @@ def preset(name: str) -> Preset:
         raise ValueError(
             f"no preset is called {name!r}; try e.g. {', '.join(similar)}; "
             "asyncbucket.presets.preset_names() names all"
+        )
+    age = ((date.today() if today is None else today) - found.dated).days  # noqa: DTZ011 - a day more or less
+    if age > _OLD:
+        warnings.warn(
+            f"the limits of {name!r} were read {age} days ago, on {found.dated}: compare them with "
+            f"{found.source}",
+            PresetWarning,
+            stacklevel=2,
         )
     return found
 

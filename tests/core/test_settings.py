@@ -1,6 +1,6 @@
 """Limits from outside the code: the environment, TOML files, and what providers publish."""
 
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,9 +9,10 @@ import pytest
 import asyncbucket
 from asyncbucket import Limit, Limiter, LimitSyntaxError, Price
 from asyncbucket.core.settings import from_env, from_toml
-from asyncbucket.presets import preset, preset_names
+from asyncbucket.presets import PresetWarning, preset, preset_names
 
 NOW = date(2026, 11, 25)
+GROQ = "groq/free/gpt-oss-20b"
 
 
 def env(**variables: str) -> Limiter:
@@ -55,6 +56,7 @@ def test_environment_variables_have_names_of_arguments(folder: Path) -> None:
     assert sizes == [4, 8, 7]
 
 
+@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
 def test_limits_and_preset_variables_can_be_combined() -> None:
     """Limits are separated by semicolons, because numbers may contain commas."""
     limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;", PRESET="openai/tier-2/gpt-4o-mini")
@@ -164,7 +166,7 @@ def test_modules_are_found_on_first_use_and_listed() -> None:
 
 def test_each_preset_has_limits_date_and_provider_page() -> None:
     for name in preset_names():
-        found = preset(name)
+        found = preset(name, today=NOW)
         provider, tier, model = name.split("/")
         page = urlsplit(found.source)
         assert found.name == name
@@ -173,7 +175,15 @@ def test_each_preset_has_limits_date_and_provider_page() -> None:
         assert provider in page.netloc.replace("claude", "anthropic")
         assert date(2026, 1, 1) < found.dated <= NOW
     by_day = Limit("requests", 50, per="day", resets="00:00 UTC")
-    assert by_day in tuple(preset("openrouter/free/any"))
+    assert by_day in tuple(preset("openrouter/free/any", today=NOW))
+
+
+def test_preset_older_than_half_a_year_warns_and_names_source() -> None:
+    dated = preset(GROQ, today=NOW).dated
+    assert preset(GROQ, today=dated + timedelta(days=180)).dated == dated
+    told = rf"'{GROQ}' were read 181 days ago, .* with https://console\.groq\.com"
+    with pytest.warns(PresetWarning, match=told):
+        assert preset(GROQ, today=dated + timedelta(days=181)).limits
 
 
 def test_error_of_unknown_preset_suggests_similar_name() -> None:
