@@ -28,7 +28,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
@@ -40,7 +40,7 @@ from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
-from asyncbucket.core.seats import EMPTY, GRACE, Place, Seat, Seats, reset_after_fork
+from asyncbucket.core.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
@@ -148,8 +148,13 @@ class Pacer:
 
     def count_observers(self, number: int) -> None:
         """Count ``number`` observers more; with the lock held."""
-        for pacer in (self,) if self.group is None else self.group.pacers:
+        for pacer in self.trees:
             pacer.observed += number
+
+    @property
+    def trees(self) -> "tuple[Pacer, ...]":
+        """The trees that look together: this one alone, but for pools and their members."""
+        return (self,) if self.group is None else tuple(self.group.pacers)
 
     def _event(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
@@ -203,10 +208,8 @@ class Pacer:
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
         """Count out ``waiter``, which is done but did not pass; ring if another may be next now."""
         line = waiter.line
-        if line.node.pacer is not self:  # of the group
-            line.node.pacer.gone_locked(waiter, now)
-            return
-        stood_here = self.place is not None and self.place.leave(waiter)
+        place = line.node.pacer.place
+        stood_here = place is not None and place.leave(waiter)
         calls = line.calls
         while calls and calls[0] is not waiter and calls[0].done():  # gave up before
             calls.popleft()
@@ -220,16 +223,17 @@ class Pacer:
         else:
             line.depart()
         self.count_in(line.waited_at, waiter.seat, -1)
+        waiter.seat = NOWHERE
         if first or not line.living:
             self.ring_locked(line.node, now)
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
-        pool = node.pacer.pool
-        if pool is None:
-            self.waiting += calls
+        pacer = node.pacer
+        if pacer.pool is None:
+            pacer.waiting += calls
         else:
-            pool.count_in(calls)
+            pacer.pool.count_in(calls)
         seat.waiting += calls
         for each in node.path:
             each.waiting += calls
@@ -237,27 +241,27 @@ class Pacer:
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
         seat, node, now = waiter.seat, waiter.line.node, self.clock()
-        if node.pacer is not self:  # it has been handed over to a member of its pool
-            node.pacer.withdraw_locked(waiter)
-            return
-        if seat.look is None:  # it waited in the parent process
+        if seat.look is None and seat is not NOWHERE:  # it waited in the parent process
             return
         for each in node.path:
             each.cancelled += 1
         if self.observed:
             cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
             self.notify_locked(node, Cancelled, cost=cost, waited=waited)
+        if seat is NOWHERE:  # its time was up, it failed, or its loop was closed
+            return
         if waiter.done() and not waiter.cancelled():
-            if waiter.exception() is None and waiter.result():
-                if waiter.lease is None:
-                    node.unbook(node.meters, waiter.amounts, waiter.asked)
-                else:
-                    waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
-                waiter.line.credit_flows(waiter.amounts)
-                self.ring_locked(node, now)
+            if waiter.lease is None:
+                node.unbook(node.meters, waiter.amounts, waiter.asked)
+            else:
+                waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
+            waiter.line.credit_flows(waiter.amounts)
+            self.ring_locked(node, now)
         elif waiter.cancelled() or not seat.is_closed():
             waiter.cancel()
             self.gone_locked(waiter, now)
+            if not seat.waiting:  # its task ends; else it might outlive the limiter
+                seat.ring(now)
         else:  # nothing can be resolved there any more
             seats.bury(self, seat)
 
@@ -277,9 +281,9 @@ class Pacer:
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         if not waiter.done():
             waiter.set_exception(error)
-            now = self.clock()
+            seat, now = waiter.seat, self.clock()
             self.gone_locked(waiter, now)
-            waiter.seat.ring(now)
+            seat.ring(now)
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
@@ -416,17 +420,30 @@ class Pacer:
             member = next(each for each in pool.members if each.pacer is self)
             passed: int = pool.serve(waiter, member, now)
             return passed
-        if waiter.done():
-            return 0
+        return 0 if waiter.done() else self.serve(waiter, line, (line,), now)
+
+    def serve(self, waiter: AnyWaiter, here: Line, unpaid: Iterable[Line], now: int) -> int:
+        """Let the head of a line go, in this tree; return 1 if it still waited, else 0.
+
+        It has left its line for ``here``, and the lines ``unpaid`` pay for it.
+        """
+        line, asked = waiter.line, waiter.asked
+        bound_by = line.bound_by or line.node.pacer.bound_by
         line.calls.popleft()
+        waiter.line = here
         if self.place is not None:
-            self.push_at(line.node, self.place, waiter, now)
-            self._charge(line, waiter.amounts, now, 1)
+            self._push(waiter, self.place, now)
+        elif self.let_go(waiter, now, bound_by):
+            here.node.book(waiter.amounts, now)
+            if bound_by is not None:
+                here.node.count_waits(1, now - asked, bound_by)
+            self.count_in(line.node, waiter.seat, -1)
+        else:
+            waiter.line = line
             return 0
-        if not self.let_go(waiter, now, line.bound_by or self.bound_by):
-            return 0
-        line.node.book(waiter.amounts, now)
-        self._count_served(waiter, now, 1, now - waiter.asked)
+        for each in unpaid:
+            each.node.pacer.top.charge(each, waiter.amounts)
+        self._depart(line, now, 1)
         return 1
 
     def _serve_line(self, line: Line, most: int, now: int) -> int:
@@ -460,7 +477,11 @@ class Pacer:
             waited += sum(group)
             last = waiter
         if last is not None:
-            self._count_served(last, now, count, waited)
+            if bound_by is not None:
+                node.count_waits(count, waited, bound_by)
+            self.count_in(node, last.seat, -count)
+            self.top.charge(line, last.amounts)
+            self._depart(line, now, count)
         return count
 
     def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
@@ -491,31 +512,22 @@ class Pacer:
             waiter.asked = now  # from now on when it passed
         return True
 
-    def _count_served(self, last: AnyWaiter, now: int, calls: int, waited: int) -> None:
-        """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
-        node, bound_by = last.line.node, last.line.bound_by or self.bound_by
-        self.since = now
-        if bound_by is not None:
-            node.count_waits(calls, waited, bound_by)
-        self.count_in(node, last.seat, -calls)
-        self._charge(last.line, last.amounts, now, calls)
-
-    def _charge(self, line: Line, amounts: Amounts, now: int, calls: int) -> None:
-        """Charge the flows for calls that left the line, the last for ``amounts``."""
-        line.since = now
-        self.top.charge(line, amounts)
+    def _depart(self, line: Line, now: int, calls: int) -> None:
+        """Count out ``calls`` calls that went."""
+        self.since = line.since = now
         line.depart(calls)
         if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)
 
-    def push_at(self, node: Node, place: Place, waiter: AnyWaiter, now: int) -> None:
-        """Hand ``waiter`` over to the store, booked at ``node`` and below the root."""
-        below = tuple(pair for each in node.path[:-1] for pair in each.own)
+    def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
+        """Hand ``waiter`` over to the store, booked below the root."""
+        path = waiter.line.node.path
+        below = tuple(pair for each in path[:-1] for pair in each.own)
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
             if amount:
                 meter.book(amount, now)
-        for each in node.path:
+        for each in path:
             each.in_flight += 1
         place.push(waiter, below, now)
 

@@ -246,6 +246,7 @@ def test_call_waiting_on_closed_loop_is_counted_out_once(
     elif how == "cancelled":
         with pytest.raises(RuntimeError, match="closed"):
             task[0].cancel()
+        assert key.statistics().waiting == 0
     elif how == "coroutine":
         coroutine = task[0].get_coro()
         assert coroutine is not None
