@@ -219,9 +219,6 @@ class Members:
 
     def count_in(self, calls: int) -> None:
         """Count ``calls`` calls that wait from now on: at every member, nobody may pass them."""
-        if not self.pacer.waiting:
-            for member in self.members:
-                member.pacer.since = self.pacer.clock()
         self.pacer.waiting += calls
         for member in self.members:
             member.pacer.waiting += calls

@@ -307,7 +307,8 @@ class Window(Meter):
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
-        self.limit, self.amount = limit, limit.units
+        #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
+        self.limit, self.amount, self.allowed = limit, limit.units, limit.units
         if limit.calendar != self._calendar:  # all counts as booked last
             self._calendar, self._opened = limit.calendar, NEVER
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
@@ -333,7 +334,7 @@ class Window(Meter):
         if self._calendar is not None:
             if amount > self.amount:
                 return NEVER
-            return max(due, self._resets_at(self._calendar, 1 if over <= self.amount else 2))
+            return max(due, self._resets_at(self._calendar, 1 if over <= self.allowed else 2))
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
@@ -492,8 +493,9 @@ class Window(Meter):
         wall = self._wall(now)
         number = calendar.number(wall)
         if number > self._opened:
-            owed = min(max(0, self.used - self.amount), self.amount)
+            owed = min(max(0, self.used - self.allowed), self.amount)
             self.used = owed if number == self._opened + 1 else 0
+            self.allowed = self.amount
             self._forgotten, self._largest = now - 1, 0
         self._opened = number
         self._closes = now + calendar.start(number + 1) - wall

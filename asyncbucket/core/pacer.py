@@ -156,21 +156,19 @@ class Pacer:
         """The trees that look together: this one alone, but for pools and their members."""
         return (self,) if self.group is None else tuple(self.group.pacers)
 
-    def _event(
+    def notify_locked(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
-    ) -> Event:
-        at = self.clock() if at is None else at
-        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
+    ) -> None:
+        """Tell the observers of ``node`` and of those above when the lock is released."""
+        if self.observed:
+            when = (self.clock() if at is None else at) * 1e-9
+            event = event_type(limiter=shown_name(node.name), at=when, **fields)
+            self.news.append(partial(node.emit, event))
 
     def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell the observers of ``node`` and of those above: now, in this thread; without the lock."""
-        if self.observed:
-            node.emit(self._event(node, event_type, **fields))
-
-    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell them when the lock is released."""
-        if self.observed:
-            self.news.append(partial(node.emit, self._event(node, event_type, **fields)))
+        """Tell them now, in this thread; without the lock."""
+        self.notify_locked(node, event_type, **fields)
+        self.catch_up()
 
     # --- standing in line ---
 
@@ -195,7 +193,8 @@ class Pacer:
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
         seat = waiter.seat
-        self.since = now
+        for tree in self.trees:
+            tree.since = now
         if self.place is not None or seat.loop is None or self.group is not None:
             return False
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
@@ -206,17 +205,10 @@ class Pacer:
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
-        """Count out ``waiter``, which is done but did not pass; ring if another may be next now."""
+        """Count out ``waiter``, which is done but did not pass, and ring: another may be next now."""
         line = waiter.line
         place = line.node.pacer.place
-        stood_here = place is not None and place.leave(waiter)
-        calls = line.calls
-        while calls and calls[0] is not waiter and calls[0].done():  # gave up before
-            calls.popleft()
-        first = stood_here or (
-            bool(calls) and (calls[0].number >= waiter.number or not line.in_order_of_arrival)
-        )
-        if stood_here:
+        if place is not None and place.leave(waiter):
             for each in line.node.path:
                 each.in_flight -= 1
             line.credit_flows(waiter.amounts)
@@ -224,8 +216,7 @@ class Pacer:
             line.depart()
         self.count_in(line.waited_at, waiter.seat, -1)
         waiter.seat = NOWHERE
-        if first or not line.living:
-            self.ring_locked(line.node, now)
+        self.ring_locked(line.node, now)
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
