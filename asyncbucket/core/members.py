@@ -456,8 +456,9 @@ class Members:
         """Let a call pass without a slot at a member whose slots are held on blocked loops."""
         due = NEVER
         for member in self.members:
-            member.rouse()
-            due = min(due, member.pacer.override(seat, now))
+            if member.pacer.place is None:  # else its slots are the store's
+                member.rouse()
+                due = min(due, member.pacer.override(seat, now))
         return due
 
     def _give_up(self, now: int) -> None:

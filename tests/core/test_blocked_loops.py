@@ -14,7 +14,7 @@ import pytest
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool, TokenBucket
 from asyncbucket.core import seats
 from asyncbucket.testing import VirtualClock, VirtualTime
-from tests.core.conftest import nothing_is_left, start_all
+from tests.core.conftest import cancel, nothing_is_left, start_all
 from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
 
 
@@ -120,6 +120,22 @@ async def test_call_that_a_store_holds_back_passes_without_slot_at_another_membe
     lease.release()
     leaked.release()
     assert overridden(pool) == 1
+    await pool.aclose()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_call_that_waits_for_a_store_does_not_pass_without_slot(tmp_path: Path) -> None:
+    pool = Pool(Limiter("1 requests/h burst 1", store=f"sqlite:///{tmp_path}/db"))
+    leaked = await asyncio.to_thread(asyncio.run, take(pool))
+    waiting = [asyncio.create_task(take(pool))]
+    for _ in range(2):  # by the second round, the store has said that it holds the first call up
+        await asyncio.sleep(0.3)
+        waiting.append(asyncio.create_task(take(pool)))
+    assert pool.statistics().overridden == 0
+    cancel(*waiting)
+    await asyncio.wait(waiting)
+    leaked.release()
+    assert overridden(pool) == 0
     await pool.aclose()
 
 
