@@ -289,8 +289,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             self._broken(error)
 
     def _open_coroutine(self) -> Generator[Any, Any, Self]:
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
+        self._coroutine = self._coroutine or self.__await__()
         if inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
             raise RuntimeError(
                 "this acquisition has been awaited: call acquire() for another lease"
@@ -307,8 +306,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def close(self) -> None:
         """Close it, as a coroutine: it counts as awaited, so there is no warning."""
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
+        self._coroutine = self._coroutine or self.__await__()
         self._coroutine.close()
 
     # --- holding ---
