@@ -382,7 +382,7 @@ class Pacer:
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
             if place is not None or passed < BATCH:
-                passed += self._serve(waiter, now)
+                passed += self.serve(waiter, waiter.line, (waiter.line,), now)
                 served = None
             else:
                 return now
@@ -402,16 +402,6 @@ class Pacer:
         while isinstance(flow, Branch):
             flow = flow.only_flow
         return flow is not None
-
-    def _serve(self, waiter: AnyWaiter, now: int) -> int:
-        """Let the head of a line go; return 1 if it still waited, else 0."""
-        line = waiter.line
-        if line.node.pacer is not self:
-            pool = line.waited_at.pacer.pool  # a store of another member may hold the call back
-            member = next(each for each in pool.members if each.pacer is self)
-            passed: int = pool.serve(waiter, member, now)
-            return passed
-        return 0 if waiter.done() else self.serve(waiter, line, (line,), now)
 
     def serve(self, waiter: AnyWaiter, here: Line, unpaid: Iterable[Line], now: int) -> int:
         """Let the head of a line go, in this tree; return 1 if it still waited, else 0.
@@ -540,8 +530,12 @@ class Pacer:
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
         waiter, due = seats.beyond_slots(self, seat, now)
-        if waiter is not None:
-            self._serve(waiter, now)
+        pool = None if waiter is None else waiter.line.waited_at.pacer.pool
+        if pool is not None:
+            member = next(each for each in pool.members if each.pacer is self)
+            pool.serve(waiter, member, now)
+        elif waiter is not None:
+            self.serve(waiter, waiter.line, (waiter.line,), now)
         return due
 
     def after_fork(self) -> None:
