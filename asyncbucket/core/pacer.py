@@ -304,10 +304,8 @@ class Pacer:
         """Have all look again, because something has changed at ``node`` or above, or everywhere."""
         if not self.waiting and self.group is None:  # of a pool, others may wait at its members
             return
-        if node is None:
-            self.top.rouse_all()
-        else:
-            rouse(node)
+        for each in (line.node for line in self.top.lines()) if node is None else (node,):
+            rouse(each)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):

@@ -285,13 +285,6 @@ class Branch(Flow):
         if flow.asleep:
             self._make_ready(flow, kept=flow.work / flow.weight)
 
-    def rouse_all(self) -> None:
-        """Ask all flows anew, here and below."""
-        for flow in self.flows:
-            self.rouse(flow)
-            if isinstance(flow, Branch):
-                flow.rouse_all()
-
     def reweigh(self, flow: Flow, weight: float) -> None:
         """Change the weight of ``flow``."""
         if flow.competes:
