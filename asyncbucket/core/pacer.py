@@ -248,13 +248,12 @@ class Pacer:
                 waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
             waiter.line.credit_flows(waiter.amounts)
             self.ring_locked(node, now)
-        elif waiter.cancelled() or not seat.is_closed():
-            waiter.cancel()
+        else:
+            with contextlib.suppress(RuntimeError):  # its loop was closed: it is marked all the same
+                waiter.cancel()
             self.gone_locked(waiter, now)
             if not seat.waiting:  # its task ends; else it might outlive the limiter
                 seat.ring(now)
-        else:  # nothing can be resolved there any more
-            seats.bury(self, seat)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
