@@ -37,7 +37,7 @@ from asyncbucket.core import seats
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
-from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
 from asyncbucket.core.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
@@ -249,7 +249,9 @@ class Pacer:
             waiter.line.credit_flows(waiter.amounts)
             self.ring_locked(node, now)
         else:
-            with contextlib.suppress(RuntimeError):  # its loop was closed: it is marked all the same
+            with contextlib.suppress(
+                RuntimeError
+            ):  # its loop was closed: it is marked all the same
                 waiter.cancel()
             self.gone_locked(waiter, now)
             if not seat.waiting:  # its task ends; else it might outlive the limiter
