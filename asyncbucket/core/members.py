@@ -484,8 +484,6 @@ class Members:
         """
         if any(member.takes(amounts) for member in self.members):
             return
-        if len(self.members) == 1:
-            self.members[0].node.check(amounts)  # which refuses
         exceeded = {member.limiter.name: member.node.exceeded(amounts) for member in self.members}
         resources = dict.fromkeys(limit.resource for limit in exceeded.values() if limit)
         cost = ", ".join(counted(amounts[each], each) for each in resources)

@@ -140,8 +140,6 @@ class Bucket(Meter):
         #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
-        #: What was booked before this instant comes back elsewhere.
-        self.began = 0
         #: Until when (ns) bookings were made under other bursts, and the least of those.
         self._earlier_bursts = -1, burst
         self.reshape(rate=rate, burst=burst, now=0)
@@ -219,7 +217,7 @@ class Bucket(Meter):
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`: at most the lowest backlog since then comes back."""
         start = when * self.q
-        if self.full_at > start or when < self.began:
+        if self.full_at > start:
             return
         later = bisect.bisect_right(self._dates, start)
         # A call above the burst earned the excess by waiting at the head. The excess comes back
@@ -319,7 +317,7 @@ class Window(Meter):
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=rate, burst=burst)
-            self.pace.began = now
+            self.pace.full_at = now * self.pace.q  # what was booked before gives nothing back
         else:
             self.pace.reshape(rate=rate, burst=burst, now=now)
 
