@@ -249,10 +249,9 @@ class Pacer:
             waiter.line.credit_flows(waiter.amounts)
             self.ring_locked(node, now)
         else:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # its loop was closed: it is marked all the same
-                waiter.cancel()
+            if not waiter.cancelled():
+                with contextlib.suppress(RuntimeError):  # on a closed loop, it is marked
+                    waiter.cancel()
             self.gone_locked(waiter, now)
             if not seat.waiting:  # its task ends; else it might outlive the limiter
                 seat.ring(now)
