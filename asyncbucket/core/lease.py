@@ -289,8 +289,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             self._broken(error)
 
     def _open_coroutine(self) -> Generator[Any, Any, Self]:
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
+        self._coroutine = self._coroutine or self.__await__()
         if inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
             raise RuntimeError(
                 "this acquisition has been awaited: call acquire() for another lease"
@@ -307,8 +306,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def close(self) -> None:
         """Close it, as a coroutine: it counts as awaited, so there is no warning."""
-        if self._coroutine is None:
-            self._coroutine = self.__await__()
+        self._coroutine = self._coroutine or self.__await__()
         self._coroutine.close()
 
     # --- holding ---
@@ -496,15 +494,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self._settle({name: 0 for name in self._booked() if name != "concurrency"})
         self.failed()
 
-    def _give_up_slots(self, path: Collection[Node]) -> None:
+    def _give_up_slots_locked(self, path: Collection[Node]) -> None:
         """Give back the slots, for good, that a call made inside this one needs at ``path``.
 
         This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
         slots were held so, they would wait for ever.
         """
-        self._node.pacer.do(self._give_up_slots_locked, path)
-
-    def _give_up_slots_locked(self, path: Collection[Node]) -> None:
         held = self._node.path if self._levels is None else self._levels
         given_up = [level for level in held if level in path]
         if self._state not in (HELD, LENT) or self._seat.look is None or not given_up:

@@ -129,7 +129,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     slot. So the outer call gives up its slots at the levels that both pass, for good. At the others
     it keeps them.
     """
-    lease._give_up_slots(_passed(effective_limiter(limiter)))
+    lease._node.pacer.do(lease._give_up_slots_locked, _passed(effective_limiter(limiter)))
 
 
 def sent(lease: Lease) -> None:

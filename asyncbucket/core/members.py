@@ -219,9 +219,6 @@ class Members:
 
     def count_in(self, calls: int) -> None:
         """Count ``calls`` calls that wait from now on: at every member, nobody may pass them."""
-        if not self.pacer.waiting:
-            for member in self.members:
-                member.pacer.since = self.pacer.clock()
         self.pacer.waiting += calls
         for member in self.members:
             member.pacer.waiting += calls
@@ -375,34 +372,14 @@ class Members:
 
     def serve(self, waiter: AnyWaiter, member: Member, now: int) -> int:
         """Let a call go at ``member``; return 1 if it still waited, else 0."""
-        pacer = member.pacer
         if waiter.line.node.pacer is not self.pacer:
             self._take_back(waiter)
         line: Line = waiter.line
-        line.calls.popleft()
-        paid = line.paid if isinstance(line, PaidLine) else (line,)
-        unpaid: tuple[Line, ...] = () if isinstance(line, PaidLine) else paid
+        paid, unpaid = (line.paid, ()) if isinstance(line, PaidLine) else ((line,), (line,))
         if member.is_shared and member.standing:  # else its own queue has nothing to divide
             paid, unpaid = (*paid, member.standing), (*unpaid, member.standing)
-        waiter.line = here = PaidLine(member.at(paid[0].node), paid)
-        bound_by = line.bound_by
-        if pacer.place is not None:
-            pacer.push_at(here.node, pacer.place, waiter, now)
-        elif not pacer.let_go(waiter, now, bound_by):
-            waiter.line = line
-            return 0
-        else:
-            here.node.book(waiter.amounts, now)
-            if bound_by is not None:
-                here.node.count_waits(1, now - waiter.asked, bound_by)
-            self.pacer.count_in(line.node, waiter.seat, -1)
-        line.since = pacer.since = now
-        for each in unpaid:
-            each.node.pacer.top.charge(each, waiter.amounts)
-        line.depart()
-        if line.node.parent is not None:  # a limiter above may sleep because of another call
-            rouse(line.node)
-        return 1
+        here = PaidLine(member.at(paid[0].node), paid)
+        return member.pacer.serve(waiter, here, unpaid, now)
 
     # --- who is out of line ---
 
@@ -479,8 +456,9 @@ class Members:
         """Let a call pass without a slot at a member whose slots are held on blocked loops."""
         due = NEVER
         for member in self.members:
-            member.rouse()
-            due = min(due, member.pacer.override(seat, now))
+            if member.pacer.place is None:  # else its slots are the store's
+                member.rouse()
+                due = min(due, member.pacer.override(seat, now))
         return due
 
     def _give_up(self, now: int) -> None:
@@ -506,8 +484,6 @@ class Members:
         """
         if any(member.takes(amounts) for member in self.members):
             return
-        if len(self.members) == 1:
-            self.members[0].node.check(amounts)  # which refuses
         exceeded = {member.limiter.name: member.node.exceeded(amounts) for member in self.members}
         resources = dict.fromkeys(limit.resource for limit in exceeded.values() if limit)
         cost = ", ".join(counted(amounts[each], each) for each in resources)
@@ -547,7 +523,7 @@ class Group:
         for pacer in self.pacers:
             pacer.group = self
             pacer.observed = observed
-        self.share(max(self.pacers, key=lambda pacer: (pacer.waiting, pacer.seats.arrivals)))
+        self.share(max(self.pacers, key=lambda pacer: pacer.seats.arrivals))
 
     def share(self, first: Pacer) -> None:
         """Have all use the lock of ``first``, and where its calls wait."""

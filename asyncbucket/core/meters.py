@@ -140,8 +140,6 @@ class Bucket(Meter):
         #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
-        #: What was booked before this instant comes back elsewhere.
-        self.began = 0
         #: Until when (ns) bookings were made under other bursts, and the least of those.
         self._earlier_bursts = -1, burst
         self.reshape(rate=rate, burst=burst, now=0)
@@ -219,7 +217,7 @@ class Bucket(Meter):
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`: at most the lowest backlog since then comes back."""
         start = when * self.q
-        if self.full_at > start or when < self.began:
+        if self.full_at > start:
             return
         later = bisect.bisect_right(self._dates, start)
         # A call above the burst earned the excess by waiting at the head. The excess comes back
@@ -307,7 +305,8 @@ class Window(Meter):
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
-        self.limit, self.amount = limit, limit.units
+        #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
+        self.limit, self.amount, self.allowed = limit, limit.units, limit.units
         if limit.calendar != self._calendar:  # all counts as booked last
             self._calendar, self._opened = limit.calendar, NEVER
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
@@ -318,7 +317,7 @@ class Window(Meter):
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=rate, burst=burst)
-            self.pace.began = now
+            self.pace.full_at = now * self.pace.q  # what was booked before gives nothing back
         else:
             self.pace.reshape(rate=rate, burst=burst, now=now)
 
@@ -333,7 +332,7 @@ class Window(Meter):
         if self._calendar is not None:
             if amount > self.amount:
                 return NEVER
-            return max(due, self._resets_at(self._calendar, 1 if over <= self.amount else 2))
+            return max(due, self._resets_at(self._calendar, 1 if over <= self.allowed else 2))
         for date, units in zip(self._dates, self._units, strict=True):
             over -= units
             if over <= 0:
@@ -492,8 +491,9 @@ class Window(Meter):
         wall = self._wall(now)
         number = calendar.number(wall)
         if number > self._opened:
-            owed = min(max(0, self.used - self.amount), self.amount)
+            owed = min(max(0, self.used - self.allowed), self.amount)
             self.used = owed if number == self._opened + 1 else 0
+            self.allowed = self.amount
             self._forgotten, self._largest = now - 1, 0
         self._opened = number
         self._closes = now + calendar.start(number + 1) - wall

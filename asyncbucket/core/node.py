@@ -299,7 +299,9 @@ class Node:
             if window is None:
                 window = changed[limit.key] = Window(limit, wall=self.pacer.wall)
             else:
+                allowed = max(window.allowed, limit.units)
                 window.reshape(limit, now)
+                window.allowed = allowed  # lowering a limit puts nobody into debt
             window.refuses = not learned
             self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed

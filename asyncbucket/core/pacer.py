@@ -28,7 +28,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
@@ -37,10 +37,10 @@ from asyncbucket.core import seats
 from asyncbucket.core.cost import Cost
 from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
-from asyncbucket.core.meters import NEVER, Amounts
+from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node, shown_name
 from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
-from asyncbucket.core.seats import EMPTY, GRACE, Place, Seat, Seats, reset_after_fork
+from asyncbucket.core.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.core.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
@@ -148,24 +148,27 @@ class Pacer:
 
     def count_observers(self, number: int) -> None:
         """Count ``number`` observers more; with the lock held."""
-        for pacer in (self,) if self.group is None else self.group.pacers:
+        for pacer in self.trees:
             pacer.observed += number
 
-    def _event(
+    @property
+    def trees(self) -> "tuple[Pacer, ...]":
+        """The trees that look together: this one alone, but for pools and their members."""
+        return (self,) if self.group is None else tuple(self.group.pacers)
+
+    def notify_locked(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
-    ) -> Event:
-        at = self.clock() if at is None else at
-        return event_type(limiter=shown_name(node.name), at=at * 1e-9, **fields)
+    ) -> None:
+        """Tell the observers of ``node`` and of those above when the lock is released."""
+        if self.observed:
+            when = (self.clock() if at is None else at) * 1e-9
+            event = event_type(limiter=shown_name(node.name), at=when, **fields)
+            self.news.append(partial(node.emit, event))
 
     def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell the observers of ``node`` and of those above: now, in this thread; without the lock."""
-        if self.observed:
-            node.emit(self._event(node, event_type, **fields))
-
-    def notify_locked(self, node: Node, event_type: type[Event], **fields: Any) -> None:
-        """Tell them when the lock is released."""
-        if self.observed:
-            self.news.append(partial(node.emit, self._event(node, event_type, **fields)))
+        """Tell them now, in this thread; without the lock."""
+        self.notify_locked(node, event_type, **fields)
+        self.catch_up()
 
     # --- standing in line ---
 
@@ -190,7 +193,8 @@ class Pacer:
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
         seat = waiter.seat
-        self.since = now
+        for tree in self.trees:
+            tree.since = now
         if self.place is not None or seat.loop is None or self.group is not None:
             return False
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
@@ -201,35 +205,26 @@ class Pacer:
         return True
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
-        """Count out ``waiter``, which is done but did not pass; ring if another may be next now."""
+        """Count out ``waiter``, which is done but did not pass, and ring: another may be next now."""
         line = waiter.line
-        if line.node.pacer is not self:  # of the group
-            line.node.pacer.gone_locked(waiter, now)
-            return
-        stood_here = self.place is not None and self.place.leave(waiter)
-        calls = line.calls
-        while calls and calls[0] is not waiter and calls[0].done():  # gave up before
-            calls.popleft()
-        first = stood_here or (
-            bool(calls) and (calls[0].number >= waiter.number or not line.in_order_of_arrival)
-        )
-        if stood_here:
+        place = line.node.pacer.place
+        if place is not None and place.leave(waiter):
             for each in line.node.path:
                 each.in_flight -= 1
             line.credit_flows(waiter.amounts)
         else:
             line.depart()
         self.count_in(line.waited_at, waiter.seat, -1)
-        if first or not line.living:
-            self.ring_locked(line.node, now)
+        waiter.seat = NOWHERE
+        self.ring_locked(line.node, now)
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
-        pool = node.pacer.pool
-        if pool is None:
-            self.waiting += calls
+        pacer = node.pacer
+        if pacer.pool is None:
+            pacer.waiting += calls
         else:
-            pool.count_in(calls)
+            pacer.pool.count_in(calls)
         seat.waiting += calls
         for each in node.path:
             each.waiting += calls
@@ -237,29 +232,29 @@ class Pacer:
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
         seat, node, now = waiter.seat, waiter.line.node, self.clock()
-        if node.pacer is not self:  # it has been handed over to a member of its pool
-            node.pacer.withdraw_locked(waiter)
-            return
-        if seat.look is None:  # it waited in the parent process
+        if seat.look is None and seat is not NOWHERE:  # it waited in the parent process
             return
         for each in node.path:
             each.cancelled += 1
         if self.observed:
             cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
             self.notify_locked(node, Cancelled, cost=cost, waited=waited)
+        if seat is NOWHERE:  # its time was up, it failed, or its loop was closed
+            return
         if waiter.done() and not waiter.cancelled():
-            if waiter.exception() is None and waiter.result():
-                if waiter.lease is None:
-                    node.unbook(node.meters, waiter.amounts, waiter.asked)
-                else:
-                    waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
-                waiter.line.credit_flows(waiter.amounts)
-                self.ring_locked(node, now)
-        elif waiter.cancelled() or not seat.is_closed():
-            waiter.cancel()
+            if waiter.lease is None:
+                node.unbook(node.meters, waiter.amounts, waiter.asked)
+            else:
+                waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
+            waiter.line.credit_flows(waiter.amounts)
+            self.ring_locked(node, now)
+        else:
+            if not waiter.cancelled():
+                with contextlib.suppress(RuntimeError):  # on a closed loop, it is marked
+                    waiter.cancel()
             self.gone_locked(waiter, now)
-        else:  # nothing can be resolved there any more
-            seats.bury(self, seat)
+            if not seat.waiting:  # its task ends; else it might outlive the limiter
+                seat.ring(now)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
@@ -277,9 +272,9 @@ class Pacer:
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         if not waiter.done():
             waiter.set_exception(error)
-            now = self.clock()
+            seat, now = waiter.seat, self.clock()
             self.gone_locked(waiter, now)
-            waiter.seat.ring(now)
+            seat.ring(now)
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
@@ -309,10 +304,8 @@ class Pacer:
         """Have all look again, because something has changed at ``node`` or above, or everywhere."""
         if not self.waiting and self.group is None:  # of a pool, others may wait at its members
             return
-        if node is None:
-            self.top.rouse_all()
-        else:
-            rouse(node)
+        for each in (line.node for line in self.top.lines()) if node is None else (node,):
+            rouse(each)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
@@ -387,7 +380,7 @@ class Pacer:
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
             if place is not None or passed < BATCH:
-                passed += self._serve(waiter, now)
+                passed += self.serve(waiter, waiter.line, (waiter.line,), now)
                 served = None
             else:
                 return now
@@ -408,25 +401,28 @@ class Pacer:
             flow = flow.only_flow
         return flow is not None
 
-    def _serve(self, waiter: AnyWaiter, now: int) -> int:
-        """Let the head of a line go; return 1 if it still waited, else 0."""
-        line = waiter.line
-        if line.node.pacer is not self:
-            pool = line.waited_at.pacer.pool  # a store of another member may hold the call back
-            member = next(each for each in pool.members if each.pacer is self)
-            passed: int = pool.serve(waiter, member, now)
-            return passed
-        if waiter.done():
-            return 0
+    def serve(self, waiter: AnyWaiter, here: Line, unpaid: Iterable[Line], now: int) -> int:
+        """Let the head of a line go, in this tree; return 1 if it still waited, else 0.
+
+        It has left its line for ``here``, and the lines ``unpaid`` pay for it.
+        """
+        line, asked = waiter.line, waiter.asked
+        bound_by = line.bound_by or line.node.pacer.bound_by
         line.calls.popleft()
+        waiter.line = here
         if self.place is not None:
-            self.push_at(line.node, self.place, waiter, now)
-            self._charge(line, waiter.amounts, now, 1)
+            self._push(waiter, self.place, now)
+        elif self.let_go(waiter, now, bound_by):
+            here.node.book(waiter.amounts, now)
+            if bound_by is not None:
+                here.node.count_waits(1, now - asked, bound_by)
+            self.count_in(line.node, waiter.seat, -1)
+        else:
+            waiter.line = line
             return 0
-        if not self.let_go(waiter, now, line.bound_by or self.bound_by):
-            return 0
-        line.node.book(waiter.amounts, now)
-        self._count_served(waiter, now, 1, now - waiter.asked)
+        for each in unpaid:
+            each.node.pacer.top.charge(each, waiter.amounts)
+        self._depart(line, now, 1)
         return 1
 
     def _serve_line(self, line: Line, most: int, now: int) -> int:
@@ -460,7 +456,11 @@ class Pacer:
             waited += sum(group)
             last = waiter
         if last is not None:
-            self._count_served(last, now, count, waited)
+            if bound_by is not None:
+                node.count_waits(count, waited, bound_by)
+            self.count_in(node, last.seat, -count)
+            self.top.charge(line, last.amounts)
+            self._depart(line, now, count)
         return count
 
     def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
@@ -491,31 +491,22 @@ class Pacer:
             waiter.asked = now  # from now on when it passed
         return True
 
-    def _count_served(self, last: AnyWaiter, now: int, calls: int, waited: int) -> None:
-        """Count ``calls`` calls that passed, up to ``last``, and charge the flows for them."""
-        node, bound_by = last.line.node, last.line.bound_by or self.bound_by
-        self.since = now
-        if bound_by is not None:
-            node.count_waits(calls, waited, bound_by)
-        self.count_in(node, last.seat, -calls)
-        self._charge(last.line, last.amounts, now, calls)
-
-    def _charge(self, line: Line, amounts: Amounts, now: int, calls: int) -> None:
-        """Charge the flows for calls that left the line, the last for ``amounts``."""
-        line.since = now
-        self.top.charge(line, amounts)
+    def _depart(self, line: Line, now: int, calls: int) -> None:
+        """Count out ``calls`` calls that went."""
+        self.since = line.since = now
         line.depart(calls)
         if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)
 
-    def push_at(self, node: Node, place: Place, waiter: AnyWaiter, now: int) -> None:
-        """Hand ``waiter`` over to the store, booked at ``node`` and below the root."""
-        below = tuple(pair for each in node.path[:-1] for pair in each.own)
+    def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
+        """Hand ``waiter`` over to the store, booked below the root."""
+        path = waiter.line.node.path
+        below = tuple(pair for each in path[:-1] for pair in each.own)
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
             if amount:
                 meter.book(amount, now)
-        for each in node.path:
+        for each in path:
             each.in_flight += 1
         place.push(waiter, below, now)
 
@@ -537,8 +528,12 @@ class Pacer:
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
         waiter, due = seats.beyond_slots(self, seat, now)
-        if waiter is not None:
-            self._serve(waiter, now)
+        pool = None if waiter is None else waiter.line.waited_at.pacer.pool
+        if pool is not None:
+            member = next(each for each in pool.members if each.pacer is self)
+            pool.serve(waiter, member, now)
+        elif waiter is not None:
+            self.serve(waiter, waiter.line, (waiter.line,), now)
         return due
 
     def after_fork(self) -> None:

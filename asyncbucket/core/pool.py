@@ -165,7 +165,7 @@ class Pool(Limiter):
         TypeError: a member is not a `Limiter`.
         ValueError: there is no member, a name comes twice, members have different clocks, or a
             number is out of range.
-        RuntimeError: calls wait or are in flight at a member.
+        RuntimeError: calls are in flight or wait at a member, or wait in a pool that has it already.
     """
 
     def __init__(
@@ -387,9 +387,10 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
             raise TypeError(f"a pool's members are limiters, not {member!r}")
         if member.parent is not None:
             raise ValueError(f"a pool's members have no parents: {member.name!r} is a child")
-        if member._node.in_flight or member._node.pacer.waiting:
+        if member._node.in_flight or any(tree.waiting for tree in member._node.pacer.trees):
             raise RuntimeError(
-                f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
+                f"calls of {member.name!r}, or of what it shares a pool with, wait or are in flight: "
+                f"make the pool before the first call"
             )
     names = [member.name for member in members]
     if len(set(names)) < len(names):

@@ -140,6 +140,8 @@ class Line(Flow):
     def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
+        #: Where its calls count while they wait.
+        self.waited_at = node
         #: In order of arrival, or in that of the agents that make them.
         self.calls: Any = deque()
         #: Since when somebody has been first here without anyone being served.
@@ -213,11 +215,6 @@ class Line(Flow):
                 return first, now
         return None, EMPTY
 
-    @property
-    def waited_at(self) -> Node:
-        """Where its calls counted while they waited."""
-        return self.node
-
     def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
         """Credit the flows that paid for a call with what it did not use; all, if it was not made."""
         flow: Flow = self
@@ -284,13 +281,6 @@ class Branch(Flow):
         """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
         if flow.asleep:
             self._make_ready(flow, kept=flow.work / flow.weight)
-
-    def rouse_all(self) -> None:
-        """Ask all flows anew, here and below."""
-        for flow in self.flows:
-            self.rouse(flow)
-            if isinstance(flow, Branch):
-                flow.rouse_all()
 
     def reweigh(self, flow: Flow, weight: float) -> None:
         """Change the weight of ``flow``."""
@@ -410,16 +400,12 @@ class PaidLine(Line):
 
     def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
         super().__init__(node, None, paid[0].priority)
-        self.paid = paid
+        self.paid, self.waited_at = paid, paid[0].node
         self.rank = -self.priority
 
     def depart(self, calls: int = 1) -> None:
         self.node.pacer.top.flows.discard(self)
         super().depart(calls)
-
-    @property
-    def waited_at(self) -> Node:
-        return self.paid[0].node
 
     def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
         for line in self.paid:

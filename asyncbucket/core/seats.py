@@ -243,7 +243,7 @@ class ThreadSeat(Seat):
                 self.look(self)
 
 
-#: The seat of calls that waited on a loop that was closed.
+#: The seat of calls that were counted out: they gave up, or their loop was closed.
 NOWHERE: Final = Seat()
 
 
@@ -324,17 +324,15 @@ def bury_closed(pacer: Any) -> bool:
 
 def bury(pacer: Any, seat: Seat) -> None:
     """Count out all who wait on ``seat``, whose loop was closed."""
-    trees = (pacer,) if pacer.group is None else pacer.group.pacers
-    lines = {line for tree in trees for line in tree.top.lines()}
+    lines = {line for tree in pacer.trees for line in tree.top.lines()}
     lines |= {waiter.line for waiter in seat.set_aside}
     for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
-        if waiter.seat is seat and not waiter.done():
+        if waiter.seat is seat:
             waiter.line.depart()
-            node = waiter.line.waited_at
-            node.pacer.count_in(node, seat, -1)
+            pacer.count_in(waiter.line.waited_at, seat, -1)
             waiter.seat = NOWHERE
-    for line in lines:  # those that gave up before go, too: their tasks count them out
-        line.refill(each for each in line.calls if each.seat not in (NOWHERE, seat))
+    for line in lines:
+        line.refill(each for each in line.calls if each.seat is not NOWHERE)
     seat.set_aside.clear()
 
 

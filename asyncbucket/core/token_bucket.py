@@ -119,7 +119,9 @@ class TokenBucket(OfThisProcess):
         """
         amounts = self._amounts(amount)
         with self._pacer:
-            taken = self._take_locked(amounts, self._clock())
+            taken = self._take_locked(amounts, self._clock()) or (
+                bury_closed(self._pacer) and self._take_locked(amounts, self._clock())
+            )
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
             raise WouldBlock(

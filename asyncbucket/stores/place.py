@@ -27,7 +27,7 @@ from asyncbucket.core.limits import Limit
 from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Meters, Node
 from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import NOWHERE, Seat, reset_after_fork
+from asyncbucket.core.seats import Seat, reset_after_fork
 from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
@@ -358,11 +358,10 @@ class StorePlace:
         ]
 
     def _bury(self) -> None:
-        """Count out the calls whose loop has ended; those that gave up before are counted out by themselves."""
+        """Count out the calls whose loop was closed."""
         for waiter in list(self.calls):
-            if waiter.seat.is_closed() and not waiter.done():
+            if waiter.seat.is_closed():
                 self._pacer.gone_locked(waiter, self.clock())
-                waiter.seat = NOWHERE
 
     def fail_all(self, cause: Exception) -> None:
         """Make all calls fail that have come by now.

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool, TokenBucket
 from asyncbucket.core import seats
 from asyncbucket.testing import VirtualClock, VirtualTime
-from tests.core.conftest import nothing_is_left, start_all
+from tests.core.conftest import cancel, nothing_is_left, start_all
 from tests.core.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
 
 
@@ -120,6 +120,22 @@ async def test_call_that_a_store_holds_back_passes_without_slot_at_another_membe
     lease.release()
     leaked.release()
     assert overridden(pool) == 1
+    await pool.aclose()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_call_that_waits_for_a_store_does_not_pass_without_slot(tmp_path: Path) -> None:
+    pool = Pool(Limiter("1 requests/h burst 1", store=f"sqlite:///{tmp_path}/db"))
+    leaked = await asyncio.to_thread(asyncio.run, take(pool))
+    waiting = [asyncio.create_task(take(pool))]
+    for _ in range(2):  # by the second round, the store has said that it holds the first call up
+        await asyncio.sleep(0.3)
+        waiting.append(asyncio.create_task(take(pool)))
+    assert pool.statistics().overridden == 0
+    cancel(*waiting)
+    await asyncio.wait(waiting)
+    leaked.release()
+    assert overridden(pool) == 0
     await pool.aclose()
 
 
@@ -246,6 +262,7 @@ def test_call_waiting_on_closed_loop_is_counted_out_once(
     elif how == "cancelled":
         with pytest.raises(RuntimeError, match="closed"):
             task[0].cancel()
+        assert key.statistics().waiting == 0
     elif how == "coroutine":
         coroutine = task[0].get_coro()
         assert coroutine is not None
@@ -256,6 +273,19 @@ def test_call_waiting_on_closed_loop_is_counted_out_once(
     sleep(0.01)
     key.acquire_nowait().release()
     assert key.statistics().waiting == 0
+
+
+def test_call_waiting_on_closed_loop_keeps_no_unit_of_a_bucket() -> None:
+    bucket = TokenBucket(rate=1_000.0)
+    bucket.acquire_nowait()
+    dead = asyncio.new_event_loop()
+    dead.set_exception_handler(lambda _, __: None)
+    task = dead.create_task(bucket.acquire())
+    dead.run_until_complete(asyncio.sleep(0))
+    dead.close()
+    sleep(0.01)
+    bucket.acquire_nowait()
+    del task
 
 
 def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop() -> None:

@@ -309,6 +309,19 @@ async def test_other_hour_or_a_sliding_window_gives_nothing_anew(time: VirtualTi
     assert available(limiter) == 12
 
 
+async def test_limit_lowered_below_what_the_day_has_used_owes_the_next_day_nothing(
+    time: VirtualTime,
+) -> None:
+    limiter = limiter_of(time, Wall(time, "2026-06-01T12:00"), "10 RPD resets 18:00 UTC")
+    lease = await limiter.acquire(requests=8)
+    limiter.reconfigure("3 RPD resets 18:00 UTC")
+    (await limiter.acquire(timeout=30_000)).release()
+    assert time.now == pytest.approx(6 * 3_600)
+    assert available(limiter) == 2
+    lease.settle(requests=9)
+    assert available(limiter) == 1
+
+
 @pytest.mark.parametrize("kind", [Limiter, Pool])
 async def test_tenant_that_comes_back_within_the_day_gets_nothing_anew(
     time: VirtualTime, kind: type[Limiter]

@@ -45,6 +45,21 @@ async def test_pacer_lives_only_while_calls_wait_and_starts_again_when_foreign_c
     assert not pacers()
 
 
+async def test_limiter_is_forgotten_as_soon_as_all_waiting_calls_are_cancelled(
+    time: VirtualTime,
+) -> None:
+    for waiting in 1, 3:
+        limiter = Limiter("1 RPH", concurrency=1, clock=time.clock)
+        limiter.acquire_nowait().release()
+        forgotten = weakref.ref(limiter._node.pacer)
+        cancel(*await start_all(limiter.acquire() for _ in range(waiting)))
+        await time.all_blocked()
+        assert not pacers()
+        del limiter
+        gc.collect()
+        assert forgotten() is None
+
+
 @pytest.mark.parametrize("children", [1, 2])
 async def test_1000_calls_are_admitted_in_batches_of_256(time: VirtualTime, children: int) -> None:
     limiter = Limiter("1000 TPM", clock=time.clock)
