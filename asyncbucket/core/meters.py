@@ -140,8 +140,6 @@ class Bucket(Meter):
         #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
         self.depth = self.slack = 0
         self.burst = 0
-        #: What was booked before this instant comes back elsewhere.
-        self.began = 0
         #: Until when (ns) bookings were made under other bursts, and the least of those.
         self._earlier_bursts = -1, burst
         self.reshape(rate=rate, burst=burst, now=0)
@@ -160,7 +158,6 @@ class Bucket(Meter):
         if self.burst not in {0, burst}:
             self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
         self.burst = burst
-        self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
@@ -219,7 +216,7 @@ class Bucket(Meter):
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`: at most the lowest backlog since then comes back."""
         start = when * self.q
-        if self.full_at > start or when < self.began:
+        if self.full_at > start:
             return
         later = bisect.bisect_right(self._dates, start)
         # A call above the burst earned the excess by waiting at the head. The excess comes back
@@ -318,7 +315,6 @@ class Window(Meter):
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=rate, burst=burst)
-            self.pace.began = now
         else:
             self.pace.reshape(rate=rate, burst=burst, now=now)
 
