@@ -294,15 +294,18 @@ async def test_refusals_and_statistics_say_when_it_resets(time: VirtualTime) -> 
 
 async def test_other_hour_or_a_sliding_window_gives_nothing_anew(time: VirtualTime) -> None:
     limiter = limiter_of(time, Wall(time, "2026-06-01T12:00"), "10 RPD")
-    lease = await limiter.acquire(requests=8)
+    await limiter.acquire(requests=3)
+    await asyncio.sleep(600)
+    lease = await limiter.acquire(requests=5)
     limiter.reconfigure("10 RPD resets 18:00 UTC")
-    lease.settle(requests=7)
+    lease.settle(requests=4)
     assert used(limiter) == [7]
     limiter.reconfigure("12 RPD resets 14:00 UTC")
     assert available(limiter) == 5
     await asyncio.sleep(2 * 3_600)
     assert available(limiter) == 12
-    (await limiter.acquire(requests=2)).release()
+    lease = await limiter.acquire(requests=3)
+    lease.settle(requests=2)
     limiter.reconfigure(rpd=12)
     assert available(limiter) == 10
     await asyncio.sleep(24 * 3_600 + 600)

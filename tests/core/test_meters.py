@@ -178,6 +178,17 @@ DONE: dict[str, tuple[list[tuple[str, Any, float]], int]] = {
         [("book", 6, 1), ("book", 4, 6), ("shape", (2, 10), 6), ("unbook", 6, 1)],
         6,
     ),
+    "refund of what was refilled before another rate": (
+        [
+            *[("book", 4, 15), ("book", 2, 20), ("shape", (7, 10), 20), ("book", 3, 20)],
+            ("unbook", 4, 15),
+        ],
+        5,
+    ),
+    "refund before another's low, after another rate": (
+        [("book", 4, 1), ("book", 3, 1.5), ("shape", (7, 10), 2), ("unbook", 4, 1)],
+        7,
+    ),
     "refund after another rate, between two others": (
         [
             *[("shape", (3, 9), 0), ("book", 2, 1), ("book", 6, 1.1), ("book", 1, 1.2)],

@@ -115,6 +115,7 @@ async def test_slots_that_do_not_come_back_are_named_once(
     limiter = Limiter(concurrency=2, name="openai", clock=clock)
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]
+    await asyncio.sleep(600)  # while nobody waits, nobody is kept waiting
     calls = [asyncio.create_task(below.acquire()) for _ in range(2)]
     await asyncio.sleep(400)
     (said,) = caplog.messages
