@@ -222,6 +222,8 @@ class Pacer:
         self.count_in(line.waited_at, waiter.seat, -1)
         if first or not line.living:
             self.ring_locked(line.node, now)
+        if not waiter.seat.waiting:  # its task has nothing more to do
+            waiter.seat.ring(now)
 
     def count_in(self, node: Node, seat: Seat, calls: int) -> None:
         """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
@@ -277,9 +279,7 @@ class Pacer:
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         if not waiter.done():
             waiter.set_exception(error)
-            now = self.clock()
-            self.gone_locked(waiter, now)
-            waiter.seat.ring(now)
+            self.gone_locked(waiter, self.clock())
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
