@@ -305,14 +305,11 @@ class Pacer:
 
     # --- the bell ---
 
-    def ring_locked(self, node: Node | None = None, now: int | None = None) -> None:
-        """Have all look again, because something has changed at ``node`` or above, or everywhere."""
+    def ring_locked(self, node: Node, now: int | None = None) -> None:
+        """Have all look again, because something has changed at ``node`` or above."""
         if not self.waiting and self.group is None:  # of a pool, others may wait at its members
             return
-        if node is None:
-            self.top.rouse_all()
-        else:
-            rouse(node)
+        rouse(node)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
@@ -329,7 +326,7 @@ class Pacer:
                     waiter.line.node.check(waiter.amounts)
                 except CostExceedsLimit as error:
                     self.fail_locked(waiter, error)
-            self.ring_locked()
+            self.ring_locked(node)
 
     # --- looking ---
 

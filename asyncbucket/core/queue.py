@@ -285,13 +285,6 @@ class Branch(Flow):
         if flow.asleep:
             self._make_ready(flow, kept=flow.work / flow.weight)
 
-    def rouse_all(self) -> None:
-        """Ask all flows anew, here and below."""
-        for flow in self.flows:
-            self.rouse(flow)
-            if isinstance(flow, Branch):
-                flow.rouse_all()
-
     def reweigh(self, flow: Flow, weight: float) -> None:
         """Change the weight of ``flow``."""
         if flow.competes:
@@ -334,8 +327,7 @@ class Branch(Flow):
         flow.asleep = due
         heapq.heappush(self._asleep, (due, flow))
         if len(self._asleep) > 2 * len(self.flows) + SWEEP:
-            self._asleep[:] = [(each.asleep, each) for each in self.flows if each.asleep]
-            heapq.heapify(self._asleep)
+            self._asleep[:] = sorted((each.asleep, each) for each in self.flows if each.asleep)
 
     def _next_waking(self) -> int:
         """Return when the first sleeper wakes; `EMPTY` if nobody sleeps."""

@@ -41,6 +41,20 @@ async def test_lowered_limit_fails_waiting_call_above_it(time: VirtualTime, how:
     assert time.now == (100 if how == "at its deadline" else before)
 
 
+@pytest.mark.parametrize("level", range(3))
+async def test_raised_limit_admits_waiting_call_at_once(time: VirtualTime, level: int) -> None:
+    key = Limiter(clock=time.clock)
+    chat = key.child("chat")
+    agent = chat.child("agent")
+    changed = (key, chat, agent)[level]
+    changed.reconfigure("10 TPM")
+    agent.acquire_nowait(tokens=10)
+    waiting = await start(agent.acquire(tokens=10))
+    await asyncio.sleep(1)
+    changed.reconfigure("20 TPM")
+    assert (await waiting).waited == 1
+
+
 async def test_newly_set_slots_count_calls_in_flight(time: VirtualTime) -> None:
     limiter = Limiter(clock=time.clock)
     child = limiter.child("child")
