@@ -13,14 +13,14 @@ import pytest
 from asyncbucket import AcquireTimeout, Limiter, TokenBucket
 from asyncbucket.core import limiter as core
 from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core import conftest
 from tests.core.conftest import all_blocked, start, start_all, steps, used
 
 CORE = core.__file__.rpartition("limiter.py")[0]
 
 
 def nothing_is_left(limiter: Limiter) -> None:
-    now = limiter.statistics()
-    assert (now.waiting, now.in_flight) == (0, 0)
+    conftest.nothing_is_left(limiter)
     with limiter.acquire_nowait() as lease:
         assert lease.waited == 0
 

@@ -7,7 +7,7 @@ import pytest
 
 from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, available, start_all, used
+from tests.core.conftest import HELD, available, start, start_all, used
 
 
 async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> None:
@@ -187,10 +187,14 @@ async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> Non
 
 
 async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualTime) -> None:
-    """Otherwise less than nothing would be lent there, and calls refused that can pass."""
+    """Otherwise less than nothing would be lent there, and calls refused that can pass.
+
+    Nor does a call that waits in the parent hold up its own.
+    """
     limiter = Limiter("100 TPM", clock=time.clock)
     child = limiter.child("chat")
     inherited = child.acquire_nowait(tokens=40)
+    stuck = await start(child.acquire(tokens=90))
     limiter._node.pacer.after_fork()
     assert (limiter.statistics().in_flight, child.statistics().in_flight) == (0, 0)
     inherited.settle(tokens=0)
@@ -201,3 +205,4 @@ async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualT
         await asyncio.sleep(1)
         lease.settle(tokens=0)
         assert (await hopeful).waited == 1
+    stuck.cancel()

@@ -43,10 +43,17 @@ async def test_lease_takes_nothing_until_awaited_and_serves_one_call(time: Virtu
             await asked
         lease.release()
     async with limiter.acquire() as entered:
-        pass
+        with pytest.raises(RuntimeError, match="used already"):
+            await entered.__aenter__()
     with pytest.raises(RuntimeError, match="used already"):
         await entered.__aenter__()
     assert limiter.statistics().admitted == 2
+    limiter.pause(1)
+    shared = limiter.acquire()
+    first = await start(shared.__aenter__())
+    with pytest.raises(RuntimeError, match="used already"):
+        await shared
+    assert (await first).waited == 1
 
 
 async def test_acquisition_never_awaited_causes_warning(time: VirtualTime) -> None:

@@ -68,6 +68,26 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
     nothing_is_left(limiter)
 
 
+async def test_lease_dropped_while_another_call_passes_serves_waiting_one(
+    time: VirtualTime,
+) -> None:
+    leases: list[Lease] = []
+
+    def clock() -> int:
+        leases.clear()
+        return time.clock()
+
+    limiter = Limiter(clock=clock)
+    chat, tools = limiter.child("chat", concurrency=1), limiter.child("tools")
+    holder = [chat.acquire_nowait()]
+    waiting = await start(chat.acquire())
+    leases.append(holder.pop())
+    lease = tools.acquire_nowait()
+    (await waiting).release()
+    lease.release()
+    nothing_is_left(limiter)
+
+
 @pytest.mark.parametrize("read", range(2))
 async def test_lease_dropped_while_a_call_joins_the_line_serves_it(
     time: VirtualTime, read: int
