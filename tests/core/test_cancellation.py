@@ -180,8 +180,10 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1), limiter.acquire():
             pass
+    late = limiter.acquire(timeout=1)
     with pytest.raises(AcquireTimeout):
-        await limiter.acquire(timeout=1)
+        await late
+    assert late.released
     assert time.now == 3.0
     now = limiter.statistics()
     assert (now.cancelled, now.refused) == (2, 1)

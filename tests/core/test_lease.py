@@ -25,6 +25,7 @@ async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> 
 async def test_settling_above_reservation_leaves_debt(time: VirtualTime) -> None:
     limiter = Limiter("100 TPM", clock=time.clock)
     lease = await limiter.acquire(tokens=10)
+    lease.settle(tokens=10)
     lease.settle(tokens=11)
     assert used(limiter) == [11]
     await asyncio.sleep(3)
@@ -137,6 +138,9 @@ async def test_sending_call_redates_its_booking_and_its_debt(time: VirtualTime) 
     limiter = Limiter("100 TPM", "9 images/s", concurrency=1, clock=time.clock)
     lease = limiter.acquire_nowait(tokens=10)
     await asyncio.sleep(1)
+    lease._sent()
+    lease._sent()
+    assert used(limiter) == [10, 0]
     lease.settle(tokens=40)
     await asyncio.sleep(58)
     lease._sent()
