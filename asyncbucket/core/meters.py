@@ -419,13 +419,10 @@ class Window(Meter):
             self.pace is None or self.pace.tat <= now * self.pace.q
         )
 
-    def entries(self, now: int) -> list[tuple[int, int]]:
-        """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""
-        self._forget(now)
+    def entries(self) -> list[tuple[int, int]]:
+        """Return what is booked: (date, units), oldest first."""
         newest = (self._last, self.used - self._closed)
-        return [
-            each for each in (*zip(self._dates, self._units, strict=True), newest) if each[1] > 0
-        ]
+        return [*zip(self._dates, self._units, strict=True), newest]
 
     def _book(self, amount: int, when: int) -> None:
         if when >= self._closes:
