@@ -170,6 +170,7 @@ def test_random_history_agrees_with_a_model_that_keeps_every_booking(seed: int) 
         units, kind = random.randint(1, 40), random.random()
         if kind < 0.4:
             fits, due = model() + units <= 50, window.earliest(units, now)
+            assert copy.deepcopy(window).take(units, due)
             assert (due <= now) == fits == window.take(units, now)
             booked += [[today, now, units]] if fits else []
         elif kind < 0.6:
@@ -342,8 +343,9 @@ def test_other_clocks_are_the_wall_clock_set_to_now(time: VirtualTime) -> None:
         Limiter(wall_clock=0)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_cost_above_a_learned_limit_waits_for_the_whole_of_it() -> None:
-    window = Window(Limit("tokens", 5, per="day", resets="00:00 UTC"))
+@pytest.mark.parametrize("resets", [None, "00:00 UTC"])
+def test_cost_above_a_learned_limit_waits_for_the_whole_of_it(resets: str | None) -> None:
+    window = Window(Limit("tokens", 5, per="day", resets=resets))
     assert window.earliest(6, 0) == NEVER
     window.refuses = False
     assert window.earliest(6, 0) == 0

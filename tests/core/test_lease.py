@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, available, start, start_all, used
+from tests.core.conftest import HELD, available, cancel, start, start_all, used
 
 
 async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> None:
@@ -166,6 +166,29 @@ async def test_redating_call_above_burst_does_not_charge_it_twice(time: VirtualT
     lease._sent()
     assert available(limiter) == -5  # a burst and the other call's five
     assert (await limiter.acquire(tokens=100)).waited == pytest.approx(1.05)
+
+
+async def test_call_above_burst_earns_the_rest_while_it_is_first(time: VirtualTime) -> None:
+    """Neither before, nor anew whenever others come."""
+    limiter = Limiter("600 TPM burst 10", concurrency=1, clock=time.clock)
+    holder = await limiter.acquire()
+    first = await start(limiter.acquire())
+    costly = await start(limiter.acquire(tokens=110))
+    await asyncio.sleep(100)
+    holder.release()
+    (await first).release()
+    others: list[asyncio.Task[Lease]] = []
+    for _ in range(9):
+        await asyncio.sleep(1)
+        others += [await start(limiter.acquire(tokens=1))]
+        limiter.pause(0)  # look
+    assert (await costly).waited == 110
+    cancel(*others)
+    (await costly).release()
+    await asyncio.sleep(100)
+    late = await start(limiter.acquire(tokens=110))
+    limiter.pause(0)
+    assert (await late).waited == 10
 
 
 async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> None:

@@ -106,11 +106,13 @@ async def test_lease_tells_what_it_waited_for_and_held_nothing_meanwhile(time: V
     first.release()
     assert (await second).bound_by == "concurrency"
     (await second).release()
-    third = await limiter.acquire()
-    assert (third.waited, third.bound_by) == (2 * HELD, "requests")
+    for _ in range(2):
+        third = await limiter.acquire()
+        third.release()
+        assert (third.waited, third.bound_by) == (pytest.approx(2 * HELD), "requests")
     assert limiter.statistics().waits == {
         "concurrency": Waits(1, 5.0),
-        "requests": Waits(1, pytest.approx(2 * HELD)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+        "requests": Waits(2, pytest.approx(4 * HELD)),  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     }
 
 
