@@ -7,10 +7,8 @@ import pytest
 
 from asyncbucket import Limiter, Pool
 
-MODULES = [
-    importlib.import_module(f"tests.core.test_{name}")
-    for name in "cancellation children deadlines lease limiter reconfigure refused".split()
-]
+NAMES = ("cancellation", "children", "deadlines", "lease", "limiter", "reconfigure", "refused")
+MODULES = [importlib.import_module(f"tests.core.test_{name}") for name in NAMES]
 #: Those about words that are others for a pool, and those that take long.
 LEFT_OUT = {
     "test_call_behind_cousin_is_bound_by_same_resource",
