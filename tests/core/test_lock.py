@@ -69,8 +69,9 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
     nothing_is_left(limiter)
 
 
-async def test_lease_dropped_while_another_call_passes_serves_waiting_one(
-    time: VirtualTime,
+@pytest.mark.parametrize("settles", [False, True])
+async def test_lease_dropped_while_another_passes_or_settles_serves_waiting_call(
+    time: VirtualTime, *, settles: bool
 ) -> None:
     leases: list[Lease] = []
 
@@ -78,14 +79,18 @@ async def test_lease_dropped_while_another_call_passes_serves_waiting_one(
         leases.clear()
         return time.clock()
 
-    limiter = Limiter(clock=clock)
-    chat, tools = limiter.child("chat", concurrency=1), limiter.child("tools")
+    limiter = Limiter("100 TPM", clock=clock)
+    chat = limiter.child("chat", concurrency=1)
     holder = [chat.acquire_nowait()]
     waiting = await start(chat.acquire())
+    held = [limiter.acquire_nowait()]
     leases.append(holder.pop())
-    lease = tools.acquire_nowait()
+    if settles:
+        held[0].settle(tokens=1)
+    else:
+        held.append(limiter.acquire_nowait())
     (await waiting).release()
-    lease.release()
+    held.clear()
     nothing_is_left(limiter)
 
 
