@@ -333,11 +333,9 @@ class Pacer:
     def look(self, seat: Seat) -> None:
         """Admit the calls of ``seat`` that may go, end those whose time is up, sleep until the next."""
         with self:
-            self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
                 seats.return_set_aside(seat)
-            seat.looks_at = now
             self.looks += 1
             if self.group is not None:
                 due = self.group.admit(seat, now)

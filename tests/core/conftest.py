@@ -10,6 +10,7 @@ from unittest.mock import ANY
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket.core.queue import PaidLine
 from asyncbucket.core.seats import ThreadSeat
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 
@@ -54,6 +55,7 @@ def nothing_is_left(*limiters: Limiter) -> None:
         for seat in (seats.threads, *seats.values()):
             assert (seat.waiting, seat.leases) == (0, 0)
             assert not isinstance(seat, ThreadSeat)
+        assert not any(isinstance(flow, PaidLine) for flow in limiter._node.pacer.top.flows)
 
 
 @contextlib.contextmanager
