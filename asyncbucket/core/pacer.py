@@ -239,9 +239,6 @@ class Pacer:
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
         seat, node, now = waiter.seat, waiter.line.node, self.clock()
-        if node.pacer is not self:  # it has been handed over to a member of its pool
-            node.pacer.withdraw_locked(waiter)
-            return
         if seat.look is None:  # it waited in the parent process
             return
         for each in node.path:
