@@ -408,8 +408,6 @@ class Pacer:
             member = next(each for each in pool.members if each.pacer is self)
             passed: int = pool.serve(waiter, member, now)
             return passed
-        if waiter.done():
-            return 0
         line.calls.popleft()
         if self.place is not None:
             self.push_at(line.node, self.place, waiter, now)
