@@ -216,9 +216,14 @@ async def test_clock_that_is_set_neither_gives_a_period_twice_nor_locks(
 ) -> None:
     wall = Wall(time, "2026-06-01T12:00")
     limiter = limiter_of(time, wall, "10 RPD resets 00:00 UTC")
+
+    def step(by: float) -> None:
+        wall.step(by)
+        assert available(limiter) == 0
+
     for at, by in steps:
         if at:
-            asyncio.get_running_loop().call_later(at * 3_600, wall.step, by)
+            asyncio.get_running_loop().call_later(at * 3_600, step, by)
         else:
             wall.step(by)
     shown: list[str] = []
