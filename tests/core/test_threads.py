@@ -155,6 +155,23 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     held.release()
 
 
+def test_call_passes_right_after_the_one_before_it_on_another_loop(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    limiter = Limiter("10 TPM")
+    held = limiter.acquire_nowait(tokens=10)
+    here, there = two_loops
+    first = here.create_task(limiter.acquire(tokens=1))
+    turn(here)
+    second = there.create_task(limiter.acquire(tokens=2))
+    turn(there)
+    held.settle(tokens=0)
+    turn(there)
+    turn(here)
+    turn(there)
+    assert (first.done(), second.done()) == (True, True)
+
+
 @pytest.mark.parametrize("where", ["a blocked thread", "another loop"])
 def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
     limiter = Limiter("100 TPM")
