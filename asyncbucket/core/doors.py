@@ -271,7 +271,7 @@ def find_pause(node: Node) -> Any:
     return node.extra[0][0]
 
 
-def find_headroom(node: Node, window: Window, now: int) -> Any:
+def find_headroom(node: Node, window: Window) -> Any:
     """Return what is known of what a provider says is left of a limit; with the lock held."""
     from asyncbucket.feedback.headroom import Headroom
 
@@ -280,7 +280,7 @@ def find_headroom(node: Node, window: Window, now: int) -> Any:
             return meter
     left = window.used - window.lent(node.in_flight)  # what no open call can give back
     ours = []
-    for date, units in window.entries(now):
+    for date, units in window.entries():
         if left > 0:
             ours.append((date, min(units, left)))
         left -= units

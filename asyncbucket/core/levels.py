@@ -193,12 +193,12 @@ def observe_remaining(
         window = node.limits.get((resource, per))
         if window is None or node.place is not None:
             return
-        find_headroom(node, window, now).update(
+        find_headroom(node, window).update(
             remaining,
             now,
             amount=window.amount if limit is None else max(1, min(limit, window.amount)),
             limit=limit,
-            booked_since=sum(units for date, units in window.entries(now) if date > sent),
+            booked_since=sum(units for date, units in window.entries() if date > sent),
             lent=window.lent(node.in_flight),
             rounding=rounding,
         )

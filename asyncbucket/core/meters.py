@@ -158,7 +158,6 @@ class Bucket(Meter):
         if self.burst not in {0, burst}:
             self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
         self.burst = burst
-        self.low = NEVER
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
@@ -422,13 +421,10 @@ class Window(Meter):
             self.pace is None or self.pace.tat <= now * self.pace.q
         )
 
-    def entries(self, now: int) -> list[tuple[int, int]]:
-        """Return what is booked in the window that ends at ``now``: (date, units), oldest first."""
-        self._forget(now)
+    def entries(self) -> list[tuple[int, int]]:
+        """Return what is booked: (date, units), oldest first."""
         newest = (self._last, self.used - self._closed)
-        return [
-            each for each in (*zip(self._dates, self._units, strict=True), newest) if each[1] > 0
-        ]
+        return [*zip(self._dates, self._units, strict=True), newest]
 
     def _book(self, amount: int, when: int) -> None:
         if when >= self._closes:

@@ -300,12 +300,11 @@ class Pacer:
 
     # --- the bell ---
 
-    def ring_locked(self, node: Node | None = None, now: int | None = None) -> None:
-        """Have all look again, because something has changed at ``node`` or above, or everywhere."""
+    def ring_locked(self, node: Node, now: int | None = None) -> None:
+        """Have all look again, because something has changed at ``node`` or above."""
         if not self.waiting and self.group is None:  # of a pool, others may wait at its members
             return
-        for each in (line.node for line in self.top.lines()) if node is None else (node,):
-            rouse(each)
+        rouse(node)
         now = self.clock() if now is None else now
         for seat in list(self.seats.values()):
             if seat.waiting and not seat.ring(now):
@@ -322,18 +321,16 @@ class Pacer:
                     waiter.line.node.check(waiter.amounts)
                 except CostExceedsLimit as error:
                     self.fail_locked(waiter, error)
-            self.ring_locked()
+            self.ring_locked(node)
 
     # --- looking ---
 
     def look(self, seat: Seat) -> None:
         """Admit the calls of ``seat`` that may go, end those whose time is up, sleep until the next."""
         with self:
-            self.run_jobs_locked()
             now = self.clock()
             if seat.is_late or seat.set_aside:
                 seats.return_set_aside(seat)
-            seat.looks_at = now
             self.looks += 1
             if self.group is not None:
                 due = self.group.admit(seat, now)

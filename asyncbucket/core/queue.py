@@ -324,8 +324,7 @@ class Branch(Flow):
         flow.asleep = due
         heapq.heappush(self._asleep, (due, flow))
         if len(self._asleep) > 2 * len(self.flows) + SWEEP:
-            self._asleep[:] = [(each.asleep, each) for each in self.flows if each.asleep]
-            heapq.heapify(self._asleep)
+            self._asleep[:] = sorted((each.asleep, each) for each in self.flows if each.asleep)
 
     def _next_waking(self) -> int:
         """Return when the first sleeper wakes; `EMPTY` if nobody sleeps."""

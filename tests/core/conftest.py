@@ -10,6 +10,8 @@ from unittest.mock import ANY
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket.core.queue import PaidLine
+from asyncbucket.core.seats import ThreadSeat
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 
 T = TypeVar("T")
@@ -45,10 +47,15 @@ def available(limiter: Limiter) -> int:
 
 
 def nothing_is_left(*limiters: Limiter) -> None:
-    """Assert that nobody waits and nothing is held."""
+    """Assert that nobody waits and nothing is held, anywhere."""
     for limiter in limiters:
         now = limiter.statistics()
         assert (now.waiting, now.in_flight) == (0, 0)
+        seats = limiter._node.pacer.seats
+        for seat in (seats.threads, *seats.values()):
+            assert (seat.waiting, seat.leases) == (0, 0)
+            assert not isinstance(seat, ThreadSeat)
+        assert not any(isinstance(flow, PaidLine) for flow in limiter._node.pacer.top.flows)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,11 @@ def limiter(time: VirtualTime) -> Limiter:
 async def test_raised_concurrency_admits_waiting_calls(time: VirtualTime, limiter: Limiter) -> None:
     """A raise when a call ends admits several: one by the slot given back, others by new slots."""
 
-    async def call() -> None:
+    async def call(seconds: float) -> None:
         async with limiter.acquire():
-            await asyncio.sleep(1)
+            await asyncio.sleep(seconds)
 
-    calls = [asyncio.create_task(call()) for _ in range(200)]
+    calls = [asyncio.create_task(call(1 + number % 7 / 1_000)) for number in range(200)]
     sizes: list[int] = []
     while limiter.statistics().waiting or not sizes:
         await all_blocked()

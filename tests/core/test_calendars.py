@@ -170,6 +170,7 @@ def test_random_history_agrees_with_a_model_that_keeps_every_booking(seed: int) 
         units, kind = random.randint(1, 40), random.random()
         if kind < 0.4:
             fits, due = model() + units <= 50, window.earliest(units, now)
+            assert copy.deepcopy(window).take(units, due)
             assert (due <= now) == fits == window.take(units, now)
             booked += [[today, now, units]] if fits else []
         elif kind < 0.6:
@@ -215,9 +216,14 @@ async def test_clock_that_is_set_neither_gives_a_period_twice_nor_locks(
 ) -> None:
     wall = Wall(time, "2026-06-01T12:00")
     limiter = limiter_of(time, wall, "10 RPD resets 00:00 UTC")
+
+    def step(by: float) -> None:
+        wall.step(by)
+        assert available(limiter) == 0
+
     for at, by in steps:
         if at:
-            asyncio.get_running_loop().call_later(at * 3_600, wall.step, by)
+            asyncio.get_running_loop().call_later(at * 3_600, step, by)
         else:
             wall.step(by)
     shown: list[str] = []
@@ -294,15 +300,18 @@ async def test_refusals_and_statistics_say_when_it_resets(time: VirtualTime) -> 
 
 async def test_other_hour_or_a_sliding_window_gives_nothing_anew(time: VirtualTime) -> None:
     limiter = limiter_of(time, Wall(time, "2026-06-01T12:00"), "10 RPD")
-    lease = await limiter.acquire(requests=8)
+    await limiter.acquire(requests=3)
+    await asyncio.sleep(600)
+    lease = await limiter.acquire(requests=5)
     limiter.reconfigure("10 RPD resets 18:00 UTC")
-    lease.settle(requests=7)
+    lease.settle(requests=4)
     assert used(limiter) == [7]
     limiter.reconfigure("12 RPD resets 14:00 UTC")
     assert available(limiter) == 5
     await asyncio.sleep(2 * 3_600)
     assert available(limiter) == 12
-    (await limiter.acquire(requests=2)).release()
+    lease = await limiter.acquire(requests=3)
+    lease.settle(requests=2)
     limiter.reconfigure(rpd=12)
     assert available(limiter) == 10
     await asyncio.sleep(24 * 3_600 + 600)
@@ -352,8 +361,9 @@ def test_other_clocks_are_the_wall_clock_set_to_now(time: VirtualTime) -> None:
         Limiter(wall_clock=0)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 
-def test_cost_above_a_learned_limit_waits_for_the_whole_of_it() -> None:
-    window = Window(Limit("tokens", 5, per="day", resets="00:00 UTC"))
+@pytest.mark.parametrize("resets", [None, "00:00 UTC"])
+def test_cost_above_a_learned_limit_waits_for_the_whole_of_it(resets: str | None) -> None:
+    window = Window(Limit("tokens", 5, per="day", resets=resets))
     assert window.earliest(6, 0) == NEVER
     window.refuses = False
     assert window.earliest(6, 0) == 0

@@ -13,14 +13,14 @@ import pytest
 from asyncbucket import AcquireTimeout, Limiter, TokenBucket
 from asyncbucket.core import limiter as core
 from asyncbucket.testing import VirtualTime, virtual_time
+from tests.core import conftest
 from tests.core.conftest import all_blocked, start, start_all, steps, used
 
 CORE = core.__file__.rpartition("limiter.py")[0]
 
 
 def nothing_is_left(limiter: Limiter) -> None:
-    now = limiter.statistics()
-    assert (now.waiting, now.in_flight) == (0, 0)
+    conftest.nothing_is_left(limiter)
     with limiter.acquire_nowait() as lease:
         assert lease.waited == 0
 
@@ -180,8 +180,10 @@ async def test_asyncio_wait_for_and_timeout_leave_nothing_behind(time: VirtualTi
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1), limiter.acquire():
             pass
+    late = limiter.acquire(timeout=1)
     with pytest.raises(AcquireTimeout):
-        await limiter.acquire(timeout=1)
+        await late
+    assert late.released
     assert time.now == 3.0
     now = limiter.statistics()
     assert (now.cancelled, now.refused) == (2, 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from asyncbucket import AcquireTimeout, Lease, Limiter, TokenBucket
 from asyncbucket.testing import VirtualTime, virtual_time
-from tests.core.conftest import HELD, refused
+from tests.core.conftest import HELD, refused, start, start_all
 
 
 async def test_call_that_would_be_late_is_refused_at_once(time: VirtualTime) -> None:
@@ -142,3 +142,26 @@ async def test_calls_due_exactly_at_their_deadline_pass(time: VirtualTime) -> No
     assert {lease.waited for lease in leases} == {10.0}
     await alone
     assert time.now == 10.0
+
+
+async def test_deadline_counts_on_what_open_calls_may_give_back(time: VirtualTime) -> None:
+    """At most as many units as the largest call since the window was empty has taken."""
+    limiter = Limiter("100 TPM", concurrency=3, clock=time.clock)
+    holders = [limiter.acquire_nowait() for _ in range(3)]
+    calls = await start_all(limiter.acquire(tokens=45) for _ in range(2))
+    for each in holders:
+        each.release()
+    lease, other = await asyncio.gather(*calls)
+    hopeful = await start(limiter.acquire(tokens=50, timeout=5))
+    lease.settle(tokens=5)
+    for each in (lease, other, await hopeful):
+        each.release()
+    await asyncio.sleep(60 * HELD)
+    for _ in range(9):
+        limiter.acquire_nowait(tokens=10).release()
+    small = limiter.acquire_nowait(tokens=10)
+    before = time.now
+    with pytest.raises(AcquireTimeout):
+        await limiter.acquire(tokens=50, timeout=5)
+    assert time.now == before
+    small.release()

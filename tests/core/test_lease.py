@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import CostExceedsLimit, Limit, Limiter, WouldBlock
+from asyncbucket import CostExceedsLimit, Lease, Limit, Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime
-from tests.core.conftest import HELD, available, start_all, used
+from tests.core.conftest import HELD, available, cancel, start, start_all, used
 
 
 async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> None:
@@ -25,6 +25,7 @@ async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> 
 async def test_settling_above_reservation_leaves_debt(time: VirtualTime) -> None:
     limiter = Limiter("100 TPM", clock=time.clock)
     lease = await limiter.acquire(tokens=10)
+    lease.settle(tokens=10)
     lease.settle(tokens=11)
     assert used(limiter) == [11]
     await asyncio.sleep(3)
@@ -137,6 +138,9 @@ async def test_sending_call_redates_its_booking_and_its_debt(time: VirtualTime) 
     limiter = Limiter("100 TPM", "9 images/s", concurrency=1, clock=time.clock)
     lease = limiter.acquire_nowait(tokens=10)
     await asyncio.sleep(1)
+    lease._sent()
+    lease._sent()
+    assert used(limiter) == [10, 0]
     lease.settle(tokens=40)
     await asyncio.sleep(58)
     lease._sent()
@@ -164,6 +168,29 @@ async def test_redating_call_above_burst_does_not_charge_it_twice(time: VirtualT
     assert (await limiter.acquire(tokens=100)).waited == pytest.approx(1.05)
 
 
+async def test_call_above_burst_earns_the_rest_while_it_is_first(time: VirtualTime) -> None:
+    """Neither before, nor anew whenever others come."""
+    limiter = Limiter("600 TPM burst 10", concurrency=1, clock=time.clock)
+    holder = await limiter.acquire()
+    first = await start(limiter.acquire())
+    costly = await start(limiter.acquire(tokens=110))
+    await asyncio.sleep(100)
+    holder.release()
+    (await first).release()
+    others: list[asyncio.Task[Lease]] = []
+    for _ in range(9):
+        await asyncio.sleep(1)
+        others += [await start(limiter.acquire(tokens=1))]
+        limiter.pause(0)  # look
+    assert (await costly).waited == 110
+    cancel(*others)
+    (await costly).release()
+    await asyncio.sleep(100)
+    late = await start(limiter.acquire(tokens=110))
+    limiter.pause(0)
+    assert (await late).waited == 10
+
+
 async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> None:
     """A limit that was announced once holds it back, and its reply corrects what was learned."""
     limiter = Limiter(clock=time.clock)
@@ -187,10 +214,14 @@ async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> Non
 
 
 async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualTime) -> None:
-    """Otherwise less than nothing would be lent there, and calls refused that can pass."""
+    """Otherwise less than nothing would be lent there, and calls refused that can pass.
+
+    Nor does a call that waits in the parent hold up its own.
+    """
     limiter = Limiter("100 TPM", clock=time.clock)
     child = limiter.child("chat")
     inherited = child.acquire_nowait(tokens=40)
+    stuck = await start(child.acquire(tokens=90))
     limiter._node.pacer.after_fork()
     assert (limiter.statistics().in_flight, child.statistics().in_flight) == (0, 0)
     inherited.settle(tokens=0)
@@ -201,3 +232,4 @@ async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualT
         await asyncio.sleep(1)
         lease.settle(tokens=0)
         assert (await hopeful).waited == 1
+    stuck.cancel()

@@ -41,8 +41,10 @@ def test_outer_call_gives_up_slots_of_common_levels_once() -> None:
             assert in_flight(root, a, b) == [0, 1, 0]
         give_back(lease, a)
         assert in_flight(root, a, b) == [0, 0, 0]
+    over = a.acquire_nowait()
+    over.release()
     with a.acquire_nowait():
-        give_back(lease, a)
+        give_back(over, a)
         assert in_flight(root, a, b) == [1, 1, 0]
     assert in_flight(root, a, b) == [0, 0, 0]
 

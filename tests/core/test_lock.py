@@ -51,20 +51,46 @@ def test_settlements_and_outcomes_told_while_lock_is_held_apply_in_order() -> No
 
 async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: VirtualTime) -> None:
     """It may come from another thread, after `release` has seen that nobody waits."""
-    limiter = Limiter(concurrency=1, clock=time.clock)
-    lease, late = await limiter.acquire(), limiter.acquire()
+    limiter = Limiter(concurrency=2, clock=time.clock)
+    lease, other, late = await limiter.acquire(), await limiter.acquire(), limiter.acquire()
 
     class Racing(int):
         def __sub__(self, _: int) -> int:
             late.send(None)
-            return 0
+            return 1
 
-    limiter._node.in_flight = Racing(1)
+    limiter._node.in_flight = Racing(2)
     lease.release()
     await all_blocked()
     with pytest.raises(StopIteration):
         late.send(None)
     late.release()
+    other.release()
+    nothing_is_left(limiter)
+
+
+@pytest.mark.parametrize("settles", [False, True])
+async def test_lease_dropped_while_another_passes_or_settles_serves_waiting_call(
+    time: VirtualTime, *, settles: bool
+) -> None:
+    leases: list[Lease] = []
+
+    def clock() -> int:
+        leases.clear()
+        return time.clock()
+
+    limiter = Limiter("100 TPM", clock=clock)
+    chat = limiter.child("chat", concurrency=1)
+    holder = [chat.acquire_nowait()]
+    waiting = await start(chat.acquire())
+    held = [limiter.acquire_nowait()]
+    leases.append(holder.pop())
+    if settles:
+        held[0].settle(tokens=1)
+    else:
+        held.append(limiter.acquire_nowait())
+    (await waiting).release()
+    held.clear()
     nothing_is_left(limiter)
 
 

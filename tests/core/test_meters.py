@@ -171,12 +171,27 @@ DONE: dict[str, tuple[list[tuple[str, Any, float]], int]] = {
     "undone": ([("book", 30, 20), ("unbook", 30, 20)], 10),
     "redated, and charged once": ([("book", 30, 20), ("unbook", 30, 20), ("owe", 30, 21)], 0),
     "a debt": ([("book", 10, 0), ("owe", 15, 0)], -15),
+    "a debt above the burst, corrected": (
+        [("book", 5, 20), ("owe", 15, 20.5), ("unbook", 15, 20.5)],
+        5,
+    ),
     "a debt above the burst, earned": ([("owe", 30, 20)], 0),
     "a debt above the burst, not yet earned": ([("owe", 30, 20 - 1e-9)], -20),
     "forgotten refund": ([("book", 4, 1), ("shape", (4, 5), 1), ("unbook", 4, 0.9)], 1),
     "refund after a change": (
         [("book", 6, 1), ("book", 4, 6), ("shape", (2, 10), 6), ("unbook", 6, 1)],
         6,
+    ),
+    "refund of what was refilled before another rate": (
+        [
+            *[("book", 4, 15), ("book", 2, 20), ("shape", (7, 10), 20), ("book", 3, 20)],
+            ("unbook", 4, 15),
+        ],
+        5,
+    ),
+    "refund before another's low, after another rate": (
+        [("book", 4, 1), ("book", 3, 1.5), ("shape", (7, 10), 2), ("unbook", 4, 1)],
+        7,
     ),
     "refund after another rate, between two others": (
         [
@@ -307,6 +322,9 @@ def test_reshaped_window_keeps_what_was_booked_and_its_pace_starts_anew() -> Non
     for amount, burst, available in shapes:
         window.reshape(Limit("units", amount, per=1, burst=burst), 1)
         assert window.available(1) == available
+    window.book(1, SECOND // 2)
+    window.reshape(Limit("units", 10, per=1), SECOND // 2)
+    assert window.available(SECOND * 515 // 512) == 9
 
 
 @moderate

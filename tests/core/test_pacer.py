@@ -43,6 +43,14 @@ async def test_pacer_lives_only_while_calls_wait_and_starts_again_when_foreign_c
     assert time.now == pytest.approx(2.0, rel=0.01)
     await time.all_blocked()
     assert not pacers()
+    await limiter.acquire()
+    for call in await start_all(limiter.acquire() for _ in range(2)):
+        limiter.pause(0)
+        await time.all_blocked()
+        assert pacers()
+        call.cancel()
+        await time.all_blocked()
+    assert not pacers()
 
 
 async def test_limiter_is_forgotten_as_soon_as_all_waiting_calls_are_cancelled(
@@ -130,11 +138,14 @@ async def test_slots_that_do_not_come_back_are_named_once(
     limiter = Limiter(concurrency=2, name="openai", clock=clock)
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]
-    calls = [asyncio.create_task(below.acquire()) for _ in range(2)]
+    await asyncio.sleep(600)  # while nobody waits, nobody is kept waiting
+    calls = [asyncio.create_task(below.acquire()) for _ in range(3)]
+    await asyncio.sleep(30)
+    forgotten.pop().release()
     await asyncio.sleep(400)
     (said,) = caplog.messages
     assert said.startswith(
-        "no call has passed for 120 s: open leases hold 2 of 2 slots of 'openai';"
+        "no call has passed for 90 s: open leases hold 2 of 2 slots of 'openai';"
     )
     for lease in forgotten:
         lease.release()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from asyncbucket import Limiter, WouldBlock
+from asyncbucket import AcquireTimeout, Limiter, WouldBlock
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.statistics import Waits
 from asyncbucket.feedback.pause import Pause
@@ -26,6 +26,9 @@ async def test_no_call_passes_during_pause(time: VirtualTime) -> None:
         lease.release()
     with refused(WouldBlock, retry_after=4.0, bound_by="paused"):
         limiter.acquire_nowait()
+    with refused(AcquireTimeout, retry_after=4.0, bound_by="paused"):
+        await limiter.acquire(timeout=3)
+    assert time.now == 1
     leases = await asyncio.gather(*calls)
     assert [(lease.waited, lease.bound_by) for lease in leases] == [(5.0, "paused")] * 2
     assert limiter.statistics().waits == {"paused": Waits(2, 10.0)}

@@ -600,6 +600,7 @@ async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime
     held.release()
     (await waiting).release()
     child.reconfigure(concurrency=2)
+    assert child.concurrency == 2
     child.learn(Limit("tokens", 5))  # which was given none
     child.pause(1)
     with asyncbucket.tenant("acme"), asyncbucket.agent(kind="research"):
@@ -607,6 +608,8 @@ async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime
             lease.settle(requests=1)
     assert pool.key("acme").statistics().agents is not None
     assert (child.statistics().paused, child.limits) == (1, (Limit("tokens", 5),))
+    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 4 tokens"):
+        pool.child("tools", "4 TPM").acquire_nowait(tokens=5)
     nothing_is_left(pool, child)
 
 

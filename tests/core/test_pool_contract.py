@@ -7,10 +7,8 @@ import pytest
 
 from asyncbucket import Limiter, Pool
 
-MODULES = [
-    importlib.import_module(f"tests.core.test_{name}")
-    for name in ("cancellation", "children", "deadlines", "lease", "limiter", "refused")
-]
+NAMES = ("cancellation", "children", "deadlines", "lease", "limiter", "reconfigure", "refused")
+MODULES = [importlib.import_module(f"tests.core.test_{name}") for name in NAMES]
 #: Those about words that are others for a pool, and those that take long.
 LEFT_OUT = {
     "test_call_behind_cousin_is_bound_by_same_resource",
@@ -18,6 +16,8 @@ LEFT_OUT = {
     "test_call_that_would_be_late_is_refused_at_once",
     "test_calls_of_child_count_in_statistics_of_every_level_above",
     "test_each_call_times_out_at_its_own_deadline",
+    "test_newly_set_slots_count_calls_in_flight",
+    "test_newly_set_slots_count_calls_just_admitted",
     "test_pace_wraps_model",
     "test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls",
 }

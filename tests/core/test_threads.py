@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Lease, Limiter
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter
 from asyncbucket.core.seats import ThreadSeat
 from asyncbucket.testing import VirtualClock
 from tests.core.conftest import nothing_is_left, used
@@ -153,6 +153,42 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     turn(there, here)
     assert (cheap.result().bound_by, late.done()) == ("tokens", True)
     held.release()
+
+
+def test_call_passes_right_after_the_one_before_it_on_another_loop(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    limiter = Limiter("10 TPM")
+    held = limiter.acquire_nowait(tokens=10)
+    here, there = two_loops
+    first = here.create_task(limiter.acquire(tokens=1))
+    turn(here)
+    second = there.create_task(limiter.acquire(tokens=2))
+    turn(there)
+    held.settle(tokens=0)
+    turn(there)
+    turn(here)
+    turn(there)
+    assert (first.done(), second.done()) == (True, True)
+
+
+@pytest.mark.parametrize("where", ["a blocked thread", "another loop"])
+def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
+    limiter = Limiter("100 TPM")
+    limiter.acquire_nowait(tokens=100).release()
+
+    def call() -> Lease:
+        if where == "another loop":
+            return asyncio.run(take(limiter, 80))
+        return limiter.acquire_sync(tokens=80)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(call)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        limiter.reconfigure(tpm=60)
+        with pytest.raises(CostExceedsLimit, match="80 tokens exceeds the limit of 60 tokens"):
+            job.result(ENOUGH)
+    nothing_is_left(limiter)
 
 
 # --- threads without a loop ---

@@ -76,7 +76,7 @@ async def test_bucket_as_context_manager_takes_one_unit_for_good(time: VirtualTi
     await waiting
 
 
-@pytest.mark.parametrize("rate", [1.0, 3.0, 0.7, 1e6])
+@pytest.mark.parametrize("rate", [1.0, 3.0, 0.7, 1e6, 1e-9])
 @pytest.mark.parametrize("burst", [1, 2, 50])
 def test_bucket_books_and_gives_back_as_its_meter_does(rate: float, burst: int) -> None:
     """`TokenBucket.acquire` contains a copy of `Bucket.take`, and leaves the same state."""

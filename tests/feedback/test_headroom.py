@@ -186,3 +186,14 @@ def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
                 return (await waiting).waited
 
         assert time.run(main()) == pytest.approx(1)
+
+
+def test_calls_sent_after_the_answered_one_may_not_be_counted_in_what_is_left() -> None:
+    with virtual_time() as time:
+        limiter = Limiter("600 tokens/minute", clock=time.clock)
+        for _ in range(3):
+            limiter.acquire_nowait(tokens=40)
+            time.advance(1)
+        observe_remaining(limiter, 300, resource="tokens", per=60, since=0.5)
+        ((headroom, _),) = limiter._node.extra
+        assert headroom.available(time.clock()) == 300 - 2 * 40
