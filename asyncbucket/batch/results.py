@@ -265,8 +265,7 @@ class Engine(Generic[T, R]):
     _done: deque[Item[T, R]] = field(default_factory=deque[Item[T, R]])
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: Checkpoint | None = None
-    #: Held while a thread works on the checkpoint.
-    _disk: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
     #: Results that wait for the disk, by the keys of their items.
     _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -371,8 +370,7 @@ class Engine(Generic[T, R]):
             self._exhausted, self.failure = True, self.failure or error
         if self._saved is not None:
             try:
-                async with self._disk:
-                    entries = await to_thread.run_sync(self._saved.look_up, entries)
+                entries = await to_thread.run_sync(self._saved.look_up, entries)
             except Exception as error:  # noqa: BLE001 - the reader gets it
                 self._fail(error)
         self._ready.extend([] if self._stopped else entries)
@@ -440,7 +438,7 @@ class Engine(Generic[T, R]):
         """
         self._unsaved[key] = result
         with anyio.CancelScope(shield=True):
-            async with self._disk:
+            async with self._saving:
                 if key in self._unsaved:
                     results, self._unsaved = self._unsaved, {}
                     try:

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import itertools
+import pickle
 import sqlite3
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from asyncbucket import Limiter
 from asyncbucket.batch import CheckpointError, Item, amap
 from asyncbucket.batch.checkpoint import Checkpoint
 from asyncbucket.batch.results import name_of
+from tests.conftest import until
 
 
 class Calls:
@@ -67,19 +69,28 @@ async def test_second_run_calls_only_for_unfinished_items(path: Path) -> None:
     assert {item.input for item in items} == set(range(50))
 
 
-async def test_result_is_saved_though_the_reader_leaves_meanwhile(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("closes", [True, False])
+def test_result_is_saved_though_the_reader_or_the_loop_ends_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, closes: bool
 ) -> None:
-    save = Checkpoint.save
+    begun: list[object] = []
 
-    def save_slowly(checkpoint: Checkpoint, results: Mapping[bytes, Any]) -> None:
+    def dump_slowly(result: object) -> bytes:
+        begun.append(result)
         time.sleep(0.1)
-        save(checkpoint, results)
+        return pickle.dumps(result)
 
-    monkeypatch.setattr(Checkpoint, "save", save_slowly)
-    async with amap(Limiter(concurrency=3), Calls(), range(3), checkpoint=path) as results:
+    slow = SimpleNamespace(dumps=dump_slowly, loads=pickle.loads)
+    monkeypatch.setattr("asyncbucket.batch.checkpoint.pickle", slow)
+
+    async def leave() -> object:
+        results = amap(Limiter(concurrency=3), Calls(), range(3), checkpoint=path)
         await anext(results)
-    assert all(item.restored for item in await run(path, Calls(), range(3)))
+        await until(lambda: len(begun) > 1)
+        return await results.aclose() if closes else results
+
+    asyncio.run(leave())
+    assert all(item.restored for item in asyncio.run(run(path, Calls(), range(3))))
 
 
 async def test_items_are_looked_up_together_and_results_saved_together(
