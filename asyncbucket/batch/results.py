@@ -209,9 +209,6 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         # If it is dropped, its event loop closes it.
         self._items = items
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> Item[T, R]:
         """Return the next item that is done.
 

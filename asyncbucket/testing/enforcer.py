@@ -402,9 +402,6 @@ class CallError(Exception):
     wait: int | None = None
     refused: str = ""
 
-    def __str__(self) -> str:
-        return self.message
-
     @property
     def seconds(self) -> int:
         """Whole seconds until the call would pass."""
