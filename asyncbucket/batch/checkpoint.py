@@ -162,10 +162,13 @@ class Checkpoint:
                 f"as its text"
             ) from failure
 
-    def close(self) -> None:
-        """Release the file for the next run, once what is at work is done."""
-        with self._lock:
-            self._database.close()
+    def close(self, unsaved: Mapping[bytes, Any]) -> None:
+        """Save what still has to be saved, as `save` does, and release the file for the next run."""
+        try:
+            self.save(unsaved)
+        finally:
+            with self._lock:
+                self._database.close()
 
 
 def _key_of(item: object) -> bytes:

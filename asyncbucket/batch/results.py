@@ -289,8 +289,7 @@ class Engine(Generic[T, R]):
         task.add_done_callback(lambda _: self._news.set())
         try:
             while self._done or not task.done():
-                if not self._done:
-                    await self._news.wait()
+                await self._news.wait()
                 self._news.clear()
                 while self._done:
                     item = self._done.popleft()
@@ -326,7 +325,8 @@ class Engine(Generic[T, R]):
             finally:
                 with anyio.CancelScope(shield=True):
                     if self._saved is not None:
-                        await to_thread.run_sync(self._saved.close)
+                        # If the loop ends, it has cancelled those who wait for the disk.
+                        await to_thread.run_sync(self._saved.close, self._unsaved)
                     close = getattr(self.items, "aclose", None)
                     if close is not None:  # nobody else would close an async generator in time
                         await close()

@@ -69,10 +69,11 @@ async def test_second_run_calls_only_for_unfinished_items(path: Path) -> None:
     assert {item.input for item in items} == set(range(50))
 
 
-@pytest.mark.parametrize("closes", [True, False])
-def test_result_is_saved_though_the_reader_or_the_loop_ends_meanwhile(
-    path: Path, monkeypatch: pytest.MonkeyPatch, *, closes: bool
+@pytest.mark.parametrize("of", ["reader", "loop"])
+def test_results_are_saved_at_the_end_of_the_reader_or_the_loop(
+    path: Path, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
+    """One is being written then, and two wait for the disk."""
     begun: list[object] = []
 
     def dump_slowly(result: object) -> bytes:
@@ -82,15 +83,19 @@ def test_result_is_saved_though_the_reader_or_the_loop_ends_meanwhile(
 
     slow = SimpleNamespace(dumps=dump_slowly, loads=pickle.loads)
     monkeypatch.setattr("asyncbucket.batch.checkpoint.pickle", slow)
+    calls = Calls()
 
-    async def leave() -> object:
-        results = amap(Limiter(concurrency=3), Calls(), range(3), checkpoint=path)
-        await anext(results)
-        await until(lambda: len(begun) > 1)
-        return await results.aclose() if closes else results
+    async def leave() -> None:
+        results = amap(Limiter(concurrency=3), calls, range(3), checkpoint=path)
+        reader = asyncio.ensure_future(anext(results))
+        await until(lambda: begun and len(calls.seen) == 3)
+        await asyncio.sleep(0.01)
+        if of == "reader":
+            reader.cancel()
+            await asyncio.wait([reader])
 
     asyncio.run(leave())
-    assert all(item.restored for item in asyncio.run(run(path, Calls(), range(3))))
+    assert [item.restored for item in asyncio.run(run(path, calls, range(3)))] == [True] * 3
 
 
 async def test_items_are_looked_up_together_and_results_saved_together(
