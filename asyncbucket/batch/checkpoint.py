@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import sqlite3
+import threading
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple
@@ -56,7 +57,7 @@ class Entry(NamedTuple):
 
 
 class Checkpoint:
-    """A checkpoint in use. Its methods block while the disk works; one at a time, in any thread.
+    """A checkpoint in use. Its methods block while the disk works, and may run in any thread.
 
     Args:
         path: the file; it is made if it does not exist.
@@ -68,6 +69,8 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], name: str) -> None:
         self._path = path
+        #: A task that is cancelled leaves its thread at work here, perhaps until after `close`.
+        self._lock = threading.Lock()
         with self._explained(), contextlib.ExitStack() as undo:
             self._database = sqlite3.connect(
                 path, timeout=0.5, isolation_level=None, check_same_thread=False
@@ -117,7 +120,7 @@ class Checkpoint:
             TypeError: an item has no key.
             CheckpointError: the file, or a result in it, cannot be read.
         """
-        with self._explained(), self._database:
+        with self._lock, self._explained(), self._database:
             self._database.execute("BEGIN")
             return [self._with_result(entry) for entry in entries]
 
@@ -144,7 +147,7 @@ class Checkpoint:
             CheckpointError: one cannot be kept, but the others are; or none is: the disk is full.
         """
         failure, kind = None, ""
-        with self._explained(), self._database:
+        with self._lock, self._explained(), self._database:
             self._database.execute("BEGIN")
             for key, result in results.items():
                 try:
@@ -159,9 +162,13 @@ class Checkpoint:
                 f"as its text"
             ) from failure
 
-    def close(self) -> None:
-        """Release the file for the next run."""
-        self._database.close()
+    def close(self, unsaved: Mapping[bytes, Any]) -> None:
+        """Save what still has to be saved, as `save` does, and release the file for the next run."""
+        try:
+            self.save(unsaved)
+        finally:
+            with self._lock:
+                self._database.close()
 
 
 def _key_of(item: object) -> bytes:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -68,11 +68,10 @@ class _StandardError:
         #: By which rich knows whether more than ASCII can be shown.
         self.encoding = getattr(self._file, "encoding", None)
 
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError, AttributeError):  # gone, or never there
             self._file.write(text)
             self._file.flush()
-        return len(text)
 
     def flush(self) -> None:
         """Do nothing: what is written is flushed."""
@@ -83,8 +82,7 @@ class _StandardError:
 
 def standard_error() -> Console:
     """Return a console that writes to standard error as long as somebody reads it."""
-    file: Any = _StandardError()
-    return Console(file=file, highlight=False, emoji=False)
+    return Console(file=cast("Any", _StandardError()), highlight=False, emoji=False)
 
 
 class Bar:

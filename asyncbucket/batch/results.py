@@ -209,9 +209,6 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         # If it is dropped, its event loop closes it.
         self._items = items
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> Item[T, R]:
         """Return the next item that is done.
 
@@ -265,8 +262,7 @@ class Engine(Generic[T, R]):
     _done: deque[Item[T, R]] = field(default_factory=deque[Item[T, R]])
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: Checkpoint | None = None
-    #: Held while a thread works on the checkpoint.
-    _disk: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
+    _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
     #: Results that wait for the disk, by the keys of their items.
     _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -293,8 +289,7 @@ class Engine(Generic[T, R]):
         task.add_done_callback(lambda _: self._news.set())
         try:
             while self._done or not task.done():
-                if not self._done:
-                    await self._news.wait()
+                await self._news.wait()
                 self._news.clear()
                 while self._done:
                     item = self._done.popleft()
@@ -330,7 +325,8 @@ class Engine(Generic[T, R]):
             finally:
                 with anyio.CancelScope(shield=True):
                     if self._saved is not None:
-                        await to_thread.run_sync(self._saved.close)
+                        # If the loop ends, it has cancelled those who wait for the disk.
+                        await to_thread.run_sync(self._saved.close, self._unsaved)
                     close = getattr(self.items, "aclose", None)
                     if close is not None:  # nobody else would close an async generator in time
                         await close()
@@ -371,8 +367,7 @@ class Engine(Generic[T, R]):
             self._exhausted, self.failure = True, self.failure or error
         if self._saved is not None:
             try:
-                async with self._disk:
-                    entries = await to_thread.run_sync(self._saved.look_up, entries)
+                entries = await to_thread.run_sync(self._saved.look_up, entries)
             except Exception as error:  # noqa: BLE001 - the reader gets it
                 self._fail(error)
         self._ready.extend([] if self._stopped else entries)
@@ -440,7 +435,7 @@ class Engine(Generic[T, R]):
         """
         self._unsaved[key] = result
         with anyio.CancelScope(shield=True):
-            async with self._disk:
+            async with self._saving:
                 if key in self._unsaved:
                     results, self._unsaved = self._unsaved, {}
                     try:

@@ -173,7 +173,7 @@ class Run:
         seen, limit = self.provider.statistics(), self.scenario.requests
         answered = seen.admitted - seen.in_flight - seen.disconnected
         allowed = limit.units * self.seconds / limit.per
-        share = min(1.0, (seen.requests - seen.refused) / allowed) if allowed else 0.0
+        share = min(1.0, seen.admitted / allowed) if allowed else 0.0
         waits = {} if self.limiter is None else self.limiter.statistics().waits
         means = (
             f"{named(each)}, {wait.seconds / wait.count:.1f} s" for each, wait in waits.items()

@@ -22,9 +22,10 @@ from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 #: What stands before each line but the first of a finding.
 _INDENT: Final = " " * 6
 _STYLES: Final = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "red")}
-#: Packages whose versions matter.
+#: Packages whose clients retry by themselves, and all whose versions matter.
+_RETRYING: Final = ("openai", "anthropic", "llama-index-llms-openai")
 _PACKAGES: Final = (
-    *("openai", "anthropic", "llama-index-core", "llama-index-llms-openai", "httpx", "httpx2"),
+    *(*_RETRYING, "llama-index-core", "httpx", "httpx2"),
     *("stamina", "redis", "prometheus-client", "opentelemetry-api"),
 )
 #: The limiter that is made in a store for this check; nobody else uses it.
@@ -89,12 +90,16 @@ def version_of(package: str) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """Report the package, the interpreter, and the libraries beside it."""
+    """Report the package, the interpreter, the libraries beside it, and who retries by itself."""
     number = version_of("asyncbucket") or "(not installed)"
     python = f"{sys.implementation.name} {platform.python_version()}"
     yield Finding("asyncbucket", "good", f"{number} on {python}")
-    found = (f"{name} {here}" for name in _PACKAGES if (here := version_of(name)))
-    yield Finding("packages", "good", ", ".join(found))
+    found = {name: here for name in _PACKAGES if (here := version_of(name))}
+    yield Finding("packages", "good", ", ".join(map(" ".join, found.items())))
+    if retrying := ", ".join(name for name in _RETRYING if name in found):
+        multiply = f"clients of {retrying} retry by themselves, and layers of retries multiply"
+        remedy = "limiter.wrap(...) and pace(...) leave one layer; give other clients max_retries=0"
+        yield Finding("retries", "note", multiply, remedy)
 
 
 def frameworks() -> Iterator[Finding]:

@@ -70,7 +70,8 @@ class Screen:
     def __init__(self, console: Console, *, stays: bool = False) -> None:
         self._console = console
         self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        # One that is quiet would swallow what others write to standard error.
+        if console.is_terminal and not (console.is_dumb_terminal or console.quiet):
             # Refreshed only by `show`: a thread of rich's would compete with the calls.
             redirected = sys.stdout is not None and sys.stdout.isatty()
             self._live = Live(

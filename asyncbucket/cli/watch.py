@@ -55,8 +55,7 @@ def watch(
         asyncbucket watch http://127.0.0.1:4294
         asyncbucket watch redis://127.0.0.1:6379/0
     """
-    is_served = url.startswith("http://")
-    read = partial(_fetch, url) if is_served else lambda: asyncio.run(_peek(url))
+    read = partial(_fetch, url) if url.startswith("http://") else lambda: asyncio.run(_peek(url))
     readings = _readings(read, None if once else interval)
     if not as_json:
         _show(readings)

@@ -402,9 +402,6 @@ class CallError(Exception):
     wait: int | None = None
     refused: str = ""
 
-    def __str__(self) -> str:
-        return self.message
-
     @property
     def seconds(self) -> int:
         """Whole seconds until the call would pass."""
@@ -451,12 +448,10 @@ class Enforcer:
             failure = Failure(self.options.always) if self.options.always else None
             if self._scripted:
                 failure = self._scripted[0]
-            is_429 = failure is not None and failure.status == TOO_MANY_REQUESTS
-            refusal = None if is_429 else self._refusal(costs, model, now)
-            if self._scripted and refusal is None:
+            told = failure.error() if failure and failure.status == TOO_MANY_REQUESTS else None
+            refusal = told or self._refusal(costs, model, now)
+            if self._scripted and refusal is told:  # one that is refused for rate uses up none
                 self._scripted.popleft()
-            if failure is not None and is_429:
-                refusal = failure.error()
             self._endpoints[endpoint] += 1
             self._arrivals.append(Arrival(now, endpoint, costs["tokens"], refusal is None))
             if refusal is not None:

@@ -92,12 +92,8 @@ def test_every_line_is_answered_once_in_several_runs(provider: RateLimitedProvid
     assert ", 1 429s" in first.stderr
     assert "0 answered and 50 earlier" in again.stderr
     told = json.loads(more.stdout)
-    assert (told["lines"], told["left"], told["answered"], told["answered_earlier"]) == (
-        52,
-        0,
-        2,
-        50,
-    )
+    names = ("lines", "left", "answered", "answered_earlier")
+    assert [told[name] for name in names] == [52, 0, 2, 50]
     assert told["input_tokens"] == sum(answers[f"q{n}"]["usage"]["prompt_tokens"] for n in (50, 51))
     assert provider.statistics().admitted == len(answers) == 52
     assert provider.statistics().refused == 1
@@ -121,12 +117,8 @@ def test_lines_that_cannot_be_sent_are_reported_the_rest_is_sent(
     result = run(provider, "in.jsonl", "--tpm", "9000", "--model", "m")
     errors = {line["line"]: line["error"]["code"] for line in lines_of("answers.errors.jsonl")}
     assert result.exit_code == 1
-    assert errors == {
-        **dict.fromkeys([1, 4, 6], "bad_line"),
-        8: "ValueError",
-        9: "UnicodeEncodeError",
-        10: "CostExceedsLimit",
-    }
+    refused = {8: "ValueError", 9: "UnicodeEncodeError", 10: "CostExceedsLimit"}
+    assert errors == dict.fromkeys([1, 4, 6], "bad_line") | refused
     assert len(lines_of("answers.jsonl")) == provider.statistics().admitted == 3
     assert "3 answered, 3 failed, 3 bad lines" in result.stderr
     assert "errors: 3 x bad_line, 1 x" in result.stderr
@@ -178,21 +170,9 @@ def error(message: str, code: str) -> bytes:
 @pytest.mark.parametrize(
     ("page", "status", "said"),
     [
-        (
-            error(f"bad {SECRET}", "x"),
-            401,
-            r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI_API",
-        ),
-        (
-            error("broke", "insufficient_quota"),
-            429,
-            "HTTP 429: broke .*; correct the key .* account",
-        ),
-        (
-            b"[" * 100_000,
-            404,
-            r"HTTP 404: \[\[\[.*; see that it runs, or correct --api-base or --mod",
-        ),
+        (error(f"bad {SECRET}", "x"), 401, r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI"),
+        (error("broke", "insufficient_quota"), 429, "HTTP 429: broke .*; correct .* account"),
+        (b"[" * 100_000, 404, r"HTTP 404: \[\[\[.*; see that it runs, or correct --api-base or"),
         (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
     ],
@@ -302,9 +282,8 @@ def test_run_stops_before_its_cap_and_goes_on_with_a_larger_one(
 
     assert "this job costs 0.005 USD, 0.00015 to 0.005\n" in planned.stdout
     assert (first.exit_code, again.exit_code, rest.exit_code) == (3, 3, 0)
-    assert re.search(
-        r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more", first.stderr
-    )
+    spent = r"0\.001[5-9]\d+ of 0\.002 USD spent; the next request may cost more"
+    assert re.search(spent, first.stderr)
     assert "the same command with a larger --max-usd continues from here" in first.stderr
     assert 6 < sent < 13
     assert provider.statistics().requests == 30
@@ -330,10 +309,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),
         ("in.jsonl --rpm 1 -o -", "- is not a file that can be written"),
-        (
-            "in.jsonl --also 3images/s",
-            "3 images per 1 s would hold up no request: limit input",
-        ),
+        ("in.jsonl --also 3images/s", "3 images per 1 s would hold up no request: limit input"),
         ("in.jsonl --rpm 1 --api-base localhost:8000", "--api-base must begin with"),
         ("in.jsonl --rpm 1 --api-base http://me:pass-word@/v1", "not 'http://***@/v1'"),
         ("in.jsonl --rpm 1 --api-base http://x:99999", "--api-base must begin with"),
@@ -400,9 +376,7 @@ def test_ctrl_c_lets_requests_in_flight_finish(provider: RateLimitedProvider) ->
     seen = provider.statistics()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert re.search(
-        r"^stopping after \d requests? under way; Ctrl-C again to drop", errors, re.MULTILINE
-    )
+    assert re.search(r"(?m)^stopping after \d requests? under way; Ctrl-C again to drop", errors)
     left = 200 - seen.admitted
     assert f", {left} left\n" in errors
     assert "the same command continues from here" in errors

@@ -54,10 +54,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
     ("text", "message"),
     [
         ("[proxy]", "say where calls go: --upstream https://api.openai.com"),
-        (
-            "rpm = 5",
-            r"must have the tables \[asyncbucket\], for the limits, and \[proxy\].*has rpm",
-        ),
+        ("rpm = 5", r"must have the tables \[asyncbucket\], .* and \[proxy\].*has rpm"),
         (FILE.replace("listen", "listne"), r"\[proxy\] has no entry 'listne'; known: upstream, po"),
         (FILE.replace("rpm", "rmp"), r"entry 'rmp' of .*proxy.toml, \[asyncbucket\] is not known"),
         (FILE.replace("https:", "ftp:"), "upstream must begin with http:// or https://"),
@@ -66,10 +63,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
         (FILE + 'key_env = "sk-secret"', "key_env must name an environment variable that holds"),
         (FILE + 'status = "9000"', "listen and status are both at port 9000: change one"),
         (FILE.replace("[::1]:9000", "here"), "'here' is not an address to listen at, such as 4295"),
-        (
-            FILE.replace("upstream", "pool"),
-            "500 requests per 60 s, .*, concurrency cannot go with a pool: write it into https:",
-        ),
+        (FILE.replace("upstream", "pool"), "500 req.*, concurrency cannot go with a pool: write"),
     ],
 )
 def test_mistakes_are_named_at_once(tmp_path: Path, text: str, message: str) -> None:

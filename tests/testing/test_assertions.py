@@ -6,11 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Limit
-from asyncbucket.testing.assertions import (
-    BusiestWindow,
-    assert_never_over,
-    assert_within_bucket,
-)
+from asyncbucket.testing.assertions import BusiestWindow, assert_never_over, assert_within_bucket
 
 SECOND = 1_000_000_000
 

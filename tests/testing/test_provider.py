@@ -156,12 +156,8 @@ def test_wrong_value_set_while_it_runs_is_refused_there(
     rate_limited_provider: ProviderFactory,
 ) -> None:
     provider: Any = rate_limited_provider()
-    for name, value in {
-        "latency": -1,
-        "rpm": 0,
-        "latencies": 2.0,
-        "policy": "fixed_window",
-    }.items():
+    wrong = {"latency": -1, "rpm": 0, "latencies": 2.0, "policy": "fixed_window"}
+    for name, value in wrong.items():
         with pytest.raises((AttributeError, TypeError, ValueError), match=name):
             setattr(provider, name, value)
     provider.latency = (0.0, 0.01)
