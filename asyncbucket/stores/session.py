@@ -342,6 +342,8 @@ class Session:
                     soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
                     until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
                     held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
+                    if waiter.done():  # it gave up meanwhile; whoever comes next may go sooner
+                        self._ask_at = now
         self._place.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 

@@ -221,7 +221,7 @@ async def test_call_in_flight_when_its_limiter_is_closed_keeps_its_slot_and_give
     assert (seen.limits[0].used, seen.slots, seen.workers) == (860, 0, 0)
 
 
-@pytest.mark.parametrize(("behind", "delay"), [(0, 0.001), (1, 0.001), (0, 0.15)])
+@pytest.mark.parametrize(("behind", "delay"), [(0, 0.001), (1, 0.001), (0, 0.15), (1, 0.15)])
 @pytest.mark.parametrize(("limit", "slots"), [("1000 TPM", None), ("1M TPM", 1)])
 async def test_cancelled_call_does_not_hold_up_calls_behind_it(
     memory: MemoryStore, limit: str, slots: int | None, behind: int, delay: float
@@ -231,11 +231,12 @@ async def test_cancelled_call_does_not_hold_up_calls_behind_it(
     lease = await limiter.acquire(tokens=900)
     costly = asyncio.ensure_future(limiter.acquire(tokens=500))
     await asyncio.sleep(0.1)
-    calls = [asyncio.ensure_future(take(limiter)) for _ in range(behind)]
+    calls = [asyncio.ensure_future(take(limiter, tokens=1)) for _ in range(behind)]
     await stop(costly)
     await asyncio.sleep(0.1 + 3 * delay)
-    lease.release()
-    await asyncio.gather(*calls, take(limiter))
+    if slots is not None:
+        lease.release()
+    await asyncio.gather(*calls, take(limiter, tokens=1))
     assert memory.seconds < 2
 
 
