@@ -32,13 +32,7 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
-from asyncbucket.stores.store import (
-    SLOT,
-    Batch,
-    Correction,
-    LimitConfig,
-    Store,
-)
+from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 8
@@ -316,6 +310,9 @@ class StorePlace:
         node, pacer, before = self._node, self._pacer, self.config()
         named = {limit.key for limit in config.limits}
         with self.lock():
+            if config.after(before) != config:  # the store has lost those that were given
+                self.configure()
+                return
             node.limits = {key: each for key, each in node.limits.items() if key in named}
             node.set_limits(config.limits, self.clock(), learned=config.learned)
             node.slots = NEVER if config.concurrency is None else config.concurrency

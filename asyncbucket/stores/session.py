@@ -20,7 +20,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
@@ -212,10 +212,6 @@ class Session:
                 return False
         try:
             self._store = place.make_store()
-            known = None if place.config().limits else await self._store.peek(place.name)
-            if known is not None and not place.config().limits:  # those of the others hold
-                slots = place.config().concurrency or known.config.concurrency
-                place.adopt(replace(known.config, concurrency=slots))
             self._pending.config = None
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl

@@ -267,7 +267,7 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
 async def test_limit_dropped_by_another_limiter_no_longer_applies(
     memory: MemoryStore,
 ) -> None:
-    """A limiter that is given no limits drops none: it takes those that hold."""
+    """A limiter that is given no limits drops none, not even if it is the first after a loss of data."""
     one = memory.limiter("100 RPM burst 100", "10 TPM", concurrency=2)
     await take(one)
     two = memory.limiter("100 RPM burst 100")
@@ -276,11 +276,14 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(
     assert one.limits == two.limits == (Limit("requests", 100, burst=100),)
     assert one.concurrency is None
     await take(one, tokens=11)
-    none = memory.limiter(concurrency=3)
-    for limiter in (none, one):
-        await take(limiter)
-    assert none.limits == one.limits == (Limit("requests", 100, burst=100),)
-    assert one.concurrency == 3
+    for _ in range(2):
+        none = memory.limiter(concurrency=3)
+        for limiter in (none, one):
+            await take(limiter)
+        await asyncio.sleep(11)
+        assert none.limits == one.limits == (Limit("requests", 100, burst=100),)
+        assert one.concurrency == 3
+        memory.states.clear()
 
 
 async def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next(
@@ -313,7 +316,7 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(memory: Memory
 async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_is_a_debt(
     memory: MemoryStore,
 ) -> None:
-    """A newcomer keeps what was learned, and any process corrects it."""
+    """A newcomer keeps what was learned, any process corrects it, and limits that are given replace it."""
     one, two = memory.limiters(2)
     await asyncio.gather(take(one), take(two))
     one.learn(Limit("tokens", 100, per=60))
@@ -332,7 +335,11 @@ async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_
     await take(three, tokens=4_000)
     await asyncio.sleep(11)  # the others hear of it by a sign of life
     assert one.limits == two.limits == (Limit("tokens", 5_000, per=60),)
-    assert memory.trips < 80
+    await take(memory.limiter("900 TPM"))
+    one.learn(Limit("tokens", 9_000, per=60))  # before it has heard that somebody gave a limit
+    await asyncio.sleep(11)
+    assert one.limits == two.limits == (Limit("tokens", 900, per=60),)
+    assert memory.trips < 90
 
 
 async def test_explanation_uses_last_answer_of_store(memory: MemoryStore) -> None:

@@ -152,12 +152,15 @@ local function save(s)
   redis.call('PEXPIRE', KEYS[1], as_integer(lifetime(s)))
 end
 
--- Put other limits in force; what is booked under limits that stay, stays.
+-- Put other limits in force, as LimitConfig.after has it; what is booked under limits that stay, stays.
 local function configure(s, text)
   if text == s.text then
     return false
   end
-  local config = cjson.decode(text)
+  local config, before = cjson.decode(text), s.config
+  if #before.meters > 0 and (#config.meters == 0 or (config.learned and not before.learned)) then
+    return false -- the worker asks again, with the limits that stay
+  end
   local named = {}
   for _, m in ipairs(config.meters) do
     named[m.key] = true
