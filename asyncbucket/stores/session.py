@@ -293,9 +293,8 @@ class Session:
         self._in_line, self._is_crowded = receipt.in_line, receipt.crowded
         config = self._ledger.config
         debts = self._health.note_answer(receipt, config)
-        if self._pending.config is None and config != self._place.config():
-            self._place.adopt(config)
         with self._place.lock():
+            self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts is not None:
                 self._place.correct(debts)
