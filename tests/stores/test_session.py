@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import (
-    AcquireTimeout,
-    Cost,
-    Limit,
-    Pool,
-    StoreError,
-    WouldBlock,
-    agent,
-)
+from asyncbucket import AcquireTimeout, Cost, Limit, Pool, StoreError, WouldBlock, agent
 from asyncbucket.core.events import Event, LimitChanged
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
@@ -91,9 +83,7 @@ async def test_processes_use_the_limit_in_equal_parts_with_few_trips(
     assert memory.trips <= trips * len(every)
 
 
-async def test_units_freed_at_once_are_shared_by_waiting_limiters(
-    memory: MemoryStore,
-) -> None:
+async def test_units_freed_at_once_are_shared_by_waiting_limiters(memory: MemoryStore) -> None:
     limiters = memory.limiters(3, "60 requests/s burst 60")
     await asyncio.gather(*(take(limiters[0]) for _ in range(60)))
     calls = [[asyncio.ensure_future(take(each)) for _ in range(40)] for each in limiters]
@@ -189,9 +179,7 @@ async def test_statistics_after_closing_count_all_that_was_settled(memory: Memor
     assert limiter.statistics().limits[0].used == 4
 
 
-async def test_call_that_comes_while_a_limiter_closes_lets_closing_end(
-    memory: MemoryStore,
-) -> None:
+async def test_call_that_comes_while_a_limiter_closes_lets_closing_end(memory: MemoryStore) -> None:
     memory.delay = 1
     limiter = memory.limiter("10 RPM")
     await take(limiter)
@@ -240,9 +228,7 @@ async def test_cancelled_call_does_not_hold_up_calls_behind_it(
     assert memory.seconds < 2
 
 
-async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
-    memory: MemoryStore,
-) -> None:
+async def test_pause_and_new_limits_apply_to_all_limiters_on_store(memory: MemoryStore) -> None:
     one, two = memory.limiters(2, "1000 RPM burst 100", concurrency=9)
     told: list[Event] = []
     two.observe(told.append)
@@ -264,9 +250,7 @@ async def test_pause_and_new_limits_apply_to_all_limiters_on_store(
     assert changes == ["5 requests per 60 s", "concurrency 5"]
 
 
-async def test_limit_dropped_by_another_limiter_no_longer_applies(
-    memory: MemoryStore,
-) -> None:
+async def test_limit_dropped_by_another_limiter_no_longer_applies(memory: MemoryStore) -> None:
     """A limiter that is given no limits drops none, not even if it is the first after a loss of data."""
     one = memory.limiter("100 RPM burst 100", "10 TPM", concurrency=2)
     await take(one)
@@ -392,9 +376,7 @@ async def test_last_settlement_determines_what_a_call_used(memory: MemoryStore) 
     await available(100, 9)
 
 
-async def test_pools_of_several_processes_share_the_members_in_a_store(
-    memory: MemoryStore,
-) -> None:
+async def test_pools_of_several_processes_share_the_members_in_a_store(memory: MemoryStore) -> None:
     """Two pools with members of the same names: the sum of the limits is used, and none is exceeded."""
     rates = {"a": 30, "b": 60}
     took: dict[str, list[tuple[float, int]]] = {name: [] for name in rates}
