@@ -145,7 +145,7 @@ class LimitConfig:
 
         But limits that were given are not replaced by learned ones, nor any limits by none.
         """
-        if other.limits and (not self.limits or (self.learned and not other.learned)):
+        if not self.limits or (self.learned and other.limits and not other.learned):
             return replace(other, concurrency=self.concurrency or other.concurrency)
         return self
 

@@ -158,8 +158,10 @@ local function configure(s, text)
     return false
   end
   local config, before = cjson.decode(text), s.config
-  if #before.meters > 0 and (#config.meters == 0 or (config.learned and not before.learned)) then
-    return false -- the worker asks again, with the limits that stay
+  local is_given = #before.meters > 0 and not before.learned
+  local drops_all = #config.meters == 0 and (#before.meters > 0 or (before.concurrency and not config.concurrency))
+  if drops_all or (config.learned and is_given) then
+    return false -- the worker asks again, with what stays
   end
   local named = {}
   for _, m in ipairs(config.meters) do

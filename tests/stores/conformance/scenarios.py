@@ -237,10 +237,11 @@ class StoreConformance:
         receipt = await first.commit(batch(_REQUEST, {"requests": 4}))
         assert first.config == new
         assert outcomes(receipt) == ["later", "never"], "what was booked stays booked"
-        for lower in (old, config(concurrency=2)):  # given limits yield to no such
+        for lower in (old, config(concurrency=2), config()):  # given limits yield to no such
             await second.commit(Batch(calls=None, config=lower))
         await first.commit(Batch(calls=None))
         assert first.config == second.config == replace(new, concurrency=2)
+        assert config().after(config(concurrency=2)) == config(concurrency=2)
 
     @scenario
     async def test_waiting_worker_is_told_of_changed_limits(self, place: Place) -> None:
