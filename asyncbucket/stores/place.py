@@ -32,13 +32,7 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
-from asyncbucket.stores.store import (
-    SLOT,
-    Batch,
-    Correction,
-    LimitConfig,
-    Store,
-)
+from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 8
@@ -311,22 +305,29 @@ class StorePlace:
         learned = bool(limits) and node.learned >= limits.keys()
         return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency, learned=learned)
 
-    def adopt(self, config: LimitConfig) -> None:
-        """Adopt limits that another process has set; limits that it does not name are removed."""
-        node, pacer, before = self._node, self._pacer, self.config()
-        named = {limit.key for limit in config.limits}
-        with self.lock():
-            node.limits = {key: each for key, each in node.limits.items() if key in named}
-            node.set_limits(config.limits, self.clock(), learned=config.learned)
-            node.slots = NEVER if config.concurrency is None else config.concurrency
-            pacer.limits_changed_locked(node)
-            for limit in config.limits:
-                if limit not in before.limits:
-                    pacer.notify_locked(node, LimitChanged, limit=str(limit))
-            if config.concurrency not in {None, before.concurrency}:
-                pacer.notify_locked(node, LimitChanged, limit=f"concurrency {config.concurrency}")
-
     # --- with the lock held ---
+
+    def adopt(self, config: LimitConfig) -> None:
+        """Adopt the limits at the store, unless others wait to be sent; limits that they do not name are removed.
+
+        If the store has lost limits that were given, it is told of them again.
+        """
+        node, pacer, before = self._node, self._pacer, self.config()
+        if self.pending.config is not None or config == before:
+            return
+        if config.after(before) != config:
+            self.configure()
+            return
+        named = {limit.key for limit in config.limits}
+        node.limits = {key: each for key, each in node.limits.items() if key in named}
+        node.set_limits(config.limits, self.clock(), learned=config.learned)
+        node.slots = NEVER if config.concurrency is None else config.concurrency
+        pacer.limits_changed_locked(node)
+        for limit in config.limits:
+            if limit not in before.limits:
+                pacer.notify_locked(node, LimitChanged, limit=str(limit))
+        if config.concurrency not in {None, before.concurrency}:
+            pacer.notify_locked(node, LimitChanged, limit=f"concurrency {config.concurrency}")
 
     def has_room(self, now: int) -> bool:
         """Return whether another call may come; date to now what stands here below the root.

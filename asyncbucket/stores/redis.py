@@ -233,6 +233,8 @@ class RedisLedger(Ledger):
                 starts = codec.starts(reply["wall"])
                 continue
             codec = Codec.from_reply(reply["config"])
+            if batch.config is not None:
+                codec = Codec(batch.config.after(codec.config))
         self._codec, self.config, self._epoch = codec, codec.config, reply["epoch"]
         return codec.receipt(reply, batch)
 

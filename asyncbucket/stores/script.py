@@ -57,11 +57,10 @@ class Codec:
         encoded: dict[str, Any] = {
             "limits": [astuple(limit) for limit in config.limits],
             "meters": [_meter_config(limit) for limit in config.limits],
+            "learned": config.learned,
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
-        if config.learned:
-            encoded["learned"] = True
         self.text = _as_json(encoded)
 
     @classmethod
@@ -71,7 +70,7 @@ class Codec:
             Limit(resource, amount, per=per, burst=burst, resets=resets)
             for resource, amount, per, burst, resets in config["limits"]
         )
-        slots, learned = config.get("concurrency"), config.get("learned", False)
+        slots, learned = config.get("concurrency"), config["learned"]
         return cls(LimitConfig(limits=limits, concurrency=slots, learned=learned))
 
     def starts(self, wall: int) -> str:

@@ -20,7 +20,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.core.errors import StoreError
@@ -212,10 +212,6 @@ class Session:
                 return False
         try:
             self._store = place.make_store()
-            known = None if place.config().limits else await self._store.peek(place.name)
-            if known is not None and not place.config().limits:  # those of the others hold
-                slots = place.config().concurrency or known.config.concurrency
-                place.adopt(replace(known.config, concurrency=slots))
             self._pending.config = None
             self._ledger = await self._store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
@@ -297,9 +293,8 @@ class Session:
         self._in_line, self._is_crowded = receipt.in_line, receipt.crowded
         config = self._ledger.config
         debts = self._health.note_answer(receipt, config)
-        if self._pending.config is None and config != self._place.config():
-            self._place.adopt(config)
         with self._place.lock():
+            self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts is not None:
                 self._place.correct(debts)
@@ -342,6 +337,8 @@ class Session:
                     soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
                     until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
                     held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
+                    if waiter.done():  # it gave up meanwhile; whoever comes next may go sooner
+                        self._ask_at = now
         self._place.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 

@@ -96,7 +96,7 @@ class State:
         """Do what ``batch`` says; ``life`` (ns) is how long ``worker`` may be silent."""
         self._expire(now)
         if batch.config is not None:
-            self.configure(batch.config, now)
+            self.configure(batch.config.after(self.config), now)
         if batch.pause:
             self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
         for correction in batch.corrections:

@@ -140,6 +140,15 @@ class LimitConfig:
         in_order = sorted(self.limits, key=lambda limit: (limit.resource, limit.window))
         object.__setattr__(self, "limits", tuple(in_order))
 
+    def after(self, other: Self) -> Self:
+        """Return what is in force once this comes after ``other``: the latest limits, usually.
+
+        But limits that were given are not replaced by learned ones, nor any limits by none.
+        """
+        if not self.limits or (self.learned and other.limits and not other.learned):
+            return replace(other, concurrency=self.concurrency or other.concurrency)
+        return self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
@@ -165,7 +174,8 @@ class Correction:
 class Batch:
     """What a worker tells the store: applied in this order, in one step, or not at all."""
 
-    #: Put these limits in force for all workers; what is booked under limits that stay, stays.
+    #: Put these limits in force for all workers, or what `LimitConfig.after` leaves of them; what is booked
+    #: under limits that stay, stays.
     config: LimitConfig | None = None
     #: Let no worker book a start for so many ns; a pause that ends later stays, and starts that were
     #: already given. ``gradually``: a slow start afterwards, see `asyncbucket.feedback.pause`.
@@ -388,7 +398,7 @@ class Store(Protocol):
     ) -> Ledger:
         """Join the limiter called ``name``, making it if necessary, and put ``config`` in force.
 
-        The latest limits count: workers that opened it with others adopt these.
+        The latest limits count (see `LimitConfig.after`): workers that opened it with others adopt these.
 
         Args:
             name: which limiter; 1 to 200 printable characters, no braces, as `Limiter` sees to.

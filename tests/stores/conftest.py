@@ -50,22 +50,11 @@ class RunningServer:
         if SERVER is None:
             say = pytest.fail if "CI" in os.environ else pytest.skip
             say("NO SERVER: install valkey-server (or redis-server) to test shared limits")
-        options = (
-            "--port",
-            str(self.port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(self._folder),
-            "--save",
-            "",
-            *self._options,
-        )
+        place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder))
+        options = (*place, "--save", "", *self._options)
         settings = [str(self._folder / "sentinel.conf")] if "--sentinel" in self._options else []
         self._process = subprocess.Popen(
-            [SERVER, *settings, *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [SERVER, *settings, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._wait_until_it_listens(self._process)
 

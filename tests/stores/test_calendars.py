@@ -77,11 +77,8 @@ async def test_period_is_given_once_to_all_processes(hands: Hands) -> None:
     hands.wait(11.9999)
     assert not await take(first, 1)
     hands.wait(0.0001)
-    assert [await take(second, 6), await take(first, 5), await take(first, 4)] == [
-        True,
-        False,
-        True,
-    ]
+    taken = [await take(second, 6), await take(first, 5), await take(first, 4)]
+    assert taken == [True, False, True]
     hands.wait(22.9999)  # this day has 23 hours
     assert not await take(second, 1)
     hands.wait(0.0001)

@@ -248,9 +248,7 @@ async def test_unreachable_server_fails_first_calls_with_store_error(limited: Li
 
 
 async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
-    start_server: "Callable[..., RunningServer]",
-    limited: Limiters,
-    monkeypatch: pytest.MonkeyPatch,
+    start_server: "Callable[..., RunningServer]", limited: Limiters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.stores.store.OPEN_PATIENCE", 1.0)
     server = start_server()

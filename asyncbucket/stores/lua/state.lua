@@ -152,12 +152,17 @@ local function save(s)
   redis.call('PEXPIRE', KEYS[1], as_integer(lifetime(s)))
 end
 
--- Put other limits in force; what is booked under limits that stay, stays.
+-- Put other limits in force, as LimitConfig.after has it; what is booked under limits that stay, stays.
 local function configure(s, text)
   if text == s.text then
     return false
   end
-  local config = cjson.decode(text)
+  local config, before = cjson.decode(text), s.config
+  local is_given = #before.meters > 0 and not before.learned
+  local drops_all = #config.meters == 0 and (#before.meters > 0 or (before.concurrency and not config.concurrency))
+  if drops_all or (config.learned and is_given) then
+    return false -- the worker asks again, with what stays
+  end
   local named = {}
   for _, m in ipairs(config.meters) do
     named[m.key] = true

@@ -25,7 +25,9 @@ CONFIGS = (
     config(amount_of("requests", 32, _WINDOW, 4), _SLOW, concurrency=4),
     config(amount_of("tokens", 4_096, 10.24, 1_000)),
     config(concurrency=5),
+    config(),
     config(amount_of("tokens", 1_500, 86_400)),
+    LimitConfig(limits=(_REQUESTS, _TOKENS), concurrency=5, learned=True),
 )
 #: Those that a day's reset frees, 20 s from the start of the tests that set the time.
 DAILY = (

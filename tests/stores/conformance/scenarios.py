@@ -230,16 +230,18 @@ class StoreConformance:
     @scenario
     async def test_latest_limits_apply_to_all_workers(self, place: Place) -> None:
         old, new = (config(amount_of("requests", amount, 60)) for amount in (10, 3))
-        new = replace(new, learned=True)
+        old = replace(old, learned=True)
         first = await place.worker(old)
         await first.commit(batch(*[_REQUEST] * 3))
         second = await place.worker(new)
         receipt = await first.commit(batch(_REQUEST, {"requests": 4}))
         assert first.config == new
         assert outcomes(receipt) == ["later", "never"], "what was booked stays booked"
-        await second.commit(Batch(calls=None, config=old))
+        for lower in (old, config(concurrency=2), config()):  # given limits yield to no such
+            await second.commit(Batch(calls=None, config=lower))
         await first.commit(Batch(calls=None))
-        assert first.config == old
+        assert first.config == second.config == replace(new, concurrency=2)
+        assert config().after(config(concurrency=2)) == config(concurrency=2)
 
     @scenario
     async def test_waiting_worker_is_told_of_changed_limits(self, place: Place) -> None:
