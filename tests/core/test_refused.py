@@ -127,6 +127,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     (WHOLE_COST, with_cost, "requests", [2]),
     (UNKNOWN, limiter.acquire, "imges", [3]),
     (UNKNOWN, limiter.acquire, None, [Cost(imges=3)]),
+    ("multiple values for keyword argument 'timeout'", limiter.acquire_nowait, "timeout", [5]),
     (SLOT, Cost, "concurrency", [3]),
     (SLOT, limiter.acquire, "concurrency", [2]),
     ("a call must cost something: requests=1 is the usual", Cost, "requests", [0]),
