@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.core.wording import counted, named, written_out
+from asyncbucket.core.wording import counted, in_given_unit, named, written_out
 from asyncbucket.plan import Plan, Poisson
 from asyncbucket.plan import plan as make_plan
 
@@ -200,7 +200,7 @@ def draw_trace(trace: Path, out: Path, *, dark: bool) -> None:
         for axes in panels:
             axes.set_xlim(0, end)
             axes.grid(alpha=0.2)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:,.10g}")
             for pause in pauses:
                 over = pause["at"] + pause["seconds"]
                 axes.axvspan(pause["at"], over, color=_PAUSE, alpha=0.18, linewidth=0)
@@ -227,11 +227,11 @@ def _draw_window(
 ) -> None:
     """Draw how many units are in the window that ends at each instant."""
     resource, amount, per = limit["resource"], limit["amount"], limit["per"]
-    taken = [(event["at"], event["cost"].get(resource, 0)) for event in admitted]
     steps = Counter[float]()
-    for at, units in taken:
-        steps[at] += units
-        steps[at + per] -= units
+    for event in admitted:
+        cost = in_given_unit(event["cost"].get(resource, 0), resource)
+        steps[event["at"]] += cost
+        steps[event["at"] + per] -= cost
     instants = [at for at in sorted(steps) if at <= end]
     held = [*itertools.accumulate(steps[at] for at in instants)]
     curve = [*instants, end], [*held, held[-1] if held else 0]
