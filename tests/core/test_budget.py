@@ -302,17 +302,16 @@ async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime
             await asyncio.sleep(1)
             lease.settle(requests=2)
 
-    with budget(usd=0.1, on_exceeded=counted) as capped:
-        with asyncbucket.agent("a"):
-            await asyncio.gather(*(one() for _ in range(8)))
-            agents = limiter.statistics().agents
-            assert agents is not None
-            assert agents.running == 1
-            assert (len(questions), dict(capped.cap)) == (1, {"usd": 2.0})
-            refused = limiter.acquire(usd=0.5)
-            with pytest.raises(BudgetExceeded, match="budget of 2 USD"):  # asked, and not raised
-                await refused
-            refused.settle(usd=0)  # in a `finally` block, say
+    with budget(usd=0.1, on_exceeded=counted) as capped, asyncbucket.agent("a"):
+        await asyncio.gather(*(one() for _ in range(8)))
+        agents = limiter.statistics().agents
+        assert agents is not None
+        assert agents.running == 1
+        assert (len(questions), dict(capped.cap)) == (1, {"usd": 2.0})
+        refused = limiter.acquire(usd=0.5)
+        with pytest.raises(BudgetExceeded, match="budget of 2 USD"):  # asked, and not raised
+            await refused
+        refused.settle(usd=0)  # in a `finally` block, say
     assert len(questions) == 2
     assert limiter.statistics().in_flight == 0
 
