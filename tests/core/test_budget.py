@@ -14,15 +14,7 @@ from typing import Any
 import pytest
 
 import asyncbucket
-from asyncbucket import (
-    BudgetExceeded,
-    Cost,
-    Limiter,
-    Pool,
-    QueueFull,
-    WouldBlock,
-    budget,
-)
+from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlock, budget
 from asyncbucket.core.context import inherited
 from asyncbucket.core.events import Refused, Released
 from asyncbucket.core.levels import reserve_more

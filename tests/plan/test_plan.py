@@ -155,12 +155,6 @@ def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert planned.limits[0].limit == "1 USD per 3,600 s"
 
 
-@pytest.mark.parametrize("rate", [0, float("inf"), True])
-def test_arrival_rate_must_be_a_finite_number_above_zero(rate: float) -> None:
-    with pytest.raises(ValueError, match="a rate must be a finite number of calls a second"):
-        Poisson(rate)
-
-
 def test_durations_shares_and_changes_are_in_two_units_and_not_rounded_up() -> None:
     seconds = (0.0123, 99.94, 120, 2_379.21, 3_599.6, 24_120, 86_399, 300_000)
     assert ", ".join(map(duration_in_words, seconds)) == (
