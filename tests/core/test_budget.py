@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-import copy
 import gc
 import pickle
 import random
@@ -49,7 +48,6 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
     assert (found.cap, found.spent, found.reserved, found.cost) == (2.0, 0, 1.25, 0.8)
     sent: BudgetExceeded = pickle.loads(pickle.dumps(found))  # noqa: S301 - by a worker process
     assert (str(sent), vars(sent)) == (str(found), {**vars(found), "budget": None})
-    assert copy.deepcopy([capped]) == [capped]  # in the state of an agent, say
     assert inherited.get() is None
 
 
@@ -73,10 +71,7 @@ async def test_every_way_to_ask_is_capped_across_limiters(way: str) -> None:
         for limiter in limiters:
             await call(limiter, 300)
         for limiter in limiters:
-            refusal = pytest.raises(
-                BudgetExceeded, match=r"cost 300 tokens, but .* only 100 tokens"
-            )
-            with refusal:
+            with pytest.raises(BudgetExceeded, match=r"cost 300 tokens, .* only 100 tokens"):
                 await call(limiter, 300)
         await call(limiters[1], 100)
         assert (capped.spent, capped.left) == ({"tokens": 1_000}, {"tokens": 0})

@@ -170,14 +170,8 @@ def test_error_does_not_show_text_given_in_place_of_number() -> None:
         (lambda: limiter.paced(tokens=str.strip)(len)(prompt), "tokens must be a number, not str"),
         (lambda: limiter.acquire(prompt), "a cost must be a Cost or keywords .*, not str"),
         (lambda: settle(prompt), "tokens must be a number, not str"),
-        (
-            lambda: plan(calls=1, rpm=5, latency=[prompt]),
-            "latency, sample 1: expected a finite number from 0 on, not str",
-        ),
-        (
-            lambda: TokenBucket(rate=1.0).acquire_nowait(prompt),
-            "amount must be a whole number .*, not str",
-        ),
+        (lambda: plan(latency=[prompt]), "latency, sample 1: expected a finite .*, not str"),
+        (lambda: bucket.acquire_nowait(prompt), "amount must be a whole number .*, not str"),
     ]
     for refuse, says in refusals:
         with pytest.raises((TypeError, ValueError), match=f"^{says}$"):
