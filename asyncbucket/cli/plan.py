@@ -227,13 +227,14 @@ def _draw_window(
 ) -> None:
     """Draw how many units are in the window that ends at each instant."""
     resource, amount, per = limit["resource"], limit["amount"], limit["per"]
+    taken = [(event["at"], event["cost"].get(resource, 0)) for event in admitted]
     steps = Counter[float]()
-    for event in admitted:
-        cost = in_given_unit(event["cost"].get(resource, 0), resource)
-        steps[event["at"]] += cost
-        steps[event["at"] + per] -= cost
+    for at, units in taken:
+        steps[at] += units
+        steps[at + per] -= units
     instants = [at for at in sorted(steps) if at <= end]
-    held = [*itertools.accumulate(steps[at] for at in instants)]
+    sums = itertools.accumulate(steps[at] for at in instants)
+    held = [in_given_unit(units, resource) for units in sums]
     curve = [*instants, end], [*held, held[-1] if held else 0]
     axes.step(*curve, where="post", color=_ADMITTED)
     axes.fill_between(*curve, step="post", color=_ADMITTED, alpha=0.25)
