@@ -32,13 +32,7 @@ from asyncbucket.core.statistics import LimitUse
 from asyncbucket.core.terms import OnOutage
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
-from asyncbucket.stores.store import (
-    SLOT,
-    Batch,
-    Correction,
-    LimitConfig,
-    Store,
-)
+from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 8
