@@ -141,9 +141,8 @@ def test_plan_says_what_calls_cost(tokens: Any, says: str) -> None:
 def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert plan(calls=10, tokens=5, rpm=10).usd is None
     assert plan(calls=10, tokens=BODY, rpm=10).usd is None
-    assert str(plan(calls=1, tokens=BODY, prices=PRICES).usd).startswith(
-        "this job costs 0.001 USD,"
-    )
+    priced = plan(calls=1, tokens=BODY, prices=PRICES)
+    assert str(priced.usd).startswith("this job costs 0.001 USD,")
     assert plan(calls=10, tokens=5, rpm=10, prices={"*": PRICES["m"]}).usd is not None
     assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
     with pytest.raises(ValueError, match="no price is known for the model 'm'"):
