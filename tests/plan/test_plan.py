@@ -147,9 +147,8 @@ def test_plan_knows_dollars_only_of_models_that_it_knows() -> None:
     assert plan(calls=10, latency=1, rpm=10, model="m", prices=PRICES).usd is None
     with pytest.raises(ValueError, match="no price is known for the model 'm'"):
         plan(calls=10, tokens=5, rpm=10, model="m")
-    planned = plan(
-        "1 USD/hour", calls=4, tokens=Cost(input_tokens=500_000), model="m", prices=PRICES
-    )
+    cost = Cost(input_tokens=500_000)
+    planned = plan("1 USD/hour", calls=4, tokens=cost, model="m", prices=PRICES)
     assert (planned.bound_by, round(planned.duration, -2)) == ("usd", 3_600)
     assert planned.limits[0].limit == "1 USD per 3,600 s"
 
