@@ -33,6 +33,7 @@ import functools
 import logging
 import math
 import random
+import traceback
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -261,11 +262,9 @@ class Retrier:
         functools.update_wrapper(again, tried or attempt, ("__module__", "__qualname__"), ())
         retry = stamina.retry(on=trial.back_off, attempts=None, timeout=None)
         try:
-            retried = cast("T", await io.call(retry(io.function(again))))
+            return cast("T", await io.call(retry(io.function(again))))
         except Exception as error:  # noqa: BLE001 - which one to raise is decided there
             failed = trial.final_error(error)
-        else:
-            return retried
         finally:
             # stamina's objects are a cycle, and keep the trial until the collector runs. Its errors
             # would keep these frames, and a stream that is the reply would keep its slot.
@@ -340,6 +339,8 @@ class _Trial:
         wait, reason = self._next_wait(verdict)
         if reason is None:
             self.retrier.report(self.attempts, verdict, wait)
+            # They may hold a half-read stream, for whose slot the next attempt would wait.
+            traceback.clear_frames(error.__traceback__)
             return wait
         # The user's own ValueError stays as it is; a provider's answer gets a note.
         if self.attempts > 1 or verdict.retry or verdict.reason.startswith("HTTP"):

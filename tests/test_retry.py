@@ -216,6 +216,19 @@ def test_reply_of_a_retried_call_is_dropped_without_the_collector(stage: Stage) 
     assert left == []
 
 
+def test_slot_that_a_failed_attempt_dropped_is_free_for_the_next(stage: Stage) -> None:
+    limiter = Limiter(concurrency=1)
+
+    async def attempt() -> None:
+        _ = await limiter.acquire(timeout=0)  # as a stream that is half read
+        stage.times.append(stage.time.now)
+        if len(stage.times) < 3:
+            raise status_error(500)
+
+    stage.run(stage.retrier().call(attempt))
+    assert len(stage.times) == 3
+
+
 def test_retries_obey_staminas_testing_mode(stage: Stage) -> None:
     with stamina.set_testing(True, attempts=3), pytest.raises(openai.APIStatusError):
         stage.call(stage.retrier(), status_error(500))

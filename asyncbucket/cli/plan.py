@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.core.wording import counted, named, written_out
+from asyncbucket.core.wording import counted, in_given_unit, named, written_out
 from asyncbucket.plan import Plan, Poisson
 from asyncbucket.plan import plan as make_plan
 
@@ -200,7 +200,7 @@ def draw_trace(trace: Path, out: Path, *, dark: bool) -> None:
         for axes in panels:
             axes.set_xlim(0, end)
             axes.grid(alpha=0.2)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:,.10g}")
             for pause in pauses:
                 over = pause["at"] + pause["seconds"]
                 axes.axvspan(pause["at"], over, color=_PAUSE, alpha=0.18, linewidth=0)
@@ -233,7 +233,8 @@ def _draw_window(
         steps[at] += units
         steps[at + per] -= units
     instants = [at for at in sorted(steps) if at <= end]
-    held = [*itertools.accumulate(steps[at] for at in instants)]
+    sums = itertools.accumulate(steps[at] for at in instants)
+    held = [in_given_unit(units, resource) for units in sums]
     curve = [*instants, end], [*held, held[-1] if held else 0]
     axes.step(*curve, where="post", color=_ADMITTED)
     axes.fill_between(*curve, step="post", color=_ADMITTED, alpha=0.25)

@@ -304,7 +304,8 @@ class AgentLease(Lease):
     def _settle_locked(self, used: dict[str, int]) -> None:
         work, before = self._node.work, self._booked()
         super()._settle_locked(used)
-        agents_of(self._node).correct(self._run, work(self._booked()) - work(before))
+        if self._run is not None:  # else a budget refused it before it had one
+            agents_of(self._node).correct(self._run, work(self._booked()) - work(before))
 
 
 def agents_of(node: Node) -> Agents:

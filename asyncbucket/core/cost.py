@@ -64,9 +64,9 @@ class Cost(Mapping[str, int]):
 
     ``tokens`` is input plus output; it defaults to their sum. If only ``tokens`` is given, the
     split is unknown, so limits of input tokens and of output tokens each count all of it. If one
-    part is given with it, the rest of it is the other. Amounts
-    are rounded up; resources that cost nothing are left out. ``usd`` is given in dollars, and its
-    units are micro-dollars: ``Cost(usd=0.5)["usd"]`` is 500,000.
+    part is given with it, the rest is the other part. Amounts are rounded up; resources that cost
+    nothing are left out. ``usd`` is given in dollars, and its units are micro-dollars:
+    ``Cost(usd=0.5)["usd"]`` is 500,000.
 
     Raises:
         TypeError: an amount is not a number, or is of ``concurrency``: each call takes one slot.

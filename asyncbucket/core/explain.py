@@ -427,7 +427,8 @@ def _bound_by(node: Node) -> str | None:
         return None
     known = None if pacer.place is None else pacer.place.held_up()
     of_all = (None if known is None else known[0], pacer.bound_by)
-    lines = (line for line in pacer.top.lines() if line.living and node in line.node.path)
+    lines = [line for line in pacer.top.lines() if line.living and node in line.node.path]
+    lines.sort(key=lambda line: (line.node is not node, -line.priority))  # its own calls first
     here = [line.bound_by for line in lines]
     # At the root the store's answer comes first, as it keeps these limits; below, the child's.
     answers = (*of_all, *here) if node.parent is None else (*here, *of_all)

@@ -254,7 +254,9 @@ class Limiter(Doors, OfThisProcess):
                 the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
-        lease = self.acquire(cost, tenant=tenant, **amounts)
+        lease = self.acquire(
+            cost, tenant=tenant, timeout=None, deadline=None, priority=None, **amounts
+        )
         if not lease._take_now():
             pacer: Pacer = lease._node.pacer
             with pacer:

@@ -488,8 +488,8 @@ class OfThisProcess:
             TypeError: always.
         """
         raise TypeError(
-            f"a {type(self).__name__} belongs to its process and cannot be pickled: make a limiter in "
-            f"each process, with store=... if they are to share limits"
+            f"a {type(self).__name__} belongs to its process and cannot be pickled: make one in each "
+            f"process; limiters share limits by store=..."
         )
 
 

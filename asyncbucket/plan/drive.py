@@ -197,9 +197,10 @@ def make_plan(load: Load, members: Sequence[Bounds]) -> "Plan":
 
 def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
     """Return what the limiter, or the pool, tells a call that can never pass."""
-    limiters = (Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members)
+    limiters = [Limiter(*bounds.limits, name=bounds.name or "default") for bounds in members]
+    limiter = limiters[0] if len(limiters) == 1 else Pool(*limiters)
     try:
-        Pool(*limiters).acquire_nowait(Cost.of(call.amounts))
+        limiter.acquire_nowait(Cost.of(call.amounts))
     except CostExceedsLimit as error:
         return str(error)
     return None

@@ -1,6 +1,7 @@
 """`asyncbucket plan` and `asyncbucket plot`: what people type, see and draw."""
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -93,19 +94,21 @@ def test_missing_matplotlib_names_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
 async def test_trace_is_drawn(virtual_time: VirtualTime, tmp_path: Path) -> None:
     """The name looks like a formula; a call is refused, and a limit admits nothing."""
-    limits = ("60 RPM burst 2", "9 images/hour")
+    limits = ("60 RPM burst 2", "9 images/hour", "0.50 USD/hour")
     limiter = Limiter(*limits, name="$5 {a_month$", clock=virtual_time.clock)
     with limiter.trace() as trace:
         with pytest.raises(CostExceedsLimit):
             limiter.acquire_nowait(cost=Cost(images=10))
         for _ in range(20):
-            await limiter.acquire()
+            await limiter.acquire(usd=0.02)
         limiter.pause(3)
     trace.save(tmp_path / "trace.jsonl")
     assert typed(f"plot {tmp_path}/trace.jsonl -o {tmp_path}/x.svg") == f"drawn: {tmp_path}/x.svg\n"
     content = (tmp_path / "x.svg").read_text()
     for text in ("$5 {a_month$: 20 admissions; paused", "in the last 60 s; limit 60", "waiting"):
         assert f"<!-- {text}" in content
+    drawn = " ".join(re.findall(r' d="([^"]+)" clip-path', content))
+    assert max(map(float, re.findall(r"[\d.]+", drawn))) < 1_000  # in the picture
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-import copy
 import gc
 import pickle
 import random
@@ -14,15 +13,7 @@ from typing import Any
 import pytest
 
 import asyncbucket
-from asyncbucket import (
-    BudgetExceeded,
-    Cost,
-    Limiter,
-    Pool,
-    QueueFull,
-    WouldBlock,
-    budget,
-)
+from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlock, budget
 from asyncbucket.core.context import inherited
 from asyncbucket.core.events import Refused, Released
 from asyncbucket.core.levels import reserve_more
@@ -38,9 +29,8 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
     limiter = Limiter(concurrency=5)
     with budget(usd=2.00, requests=100) as capped:
         async with limiter.acquire(usd=1.25) as lease:
-            assert [each["usd"] for each in (capped.reserved, capped.spent, capped.left)] == [
-                *(1.25, 0, 0.75)
-            ]
+            sums = [each["usd"] for each in (capped.reserved, capped.spent, capped.left)]
+            assert sums == [1.25, 0, 0.75]
             with pytest.raises(BudgetExceeded) as error:
                 await limiter.acquire(usd=0.80)
             lease.settle(usd=0.5)
@@ -57,7 +47,6 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
     assert (found.cap, found.spent, found.reserved, found.cost) == (2.0, 0, 1.25, 0.8)
     sent: BudgetExceeded = pickle.loads(pickle.dumps(found))  # noqa: S301 - by a worker process
     assert (str(sent), vars(sent)) == (str(found), {**vars(found), "budget": None})
-    assert copy.deepcopy([capped]) == [capped]  # in the state of an agent, say
     assert inherited.get() is None
 
 
@@ -81,10 +70,7 @@ async def test_every_way_to_ask_is_capped_across_limiters(way: str) -> None:
         for limiter in limiters:
             await call(limiter, 300)
         for limiter in limiters:
-            refusal = pytest.raises(
-                BudgetExceeded, match=r"cost 300 tokens, but .* only 100 tokens"
-            )
-            with refusal:
+            with pytest.raises(BudgetExceeded, match=r"cost 300 tokens, .* only 100 tokens"):
                 await call(limiter, 300)
         await call(limiters[1], 100)
         assert (capped.spent, capped.left) == ({"tokens": 1_000}, {"tokens": 0})
@@ -302,15 +288,16 @@ async def test_on_exceeded_may_raise_the_cap_and_is_asked_once(time: VirtualTime
             await asyncio.sleep(1)
             lease.settle(requests=2)
 
-    with budget(usd=0.1, on_exceeded=counted) as capped:
-        with asyncbucket.agent("a"):
-            await asyncio.gather(*(one() for _ in range(8)))
-            agents = limiter.statistics().agents
-            assert agents is not None
-            assert agents.running == 1
+    with budget(usd=0.1, on_exceeded=counted) as capped, asyncbucket.agent("a"):
+        await asyncio.gather(*(one() for _ in range(8)))
+        agents = limiter.statistics().agents
+        assert agents is not None
+        assert agents.running == 1
         assert (len(questions), dict(capped.cap)) == (1, {"usd": 2.0})
+        refused = limiter.acquire(usd=0.5)
         with pytest.raises(BudgetExceeded, match="budget of 2 USD"):  # asked, and not raised
-            await limiter.acquire(usd=0.5)
+            await refused
+        refused.settle(usd=0)  # in a `finally` block, say
     assert len(questions) == 2
     assert limiter.statistics().in_flight == 0
 
@@ -323,10 +310,8 @@ def test_on_exceeded_of_a_blocking_call_is_a_plain_function() -> None:
         assert dict(capped.spent) == {"requests": 3}
         with pytest.raises(BudgetExceeded):  # nothing is asked where nobody may wait
             limiter.acquire_nowait()
-    with (
-        budget(requests=0, on_exceeded=asked_later),
-        pytest.raises(TypeError, match="plain function"),
-    ):
+    refused = pytest.raises(TypeError, match="plain function")
+    with budget(requests=0, on_exceeded=asked_later), refused:
         limiter.acquire_sync()
     refused = pytest.raises(TypeError, match=r"new cap, such as 5.0, or None, not 'yes'")
     with budget(requests=0, on_exceeded=asked_in_vain), refused:

@@ -39,6 +39,18 @@ async def test_call_behind_cousin_is_bound_by_same_resource(time: VirtualTime) -
     assert team.statistics().waits["tokens"].count == 3
 
 
+async def test_limiter_says_what_binds_its_own_calls_first(time: VirtualTime) -> None:
+    team = Limiter(clock=time.clock).child("team", "10 tokens/10s")
+    below = [team.child(str(number), rpm=1) for number in range(9)]
+    for each in (team, *below):
+        each.acquire_nowait(tokens=10 if each is team else 0)
+    calls = await start_all(each.acquire() for each in below)
+    calls += [await start(team.acquire(tokens=5))]
+    said = [each.statistics().bound_by for each in (team, *below)]
+    assert said == ["tokens", *["requests"] * 9]
+    cancel(*calls)
+
+
 @pytest.mark.parametrize("level", ["root", "middle"])
 async def test_newcomer_does_not_pass_waiting_cousin(time: VirtualTime, level: str) -> None:
     root = Limiter("100 TPM" if level == "root" else "1M TPM", clock=time.clock)

@@ -207,13 +207,10 @@ async def test_refusal_events_say_why(time: VirtualTime) -> None:
     with pytest.raises(CostExceedsLimit):
         await limiter.acquire(requests=3)
     refused = [event for event in heard if isinstance(event, Refused)]
-    assert [(e.reason, e.bound_by, e.retry_after, e.cost["requests"]) for e in refused] == [
-        *(
-            (why, "requests", pytest.approx(30), 1)
-            for why in ("would_block", "timeout", "queue_full")
-        ),
-        ("too_costly", None, None, 3),
-    ]
+    told = [(e.reason, e.bound_by, e.retry_after, e.cost["requests"]) for e in refused]
+    binds = ("requests", pytest.approx(30), 1)
+    bound = [(why, *binds) for why in ("would_block", "timeout", "queue_full")]
+    assert told == [*bound, ("too_costly", None, None, 3)]
     waiting.cancel()
     await all_blocked()
     assert heard[-1] == Cancelled(limiter="default", at=0.0, cost={"requests": 1}, waited=0)

@@ -17,14 +17,7 @@ from typing import Any
 import pytest
 
 import asyncbucket
-from asyncbucket import (
-    AcquireTimeout,
-    CostExceedsLimit,
-    Limit,
-    Limiter,
-    Pool,
-    WouldBlock,
-)
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, Pool, WouldBlock
 from asyncbucket.core import members
 from asyncbucket.core.pool import PoolLease
 from asyncbucket.testing import VirtualTime, assert_never_over

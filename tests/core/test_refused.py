@@ -20,27 +20,16 @@ from asyncbucket import (
     pace,
     plan,
     priority,
+    telemetry,
     tenant,
 )
+from asyncbucket.plan import Poisson
 
 NAN, INF = math.nan, math.inf
 NO_TIMES = [NAN, True, "5", [], b""]
 NO_RATES = [0, -1, NAN, INF, True, "x", None, 1e-300]
-NO_SLOTS = [
-    0,
-    -1,
-    1.5,
-    NAN,
-    True,
-    "5",
-    (1,),
-    (0, 4),
-    (1, 2, 3),
-    (1, INF),
-    [1, 2],
-    (True, 2),
-    (9, 2),
-]
+NO_SLOTS = [0, -1, 1.5, NAN, True, "5", [1, 2]]
+NO_BOUNDS = [(1,), (0, 4), (1, 2, 3), (1, INF), (True, 2), (9, 2)]
 SECONDS = "{name} must be a number of seconds, not {}"
 WHOLE = "{name} must be a whole number of at least 0, not {}"
 PRIORITY = (
@@ -58,6 +47,7 @@ UNKNOWN = "no limit counts imges: this limiter counts input_tokens, output_token
 
 limiter = Limiter("5 RPM", "1k TPM")
 bucket = TokenBucket(1.0, burst=5)
+logging = partial(telemetry.logging, limiter)
 
 
 def child(**terms: Any) -> object:
@@ -114,7 +104,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("name must be a string, not {}", Limiter, "name", [None, 5, b"openai"]),
     ("weight must be a number from 0.000001 to 1,000,000, not {}", child, "weight", [0, NAN, True]),
     (WHOLE, Limiter, "max_queue", [-1, 1.5, NAN, True, "5"]),
-    (SLOTS, Limiter, "concurrency", NO_SLOTS),
+    (SLOTS, Limiter, "concurrency", [*NO_SLOTS, *NO_BOUNDS]),
     ("on_outage must be one of share, closed, open, not {}", Limiter, "on_outage", ["wait"]),
     (TTL, Limiter, "slot_ttl", [0, "5"]),
     (CLOCK, Limiter, "clock", [None, 5, "now", monotonic, str]),
@@ -127,6 +117,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     (WHOLE_COST, with_cost, "requests", [2]),
     (UNKNOWN, limiter.acquire, "imges", [3]),
     (UNKNOWN, limiter.acquire, None, [Cost(imges=3)]),
+    ("multiple values for keyword argument 'timeout'", limiter.acquire_nowait, "timeout", [5]),
     (SLOT, Cost, "concurrency", [3]),
     (SLOT, limiter.acquire, "concurrency", [2]),
     ("a call must cost something: requests=1 is the usual", Cost, "requests", [0]),
@@ -135,14 +126,12 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("learn() takes a Limit, such as ", limiter.learn, None, ["60 RPM"]),
     ('reason must be a string, such as "429", not {}', partial(limiter.pause, 1), "reason", [429]),
     ("paced decorates a function, not {}; amounts go by keyword", limiter.paced, None, [500]),
-    (
-        "is a generator: a call of it holds nothing yet",
-        limiter.paced,
-        None,
-        [items, partial(stream)],
-    ),
+    ("is a generator: a call of it holds", limiter.paced, None, [items, partial(stream)]),
     ("pace() without a limit would pace nothing", partial(pace, object()), "rpm", [None]),
     ("rpm must be a whole number of at least 1", partial(pace, object()), "rpm", [0]),
+    ("last must be a whole number of at least 1, not {}", limiter.trace, None, [0, 1.5]),
+    ("threshold must be a number of seconds from 0 on, not {}", logging, "threshold", [-1, NAN]),
+    ("a rate must be a finite number of calls a second", Poisson, None, [0, INF, True]),
     ("a budget needs a cap: give e.g. usd=2.00", budget, "usd", [None]),
     ("usd must be finite and not negative, not {}", budget, "usd", [-1, NAN]),
     ("on_exceeded must be a function of", partial(budget, usd=1), "on_exceeded", [5]),
@@ -181,14 +170,8 @@ def test_error_does_not_show_text_given_in_place_of_number() -> None:
         (lambda: limiter.paced(tokens=str.strip)(len)(prompt), "tokens must be a number, not str"),
         (lambda: limiter.acquire(prompt), "a cost must be a Cost or keywords .*, not str"),
         (lambda: settle(prompt), "tokens must be a number, not str"),
-        (
-            lambda: plan(calls=1, rpm=5, latency=[prompt]),
-            "latency, sample 1: expected a finite number from 0 on, not str",
-        ),
-        (
-            lambda: TokenBucket(rate=1.0).acquire_nowait(prompt),
-            "amount must be a whole number .*, not str",
-        ),
+        (lambda: plan(latency=[prompt]), "latency, sample 1: expected a finite .*, not str"),
+        (lambda: bucket.acquire_nowait(prompt), "amount must be a whole number .*, not str"),
     ]
     for refuse, says in refusals:
         with pytest.raises((TypeError, ValueError), match=f"^{says}$"):

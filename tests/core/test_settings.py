@@ -38,19 +38,12 @@ def limits(limiter: Limiter) -> list[str]:
 
 def test_environment_variables_have_names_of_arguments(folder: Path) -> None:
     prices = write(folder, "[m]\ninput = 1\n", "prices.toml")
-    limiter = env(
-        RPM="500",
-        TPM="200k",
-        CONCURRENCY="20",
-        NAME="openai",
-        MAX_QUEUE="1,000",
-        STORE="sqlite:///a.db",
-        PRICES=str(prices),
-    )
+    limiter = env(RPM="500", TPM="200k", CONCURRENCY="20", NAME="openai", MAX_QUEUE="1,000")
     assert limits(limiter) == ["500 requests per 60 s", "200,000 tokens per 60 s"]
     assert (limiter.name, limiter.concurrency, limiter.max_queue) == ("openai", 20, 1_000)
-    assert limiter._prices == {"m": Price(input=1)}
-    assert limiter._node.place is not None
+    stored = env(RPM="500", STORE="sqlite:///a.db", PRICES=str(prices))
+    assert stored._prices == {"m": Price(input=1)}
+    assert stored._node.place is not None
     assert env(RPM="500", MAX_QUEUE="0").max_queue == 0
     sizes = [env(CONCURRENCY=text).concurrency for text in ("auto", "8-64", "7")]
     assert sizes == [4, 8, 7]

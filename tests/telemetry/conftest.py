@@ -1,14 +1,19 @@
-"""What the tests of telemetry share: a limiter, events that happen as a test says, and a scrape."""
+"""What the tests of telemetry share: a limiter, events as a test says, and what watches them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, telemetry
 from asyncbucket.core.events import Admitted, Event
 from asyncbucket.core.levels import emit, shown_name
 
@@ -29,6 +34,48 @@ def scrape(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
             for sample in family.samples
         }
     )
+
+
+class Telemetry:
+    """Providers that keep what is measured and traced."""
+
+    def __init__(self) -> None:
+        self._reader, self._spans = InMemoryMetricReader(), InMemorySpanExporter()
+        self.meters, self.tracers = MeterProvider(metric_readers=[self._reader]), TracerProvider()
+        self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
+
+    def watch(self, limiter: Limiter, **options: Any) -> Callable[[], None]:
+        return telemetry.opentelemetry(
+            limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
+        )
+
+    @property
+    def spans(self) -> tuple[ReadableSpan, ...]:
+        return self._spans.get_finished_spans()
+
+    def metrics(self) -> dict[str, Any]:
+        data = self._reader.get_metrics_data()
+        return {
+            metric.name.removeprefix("asyncbucket."): metric
+            for resource in ([] if data is None else data.resource_metrics)
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+
+    def points(self, name: str) -> dict[tuple[Any, ...], Any]:
+        """Return the points of a metric by the values of their attributes, sorted by name."""
+        points = self.metrics()[name].data.data_points
+        return {
+            tuple(value for _, value in sorted(point.attributes.items())): point for point in points
+        }
+
+
+@pytest.fixture
+def otel() -> Iterator[Telemetry]:
+    kept = Telemetry()
+    yield kept
+    kept.meters.shutdown()
+    kept.tracers.shutdown()
 
 
 @pytest.fixture

@@ -1,60 +1,12 @@
 import contextvars
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from asyncbucket import Limiter, events, telemetry
+from asyncbucket import Limiter, events
 from asyncbucket.telemetry.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS
-from tests.telemetry.conftest import COST
-
-
-class Telemetry:
-    """Providers that keep what is measured and traced."""
-
-    def __init__(self) -> None:
-        self._reader, self._spans = InMemoryMetricReader(), InMemorySpanExporter()
-        self.meters, self.tracers = MeterProvider(metric_readers=[self._reader]), TracerProvider()
-        self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
-
-    def watch(self, limiter: Limiter, **options: Any) -> Callable[[], None]:
-        return telemetry.opentelemetry(
-            limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
-        )
-
-    @property
-    def spans(self) -> tuple[ReadableSpan, ...]:
-        return self._spans.get_finished_spans()
-
-    def metrics(self) -> dict[str, Any]:
-        data = self._reader.get_metrics_data()
-        return {
-            metric.name.removeprefix("asyncbucket."): metric
-            for resource in ([] if data is None else data.resource_metrics)
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        }
-
-    def points(self, name: str) -> dict[tuple[Any, ...], Any]:
-        """Return the points of a metric by the values of their attributes, sorted by name."""
-        points = self.metrics()[name].data.data_points
-        return {
-            tuple(value for _, value in sorted(point.attributes.items())): point for point in points
-        }
-
-
-@pytest.fixture
-def otel() -> Iterator[Telemetry]:
-    kept = Telemetry()
-    yield kept
-    kept.meters.shutdown()
-    kept.tracers.shutdown()
+from tests.telemetry.conftest import COST, Telemetry
 
 
 def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) -> None:
@@ -75,17 +27,12 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     assert (waits["tokens", "openai"].sum, waits["none", "openai"].count) == (90.0, 2)
     assert waits["tokens", "openai"].explicit_bounds == BUCKETS
     assert metrics["wait"].unit == "s"
-    assert {kind: point.value for (kind, _), point in tokens.items()} == {
-        "reserved": 900,
-        "used": 1_650,
-        "refunded": 200,
-    }
+    counted = {kind: point.value for (kind, _), point in tokens.items()}
+    assert counted == {"reserved": 900, "used": 1_650, "refunded": 200}
     assert otel.points("agent")["chat", "openai", "ok"].sum == 30.0
     for name, count in {"upstream_429": 1, "spent_usd": 0.0125, "retries": 1}.items():
         assert otel.points(name)["openai",].value == count
-    in_flight = {
-        label: point.value for (label,), point in otel.points("in_flight_requests").items()
-    }
+    in_flight = {name: each.value for (name,), each in otel.points("in_flight_requests").items()}
     assert in_flight == {"openai": len(held), "openai/chat": 1}
     shares = {limit: point.value for (limit, _), point in otel.points("limit_used_ratio").items()}
     assert shares == {"rpm": 0.004, "concurrency": 0.25}

@@ -5,16 +5,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from asyncbucket import Limiter, agent, events, telemetry
-from tests.telemetry.conftest import COST, scrape
-
-
-def test_registry_knows_all_names_before_anything_is_counted(
-    limiter: Limiter, registry: CollectorRegistry
-) -> None:
-    telemetry.prometheus(limiter, registry=registry)
-    chosen = registry.restricted_registry(["asyncbucket_queued_requests"]).collect()
-    assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
+from asyncbucket import Limiter, agent, telemetry
+from tests.telemetry.conftest import scrape
 
 
 def test_agents_are_counted_while_they_run_and_timed_by_kind(
@@ -35,7 +27,10 @@ def test_agents_are_counted_while_they_run_and_timed_by_kind(
 
 
 def test_counters_begin_at_zero(registry: CollectorRegistry, limiter: Limiter) -> None:
+    """The registry knows all names from the start."""
     telemetry.prometheus(limiter, registry=registry)
+    chosen = registry.restricted_registry(["asyncbucket_queued_requests"]).collect()
+    assert [metric.name for metric in chosen] == ["asyncbucket_queued_requests"]
     limiter.pause(0, reason="lunch")  # counts as no 429
     limiter.child("idle")
     seen = scrape(registry)
@@ -54,21 +49,6 @@ def test_dollars_are_counted_when_calls_end(registry: CollectorRegistry) -> None
     seen = scrape(registry)
     assert seen["spent_usd_total", "openai"] == seen["spent_usd_total", "openai/chat"] == 0.0625
     assert seen["limit_used_ratio", "usd/86400s", "openai"] == 0.0625 / 25
-
-
-def test_tokens_are_counted_as_reserved_used_and_refunded(
-    limiter: Limiter, registry: CollectorRegistry, say: Any, admit: Any
-) -> None:
-    telemetry.prometheus(limiter, registry=registry)
-    admit(limiter)
-    admit(limiter, cost={"requests": 1})
-    for used, corrects in ((700, {}), (750, {"tokens": 700}), (720, {"tokens": 750})):
-        say(limiter, events.Settled, reserved=COST, used={"tokens": used}, corrects=corrects)
-    say(limiter, events.Settled, reserved=COST, used={"requests": 2})
-    seen = scrape(registry)
-    assert seen["tokens_total", "reserved", "openai"] == 900
-    assert seen["tokens_total", "used", "openai"] == 750  # a counter never falls
-    assert seen["tokens_total", "refunded", "openai"] == 200 + 30
 
 
 def test_counters_of_watched_limiter_include_those_below_it(

@@ -10,12 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.telemetry import report
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.conftest import python
 
@@ -31,12 +29,6 @@ def busy() -> Limiter:
 def get(url: str, **headers: str) -> str:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:  # noqa: S310 - our own
         return str(reply.read().decode())
-
-
-def test_child_beside_its_parent_is_shown_once() -> None:
-    parent = Limiter("5 RPM", name="chat")
-    seen = report([parent, parent.child("a")])
-    assert [each["name"] for each in seen["limiters"]] == ["chat", "chat/a"]
 
 
 def test_default_port_is_fixed_until_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +47,8 @@ def test_report_is_served_with_children_without_names_of_tenants() -> None:
         assert repr(server) == f"<StatsServer at {server.url}>"
         text = get(server.url)
     root, chat = json.loads(text)["limiters"]
-    assert [(each["name"], each["admitted"]) for each in (root, chat)] == [
-        *(("openai", 2), ("openai/chat", 1))
-    ]
+    admitted = {each["name"]: each["admitted"] for each in (root, chat)}
+    assert admitted == {"openai": 2, "openai/chat": 1}
     assert root["upstream_429"] == 1
     assert 59 < root["paused"] <= 60
     assert root["limits"][1] == {
@@ -162,9 +153,3 @@ async def test_trace_keeps_and_saves_the_last_events(
     assert first["cost"]["tokens"] == 10
     paused = {"event": "paused", "at": 4.0, "limiter": "openai", "seconds": 1, "reason": ""}
     assert last == paused
-
-
-@pytest.mark.parametrize("last", [0, 1.5])
-def test_invalid_length_of_a_trace_is_refused(last: Any) -> None:
-    with pytest.raises(ValueError, match=f"last must be a whole number of at least 1, not {last}"):
-        Limiter("5 RPM").trace(last)

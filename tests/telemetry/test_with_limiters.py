@@ -9,11 +9,6 @@ import httpx
 import openai
 import pytest
 from llama_index.llms.openai import OpenAI
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
 
 from asyncbucket import (
@@ -29,7 +24,7 @@ from asyncbucket import (
 )
 from asyncbucket.telemetry import report
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
-from tests.telemetry.conftest import scrape
+from tests.telemetry.conftest import Telemetry, scrape
 
 if TYPE_CHECKING:
     from asyncbucket.core.events import Event
@@ -96,73 +91,64 @@ async def test_every_outcome_of_calls_to_real_limiter_is_counted(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    lease.settle(tokens=4)
-    lease.settle(tokens=6)
-    assert scrape(registry)["limit_used_ratio", "tpm", "mine"] == 0.06
+    for used in 4, 6, 5:
+        lease.settle(requests=2, tokens=used)
+    assert scrape(registry)["limit_used_ratio", "tpm", "mine"] == 0.05
     lease.release()
     with pytest.raises(RuntimeError, match="broken"):
         async with limiter.acquire(tokens=10):
             raise RuntimeError("broken")
-    (await limiter.acquire(tokens=10)).overloaded()
+    (await limiter.acquire(requests=2)).overloaded()
     seen = scrape(registry)
-    assert {key[2]: value for key, value in seen.items() if key[0].endswith("requests_total")} == {
-        "ok": 1,
-        "failed": 1,
-        "overloaded": 1,
-        "cancelled": 1,
-        "timeout": 1,
-        "queue_full": 1,
-        "would_block": 1,
-        "budget": 1,
-        "too_costly": 1,
-    }
-    assert seen["tokens_total", "reserved", "mine"] == 30
-    assert seen["tokens_total", "used", "mine"] == 6
-    assert seen["tokens_total", "refunded", "mine"] == 6
+    outcomes = "ok failed overloaded cancelled timeout queue_full would_block budget too_costly"
+    counted = {key[2]: count for key, count in seen.items() if key[0].endswith("requests_total")}
+    assert counted == dict.fromkeys(outcomes.split(), 1)
+    assert seen["tokens_total", "reserved", "mine"] == 20
+    assert seen["tokens_total", "used", "mine"] == 6  # a counter never falls
+    assert seen["tokens_total", "refunded", "mine"] == 6 + 1
 
 
-async def test_wait_span_is_in_the_trace_of_its_caller(virtual_time: VirtualTime) -> None:
-    spans, tracers = InMemorySpanExporter(), TracerProvider()
-    tracers.add_span_processor(SimpleSpanProcessor(spans))
+async def test_wait_span_is_in_the_trace_of_its_caller(
+    virtual_time: VirtualTime, otel: Telemetry
+) -> None:
     limiter = Limiter(concurrency=1, name="openai", clock=virtual_time.clock)
-    telemetry.opentelemetry(limiter, tracer_provider=tracers)
+    otel.watch(limiter)
 
     async def ask(number: int) -> None:
-        with tracers.get_tracer("mine").start_as_current_span(f"agent {number}"):
+        with otel.tracers.get_tracer("mine").start_as_current_span(f"agent {number}"):
             async with limiter.acquire(timeout=2 if number == 3 else None):
                 await asyncio.sleep(5)
 
     *_, late = await asyncio.gather(*map(ask, range(4)), return_exceptions=True)
     assert isinstance(late, AcquireTimeout)
-    finished = spans.get_finished_spans()
-    agents = {span.context.span_id: span.name for span in finished if span.context}
+    agents = {span.context.span_id: span.name for span in otel.spans if span.context}
     assert {
         agents[span.parent.span_id]: (span.attributes or {})["asyncbucket.result"]
-        for span in finished
+        for span in otel.spans
         if span.name == "wait openai" and span.parent
     } == {"agent 1": "admitted", "agent 2": "admitted", "agent 3": "timeout"}
 
 
-def watched_in_every_way(limiter: Limiter) -> Callable[[], list[Any]]:
+def watched_in_every_way(limiter: Limiter, otel: Telemetry) -> Callable[[], list[Any]]:
     """Watch a limiter; return a function that returns all that can be seen, but for the log."""
-    registry, reader, spans = CollectorRegistry(), InMemoryMetricReader(), InMemorySpanExporter()
+    registry = CollectorRegistry()
     seen: list[Event] = []
-    tracers, meters = TracerProvider(), MeterProvider(metric_readers=[reader])
-    tracers.add_span_processor(SimpleSpanProcessor(spans))
     telemetry.prometheus(limiter, registry=registry)
-    telemetry.opentelemetry(limiter, meter_provider=meters, tracer_provider=tracers)
+    otel.watch(limiter)
     telemetry.logging(limiter, threshold=0.0, logger="asyncbucket.canary")
     telemetry.llama_index(limiter)
     limiter.observe(seen.append)
     return lambda: [
         generate_latest(registry),
-        reader.get_metrics_data(),
-        [span.to_json() for span in spans.get_finished_spans()],
+        otel.metrics(),
+        [span.to_json() for span in otel.spans],
         seen,
     ]
 
 
-async def test_telemetry_and_errors_reveal_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+async def test_telemetry_and_errors_reveal_no_secret(
+    caplog: pytest.LogCaptureFixture, otel: Telemetry
+) -> None:
     """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
 
     This uses the machine's clock, with refusals, errors and a caller that gives up.
@@ -170,7 +156,7 @@ async def test_telemetry_and_errors_reveal_no_secret(caplog: pytest.LogCaptureFi
     key, prompt, password, tenant = CANARIES
     async with RateLimitedProvider(latency=0.01) as provider, httpx.AsyncClient() as client:
         limiter = Limiter("6k RPM burst 6k", concurrency=1, name="openai")
-        shown = watched_in_every_way(limiter)
+        shown = watched_in_every_way(limiter, otel)
         own = limiter.key(tenant)
         llm = own.wrap(model(provider, client, api_key=key))
         with caplog.at_level(logging.DEBUG, "asyncbucket"):
@@ -254,7 +240,7 @@ async def test_members_of_a_pool_are_shown_with_it(
     used = {key[2]: n for key, n in scrape(registry).items() if key[0].endswith("used_ratio")}
     assert used[pool.name] == pytest.approx(4 / 400)
     assert used["key-100"] == pytest.approx((3 - at_b) / 100)
-    names = [each["name"] for each in report([pool, a])["limiters"]]
+    names = [each["name"] for each in report([pool, a, *a.children.values()])["limiters"]]
     assert sorted(names) == sorted(ended.keys() - {"other", "spare", "spare/other"})
     off()
     telemetry.prometheus(a, registry=registry)
