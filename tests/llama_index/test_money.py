@@ -17,7 +17,15 @@ from asyncbucket import BudgetExceeded, Limiter, Pool, Price, UnknownPrice, budg
 from asyncbucket.core.events import Released
 from asyncbucket.llama_index import Retry
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import API_BASE, MESSAGES, Reader, ScriptedOpenAI, ask, make_openai
+from tests.llama_index.conftest import (
+    API_BASE,
+    MESSAGES,
+    Reader,
+    ScriptedOpenAI,
+    ask,
+    in_flight,
+    make_openai,
+)
 
 #: A token costs a micro-dollar, so the provider's own count of tokens is one of dollars.
 PRICES = {"gpt-4o-mini": Price(input=1, output=1), "gpt-4o": Price(input=20, output=20)}
@@ -133,6 +141,21 @@ async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap() -> N
         await asyncio.sleep(0.1)
         assert provider.statistics().requests < 5
     assert micro(capped.spent) <= 1_000
+
+
+def test_error_that_cannot_be_judged_holds_no_slot() -> None:
+    class OddError(Exception):
+        response = property(lambda _: 1 / 0)
+
+    class Odd(MockLLM):
+        def chat(self, *_: Any, **__: Any) -> Any:
+            raise OddError
+
+    limiter = Limiter(prices={"*": Price(input=0)})
+    with budget(usd=1), pytest.raises(ZeroDivisionError) as held:
+        limiter.wrap(Odd(), retry=False).chat(MESSAGES)
+    assert held
+    assert in_flight(limiter) == 0
 
 
 def test_model_without_a_price_fails_where_dollars_count() -> None:
