@@ -274,8 +274,9 @@ class PacedTransport(_AnyTransport):
 
     def _senders(self, method: str) -> list[Any]:
         """Return what sends by ``method``, so far."""
-        made = [each for key, each in self._made.items() if key[0] == method]
-        return made if self._given is None else [self._given]
+        if self._given is not None:
+            return [self._given] if hasattr(self._given, method) else []
+        return [made for key, made in self._made.items() if key[0] == method]
 
     def _is_paid(self, limiter: Limiter, payer: Limiter | None) -> bool:
         """Tell whether a layer above has already paid for the request, and warn once.

@@ -546,8 +546,9 @@ async def test_request_of_other_kind_or_library_is_refused(library: Any, limiter
     with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not <class 'object'>"):
         await limiter.transport().handle_async_request(object())
     paced = limiter.transport(library.AsyncHTTPTransport())
-    with pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)"):
-        paced.handle_request(library.Request("GET", URL))
+    refused = pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)")
+    with refused, library.Client(transport=paced) as client:
+        client.get(URL)
 
 
 @pytest.mark.parametrize(
