@@ -536,7 +536,7 @@ async def test_one_transport_serves_both_kinds_of_clients_of_both_libraries(
                 assert (await client.get(provider.base_url)).status_code == 401
         assert type(paced.inner) is httpx.AsyncHTTPTransport
         assert "above AsyncHTTPTransport" in repr(paced)
-        assert "above MockTransport" in repr(paced.above(httpx.MockTransport(lambda _: None)))
+        assert "above HTTPTransport" in repr(paced.above(httpx.HTTPTransport()))
     assert limiter.statistics().admitted == 4
 
 

@@ -145,7 +145,7 @@ def test_error_that_cannot_be_judged_holds_no_slot() -> None:
 
     limiter = Limiter(prices={"*": Price(input=0)})
     with budget(usd=1), pytest.raises(ZeroDivisionError) as held:
-        limiter.wrap(Odd(), retry=False).chat(MESSAGES)
+        limiter.wrap(Odd(max_tokens=3), retry=False).chat(MESSAGES)
     assert (held.type, limiter.statistics().in_flight) == (ZeroDivisionError, 0)
 
 
