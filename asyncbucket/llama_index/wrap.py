@@ -248,12 +248,11 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
 
     @functools.wraps(cls.run)
     def run(workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
-        plain = functools.partial(cls.run, workflow)
         if running_agent(inherited.get()) is not None:
-            return plain(*args, **kwargs)
+            return cls.run(workflow, *args, **kwargs)
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
-            handler = plain(*args, **kwargs)
+            handler = cls.run(workflow, *args, **kwargs)
             result = asyncio.ensure_future(handler)
 
         def end(done: asyncio.Future[Any]) -> None:
