@@ -254,11 +254,14 @@ async def _read_ahead(reply: Any, request: Any, io: IO, now: Callable[[], float]
     if reply.is_closed:  # it came with its body, or a transport beneath has read it
         return bytes(reply.content)
     stream, chunks, room = reply.stream, list[bytes](), _MAX_DECODED_BYTES
-    timeouts, until = request.extensions.get("timeout", {}), now() + _LONGEST_REFUSAL
-    # A thread can't be woken, so its connection has to stop waiting.
-    longest = min(timeouts.get("read") or _LONGEST_REFUSAL, _LONGEST_REFUSAL)
-    request.extensions["timeout"] = {**timeouts, "read": longest}
-    timeout = asyncio.timeout(_LONGEST_REFUSAL) if io is ASYNC else contextlib.nullcontext()
+    timeout: Any = contextlib.nullcontext()
+    until = now() + _LONGEST_REFUSAL
+    if io is ASYNC:
+        timeout = asyncio.timeout(_LONGEST_REFUSAL)
+    else:  # a thread can't be woken, so its connection has to stop waiting
+        timeouts = request.extensions.get("timeout", {})
+        longest = min(timeouts.get("read") or _LONGEST_REFUSAL, _LONGEST_REFUSAL)
+        request.extensions["timeout"] = {**timeouts, "read": longest}
     with contextlib.suppress(Exception):
         try:
             async with timeout:
@@ -267,7 +270,6 @@ async def _read_ahead(reply: Any, request: Any, io: IO, now: Callable[[], float]
                     chunks.append(chunk)
                     room = room - len(chunk) if now() < until else 0
         finally:
-            request.extensions["timeout"] = timeouts
             await io.close(stream)
     data = b"".join(chunks)
     reply.headers.pop("content-length", None)  # less may have come; a proxy passes headers on

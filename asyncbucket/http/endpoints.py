@@ -48,8 +48,15 @@ from asyncbucket.core.settings import from_table, key_in_env, read_toml, with_er
 
 #: Headers that identify an account.
 _CREDENTIALS: Final = (
-    *("authorization", "cookie", "api-key", "x-api-key", "x-goog-api-key", "x-amz-security-token"),
-    *("ocp-apim-subscription-key", "openai-organization", "openai-project"),
+    "api-key",
+    "authorization",
+    "cookie",
+    "ocp-apim-subscription-key",
+    "openai-organization",
+    "openai-project",
+    "x-amz-security-token",
+    "x-api-key",
+    "x-goog-api-key",
 )
 #: Google's way to send a key in the address.
 _KEY_PARAMS: Final = frozenset({"key"})

@@ -8,20 +8,19 @@ replaced by one that watches the chunks pass.
 
 A call that is already paced by the same limiter, by a wrapped model or another transport above, is
 charged once: the transport lets it pass, reads the headers, and logs what to change. A transport
-notes in the request's extensions that it has paid, so another one beneath it finds the note even
-if a foreign transport between them copies the request or sends it from another task.
+says in the extensions of what it sends that it has paid, so another one beneath it knows even if a
+foreign transport between them copies the request or sends it from another task.
 
 Under a pool, each attempt is rewritten for the member that admitted it: see `endpoints`. What headers
 and refusals say concerns that member alone: see `lanes`.
 
-Clients copy the extensions of a request to those that follow its redirects. So the note also tells
-which host was asked in the first place: what the headers of another host say is not learned.
+Clients copy the extensions of a request to those that follow its redirects. So they also say which
+host was asked in the first place: what the headers of another host say is not learned.
 """
 
 import copy
 import functools
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
 from asyncbucket.core.levels import counts_at, on_one_path
@@ -59,22 +58,15 @@ POOL: Final = {"max_connections": 1_000, "max_keepalive_connections": 100}
 
 #: The methods by which async and synchronous clients send a request.
 _METHODS: Final = ("handle_async_request", "handle_request")
-#: Where the note is in a request's extensions.
-_NOTE: Final = "asyncbucket"
+#: In a request's extensions: the limiter that has paid for what is being sent, and the host that was
+#: asked first, which a redirect inherits.
+_PAYER: Final = "asyncbucket.payer"
+_FIRST_HOST: Final = "asyncbucket.first_host"
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 #: Where it says in a reply why no other member of a pool was tried.
 _NOTE_HEADER: Final = "x-asyncbucket-note"
 
 _log: Final = logging.getLogger("asyncbucket")
-
-
-@dataclass(slots=True, eq=False)
-class _Note:
-    """Say which limiter has paid for a request that is being sent, and which host it is for."""
-
-    limiter: Limiter
-    host: str
-    sending: bool = True
 
 
 class TransportOptions(TypedDict, total=False):
@@ -154,8 +146,8 @@ class PacedTransport(_AnyTransport):
         SDKs and tools that look at a client's transport, its class, its pool or its proxy, find
         them here. On an event loop that is the transport with this loop's connections.
         """
-        first = min(self._made, default=None)
-        inner = self._given if first is None else self._made[first]
+        senders = [sender for method in _METHODS for sender in self._senders(method)]
+        inner = next(iter(senders), None)
         return inner.on_this_loop() if isinstance(inner, PerLoopTransport) else inner
 
     @property
@@ -190,17 +182,16 @@ class PacedTransport(_AnyTransport):
                 f"the inner transport {type(inner).__name__} has no {method}(): it is for the other "
                 f"kind of client"
             )
-        above: _Note | None = request.extensions.get(_NOTE)
         if self._sites is not None and self._sites.owner(request.url) is None:
             raise ValueError(
                 f"a request to {request.url.host!r} is for no member of pool {self.limiter.name!r}: "
                 f"make the client with the base_url of one of them; redirects elsewhere are not "
                 f"followed"
             )
-        is_first_host = above is None or request.url.host == above.host
+        is_first_host = request.url.host == request.extensions.get(_FIRST_HOST, request.url.host)
         read = self._lanes.read(request, teaches=self._sites is not None or is_first_host)
         is_sdk_retry = self._is_sdk_retry(request)
-        if read.cost is None or self._is_paid(read.lane.limiter, above):
+        if read.cost is None or self._is_paid(read.lane.limiter, request.extensions.get(_PAYER)):
             return await self._send_paid(request, read, io, send)
         noted, retrier = sent_above(), read.lane.retrier
         if noted is not None or is_sdk_retry or retrier is None or not _can_be_resent(request):
@@ -250,21 +241,18 @@ class PacedTransport(_AnyTransport):
         lease = await io.acquire(limiter, cost=read.cost)
         member = lease.limiter if isinstance(lease, PoolLease) else None
         attempt = Attempt(read, member, lease, noted)
-        above: _Note | None = request.extensions.get(_NOTE)
-        note = _Note(limiter, request.url.host if above is None else above.host)
-        request.extensions = {**request.extensions, _NOTE: note}
-        request = self._routed(request, read, member)
-        body = request.stream
-        request.stream = request_body(body, attempt)
+        request.extensions = {_FIRST_HOST: request.url.host, **request.extensions}
+        routed = self._routed(request, read, member)
+        stream, extensions = routed.stream, {**routed.extensions, _PAYER: limiter}
+        # What is sent is a copy: a client may send the same request several times at once.
+        sent = object.__new__(type(routed))
+        vars(sent).update(vars(routed), stream=request_body(stream, attempt), extensions=extensions)
         try:
-            reply = await io.call(send, request)
-            return reply, await attempt.replied(reply, request, io)
+            reply = await io.call(send, sent)
+            return reply, await attempt.replied(reply, sent, io)
         except BaseException as error:
             attempt.failed(error)
             raise
-        finally:
-            note.sending = False
-            request.stream = body
 
     def _routed(self, request: Any, read: ReadRequest, member: Limiter | None) -> Any:
         """Return what is sent: in a pool, the request as it is for ``member``."""
@@ -286,16 +274,19 @@ class PacedTransport(_AnyTransport):
 
     def _senders(self, method: str) -> list[Any]:
         """Return what sends by ``method``, so far."""
-        made = [each for key, each in self._made.items() if key[0] == method]
-        return made if self._given is None else [self._given]
+        if self._given is not None:
+            return [self._given] if hasattr(self._given, method) else []
+        return [made for key, made in self._made.items() if key[0] == method]
 
-    def _is_paid(self, limiter: Limiter, above: _Note | None) -> bool:
-        """Tell whether a layer above has already paid for the request, and warn once."""
-        held, layer = paying_lease(limiter), "a model"
-        payer = None if held is None else held.limiter
-        if payer is None and above is not None and above.sending:
-            payer, layer = above.limiter, "another transport"
-        if payer is None or not (held or on_one_path(payer, limiter)):
+    def _is_paid(self, limiter: Limiter, payer: Limiter | None) -> bool:
+        """Tell whether a layer above has already paid for the request, and warn once.
+
+        That is a model, or the ``payer`` of another transport.
+        """
+        held, layer = paying_lease(limiter), "another transport"
+        if held is not None:
+            payer, layer = held.limiter, "a model"
+        elif payer is None or not on_one_path(payer, limiter):
             return False
         self._warn_once(
             limiter.name,

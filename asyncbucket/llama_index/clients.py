@@ -105,12 +105,13 @@ def without_retries(value: Any) -> Any:
     return copied
 
 
-def made_client(client: Any) -> Any:
-    """Return ``client``, which a model made late: it reports now, and does not retry."""
-    if _is_plain_client(client):
-        _make_reporting(client)
-        client.max_retries = 0
-    return client
+def late_client(model: Any, client: Any) -> Any:
+    """Return the same for a client that ``model`` has made or taken late; it keeps the copy instead."""
+    copied = without_retries(client)
+    if copied is not client:
+        private: dict[str, Any] = model.__pydantic_private__
+        private.update({name: copied for name, value in private.items() if value is client})
+    return copied
 
 
 def _make_reporting(client: Any) -> None:

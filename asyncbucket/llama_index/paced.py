@@ -48,7 +48,7 @@ from asyncbucket.core.levels import levels, terms_of
 from asyncbucket.core.limiter import Limiter
 from asyncbucket.core.limits import Limit
 from asyncbucket.core.seats import Lock
-from asyncbucket.llama_index.clients import made_client, unretried_options, without_retries
+from asyncbucket.llama_index.clients import late_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call
 from asyncbucket.providers.usage import Usage, usage_of
@@ -162,7 +162,7 @@ def _zero(name: str) -> property:
 
 def _client_method(paced: type[Any], name: str) -> Callable[..., Any]:
     def get_client(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return made_client(getattr(super(paced, model), name)(*args, **kwargs))
+        return late_client(model, getattr(super(paced, model), name)(*args, **kwargs))
 
     return get_client
 

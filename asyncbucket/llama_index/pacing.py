@@ -216,10 +216,12 @@ class HeldCall(HeldLease):
     def failed(self, lease: Lease, error: BaseException) -> None:
         """End the call's lease; a request that found no connection costs nothing."""
         # The SDK's own error says only that there was no connection; its cause says why.
-        if self.price is not None and self._paid_requests <= 1 and was_refused(error):
-            lease.settle(usd=0)
         only = self._requests == 1 and self.sent_at is None
-        end_failed(lease, error, unsent=only and never_sent(error.__cause__))
+        try:
+            if self.price is not None and self._paid_requests <= 1 and was_refused(error):
+                lease.settle(usd=0)
+        finally:  # to look at an error may raise another
+            end_failed(lease, error, unsent=only and never_sent(error.__cause__))
 
     async def close_stream(self, io: IO) -> None:
         """Close the SDK's stream, and with it the request. Idempotent."""
@@ -477,7 +479,10 @@ class _Reading:
             await held.close_stream(io)
         finally:
             if lease is not None:
-                lease.release() if error is None else held.failed(lease, error)
+                if error is None:
+                    lease.release()
+                else:
+                    held.failed(lease, error)
 
     @contextlib.contextmanager
     def _as_requested(self) -> Generator[None]:

@@ -230,11 +230,11 @@ def _wrap_workflow(workflow: Any, limiter: Limiter, options: Mapping[str, Any]) 
     if isinstance(llm := getattr(workflow, "llm", None), LLM):
         of_model = {name: value for name, value in options.items() if name != "kind"}
         scoped.llm = _wrap_one(llm, limiter, of_model)
-    agents = getattr(workflow, "agents", None)
+    agents = vars(workflow).get("agents")
     if isinstance(agents, dict):  # an AgentWorkflow's; they run within its own runs
         scoped.agents = {
-            name: _wrap_one(agent, limiter, options) if isinstance(agent, Workflow) else agent
-            for name, agent in agents.items()
+            name: _wrap_one(each, limiter, options) if isinstance(each, Workflow) else each
+            for name, each in agents.items()
         }
     return scoped
 
@@ -248,12 +248,11 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
 
     @functools.wraps(cls.run)
     def run(workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
-        plain = functools.partial(cls.run, workflow)
         if running_agent(inherited.get()) is not None:
-            return plain(*args, **kwargs)
+            return cls.run(workflow, *args, **kwargs)
         agent = Agent(None, kind, None)
         with InheritedScope(agent=agent):
-            handler = plain(*args, **kwargs)
+            handler = cls.run(workflow, *args, **kwargs)
             result = asyncio.ensure_future(handler)
 
         def end(done: asyncio.Future[Any]) -> None:
@@ -262,9 +261,13 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         result.add_done_callback(end)
         return result if asyncio.iscoroutine(handler) else handler
 
+    @functools.wraps(cls.run)
+    async def run_to_its_end(workflow: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return await run(workflow, *args, **kwargs)
+
     scoped = subclass(cls)
     scoped._step_functions = cls._step_functions  # noqa: SLF001 - steps added to the class, not in it
-    scoped.run = run
+    scoped.run = run_to_its_end if inspect.iscoroutinefunction(cls.run) else run
     return scoped
 
 

@@ -52,8 +52,7 @@ class Call:
     @functools.cached_property
     def asked(self) -> RequestSize:
         """What the body sends and asks for; nothing unless it is a POST: a GET lists."""
-        is_post = self.method == "POST"
-        return request_size(self.path, self.body) if is_post else RequestSize()
+        return request_size(self.path, self.body) if self.method == "POST" else RequestSize()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ key. It is the key of an object, or, from Ollama, that of a number at the very e
 """
 
 import base64
+import contextlib
 import json
 import re
 from collections import deque
@@ -61,7 +62,7 @@ _SEARCHED_BYTES: Final = 4_096
 _USAGE_KEY: Final = re.compile(rb'"(?:usage|usageMetadata|meta)"\s*:\s*(?=\{)')
 #: An event of a model's own stream inside a stream of Bedrock's:
 #: docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_PayloadPart.html, read in November 2026.
-_PACKED_EVENT: Final = re.compile(rb'"bytes":"((?:[\w+/]{4})*(?:[\w+/]{2}==|[\w+/]{3}=)?)"')
+_PACKED_EVENT: Final = re.compile(rb'"bytes":"([A-Za-z0-9+/]+={0,2})"')
 #: How many of them are tried, from the end.
 _MAX_OBJECTS: Final = 8
 #: The numbers at the end of Ollama's last line: docs.ollama.com/api/chat, read in 2026.
@@ -211,7 +212,9 @@ def _lookup_in(holder: Any) -> _Lookup:
 
 def unpacked(data: bytes) -> bytes:
     """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
-    return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
+    with contextlib.suppress(ValueError):  # the padding is wrong: these are not Bedrock's
+        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
+    return data
 
 
 def is_complete(end: bytes) -> bool:

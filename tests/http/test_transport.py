@@ -136,10 +136,9 @@ def test_thread_reads_a_refusal_for_5_s_and_waits_no_longer_for_any_part_of_it(
     limiter = Limiter(concurrency=1, clock=clock)
     server = Server(drip)
     with client_over(library, limiter, server, io=SYNC) as client:
-        assert client.get(URL, timeout=60).content == b"xxx"
-    assert waits == [5.0] * 3
-    assert server.requests[0].extensions["timeout"]["read"] == 60
-    assert in_flight(limiter) == 0
+        reply = client.get(URL, timeout=60)
+    assert (reply.content, reply.request.extensions["timeout"]["read"]) == (b"xxx", 60)
+    assert (waits, in_flight(limiter)) == ([5.0] * 3, 0)
 
 
 async def test_endless_refusal_is_cut_off(library: Any, limiter: Limiter) -> None:
@@ -171,6 +170,22 @@ async def test_refusal_is_judged_by_its_body_and_holds_no_slot_though_nobody_rea
     assert (stream.closed, in_flight(limiter)) == (True, 0)
     assert limiter.statistics().paused == paused
     assert await io.call(reply.aread if io is ASYNC else reply.read) == body
+
+
+async def test_request_that_is_sent_several_times_at_once_is_admitted_each_time(
+    library: Any,
+) -> None:
+    async def answer(_: Any) -> Any:
+        await asyncio.sleep(0)
+        return library.Response(200)
+
+    limiter = Limiter(concurrency=1)
+    async with client_over(library, limiter, answer) as client:
+        request = client.build_request("POST", URL, json=BODY)
+        body = request.stream
+        replies = await asyncio.gather(*(client.send(request) for _ in range(3)))
+    assert {(reply.request, reply.request.stream) for reply in replies} == {(request, body)}
+    assert (limiter.statistics().admitted, in_flight(limiter)) == (3, 0)
 
 
 async def test_event_stream_of_a_get_holds_no_slot(library: Any, limiter: Limiter) -> None:
@@ -257,10 +272,7 @@ async def test_booking_is_dated_when_request_is_sent(library: Any) -> None:
 
     transport = limiter.transport(sending(library, send))
     async with library.AsyncClient(transport=transport) as client:
-        request = client.build_request("POST", URL, json=BODY)
-        body = request.stream
-        await client.send(request)
-    assert request.stream is body
+        await client.post(URL, json=BODY)
     clock.advance(6.0)
     with pytest.raises(WouldBlock) as refused:
         limiter.acquire_nowait()
@@ -524,6 +536,7 @@ async def test_one_transport_serves_both_kinds_of_clients_of_both_libraries(
                 assert (await client.get(provider.base_url)).status_code == 401
         assert type(paced.inner) is httpx.AsyncHTTPTransport
         assert "above AsyncHTTPTransport" in repr(paced)
+        assert "above HTTPTransport" in repr(paced.above(httpx.HTTPTransport()))
     assert limiter.statistics().admitted == 4
 
 
@@ -531,8 +544,9 @@ async def test_request_of_other_kind_or_library_is_refused(library: Any, limiter
     with pytest.raises(TypeError, match="sends requests of httpx or httpx2, not <class 'object'>"):
         await limiter.transport().handle_async_request(object())
     paced = limiter.transport(library.AsyncHTTPTransport())
-    with pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)"):
-        paced.handle_request(library.Request("GET", URL))
+    refused = pytest.raises(TypeError, match=r"AsyncHTTPTransport has no handle_request\(\)")
+    with refused, library.Client(transport=paced) as client:
+        client.get(URL)
 
 
 @pytest.mark.parametrize(

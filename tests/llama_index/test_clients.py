@@ -226,12 +226,16 @@ def test_model_wrapped_twice_has_one_transport_by_loop_for_each_proxy(
     assert not any(isinstance(each._first, PerLoopTransport) for each in transports)
 
 
-def test_http_client_given_by_the_user_is_not_touched() -> None:
+def test_clients_given_by_the_user_are_not_touched() -> None:
     theirs = httpx.AsyncClient()
     transport = theirs._transport
     llm = Limiter("1000 RPM").wrap(make_openai(async_http_client=theirs))
     assert llm._get_aclient()._client is theirs
     assert theirs._transport is transport
+    late = llm._aclient = AsyncOpenAI(api_key="k", max_retries=2)
+    assert llm._get_aclient() is llm._get_aclient()
+    assert llm._get_aclient().max_retries == 0
+    assert (type(late), late.max_retries) == (AsyncOpenAI, 2)
 
 
 WAYS: list[Callable[[OpenAI], object]] = [

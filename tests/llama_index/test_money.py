@@ -135,6 +135,20 @@ async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap() -> N
     assert micro(capped.spent) <= 1_000
 
 
+def test_error_that_cannot_be_judged_holds_no_slot() -> None:
+    class OddError(Exception):
+        response = property(lambda _: 1 / 0)
+
+    class Odd(MockLLM):
+        def chat(self, *_: Any, **__: Any) -> Any:
+            raise OddError
+
+    limiter = Limiter(prices={"*": Price(input=0)})
+    with budget(usd=1), pytest.raises(ZeroDivisionError) as held:
+        limiter.wrap(Odd(max_tokens=3), retry=False).chat(MESSAGES)
+    assert (held.type, limiter.statistics().in_flight) == (ZeroDivisionError, 0)
+
+
 def test_model_without_a_price_fails_where_dollars_count() -> None:
     llm = Limiter().wrap(MockLLM(max_tokens=3))
     llm.chat(MESSAGES)
