@@ -6,9 +6,10 @@ take and when they come; `drive` also says what came of it, in numbers and in wo
 with the first plan, so that `import asyncbucket` stays light.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from asyncbucket.core.limits import Limit, read_limits
+from asyncbucket.core.terms import LimitKeywords
 from asyncbucket.core.wording import read_count
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def plan(  # noqa: PLR0913 - all but the limits by keyword
     prices: "Prices | str | PathLike[str] | None" = None,
     seed: int = 0,
     pool: "Pool | None" = None,
-    **limits_by_keyword: float | None,
+    **limits_by_keyword: Unpack[LimitKeywords],
 ) -> "Plan":
     """Predict how long calls take under limits, what binds, and how much other limits would help.
 

@@ -114,3 +114,7 @@ def typos_are_found(limiter: Limiter, model: Model) -> None:
     limiter.amap(model.acomplete, [], orderd=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     limiter.acquire(token=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Limiter(rmp=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    limiter.reconfigure(rmp=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    asyncbucket.pace(model, rmp=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    asyncbucket.plan(calls=9, rmp=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    limiter.http_client(route={})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
