@@ -195,7 +195,7 @@ class Pacer:
         seat = waiter.seat
         for tree in self.trees:
             tree.since = now
-        if self.place is not None or seat.loop is None or self.group is not None:
+        if self.place is not None or self.group is not None:
             return False
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
         self.bound_by = line.bound_by
