@@ -303,7 +303,7 @@ class Branch(Flow):
 
     def _own_limits(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
         node = self.node
-        if self.above is None or node.parent is None:  # the pacer asks the root's
+        if node.parent is None:  # the pacer asks the root's
             return waiter, now
         due, bound_by = node.earliest(waiter.amounts, waiter.line.since, back)
         if due <= now:

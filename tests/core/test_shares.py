@@ -250,7 +250,7 @@ async def test_changed_weight_applies_while_calls_wait(time: VirtualTime, how: A
 
 async def test_price_of_call_is_its_largest_part_of_any_short_term_limit(time: VirtualTime) -> None:
     """A tenth of a second of requests or a second of tokens; limits of days do not count."""
-    limits = ("600 RPM burst 600", "100 requests/d burst 100", "60k TPM burst 1k", "10 images/s")
+    limits = ("600 RPM", "150 requests/90s", "100 RPD", "60k TPM burst 1k", "10 images/s")
     key = Limiter(*limits, name="key", clock=time.clock)
     calls = [(key.child("small"), 0)] * 50 + [(key.child("large"), 1_000)] * 10
     went: list[int] = []
