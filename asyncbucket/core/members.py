@@ -540,8 +540,6 @@ class Group:
 
     def admit(self, seat: Seat, now: int) -> int:
         """Admit all that may go, of all trees; return when this seat must look again."""
-        for pacer in self.pacers:
-            pacer.looks += 1
         while True:
             due, passed = EMPTY, 0
             for pacer in self.pacers:

@@ -39,7 +39,7 @@ from asyncbucket.core.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.core.events import Cancelled, Event
 from asyncbucket.core.meters import NEVER
 from asyncbucket.core.node import Meters, Node, shown_name
-from asyncbucket.core.queue import SOON, AnyWaiter, Branch, Flow, Line, new_line, rouse
+from asyncbucket.core.queue import AnyWaiter, Branch, Flow, Line, new_line, rouse
 from asyncbucket.core.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.core.terms import read_clocks
 
@@ -77,8 +77,8 @@ class Pacer:
         self.observed = 0
         #: Where all who wait compete: the priorities, above the root's own branches.
         self.top = Branch(self.root, None, 1.0)
-        #: Calls that wait, and the number of the current look.
-        self.waiting = self.looks = 0
+        #: How many calls wait.
+        self.waiting = 0
         #: What last held up the head.
         self.bound_by: str | None = None
         #: Since when nobody has passed of those who wait; and whether it was said already that slots
@@ -195,7 +195,7 @@ class Pacer:
         seat = waiter.seat
         for tree in self.trees:
             tree.since = now
-        if self.place is not None or seat.loop is None or self.group is not None:
+        if self.place is not None or self.group is not None:
             return False
         due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
         self.bound_by = line.bound_by
@@ -287,9 +287,9 @@ class Pacer:
         if self.group is not None:
             self.group.rouse(self)
         while True:
-            head, due = self.top.head(now)
+            head, _ = self.top.head(now)
             if head is None:
-                return due != SOON
+                return True
             if not seats.is_late(self, head.seat, now):
                 return False
 
@@ -331,7 +331,6 @@ class Pacer:
             now = self.clock()
             if seat.is_late or seat.set_aside:
                 seats.return_set_aside(seat)
-            self.looks += 1
             if self.group is not None:
                 due = self.group.admit(seat, now)
             else:

@@ -30,11 +30,6 @@ far less than its own limit and than its share. The head may still have to wait 
 the node itself. Then only calls entitled to go before it may overtake, and virtual time bounds
 that.
 
-Many callers make one call after the other. When it has passed, their line is empty, but they are
-back in the loop's next iteration. A flow that a look has emptied, and that would be next if its
-caller came back, gets that iteration before a higher tag is served (`SOON`). Otherwise those that
-queue calls ahead would get its share.
-
 Above all this stand the priorities, which compete by the same rule, each with eight times the
 weight of the next below. So an urgent call that comes alone is next, up to eight in a row may be,
 and a priority that is always outbid still gets its share: beside n more urgent ones, at least
@@ -52,8 +47,6 @@ from asyncbucket.core.meters import Amounts
 from asyncbucket.core.node import Node
 from asyncbucket.core.seats import EMPTY, SWEEP, Seat
 
-#: "In the loop's next turn": a flow was emptied in this one, and would be next if it had a call.
-SOON: Final = 0
 #: The ratio of the weights of neighboring priorities among those that wait.
 _STEP: Final = 8.0
 
@@ -109,8 +102,8 @@ class Flow:
         self.tag = self.work = self.credit = 0.0
         #: Until when its own limits hold it up; 0 if they do not.
         self.asleep = 0
-        #: In which look it was served last; how many wait here: calls in a line, flows in a branch.
-        self.look = self.living = 0
+        #: How many wait here: calls in a line, flows in a branch.
+        self.living = 0
         #: Whether its weight and work are in the sums of the branch above.
         self.competes = False
 
@@ -300,8 +293,6 @@ class Branch(Flow):
             waiter, due = flow.head(now, back)
             if waiter is not None:
                 return self._own_limits(waiter, now, back)
-            if due == SOON or (due >= EMPTY and flow.look == self.node.pacer.looks):
-                return None, SOON  # its caller may be back in the loop's next turn
             heapq.heappop(ready)
             self.leave(flow)
             if due >= EMPTY:
@@ -312,7 +303,7 @@ class Branch(Flow):
 
     def _own_limits(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
         node = self.node
-        if self.above is None or node.parent is None:  # the pacer asks the root's
+        if node.parent is None:  # the pacer asks the root's
             return waiter, now
         due, bound_by = node.earliest(waiter.amounts, waiter.line.since, back)
         if due <= now:
@@ -336,10 +327,8 @@ class Branch(Flow):
     def charge(self, line: Line, amounts: Amounts) -> None:
         """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
-        look = self.node.pacer.looks
         while (branch := flow.above) is not None:
             branch._charge_first(branch.node.work(amounts))  # noqa: SLF001 - its own kind
-            flow.look = look
             flow = branch
 
     def _charge_first(self, work: float) -> None:

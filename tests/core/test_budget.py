@@ -33,10 +33,10 @@ async def test_call_that_would_pass_the_budget_is_refused_with_numbers_and_remed
             assert sums == [1.25, 0, 0.75]
             with pytest.raises(BudgetExceeded) as error:
                 await limiter.acquire(usd=0.80)
-            lease.settle(usd=0.5)
-        assert repr(capped) == "<Budget of 2 USD (0.5 spent), 100 requests (1 spent)>"
-        assert capped.spent == {"usd": 0.5, "requests": 1}
-        assert capped.left == {"usd": 1.5, "requests": 99}
+            lease.settle(usd=1)
+        assert repr(capped) == "<Budget of 2 USD (1.0 spent), 100 requests (1 spent)>"
+        assert capped.spent == {"usd": 1, "requests": 1}
+        assert capped.left == {"usd": 1, "requests": 99}
     found = error.value
     assert str(found) == (
         "this call may cost 0.80 USD, but the budget of 2 USD has only 0.75 USD left (0 USD spent, "

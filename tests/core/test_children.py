@@ -79,14 +79,14 @@ async def test_calls_of_child_count_in_statistics_of_every_level_above(time: Vir
     for limiter in (child, key):
         now = limiter.statistics()
         assert (now.admitted, now.in_flight, now.waiting, now.refused) == (2, 2, 1, 1)
-    leases[0].settle(tokens=5)
+    leases[0].settle(requests=0, tokens=5)
     waiting.cancel()
     await all_blocked()
     child.pause(1, reason="429")
     for limiter in (child, key):
         now = limiter.statistics()
         assert (now.waiting, now.cancelled, now.upstream_429) == (0, 1, 1)
-        assert now.refunded == {"tokens": 15}
+        assert now.refunded == {"requests": 1, "tokens": 15}
     for lease in leases:
         lease.release()
     assert [each.statistics().in_flight for each in (key, child, other)] == [0, 0, 0]

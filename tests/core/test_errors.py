@@ -37,7 +37,7 @@ def test_errors_module_docstring_draws_every_error_once() -> None:
 
 
 async def test_cost_above_limit_fails_at_once(time: VirtualTime) -> None:
-    limiter = Limiter("500 RPM", "30k TPM", "3 images/10s", clock=time.clock)
+    limiter = Limiter("500 RPM", "30k TPM", "1M tokens/d", "3 images/10s", clock=time.clock)
     never = (
         "^cost of 36,055 tokens exceeds the limit of 30,000 tokens per 60 s and can never pass; "
         "raise tpm or split the request$"

@@ -16,7 +16,7 @@ async def test_settling_below_reservation_refunds_at_once(time: VirtualTime) -> 
     costs = (*[10] * 7, 5, 5, 10)
     calls = await start_all(limiter.acquire(tokens=each) for each in costs)
     await asyncio.sleep(7)
-    lease.settle(tokens=20)
+    lease.settle(requests=1, tokens=20)
     leases = await asyncio.gather(*calls)
     assert [lease.waited for lease in leases] == pytest.approx([7.0] * 9 + [60 * HELD])
     assert limiter.statistics().refunded == {"tokens": 80}
@@ -55,7 +55,7 @@ SETTLED: dict[str, tuple[list[str], dict[str, int], list[tuple[dict[str, Any], l
         [
             ({"output_tokens": 10}, [100, 10, 110, 2]),
             ({"input_tokens": 90}, [90, 10, 100, 2]),
-            ({"tokens": 70, "images": 1}, [90, 10, 70, 1]),
+            ({"input_tokens": 90, "tokens": 70, "images": 1}, [90, 10, 70, 1]),
             ({}, [90, 10, 70, 1]),
             ({"requests": 3}, [90, 10, 70, 1]),
         ],

@@ -118,6 +118,11 @@ async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime
     with refused(WouldBlock, "paused for 3 s", retry_after=3.0, bound_by="paused"):
         pool.acquire_nowait()
     assert (await name_of_taker(pool), time.now) == ("b", 3.0)
+    b.pause(9)
+    at_a, at_b = await start_all(each.acquire() for each in (a, b))  # each alone in its line
+    await at_a
+    assert time.now == 5.0
+    cancel(at_b)
 
 
 @pytest.mark.parametrize(("is_kept", "is_probe"), [(True, False), (False, True)])
