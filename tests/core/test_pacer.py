@@ -43,14 +43,6 @@ async def test_pacer_lives_only_while_calls_wait_and_starts_again_when_foreign_c
     assert time.now == pytest.approx(2.0, rel=0.01)
     await time.all_blocked()
     assert not pacers()
-    await limiter.acquire()
-    for call in await start_all(limiter.acquire() for _ in range(2)):
-        limiter.pause(0)
-        await time.all_blocked()
-        assert pacers()
-        call.cancel()
-        await time.all_blocked()
-    assert not pacers()
 
 
 async def test_limiter_is_forgotten_as_soon_as_all_waiting_calls_are_cancelled(

@@ -30,6 +30,7 @@ from tests.core.conftest import (
     start,
     start_all,
 )
+from tests.core.test_threads import in_another_thread
 
 CORE = str(Path(members.__file__).parent)
 Trace = collections.defaultdict[str, list[tuple[float, int]]]
@@ -305,6 +306,30 @@ async def test_preference_that_changes_what_it_is_asked_about_is_followed_only_i
     assert await asyncio.gather(*waiting) == ["b", "b"]
     assert time.now == pytest.approx(6)
     assert await name_of_taker(pool) == "b"
+
+
+async def test_slow_preference_keeps_no_call_aside(time: VirtualTime) -> None:
+    """While it is asked, another loop looks, to which this one is late."""
+    asked: list[int] = []
+
+    async def ask_in_vain() -> None:
+        with pytest.raises(AcquireTimeout):
+            await child.acquire(timeout=0)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        asked.append(len(members))
+        if len(asked) == 2:
+            time.advance(0.1)
+            in_another_thread(ask_in_vain)
+        return members[0]
+
+    pool = Pool(*members_of(time, 6_000, 6_000), prefer=prefer)
+    child = pool.child("child", concurrency=1)
+    held = child.acquire_nowait()
+    pool.pause(1)
+    assert await name_of_taker(pool) == "a"
+    assert asked == [2, 2]
+    held.release()
 
 
 @pytest.mark.parametrize("fails", [False, True])
