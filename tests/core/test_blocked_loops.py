@@ -100,9 +100,7 @@ def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_call_that_a_store_holds_back_passes_without_slot_at_another_member(
-    tmp_path: Path,
-) -> None:
+async def test_call_that_a_store_holds_back_passes_without_slot_elsewhere(tmp_path: Path) -> None:
     free = Limiter(concurrency=1, name="free")
     used_up = Limiter("1 requests/h burst 1", name="used up", store=f"sqlite:///{tmp_path}/db")
     pool = Pool(free, used_up)
@@ -157,9 +155,7 @@ def test_slot_held_where_code_runs_is_waited_for(impatient: float, holder: str) 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("depth", [0, 1])
-def test_calls_without_slot_keep_limits_and_run_no_more_at_once_than_there_are_slots(
-    depth: int,
-) -> None:
+def test_calls_without_slot_keep_limits_and_run_no_more_at_once_than_slots(depth: int) -> None:
     key = Limiter()
     limiter = below(key, depth, 2)
     limiter.reconfigure("5 requests/s burst 5")

@@ -38,10 +38,8 @@ def thread(call):
 def run(code: str) -> None:
     """Run a program in a fresh interpreter."""
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c"]
-    program = HEAD + textwrap.dedent(code)
-    done = subprocess.run(
-        [*command, program], capture_output=True, text=True, timeout=60, check=False
-    )
+    code = HEAD + textwrap.dedent(code)
+    done = subprocess.run([*command, code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -348,9 +348,7 @@ async def test_preference_that_fails_holds_up_nobody(
 # --- conversations ---
 
 
-async def test_sticky_call_keeps_to_its_member_as_long_as_that_costs_little(
-    time: VirtualTime,
-) -> None:
+async def test_sticky_call_keeps_to_its_member_while_that_costs_little(time: VirtualTime) -> None:
     a, b = members_of(time, 60, 60, concurrency=1)
     pool = Pool(a, b, prefer="first", patience=2)
     a.pause(0.5)
@@ -521,9 +519,7 @@ class Conversation:
 # --- several pools ---
 
 
-async def test_second_pool_of_a_member_is_made_before_calls_wait_at_the_first(
-    time: VirtualTime,
-) -> None:
+async def test_second_pool_of_a_member_is_made_before_calls_wait_there(time: VirtualTime) -> None:
     a, b, c = members_of(time, 600, 600, 600, concurrency=1)
     Pool(a, b)
     held = await b.acquire()
@@ -602,9 +598,7 @@ async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> No
     asked.close()
     for _ in range(8):
         (await pool.acquire()).member_failed("ConnectError")
-    says = (
-        "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left out"
-    )
+    says = "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left"
     with pytest.raises(AcquireTimeout, match=re.escape(says)) as caught:
         await pool.acquire()
     assert caught.value.retry_after == 8
