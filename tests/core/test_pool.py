@@ -491,29 +491,24 @@ async def test_conversations_hit_warm_caches_at_full_throughput(time: VirtualTim
             Limiter(rpm=rpm, name=name, concurrency=8, clock=time.clock)
             for name, rpm in (("a", 300), ("b", 200), ("c", 100))
         ]
-        talks = [Conversation(which) for which in range(60)]
         pool = Pool(*members, patience=patience)
-        await asyncio.gather(*(talk.go_on(pool) for talk in talks))
-        hits[patience] = sum(talk.hits for talk in talks)
+        talks = (hits_of_conversation(pool, which) for which in range(60))
+        hits[patience] = sum(await asyncio.gather(*talks))
         seconds[patience] = time.now - began
     assert hits[2.0] >= 0.95 * hits[1e6]
     assert seconds[2.0] <= seconds[0.0] / 0.98
     assert hits[0.0] < 0.7 * hits[2.0]
 
 
-class Conversation:
-    """Calls one after the other, each of which hits the cache of the member that took the last."""
-
-    def __init__(self, which: int) -> None:
-        self.key, self.chance = f"talk {which}", random.Random(which)
-        self.hits, self.warm_at = 0, ""
-
-    async def go_on(self, pool: Pool) -> None:
-        for _ in range(40):
-            async with pool.acquire(sticky=self.key) as lease:
-                self.hits += self.warm_at == lease.limiter.name
-                self.warm_at = lease.limiter.name
-                await asyncio.sleep(self.chance.uniform(0.2, 1.0))
+async def hits_of_conversation(pool: Pool, which: int) -> int:
+    """Make calls in a row; return how many hit the cache of the member that took the last."""
+    chance, hits, warm_at = random.Random(which), 0, ""
+    for _ in range(40):
+        async with pool.acquire(sticky=f"talk {which}") as lease:
+            hits += warm_at == lease.limiter.name
+            warm_at = lease.limiter.name
+            await asyncio.sleep(chance.uniform(0.2, 1.0))
+    return hits
 
 
 # --- several pools ---
