@@ -288,13 +288,12 @@ def test_limit_can_be_lowered_below_cost_of_waiter_on_closed_loop(*, dead_first:
     """The call on the closed loop cannot be told, which is no error; calls on other loops are."""
     limiter = Limiter("1k TPM")
     limiter.acquire_nowait(tokens=1_000)
-    live, dead = asyncio.new_event_loop(), []
-    for is_dead in (dead_first, not dead_first):
-        if is_dead:
-            dead.append(waiting_on_closed_loop(limiter, tokens=900))
-        else:
-            waiting = live.create_task(limiter.acquire(tokens=900))
-            run_until_waiting(live, limiter)
+    dead = [waiting_on_closed_loop(limiter, tokens=900)] if dead_first else []
+    live = asyncio.new_event_loop()
+    waiting = live.create_task(take(limiter, 900))
+    live.run_until_complete(asyncio.sleep(0))
+    if not dead_first:
+        dead.append(waiting_on_closed_loop(limiter, tokens=900))
 
     async def lower() -> None:
         limiter.reconfigure(tpm=100)
