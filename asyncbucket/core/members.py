@@ -38,7 +38,7 @@ from asyncbucket.core.meters import NEVER, Amounts
 from asyncbucket.core.node import Node, NodeAtMember, PoolNode
 from asyncbucket.core.pacer import BATCH, Pacer
 from asyncbucket.core.queue import AnyWaiter, Line, PaidLine, PoolLine, rouse
-from asyncbucket.core.seats import EMPTY, Seat, is_late
+from asyncbucket.core.seats import EMPTY, Seat, is_late, return_set_aside
 from asyncbucket.core.statistics import MemberState
 from asyncbucket.core.wording import counted
 
@@ -321,6 +321,7 @@ class Members:
             return 1
         member = self.best(candidates, now)
         if callable(self.prefer):  # others may have been here meanwhile
+            return_set_aside(seat)  # for them it may have been late
             head = self.pacer.top.head(now)
             still, when = self._next_to_start(member, head, seat, now)
             if still is not waiter or when > now:

@@ -270,7 +270,7 @@ class Pacer:
             self._fail(waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
-        if not waiter.done():
+        if not waiter.done() and waiter.seat is not NOWHERE:  # else its loop was closed just now
             waiter.set_exception(error)
             seat, now = waiter.seat, self.clock()
             self.gone_locked(waiter, now)
@@ -306,7 +306,7 @@ class Pacer:
             return
         rouse(node)
         now = self.clock() if now is None else now
-        for seat in list(self.seats.values()):
+        for seat in self.seats.values():
             if seat.waiting and not seat.ring(now):
                 seats.bury(self, seat)
 
@@ -316,7 +316,8 @@ class Pacer:
         for pool in self.group.pools if self.group is not None else ():
             pool.root.forget()  # a member of theirs has changed
         if self.waiting:
-            for waiter in list(self.top.waiters()):
+            aside = (waiter for seat in self.seats.values() for waiter in seat.set_aside)
+            for waiter in [*self.top.waiters(), *aside]:
                 try:
                     waiter.line.node.check(waiter.amounts)
                 except CostExceedsLimit as error:

@@ -421,7 +421,8 @@ def rouse(node: Node) -> None:
     """Ask the flows of a limiter and of those above anew, because something has changed there."""
     for each in node.path:
         for branch in each.branches.values():
-            branch.above.rouse(branch)
+            if branch.asleep:
+                branch.above.rouse(branch)
 
 
 def reweigh(node: Node, weight: float) -> None:

@@ -127,7 +127,8 @@ class LoopSeat(Seat):
         self._context = contextvars.Context()
 
     def ring(self, now: int) -> bool:
-        self.looks_at = min(self.looks_at, now)
+        if now < self.looks_at:  # noqa: PLR1730 - `min` would be a call
+            self.looks_at = now
         if self._rung:
             return True
         self._rung = True  # first: the other thread may come to look at once
@@ -311,7 +312,8 @@ def return_set_aside(seat: Seat) -> None:
     waiters, seat.set_aside = seat.set_aside, []
     for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
         line.refill((*group, *line.calls))
-        line.arrive()
+        if line.living:  # else all have given up
+            line.arrive()
 
 
 def bury_closed(pacer: Any) -> bool:

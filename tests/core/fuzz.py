@@ -36,7 +36,7 @@ from asyncbucket.testing import DeadlockError, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
 #: How long a window may remember a call, in windows; and how late (ns) a look may be.
-REMEMBERS = Fraction(517, 512)
+MEMORY = Fraction(517, 512)
 LATE = 3_000_000
 #: In the same instant, what was given back comes first, and debts come last.
 BACK, ADMITTED, DEBT = range(3)
@@ -332,13 +332,11 @@ class Oracle:
         if any(until > now - LATE for _, until in level.pauses):
             return False
         return all(
-            self._has_units(level, history, call.costs.get(history[0][1].resource, 0), now - LATE)
+            self._fits(level, history, call.costs.get(history[0][1].resource, 0), now - LATE)
             for history in level.limits.values()
         )
 
-    def _has_units(
-        self, level: Level, history: list[tuple[int, Limit]], units: int, now: int
-    ) -> bool:
+    def _fits(self, level: Level, history: list[tuple[int, Limit]], units: int, now: int) -> bool:
         since, limit = history[-1]
         if not units:
             return True
@@ -352,9 +350,7 @@ class Oracle:
                 taken[entry] = max(taken.get(entry, 0), booked[entry])
                 if (call.when or 0) <= history[0][0]:  # it gives nothing back to a later limit
                     booked[entry] = taken[entry]
-        held = sum(
-            left for entry, left in booked.items() if counts(limit, entry.date, now, REMEMBERS)
-        )
+        held = sum(left for entry, left in booked.items() if counts(limit, entry.date, now, MEMORY))
         if limit.resets:  # and debts of earlier days
             held += sum(left for entry, left in taken.items() if not entry.admitted)
         if held + units > limit.units:
@@ -388,12 +384,10 @@ class History:
             {} if self.chance.random() < 0.4 else None
         )
         for number in range(self.chance.randint(0, 5)):
-            above = self.chance.choice(self.limiters)
+            node = self.chance.choice(self.limiters)
             limits, slots = self._some_limits(), self._slots()
             weight = self.chance.choice([1.0, 1.0, 0.5, 4.0])
-            self.limiters.append(
-                above.child(str(number), *limits, concurrency=slots, weight=weight)
-            )
+            self.limiters.append(node.child(str(number), *limits, concurrency=slots, weight=weight))
         for limiter in self.limiters:
             if self.chance.random() < 0.3:
                 limiter.per_key(*self._some_limits(), alive=self.chance.choice([0, 1, 1_000]))
@@ -488,10 +482,8 @@ class History:
             inside.run(scope.__exit__, self.chance.choice([None, OSError]), None, None)
             return
         expects = self.chance.choice([None, None, 0, 30, 200])
-        scope, inside = (
-            agent(kind=self.chance.choice("ab"), expects=expects),
-            contextvars.copy_context(),
-        )
+        scope = agent(kind=self.chance.choice("ab"), expects=expects)
+        inside = contextvars.copy_context()
         inside.run(scope.__enter__)
         self.number += 1
         self.agents[self.number] = scope, inside

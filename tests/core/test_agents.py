@@ -120,9 +120,7 @@ async def test_agent_above_the_mean_keeps_its_place_if_it_is_nearly_done(
     assert await crowd.order() == order
 
 
-async def test_every_way_to_ask_counts_as_it_was_settled_for_the_outermost_agent(
-    time: VirtualTime,
-) -> None:
+async def test_each_way_to_ask_counts_as_settled_for_the_outermost_agent(time: VirtualTime) -> None:
     """Tenants share what is known of sizes; a call whose agent is over is one of its own."""
     limiter = Limiter("600 tokens/min", clock=time.clock)
 
@@ -272,9 +270,7 @@ async def test_observers_hear_of_agents_but_not_their_names(time: VirtualTime) -
 
 
 @pytest.mark.parametrize("turns", range(5))
-async def test_call_cancelled_as_it_passes_costs_its_agent_nothing(
-    time: VirtualTime, turns: int
-) -> None:
+async def test_call_cancelled_as_it_passes_costs_nothing(time: VirtualTime, turns: int) -> None:
     limiter = Limiter("600 RPM", concurrency=1, clock=time.clock)
     holder = await limiter.acquire()
 

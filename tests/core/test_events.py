@@ -272,9 +272,7 @@ async def test_observer_may_call_limiter_and_change_its_observers(time: VirtualT
     later: list[Event] = []
 
     def look(_: Event) -> None:
-        seen.append(
-            (limiter.statistics().admitted, limiter.explain().wait, limiter.child("another"))
-        )
+        seen.append((limiter.statistics().admitted, limiter.explain().wait, limiter.child("other")))
         limiter.observe(later.append)
         stop()
         raise ValueError

@@ -155,9 +155,7 @@ async def test_explain_counts_call_above_burst_that_earned_its_turn(time: Virtua
         ("100 ITPM", Cost(input_tokens=100), "input tokens allow 1 such call a minute (100 input"),
     ],
 )
-def test_explanation_spells_names_and_numbers_as_people_do(
-    limit: str, cost: Cost, says: str
-) -> None:
+def test_explain_spells_names_and_numbers_as_people_do(limit: str, cost: Cost, says: str) -> None:
     assert says in str(Limiter(limit).explain(cost))
 
 

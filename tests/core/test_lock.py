@@ -95,9 +95,7 @@ async def test_lease_dropped_while_another_passes_or_settles_serves_waiting_call
 
 
 @pytest.mark.parametrize("read", range(2))
-async def test_lease_dropped_while_a_call_joins_the_line_serves_it(
-    time: VirtualTime, read: int
-) -> None:
+async def test_lease_dropped_while_call_joins_line_serves_it(time: VirtualTime, read: int) -> None:
     """The collector may drop it whenever the clock is read, with the lock held or not."""
     leases: list[Lease] = []
 

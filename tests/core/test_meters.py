@@ -171,10 +171,7 @@ DONE: dict[str, tuple[list[tuple[str, Any, float]], int]] = {
     "undone": ([("book", 30, 20), ("unbook", 30, 20)], 10),
     "redated, and charged once": ([("book", 30, 20), ("unbook", 30, 20), ("owe", 30, 21)], 0),
     "a debt": ([("book", 10, 0), ("owe", 15, 0)], -15),
-    "a debt above the burst, corrected": (
-        [("book", 5, 20), ("owe", 15, 20.5), ("unbook", 15, 20.5)],
-        5,
-    ),
+    "debt above burst, corrected": ([("book", 5, 20), ("owe", 15, 20.5), ("unbook", 15, 20.5)], 5),
     "a debt above the burst, earned": ([("owe", 30, 20)], 0),
     "a debt above the burst, not yet earned": ([("owe", 30, 20 - 1e-9)], -20),
     "forgotten refund": ([("book", 4, 1), ("shape", (4, 5), 1), ("unbook", 4, 0.9)], 1),

@@ -30,6 +30,7 @@ from tests.core.conftest import (
     start,
     start_all,
 )
+from tests.core.test_threads import in_another_thread
 
 CORE = str(Path(members.__file__).parent)
 Trace = collections.defaultdict[str, list[tuple[float, int]]]
@@ -307,6 +308,30 @@ async def test_preference_that_changes_what_it_is_asked_about_is_followed_only_i
     assert await name_of_taker(pool) == "b"
 
 
+async def test_slow_preference_keeps_no_call_aside(time: VirtualTime) -> None:
+    """While it is asked, another loop looks, to which this one is late."""
+    asked: list[int] = []
+
+    async def ask_in_vain() -> None:
+        with pytest.raises(AcquireTimeout):
+            await child.acquire(timeout=0)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        asked.append(len(members))
+        if len(asked) == 2:
+            time.advance(0.1)
+            in_another_thread(ask_in_vain)
+        return members[0]
+
+    pool = Pool(*members_of(time, 6_000, 6_000), prefer=prefer)
+    child = pool.child("child", concurrency=1)
+    held = child.acquire_nowait()
+    pool.pause(1)
+    assert await name_of_taker(pool) == "a"
+    assert asked == [2, 2]
+    held.release()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_preference_that_fails_holds_up_nobody(
     time: VirtualTime, caplog: pytest.LogCaptureFixture, *, fails: bool
@@ -323,9 +348,7 @@ async def test_preference_that_fails_holds_up_nobody(
 # --- conversations ---
 
 
-async def test_sticky_call_keeps_to_its_member_as_long_as_that_costs_little(
-    time: VirtualTime,
-) -> None:
+async def test_sticky_call_keeps_to_its_member_while_that_costs_little(time: VirtualTime) -> None:
     a, b = members_of(time, 60, 60, concurrency=1)
     pool = Pool(a, b, prefer="first", patience=2)
     a.pause(0.5)
@@ -468,37 +491,30 @@ async def test_conversations_hit_warm_caches_at_full_throughput(time: VirtualTim
             Limiter(rpm=rpm, name=name, concurrency=8, clock=time.clock)
             for name, rpm in (("a", 300), ("b", 200), ("c", 100))
         ]
-        talks = [Conversation(which) for which in range(60)]
         pool = Pool(*members, patience=patience)
-        await asyncio.gather(*(talk.go_on(pool) for talk in talks))
-        hits[patience] = sum(talk.hits for talk in talks)
+        talks = (hits_of_conversation(pool, which) for which in range(60))
+        hits[patience] = sum(await asyncio.gather(*talks))
         seconds[patience] = time.now - began
     assert hits[2.0] >= 0.95 * hits[1e6]
     assert seconds[2.0] <= seconds[0.0] / 0.98
     assert hits[0.0] < 0.7 * hits[2.0]
 
 
-class Conversation:
-    """Calls one after the other, each of which hits the cache of the member that took the last."""
-
-    def __init__(self, which: int) -> None:
-        self.key, self.chance = f"talk {which}", random.Random(which)
-        self.hits, self.warm_at = 0, ""
-
-    async def go_on(self, pool: Pool) -> None:
-        for _ in range(40):
-            async with pool.acquire(sticky=self.key) as lease:
-                self.hits += self.warm_at == lease.limiter.name
-                self.warm_at = lease.limiter.name
-                await asyncio.sleep(self.chance.uniform(0.2, 1.0))
+async def hits_of_conversation(pool: Pool, which: int) -> int:
+    """Make calls in a row; return how many hit the cache of the member that took the last."""
+    chance, hits, warm_at = random.Random(which), 0, ""
+    for _ in range(40):
+        async with pool.acquire(sticky=f"talk {which}") as lease:
+            hits += warm_at == lease.limiter.name
+            warm_at = lease.limiter.name
+            await asyncio.sleep(chance.uniform(0.2, 1.0))
+    return hits
 
 
 # --- several pools ---
 
 
-async def test_second_pool_of_a_member_is_made_before_calls_wait_at_the_first(
-    time: VirtualTime,
-) -> None:
+async def test_second_pool_of_a_member_is_made_before_calls_wait_there(time: VirtualTime) -> None:
     a, b, c = members_of(time, 600, 600, 600, concurrency=1)
     Pool(a, b)
     held = await b.acquire()
@@ -577,9 +593,7 @@ async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> No
     asked.close()
     for _ in range(8):
         (await pool.acquire()).member_failed("ConnectError")
-    says = (
-        "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left out"
-    )
+    says = "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left"
     with pytest.raises(AcquireTimeout, match=re.escape(says)) as caught:
         await pool.acquire()
     assert caught.value.retry_after == 8

@@ -78,9 +78,7 @@ async def share_a_key(
     each = zip(tenants, prices, callers, strict=True)
     asking = [(tenant, price) for tenant, price, calls in each for _ in range(calls)]
     passed = await saturate(time, 60 * MINUTES, *asking, **how)
-    assert_never_over(
-        [(round(when * 1e9), spent) for when, _, spent in passed], Limit("tokens", TPM)
-    )
+    assert_never_over([(round(when * 1e9), cost) for when, _, cost in passed], Limit("tokens", TPM))
     got = [0] * len(weights)
     for when, name, spent in passed:
         got[int(name)] += spent if 60 <= when < 60 * MINUTES else 0
@@ -101,9 +99,7 @@ CROWDS: dict[str, tuple[list[float], list[int], dict[str, Any]]] = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("crowd", CROWDS)
-async def test_tenants_get_cost_in_proportion_to_their_weights(
-    time: VirtualTime, crowd: str
-) -> None:
+async def test_tenants_get_cost_in_proportion_to_weights(time: VirtualTime, crowd: str) -> None:
     chance, (weights, callers, how) = random.Random(5), CROWDS[crowd]
     light = (
         (lambda: chance.randint(20, 120)) if len(weights) > 3 else lambda: chance.randint(50, 300)

@@ -27,9 +27,7 @@ def crowd_out(limiter: Limiter) -> None:
     gc.collect()
 
 
-def test_tenant_is_same_limiter_by_key_and_by_acquire_and_its_name_is_not_shown(
-    time: VirtualTime,
-) -> None:
+def test_tenant_is_one_limiter_by_key_and_acquire_and_its_name_is_hidden(time: VirtualTime) -> None:
     key = Limiter("100 RPM", name="openai", clock=time.clock)
     earlier = key.key("earlier")
     key.per_key("2 RPM burst 2", concurrency=5)  # for those that come from now on

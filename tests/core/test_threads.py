@@ -191,6 +191,31 @@ def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
     nothing_is_left(limiter)
 
 
+def test_lowered_limit_fails_calls_that_stand_aside(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    """They learn it once their loop runs again; what gave up meanwhile competes no more."""
+    clock = VirtualClock()
+    limiter = Limiter("100 TPM", clock=clock)
+    held = limiter.acquire_nowait(tokens=100)
+    blocked, running = two_loops
+    costly, cancelled = (blocked.create_task(limiter.acquire(tokens=80)) for _ in range(2))
+    turn(blocked)
+    cheap = running.create_task(limiter.acquire(tokens=10))
+    turn(running)
+    held.settle(tokens=0)
+    turn(running)
+    clock.advance(0.1)
+    limiter.pause(0)  # both look again
+    turn(running)
+    assert cheap.result().waited == 0.1
+    cancelled.cancel()
+    limiter.reconfigure(tpm=60)
+    turn(blocked)
+    assert isinstance(costly.exception(), CostExceedsLimit)
+    assert limiter._node.pacer.top.living == 0
+
+
 # --- threads without a loop ---
 
 

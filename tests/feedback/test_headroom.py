@@ -25,10 +25,7 @@ def meter(*, remaining: int | None = None, amount: int = 600, per: float = 60) -
 DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
     "a call and its refund": ([("book", 30, 1), ("unbook", 30, 1)], 60),
     "a debt": ([("owe", 70, 1)], -10),
-    "refund of what a report has counted": (
-        [("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)],
-        30,
-    ),
+    "refund of what a report counted": ([("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)], 30),
     "a call that left after a report": ([("book", 30, 1), ("hear", 60, 2), ("redate", 30, 3)], 30),
 }
 
@@ -47,9 +44,7 @@ def test_headroom_has_what_is_left_after(done: str) -> None:
     assert headroom.available(now) == available
 
 
-def test_everything_passes_until_the_provider_says_what_is_left_and_then_that_and_what_flows_in() -> (
-    None
-):
+def test_all_passes_until_the_provider_says_what_is_left_then_that_and_what_flows_in() -> None:
     headroom = meter(per=3_600)
     headroom.book(599, 0)
     assert (headroom.available(0), headroom.earliest(10_000, 0)) == (600, 0)
