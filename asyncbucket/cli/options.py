@@ -31,7 +31,7 @@ def count(help_text: str, *names: str, or_auto: bool = False) -> Any:
         try:
             return typed if or_auto and typed == "auto" else read_count(typed)
         except ValueError as error:
-            raise typer.BadParameter(f"{error}{', or auto' * or_auto}") from None
+            raise typer.BadParameter(f"{error}, or auto" if or_auto else str(error)) from None
 
     return typer.Option(*names, parser=read, metavar="N|auto" if or_auto else "N", help=help_text)
 

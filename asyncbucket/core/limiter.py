@@ -254,6 +254,7 @@ class Limiter(Doors, OfThisProcess):
                 the limits, because the store has to be asked.
             CostExceedsLimit, TypeError, ValueError: as for `acquire`.
         """
+        # Nobody waits, so that a timeout, a deadline or a priority among the amounts is an error.
         lease = self.acquire(
             cost, tenant=tenant, timeout=None, deadline=None, priority=None, **amounts
         )

@@ -106,7 +106,7 @@ def without_retries(value: Any) -> Any:
 
 
 def late_client(model: Any, client: Any) -> Any:
-    """Return the same for a client that ``model`` has made or taken late; it keeps the copy instead."""
+    """Return a copy without retries of a client that ``model`` has made or taken late; it keeps the copy."""
     copied = without_retries(client)
     if copied is not client:
         private: dict[str, Any] = model.__pydantic_private__
