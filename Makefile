@@ -33,7 +33,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py) $(CO
 OTHERS := $(filter-out $(CORE) py __pycache__,$(basename $(notdir $(wildcard asyncbucket/*))))
 OTHER_FILES := $(subst $(empty) $(empty),$(comma),$(OTHERS:%=asyncbucket/%.py) $(OTHERS:%=asyncbucket/%/*))
 # The folders whose tests cover the core; in the others no test is traced.
-MEASURED := core feedback http stores batch telemetry frameworks
+MEASURED := engine feedback http stores batch telemetry frameworks
 # Those that run long are spread evenly, and a sixth of the time is waiting: three for two processors.
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 SPREAD := --dist worksteal
@@ -69,7 +69,7 @@ coverage: $(STAMP) ## Run all tests and show what they cover, outside the core, 
 	$(PY) -m coverage report --fail-under=95
 
 fuzz: $(STAMP) ## Play random histories of limiters against an oracle, for ten minutes or SECONDS
-	$(PY) tests/core/fuzz.py --seconds $(or $(SECONDS),600)
+	$(PY) tests/engine/fuzz.py --seconds $(or $(SECONDS),600)
 
 mutants: $(STAMP) ## Change the core in hundreds of ways, and look which no test notices
 	@$(PY) $(PIP_INSTALL) 'mutmut>=3.8'

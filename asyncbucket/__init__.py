@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from asyncbucket import errors, events
-from asyncbucket.core.budget import Budget, budget
-from asyncbucket.core.context import agent, deadline, priority, sticky, tenant
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import (
+from asyncbucket.budgets import Budget, budget
+from asyncbucket.engine.context import agent, deadline, priority, sticky, tenant
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import (
     AcquireTimeout,
     AsyncBucketError,
     BudgetExceeded,
@@ -18,30 +18,29 @@ from asyncbucket.core.errors import (
     UnknownPrice,
     WouldBlock,
 )
-from asyncbucket.core.explain import Explanation
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.limiter import Limiter, pace
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.statistics import LimitUse, Statistics, Waits
-from asyncbucket.core.token_bucket import BucketStatistics, TokenBucket
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter, pace
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
+from asyncbucket.engine.token_bucket import BucketStatistics, TokenBucket
+from asyncbucket.explanations import Explanation
 from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
-    from asyncbucket import presets, prices
-    from asyncbucket.core import settings
-    from asyncbucket.core.pool import Pool
+    from asyncbucket import presets, prices, settings
     from asyncbucket.plan import Plan
+    from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Price
 
 #: What few programs need, and which module has it.
 _LAZY = {
     "Plan": "asyncbucket.plan",
-    "Pool": "asyncbucket.core.pool",
+    "Pool": "asyncbucket.pools",
     "Price": "asyncbucket.providers.prices",
     "batch": "asyncbucket.batch",
     "presets": "asyncbucket.presets",
     "prices": "asyncbucket.prices",
-    "settings": "asyncbucket.core.settings",
+    "settings": "asyncbucket.settings",
     "stores": "asyncbucket.stores",
     "telemetry": "asyncbucket.telemetry",
     "testing": "asyncbucket.testing",

@@ -1,3 +1,3 @@
 """What can go wrong: each error says what, the numbers and the remedy."""
 
-from asyncbucket.core.errors import *  # noqa: F403 - all its public names
+from asyncbucket.engine.errors import *  # noqa: F403 - all its public names

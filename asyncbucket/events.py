@@ -1,3 +1,3 @@
 """What `Limiter.observe` tells: the events of limiters."""
 
-from asyncbucket.core.events import *  # noqa: F403 - all its public names
+from asyncbucket.engine.events import *  # noqa: F403 - all its public names

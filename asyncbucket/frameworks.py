@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.limiter import Limiter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

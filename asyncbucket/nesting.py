@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from typing import Final
 
-from asyncbucket.core.context import put_back
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import counts_at, give_back, is_under
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.context import put_back
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.levels import counts_at, give_back, is_under
 
 
 class HeldLease:

@@ -39,15 +39,15 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
-from asyncbucket.core.context import inherited, put_back
-from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.core.events import Retried
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import effective_limiter, emit, shown_name
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import Pool, PoolLease
-from asyncbucket.core.seats import Lock
-from asyncbucket.core.wording import in_seconds, is_integer, is_number
+from asyncbucket.engine.context import inherited, put_back
+from asyncbucket.engine.errors import AsyncBucketError
+from asyncbucket.engine.events import Retried
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.seats import Lock
+from asyncbucket.engine.wording import in_seconds, is_integer, is_number
+from asyncbucket.levels import effective_limiter, emit, shown_name
+from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import WEEK, Verdict, classify
 from asyncbucket.providers.learn import Refusals, doubled
 from asyncbucket.waiting import ASYNC, IO

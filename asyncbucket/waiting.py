@@ -16,9 +16,9 @@ import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.seats import Lock
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.seats import Lock
 
 T = TypeVar("T")
 

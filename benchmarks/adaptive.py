@@ -23,7 +23,7 @@ import httpx
 import uvicorn
 
 from asyncbucket import Limiter
-from asyncbucket.core.terms import Concurrency
+from asyncbucket.engine.terms import Concurrency
 from benchmarks.plot import pages
 
 #: The time of a call when nothing queues (s), and the standard deviation of its logarithm.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import asyncbucket.core
+import asyncbucket.engine
 import asyncbucket.feedback
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
     The core is imported before, because its own lines are to be measured.
     """
-    for package in (asyncbucket.core, asyncbucket.feedback):
+    for package in (asyncbucket.engine, asyncbucket.feedback):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     gc.disable()

@@ -24,7 +24,7 @@ Scenario: TypeAlias = Callable[[], AsyncGenerator[None]]
 
 def frames_of(scenario: Scenario) -> list[str]:
     """Return the module of the core that each Python frame of a call is of."""
-    core, found = str(Path(asyncbucket.__file__).parent / "core"), list[str]()
+    core, found = str(Path(asyncbucket.__file__).parent), list[str]()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(core):

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.core.seats import Lock
+from asyncbucket.engine.seats import Lock
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 

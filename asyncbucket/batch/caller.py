@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from asyncbucket.core.context import agent
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.events import Admitted, Event, Queued, Refused
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import is_under, root_of, share_a_level, undo
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import shown
+from asyncbucket.engine.context import agent
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.events import Admitted, Event, Queued, Refused
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import shown
+from asyncbucket.levels import is_under, root_of, share_a_level, undo
 from asyncbucket.nesting import give_up_slots
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.

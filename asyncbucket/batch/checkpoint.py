@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple
 
-from asyncbucket.core.errors import AsyncBucketError
+from asyncbucket.engine.errors import AsyncBucketError
 
 #: Marks our files, and their version: SQLite keeps it in the head of each file.
 _APPLICATION_ID: Final = 0x6162_0003

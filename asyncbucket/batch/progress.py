@@ -11,9 +11,9 @@ from typing import Any, Final, Self, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import Pool
-from asyncbucket.core.wording import named, rounded
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import named, rounded
+from asyncbucket.pools import Pool
 
 #: Seconds between two updates, and how many of them the rate is computed from: half a minute.
 _REFRESH_INTERVAL: Final = 0.2

@@ -42,8 +42,8 @@ from anyio.abc import TaskGroup
 from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
 from asyncbucket.batch.checkpoint import Checkpoint, Entry
 from asyncbucket.batch.progress import Bar
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import read_count
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import read_count
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, plan, proxy, run, watch
-from asyncbucket.core.errors import AsyncBucketError, UnknownPrice
-from asyncbucket.core.wording import one_line
+from asyncbucket.engine.errors import AsyncBucketError, UnknownPrice
+from asyncbucket.engine.wording import one_line
 
 app = typer.Typer(
     add_completion=False,

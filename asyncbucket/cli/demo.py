@@ -21,11 +21,11 @@ from rich.table import Table
 
 from asyncbucket.cli import DONE, FAILED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
-from asyncbucket.core.context import agent
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import named, one_line
+from asyncbucket.engine.context import agent
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.wording import named, one_line
 from asyncbucket.plan.drive import percent
 
 if TYPE_CHECKING:

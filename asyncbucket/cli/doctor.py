@@ -15,7 +15,7 @@ from rich.text import Text
 
 from asyncbucket import Limit, StoreError
 from asyncbucket.cli import FAILED, options
-from asyncbucket.core.wording import one_line
+from asyncbucket.engine.wording import one_line
 from asyncbucket.frameworks import FRAMEWORKS
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 import typer
 
-from asyncbucket.core.errors import LimitSyntaxError
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit, read_amount
-from asyncbucket.core.pool import Pool
+from asyncbucket.engine.errors import LimitSyntaxError
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit, read_amount
+from asyncbucket.pools import Pool
 from asyncbucket.stores import without_password
 
 #: Where a provider is unless something else is said.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.core.wording import counted, in_given_unit, named, written_out
+from asyncbucket.engine.wording import counted, in_given_unit, named, written_out
 from asyncbucket.plan import Plan, Poisson
 from asyncbucket.plan import plan as make_plan
 

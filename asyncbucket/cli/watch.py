@@ -13,8 +13,8 @@ from rich.console import Console
 
 from asyncbucket.cli import options
 from asyncbucket.cli.ui import Bar, Panel, Screen
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.wording import counted, in_seconds, one_line, written
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.wording import counted, in_seconds, one_line, written
 from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import DEFAULT_PORT, row_of
 

@@ -109,7 +109,7 @@ class Adaptive:
         self._full = False
 
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
-        """Take in the end of a call: see `asyncbucket.core.node.Sizer`."""
+        """Take in the end of a call: see `asyncbucket.engine.node.Sizer`."""
         if outcome == "overloaded" and started > self._cut_at:
             self._refused(now)
         if outcome != "ok":

@@ -48,8 +48,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Meter, Window
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Meter, Window
 
 #: Less than this fraction (1/32) of the limit is noise: calls may arrive in another order.
 _NOISE: Final = 32
@@ -216,7 +216,7 @@ class Headroom(Meter):
         self._level_at = self._last_report = now
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
-        """See `asyncbucket.core.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
+        """See `asyncbucket.engine.meters.Meter.earliest`; with ``back``, now: a reply may bring good news."""
         needed = self._needed_level(amount)
         level = self._expected_level(now, needed)
         if level is None or back:
@@ -240,7 +240,7 @@ class Headroom(Meter):
         return min(when, self._last_booking + self.window // _LEAST)
 
     def book(self, amount: int, when: int) -> None:
-        """See `asyncbucket.core.meters.Meter.book`."""
+        """See `asyncbucket.engine.meters.Meter.book`."""
         level = self._expected_level(when, self._needed_level(amount))
         if level is not None:
             self._level = level - self._share(amount) * self.window
@@ -255,7 +255,7 @@ class Headroom(Meter):
     owe = book
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
-        """See `asyncbucket.core.meters.Meter.unbook`; bookings before the latest report are counted in it."""
+        """See `asyncbucket.engine.meters.Meter.unbook`; bookings before the latest report are counted in it."""
         if self._level is not None and when >= self._last_report:
             self._level += self._share(amount) * self.window
         self._booked -= amount
@@ -265,7 +265,7 @@ class Headroom(Meter):
             self._slices.unbook(amount, when, left)
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.core.meters.Meter.available`: what is left, including any reserve for others."""
+        """See `asyncbucket.engine.meters.Meter.available`: what is left, including any reserve for others."""
         level = self._expected_level(now)
         if level is None:
             return self.amount

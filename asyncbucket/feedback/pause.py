@@ -3,7 +3,7 @@
 import math
 from typing import ClassVar, Final
 
-from asyncbucket.core.meters import NEVER, Meter
+from asyncbucket.engine.meters import NEVER, Meter
 
 #: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
@@ -41,34 +41,34 @@ class Pause(Meter):
             self._calls = 1
 
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.core.meters.Meter.earliest`."""
+        """See `asyncbucket.engine.meters.Meter.earliest`."""
         return max(now, self.until)
 
     def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.core.meters.Meter.take`; many ask at once when a pause ends."""
+        """See `asyncbucket.engine.meters.Meter.take`; many ask at once when a pause ends."""
         passes = self.until <= now
         if passes and self.step:
             self._advance(1)
         return passes
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.core.meters.Meter.book`: the next call of a slow start has its own instant."""
+        """See `asyncbucket.engine.meters.Meter.book`: the next call of a slow start has its own instant."""
         if self.step:
             self._advance(1)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.core.meters.Meter.unbook`."""
+        """See `asyncbucket.engine.meters.Meter.unbook`."""
         if self.step:
             self._advance(-1)
 
     def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.core.meters.Meter.owe`: nothing is owed to a pause."""
+        """See `asyncbucket.engine.meters.Meter.owe`: nothing is owed to a pause."""
 
     def redate(self, amount: int, when: int, now: int) -> None:
-        """See `asyncbucket.core.meters.Meter.redate`: a step of a slow start is not moved."""
+        """See `asyncbucket.engine.meters.Meter.redate`: a step of a slow start is not moved."""
 
     def available(self, now: int) -> int:
-        """See `asyncbucket.core.meters.Meter.available`."""
+        """See `asyncbucket.engine.meters.Meter.available`."""
         return 0 if self.until > now else NEVER
 
     def _advance(self, calls: int) -> None:

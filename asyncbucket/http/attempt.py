@@ -22,10 +22,10 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import sent
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.lanes import ReadRequest
+from asyncbucket.levels import sent
 from asyncbucket.providers.errors import (
     FIRST_ERROR,
     Verdict,

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from typing import Any, Final, Literal
 
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.attempt import FAMILIES, family_of, library_named
 from asyncbucket.http.transport import POOL, PacedTransport, TransportOptions
 from asyncbucket.waiting import PerLoopTransport

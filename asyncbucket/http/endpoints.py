@@ -41,10 +41,10 @@ from pathlib import Path
 from typing import Any, Final, NotRequired, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import KEYWORDS
-from asyncbucket.core.pool import Pool
-from asyncbucket.core.settings import from_table, key_in_env, read_toml, with_error_source
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import KEYWORDS
+from asyncbucket.pools import Pool
+from asyncbucket.settings import from_table, key_in_env, read_toml, with_error_source
 
 #: Headers that identify an account.
 _CREDENTIALS: Final = (

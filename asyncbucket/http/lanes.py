@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.levels import (
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import shown
+from asyncbucket.levels import (
     capped,
     effective_limiter,
     in_force,
@@ -20,8 +22,6 @@ from asyncbucket.core.levels import (
     limits_by_way,
     provider_of,
 )
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.wording import shown
 from asyncbucket.providers.learn import HeaderReader, Refusals
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of

@@ -23,13 +23,13 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
-from asyncbucket.core.levels import counts_at, on_one_path
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import Pool, PoolLease
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.attempt import Attempt, library_of, request_body
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing, content_of
+from asyncbucket.levels import counts_at, on_one_path
 from asyncbucket.nesting import give_up_slots, paying_lease
+from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply, Verdict
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.retry import Retrier, Retry, Sent, sent_above

@@ -10,10 +10,10 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 from pydantic import ConfigDict
 
-from asyncbucket.core.events import Event, Paused, Refused, Retried
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import shown_name
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.events import Event, Paused, Refused, Retried
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.levels import shown_name
 
 _dispatcher: Final = get_dispatcher(__name__)
 

@@ -44,10 +44,10 @@ from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool
 from llama_index.core.tools.types import AsyncBaseTool
 
-from asyncbucket.core.levels import levels, terms_of
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.seats import Lock
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.seats import Lock
+from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index.clients import late_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call

@@ -38,9 +38,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
-from asyncbucket.core.context import inherited, put_back
-from asyncbucket.core.lease import Lease
-from asyncbucket.core.levels import (
+from asyncbucket.engine.context import inherited, put_back
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import USD
+from asyncbucket.levels import (
     counts,
     counts_at,
     effective_limiter,
@@ -50,12 +52,10 @@ from asyncbucket.core.levels import (
     reserve_more,
     sent,
 )
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import PoolLease
-from asyncbucket.core.wording import USD
 from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.nesting import HeldLease, give_up_slots, innermost_held_lease, is_running
+from asyncbucket.pools import PoolLease
 from asyncbucket.providers.errors import answered, end_failed, never_sent, was_refused
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
 from asyncbucket.providers.profiles import excess_of

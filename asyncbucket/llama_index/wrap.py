@@ -53,14 +53,14 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.tools import BaseTool, FunctionTool
 from llama_index.core.workflow import Workflow
 
-from asyncbucket.core.context import Agent, InheritedScope, inherited, read_label, running_agent
-from asyncbucket.core.levels import is_under
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.pool import Pool
+from asyncbucket.engine.context import Agent, InheritedScope, inherited, read_label, running_agent
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.levels import is_under
 from asyncbucket.llama_index.clients import warn_of_misuse
 from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.paced import Paced, paced_copy, pacing_of, subclass
 from asyncbucket.llama_index.pacing import Pacing
+from asyncbucket.pools import Pool
 from asyncbucket.retry import Retry
 
 T = TypeVar("T")

@@ -8,16 +8,16 @@ with the first plan, so that `import asyncbucket` stays light.
 
 from typing import TYPE_CHECKING, Unpack
 
-from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.core.terms import LimitKeywords
-from asyncbucket.core.wording import read_count
+from asyncbucket.engine.limits import Limit, read_limits
+from asyncbucket.engine.terms import LimitKeywords
+from asyncbucket.engine.wording import read_count
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from asyncbucket.core.pool import Pool
     from asyncbucket.plan.calls import PlannedDollars, Poisson, Sample, Samples
     from asyncbucket.plan.drive import Plan, PlannedLimit, PlannedWaits
+    from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Prices
 
 __all__ = [

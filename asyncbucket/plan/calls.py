@@ -17,11 +17,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import UnknownPrice
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
-from asyncbucket.core.wording import (
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import UnknownPrice
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.wording import (
     MICRO,
     USD,
     is_number,

@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import CostExceedsLimit
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER, Amounts, Window
-from asyncbucket.core.node import Meters, latest
-from asyncbucket.core.pool import Pool
-from asyncbucket.core.wording import counted, in_seconds, rounded, with_verb
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import CostExceedsLimit
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import NEVER, Amounts, Window
+from asyncbucket.engine.node import Meters, latest
+from asyncbucket.engine.wording import counted, in_seconds, rounded, with_verb
 from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall, PlannedDollars
+from asyncbucket.pools import Pool
 
 #: Up to this many calls, other limits are tried.
 _MAX_WHAT_IF_CALLS: Final = 100_000

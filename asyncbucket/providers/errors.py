@@ -32,14 +32,14 @@ from itertools import islice
 from time import time as wall_clock
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.core.errors import AsyncBucketError, LimitSyntaxError
-from asyncbucket.core.levels import undo
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.pool import PoolLease
+from asyncbucket.engine.errors import AsyncBucketError, LimitSyntaxError
+from asyncbucket.engine.limits import Limit
+from asyncbucket.levels import undo
+from asyncbucket.pools import PoolLease
 from asyncbucket.providers import facts
 
 if TYPE_CHECKING:
-    from asyncbucket.core.lease import Lease
+    from asyncbucket.engine.lease import Lease
 
 #: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400

@@ -26,12 +26,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.levels import can_give_slots_up, in_force, levels, observe_remaining
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.seats import Lock
-from asyncbucket.core.wording import in_seconds
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.seats import Lock
+from asyncbucket.engine.wording import in_seconds
 from asyncbucket.feedback.headroom import share_of
+from asyncbucket.levels import can_give_slots_up, in_force, levels, observe_remaining
 from asyncbucket.providers.errors import DAILY, Verdict
 from asyncbucket.providers.profiles import Profile, Told
 

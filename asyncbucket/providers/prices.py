@@ -23,15 +23,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.errors import UnknownPrice
-from asyncbucket.core.levels import counts, effective_limiter, in_force, prices_of
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.settings import read_toml
-from asyncbucket.core.wording import MICRO, USD, is_number
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import UnknownPrice
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.wording import MICRO, USD, is_number
+from asyncbucket.levels import counts, effective_limiter, in_force, prices_of
 from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
 from asyncbucket.providers.usage import Usage
+from asyncbucket.settings import read_toml
 
 __all__ = ["Price", "PriceWarning", "Prices", "price_of", "read_prices"]
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.limits import Limit
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.limits import Limit
 from asyncbucket.providers import facts
 from asyncbucket.providers.request import RequestSize, request_size
 from asyncbucket.providers.usage import Usage

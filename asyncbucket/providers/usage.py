@@ -19,7 +19,7 @@ from dataclasses import astuple, dataclass, replace
 from operator import add
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.wording import is_number
+from asyncbucket.engine.wording import is_number
 
 _Lookup: TypeAlias = Callable[[str], Any]
 

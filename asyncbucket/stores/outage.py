@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.events import StoreLost, StoreRecovered
-from asyncbucket.core.meters import NEVER, Amounts, Bucket
-from asyncbucket.core.wording import counted, in_seconds
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.events import StoreLost, StoreRecovered
+from asyncbucket.engine.meters import NEVER, Amounts, Bucket
+from asyncbucket.engine.wording import counted, in_seconds
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import SLOT, Correction, LimitConfig, Receipt
 

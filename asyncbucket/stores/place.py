@@ -20,16 +20,16 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncbucket.core.errors import CostExceedsLimit, StoreError
-from asyncbucket.core.events import Event, LimitChanged
-from asyncbucket.core.explain import too_late_locked
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER, Amounts
-from asyncbucket.core.node import Meters, Node
-from asyncbucket.core.queue import AnyWaiter
-from asyncbucket.core.seats import Seat, reset_after_fork
-from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.terms import OnOutage
+from asyncbucket.engine.errors import CostExceedsLimit, StoreError
+from asyncbucket.engine.events import Event, LimitChanged
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.node import Meters, Node
+from asyncbucket.engine.queue import AnyWaiter
+from asyncbucket.engine.seats import Seat, reset_after_fork
+from asyncbucket.engine.statistics import LimitUse
+from asyncbucket.engine.terms import OnOutage
+from asyncbucket.explanations import too_late_locked
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
@@ -48,7 +48,7 @@ _CLOSED: Final = "the limiter was closed while this call waited: close it when a
 class BookedMeter:
     """Stand for what one call has booked of one resource at a store; it reports what changes.
 
-    It is as much of a `asyncbucket.core.meters.Meter` as a lease needs that holds the call.
+    It is as much of a `asyncbucket.engine.meters.Meter` as a lease needs that holds the call.
     """
 
     __slots__ = ("_parts", "_place", "_reservation", "_resource")
@@ -63,7 +63,7 @@ class BookedMeter:
         self._parts = [(units, reservation.booked_at)]
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:  # noqa: ARG002 - the store has its own dates
-        """See `asyncbucket.core.meters.Meter.unbook`."""
+        """See `asyncbucket.engine.meters.Meter.unbook`."""
         while amount > 0 and self._parts:
             units, start = self._parts.pop()
             back = min(units, amount)
@@ -73,7 +73,7 @@ class BookedMeter:
             self._report(start, booked=units, used=units - back)
 
     def owe(self, amount: int, when: int) -> None:
-        """See `asyncbucket.core.meters.Meter.owe`."""
+        """See `asyncbucket.engine.meters.Meter.owe`."""
         # The store dates it on arrival, which is no sooner, so a refund errs on the safe side.
         booked_at = self._reservation.booked_at
         start = booked_at and booked_at + when - self._reservation.start
@@ -85,7 +85,7 @@ class BookedMeter:
         self._place.correct(Correction(start=start, booked={name: booked}, used={name: used}))
 
     def redate(self, amount: int, when: int, now: int) -> None:
-        """See `asyncbucket.core.meters.Meter.redate`: the store's dates stay."""
+        """See `asyncbucket.engine.meters.Meter.redate`: the store's dates stay."""
 
 
 class PendingUpdates:
@@ -134,7 +134,7 @@ class _Standing:
 
 
 class StorePlace:
-    """Keep what a process has to do with the store; see `asyncbucket.core.seats.Place`."""
+    """Keep what a process has to do with the store; see `asyncbucket.engine.seats.Place`."""
 
     def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
         """Keep the limits of ``node``, a root, in ``store``; processes share them by its name.
@@ -190,7 +190,7 @@ class StorePlace:
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
 
-    # --- what the pacer asks: see `asyncbucket.core.seats.Place` ---
+    # --- what the pacer asks: see `asyncbucket.engine.seats.Place` ---
 
     def room(self, seat: Seat) -> bool:
         self._open_session(seat.loop)

@@ -20,8 +20,8 @@ import secrets
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.statistics import LimitUse
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores import script, without_password
 from asyncbucket.stores.script import GRAIN, Codec

@@ -15,8 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts, Window
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Amounts, Window
 from asyncbucket.stores.store import (
     MAX_AMOUNT,
     SLOT,

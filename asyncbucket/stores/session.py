@@ -23,9 +23,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.meters import NEVER, Amounts
-from asyncbucket.core.seats import NAP
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.seats import NAP
 from asyncbucket.stores.outage import StoreHealth
 from asyncbucket.stores.store import (
     HORIZON,

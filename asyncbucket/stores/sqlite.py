@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.meters import NEVER
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.meters import NEVER
 from asyncbucket.stores import without_password
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import (

@@ -8,9 +8,9 @@ import json
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Final
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import NEVER, Amounts, Window
-from asyncbucket.core.statistics import LimitUse
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import NEVER, Amounts, Window
+from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.store import (
     FAR,

@@ -29,7 +29,7 @@ slots come back; if it comes again, the slots that it holds count again.
 All instants are integer nanoseconds of the store's own clock, which never goes back and means
 nothing elsewhere: use differences. A worker that adds ``start - receipt.now`` to the moment when
 the receipt arrived is never early. Amounts are whole units by resource; ``"concurrency": 1`` is a
-slot. The arithmetic is that of `asyncbucket.core.meters`. A store may answer later than that by at
+slot. The arithmetic is that of `asyncbucket.engine.meters`. A store may answer later than that by at
 most one grain of its clock (a microsecond in Redis), never earlier.
 
 A failure raises `StoreError` within the store's patience (0.2 s). Whether the batch was applied is
@@ -49,11 +49,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
-from asyncbucket.core.errors import StoreError
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
-from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.wording import in_seconds
+from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.statistics import LimitUse
+from asyncbucket.engine.wording import in_seconds
 
 #: How many ns after its first start the other calls of a batch may start, unless it says otherwise.
 HORIZON: Final = 50_000_000

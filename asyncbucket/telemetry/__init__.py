@@ -20,8 +20,8 @@ from importlib import import_module
 from logging import DEBUG, INFO, Logger, getLogger
 from typing import TYPE_CHECKING, Any, Final
 
-from asyncbucket.core.events import Event
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.events import Event
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.telemetry.metrics import as_given
 from asyncbucket.telemetry.stats import StatsServer, Trace, report, serve_stats
 

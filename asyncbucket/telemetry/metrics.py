@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Self, TypeAlias, cast
 
-from asyncbucket.core import events
-from asyncbucket.core.cost import Cost
-from asyncbucket.core.events import Event
-from asyncbucket.core.levels import levels, members_of, shown_name
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.seats import Lock
-from asyncbucket.core.statistics import shares_used
-from asyncbucket.core.wording import USD, in_given_unit
+from asyncbucket.engine import events
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.events import Event
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.seats import Lock
+from asyncbucket.engine.statistics import shares_used
+from asyncbucket.engine.wording import USD, in_given_unit
+from asyncbucket.levels import levels, members_of, shown_name
 
 #: A metric's text, and its labels.
 Description: TypeAlias = tuple[str, tuple[str, ...]]

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
-from asyncbucket.core.events import Admitted, Cancelled, Event, Paused, Queued, Refused
-from asyncbucket.core.levels import members_of
-from asyncbucket.core.limiter import Limiter
-from asyncbucket.core.seats import reset_after_fork
-from asyncbucket.core.statistics import LimitUse
-from asyncbucket.core.wording import read_count
+from asyncbucket.engine.events import Admitted, Cancelled, Event, Paused, Queued, Refused
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.seats import reset_after_fork
+from asyncbucket.engine.statistics import LimitUse
+from asyncbucket.engine.wording import read_count
+from asyncbucket.levels import members_of
 from asyncbucket.telemetry.metrics import with_children
 
 _HOST: Final = "127.0.0.1"

@@ -19,8 +19,8 @@ from opentelemetry import metrics, trace
 from opentelemetry.metrics import MeterProvider, Observation
 from opentelemetry.trace import Status, StatusCode, Tracer, TracerProvider
 
-from asyncbucket.core.events import Admitted, Cancelled, Event, Queued, Refused
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.events import Admitted, Cancelled, Event, Queued, Refused
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.telemetry.metrics import (
     BUCKETS,
     COUNTERS,

@@ -7,8 +7,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, M
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from asyncbucket.core import events
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine import events
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.telemetry.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, Add, Metrics
 
 #: What is 0 from the first scrape of a limiter on, so that a rate sees the first refusal.

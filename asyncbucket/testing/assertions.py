@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.wording import counted, written_out
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.wording import counted, written_out
 
 NANOSECONDS = 1_000_000_000
 

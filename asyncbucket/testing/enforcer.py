@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
-from asyncbucket.core.wording import is_number, read_count
+from asyncbucket.engine.wording import is_number, read_count
 
 NANOSECONDS: Final = 1_000_000_000
 MILLISECOND: Final = 1_000_000

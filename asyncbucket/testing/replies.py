@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.core.wording import read_count
+from asyncbucket.engine.wording import read_count
 
 Json: TypeAlias = Mapping[str, Any]
 Chunk: TypeAlias = dict[str, Any]

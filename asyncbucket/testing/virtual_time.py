@@ -44,7 +44,7 @@ from concurrent.futures import Executor
 from pathlib import PurePath
 from typing import Any, Self, TypeVar, TypeVarTuple
 
-from asyncbucket.core.wording import is_number
+from asyncbucket.engine.wording import is_number
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -11,7 +11,7 @@ import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, priority
 from asyncbucket.batch import Item, Results, amap
-from asyncbucket.core.context import inherited, read_priority
+from asyncbucket.engine.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
 from tests.conftest import python
 

@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "reference.md").read_text("utf-8")
 #: Names behind ``asyncbucket.``; the first is the package itself.
 MODULES = (
-    *("", "batch", "core.events", "http", "llama_index", "plan", "retry", "stores", "telemetry"),
+    *("", "batch", "engine.events", "http", "llama_index", "plan", "retry", "stores", "telemetry"),
     "testing",
 )
 

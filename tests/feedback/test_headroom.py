@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.core.levels import observe_remaining
 from asyncbucket.feedback.headroom import Headroom
+from asyncbucket.levels import observe_remaining
 from asyncbucket.testing import assert_never_over, virtual_time
 
 SECOND = 1_000_000_000

@@ -29,8 +29,8 @@ from llama_index_instrumentation.span_handlers import NullSpanHandler
 from pydantic import BaseModel, PrivateAttr
 
 from asyncbucket import Limiter
-from asyncbucket.core.context import Inherited, inherited
-from asyncbucket.core.events import Admitted, Event
+from asyncbucket.engine.context import Inherited, inherited
+from asyncbucket.engine.events import Admitted, Event
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 
 API_BASE = "https://llm.test/v1"

@@ -26,8 +26,8 @@ from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, 
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, Limiter, agent
-from asyncbucket.core.context import Inherited, inherited
-from asyncbucket.core.statistics import AgentStatistics
+from asyncbucket.engine.context import Inherited, inherited
+from asyncbucket.engine.statistics import AgentStatistics
 from asyncbucket.llama_index import limiter_of
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from tests.llama_index.conftest import Bench, Instrumentation, admitted, ask, in_flight

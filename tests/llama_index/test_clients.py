@@ -44,7 +44,7 @@ from tests.llama_index.conftest import (
 )
 
 if TYPE_CHECKING:
-    from asyncbucket.core.lease import Lease
+    from asyncbucket.engine.lease import Lease
     from asyncbucket.testing.pytest_plugin import ProviderFactory
 
 

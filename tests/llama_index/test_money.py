@@ -14,7 +14,7 @@ from llama_index.llms.openai import OpenAI
 from openai import BadRequestError
 
 from asyncbucket import BudgetExceeded, Limiter, Pool, Price, UnknownPrice, budget
-from asyncbucket.core.events import Released
+from asyncbucket.engine.events import Released
 from asyncbucket.llama_index import Retry
 from asyncbucket.testing import RateLimitedProvider
 from tests.llama_index.conftest import API_BASE, MESSAGES, Reader, ScriptedOpenAI, ask, make_openai

@@ -28,7 +28,7 @@ from openai import AsyncOpenAI
 
 import asyncbucket
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
-from asyncbucket.core.levels import levels, terms_of
+from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index import DefaultEstimator, limiter_of
 from asyncbucket.llama_index.paced import pacing_of
 from asyncbucket.testing import RateLimitedProvider

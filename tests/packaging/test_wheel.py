@@ -74,7 +74,7 @@ def test_source_distribution_builds_the_same_wheel(
         assert [name for name in ours.namelist() if ours.read(name) != theirs.read(name)] == []
 
 
-@pytest.mark.parametrize("folder", ["tests/core", "benchmarks", "docs", "examples", "."])
+@pytest.mark.parametrize("folder", ["tests/engine", "benchmarks", "docs", "examples", "."])
 def test_source_distribution_holds_what_packagers_need(source: Path, folder: str) -> None:
     """With tests, docs and licence, a distribution can build and test from it alone."""
     kinds = {".py", ".md", ".toml", ""}
@@ -108,7 +108,7 @@ def test_import_loads_only_the_core_and_few_stdlib_modules(unpacked: Path) -> No
         "import asyncbucket; print(*sorted(sys.modules.keys() - before))"
     )
     loaded = set(alone(unpacked, "-c", code).split())
-    assert "asyncbucket.core.limiter" in loaded
+    assert "asyncbucket.engine.limiter" in loaded
     assert {name for name in loaded if not name.startswith("asyncbucket")} <= ALSO
     parts = {name.rpartition(".")[0] for name in loaded if name.count(".") > 1}
-    assert parts == {"asyncbucket.core"}, "a part that few need"
+    assert parts == {"asyncbucket.engine"}, "a part that few need"

@@ -9,7 +9,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, QueueFull, StoreError, UnknownPrice
 from asyncbucket.cli.proxy.callers import CallerTerms, ProxyError, error_response, protocol_of
-from asyncbucket.core.context import inherited
+from asyncbucket.engine.context import inherited
 from asyncbucket.testing import VirtualTime
 
 

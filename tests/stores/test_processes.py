@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
-from asyncbucket.core.events import Event, StoreLost, StoreRecovered
+from asyncbucket.engine.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, LimitConfig, open_store
 from asyncbucket.stores.store import Correction, in_time
 from asyncbucket.testing import assert_never_over
@@ -35,7 +35,7 @@ Start: TypeAlias = "Callable[[str, str], subprocess.Popen[str]]"
 AGENTS = """
 import asyncio, json, sys, time
 from asyncbucket import Limiter
-from asyncbucket.core.events import StoreLost
+from asyncbucket.engine.events import StoreLost
 
 def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
     return next(m._reservation.booked_at for m, _ in lease._meters if hasattr(m, "_reservation"))

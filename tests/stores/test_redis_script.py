@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncbucket.core.limits import Limit
+from asyncbucket.engine.limits import Limit
 from asyncbucket.stores import Batch, LimitConfig, script
 from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import peek, terms

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Cost, Limit, Pool, StoreError, WouldBlock, agent
-from asyncbucket.core.events import Event, LimitChanged
+from asyncbucket.engine.events import Event, LimitChanged
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.testing import assert_never_over

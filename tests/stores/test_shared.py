@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from asyncbucket import Limit, Limiter, Pool, StoreError
-from asyncbucket.core.events import Event, StoreLost
+from asyncbucket.engine.events import Event, StoreLost
 from asyncbucket.stores import LimitConfig, open_store
 from asyncbucket.stores.redis import RedisLedger
 from tests.stores.conformance.place import peek_at

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncbucket import Limiter, telemetry
-from asyncbucket.core.events import Admitted, Event
-from asyncbucket.core.levels import emit, shown_name
+from asyncbucket.engine.events import Admitted, Event
+from asyncbucket.levels import emit, shown_name
 
 Say: TypeAlias = Callable[..., None]
 

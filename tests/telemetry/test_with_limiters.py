@@ -27,7 +27,7 @@ from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from tests.telemetry.conftest import Telemetry, scrape
 
 if TYPE_CHECKING:
-    from asyncbucket.core.events import Event
+    from asyncbucket.engine.events import Event
 
 #: What must never be shown: a key, a prompt, the password of a URL, the name of a tenant.
 CANARIES = ("sk-canary-key", "canary-prompt", "canary-password", "canary-tenant")

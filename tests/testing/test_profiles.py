@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from asyncbucket import Limiter, deadline
-from asyncbucket.core.terms import Concurrency
+from asyncbucket.engine.terms import Concurrency
 from asyncbucket.providers.errors import judge_reply
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.testing import RateLimitedProvider, virtual_time

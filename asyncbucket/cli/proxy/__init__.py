@@ -28,8 +28,8 @@ from urllib.parse import urlsplit
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.core.limits import KEYWORDS, Limit, read_limits
-from asyncbucket.core.settings import from_table, key_in_env, read_toml
+from asyncbucket.engine.limits import KEYWORDS, Limit, read_limits
+from asyncbucket.settings import from_table, key_in_env, read_toml
 from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 
 _HOST: Final = "127.0.0.1"

@@ -35,8 +35,8 @@ from asyncbucket.cli.proxy.callers import (
     protocol_of,
     with_key,
 )
-from asyncbucket.core.errors import AsyncBucketError
-from asyncbucket.core.limiter import Limiter
+from asyncbucket.engine.errors import AsyncBucketError
+from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, read_pool
 from asyncbucket.http.transport import PacedTransport
 from asyncbucket.http_server import configured, listen

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import httpx
 from starlette.responses import JSONResponse
 
-from asyncbucket.core import errors
-from asyncbucket.core.context import Agent, InheritedScope, deadline, read_priority, read_text
+from asyncbucket.engine import errors
+from asyncbucket.engine.context import Agent, InheritedScope, deadline, read_priority, read_text
 
 if TYPE_CHECKING:
     from starlette.types import Scope

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from asyncbucket.cli import options
-from asyncbucket.core.cost import COMMON
-from asyncbucket.core.limits import Limit, read_limits
-from asyncbucket.core.settings import key_in_env
-from asyncbucket.core.wording import USD
+from asyncbucket.engine.cost import COMMON
+from asyncbucket.engine.limits import Limit, read_limits
+from asyncbucket.engine.wording import USD
+from asyncbucket.settings import key_in_env
 
 #: Paths of the API by their short names.
 PATHS: Final[dict[str, str]] = {

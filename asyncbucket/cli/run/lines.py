@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from asyncbucket.cli.run import PATHS, Job
-from asyncbucket.core.wording import counted
+from asyncbucket.engine.wording import counted
 from asyncbucket.plan.calls import read_line
 
 

@@ -1,4 +1,4 @@
--- Window: at most `amount` units in every window. As asyncbucket.core.meters.Window does it.
+-- Window: at most `amount` units in every window. As asyncbucket.engine.meters.Window does it.
 --
 -- Entries lie in fields of the hash, numbered from `head` to `tail` - 1, each a date and units. They
 -- are read when needed and written at the end: a batch touches few of them.
@@ -184,7 +184,7 @@ local function window_available(w, now)
   return w.amount - w.used
 end
 
--- Bucket: at most `burst` units at once, refilled steadily. As asyncbucket.core.meters.Bucket does it.
+-- Bucket: at most `burst` units at once, refilled steadily. As asyncbucket.engine.meters.Bucket does it.
 --
 -- Time is counted in ticks, the q-th part of a microsecond: a unit takes p ticks, exactly. An
 -- absolute instant in ticks would not fit into a double, so the bucket keeps the `backlog` (ticks

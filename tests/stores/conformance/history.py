@@ -6,8 +6,8 @@ applied. Instants are whole microseconds, as all instants of the limits are.
 
 from random import Random
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Amounts
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import Batch, Correction, Ledger, LimitConfig, Outcome, Receipt
 

@@ -5,8 +5,8 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
-from asyncbucket.core.limits import Limit
-from asyncbucket.core.meters import Amounts
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import Amounts
 from asyncbucket.stores.store import (
     Batch,
     Booking,

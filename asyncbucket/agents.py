@@ -1,0 +1,317 @@
+"""Order the calls of one limiter by the agents that make them, so that agents finish early.
+
+Whoever runs many agents on one key waits for agents, not for calls. Served by call, every agent
+finishes near the end; with fair shares, too. The fair sojourn protocol (Friedman and Henderson,
+SIGMETRICS 2003) serves agents in the order in which fair sharing *would* finish them. With true
+sizes, each agent then finishes no later than under fair sharing, and most finish far earlier.
+
+Fair sharing is simulated as a fluid. Each call that passes adds its work (`Node.work`, seconds of
+the limits) to the service that is handed out, and an equal part of it to each agent that the fluid
+has not finished yet: that sum is the virtual time V. An agent that arrives at V and needs ``size``
+would finish at its *tag*, V + size. The lowest tag goes first, and an agent's own calls go in order
+of arrival. Tags stay, and V grows with every call that passes, so newcomers' tags pass those of all
+who wait, and nobody starves. A call outside any agent is an agent of one call.
+
+Sizes are learned. The expected size of an agent is the mean of its kind's latest runs; once the
+agent has used more than that, it is the mean of those runs that were larger than what it has used.
+If what it then still needs is at most half of what a new one of its kind needs, it keeps its tag:
+it is nearly done, and to serve others first would let it wait for nothing. A kind without a history
+is sized by all kinds. If no run was larger, the agent pays as it goes: its tag is V at its arrival
+plus what it has used, which is fair sharing.
+
+All of this is called with the pacer's lock held, unless it says otherwise.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from math import fsum
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.engine.context import Agent
+from asyncbucket.engine.events import AgentFinished, AgentStarted
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.node import Node
+from asyncbucket.engine.queue import AnyWaiter
+from asyncbucket.engine.seats import Seat
+from asyncbucket.engine.statistics import AgentKind, AgentStatistics
+
+# Whose call it is, is the lease's own business.
+# ruff: noqa: SLF001
+
+#: How many finished runs are kept of a kind, and how many kinds.
+_RUNS: Final = 200
+_KINDS: Final = 200
+#: What part of a new agent's size is little enough for one that runs to stay in its place.
+_NEARLY_DONE: Final = 0.5
+
+_Sizes: TypeAlias = deque[float]
+
+
+class AgentRun:
+    """One agent at one limiter, or one call that no agent makes."""
+
+    def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
+        self.agent = agent
+        #: When it made its first call here (ns).
+        self.began = 0
+        #: V when it came; what it has used; whether the fluid has yet to finish it, and when it will;
+        #: and its place in line.
+        self.start, self.used, self.fluid, self.leaves, self.tag = start, 0.0, False, start, start
+        self.expect(size)
+        #: Who goes first among equals: whoever came first.
+        self.number = number
+
+    def expect(self, size: float | None) -> None:
+        """Set what it is expected to use; None if nobody knows: then it pays as it goes.
+
+        Its tag never falls, so that its calls stay in order, also if some got back what they had paid.
+        """
+        self.is_open = size is None
+        self.size = self.used if size is None else size
+        self.tag = max(self.tag, self.start + self.size)
+
+
+class Agents:
+    """Keep the agents that run at one limiter, and the sizes of those that finished."""
+
+    def __init__(self, node: Node, above: "Agents | None") -> None:
+        self._node = node
+        #: What the latest runs of each kind have used, and those of all kinds.
+        self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
+        self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
+        #: Those that run here.
+        self.runs: dict[Agent, AgentRun] = {}
+        self._finished = self._numbers = 0
+        #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
+        #: and how many they are.
+        self._clock = 0.0
+        self._fluid: list[tuple[float, int, AgentRun]] = []
+        self._in_fluid = 0
+
+    def run_of(self, agent: Agent) -> AgentRun | None:
+        """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
+        run = self.runs.get(agent)
+        if run is None and not agent.is_over:
+            run = self.runs[agent] = self.enter(agent, self._size_of(agent))
+            run.began = self._node.pacer.clock()
+            agent.limiters.append(self)
+            self._node.pacer.notify_locked(self._node, AgentStarted, kind=agent.kind)
+        return run
+
+    def ahead(
+        self, calls: Iterable[Any], agent: Agent | None, amounts: Amounts
+    ) -> tuple[list[Any], int]:
+        """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
+        run = None if agent is None else self.runs.get(agent)
+        size = self._node.work(amounts) if agent is None else self._size_of(agent)
+        tag = self._clock + (size or 0.0) if run is None else run.tag
+        runs = [(call, call.lease._run) for call in calls]
+        before = [
+            (call, theirs)
+            for call, theirs in runs
+            if theirs is None or call.line.node is not self._node or theirs.tag <= tag
+        ]
+        agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
+        return [call for call, _ in before], len(agents)
+
+    def _size_of(self, agent: Agent) -> float | None:
+        """Return what an agent is expected to use that has just come."""
+        told = agent.expects
+        return self.expected(agent.kind) if told is None else self._node.work(told)
+
+    def enter(self, agent: Agent | None, size: float | None) -> AgentRun:
+        """Return a new run of an agent, or of a call that no agent makes."""
+        self._numbers += 1
+        run = AgentRun(agent, self._clock, size, self._numbers)
+        self._join_fluid(run, run.tag)
+        return run
+
+    def _join_fluid(self, run: AgentRun, leaves: float) -> None:
+        run.leaves = leaves
+        if not run.fluid:
+            run.fluid = True
+            self._in_fluid += 1
+        if not run.is_open:
+            heapq.heappush(self._fluid, (leaves, run.number, run))
+
+    def expected(self, kind: str | None, above: float = -1.0) -> float | None:
+        """Return the mean size of finished runs that used more than ``above``; None if there is none."""
+        sizes = [size for size in self._sizes.get(kind) or self._all if size > above]
+        return fsum(sizes) / len(sizes) if sizes else None
+
+    def pay(self, run: AgentRun, work: float) -> None:
+        """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
+        fluid, left = self._fluid, work
+        while fluid:
+            leaves, _, first = fluid[0]
+            if first.fluid and first.leaves == leaves:
+                until = max(0.0, leaves - self._clock) * self._in_fluid
+                if until > left:
+                    break
+                left -= until
+                self._clock, first.fluid = max(leaves, self._clock), False
+                self._in_fluid -= 1
+            heapq.heappop(fluid)
+        self._clock += left / max(1, self._in_fluid)
+        self.correct(run, work)
+
+    def passed(self, lease: Lease) -> None:
+        """Take in that a call has passed; one that waited while no agent ran has no run."""
+        if lease._run is not None:
+            self.pay(lease._run, self._node.work(lease._amounts))
+
+    def correct(self, run: AgentRun, work: float) -> None:
+        """Take in what a call has paid or, if negative, got back."""
+        run.used += work
+        if run.used > run.size:
+            self._resize(run)
+
+    def _resize(self, run: AgentRun) -> None:
+        """Expect more of an agent that has used more than expected."""
+        if run.agent not in self.runs:
+            return
+        kind = run.agent.kind
+        size = self.expected(kind, run.used)
+        little = 0.0 if run.is_open else (self.expected(kind) or 0.0) * _NEARLY_DONE
+        if size and size - run.used <= little:
+            run.size = size
+        else:
+            run.expect(size)
+            self._join_fluid(run, run.tag)
+
+    def end(self, agent: Agent, *, ended_well: bool) -> None:
+        """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
+        self._node.pacer.do_and_tell(self._end_locked, agent, ended_well)
+
+    def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
+        run = self.runs.pop(agent)
+        node, now = self._node, self._node.pacer.clock()
+        if ended_well:
+            self._finished += 1
+            if agent.kind not in self._sizes and len(self._sizes) >= _KINDS:
+                self._sizes.pop(next(iter(self._sizes)))
+            for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
+                sizes.append(run.used)
+            for other in self.runs.values():
+                if other.is_open and other.used < run.used:  # else it stays so
+                    self._resize(other)
+        if run.fluid:  # now its true size is known
+            run.is_open = False
+            self._join_fluid(run, run.start + run.used)
+        if not self.runs:
+            self._fluid.clear()
+            self._in_fluid = 0
+        seconds = (now - run.began) * 1e-9
+        node.pacer.notify_locked(
+            node, AgentFinished, kind=agent.kind, seconds=seconds, ended_well=ended_well
+        )
+
+    def order(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
+        """Return a line of ``calls``: by agent while any runs, else in order of arrival."""
+        return CallsByAgent(self, calls) if self.runs else deque(sorted(calls))
+
+    def statistics(self) -> AgentStatistics:
+        """Return a frozen snapshot."""
+        kinds = Counter(agent.kind for agent in self.runs)
+        return AgentStatistics(
+            running=len(self.runs),
+            finished=self._finished,
+            kinds={
+                kind: AgentKind(
+                    running=kinds[kind],
+                    known=len(self._sizes.get(kind, ())),
+                    size=self.expected(kind),
+                )
+                for kind in {*kinds, *self._sizes}
+            },
+        )
+
+
+class CallsByAgent:
+    """Hold the calls of a line in the order of their agents' tags; to be used like a deque."""
+
+    def __init__(self, agents: Agents, calls: Iterable[Any]) -> None:
+        self._agents = agents
+        #: A tag may have grown since: then the entry is put back when it is first.
+        self._heap: list[tuple[float, int, int, Any]] = []
+        for call in sorted(calls):
+            self.append(call)
+
+    def append(self, call: Any) -> None:
+        """Add a call."""
+        run = call.lease._run
+        if run is None:
+            run = call.lease._run = self._agents.enter(None, call.line.node.work(call.amounts))
+        heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
+
+    def popleft(self) -> Any:
+        """Take the first call out."""
+        first = self[0]
+        heapq.heappop(self._heap)
+        return first
+
+    def __getitem__(self, index: int) -> Any:
+        """Return the first call; no other can be asked for."""
+        heap = self._heap
+        while True:
+            tag, number, _, call = heap[index]
+            run = None if call.lease is None else call.lease._run
+            if run is None or run.tag <= tag:
+                return call
+            heapq.heapreplace(heap, (run.tag, number, call.number, call))
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the calls in order."""
+        return (entry[-1] for entry in sorted(self._heap))
+
+
+class AgentLease(Lease):
+    """Ask for an admission as part of a run of an agent, which pays for what its calls use."""
+
+    def __init__(self, agent: Agent, node: Node, amounts: dict[str, int]) -> None:
+        super().__init__(node, amounts)
+        self._agent = agent
+
+    def _enter(self) -> None:
+        """Find the run that pays: the agent's, or one of its own if the agent is over."""
+        node = self._node
+        with node.pacer:
+            agents = agents_of(node)
+            self._run = agents.run_of(self._agent) or agents.enter(None, node.work(self._amounts))
+
+    def _try_now(self) -> bool:
+        self._enter()
+        agents, pacer = agents_of(self._node), self._node.pacer
+        if not super()._try_now():
+            return False
+        pacer.do(agents.passed, self)
+        return True
+
+    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+        if self._run is None:  # it has not tried, because a budget asked first
+            self._enter()
+        return super()._join_line(deadline, seat)
+
+    def _hand_back_locked(self) -> None:
+        super()._hand_back_locked()
+        self._run.used -= self._node.work(self._amounts)
+
+    def _settle_locked(self, used: dict[str, int]) -> None:
+        work, before = self._node.work, self._booked()
+        super()._settle_locked(used)
+        if self._run is not None:  # else a budget refused it before it had one
+            agents_of(self._node).correct(self._run, work(self._booked()) - work(before))
+
+
+def agents_of(node: Node) -> Agents:
+    """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
+    agents: Agents | None = node.agents
+    if agents is None:
+        above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
+        agents = node.agents = Agents(node, above)
+    return agents

@@ -1,0 +1,588 @@
+"""One call's admission: asked for, waiting, held, over.
+
+`Limiter.acquire` gives a `Lease` that asks: await it or enter it, and it is held. `settle` and
+`release` never wait for the lock. If it is held by another thread, or by this one (interrupted by
+the garbage collector, which closes a generator or a coroutine that holds a lease), whoever holds it
+does the work: see `asyncbucket.engine.pacer.Pacer.do`.
+"""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+
+from asyncbucket import explanations as explain
+from asyncbucket.engine.cost import COMMON, Cost, rounded_up
+from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
+from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
+from asyncbucket.engine.node import Meters, Node
+from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
+from asyncbucket.engine.terms import CallAmounts
+from asyncbucket.engine.wording import USD
+
+if TYPE_CHECKING:
+    from asyncbucket.engine.pacer import Pacer
+
+#: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
+ASKED, WAITING, HELD, LENT, OVER = range(5)
+_USED: Final = "a lease serves one call, and this one was used already: call acquire() for another"
+PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
+#: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
+#: reserved, so giving them back errs on the safe side.
+_PARTS: Final = 16
+
+#: Units that a call has booked of one resource, when, and in which meters: first the reservation,
+#: then each debt. Limits that are set later never had it, so they get nothing back of it.
+Parts: TypeAlias = list[tuple[int, int, Meters]]
+
+
+class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
+    """Ask for an admission; hold what it took until it is released.
+
+    ``await`` it, or enter it with ``async with``, which releases it on leaving. Nothing is taken
+    before that, and ``timeout`` counts from then. For ``asyncio.create_task`` and the like it is a
+    coroutine. A lease that is held is a plain context manager, too. It serves one call: the next
+    one needs another.
+
+    `settle` reports what the call really used; `release` gives the slot back. Both are synchronous
+    and may be called from any thread, repeatedly, and in any order. A lease that is dropped
+    releases itself. If the limiter finds its concurrency by itself, it learns from whichever of
+    `release`, `overloaded` and `failed` comes first; leaving by an exception counts as one of the
+    latter two.
+    """
+
+    __name__ = "acquire"  # shown in the task's repr
+
+    # What most leases never set: they neither wait nor are settled.
+    #: Seconds between asking and admission.
+    waited: float = 0.0
+    #: What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
+    #: did not wait.
+    bound_by: str | None = None
+    #: Until when it may wait, worked out as it begins to; and how urgent it is.
+    _deadline: Callable[[], int | None] | None = None
+    _priority = 0
+    _state = ASKED
+    #: Where it was admitted; if it was not, settling changes nothing.
+    _seat: Seat = NOWHERE
+    _entered = False
+    _coroutine: Generator[Any, Any, Any] | None = None
+    #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
+    _meters: Meters = ()
+    _line: Line | None = None
+    #: Whose run it is part of, if agents are told apart: see `asyncbucket.agents`.
+    _run: Any = None
+    #: For each settled resource, what is booked, and when.
+    _parts: dict[str, Parts] | None = None
+    #: The levels at which it still has its slot, if it gave some up.
+    _levels: tuple[Node, ...] | None = None
+    #: When it was admitted, if `_sent` has moved ``_when``, the date of its cost.
+    _admitted: int | None = None
+
+    def __init__(self, node: Node, amounts: dict[str, int]) -> None:
+        self._node = node
+        self._amounts = amounts
+
+    # --- asking ---
+
+    def _take_now(self) -> bool:
+        """Take everything now, or nothing, for a caller who will not wait."""
+        return self._try_now()
+
+    def _try_now(self) -> bool:
+        """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
+        if self._state != ASKED:
+            raise RuntimeError(_USED)
+        node = self._node
+        pacer: Pacer = node.pacer
+        pacer.lock.acquire()  # `with` would take twice the time
+        try:
+            now = pacer.clock()
+            if (pacer.waiting and not pacer.is_free_locked(node, now)) or pacer.place is not None:
+                return False
+            for level in node.bounded:  # as `Node.take`, without the call
+                if level.in_flight >= level.slots:
+                    return False
+            amounts = self._amounts
+            for take, resource in node.takes:
+                amount = amounts.get(resource)
+                if amount and not take(amount, now):
+                    node.untake(amounts, take, now)
+                    return False
+            for level in node.path:
+                level.in_flight += 1
+                level.admitted += 1
+            seat: Seat | None = pacer.seats.by_thread.get(get_ident())
+            if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
+                seat = pacer.seats.here()
+            seat.leases += 1
+            self._seat = seat
+            self._when = now
+            self._meters = node.meters
+            self._state = HELD
+        finally:
+            pacer.lock.release()
+        if pacer.jobs or pacer.observed:
+            pacer.catch_up()
+            self._notify_admitted()
+        return True
+
+    def _hold_locked(
+        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
+    ) -> None:
+        """Note that it passed at ``now``, after it had waited as ``waiter``."""
+        seat, line = waiter.seat.home, waiter.line
+        seat.leases += 1
+        self._seat = seat
+        self._when = now
+        self._state = HELD
+        self._line = line
+        self._meters = line.node.meters if meters is None else meters
+        self.waited = (now - waiter.asked) * 1e-9
+        self.bound_by = bound_by
+        if line.node.agents is not None:
+            line.node.agents.passed(self)
+
+    def _hand_back_locked(self) -> None:
+        """Give everything back that it was just handed: the call gave up at that very moment."""
+        self._state = OVER
+        self._seat.leases -= 1
+        self._seat = NOWHERE
+        node = self._node
+        pacer: Pacer = node.pacer
+        node.unbook(self._meters, self._amounts, self._when)
+        if pacer.place is not None:
+            pacer.place.ended(self)
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        if not self._try_now():
+            yield from self._wait().__await__()
+        return self
+
+    async def _wait(self, seat: ThreadSeat | None = None) -> None:
+        """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
+        self._state = WAITING
+        node, amounts = self._node, self._amounts
+        pacer: Pacer = node.pacer
+        deadline = None if self._deadline is None else self._deadline()
+        waiter: AnyWaiter | None = None
+        try:
+            waiter = self._join_line(deadline, seat)
+            asked = waiter.asked
+            try:
+                if pacer.observed:
+                    pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
+                if isinstance(waiter, Waiter):
+                    in_time = await waiter
+                else:
+                    assert seat is not None
+                    seat.block(waiter.done, pacer.clock)
+                    in_time = waiter.result()
+            except (CostExceedsLimit, AcquireTimeout):  # whoever raised it took the waiter out
+                raise
+            except BaseException as error:
+                pacer.do(pacer.withdraw_locked, waiter)
+                if pacer.news and not isinstance(error, GeneratorExit):  # a finalizer tells nobody
+                    pacer.catch_up()
+                raise
+            if not in_time:
+                raise explain.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+            waiter.lease = None  # the seat may remember a deadline for long
+        except BaseException as error:
+            self._state = OVER
+            if isinstance(error, explain.REFUSALS):
+                explain.count_refusal(node, amounts, error)
+            raise
+        finally:
+            del waiter  # else an error's traceback would keep it alive
+        if pacer.observed:
+            self._notify_admitted()
+
+    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+        """Stand in line, unless that is hopeless."""
+        node, amounts = self._node, self._amounts
+        pacer: Pacer = node.pacer
+        pacer.lock.acquire()  # `with` would take twice the time
+        try:
+            now = pacer.clock()
+            node.check(amounts)
+            for level in node.path:
+                if level.max_queue is not None and level.waiting >= level.max_queue:
+                    raise explain.too_many_wait_locked(level, node, amounts)
+            if deadline is not None and node.soonest(amounts, now) > deadline:
+                raise explain.too_late_locked(node, amounts, now, deadline)
+            waiter: AnyWaiter
+            if seat is None:
+                seat = pacer.seats.here()
+                waiter = Waiter(loop=seat.loop)
+            else:
+                seat.home = pacer.seats.here()
+                pacer.seats[seat] = seat
+                waiter = SyncWaiter()
+            waiter.lease, waiter.seat = self, seat
+            waiter.amounts, waiter.deadline = amounts, deadline
+            pacer.join_locked(waiter, node, now, self._priority)
+            return waiter
+        finally:
+            pacer.lock.release()
+            if pacer.jobs:
+                pacer.catch_up()
+
+    def _block(self) -> None:
+        """Wait for the admission, blocking this thread."""
+        pacer: Pacer = self._node.pacer
+        seat = ThreadSeat(pacer.look)
+        try:
+            with contextlib.suppress(StopIteration):
+                self._wait(seat).send(None)
+        finally:
+            pacer.do(pacer.seats.pop, seat, None)
+
+    def _refuse(self) -> None:
+        """Refuse the call, which cannot pass now."""
+        explain.refuse(self._node, self._amounts)
+
+    def _notify_admitted(self) -> None:
+        node, asked = self._node, self._node.path[0]
+        pacer: Pacer = node.pacer
+        pacer.notify(
+            node,
+            Admitted,
+            at=self._when,
+            cost=self.cost,
+            waited=self.waited,
+            bound_by=self.bound_by,
+            waiting=asked.waiting,
+            in_flight=asked.in_flight,
+        )
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise RuntimeError(_USED)
+        self._entered = True
+        if self._state != HELD and not self._try_now():
+            await self._wait()
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.release()
+        else:
+            self._broken(error)
+
+    def __enter__(self) -> Self:
+        if self._state < HELD:
+            self.close()
+            raise TypeError(
+                "write `async with limiter.acquire():`, or `with limiter.acquire_sync():` where there "
+                "is no event loop"
+            )
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.release()
+        else:
+            self._broken(error)
+
+    def _open_coroutine(self) -> Generator[Any, Any, Self]:
+        self._coroutine = self._coroutine or self.__await__()
+        if inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
+            raise RuntimeError(
+                "this acquisition has been awaited: call acquire() for another lease"
+            )
+        return self._coroutine
+
+    def send(self, value: Any) -> Any:
+        """Run as a coroutine, for ``asyncio.create_task`` and the like."""
+        return self._open_coroutine().send(value)
+
+    def throw(self, *args: Any) -> Any:
+        """Raise an exception inside, as in a coroutine."""
+        return self._open_coroutine().throw(*args)
+
+    def close(self) -> None:
+        """Close it, as a coroutine: it counts as awaited, so there is no warning."""
+        self._coroutine = self._coroutine or self.__await__()
+        self._coroutine.close()
+
+    # --- holding ---
+
+    @property
+    def cost(self) -> Cost:
+        """What was reserved."""
+        return Cost.of(self._amounts)
+
+    @property
+    def released(self) -> bool:
+        """Whether it is over."""
+        return self._state == OVER
+
+    def settle(self, **used: Unpack[CallAmounts]) -> None:
+        """Report what the call really used.
+
+        What was reserved beyond it is given back at once, and admits waiting calls. What was used
+        beyond the reservation becomes a debt that later calls wait for. Resources that are not
+        named stay as they are, except that ``tokens`` follows its parts. (If only ``tokens`` was
+        reserved, report both parts, or ``tokens``: one part alone gives nothing back of the whole.)
+        Settling again replaces the earlier report; reporting the same again changes nothing.
+
+        Raises:
+            TypeError, ValueError: an amount is not a finite number from 0 on, or no limit counts
+                the resource; nothing is changed then.
+        """
+        if not used.keys() <= COMMON:
+            self._node.check_known(used)
+        amounts: dict[str, int] = {}
+        given: Mapping[str, Any] = used
+        for name, amount in given.items():
+            if amount is not None:
+                usual = type(amount) is int and amount >= 0 and name != USD
+                amounts[name] = amount if usual else rounded_up(amount, name)  # pyright: ignore[reportArgumentType]
+        self._settle(amounts)
+
+    def _settle(self, used: dict[str, int]) -> None:
+        if self._state < HELD:
+            raise RuntimeError("this call has not been admitted yet: await it, or enter it")
+        self._node.pacer.do_and_tell(self._settle_locked, used)
+
+    def _settle_locked(self, used: dict[str, int]) -> None:
+        """Correct the meters to ``used``, and admit calls that fit into what comes back."""
+        if self._seat.look is None:  # never admitted, or a parent process's, counted there
+            return
+        node, booked, reported = self._node, self._booked(), self._parts or {}
+        pacer: Pacer = node.pacer
+        if "tokens" not in used and not used.keys().isdisjoint(PARTS_OF_TOKENS):
+            used = {
+                **used,
+                "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
+            }
+        if pacer.observed:
+            corrects = {name: booked[name] for name in used if name in reported}
+            pacer.notify_locked(node, Settled, reserved=self.cost, used=used, corrects=corrects)
+        deltas = {name: amount - booked.get(name, 0) for name, amount in used.items()}
+        for resource, delta in deltas.items():
+            self._correct(resource, delta)
+        if self._line is not None:
+            self._line.credit_flows(booked, self._booked())
+        if any(delta < 0 or (delta and node.parent is not None) for delta in deltas.values()):
+            pacer.ring_locked(node)  # a child in debt lets others go first, too
+
+    def _total(self, booked: Mapping[str, int], reported: Collection[str]) -> int:
+        """Return input and output tokens together, of which one may not be ``reported`` yet.
+
+        If the split was unknown, each was reserved as the whole. Then one that is not reported yet
+        adds no more than the other leaves of the whole.
+        """
+        total = sum(booked.get(name, 0) for name in PARTS_OF_TOKENS)
+        if all(name in reported for name in PARTS_OF_TOKENS):
+            return total
+        reserved = self._amounts
+        beyond = sum(
+            max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in PARTS_OF_TOKENS
+        )
+        return min(total, reserved.get("tokens", 0) + beyond)
+
+    def _correct(self, resource: str, delta: int) -> None:
+        """Book ``delta`` units of ``resource`` now.
+
+        If it is negative, give that many back: the latest bookings first, each at its own date.
+        """
+        self._parts = self._parts or {}
+        reserved = (self._amounts.get(resource, 0), self._when, self._meters)
+        parts = self._parts.setdefault(resource, [reserved])
+        if not delta:
+            return
+        node = self._node
+        if delta > 0:
+            now = node.pacer.clock()
+            meters = node.meters if node.pacer.place is None else self._meters
+            parts.append((delta, now, meters))
+            if len(parts) > _PARTS:
+                (reserved_units, first, passed), (debt, _, _) = parts[:2]
+                parts[:2] = [(reserved_units + debt, first, passed)]
+            for meter, counts in meters:
+                if counts == resource:
+                    meter.owe(delta, now)
+            return
+        node.count_refund(resource, -delta)
+        while delta < 0:  # the latest first
+            booked, when, meters = parts.pop()
+            left = max(0, booked + delta)
+            if left:
+                parts.append((left, when, meters))
+            for meter, counts in meters:
+                if counts == resource:
+                    meter.unbook(booked - left, when, left=left)
+            delta += booked - left
+
+    def _booked(self) -> dict[str, int]:
+        """Return what is booked: as settled, or else as reserved."""
+        if self._parts is None:
+            return self._amounts
+        settled = {name: sum(units for units, _, _ in parts) for name, parts in self._parts.items()}
+        return {**self._amounts, **settled}
+
+    def _sent(self) -> None:
+        """Date the cost to now, because the call leaves only now.
+
+        A client may work for a while between the admission and sending the request, and a provider
+        counts from its arrival. Dating the booking likewise keeps windows true.
+        """
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            now = pacer.clock()
+            settled = self._parts or {}
+            for meter, resource in self._meters:
+                reserved = [(self._amounts.get(resource, 0), self._when, self._meters)]
+                for units, when, _ in settled.get(resource, reserved):
+                    if units:
+                        meter.redate(units, when, now)
+            for parts in settled.values():
+                parts[:] = [(sum(units for units, _, _ in parts), now, self._meters)]
+            if self._admitted is None:
+                self._admitted = self._when
+            self._when = now
+
+    # --- over ---
+
+    def release(self) -> None:
+        """Give the slot back; the cost stays counted, as reserved or as settled."""
+        node = self._node
+        pacer: Pacer = node.pacer
+        if (
+            ATOMIC
+            and self._state == HELD
+            and pacer.is_plain
+            and not (pacer.waiting or pacer.observed)
+        ):
+            # No other thread interleaves between the tests and the first store. Whoever is about to
+            # wait looks at the slots after having joined the line, or is rung.
+            self._state = OVER
+            self._seat.leases -= 1
+            for level in node.path:
+                level.in_flight -= 1
+            if pacer.waiting:
+                pacer.do(pacer.ring_locked, node)
+            return
+        self._end("ok")
+
+    def overloaded(self) -> None:
+        """Release, and report that the server refused the call (429, 503) or let it time out.
+
+        If the limiter finds its concurrency by itself, there will be fewer slots.
+        """
+        self._end("overloaded")
+
+    def failed(self) -> None:
+        """Release, and report that the call's duration says nothing about the server's load."""
+        self._end("failed")
+
+    def _broken(self, error: BaseException) -> None:
+        """Release on leaving a ``with`` block by an exception."""
+        if isinstance(error, TimeoutError) and not isinstance(error, AsyncBucketError):
+            self.overloaded()
+        else:
+            self.failed()
+
+    def _undo(self) -> None:
+        """Give everything back, as if the call had never been: for calls that were not made."""
+        self._settle({name: 0 for name in self._booked() if name != "concurrency"})
+        self.failed()
+
+    def _give_up_slots_locked(self, path: Collection[Node]) -> None:
+        """Give back the slots, for good, that a call made inside this one needs at ``path``.
+
+        This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
+        slots were held so, they would wait for ever.
+        """
+        held = self._node.path if self._levels is None else self._levels
+        given_up = [level for level in held if level in path]
+        if self._state not in (HELD, LENT) or self._seat.look is None or not given_up:
+            return
+        self._state = LENT
+        self._levels = tuple(level for level in held if level not in path)
+        pacer: Pacer = self._node.pacer
+        for level in given_up:
+            level.in_flight -= 1
+        if pacer.place is not None:
+            pacer.place.ended(self)
+        pacer.ring_locked(self._node)
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._state in (HELD, LENT):
+            self._node.pacer.do_and_tell(self._end_locked, outcome)
+
+    def _end_locked(self, outcome: Outcome) -> None:
+        if self._state not in (HELD, LENT) or self._seat.look is None:
+            return
+        self._state = OVER
+        self._seat.leases -= 1
+        node = self._node
+        pacer: Pacer = node.pacer
+        for level in node.path if self._levels is None else self._levels:
+            if level.sizer is not None:
+                self._tell_sizer(level, outcome)
+            level.in_flight -= 1
+        if pacer.place is not None:
+            pacer.place.ended(self)
+        if pacer.waiting:
+            for level in node.bounded:
+                if level.in_flight + 1 >= level.slots:  # somebody may wait for this slot
+                    pacer.ring_locked(node)
+                    break
+        if pacer.observed:
+            held = (pacer.clock() - self._when) * 1e-9
+            used = Cost.of(self._booked())
+            pacer.notify_locked(
+                node, Released, cost=self.cost, held=held, outcome=outcome, used=used
+            )
+
+    def _tell_sizer(self, level: Node, outcome: Outcome) -> None:
+        """Tell what finds the number of slots how the call ended."""
+        assert level.sizer is not None
+        level.sizer.ended(
+            outcome,
+            started=self._when if outcome == "ok" or self._admitted is None else self._admitted,
+            now=level.pacer.clock(),
+            waited=self.bound_by == "concurrency",
+            full=level.in_flight >= level.slots,
+        )
+        before, level.slots = level.slots, level.sizer.size
+        if level.slots > before:
+            level.pacer.ring_locked(self._node)
+
+    def __del__(self) -> None:
+        if self._state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
+            self._node.pacer.do(self._end_locked, "failed")
+
+    def __repr__(self) -> str:
+        state = ("asked", "waiting", "open", "open", "released")[self._state]
+        return f"<Lease {state} {self.cost} waited={self.waited:.3f} s bound_by={self.bound_by}>"
+
+
+class FirstLease(Lease):
+    """Warn if it is never awaited.
+
+    Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
+    has used yet are watched.
+    """
+
+    def __del__(self) -> None:
+        super().__del__()
+        node = self._node
+        if (
+            self._state == ASKED
+            and self._coroutine is None
+            and not (node.admitted or node.waiting or node.refused or node.cancelled)
+        ):
+            warnings.warn(
+                "an acquisition was never awaited, so that nothing was paced: write "
+                "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,495 @@
+"""What may pass: the arithmetic of limits, without a clock of its own.
+
+A meter answers one question and keeps one account. ``earliest(amount, now)`` says from when on
+``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it, and
+``take`` does both if it may pass now. ``unbook`` gives back what a booking took, ``owe`` adds what
+a call used beyond its booking, ``available`` says how much could pass now. Instants are integer
+nanoseconds of any monotonic clock; amounts are whole units. Nothing here waits, reads a clock or
+knows asyncio, so the same arithmetic serves the live limiter, a plan on virtual time, and the tests
+of stores that keep these numbers elsewhere. Everything that can hold a call back is a meter: a
+limit, a pause, what a provider says is left. (A slot is not: it is an open call, and a
+`asyncbucket.engine.node.Node` counts those.)
+
+``Bucket`` is the generic cell rate algorithm (ITU-T I.371): instead of a level that must be
+refilled, it keeps the one instant ``tat`` at which the bucket will be full again. Taking n units
+moves it n * p / q ns into the future (p / q ns being the exact time in which one unit flows in);
+n may pass as soon as ``tat`` would then lie at most ``burst * p / q`` ns ahead. Time is counted in
+q-ths of a nanosecond, so nothing is ever rounded but the instant that is returned, upwards.
+
+Refunds need care. What flows into a full bucket is lost. So a refund of something taken long ago
+must not bring back more than the bucket would hold now if it had never been taken. That is exactly
+the lowest backlog (distance from full) since the booking. The bucket remembers these lows in a
+short list, ascending in time and in backlog. If the list gets too long it is halved: each pair
+becomes one entry with the lower low and the later time, so a refund errs on the safe side only.
+
+``Window`` is one limit: a sliding window, and a `Bucket` that paces it if the limit has a burst.
+Bookings are kept by time, and forgotten once the window has passed them. To bound its memory,
+bookings within W/512 of each other are kept as one, dated at the last. Each is kept 3W/512 longer
+than the window, to allow for network jitter: two calls admitted exactly W apart may arrive closer
+together. In total that is at most W/128, on the safe side.
+
+A window that resets by the calendar keeps one entry, and the number of the period that is open.
+When a period is opened, the caller's monotonic clock decides when it ends. When that instant comes,
+the wall clock is asked: if it shows a later period, that one is opened, and all comes back; else
+the window waits for the end of the period that it shows. So a wall clock that is set back never
+opens a period twice, one that is set forward ends none early, and no period ends later than one
+period after it should. What was used beyond the amount stays owed in the next period, but no longer.
+"""
+
+import bisect
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any, ClassVar, Final, Protocol
+
+from asyncbucket.engine.limits import Calendar, Limit
+
+#: "Not before something is given back": later than any instant.
+NEVER: Final = 1 << 100
+#: A window is divided into this many grains, and keeps bookings this many grains longer.
+_GRAINS: Final = 512
+_JITTER: Final = 3
+#: A bucket remembers at most this many lows; one more, and they are merged in pairs.
+_LOWS: Final = 511
+
+#: What a call takes: resource -> whole units.
+Amounts = Mapping[str, int]
+#: No list of its own for each of ten thousand idle limiters; never changed.
+_NOTHING: Final[list[int]] = []
+
+
+class Meter(Protocol):
+    """Say from when on an amount may pass: the one interface for limits, feedback and stores."""
+
+    __slots__ = ()
+
+    #: What is reported as binding, if that is not the resource it counts.
+    bound_by: ClassVar[str | None] = None
+    #: Whether several calls at one instant count like one call of their total.
+    bulk: ClassVar[bool] = False
+    #: What a store has to keep of it.
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """Return the first instant from ``now`` on at which ``amount`` may pass.
+
+        The answer never decreases as ``now`` advances, and holds while nothing else is booked. For
+        a waiter, ``now`` is the instant since which it has been first in line. ``back`` assumes
+        that this many units had been given back.
+        """
+        ...
+
+    def take(self, amount: int, now: int) -> bool:
+        """Book ``amount`` if it may pass at ``now``; return whether it may."""
+        if self.earliest(amount, now) > now:
+            return False
+        self.book(amount, now)
+        return True
+
+    def book(self, amount: int, when: int) -> None:
+        """Take ``amount`` at ``when``, which ``earliest`` allowed."""
+
+    def owe(self, amount: int, when: int) -> None:
+        """Take ``amount`` whether or not it may pass; later calls wait for it."""
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """Move a booking from ``when`` to ``now``, because the call leaves only now."""
+        self.unbook(amount, when)
+        self.owe(amount, now)
+
+    def available(self, now: int) -> int:
+        """Return how many units could pass at ``now``; negative while a debt is paid off."""
+        ...
+
+    def state(self) -> list[Any]:
+        """Return all that it remembers, as plain data for `restore`."""
+        return [getattr(self, name) for name in self.kept]
+
+    def restore(self, state: list[Any]) -> None:
+        """Remember what a meter of the same limit did when it made ``state``."""
+        for name, value in zip(self.kept, state, strict=True):
+            setattr(self, name, value)
+
+
+class Bucket(Meter):
+    """Admit at most ``burst`` units at once, refilled at ``rate`` units a second.
+
+    In any interval of t seconds at most ``burst + rate * t`` units pass. If the caller allows it,
+    more than ``burst`` passes at once, too, after the rest has flowed in while the call was first
+    in line.
+    """
+
+    bulk = True
+    kept = ("tat", "full_at", "_dates", "_lows", "low", "_earlier_bursts")
+
+    def __init__(self, *, rate: float | Fraction, burst: int) -> None:
+        #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
+        self.tat = 0
+        #: The last instant at which a booking found the bucket full, in the same unit.
+        self.full_at = 0
+        # The lows and their instants, both ascending, in q-ths of a nanosecond.
+        self._dates: list[int] = _NOTHING
+        self._lows: list[int] = _NOTHING
+        #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
+        #: next booking made here adds it to the others.
+        self.low = NEVER
+        #: One unit flows in within p / q ns.
+        self.p = self.q = 1
+        #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
+        self.depth = self.slack = 0
+        self.burst = 0
+        #: Until when (ns) bookings were made under other bursts, and the least of those.
+        self._earlier_bursts = -1, burst
+        self.reshape(rate=rate, burst=burst, now=0)
+
+    def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
+        """Change rate and burst; units that are missing stay missing until they are given back."""
+        p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
+        self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
+        self.depth = burst * self.p
+        self.slack = self.depth - self.p
+        self.tat = now * self.q - -missing * self.p // p
+        self.full_at = self.full_at * self.q // q
+        if self._dates:
+            self._dates = [date * self.q // q for date in self._dates]
+            self._lows = [low * self.p // p for low in self._lows]
+        if self.burst not in {0, burst}:
+            self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
+        self.burst = burst
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """See `Meter.earliest`."""
+        start = now * self.q
+        over = (amount - self.burst) * self.p
+        tat = self.tat - back * self.p
+        if over > 0 and tat < start:  # the rest flows in while the caller is first in line
+            tat = start
+        tat += over
+        return now if tat <= start else -(-tat // self.q)
+
+    def take(self, amount: int, now: int) -> bool:
+        """See `Meter.take`."""
+        start = now * self.q
+        cost = amount * self.p
+        backlog = self.tat - start
+        if cost > self.depth or backlog + cost > self.depth:
+            return False
+        if backlog <= 0:  # as `_add` does, without the call: this is the hottest path
+            self.full_at = start
+            self.tat = start + cost
+            self.low = NEVER
+        else:
+            self._add(cost, start, backlog)
+        return True
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Meter.book`."""
+        cost = amount * self.p
+        start = when * self.q
+        if cost > self.depth:  # the rest flowed in while it was first in line: see `earliest`
+            start -= cost - self.depth
+        self._add(cost, start, self.tat - start)
+
+    def _add(self, cost: int, start: int, backlog: int) -> None:
+        low = min(self.low, backlog)
+        self.low = NEVER
+        if backlog <= 0:
+            self.full_at = start
+            self.tat = start + cost
+            return
+        self.tat += cost
+        dates, lows = self._dates, self._lows
+        if dates and dates[-1] == start:
+            return  # the first booking of this instant found the lower backlog
+        if not dates or dates[-1] <= self.full_at:
+            self._dates, self._lows = [start], [low]
+            return
+        while lows and lows[-1] >= low:
+            del dates[-1], lows[-1]
+        dates.append(start)
+        lows.append(low)
+        if len(lows) > _LOWS:
+            self._dates, self._lows = dates[1::2], lows[::2]
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """See `Meter.unbook`: at most the lowest backlog since then comes back."""
+        start = when * self.q
+        if self.full_at > start:
+            return
+        later = bisect.bisect_right(self._dates, start)
+        # A call above the burst earned the excess by waiting at the head. The excess comes back
+        # only if the whole call does and nothing was booked since, not even at the same instant. A
+        # debt has earned nothing if it found the bucket neither full nor empty, or full just then.
+        found = self._lows[later - 1] if start in self._dates[later - 1 : later] else self.depth
+        until, least = self._earlier_bursts
+        burst = self.burst if when > until else least
+        as_debt = when > until and (self.full_at == start or found != self.depth)
+        if not as_debt and (left or self.tat != start + self.depth):
+            amount = min(left + amount, burst) - min(left, burst)
+        back = min([amount * self.p, self.low, *self._lows[later : later + 1]])
+        self.low -= back
+        lows = [low - back for low in self._lows[later:]]
+        # Lows from before `when` stay unchanged; those now above a later one are no longer lows.
+        first = bisect.bisect_left(self._lows, lows[0], 0, later) if lows else later
+        del self._dates[first:later]
+        self._lows[first:] = lows
+        self.tat -= back
+
+    def owe(self, amount: int, when: int) -> None:
+        """See `Meter.owe`; a bucket that has been full for long enough has earned the excess."""
+        start = when * self.q
+        if self.tat + (amount - self.burst) * self.p <= start:
+            self.book(amount, when)
+        else:
+            self._add(amount * self.p, start, self.tat - start)
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `Meter.redate`; the excess over a burst was earned by waiting, whenever it leaves."""
+        super().redate(min(amount, self.burst), when, now)
+
+    def available(self, now: int) -> int:
+        """See `Meter.available`."""
+        backlog = self.tat - now * self.q
+        return (self.depth - backlog) // self.p if backlog > 0 else self.burst
+
+
+def exact_rate(rate: float | Fraction) -> Fraction:
+    """Return the ``rate`` that is meant: 0.1 is a tenth, 66666.66666666667 is 200,000 / 3."""
+    exact = Fraction(rate)
+    simple = exact.limit_denominator(1_000_000)
+    return simple if float(simple) == float(rate) else exact
+
+
+class Window(Meter):
+    """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
+
+    bulk = True
+    kept = ("_dates", "_units", "_last", "_closes", "used", "_largest", "_forgotten", "_opened")
+
+    def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
+        """Keep ``limit``; calls booked up to ``began`` give nothing back.
+
+        ``wall`` returns what the wall clock (ns since 1970) shows at an instant, as far as it is
+        known now; by default the instants are the wall clock's own. Only limits that reset ask it.
+        """
+        self.window = limit.window
+        #: Whether a call above the limit can never pass. A limit that a provider announced only
+        #: holds such a call back, until it goes out alone, and its reply corrects the limit.
+        self.refuses = True
+        #: Units booked within the window, debts included.
+        self.used = 0
+        #: At least the most that one call has booked of them.
+        self._largest = 0
+        self.grain = max(1, self.window // _GRAINS)
+        self.hold = self.window + _JITTER * self.window // _GRAINS
+        # Entries that take no more bookings, oldest first: the date of the last booking in each,
+        # and its units; and the sum of those.
+        self._dates: list[int] = _NOTHING
+        self._units: list[int] = _NOTHING
+        self._closed = 0
+        #: The newest entry: its date; and until when it takes more bookings, 0 if there is none.
+        self._last = 0
+        #: The date of the last entry that was forgotten.
+        self._forgotten = began
+        #: What says when it resets, if it does; and the number of the period that was opened.
+        self._calendar: Calendar | None = None
+        self._opened = NEVER
+        self._wall = wall
+        #: What paces it, if the limit has a burst.
+        self.pace: Bucket | None = None
+        self.reshape(limit, began + 1)
+        self._closes = 0
+
+    def reshape(self, limit: Limit, now: int) -> None:
+        """Change the amount, the burst and when it resets; what was booked stays booked."""
+        #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
+        self.limit, self.amount, self.allowed = limit, limit.units, limit.units
+        if limit.calendar != self._calendar:  # all counts as booked last
+            self._calendar, self._opened = limit.calendar, NEVER
+            self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
+            self._closes = now
+        rate = Fraction(limit.units * 1_000_000_000, limit.window)
+        burst = limit.burst_units
+        if burst is None or burst == limit.units:
+            self.pace = None
+        elif self.pace is None:
+            self.pace = Bucket(rate=rate, burst=burst)
+            self.pace.full_at = now * self.pace.q  # what was booked before gives nothing back
+        else:
+            self.pace.reshape(rate=rate, burst=burst, now=now)
+
+    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+        """See `Meter.earliest`."""
+        if amount > self.amount and not self.refuses:
+            amount = self.amount
+        due = now if self.pace is None else self.pace.earliest(amount, now, back=back)
+        over = self.used - back + amount - self.amount
+        if over <= 0:
+            return due
+        if self._calendar is not None:
+            if amount > self.amount:
+                return NEVER
+            return max(due, self._resets_at(self._calendar, 1 if over <= self.allowed else 2))
+        for date, units in zip(self._dates, self._units, strict=True):
+            over -= units
+            if over <= 0:
+                return max(due, date + self.hold)
+        return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
+
+    def take(self, amount: int, now: int) -> bool:
+        """See `Meter.take`."""
+        if self.used + amount > self.amount and self._left(now) < amount:
+            return False
+        pace = self.pace
+        if pace is not None and not pace.take(amount, now):
+            return False
+        if now >= self._closes:
+            self._open(now)
+        self.used += amount  # as `_book` does, without the call: this is the hottest path
+        self._last = now
+        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
+            self._largest = amount
+        return True
+
+    def book(self, amount: int, when: int) -> None:
+        """See `Meter.book`."""
+        if self.pace is not None:
+            self.pace.book(amount, when)
+        self._book(amount, when)
+        self._largest = max(self._largest, amount)
+
+    def owe(self, amount: int, when: int) -> None:
+        """See `Meter.owe`."""
+        if self.pace is not None:
+            self.pace.owe(amount, when)
+        self._book(amount, when)
+        self._largest += amount  # a call may have booked so much before
+
+    def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
+        """See `Meter.unbook`; what the window has forgotten needs no giving back."""
+        if self.pace is not None:
+            self.pace.unbook(amount, when, left=left)
+        self._unbook(amount, when)
+
+    def redate(self, amount: int, when: int, now: int) -> None:
+        """See `Meter.redate`."""
+        if self.pace is not None:
+            self.pace.redate(amount, when, now)
+        self._unbook(amount, when)
+        self._book(amount, now)
+
+    def available(self, now: int) -> int:
+        """See `Meter.available`."""
+        left = self._left(now)
+        return left if self.pace is None else min(left, self.pace.available(now))
+
+    def _resets_at(self, calendar: "Calendar", times: int) -> int:
+        """Return when it will have reset so many times, by the wall clock as it is now."""
+        then = self._wall(self._closes)
+        number = min(calendar.number(then), self._opened)
+        return self._closes + max(0, calendar.start(number + times) - then)
+
+    def state(self) -> list[Any]:
+        """See `Meter.state`."""
+        return [super().state(), None if self.pace is None else self.pace.state()]
+
+    def restore(self, state: list[Any]) -> None:
+        """See `Meter.restore`."""
+        own, pace = state
+        super().restore(own)
+        self._closed = sum(self._units)
+        if self.pace is not None:
+            self.pace.restore(pace)
+
+    def lent(self, calls: int) -> int:
+        """Return at least what ``calls`` open calls may still give back."""
+        held, pace = self.used, self.pace
+        if pace is not None:  # a debt to it may outlast the window
+            held = max(held, -((self._last * pace.q - pace.tat) // pace.p))
+        return min(held, calls * self._largest)
+
+    @property
+    def was_used(self) -> bool:
+        """Whether anything was ever booked."""
+        return bool(self.used or self._last or self._forgotten >= 0)
+
+    def is_as_new(self, now: int) -> bool:
+        """Tell whether a limit made anew would allow no more."""
+        return self._left(now) == self.amount and (
+            self.pace is None or self.pace.tat <= now * self.pace.q
+        )
+
+    def entries(self) -> list[tuple[int, int]]:
+        """Return what is booked: (date, units), oldest first."""
+        newest = (self._last, self.used - self._closed)
+        return [*zip(self._dates, self._units, strict=True), newest]
+
+    def _book(self, amount: int, when: int) -> None:
+        if when >= self._closes:
+            self._open(when)
+        self.used += amount
+        self._last = when
+
+    def _unbook(self, amount: int, when: int) -> None:
+        if when <= self._forgotten or when > self._last:
+            return
+        index = bisect.bisect_left(self._dates, when)
+        if index < len(self._dates):
+            back = min(amount, self._units[index])
+            self._units[index] -= back
+            self._closed -= back
+        else:
+            back = min(amount, self.used - self._closed)
+        self.used -= back
+
+    def _left(self, now: int) -> int:
+        self._forget(now)
+        return self.amount - self.used
+
+    def _open(self, when: int) -> None:
+        """Close the newest entry, and begin another."""
+        self._forget(when)
+        if self._calendar is not None:
+            return
+        if self._closes:
+            self._dates = self._dates or []
+            self._units = self._units or []
+            self._dates.append(self._last)
+            self._units.append(self.used - self._closed)
+            self._closed = self.used
+        self._closes = when + self.grain
+
+    def _forget(self, now: int) -> None:
+        """Drop the entries that no window reaching to ``now`` contains."""
+        if self._calendar is not None:
+            if now >= self._closes:
+                self._reset(self._calendar, now)
+            return
+        horizon = now - self.hold
+        gone = bisect.bisect_right(self._dates, horizon)
+        if gone:
+            self._forgotten = self._dates[gone - 1]
+            units = sum(self._units[:gone])
+            self.used -= units
+            self._closed -= units
+            del self._dates[:gone], self._units[:gone]
+        if self._closes and self._last <= horizon:
+            self._forgotten = self._last
+            self.used = self._closed
+            self._closes = 0
+            if self.pace is None or self.pace.tat <= now * self.pace.q:
+                self._largest = 0
+
+    def _reset(self, calendar: Calendar, now: int) -> None:
+        """Open the period that the wall clock shows, unless it is one that was opened before."""
+        wall = self._wall(now)
+        number = calendar.number(wall)
+        if number > self._opened:
+            owed = min(max(0, self.used - self.allowed), self.amount)
+            self.used = owed if number == self._opened + 1 else 0
+            self.allowed = self.amount
+            self._forgotten, self._largest = now - 1, 0
+        self._opened = number
+        self._closes = now + calendar.start(number + 1) - wall

@@ -1,0 +1,505 @@
+"""A limiter's own state: its limits in force, what its calls have done, and its place in the tree.
+
+Limiters form a tree, and all of them are alike: a root, a child, a tenant. A call passes the meters
+of its own node and of all those above it at once, or none. A slot is no meter but an open call:
+every node counts its calls in flight, whether or not their number is bounded. So a bound that comes
+later counts them, too.
+
+There may be thousands of idle children. What a call passes is therefore worked out when the first
+one comes (`Node.__getattr__`), and forgotten when limits change here or above.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import MappingProxyType
+from typing import Any, Final, Protocol, TypeAlias
+
+from asyncbucket.engine.cost import COMMON
+from asyncbucket.engine.errors import CostExceedsLimit
+from asyncbucket.engine.events import Event, Observers
+from asyncbucket.engine.limits import Key, Limit
+from asyncbucket.engine.meters import NEVER, Amounts, Meter, Window
+from asyncbucket.engine.wording import counted
+
+#: An empty mapping: most of ten thousand idle limiters need no container of their own.
+EMPTY_MAPPING: Final[Any] = MappingProxyType({})
+#: Windows more than this many times longer than the shortest do not affect who goes next.
+_LONG: Final = 100
+#: What is worked out for the first call.
+_WORKED_OUT: Final = ("bounded", "most", "own", "meters", "seconds", "takes")
+
+#: Each meter with the resource that it counts.
+Meters: TypeAlias = tuple[tuple[Meter, str], ...]
+
+
+class Sizer(Protocol):
+    """Find the number of slots from how calls end: the other half of the feedback interface."""
+
+    size: int
+    least: int
+    most: int
+
+    def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
+        """Take in the end of a call; ``size`` may change.
+
+        Args:
+            outcome: ``"ok"``, ``"overloaded"`` or ``"failed"``.
+            started: when the call was admitted.
+            now: when it ended.
+            waited: whether it had waited for a slot.
+            full: whether all slots were taken until then.
+        """
+
+
+class Node:
+    """Keep the limits of one limiter in force, count its calls, and know those above it.
+
+    Everything is read and written with the pacer's lock held, unless it says otherwise.
+    """
+
+    # Worked out when first asked for:
+    #: The meters of this limiter; and all that a call from here passes, up to the root's.
+    own: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
+    meters: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
+    takes: tuple[tuple[Any, str], ...]  # pyright: ignore[reportUninitializedInstanceVariable]
+    bounded: tuple[Any, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: The most that one call may cost of each resource.
+    most: dict[str, int]  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: How many seconds one unit takes of the fastest limit: see `work`.
+    seconds: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
+
+    # What most limiters never set:
+    weight = 1.0
+    children: "weakref.WeakSet[Node] | None" = None
+    observers: Observers | None = None
+    #: Limits that the provider announced and nobody gave.
+    learned: frozenset[Key] = frozenset()
+    #: What finds the number of slots, if it is not given.
+    sizer: Sizer | None = None
+    #: Called before it is forgotten, if it was let go.
+    last_words: "Callable[[Node], object] | None" = None
+    cancelled = refused = upstream_429 = 0
+    #: Units given back by settling, by resource.
+    refunded: dict[str, int] = EMPTY_MAPPING
+    #: How many calls waited, and how long (ns) in total, by what bound them.
+    waits: dict[str, list[int]] = EMPTY_MAPPING
+    branches: dict[int, Any] = EMPTY_MAPPING
+
+    def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
+        self.name, self.parent = name, parent
+        #: This node and those above it, up to the root.
+        self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
+        #: The `asyncbucket.engine.pacer.Pacer` of the tree, which stands on nodes.
+        self.pacer: Any = pacer if parent is None else parent.pacer
+        if parent is not None:
+            if parent.children is None:
+                parent.children = weakref.WeakSet()
+            parent.children.add(self)
+        self.limits: dict[Key, Window] = EMPTY_MAPPING
+        #: The most calls in flight.
+        self.slots = NEVER
+        #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
+        self.extra: Meters = ()
+        self.in_flight = self.admitted = self.waiting = 0
+        self.max_queue: int | None = None
+        #: Where its calls wait, by priority: see `asyncbucket.engine.queue`; and what orders them by
+        #: agent: see `asyncbucket.agents`.
+        self.lines: dict[int, Any] = EMPTY_MAPPING
+        self.agents: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Work out what is asked for the first time."""
+        if name not in _WORKED_OUT:
+            raise AttributeError(name)
+        self._work_out()
+        return getattr(self, name)
+
+    def _work_out(self) -> None:
+        parent = self.parent
+        self.own = (
+            *((window, window.limit.resource) for window in self.limits.values()),
+            *self.extra,
+        )
+        if parent is not None and not self.own:  # as its parent's
+            self.meters, self.takes = parent.meters, parent.takes
+            self.most, self.seconds = parent.most, parent.seconds
+        else:
+            self.meters = self.own if parent is None else (*self.own, *parent.meters)
+            self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+            self._work_out_limits()
+        bounded = () if parent is None else parent.bounded
+        is_bound_here = self.slots < NEVER and self.place is None
+        self.bounded = (self, *bounded) if is_bound_here else bounded
+
+    def _work_out_limits(self) -> None:
+        self.most, self.seconds = {}, {}
+        limits = [
+            (window.limit, window.refuses) for node in self.path for window in node.limits.values()
+        ]
+        shortest = min((limit.per for limit, _ in limits), default=0)
+        for limit, refuses in limits:
+            resource, seconds = limit.resource, limit.per / limit.units
+            if refuses:
+                self.most[resource] = min(limit.units, self.most.get(resource, limit.units))
+            if limit.per <= _LONG * shortest:
+                self.seconds[resource] = min(seconds, self.seconds.get(resource, seconds))
+
+    def forget(self) -> None:
+        """Work everything out again when next asked, here and below, because meters have changed."""
+        for name in _WORKED_OUT:
+            try:
+                delattr(self, name)
+            except AttributeError:  # nothing was worked out yet, so nothing below either
+                return
+        for child in self.children or ():
+            child.forget()
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at once, as it is now; None if unbounded."""
+        return None if self.slots >= NEVER else self.slots
+
+    @property
+    def place(self) -> Any:
+        """What keeps its limits and slots (`asyncbucket.engine.seats.Place`), if a store does."""
+        return None if self.parent is not None else self.pacer.place
+
+    @property
+    def queue_path(self) -> tuple["Node", ...]:
+        """The levels where others may wait that a newcomer must not pass, but for the root."""
+        return self.path[:-1]
+
+    # --- what its calls pass ---
+
+    def take(self, amounts: Amounts, now: int) -> bool:
+        """Book a call here and above if it may pass now: all of it, or nothing."""
+        for node in self.bounded:
+            if node.in_flight >= node.slots:
+                return False
+        for take, resource in self.takes:
+            amount = amounts.get(resource)
+            if amount and not take(amount, now):
+                self.untake(amounts, take, now)
+                return False
+        for node in self.path:
+            node.in_flight += 1
+            node.admitted += 1
+        return True
+
+    def untake(self, amounts: Amounts, refused: Any, now: int) -> None:
+        """Give back what a newcomer took of the meters before the one whose ``take`` refused."""
+        taken = [take for take, _ in self.takes].index(refused)
+        for meter, resource in self.meters[:taken]:
+            if amounts.get(resource):
+                meter.unbook(amounts[resource], now)
+
+    def book(self, amounts: Amounts, when: int, calls: int = 1) -> None:
+        """Book ``calls`` calls here and above."""
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount * calls, when)
+        for node in self.path:
+            node.in_flight += calls
+            node.admitted += calls
+
+    def unbook(self, meters: Meters, amounts: Amounts, when: int) -> None:
+        """Undo the booking of a call at ``when``, as if it had never been admitted."""
+        for meter, resource in meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.unbook(amount, when)
+        for node in self.path:
+            node.in_flight -= 1
+            node.admitted -= 1
+
+    def earliest(self, amounts: Amounts, since: int, back: int = 0) -> tuple[int, str | None]:
+        """Return from when on a call may pass this node alone, and what binds.
+
+        ``back`` assumes that this many slots had been given back.
+        """
+        if self.in_flight - back >= self.slots and self in self.bounded:
+            return NEVER, "concurrency"
+        return latest(self.own, amounts, since)
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        """Return from when on a newcomer could pass, here and above, and what binds."""
+        for node in self.bounded:
+            if node.in_flight >= node.slots:
+                return NEVER, "concurrency"
+        return latest(self.meters, amounts, now)
+
+    def pauses(self) -> Iterator[Any]:
+        """Yield the pause of this limiter itself, if there has been one."""
+        return (meter for meter, _ in self.extra if meter.bound_by == "paused")
+
+    def why_paused(self) -> str:
+        """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
+        pauses = [each for node in self.path for each in node.pauses() if each.reason]
+        return f" ({max(pauses, key=lambda pause: pause.until).reason})" if pauses else ""
+
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        """Return a lower bound of when a call can pass: if open calls gave back all they may.
+
+        Unless it ``is_first``, it may inherit what the head of the line has earned.
+        """
+        soonest = now
+        since = now if is_first and not self.waiting else 0
+        for node in self.path:
+            for window in node.limits.values():
+                amount = amounts.get(window.limit.resource)
+                if amount:
+                    back = window.lent(node.in_flight)
+                    soonest = max(soonest, window.earliest(amount, since, back=back))
+            for meter, resource in node.extra:
+                if amounts.get(resource):
+                    soonest = max(soonest, meter.earliest(amounts[resource], now, back=NEVER))
+        return soonest
+
+    def room(self, amounts: Amounts, now: int, most: int) -> int:
+        """Return how many such calls are sure to pass now, one after the other, up to ``most``."""
+        for node in self.bounded:
+            most = min(most, node.slots - node.in_flight)
+        for meter, resource in self.meters:
+            amount = amounts.get(resource)
+            if amount:
+                if meter.bulk:
+                    room = meter.available(now) // amount
+                else:
+                    room = 1 if meter.earliest(amount, now) <= now else 0
+                if room < most:  # noqa: PLR1730 - `min` would be a call
+                    most = room
+        return most
+
+    def work(self, amounts: Amounts) -> float:
+        """Return how much work a call is here: the largest part, in seconds, that it takes of any limit.
+
+        6,000 tokens of 60,000 a minute are six seconds. Of several limits of one resource, the
+        fastest counts, because it binds from call to call; limits over a day do not count beside
+        limits over a minute. Without any limit a call costs one.
+        """
+        per_unit, work = self.seconds, 0.0
+        if not per_unit:
+            return 1.0
+        for resource, seconds in per_unit.items():
+            part = amounts.get(resource, 0) * seconds
+            if part > work:  # noqa: PLR1730 - `max` would be a call
+                work = part
+        return work
+
+    # --- limits in force ---
+
+    def set_limits(self, limits: Iterable[Limit], now: int, *, learned: bool = False) -> None:
+        """Put limits in force, with what was booked under limits of the same window."""
+        changed = dict(self.limits)
+        for limit in limits:
+            window = changed.get(limit.key)
+            if window is None:
+                window = changed[limit.key] = Window(limit, wall=self.pacer.wall)
+            else:
+                allowed = max(window.allowed, limit.units)
+                window.reshape(limit, now)
+                window.allowed = allowed  # lowering a limit puts nobody into debt
+            window.refuses = not learned
+            self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
+        self.limits = changed
+
+    def exceeded(self, amounts: Amounts) -> Limit | None:
+        """Return a limit, here or above, that such a call exceeds, so that it can never pass."""
+        for resource, most in self.most.items():
+            if amounts.get(resource, 0) > most:
+                break
+        else:
+            return None
+        limits = (each.limit for node in self.path for each in node.limits.values() if each.refuses)
+        return next(each for each in limits if amounts.get(each.resource, 0) > each.units)
+
+    def check(self, amounts: Amounts) -> None:
+        """Refuse a cost that can never pass, here or above.
+
+        Raises:
+            CostExceedsLimit: it costs more than a limit.
+        """
+        limit = self.exceeded(amounts)
+        if limit is None:
+            return
+        amount = amounts[limit.resource]
+        raise CostExceedsLimit(
+            f"cost of {counted(amount, limit.resource)} exceeds the limit of {limit} and can never "
+            f"pass; raise {limit.keyword or 'the limit'} or split the request"
+        )
+
+    def resources(self) -> set[str]:
+        """Return the resources that are limited, here or above."""
+        return {resource for node in self.path for resource, _ in node.limits}
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Refuse resources that nothing counts, here or above.
+
+        Raises:
+            TypeError: there is one among ``names``.
+        """
+        others = set(names) - COMMON
+        if others and not others <= self.resources():
+            known = COMMON | self.resources()
+            raise TypeError(
+                f"no limit counts {', '.join(sorted(others - known))}: this limiter counts "
+                f"{', '.join(sorted(known))}"
+            )
+
+    # --- what happened ---
+
+    def count(self, counter: str) -> None:
+        """Count a call, here and above."""
+        for node in self.path:
+            setattr(node, counter, getattr(node, counter) + 1)
+
+    def count_waits(self, calls: int, waited: int, bound_by: str) -> None:
+        """Count ``calls`` calls that waited ``waited`` ns in all, here and above."""
+        for node in self.path:
+            sums = node.waits.get(bound_by)
+            if sums is None:
+                node.waits = {**node.waits, bound_by: [calls, waited]}
+            else:
+                sums[0] += calls
+                sums[1] += waited
+
+    def count_refund(self, resource: str, units: int) -> None:
+        """Count units that were given back, here and above."""
+        for node in self.path:
+            node.refunded = node.refunded or {}
+            node.refunded[resource] = node.refunded.get(resource, 0) + units
+
+    def is_as_new(self, now: int) -> bool:
+        """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
+        return (
+            not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and not (self.agents and self.agents.runs)
+            and all(window.is_as_new(now) for window in self.limits.values())
+            and all(meter.available(now) >= NEVER for meter, _ in self.extra)
+        )
+
+    def emit(self, event: Event) -> None:
+        """Tell observers, here and above; without the lock."""
+        for node in reversed(self.path):
+            if node.observers is not None:
+                node.observers.emit(event)
+
+    def __del__(self) -> None:
+        if self.last_words is not None:
+            self.last_words(self)
+
+    def after_fork(self) -> None:
+        """Start afresh in a child process: calls that wait or are in flight are the parent's."""
+        self.in_flight = self.waiting = 0
+        self.lines = self.branches = EMPTY_MAPPING
+        self.agents = None
+        for child in self.children or ():
+            child.after_fork()
+
+
+class PoolNode(Node):
+    """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
+
+    def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
+        super().__init__(name, parent, pacer=pacer)
+        #: What a call from here passes at each member that has taken one.
+        self.at_members: dict[Any, NodeAtMember] = {}
+
+    @property
+    def _member_nodes(self) -> Iterable[Node]:
+        """What limits the pool at its members: it is a child of each."""
+        return (member.node for member in self.pacer.pool.members)
+
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; None if unbounded."""
+        if self.parent is not None:
+            return super().concurrency
+        slots = sum(node.path[-1].slots for node in self._member_nodes)
+        return None if slots >= NEVER else slots
+
+    def routes(self, amounts: Amounts) -> "list[NodeAtMember]":
+        """Return what such a call would pass at each member that can take it."""
+        return [each.at(self) for each in self.pacer.pool.members if each.takes(amounts)]
+
+    def forget(self) -> None:
+        super().forget()
+        for node in self.at_members.values():
+            node.forget()
+
+    def _work_out_limits(self) -> None:
+        super()._work_out_limits()
+        if self.parent is None:  # of all members' limits together
+            rates: dict[str, float] = {}
+            for node in self._member_nodes:
+                for resource, seconds in node.seconds.items():
+                    rates[resource] = rates.get(resource, 0.0) + 1 / seconds
+            self.seconds = {resource: 1 / rate for resource, rate in rates.items()}
+
+    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+        dues = [
+            route.earliest_of_all(amounts, max(now, route.member.out_until))
+            for route in self.routes(amounts)
+        ]
+        return min(dues, key=lambda due: due[0], default=(NEVER, None))
+
+    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
+        own, is_alone = super().soonest(amounts, now, is_first=is_first), not self.path[-1].waiting
+        anywhere = (
+            route.parent.soonest(amounts, now, is_first=is_alone) for route in self.routes(amounts)
+        )
+        return max(own, min(anywhere, default=NEVER))
+
+    def check(self, amounts: Amounts) -> None:
+        super().check(amounts)
+        self.pacer.pool.check(amounts)
+
+    def resources(self) -> set[str]:
+        return super().resources().union(*(node.resources() for node in self._member_nodes))
+
+
+class NodeAtMember(Node):
+    """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
+
+    parent: Node
+
+    def __init__(self, inner: PoolNode, member: Any) -> None:
+        super().__init__(inner.name, pacer=member.pacer)
+        self.inner, self.member = inner, member
+        self.path = (*inner.path, *member.node.path)
+        self.parent = member.node
+
+    @property
+    def queue_path(self) -> tuple[Node, ...]:
+        return self.parent.path[:-1]
+
+    def _work_out(self) -> None:
+        self.own = tuple(pair for node in self.inner.path for pair in node.own)
+        self.meters = (*self.own, *self.parent.meters)
+        self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
+        self._work_out_limits()
+        self.seconds = self.inner.seconds  # by which the pool's agents are measured
+        self.bounded = (
+            *(node for node in self.inner.path if node.slots < NEVER),
+            *self.parent.bounded,
+        )
+
+
+def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:
+    """Return the first instant that suits all meters, and what binds."""
+    when, bound_by = since, None
+    for meter, resource in meters:
+        amount = amounts.get(resource)
+        if amount:
+            due = meter.earliest(amount, since)
+            if due > when:
+                when, bound_by = due, meter.bound_by or resource
+    return when, bound_by
+
+
+def shown_name(name: str) -> str:
+    """Return a limiter's name as others may see it: with a star instead of a tenant."""
+    return re.sub(r"/\*[^/]*", "/*", name) if "/*" in name else name

@@ -1,0 +1,432 @@
+"""Who goes next: lines of calls, and branches where several lines meet.
+
+A call waits as a `Waiter` in a `Line`: one for each limiter and priority, first come, first served.
+A waiter that gives up is marked, and skipped later, so cancelling is O(1) anywhere in a line. A
+`Branch` chooses among the lines and branches below it: at a limiter, among its own calls and its
+children; at the top, among priorities. Both are a `Flow`, and one rule holds for all flows.
+
+The rule is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996). Each flow has a tag, the
+virtual time at which its next call may start. The lowest tag goes first, and grows by the call's
+work (`Node.work`) divided by the flow's weight. So flows are served in proportion to their
+weights, measured in cost, not in calls. What one does not want goes to the others at once; an idle
+child saves nothing up and loses nothing. The work follows from what was reserved; settling
+corrects the tag.
+
+A newcomer starts at the branch's virtual time: in the paper, the start tag of the call served last.
+But while newcomers keep coming, each would start at that same time, and go before the one just
+served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
+work, divided by the weights of all competitors, to a *potential*: the tag that each would have if
+all were served at once. Virtual time follows the potential at a distance: the work of the
+competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
+distance of the largest work ever would stop virtual time for long after a costly call, while
+newcomers with small calls go before all who wait. Finish tags, as in self-clocked fair queueing,
+would be shorter; but a cheap newcomer would then pass a costly call that is next.)
+
+A flow held up by limits of its own is no candidate. It sleeps until its meters say when, and holds
+up nobody. When it wakes, it is treated as if it had been idle, except for one call: it keeps as
+much of its share as its last call cost, and so goes next. Otherwise a child that may call every few
+seconds would wait for its turn each time, and count the next seconds only from then: it would get
+far less than its own limit and than its share. The head may still have to wait for the limits of
+the node itself. Then only calls entitled to go before it may overtake, and virtual time bounds
+that.
+
+Above all this stand the priorities, which compete by the same rule, each with eight times the
+weight of the next below. So an urgent call that comes alone is next, up to eight in a row may be,
+and a priority that is always outbid still gets its share: beside n more urgent ones, at least
+1 / (1 + 8 + ... + 8^n) of the limit.
+"""
+
+import asyncio
+import concurrent.futures
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, TypeAlias
+
+from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.node import Node
+from asyncbucket.engine.seats import EMPTY, SWEEP, Seat
+
+#: The ratio of the weights of neighboring priorities among those that wait.
+_STEP: Final = 8.0
+
+
+class _Waiting:
+    """What is known of a call that stands in a line."""
+
+    __slots__ = ()
+
+    amounts: Amounts  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: When it joined.
+    asked: int  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What holds the booking once it has passed; a bucket's calls have none.
+    lease: Any  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: The place in the order of arrival.
+    number: int  # pyright: ignore[reportUninitializedInstanceVariable]
+    line: "Line"  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: Until when it waits, if not for ever.
+    deadline: int | None  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: The loop or thread that it waits on: only that one lets it go.
+    seat: Seat  # pyright: ignore[reportUninitializedInstanceVariable]
+
+    def __lt__(self, other: "_Waiting") -> bool:
+        return self.number < other.number
+
+
+class Waiter(_Waiting, asyncio.Future[bool]):
+    """Wait in a line; resolved with whether it has passed, or else its time is up.
+
+    It holds as little as possible, because the garbage collector visits each of 100,000 waiters
+    again and again.
+    """
+
+    __slots__ = ("amounts", "asked", "deadline", "lease", "line", "number", "seat")
+
+
+class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):
+    """Wait in a line as a `Waiter` does, in a blocked thread."""
+
+
+AnyWaiter: TypeAlias = Waiter | SyncWaiter
+
+
+class Flow:
+    """Compete with others for the next place in the branch above."""
+
+    def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
+        self.node, self.above, self.weight = node, above, weight
+        #: Who goes first among equals: the more urgent priority, or who came first.
+        self.rank = rank
+        #: The virtual time at which its next call may start; what its last call cost; and what came
+        #: back of that.
+        self.tag = self.work = self.credit = 0.0
+        #: Until when its own limits hold it up; 0 if they do not.
+        self.asleep = 0
+        #: How many wait here: calls in a line, flows in a branch.
+        self.living = 0
+        #: Whether its weight and work are in the sums of the branch above.
+        self.competes = False
+
+    def __lt__(self, other: "Flow") -> bool:
+        return self.rank < other.rank
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return who goes next here, as far as limits below the root are concerned; else when.
+
+        ``back`` assumes that this many slots had been given back.
+        """
+        raise NotImplementedError
+
+    def lines(self) -> Iterator["Line"]:
+        """Yield the lines here and below in which somebody waits."""
+        raise NotImplementedError
+
+    def waiters(self) -> Iterator[AnyWaiter]:
+        """Yield all who wait here and below."""
+        for line in self.lines():
+            yield from (waiter for waiter in line.calls if not waiter.done())
+
+
+class Line(Flow):
+    """Hold the calls of one limiter and priority that wait, in order of arrival."""
+
+    def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
+        super().__init__(node, above, 1.0)
+        self.priority = priority
+        #: Where its calls count while they wait.
+        self.waited_at = node
+        #: In order of arrival, or in that of the agents that make them.
+        self.calls: Any = deque()
+        #: Since when somebody has been first here without anyone being served.
+        self.since = 0
+        #: What last held up its head.
+        self.bound_by: str | None = None
+
+    def lines(self) -> Iterator["Line"]:
+        yield self
+
+    def join(self, waiter: AnyWaiter, now: int) -> None:
+        """Append ``waiter``."""
+        waiter.line = self
+        agents = self.node.agents
+        if agents is not None and bool(agents.runs) is self.in_order_of_arrival:
+            self.refill(self.calls)
+        self.calls.append(waiter)
+        if not self.living:
+            self.since = now
+        if not self.competes:  # also if all who stood here have given up
+            self.arrive()
+        self.living += 1
+
+    def arrive(self) -> None:
+        """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
+        flow: Flow = self
+        is_new = not self.living
+        while (branch := flow.above) is not None:
+            was_empty = not branch.living
+            branch.living += is_new
+            is_new = is_new and was_empty
+            if not flow.competes:
+                branch.add(flow)
+            flow = branch
+        if (pool := flow.node.pacer.pool) is not None:
+            pool.compete()
+
+    def depart(self, calls: int = 1) -> None:
+        """Count out ``calls`` calls that are done, wherever they stand."""
+        self.living -= calls
+        flow: Flow = self
+        while not flow.living and (branch := flow.above) is not None:
+            branch.leave(flow)
+            branch.living -= 1
+            flow = branch
+        if not self.living and (pool := self.node.pacer.pool) is not None:
+            pool.compete()
+        if len(self.calls) > 2 * self.living + SWEEP:
+            self.refill(self.waiters())
+
+    def refill(self, calls: Iterable[AnyWaiter]) -> None:
+        """Hold ``calls`` instead, each in its place."""
+        agents = self.node.agents
+        self.calls = deque(sorted(calls)) if agents is None else agents.order(calls)
+
+    @property
+    def in_order_of_arrival(self) -> bool:
+        """Whether calls go in order of arrival; else in that of the agents that make them."""
+        return type(self.calls) is deque
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
+        """Return the first that waits on a seat that keeps up; `EMPTY` if there is none."""
+        calls = self.calls
+        while calls:
+            first = calls[0]
+            if first.done():
+                calls.popleft()
+            elif first.seat.is_late:
+                first.seat.set_aside.append(calls.popleft())
+            else:
+                return first, now
+        return None, EMPTY
+
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        """Credit the flows that paid for a call with what it did not use; all, if it was not made."""
+        flow: Flow = self
+        while (branch := flow.above) is not None:
+            node = branch.node
+            spent = 0.0 if used is None else node.work(used)
+            flow.credit += (node.work(reserved) - spent) / flow.weight
+            flow = branch
+
+
+class Branch(Flow):
+    """Choose among flows: the lowest tag of those that may go."""
+
+    def __init__(self, node: Node, above: "Branch | None", weight: float, rank: int = 0) -> None:
+        super().__init__(node, above, weight, rank)
+        #: Those in which somebody waits: ready, in the order of their tags, or asleep.
+        self.flows: set[Flow] = set()
+        self._ready: list[tuple[float, Flow]] = []
+        self._asleep: list[tuple[int, Flow]] = []
+        #: The virtual time at which newcomers start; the tag that all would have if they were served
+        #: at once; the sums of those that compete.
+        self.clock = self._potential = self._weights = self._works = 0.0
+        self._joined = 0
+
+    def lines(self) -> Iterator[Line]:
+        for flow in self.flows:
+            yield from flow.lines()
+
+    def add(self, flow: Flow) -> None:
+        """Let ``flow`` compete, in which somebody waits anew."""
+        if flow.asleep:
+            self.rouse(flow)
+        elif flow in self.flows:  # emptied, but not forgotten yet
+            self._enter(flow)
+        else:
+            self.flows.add(flow)
+            if self.living <= 1:  # nobody else waits: what was served before delays no newcomer
+                self._potential = self.clock
+            if self.above is not None:
+                self._joined = flow.rank = self._joined + 1
+            self._make_ready(flow, kept=0.0)
+
+    def _make_ready(self, flow: Flow, *, kept: float) -> None:
+        """Queue ``flow`` as if it had been idle until now, but for ``kept``."""
+        flow.asleep = 0
+        flow.tag = max(flow.tag - flow.credit, self.clock - kept)
+        flow.credit = 0.0
+        self._enter(flow)
+        heapq.heappush(self._ready, (flow.tag, flow))
+
+    def _enter(self, flow: Flow) -> None:
+        flow.competes = True
+        self._weights += flow.weight
+        self._works += flow.work
+
+    def leave(self, flow: Flow) -> None:
+        """Let ``flow`` compete no longer; it is forgotten when it would be next."""
+        if flow.competes:
+            flow.competes = False
+            self._weights -= flow.weight
+            self._works -= flow.work
+
+    def rouse(self, flow: Flow) -> None:
+        """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
+        if flow.asleep:
+            self._make_ready(flow, kept=flow.work / flow.weight)
+
+    def reweigh(self, flow: Flow, weight: float) -> None:
+        """Change the weight of ``flow``."""
+        if flow.competes:
+            self._weights += weight - flow.weight
+        flow.weight = weight
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return who goes next here, as far as limits here and below are concerned; else when."""
+        asleep, ready = self._asleep, self._ready
+        while asleep and (asleep[0][0] <= now or back):
+            due, flow = heapq.heappop(asleep)
+            if flow.asleep == due:
+                self.rouse(flow)
+        while ready:
+            flow = ready[0][1]
+            waiter, due = flow.head(now, back)
+            if waiter is not None:
+                return self._own_limits(waiter, now, back)
+            heapq.heappop(ready)
+            self.leave(flow)
+            if due >= EMPTY:
+                self.flows.discard(flow)
+            else:
+                self._put_to_sleep(flow, due)
+        return None, self._next_waking()
+
+    def _own_limits(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
+        node = self.node
+        if node.parent is None:  # the pacer asks the root's
+            return waiter, now
+        due, bound_by = node.earliest(waiter.amounts, waiter.line.since, back)
+        if due <= now:
+            return waiter, now
+        waiter.line.bound_by = bound_by
+        return None, min(due, self._next_waking())  # another call may be the head by then
+
+    def _put_to_sleep(self, flow: Flow, due: int) -> None:
+        flow.asleep = due
+        heapq.heappush(self._asleep, (due, flow))
+        if len(self._asleep) > 2 * len(self.flows) + SWEEP:
+            self._asleep[:] = sorted((each.asleep, each) for each in self.flows if each.asleep)
+
+    def _next_waking(self) -> int:
+        """Return when the first sleeper wakes; `EMPTY` if nobody sleeps."""
+        asleep = self._asleep
+        while asleep and asleep[0][1].asleep != asleep[0][0]:
+            heapq.heappop(asleep)
+        return asleep[0][0] if asleep else EMPTY
+
+    def charge(self, line: Line, amounts: Amounts) -> None:
+        """Charge the flows on the way to ``line``, which is first at each branch."""
+        flow: Flow = line
+        while (branch := flow.above) is not None:
+            branch._charge_first(branch.node.work(amounts))  # noqa: SLF001 - its own kind
+            flow = branch
+
+    def _charge_first(self, work: float) -> None:
+        """Charge the flow that is first, and move virtual time."""
+        flow = self._ready[0][1]
+        if self.above is None:
+            self._weigh_priorities()
+        self._works += work - flow.work
+        flow.work = work
+        if flow.tag > self.clock:
+            self.clock = self._potential = flow.tag
+        weights = max(self._weights, flow.weight)  # sums of floats drift
+        self._potential += work / weights
+        self.clock = max(self.clock, self._potential - self._works / weights)
+        step = work / flow.weight - flow.credit
+        flow.credit = max(0.0, -step)
+        flow.tag += max(0.0, step)
+        heapq.heapreplace(self._ready, (flow.tag, flow))
+
+    def _weigh_priorities(self) -> None:
+        """Give each priority that waits eight times the weight of the next below."""
+        if len(self.flows) == 1:
+            return
+        competing = sorted((flow for flow in self.flows if flow.competes), reverse=True)
+        for place, flow in enumerate(competing):
+            flow.weight = _STEP**place
+        self._weights = sum(flow.weight for flow in competing)
+
+    @property
+    def only_flow(self) -> Flow | None:
+        """The one flow in which somebody waits; None if there are several, or it sleeps."""
+        return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
+
+
+class PoolLine(Line):
+    """Stand in the queue of a member for a pool: see `asyncbucket.members`."""
+
+    def __init__(self, member: Any, priority: int) -> None:
+        super().__init__(member.node, branch_of(member.node, priority), priority)
+        self.member = member
+
+    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
+        """Return the pool's call that this member is to take next; else when to ask again."""
+        if not self.living:
+            return None, EMPTY
+        pool = self.member.pool
+        found: tuple[AnyWaiter | None, int]
+        found = pool.next_at(self.member, pool.pacer.top.head(now, back), now)
+        return found
+
+    def lines(self) -> Iterator[Line]:
+        yield from self.member.pool.pacer.top.lines()
+
+
+class PaidLine(Line):
+    """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
+
+    def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
+        super().__init__(node, None, paid[0].priority)
+        self.paid, self.waited_at = paid, paid[0].node
+        self.rank = -self.priority
+
+    def depart(self, calls: int = 1) -> None:
+        self.node.pacer.top.flows.discard(self)
+        super().depart(calls)
+
+    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
+        for line in self.paid:
+            line.credit_flows(reserved, used)
+
+
+def new_line(node: Node, priority: int) -> Line:
+    """Return a line for the calls of a limiter and a priority that had none yet."""
+    line = Line(node, branch_of(node, priority), priority)
+    node.lines = {**node.lines, priority: line}
+    return line
+
+
+def branch_of(node: Node, priority: int) -> Branch:
+    """Return where the calls of one priority at a limiter and below it meet."""
+    branch: Branch | None = node.branches.get(priority)
+    if branch is None:
+        above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)
+        branch = Branch(node, above, node.weight, rank=-priority)
+        node.branches = {**node.branches, priority: branch}
+    return branch
+
+
+def rouse(node: Node) -> None:
+    """Ask the flows of a limiter and of those above anew, because something has changed there."""
+    for each in node.path:
+        for branch in each.branches.values():
+            if branch.asleep:
+                branch.above.rouse(branch)
+
+
+def reweigh(node: Node, weight: float) -> None:
+    """Change a limiter's share compared with its siblings'."""
+    for branch in node.branches.values():
+        branch.above.reweigh(branch, weight)
+    node.weight = weight

@@ -1,0 +1,541 @@
+"""Where calls wait: on an event loop, in a blocked thread, at a store; and what belongs to one process.
+
+A seat looks at the queue (`asyncbucket.engine.pacer.Pacer.look`) when the next call may go, and when
+its doorbell rings. The doorbell of a loop is an `asyncio.Condition` on which one task sleeps. It is
+rung by synchronous code such as ``lease.release()``, which cannot await the Condition's lock. Within
+a loop's thread there is nothing to lock out: between two awaits the task runs alone. So the
+Condition has a lock that always says it is held, and ringing is one ``notify``. Only that task waits
+on the Condition, so no notification is lost to a waiter that is being cancelled (CPython
+gh-112202), and nobody is woken in vain. The task is there while several calls wait. For a lone one,
+and when the timer is due, the loop looks itself, without the detour of waking a task: so a slot
+that changes hands all the time costs no task.
+
+A seat whose loop is blocked misses its turn. Then its calls stand aside, so that it holds up nobody,
+until it looks again; those of a closed loop are counted out for good. If every slot is held on loops
+that are blocked, one call at a time passes without a slot, because what blocks a loop may be waiting
+for that very call. All of this is called by the `asyncbucket.engine.pacer.Pacer`, with its lock held.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import heapq
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeAlias
+
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import NEVER
+from asyncbucket.engine.node import Meters, shown_name
+from asyncbucket.engine.statistics import LimitUse
+
+#: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
+#: loads, arithmetic and stores is atomic.
+ATOMIC: Final[bool] = (
+    sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+)
+#: "Nobody is left": later even than `NEVER`, which may still end when something is given back.
+EMPTY: Final = NEVER << 1
+#: Sweeping pays from this many done entries on.
+SWEEP: Final = 64
+#: The shortest sleep (s), because timers may fire early; the longest that every loop accepts.
+NAP: Final = 20e-6
+_LONGEST: Final = 86_400.0
+
+#: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
+GRACE: Final = 50_000_000
+_PATIENCE: Final = 1_000_000_000
+#: After this time (ns) without an admission, slots may have been forgotten.
+_STALL: Final = 60_000_000_000
+
+
+_log: Final = logging.getLogger("asyncbucket")
+
+#: Looks at the queue for a seat, and lets it sleep until it must look again.
+Look: TypeAlias = Callable[["Seat"], None]
+
+
+class Seat:
+    """Where calls wait; by itself, only where leases are held: in plain threads."""
+
+    #: Its event loop, if it is one.
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, look: Look | None = None) -> None:
+        #: None once its calls count nowhere any more: its process was forked.
+        self.look = look
+        #: Where the leases of its calls count: those of a waiting thread belong to the loop that it
+        #: blocks, or to all threads.
+        self.home: Seat = self
+        #: Open leases of calls made here, and calls that wait here.
+        self.leases = self.waiting = 0
+        #: When it will look again.
+        self.looks_at = EMPTY
+        #: Whether it missed its turn; then its calls stand aside until it looks.
+        self.is_late = False
+        self.set_aside: list[Any] = []
+        self._deadlines: list[tuple[int, Any]] = []
+
+    def ring(self, now: int) -> bool:
+        """Make it look soon; from any thread, with the lock held. Return whether it can be rung."""
+        raise NotImplementedError
+
+    def sleep(self, until: int, now: int) -> None:
+        """Have it look at ``until``, if the bell does not ring before."""
+
+    def is_closed(self) -> bool:
+        """Tell whether nothing can run here any more."""
+        return self.loop is not None and self.loop.is_closed()
+
+    def watch(self, waiter: Any, deadline: int) -> None:
+        """Note that the time of ``waiter`` is up at ``deadline``."""
+        heapq.heappush(self._deadlines, (deadline, waiter))
+        if len(self._deadlines) > 2 * self.waiting + SWEEP:
+            self._deadlines = [each for each in self._deadlines if not each[1].done()]
+            heapq.heapify(self._deadlines)
+
+    def first_deadline(self) -> tuple[int, Any]:
+        """Return the first deadline of those that still wait, and who has it."""
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][1].done():
+            heapq.heappop(deadlines)
+        return deadlines[0] if deadlines else (EMPTY, None)
+
+
+class LoopSeat(Seat):
+    """An event loop on which calls wait."""
+
+    def __init__(self, look: Look, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(look)
+        self.loop: asyncio.AbstractEventLoop = loop  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._bell = asyncio.Condition(_AlwaysHeldLock())
+        #: The task that sleeps on the bell while several calls wait; and whether it sleeps.
+        self._task: asyncio.Task[None] | None = None
+        self._is_asleep = False
+        self._timer: asyncio.Handle | None = None
+        self._rings_at = 0
+        #: Whether the bell has rung and the loop has not come to look yet.
+        self._rung = False
+        #: Looks are made for everyone, not in the context of the call that happened to come first.
+        self._context = contextvars.Context()
+
+    def ring(self, now: int) -> bool:
+        if now < self.looks_at:  # noqa: PLR1730 - `min` would be a call
+            self.looks_at = now
+        if self._rung:
+            return True
+        self._rung = True  # first: the other thread may come to look at once
+        if self._runs_here():
+            self._wake()
+        else:
+            try:
+                self.loop.call_soon_threadsafe(self._wake, context=self._context)
+            except RuntimeError:  # it is closed
+                self._rung = False
+                return False
+        return True
+
+    def _runs_here(self) -> bool:
+        """Tell whether its loop runs in this thread; asyncio makes a system call for each answer."""
+        thread = getattr(self.loop, "_thread_id", None)
+        if thread is None:  # not running, or a loop of another kind
+            return asyncio._get_running_loop() is self.loop  # noqa: SLF001 - None in a plain thread
+        return bool(thread == threading.get_ident())
+
+    def _wake(self) -> None:
+        """Have it look in the loop's next iteration."""
+        if self._is_asleep:
+            self._bell.notify()
+        elif self._task is None and self.waiting > 1:
+            # Not loop.create_task: an eager factory would run it at once, with the lock held.
+            self._task = asyncio.Task(
+                self._serve(), loop=self.loop, name="asyncbucket pacer", context=self._context
+            )
+        else:
+            self.loop.call_soon(self._tick, context=self._context)
+
+    async def _serve(self) -> None:
+        """Look whenever the bell rings, as long as somebody waits here."""
+        try:
+            self._look()
+            while self.waiting:
+                self._is_asleep = True
+                await self._bell.wait()
+                self._is_asleep = False
+                self._look()
+        finally:
+            self._is_asleep = False
+            self._task = None
+
+    def _tick(self) -> None:
+        """Look without the detour of waking the task."""
+        try:
+            self._look()
+        finally:
+            if self._is_asleep and not self.waiting:  # it has nothing more to do
+                self._bell.notify()
+
+    def _time_up(self) -> None:
+        self._timer = None
+        self._tick()
+
+    def _look(self) -> None:
+        self._rung = False
+        if self.look is not None:  # pragma: no branch - None in a forked process
+            self.look(self)
+
+    def sleep(self, until: int, now: int) -> None:
+        self.looks_at = until
+        if self._timer is not None:
+            if until == self._rings_at:
+                return
+            self._timer.cancel()
+            self._timer = None
+        self._rings_at = until
+        if until <= now:  # in the loop's next iteration
+            self._timer = self.loop.call_soon(self._time_up, context=self._context)
+        elif until < NEVER:
+            delay = min(max((until - now) * 1e-9, NAP), _LONGEST)
+            self._timer = self.loop.call_later(delay, self._time_up, context=self._context)
+
+
+class _AlwaysHeldLock(asyncio.Lock):
+    """The lock of the bell: see above. It costs nothing to take or to give back."""
+
+    def locked(self) -> bool:
+        return True
+
+    async def acquire(self) -> Literal[True]:
+        return True
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
+class ThreadSeat(Seat):
+    """A blocked thread whose one call waits; it looks by itself."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        self._bell = threading.Event()
+
+    def ring(self, now: int) -> bool:
+        self.looks_at = min(self.looks_at, now)
+        self._bell.set()
+        return True
+
+    def sleep(self, until: int, now: int) -> None:  # noqa: ARG002 - as a loop's
+        self.looks_at = until
+
+    def block(self, done: Callable[[], bool], clock: Callable[[], int]) -> None:
+        """Block this thread, looking when it is time, until ``done``."""
+        while not done():
+            seconds = (self.looks_at - clock()) * 1e-9
+            self._bell.wait(min(max(seconds, NAP), _LONGEST))
+            self._bell.clear()
+            if self.look is not None:  # pragma: no branch - as above
+                self.look(self)
+
+
+#: The seat of calls that were counted out: they gave up, or their loop was closed.
+NOWHERE: Final = Seat()
+
+
+class Seats(dict[object, Seat]):
+    """All seats of a tree of limiters: of loops, by loop, and of threads that are blocked, by themselves."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__()
+        self._look = look
+        #: How many calls have ever waited here.
+        self.arrivals = 0
+        #: Where plain threads hold their leases; and the loop that ran last in a thread.
+        self.threads = Seat(look)
+        self.by_thread: dict[int, LoopSeat] = {}
+
+    def here(self) -> Seat:
+        """Return the seat of the running loop; that of plain threads if none runs.
+
+        asyncio makes a system call for each answer (to detect forks), so the answer is kept while
+        that loop runs.
+        """
+        thread = threading.get_ident()
+        known = self.by_thread.get(thread)
+        if known is not None and known.loop.is_running():
+            return known
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        if loop is None:
+            return self.threads
+        seat = self.get(loop)
+        if not isinstance(seat, LoopSeat):
+            for key, each in list(self.items()):
+                if each.is_closed() and not (each.leases or each.waiting):
+                    del self[key]
+            here = self.by_thread
+            self.by_thread = {key: here[key] for key in here if not here[key].is_closed()}
+            seat = self[loop] = LoopSeat(self._look, loop)
+        self.by_thread[thread] = seat
+        return seat
+
+    def after_fork(self) -> None:
+        """Start afresh in a child process: what waits or is held belongs to the parent's."""
+        for seat in (self.threads, *self.values()):
+            seat.look = None
+        self.clear()
+        self.by_thread.clear()
+        self.threads = Seat(self._look)
+
+
+# --- loops that do not run ---
+
+
+def is_late(pacer: Any, seat: Seat, now: int) -> bool:
+    """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
+    if seat.is_closed():
+        seat.is_late = True
+        bury(pacer, seat)
+    elif now > seat.looks_at + GRACE:
+        seat.is_late = True
+    return seat.is_late
+
+
+def return_set_aside(seat: Seat) -> None:
+    """Put calls that stood aside back in their places."""
+    seat.is_late = False
+    waiters, seat.set_aside = seat.set_aside, []
+    for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
+        line.refill((*group, *line.calls))
+        if line.living:  # else all have given up
+            line.arrive()
+
+
+def bury_closed(pacer: Any) -> bool:
+    """Count out all who wait on loops that were closed; return whether there were any."""
+    closed = [seat for seat in pacer.seats.values() if seat.waiting and seat.is_closed()]
+    for seat in closed:
+        bury(pacer, seat)
+    return bool(closed)
+
+
+def bury(pacer: Any, seat: Seat) -> None:
+    """Count out all who wait on ``seat``, whose loop was closed."""
+    lines = {line for tree in pacer.trees for line in tree.top.lines()}
+    lines |= {waiter.line for waiter in seat.set_aside}
+    for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
+        if waiter.seat is seat:
+            waiter.line.depart()
+            pacer.count_in(waiter.line.waited_at, seat, -1)
+            waiter.seat = NOWHERE
+    for line in lines:
+        line.refill(each for each in line.calls if each.seat is not NOWHERE)
+    seat.set_aside.clear()
+
+
+def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
+    """Return a call that is to pass without a slot, because loops that do not run hold all; else when to look again.
+
+    Code may block its loop while it waits for a call on another loop (LlamaIndex's
+    ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
+    """
+    holders = [each for each in pacer.seats.values() if each.leases]
+    if not holders or seat.leases or pacer.seats.threads.leases:
+        return None, wait_for_slots(pacer, now)
+    for each in holders:
+        each.ring(now)
+    heard = max(each.looks_at for each in holders)
+    if now < heard + _PATIENCE:
+        return None, heard + _PATIENCE
+    back = sum(each.leases for each in holders)
+    waiter, due = pacer.top.head(now, back)
+    if waiter is None or waiter.seat is not seat:
+        return None, due
+    due, _ = pacer.root.earliest(waiter.amounts, waiter.line.since, back)
+    if due > now:
+        return None, due
+    pacer.overridden += 1
+    if pacer.overridden == 1:
+        says = (
+            "a call passed without a slot: every slot is held on an event loop that has been blocked "
+            "for over 1 s; await on that loop instead of blocking it"
+        )
+        pacer.news.append(partial(_log.warning, says))
+    return waiter, now
+
+
+def wait_for_slots(pacer: Any, now: int) -> int:
+    """Return when to look again while slots have to come back; warn once if none does.
+
+    A lease that is dropped gives its slot back; one that something still holds does not.
+    """
+    if pacer.has_warned or pacer.clock is not time.monotonic_ns:
+        return NEVER
+    if now < pacer.since + _STALL:
+        later: int = (pacer.since // _STALL + 2) * _STALL
+        return later  # seldom another: so the timer can stay
+    pacer.has_warned = True
+    held = {
+        f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
+        for line in pacer.top.lines()
+        for node in (*line.node.bounded, *pacer.root.bounded)
+        if node.in_flight >= node.slots
+    }
+    says = (
+        "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
+        "leases (`async with` does)"
+    )
+    seconds = (now - pacer.since) * 1e-9
+    pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
+    return NEVER
+
+
+# --- stores ---
+
+
+class Place(Protocol):
+    """Keep the limits of a root where other processes reach them.
+
+    The pacer decides who goes next, and books the limits below the root. Then the call stands here
+    until the store has booked it and its start has come. `room`, `push`, `leave` and `ended` are
+    called with the pacer's lock held.
+    """
+
+    def room(self, seat: Seat) -> bool:
+        """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
+        ...
+
+    def push(self, waiter: Any, below: Meters, now: int) -> None:
+        """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
+
+        Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
+        """
+
+    def leave(self, waiter: Any) -> bool:
+        """Give back what a call that has given up took here; return whether it stood here."""
+        ...
+
+    def ended(self, lease: Any) -> None:
+        """Give back the slot of ``lease``, once."""
+
+    def waiting(self) -> int:
+        """Return how many calls stand here: until the store books them, or until they start."""
+        ...
+
+    def held_up(self) -> tuple[str, int] | None:
+        """Return what the first of them waits for, and until when at least, if that is known.
+
+        `NEVER` means that it depends on a slot being given back.
+        """
+
+    def holds_up(self) -> bool:
+        """Tell whether the first of them has to wait, or another would have to, as far as is known."""
+        ...
+
+    def held_back(self) -> list[Any]:
+        """Return the calls, in order, that the store has not booked because it holds the first up."""
+        ...
+
+    def use(self) -> Iterator[LimitUse]:
+        """Yield how much of each limit is used, as last heard."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
+        ...
+
+    def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
+        """Refuse changes that the store cannot keep; this changes nothing.
+
+        Raises:
+            ValueError: it cannot keep one of them.
+        """
+
+    def configure(self) -> None:
+        """Tell all processes the limits as they are now."""
+
+    def pause(self, span: int, *, gradually: bool) -> None:
+        """Tell all processes to let nobody pass for ``span`` ns."""
+
+    async def aclose(self) -> None:
+        """Give back what this process holds, and leave the store."""
+
+
+# --- processes ---
+
+
+class OfThisProcess:
+    """Belong to one process: a copy is the object itself, and it cannot be pickled.
+
+    A real copy of something that holds a slot, or counts what passes, would do so twice.
+    """
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its process and cannot be pickled: make one in each "
+            f"process; limiters share limits by store=..."
+        )
+
+
+#: Module state, because ``os.register_at_fork`` cannot be undone: so it is called once, and holds
+#: only weak references.
+_FORKABLE: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
+
+
+def reset_after_fork(obj: Any) -> None:
+    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives.
+
+    It is to replace locks, which the parent may have held, and to forget what is the parent's.
+    """
+    _FORKABLE.add(obj)
+
+
+def _after_fork() -> None:
+    for obj in tuple(_FORKABLE):
+        obj.after_fork()
+
+
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Lock:
+    """Lock as `threading.RLock` does; a child process finds it open, whoever held it at the fork.
+
+    It is reentrant, because the collector may end a dropped call on a thread that holds it. Nobody
+    awaits while it holds one, so event loops and threads share it.
+    """
+
+    __slots__ = ("__weakref__", "_lock")  # pyright: ignore[reportUninitializedInstanceVariable]
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        reset_after_fork(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held."""
+        self._lock = threading.RLock()

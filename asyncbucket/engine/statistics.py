@@ -1,0 +1,140 @@
+"""What a limiter has done so far: frozen snapshots."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.wording import in_seconds, with_verb, written
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Sum up the calls that waited for one resource."""
+
+    count: int
+    #: Seconds in total.
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LimitUse:
+    """Show one limit at one instant; units of ``usd`` are micro-dollars."""
+
+    limit: Limit
+    #: Units booked within the window, debts included.
+    used: int
+    #: Units that could pass now; negative while a debt is paid off.
+    available: int
+    #: Seconds until it resets by the calendar; None if it does not.
+    resets_in: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentKind:
+    """Show what is known of one kind of agents at a limiter."""
+
+    running: int
+    #: Finished runs that are remembered.
+    known: int
+    #: Their mean use, in seconds of the limits; that of all kinds if there are none; or None.
+    size: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatistics:
+    """Show the agents of a limiter at one instant: see `asyncbucket.agent`."""
+
+    #: Agents that have made a call here and are not over, and those that ended well.
+    running: int
+    finished: int
+    kinds: Mapping[str | None, AgentKind]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberState:
+    """Show whether a member of a pool is given calls."""
+
+    #: The name of its limiter.
+    name: str
+    #: Why the pool leaves it out; None if it does not.
+    reason: str | None
+    #: For how long yet (s), at most: while one call finds out whether it works again, until it ends.
+    left_out: float
+
+    def __str__(self) -> str:
+        if self.reason is None:
+            return f"{self.name!r}: in use"
+        return f"{self.name!r}: left out for {in_seconds(self.left_out)} more ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Show a limiter at one instant; counts begin when it was made."""
+
+    name: str
+    #: Calls admitted.
+    admitted: int
+    #: Calls refused: no room, too long a wait, a full queue, or a cost that can never pass.
+    refused: int
+    #: Calls that gave up while they waited.
+    cancelled: int
+    #: Calls that wait now.
+    waiting: int
+    #: Leases not yet released.
+    in_flight: int
+    #: Slots in all; None if concurrency is not limited.
+    concurrency: int | None
+    #: Seconds until a pause ends; 0 if there is none.
+    paused: float
+    #: Refusals (429) that the provider sent nevertheless.
+    upstream_429: int
+    #: Calls that passed without a slot because every slot was held on a blocked event loop.
+    overridden: int
+    #: How many calls waited, and how long, by what held them up.
+    waits: Mapping[str, Waits] = field(default_factory=dict)
+    #: Units given back by settling, by resource.
+    refunded: Mapping[str, int] = field(default_factory=dict)
+    #: How much of each limit is used, without the limits of the limiters above.
+    limits: tuple[LimitUse, ...] = ()
+    #: What holds up the first call in line now; None if nobody waits.
+    bound_by: str | None = None
+    #: The agents that call this limiter itself; None if there were none.
+    agents: AgentStatistics | None = None
+
+    def __str__(self) -> str:
+        waits = ", ".join(
+            f"{each.count:,} for {name} ({each.seconds:,.1f} s)"
+            for name, each in self.waits.items()
+        )
+        most = "" if self.concurrency is None else f" of {self.concurrency:,}"
+        bound = self.bound_by not in {None, "paused"}  # a pause is mentioned below
+        binds = f" ({with_verb(str(self.bound_by), 'bind')})" if bound else ""
+        facts = [
+            f"{self.admitted:,} admitted",
+            f"{self.waiting:,} waiting{binds}",
+            f"{self.in_flight:,}{most} in flight",
+            f"{self.refused:,} refused",
+            f"{self.cancelled:,} cancelled",
+            f"{self.upstream_429:,} upstream 429s",
+            f"paused for {in_seconds(self.paused)} more" if self.paused else "",
+            f"waited so far: {waits}" if waits else "",
+        ]
+        used = [
+            f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits
+        ]
+        return f"{self.name}: {'; '.join([', '.join(filter(None, facts)), *used])}"
+
+
+def shares_used(now: Statistics) -> dict[str, float]:
+    """Return the used fraction of each limit, and of the slots, by the labels that metrics have.
+
+    Limits of one label, which a pool's members may have, count together.
+    """
+    sums: dict[str, tuple[int, int]] = {}
+    for use in now.limits:
+        used, units = sums.get(use.limit.label, (0, 0))
+        sums[use.limit.label] = used + use.used, units + use.limit.units
+    shares = {label: used / units for label, (used, units) in sums.items()}
+    if now.concurrency:
+        shares["concurrency"] = now.in_flight / now.concurrency
+    return shares

@@ -1,0 +1,435 @@
+"""What holds calls up: how refusals read, what `Limiter.explain` says, and what a limiter shows.
+
+An error says what binds, for how long, and the remedy. An explanation plays the line through, on
+copies of the meters: nothing is taken. Both ask the same meters and the same store as the pacer.
+"""
+
+import collections
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from asyncbucket.engine.context import Agent
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import (
+    AcquireTimeout,
+    AsyncBucketError,
+    BudgetExceeded,
+    CostExceedsLimit,
+    QueueFull,
+    WouldBlock,
+)
+from asyncbucket.engine.events import Reason, Refused
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.node import Meters, Node, latest
+from asyncbucket.engine.queue import AnyWaiter, Line
+from asyncbucket.engine.seats import bury_closed
+from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
+from asyncbucket.engine.wording import counted, in_seconds, named, rounded, with_verb, written
+
+if TYPE_CHECKING:
+    from asyncbucket.engine.pacer import Pacer
+    from asyncbucket.engine.seats import Place
+
+Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
+_AT_ONCE: Final = "without waiting"
+#: A deadline further back (ns) than this was probably meant as seconds from now.
+_LONG_PAST: Final = 1_000_000_000
+#: What observers hear of a refusal.
+_REASONS: Final[dict[type, Reason]] = {
+    WouldBlock: "would_block",
+    AcquireTimeout: "timeout",
+    QueueFull: "queue_full",
+    CostExceedsLimit: "too_costly",
+    BudgetExceeded: "budget",
+}
+REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
+
+
+# --- refusals ---
+
+
+def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
+    """Return the error of a call for which the line of ``level`` is too long."""
+    how = f"behind {counted(level.waiting, 'calls')} waiting already" if level.waiting else _AT_ONCE
+    remedy = f"try again later or raise max_queue={level.max_queue:,}"
+    return _refusal_locked(QueueFull, node, amounts, how, remedy)
+
+
+def refuse(node: Node, amounts: Amounts) -> None:
+    """Refuse a call that cannot pass now.
+
+    Raises:
+        WouldBlock: it cannot pass now, or others wait.
+        CostExceedsLimit: it can never pass.
+    """
+    try:
+        with node.pacer:
+            node.check(amounts)
+            raise _refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
+    except REFUSALS as error:
+        count_refusal(node, amounts, error)
+        raise
+
+
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up."""
+    assert deadline is not None
+    with node.pacer:
+        return too_late_locked(node, amounts, asked, deadline)
+
+
+def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+    """Return the error of a call that cannot pass by its deadline."""
+    how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
+    remedy = "raise the timeout or the limit"
+    if asked - deadline > _LONG_PAST:
+        how = "by a deadline that has passed"
+        remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
+    return _refusal_locked(AcquireTimeout, node, amounts, how, remedy)
+
+
+def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
+    """Count a refused call, and tell observers."""
+    pacer: Pacer = node.pacer
+    with pacer:
+        node.count("refused")
+    if pacer.observed:
+        pacer.notify(
+            node,
+            Refused,
+            cost=Cost.of(amounts),
+            reason=_REASONS[type(error)],
+            bound_by=getattr(error, "bound_by", None),
+            retry_after=getattr(error, "retry_after", None),
+        )
+
+
+def _refusal_locked(
+    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+) -> Refusal:
+    """Return the error of a refusal, with what binds and for how long."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
+    limited = node.resources()
+    named = [name for name, amount in amounts.items() if amount and name in limited]
+    what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
+    return error_type(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def _reason_locked(
+    node: Node, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    pacer: Pacer = node.pacer
+    due, bound_by = node.earliest_of_all(amounts, now)
+    windows = [window for level in node.path for window in level.limits.values()]
+    for limit in (window.limit for window in windows if at_once and pacer.place is None):
+        burst = limit.burst_units
+        if burst is not None and amounts.get(limit.resource, 0) > burst:
+            most = counted(burst, limit.resource)
+            why = f"above a burst of {most} it earns the rest while it is first in line"
+            return NEVER, limit.resource, why
+    if bound_by is None and pacer.place is not None:
+        known = pacer.place.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by, due = known[0], max(now, known[1])
+    if bound_by is None:
+        return pacer.next_look_locked(now), None, "others came first"
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
+    if due < NEVER:
+        binding = (each for each in windows if each.limit.resource == bound_by)
+        full = (each.limit for each in binding if each.available(now) < amounts[bound_by])
+        resets = next((limit.resets for limit in full if limit.resets), None)
+        until = "" if resets is None else f", until the limit resets at {resets}"
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
+    taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
+    slots = min(taken, default=0)  # 0: they are in a store
+    words = {0: "all slots are", 1: "the one slot is"}.get(slots, f"all {slots:,} slots are")
+    return due, bound_by, f"{words} taken"
+
+
+# --- explanations ---
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Show how many calls like the one in question a limit admits in the long run."""
+
+    #: The limiter with this limit: the one asked, or one above it.
+    limiter: str
+    limit: Limit
+    #: Calls a second.
+    calls: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Say which limit binds a call, how long it would wait, and what would have to change.
+
+    ``print`` it: it reads as a sentence.
+    """
+
+    cost: Cost
+    #: Seconds until such a call would pass, after all those ahead of it. None if that depends on a
+    #: slot being given back, or on the store that keeps the limits, of which only the latest reply
+    #: is known. Settling and cancelling shorten it. Where children or priorities share a limit, it
+    #: is an estimate: calls that come later may go first, and so may this one.
+    wait: float | None
+    #: What most of the wait would be for: ``"requests"``, ``"tokens"``, ``"concurrency"``,
+    #: ``"paused"``; None if it would pass at once.
+    bound_by: str | None
+    #: Calls that may go before it: those that wait, except less urgent ones and those held up by
+    #: limits that do not apply to it.
+    ahead: int
+    #: How many such calls each limit admits in the long run, the tightest first.
+    rates: tuple[Rate, ...]
+    #: Agents whose calls go before it: see `asyncbucket.agent`.
+    agents: int = 0
+    #: How many such calls a second all members of a pool admit together; then ``rates`` has the
+    #: tightest limit of each.
+    together: float | None = None
+    #: Why the limiter is paused, in brackets, if somebody said.
+    why_paused: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join([self._now(), *self._in_the_long_run()])
+
+    def _now(self) -> str:
+        behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
+        if self.agents:
+            behind += f" of {counted(self.agents, 'agents')}"
+        if self.bound_by is None:
+            return f"a call would pass at once{behind}"
+        if self.bound_by == "concurrency" and self.wait is None:
+            return f"a call would wait{behind} until a slot is given back"
+        why = with_verb(self.bound_by, "bind")
+        if self.bound_by == "paused":
+            why = f"the limiter is paused{self.why_paused}"
+        for_so_long = "" if self.wait is None else f" {in_seconds(self.wait)}"
+        return f"a call would wait{for_so_long}{behind}: {why}"
+
+    def _in_the_long_run(self) -> list[str]:
+        if not self.rates:
+            return ["no limit over time binds such calls"]
+        first, *others = self.rates
+        unit, seconds = _unit(first)
+        if self.together is not None:
+            number = rounded(self.together * seconds)
+            each = "; ".join(f"{rate.limiter}: {rate.limit}" for rate in self.rates)
+            return [f"its members allow {number} such calls {unit} together ({each})"]
+        number, what = rounded(first.calls * seconds), with_verb(first.limit.resource, "allow")
+        calls = "call" if number == "1" else "calls"
+        sentences = [f"{what} {number} such {calls} {unit} ({self._written(first)})"]
+        for other in others[:1]:
+            number, what = rounded(other.calls * seconds), named(other.limit.resource)
+            without = f"without that limit, {what} would allow {number} {unit}"
+            sentences.append(f"{without} ({self._written(other)})")
+        return sentences
+
+    def _written(self, rate: Rate) -> str:
+        limit = rate.limit
+        burst, text = limit.burst_units, str(limit)
+        if burst is not None and burst < limit.units:
+            text += f", burst {written(burst, limit.resource)}"
+        several = any(other.limiter != rate.limiter for other in self.rates)
+        return f"{rate.limiter}: {text}" if several else text
+
+
+def explain_locked(
+    node: Node, amounts: dict[str, int], priority: int, agent: Agent | None
+) -> Explanation:
+    """Explain what would happen to a call of these amounts; called with the lock held."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    before, agents = [call for call in _in_order(pacer) if call.line.priority >= priority], 0
+    if node.agents is not None:
+        before, agents = node.agents.ahead(before, agent, amounts)
+    copies, ahead, when, waits = _simulate_line(node, now, before)
+    due, binds, _ = _soonest_route(node, amounts, when, copies)
+    waits[binds] += due - when
+    when = due
+    ((bound_by, _),) = waits.most_common(1)
+    if not _with_slots(_routes(node, amounts)):
+        when, bound_by = NEVER, "concurrency"
+    rates = _rates(node, amounts)
+    due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
+    if due > when:
+        when, bound_by = due, binds
+    return Explanation(
+        cost=Cost.of(amounts),
+        wait=None if when >= NEVER else (when - now) * 1e-9,
+        bound_by=bound_by if when > now else None,
+        ahead=ahead + ahead_in_store,
+        rates=tuple(sorted(rates, key=lambda rate: rate.calls)),
+        agents=agents,
+        together=None if node.pacer.pool is None else sum(rate.calls for rate in rates),
+        why_paused=node.why_paused(),
+    )
+
+
+def _routes(node: Node, amounts: Amounts) -> list[Node]:
+    """Return what such a call may pass: its own limiter, or one of a pool's members."""
+    routes: list[Node] = [node] if node.pacer.pool is None else node.routes(amounts)
+    return routes
+
+
+def _with_slots(routes: list[Node]) -> list[Node]:
+    """Return those on which a slot is free."""
+    return [each for each in routes if all(node.in_flight < node.slots for node in each.bounded)]
+
+
+def _soonest_route(
+    node: Node, amounts: Amounts, since: int, copies: dict[int, object]
+) -> tuple[int, str | None, Meters]:
+    """Return when such a call could pass by copies of the meters, what binds, and by which ones."""
+    routes = _routes(node, amounts)
+    meters = [copy.deepcopy(each.meters, copies) for each in _with_slots(routes) or routes[:1]]
+    return min(((*latest(each, amounts, since), each) for each in meters), key=lambda due: due[0])
+
+
+def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
+    """Return all who wait: in order of arrival, but for lines that go by agent."""
+    places: list[tuple[int, AnyWaiter]] = []
+    for line in pacer.top.lines():
+        calls = [waiter for waiter in line.calls if not waiter.done()]
+        places += zip(sorted(waiter.number for waiter in calls), calls, strict=True)
+    return [waiter for _, waiter in sorted(places, key=lambda place: place[0])]
+
+
+def _simulate_line(
+    node: Node, now: int, before: list[AnyWaiter]
+) -> tuple[dict[int, object], int, int, collections.Counter[str | None]]:
+    """Book all calls ahead in copies of the meters, in order.
+
+    Return the copies, how many calls there are, when the last one passes, and how long they wait for
+    what. Slots do not count: nobody knows when one comes back, and those that are free now will.
+    """
+    copies: dict[int, object] = {}
+    # Lines whose first waits for limits that do not apply to the call.
+    held_lines: set[Line] = set()
+    waits: collections.Counter[str | None] = collections.Counter()
+    ahead, when = 0, now
+    for waiter in before:
+        line, amounts = waiter.line, waiter.amounts
+        others = [level for level in line.node.path if level not in node.path]
+        if any(level.earliest(amounts, line.since)[0] > now for level in others):
+            held_lines.add(line)
+        if line in held_lines:
+            continue
+        ahead += 1
+        due, binds, their_meters = _soonest_route(line.node, amounts, line.since, copies)
+        if due > when:
+            waits[binds] += due - when
+            when = due
+        for meter, resource in their_meters:
+            if amounts.get(resource):
+                meter.book(amounts[resource], when)
+    return copies, ahead, when, waits
+
+
+def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
+    """Return when the store may admit such a call, what binds, and how many calls are ahead.
+
+    It is `now` without a store. What is known is as last heard. `NEVER` means that it depends on
+    the store, or on a slot being given back.
+    """
+    place: Place | None = root.pacer.place
+    if place is None:
+        return now, None, 0
+    known, ahead = place.held_up(), place.waiting()
+    if known is not None:
+        return (known[1] if ahead <= 1 else NEVER), known[0], ahead  # known of the first alone
+    if root.in_flight >= root.slots:
+        return NEVER, "concurrency", ahead
+    for use in place.use():
+        if use.available < amounts.get(use.limit.resource, 0):
+            return NEVER, use.limit.resource, ahead
+    return now, None, ahead
+
+
+def _rates(node: Node, amounts: Amounts) -> list[Rate]:
+    if node.pacer.pool is not None:
+        each = (_rates(route, amounts) for route in _routes(node, amounts))
+        return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
+    return [
+        Rate(level.name, limit, limit.units / limit.per / amounts[limit.resource])
+        for level in node.path
+        for limit in (window.limit for window in level.limits.values())
+        if amounts.get(limit.resource)
+    ]
+
+
+def _unit(rate: Rate) -> tuple[str, int]:
+    """Return a unit at least as long as the window, so that the rate is no fraction; and its seconds."""
+    units = (("a second", 1), ("a minute", 60), ("an hour", 3_600))
+    fit = (unit for unit in units if unit[1] >= rate.limit.per and rate.calls * unit[1] >= 1)
+    return next(fit, ("a day", 86_400))
+
+
+# --- statistics ---
+
+
+def statistics_locked(node: Node) -> Statistics:
+    """Return what passed at ``node`` and below, what waits, and what for."""
+    pacer: Pacer = node.pacer
+    pacer.run_jobs_locked()
+    bury_closed(pacer)
+    now = pacer.clock()
+    return Statistics(
+        name=node.name,
+        admitted=node.admitted,
+        refused=node.refused,
+        cancelled=node.cancelled,
+        waiting=node.waiting,
+        in_flight=node.in_flight,
+        concurrency=node.concurrency,
+        paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
+        upstream_429=node.upstream_429,
+        overridden=pacer.overridden,
+        waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
+        refunded=dict(node.refunded),
+        limits=tuple(_uses(node, now)),
+        bound_by=_bound_by(node),
+        agents=None if node.agents is None else node.agents.statistics(),
+    )
+
+
+def _uses(node: Node, now: int) -> Iterator[LimitUse]:
+    """Yield how much of each limit is used."""
+    wall, place = node.pacer.wall(now), node.place
+    if place is not None:
+        for use in place.use():
+            yield replace(use, resets_in=use.limit.resets_in(wall))
+        return
+    for key, window in node.limits.items():
+        beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+        left = min(meter.available(now) for meter in (window, *beside))
+        yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall))
+
+
+def _bound_by(node: Node) -> str | None:
+    """Return what holds up the next call, if anybody waits at ``node`` or below."""
+    pacer: Pacer = node.pacer
+    if not node.waiting:
+        return None
+    known = None if pacer.place is None else pacer.place.held_up()
+    of_all = (None if known is None else known[0], pacer.bound_by)
+    lines = [line for line in pacer.top.lines() if line.living and node in line.node.path]
+    lines.sort(key=lambda line: (line.node is not node, -line.priority))  # its own calls first
+    here = [line.bound_by for line in lines]
+    # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+    answers = (*of_all, *here) if node.parent is None else (*here, *of_all)
+    return next(filter(None, answers), None)

@@ -1,0 +1,226 @@
+"""What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from asyncbucket.budgets import BudgetLease
+from asyncbucket.doors import find_headroom
+from asyncbucket.engine.context import inherited, nanoseconds
+from asyncbucket.engine.cost import rounded_up
+from asyncbucket.engine.events import Event
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import Limit
+from asyncbucket.engine.node import Node
+from asyncbucket.engine.node import shown_name as _shown_name
+
+# The face of the core's private parts.
+# ruff: noqa: SLF001
+
+
+def levels(limiter: Limiter) -> Iterator[Limiter]:
+    """Yield ``limiter`` and those above it, up to the root."""
+    level: Limiter | None = limiter
+    while level is not None:
+        yield level
+        level = level.parent
+
+
+def root_of(limiter: Limiter) -> Limiter:
+    """Return the limiter above all those above ``limiter``; itself if there is none."""
+    return [*levels(limiter)][-1]
+
+
+def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
+    """Return the nodes that a call here passes: on the only way, or on one through each pool member."""
+    path: tuple[Node, ...] = limiter._node.path
+    pool = path[0].pacer.pool
+    return [path] if pool is None else [(*path, *member.node.path) for member in pool.members]
+
+
+def members_of(limiter: Limiter) -> tuple[Limiter, ...]:
+    """Return the members of a pool; none of any other limiter, nor of one below a pool."""
+    return () if limiter.parent is not None else getattr(limiter, "members", ())
+
+
+def _passed(limiter: Limiter) -> set[Node]:
+    return {node for way in ways(limiter) for node in way}
+
+
+def is_under(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether what ``limiter`` admits also counts at ``other``, or may, if that is in its pool."""
+    return any(other._node in way for way in ways(limiter))
+
+
+def counts_at(lease: Lease, limiter: Limiter) -> bool:
+    """Tell whether an admitted call counts at ``limiter``."""
+    return limiter._node in lease._node.path
+
+
+def share_a_level(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether calls of both may count at one limiter, be it only the root."""
+    return not _passed(limiter).isdisjoint(_passed(other))
+
+
+def on_one_path(limiter: Limiter, other: Limiter) -> bool:
+    """Tell whether a call of one of these limiters counts at the other, too.
+
+    Then a lease of each would be two for the same call: if there is only one slot, the call would
+    wait for itself.
+    """
+    return is_under(limiter, other) or is_under(other, limiter)
+
+
+def provider_of(limiter: Limiter) -> Limiter:
+    """Return the level whose limits are the provider's own: the highest with any limits.
+
+    What a provider says of its limits, in a header or a refusal, concerns everything below that
+    level. Levels above it have no limits of their own; they only group several providers.
+    """
+    path = list(levels(limiter))
+    return next((level for level in reversed(path) if level.limits), path[-1])
+
+
+def limits_by_way(limiter: Limiter) -> list[tuple[Limit, ...]]:
+    """Return the limits that a call here meets on each of its `ways`."""
+    return [
+        tuple(window.limit for node in way for window in tuple(node.limits.values()))
+        for way in ways(limiter)
+    ]
+
+
+def in_force(limiter: Limiter) -> tuple[Limit, ...]:
+    """Return the limits that hold for calls here: its own, and those of the levels above."""
+    return tuple(limit for limits in limits_by_way(limiter) for limit in limits)
+
+
+def counts(limiter: Limiter, resource: str) -> bool:
+    """Tell whether a limit here or above, or a budget around this code, counts ``resource``."""
+    return resource in limiter._node.resources() or resource in capped()
+
+
+def capped() -> set[str]:
+    """Return the resources of which budgets around this code cap the use."""
+    context = inherited.get()
+    return set() if context is None else {name for each in context.budgets for name in each.cap}
+
+
+def prices_of(limiter: Limiter) -> Mapping[str, Any]:
+    """Return the prices that the root of ``limiter`` was given."""
+    return root_of(limiter)._prices
+
+
+def can_give_slots_up(limiter: Limiter) -> bool:
+    """Tell whether this limiter, or one above, can answer a refusal by reducing its slots."""
+    sizers = (node.sizer for node in limiter._node.path)
+    return any(sizer and sizer.size > sizer.least for sizer in sizers)
+
+
+def effective_limiter(limiter: Limiter) -> Limiter:
+    """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
+    return limiter._limiter_for(None, inherited.get())
+
+
+def give_back(lease: Lease, limiter: Limiter) -> None:
+    """Have ``lease`` give up the slots that a call of ``limiter`` from this context may need.
+
+    A tool or a model that calls another model does nothing itself meanwhile, yet holds a slot. If
+    both pass the same limiter, be it only the root, the inner call may be waiting for that very
+    slot. So the outer call gives up its slots at the levels that both pass, for good. At the others
+    it keeps them.
+    """
+    lease._node.pacer.do(lease._give_up_slots_locked, _passed(effective_limiter(limiter)))
+
+
+def sent(lease: Lease) -> None:
+    """Date the cost of a call to now, because it leaves only now; see `Lease`."""
+    lease._sent()
+
+
+async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: bool) -> None:
+    """Have the budgets around an admitted call pay for a further request of it.
+
+    Raises:
+        BudgetExceeded: one cannot, so the request must not be sent.
+    """
+    if isinstance(lease, BudgetLease):
+        amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
+        await lease._ask(reserve=True, blocking=blocking, more=amounts)
+
+
+def undo(lease: Lease) -> None:
+    """Give everything back, as if the call had never been: it was not made."""
+    lease._undo()
+
+
+def emit(limiter: Limiter, event: Event) -> None:
+    """Send an adapter's event to the observers."""
+    limiter._node.emit(event)
+
+
+def observe_remaining(
+    limiter: Limiter,
+    remaining: int,
+    *,
+    resource: str,
+    per: float,
+    limit: int | None = None,
+    since: float | None = None,
+    rounding: int = 0,
+) -> None:
+    """Take in what the provider says is left of a limit that others spend from, too.
+
+    It may lower what is available, but never raise it above the limits here. It is forgotten if
+    nothing more is heard for a whole window. It is ignored if ``limiter`` does not limit that
+    window, or if a store keeps its limits. Transports call this; `asyncbucket.feedback.headroom`
+    explains what happens then.
+
+    Args:
+        limiter: the level whose limits are the provider's.
+        remaining: units left.
+        resource: what the units count, such as ``"tokens"``.
+        per: the window of the limit, in seconds.
+        limit: the provider's own limit, if it says.
+        since: when the call with this answer was sent, in seconds of the limiter's clock; calls
+            sent later may or may not be counted in ``remaining`` yet.
+        rounding: by how many units ``remaining`` may have been rounded down.
+    """
+    node = limiter._node
+    pacer = node.pacer
+    with pacer:
+        now = pacer.clock()
+        sent = now if since is None else nanoseconds(since, "since")
+        window = node.limits.get((resource, per))
+        if window is None or node.place is not None:
+            return
+        find_headroom(node, window).update(
+            remaining,
+            now,
+            amount=window.amount if limit is None else max(1, min(limit, window.amount)),
+            limit=limit,
+            booked_since=sum(units for date, units in window.entries() if date > sent),
+            lent=window.lent(node.in_flight),
+            rounding=rounding,
+        )
+        pacer.ring_locked(node, now)
+
+
+def shown_name(limiter: Limiter) -> str:
+    """Return the name that others may see: with a star instead of a tenant."""
+    return _shown_name(limiter.name)
+
+
+def terms_of(limiter: Limiter) -> dict[str, Any]:
+    """Return what ``limiter`` was made with besides its name and limits."""
+    node, sizer = limiter._node, limiter._node.sizer
+    terms: dict[str, Any] = {
+        "concurrency": limiter.concurrency if sizer is None else (sizer.least, sizer.most),
+        "max_queue": limiter.max_queue,
+        "timeout": limiter._timeout,
+    }
+    if limiter.parent is not None:
+        return terms | {"weight": node.weight, "priority": limiter._priority}
+    place = node.pacer.place
+    if limiter._prices:
+        terms["prices"] = limiter._prices
+    return terms if place is None else terms | place.options()

@@ -1,0 +1,792 @@
+"""One line over several limiters: late binding, order, preference, stickiness, members that fail."""
+
+import asyncio
+import collections
+import logging
+import operator
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import asyncbucket
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter, Pool, WouldBlock, members
+from asyncbucket.pools import PoolLease
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.engine.conftest import (
+    HELD,
+    all_blocked,
+    cancel,
+    nothing_is_left,
+    refused,
+    start,
+    start_all,
+)
+from tests.engine.test_threads import in_another_thread
+
+CORE = str(Path(members.__file__).parent)
+Trace = collections.defaultdict[str, list[tuple[float, int]]]
+
+
+def members_of(time: VirtualTime, *rpm: int, **options: Any) -> list[Limiter]:
+    """Return one limiter for each number of requests a minute, called a, b, c..."""
+    return [
+        Limiter(rpm=each, name=chr(97 + n), clock=time.clock, **options)
+        for n, each in enumerate(rpm)
+    ]
+
+
+async def name_of_taker(pool: Pool, **call: Any) -> str:
+    """Make one call, and return who took it."""
+    async with pool.acquire(**call) as lease:
+        return lease.limiter.name
+
+
+# --- late binding ---
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(20, marks=pytest.mark.heavy)])
+async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
+    time: VirtualTime, number: int
+) -> None:
+    chance = random.Random(number)
+    members = members_of(time, *(chance.randint(30, 1_200 // number) for _ in range(number)))
+    pool, started, took = Pool(*members), list[int](), Trace(list)
+
+    async def call(which: int) -> None:
+        async with pool.acquire() as lease:
+            started.append(which)
+            took[lease.limiter.name].append((time.now, 1))
+
+    rate = sum(limit.amount for limit in pool.limits) / 60
+    bursts = sum(limit.burst or 0 for limit in pool.limits)
+    calls = round(rate * 180)
+    await asyncio.gather(*(call(which) for which in range(calls)))
+    assert started == sorted(started)
+    assert (calls - bursts) / rate <= time.now <= (calls - bursts) / rate / 0.99
+    for member in members:
+        assert_never_over(took[member.name], member.limits[0])
+    nothing_is_left(pool, *members)
+
+
+async def test_costly_call_goes_to_members_that_can_take_it_and_holds_up_no_others(
+    time: VirtualTime,
+) -> None:
+    small = Limiter("100 TPM", name="small", clock=time.clock)
+    large = Limiter("1000 TPM", name="large", clock=time.clock)
+    pool = Pool(small, large, prefer="first")
+    assert await name_of_taker(pool, tokens=500) == "large"
+    large.pause(30)
+    costly = await start_all(name_of_taker(pool, tokens=n) for n in (600, 500))
+    assert await name_of_taker(pool, tokens=60) == "small"
+    both = await start(name_of_taker(pool, tokens=50))  # it waits for either, and there in turn
+    assert await costly[0] == "large"
+    assert time.now == pytest.approx(60 * HELD, abs=0.2)
+    assert not costly[1].done()
+    assert await both == "small"
+    cancel(costly[1])
+    await all_blocked()
+    assert await name_of_taker(pool, tokens=400) == "large"  # at once
+    assert time.now == pytest.approx(60 * HELD, abs=0.2)
+    with pytest.raises(
+        CostExceedsLimit,
+        match=(
+            r"cost of 1,001 tokens exceeds a limit of every member \(100 tokens per 60 s at 'small', "
+        ),
+    ):
+        await pool.acquire(tokens=1_001)
+    too_costly = await start(pool.acquire(tokens=1_000))
+    large.reconfigure(tpm=900)
+    with pytest.raises(CostExceedsLimit):
+        await too_costly
+    nothing_is_left(pool, small, large)
+
+
+async def test_members_paused_or_without_slots_are_passed_over(time: VirtualTime) -> None:
+    a, b = members_of(time, 600, 600)
+    pool = Pool(a, b, prefer="first")
+    a.pause(5)
+    assert await name_of_taker(pool) == "b"
+    pool.pause(3)
+    with refused(WouldBlock, "paused for 3 s", retry_after=3.0, bound_by="paused"):
+        pool.acquire_nowait()
+    assert (await name_of_taker(pool), time.now) == ("b", 3.0)
+    b.pause(9)
+    at_a, at_b = await start_all(each.acquire() for each in (a, b))  # each alone in its line
+    await at_a
+    assert time.now == 5.0
+    cancel(at_b)
+
+
+@pytest.mark.parametrize(("is_kept", "is_probe"), [(True, False), (False, True)])
+async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
+    time: VirtualTime, *, is_kept: bool, is_probe: bool
+) -> None:
+    """As Ctrl-C may do, between any two lines; another call behind it gets its turn."""
+    left = moment = 0
+
+    def interrupt(frame: FrameType, *_: object) -> None:
+        nonlocal left
+        left -= frame.f_code.co_filename.startswith(CORE)
+        if left == 0:
+            cancel(first)
+
+    while left <= 0:
+        moment += 1
+        a, b = members_of(time, 6_000, 6_000, concurrency=1)
+        pool = Pool(a, b, prefer="first")
+        held = [await pool.acquire(sticky="talk"), await pool.acquire()]
+        first, second = await start_all(
+            name_of_taker(pool, sticky=key) for key in ("talk" if is_kept else None, None)
+        )
+        b.pause(60)
+        if is_kept:
+            held[1].release()
+        await all_blocked()
+        left = moment
+        sys.setprofile(interrupt)
+        try:
+            held[0].member_failed("HTTP 500") if is_probe else held[0].release()
+            await asyncio.wait([first, second], timeout=3)
+        finally:
+            sys.setprofile(None)
+        held[1].release()
+        assert first.cancelled() or first.result() == "a"
+        assert second.result() == "a"
+        nothing_is_left(pool, a, b)
+        assert a.statistics().admitted in ([2, 3] if first.cancelled() else [3])
+        assert a._node.pacer.waiting == 0
+    assert moment > 50
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_call_that_was_out_of_line_holds_up_nobody_when_it_gives_up(
+    time: VirtualTime, *, fails: bool
+) -> None:
+    """Kept for its member, then next at each; its cost can never pass any more, or it is cancelled."""
+    a, b = (Limiter("100 TPM", name=name, clock=time.clock) for name in "ab")
+    pool = Pool(a, b, prefer="first")
+    for member in "ab":
+        assert (
+            await name_of_taker(pool, tokens=80, sticky="talk" if member == "a" else None) == member
+        )
+    kept = await start(pool.acquire(tokens=90, sticky="talk"))
+    for seconds in (1, 2):  # its patience ends after two
+        await asyncio.sleep(seconds)
+        assert not kept.done()
+    behind = await start(pool.acquire(tokens=10))
+    if fails:
+        for each in (a, b):
+            each.reconfigure(tpm=85)
+        with pytest.raises(CostExceedsLimit):
+            await kept
+    else:
+        cancel(kept)
+        await all_blocked()
+    assert behind.done() is not fails  # 80 of 85 are used
+    (await behind).release()
+    nothing_is_left(pool, a, b)
+
+
+def test_calls_of_several_loops_and_threads_share_the_line() -> None:
+    pool = Pool(*(Limiter(rps=100, name=name, concurrency=2) for name in "ab"))
+    ended: list[str] = []
+
+    async def calls() -> None:
+        ended.extend([await name_of_taker(pool) for _ in range(10)])
+
+    def thread() -> None:
+        for _ in range(10):
+            with pool.acquire_sync():
+                ended.append("thread")
+
+    threads = [threading.Thread(target=thread) for _ in range(3)]
+    threads += [threading.Thread(target=asyncio.run, args=(calls(),)) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(20)
+    assert len(ended) == 60
+    nothing_is_left(pool, *pool.members)
+
+
+async def test_member_used_directly_shares_with_the_pool_as_with_a_child(time: VirtualTime) -> None:
+    a, b = members_of(time, 120, 60)
+    pool = Pool(a, b)
+    served: collections.Counter[str] = collections.Counter()
+
+    async def caller(limiter: Limiter, name: str) -> None:
+        while time.now < 300:
+            async with limiter.acquire():
+                served[name] += 1
+
+    callers = [(a, "direct"), (a.child("other"), "other"), (pool, "pool")]
+    await asyncio.gather(*(caller(*each) for each in callers for _ in range(20)))
+    assert served["direct"] == pytest.approx(216, rel=0.06)
+    assert served["other"] == pytest.approx(216, rel=0.06)
+    assert served["pool"] == pytest.approx(216 + 306, rel=0.06)
+
+
+async def test_newcomer_at_member_does_not_pass_waiting_pool(time: VirtualTime) -> None:
+    (a,) = members_of(time, 60, concurrency=1)
+    pool = Pool(a)
+    held = await a.acquire()
+    waiting = await start_all([pool.acquire()])
+    held.release()
+    with pytest.raises(WouldBlock):
+        a.acquire_nowait()
+    assert (await waiting[0]).limiter is a
+
+
+async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_directly(
+    time: VirtualTime,
+) -> None:
+    """As those of a child do: only one other call of each goes before six of them."""
+    (a,) = members_of(time, 600, concurrency=1)
+    pool, order = Pool(a), ""
+
+    async def call(limiter: Limiter, name: str, priority: int) -> None:
+        nonlocal order
+        async with limiter.acquire(priority=priority):
+            order += name
+
+    held = await a.acquire()
+    waiting = await start_all(call(*each, 0) for each in [(a, "d"), (pool, "p")] * 4)
+    waiting += await start_all(call(pool, "u", 1) for _ in range(6))
+    given_up = await start(call(pool, "v", 2))
+    cancel(given_up)
+    held.release()
+    await asyncio.wait([*waiting, given_up])
+    assert collections.Counter(order[:8]) == {"u": 6, "d": 1, "p": 1}
+    assert "ddd" not in order
+    assert "ppp" not in order  # afterwards they share as before
+
+
+# --- who is preferred ---
+
+
+@pytest.mark.parametrize(
+    ("prefer", "expected"),
+    [
+        ("first", "aaaaaabbbb"),
+        ("least_used", "abbbabbbab"),
+        (operator.itemgetter(-1), "bbbbbbbbbb"),
+    ],
+)
+async def test_preference_decides_among_members_that_could_start_now(
+    time: VirtualTime, prefer: Any, expected: str
+) -> None:
+    """A tenth of 60 and of 180 a minute may pass at once: 6 and 18."""
+    pool = Pool(*members_of(time, 60, 180), prefer=prefer)
+    assert [await name_of_taker(pool) for _ in range(10)] == [*expected]
+
+
+async def test_preference_that_changes_what_it_is_asked_about_is_followed_only_if_possible(
+    time: VirtualTime,
+) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        a.pause(5)
+        return members[0]
+
+    pool = Pool(a, b, prefer=prefer)
+    assert await name_of_taker(pool) == "b"
+    await asyncio.sleep(5)
+    pool.pause(1)
+    waiting = await start_all(name_of_taker(pool) for _ in range(2))
+    assert await asyncio.gather(*waiting) == ["b", "b"]
+    assert time.now == pytest.approx(6)
+    assert await name_of_taker(pool) == "b"
+
+
+async def test_slow_preference_keeps_no_call_aside(time: VirtualTime) -> None:
+    """While it is asked, another loop looks, to which this one is late."""
+    asked: list[int] = []
+
+    async def ask_in_vain() -> None:
+        with pytest.raises(AcquireTimeout):
+            await child.acquire(timeout=0)
+
+    def prefer(members: list[Limiter]) -> Limiter:
+        asked.append(len(members))
+        if len(asked) == 2:
+            time.advance(0.1)
+            in_another_thread(ask_in_vain)
+        return members[0]
+
+    pool = Pool(*members_of(time, 6_000, 6_000), prefer=prefer)
+    child = pool.child("child", concurrency=1)
+    held = child.acquire_nowait()
+    pool.pause(1)
+    assert await name_of_taker(pool) == "a"
+    assert asked == [2, 2]
+    held.release()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_preference_that_fails_holds_up_nobody(
+    time: VirtualTime, caplog: pytest.LogCaptureFixture, *, fails: bool
+) -> None:
+    def prefer(members: list[Limiter]) -> object:
+        return members[9] if fails else "b"
+
+    pool = Pool(*members_of(time, 60, 60), prefer=prefer)
+    assert await asyncio.gather(*(name_of_taker(pool) for _ in range(14))) == [*"aaaaaabbbbbbab"]
+    (message,) = caplog.messages
+    assert message.startswith("prefer= of pool 'pool' chose none of the members it was given, so ")
+
+
+# --- conversations ---
+
+
+async def test_sticky_call_keeps_to_its_member_while_that_costs_little(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first", patience=2)
+    a.pause(0.5)
+    assert await name_of_taker(pool, sticky="talk") == "b"
+    await asyncio.sleep(1)
+    with asyncbucket.sticky("talk"):
+        held = pool.acquire_nowait()
+        other = pool.acquire_nowait()  # which cannot wait for its own
+    assert (held.limiter, other.limiter) == (b, a)
+    pool.pause(1)
+    other.release()
+    sticky, free = await start_all([name_of_taker(pool, sticky=key) for key in ("talk", "another")])
+    await asyncio.sleep(1)
+    assert (sticky.done(), await free) == (True, "a")  # "talk" was at a last
+    talk = await start(pool.acquire(sticky="another"))
+    b_only = await start(name_of_taker(pool, sticky="another"))
+    held.release()
+    await asyncio.sleep(1)
+    assert not b_only.done()  # it waits for its own, though the other is free
+    (await talk).release()
+    assert await b_only == "a"
+
+
+async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first")
+    assert await name_of_taker(pool, sticky="talk") == "a"
+    held = await a.acquire()
+    assert await name_of_taker(pool, sticky="talk", patience=0) == "b"
+    assert await name_of_taker(pool, sticky="talk") == "b"  # where its cache is warm now
+    held.release()
+    assert await name_of_taker(pool, sticky="new") == "a"
+    held = await a.acquire()
+    asked = time.now
+    hurried, patient = await start_all(
+        name_of_taker(pool, sticky="new", timeout=seconds) for seconds in (0.5, None)
+    )
+    pool.acquire_nowait().release()  # at b, though calls wait for a
+    assert await hurried == "b"  # at the last moment
+    assert time.now - asked == pytest.approx(0.5)
+    assert await patient == "b"
+    assert time.now - asked == pytest.approx(2.0)
+    held.release()
+
+
+@pytest.mark.parametrize(("patience", "taker"), [(100, "a"), (1, "b")])
+async def test_call_out_of_line_shares_its_members_with_direct_calls(
+    time: VirtualTime, patience: float, taker: str
+) -> None:
+    """It is in the line of the member that it is kept for, or in all, though nobody waits in its own."""
+    a, b = members_of(time, 60, 60, concurrency=1)
+    pool = Pool(a, b, prefer="first", patience=patience)
+    assert await name_of_taker(pool, sticky="talk") == "a"
+    held = {"a": await a.acquire()}
+    kept = await start(pool.acquire(sticky="talk"))
+    held["b"] = await b.acquire()
+    member = a if taker == "a" else b
+    direct = await start_all(member.acquire() for _ in range(3))
+    await asyncio.sleep(2)
+    held[taker].release()
+    for _ in range(2):
+        await all_blocked()
+        if not kept.done():
+            (await direct.pop(0)).release()
+            await asyncio.sleep(2)
+    assert (await kept).limiter is member
+    cancel(*direct)
+
+
+async def test_pool_that_slept_at_a_member_is_asked_again(time: VirtualTime) -> None:
+    """Its child's own limit held it up; then a call of another one comes."""
+    a, b = members_of(time, 600, 600, concurrency=1)
+    b.pause(1_000)
+    pool = Pool(a, b)
+    slow = pool.child("slow", "1/100s")
+    (await slow.acquire()).release()
+    held = await a.acquire()
+    waiting = await start_all([slow.acquire(), a.acquire()])
+    held.release()
+    (await waiting[1]).release()
+    waiting += await start_all([a.acquire(), a.acquire()])
+    newcomer = await start(pool.acquire())
+    (await waiting[2]).release()
+    await asyncio.sleep(1)
+    for each in (newcomer, waiting[3]):
+        (await each).release()
+    assert time.now < 5
+    cancel(waiting[0])
+
+
+async def test_children_of_a_pool_share_its_tokens_by_weight(time: VirtualTime) -> None:
+    limits = "6k TPM burst 600", "12k TPM burst 600"
+    pool = Pool(*(Limiter(each, name=each[:2], clock=time.clock) for each in limits))
+    served: collections.Counter[str] = collections.Counter()
+
+    async def caller(child: Pool, tokens: int) -> None:
+        while time.now < 400:
+            async with child.acquire(tokens=tokens):
+                served[child.name] += tokens * (70 < time.now < 380)
+
+    children = [(pool.child("light"), 50), (pool.child("heavy", weight=3), 100)]
+    await asyncio.gather(*(caller(*each) for each in children for _ in range(10)))
+    assert served["pool/heavy"] == pytest.approx(3 * served["pool/light"], rel=0.05)
+
+
+async def test_latest_conversations_are_remembered(
+    time: VirtualTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "_HOMES", 2)
+    a, b = members_of(time, 600, 600)
+    pool = Pool(a, b, prefer="first")
+    for key in "xyz":
+        assert await name_of_taker(pool, sticky=key) == "a"
+    a.pause(1)
+    assert await name_of_taker(pool, sticky="x") == "b"  # forgotten, so it does not wait for a
+    assert time.now == 0
+    assert await name_of_taker(pool, sticky="z") == "a"
+
+
+async def test_sticky_call_does_not_wait_for_member_that_is_left_out(time: VirtualTime) -> None:
+    a, b = members_of(time, 60, 60)
+    pool = Pool(a, b, prefer="first")
+    lease = await pool.acquire(sticky="talk")
+    held = await a.acquire()
+    a.pause(1.5)
+    waiting = await start(name_of_taker(pool, sticky="talk"))
+    assert not waiting.done()
+    lease.member_failed("HTTP 401")
+    assert await waiting == "b"
+    held.release()
+
+
+@pytest.mark.heavy
+async def test_conversations_hit_warm_caches_at_full_throughput(time: VirtualTime) -> None:
+    """At least 95 % of the hits of unlimited stickiness, at no more than 2 % lost throughput."""
+    hits, seconds = {}, {}
+    for patience in (2.0, 1e6, 0.0):
+        began = time.now
+        members = [
+            Limiter(rpm=rpm, name=name, concurrency=8, clock=time.clock)
+            for name, rpm in (("a", 300), ("b", 200), ("c", 100))
+        ]
+        pool = Pool(*members, patience=patience)
+        talks = (hits_of_conversation(pool, which) for which in range(60))
+        hits[patience] = sum(await asyncio.gather(*talks))
+        seconds[patience] = time.now - began
+    assert hits[2.0] >= 0.95 * hits[1e6]
+    assert seconds[2.0] <= seconds[0.0] / 0.98
+    assert hits[0.0] < 0.7 * hits[2.0]
+
+
+async def hits_of_conversation(pool: Pool, which: int) -> int:
+    """Make calls in a row; return how many hit the cache of the member that took the last."""
+    chance, hits, warm_at = random.Random(which), 0, ""
+    for _ in range(40):
+        async with pool.acquire(sticky=f"talk {which}") as lease:
+            hits += warm_at == lease.limiter.name
+            warm_at = lease.limiter.name
+            await asyncio.sleep(chance.uniform(0.2, 1.0))
+    return hits
+
+
+# --- several pools ---
+
+
+async def test_second_pool_of_a_member_is_made_before_calls_wait_there(time: VirtualTime) -> None:
+    a, b, c = members_of(time, 600, 600, 600, concurrency=1)
+    Pool(a, b)
+    held = await b.acquire()
+    waiting = await start(b.acquire())
+    with pytest.raises(RuntimeError, match="'a', or of what it shares a pool with, wait"):
+        Pool(a, c)
+    held.release()
+    (await waiting).release()
+    Pool(a, c)
+
+
+# --- members that fail ---
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+async def test_member_that_fails_is_left_out_and_probed_by_one_call(
+    time: VirtualTime, caplog: pytest.LogCaptureFixture, *, is_dropped: bool
+) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+    pool = Pool(a, b, prefer="first")
+    lease = await pool.acquire()
+    others = [await pool.acquire() for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        lease.member_failed("HTTP 401")
+        for other in others:  # which were in flight, and fail with it
+            other.member_failed("HTTP 401")
+    assert caplog.messages == ["pool 'pool' leaves out 'a': HTTP 401"]
+    for seconds in (1, 2, 4, 8, 16, 32, 60, 60):
+        began = time.now
+        while (lease := await pool.acquire()).limiter is b:
+            lease.release()
+            await asyncio.sleep(0.25)
+        assert time.now - began == pytest.approx(seconds, abs=0.26)
+        await asyncio.sleep(50)
+        assert await name_of_taker(pool) == "b"  # the probe is alone, however long it takes
+        lease.member_failed("HTTP 401")
+    await asyncio.sleep(60)
+    lost = await pool.acquire()
+    assert lost.limiter is a
+    if is_dropped:
+        del lost
+    else:
+        lost.failed()  # says nothing about the member, so the next call is a probe
+    assert await name_of_taker(pool) == "a"
+    held = [await pool.acquire() for _ in range(3)]
+    assert {lease.limiter for lease in held} == {a}
+    held[0].member_failed("HTTP 500")
+    await asyncio.sleep(1)
+    assert await name_of_taker(pool) == "a"  # it rested for 1 s, as at first
+
+
+async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> None:
+    a, b = members_of(time, 6_000, 6_000)
+    pool = Pool(a, b)
+    for _ in range(2):
+        (await pool.acquire()).member_failed("ConnectError")
+    with pytest.raises(WouldBlock):
+        pool.acquire_nowait()
+    waiting = await start_all([pool.acquire() for _ in range(5)])
+    probes = [await each for each in waiting[:2]]
+    assert time.now == pytest.approx(1.0)
+    await asyncio.sleep(30)
+    assert not any(each.done() for each in waiting[2:])
+    for probe in probes:
+        probe.release()
+    await asyncio.gather(*waiting)
+    assert time.now == pytest.approx(31.0)
+
+
+async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 6_000, 6_000))
+    asked: Any = pool.acquire()
+    asked.member_failed("too early")
+    with pytest.raises(RuntimeError, match="no member has taken this call yet"):
+        _ = asked.limiter
+    asked.close()
+    for _ in range(8):
+        (await pool.acquire()).member_failed("ConnectError")
+    says = "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left"
+    with pytest.raises(AcquireTimeout, match=re.escape(says)) as caught:
+        await pool.acquire()
+    assert caught.value.retry_after == 8
+    assert time.now == 7
+
+
+# --- everything else is as with a limiter ---
+
+
+async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 60, 60))
+    child = pool.child("chat", concurrency=1)
+    held = await child.acquire()
+    waiting = await start(child.acquire())
+    assert await name_of_taker(pool) in "ab"  # the child's own bound holds up nobody else
+    held.release()
+    (await waiting).release()
+    child.reconfigure(concurrency=2)
+    assert child.concurrency == 2
+    child.learn(Limit("tokens", 5))  # which was given none
+    child.pause(1)
+    with asyncbucket.tenant("acme"), asyncbucket.agent(kind="research"):
+        async with pool.acquire() as lease:
+            lease.settle(requests=1)
+    assert pool.key("acme").statistics().agents is not None
+    assert (child.statistics().paused, child.limits) == (1, (Limit("tokens", 5),))
+    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 4 tokens"):
+        pool.child("tools", "4 TPM").acquire_nowait(tokens=5)
+    nothing_is_left(pool, child)
+
+
+async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
+    a = Limiter("60 RPM", "1k TPM", concurrency=2, name="a", clock=time.clock)
+    b = Limiter("120 RPM", concurrency=3, name="b", clock=time.clock)
+    pool = Pool(a, b)
+    assert (pool.concurrency, Pool(b, *members_of(time, 9), name="c").concurrency) == (5, None)
+    assert pool.limits == (*a.limits, *b.limits)
+    assert str(pool.explain(tokens=100)) == (
+        "a call would pass at once; its members allow 130 such calls a minute together "
+        "(a: 1,000 tokens per 60 s; b: 120 requests per 60 s)"
+    )
+    held = [await pool.acquire(tokens=100) for _ in range(5)]
+    assert str(pool.explain(tokens=100)).startswith(
+        "a call would wait until a slot is given back; its members allow"
+    )
+    a.pause(5)
+    b.pause(7)
+    now = pool.statistics()
+    assert (now.admitted, now.in_flight, len(now.limits), now.paused) == (len(held), 5, 3, 5)
+    assert str(Pool(Limiter(name="d", clock=time.clock)).explain()) == (
+        "a call would pass at once; no limit over time binds such calls"
+    )
+
+
+#: What is done with limiters a, one that is busy, and one of another clock; no type checker reads it.
+POOL: Any = Pool
+MISTAKES: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
+    "no member": (lambda _: POOL(), ValueError, "a pool needs at least one limiter"),
+    "text": (lambda t: POOL(t.a, "b"), TypeError, "a pool's members are limiters, not 'b'"),
+    "pool": (lambda t: POOL(POOL(t.a)), TypeError, "a pool's members are limiters, not <Pool"),
+    "child": (lambda t: POOL(t.a.child("c")), ValueError, "have no parents: 'a/c' is a child"),
+    "twice": (lambda t: POOL(t.a, t.a), ValueError, "different names, not a, a"),
+    "busy": (lambda t: POOL(t.a, t.busy), RuntimeError, "make the pool before the first call"),
+    "clock": (lambda t: POOL(t.a, t.other), ValueError, "need the same clock"),
+    "prefer": (lambda t: POOL(t.a, prefer="best"), ValueError, "prefer must be 'least_used', 'fi"),
+    "patience": (lambda t: POOL(t.a, patience=-1), ValueError, "patience must be at least 0 s"),
+    "limits": (lambda t: POOL(t.a).reconfigure(rpm=5), TypeError, "reconfigure a member, such"),
+    "sticky": (lambda t: POOL(t.a).acquire(sticky=""), ValueError, "sticky must be a non-empty"),
+    "call": (lambda t: POOL(t.a).acquire(patience=-1), ValueError, "patience must be at least"),
+    "amount": (lambda t: POOL(t.a).acquire_nowait(x=1), TypeError, "this limiter counts"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_pool_refuses(time: VirtualTime, mistake: str) -> None:
+    a, busy = members_of(time, 60, 60)
+    _held = busy.acquire_nowait()
+    make, error, says = MISTAKES[mistake]
+    with pytest.raises(error, match=says):
+        make(SimpleNamespace(a=a, busy=busy, other=Limiter(name="other")))
+
+
+@dataclass
+class Call:
+    """A call of a random history, and what has become of it."""
+
+    limiter: Limiter
+    tokens: int
+    sticky: str | None
+    waits: bool = True
+
+
+class History:
+    """Pools and members are used at once; calls differ in cost, are cancelled, sticky, late, and fail.
+
+    An account of its own says what each member has room for.
+    """
+
+    def __init__(self, time: VirtualTime, seed: int) -> None:
+        self.time, self.chance = time, (chance := random.Random(seed))
+        self.members = [
+            Limiter(
+                f"{chance.choice([100, 300, 600])} tokens/10s",
+                concurrency=chance.choice([None, 1, 3]),
+                name=name,
+                clock=time.clock,
+            )
+            for name in "abcd"[: chance.randint(1, 4)]
+        ]
+        self.pools = [
+            Pool(
+                *chance.sample(self.members, chance.randint(1, len(self.members))),
+                name=name,
+                prefer=chance.choice(["first", "least_used"]),
+                patience=chance.choice([0, 1, 5]),
+            )
+            for name in ("left", "right")[: chance.randint(1, 2)]
+        ]
+        #: Which share by weight; and on those, calls are made in order of arrival.
+        self.shares = [pool.child("x", weight=2) for pool in self.pools] if seed % 2 else []
+        self.places = [*self.pools * 3, *self.members, *self.shares]
+        self.calls: list[Call] = []
+        self.took = Trace(list)
+
+    def takes(self, member: Limiter, call: Call) -> bool:
+        takers = call.limiter.members if isinstance(call.limiter, Pool) else (call.limiter,)
+        return member in takers and call.tokens <= member.limits[0].units
+
+    def has_room(self, member: Limiter, call: Call) -> bool:
+        """Tell whether a member could start a call by its own account."""
+        since = self.time.now - 10 * HELD - 0.1
+        used = sum(tokens for when, tokens in self.took[member.name] if when > since)
+        free = member.concurrency is None or member.statistics().in_flight < member.concurrency
+        return free and used + call.tokens <= member.limits[0].units
+
+    def nobody_waits_in_vain(self) -> None:
+        """Assert that no member is idle that could start whichever call may be next there."""
+        for member in self.members:
+            first: dict[Limiter, Call] = {}
+            for call in self.calls:
+                if call.waits and self.takes(member, call):
+                    first.setdefault(call.limiter, call)
+            states = [state for pool in self.pools for state in pool.states()]
+            out = any(state.reason for state in states if state.name == member.name)
+            known = not out and not any(call.sticky for call in self.calls if call.waits)
+            if first and known:
+                assert not all(self.has_room(member, call) for call in first.values())
+
+    async def call(self) -> None:
+        chance = self.chance
+        await asyncio.sleep(chance.uniform(0, 60))
+        limiter, tokens = chance.choice(self.places), chance.choice([1, 20, 100, 300, 600])
+        options: dict[str, Any] = {"timeout": chance.choice([None, None, 0.5, 20])}
+        if isinstance(limiter, Pool) and chance.random() < 0.3:
+            options["sticky"] = chance.choice("pqr")
+        call = Call(limiter, tokens, options.get("sticky"))
+        self.calls.append(call)
+        try:
+            async with limiter.acquire(tokens=tokens, **options) as lease:
+                call.waits = False
+                member = lease.limiter if isinstance(lease, PoolLease) else limiter
+                for other in self.calls[: self.calls.index(call)]:
+                    assert not (
+                        other.waits
+                        and other.limiter is limiter
+                        and self.takes(member, other)
+                        and not (other.sticky or call.sticky)
+                    )
+                self.took[member.name].append((self.time.now, tokens))
+                await asyncio.sleep(chance.uniform(0, 3))
+                if isinstance(lease, PoolLease) and chance.random() < 0.05:
+                    lease.member_failed("HTTP 500")
+        except CostExceedsLimit:
+            assert not any(self.takes(member, call) for member in self.members)
+        except AcquireTimeout:
+            pass
+        finally:
+            call.waits = False
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_random_histories_keep_limits_and_order_lose_nothing_and_leave_nobody_idle(
+    time: VirtualTime, seed: int
+) -> None:
+    history = History(time, seed)
+    tasks = [asyncio.create_task(history.call()) for _ in range(100)]
+    for _ in range(40):
+        await asyncio.sleep(history.chance.uniform(0, 3))
+        await all_blocked()
+        history.nobody_waits_in_vain()
+        history.chance.choice(tasks).cancel()
+    async with asyncio.timeout(3_600):
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, asyncio.CancelledError)
+    for member in history.members:
+        assert_never_over(history.took[member.name], member.limits[0])
+    nothing_is_left(*history.pools, *history.members)

@@ -1,0 +1,261 @@
+"""Fair shares among the children of a limiter: of what it costs, by weight, and nobody starves."""
+
+import asyncio
+import collections
+import itertools
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncbucket import Limit, Limiter
+from asyncbucket.testing import VirtualTime, assert_never_over
+from tests.engine.conftest import HELD, cancel, start, start_all
+
+#: When a call passed, whose it was, and what it used.
+Passed = list[tuple[float, str, int]]
+Price = Callable[[], int]
+
+
+async def saturate(
+    time: VirtualTime,
+    until: float,
+    *callers: tuple[Limiter, int | Price],
+    latency: float = 0.0,
+    used: float = 1.0,
+) -> Passed:
+    """Let one caller for each pair ask for so many tokens again and again; return who passed when.
+
+    Calls last ``latency`` on average, and use a part of what they reserve.
+    """
+    passed: Passed = []
+    chance = random.Random(5)
+
+    async def caller(limiter: Limiter, price: int | Price) -> None:
+        while True:
+            reserved = price if isinstance(price, int) else price()
+            spent = round(used * reserved)
+            async with limiter.acquire(tokens=reserved) as lease:
+                passed.append((time.now, limiter.name.removeprefix("key/"), spent))
+                if latency:
+                    await asyncio.sleep(2 * latency * chance.random())
+                if used < 1:
+                    lease.settle(tokens=spent)
+            if time.now >= until:
+                break
+
+    await asyncio.gather(*(caller(*each) for each in callers))
+    return passed
+
+
+def count(passed: Passed, since: float = 0, until: float = math.inf) -> collections.Counter[str]:
+    """Return how many calls each made from ``since`` on, and before ``until``."""
+    return collections.Counter(name for when, name, _ in passed if since <= when < until)
+
+
+#: Tokens a minute of the key that tenants share, and its burst.
+TPM, BURST = 60_000, 3_000
+MINUTES = 10
+
+
+async def share_a_key(
+    time: VirtualTime,
+    weights: list[float],
+    callers: list[int],
+    prices: list[Price],
+    *,
+    limits: tuple[str, ...] = (f"{TPM} TPM burst {BURST}",),
+    **how: float,
+) -> tuple[list[int], float]:
+    """Let tenants saturate one key for ten minutes; the first does not count.
+
+    Return what each got, and the part of the key that was used.
+    """
+    key = Limiter(*limits, name="key", clock=time.clock)
+    tenants = [key.child(str(number), weight=weight) for number, weight in enumerate(weights)]
+    each = zip(tenants, prices, callers, strict=True)
+    asking = [(tenant, price) for tenant, price, calls in each for _ in range(calls)]
+    passed = await saturate(time, 60 * MINUTES, *asking, **how)
+    assert_never_over([(round(when * 1e9), cost) for when, _, cost in passed], Limit("tokens", TPM))
+    got = [0] * len(weights)
+    for when, name, spent in passed:
+        got[int(name)] += spent if 60 <= when < 60 * MINUTES else 0
+    return got, sum(got) / (TPM * (MINUTES - 1))
+
+
+#: Weights and callers of tenants, and how their calls go.
+CROWDS: dict[str, tuple[list[float], list[int], dict[str, Any]]] = {
+    "one heavy and 99 light": ([1.0] * 100, [200] + [2] * 99, {"latency": 0.5}),
+    "so, unpaced": ([1.0] * 100, [200] + [20] * 99, {"limits": (f"{TPM} TPM",)}),
+    "so, with requests": ([1.0] * 100, [200] + [20] * 99, {"limits": (f"{TPM} TPM", "900 RPM")}),
+    "weights": ([1.0, 2.0, 4.0], [20] * 3, {}),
+    "weights, refunds": ([1.0, 2.0, 4.0], [20] * 3, {"latency": 0.2, "used": 0.5}),
+    "weights, unpaced": ([1.0, 2.0, 4.0], [200] * 3, {"limits": (f"{TPM} TPM",)}),
+    "weights, one caller each": ([1.0, 2.0, 4.0], [1] * 3, {}),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("crowd", CROWDS)
+async def test_tenants_get_cost_in_proportion_to_weights(time: VirtualTime, crowd: str) -> None:
+    chance, (weights, callers, how) = random.Random(5), CROWDS[crowd]
+    light = (
+        (lambda: chance.randint(20, 120)) if len(weights) > 3 else lambda: chance.randint(50, 300)
+    )
+    heavy = (lambda: chance.randint(400, 800)) if len(weights) > 3 else light
+    prices = [heavy, *[light] * (len(weights) - 1)]
+    got, use = await share_a_key(time, weights, callers, prices, **how)
+    parts = [each / weight for each, weight in zip(got, weights, strict=True)]
+    jain = sum(parts) ** 2 / (len(parts) * sum(part * part for part in parts))  # 1 if all are equal
+    assert jain >= (0.99 if len(weights) > 3 else 0.9985)
+    assert use >= 0.985 or callers[0] == 1 or "900 RPM" in how.get("limits", ())
+
+
+@pytest.fixture(name="key")
+def ten_a_second(time: VirtualTime) -> Limiter:
+    return Limiter("10 RPS burst 1", name="key", clock=time.clock)
+
+
+async def test_share_of_idle_child_goes_to_its_sibling(time: VirtualTime, key: Limiter) -> None:
+    a, b = [(key.child("a"), 0)] * 20, [(key.child("b"), 0)] * 20
+    assert count(await saturate(time, 100, *a, *b), 60, 100)["a"] == pytest.approx(200, abs=2)
+    assert count(await saturate(time, 200, *a), 105, 200)["a"] == pytest.approx(945, abs=4)
+    assert count(await saturate(time, 300, *a, *b), 205, 300)["b"] == pytest.approx(472, abs=8)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rpm", [5, 8, 9])
+async def test_child_below_its_share_gets_what_it_may(time: VirtualTime, rpm: int) -> None:
+    minutes = 60
+    key = Limiter("50 RPM", name="key", clock=time.clock)
+    children = (*(key.child(f"{n}") for n in range(4)), key.child("slow", rpm=rpm))
+    got = count(await saturate(time, 60 * minutes, *[(child, 0) for child in children * 3]))
+    slow = got.pop("slow")
+    assert slow >= 0.97 * 60 / (60 / rpm + 60 / 50) * minutes
+    assert max(got.values()) - min(got.values()) <= 6
+    assert slow + sum(got.values()) >= 0.99 * 50 * minutes
+
+
+async def test_child_held_up_long_is_only_one_call_ahead_of_sibling(time: VirtualTime) -> None:
+    key = Limiter("1 RPS burst 1", name="key", clock=time.clock)
+    quota = key.child("quota", Limit("requests", 20, per=1000, burst=20))
+    passed = await saturate(time, 1200, *[(quota, 0), (key.child("free"), 0)] * 5)
+    later = [name for when, name, _ in passed if when > 500]
+    first = later.index("quota")
+    assert first > 400
+    for end in range(first, first + 40):
+        ahead = 2 * later[first : end + 1].count("quota") - (end + 1 - first)
+        assert -1 <= ahead <= 3
+
+
+async def test_costly_call_does_not_starve_among_cheap_siblings(time: VirtualTime) -> None:
+    key = Limiter("1000 TPM", name="key", clock=time.clock)
+    cheap, costly = key.child("cheap"), key.child("costly")
+    passed = await saturate(time, 1200, *[(cheap, 20)] * 20, (costly, 900))
+    when = [0.0, *(when for when, name, _ in passed if name == "costly")]
+    assert len(when) > 7
+    assert max(later - earlier for earlier, later in itertools.pairwise(when)) <= 2 * 60 * HELD + 1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rate", [9, 10, 12, 20])
+async def test_endless_new_children_do_not_starve_old_child(
+    time: VirtualTime, key: Limiter, rate: int
+) -> None:
+    """Of those that came later, at most as many as were waiting, plus four dozen, pass first."""
+    passed: list[float] = []
+    most = 0
+
+    async def old(limiter: Limiter) -> None:
+        nonlocal most
+        while time.now < 200:
+            asked, waiting = time.now, key.statistics().waiting
+            await limiter.acquire()
+            most = max(most, sum(came >= asked for came in passed) - waiting)
+
+    async def new(limiter: Limiter) -> None:
+        came = time.now
+        await limiter.acquire()
+        passed.append(came)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(old(key.child("old")))
+        for number in range(200 * rate):
+            group.create_task(new(key.child(f"new {number}")))
+            await asyncio.sleep(1 / rate)
+    assert len(passed) == 200 * rate
+    assert most <= 45
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
+async def test_refunds_are_credited_to_limiter_that_reserved(time: VirtualTime, who: str) -> None:
+    got = {"thrifty": 0, "honest": 0}
+
+    async def caller(limiter: Limiter, name: str, used: int, priority: int) -> None:
+        while time.now < 200:
+            async with limiter.acquire(tokens=500, priority=priority) as lease:
+                got[name] += used
+                lease.settle(tokens=used)
+
+    key = Limiter(f"{TPM} TPM burst 1000", clock=time.clock)
+    thrifty = key if who == "the parent's own" else key.child("thrifty")
+    urgent = int(who == "a priority")
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(caller(thrifty, "thrifty", 50, 0))
+            group.create_task(caller(key.child("honest"), "honest", 500, urgent))
+    fair = 1 / 9 if who == "a priority" else 1 / 2
+    assert got["thrifty"] / sum(got.values()) == pytest.approx(fair, rel=0.06)
+
+
+async def test_call_cancelled_at_handover_does_not_count_in_its_share(time: VirtualTime) -> None:
+    key = Limiter("60 tokens/60s burst 10", clock=time.clock)
+    chat, tools = key.child("chat"), key.child("tools")
+    went: list[str] = []
+
+    async def call(limiter: Limiter, tokens: int) -> None:
+        await limiter.acquire(tokens=tokens)
+        went.append(limiter.name)
+
+    held = key.acquire_nowait(tokens=10)
+    costly = await start(call(chat, 10))
+    calls = await start_all(call(each, 1) for each in (tools, chat) * 30)
+    held.settle(tokens=0)
+    await asyncio.sleep(0)  # it was admitted, but its task has not run yet
+    costly.cancel()
+    await asyncio.sleep(20.5)
+    assert key.statistics().cancelled == 1
+    assert went.count(chat.name) == went.count(tools.name) == 15
+    cancel(*calls)
+
+
+@pytest.mark.parametrize("how", [{"rps": 10}, {"concurrency": 1}])
+async def test_changed_weight_applies_while_calls_wait(time: VirtualTime, how: Any) -> None:
+    key = Limiter(**how, name="key", clock=time.clock)
+    a, b = key.child("a"), key.child("b")
+    asyncio.get_running_loop().call_at(20, lambda: b.reconfigure(weight=3))
+    passed = await saturate(time, 60, *[(a, 0), (b, 0)] * 20, latency=0.1)
+    before, after = count(passed, 0, 20), count(passed, 20, 60)
+    assert before["a"] == pytest.approx(before["b"], abs=3)
+    assert after["b"] == pytest.approx(3 * after["a"], abs=8)
+    a.reconfigure(weight=2)  # nobody waits there now
+
+
+async def test_price_of_call_is_its_largest_part_of_any_short_term_limit(time: VirtualTime) -> None:
+    """A tenth of a second of requests or a second of tokens; limits of days do not count."""
+    limits = ("600 RPM", "150 requests/90s", "100 RPD", "60k TPM burst 1k", "10 images/s")
+    key = Limiter(*limits, name="key", clock=time.clock)
+    calls = [(key.child("small"), 0)] * 50 + [(key.child("large"), 1_000)] * 10
+    went: list[int] = []
+
+    async def call(limiter: Limiter, tokens: int) -> None:
+        async with limiter.acquire(tokens=tokens):
+            went.append(tokens)
+
+    key.pause(1)
+    await asyncio.gather(*(call(*each) for each in calls))
+    firsts = [place for place, tokens in enumerate(went) if tokens]
+    assert all(9 <= later - earlier <= 13 for earlier, later in itertools.pairwise(firsts[:5]))

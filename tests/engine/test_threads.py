@@ -1,0 +1,247 @@
+"""One budget for all loops and threads of a process, tested with real threads and in real time."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from time import monotonic, sleep
+from typing import Any
+
+import pytest
+
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter
+from asyncbucket.engine.seats import ThreadSeat
+from asyncbucket.testing import VirtualClock
+from tests.engine.conftest import nothing_is_left, used
+
+#: Seconds after which a test that waits for another thread gives up.
+ENOUGH = 20
+
+
+@contextlib.contextmanager
+def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(ENOUGH)
+        loop.close()
+
+
+@pytest.fixture
+def two_loops() -> Iterator[tuple[asyncio.AbstractEventLoop, asyncio.AbstractEventLoop]]:
+    """Give two loops that run only during `turn`."""
+    loops = asyncio.new_event_loop(), asyncio.new_event_loop()
+    yield loops
+    for loop in loops:
+        loop.close()
+
+
+def turn(*loops: asyncio.AbstractEventLoop) -> None:
+    for loop in loops * 9:
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+
+
+def eventually(happened: Callable[[], bool]) -> None:
+    end = monotonic() + ENOUGH
+    while not happened():
+        assert monotonic() < end
+        sleep(0.001)
+
+
+async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
+    return await limiter.acquire(tokens=tokens)
+
+
+def in_another_thread(call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: asyncio.run(call())).result(ENOUGH)
+
+
+def test_children_are_shared_by_loops_and_threads() -> None:
+    key = Limiter("300 requests/s burst 300", concurrency=4)
+    start = monotonic()
+    common = key.child("common", concurrency=2)
+    most = {key: 0, common: 0}
+
+    def look() -> None:
+        for limiter, before in list(most.items()):
+            most[limiter] = max(before, limiter.statistics().in_flight)
+
+    async def asynchronously(own: Limiter) -> None:
+        async def call(limiter: Limiter, priority: int) -> None:
+            async with limiter.acquire(priority=priority):
+                look()
+                await asyncio.sleep(0.0005)
+
+        calls = [call(limiter, number % 3 - 1) for limiter in (own, common) for number in range(30)]
+        await asyncio.gather(*calls)
+
+    def synchronously(own: Limiter) -> None:
+        for number in range(30):
+            for limiter in (own, common):
+                with limiter.acquire_sync(priority=number % 2):
+                    look()
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(asyncio.run, asynchronously(key.child(f"loop {number}")))
+            for number in range(3)
+        ]
+        jobs += [pool.submit(synchronously, key.key(f"thread {number}")) for number in range(3)]
+        for job in jobs:
+            job.result(ENOUGH)
+    assert monotonic() - start >= 1  # the last 60 of 360 wait for their window
+    assert most[key] <= 4
+    assert most[common] <= 2
+    nothing_is_left(key, common)
+    assert key.statistics().admitted == 360
+
+
+@pytest.mark.parametrize("light", [6, 20])
+def test_calls_of_two_loops_pass_in_order_of_arrival_and_by_shares(light: int) -> None:
+    """In order among the calls of one limiter; no child is starved by another's many calls."""
+    key = Limiter(concurrency=1)
+    holder = key.acquire_nowait()
+    served: list[tuple[str, int]] = []
+    jobs: list[concurrent.futures.Future[None]] = []
+
+    async def call(limiter: Limiter, number: int) -> None:
+        async with limiter.acquire():
+            served.append((limiter.name, number))
+
+    def ask(loop: asyncio.AbstractEventLoop, limiter: Limiter) -> None:
+        jobs.append(asyncio.run_coroutine_threadsafe(call(limiter, len(jobs)), loop))
+        eventually(lambda: key.statistics().waiting == len(jobs))
+
+    with loop_in_thread() as one, loop_in_thread() as other:
+        for number in range(12 if light == 6 else 60):
+            ask(one if light == 20 or number % 2 else other, key.child("heavy"))
+        for _ in range(light):
+            ask(other, key.child("light"))
+        holder.release()
+        for job in jobs:
+            job.result(ENOUGH)
+    numbers = [number for name, number in served if name.endswith("heavy")]
+    assert numbers == sorted(numbers)
+    # A loop that is late for its turn is passed over, so the shares are not exact.
+    lights = [name.endswith("light") for name, _ in served]
+    assert sum(lights[: 5 * light // 2]) >= light // 2
+
+
+def test_timed_out_head_makes_room_for_call_on_another_loop(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    clock = VirtualClock()
+    limiter = Limiter("10 TPM", clock=clock)
+    held = limiter.acquire_nowait(tokens=8)
+    here, there = two_loops
+    costly = here.create_task(limiter.acquire(tokens=9, timeout=30))
+    turn(here)
+    cheap = there.create_task(limiter.acquire(tokens=1))
+    turn(there, here)
+    clock.advance(30)
+    limiter.pause(0)  # both look again
+    turn(here)
+    assert isinstance(costly.exception(), AcquireTimeout)
+    late = here.create_task(limiter.acquire(tokens=1))
+    turn(there, here)
+    assert (cheap.result().bound_by, late.done()) == ("tokens", True)
+    held.release()
+
+
+def test_call_passes_right_after_the_one_before_it_on_another_loop(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    limiter = Limiter("10 TPM")
+    held = limiter.acquire_nowait(tokens=10)
+    here, there = two_loops
+    first = here.create_task(limiter.acquire(tokens=1))
+    turn(here)
+    second = there.create_task(limiter.acquire(tokens=2))
+    turn(there)
+    held.settle(tokens=0)
+    turn(there)
+    turn(here)
+    turn(there)
+    assert (first.done(), second.done()) == (True, True)
+
+
+@pytest.mark.parametrize("where", ["a blocked thread", "another loop"])
+def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
+    limiter = Limiter("100 TPM")
+    limiter.acquire_nowait(tokens=100).release()
+
+    def call() -> Lease:
+        if where == "another loop":
+            return asyncio.run(take(limiter, 80))
+        return limiter.acquire_sync(tokens=80)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        job = pool.submit(call)
+        eventually(lambda: limiter.statistics().waiting == 1)
+        limiter.reconfigure(tpm=60)
+        with pytest.raises(CostExceedsLimit, match="80 tokens exceeds the limit of 60 tokens"):
+            job.result(ENOUGH)
+    nothing_is_left(limiter)
+
+
+def test_lowered_limit_fails_calls_that_stand_aside(
+    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+) -> None:
+    """They learn it once their loop runs again; what gave up meanwhile competes no more."""
+    clock = VirtualClock()
+    limiter = Limiter("100 TPM", clock=clock)
+    held = limiter.acquire_nowait(tokens=100)
+    blocked, running = two_loops
+    costly, cancelled = (blocked.create_task(limiter.acquire(tokens=80)) for _ in range(2))
+    turn(blocked)
+    cheap = running.create_task(limiter.acquire(tokens=10))
+    turn(running)
+    held.settle(tokens=0)
+    turn(running)
+    clock.advance(0.1)
+    limiter.pause(0)  # both look again
+    turn(running)
+    assert cheap.result().waited == 0.1
+    cancelled.cancel()
+    limiter.reconfigure(tpm=60)
+    turn(blocked)
+    assert isinstance(costly.exception(), CostExceedsLimit)
+    assert limiter._node.pacer.top.living == 0
+
+
+# --- threads without a loop ---
+
+
+class Interrupted(BaseException):
+    """Stand for a KeyboardInterrupt that arrives while a thread waits."""
+
+
+@pytest.mark.parametrize("admitted", [False, True])
+def test_interrupted_thread_gives_everything_back(
+    monkeypatch: pytest.MonkeyPatch, *, admitted: bool
+) -> None:
+    limiter = Limiter("100 TPM", concurrency=1)
+    holder = limiter.acquire_nowait()
+
+    def block(seat: Any, done: Callable[[], bool], _: object) -> None:
+        assert limiter.statistics().waiting == 1
+        if admitted:
+            holder.release()
+            seat.look(seat)
+        assert done() == admitted
+        raise Interrupted
+
+    monkeypatch.setattr(ThreadSeat, "block", block)
+    with pytest.raises(Interrupted):
+        limiter.acquire_sync(tokens=70)
+    holder.release()
+    nothing_is_left(limiter)
+    assert (limiter.statistics().cancelled, used(limiter)) == (1, [0])
+    limiter.acquire_nowait().release()
