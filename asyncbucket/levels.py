@@ -6,7 +6,7 @@ from typing import Any
 from asyncbucket.budgets import BudgetLease
 from asyncbucket.doors import find_headroom
 from asyncbucket.engine.context import inherited, nanoseconds
-from asyncbucket.engine.cost import rounded_up
+from asyncbucket.engine.cost import Cost, rounded_up
 from asyncbucket.engine.events import Event
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
@@ -146,6 +146,14 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
     if isinstance(lease, BudgetLease):
         amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
         await lease._ask(reserve=True, blocking=blocking, more=amounts)
+
+
+def reprice(lease: Lease, cost: Cost) -> None:
+    """Have a call that waits cost ``cost`` instead, in its place in line; once admitted, it is settled.
+
+    A store that keeps the limits has been asked already, so nothing changes there.
+    """
+    lease._reprice(cost)
 
 
 def undo(lease: Lease) -> None:

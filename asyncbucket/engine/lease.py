@@ -231,6 +231,16 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             if pacer.jobs:
                 pacer.catch_up()
 
+    def _reprice(self, amounts: Mapping[str, int]) -> None:
+        """Ask for ``amounts`` instead, in its place in line; nothing if it does not wait any more."""
+        self._node.pacer.do_and_tell(self._reprice_locked, amounts)
+
+    def _reprice_locked(self, amounts: Mapping[str, int]) -> None:
+        pacer: Pacer = self._node.pacer
+        if self._state == WAITING and pacer.place is None:  # a store has been asked already
+            self._amounts.update(amounts)  # the same object as the waiter's
+            pacer.ring_locked(self._node)
+
     def _block(self) -> None:
         """Wait for the admission, blocking this thread."""
         pacer: Pacer = self._node.pacer
