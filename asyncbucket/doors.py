@@ -93,14 +93,19 @@ class Doors:
 
         function, limiter = cast("Callable[..., Any]", function), cast("Limiter", self)
 
+        from asyncbucket.attempt import Attempt
+        from asyncbucket.waiting import SYNC, run
+
         @functools.wraps(function)
         async def paced(*args: Any, **kwargs: Any) -> Any:
-            async with limiter.acquire(**call_amounts(cost, *args, **kwargs)):
+            attempt = Attempt(limiter)
+            with await attempt.admit(**call_amounts(cost, *args, **kwargs)), attempt:
                 return await function(*args, **kwargs)
 
         @functools.wraps(function)
         def paced_sync(*args: Any, **kwargs: Any) -> Any:
-            with limiter.acquire_sync(**call_amounts(cost, *args, **kwargs)) as lease:
+            attempt = Attempt(limiter)
+            with run(attempt.admit(SYNC, **call_amounts(cost, *args, **kwargs))) as lease, attempt:
                 result = function(*args, **kwargs)
                 if inspect.iscoroutine(result):  # it has not started
                     result.close()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
 
+from asyncbucket.attempt import Attempt
 from asyncbucket.engine.limiter import Limiter
 
 
@@ -85,7 +86,8 @@ def wrap_session(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"{obj!r} is paced by {paced_by!r} already: wrap what it was made of")
 
     async def call_tool(self: Any, name: str, *args: Any, **options: Any) -> Any:
-        async with limiter.children.get(name, limiter).acquire():
+        attempt = Attempt(limiter.children.get(name, limiter))
+        with await attempt.admit(), attempt:
             return await cls.call_tool(self, name, *args, **options)
 
     members = {"__module__": cls.__module__, "call_tool": call_tool, "paced_by": limiter}

@@ -20,9 +20,7 @@ Under a pool, 2. and 3. concern a member. A 429 pauses the member that refused, 
 itself is left out (`Verdict.member_failed`). Either way the call goes back into the pool's line at
 once, as long as a member is in, and each may be tried once even if that takes more attempts.
 
-Layers are stacked, and only the outermost retries: while an attempt runs, a context variable holds
-its `Sent`, and a paced transport that finds one makes a single attempt. It notes there which limiter
-it has paused, so that a refusal seen by both is counted once.
+Layers are stacked, and only the outermost retries: see `asyncbucket.attempt`.
 
 stamina is used as it is. Its ``on=`` hook makes these decisions and returns the back-off, so its
 instrumentation, its testing mode and its switch work as for any other code. (Its time-out is off: it
@@ -35,19 +33,17 @@ import math
 import random
 import traceback
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast
 
-from asyncbucket.engine.context import inherited, put_back
+from asyncbucket.attempt import Attempt, Sent
+from asyncbucket.engine.context import inherited
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Retried
-from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.wording import in_seconds, is_integer, is_number
 from asyncbucket.levels import effective_limiter, emit, shown_name
-from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import WEEK, Verdict, classify
 from asyncbucket.providers.learn import Refusals, doubled
 from asyncbucket.waiting import ASYNC, IO
@@ -57,7 +53,7 @@ try:
 except ModuleNotFoundError:  # `Retrier` says so
     stamina = None  # type: ignore[assignment]
 
-__all__ = ["Retrier", "Retry", "Sent", "Verdict", "classify", "sent_above"]
+__all__ = ["Retrier", "Retry", "Verdict", "classify"]
 
 # Where no log is set up, Python would print the bare words "stamina.retry_scheduled" for each retry.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
@@ -146,48 +142,6 @@ class Retry:
         return cls(attempts=retries + 1)
 
 
-class Sent:
-    """Hold what is known of a call's latest attempt; while it is entered, a layer above retries."""
-
-    __slots__ = ("_token", "at", "is_open", "member", "paused", "pool")
-
-    def __init__(self) -> None:
-        #: When it was sent, in seconds of the limiter's clock; None until then.
-        self.at: float | None = None
-        #: The pool that admitted it, if one did, and the member that took it.
-        self.pool: Pool | None = None
-        self.member: Limiter | None = None
-        #: The limiter that was paused already, if the attempt was refused for rate.
-        self.paused: Limiter | None = None
-        #: Whether the layer that retries still waits for the attempt.
-        self.is_open = False
-        self._token: Token[Sent | None] | None = None
-
-    def admitted(self, limiter: Limiter, lease: Lease) -> None:
-        """Note that ``limiter`` admitted the attempt, which leaves now."""
-        self.at = limiter.now()
-        if isinstance(lease, PoolLease) and isinstance(limiter, Pool):
-            self.pool, self.member = limiter, lease.limiter
-
-    def __enter__(self) -> None:
-        self.paused = self.member = None
-        self.is_open, self._token = True, _SENT.set(self)
-
-    def __exit__(self, *error: object) -> None:
-        self.is_open = False  # a task that was started inside has a copy of the context
-        if self._token is not None:
-            put_back(_SENT, self._token)
-
-
-_SENT: Final[ContextVar[Sent | None]] = ContextVar("asyncbucket_sent", default=None)
-
-
-def sent_above() -> Sent | None:
-    """Return the attempt that this code is part of, if a layer above retries it."""
-    sent = _SENT.get()
-    return sent if sent is not None and sent.is_open else None
-
-
 class Retrier:
     """Retry the calls of one model, under one policy and one budget.
 
@@ -221,45 +175,38 @@ class Retrier:
 
     async def call(
         self,
-        attempt: Callable[[], Awaitable[T]],
+        make: Callable[[Attempt], Awaitable[T]],
         *,
         io: IO = ASYNC,
         tried: Callable[..., object] | None = None,
-        sent: Sent | None = None,
     ) -> T:
-        """Await ``attempt()`` until it succeeds or there is no point in trying again.
+        """Await ``make(attempt)`` until it succeeds or there is no point in trying again.
 
         Cancellation passes through at once, from an attempt and from a back-off. No attempt begins
         after the `asyncbucket.deadline` around the call.
 
         Args:
-            attempt: makes one attempt; it acquires for itself, and gives back whatever happens.
-            io: how ``attempt`` waits, and how back-offs do; see `asyncbucket.waiting`.
+            make: makes one attempt; it is admitted by that, and ends its lease whatever happens.
+            io: how ``make`` waits, and how back-offs do; see `asyncbucket.waiting`.
             tried: what the attempt calls in the end; stamina's hooks see its name.
-            sent: where attempts note when they were sent, so that a late refusal is assigned to its
-                own wave.
 
         Raises:
-            Exception: the provider's last error, with a note; or whatever else `attempt` raised.
+            Exception: the provider's last error, with a note; or whatever else ``make`` raised.
         """
-        started, sent = self.now(), sent or Sent()
+        started, sent = self.now(), Sent()
         try:
-            with sent:
-                result: T = await attempt()
+            return await self.attempt(make, sent)
         except Exception as error:
             if isinstance(error, AsyncBucketError):
                 raise
-            trial = _Trial(self, attempt, error, started, sent)
-        else:
-            self.succeeded(sent)
-            return result
+            trial = _Trial(self, make, error, started, sent)
 
         async def again() -> Any:
             return await trial.again()
 
         assert stamina is not None
         # Its hooks see the name of what is tried.
-        functools.update_wrapper(again, tried or attempt, ("__module__", "__qualname__"), ())
+        functools.update_wrapper(again, tried or make, ("__module__", "__qualname__"), ())
         retry = stamina.retry(on=trial.back_off, attempts=None, timeout=None)
         try:
             return cast("T", await io.call(retry(io.function(again))))
@@ -268,8 +215,21 @@ class Retrier:
         finally:
             # stamina's objects are a cycle, and keep the trial until the collector runs. Its errors
             # would keep these frames, and a stream that is the reply would keep its slot.
-            del trial.first, trial.error, trial.attempt
+            del trial.first, trial.error, trial.make
         raise failed
+
+    async def attempt(self, make: Callable[[Attempt], Awaitable[T]], sent: Sent) -> T:
+        """Make one attempt, and count it if it succeeds."""
+        sent.paused = sent.member = None
+        attempt = Attempt(self._caller, sent=sent)
+        attempt.is_retried = True
+        try:
+            with attempt:
+                result = await make(attempt)
+        finally:
+            attempt.is_retried = False  # a task that was started inside has a copy of the context
+        self.succeeded(sent)
+        return result
 
     def succeeded(self, sent: Sent) -> None:
         """Count a success: it pays into the budget, and ends a series of earlier refusals."""
@@ -312,7 +272,7 @@ class _Trial:
     """One call that failed: how often it was tried, since when, and what its errors mean."""
 
     retrier: Retrier
-    attempt: Callable[[], Awaitable[Any]]
+    make: Callable[[Attempt], Awaitable[Any]]
     #: The failure of the attempt that was made before stamina was asked.
     first: Exception
     started: float
@@ -326,10 +286,7 @@ class _Trial:
         self.attempts += 1
         if self.attempts == 1:
             raise self.first
-        with self.sent:
-            result = await self.attempt()
-        self.retrier.succeeded(self.sent)
-        return result
+        return await self.retrier.attempt(self.make, self.sent)
 
     def back_off(self, error: BaseException) -> bool | float:
         """Tell stamina when to try again, if at all; it asks even about cancellation."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
-from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -16,7 +15,9 @@ import stamina
 import stamina.instrumentation
 
 from asyncbucket import Limiter, Pool, QueueFull, deadline
-from asyncbucket.retry import Retrier, Retry, Sent
+from asyncbucket.attempt import Attempt
+from asyncbucket.pools import PoolLease
+from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.waiting import SYNC, run
 
@@ -62,13 +63,13 @@ class Stage:
         """Make a call of either kind, whose attempts say ``lines``."""
         play = self.script(*lines)
         if is_sync:
-            reply: str = run(retrier.call(partial(SYNC.call, play), io=SYNC, **options))
+            reply: str = run(retrier.call(lambda _: SYNC.call(play), io=SYNC, **options))
             return reply
         return self.run(retrier.call(as_async(play), **options))
 
 
-def as_async(play: Callable[[], T]) -> Callable[[], Coroutine[Any, Any, T]]:
-    async def attempt() -> T:
+def as_async(play: Callable[[], T]) -> Callable[[Attempt], Coroutine[Any, Any, T]]:
+    async def attempt(_: Attempt) -> T:
         return play()
 
     return attempt
@@ -220,8 +221,8 @@ def test_reply_of_a_retried_call_is_dropped_without_the_collector(stage: Stage) 
 def test_slot_that_a_failed_attempt_dropped_is_free_for_the_next(stage: Stage) -> None:
     limiter = Limiter(concurrency=1)
 
-    async def attempt() -> None:
-        _ = await limiter.acquire(timeout=0)  # as a stream that is half read
+    async def attempt(_: Attempt) -> None:
+        __ = await limiter.acquire(timeout=0)  # as a stream that is half read
         stage.times.append(stage.time.now)
         if len(stage.times) < 3:
             raise status_error(500)
@@ -240,7 +241,7 @@ def test_retries_obey_staminas_testing_mode(stage: Stage) -> None:
 def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
     """Neither of an attempt nor of a back-off."""
 
-    async def attempt() -> None:
+    async def attempt(_: Attempt) -> None:
         stage.times.append(stage.time.now)
         await asyncio.sleep(1)
         raise status_error(500)
@@ -257,7 +258,7 @@ def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
 def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(stage: Stage) -> None:
     first = status_error(503)
 
-    async def attempt() -> None:
+    async def attempt(_: Attempt) -> None:
         async with stage.limiter.acquire(deadline=2.0):
             stage.limiter.pause(60)
             raise first
@@ -286,7 +287,7 @@ def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
     chance = random.Random(1)
     retrier = Retrier(Retry(attempts=30), stage.limiter, chance=chance.random)
 
-    async def attempt() -> str:
+    async def attempt(_: Attempt) -> str:
         tried.append(1)
         await asyncio.sleep(60)  # longer than stamina's own time-out, which is off
         if chance.random() < share:
@@ -313,7 +314,7 @@ def test_429s_spend_no_budget_and_fail_calls_after_max_wait_not_all_attempts(sta
     failed: dict[float, openai.APIStatusError] = {}
 
     async def call(script: Callable[[], str]) -> None:
-        async def paced() -> str:
+        async def paced(_: Attempt) -> str:
             async with stage.limiter.acquire():
                 return script()
 
@@ -367,20 +368,18 @@ def test_retries_print_nothing_where_no_log_is_set_up() -> None:
 def test_call_may_try_each_member_at_once(stage: Stage, attempts: int, times: list[float]) -> None:
     """When all are out, the policy says when to go on."""
     members = [Limiter(name=f"m{number}", clock=stage.time.clock) for number in range(3)]
-    pool, sent, asked = Pool(*members), Sent(), list[str]()
+    pool, asked = Pool(*members), list[str]()
 
-    async def attempt() -> None:
-        lease = await pool.acquire()
-        sent.admitted(pool, lease)
+    async def attempt(attempt: Attempt) -> None:
+        lease = await attempt.admit()
+        assert isinstance(lease, PoolLease)
         asked.append(lease.limiter.name)
         stage.times.append(stage.time.now)
         lease.member_failed("ConnectError")
         raise httpx.ConnectError("refused")
 
     with pytest.raises(httpx.ConnectError) as caught:
-        stage.run(
-            Retrier(Retry(attempts=attempts), pool, chance=lambda: 0).call(attempt, sent=sent)
-        )
+        stage.run(Retrier(Retry(attempts=attempts), pool, chance=lambda: 0).call(attempt))
     assert stage.times == times
     assert len({*asked}) == min(3, len(asked))
     note = caught.value.__notes__[-1]

@@ -12,17 +12,15 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
+from asyncbucket.attempt import Attempt, in_progress
 from asyncbucket.engine.context import agent
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Admitted, Event, Queued, Refused
-from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import shown
 from asyncbucket.levels import is_under, root_of, share_a_level, undo
-from asyncbucket.nesting import give_up_slots
 
 #: What an item costs: a `Cost`, keywords of `Limiter.acquire`, or a function that returns either.
 ItemCost: TypeAlias = Cost | Mapping[str, float]
@@ -52,29 +50,15 @@ def marked_limiter(fn: object) -> Limiter | None:
     return None
 
 
-class _Call(NamedTuple):
-    """A call that a batch has admitted."""
-
-    root: Limiter
-    lease: Lease
-    #: What to do if it acquires once more, from the limiter of this name; None if it may.
-    refuse: Callable[[str], object] | None
-    #: The call of another batch around this one.
-    outer: "_Call | None"
-
-
-_CALL: Final[ContextVar[_Call | None]] = ContextVar("asyncbucket_batch_call", default=None)
-
-
 def _on_event(root: Limiter, event: Event) -> None:
     """Notice an acquisition below ``root`` in the context of a call that was admitted already."""
-    call = _CALL.get()
-    while call is not None and isinstance(event, (Admitted, Queued, Refused)):
-        if call.root is root and not call.lease.released:
-            call.lease.release()  # for what is acquired, which may wait for this very slot
-            if call.refuse is not None:
-                call.refuse(event.limiter)
-        call = call.outer
+    if not isinstance(event, (Admitted, Queued, Refused)):
+        return
+    for attempt in in_progress():
+        caller, lease = attempt.call, attempt.lease
+        if isinstance(caller, Caller) and lease is not None and root_of(attempt.limiter) is root:
+            lease.release()  # for what is acquired, which may wait for this very slot
+            caller.refuse(event.limiter)
 
 
 class Caller:
@@ -114,7 +98,8 @@ class Caller:
         self._fn = fn
         self._refuses_second = cost is None and paced is None
         self.fn_acquires = bool(paced) or (self._refuses_second and self._is_marked())
-        self._refuse: Callable[[str], object] | None = None
+        #: What to do if a call acquires once more, from the limiter of this name.
+        self.refuse: Callable[[str], object] = lambda _: None
         cost = {} if cost is None else cost
         #: Keywords of `Limiter.acquire`, the same for each call unless they depend on its item.
         self._cost: dict[str, Any] | Callable[[Any], ItemCost]
@@ -150,7 +135,8 @@ class Caller:
                 )
                 loop.call_soon_threadsafe(end, error)
 
-            self._refuse = refuse if self._refuses_second else None
+            if self._refuses_second:
+                self.refuse = refuse
         return stack
 
     async def call(self, item: Any, begin: Callable[[], None]) -> Any:
@@ -163,20 +149,16 @@ class Caller:
         if self.fn_acquires:
             begin()
             return await self._start(item)
-        give_up_slots(self._limiter)  # of calls around this batch
         terms = _keywords(self._cost(item)) if callable(self._cost) else self._cost
-        async with self._limiter.acquire(**terms) as lease:
+        attempt = Attempt(self._limiter, call=self)
+        with await attempt.admit(**terms) as lease:
             try:
                 begin()
             except Stopped:
                 undo(lease)
                 raise
-            root = root_of(self._limiter)
-            token = _CALL.set(_Call(root, lease, self._refuse, _CALL.get()))
-            try:
+            with attempt:
                 return await self._start(item)
-            finally:
-                _CALL.reset(token)
 
     async def _start(self, item: Any) -> Any:
         with self._scope():

@@ -6,7 +6,7 @@ import sys
 from typing import Any, Final, Literal
 
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.http.attempt import FAMILIES, family_of, library_named
+from asyncbucket.http.exchange import FAMILIES, family_of, library_named
 from asyncbucket.http.transport import POOL, PacedTransport, TransportOptions
 from asyncbucket.waiting import PerLoopTransport
 

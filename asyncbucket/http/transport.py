@@ -23,16 +23,16 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
+from asyncbucket.attempt import Attempt, paying, retried
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.http.attempt import Attempt, library_of, request_body
 from asyncbucket.http.endpoints import Endpoints, Sites
+from asyncbucket.http.exchange import Exchange, library_of, request_body
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing, content_of
 from asyncbucket.levels import counts_at, on_one_path
-from asyncbucket.nesting import give_up_slots, paying_lease
-from asyncbucket.pools import Pool, PoolLease
-from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply, Verdict
+from asyncbucket.pools import Pool
+from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
 from asyncbucket.providers.profiles import Profile
-from asyncbucket.retry import Retrier, Retry, Sent, sent_above
+from asyncbucket.retry import Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, PerLoopTransport, run
 
 if TYPE_CHECKING:
@@ -193,18 +193,23 @@ class PacedTransport(_AnyTransport):
         is_sdk_retry = self._is_sdk_retry(request)
         if read.cost is None or self._is_paid(read.lane.limiter, request.extensions.get(_PAYER)):
             return await self._send_paid(request, read, io, send)
-        noted, retrier = sent_above(), read.lane.retrier
-        if noted is not None or is_sdk_retry or retrier is None or not _can_be_resent(request):
-            reply, _ = await self._attempt(request, read, io, send, noted or Sent())
-            return reply
-        attempt = functools.partial(self._attempt, request, read, io, send)
-        return await self._retried(attempt, retrier, io, getattr(self, method))
+        above, retrier = retried(), read.lane.retrier
+        send_once = functools.partial(self._send_once, request, read, io, send)
+        if above is not None or is_sdk_retry or retrier is None or not _can_be_resent(request):
+            sent = None if above is None else above.sent
+            return await send_once(Attempt(read.lane.limiter, sent=sent))
+        try:
+            return await retrier.call(send_once, io=io, tried=getattr(self, method))
+        except RefusedReply as refused:
+            if self._sites is not None:  # the client makes its own error, so the notes go there
+                refused.reply.headers[_NOTE_HEADER] = _notes_on(refused)
+            return refused.reply
 
     async def _send_paid(self, request: Any, read: ReadRequest, io: IO, send: Any) -> Any:
         """Send a request that needs no admission, or has one already."""
         member = None
         if self._sites is not None:  # it goes to the member that was paid, if one was
-            held = paying_lease(read.lane.limiter)
+            held = paying(read.lane.limiter)
             lease = None if held is None else held.lease
             paid = (each for each in self._sites.hosts if lease and counts_at(lease, each))
             member = next(paid, self._sites.owner(request.url))
@@ -215,44 +220,33 @@ class PacedTransport(_AnyTransport):
             provider.headers.read(reply.headers, profile, since=sent_at, ok=ok)
         return reply
 
-    async def _retried(self, attempt: Any, retrier: Retrier, io: IO, method: Any) -> Any:
-        """Return the reply to ``attempt(noted)``, after as many as it takes."""
-        noted = Sent()
+    async def _send_once(
+        self, request: Any, read: ReadRequest, io: IO, send: Any, attempt: Attempt
+    ) -> Any:
+        """Send ``request`` once, and return the reply.
 
-        async def once() -> Any:
-            reply, verdict = await attempt(noted)
-            if verdict is not None:
-                raise RefusedReply(reply, verdict)
-            return reply
-
-        try:
-            return await retrier.call(once, io=io, tried=method, sent=noted)
-        except RefusedReply as refused:
-            if self._sites is not None:  # the client makes its own error, so the notes go there
-                refused.reply.headers[_NOTE_HEADER] = _notes_on(refused)
-            return refused.reply
-
-    async def _attempt(
-        self, request: Any, read: ReadRequest, io: IO, send: Any, noted: Sent
-    ) -> tuple[Any, Verdict | None]:
-        """Send ``request`` once; return the reply, and what it means if its status is an error."""
-        limiter = read.lane.limiter
-        give_up_slots(limiter)
-        lease = await io.acquire(limiter, cost=read.cost)
-        member = lease.limiter if isinstance(lease, PoolLease) else None
-        attempt = Attempt(read, member, lease, noted)
+        Raises:
+            RefusedReply: its status is an error, and whoever retries has to know what it means.
+        """
+        lease = await attempt.admit(io, cost=read.cost)
+        exchange = Exchange(read, attempt, lease)
         request.extensions = {_FIRST_HOST: request.url.host, **request.extensions}
-        routed = self._routed(request, read, member)
-        stream, extensions = routed.stream, {**routed.extensions, _PAYER: limiter}
+        routed = self._routed(request, read, attempt.member)
+        stream, extensions = routed.stream, {**routed.extensions, _PAYER: attempt.limiter}
         # What is sent is a copy: a client may send the same request several times at once.
         sent = object.__new__(type(routed))
-        vars(sent).update(vars(routed), stream=request_body(stream, attempt), extensions=extensions)
+        vars(sent).update(
+            vars(routed), stream=request_body(stream, exchange), extensions=extensions
+        )
         try:
             reply = await io.call(send, sent)
-            return reply, await attempt.replied(reply, sent, io)
+            verdict = await exchange.replied(reply, sent, io)
         except BaseException as error:
-            attempt.failed(error)
+            exchange.failed(error)
             raise
+        if verdict is not None and attempt.is_retried:
+            raise RefusedReply(reply, verdict)
+        return reply
 
     def _routed(self, request: Any, read: ReadRequest, member: Limiter | None) -> Any:
         """Return what is sent: in a pool, the request as it is for ``member``."""
@@ -283,7 +277,7 @@ class PacedTransport(_AnyTransport):
 
         That is a model, or the ``payer`` of another transport.
         """
-        held, layer = paying_lease(limiter), "another transport"
+        held, layer = paying(limiter), "another transport"
         if held is not None:
             payer, layer = held.limiter, "a model"
         elif payer is None or not on_one_path(payer, limiter):

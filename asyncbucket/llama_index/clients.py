@@ -35,8 +35,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from asyncbucket.llama_index.pacing import HeldCall, Pacing
-from asyncbucket.nesting import innermost_held_lease
+from asyncbucket.attempt import Attempt, innermost
+from asyncbucket.llama_index.pacing import Pacing, Requests
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import GENERIC, profile_of
@@ -72,19 +72,20 @@ _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
 
-def _tracer(held: HeldCall, host: str) -> Callable[..., Coroutine[Any, Any, None]]:
+def _tracer(attempt: Attempt, host: str) -> Callable[..., Coroutine[Any, Any, None]]:
     """Return what follows one request to ``host`` on its way, as httpcore's trace extension."""
-    profile = held.profile = profile_of(host)
+    requests: Requests = attempt.call
+    profile = requests.profile = profile_of(host)
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(_BODY_STARTED):
-            held.request_sent()
+            requests.sent(attempt)
         elif event.endswith(_HEADERS_RECEIVED) and profile is not GENERIC:
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
             status = next(part for part in parts if isinstance(part, int))
             headers = next((part for part in parts if isinstance(part, list)), [])
-            reader = HeaderReader(held.provider)
-            reader.read(headers, profile, since=held.sent_at, ok=status < FIRST_ERROR)
+            reader = HeaderReader(requests.provider)
+            reader.read(headers, profile, since=requests.sent_at, ok=status < FIRST_ERROR)
 
     return trace
 
@@ -154,21 +155,21 @@ def _reporting_class(cls: Any) -> type[Any]:
 
     async def prepare(self: Any, request: Any) -> None:
         await io.call(cls._prepare_request, self, request)
-        held = innermost_held_lease()
-        if isinstance(held, HeldCall):
-            await held.request_prepared(io)
-            trace = io.function(_tracer(held, request.url.host))
+        attempt = innermost()
+        if attempt is not None and isinstance(attempt.call, Requests):
+            await attempt.call.prepared(attempt, io)
+            trace = io.function(_tracer(attempt, request.url.host))
             request.extensions = {"trace": trace, **request.extensions}
 
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
         reply = await io.call(cls.request, self, *args, **kwargs)
-        held = innermost_held_lease()
-        if isinstance(held, HeldCall):
+        attempt = innermost()
+        if attempt is not None and isinstance(requests := attempt.call, Requests):
             if not kwargs.get("stream"):
-                held.usages.append(usage_of(reply))
+                requests.usages.append(usage_of(reply))
             elif hasattr(reply, "_iterator"):
-                held.stream = weakref.ref(reply)
-                items, wanted = reply._iterator, _reader(held)  # noqa: SLF001 - all its iterators read
+                requests.stream = weakref.ref(reply)
+                items, wanted = reply._iterator, _reader(requests)  # noqa: SLF001 - all its iterators read
                 reply._iterator = (  # noqa: SLF001 - as above
                     (item async for item in items if wanted(item))
                     if io is ASYNC
@@ -181,13 +182,13 @@ def _reporting_class(cls: Any) -> type[Any]:
     return type(cls.__name__, (cls,), {**names, **methods, _REPORTS: True})
 
 
-def _reader(held: HeldCall) -> Callable[[Any], bool]:
+def _reader(requests: Requests) -> Callable[[Any], bool]:
     """Return what notes the usage in an SDK's stream, and tells which chunks are for the caller.
 
     A chunk that is empty except for a usage that only we asked for is not: whoever looks at the last
     chunk expects the end of the answer there.
     """
-    usages, index = held.usages, len(held.usages)
+    usages, index = requests.usages, len(requests.usages)
     usages.append(None)
 
     def is_for_caller(item: Any) -> bool:
@@ -198,7 +199,7 @@ def _reader(held: HeldCall) -> Callable[[Any], bool]:
         if usage is None:
             return True
         usages[index] = usage | usages[index]
-        return bool(fields.get("choices", True)) or not held.hides_usage
+        return bool(fields.get("choices", True)) or not requests.hides_usage
 
     return is_for_caller
 

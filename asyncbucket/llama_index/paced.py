@@ -50,7 +50,7 @@ from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index.clients import late_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
-from asyncbucket.llama_index.pacing import INSIDE, Method, ModelCall, Pacing, held_call
+from asyncbucket.llama_index.pacing import Method, ModelCall, Pacing, call_around
 from asyncbucket.providers.usage import Usage, usage_of
 from asyncbucket.waiting import ASYNC, SYNC
 
@@ -267,8 +267,8 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
                 return await io.call(own, **kwargs)  # its own error says what is missing
             args = (kwargs.pop(how.argument),)
         pacing = pacing_of(model)
-        held = held_call(pacing.limiter)
-        if held is not None and held is INSIDE.get() and not is_stream:
+        around = call_around(pacing.limiter)
+        if around is not None and around.is_part and not is_stream:
             return await io.call(own, *args, **kwargs)
         if is_chat:  # the call may go out later, and the list may grow
             args = (list(args[0]), *args[1:])
@@ -276,9 +276,9 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
             kwargs = {**unretried, **kwargs}
         call = ModelCall(io, how, model, own, name, args, kwargs)
         if not is_stream:
-            return await pacing.call(call, held)
+            return await pacing.call(call, around)
         call.asks_for_usage = how.read is _usage_in and _must_ask_for_usage(model, kwargs)
-        return await pacing.stream(call, held)
+        return await pacing.stream(call, around)
 
     return io.function(method)
 

@@ -1,6 +1,6 @@
 """How one model or tool is paced, and one call or stream of it: admitted, held, retried, settled.
 
-The guard against paying twice is `asyncbucket.nesting`, which the models share with the transports
+The guard against paying twice is `asyncbucket.attempt`, which the models share with the transports
 beneath them. Here its note also carries the usage, which is looked for once a call: in what the SDK
 received, or else in the replies of methods called inside, or else in the reply. A method that calls
 others several times makes that many requests; calls within those are part of them. (A stream that
@@ -9,7 +9,7 @@ SDK's stream, to close the request: that stream is part of a reference cycle, so
 stream, which only drops it, leaves the provider at work until the garbage collector runs.
 
 A tool's call is simpler: it is admitted as one request, and never retried, because only its author
-knows what it has done by then. What it holds while it makes calls itself: see `asyncbucket.nesting`.
+knows what it has done by then. What it holds while it makes calls itself: see `asyncbucket.attempt`.
 
 *Streams* are generators that take nothing before their first item is requested. Everything happens
 at the first step: the admission, the model's own call, and the first item of its stream, which is
@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
+from asyncbucket.attempt import Attempt, answered, end_failed, innermost, is_running
 from asyncbucket.engine.context import inherited, put_back
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
@@ -54,13 +55,11 @@ from asyncbucket.levels import (
 )
 from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, Estimate, Estimator
 from asyncbucket.llama_index.events import report_wait
-from asyncbucket.nesting import HeldLease, give_up_slots, innermost_held_lease, is_running
-from asyncbucket.pools import PoolLease
-from asyncbucket.providers.errors import answered, end_failed, never_sent, was_refused
+from asyncbucket.providers.errors import never_sent, was_refused
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
 from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
-from asyncbucket.retry import Retrier, Retry, sent_above
+from asyncbucket.retry import Retrier, Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 if TYPE_CHECKING:
@@ -117,21 +116,19 @@ class ModelCall:
         return self.method.estimate(estimator, self.model, *self.args, **self.kwargs)
 
 
-class HeldCall(HeldLease):
-    """Note that a model's call runs in this context, and what its requests show.
+class Requests:
+    """Note what the requests of one model's call show, and have its lease pay for each of them.
 
     Args:
-        limiter: the limiter that was asked.
-        lease: the lease that pays.
+        attempt: the attempt that they are part of, admitted.
         own: the method that makes the call.
     """
 
-    def __init__(self, limiter: Limiter, lease: Lease, own: Callable[..., Any]) -> None:
-        super().__init__(limiter, lease)
+    def __init__(self, attempt: Attempt, own: Callable[..., Any]) -> None:
         #: In a pool, that of the member's model.
         self.own = own
         #: The limiter that has the provider's limits: in a pool, the member.
-        self.provider = lease.limiter if isinstance(lease, PoolLease) else limiter
+        self.provider = attempt.member or attempt.limiter
         #: What the model costs, and what was reserved for the first request, if dollars count.
         self.price: Price | None = None
         self.usd = 0.0
@@ -154,10 +151,11 @@ class HeldCall(HeldLease):
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: Profile | None = None
 
-    async def call_inside(self, call: ModelCall, usd: float) -> Any:
+    async def call_inside(self, attempt: Attempt, call: ModelCall, usd: float) -> Any:
         """Call a method inside: each but the first adds a request; those in it are part of it.
 
         Args:
+            attempt: the attempt in which it is called.
             call: the call of the method.
             usd: what it costs at most.
 
@@ -165,42 +163,40 @@ class HeldCall(HeldLease):
             BudgetExceeded: a budget cannot pay for a further request.
         """
         self._methods += 1
-        await self._pay_for(self._methods, usd, call.io)
-        token = INSIDE.set(self)
-        try:
+        await self._pay_for(attempt.lease, self._methods, usd, call.io)
+        part = Attempt(attempt.limiter, attempt.lease, call=self, pays=True)
+        part.is_part = True
+        with part:
             reply = await call.send(call.own)
-        finally:
-            put_back(INSIDE, token)
         if not self._requests:  # otherwise the SDK's replies say it
             self.usages.append(call.method.read(reply))
         return reply
 
-    async def request_prepared(self, io: IO) -> None:
+    async def prepared(self, attempt: Attempt, io: IO) -> None:
         """Count a request that is about to leave, and date the booking to now.
 
         Raises:
             BudgetExceeded: it is not the first, and a budget cannot pay for it.
         """
-        lease = self.lease
+        lease = attempt.lease
         if lease is not None:
             self._requests += 1
-            await self._pay_for(self._requests, self.usd, io)
+            await self._pay_for(lease, self._requests, self.usd, io)
             sent(lease)
 
-    def request_sent(self) -> None:
+    def sent(self, attempt: Attempt) -> None:
         """Date the booking to now, when the request really goes out."""
-        self.sent_at = self.limiter.now()
-        lease = self.lease
+        self.sent_at = attempt.limiter.now()
+        lease = attempt.lease
         if lease is not None:
             sent(lease)
 
-    async def _pay_for(self, requests: int, usd: float, io: IO) -> None:
+    async def _pay_for(self, lease: Lease | None, requests: int, usd: float, io: IO) -> None:
         """Make the lease pay for ``requests`` requests, unless it does so already.
 
         The last costs ``usd`` at most. A call that sends its texts one by one has reserved enough
         for all of them.
         """
-        lease = self.lease
         if lease is None or requests <= self._paid_requests:
             return
         due, reserved = self._due + usd, max(self.usd, self._due)
@@ -231,17 +227,14 @@ class HeldCall(HeldLease):
             await closing
 
 
-#: The call of which a method inside runs in this context.
-INSIDE: Final[ContextVar[HeldCall | None]] = ContextVar("asyncbucket inside", default=None)
-
-
-def held_call(limiter: Limiter) -> HeldCall | None:
-    """Return the note of a model's call in this context that counts at ``limiter``, or None."""
-    held = innermost_held_lease()  # a loop over `held_leases` takes half a microsecond more
-    while held is not None:
-        if isinstance(held, HeldCall) and (lease := held.lease) and counts_at(lease, limiter):
-            return held
-        held = held.outer
+def call_around(limiter: Limiter) -> Attempt | None:
+    """Return the attempt at a model's call in this context that counts at ``limiter``, or None."""
+    attempt = innermost()
+    while attempt is not None:
+        lease = attempt.lease if isinstance(attempt.call, Requests) else None
+        if lease is not None and counts_at(lease, limiter):
+            return attempt
+        attempt = attempt.outer
     return None
 
 
@@ -289,54 +282,50 @@ class Pacing:
         """Return what ``send()`` returns, paced; inside a call of the same tool, without pacing."""
         if is_running(tool):
             return await io.call(send)
-        lease = await self._acquire(io)
-        with lease, HeldLease(self.limiter, lease, tool=tool):
+        attempt = Attempt(self.limiter, call=tool)
+        lease = await attempt.admit(io)
+        report_wait(self.limiter, lease)
+        with lease, attempt:
             return await io.call(send)
 
-    async def call(self, call: ModelCall, held: HeldCall | None) -> Any:
+    async def call(self, call: ModelCall, around: Attempt | None) -> Any:
         """Return the reply, paced and retried; inside a call that pays, without pacing."""
-        if held is None:
+        if around is None:
             attempt = functools.partial(self._attempt, call, call.estimate(self.estimator))
             return await self.retrier.call(attempt, io=call.io, tried=call.own)
-        price = held.price
+        requests: Requests = around.call
+        price = requests.price
         usd = 0.0 if price is None else self._usd(call, call.estimate(self.estimator), price)
-        return await held.call_inside(call, usd)
+        return await requests.call_inside(around, call, usd)
 
-    async def _attempt(self, call: ModelCall, estimate: Estimate) -> Any:
-        lease, held = await self.admit(call, estimate)
+    async def _attempt(self, call: ModelCall, estimate: Estimate, attempt: Attempt) -> Any:
+        lease, requests = await self.admit(call, estimate, attempt)
         try:
-            with held:
-                reply = await call.send(held.own)
-            self.settle(held, lambda: call.method.read(reply))
+            reply = await call.send(requests.own)
+            self.settle(lease, requests, lambda: call.method.read(reply))
         except BaseException as error:
-            held.failed(lease, error)
+            requests.failed(lease, error)
             raise
         lease.release()
         return reply
 
-    async def admit(self, call: ModelCall, estimate: Estimate) -> tuple[Lease, HeldCall]:
-        """Wait for the admission of an attempt that costs ``estimate``; note that it leaves."""
+    async def admit(
+        self, call: ModelCall, estimate: Estimate, attempt: Attempt
+    ) -> tuple[Lease, Requests]:
+        """Wait for the admission of an attempt that costs ``estimate``."""
         amounts = self._amounts(call, estimate)
-        lease = await self._acquire(call.io, **amounts)
-        attempt = sent_above()
-        assert attempt is not None
-        attempt.admitted(self.limiter, lease)
-        held = HeldCall(self.limiter, lease, call.own)
-        model = self.models.get(held.provider, call.model)
+        lease = await attempt.admit(call.io, **amounts)
+        report_wait(self.limiter, lease)
+        attempt.call, attempt.pays = Requests(attempt, call.own), True
+        requests: Requests = attempt.call
+        model = self.models.get(requests.provider, call.model)
         if model is not call.model:
-            held.own = getattr(super(type(model), model), call.name)
+            requests.own = getattr(super(type(model), model), call.name)
             # Frameworks set it late, and only at the first model.
             model.callback_manager = call.model.callback_manager
         if USD in amounts:
-            held.price, held.usd = self._price(call, model), amounts[USD]
-        return lease, held
-
-    async def _acquire(self, io: IO, **amounts: float) -> Lease:
-        """Wait for the admission of a call, for which calls around it give up slots."""
-        give_up_slots(self.limiter)
-        lease = await io.acquire(self.limiter, **amounts)
-        report_wait(self.limiter, lease)
-        return lease
+            requests.price, requests.usd = self._price(call, model), amounts[USD]
+        return lease, requests
 
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""
@@ -368,40 +357,41 @@ class Pacing:
         at_most = estimate.input_tokens * BYTES_PER_TOKEN + added
         return price.at_most(at_most, estimate.output_tokens)
 
-    def settle(self, held: HeldCall, find: Callable[[], Usage | None]) -> None:
+    def settle(self, lease: Lease, requests: Requests, find: Callable[[], Usage | None]) -> None:
         """Correct the reservation to what a whole reply used, as was noted or as ``find`` says."""
-        usages = [usage for usage in held.usages if usage is not None]
+        usages = [usage for usage in requests.usages if usage is not None]
         usages = usages or [usage for usage in [find()] if usage is not None]
-        lease = held.lease
-        if lease is None or not usages:
+        if not usages:
             return
         usage = functools.reduce(operator.add, usages)
-        counted = usage if held.profile is None else held.profile.counted(usage)
+        counted = usage if requests.profile is None else requests.profile.counted(usage)
         used: dict[str, Any] = {
             "input_tokens": counted.input_tokens,
             "output_tokens": counted.output_tokens,
         }
-        if held.price is not None:
+        if requests.price is not None:
             # Each request has its own price: long prompts have another, and parts are rounded up.
-            used["usd"] = sum(map(held.price.of, usages))
+            used["usd"] = sum(map(requests.price.of, usages))
         lease.settle(**used)
         observe = getattr(self.estimator, "observe", None)
         if usage.output_tokens and observe is not None:  # embeddings teach nothing
             observe(usage.output_tokens)
 
-    async def stream(self, call: ModelCall, held: HeldCall | None) -> Any:
+    async def stream(self, call: ModelCall, around: Attempt | None) -> Any:
         """Return the stream that the call gives, paced; inside a call that pays, without pacing."""
-        if held is not None:
-            return await self.start_stream(call, call.own, held)
+        if around is not None:
+            return await self.start_stream(call, call.own, around.call)
         variables: list[ContextVar[Any]] = [inherited, active_span_id, active_instrument_tags]
         reading = _Reading(self, call, [(variable, variable.get()) for variable in variables])
         items = reading.items()
         return AsyncPacedStream(reading, items) if call.io is ASYNC else _on_this_thread(items)
 
-    async def start_stream(self, call: ModelCall, own: Callable[..., Any], held: HeldCall) -> Any:
+    async def start_stream(
+        self, call: ModelCall, own: Callable[..., Any], requests: Requests
+    ) -> Any:
         """Start a stream; it is asked for its usage unless the provider has refused to say that."""
-        held.hides_usage = call.asks_for_usage and self.asks_for_usage
-        return call.io.iterator(await call.send(own, **(_USAGE if held.hides_usage else {})))
+        requests.hides_usage = call.asks_for_usage and self.asks_for_usage
+        return call.io.iterator(await call.send(own, **(_USAGE if requests.hides_usage else {})))
 
 
 @dataclass(slots=True)
@@ -413,8 +403,9 @@ class _Reading:
     #: The context in which it was requested: inherited terms, span and tags. Engines hand streams to
     #: threads and tasks of their own, which know none of these.
     context: list[tuple[ContextVar[Any], Any]]
+    attempt: Attempt | None = None
     lease: Lease | None = None
-    held: HeldCall | None = None
+    requests: Requests | None = None
     inner: Any = None
     usage: Usage | None = None
 
@@ -427,62 +418,59 @@ class _Reading:
                 item = await pacing.retrier.call(attempt, io=call.io, tried=call.own)
             while item is not _END:
                 yield item
-                with self._as_requested():
+                assert self.attempt is not None
+                with self._as_requested(), self.attempt:
                     item = await self._next()
             # When the whole reply is there; for a broken stream the usage is never known.
-            assert self.held is not None
-            pacing.settle(self.held, lambda: self.usage)
+            if self.lease is not None and self.requests is not None:
+                pacing.settle(self.lease, self.requests, lambda: self.usage)
         except BaseException as error:
             await self._end(None if isinstance(error, GeneratorExit) else error)
             raise
         await self._end()
 
-    async def _attempt(self, estimate: Estimate) -> Any:
+    async def _attempt(self, estimate: Estimate, attempt: Attempt) -> Any:
         """Make one attempt; return the first item, or the end."""
         pacing, call = self.pacing, self.call
-        self.lease, self.held = await pacing.admit(call, estimate)
-        held = self.held
+        self.lease, requests = await pacing.admit(call, estimate, attempt)
+        self.attempt, self.requests = attempt, requests
         try:
-            with held:
-                self.inner = await pacing.start_stream(call, held.own, held)
+            self.inner = await pacing.start_stream(call, requests.own, requests)
             item = await self._next()
             answered(self.lease)
         except BaseException as error:
             await self._end(error)
-            if not (held.hides_usage and "stream_options" in str(error)):
+            if not (requests.hides_usage and "stream_options" in str(error)):
                 raise
         else:
             return item
         pacing.asks_for_usage = False
-        return await self._attempt(estimate)
+        return await self._attempt(estimate, attempt)
 
     async def _next(self) -> Any:
-        """Let the model's own stream go on under our lease."""
-        held = self.held
-        assert held is not None
-        with held:
-            item = await self.call.io.next_item(self.inner, _END)
-        if held.stream is None:
+        """Let the model's own stream go on."""
+        item = await self.call.io.next_item(self.inner, _END)
+        if self.requests is not None and self.requests.stream is None:
             usage = self.call.method.read(item)
             self.usage = self.usage if usage is None else usage | self.usage
         return item
 
     async def _end(self, error: BaseException | None = None) -> None:
         """Close the request, and give the slot back."""
-        io, lease, held, inner = self.call.io, self.lease, self.held, self.inner
-        self.lease = self.held = self.inner = None
-        if held is None:
+        io, lease, requests, inner = self.call.io, self.lease, self.requests, self.inner
+        self.attempt = self.lease = self.requests = self.inner = None
+        if requests is None:
             return
         try:
             if hasattr(inner, "aclose" if io is ASYNC else "close"):
                 await io.close(inner)
-            await held.close_stream(io)
+            await requests.close_stream(io)
         finally:
             if lease is not None:
                 if error is None:
                     lease.release()
                 else:
-                    held.failed(lease, error)
+                    requests.failed(lease, error)
 
     @contextlib.contextmanager
     def _as_requested(self) -> Generator[None]:

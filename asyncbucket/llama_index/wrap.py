@@ -20,7 +20,7 @@ Where a call is paced, and what paces a copy in a pickle: see `paced`. *Structur
 (``llm.as_structured_llm(...)``) have a model inside; that one is paced.
 
 The traps, and where they are handled
-    Public methods call public methods, and would pay twice: `asyncbucket.nesting` and `pacing`. A
+    Public methods call public methods, and would pay twice: `asyncbucket.attempt` and `pacing`. A
     stream holds its slot until it ends, and may never be started or never be ended: `pacing`. The
     model's class, the SDK and tenacity each retry, so one call may become twelve: `clients`, and
     ``max_retries`` in `paced`.

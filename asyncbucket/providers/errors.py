@@ -30,16 +30,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from time import time as wall_clock
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from asyncbucket.engine.errors import AsyncBucketError, LimitSyntaxError
 from asyncbucket.engine.limits import Limit
-from asyncbucket.levels import undo
-from asyncbucket.pools import PoolLease
 from asyncbucket.providers import facts
-
-if TYPE_CHECKING:
-    from asyncbucket.engine.lease import Lease
 
 #: The lowest HTTP status that is an error.
 FIRST_ERROR: Final = 400
@@ -168,32 +163,6 @@ def never_sent(error: BaseException | None) -> bool:
     if cause is not None and type(cause).__module__.startswith("aiohttp."):
         error = cause
     return bool(_class_names(error) & (_NAMES["unreachable"] | _NAMES["unsent"]))
-
-
-def end_failed(lease: "Lease", error: BaseException, *, unsent: bool) -> None:
-    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
-    if unsent:
-        undo(lease)
-    try:
-        end_refused(lease, classify(error))
-    finally:  # to look at an error may raise another
-        lease.release()
-
-
-def answered(lease: "Lease") -> None:
-    """Note that a call succeeds, whose reply may take long: the member of a pool works."""
-    if isinstance(lease, PoolLease):
-        lease.member_works()
-
-
-def end_refused(lease: "Lease", verdict: Verdict) -> None:
-    """End a call's lease as the verdict on its failure says; in a pool, its member may be left out."""
-    if verdict.member_failed and isinstance(lease, PoolLease):
-        lease.member_failed(verdict.reason)
-    elif verdict.overloaded:
-        lease.overloaded()
-    else:
-        lease.failed()
 
 
 def was_refused(error: BaseException) -> bool:

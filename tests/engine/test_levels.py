@@ -189,6 +189,27 @@ async def test_methods_partials_and_objects_can_be_paced(time: VirtualTime) -> N
     assert limiter.statistics().admitted == 4
 
 
+async def test_paced_function_gives_its_slot_to_the_paced_call_that_it_makes() -> None:
+    limiter = Limiter("10 RPM burst 10", concurrency=1, timeout=0)
+    inner, inner_sync = limiter.child("inner"), limiter.child("sync", concurrency=1)
+
+    @inner_sync.paced
+    def look_up() -> int:
+        return limiter.statistics().in_flight
+
+    @inner.paced
+    async def ask() -> int:
+        return look_up()
+
+    @limiter.paced
+    async def agent() -> int:
+        return await ask()
+
+    assert await agent() == 1
+    nothing_is_left(limiter)
+    assert used(limiter) == [3]
+
+
 def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() -> None:
     limiter = Limiter("10/s", concurrency=1)
     ran: list[int] = []

@@ -13,7 +13,7 @@ import pytest
 
 from asyncbucket import Limiter
 from asyncbucket.http import clients
-from asyncbucket.http.attempt import family_of
+from asyncbucket.http.exchange import family_of
 from tests.http.conftest import answering
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from asyncbucket import Limiter, Pool
+from asyncbucket.attempt import Attempt
 from asyncbucket.http.endpoints import Endpoint
-from asyncbucket.nesting import HeldLease
 from asyncbucket.testing import RateLimitedProvider, VirtualClock
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import Server, answering, either_io
@@ -269,7 +269,7 @@ async def test_pool_charges_once_when_layers_nest(library: Any) -> None:
 
     for limiter in (pool.members[1], pool):
         async with limiter.acquire() as lease:
-            with HeldLease(limiter, lease):
+            with Attempt(limiter, lease, pays=True):
                 await client.post("/chat/completions", json=BODY)
 
     # Each went to the member that was paid, whichever address the client has.

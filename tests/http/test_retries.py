@@ -11,8 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket.attempt import Attempt
 from asyncbucket.errors import refusal_in
-from asyncbucket.nesting import HeldLease
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from asyncbucket.testing.enforcer import PolicyName
@@ -125,11 +125,11 @@ def above(
 ) -> Callable[[], Any]:
     client: Any = retrying(library, limiter, server)
 
-    async def post() -> Any:
+    async def post(_: object = None) -> Any:
         (await client.post(URL, json={})).raise_for_status()
 
-    async def paid_for() -> Any:
-        with await limiter.acquire() as lease, HeldLease(limiter, lease):
+    async def paid_for(_: Attempt) -> Any:
+        with await limiter.acquire() as lease, Attempt(limiter, lease, pays=True):
             return await post()
 
     if name == "transport":
@@ -160,7 +160,7 @@ async def test_task_that_outlives_a_retried_attempt_retries_by_itself(library: A
         await go.wait()
         return await client.post(URL, json={})
 
-    async def attempt() -> asyncio.Task[Any]:
+    async def attempt(_: Attempt) -> asyncio.Task[Any]:
         return asyncio.create_task(later())
 
     task = await Retrier(Retry(), limiter).call(attempt)

@@ -19,10 +19,10 @@ import httpx2
 import pytest
 
 from asyncbucket import Cost, Limiter, WouldBlock, tenant
+from asyncbucket.attempt import Attempt, is_running
 from asyncbucket.http import Call, Profile, Told, Usage
-from asyncbucket.nesting import HeldLease, give_up_slots, is_running
 from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
-from asyncbucket.waiting import ASYNC, IO, SYNC
+from asyncbucket.waiting import ASYNC, IO, SYNC, run
 from tests.http.conftest import Server, answering, chunked, client_over, either_io, in_flight, used
 
 URL = "https://api.openai.com/v1/chat/completions"
@@ -447,7 +447,7 @@ async def test_call_of_wrapped_model_is_charged_once_and_warns_once(
     child = limiter.child("chat")
     answer = answering(library, REPLY, x_ratelimit_remaining_requests="40")
     async with client_over(library, limiter, answer, routes=routes) as client:
-        with await limiter.acquire(tokens=5) as lease, HeldLease(limiter, lease):
+        with await limiter.acquire(tokens=5) as lease, Attempt(limiter, lease, pays=True):
             await client.post(URL, json=BODY)
             await client.post(URL, json=BODY)
     assert (limiter.statistics().admitted, child.statistics().admitted) == (1, 0)
@@ -500,18 +500,19 @@ async def test_transports_of_limiters_on_one_path_charge_once(
 async def test_tool_gives_its_slot_to_the_call_that_it_makes(library: Any) -> None:
     limiter = Limiter(concurrency=1, timeout=0)
     async with client_over(library, limiter, answering(library, b"{}")) as client:
-        with await limiter.acquire() as lease, HeldLease(limiter, lease, tool="search"):
+        with await limiter.acquire() as lease, Attempt(limiter, lease, call="search"):
             assert (await client.post(URL, json=BODY)).status_code == 200
 
 
 def test_tool_is_called_anew_once_it_has_called_something_or_is_done() -> None:
     limiter, tool = Limiter(), object()
-    with limiter.acquire_nowait() as lease, HeldLease(limiter, lease, tool=tool):
+    with limiter.acquire_nowait() as lease, Attempt(limiter, lease, call=tool):
         assert is_running(tool)
         assert not is_running(limiter)
-        give_up_slots(limiter)
+        with run(Attempt(limiter).admit(SYNC, timeout=1)):
+            pass
         assert not is_running(tool)
-    with limiter.acquire_nowait() as lease, HeldLease(limiter, lease, tool=tool):
+    with limiter.acquire_nowait() as lease, Attempt(limiter, lease, call=tool):
         lease.release()
         assert not is_running(tool)
 

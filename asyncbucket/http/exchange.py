@@ -1,14 +1,14 @@
-"""One HTTP attempt, from its admission to the end of its reply, and the bodies that tell it so.
+"""One HTTP exchange, from its admission to the end of its reply, and the bodies that tell it so.
 
 The lease is given back by whatever happens first: the body is read to its end, it is closed, the
-attempt fails, or the reply is dropped. With it the lease is dropped, which then releases itself. A
+exchange fails, or the reply is dropped. With it the lease is dropped, which then releases itself. A
 refusal is read and judged at once, and the call is over, whether or not anybody looks at the reply;
 and a GET for a stream of events, which may stay open as long as the program runs, is over with its
 headers.
 
 A client insists on its own library's kind of stream, so a body's class is derived from the bases of
 the request's or the reply's stream, whichever library that is from. A reply's body holds the
-attempt; if it is dropped, the attempt's slot is given back. A request's body refers to it weakly,
+exchange; if it is dropped, the exchange's slot is given back. A request's body refers to it weakly,
 because a connection pool keeps the request while its connection is in use, and a reply that is
 dropped unread never ends that use.
 """
@@ -22,22 +22,13 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
+from asyncbucket.attempt import Attempt, answered, end_failed, end_refused
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.lanes import ReadRequest
 from asyncbucket.levels import sent
-from asyncbucket.providers.errors import (
-    FIRST_ERROR,
-    Verdict,
-    answered,
-    end_failed,
-    end_refused,
-    judge_reply,
-    never_sent,
-)
+from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
-from asyncbucket.retry import Sent
 from asyncbucket.waiting import ASYNC, IO
 
 FAMILIES: Final = ("httpx", "httpx2")
@@ -56,27 +47,24 @@ _MAX_DECODED_BYTES: Final = 8 * 1_048_576
 _HEAD_BYTES: Final = 4_096
 
 
-class Attempt:
+class Exchange:
     """Hold a lease until a call is over, and note the usage that passes.
 
     Args:
         read: the request.
-        member: the member of a pool that admitted it.
-        lease: what the attempt holds.
-        noted: what the layer that retries reads.
+        attempt: the attempt that was admitted.
+        lease: what it holds.
     """
 
-    def __init__(
-        self, read: ReadRequest, member: Limiter | None, lease: Lease, noted: Sent
-    ) -> None:
+    def __init__(self, read: ReadRequest, attempt: Attempt, lease: Lease) -> None:
         if lease.waited:  # the loop may have been busy since the admission
             sent(lease)
         self._read = read
-        self._provider, self._profile = read.at(member)
+        self._provider, self._profile = read.at(attempt.member)
         self._lease = lease
-        self._sent_at = read.lane.limiter.now()
-        self._noted = noted
-        noted.admitted(read.lane.limiter, lease)
+        self._noted = attempt.sent
+        assert self._noted.at is not None
+        self._sent_at = self._noted.at
         self._tail: _Tail | None = None
 
     def failed(self, error: BaseException) -> None:
@@ -167,53 +155,53 @@ class Attempt:
 
 
 class _ReplyBody:
-    """Pass on a reply's body, and tell the attempt."""
+    """Pass on a reply's body, and tell the exchange."""
 
-    def __init__(self, inner: Any, attempt: Attempt) -> None:
+    def __init__(self, inner: Any, exchange: Exchange) -> None:
         self._inner = inner
-        self._attempt = attempt
+        self._exchange = exchange
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         complete = False
         try:
             async for chunk in self._inner:
-                self._attempt.chunk_received(chunk)
+                self._exchange.chunk_received(chunk)
                 yield chunk
             complete = True
         finally:
-            self._attempt.body_ended(complete=complete)
+            self._exchange.body_ended(complete=complete)
 
     def __iter__(self) -> Iterator[bytes]:
         try:
             for chunk in self._inner:
-                self._attempt.chunk_received(chunk)
+                self._exchange.chunk_received(chunk)
                 yield chunk
         except GeneratorExit:
             raise  # perhaps from the collector, amid the limiter's work: `close` may follow
         except BaseException:
-            self._attempt.body_ended(complete=False)
+            self._exchange.body_ended(complete=False)
             raise
-        self._attempt.body_ended(complete=True)
+        self._exchange.body_ended(complete=True)
 
     async def aclose(self) -> None:
         try:
             await self._inner.aclose()
         finally:
-            self._attempt.body_ended(complete=False)
+            self._exchange.body_ended(complete=False)
 
     def close(self) -> None:
         try:
             self._inner.close()
         finally:
-            self._attempt.body_ended(complete=False)
+            self._exchange.body_ended(complete=False)
 
 
 class _RequestBody:
     """Pass on a request's body, which is read once the headers have been sent."""
 
-    def __init__(self, inner: Any, attempt: Attempt) -> None:
+    def __init__(self, inner: Any, exchange: Exchange) -> None:
         self._inner = inner
-        self._attempt = weakref.ref(attempt)
+        self._exchange = weakref.ref(exchange)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         self._note_sent()
@@ -224,19 +212,19 @@ class _RequestBody:
         return iter(self._inner)
 
     def _note_sent(self) -> None:
-        attempt = self._attempt()
-        if attempt is not None:
-            attempt.request_sent()
+        exchange = self._exchange()
+        if exchange is not None:
+            exchange.request_sent()
 
 
-def request_body(stream: Any, attempt: Attempt) -> Any:
-    """Return a request's ``stream``, wrapped so that it tells ``attempt`` when it leaves."""
-    return _wrapped(_RequestBody, stream, attempt)
+def request_body(stream: Any, exchange: Exchange) -> Any:
+    """Return a request's ``stream``, wrapped so that it tells ``exchange`` when it leaves."""
+    return _wrapped(_RequestBody, stream, exchange)
 
 
-def _wrapped(wrapper: Any, stream: Any, attempt: Attempt) -> Any:
-    """Return ``wrapper(stream, attempt)`` as a stream of the library that ``stream`` is from."""
-    return _stream_class(wrapper, library_of(stream))(stream, attempt)
+def _wrapped(wrapper: Any, stream: Any, exchange: Exchange) -> Any:
+    """Return ``wrapper(stream, exchange)`` as a stream of the library that ``stream`` is from."""
+    return _stream_class(wrapper, library_of(stream))(stream, exchange)
 
 
 @functools.cache

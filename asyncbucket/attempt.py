@@ -1,0 +1,210 @@
+"""One attempt at a call, as all adapters make it, and the note that it is in progress here.
+
+A transport, a wrapped model or tool, a decorated function, a batch and an MCP session all do the
+same: they acquire (`Attempt.admit`), send the call while a context variable says that it is in
+progress (``with attempt``), and end its lease.
+
+**Paying once.** Layers are stacked. LlamaIndex's public methods call each other: ``CustomLLM.achat``
+calls ``chat``, which calls ``complete``, and each of them is paced. Beneath them there may be an
+HTTP client whose transport is paced, too. The outermost layer pays, and a layer that finds its note
+does not. A tool, a decorated function or a call of a batch pays for itself alone: what it calls pays
+for itself, too.
+
+**Giving slots back.** A tool may call a paced model, or another tool, or run a whole agent. While
+it waits for that it does nothing itself, yet holds a slot. If both pass the same limiter, be it
+only the root, the inner call may be waiting for that very slot: for ever, if all slots are held
+this way. So before an inner call is admitted, the calls around it give back their slots, for good,
+at the levels that both pass. At the others they keep them: of a child ``tools`` with two slots, no
+more than two tools run, even if both call models of a sibling. What a call costs stays charged. A
+model that calls another one gives up slots like a tool, unless its own call pays for that one.
+
+**Retrying once.** Only the outermost layer retries. While it waits for an attempt, that attempt
+says so, and a paced transport beneath makes a single attempt. The two share a `Sent`, so a refusal
+that both see is counted once.
+
+Two traps shape this module. First, a context outlives the call that ran in it: asyncio keeps a copy
+for every connection that the call opened, and a task started inside keeps one for good. So an
+attempt refers to its lease weakly (otherwise a pooled connection would hold a slot for ever), and
+counts only until the lease is released. Second, a variable set in the body of an async generator
+leaks into the code that iterates over it. So it is set around one step of the inner stream at a time.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncbucket.engine.lease import Lease
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.levels import counts_at, give_back, is_under, undo
+from asyncbucket.pools import Pool, PoolLease
+from asyncbucket.providers.errors import Verdict, classify
+from asyncbucket.waiting import ASYNC, IO
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """Hold what whoever retries a call has to know of its latest attempt."""
+
+    #: When it was sent, in seconds of the limiter's clock; None until then.
+    at: float | None = None
+    #: The pool that admitted it, if one did, and the member that took it.
+    pool: Pool | None = None
+    member: Limiter | None = None
+    #: The limiter that was paused already, if the attempt was refused for rate.
+    paused: Limiter | None = None
+
+
+class Attempt:
+    """Make one attempt at a call; in a ``with`` block of this object, it is in progress.
+
+    Args:
+        limiter: the limiter that is asked.
+        lease: what admitted it, if something did already; it is not kept alive.
+        call: whose attempt it is: a tool, or what an adapter knows of the call.
+        pays: whether it pays for the calls inside.
+        sent: where it notes what whoever retries has to know.
+    """
+
+    __slots__ = (
+        *("_lease", "_token", "call", "has_inner_calls", "is_part", "is_retried", "limiter"),
+        *("member", "outer", "pays", "sent"),
+    )
+
+    def __init__(
+        self,
+        limiter: Limiter,
+        lease: Lease | None = None,
+        *,
+        call: Any = None,
+        pays: bool = False,
+        sent: Sent | None = None,
+    ) -> None:
+        self.limiter, self.call, self.pays = limiter, call, pays
+        self.sent = Sent() if sent is None else sent
+        self.outer = _IN_PROGRESS.get()
+        #: The member of a pool that admitted it, if one did.
+        self.member: Limiter | None = None
+        self.has_inner_calls = False
+        #: Whether it is only a part of the call around it, which has the same lease.
+        self.is_part = False
+        #: Whether the layer that retries waits for it.
+        self.is_retried = False
+        self._lease = None if lease is None else weakref.ref(lease)
+        self._token: Token[Attempt | None] | None = None
+
+    async def admit(self, io: IO = ASYNC, **amounts: Any) -> Lease:
+        """Wait for the admission, for which calls around this one give up slots.
+
+        Raises:
+            Exception: as for `Limiter.acquire`.
+        """
+        limiter, outer, sent = self.limiter, self.outer, self.sent
+        while outer is not None:
+            outer.give_up_slot(limiter)
+            outer = outer.outer
+        lease: Lease
+        lease = await (
+            limiter.acquire(**amounts) if io is ASYNC else io.acquire(limiter, **amounts)
+        )
+        self._lease = weakref.ref(lease)
+        sent.at = limiter.now()
+        if isinstance(lease, PoolLease) and isinstance(limiter, Pool):
+            sent.pool, sent.member = limiter, lease.limiter
+            self.member = lease.limiter
+        return lease
+
+    def __enter__(self) -> None:
+        self._token = _IN_PROGRESS.set(self)
+
+    def __exit__(self, *error: object) -> None:
+        token, self._token = self._token, None
+        try:
+            if token is not None:
+                _IN_PROGRESS.reset(token)
+        except ValueError:  # a generator may be closed in another context than it ran in
+            pass
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease, while it is held."""
+        lease = None if self._lease is None else self._lease()
+        return None if lease is None or lease.released else lease
+
+    def give_up_slot(self, limiter: Limiter) -> None:
+        """Give back the slots that a call of ``limiter``, inside this one, needs."""
+        self.has_inner_calls = True
+        lease = self.lease
+        if lease is not None:
+            give_back(lease, limiter)
+
+
+_IN_PROGRESS: Final[ContextVar[Attempt | None]] = ContextVar("asyncbucket attempt", default=None)
+
+
+def innermost() -> Attempt | None:
+    """Return the innermost attempt that is in progress in this context."""
+    return _IN_PROGRESS.get()
+
+
+def in_progress() -> Iterator[Attempt]:
+    """Yield the attempts that are in progress in this context, innermost first."""
+    attempt = _IN_PROGRESS.get()
+    while attempt is not None:
+        yield attempt
+        attempt = attempt.outer
+
+
+def paying(limiter: Limiter) -> Attempt | None:
+    """Return the attempt in progress that pays for calls of ``limiter`` here, if one does."""
+    for attempt in in_progress():
+        lease = attempt.lease if attempt.pays else None
+        if lease is not None and (counts_at(lease, limiter) or is_under(limiter, attempt.limiter)):
+            return attempt
+    return None
+
+
+def retried() -> Attempt | None:
+    """Return the attempt that this code is part of, if a layer above retries it."""
+    return next((attempt for attempt in in_progress() if attempt.is_retried), None)
+
+
+def is_running(tool: object) -> bool:
+    """Tell whether a method of ``tool`` is running here: then another method is part of its call.
+
+    Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
+    """
+    attempt = _IN_PROGRESS.get()
+    if attempt is None or attempt.call is not tool or attempt.has_inner_calls:
+        return False
+    return attempt.lease is not None
+
+
+# --- how it ends ---
+
+
+def answered(lease: Lease) -> None:
+    """Note that a call succeeds, whose reply may take long: the member of a pool works."""
+    if isinstance(lease, PoolLease):
+        lease.member_works()
+
+
+def end_refused(lease: Lease, verdict: Verdict) -> None:
+    """End a call's lease as the verdict on its failure says; in a pool, its member may be left out."""
+    if verdict.member_failed and isinstance(lease, PoolLease):
+        lease.member_failed(verdict.reason)
+    elif verdict.overloaded:
+        lease.overloaded()
+    else:
+        lease.failed()
+
+
+def end_failed(lease: Lease, error: BaseException, *, unsent: bool) -> None:
+    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
+    if unsent:
+        undo(lease)
+    try:
+        end_refused(lease, classify(error))
+    finally:  # to look at an error may raise another
+        lease.release()
