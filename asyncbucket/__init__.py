@@ -28,15 +28,18 @@ from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
     from asyncbucket import presets, prices, settings
+    from asyncbucket.auditing import Audit, audit
     from asyncbucket.plan import Plan
     from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Price
 
 #: What few programs need, and which module has it.
 _LAZY = {
+    "Audit": "asyncbucket.auditing",
     "Plan": "asyncbucket.plan",
     "Pool": "asyncbucket.pools",
     "Price": "asyncbucket.providers.prices",
+    "audit": "asyncbucket.auditing",
     "batch": "asyncbucket.batch",
     "presets": "asyncbucket.presets",
     "prices": "asyncbucket.prices",
@@ -52,7 +55,7 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'asyncbucket' has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return getattr(module, name) if name.istitle() else module
+    return getattr(module, name) if name.istitle() or name == "audit" else module
 
 
 def __dir__() -> list[str]:
@@ -63,6 +66,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "AcquireTimeout",
     "AsyncBucketError",
+    "Audit",
     "BucketStatistics",
     "Budget",
     "BudgetExceeded",
@@ -85,6 +89,7 @@ __all__ = [
     "Waits",
     "WouldBlock",
     "agent",
+    "audit",
     "budget",
     "deadline",
     "errors",

@@ -15,6 +15,8 @@ __all__ = ["main"]
 DONE, FAILED, CANNOT_RUN = 0, 1, 2
 #: A run was stopped by its own cap of dollars.
 SPENT = 3
+#: Calls of an audited program passed no limiter.
+UNPACED = 3
 #: Ctrl-C or SIGTERM ended a command, as in shells: 128 + SIGINT.
 INTERRUPTED = 130
 

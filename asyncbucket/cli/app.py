@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, demo, doctor, plan, proxy, run, watch
+from asyncbucket.cli import CANNOT_RUN, INTERRUPTED, audit, demo, doctor, plan, proxy, run, watch
 from asyncbucket.engine.errors import AsyncBucketError, UnknownPrice
 from asyncbucket.engine.wording import one_line
 
@@ -78,7 +78,7 @@ def _message(error: Exception, command: str) -> str:
 
 COMMANDS: Final = (
     *(demo.demo, plan.plan, run.run, proxy.proxy),
-    *(watch.watch, plan.plot, doctor.doctor),
+    *(watch.watch, plan.plot, doctor.doctor, audit.audit),
 )
 for each in COMMANDS:
     said, _, examples = inspect.cleandoc(each.__doc__ or "").partition("Examples:\n")

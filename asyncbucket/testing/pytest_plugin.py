@@ -1,7 +1,8 @@
 """Fixtures for pytest, found automatically once asyncbucket is installed.
 
 `virtual_time` is a stretch of virtual time; `rate_limited_provider` makes providers on loopback
-that are stopped at the end of the test::
+that are stopped at the end of the test; `no_unpaced_calls` fails a test in which a call to a model
+provider passes no limiter::
 
     def test_an_hour_of_pacing(virtual_time):
         limiter = Limiter("500 RPM", clock=virtual_time.clock)
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pytest
 
 if TYPE_CHECKING:
+    from asyncbucket.auditing import Audit
     from asyncbucket.testing.provider import RateLimitedProvider
     from asyncbucket.testing.virtual_time import VirtualTime
 
@@ -49,3 +51,14 @@ def rate_limited_provider() -> Generator[ProviderFactory]:
             return running.enter_context(RateLimitedProvider(**options))
 
         yield start
+
+
+@pytest.fixture
+def no_unpaced_calls() -> "Generator[Audit]":
+    """Fail the test if it calls a model provider past all limiters; see `asyncbucket.audit`."""
+    from asyncbucket.auditing import audit
+
+    with audit() as seen:
+        yield seen
+    if seen.unpaced:
+        pytest.fail(str(seen), pytrace=False)

@@ -1,0 +1,333 @@
+"""See before you pace: which calls to model providers pass no limiter.
+
+People set a limit, and some calls never meet it: a framework has its own client, a second SDK was
+forgotten, a tool calls a model by itself. While an `Audit` is on, it watches the places where HTTP
+calls leave a process: the transports of httpx and httpx2, aiohttp's session, and urllib3's pool,
+which requests and boto3 use. A call to a model provider is *paced* if its context holds an open
+lease; else it is reported with the line of your code that led to it. So that nothing else is missed,
+name look-ups of providers are watched, too, by Python's audit hook: a look-up that no watched call
+explains is reported with its host alone.
+
+A lease is found by a context variable, which tasks inherit. Executors inherit none, so work that is
+handed to one takes it along. Tasks have no caller's frames, so each remembers the line that started
+it. Nothing is patched before an audit begins, and everything is put back when it ends; only the
+audit hook stays, because Python cannot remove one, and does nothing then.
+"""
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import importlib
+import inspect
+import json
+import os
+import site
+import sys
+import sysconfig
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from asyncbucket.engine.lease import HELD, LENT, Lease
+from asyncbucket.providers.profiles import GENERIC, profile_of
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+#: The leases of this context; and the line of the user's code that started this task, or the job
+#: that an executor's thread runs, whose context may be another's.
+_LEASES: ContextVar[tuple["weakref.ref[Lease]", ...]] = ContextVar("asyncbucket_leases", default=())
+_ORIGIN: ContextVar[str] = ContextVar("asyncbucket_origin", default="")
+_JOB: Final = threading.local()
+#: Where code is that isn't the user's.
+_PATHS: Final = sysconfig.get_paths()
+_INSTALLED: Final = tuple(
+    {
+        *(_PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        *(path + os.sep for path in (*site.getsitepackages(), site.getusersitepackages())),
+        str(Path(__file__).parent) + os.sep,
+        "<frozen ",
+    }
+)
+_NOT_SEEN: Final = (
+    "Not seen: connections that were open before the audit began, and gRPC's own resolver."
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Unpaced:
+    """Say which calls passed no limiter.
+
+    Attributes:
+        host: the provider's host.
+        path: the path of the URL, without its query; empty if only a name look-up was seen.
+        where: file and line of the first frame that is neither an installed package nor the standard
+            library, such as ``"app.py:31"``; empty if there was none.
+        count: how many.
+    """
+
+    host: str
+    path: str
+    where: str
+    count: int
+
+
+class Audit:
+    """Report calls to model providers that no limiter of this process admitted; made by `audit`.
+
+    It is a context manager. It changes no call, and costs each a few microseconds while it is on.
+    """
+
+    def __init__(self, hosts: Iterable[str] = ()) -> None:
+        if isinstance(hosts, str):
+            raise TypeError(f"hosts must be a list of names, such as [{hosts!r}]")
+        self._hosts = tuple(host.lower() for host in hosts)
+        self._lock = threading.Lock()
+        self._found: Counter[tuple[str, str, str]] = Counter()
+        #: Watched calls on their way, by host: they explain name look-ups.
+        self._on_the_way: Counter[str] = Counter()
+        self._patched = contextlib.ExitStack()
+        #: How many calls to model providers a limiter admitted.
+        self.paced = 0
+
+    @property
+    def unpaced(self) -> list[Unpaced]:
+        """The calls that no limiter admitted, by host, path and line."""
+        with self._lock:
+            return sorted(Unpaced(*key, count) for key, count in self._found.items())
+
+    def __enter__(self) -> Self:
+        if _State.audit is not None:
+            raise RuntimeError("another audit is on in this process: end that one first")
+        _State.audit = self
+        if not _State.is_hooked:
+            sys.addaudithook(_on_event)
+            _State.is_hooked = True
+        self._patch(Lease, "__init__", _noted)
+        self._patch(asyncio.BaseEventLoop, "create_task", _with_origin)
+        self._patch(concurrent.futures.ThreadPoolExecutor, "submit", _with_context)
+        for module, name, address in _EXITS:
+            with contextlib.suppress(ModuleNotFoundError):
+                owner, _, method = name.rpartition(".")
+                cls = functools.reduce(getattr, owner.split("."), importlib.import_module(module))
+                self._patch(cls, method, functools.partial(self._watched, address))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patched.close()
+        _State.audit = None
+
+    def _patch(self, cls: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+        original = vars(cls)[name]
+        setattr(cls, name, functools.wraps(original)(wrap(original)))
+        self._patched.callback(setattr, cls, name, original)
+
+    def _watched(self, address: Callable[..., tuple[str, str]], original: Any) -> Any:
+        """Return what sends a call, watched."""
+
+        @contextlib.contextmanager
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            host, path = address(*args, **kwargs)
+            if not self._is_provider(host):
+                yield
+                return
+            paced = any(map(_is_open, _LEASES.get()))
+            where = "" if paced else _where()
+            with self._lock:
+                self._on_the_way[host] += 1
+                self.paced += paced
+                if not paced:
+                    self._found[host, path, where] += 1
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._on_the_way[host] -= 1
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with watch(*args, **kwargs):
+                return original(*args, **kwargs)
+
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            with watch(*args, **kwargs):
+                return await original(*args, **kwargs)
+
+        return call_async if inspect.iscoroutinefunction(original) else call
+
+    def looked_up(self, host: object) -> None:
+        """Note that ``host`` was looked up; unless a watched call is on its way there, report it."""
+        name = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host or "")
+        if self._is_provider(name.lower()):
+            with self._lock:
+                if not self._on_the_way[name.lower()]:
+                    self._found[name.lower(), "", _where()] += 1
+
+    def _is_provider(self, host: str) -> bool:
+        return profile_of(host) is not GENERIC or any(
+            fnmatchcase(host, pattern) for pattern in self._hosts
+        )
+
+    def __str__(self) -> str:
+        return table(self.unpaced, self.paced)
+
+    def __repr__(self) -> str:
+        return f"<Audit of {self.paced:,} paced and {sum(self._found.values()):,} unpaced calls>"
+
+
+def audit(*, hosts: Iterable[str] = ()) -> Audit:
+    """Report each call to a model provider that no limiter admits, while the block runs.
+
+    >>> with audit(hosts=["llm.corp.example"]) as seen:
+    ...     main()
+    >>> print(seen)
+    >>> assert not seen.unpaced
+
+    One audit at a time watches the process, all its threads and event loops. A call is paced if the
+    context that sends it holds an open lease, whatever limiter gave it. `TokenBucket` gives none, so
+    calls that wait at a bare bucket are reported.
+
+    Args:
+        hosts: names of providers that asyncbucket doesn't know, perhaps with ``*``.
+
+    Raises:
+        RuntimeError: on entering: another audit is on.
+    """
+    return Audit(hosts)
+
+
+def table(unpaced: Iterable[Unpaced], paced: int) -> str:
+    """Return the report of an audit, as text."""
+    rows = [(f"{each.count:,}", each.host, each.path, each.where) for each in unpaced]
+    if not rows:
+        return f"Calls to model providers: none unpaced, {paced:,} paced.\n{_NOT_SEEN}"
+    total = sum(int(row[0].replace(",", "")) for row in rows)
+    rows.insert(0, ("calls", "host", "path", "where"))
+    wide = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = (
+        f"{n:>{wide[0]}}  {host:<{wide[1]}}  {path:<{wide[2]}}  {at}" for n, host, path, at in rows
+    )
+    title = f"Calls to model providers: {total:,} unpaced, {paced:,} paced."
+    return "\n".join([title, *(line.rstrip() for line in lines), _NOT_SEEN])
+
+
+def audit_process(folder: str, hosts: Iterable[str]) -> None:
+    """Audit this process to its end, and write what was found into ``folder``."""
+    seen = audit(hosts=hosts)
+    seen.__enter__()
+
+    def write() -> None:
+        rows = [astuple(each) for each in seen.unpaced]
+        report = json.dumps({"paced": seen.paced, "unpaced": rows})
+        Path(folder, f"{os.getpid()}.json").write_text(report, "utf-8")
+
+    atexit.register(write)
+
+
+class _State:
+    """Module state, because an audit hook cannot be removed: so one is installed, at the first audit."""
+
+    audit: Audit | None = None
+    is_hooked = False
+
+
+def _on_event(event: str, args: tuple[Any, ...]) -> None:
+    if event == "socket.getaddrinfo" and _State.audit is not None:
+        _State.audit.looked_up(args[0])
+
+
+def _is_open(lease: "weakref.ref[Lease]") -> bool:
+    held = lease()
+    return held is not None and held._state in (HELD, LENT)  # noqa: SLF001 - no user is to see it
+
+
+def _noted(original: Any) -> Any:
+    """Return ``Lease.__init__`` that notes the lease in its context."""
+
+    def __init__(self: Lease, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        others = (each for each in _LEASES.get() if (held := each()) and not held.released)
+        _LEASES.set((*others, weakref.ref(self)))
+
+    return __init__
+
+
+def _with_origin(original: Any) -> Any:
+    """Return ``create_task`` whose task remembers the line that started it."""
+
+    def create_task(*args: Any, **kwargs: Any) -> Any:
+        context = kwargs["context"] = kwargs.get("context") or contextvars.copy_context()
+        context.run(_ORIGIN.set, _where())
+        return original(*args, **kwargs)
+
+    return create_task
+
+
+def _with_context(original: Any) -> Any:
+    """Return ``submit`` whose job, on another thread, knows its leases and the line that led to it."""
+
+    def submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        leases, where = _LEASES.get(), _where()
+
+        def job() -> Any:
+            _JOB.where, token = where, _LEASES.set(leases)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                _LEASES.reset(token)
+                _JOB.where = ""
+
+        return original(self, job)
+
+    return submit
+
+
+def _where() -> str:
+    """Return file and line of the user's code that led here, or that started this task."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        file = _shown_file(frame.f_code.co_filename)
+        if file is not None:
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return getattr(_JOB, "where", "") or _ORIGIN.get()
+
+
+@functools.lru_cache(maxsize=4_096)
+def _shown_file(file: str) -> str | None:
+    """Return how to show a file of the user's, relative if it lies below; None if it is installed."""
+    if file.startswith(_INSTALLED):
+        return None
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(file).relative_to(Path.cwd()))
+    return file
+
+
+def _of_httpx(_: Any, request: Any) -> tuple[str, str]:
+    return request.url.host, request.url.path
+
+
+def _of_aiohttp(session: Any, _: str, str_or_url: Any, **__: Any) -> tuple[str, str]:
+    whole = session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
+    return whole.host or "", whole.path
+
+
+def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> tuple[str, str]:  # noqa: ARG001
+    return pool.host, url.partition("?")[0]
+
+
+#: Where HTTP calls leave a process: module, method, and what returns host and path of its arguments.
+_EXITS: Final[tuple[tuple[str, str, Callable[..., tuple[str, str]]], ...]] = (
+    *((lib, "AsyncHTTPTransport.handle_async_request", _of_httpx) for lib in ("httpx", "httpx2")),
+    *((lib, "HTTPTransport.handle_request", _of_httpx) for lib in ("httpx", "httpx2")),
+    ("aiohttp", "ClientSession._request", _of_aiohttp),
+    ("urllib3", "connectionpool.HTTPConnectionPool.urlopen", _of_urllib3),
+)
