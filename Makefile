@@ -33,7 +33,7 @@ CORE_FILES := $(subst $(empty) $(empty),$(comma),$(CORE:%=asyncbucket/%.py) $(CO
 OTHERS := $(filter-out $(CORE) py __pycache__,$(basename $(notdir $(wildcard asyncbucket/*))))
 OTHER_FILES := $(subst $(empty) $(empty),$(comma),$(OTHERS:%=asyncbucket/%.py) $(OTHERS:%=asyncbucket/%/*))
 # The folders whose tests cover the core; in the others no test is traced.
-MEASURED := engine feedback http stores batch telemetry frameworks
+MEASURED := engine feedback http stores batch telemetry
 # Those that run long are spread evenly, and a sixth of the time is waiting: three for two processors.
 WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 SPREAD := --dist worksteal

@@ -27,7 +27,7 @@ from asyncbucket.explanations import Explanation
 from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
-    from asyncbucket import presets, prices, settings
+    from asyncbucket import prices, settings
     from asyncbucket.auditing import Audit, audit
     from asyncbucket.plan import Plan
     from asyncbucket.pools import Pool
@@ -41,7 +41,6 @@ _LAZY = {
     "Price": "asyncbucket.providers.prices",
     "audit": "asyncbucket.auditing",
     "batch": "asyncbucket.batch",
-    "presets": "asyncbucket.presets",
     "prices": "asyncbucket.prices",
     "settings": "asyncbucket.settings",
     "stores": "asyncbucket.stores",
@@ -96,7 +95,6 @@ __all__ = [
     "events",
     "pace",
     "plan",
-    "presets",
     "prices",
     "priority",
     "settings",

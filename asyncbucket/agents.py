@@ -28,17 +28,16 @@ from collections.abc import Iterable, Iterator
 from math import fsum
 from typing import Any, Final, TypeAlias
 
+from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import Agent
 from asyncbucket.engine.events import AgentFinished, AgentStarted
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.queue import AnyWaiter
-from asyncbucket.engine.seats import Seat
 from asyncbucket.engine.statistics import AgentKind, AgentStatistics
 
-# Whose call it is, is the lease's own business.
-# ruff: noqa: SLF001
+# Tenants share what is known of sizes; and an account is told more than it needs.
+# ruff: noqa: ARG002, SLF001
 
 #: How many finished runs are kept of a kind, and how many kinds.
 _RUNS: Final = 200
@@ -49,10 +48,13 @@ _NEARLY_DONE: Final = 0.5
 _Sizes: TypeAlias = deque[float]
 
 
-class AgentRun:
-    """One agent at one limiter, or one call that no agent makes."""
+class AgentRun(Account):
+    """One agent at one limiter, or one call that no agent makes; it pays for what its calls use."""
 
-    def __init__(self, agent: Agent | None, start: float, size: float | None, number: int) -> None:
+    def __init__(
+        self, agents: "Agents", agent: Agent | None, start: float, size: float | None, number: int
+    ) -> None:
+        self._agents = agents
         self.agent = agent
         #: When it made its first call here (ns).
         self.began = 0
@@ -72,12 +74,19 @@ class AgentRun:
         self.size = self.used if size is None else size
         self.tag = max(self.tag, self.start + self.size)
 
+    def passed(self, lease: Lease, now: int) -> None:
+        self._agents.pay(self, self._agents.node.work(lease._amounts))
+
+    def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:
+        work = self._agents.node.work
+        self._agents.correct(self, work(after) - work(before))
+
 
 class Agents:
     """Keep the agents that run at one limiter, and the sizes of those that finished."""
 
     def __init__(self, node: Node, above: "Agents | None") -> None:
-        self._node = node
+        self.node = node
         #: What the latest runs of each kind have used, and those of all kinds.
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
         self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
@@ -95,9 +104,9 @@ class Agents:
         run = self.runs.get(agent)
         if run is None and not agent.is_over:
             run = self.runs[agent] = self.enter(agent, self._size_of(agent))
-            run.began = self._node.pacer.clock()
+            run.began = self.node.pacer.clock()
             agent.limiters.append(self)
-            self._node.pacer.notify_locked(self._node, AgentStarted, kind=agent.kind)
+            self.node.pacer.notify_locked(self.node, AgentStarted, kind=agent.kind)
         return run
 
     def ahead(
@@ -105,13 +114,13 @@ class Agents:
     ) -> tuple[list[Any], int]:
         """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
         run = None if agent is None else self.runs.get(agent)
-        size = self._node.work(amounts) if agent is None else self._size_of(agent)
+        size = self.node.work(amounts) if agent is None else self._size_of(agent)
         tag = self._clock + (size or 0.0) if run is None else run.tag
-        runs = [(call, call.lease._run) for call in calls]
+        runs = [(call, run_of(call.lease)) for call in calls]
         before = [
             (call, theirs)
             for call, theirs in runs
-            if theirs is None or call.line.node is not self._node or theirs.tag <= tag
+            if theirs is None or call.line.node is not self.node or theirs.tag <= tag
         ]
         agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
         return [call for call, _ in before], len(agents)
@@ -119,12 +128,12 @@ class Agents:
     def _size_of(self, agent: Agent) -> float | None:
         """Return what an agent is expected to use that has just come."""
         told = agent.expects
-        return self.expected(agent.kind) if told is None else self._node.work(told)
+        return self.expected(agent.kind) if told is None else self.node.work(told)
 
     def enter(self, agent: Agent | None, size: float | None) -> AgentRun:
         """Return a new run of an agent, or of a call that no agent makes."""
         self._numbers += 1
-        run = AgentRun(agent, self._clock, size, self._numbers)
+        run = AgentRun(self, agent, self._clock, size, self._numbers)
         self._join_fluid(run, run.tag)
         return run
 
@@ -157,11 +166,6 @@ class Agents:
         self._clock += left / max(1, self._in_fluid)
         self.correct(run, work)
 
-    def passed(self, lease: Lease) -> None:
-        """Take in that a call has passed; one that waited while no agent ran has no run."""
-        if lease._run is not None:
-            self.pay(lease._run, self._node.work(lease._amounts))
-
     def correct(self, run: AgentRun, work: float) -> None:
         """Take in what a call has paid or, if negative, got back."""
         run.used += work
@@ -183,11 +187,11 @@ class Agents:
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
-        self._node.pacer.do_and_tell(self._end_locked, agent, ended_well)
+        self.node.pacer.do_and_tell(self._end_locked, agent, ended_well)
 
     def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
         run = self.runs.pop(agent)
-        node, now = self._node, self._node.pacer.clock()
+        node, now = self.node, self.node.pacer.clock()
         if ended_well:
             self._finished += 1
             if agent.kind not in self._sizes and len(self._sizes) >= _KINDS:
@@ -235,16 +239,17 @@ class CallsByAgent:
     def __init__(self, agents: Agents, calls: Iterable[Any]) -> None:
         self._agents = agents
         #: A tag may have grown since: then the entry is put back when it is first.
-        self._heap: list[tuple[float, int, int, Any]] = []
+        self._heap: list[tuple[float, int, int, Any, AgentRun]] = []
         for call in sorted(calls):
             self.append(call)
 
     def append(self, call: Any) -> None:
         """Add a call."""
-        run = call.lease._run
+        run = run_of(call.lease)
         if run is None:
-            run = call.lease._run = self._agents.enter(None, call.line.node.work(call.amounts))
-        heapq.heappush(self._heap, (run.tag, run.number, call.number, call))
+            run = self._agents.enter(None, call.line.node.work(call.amounts))
+            call.lease.accounts = (*call.lease.accounts, run)
+        heapq.heappush(self._heap, (run.tag, run.number, call.number, call, run))
 
     def popleft(self) -> Any:
         """Take the first call out."""
@@ -256,56 +261,29 @@ class CallsByAgent:
         """Return the first call; no other can be asked for."""
         heap = self._heap
         while True:
-            tag, number, _, call = heap[index]
-            run = None if call.lease is None else call.lease._run
-            if run is None or run.tag <= tag:
+            tag, number, _, call, run = heap[index]
+            if call.done() or run.tag <= tag:
                 return call
-            heapq.heapreplace(heap, (run.tag, number, call.number, call))
+            heapq.heapreplace(heap, (run.tag, number, call.number, call, run))
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the calls in order."""
-        return (entry[-1] for entry in sorted(self._heap))
+        return (call for *_, call, _ in sorted(self._heap))
 
 
-class AgentLease(Lease):
-    """Ask for an admission as part of a run of an agent, which pays for what its calls use."""
+def run_of(lease: Lease) -> AgentRun | None:
+    """Return the run that a call is part of; None if it waits where no agent runs."""
+    return next((each for each in lease.accounts if isinstance(each, AgentRun)), None)
 
-    def __init__(self, agent: Agent, node: Node, amounts: dict[str, int]) -> None:
-        super().__init__(node, amounts)
-        self._agent = agent
 
-    def _enter(self) -> None:
-        """Find the run that pays: the agent's, or one of its own if the agent is over."""
-        node = self._node
-        with node.pacer:
-            agents = agents_of(node)
-            self._run = agents.run_of(self._agent) or agents.enter(None, node.work(self._amounts))
-
-    def _try_now(self) -> bool:
-        self._enter()
-        agents, pacer = agents_of(self._node), self._node.pacer
-        if not super()._try_now():
-            return False
-        pacer.do(agents.passed, self)
-        return True
-
-    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
-        if self._run is None:  # it has not tried, because a budget asked first
-            self._enter()
-        return super()._join_line(deadline, seat)
-
-    def _hand_back_locked(self) -> None:
-        super()._hand_back_locked()
-        self._run.used -= self._node.work(self._amounts)
-
-    def _settle_locked(self, used: dict[str, int]) -> None:
-        work, before = self._node.work, self._booked()
-        super()._settle_locked(used)
-        if self._run is not None:  # else a budget refused it before it had one
-            agents_of(self._node).correct(self._run, work(self._booked()) - work(before))
+def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
+    """Return the run that pays for a call: the agent's, or one of its own if the agent is over."""
+    with node.pacer:
+        agents = agents_of(node)
+        return agents.run_of(agent) or agents.enter(None, node.work(amounts))
 
 
 def agents_of(node: Node) -> Agents:

@@ -22,23 +22,25 @@ anywhere. Each report goes into a queue, and whoever reads the sums next adds it
 
 import asyncio
 import contextlib
-import functools
 import inspect
 import weakref
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, TypeAlias
 
+from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import InheritedScope
 from asyncbucket.engine.cost import rounded_up
-from asyncbucket.engine.errors import BudgetExceeded
+from asyncbucket.engine.errors import AsyncBucketError, BudgetExceeded
 from asyncbucket.engine.events import Outcome
-from asyncbucket.engine.lease import ASKED, HELD, OVER, PARTS_OF_TOKENS, WAITING, Lease
+from asyncbucket.engine.lease import PARTS_OF_TOKENS, Lease
 from asyncbucket.engine.meters import Amounts
-from asyncbucket.engine.seats import Lock, OfThisProcess, ThreadSeat
+from asyncbucket.engine.seats import Lock, OfThisProcess
 from asyncbucket.engine.wording import counted, in_given_unit, is_number
-from asyncbucket.explanations import count_refusal
+
+# An account is told more than it needs.
+# ruff: noqa: ARG002
 
 #: What is asked before a call is refused: it returns the new cap, or None.
 OnExceeded: TypeAlias = Callable[[BudgetExceeded], float | Awaitable[float | None] | None]
@@ -232,123 +234,64 @@ class Budget(InheritedScope, OfThisProcess):
 budget = Budget
 
 
-class BudgetLease(Lease):
-    """Ask for an admission that budgets pay for, too."""
+class Charge(Account):
+    """What one call costs a budget: reserved when it passes, spent when it ends."""
 
-    _budgets: tuple[Budget, ...] = ()
-    #: What the budgets count for this call.
-    _held = _NOTHING
+    __slots__ = ("_has_passed", "_held", "budget")
 
-    def _try_now(self) -> bool:
-        if self._state != ASKED:
-            return super()._try_now()  # which refuses
-        if self._look(reserve=True) is not None:
-            return False  # `_wait` asks, or refuses
-        passed = False
-        try:
-            passed = super()._try_now()
-        finally:
-            if not passed:
-                self._hold(_NOTHING)
-        return passed
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._has_passed = False
+        #: What the budget counts for the call.
+        self._held = _NOTHING
 
-    def _refuse(self) -> None:
-        error = self._look(reserve=True)
-        if error is not None:
-            count_refusal(self._node, self._amounts, error)
-            raise error
-        self._hold(_NOTHING)
-        super()._refuse()
+    def refuses(self, amounts: Amounts) -> BudgetExceeded | None:
+        """Reserve what the call may cost; before it has passed, only look whether that may ever do."""
+        return None if self._held else self.reserve(_used_tokens(amounts, {}))
 
-    async def _wait(self, seat: ThreadSeat | None = None) -> None:
-        """Wait in turn, unless a budget can't pay in any case; then reserve."""
-        self._state, blocking = WAITING, seat is not None
-        try:
-            await self._ask(reserve=False, blocking=blocking)
-            await super()._wait(seat)
-            await self._ask(reserve=True, blocking=blocking)
-        except BaseException as error:
-            if self._state == HELD:
-                self._undo()  # perhaps later: another thread may hold the lock
-            else:
-                self._state = OVER
-            if isinstance(error, BudgetExceeded):
-                count_refusal(self._node, self._amounts, error)
-            raise
-
-    async def _ask(self, *, reserve: bool, blocking: bool, more: Amounts | None = None) -> None:
-        """Have caps raised until no budget is exceeded.
-
-        Raises:
-            BudgetExceeded: one is, and was not raised.
-        """
-        while (error := self._look(reserve=reserve, more=more)) is not None:
-            asked: Budget = error.budget
-            if not await asked.is_raised(error, blocking=blocking):
-                raise error
-
-    def _look(self, *, reserve: bool, more: Amounts | None = None) -> BudgetExceeded | None:
-        """Reserve at all budgets or at none; return the error of one that refuses.
-
-        What is reserved is ``more`` than before, or else what the call may cost.
-        """
-        amounts = self._used_tokens(self._amounts) if more is None else more
-        for number, each in enumerate(self._budgets):
-            error = each.look(amounts, reserve=reserve)
-            if error is not None:
-                for earlier in self._budgets[:number] if reserve else ():
-                    earlier.change("reserved", amounts, _NOTHING)
-                return error
-        if reserve:
+    def reserve(self, amounts: Amounts) -> BudgetExceeded | None:
+        """Reserve ``amounts`` more; return the error if the budget refuses."""
+        error = self.budget.look(amounts, reserve=self._has_passed)
+        if error is None and self._has_passed:
             held = self._held
             self._held = {**held, **{name: held.get(name, 0) + amounts[name] for name in amounts}}
-        return None
+        return error
 
-    def _hold(self, amounts: Amounts, *, side: _Side = "reserved") -> None:
-        """Have the budgets count ``amounts`` instead of what they do."""
-        for each in self._budgets:
-            each.change(side, self._held, amounts)
-        self._held = amounts
+    def give_back(self, amounts: Amounts) -> None:
+        """Reserve ``amounts`` no longer."""
+        held = self._held
+        self._held = {name: held[name] - amounts.get(name, 0) for name in held}
+        self.budget.change("reserved", held, self._held)
 
-    def _used_tokens(self, booked: Amounts) -> Amounts:
-        """Return what is ``booked`` with the tokens that are used: limits may count them otherwise.
+    async def reconsiders(self, error: AsyncBucketError, *, blocking: bool) -> bool:
+        assert isinstance(error, BudgetExceeded)
+        return await self.budget.is_raised(error, blocking=blocking)
 
-        OpenAI's count the larger of prompt and reply, Gemini's the prompt alone.
-        """
-        tokens, *parts = (booked.get(name, 0) for name in ("tokens", *PARTS_OF_TOKENS))
-        settled = self._parts or _NOTHING
-        is_split = settled.keys() >= set(PARTS_OF_TOKENS)
-        if not (is_split or "tokens" in settled):
-            is_split = parts != [tokens, tokens]  # else only their sum is known
-        return {**booked, "tokens": sum(parts)} if is_split else booked
+    def passed(self, lease: Lease, now: int) -> None:
+        self._has_passed = True
 
-    def _settle_locked(self, used: dict[str, int]) -> None:
-        super()._settle_locked(used)
+    def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:
         if self._held:
-            side: _Side = "spent" if self._state == OVER else "reserved"
-            self._hold(self._used_tokens(self._booked()), side=side)
+            held, self._held = self._held, _used_tokens(after, lease._parts or {})  # noqa: SLF001
+            self.budget.change("spent" if lease.released else "reserved", held, self._held)
 
-    def release(self) -> None:
-        """Give the slot back; the cost stays counted, as reserved or as settled."""
-        self._end("ok")
-
-    def _end_locked(self, outcome: Outcome) -> None:
-        was_over = self._state == OVER
-        super()._end_locked(outcome)
-        if self._held and self._state == OVER and not was_over:
-            for each in self._budgets:
-                each.change("reserved", self._held, _NOTHING)
-                each.change("spent", _NOTHING, self._held)
+    def ended(self, lease: Lease, outcome: Outcome) -> None:
+        self.budget.change("reserved", self._held, _NOTHING)
+        self.budget.change("spent", _NOTHING, self._held)
 
 
-@functools.cache
-def _paying(kind: type[Lease]) -> type[Lease]:
-    """Return the class of leases of a ``kind`` that budgets pay for: an agent's, a pool's..."""
-    return type(f"Budget{kind.__name__}", (BudgetLease, kind), {})
+def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:
+    """Return what is ``booked`` with the tokens that are used: limits may count them otherwise.
+
+    OpenAI's count the larger of prompt and reply, Gemini's the prompt alone.
+    """
+    tokens, *parts = (booked.get(name, 0) for name in ("tokens", *PARTS_OF_TOKENS))
+    is_split = all(name in settled for name in PARTS_OF_TOKENS)
+    if not (is_split or "tokens" in settled):
+        is_split = parts != [tokens, tokens]  # else only their sum is known
+    return {**booked, "tokens": sum(parts)} if is_split else booked
 
 
-def pay_from(budgets: tuple[Budget, ...], lease: Lease) -> None:
-    """Have ``budgets``, outermost first, pay for the call of a new ``lease``."""
-    lease.__class__ = _paying(type(lease))
-    assert isinstance(lease, BudgetLease)
-    lease._budgets = budgets  # noqa: SLF001 - just made
+def charges(budgets: Iterable[Budget]) -> tuple[Charge, ...]:
+    """Return the accounts of a new call at ``budgets``, outermost first."""
+    return tuple(map(Charge, budgets))

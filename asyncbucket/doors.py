@@ -133,7 +133,7 @@ class Doors:
 
         The result is of the same class, with the same fields, tools, streaming and structured
         output. For a list it is a list. Needs the extra ``asyncbucket[llama-index]``. A session of
-        MCP is paced by its tools: see `asyncbucket.frameworks.wrap_session`.
+        MCP is paced by its tools: see `asyncbucket.mcp.wrap_session`.
 
         >>> llm = limiter.child("chat").wrap(OpenAI(model="gpt-4o-mini"))
         >>> tools = limiter.child("tools").wrap([search, weather])
@@ -148,7 +148,7 @@ class Doors:
             TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
             ValueError: ``obj`` is paced by another limiter.
         """
-        from asyncbucket.frameworks import wrap_session
+        from asyncbucket.mcp import wrap_session
 
         session = wrap_session(obj, cast("Limiter", self), options)
         if session is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from asyncbucket.budgets import BudgetLease
+from asyncbucket.budgets import Charge
 from asyncbucket.doors import find_headroom
 from asyncbucket.engine.context import inherited, nanoseconds
 from asyncbucket.engine.cost import Cost, rounded_up
@@ -143,9 +143,14 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
     Raises:
         BudgetExceeded: one cannot, so the request must not be sent.
     """
-    if isinstance(lease, BudgetLease):
-        amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
-        await lease._ask(reserve=True, blocking=blocking, more=amounts)
+    amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
+    charges = [each for each in lease.accounts if isinstance(each, Charge)]
+    for number, charge in enumerate(charges):
+        while (error := charge.reserve(amounts)) is not None:
+            if not await charge.reconsiders(error, blocking=blocking):
+                for paid in charges[:number]:
+                    paid.give_back(amounts)
+                raise error
 
 
 def reprice(lease: Lease, cost: Cost) -> None:

@@ -5,10 +5,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
 
-from asyncbucket.agents import AgentLease
-from asyncbucket.engine.context import Agent, inherited, read_text, span_of
+from asyncbucket.engine.context import inherited, read_text, span_of
 from asyncbucket.engine.cost import Cost
-from asyncbucket.engine.lease import ASKED, FirstLease, Lease
+from asyncbucket.engine.lease import ASKED, Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.node import Meters, PoolNode
@@ -32,7 +31,7 @@ T = TypeVar("T")
 _PATIENCE: Final = ("patience", "0 never waits for one member")
 
 
-class PoolLease(FirstLease):
+class PoolLease(Lease):
     """Ask for an admission at any member of a pool; hold what one of them gave."""
 
     #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
@@ -79,9 +78,9 @@ class PoolLease(FirstLease):
         self.patience = 0
         return super()._take_now()
 
-    def _try_now(self) -> bool:
-        if self._state != ASKED:
-            return super()._try_now()  # which refuses
+    def _try_now(self, state: int = ASKED) -> bool:
+        if self._state != state:
+            return super()._try_now(state)  # which refuses
         inner = self._node
         members: Members = inner.pacer.pool
         with members.pacer:
@@ -89,7 +88,7 @@ class PoolLease(FirstLease):
         if member is None:
             return False
         self._node = member.at(inner)
-        if super()._try_now():
+        if super()._try_now(state):
             members.pacer.do(self._bind_locked, member)
             return True
         self._node = inner  # others were faster
@@ -116,21 +115,6 @@ class PoolLease(FirstLease):
         super()._end_locked(outcome)
         assert self._member is not None
         self._member.ended(self, is_proof=outcome == "ok")
-
-
-if TYPE_CHECKING:
-    from abc import ABC
-    from collections.abc import Coroutine
-    from contextlib import AbstractAsyncContextManager
-
-    class Acquisition(
-        Coroutine[Any, Any, PoolLease], AbstractAsyncContextManager[PoolLease, None], ABC
-    ):
-        """A `PoolLease`, in the words of type checkers."""
-
-
-class _AgentPoolLease(AgentLease, PoolLease):
-    """Ask for both: as part of a run of an agent, at any member."""
 
 
 class Pool(Limiter):
@@ -201,14 +185,14 @@ class Pool(Limiter):
         pool: Members = self._node.pacer.pool
         return tuple(member.limiter for member in pool.members)
 
-    def acquire(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def acquire(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         cost: Cost | None = None,
         *,
         sticky: str | None = None,
         patience: float | None = None,
         **call: Unpack[CallKeywords],
-    ) -> "Acquisition":
+    ) -> PoolLease:
         """Wait for an admission at any member: ``await`` the lease, or enter it.
 
         Args:
@@ -230,7 +214,7 @@ class Pool(Limiter):
         lease: Any = super().acquire(cost, **call)
         lease.sticky = key or lease.sticky
         lease.patience = lease.patience if span is None else span
-        return cast("Acquisition", lease)
+        return cast("PoolLease", lease)
 
     def acquire_nowait(
         self, cost: Cost | None = None, *, tenant: str | None = None, **amounts: Unpack[CallAmounts]
@@ -242,9 +226,9 @@ class Pool(Limiter):
         """Block this thread until any member admits the call; see `Limiter.acquire_sync`."""
         return cast("PoolLease", super().acquire_sync(cost, **call))
 
-    def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
+    def _make_lease(self, amounts: dict[str, int]) -> PoolLease:
         node, context = self._node, inherited.get()
-        lease = PoolLease(node, amounts) if agent is None else _AgentPoolLease(agent, node, amounts)
+        lease = PoolLease(node, amounts)
         lease.patience = node.pacer.pool.patience
         lease.sticky = None if context is None else context.sticky
         return lease

@@ -1,26 +1,14 @@
-"""Limits from outside the code: environment variables, tables in TOML files, published presets.
+"""Limits from outside the code: environment variables and tables in TOML files.
 
-The first two give the limiter's own arguments, under the same names: ``limits`` (texts),
-``preset``, keywords such as ``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``,
-and ``prices``, the path of a file.
-
-A preset is what a provider publishes about its limits, by provider, tier and model. Providers change
-these figures without notice, and an account may have others: the limits page of your own account is
-authoritative. A preset is a starting point for transports and wrapped models: what a provider says
-in its headers lowers what is available, and never raises it. The figures are in ``presets.toml``,
-each with the provider's own page, or a dated copy of it, and the day on which it was read. Only
-figures that could be found are there.
+They give the limiter's own arguments, under the same names: ``limits`` (texts), keywords such as
+``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``, and ``prices``, the path of
+a file.
 """
 
-import difflib
 import os
 import tomllib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import date
-from functools import cache, partial
-from importlib.resources import files
+from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -32,9 +20,7 @@ L = TypeVar("L")
 T = TypeVar("T")
 
 _NUMBERS: Final = (*KEYWORDS, "max_queue")
-_KNOWN: Final = ("limits", "preset", "concurrency", "name", "store", "prices", *_NUMBERS)
-#: A preset this many days old causes a warning.
-_OLD: Final = 180
+_KNOWN: Final = ("limits", "concurrency", "name", "store", "prices", *_NUMBERS)
 
 
 def from_env(
@@ -47,8 +33,7 @@ def from_env(
     """Return a limiter configured by environment variables.
 
     ``ASYNCBUCKET_RPM=500``, ``_TPM=200k``, ``_CONCURRENCY=20`` (or ``auto``, or ``8-64``),
-    ``_LIMITS="10k RPD; 3 images/10s"``, ``_PRESET=openai/tier-1/gpt-4o-mini``, ``_NAME``,
-    ``_MAX_QUEUE``, ``_STORE``. Empty variables count as not set.
+    ``_LIMITS="10k RPD; 3 images/10s"``, ``_NAME``, ``_MAX_QUEUE``, ``_STORE``. Empty variables count as not set.
 
     Args:
         cls: the class to make: `Limiter`.
@@ -157,7 +142,7 @@ def from_table(
             raise LimitSyntaxError(f"entry {name!r} of {where} is not known; known: {known}")
         if name not in given:
             found[name] = with_error_source(spelled(name), partial(_read, name, value))
-    limits = [*found.pop("limits", ()), *found.pop("preset", ())]
+    limits = found.pop("limits", [])
     given = found | given
     if not limits and not given.keys() & {*KEYWORDS, "concurrency"}:
         raise LimitSyntaxError(f"no limits in {where}: {hint}")
@@ -169,8 +154,6 @@ def _read(name: str, value: Any) -> Any:
     if name == "limits":
         texts = value.split(";") if isinstance(value, str) else value
         return [Limit.parse(text) for text in texts if text != ""]
-    if name == "preset":
-        return preset(value)
     if name == "concurrency":
         if isinstance(value, str) and value != "auto":
             value = [read_amount(bound) for bound in value.split("-")]
@@ -235,81 +218,3 @@ def _table_in(file: Path) -> tuple[str, Mapping[str, Any]]:
             f"{file} has no table [tool.asyncbucket] or [asyncbucket]: write one, such as rpm = 500"
         )
     return where, table
-
-
-# --- published limits ---
-
-
-class PresetWarning(UserWarning):
-    """Say that a preset's figures are old."""
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """The limits that a provider publishes for a tier and a model; iterating yields the limits.
-
-    >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
-    """
-
-    name: str
-    limits: tuple[Limit, ...]
-    #: The provider's page.
-    source: str
-    #: When it was read.
-    dated: date
-
-    def __iter__(self) -> Iterator[Limit]:
-        return iter(self.limits)
-
-
-def preset(name: str, *, today: date | None = None) -> Preset:
-    """Return the published limits called ``"provider/tier/model"``; see `preset_names`.
-
-    >>> limiter = Limiter(*preset("openai/tier-1/gpt-4o-mini"), concurrency=20)
-
-    Args:
-        name: such as ``"anthropic/start/claude-sonnet-5"``.
-        today: the day on which to judge the age; by default today.
-
-    Raises:
-        ValueError: there is no such preset; the message suggests similar names.
-
-    Warns:
-        PresetWarning: the figures are over half a year old.
-    """
-    found = _presets().get(name)
-    if found is None:
-        names = preset_names()
-        similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
-        raise ValueError(
-            f"no preset is called {name!r}; try e.g. {', '.join(similar)}; "
-            "asyncbucket.presets.preset_names() names all"
-        )
-    age = ((date.today() if today is None else today) - found.dated).days  # noqa: DTZ011 - a day more or less
-    if age > _OLD:
-        warnings.warn(
-            f"the limits of {name!r} were read {age} days ago, on {found.dated}: compare them with "
-            f"{found.source}",
-            PresetWarning,
-            stacklevel=2,
-        )
-    return found
-
-
-def preset_names() -> tuple[str, ...]:
-    """Return the names of all presets, in order of provider, model and tier."""
-    return tuple(_presets())
-
-
-@cache
-def _presets() -> dict[str, Preset]:
-    published = tomllib.loads(
-        files("asyncbucket.engine").joinpath("presets.toml").read_text("utf-8")
-    )
-    return {
-        name: Preset(name, tuple(map(Limit.parse, limits)), table["source"], table["dated"])
-        for provider, models in published.items()
-        for model, table in models.items()
-        for tier, limits in table["tiers"].items()
-        for name in (f"{provider}/{tier}/{model}",)
-    }

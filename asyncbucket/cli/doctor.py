@@ -16,7 +16,6 @@ from rich.text import Text
 from asyncbucket import Limit, StoreError
 from asyncbucket.cli import FAILED, options
 from asyncbucket.engine.wording import one_line
-from asyncbucket.frameworks import FRAMEWORKS
 from asyncbucket.stores import Batch, LimitConfig, open_store, without_password
 
 #: What stands before each line but the first of a finding.
@@ -57,7 +56,7 @@ def doctor(
         asyncbucket doctor
         asyncbucket doctor --store redis://127.0.0.1:6379/0
     """
-    findings = [*packages(), *frameworks()]
+    findings = [*packages()]
     findings += [] if store is None else [shared_store(store)]
     _show(Console(highlight=False), findings)
     if any(finding.state == "bad" for finding in findings):
@@ -100,17 +99,6 @@ def packages() -> Iterator[Finding]:
         multiply = f"clients of {retrying} retry by themselves, and layers of retries multiply"
         remedy = "limiter.wrap(...) and pace(...) leave one layer; give other clients max_retries=0"
         yield Finding("retries", "note", multiply, remedy)
-
-
-def frameworks() -> Iterator[Finding]:
-    """Report the agent frameworks, what paces each, and which of them as it is nothing paces."""
-    for framework in FRAMEWORKS:
-        number = version_of(framework.package)
-        if number and framework.unpaced is None:
-            yield Finding(framework.name, "good", f"{number}, paced by {framework.how}")
-        elif number:
-            found = f"{number} is not paced as it is: {framework.unpaced}"
-            yield Finding(framework.name, "note", found, framework.how)
 
 
 def shared_store(url: str) -> Finding:

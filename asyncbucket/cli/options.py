@@ -2,8 +2,7 @@
 
 import contextlib
 import inspect
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
@@ -12,7 +11,7 @@ import typer
 
 from asyncbucket.engine.errors import LimitSyntaxError
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.limits import Limit, read_amount
+from asyncbucket.engine.limits import read_amount
 from asyncbucket.pools import Pool
 from asyncbucket.stores import without_password
 
@@ -78,7 +77,6 @@ def read_count(typed: str) -> int:
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]
 Tpm: TypeAlias = Annotated[int | None, count("Tokens a minute.")]
-Preset: TypeAlias = Annotated[str | None, name("A provider's published limits.")]
 Also: TypeAlias = Annotated[
     list[str] | None, text('Any other limit, e.g. "10k RPD" or "40k ITPM".', "--also")
 ]
@@ -91,23 +89,6 @@ PoolFile: TypeAlias = Annotated[
 ]
 AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]
-
-
-def further_limits(also: Iterable[str] | None, preset: str | None) -> list[str | Limit]:
-    """Return what `Also` and `Preset` say; if a preset is old, a line on standard error says so.
-
-    Raises:
-        ValueError: there is no such preset.
-    """
-    limits: list[str | Limit] = [*(also or ())]
-    if preset is not None:
-        from asyncbucket.presets import preset as limits_of
-
-        with warnings.catch_warnings(record=True, action="always") as caught:
-            limits += limits_of(preset)
-        for warning in caught:
-            typer.echo(f"note: {warning.message}", err=True)
-    return limits
 
 
 def shown_url(url: str) -> str:

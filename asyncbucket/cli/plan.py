@@ -48,7 +48,6 @@ def plan(  # noqa: PLR0913 - one for each option
     rpm: options.Rpm = None,
     tpm: options.Tpm = None,
     limits: options.Also = None,
-    preset: options.Preset = None,
     concurrency: Annotated[int | None, options.count("Calls in flight at most.")] = None,
     profile: Annotated[str, options.name("Whose charging rules, e.g. anthropic.")] = "openai",
     model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
@@ -64,13 +63,13 @@ def plan(  # noqa: PLR0913 - one for each option
 
     Examples:
         asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
-        asyncbucket plan prompts.jsonl --preset openai/tier-1/gpt-4o-mini
+        asyncbucket plan prompts.jsonl --rpm 500 --also '10k RPD'
         asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
     """
     if source is not None and tokens is not None:
         raise ValueError(f"{source!r} and --tokens both say what calls cost: give one of them")
     planned = make_plan(
-        *options.further_limits(limits, preset),
+        *(limits or ()),
         calls=calls,
         tokens=_samples(tokens or source),
         latency=_samples(latency),

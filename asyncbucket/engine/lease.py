@@ -7,13 +7,13 @@ does the work: see `asyncbucket.engine.pacer.Pacer.do`.
 """
 
 import contextlib
-import inspect
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket import explanations as explain
+from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
@@ -39,13 +39,13 @@ _PARTS: Final = 16
 Parts: TypeAlias = list[tuple[int, int, Meters]]
 
 
-class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
+class Lease(OfThisProcess):
     """Ask for an admission; hold what it took until it is released.
 
     ``await`` it, or enter it with ``async with``, which releases it on leaving. Nothing is taken
-    before that, and ``timeout`` counts from then. For ``asyncio.create_task`` and the like it is a
-    coroutine. A lease that is held is a plain context manager, too. It serves one call: the next
-    one needs another.
+    before that, and ``timeout`` counts from then. A lease that is held is a plain context manager,
+    too. It serves one call: the next one needs another. It is no coroutine: for a task of its own,
+    write ``asyncio.ensure_future(limiter.acquire())``.
 
     `settle` reports what the call really used; `release` gives the slot back. Both are synchronous
     and may be called from any thread, repeatedly, and in any order. A lease that is dropped
@@ -54,9 +54,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     latter two.
     """
 
-    __name__ = "acquire"  # shown in the task's repr
-
     # What most leases never set: they neither wait nor are settled.
+    #: What is told of the call beside the limits.
+    accounts: tuple[Account, ...] = ()
     #: Seconds between asking and admission.
     waited: float = 0.0
     #: What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
@@ -69,12 +69,9 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
     #: Where it was admitted; if it was not, settling changes nothing.
     _seat: Seat = NOWHERE
     _entered = False
-    _coroutine: Generator[Any, Any, Any] | None = None
     #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
     _meters: Meters = ()
     _line: Line | None = None
-    #: Whose run it is part of, if agents are told apart: see `asyncbucket.agents`.
-    _run: Any = None
     #: For each settled resource, what is booked, and when.
     _parts: dict[str, Parts] | None = None
     #: The levels at which it still has its slot, if it gave some up.
@@ -90,11 +87,15 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def _take_now(self) -> bool:
         """Take everything now, or nothing, for a caller who will not wait."""
-        return self._try_now()
+        self._raise_refusal()
+        taken = self._try_now()
+        if taken:
+            self._raise_refusal()
+        return taken
 
-    def _try_now(self) -> bool:
+    def _try_now(self, state: int = ASKED) -> bool:  # noqa: C901 - the hottest path, in one piece
         """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
-        if self._state != ASKED:
+        if self._state != state:
             raise RuntimeError(_USED)
         node = self._node
         pacer: Pacer = node.pacer
@@ -123,6 +124,8 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             self._when = now
             self._meters = node.meters
             self._state = HELD
+            if self.accounts or node.accounts:
+                self._pass_locked(node, now)
         finally:
             pacer.lock.release()
         if pacer.jobs or pacer.observed:
@@ -143,24 +146,72 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self._meters = line.node.meters if meters is None else meters
         self.waited = (now - waiter.asked) * 1e-9
         self.bound_by = bound_by
-        if line.node.agents is not None:
-            line.node.agents.passed(self)
+        if self.accounts or line.node.accounts:
+            self._pass_locked(line.node, now)
+
+    def _pass_locked(self, node: Node, now: int) -> None:
+        self.accounts = (*self.accounts, *node.accounts)
+        for account in self.accounts:
+            account.passed(self, now)
 
     def _hand_back_locked(self) -> None:
         """Give everything back that it was just handed: the call gave up at that very moment."""
         self._state = OVER
         self._seat.leases -= 1
         self._seat = NOWHERE
-        node = self._node
-        pacer: Pacer = node.pacer
-        node.unbook(self._meters, self._amounts, self._when)
-        if pacer.place is not None:
-            pacer.place.ended(self)
+        self._node.unbook(self._meters, self._amounts, self._when)
+        for account in self.accounts:
+            account.settled(self, self._amounts, {})
+            account.ended(self, "failed")
+
+    # --- accounts ---
+
+    def _raise_refusal(self) -> None:
+        """Raise the error of an account that refuses the call, for a caller who will not wait."""
+        for account in self.accounts:
+            error = account.refuses(self._amounts)
+            if error is not None:
+                self._refused(error)
+                raise error
+
+    async def _ask_accounts(self, *, blocking: bool) -> None:
+        """Ask every account, before the call waits and when it has passed."""
+        try:
+            for account in self.accounts:
+                while (error := account.refuses(self._amounts)) is not None:
+                    if not await account.reconsiders(error, blocking=blocking):
+                        raise error  # noqa: TRY301 - counted below
+        except BaseException as error:
+            self._refused(error)
+            raise
+
+    def _refused(self, error: BaseException) -> None:
+        """Take the call back if it has passed, because of an account."""
+        if self._state == HELD:
+            self._undo()  # perhaps later: another thread may hold the lock
+        else:
+            self._state = OVER
+        if isinstance(error, AsyncBucketError):
+            explain.count_refusal(self._node, self._amounts, error)
+
+    # --- waiting ---
 
     def __await__(self) -> Generator[Any, Any, Self]:
-        if not self._try_now():
+        if self.accounts:
+            yield from self._admit().__await__()
+        elif not self._try_now():
             yield from self._wait().__await__()
         return self
+
+    async def _admit(self, seat: ThreadSeat | None = None) -> None:
+        """Pass the limits, if the accounts agree."""
+        if self._state != ASKED:
+            raise RuntimeError(_USED)
+        self._state, blocking = WAITING, seat is not None
+        await self._ask_accounts(blocking=blocking)
+        if not self._try_now(WAITING):
+            await self._wait(seat)
+        await self._ask_accounts(blocking=blocking)
 
     async def _wait(self, seat: ThreadSeat | None = None) -> None:
         """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
@@ -247,7 +298,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         seat = ThreadSeat(pacer.look)
         try:
             with contextlib.suppress(StopIteration):
-                self._wait(seat).send(None)
+                (self._admit(seat) if self.accounts else self._wait(seat)).send(None)
         finally:
             pacer.do(pacer.seats.pop, seat, None)
 
@@ -273,8 +324,11 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         if self._entered:
             raise RuntimeError(_USED)
         self._entered = True
-        if self._state != HELD and not self._try_now():
-            await self._wait()
+        if self._state != HELD:
+            if self.accounts:
+                await self._admit()
+            elif not self._try_now():
+                await self._wait()
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -285,7 +339,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
 
     def __enter__(self) -> Self:
         if self._state < HELD:
-            self.close()
+            self._state = OVER
             raise TypeError(
                 "write `async with limiter.acquire():`, or `with limiter.acquire_sync():` where there "
                 "is no event loop"
@@ -297,27 +351,6 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             self.release()
         else:
             self._broken(error)
-
-    def _open_coroutine(self) -> Generator[Any, Any, Self]:
-        self._coroutine = self._coroutine or self.__await__()
-        if inspect.getgeneratorstate(self._coroutine) == inspect.GEN_CLOSED:
-            raise RuntimeError(
-                "this acquisition has been awaited: call acquire() for another lease"
-            )
-        return self._coroutine
-
-    def send(self, value: Any) -> Any:
-        """Run as a coroutine, for ``asyncio.create_task`` and the like."""
-        return self._open_coroutine().send(value)
-
-    def throw(self, *args: Any) -> Any:
-        """Raise an exception inside, as in a coroutine."""
-        return self._open_coroutine().throw(*args)
-
-    def close(self) -> None:
-        """Close it, as a coroutine: it counts as awaited, so there is no warning."""
-        self._coroutine = self._coroutine or self.__await__()
-        self._coroutine.close()
 
     # --- holding ---
 
@@ -376,8 +409,12 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         deltas = {name: amount - booked.get(name, 0) for name, amount in used.items()}
         for resource, delta in deltas.items():
             self._correct(resource, delta)
-        if self._line is not None:
-            self._line.credit_flows(booked, self._booked())
+        if self._line is not None or self.accounts:
+            now_booked = self._booked()
+            if self._line is not None:
+                self._line.credit_flows(booked, now_booked)
+            for account in self.accounts:
+                account.settled(self, booked, now_booked)
         if any(delta < 0 or (delta and node.parent is not None) for delta in deltas.values()):
             pacer.ring_locked(node)  # a child in debt lets others go first, too
 
@@ -468,7 +505,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
             ATOMIC
             and self._state == HELD
             and pacer.is_plain
-            and not (pacer.waiting or pacer.observed)
+            and not (self.accounts or pacer.waiting or pacer.observed)
         ):
             # No other thread interleaves between the tests and the first store. Whoever is about to
             # wait looks at the slots after having joined the line, or is rung.
@@ -510,7 +547,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
         slots were held so, they would wait for ever.
         """
-        held = self._node.path if self._levels is None else self._levels
+        held = self.levels
         given_up = [level for level in held if level in path]
         if self._state not in (HELD, LENT) or self._seat.look is None or not given_up:
             return
@@ -520,7 +557,7 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         for level in given_up:
             level.in_flight -= 1
         if pacer.place is not None:
-            pacer.place.ended(self)
+            pacer.place.ended(self, "ok")
         pacer.ring_locked(self._node)
 
     def _end(self, outcome: Outcome) -> None:
@@ -534,12 +571,10 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
         self._seat.leases -= 1
         node = self._node
         pacer: Pacer = node.pacer
-        for level in node.path if self._levels is None else self._levels:
-            if level.sizer is not None:
-                self._tell_sizer(level, outcome)
+        for account in self.accounts:
+            account.ended(self, outcome)
+        for level in self.levels:
             level.in_flight -= 1
-        if pacer.place is not None:
-            pacer.place.ended(self)
         if pacer.waiting:
             for level in node.bounded:
                 if level.in_flight + 1 >= level.slots:  # somebody may wait for this slot
@@ -552,47 +587,39 @@ class Lease(OfThisProcess, Coroutine[Any, Any, "Lease"]):
                 node, Released, cost=self.cost, held=held, outcome=outcome, used=used
             )
 
-    def _tell_sizer(self, level: Node, outcome: Outcome) -> None:
-        """Tell what finds the number of slots how the call ended."""
-        assert level.sizer is not None
-        level.sizer.ended(
-            outcome,
-            started=self._when if outcome == "ok" or self._admitted is None else self._admitted,
-            now=level.pacer.clock(),
-            waited=self.bound_by == "concurrency",
-            full=level.in_flight >= level.slots,
-        )
-        before, level.slots = level.slots, level.sizer.size
-        if level.slots > before:
-            level.pacer.ring_locked(self._node)
+    @property
+    def levels(self) -> tuple[Node, ...]:
+        """The levels at which it has its slot."""
+        return self._node.path if self._levels is None else self._levels
+
+    def began(self, outcome: Outcome) -> int:
+        """Return when the call began (ns): as it was sent, or else as it was admitted."""
+        return self._when if outcome == "ok" or self._admitted is None else self._admitted
 
     def __del__(self) -> None:
-        if self._state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
+        state = self._state
+        if state == OVER:
+            return
+        if state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
             self._node.pacer.do(self._end_locked, "failed")
+        elif state == ASKED:
+            _warn_of_first(self._node)
 
     def __repr__(self) -> str:
         state = ("asked", "waiting", "open", "open", "released")[self._state]
         return f"<Lease {state} {self.cost} waited={self.waited:.3f} s bound_by={self.bound_by}>"
 
 
-class FirstLease(Lease):
-    """Warn if it is never awaited.
+def _warn_of_first(node: Node) -> None:
+    """Warn that an acquisition was never awaited.
 
     Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
     has used yet are watched.
     """
-
-    def __del__(self) -> None:
-        super().__del__()
-        node = self._node
-        if (
-            self._state == ASKED
-            and self._coroutine is None
-            and not (node.admitted or node.waiting or node.refused or node.cancelled)
-        ):
-            warnings.warn(
-                "an acquisition was never awaited, so that nothing was paced: write "
-                "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    if not (node.admitted or node.waiting or node.refused or node.cancelled):
+        warnings.warn(
+            "an acquisition was never awaited, so that nothing was paced: write "
+            "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
+            RuntimeWarning,
+            stacklevel=3,
+        )

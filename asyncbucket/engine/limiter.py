@@ -7,11 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from asyncbucket import doors
-from asyncbucket.agents import AgentLease
-from asyncbucket.budgets import pay_from
+from asyncbucket.agents import account_of
+from asyncbucket.budgets import charges
 from asyncbucket.doors import Doors
 from asyncbucket.engine.context import (
-    Agent,
     Inherited,
     Priority,
     deadline_of,
@@ -24,7 +23,7 @@ from asyncbucket.engine.context import (
 from asyncbucket.engine.cost import Cost, amounts_of
 from asyncbucket.engine.errors import LimitSyntaxError
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
-from asyncbucket.engine.lease import FirstLease, Lease
+from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limits import Limit, read_limits
 from asyncbucket.engine.meters import NEVER
 from asyncbucket.engine.node import EMPTY_MAPPING, Node
@@ -239,7 +238,7 @@ class Limiter(Doors, OfThisProcess):
             and priority is None
             and not limiter._has_terms
         ):
-            return (Lease if limiter._is_proven else FirstLease)(limiter._node, amounts)
+            return Lease(limiter._node, amounts)
         return limiter._lease(amounts, context, timeout, deadline, priority)
 
     def acquire_nowait(
@@ -272,7 +271,7 @@ class Limiter(Doors, OfThisProcess):
         A call that has to wait stands in the same line as all others.
         """
         lease = self.acquire(cost, **call)
-        if not lease._try_now():
+        if lease.accounts or not lease._try_now():
             lease._block()
         return lease
 
@@ -349,16 +348,16 @@ class Limiter(Doors, OfThisProcess):
         end = partial(self._deadline, timeout, deadline, context)
         end()  # report mistakes at once
         urgency = self._urgency(priority, context)
-        lease = self._make_lease(running_agent(context), amounts)
-        if context is not None and context.budgets:
-            pay_from(context.budgets, lease)
+        lease = self._make_lease(amounts)
+        if context is not None:
+            agent = running_agent(context)
+            run = () if agent is None else (account_of(agent, self._node, amounts),)
+            lease.accounts = (*charges(context.budgets), *run)
         lease._deadline, lease._priority = end, urgency
         return lease
 
-    def _make_lease(self, agent: Agent | None, amounts: dict[str, int]) -> Lease:
-        if agent is not None:
-            return AgentLease(agent, self._node, amounts)
-        return (Lease if self._is_proven else FirstLease)(self._node, amounts)
+    def _make_lease(self, amounts: dict[str, int]) -> Lease:
+        return Lease(self._node, amounts)
 
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""

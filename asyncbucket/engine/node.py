@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias
 
+from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON
 from asyncbucket.engine.errors import CostExceedsLimit
-from asyncbucket.engine.events import Event, Observers
+from asyncbucket.engine.events import Event, Observers, Outcome
 from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meter, Window
 from asyncbucket.engine.wording import counted
@@ -27,7 +28,7 @@ EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
 #: What is worked out for the first call.
-_WORKED_OUT: Final = ("bounded", "most", "own", "meters", "seconds", "takes")
+_WORKED_OUT: Final = ("accounts", "bounded", "most", "own", "meters", "seconds", "takes")
 
 #: Each meter with the resource that it counts.
 Meters: TypeAlias = tuple[tuple[Meter, str], ...]
@@ -65,6 +66,8 @@ class Node:
     #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
     takes: tuple[tuple[Any, str], ...]  # pyright: ignore[reportUninitializedInstanceVariable]
     bounded: tuple[Any, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What is told of each call that passes here, whoever makes it.
+    accounts: tuple[Account, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The most that one call may cost of each resource.
     most: dict[str, int]  # pyright: ignore[reportUninitializedInstanceVariable]
     #: How many seconds one unit takes of the fastest limit: see `work`.
@@ -132,6 +135,9 @@ class Node:
         bounded = () if parent is None else parent.bounded
         is_bound_here = self.slots < NEVER and self.place is None
         self.bounded = (self, *bounded) if is_bound_here else bounded
+        sized = [_Sized(node) for node in self.path if node.sizer is not None]
+        place = self.path[-1].place
+        self.accounts = (*sized, place) if place is not None else tuple(sized)
 
     def _work_out_limits(self) -> None:
         self.most, self.seconds = {}, {}
@@ -400,6 +406,30 @@ class Node:
             child.after_fork()
 
 
+class _Sized(Account):
+    """Tell what finds a node's number of slots how calls end."""
+
+    __slots__ = ("_node",)
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def ended(self, lease: Any, outcome: Outcome) -> None:
+        node = self._node
+        if node.sizer is None or node not in lease.levels:
+            return  # it has a fixed number now, or the call has given its slot up
+        node.sizer.ended(
+            outcome,
+            started=lease.began(outcome),
+            now=node.pacer.clock(),
+            waited=lease.bound_by == "concurrency",
+            full=node.in_flight >= node.slots,
+        )
+        before, node.slots = node.slots, node.sizer.size
+        if node.slots > before:
+            node.pacer.ring_locked(node)
+
+
 class PoolNode(Node):
     """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
 
@@ -486,6 +516,8 @@ class NodeAtMember(Node):
             *(node for node in self.inner.path if node.slots < NEVER),
             *self.parent.bounded,
         )
+        sized = (_Sized(node) for node in self.inner.path if node.sizer is not None)
+        self.accounts = (*sized, *self.parent.accounts)
 
 
 def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:

@@ -29,8 +29,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeAlias
+from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
 
+from asyncbucket.engine.account import Account
+from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER
 from asyncbucket.engine.node import Meters, shown_name
@@ -398,7 +400,7 @@ def wait_for_slots(pacer: Any, now: int) -> int:
 # --- stores ---
 
 
-class Place(Protocol):
+class Place(Account):
     """Keep the limits of a root where other processes reach them.
 
     The pacer decides who goes next, and books the limits below the root. Then the call stands here
@@ -408,7 +410,7 @@ class Place(Protocol):
 
     def room(self, seat: Seat) -> bool:
         """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
-        ...
+        raise NotImplementedError
 
     def push(self, waiter: Any, below: Meters, now: int) -> None:
         """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
@@ -418,36 +420,37 @@ class Place(Protocol):
 
     def leave(self, waiter: Any) -> bool:
         """Give back what a call that has given up took here; return whether it stood here."""
-        ...
+        raise NotImplementedError
 
-    def ended(self, lease: Any) -> None:
+    def ended(self, lease: Any, outcome: Outcome) -> None:
         """Give back the slot of ``lease``, once."""
 
     def waiting(self) -> int:
         """Return how many calls stand here: until the store books them, or until they start."""
-        ...
+        raise NotImplementedError
 
     def held_up(self) -> tuple[str, int] | None:
         """Return what the first of them waits for, and until when at least, if that is known.
 
         `NEVER` means that it depends on a slot being given back.
         """
+        raise NotImplementedError
 
     def holds_up(self) -> bool:
         """Tell whether the first of them has to wait, or another would have to, as far as is known."""
-        ...
+        raise NotImplementedError
 
     def held_back(self) -> list[Any]:
         """Return the calls, in order, that the store has not booked because it holds the first up."""
-        ...
+        raise NotImplementedError
 
     def use(self) -> Iterator[LimitUse]:
         """Yield how much of each limit is used, as last heard."""
-        ...
+        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
-        ...
+        raise NotImplementedError
 
     def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
         """Refuse changes that the store cannot keep; this changes nothing.

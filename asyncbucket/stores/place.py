@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
-from asyncbucket.engine.events import Event, LimitChanged
+from asyncbucket.engine.events import Event, LimitChanged, Outcome
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts
 from asyncbucket.engine.node import Meters, Node
 from asyncbucket.engine.queue import AnyWaiter
-from asyncbucket.engine.seats import Seat, reset_after_fork
+from asyncbucket.engine.seats import Place, Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.explanations import too_late_locked
@@ -133,7 +133,7 @@ class _Standing:
         self.when = now
 
 
-class StorePlace:
+class StorePlace(Place):
     """Keep what a process has to do with the store; see `asyncbucket.engine.seats.Place`."""
 
     def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
@@ -214,7 +214,7 @@ class StorePlace:
             self._session.ask_again()
         return True
 
-    def ended(self, lease: Any) -> None:
+    def ended(self, lease: Any, outcome: Outcome) -> None:  # noqa: ARG002 - it is free either way
         if id(lease) in self._slots:
             self._slots.remove(id(lease))
             self._release()

@@ -22,7 +22,7 @@ def test_findings_are_listed_once_each_and_counted_with_their_remedies(
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
     monkeypatch.setenv("NO_COLOR", "1")
-    found = [*doctor.packages(), *doctor.frameworks()]
+    found = [*doctor.packages()]
     lines = typed().splitlines()
     assert any(line.startswith("      -> limiter.wrap(...) and pace(...)") for line in lines)
     assert lines[0].split()[:2] == ["ok", "asyncbucket:"]

@@ -80,7 +80,7 @@ async def test_only_the_limit_that_binds_is_marked(virtual_time: VirtualTime) ->
         "60 RPM burst 1", "10k RPD", concurrency=2, name="openai", clock=virtual_time.clock
     )
     child = limiter.child("chat", "90 RPM", concurrency=5)
-    callers = [asyncio.create_task(child.acquire(timeout=60).__aenter__()) for _ in range(3)]
+    callers = [asyncio.ensure_future(child.acquire(timeout=60).__aenter__()) for _ in range(3)]
     await asyncio.sleep(0)
     assert binding(limiter) == [["1 of 60 requests per 60 s"], []]
     await asyncio.sleep(10)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 from unittest.mock import ANY
 
@@ -82,19 +82,19 @@ async def all_blocked() -> None:
     await loop.all_blocked()
 
 
-async def start(call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+async def start(call: Awaitable[T]) -> "asyncio.Future[T]":
     """Start a call, and let it run until it waits."""
     return (await start_all([call]))[0]
 
 
-async def start_all(calls: Iterable[Coroutine[Any, Any, T]]) -> "list[asyncio.Task[T]]":
+async def start_all(calls: Iterable[Awaitable[T]]) -> "list[asyncio.Future[T]]":
     """Start calls in this order, and let them run until they wait."""
-    tasks = [asyncio.create_task(call) for call in calls]
+    tasks: list[asyncio.Future[T]] = [asyncio.ensure_future(call) for call in calls]
     await all_blocked()
     return tasks
 
 
-def cancel(*calls: "asyncio.Task[Any]") -> None:
+def cancel(*calls: "asyncio.Future[Any]") -> None:
     """Cancel calls."""
     for call in calls:
         call.cancel()

@@ -275,7 +275,7 @@ def test_call_waiting_on_closed_loop_keeps_no_unit_of_a_bucket() -> None:
     bucket.acquire_nowait()
     dead = asyncio.new_event_loop()
     dead.set_exception_handler(lambda _, __: None)
-    task = dead.create_task(bucket.acquire())
+    task = asyncio.ensure_future(bucket.acquire(), loop=dead)
     dead.run_until_complete(asyncio.sleep(0))
     dead.close()
     sleep(0.01)

@@ -335,7 +335,7 @@ async def test_on_exceeded_that_fails_or_is_cancelled_leaves_nothing_behind(
 
     with budget(usd=0.5, on_exceeded=ask) as capped:
         held = await limiter.acquire(usd=0.4)
-        asking = [asyncio.create_task(limiter.acquire(usd=0.4)) for _ in range(2)]
+        asking = [asyncio.ensure_future(limiter.acquire(usd=0.4)) for _ in range(2)]
         await asyncio.sleep(1)
         assert limiter.statistics().in_flight == 3  # they may hold their slots
         cancel(*([] if fails else asking))

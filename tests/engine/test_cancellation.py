@@ -157,14 +157,14 @@ async def test_settling_call_that_never_went_changes_nothing(time: VirtualTime, 
 async def test_next_call_passes_at_once_when_head_is_cancelled(time: VirtualTime) -> None:
     limiter = Limiter("50 tokens/10s burst 7", clock=time.clock)
     limiter.acquire_nowait(tokens=7)
-    late = asyncio.create_task(limiter.acquire(tokens=7, timeout=1.5))
+    late = asyncio.ensure_future(limiter.acquire(tokens=7, timeout=1.5))
     await asyncio.sleep(1)
     limiter.pause(1)
     with pytest.raises(AcquireTimeout):
         await late
     await asyncio.sleep(5)
     costly = await start(limiter.acquire(tokens=20))
-    cheap = asyncio.create_task(limiter.acquire(tokens=5))
+    cheap = asyncio.ensure_future(limiter.acquire(tokens=5))
     await asyncio.sleep(1)
     costly.cancel()
     assert (await cheap).waited == 1
@@ -244,7 +244,7 @@ async def test_call_that_gives_up_as_its_store_hands_it_over_leaves_nothing(
         return bool(passed)
 
     monkeypatch.setattr(pacer, "pass_on_locked", cancelling)
-    call = asyncio.create_task(team.acquire(tokens=5))
+    call = asyncio.ensure_future(team.acquire(tokens=5))
     await asyncio.wait([call])
     monkeypatch.undo()
     async with team.acquire(tokens=60, timeout=20):

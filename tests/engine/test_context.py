@@ -107,7 +107,7 @@ async def test_calls_inherit_tenant_from_context(time: VirtualTime) -> None:
         await other.acquire()
         await other.child("tools").acquire()
         await key.acquire(tenant="third")
-        later = asyncio.create_task(key.acquire().__aenter__())
+        later = asyncio.ensure_future(key.acquire().__aenter__())
     with asyncbucket.tenant("another"):
         await later
     tenants = (key.key("acme"), chat.key("acme"), other, other.child("tools"), key.key("third"))

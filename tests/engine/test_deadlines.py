@@ -134,7 +134,7 @@ async def test_calls_due_exactly_at_their_deadline_pass(time: VirtualTime) -> No
     await bucket.acquire()
     with pytest.raises(AcquireTimeout):
         await bucket.acquire(timeout=9.999_999_999)
-    alone = asyncio.create_task(bucket.acquire(timeout=10))
+    alone = asyncio.ensure_future(bucket.acquire(timeout=10))
     limiter = Limiter("1000/s burst 1000", clock=time.clock)
     limiter.pause(10)
     calls = [asyncio.ensure_future(limiter.acquire(timeout=10)) for _ in range(1_000)]

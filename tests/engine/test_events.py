@@ -293,7 +293,7 @@ def test_what_the_collector_ends_is_reported_with_next_event(time: VirtualTime, 
     key.observe(heard.append)
 
     async def wait() -> None:
-        call = limiter.acquire()
+        call = limiter.acquire().__await__()
         call.send(None)
         time.advance(3)
         call.close()

@@ -118,7 +118,7 @@ def test_calls_of_parent_process_that_end_in_forked_process_are_not_counted() ->
         async def main():
             lease = await limiter.acquire()
             asked = [limiter.acquire(), chat.acquire(), chat.acquire()]
-            calls.extend(asyncio.create_task(call) for call in asked)
+            calls.extend(asyncio.ensure_future(call) for call in asked)
             await asyncio.sleep(0.01)
             lease.release()
             while not calls[0]._fut_waiter.done():

@@ -177,7 +177,7 @@ async def test_call_above_burst_earns_the_rest_while_it_is_first(time: VirtualTi
     await asyncio.sleep(100)
     holder.release()
     (await first).release()
-    others: list[asyncio.Task[Lease]] = []
+    others: list[asyncio.Future[Lease]] = []
     for _ in range(9):
         await asyncio.sleep(1)
         others += [await start(limiter.acquire(tokens=1))]
@@ -198,7 +198,7 @@ async def test_call_above_learned_limit_goes_out_alone(time: VirtualTime) -> Non
     held = await limiter.acquire(tokens=3)
     with pytest.raises(WouldBlock):
         limiter.acquire_nowait(tokens=2_000)
-    waiting = asyncio.create_task(limiter.acquire(tokens=2_000))
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=2_000))
     await asyncio.sleep(30)
     assert not waiting.done()
     held.release()
@@ -228,7 +228,7 @@ async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualT
     inherited._undo()
     assert used(limiter) == [40]
     async with limiter.acquire(tokens=60) as lease:
-        hopeful = asyncio.create_task(limiter.acquire(tokens=60, timeout=5))
+        hopeful = asyncio.ensure_future(limiter.acquire(tokens=60, timeout=5))
         await asyncio.sleep(1)
         lease.settle(tokens=0)
         assert (await hopeful).waited == 1

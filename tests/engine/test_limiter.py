@@ -34,7 +34,6 @@ async def test_acquire_can_be_awaited_or_entered(time: VirtualTime) -> None:
 async def test_lease_takes_nothing_until_awaited_and_serves_one_call(time: VirtualTime) -> None:
     limiter = Limiter("10 RPS burst 10", clock=time.clock)
     asked = limiter.acquire()
-    limiter.acquire().close()
     await asked.__aexit__(None, None, None)  # it was not entered
     assert limiter.statistics().admitted == 0
     lease = await asked
@@ -57,43 +56,24 @@ async def test_lease_takes_nothing_until_awaited_and_serves_one_call(time: Virtu
 
 
 async def test_acquisition_never_awaited_causes_warning(time: VirtualTime) -> None:
-    """The warning names the caller's line; there is none if it was closed, or the limiter used."""
+    """The warning names the caller's line; there is none once the limiter was used."""
     limiter = Limiter("5 RPM", clock=time.clock)
     for timeout in (None, 5.0):
         with pytest.warns(RuntimeWarning, match=r"never awaited.*`await limiter\.acquire") as told:
             limiter.acquire(timeout=timeout)
         assert told[0].filename == __file__
-    limiter.acquire().close()
-    unborn = asyncio.create_task(limiter.acquire())
-    unborn.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await unborn
     acquisition = limiter.acquire()
     (await acquisition).release()
     del acquisition
     limiter.acquire()
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_acquisition_is_accepted_by_asyncio_as_coroutine(*, debug: bool) -> None:
-    with VirtualTime(debug=debug) as time:
-
-        async def main() -> None:
-            limiter = Limiter("1/s", clock=time.clock)
-            acquisition = limiter.acquire()
-            tasks = [asyncio.create_task(each) for each in (acquisition, limiter.acquire())]
-            assert "coro=<acquire" in repr(tasks[0])
-            await asyncio.gather(*tasks, limiter.acquire())
-            with pytest.raises(RuntimeError, match=r"call acquire\(\) for another lease"):
-                await asyncio.create_task(acquisition)
-            await asyncio.shield(limiter.acquire())
-            await asyncio.wait_for(limiter.acquire(), 5)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(limiter.acquire())
-            assert limiter.statistics().admitted == 6
-            assert time.now == pytest.approx(5 * HELD)
-
-        time.run(main())
+async def test_acquisition_becomes_a_task_by_ensure_future(time: VirtualTime) -> None:
+    limiter = Limiter("1/s", clock=time.clock)
+    await asyncio.gather(asyncio.ensure_future(limiter.acquire()), limiter.acquire())
+    await asyncio.wait_for(limiter.acquire(), 5)
+    assert limiter.statistics().admitted == 3
+    assert time.now == pytest.approx(2 * HELD)
 
 
 async def test_lease_tells_what_it_waited_for_and_held_nothing_meanwhile(time: VirtualTime) -> None:

@@ -195,7 +195,7 @@ def test_limit_that_nothing_pays_is_warned_of_once(time: VirtualTime) -> None:
     def call_many_times(limiter: Limiter) -> None:
         for _ in range(300):
             limiter.acquire_sync().release()
-            limiter.acquire().close()
+            limiter.acquire()
 
     limiter, paid = (
         Limiter("1M RPM burst 1M", "5 documents/s", name="key", clock=time.clock) for _ in range(2)

@@ -53,17 +53,18 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
     """It may come from another thread, after `release` has seen that nobody waits."""
     limiter = Limiter(concurrency=2, clock=time.clock)
     lease, other, late = await limiter.acquire(), await limiter.acquire(), limiter.acquire()
+    waiting = late.__await__()
 
     class Racing(int):
         def __sub__(self, _: int) -> int:
-            late.send(None)
+            waiting.send(None)
             return 1
 
     limiter._node.in_flight = Racing(2)
     lease.release()
     await all_blocked()
     with pytest.raises(StopIteration):
-        late.send(None)
+        waiting.send(None)
     late.release()
     other.release()
     nothing_is_left(limiter)

@@ -129,7 +129,7 @@ async def test_slots_that_do_not_come_back_are_named_once(
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]
     await asyncio.sleep(600)  # while nobody waits, nobody is kept waiting
-    calls = [asyncio.create_task(below.acquire()) for _ in range(3)]
+    calls = [asyncio.ensure_future(below.acquire()) for _ in range(3)]
     await asyncio.sleep(30)
     forgotten.pop().release()
     await asyncio.sleep(400)

@@ -58,7 +58,7 @@ async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
 ) -> None:
     limiter = Limiter(clock=time.clock)
     limiter.pause(16, gradually=True)
-    waiting = limiter.acquire()
+    waiting = limiter.acquire().__await__()
     waiting.send(None)
     if when == "handed over":
         await asyncio.sleep(16)

@@ -585,11 +585,11 @@ async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> N
 
 async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> None:
     pool = Pool(*members_of(time, 6_000, 6_000))
+    pool.acquire_nowait().release()
     asked: Any = pool.acquire()
     asked.member_failed("too early")
     with pytest.raises(RuntimeError, match="no member has taken this call yet"):
         _ = asked.limiter
-    asked.close()
     for _ in range(8):
         (await pool.acquire()).member_failed("ConnectError")
     says = "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left"

@@ -1,18 +1,12 @@
-"""Limits from outside the code: the environment, TOML files, and what providers publish."""
+"""Limits from outside the code: the environment and TOML files."""
 
-from datetime import date, timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 import asyncbucket
-from asyncbucket import Limit, Limiter, LimitSyntaxError, Price
-from asyncbucket.presets import PresetWarning, preset, preset_names
+from asyncbucket import Limiter, LimitSyntaxError, Price
 from asyncbucket.settings import from_env, from_toml
-
-NOW = date(2026, 11, 25)
-GROQ = "groq/free/gpt-oss-20b"
 
 
 def env(**variables: str) -> Limiter:
@@ -49,12 +43,10 @@ def test_environment_variables_have_names_of_arguments(folder: Path) -> None:
     assert sizes == [4, 8, 7]
 
 
-@pytest.mark.filterwarnings("ignore::asyncbucket.presets.PresetWarning")
-def test_limits_and_preset_variables_can_be_combined() -> None:
-    """Limits are separated by semicolons, because numbers may contain commas."""
-    limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;", PRESET="openai/tier-2/gpt-4o-mini")
-    assert {"14,400 requests per 86,400 s", "3 images per 10 s"} < set(limits(limiter))
-    assert len(limiter.limits) == 4
+def test_limits_of_one_variable_are_separated_by_semicolons() -> None:
+    """Numbers may contain commas."""
+    limiter = env(LIMITS="14,400 RPD; 3 images/10s burst 1;")
+    assert limits(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
 def test_prefix_selects_the_variables_of_one_limiter_and_arguments_go_first(
@@ -80,7 +72,6 @@ def test_prefix_selects_the_variables_of_one_limiter_and_arguments_go_first(
         ({"CONCURRENCY": "some"}, "^ASYNCBUCKET_CONCURRENCY: 'some' is not a number such as"),
         ({"CONCURRENCY": "8-"}, "ASYNCBUCKET_CONCURRENCY: '' is not a number"),
         ({"CONCURRENCY": "8-2"}, r"concurrency must be a whole .* ascending pair .* \(8, 2\)"),
-        ({"PRESET": "openai"}, "ASYNCBUCKET_PRESET: no preset is called 'openai'"),
         ({"API_KEY": "5"}, r"entry 'api_key' of environment variables ASYNCBUCKET_\* is not known"),
         ({"RPM": "5", "LIMITS": "6 RPM"}, r"ASYNCBUCKET_\*: two limits for one window"),
     ],
@@ -149,36 +140,6 @@ def test_modules_are_found_on_first_use_and_listed() -> None:
     assert asyncbucket.settings.from_env is from_env
     for name in ("Plan", "Pool", "Price"):
         assert getattr(asyncbucket, name).__name__ == name
-    assert {"Limiter", "presets", "telemetry"} <= set(dir(asyncbucket))
+    assert {"Limiter", "prices", "telemetry"} <= set(dir(asyncbucket))
     with pytest.raises(AttributeError, match=r"^module 'asyncbucket' has no attribute 'Limitr'$"):
         _ = asyncbucket.Limitr
-
-
-# --- published limits ---
-
-
-def test_each_preset_has_limits_date_and_provider_page() -> None:
-    for name in preset_names():
-        found = preset(name, today=NOW)
-        provider, tier, model = name.split("/")
-        page = urlsplit(found.source)
-        assert found.name == name
-        assert all((provider, tier, model, tuple(found)))
-        assert page.scheme == "https"
-        assert provider in page.netloc.replace("claude", "anthropic")
-        assert date(2026, 1, 1) < found.dated <= NOW
-    by_day = Limit("requests", 50, per="day", resets="00:00 UTC")
-    assert by_day in tuple(preset("openrouter/free/any", today=NOW))
-
-
-def test_preset_older_than_half_a_year_warns_and_names_source() -> None:
-    dated = preset(GROQ, today=NOW).dated
-    assert preset(GROQ, today=dated + timedelta(days=180)).dated == dated
-    told = rf"'{GROQ}' were read 181 days ago, .* with https://console\.groq\.com"
-    with pytest.warns(PresetWarning, match=told):
-        assert preset(GROQ, today=dated + timedelta(days=181)).limits
-
-
-def test_error_of_unknown_preset_suggests_similar_name() -> None:
-    with pytest.raises(ValueError, match=r"try e\.g\. openai/tier-1/gpt-4o-mini"):
-        preset("openai/tier1/gpt-4o-mini")

@@ -4,7 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from time import monotonic, sleep
 from typing import Any
 
@@ -58,9 +58,13 @@ async def take(limiter: Limiter, tokens: int | None = None) -> Lease:
     return await limiter.acquire(tokens=tokens)
 
 
-def in_another_thread(call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+async def awaited(call: Awaitable[Any]) -> Any:
+    return await call
+
+
+def in_another_thread(call: Callable[[], Awaitable[Any]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: asyncio.run(call())).result(ENOUGH)
+        pool.submit(lambda: asyncio.run(awaited(call()))).result(ENOUGH)
 
 
 def test_children_are_shared_by_loops_and_threads() -> None:
@@ -141,15 +145,15 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     limiter = Limiter("10 TPM", clock=clock)
     held = limiter.acquire_nowait(tokens=8)
     here, there = two_loops
-    costly = here.create_task(limiter.acquire(tokens=9, timeout=30))
+    costly = asyncio.ensure_future(limiter.acquire(tokens=9, timeout=30), loop=here)
     turn(here)
-    cheap = there.create_task(limiter.acquire(tokens=1))
+    cheap = asyncio.ensure_future(limiter.acquire(tokens=1), loop=there)
     turn(there, here)
     clock.advance(30)
     limiter.pause(0)  # both look again
     turn(here)
     assert isinstance(costly.exception(), AcquireTimeout)
-    late = here.create_task(limiter.acquire(tokens=1))
+    late = asyncio.ensure_future(limiter.acquire(tokens=1), loop=here)
     turn(there, here)
     assert (cheap.result().bound_by, late.done()) == ("tokens", True)
     held.release()
@@ -161,9 +165,9 @@ def test_call_passes_right_after_the_one_before_it_on_another_loop(
     limiter = Limiter("10 TPM")
     held = limiter.acquire_nowait(tokens=10)
     here, there = two_loops
-    first = here.create_task(limiter.acquire(tokens=1))
+    first = asyncio.ensure_future(limiter.acquire(tokens=1), loop=here)
     turn(here)
-    second = there.create_task(limiter.acquire(tokens=2))
+    second = asyncio.ensure_future(limiter.acquire(tokens=2), loop=there)
     turn(there)
     held.settle(tokens=0)
     turn(there)
@@ -199,9 +203,11 @@ def test_lowered_limit_fails_calls_that_stand_aside(
     limiter = Limiter("100 TPM", clock=clock)
     held = limiter.acquire_nowait(tokens=100)
     blocked, running = two_loops
-    costly, cancelled = (blocked.create_task(limiter.acquire(tokens=80)) for _ in range(2))
+    costly, cancelled = (
+        asyncio.ensure_future(limiter.acquire(tokens=80), loop=blocked) for _ in range(2)
+    )
     turn(blocked)
-    cheap = running.create_task(limiter.acquire(tokens=10))
+    cheap = asyncio.ensure_future(limiter.acquire(tokens=10), loop=running)
     turn(running)
     held.settle(tokens=0)
     turn(running)

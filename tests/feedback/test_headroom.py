@@ -174,7 +174,9 @@ def test_deadline_is_not_refused_while_a_reply_may_raise_headroom() -> None:
         async def main() -> float:
             async with limiter.acquire(tokens=1) as lease:
                 observe_remaining(limiter, 0, resource="tokens", per=60)
-                waiting = asyncio.create_task(limiter.acquire(tokens=500, timeout=30).__aenter__())
+                waiting = asyncio.ensure_future(
+                    limiter.acquire(tokens=500, timeout=30).__aenter__()
+                )
                 await asyncio.sleep(1)
                 observe_remaining(limiter, 600, resource="tokens", per=60, limit=600)
                 lease.settle(tokens=1)

@@ -40,7 +40,7 @@ async def acquiring_gives_a_lease(limiter: Limiter) -> None:
     assert_type(await limiter.acquire(tokens=5, priority="batch", tenant="acme"), asyncbucket.Lease)
     with limiter.acquire_sync(tokens=5) as lease:
         lease.release()
-    task = asyncio.create_task(limiter.acquire())
+    task = asyncio.ensure_future(limiter.acquire())
     assert_type(await task, asyncbucket.Lease)
 
 

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 if "WHEEL" in os.environ:
     sys.path.insert(0, os.environ["WHEEL"])
 
-from asyncbucket import Limiter, TokenBucket, pace, plan, presets, telemetry
+from asyncbucket import Limiter, TokenBucket, pace, plan, telemetry
 from asyncbucket.stores import open_store
 
 #: Extras that include others.
@@ -82,7 +82,6 @@ def plans_shares_and_tells() -> None:
     assert "tokens bind" in str(plan(calls=1_000, tokens=800, tpm=200_000, latency=1.5))
     os.environ["PACKAGED_RPM"] = "500"
     assert Limiter.from_env("PACKAGED_").limits[0].amount == 500
-    assert presets.preset_names()
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/limits.db"
         with Limiter("6000 RPM", store=url, name="packaged").acquire_sync():

@@ -44,7 +44,7 @@ def test_loop_closed_while_its_call_waits_leaves_the_slot_of_a_child(path: Path)
     limiter = Limiter("1 request/0.4s burst 1", store=f"sqlite:///{path}?patience=5")
     child, loop = limiter.child("chat", concurrency=1), asyncio.new_event_loop()
     loop.run_until_complete(take(limiter))
-    waiting = loop.create_task(child.acquire())
+    waiting = asyncio.ensure_future(child.acquire(), loop=loop)
     loop.run_until_complete(asyncio.sleep(0.05))
     loop.close()
     assert child.statistics().in_flight == 1

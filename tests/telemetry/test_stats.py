@@ -117,7 +117,7 @@ async def test_statistics_read_as_a_sentence(virtual_time: VirtualTime) -> None:
     limiter = Limiter("600 RPM", concurrency=1, name="openai", clock=virtual_time.clock)
 
     async with limiter.acquire():
-        waiting = asyncio.create_task(limiter.acquire())
+        waiting = asyncio.ensure_future(limiter.acquire())
         await asyncio.sleep(1)
         assert str(limiter.statistics()) == (
             "openai: 1 admitted, 1 waiting (concurrency binds), 1 of 1 in flight, 0 refused, "

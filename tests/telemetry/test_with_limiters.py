@@ -74,8 +74,8 @@ async def test_every_outcome_of_calls_to_real_limiter_is_counted(
     limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
     telemetry.prometheus(limiter, registry=registry)
     lease = await limiter.acquire(tokens=10)
-    waiting = asyncio.create_task(limiter.acquire(tokens=10))
-    late = asyncio.create_task(limiter.acquire(tokens=10, timeout=1))
+    waiting = asyncio.ensure_future(limiter.acquire(tokens=10))
+    late = asyncio.ensure_future(limiter.acquire(tokens=10, timeout=1))
     await asyncio.sleep(0)
     assert scrape(registry)["queued_requests", "mine"] == 2
     with pytest.raises(QueueFull):

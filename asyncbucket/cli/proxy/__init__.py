@@ -67,7 +67,6 @@ class ProxyOptions:
     rpm: options.Rpm = None
     tpm: options.Tpm = None
     also: options.Also = None
-    preset: options.Preset = None
     concurrency: Annotated[Any, options.count("Calls in flight at most.", or_auto=True)] = None
     max_queue: Annotated[int | None, options.count("Calls that may wait; default: all.")] = None
     store: Annotated[
@@ -124,7 +123,7 @@ class ProxyOptions:
 
     def _read_limiter(self, table: Mapping[str, Any] | None) -> None:
         """Take the limiter's arguments from ``table``, where they were not typed."""
-        also = options.further_limits(self.also, self.preset)
+        also = self.also or ()
         names = ("rpm", "tpm", "concurrency", "max_queue", "store")
         typed = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 

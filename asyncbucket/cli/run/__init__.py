@@ -31,7 +31,7 @@ CONCURRENCY: Final = 100
 _KEY: Final = "OPENAI_API_KEY"
 #: Options that concern one provider, not the members of a pool.
 _OF_ONE_PROVIDER: Final = (
-    *("rpm", "tpm", "also", "preset", "concurrency"),
+    *("rpm", "tpm", "also", "concurrency"),
     *("max_usd", "prices", "api_base"),
 )
 
@@ -55,7 +55,6 @@ class Job:
     rpm: options.Rpm = None
     tpm: options.Tpm = None
     also: options.Also = None
-    preset: options.Preset = None
     #: A number or ``auto``; typer knows no unions.
     concurrency: Annotated[
         Any, options.count(f"Calls at once; default: {CONCURRENCY}.", or_auto=True)
@@ -92,8 +91,7 @@ class Job:
         Raises:
             ValueError: it cannot be understood; the message says what, and the remedy.
         """
-        also = options.further_limits(self.also, self.preset)
-        self.limits = tuple(read_limits(also, {"rpm": self.rpm, "tpm": self.tpm}))
+        self.limits = tuple(read_limits(self.also or (), {"rpm": self.rpm, "tpm": self.tpm}))
         self.base = self.api_base or os.environ.get("OPENAI_BASE_URL") or options.OPENAI
 
     @property
