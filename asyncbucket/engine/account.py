@@ -3,7 +3,7 @@
 A lease has a tuple of accounts, ``lease.accounts``, and for most calls it is empty. Whatever knows a
 call before it asks (a scope around the code that makes it) puts an account there as the lease is
 made. What belongs to the limiter (whatever finds its number of slots, whatever keeps its slots in a
-store) is added when the call passes: see `asyncbucket.engine.node.Node.accounts`.
+store) is added when the call passes: ``Node.accounts``.
 """
 
 # What they are told is for those who implement them.
