@@ -23,12 +23,12 @@ _SHORTEST_KEY: Final = 8
 # Typer's functions return Any, whatever the option's type.
 
 
-def count(help_text: str, *names: str, or_auto: bool = False) -> Any:
-    """Return an option whose help is ``help_text``: a whole number from 1 on, or perhaps ``auto``."""
+def count(help_text: str, *names: str, or_auto: bool = False, least: int = 1) -> Any:
+    """Return an option whose help is ``help_text``: a whole number, or perhaps ``auto``."""
 
     def read(typed: str) -> int | str:
         try:
-            return typed if or_auto and typed == "auto" else read_count(typed)
+            return typed if or_auto and typed == "auto" else read_count(typed, least)
         except ValueError as error:
             raise typer.BadParameter(f"{error}, or auto" if or_auto else str(error)) from None
 
@@ -62,17 +62,19 @@ def take_from(options: type[Any], command: Callable[..., None]) -> None:
     taken.__annotations__ = options.__init__.__annotations__
 
 
-def read_count(typed: str) -> int:
+def read_count(typed: str, least: int = 1) -> int:
     """Return a number that is written as in limits: ``500``, ``14,400``, ``200k``.
 
     Raises:
-        ValueError: it is not a number from 1 on.
+        ValueError: it is not a number from ``least`` on.
     """
+    if typed == "0" and least == 0:
+        return 0
     with contextlib.suppress(LimitSyntaxError):
         number = read_amount(typed)
         if number >= 1:
             return number
-    raise ValueError(f"{typed!r} is not a whole number from 1 on, such as 500 or 2k")
+    raise ValueError(f"{typed!r} is not a whole number from {least} on, such as 500 or 2k")
 
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]

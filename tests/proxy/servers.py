@@ -24,10 +24,12 @@ class Upstream:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.targets: list[str] = []
         self.is_cut_off = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.calls += 1
+        self.targets.append((scope["raw_path"] + b"?" + scope["query_string"]).decode())
         path, size, more = scope["path"], 0, True
         while more:
             message = await receive()
@@ -53,7 +55,7 @@ class Upstream:
             return
         shown = {
             "method": scope["method"],
-            "target": (scope["raw_path"] + b"?" + scope["query_string"]).decode(),
+            "target": self.targets[-1],
             "headers": [(name.decode(), value.decode()) for name, value in scope["headers"]],
             "body": size,
         }

@@ -35,7 +35,11 @@ from asyncbucket.telemetry.stats import DEFAULT_PORT, is_loopback
 _HOST: Final = "127.0.0.1"
 _LAST_PORT: Final = 65_535
 #: What may be in the file's table ``[proxy]``.
-_ENTRIES: Final = ("upstream", "pool", "listen", "status", "profile", "key_env", "tenants_by_key")
+_ENTRIES: Final = (
+    *("upstream", "pool", "listen", "status", "profile", "key_env", "retries", "tenants_by_key"),
+)
+#: What an entry must be that is not a string.
+_KINDS: Final = {"tenants_by_key": (bool, "true or false"), "retries": (int, "a whole number")}
 
 
 @dataclass(kw_only=True)
@@ -69,6 +73,9 @@ class ProxyOptions:
     also: options.Also = None
     concurrency: Annotated[Any, options.count("Calls in flight at most.", or_auto=True)] = None
     max_queue: Annotated[int | None, options.count("Calls that may wait; default: all.")] = None
+    retries: Annotated[
+        int | None, options.count("How often a failed call goes out again; default: 4.", least=0)
+    ] = None
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")
     ] = None
@@ -114,10 +121,9 @@ class ProxyOptions:
             if name not in _ENTRIES:
                 known = ", ".join(_ENTRIES)
                 raise ValueError(f"{self.config}: [proxy] has no entry {name!r}; known: {known}")
-            is_flag = name == "tenants_by_key"
-            if not isinstance(value, bool if is_flag else str):
-                what = "true or false" if is_flag else "a string"
-                raise ValueError(f"{name} must be {what}, not {value!r}")  # noqa: TRY004 - of a file
+            kind, what = _KINDS.get(name, (str, "a string"))
+            if type(value) is not kind:
+                raise ValueError(f"{name} must be {what}, not {value!r}")
             if getattr(self, name) is None:
                 setattr(self, name, Path(str(value)) if name == "pool" else value)
 

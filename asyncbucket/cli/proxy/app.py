@@ -18,6 +18,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import httpx
 import uvicorn
@@ -25,6 +26,7 @@ from prometheus_client import CollectorRegistry, make_asgi_app
 from starlette.datastructures import Headers as ReadHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from asyncbucket.cli.proxy.callers import (
     OWN,
@@ -58,8 +60,16 @@ _HELD_BODY: Final = 4 * 1_048_576
 _HELD: Final = 64 * _HELD_BODY
 #: Seconds, as the SDKs have them; how many connections there are is the limiter's business.
 _TIMEOUT: Final = {"connect": 5.0, "read": 600.0, "write": 600.0, "pool": None}
-#: A caller that sends nothing of its body for so many seconds holds memory, or a slot, in vain.
+#: A caller that sends nothing of its body for so many seconds holds memory, or a slot, in vain; and
+#: one that takes as long for a request's head, a connection.
 _STALLED: Final = 60.0
+#: The most bytes of a request's headers.
+_HEAD: Final = 65_536
+#: How often a path may be percent-encoded.
+_CODINGS: Final = 4
+_HEAD_IS_LATE: Final = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 #: Seconds that open calls get when the proxy is stopped: Kubernetes kills after 30.
 _GRACE: Final = 25
 #: A caller takes two descriptors, one on each side; many systems allow 1,024.
@@ -87,7 +97,9 @@ class Proxy:
             self.limiter = Limiter(*options.limits, **options.terms)
         else:
             self.limiter, endpoints = read_pool(options.pool)
-        self._transport = PacedTransport(self.limiter, profile=options.profile, endpoints=endpoints)
+        self._transport = PacedTransport(
+            self.limiter, profile=options.profile, retries=options.retries, endpoints=endpoints
+        )
         #: A pool's calls are made for its first member, and rewritten for whichever takes them.
         self._pooled_at = self._transport.base_url or None
         self._terms = CallerTerms()
@@ -205,6 +217,7 @@ class Proxy:
             ProxyError: its path cannot be sent, or it does not come.
         """
         scope = caller.scope
+        _check(scope["raw_path"], scope["headers"])
         headers = _end_to_end(scope["headers"], b"host", b"expect")
         headers = [(name, value) for name, value in headers if not name.startswith(OWN)]
         if options.key is not None:
@@ -215,10 +228,6 @@ class Proxy:
         if (self._pooled_at is not None or base.endswith(b"/v1")) and path.startswith(b"/v1/"):
             path = path.removeprefix(b"/v1")  # which a base URL has, if the provider's paths do
         target = base + path + b"?" * bool(query) + query
-        if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
-            raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
-        if b"/../" in path + b"/":  # httpx would resolve it, and leave the path of the base URL
-            raise ProxyError("a path with .. cannot pass")
         try:
             url = url.copy_with(raw_path=target)
         except httpx.InvalidURL:
@@ -247,9 +256,36 @@ def _end_to_end(headers: Iterable[tuple[bytes, bytes]], *left_out: bytes) -> Hea
     for _, lower, value in given:
         if lower == b"connection":
             hop_by_hop |= {each.strip().lower() for each in value.split(b",")}
-        elif lower == b"transfer-encoding":  # which overrides it; both together smuggle requests
-            hop_by_hop.add(b"content-length")
     return [(name, value) for name, lower, value in given if lower not in hop_by_hop]
+
+
+def _check(path: bytes, headers: Headers) -> None:
+    """Refuse what servers read in different ways, and what no SDK sends.
+
+    Raises:
+        ProxyError: the message says what.
+    """
+    if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
+        raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
+    if _has_dot_segment(path):  # which somebody may resolve, and leave the path of the base URL
+        raise ProxyError("a path with . or .. as a segment can't pass, in whatever coding")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        raise ProxyError("send Content-Length or Transfer-Encoding, not both")
+    if sum(len(name) + len(value) for name, value in headers) > _HEAD:
+        raise ProxyError(f"the headers have more than {_HEAD:,} bytes", status=431)
+
+
+def _has_dot_segment(path: bytes) -> bool:
+    """Tell whether a path has ``.`` or ``..`` as a segment, as any server may read it.
+
+    Servers decode a path before they split it, some of them twice; some drop what follows a semicolon,
+    and some take a backslash for a slash.
+    """
+    text, coded = path.decode("latin-1"), ""
+    for _ in range(_CODINGS):
+        text, coded = unquote(text, "latin-1"), text
+    segments = text.replace("\\", "/").split("/")
+    return text != coded or any(each.partition(";")[0] in {".", ".."} for each in segments)
 
 
 async def _pass_on(reply: Any, send: "Send") -> None:
@@ -320,12 +356,52 @@ async def _joined(kept: deque[bytes], rest: AsyncIterator[bytes]) -> AsyncIterat
         yield chunk
 
 
+_HTTP: Any = AutoHTTPProtocol  # by h11 or httptools
+
+
+class _Connection(_HTTP):  # type: ignore[misc]
+    """uvicorn's, with one deadline for the head of a request, however slowly it comes."""
+
+    cycle: Any
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._late is None and self._is_idle():  # a further request has begun
+            self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait_for_head(self) -> None:
+        self._late = self.loop.call_later(_STALLED, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._late = None
+        if self._is_idle() and not self.transport.is_closing():
+            self.transport.write(_HEAD_IS_LATE)
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn that leaves signals to us, and says nothing of its own."""
 
     def __init__(self, app: Any) -> None:
         # It would warn of each upgrade that is offered, and Java's client always offers one.
-        super().__init__(configured(app, log_level="error", timeout_graceful_shutdown=_GRACE))
+        super().__init__(
+            configured(app, http=_Connection, log_level="error", timeout_graceful_shutdown=_GRACE)
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
