@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from asyncbucket.testing.enforcer import POLICY_NAMES, PolicyName
+from asyncbucket.testing.counting import POLICY_NAMES, PolicyName
 from benchmarks.harness import progress, served_provider
 from benchmarks.plot import OURS, THEIRS, pages
 from benchmarks.report import machine_line, versions_line, write_files

@@ -22,7 +22,7 @@ from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.llms.openai import OpenAI
 
 import asyncbucket
-from asyncbucket.testing.enforcer import PolicyName
+from asyncbucket.testing.counting import PolicyName
 from benchmarks.harness import progress, served_provider
 
 _MINUTE = 10.0

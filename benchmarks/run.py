@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from asyncbucket.testing.enforcer import POLICY_NAMES
+from asyncbucket.testing.counting import POLICY_NAMES
 from benchmarks import cases, stores
 from benchmarks.admission import admission
 from benchmarks.children import children_crowd, children_idle

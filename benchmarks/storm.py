@@ -28,7 +28,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
 from asyncbucket import Limit, Limiter
-from asyncbucket.testing.enforcer import POLICY_NAMES, PolicyName
+from asyncbucket.testing.counting import POLICY_NAMES, PolicyName
 from benchmarks.harness import served_provider
 
 MINUTE: Final = 20.0

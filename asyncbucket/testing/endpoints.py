@@ -1,4 +1,4 @@
-"""The bundled provider as an ASGI application: endpoints, headers about limits, and errors.
+"""The bundled provider's endpoints, headers about limits, and errors; over ASGI or called directly.
 
 Endpoints are known by the end of the path, at any prefix: `/v1/...`, or Azure's
 `/openai/deployments/x/...`. Headers and errors are those of the profile, or of the endpoint's own
@@ -6,18 +6,15 @@ provider.
 """
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
-
+from asyncbucket.testing.counting import ceil
 from asyncbucket.testing.enforcer import (
     MILLISECOND,
     NANOSECONDS,
@@ -28,7 +25,17 @@ from asyncbucket.testing.enforcer import (
     Rules,
     go_duration,
 )
-from asyncbucket.testing.replies import DIALECTS, Answer, Json, answer, as_events, embeddings
+from asyncbucket.testing.prompt_cache import Prompt
+from asyncbucket.testing.replies import (
+    DIALECTS,
+    Answer,
+    Dialect,
+    Json,
+    answer,
+    as_events,
+    blocks,
+    embeddings,
+)
 
 _KEYS: Final = ("authorization", "api-key", "x-api-key", "x-goog-api-key")
 #: Types of errors by their status, or by its first digit.
@@ -47,6 +54,27 @@ _QUOTAS: Final = {"requests": "RequestsPerMinute", "daily_requests": "RequestsPe
 _GOOGLE_TYPE: Final = "type.googleapis.com/google.rpc"
 
 
+class BrokenOffError(Exception):
+    """A failure says that the stream breaks off here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply that may have begun only.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Their names in lower case.
+        chunks: Yields the body; raises `BrokenOffError` if it breaks off.
+        leave: Says that the client reads no further.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
+    leave: Callable[[], None]
+
+
 class Api:
     """Answer calls as `enforcer` decides."""
 
@@ -54,41 +82,71 @@ class Api:
         self._enforcer = enforcer
         self._numbers = count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The server cuts off what is incomplete.
-        with contextlib.suppress(ClientDisconnect):
-            await self.serve(scope, receive, send)
-
-    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a call.
-
-        Raises:
-            ClientDisconnect: The client went away, or a failure says that the stream breaks off.
-        """
-        call = _Exchange(self._enforcer, Request(scope, receive), f"{next(self._numbers):08x}")
+    async def respond(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes
+    ) -> Reply:
+        """Answer a call; if it is cancelled, its client has gone away."""
+        call = _Exchange(self._enforcer, path.rstrip("/"), f"{next(self._numbers):08x}")
         try:
-            response = await call.response()
-            await response(scope, receive, send)
-        finally:
+            return await call.reply(method, headers, content)
+        except BaseException:
             call.leave(None)
+            raise
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a call over ASGI, until its client goes away."""
+        content, more = b"", True
+        while more:
+            message = await receive()
+            content += message.get("body", b"")
+            more = message.get("more_body", False)
+        answering = asyncio.ensure_future(self._send_reply(scope, content, send))
+        leaving = asyncio.ensure_future(_client_gone(receive))
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        for task in (leaving, answering):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
+        if not answering.cancelled() and (error := answering.exception()) is not None:
+            raise error
+
+    async def _send_reply(self, scope: Any, content: bytes, send: Any) -> None:
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        reply = await self.respond(scope["method"], scope["path"], headers, content)
+        try:
+            pairs = [(name.encode(), value.encode()) for name, value in reply.headers.items()]
+            await send({"type": "http.response.start", "status": reply.status, "headers": pairs})
+            async for chunk in reply.chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body"})
+        except BrokenOffError:
+            pass  # the server cuts off what is incomplete
+        finally:
+            reply.leave()
+
+
+async def _client_gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Exchange:
     """One request and its reply. An admitted call holds a slot until its last bytes are sent."""
 
-    def __init__(self, enforcer: Enforcer, request: Request, number: str) -> None:
-        path = request.url.path.rstrip("/")
+    def __init__(self, enforcer: Enforcer, path: str, number: str) -> None:
         chat = path.endswith("/chat/completions")
         end = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
         self.endpoint = "chat/completions" if chat else end
         self._enforcer = enforcer
         own = "anthropic" if self.endpoint == "messages" else "openai"
         self._rules = enforcer.rules or RULES[own]
-        self._request = request
+        self._path = path
         self._number = number
         self._is_admitted = False
         #: How the charge is corrected when the reply is done.
         self._corrections: Mapping[str, int] = {}
+        self._prompt = Prompt()
 
     def leave(self, corrections: Mapping[str, int] | None) -> None:
         """Give the slot back, once; None says that the client has gone away."""
@@ -96,10 +154,10 @@ class _Exchange:
             self._is_admitted = False
             self._enforcer.leave(corrections)
 
-    async def response(self) -> Response:
+    async def reply(self, method: str, headers: Mapping[str, str], content: bytes) -> Reply:
         """Return the reply, or an error."""
         try:
-            model, costs, reply = self._read(await self._request.body())
+            model, costs, reply = self._read(method, headers, content)
             failure = self._enforcer.enter(self.endpoint, model, costs)
             self._is_admitted = True
             if failure is not None and (failure.after_chunks is None or isinstance(reply, dict)):
@@ -107,91 +165,99 @@ class _Exchange:
                 raise failure.error()
         except CallError as error:
             return self._error(error)
-        seconds = self._enforcer.draw_latency()
+        seconds, begins = self._enforcer.draw_latency(), self._enforcer.options.begins
+        await asyncio.sleep(seconds * begins)
+        self._begin()
+        seconds *= 1 - begins
         if isinstance(reply, list):
-            chunks = self._stream(reply, seconds / len(reply), failure)
-            return StreamingResponse(chunks, 200, self._headers(), "text/event-stream")
-        await self._pause(seconds)
+            chunks = self._stream(reply, seconds / max(1, len(reply) - 1), failure)
+            said = {"content-type": "text/event-stream; charset=utf-8", **self._headers()}
+            return Reply(200, said, chunks, lambda: self.leave(None))
+        await asyncio.sleep(seconds)
         self.leave(self._corrections)
-        return JSONResponse(reply, headers=self._headers())
+        return self._whole(200, reply, self._headers())
 
-    def _read(self, content: bytes) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
+    def _read(
+        self, method: str, headers: Mapping[str, str], content: bytes
+    ) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
         """Return the model, what the call costs, and the reply: whole or in chunks."""
-        request, dialect = self._request, DIALECTS.get(self.endpoint)
-        if not any(map(request.headers.get, _KEYS)):
+        dialect = DIALECTS.get(self.endpoint)
+        if not any(map(headers.get, _KEYS)):
             raise CallError(401, "You didn't provide an API key.")
-        if request.method != "POST" or not (dialect or self.endpoint == "embeddings"):
-            raise CallError(404, f"Invalid URL ({request.method} {request.url.path})")
+        if method != "POST" or not (dialect or self.endpoint == "embeddings"):
+            raise CallError(404, f"Invalid URL ({method} {self._path})")
         try:
             body = json.loads(content)
             if dialect is None:
                 tokens, vectors = embeddings(body)
                 return body["model"], {"tokens": tokens, "input_tokens": tokens}, vectors
-            body = dialect.read(body, request.url.path)
-            reply = answer(body, reply_tokens=self._enforcer.options.reply_tokens)
-            costs = self._costs(reply)
-            if dialect.events is None or not body.get("stream"):
-                return reply.model, costs, dialect.whole(reply, self._number)
-            return reply.model, costs, as_events(dialect.events(reply, self._number, body))
+            return self._chat(dialect, dialect.read(body, self._path))
         except Exception as exc:
             # No JSON, or a part of the wrong type, anywhere: reading takes the types for granted.
             raise CallError(400, f"the request can't be understood: {exc!r}") from exc
 
-    def _costs(self, reply: Answer) -> Mapping[str, int]:
-        """Return what a call is charged at admission; note how that is corrected.
-
-        OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number
-        of tokens based on the character count of your request"
-        (platform.openai.com/docs/guides/rate-limits, read in 2025). What the reply will use is known
-        only to a fake model; it is for tests in which estimate and usage must agree.
-        """
+    def _chat(
+        self, dialect: Dialect, body: Json
+    ) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
+        reply = answer(body, reply_tokens=self._enforcer.options.reply_tokens)
+        cache = self._enforcer.cache
+        if cache is not None:
+            self._prompt = cache.look_up(reply.model, blocks(body), self._now)
+            reply = replace(reply, cached=self._prompt.read, written=self._prompt.written)
         rules = self._enforcer.rules or RULES["openai"]
-        prompt, used = reply.prompt_tokens, reply.completion_tokens
-        output = rules.unlimited_output if reply.max_tokens is None else reply.max_tokens
-        charges = {
-            "usage": prompt + used,
-            "prompt": prompt,
-            "larger": max(prompt, output),
-            "sum": prompt + output,
-        }
-        reserves = "usage" if self._enforcer.options.charge == "usage" else rules.reserves
-        tokens = charges[reserves]
-        settled = prompt + rules.output_counts * used if rules.settles else tokens
-        self._corrections = {"tokens": settled - tokens, "output_tokens": used}
-        return {"tokens": tokens, "input_tokens": prompt}
+        if self._rules.error == "anthropic":  # its own page says so, whoever else's rules hold
+            rules = replace(rules, counts_cached=False)
+        if self._enforcer.options.charge == "usage":
+            rules = replace(rules, reserves="usage")
+        costs, self._corrections = charges(rules, reply)
+        if dialect.events is None or not body.get("stream"):
+            return reply.model, costs, dialect.whole(reply, self._number)
+        return reply.model, costs, as_events(dialect.events(reply, self._number, body))
+
+    @property
+    def _now(self) -> float:
+        return self._enforcer.options.clock() / NANOSECONDS
+
+    def _begin(self) -> None:
+        """Let others read what this call writes to the cache."""
+        if self._enforcer.cache is not None:
+            self._enforcer.cache.begin(self._prompt, self._now)
+            said = ("cache_reads", self._prompt.read), ("cache_writes", self._prompt.written)
+            self._enforcer.count(*(name for name, tokens in said if tokens))
 
     async def _stream(
         self, chunks: Sequence[bytes], pause: float, failure: Failure | None
     ) -> AsyncIterator[bytes]:
         for sent, chunk in enumerate(chunks):
             if failure is not None and sent >= (failure.after_chunks or 0):
-                raise ClientDisconnect
-            await asyncio.sleep(pause)
+                raise BrokenOffError
+            await asyncio.sleep(pause if sent else 0)
             if sent == len(chunks) - 1:
                 self.leave(self._corrections)
             yield chunk
 
-    async def _pause(self, seconds: float) -> None:
-        """Sleep until the reply is due, or until the client goes away."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while (await self._request.receive())["type"] != "http.disconnect":
-                    pass
-                raise ClientDisconnect
+    def _whole(self, status: int, body: Json, headers: Mapping[str, str]) -> Reply:
+        content = json.dumps(body, separators=(",", ":")).encode()
 
-    def _error(self, error: CallError) -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield content
+
+        said = {"content-type": "application/json", "content-length": str(len(content)), **headers}
+        return Reply(status, said, chunks(), lambda: None)
+
+    def _error(self, error: CallError) -> Reply:
         """Write an error as the provider does."""
         rules, nanoseconds = self._rules, error.wait or 0
         form = rules.refusal if error.refused and rules.refusal else rules.error
         waits = {
             "retry-after": error.seconds,
-            "retry-after-ms": -(-nanoseconds // MILLISECOND),
+            "retry-after-ms": ceil(nanoseconds, MILLISECOND),
             "x-ratelimit-reset": round(time.time() * 1_000) + nanoseconds // MILLISECOND,
         }
         headers = {**self._headers(), **(rules.refusal_headers if error.refused else {})}
         if error.wait is not None:
             headers |= {name: str(waits[name]) for name in rules.waits}
-        return JSONResponse(error_body(form, error), error.status, headers)
+        return self._whole(error.status, error_body(form, error), headers)
 
     def _headers(self) -> dict[str, str]:
         """Return the request's id, and what the headers say about each limit."""
@@ -200,15 +266,40 @@ class _Exchange:
         headers = {f"{prefix}request-id": f"req_{self._number}"}
         for name, limit, remaining, reset in self._enforcer.budget():
             template, slices = rules.headers.get(name), rules.slices.get(name, 1)
+            if "tokens" in name:
+                rounded = round(remaining / rules.rounding) * rules.rounding
+            else:
+                rounded = remaining
             values = {
-                "limit": -(-limit // slices),
-                "remaining": remaining,
+                "limit": ceil(limit, slices),
+                "remaining": rounded,
                 "reset": _reset(reset, rules),
                 "renewalperiod": round(self._enforcer.options.minute / slices),
             }
             if template:
                 headers |= {template.format(part=part): str(values[part]) for part in rules.parts}
         return headers
+
+
+def charges(rules: Rules, reply: Answer) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Return what a call is charged at admission, and how that is corrected when its reply is done.
+
+    OpenAI: "your rate limit is calculated as the maximum of max_tokens and the estimated number of
+    tokens based on the character count of your request" (platform.openai.com/docs/guides/rate-limits,
+    read in 2025). What the reply will use is known only to a fake model.
+    """
+    prompt, used = reply.prompt_tokens, reply.completion_tokens
+    prompt -= 0 if rules.counts_cached else reply.cached
+    output = rules.unlimited_output if reply.max_tokens is None else reply.max_tokens
+    tokens = {
+        "usage": prompt + used,
+        "prompt": prompt,
+        "larger": max(prompt, output),
+        "sum": prompt + output,
+    }[rules.reserves]
+    settled = prompt + rules.output_counts * used if rules.settles else tokens
+    corrections = {"tokens": settled - tokens, "output_tokens": used}
+    return {"tokens": tokens, "input_tokens": prompt}, corrections
 
 
 def error_body(form: str, error: CallError) -> Json:
@@ -245,6 +336,6 @@ def _reset(nanoseconds: int, rules: Rules) -> str:
     if rules.reset == "go":
         return go_duration(nanoseconds)
     if rules.reset == "seconds":
-        return str(-(-nanoseconds // NANOSECONDS))
+        return str(ceil(nanoseconds, NANOSECONDS))
     until = datetime.now(UTC) + timedelta(seconds=nanoseconds / NANOSECONDS)
     return until.isoformat(timespec="seconds").replace("+00:00", "Z")

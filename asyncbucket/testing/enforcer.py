@@ -1,23 +1,11 @@
-"""What the bundled provider is told, how it counts, and which calls get in.
+"""What the bundled provider is told, and which calls get in.
 
 A call is admitted by all limits or charged by none, in one step at one instant. A refused call costs
 nothing; an admitted one is charged even if it fails. All public methods of the enforcer may be called
 from any thread.
 
 How real providers count and answer is a table, `rules.toml`, and no code for any of them. Each names
-the page that it follows. They judge asyncbucket, so rules and policies share nothing with its own
-profiles and meters: asyncbucket books the future, these look at the past.
-
-A policy is a pure object that is given the time and the limit, and remembers what was used of N units
-a minute, whatever N is at the moment. At an instant `now`, in integer nanoseconds that never go
-backwards, it says
-
-- `wait`: in how many nanoseconds an amount would pass; 0 is now, None is never,
-- `remaining`: how many units would pass now,
-- `reset`: in how many nanoseconds everything is back, if nothing else comes,
-
-and is told by `charge` what was admitted. A policy is one `Bucket` or `Window`, or two that both
-have to agree.
+the page that it follows.
 """
 
 import math
@@ -26,23 +14,18 @@ import threading
 import time
 import tomllib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from asyncbucket.engine.wording import is_number, read_count
+from asyncbucket.testing.counting import POLICIES, Counting, Policy, PolicyName, ceil
+from asyncbucket.testing.prompt_cache import Cache, PromptCache
 
 NANOSECONDS: Final = 1_000_000_000
 MILLISECOND: Final = 1_000_000
 TOO_MANY_REQUESTS: Final = 429
-
-PolicyName: TypeAlias = Literal[
-    "token_bucket", "sliding_window", "fixed_window", "one_second_slices", "ten_second_slices"
-]
-POLICY_NAMES: Final[tuple[PolicyName, ...]] = get_args(PolicyName)
-#: Into how many slices a policy divides a minute.
-SLICES: Final[Mapping[str, int]] = {"one_second_slices": 60, "ten_second_slices": 6}
 
 #: What is limited, by which option, and how a refusal calls it.
 LIMITS: Final[Mapping[str, tuple[str, str]]] = {
@@ -67,27 +50,31 @@ class Rules:
             their sum, the prompt alone, or, as only a fake model can know, what the reply will use.
         unlimited_output: What a call without max_tokens is charged for its output.
         settles: Whether the charge is corrected once the reply is done.
+        counts_cached: Whether what is read from the prompt cache is charged, too.
         output_counts: How many tokens an output token counts as then.
         counted_in: How a resource is counted, if not as the option `policy` says.
         slices: How many of its headers' limits make up a minute, for each resource.
         headers: The headers about a limit, by its resource; `parts` are which there are.
         reset: How a reset is written: as Go's duration, as a date, or in seconds.
+        rounding: To what the headers round the tokens that remain.
         waits: The headers in which a refusal says how long to wait.
         error: The name of an error's body.
         refusal: The name of the body of a refusal for rate, if that is another.
         refusal_headers: More headers of a refusal.
     """
 
-    source: str
+    source: str = ""
     reserves: Literal["larger", "sum", "prompt", "usage"] = "sum"
     unlimited_output: int = 16
     settles: bool = True
+    counts_cached: bool = True
     output_counts: int = 1
     counted_in: Mapping[str, PolicyName] = field(default_factory=dict[str, PolicyName])
     slices: Mapping[str, int] = field(default_factory=dict[str, int])
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     parts: tuple[str, ...] = ("limit", "remaining")
     reset: Literal["go", "date", "seconds"] = "seconds"
+    rounding: int = 1
     waits: tuple[str, ...] = ()
     error: str = "openai"
     refusal: str = ""
@@ -109,8 +96,8 @@ ChargeRule: TypeAlias = Literal["openai", "usage"]
 class Options:
     """How the provider behaves.
 
-    Limits, concurrency, latency, always and reply_tokens may be set later, too, while it runs; what was
-    used stays used. Profile, policy and minute may not.
+    Limits and most others may be set later, too, while it runs; what was used stays used. Profile,
+    policy, cache and minute may not.
 
     Attributes:
         rpm: Requests a minute; no limit by default.
@@ -118,14 +105,18 @@ class Options:
         itpm: Input tokens a minute; no limit by default.
         otpm: Output tokens a minute, counted as they are produced; no limit by default.
         rpd: Requests in 1,440 minutes; no limit by default.
-        profile: Whose rules hold, such as bedrock. By default OpenAI's, with Anthropic's headers and
-            errors at its endpoint.
+        profile: Whose rules hold, such as bedrock, or `Rules` of your own. By default OpenAI's, with
+            Anthropic's headers and errors at its endpoint.
         policy: How the limits are counted: token_bucket, sliding_window, fixed_window,
-            one_second_slices or ten_second_slices.
+            one_second_slices or ten_second_slices; a `Counting`; or such a one for each resource.
         charge: What a call costs in tokens up front: openai (what the profile says, by default the
             larger of the prompt and max_tokens) or usage (what the reply will use).
         concurrency: The most calls in flight; no limit by default.
         latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
+        begins: The part of its latency after which a reply begins.
+        accidents: Which part of the calls is refused by accident, whatever is left: with a 429 that
+            names no wait.
+        cache: A cache of prompts; none by default.
         always: A status with which to answer every call.
         reply_tokens: The least length of a text reply, in tokens.
         minute: Seconds a minute lasts. A short one makes tests on a real clock short.
@@ -143,11 +134,14 @@ class Options:
     itpm: int | None = None
     otpm: int | None = None
     rpd: int | None = None
-    profile: str | None = None
-    policy: PolicyName = "token_bucket"
+    profile: str | Rules | None = None
+    policy: PolicyName | Counting | Mapping[str, PolicyName | Counting] = "token_bucket"
     charge: ChargeRule = "openai"
     concurrency: int | None = None
     latency: float | tuple[float, float] = 0.0
+    begins: float = 0.1
+    accidents: float = 0.0
+    cache: Cache | None = None
     always: int | None = None
     reply_tokens: int = 0
     minute: float = 60.0
@@ -159,11 +153,13 @@ class Options:
             if getattr(self, name) is not None:
                 read_count(getattr(self, name), name, least=1)
         read_count(self.reply_tokens, "reply_tokens")
-        names = {"policy": POLICY_NAMES, "charge": get_args(ChargeRule), "profile": (None, *RULES)}
-        for name, known in names.items():
-            if getattr(self, name) not in known:
-                some = ", ".join(filter(None, known))
-                raise ValueError(f"{name} must be one of {some}, not {getattr(self, name)!r}")
+        profile = None if isinstance(self.profile, Rules) else self.profile
+        _check_name("charge", self.charge, get_args(ChargeRule))
+        _check_name("profile", profile, (None, *RULES))
+        for name in ("begins", "accidents"):
+            if not _are_seconds(getattr(self, name)) or getattr(self, name) > 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)!r}")
+        self.countings()
         if not _are_seconds(self.minute) or not self.minute:
             raise ValueError(f"minute must be a positive number of seconds, not {self.minute!r}")
         if not callable(self.clock) or not isinstance(self.clock(), int):
@@ -173,6 +169,27 @@ class Options:
         latencies = self.latencies()
         if [*map(_are_seconds, latencies)] != [True, True] or latencies[0] > latencies[1]:
             raise ValueError(f"latency must be seconds >= 0 or (low, high), not {self.latency!r}")
+
+    def rules(self) -> Rules | None:
+        """Return whose rules hold, if not each endpoint's."""
+        return RULES[self.profile] if isinstance(self.profile, str) else self.profile
+
+    def countings(self) -> Mapping[str, Counting]:
+        """Return how each limit is counted, but for those of the day and of concurrency."""
+        named, rules = self.policy, self.rules()
+        known = [name for name in LIMITS if name not in ("daily_requests", "concurrency")]
+        each = dict(named) if isinstance(named, Mapping) else dict.fromkeys(known, named)
+        each = {
+            **dict.fromkeys(known, "token_bucket"),
+            **each,
+            **(rules.counted_in if rules else {}),
+        }
+        for name, counting in each.items():
+            _check_name("policy", name, known)
+            _check_name(
+                "policy", "token_bucket" if isinstance(counting, Counting) else counting, POLICIES
+            )
+        return {name: POLICIES[how] if isinstance(how, str) else how for name, how in each.items()}
 
     def latencies(self) -> tuple[float, float]:
         """Return the shortest and the longest latency."""
@@ -227,12 +244,16 @@ class ProviderStatistics:
         requests: Calls at metered endpoints that could be read, admitted and refused ones.
         admitted: Calls that were charged, including those that then failed.
         refused_429: Refused calls by what refused them: "requests", "tokens", "input_tokens",
-            "output_tokens", "daily_requests", "concurrency", "scripted".
+            "output_tokens", "daily_requests", "concurrency", "scripted", "accident".
         errors: Admitted calls that were made to fail.
         tokens: Tokens charged, as corrected once a reply was done.
         in_flight: Calls that are being answered now.
         peak_in_flight: The most at once.
         disconnected: Calls whose client went away before the end of the reply.
+        cache_writes: Calls that wrote to the prompt cache.
+        cache_reads: Calls that read from it.
+        others_sent: Calls of others.
+        others_refused: Those that were refused.
         endpoints: Requests of each endpoint.
     """
 
@@ -244,6 +265,10 @@ class ProviderStatistics:
     in_flight: int = 0
     peak_in_flight: int = 0
     disconnected: int = 0
+    cache_writes: int = 0
+    cache_reads: int = 0
+    others_sent: int = 0
+    others_refused: int = 0
     endpoints: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -252,134 +277,14 @@ class ProviderStatistics:
         return sum(self.refused_429.values())
 
 
+def _check_name(option: str, value: object, known: Collection[str | None]) -> None:
+    if value not in known:
+        some = ", ".join(filter(None, known))
+        raise ValueError(f"{option} must be one of {some}, not {value!r}")
+
+
 def _are_seconds(value: object) -> bool:
     return is_number(value) and 0 <= value < math.inf
-
-
-class Bucket:
-    """Refill N units continuously within a span.
-
-    What is used is kept in units x span, of which each nanosecond gives back exactly N.
-    """
-
-    def __init__(self, span: int) -> None:
-        self._span = span
-        self._used = 0
-        self._at = 0
-
-    def wait(self, amount: int, limit: int, now: int) -> int:
-        over = self._used_at(limit, now) + (amount - limit) * self._span
-        return max(0, _ceil(over, limit))
-
-    def charge(self, amount: int, limit: int, now: int) -> None:
-        self._used = max(0, self._used_at(limit, now) + amount * self._span)
-
-    def remaining(self, limit: int, now: int) -> int:
-        return max(0, limit - _ceil(self._used_at(limit, now), self._span))
-
-    def reset(self, limit: int, now: int) -> int:
-        return _ceil(self._used_at(limit, now), limit)
-
-    def _used_at(self, limit: int, now: int) -> int:
-        self._used = max(0, self._used - (now - self._at) * limit)
-        self._at = now
-        return self._used
-
-
-class Window:
-    """Count at most N units in each window: any span of time, or those that the clock begins.
-
-    Windows of the clock admit twice N across their edge. A call of more than N passes in a window
-    that nothing has used, and closes those after it until it is paid off.
-    """
-
-    def __init__(self, span: int, *, by_clock: bool = False) -> None:
-        self._span = span
-        self._by_clock = by_clock
-        #: When units come back, and how many.
-        self._log: deque[tuple[int, int]] = deque()
-        self._used = 0
-
-    def wait(self, amount: int, limit: int, now: int) -> int:
-        over = self._used_at(now) - max(0, limit - amount)
-        wait = 0
-        # Walks no further than the entries that must leave, which are few under saturation.
-        for expires, used in self._log:
-            if over <= 0:
-                break
-            over -= used
-            wait = expires - now
-        return wait
-
-    def charge(self, amount: int, limit: int, now: int) -> None:
-        room = limit - self._used_at(now)
-        while amount < 0 and self._log:  # back from the latest
-            expires, used = self._log.pop()
-            part = min(-amount, used)
-            self._used, amount = self._used - part, amount + part
-            if used > part:
-                self._log.append((expires, used - part))
-        amount = max(0, amount)
-        expires = now + self._span - (now % self._span if self._by_clock else 0)
-        self._used += amount
-        while amount:
-            part = min(amount, room)
-            self._log.append((expires, part))
-            amount, room, expires = amount - part, limit, expires + self._span
-
-    def remaining(self, limit: int, now: int) -> int:
-        return max(0, limit - self._used_at(now))
-
-    def reset(self, limit: int, now: int) -> int:  # noqa: ARG002 - a bucket needs the limit
-        self._used_at(now)
-        return self._log[-1][0] - now if self._log else 0
-
-    def _used_at(self, now: int) -> int:
-        while self._log and self._log[0][0] <= now:
-            self._used -= self._log.popleft()[1]
-        return self._used
-
-
-class Policy:
-    """Count as providers do.
-
-    One-second slices are N / 60 units, rounded up, in each second of the clock, and at most N in
-    any minute; ten-second slices are N / 6. What is charged may be negative: it comes back.
-
-    Args:
-        name: One of `POLICY_NAMES`.
-        minute: How long one lasts, in nanoseconds.
-    """
-
-    def __init__(self, name: PolicyName, minute: int) -> None:
-        #: What counts, and into how many parts it divides the limit.
-        self._parts: list[tuple[Bucket | Window, int]] = [(Window(minute), 1)]
-        if name == "token_bucket":
-            self._parts = [(Bucket(minute), 1)]
-        elif name == "fixed_window":
-            self._parts = [(Window(minute, by_clock=True), 1)]
-        elif name in SLICES:
-            count = SLICES[name]
-            self._parts.append((Window(minute // count, by_clock=True), count))
-
-    def wait(self, amount: int, limit: int, now: int) -> int | None:
-        if amount > limit:
-            return None
-        return max(part.wait(amount, _ceil(limit, n), now) for part, n in self._parts)
-
-    def charge(self, amount: int, limit: int, now: int) -> None:
-        for part, n in self._parts:
-            part.charge(amount, _ceil(limit, n), now)
-
-    def remaining(self, limit: int, now: int) -> int:
-        return min(part.remaining(_ceil(limit, n), now) for part, n in self._parts)
-
-    def reset(self, limit: int, now: int) -> int:
-        return max(part.reset(_ceil(limit, n), now) for part, n in self._parts)
-
-
-def _ceil(amount: int, divisor: int) -> int:
-    return -(-amount // divisor)
 
 
 @dataclass(eq=False)
@@ -405,7 +310,7 @@ class CallError(Exception):
     @property
     def seconds(self) -> int:
         """Whole seconds until the call would pass."""
-        return _ceil(self.wait or 0, NANOSECONDS)
+        return ceil(self.wait or 0, NANOSECONDS)
 
 
 class Enforcer:
@@ -414,17 +319,14 @@ class Enforcer:
     def __init__(self, options: Options) -> None:
         self.options = options
         #: Whose rules hold, if not each endpoint's.
-        self.rules = None if options.profile is None else RULES[options.profile]
+        self.rules = options.rules()
+        self.cache = None if options.cache is None else PromptCache(options.cache)
         self._lock = threading.Lock()
         minute = round(options.minute * NANOSECONDS)
-        counted_in = {} if self.rules is None else self.rules.counted_in
-        self._policies = {
-            name: Policy(counted_in.get(name, options.policy), minute)
-            for name in LIMITS
-            if name != "concurrency"
-        }
+        self._policies = {name: Policy(how, minute) for name, how in options.countings().items()}
         self._policies["daily_requests"] = Policy("fixed_window", minute * _MINUTES_OF_A_DAY)
         self._scripted: deque[Failure] = deque()
+        self._accidents = random.Random(1)  # noqa: S311 - repeatable, not secret
         self._latencies = random.Random(0)  # noqa: S311 - repeatable, not secret
         self._arrivals: deque[Arrival] = deque(maxlen=_ARRIVALS_KEPT)
         self._refused: Counter[str] = Counter()
@@ -449,7 +351,7 @@ class Enforcer:
             if self._scripted:
                 failure = self._scripted[0]
             told = failure.error() if failure and failure.status == TOO_MANY_REQUESTS else None
-            refusal = told or self._refusal(costs, model, now)
+            refusal = told or self._refusal(costs, model, now) or self._accident()
             if self._scripted and refusal is told:  # one that is refused for rate uses up none
                 self._scripted.popleft()
             self._endpoints[endpoint] += 1
@@ -475,6 +377,11 @@ class Enforcer:
             self._counts["disconnected"] += corrections is None
             self._charge(corrections or {}, self.options.clock())
 
+    def count(self, *names: str) -> None:
+        """Count what else happens to a call, by a name of `ProviderStatistics`."""
+        with self._lock:
+            self._counts.update(names)
+
     def draw_latency(self) -> float:
         """Return the seconds that the next reply takes."""
         return self._latencies.uniform(*self.options.latencies())
@@ -495,6 +402,8 @@ class Enforcer:
                 requests=sum(self._endpoints.values()),
                 refused_429=dict(self._refused),
                 endpoints=dict(self._endpoints),
+                others_sent=sum(each.others_sent for each in self._policies.values()),
+                others_refused=sum(each.others_refused for each in self._policies.values()),
                 **self._counts,
             )
 
@@ -532,6 +441,15 @@ class Enforcer:
                 refusals.append(_refused(model, name, limit, used, amount, wait))
         return max(refusals, key=lambda each: (each.wait is None, each.wait or 0), default=None)
 
+    def _accident(self) -> CallError | None:
+        """Return a refusal for no reason, once in a while."""
+        if not self.options.accidents or self._accidents.random() >= self.options.accidents:
+            return None
+        message = (
+            "Provider returned error: upstream is temporarily rate-limited. Please retry shortly."
+        )
+        return CallError(TOO_MANY_REQUESTS, message, refused="accident")
+
     def _charge(self, costs: Mapping[str, int], now: int) -> None:
         for name, limit, policy in self._limits():
             policy.charge(costs.get(name, 0), limit, now)
@@ -557,7 +475,7 @@ def _refused(
 
 def go_duration(nanoseconds: int) -> str:
     """Return a duration in Go's format, in whole milliseconds rounded up: 120ms, 8.64s, 6m0s."""
-    minutes, milliseconds = divmod(_ceil(nanoseconds, MILLISECOND), 60_000)
+    minutes, milliseconds = divmod(ceil(nanoseconds, MILLISECOND), 60_000)
     if minutes:
         return f"{minutes}m{milliseconds / 1000:g}s"
     return f"{milliseconds}ms" if 0 < milliseconds < 1000 else f"{milliseconds / 1000:g}s"  # noqa: PLR2004 - a second

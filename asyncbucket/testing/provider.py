@@ -26,27 +26,40 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-if not (find_spec("starlette") and find_spec("uvicorn")):
-    raise ImportError(
-        'the bundled provider needs starlette and uvicorn: pip install "asyncbucket[testing]"'
-    )
+if not find_spec("uvicorn"):
+    raise ImportError('the bundled provider needs uvicorn: pip install "asyncbucket[testing]"')
 
 import uvicorn
-from starlette.requests import ClientDisconnect
 
 from asyncbucket.http_server import configured, listen
-from asyncbucket.testing.endpoints import Api
-from asyncbucket.testing.enforcer import Arrival, Enforcer, Failure, Options, ProviderStatistics
+from asyncbucket.testing.counting import Counting
+from asyncbucket.testing.endpoints import Api, BrokenOffError, Reply
+from asyncbucket.testing.enforcer import (
+    Arrival,
+    Enforcer,
+    Failure,
+    Options,
+    ProviderStatistics,
+    Rules,
+)
+from asyncbucket.testing.prompt_cache import Cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
-    from starlette.types import Receive, Scope, Send
-
-__all__ = ["Arrival", "Options", "ProviderStatistics", "RateLimitedProvider", "main"]
+__all__ = [
+    "Arrival",
+    "Cache",
+    "Counting",
+    "Options",
+    "ProviderStatistics",
+    "RateLimitedProvider",
+    "Rules",
+    "main",
+]
 
 _HOST: Final = "127.0.0.1"
-_FIXED: Final = ("profile", "policy", "minute")
+_FIXED: Final = ("profile", "policy", "cache", "minute")
 _STARTING: Final = 60.0
 """Seconds that a server gets to start; a thread's own error is on standard error."""
 
@@ -137,20 +150,19 @@ class RateLimitedProvider(Options):
             http = httpx.AsyncClient(transport=provider.mock_transport())
             client = AsyncOpenAI(http_client=http, api_key="any")
 
-        A reply comes whole, a stream too, when all of its latency has passed.
-
         Args:
             family: The library whose clients take it: "httpx" or "httpx2".
         """
-        library = import_module(family)
+        library: Any = import_module(family)
+        stream_of = type("ProviderStream", (_Body, library.AsyncByteStream), {})
 
-        async def app(scope: "Scope", receive: "Receive", send: "Send") -> None:
-            try:
-                await self.app.serve(scope, receive, send)
-            except ClientDisconnect as exc:
-                raise library.RemoteProtocolError("the connection is closed in a stream") from exc
+        async def handle(request: Any) -> Any:
+            sent = request.method, request.url.path, request.headers, request.content
+            reply = await self.app.respond(*sent)
+            body = stream_of(reply, library.RemoteProtocolError)
+            return library.Response(reply.status, headers=reply.headers, stream=body)
 
-        return library.ASGITransport(app)
+        return library.MockTransport(handle)
 
     def start(self) -> None:
         """Start, and return when it answers. Done by entering the context; takes a moment."""
@@ -181,6 +193,23 @@ class RateLimitedProvider(Options):
 
     def __repr__(self) -> str:
         return f"<RateLimitedProvider {self.url if self._server else 'not running'}>"
+
+
+class _Body:
+    """A reply's body as a client reads it."""
+
+    def __init__(self, reply: Reply, broken_off: type[Exception]) -> None:
+        self._reply, self._broken_off = reply, broken_off
+
+    async def __aiter__(self) -> "AsyncIterator[bytes]":
+        try:
+            async for chunk in self._reply.chunks:
+                yield chunk
+        except BrokenOffError as exc:
+            raise self._broken_off("the connection is closed in a stream") from exc
+
+    async def aclose(self) -> None:
+        self._reply.leave()
 
 
 class _Server(uvicorn.Server):

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.wording import read_count
+from asyncbucket.testing.prompt_cache import Block
 
 Json: TypeAlias = Mapping[str, Any]
 Chunk: TypeAlias = dict[str, Any]
@@ -38,7 +39,7 @@ QUOTE: Final = 200
 _FILLER: Final = " and so on"
 _MAX_TOKENS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 #: Members of messages that are no text.
-_SILENT: Final = {"role", "type", "id", "call_id", "tool_call_id", "tool_use_id"}
+_SILENT: Final = {"cache_control", "role", "type", "id", "call_id", "tool_call_id", "tool_use_id"}
 _TEXT: Final[Json] = {"type": "string"}
 #: What bounds a number, and how far from there a valid one is.
 _BOUNDS: Final = {"minimum": 0, "exclusiveMinimum": 1, "maximum": 0, "exclusiveMaximum": -1}
@@ -55,6 +56,9 @@ class Answer:
     max_tokens: int | None
     prompt_tokens: int
     completion_tokens: int
+    #: What of the prompt was read from a cache, and what was written to it.
+    cached: int = 0
+    written: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -97,6 +101,25 @@ def answer(body: Json, *, reply_tokens: int = 0) -> Answer:
         prompt_tokens=tokens_of(characters),
         completion_tokens=max(1, tokens_of(len(tool or "") + len(cut))),
     )
+
+
+def blocks(body: Json) -> list[Block]:
+    """Return the parts of a prompt in the order of Anthropic's cache: tools, system, messages."""
+    found = [_block(tool, len(json.dumps(tool))) for tool in body.get("tools") or ()]
+    asked = body["messages"]
+    holders = [body.get("system"), asked] if isinstance(asked, str) else [body.get("system")]
+    holders += [] if isinstance(asked, str) else [each.get("content") for each in asked]
+    for content in holders:
+        parts = content if isinstance(content, list) else [content] if content else []
+        found += [_block(part, _characters(part)) for part in parts]
+    return found
+
+
+def _block(part: Any, characters: int) -> Block:
+    if not isinstance(part, dict):
+        return Block(part, characters, None)
+    content = {name: value for name, value in part.items() if name != "cache_control"}
+    return Block(content, characters, part.get("cache_control"))
 
 
 def _text(text: str, reply_format: Json, tokens: int) -> str:
@@ -266,6 +289,7 @@ def _chat_usage(reply: Answer) -> Json:
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
         "total_tokens": reply.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": reply.cached},
     }
 
 
@@ -291,7 +315,10 @@ def _response(reply: Answer, call_id: str) -> Chunk:
         "tools": [],
         "usage": {
             "input_tokens": reply.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {
+                "cached_tokens": reply.cached,
+                "cache_write_tokens": reply.written,
+            },
             "output_tokens": reply.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": reply.total_tokens,
@@ -334,7 +361,12 @@ def _message(reply: Answer, call_id: str) -> Chunk:
     content: Chunk = {"type": "text", "text": reply.text}
     if reply.tool is not None:
         reason, content = "tool_use", _tool_use(reply.tool, json.loads(reply.text), call_id)
-    usage = {"input_tokens": reply.prompt_tokens, "output_tokens": reply.completion_tokens}
+    usage = {
+        "input_tokens": reply.prompt_tokens - reply.cached - reply.written,
+        "cache_creation_input_tokens": reply.written,
+        "cache_read_input_tokens": reply.cached,
+        "output_tokens": reply.completion_tokens,
+    }
     return {
         "id": f"msg_{call_id}",
         "type": "message",

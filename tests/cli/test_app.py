@@ -27,7 +27,7 @@ def test_version_option_shows_the_package_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("typer", "cli"), ("llama_index", "cli"), ("starlette", "testing")]
+    ("module", "extra"), [("typer", "cli"), ("llama_index", "cli"), ("uvicorn", "testing")]
 )
 def test_missing_extra_names_its_install_command(module: str, extra: str) -> None:
     program = f"""

@@ -15,7 +15,7 @@ from asyncbucket.attempt import Attempt
 from asyncbucket.errors import refusal_in
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
-from asyncbucket.testing.enforcer import PolicyName
+from asyncbucket.testing.counting import PolicyName
 from asyncbucket.waiting import IO
 from tests.http.conftest import Server, answering, client_over, either_io
 from tests.http.test_openai_sdk import FAMILY

@@ -1,0 +1,13 @@
+"""Providers that count in their own ways: no call is lost, few are refused, and no time is wasted."""
+
+import pytest
+
+from tests.feedback.grid import PENDING, ROWS, both, failures
+
+pytest.importorskip("stamina", reason="transports retry by it")
+
+
+@pytest.mark.parametrize("latency", [0.8, 5.0])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in PENDING])
+def test_load_is_nearly_as_fast_as_if_the_meter_were_known(name: str, latency: float) -> None:
+    assert failures(ROWS[name], *both(ROWS[name], 0, latency)) == []
