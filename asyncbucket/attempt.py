@@ -83,7 +83,7 @@ class Attempt:
     ) -> None:
         self.limiter, self.call, self.pays = limiter, call, pays
         self.sent = Sent() if sent is None else sent
-        self.outer = _IN_PROGRESS.get()
+        self.outer = IN_PROGRESS.get()
         #: The member of a pool that admitted it, if one did.
         self.member: Limiter | None = None
         self.has_inner_calls = False
@@ -116,13 +116,13 @@ class Attempt:
         return lease
 
     def __enter__(self) -> None:
-        self._token = _IN_PROGRESS.set(self)
+        self._token = IN_PROGRESS.set(self)
 
     def __exit__(self, *error: object) -> None:
         token, self._token = self._token, None
         try:
             if token is not None:
-                _IN_PROGRESS.reset(token)
+                IN_PROGRESS.reset(token)
         except ValueError:  # a generator may be closed in another context than it ran in
             pass
 
@@ -140,17 +140,13 @@ class Attempt:
             give_back(lease, limiter)
 
 
-_IN_PROGRESS: Final[ContextVar[Attempt | None]] = ContextVar("asyncbucket attempt", default=None)
-
-
-def innermost() -> Attempt | None:
-    """Return the innermost attempt that is in progress in this context."""
-    return _IN_PROGRESS.get()
+#: The innermost attempt that is in progress.
+IN_PROGRESS: Final[ContextVar[Attempt | None]] = ContextVar("asyncbucket attempt", default=None)
 
 
 def in_progress() -> Iterator[Attempt]:
     """Yield the attempts that are in progress in this context, innermost first."""
-    attempt = _IN_PROGRESS.get()
+    attempt = IN_PROGRESS.get()
     while attempt is not None:
         yield attempt
         attempt = attempt.outer
@@ -158,16 +154,21 @@ def in_progress() -> Iterator[Attempt]:
 
 def paying(limiter: Limiter) -> Attempt | None:
     """Return the attempt in progress that pays for calls of ``limiter`` here, if one does."""
-    for attempt in in_progress():
+    attempt = IN_PROGRESS.get()
+    while attempt is not None:
         lease = attempt.lease if attempt.pays else None
         if lease is not None and (counts_at(lease, limiter) or is_under(limiter, attempt.limiter)):
             return attempt
+        attempt = attempt.outer
     return None
 
 
 def retried() -> Attempt | None:
     """Return the attempt that this code is part of, if a layer above retries it."""
-    return next((attempt for attempt in in_progress() if attempt.is_retried), None)
+    attempt = IN_PROGRESS.get()
+    while attempt is not None and not attempt.is_retried:
+        attempt = attempt.outer
+    return attempt
 
 
 def is_running(tool: object) -> bool:
@@ -175,7 +176,7 @@ def is_running(tool: object) -> bool:
 
     Once another call was made inside, such as a model's, a further call of ``tool`` is a new one.
     """
-    attempt = _IN_PROGRESS.get()
+    attempt = IN_PROGRESS.get()
     if attempt is None or attempt.call is not tool or attempt.has_inner_calls:
         return False
     return attempt.lease is not None

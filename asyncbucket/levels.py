@@ -1,7 +1,7 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from asyncbucket.budgets import Charge
 from asyncbucket.doors import find_headroom
@@ -81,28 +81,62 @@ def provider_of(limiter: Limiter) -> Limiter:
     return next((level for level in reversed(path) if level.limits), path[-1])
 
 
-def limits_by_way(limiter: Limiter) -> list[tuple[Limit, ...]]:
-    """Return the limits that a call here meets on each of its `ways`."""
-    return [
-        tuple(window.limit for node in way for window in tuple(node.limits.values()))
+class InForce(NamedTuple):
+    """The limits that calls of a limiter meet: its own, and those of the levels above."""
+
+    #: The meters of which they are, by which a change shows.
+    meters: list[Any]
+    #: The units of each limit on each of the `ways` of a call, by resource.
+    by_way: list[list[tuple[str, int]]]
+    limits: tuple[Limit, ...]
+    resources: frozenset[str]
+
+    def counts(self, resource: str) -> bool:
+        """Tell whether one of them, or a budget around this code, counts ``resource``."""
+        return resource in self.resources or resource in capped()
+
+
+def excess_of(cost: Mapping[str, int], by_way: Iterable[Iterable[tuple[str, int]]]) -> int:
+    """Return by how much ``cost`` exceeds what the limits of any way can ever admit."""
+    least = None
+    for limits in by_way:
+        excess = 0
+        for resource, units in limits:
+            excess = max(excess, cost.get(resource, 0) - units)
+        least = excess if least is None else min(least, excess)
+    return least or 0
+
+
+def in_force(limiter: Limiter) -> InForce:
+    """Return the limits that hold for calls of ``limiter``, worked out anew when they change."""
+    node, known = limiter._node, vars(limiter).get("_in_force")
+    pool = node.pacer.pool
+    # Not `node.meters`, which would work them out, and that needs the lock.
+    meters = [vars(node).get("meters")]
+    if pool is not None:
+        meters += (vars(member.node).get("meters") for member in pool.members)
+    # By identity: a window may get another limit, and is equal to itself.
+    if known is not None and [*map(id, known.meters)] == [*map(id, meters)]:
+        found: InForce = known
+        return found
+    limits = [
+        [window.limit for each in way for window in tuple(each.limits.values())]
         for way in ways(limiter)
     ]
-
-
-def in_force(limiter: Limiter) -> tuple[Limit, ...]:
-    """Return the limits that hold for calls here: its own, and those of the levels above."""
-    return tuple(limit for limits in limits_by_way(limiter) for limit in limits)
-
-
-def counts(limiter: Limiter, resource: str) -> bool:
-    """Tell whether a limit here or above, or a budget around this code, counts ``resource``."""
-    return resource in limiter._node.resources() or resource in capped()
+    every = tuple(limit for way in limits for limit in way)
+    units = [[(limit.resource, limit.units) for limit in way] for way in limits]
+    found = InForce(meters, units, every, frozenset(limit.resource for limit in every))
+    if None not in meters:
+        vars(limiter)["_in_force"] = found
+    return found
 
 
 def capped() -> set[str]:
     """Return the resources of which budgets around this code cap the use."""
     context = inherited.get()
-    return set() if context is None else {name for each in context.budgets for name in each.cap}
+    if context is None or not context.budgets:
+        return set()
+    return {name for each in context.budgets for name in each.cap}
 
 
 def prices_of(limiter: Limiter) -> Mapping[str, Any]:
@@ -118,7 +152,8 @@ def can_give_slots_up(limiter: Limiter) -> bool:
 
 def effective_limiter(limiter: Limiter) -> Limiter:
     """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
-    return limiter._limiter_for(None, inherited.get())
+    context = inherited.get()
+    return limiter if context is None else limiter._limiter_for(None, context)
 
 
 def give_back(lease: Lease, limiter: Limiter) -> None:

@@ -237,7 +237,9 @@ class Retrier:
         if self._budget < most:
             with self._lock:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
-        self.refusals_of(sent).succeeded(sent.at)
+        refusals = self._refusals if sent.member is None else Refusals.of(sent.member)
+        if refusals.waves:
+            refusals.succeeded(sent.at)
 
     def spend(self) -> bool:
         """Take a retry from the budget, if it holds one."""

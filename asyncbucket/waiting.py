@@ -31,6 +31,10 @@ class AsyncIO:
         result: Awaitable[Any] = fn(*args, **kwargs)
         return result
 
+    def awaiting(self, fn: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        """Return ``fn`` as a function to await: itself."""
+        return fn
+
     def acquire(self, limiter: Limiter, **amounts: Any) -> Awaitable[Lease]:
         """Wait for an admission."""
         return limiter.acquire(**amounts)
@@ -59,6 +63,10 @@ class SyncIO:
     async def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a plain function."""
         return fn(*args, **kwargs)
+
+    def awaiting(self, fn: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        """Return ``fn`` as a function to await."""
+        return functools.partial(self.call, fn)
 
     async def acquire(self, limiter: Limiter, **amounts: Any) -> Lease:
         """Wait for an admission."""

@@ -2,14 +2,18 @@
 
 import asyncio
 import inspect
+import json
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any, Final, TypeAlias
 
+import httpx
 import pytest
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.openai import OpenAI
 
 import asyncbucket
 from asyncbucket import Limiter
@@ -17,6 +21,17 @@ from tests.conftest import python
 
 PUBLIC: Final = {name: getattr(asyncbucket, name) for name in asyncbucket.__all__}
 MEMBERS: Final = (FunctionType, staticmethod, classmethod, property)
+
+BODY: Final = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Why?"}]}
+JSON: Final = {"content-type": "application/json"}
+REPLY: Final = {
+    "id": "1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "gpt-4o",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "So."}}],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+}
 
 #: It prepares a call, yields, and makes it.
 Scenario: TypeAlias = Callable[[], AsyncGenerator[None]]
@@ -79,6 +94,41 @@ async def after_a_wait(*, of_child: bool = False) -> AsyncGenerator[None]:
     await waiting
 
 
+class Answer(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
+    """Answer at once as OpenAI does, with headers about limits."""
+
+    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+        told = {f"x-ratelimit-{name}-requests": "90000" for name in ("limit", "remaining")}
+        return httpx.Response(200, headers={**told, **JSON}, stream=self)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield json.dumps(REPLY).encode()
+
+
+def ample_limiter() -> Limiter:
+    """Return a limiter for which no time passes, so that headers are not due again."""
+    return Limiter("90k RPM burst 90000", "9M TPM", concurrency=9, clock=lambda: 1)
+
+
+async def through_http() -> AsyncGenerator[None]:
+    client = httpx.AsyncClient(transport=ample_limiter().transport(Answer()))
+    post = partial(client.post, "https://api.openai.com/v1/chat/completions", json=BODY)
+    for _ in range(3):
+        await post()
+    yield
+    await post()
+
+
+async def through_a_model() -> AsyncGenerator[None]:
+    client = httpx.AsyncClient(transport=Answer())
+    llm = ample_limiter().wrap(OpenAI(model="gpt-4o", api_key="k", async_http_client=client))
+    messages = [ChatMessage("Why?")]
+    for _ in range(3):
+        await llm.achat(messages)
+    yield
+    await llm.achat(messages)
+
+
 @pytest.mark.parametrize(
     ("call", "frames", "modules"),
     [
@@ -86,8 +136,10 @@ async def after_a_wait(*, of_child: bool = False) -> AsyncGenerator[None]:
         (partial(at_once, used=80), 32, 8),
         (after_a_wait, 100, 8),
         (partial(after_a_wait, of_child=True), 190, 10),
+        (through_http, 130, 14),
+        (through_a_model, 110, 15),
     ],
-    ids=["idle", "settled", "contended", "contended child"],
+    ids=["idle", "settled", "contended", "contended child", "HTTP", "LlamaIndex"],
 )
 def test_call_passes_few_frames_in_few_modules(call: Scenario, frames: int, modules: int) -> None:
     """It can be followed by one person; moving code cannot meet it."""

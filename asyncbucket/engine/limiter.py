@@ -20,7 +20,7 @@ from asyncbucket.engine.context import (
     running_agent,
     span_of,
 )
-from asyncbucket.engine.cost import Cost, amounts_of
+from asyncbucket.engine.cost import COMMON, Cost, amounts_of
 from asyncbucket.engine.errors import LimitSyntaxError
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.engine.lease import Lease
@@ -316,8 +316,9 @@ class Limiter(Doors, OfThisProcess):
         elif requests != 1 or others or {tokens, input_tokens, output_tokens} != {None}:
             raise TypeError(f"{cost!r} is a whole cost: give no other amounts with it")
         else:
-            amounts, others = {**cost, "concurrency": 1}, dict(cost)
-        if others:
+            others = cost._amounts
+            amounts = {**others, "concurrency": 1}
+        if not others.keys() <= COMMON:
             self._node.check_known(others)
         return amounts
 

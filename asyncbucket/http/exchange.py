@@ -87,20 +87,21 @@ class Exchange:
             headers.read(reply.headers, self._profile, since=since, ok=ok)
         if not ok:
             return await self._refused(reply, request, io)
-        self._provider.refusals.succeeded(self._sent_at)
+        if self._provider.refusals.waves:
+            self._provider.refusals.succeeded(self._sent_at)
         answered(self._lease)
         method = read.call.method
         if method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
-        elif reports_own_usage(method, read.call.path) and (
-            read.price is not None or read.lane.needs_usage(self._profile)
+        elif (read.price is not None or read.lane.needs_usage(self._profile)) and reports_own_usage(
+            method, read.call.path
         ):
             self._tail = _Tail(_encoding_of(reply))
         if reply.is_closed:  # it came with its body, or a transport beneath has read it
             self.chunk_received(reply.content)
             self.body_ended(complete=True)
         else:
-            reply.stream = _wrapped(_ReplyBody, reply.stream, self)
+            reply.stream = _wrapped(_ReplyBody, reply.stream.__class__)(reply.stream, self)
         return None
 
     async def _refused(self, reply: Any, request: Any, io: IO) -> Verdict | None:
@@ -219,16 +220,13 @@ class _RequestBody:
 
 def request_body(stream: Any, exchange: Exchange) -> Any:
     """Return a request's ``stream``, wrapped so that it tells ``exchange`` when it leaves."""
-    return _wrapped(_RequestBody, stream, exchange)
+    return _wrapped(_RequestBody, stream.__class__)(stream, exchange)
 
 
-def _wrapped(wrapper: Any, stream: Any, exchange: Exchange) -> Any:
-    """Return ``wrapper(stream, exchange)`` as a stream of the library that ``stream`` is from."""
-    return _stream_class(wrapper, library_of(stream))(stream, exchange)
-
-
-@functools.cache
-def _stream_class(wrapper: Any, library: Any) -> type[Any]:
+@functools.lru_cache(maxsize=64)
+def _wrapped(wrapper: Any, stream: Any) -> type[Any]:
+    """Return ``wrapper`` as a stream of the library that a class of streams is from."""
+    library = library_named(_family(stream))
     bases = (wrapper, library.AsyncByteStream, library.SyncByteStream)
     return type("PacedByteStream", bases, {})
 
@@ -338,10 +336,14 @@ def library_of(thing: object) -> Any:
     Raises:
         TypeError: it is from neither.
     """
-    family = family_of(type(thing))
+    return library_named(_family(type(thing)))
+
+
+def _family(cls: type[Any]) -> str:
+    family = family_of(cls)
     if family is None:
-        raise TypeError(f"a transport sends requests of httpx or httpx2, not {type(thing)}")
-    return library_named(family)
+        raise TypeError(f"a transport sends requests of httpx or httpx2, not {cls}")
+    return family
 
 
 def library_named(family: str) -> Any:

@@ -13,13 +13,12 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.wording import shown
+from asyncbucket.engine.wording import USD, shown
 from asyncbucket.levels import (
     capped,
     effective_limiter,
     in_force,
     is_under,
-    limits_by_way,
     provider_of,
 )
 from asyncbucket.providers.learn import HeaderReader, Refusals
@@ -35,6 +34,7 @@ Target: TypeAlias = str | Limiter | None
 #: (``"gpt-4o*"``), and both may be combined (``"/v1/chat/completions gpt-4o*"``).
 Routing: TypeAlias = Mapping[str, Target] | Callable[[Call], Target]
 
+_TOKENS: Final = frozenset({"tokens", "input_tokens", "output_tokens"})
 #: How many children are remembered: tenants, perhaps.
 _MAX_REMEMBERED: Final = 256
 
@@ -62,10 +62,8 @@ class Lane:
 
     def needs_usage(self, profile: Profile) -> bool:
         """Tell whether a reply's usage corrects a limit in force, or a budget."""
-        limits = in_force(effective_limiter(self.limiter))
-        return any(limit.resource in profile.settles for limit in limits) or any(
-            name.endswith("tokens") for name in capped()
-        )
+        limited = in_force(effective_limiter(self.limiter)).resources
+        return not limited.isdisjoint(profile.settles) or not _TOKENS.isdisjoint(capped())
 
 
 class ReadRequest(NamedTuple):
@@ -80,6 +78,8 @@ class ReadRequest(NamedTuple):
     price: Price | None
     #: Whether the headers of its reply are the provider's.
     teaches: bool
+    #: Whether its body is in memory.
+    in_memory: bool
 
     def at(self, member: Limiter | None) -> tuple[Provider, Profile]:
         """Return who answers, and its profile: in a pool, of the member that took the call."""
@@ -129,27 +129,31 @@ class Lanes:
         Raises:
             UnknownPrice: something counts dollars, and nobody knows what its model costs.
         """
-        url = request.url
-        call, lane = Call(request.method, url.host, url.path, read_json(content_of(request))), None
+        url, lane, content = request.url, self._default, content_of(request)
+        host = url.host
+        call = Call(request.method, host, url.path, read_json(content), lane.forecast.foresee())
         if self._choose is not None:
             limiter = self._resolve(self._choose(call))
-            lane = None if limiter is self.limiter else self._lane_of(limiter, paused=limiter)
-        lane = lane or self._default
-        call = replace(call, foreseen=lane.forecast.foresee())
-        limits = limits_by_way(effective_limiter(lane.limiter))
+            if limiter is not self.limiter:
+                lane = self._lane_of(limiter, paused=limiter)
+                call = replace(call, foreseen=lane.forecast.foresee())
+        limits = in_force(effective_limiter(lane.limiter))
         profile: Profile | None = None
         cost: Cost | None = None
         for provider in lane.providers.values():  # any may take it: what most charge counts
-            theirs = provider.profile or profile_of(url.host)
+            theirs = provider.profile or profile_of(host)
             if teaches:
                 provider.headers.expect(theirs)
             if profile is None:
                 profile = theirs
-                call, cost = charge(call, profile, limits)
+                call, cost = charge(call, profile, limits.by_way)
             elif theirs is not profile:
-                cost = _higher(cost, charge(call, theirs, limits)[1])
+                cost = _higher(cost, charge(call, theirs, limits.by_way)[1])
         assert profile is not None
-        return ReadRequest(lane, call, profile, *priced(lane.limiter, call, cost), teaches)
+        price: Price | None = None
+        if limits.counts(USD):
+            cost, price = priced(lane.limiter, call, cost)
+        return ReadRequest(lane, call, profile, cost, price, teaches, content is not None)
 
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""

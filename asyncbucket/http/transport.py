@@ -27,7 +27,7 @@ from asyncbucket.attempt import Attempt, paying, retried
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.exchange import Exchange, library_of, request_body
-from asyncbucket.http.lanes import Lanes, ReadRequest, Routing, content_of
+from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
 from asyncbucket.levels import counts_at, on_one_path
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
@@ -188,14 +188,20 @@ class PacedTransport(_AnyTransport):
                 f"make the client with the base_url of one of them; redirects elsewhere are not "
                 f"followed"
             )
-        is_first_host = request.url.host == request.extensions.get(_FIRST_HOST, request.url.host)
-        read = self._lanes.read(request, teaches=self._sites is not None or is_first_host)
+        first_host = request.extensions.get(_FIRST_HOST)
+        is_first = first_host is None or request.url.host == first_host
+        read = self._lanes.read(request, teaches=self._sites is not None or is_first)
         is_sdk_retry = self._is_sdk_retry(request)
         if read.cost is None or self._is_paid(read.lane.limiter, request.extensions.get(_PAYER)):
             return await self._send_paid(request, read, io, send)
         above, retrier = retried(), read.lane.retrier
         send_once = functools.partial(self._send_once, request, read, io, send)
-        if above is not None or is_sdk_retry or retrier is None or not _can_be_resent(request):
+        if (
+            above is not None
+            or is_sdk_retry
+            or retrier is None
+            or not _can_be_resent(request, read)
+        ):
             sent = None if above is None else above.sent
             return await send_once(Attempt(read.lane.limiter, sent=sent))
         try:
@@ -230,7 +236,7 @@ class PacedTransport(_AnyTransport):
         """
         lease = await attempt.admit(io, cost=read.cost)
         exchange = Exchange(read, attempt, lease)
-        request.extensions = {_FIRST_HOST: request.url.host, **request.extensions}
+        request.extensions = {_FIRST_HOST: read.call.host, **request.extensions}
         routed = self._routed(request, read, attempt.member)
         stream, extensions = routed.stream, {**routed.extensions, _PAYER: attempt.limiter}
         # What is sent is a copy: a client may send the same request several times at once.
@@ -239,7 +245,7 @@ class PacedTransport(_AnyTransport):
             vars(routed), stream=request_body(stream, exchange), extensions=extensions
         )
         try:
-            reply = await io.call(send, sent)
+            reply = await (send(sent) if io is ASYNC else io.call(send, sent))
             verdict = await exchange.replied(reply, sent, io)
         except BaseException as error:
             exchange.failed(error)
@@ -334,11 +340,11 @@ class PacedTransport(_AnyTransport):
         self.close()
 
 
-def _can_be_resent(request: Any) -> bool:
+def _can_be_resent(request: Any, read: ReadRequest) -> bool:
     """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
     is_form = type(request.stream).__name__ == "MultipartStream"
     # A file of unknown length cannot be rewound.
-    return content_of(request) is not None or (is_form and "content-length" in request.headers)
+    return read.in_memory or (is_form and "content-length" in request.headers)
 
 
 def _notes_on(refused: RefusedReply) -> str:

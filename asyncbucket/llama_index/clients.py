@@ -35,7 +35,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from asyncbucket.attempt import Attempt, innermost
+from asyncbucket.attempt import IN_PROGRESS, Attempt
 from asyncbucket.llama_index.pacing import Pacing, Requests
 from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.learn import HeaderReader
@@ -67,7 +67,7 @@ _REMEDIES: Final[Mapping[str, str]] = {
 _BOTOCORE_REMEDY: Final = 'make it with botocore_config=Config(retries={"total_max_attempts": 1})'
 _PACKAGE: Final = str(Path(__file__).parents[1])
 #: Marks the classes made here.
-_REPORTS: Final = "__asyncbucket_reports__"
+REPORTS: Final = "__asyncbucket_reports__"
 _BODY_STARTED: Final = "send_request_body.started"
 _HEADERS_RECEIVED: Final = "receive_response_headers.complete"
 
@@ -94,7 +94,7 @@ def _is_plain_client(value: object) -> bool:
     """Tell whether ``value`` is an SDK's client, judged by its class: mocks have every attribute."""
     cls = type(value)
     is_client = hasattr(cls, "with_options") and hasattr(cls, "_prepare_request")
-    return is_client and not hasattr(cls, _REPORTS)
+    return is_client and not hasattr(cls, REPORTS)
 
 
 def without_retries(value: Any) -> Any:
@@ -152,18 +152,20 @@ def _connect_by_loop(http_client: Any, client: Any) -> None:
 def _reporting_class(cls: Any) -> type[Any]:
     """Return a subclass with one base, so that an instance's class can be replaced by it."""
     io = ASYNC if inspect.iscoroutinefunction(cls._prepare_request) else SYNC
+    own_prepare, own_request = io.awaiting(cls._prepare_request), io.awaiting(cls.request)
 
     async def prepare(self: Any, request: Any) -> None:
-        await io.call(cls._prepare_request, self, request)
-        attempt = innermost()
+        await own_prepare(self, request)
+        attempt = IN_PROGRESS.get()
         if attempt is not None and isinstance(attempt.call, Requests):
             await attempt.call.prepared(attempt, io)
-            trace = io.function(_tracer(attempt, request.url.host))
+            tracer = _tracer(attempt, request.url.host)
+            trace = tracer if io is ASYNC else io.function(tracer)
             request.extensions = {"trace": trace, **request.extensions}
 
     async def request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        reply = await io.call(cls.request, self, *args, **kwargs)
-        attempt = innermost()
+        reply = await own_request(self, *args, **kwargs)
+        attempt = IN_PROGRESS.get()
         if attempt is not None and isinstance(requests := attempt.call, Requests):
             if not kwargs.get("stream"):
                 requests.usages.append(usage_of(reply))
@@ -179,7 +181,7 @@ def _reporting_class(cls: Any) -> type[Any]:
 
     names = {name: getattr(cls, name) for name in ("__doc__", "__module__", "__qualname__")}
     methods = {"_prepare_request": io.function(prepare), "request": io.function(request)}
-    return type(cls.__name__, (cls,), {**names, **methods, _REPORTS: True})
+    return type(cls.__name__, (cls,), {**names, **methods, REPORTS: True})
 
 
 def _reader(requests: Requests) -> Callable[[Any], bool]:

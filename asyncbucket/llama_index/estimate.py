@@ -180,8 +180,12 @@ def _block(block: Any, media: list[int]) -> Any:
 
 def _output_limit(holder: Mapping[str, Any]) -> int:
     """Return the most tokens of a reply; 0 if nothing limits them."""
-    found = (holder[name] for name in holder.keys() & OUTPUT_LIMITS)
-    return max(filter(is_positive_integer, found), default=0)
+    most = 0
+    for name in OUTPUT_LIMITS:
+        limit = holder.get(name)
+        if limit is not None and is_positive_integer(limit):
+            most = max(most, limit)
+    return most
 
 
 def _json(value: object) -> str:

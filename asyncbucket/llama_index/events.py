@@ -82,12 +82,11 @@ _KINDS: Final[dict[type[Event], type[RateLimitEvent]]] = {
 
 
 def report_wait(limiter: Limiter, lease: Lease) -> None:
-    """Say how long an admission by ``limiter`` waited, if it did."""
-    if lease.waited > 0:
-        name = shown_name(limiter)
-        _dispatcher.event(
-            RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
-        )
+    """Say how long an admission by ``limiter`` waited."""
+    name = shown_name(limiter)
+    _dispatcher.event(
+        RateLimitWaitEvent(waited=lease.waited, bound_by=lease.bound_by, limiter=name)
+    )
 
 
 def observe(limiter: Limiter) -> Callable[[], None]:

@@ -48,7 +48,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import levels, terms_of
-from asyncbucket.llama_index.clients import late_client, unretried_options, without_retries
+from asyncbucket.llama_index.clients import REPORTS, late_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator
 from asyncbucket.llama_index.pacing import Method, ModelCall, Pacing, call_around
 from asyncbucket.providers.usage import Usage, usage_of
@@ -162,7 +162,8 @@ def _zero(name: str) -> property:
 
 def _client_method(paced: type[Any], name: str) -> Callable[..., Any]:
     def get_client(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return late_client(model, getattr(super(paced, model), name)(*args, **kwargs))
+        client = getattr(super(paced, model), name)(*args, **kwargs)
+        return client if hasattr(type(client), REPORTS) else late_client(model, client)
 
     return get_client
 

@@ -38,16 +38,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from llama_index_instrumentation.dispatcher import active_instrument_tags
 from llama_index_instrumentation.span import active_span_id
 
-from asyncbucket.attempt import Attempt, answered, end_failed, innermost, is_running
+from asyncbucket.attempt import IN_PROGRESS, Attempt, answered, end_failed, is_running
 from asyncbucket.engine.context import inherited, put_back
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import USD
 from asyncbucket.levels import (
-    counts,
     counts_at,
     effective_limiter,
-    limits_by_way,
+    excess_of,
+    in_force,
     prices_of,
     provider_of,
     reserve_more,
@@ -57,7 +57,6 @@ from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, 
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.providers.errors import never_sent, was_refused
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
-from asyncbucket.providers.profiles import excess_of
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
@@ -109,7 +108,9 @@ class ModelCall:
 
     def send(self, own: Callable[..., Any], **options: Any) -> Awaitable[Any]:
         """Send it, by ``own``, a model's own method."""
-        return self.io.call(own, *self.args, **self.kwargs, **options)
+        make = own if self.io is ASYNC else self.io.awaiting(own)
+        sending: Awaitable[Any] = make(*self.args, **self.kwargs, **options)
+        return sending
 
     def estimate(self, estimator: Estimator) -> Estimate:
         """Estimate what it will cost."""
@@ -229,7 +230,7 @@ class Requests:
 
 def call_around(limiter: Limiter) -> Attempt | None:
     """Return the attempt at a model's call in this context that counts at ``limiter``, or None."""
-    attempt = innermost()
+    attempt = IN_PROGRESS.get()
     while attempt is not None:
         lease = attempt.lease if isinstance(attempt.call, Requests) else None
         if lease is not None and counts_at(lease, limiter):
@@ -284,7 +285,8 @@ class Pacing:
             return await io.call(send)
         attempt = Attempt(self.limiter, call=tool)
         lease = await attempt.admit(io)
-        report_wait(self.limiter, lease)
+        if lease.waited:
+            report_wait(self.limiter, lease)
         with lease, attempt:
             return await io.call(send)
 
@@ -315,7 +317,8 @@ class Pacing:
         """Wait for the admission of an attempt that costs ``estimate``."""
         amounts = self._amounts(call, estimate)
         lease = await attempt.admit(call.io, **amounts)
-        report_wait(self.limiter, lease)
+        if lease.waited:
+            report_wait(self.limiter, lease)
         attempt.call, attempt.pays = Requests(attempt, call.own), True
         requests: Requests = attempt.call
         model = self.models.get(requests.provider, call.model)
@@ -330,13 +333,13 @@ class Pacing:
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""
         sent, received = estimate.input_tokens, estimate.output_tokens
-        limiter = effective_limiter(self.limiter)
+        limits = in_force(effective_limiter(self.limiter))
         if estimate.foreseen:
             cost = {"input_tokens": sent, "output_tokens": received, "tokens": sent + received}
-            excess = excess_of(cost, limits_by_way(limiter))
+            excess = excess_of(cost, limits.by_way)
             received = max(received - excess, 0)
         amounts: dict[str, float] = {"input_tokens": sent, "output_tokens": received}
-        if (sent or received) and counts(limiter, USD):
+        if (sent or received) and limits.counts(USD):
             models = (call.model, *self.models.values())  # any of a pool's members may take it
             amounts[USD] = max(
                 self._usd(call, estimate, self._price(call, each)) for each in models
@@ -359,12 +362,12 @@ class Pacing:
 
     def settle(self, lease: Lease, requests: Requests, find: Callable[[], Usage | None]) -> None:
         """Correct the reservation to what a whole reply used, as was noted or as ``find`` says."""
-        usages = [usage for usage in requests.usages if usage is not None]
-        usages = usages or [usage for usage in [find()] if usage is not None]
+        usages = [*filter(None, requests.usages)] or [*filter(None, [find()])]
         if not usages:
             return
         usage = functools.reduce(operator.add, usages)
-        counted = usage if requests.profile is None else requests.profile.counted(usage)
+        profile = requests.profile
+        counted = usage if profile is None or profile.counts_cached else profile.counted(usage)
         used: dict[str, Any] = {
             "input_tokens": counted.input_tokens,
             "output_tokens": counted.output_tokens,

@@ -147,7 +147,7 @@ class HeaderReader:
             for (limiter, resource, per), amount in assumed.items():
                 observe_remaining(limiter, amount, resource=resource, per=per)
         if since is not None:
-            windows = (limit.per for limit in in_force(self._limiter))
+            windows = (limit.per for limit in in_force(self._limiter).limits)
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
 
     def _complete(self, report: "_Report") -> None:
@@ -257,7 +257,7 @@ class Refusals:
         self.limiter = limiter
         self._lock = Lock()
         #: Waves since a call last succeeded, and when the first of them came.
-        self._waves = 0
+        self.waves = 0
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
         self._started_at = -math.inf
@@ -277,14 +277,13 @@ class Refusals:
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
-        if self._waves:
-            with self._lock:
-                if self._is_over(self.limiter.now(), sent_at):
-                    self._waves = 0
+        with self._lock:
+            if self.waves and self._is_over(self.limiter.now(), sent_at):
+                self.waves = 0
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
+        return self.limiter.now() - self._first_at if self.waves > waves else 0.0
 
     def seconds_left(self) -> float:
         """Return the seconds until the pause of the latest wave ends."""
@@ -313,17 +312,17 @@ class Refusals:
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at)
             if new_wave:
-                self._waves += 1
+                self.waves += 1
                 self._started_at = now
-                self._first_at = now if self._waves == 1 else self._first_at
+                self._first_at = now if self.waves == 1 else self._first_at
             if asked is not None:
                 seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
             elif not new_wave:
                 seconds = max(0.0, self._paused_until - now)
-            elif self._waves == 1 and can_give_slots_up(self.limiter):
+            elif self.waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
+                seconds = doubled(_FIRST_PAUSE, self.waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:

@@ -27,7 +27,7 @@ from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import UnknownPrice
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import MICRO, USD, is_number
-from asyncbucket.levels import counts, effective_limiter, in_force, prices_of
+from asyncbucket.levels import effective_limiter, in_force, prices_of
 from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
 from asyncbucket.providers.usage import Usage
@@ -239,7 +239,7 @@ def price_here(limiter: Limiter, model: object) -> Price | None:
     Raises:
         UnknownPrice: something does, and nobody knows the price.
     """
-    if not counts(effective_limiter(limiter), USD):
+    if not in_force(effective_limiter(limiter)).counts(USD):
         return None
     return price_of(model, prices_of(limiter))
 
@@ -279,7 +279,7 @@ def added_tokens(*, has_tools: bool) -> int:
 
 def within_limits(limiter: Limiter, usd: float) -> float:
     """Return a forecast, cut to what the limits can ever admit: it must not make a call impossible."""
-    limits = in_force(effective_limiter(limiter))
+    limits = in_force(effective_limiter(limiter)).limits
     return min([usd, *(limit.units / MICRO for limit in limits if limit.resource == USD)])
 
 

@@ -26,7 +26,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from asyncbucket.engine.cost import Cost
-from asyncbucket.engine.limits import Limit
+from asyncbucket.levels import excess_of
 from asyncbucket.providers import facts
 from asyncbucket.providers.request import RequestSize, request_size
 from asyncbucket.providers.usage import Usage
@@ -178,27 +178,19 @@ class Profile:
 
 
 def charge(
-    call: Call, profile: Profile, limits_by_way: Iterable[Iterable[Limit]]
+    call: Call, profile: Profile, by_way: Iterable[Iterable[tuple[str, int]]]
 ) -> tuple[Call, Cost | None]:
     """Return ``call`` as it is charged, and its cost: None if it needs no admission.
 
     A mere forecast must not make a call impossible, so it is cut to what the limits of at least one
-    way can ever admit.
+    way, given as the units of each resource, can ever admit.
     """
     cost = profile.cost(call)
-    excess = 0 if cost is None else excess_of(cost, limits_by_way)
+    excess = 0 if cost is None else excess_of(cost, by_way)
     if excess:
         call = replace(call, foreseen=max(0, call.foreseen - excess), excess=excess)
         cost = profile.cost(call)
     return call, cost
-
-
-def excess_of(cost: Mapping[str, int], limits_by_way: Iterable[Iterable[Limit]]) -> int:
-    """Return by how much ``cost`` exceeds what the limits of any way can ever admit."""
-    return min(
-        max([0, *(cost.get(limit.resource, 0) - limit.units for limit in limits)])
-        for limits in limits_by_way
-    )
 
 
 #: How a call is charged at admission, by the names in ``profiles.toml``.

@@ -106,9 +106,11 @@ class RequestSize:
 
     def add(self, value: object, name: str = "") -> None:
         """Add text, parts of messages, or lists of them; ``name`` is that of the member in a part."""
-        if isinstance(value, str) and (data := _DATA_URL.match(value)):
-            self.extra += IMAGE_TOKENS if data[1] == "image" else _file_tokens(value)
-        elif isinstance(value, str):
+        if isinstance(value, str):
+            data = _DATA_URL.match(value) if value.startswith("data:") else None
+            if data is not None:
+                self.extra += IMAGE_TOKENS if data[1] == "image" else _file_tokens(value)
+                return
             self.characters += len(value)
             self.size += len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
         elif isinstance(value, list):
@@ -149,7 +151,7 @@ class RequestSize:
                 self.limit_output(value.get(name))
 
     def _add_part(self, part: dict[str, Any], name: str) -> None:
-        kind = f"{part.get('mimeType') or part.get('mime_type')} {part.get('type')}"
+        kind = f"{part.get('mimeType') or part.get('mime_type') or ''} {part.get('type') or ''}"
         if "image" in kind or name == "image":
             self.extra += LOW_DETAIL_IMAGE_TOKENS if _detail(part) == "low" else IMAGE_TOKENS
         elif (name in _FILE_MEMBERS or _FILE_TYPE.search(kind)) and not _is_inline_text(part):
@@ -206,10 +208,12 @@ def reports_own_usage(method: str, path: str) -> bool:
 
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies a call with the JSON ``body`` asks for, to all its prompts."""
-    options = (body.get(name) for name in _OPTIONS)
-    holders = [body, *(each for each in options if isinstance(each, dict))]
-    counts = [holder.get(name) for holder in holders for name in _REPLY_COUNTS]
-    per_prompt = max([1, *filter(is_positive_integer, counts)])
+    per_prompt = 1
+    for holder in (body, *map(body.get, _OPTIONS)):
+        for name in _REPLY_COUNTS:
+            count = holder.get(name) if isinstance(holder, dict) else None
+            if count is not None and is_positive_integer(count):
+                per_prompt = max(per_prompt, count)
     prompts = body.get("prompt")
     if not isinstance(prompts, list):
         return per_prompt

@@ -11,12 +11,13 @@ key. It is the key of an object, or, from Ollama, that of a number at the very e
 
 import base64
 import contextlib
+import functools
 import json
+import operator
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
-from operator import add
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.wording import is_number
@@ -76,6 +77,8 @@ _END_MARKERS: Final = (
     *(b'"finishReason"', b'"totalTokens"'),
 )
 _DECODER: Final = json.JSONDecoder()
+_NO_FIELDS: Final[_Lookup] = dict[str, Any]().get
+_is_there: Final = functools.partial(operator.is_not, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Usage:
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
-        return Usage(*map(add, astuple(self), astuple(other)))
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
     def __or__(self, other: "Usage | None") -> "Usage":
         """Merge two reports of one stream; counts only grow, so the larger ones are right."""
@@ -131,18 +134,18 @@ def usage_of(reply: object) -> Usage | None:
     Anthropic, Gemini, Bedrock, Cohere, Ollama or a compatible server. All zeros are no usage: some
     servers send them until they know.
     """
-    lookup = _lookup_in(reply)
-    inside = [lookup(name) for name in _WRAPPERS]
-    if inside[0] is not None:  # "raw"
-        inside += map(_lookup_in(inside[0]), _WRAPPERS)
-    holders = [reply, *(holder for holder in inside if holder is not None)]
-    lookups = [lookup, *map(_lookup_in, holders[1:])]
-    for lookup in lookups:
+    lookup, holders = _lookup_in(reply), [reply]
+    for holder in holders:
+        inside = lookup if holder is reply else _lookup_in(holder)
         for name in _USAGE_FIELDS:
-            found = lookup(name)
+            found = inside(name)
             usage = None if found is None else read_usage(found)
             if usage is not None:
                 return usage
+        if holder is reply:
+            holders += filter(_is_there, map(lookup, _WRAPPERS))
+            if (raw := lookup("raw")) is not None:
+                holders += filter(_is_there, map(_lookup_in(raw), _WRAPPERS))
     # `additional_kwargs` of LlamaIndex's OpenAI, and Ollama's replies, hold the numbers directly.
     mappings = (holder for holder in holders if isinstance(holder, Mapping))
     return next(filter(None, map(read_usage, mappings)), None)
@@ -173,10 +176,13 @@ def _read_counts(lookup: _Lookup) -> Usage | None:
         output_tokens += max(0, rest - cache_writes - cache_reads)
         cache_reads = min(cache_reads, rest - cache_writes)
     input_tokens += cache_writes
-    details = [_lookup_in(lookup(name)) for name in _DETAILS]
-    cached = max(_number(each, _CACHED) for each in (*details, lookup))
+    cached = _number(lookup, _CACHED)
+    for name in _DETAILS:
+        if (found := lookup(name)) is not None:
+            details = _lookup_in(found)
+            cached = max(cached, _number(details, _CACHED))
+            written = max(written, _number(details, _CACHED_NOW))
     cached = min(input_tokens, cached)
-    written = max(written, *(_number(each, _CACHED_NOW) for each in details))
     return Usage(
         input_tokens,
         output_tokens,
@@ -191,13 +197,17 @@ def _number(lookup: _Lookup, names: tuple[str, ...]) -> int:
     """Return the first number under one of these names, or 0."""
     for name in names:
         value = lookup(name)
-        if value is not None and is_number(value) and 0 <= value <= _MAX_TOKENS:
+        if type(value) is not int and (value is None or not is_number(value)):
+            continue
+        if 0 <= value <= _MAX_TOKENS:
             return round(value)
     return 0
 
 
 def _lookup_in(holder: Any) -> _Lookup:
     """Return a function that looks up names in a mapping or an object; None if it has none."""
+    if holder is None:
+        return _NO_FIELDS
     if type(holder) is dict:
         lookup: _Lookup = holder.get
         return lookup
@@ -212,8 +222,9 @@ def _lookup_in(holder: Any) -> _Lookup:
 
 def unpacked(data: bytes) -> bytes:
     """Return ``data`` with the events that Bedrock packs in base64 into a stream of its own."""
-    with contextlib.suppress(ValueError):  # the padding is wrong: these are not Bedrock's
-        return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
+    if b'"bytes":"' in data:
+        with contextlib.suppress(ValueError):  # the padding is wrong: these are not Bedrock's
+            return b"\n".join([data, *map(base64.b64decode, _PACKED_EVENT.findall(data))])
     return data
 
 

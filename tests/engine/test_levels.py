@@ -94,7 +94,7 @@ def test_call_of_a_pool_may_count_at_each_member_and_counts_at_the_one_that_take
     assert [counts_at(lease, each) for each in (chat, pool, one, two)] == [True, True, True, False]
     assert share_a_level(chat, two.child("other"))
     assert share_a_level(Pool(Limiter(name="three"), Limiter(name="four")), one) is False
-    assert in_force(chat) == (*chat.limits, *one.limits, *chat.limits, *two.limits)
+    assert in_force(chat).limits == (*chat.limits, *one.limits, *chat.limits, *two.limits)
 
 
 def test_call_inside_one_of_a_pool_gets_its_slots_at_the_member_too() -> None:

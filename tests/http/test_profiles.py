@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Cost, Limit
+from asyncbucket import Cost
 from asyncbucket.http import AZURE, GENERIC, OPENAI, Call, Usage
 from asyncbucket.providers.profiles import charge, profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
@@ -70,7 +70,7 @@ def test_cost_is_the_charge(profile: str, body: dict[str, Any], tokens: int, out
     ],
 )
 def test_unlimited_reply_reserves_what_limits_can_admit(name: str, tpm: int, tokens: int) -> None:
-    _, cost = charge(call(messages=MESSAGES), profile_named(name), [[Limit("tokens", tpm)]])
+    _, cost = charge(call(messages=MESSAGES), profile_named(name), [[("tokens", tpm)]])
     assert amount(cost, "tokens") == tokens
 
 
