@@ -26,6 +26,7 @@ from asyncbucket.auditing import Audit
 from tests.conftest import python
 
 pytest_plugins = ("pytester",)
+QUIET: Final = ("-p", "no:cacheprovider", "-p", "no:langsmith_plugin", "-p", "no:asyncio")
 
 HERE: Final = "127.0.0.1"
 Calls = Callable[[str], Coroutine[Any, Any, object] | None]
@@ -229,7 +230,7 @@ def test_fixture_fails_a_test_with_an_unpaced_call(pytester: pytest.Pytester) ->
             assert not no_unpaced_calls.unpaced
         """
     )
-    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:asyncio")
+    done = pytester.runpytest_inprocess(*QUIET)
     done.assert_outcomes(passed=2, errors=1)
     done.stdout.fnmatch_lines(["*api.openai.com*test_fixture_fails*.py:5*"])
 
