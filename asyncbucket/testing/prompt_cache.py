@@ -20,13 +20,15 @@ class Cache:
     """How prompts are cached.
 
     Attributes:
-        lives: Seconds that an entry lives after its last use, unless the request says an hour.
+        lives: Seconds that an entry lives, unless the request says an hour.
+        renews: Whether it lives that long from its last use on, or from when it was written.
         least: Tokens below which nothing is cached.
         marked: Prompts are cached up to their last `cache_control`, else after each message.
         machines: How many caches there are; a call comes to any of them.
     """
 
     lives: float = 300.0
+    renews: bool = True
     least: int = 0
     marked: bool = True
     machines: int = 1
@@ -91,7 +93,9 @@ class PromptCache:
     def begin(self, prompt: Prompt, now: float) -> None:
         """Store what a call writes, and keep what it read."""
         for prefix, lives in prompt.entries.items():
-            self._until[prompt.machine, prefix] = now + lives
+            entry = prompt.machine, prefix
+            if self._options.renews or self._until.get(entry, 0.0) <= now:
+                self._until[entry] = now + lives
 
 
 def _prefixes(model: str, blocks: Sequence[Block]) -> Iterator[tuple[bytes, int, Json | None]]:

@@ -6,6 +6,7 @@ at which the provider takes it. How much longer the first takes is what not know
 """
 
 import asyncio
+import itertools
 import random
 import time as real_time
 from collections.abc import Awaitable, Callable, Mapping
@@ -61,6 +62,8 @@ class Load:
         tokens: The least and the most that a prompt has; sizes are spread evenly on a log scale.
         output: The most that a reply may have.
         reply: What it has.
+        shared: The tokens of a prefix that all calls share, marked for the provider's cache.
+        stream: Whether replies are streams.
         slots: How many calls may be in flight; no limit by default.
         seconds: When the load ends, whether or not it is done.
     """
@@ -71,6 +74,8 @@ class Load:
     tokens: tuple[int, int] = (20, 20)
     output: int = 100
     reply: int = 60
+    shared: int = 0
+    stream: bool = False
     slots: int | None = None
     seconds: float = 3_600.0
 
@@ -121,12 +126,11 @@ def play(
         limiter = Limiter(*world.told, concurrency=load.slots, clock=provider.clock)
         wire = Wire(provider.mock_transport(), seed)
         client = httpx.AsyncClient(transport=limiter.transport(wire, **transport), headers=KEY)
-        url = f"https://{world.host}{world.path}"
+        url, body = f"https://{world.host}{world.path}", body_of(load)
 
         async def send(tokens: int) -> int:
-            turn = {"role": "user", "content": "word" * tokens}
-            body = {"model": "m", "max_tokens": load.output, "messages": [turn]}
-            return (await client.post(url, json=body)).status_code
+            reply = await client.post(url, json={**body, "messages": [question(tokens)]})
+            return reply.status_code
 
         return send
 
@@ -163,6 +167,25 @@ def ideal(world: World, load: Load, *, seed: int = 0, latency: float = 0.8) -> O
         return send
 
     return _run(world, load, seed, latency, oracle)
+
+
+_numbers = itertools.count()
+
+
+def body_of(load: Load) -> dict[str, Any]:
+    """Return what all calls of a load have in common."""
+    body: dict[str, Any] = {"model": "m", "max_tokens": load.output}
+    if load.stream:
+        body["stream"] = True
+    if load.shared:
+        mark = {"cache_control": {"type": "ephemeral"}}
+        body["system"] = [{"type": "text", "text": "word" * load.shared, **mark}]
+    return body
+
+
+def question(tokens: int) -> dict[str, Any]:
+    """Return a message of so many tokens; no two are the same."""
+    return {"role": "user", "content": f"{next(_numbers):012}" + "word" * (tokens - 3)}
 
 
 class Wire:
