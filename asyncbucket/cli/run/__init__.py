@@ -129,6 +129,10 @@ class Job:
         Raises:
             ValueError: the message says what, and the remedy.
         """
+        if self.endpoint not in PATHS:
+            raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
+        self._check_files()
+        self._check_model()
         given = [name for name in _OF_ONE_PROVIDER if getattr(self, name) is not None]
         if self.pool is not None and given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -146,9 +150,6 @@ class Job:
                 f"{odd[0]} would hold up no request: limit {', '.join(sorted(COMMON))}"
             )
         options.check_url(self.base)
-        if self.endpoint not in PATHS:
-            raise ValueError(f"--endpoint must be one of {', '.join(PATHS)}, not {self.endpoint!r}")
-        self._check_files()
         if not (self.dry_run or self.pool):
             self.api_key = _api_key(self.base)
 
@@ -161,6 +162,20 @@ class Job:
                 raise ValueError(f"{path} is not a file that can be written: give another -o")
             if path.exists() and path.samefile(self.source):
                 raise ValueError(f"{path} is read already: give another -o, or it would be lost")
+
+    def _check_model(self) -> None:
+        """Refuse a file whose first request names no model: the others won't, either."""
+        from asyncbucket.cli.run.lines import NoModelError, read_request
+
+        with self.source.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if read_request(number, line, self) is not None:
+                        return
+                except NoModelError:
+                    raise
+                except ValueError:  # counted later, as a line that can't be read
+                    continue
 
 
 def _api_key(api_base: str) -> str | None:

@@ -21,7 +21,7 @@ from asyncbucket.batch.progress import standard_error
 from asyncbucket.cli import CANNOT_RUN, DONE, FAILED, INTERRUPTED, SPENT
 from asyncbucket.cli.options import without_keys
 from asyncbucket.cli.run import CONCURRENCY, FOR_GOOD, Job
-from asyncbucket.cli.run.lines import Answers, Errors, NoModelError, Request, read_request
+from asyncbucket.cli.run.lines import Answers, Errors, Request, read_request
 from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, StoreError, UnknownPrice
@@ -63,7 +63,6 @@ Task: TypeAlias = tuple[Request, bytes]
 
 def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Iterator[Task]:
     """Yield requests to be sent; lines that are answered or cannot be read are counted and skipped."""
-    begun = False
     with job.source.open("rb") as file:
         for number, data in enumerate(file, 1):
             if tally.stopped:
@@ -71,14 +70,11 @@ def tasks(job: Job, answers: Answers, errors: Errors, tally: Tally) -> Iterator[
             try:
                 request = read_request(number, data, job)
             except ValueError as bad:
-                if isinstance(bad, NoModelError) and not begun:
-                    raise
                 tally.bad += 1
                 tally.count_error("bad_line", f"line {number}: {bad}")
                 errors.write(line=number, error={"code": "bad_line", "message": str(bad)})
                 continue
             if request is not None:
-                begun = True
                 key, done = answers.look_up(request)
                 tally.answered_earlier += done
                 if not done:
@@ -311,7 +307,7 @@ def run(job: Job) -> int:
     """Run ``job`` and return the exit status: 0, 1 if lines failed, 2 if none can succeed, 130.
 
     Raises:
-        ValueError: the file of answers is in use, or was made otherwise; or no model is named.
+        ValueError: the file of answers is in use, or was made otherwise.
         OSError, StoreError: a file cannot be written.
     """
     tally = Tally()
