@@ -22,8 +22,8 @@ from asyncbucket.engine.errors import (
 )
 from asyncbucket.engine.events import Reason, Refused
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.engine.node import Meters, Node, latest
+from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.seats import bury_closed
 from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
@@ -131,7 +131,7 @@ def _reason_locked(
 ) -> tuple[int, str | None, str]:
     """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
     pacer: Pacer = node.pacer
-    due, bound_by = node.earliest_of_all(amounts, now)
+    due, bound_by = node.earliest(amounts, now)
     windows = [window for level in node.path for window in level.limits.values()]
     for limit in (window.limit for window in windows if at_once and pacer.place is None):
         burst = limit.burst_units
@@ -155,7 +155,7 @@ def _reason_locked(
         resets = next((limit.resets for limit in full if limit.resets), None)
         until = "" if resets is None else f", until the limit resets at {resets}"
         return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
-    taken = [level.slots for level in node.bounded if level.in_flight >= level.slots]
+    taken = [level.slots for level in node.route.bounded if level.in_flight >= level.slots]
     slots = min(taken, default=0)  # 0: they are in a store
     words = {0: "all slots are", 1: "the one slot is"}.get(slots, f"all {slots:,} slots are")
     return due, bound_by, f"{words} taken"
@@ -258,7 +258,7 @@ def explain_locked(
     if node.agents is not None:
         before, agents = node.agents.ahead(before, agent, amounts)
     copies, ahead, when, waits = _simulate_line(node, now, before)
-    due, binds, _ = _soonest_route(node, amounts, when, copies)
+    due, binds, _ = _soonest_route(node, amounts, when, when, copies)
     waits[binds] += due - when
     when = due
     ((bound_by, _),) = waits.most_common(1)
@@ -288,16 +288,26 @@ def _routes(node: Node, amounts: Amounts) -> list[Node]:
 
 def _with_slots(routes: list[Node]) -> list[Node]:
     """Return those on which a slot is free."""
-    return [each for each in routes if all(node.in_flight < node.slots for node in each.bounded)]
+    return [
+        each
+        for each in routes
+        if all(level.in_flight < level.slots for level in each.route.bounded)
+    ]
 
 
 def _soonest_route(
-    node: Node, amounts: Amounts, since: int, copies: dict[int, object]
-) -> tuple[int, str | None, Meters]:
-    """Return when such a call could pass by copies of the meters, what binds, and by which ones."""
-    routes = _routes(node, amounts)
-    meters = [copy.deepcopy(each.meters, copies) for each in _with_slots(routes) or routes[:1]]
-    return min(((*latest(each, amounts, since), each) for each in meters), key=lambda due: due[0])
+    node: Node, amounts: Amounts, since: int, now: int, copies: dict[int, object]
+) -> tuple[int, str | None, Route]:
+    """Return when such a call could pass by copies of the meters, what binds, and which way."""
+    nodes = _routes(node, amounts)
+    routes = [_copied(each, copies) for each in _with_slots(nodes) or nodes[:1]]
+    dues = [(*admit(each, amounts, since, now, book=False), each) for each in routes]
+    return min(dues, key=lambda due: due[0])
+
+
+def _copied(node: Node, copies: dict[int, object]) -> Route:
+    """Return the route from a limiter through copies of its meters; slots count nowhere."""
+    return Route((), copy.deepcopy(node.route.meters, copies))
 
 
 def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
@@ -325,18 +335,17 @@ def _simulate_line(
     for waiter in before:
         line, amounts = waiter.line, waiter.amounts
         others = [level for level in line.node.path if level not in node.path]
-        if any(level.earliest(amounts, line.since)[0] > now for level in others):
+        own = [admit(level.own, amounts, line.since, now, book=False) for level in others]
+        if any(due > now for due, _ in own):
             held_lines.add(line)
         if line in held_lines:
             continue
         ahead += 1
-        due, binds, their_meters = _soonest_route(line.node, amounts, line.since, copies)
+        due, binds, route = _soonest_route(line.node, amounts, line.since, when, copies)
         if due > when:
             waits[binds] += due - when
             when = due
-        for meter, resource in their_meters:
-            if amounts.get(resource):
-                meter.book(amounts[resource], when)
+        take(route, amounts, when)
     return copies, ahead, when, waits
 
 

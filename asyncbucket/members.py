@@ -34,7 +34,7 @@ from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.engine.errors import AcquireTimeout, CostExceedsLimit
-from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.meters import NEVER, Amounts, admit, take
 from asyncbucket.engine.node import Node, NodeAtMember, PoolNode
 from asyncbucket.engine.pacer import BATCH, Pacer
 from asyncbucket.engine.queue import AnyWaiter, Line, PaidLine, PoolLine, rouse
@@ -143,7 +143,7 @@ class Member:
             return False
         node = self.at(inner)
         is_free = not self.pacer.waiting or self.pacer.is_free_locked(node, now)
-        return is_free and node.earliest_of_all(amounts, now)[0] <= now
+        return is_free and node.earliest(amounts, now)[0] <= now
 
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
@@ -302,7 +302,8 @@ class Members:
             return None, NEVER  # it would go to and fro
         # One that a store holds back has earned nothing elsewhere.
         since = now if is_held_back else line.since
-        when, bound_by = member.node.earliest_of_all(waiter.amounts, since)
+        route = member.node.route
+        when, bound_by = admit(route, waiter.amounts, since, now, book=False)
         if when > now:
             self.pacer.bound_by = line.bound_by = bound_by
         return waiter, when
@@ -380,6 +381,8 @@ class Members:
         if member.is_shared and member.standing:  # else its own queue has nothing to divide
             paid, unpaid = (*paid, member.standing), (*unpaid, member.standing)
         here = PaidLine(member.at(paid[0].node), paid)
+        if member.pacer.place is None:
+            take(here.node.route, waiter.amounts, now)
         return member.pacer.serve(waiter, here, unpaid, now)
 
     # --- who is out of line ---
@@ -545,7 +548,7 @@ class Group:
             due, passed = EMPTY, 0
             for pacer in self.pacers:
                 if pacer.root.waiting and pacer.pool is None:
-                    due = min(due, pacer.admit(seat, now))
+                    due = min(due, pacer.dispatch(seat, now))
             for pool in self.pools:
                 if pool.pacer.waiting:
                     count, when = pool.admit(seat, now)

@@ -10,7 +10,8 @@ from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.lease import ASKED, Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.node import Meters, PoolNode
+from asyncbucket.engine.meters import Meters
+from asyncbucket.engine.node import PoolNode
 from asyncbucket.engine.pacer import Pacer
 from asyncbucket.engine.queue import AnyWaiter
 from asyncbucket.engine.statistics import MemberState, Statistics

@@ -17,7 +17,8 @@ from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
-from asyncbucket.engine.node import Meters, Node
+from asyncbucket.engine.meters import Meters, admit
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.engine.terms import CallAmounts
@@ -93,7 +94,7 @@ class Lease(OfThisProcess):
             self._raise_refusal()
         return taken
 
-    def _try_now(self, state: int = ASKED) -> bool:  # noqa: C901 - the hottest path, in one piece
+    def _try_now(self, state: int = ASKED) -> bool:
         """Take everything now if nobody has to wait longer for it, and it fits; else nothing."""
         if self._state != state:
             raise RuntimeError(_USED)
@@ -104,27 +105,19 @@ class Lease(OfThisProcess):
             now = pacer.clock()
             if (pacer.waiting and not pacer.is_free_locked(node, now)) or pacer.place is not None:
                 return False
-            for level in node.bounded:  # as `Node.take`, without the call
-                if level.in_flight >= level.slots:
-                    return False
-            amounts = self._amounts
-            for take, resource in node.takes:
-                amount = amounts.get(resource)
-                if amount and not take(amount, now):
-                    node.untake(amounts, take, now)
-                    return False
-            for level in node.path:
-                level.in_flight += 1
-                level.admitted += 1
+            route = node.route
+            due, _ = admit(route, self._amounts, now, now)
+            if due > now:
+                return False
             seat: Seat | None = pacer.seats.by_thread.get(get_ident())
             if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
                 seat = pacer.seats.here()
             seat.leases += 1
             self._seat = seat
             self._when = now
-            self._meters = node.meters
+            self._meters = route.meters
             self._state = HELD
-            if self.accounts or node.accounts:
+            if self.accounts or route.accounts:
                 self._pass_locked(node, now)
         finally:
             pacer.lock.release()
@@ -143,14 +136,14 @@ class Lease(OfThisProcess):
         self._when = now
         self._state = HELD
         self._line = line
-        self._meters = line.node.meters if meters is None else meters
+        self._meters = line.node.route.meters if meters is None else meters
         self.waited = (now - waiter.asked) * 1e-9
         self.bound_by = bound_by
-        if self.accounts or line.node.accounts:
+        if self.accounts or line.node.route.accounts:
             self._pass_locked(line.node, now)
 
     def _pass_locked(self, node: Node, now: int) -> None:
-        self.accounts = (*self.accounts, *node.accounts)
+        self.accounts = (*self.accounts, *node.route.accounts)
         for account in self.accounts:
             account.passed(self, now)
 
@@ -446,7 +439,7 @@ class Lease(OfThisProcess):
         node = self._node
         if delta > 0:
             now = node.pacer.clock()
-            meters = node.meters if node.pacer.place is None else self._meters
+            meters = node.route.meters if node.pacer.place is None else self._meters
             parts.append((delta, now, meters))
             if len(parts) > _PARTS:
                 (reserved_units, first, passed), (debt, _, _) = parts[:2]
@@ -576,8 +569,8 @@ class Lease(OfThisProcess):
         for level in self.levels:
             level.in_flight -= 1
         if pacer.waiting:
-            for level in node.bounded:
-                if level.in_flight + 1 >= level.slots:  # somebody may wait for this slot
+            for bound in node.route.bounded:
+                if bound.in_flight + 1 >= bound.slots:  # somebody may wait for this slot
                     pacer.ring_locked(node)
                     break
         if pacer.observed:

@@ -1,14 +1,17 @@
 """What may pass: the arithmetic of limits, without a clock of its own.
 
-A meter answers one question and keeps one account. ``earliest(amount, now)`` says from when on
-``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it, and
-``take`` does both if it may pass now. ``unbook`` gives back what a booking took, ``owe`` adds what
-a call used beyond its booking, ``available`` says how much could pass now. Instants are integer
-nanoseconds of any monotonic clock; amounts are whole units. Nothing here waits, reads a clock or
-knows asyncio, so the same arithmetic serves the live limiter, a plan on virtual time, and the tests
-of stores that keep these numbers elsewhere. Everything that can hold a call back is a meter: a
-limit, a pause, what a provider says is left. (A slot is not: it is an open call, and a
-`asyncbucket.engine.node.Node` counts those.)
+A meter answers one question and keeps one account. ``earliest(amount, since)`` says from when on
+``amount`` may pass if nothing else is booked in between; ``book(amount, when)`` takes it. ``unbook``
+gives back what a booking took, ``owe`` adds what a call used beyond its booking, ``available`` says
+how much could pass now. Instants are integer nanoseconds of any monotonic clock; amounts are whole
+units. Nothing here waits, reads a clock or knows asyncio, so the same arithmetic serves the live
+limiter, a plan on virtual time, and the tests of stores that keep these numbers elsewhere.
+Everything that can hold a call back is a meter: a limit, a pause, what a provider says is left. (A
+slot is not: it is an open call, and a `asyncbucket.engine.node.Node` counts those.)
+
+A call passes all meters of its `Route` at once, or none: `admit` asks them, and books if it is due.
+Whoever lets a call go, asks here: a newcomer, a dispatch of those who wait, a token bucket, a pool;
+and so does whoever only wants to know: an explanation, a plan, a refusal.
 
 ``Bucket`` is the generic cell rate algorithm (ITU-T I.371): instead of a level that must be
 refilled, it keeps the one instant ``tat`` at which the bucket will be full again. Taking n units
@@ -39,7 +42,7 @@ period after it should. What was used beyond the amount stays owed in the next p
 import bisect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 from asyncbucket.engine.limits import Calendar, Limit
 
@@ -53,6 +56,8 @@ _LOWS: Final = 511
 
 #: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
+#: Each meter with the resource that it counts.
+Meters: TypeAlias = tuple[tuple["Meter", str], ...]
 #: No list of its own for each of ten thousand idle limiters; never changed.
 _NOTHING: Final[list[int]] = []
 
@@ -64,26 +69,19 @@ class Meter(Protocol):
 
     #: What is reported as binding, if that is not the resource it counts.
     bound_by: ClassVar[str | None] = None
-    #: Whether several calls at one instant count like one call of their total.
-    bulk: ClassVar[bool] = False
+    #: How many units are sure to pass now or later, so that nobody has to ask; it may always be 0.
+    free: int = 0
     #: What a store has to keep of it.
     kept: ClassVar[tuple[str, ...]] = ()
 
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
-        """Return the first instant from ``now`` on at which ``amount`` may pass.
+    def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
+        """Return the first instant from ``since`` on at which ``amount`` may pass.
 
-        The answer never decreases as ``now`` advances, and holds while nothing else is booked. For
-        a waiter, ``now`` is the instant since which it has been first in line. ``back`` assumes
-        that this many units had been given back.
+        The answer never decreases as ``since`` advances, and holds while nothing else is booked. A
+        newcomer asks since now, a call that waits since the instant at which it was first in line.
+        ``back`` assumes that this many units had been given back.
         """
         ...
-
-    def take(self, amount: int, now: int) -> bool:
-        """Book ``amount`` if it may pass at ``now``; return whether it may."""
-        if self.earliest(amount, now) > now:
-            return False
-        self.book(amount, now)
-        return True
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
@@ -121,7 +119,6 @@ class Bucket(Meter):
     in line.
     """
 
-    bulk = True
     kept = ("tat", "full_at", "_dates", "_lows", "low", "_earlier_bursts")
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
@@ -159,30 +156,17 @@ class Bucket(Meter):
             self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
         self.burst = burst
 
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+    def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
-        start = now * self.q
+        start = since * self.q
         over = (amount - self.burst) * self.p
-        tat = self.tat - back * self.p
+        tat = self.tat
+        if back:
+            tat -= back * self.p
         if over > 0 and tat < start:  # the rest flows in while the caller is first in line
             tat = start
         tat += over
-        return now if tat <= start else -(-tat // self.q)
-
-    def take(self, amount: int, now: int) -> bool:
-        """See `Meter.take`."""
-        start = now * self.q
-        cost = amount * self.p
-        backlog = self.tat - start
-        if cost > self.depth or backlog + cost > self.depth:
-            return False
-        if backlog <= 0:  # as `_add` does, without the call: this is the hottest path
-            self.full_at = start
-            self.tat = start + cost
-            self.low = NEVER
-        else:
-            self._add(cost, start, backlog)
-        return True
+        return since if tat <= start else -(-tat // self.q)
 
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
@@ -190,7 +174,13 @@ class Bucket(Meter):
         start = when * self.q
         if cost > self.depth:  # the rest flowed in while it was first in line: see `earliest`
             start -= cost - self.depth
-        self._add(cost, start, self.tat - start)
+        backlog = self.tat - start
+        if backlog > 0:
+            self._add(cost, start, backlog)
+            return
+        self.full_at = start
+        self.tat = start + cost
+        self.low = NEVER
 
     def _add(self, cost: int, start: int, backlog: int) -> None:
         low = min(self.low, backlog)
@@ -265,7 +255,6 @@ def exact_rate(rate: float | Fraction) -> Fraction:
 class Window(Meter):
     """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
 
-    bulk = True
     kept = ("_dates", "_units", "_last", "_closes", "used", "_largest", "_forgotten", "_opened")
 
     def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
@@ -297,6 +286,8 @@ class Window(Meter):
         self._calendar: Calendar | None = None
         self._opened = NEVER
         self._wall = wall
+        #: See `Meter`. It is worked out as an entry opens, and falls with each booking.
+        self.free = 0
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
         self.reshape(limit, began + 1)
@@ -306,6 +297,7 @@ class Window(Meter):
         """Change the amount, the burst and when it resets; what was booked stays booked."""
         #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
         self.limit, self.amount, self.allowed = limit, limit.units, limit.units
+        self.free = 0
         if limit.calendar != self._calendar:  # all counts as booked last
             self._calendar, self._opened = limit.calendar, NEVER
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
@@ -320,11 +312,14 @@ class Window(Meter):
         else:
             self.pace.reshape(rate=rate, burst=burst, now=now)
 
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:
+    def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
+        pace = self.pace
+        if self.used + amount <= self.amount and not back:  # the usual case, in two steps
+            return since if pace is None else pace.earliest(amount, since)
         if amount > self.amount and not self.refuses:
             amount = self.amount
-        due = now if self.pace is None else self.pace.earliest(amount, now, back=back)
+        due = since if pace is None else pace.earliest(amount, since, back=back)
         over = self.used - back + amount - self.amount
         if over <= 0:
             return due
@@ -338,27 +333,17 @@ class Window(Meter):
                 return max(due, date + self.hold)
         return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
 
-    def take(self, amount: int, now: int) -> bool:
-        """See `Meter.take`."""
-        if self.used + amount > self.amount and self._left(now) < amount:
-            return False
-        pace = self.pace
-        if pace is not None and not pace.take(amount, now):
-            return False
-        if now >= self._closes:
-            self._open(now)
-        self.used += amount  # as `_book` does, without the call: this is the hottest path
-        self._last = now
-        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
-            self._largest = amount
-        return True
-
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
         if self.pace is not None:
             self.pace.book(amount, when)
-        self._book(amount, when)
-        self._largest = max(self._largest, amount)
+        if when >= self._closes:  # as `_book`, without the call: this is the hottest path
+            self._open(when)
+        self.used += amount
+        self.free -= amount
+        self._last = when
+        if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
+            self._largest = amount
 
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`."""
@@ -399,6 +384,7 @@ class Window(Meter):
         """See `Meter.restore`."""
         own, pace = state
         super().restore(own)
+        self.free = 0
         self._closed = sum(self._units)
         if self.pace is not None:
             self.pace.restore(pace)
@@ -430,6 +416,7 @@ class Window(Meter):
         if when >= self._closes:
             self._open(when)
         self.used += amount
+        self.free -= amount
         self._last = when
 
     def _unbook(self, amount: int, when: int) -> None:
@@ -445,12 +432,12 @@ class Window(Meter):
         self.used -= back
 
     def _left(self, now: int) -> int:
-        self._forget(now)
+        self.forget(now)
         return self.amount - self.used
 
     def _open(self, when: int) -> None:
         """Close the newest entry, and begin another."""
-        self._forget(when)
+        self.free = self.available(when)
         if self._calendar is not None:
             return
         if self._closes:
@@ -461,11 +448,12 @@ class Window(Meter):
             self._closed = self.used
         self._closes = when + self.grain
 
-    def _forget(self, now: int) -> None:
-        """Drop the entries that no window reaching to ``now`` contains."""
+    def forget(self, now: int) -> None:
+        """Drop the entries that no window reaching to ``now`` contains; open the calendar's next period."""
         if self._calendar is not None:
-            if now >= self._closes:
-                self._reset(self._calendar, now)
+            # Period by period, so that it does not depend on who asked in between.
+            while now >= self._closes:
+                self._reset(self._calendar, now if self._opened == NEVER else self._closes)
             return
         horizon = now - self.hold
         gone = bisect.bisect_right(self._dates, horizon)
@@ -482,14 +470,99 @@ class Window(Meter):
             if self.pace is None or self.pace.tat <= now * self.pace.q:
                 self._largest = 0
 
-    def _reset(self, calendar: Calendar, now: int) -> None:
+    def _reset(self, calendar: Calendar, when: int) -> None:
         """Open the period that the wall clock shows, unless it is one that was opened before."""
-        wall = self._wall(now)
+        wall = self._wall(when)
         number = calendar.number(wall)
         if number > self._opened:
             owed = min(max(0, self.used - self.allowed), self.amount)
             self.used = owed if number == self._opened + 1 else 0
             self.allowed = self.amount
-            self._forgotten, self._largest = now - 1, 0
+            self._forgotten, self._largest = when - 1, 0
         self._opened = number
-        self._closes = now + calendar.start(number + 1) - wall
+        self._closes = when + calendar.start(number + 1) - wall
+
+
+class Slots(Protocol):
+    """Count the calls in flight at one level."""
+
+    in_flight: int
+    admitted: int
+    #: The most calls in flight; `NEVER` if there is no bound.
+    slots: int
+
+
+class Route:
+    """What a call passes: every meter, and a slot at every level; worked out once for all its calls."""
+
+    __slots__ = ("accounts", "bounded", "calendars", "levels", "meters", "most", "seconds")
+
+    def __init__(
+        self,
+        levels: "tuple[Slots, ...]",
+        meters: Meters,
+        *,
+        bounded: "tuple[Slots, ...]" = (),
+        accounts: tuple[Any, ...] = (),
+        most: Mapping[str, int] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        #: Where the call counts, and where its slot is one of a bounded number.
+        self.levels, self.bounded = levels, bounded
+        self.meters = meters
+        #: Those that have to look at the wall clock before they are asked.
+        self.calendars = tuple(m for m, _ in meters if isinstance(m, Window) and m.limit.calendar)
+        #: What is told of each call that passes, whoever makes it: `asyncbucket.engine.account.Account`.
+        self.accounts = accounts
+        #: The most that one call may cost of each resource; and how many seconds one unit takes of the
+        #: fastest limit.
+        self.most, self.seconds = most or {}, seconds or {}
+
+
+def admit(  # noqa: C901 - the hottest path, in one piece
+    route: Route, amounts: Amounts, since: int, now: int, *, book: bool = True, back: int = 0
+) -> tuple[int, str | None]:
+    """Return from when on a call may pass, and what binds; if it may pass ``now``, ``book`` it.
+
+    All of it is booked, or nothing. `NEVER` means that it depends on something being given back.
+
+    Args:
+        route: what it passes.
+        amounts: what it costs.
+        since: when it became first in line; a newcomer did so now.
+        now: the instant.
+        book: whether to book it, or only to ask.
+        back: how many slots of each level to count as given back.
+    """
+    for level in route.bounded:
+        if level.in_flight >= level.slots + back:
+            return NEVER, "concurrency"
+    for window in route.calendars:
+        window.forget(now)
+    due, bound_by = since, None
+    for meter, resource in route.meters:
+        amount = amounts.get(resource)
+        if amount and amount > meter.free:
+            when = meter.earliest(amount, since)
+            if when > due:
+                due, bound_by = when, meter.bound_by or resource
+    if book and due <= now:  # as `take`, without the call: this is the hottest path
+        for meter, resource in route.meters:
+            amount = amounts.get(resource)
+            if amount:
+                meter.book(amount, now)
+        for level in route.levels:
+            level.in_flight += 1
+            level.admitted += 1
+    return due, bound_by
+
+
+def take(route: Route, amounts: Amounts, now: int) -> None:
+    """Book a call, which is due or has to pass all the same."""
+    for meter, resource in route.meters:
+        amount = amounts.get(resource)
+        if amount:
+            meter.book(amount, now)
+    for level in route.levels:
+        level.in_flight += 1
+        level.admitted += 1

@@ -13,25 +13,20 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
 from asyncbucket.engine.limits import Key, Limit
-from asyncbucket.engine.meters import NEVER, Amounts, Meter, Window
+from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Window, admit
 from asyncbucket.engine.wording import counted
 
 #: An empty mapping: most of ten thousand idle limiters need no container of their own.
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
-#: What is worked out for the first call.
-_WORKED_OUT: Final = ("accounts", "bounded", "most", "own", "meters", "seconds", "takes")
-
-#: Each meter with the resource that it counts.
-Meters: TypeAlias = tuple[tuple[Meter, str], ...]
 
 
 class Sizer(Protocol):
@@ -60,18 +55,9 @@ class Node:
     """
 
     # Worked out when first asked for:
-    #: The meters of this limiter; and all that a call from here passes, up to the root's.
-    own: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
-    meters: Meters  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: What each of them takes of a newcomer; and the nodes whose slots are bounded.
-    takes: tuple[tuple[Any, str], ...]  # pyright: ignore[reportUninitializedInstanceVariable]
-    bounded: tuple[Any, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: What is told of each call that passes here, whoever makes it.
-    accounts: tuple[Account, ...]  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: The most that one call may cost of each resource.
-    most: dict[str, int]  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: How many seconds one unit takes of the fastest limit: see `work`.
-    seconds: dict[str, float]  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What a call passes here alone; and what it passes in all, up to the root.
+    own: Route  # pyright: ignore[reportUninitializedInstanceVariable]
+    route: Route  # pyright: ignore[reportUninitializedInstanceVariable]
 
     # What most limiters never set:
     weight = 1.0
@@ -114,51 +100,52 @@ class Node:
 
     def __getattr__(self, name: str) -> Any:
         """Work out what is asked for the first time."""
-        if name not in _WORKED_OUT:
+        if name not in ("own", "route"):
             raise AttributeError(name)
         self._work_out()
         return getattr(self, name)
 
     def _work_out(self) -> None:
         parent = self.parent
-        self.own = (
-            *((window, window.limit.resource) for window in self.limits.values()),
-            *self.extra,
-        )
-        if parent is not None and not self.own:  # as its parent's
-            self.meters, self.takes = parent.meters, parent.takes
-            self.most, self.seconds = parent.most, parent.seconds
-        else:
-            self.meters = self.own if parent is None else (*self.own, *parent.meters)
-            self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
-            self._work_out_limits()
-        bounded = () if parent is None else parent.bounded
+        windows = ((window, window.limit.resource) for window in self.limits.values())
         is_bound_here = self.slots < NEVER and self.place is None
-        self.bounded = (self, *bounded) if is_bound_here else bounded
-        sized = [_Sized(node) for node in self.path if node.sizer is not None]
-        place = self.path[-1].place
-        self.accounts = (*sized, place) if place is not None else tuple(sized)
+        sized = () if self.sizer is None else (_Sized(self),)
+        self.own = Route((self,), (*windows, *self.extra), bounded=(self,) if is_bound_here else ())
+        above = parent.route if parent is not None else None
+        place = self.place
+        self.route = Route(
+            self.path,
+            (*self.own.meters, *(above.meters if above else ())),
+            bounded=(*self.own.bounded, *(above.bounded if above else ())),
+            accounts=(*sized, *(above.accounts if above else () if place is None else (place,))),
+            most=above.most if above and not self.limits else self._most(),
+            seconds=above.seconds if above and not self.limits else self._seconds(),
+        )
 
-    def _work_out_limits(self) -> None:
-        self.most, self.seconds = {}, {}
-        limits = [
-            (window.limit, window.refuses) for node in self.path for window in node.limits.values()
-        ]
-        shortest = min((limit.per for limit, _ in limits), default=0)
-        for limit, refuses in limits:
-            resource, seconds = limit.resource, limit.per / limit.units
-            if refuses:
-                self.most[resource] = min(limit.units, self.most.get(resource, limit.units))
+    def _most(self) -> dict[str, int]:
+        most: dict[str, int] = {}
+        for node in self.path:
+            for window in node.limits.values():
+                resource, units = window.limit.resource, window.limit.units
+                if window.refuses:
+                    most[resource] = min(units, most.get(resource, units))
+        return most
+
+    def _seconds(self) -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        limits = [window.limit for node in self.path for window in node.limits.values()]
+        shortest = min((limit.per for limit in limits), default=0)
+        for limit in limits:
+            each = limit.per / limit.units
             if limit.per <= _LONG * shortest:
-                self.seconds[resource] = min(seconds, self.seconds.get(resource, seconds))
+                seconds[limit.resource] = min(each, seconds.get(limit.resource, each))
+        return seconds
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
-        for name in _WORKED_OUT:
-            try:
-                delattr(self, name)
-            except AttributeError:  # nothing was worked out yet, so nothing below either
-                return
+        if "route" not in vars(self):  # so nothing below either
+            return
+        del self.own, self.route
         for child in self.children or ():
             child.forget()
 
@@ -179,38 +166,6 @@ class Node:
 
     # --- what its calls pass ---
 
-    def take(self, amounts: Amounts, now: int) -> bool:
-        """Book a call here and above if it may pass now: all of it, or nothing."""
-        for node in self.bounded:
-            if node.in_flight >= node.slots:
-                return False
-        for take, resource in self.takes:
-            amount = amounts.get(resource)
-            if amount and not take(amount, now):
-                self.untake(amounts, take, now)
-                return False
-        for node in self.path:
-            node.in_flight += 1
-            node.admitted += 1
-        return True
-
-    def untake(self, amounts: Amounts, refused: Any, now: int) -> None:
-        """Give back what a newcomer took of the meters before the one whose ``take`` refused."""
-        taken = [take for take, _ in self.takes].index(refused)
-        for meter, resource in self.meters[:taken]:
-            if amounts.get(resource):
-                meter.unbook(amounts[resource], now)
-
-    def book(self, amounts: Amounts, when: int, calls: int = 1) -> None:
-        """Book ``calls`` calls here and above."""
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                meter.book(amount * calls, when)
-        for node in self.path:
-            node.in_flight += calls
-            node.admitted += calls
-
     def unbook(self, meters: Meters, amounts: Amounts, when: int) -> None:
         """Undo the booking of a call at ``when``, as if it had never been admitted."""
         for meter, resource in meters:
@@ -221,21 +176,9 @@ class Node:
             node.in_flight -= 1
             node.admitted -= 1
 
-    def earliest(self, amounts: Amounts, since: int, back: int = 0) -> tuple[int, str | None]:
-        """Return from when on a call may pass this node alone, and what binds.
-
-        ``back`` assumes that this many slots had been given back.
-        """
-        if self.in_flight - back >= self.slots and self in self.bounded:
-            return NEVER, "concurrency"
-        return latest(self.own, amounts, since)
-
-    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+    def earliest(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Return from when on a newcomer could pass, here and above, and what binds."""
-        for node in self.bounded:
-            if node.in_flight >= node.slots:
-                return NEVER, "concurrency"
-        return latest(self.meters, amounts, now)
+        return admit(self.route, amounts, now, now, book=False)
 
     def pauses(self) -> Iterator[Any]:
         """Yield the pause of this limiter itself, if there has been one."""
@@ -264,21 +207,6 @@ class Node:
                     soonest = max(soonest, meter.earliest(amounts[resource], now, back=NEVER))
         return soonest
 
-    def room(self, amounts: Amounts, now: int, most: int) -> int:
-        """Return how many such calls are sure to pass now, one after the other, up to ``most``."""
-        for node in self.bounded:
-            most = min(most, node.slots - node.in_flight)
-        for meter, resource in self.meters:
-            amount = amounts.get(resource)
-            if amount:
-                if meter.bulk:
-                    room = meter.available(now) // amount
-                else:
-                    room = 1 if meter.earliest(amount, now) <= now else 0
-                if room < most:  # noqa: PLR1730 - `min` would be a call
-                    most = room
-        return most
-
     def work(self, amounts: Amounts) -> float:
         """Return how much work a call is here: the largest part, in seconds, that it takes of any limit.
 
@@ -286,7 +214,7 @@ class Node:
         fastest counts, because it binds from call to call; limits over a day do not count beside
         limits over a minute. Without any limit a call costs one.
         """
-        per_unit, work = self.seconds, 0.0
+        per_unit, work = self.route.seconds, 0.0
         if not per_unit:
             return 1.0
         for resource, seconds in per_unit.items():
@@ -314,7 +242,7 @@ class Node:
 
     def exceeded(self, amounts: Amounts) -> Limit | None:
         """Return a limit, here or above, that such a call exceeds, so that it can never pass."""
-        for resource, most in self.most.items():
+        for resource, most in self.route.most.items():
             if amounts.get(resource, 0) > most:
                 break
         else:
@@ -460,18 +388,18 @@ class PoolNode(Node):
         for node in self.at_members.values():
             node.forget()
 
-    def _work_out_limits(self) -> None:
-        super()._work_out_limits()
-        if self.parent is None:  # of all members' limits together
-            rates: dict[str, float] = {}
-            for node in self._member_nodes:
-                for resource, seconds in node.seconds.items():
-                    rates[resource] = rates.get(resource, 0.0) + 1 / seconds
-            self.seconds = {resource: 1 / rate for resource, rate in rates.items()}
+    def _seconds(self) -> dict[str, float]:
+        if self.parent is not None:
+            return super()._seconds()
+        rates: dict[str, float] = {}  # of all members' limits together
+        for node in self._member_nodes:
+            for resource, seconds in node.route.seconds.items():
+                rates[resource] = rates.get(resource, 0.0) + 1 / seconds
+        return {resource: 1 / rate for resource, rate in rates.items()}
 
-    def earliest_of_all(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
+    def earliest(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
         dues = [
-            route.earliest_of_all(amounts, max(now, route.member.out_until))
+            route.earliest(amounts, max(now, route.member.out_until))
             for route in self.routes(amounts)
         ]
         return min(dues, key=lambda due: due[0], default=(NEVER, None))
@@ -507,29 +435,19 @@ class NodeAtMember(Node):
         return self.parent.path[:-1]
 
     def _work_out(self) -> None:
-        self.own = tuple(pair for node in self.inner.path for pair in node.own)
-        self.meters = (*self.own, *self.parent.meters)
-        self.takes = tuple((meter.take, resource) for meter, resource in self.meters)
-        self._work_out_limits()
-        self.seconds = self.inner.seconds  # by which the pool's agents are measured
-        self.bounded = (
-            *(node for node in self.inner.path if node.slots < NEVER),
-            *self.parent.bounded,
+        inner, outer = self.inner.path, self.parent.route
+        meters = tuple(pair for node in inner for pair in node.own.meters)
+        bounded = tuple(node for node in inner if node.slots < NEVER)
+        sized = (_Sized(node) for node in inner if node.sizer is not None)
+        self.own = Route(inner, meters, bounded=bounded)
+        self.route = Route(
+            self.path,
+            (*meters, *outer.meters),
+            bounded=(*bounded, *outer.bounded),
+            accounts=(*sized, *outer.accounts),
+            most=self._most(),
+            seconds=self.inner.route.seconds,  # by which the pool's agents are measured
         )
-        sized = (_Sized(node) for node in self.inner.path if node.sizer is not None)
-        self.accounts = (*sized, *self.parent.accounts)
-
-
-def latest(meters: Meters, amounts: Amounts, since: int) -> tuple[int, str | None]:
-    """Return the first instant that suits all meters, and what binds."""
-    when, bound_by = since, None
-    for meter, resource in meters:
-        amount = amounts.get(resource)
-        if amount:
-            due = meter.earliest(amount, since)
-            if due > when:
-                when, bound_by = due, meter.bound_by or resource
-    return when, bound_by
 
 
 def shown_name(name: str) -> str:

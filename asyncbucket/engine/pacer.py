@@ -37,9 +37,9 @@ from asyncbucket.engine import seats
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
-from asyncbucket.engine.meters import NEVER
-from asyncbucket.engine.node import Meters, Node, shown_name
-from asyncbucket.engine.queue import AnyWaiter, Branch, Flow, Line, new_line, rouse
+from asyncbucket.engine.meters import NEVER, Meters, admit, take
+from asyncbucket.engine.node import Node, shown_name
+from asyncbucket.engine.queue import AnyWaiter, Branch, Line, new_line, rouse
 from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.engine.terms import read_clocks
 
@@ -197,7 +197,7 @@ class Pacer:
             tree.since = now
         if self.place is not None or self.group is not None:
             return False
-        due, line.bound_by = line.node.earliest_of_all(waiter.amounts, now)
+        due, line.bound_by = line.node.earliest(waiter.amounts, now)
         self.bound_by = line.bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
@@ -243,7 +243,7 @@ class Pacer:
             return
         if waiter.done() and not waiter.cancelled():
             if waiter.lease is None:
-                node.unbook(node.meters, waiter.amounts, waiter.asked)
+                node.unbook(node.route.meters, waiter.amounts, waiter.asked)
             else:
                 waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
             waiter.line.credit_flows(waiter.amounts)
@@ -335,7 +335,7 @@ class Pacer:
             if self.group is not None:
                 due = self.group.admit(seat, now)
             else:
-                due = self.admit(seat, now) if self.waiting else EMPTY
+                due = self.dispatch(seat, now) if self.waiting else EMPTY
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
                 end = self._end_waits(seat, now)
@@ -351,36 +351,29 @@ class Pacer:
             end, waiter = seat.first_deadline()
         return end
 
-    def admit(self, seat: Seat, now: int) -> int:  # noqa: C901 - one look, read in one piece
-        """Admit all that may go; return when this seat must look again."""
+    def dispatch(self, seat: Seat, now: int) -> int:
+        """Let all go that may; return when this seat must look again."""
         passed, place = 0, self.place
-        served: Line | None = None  # the only line, as far as its calls fit
         while place is None or place.room(seat):  # which dates what stands there to now
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self.override(seat, now)
-            if self.group is not None and waiter.line.node.path[-1] is not self.root:
+            line, is_ours = waiter.line, waiter.seat is seat
+            if self.group is not None and line.node.path[-1] is not self.root:
                 return EMPTY  # a pool's, which chooses among its members
-            if waiter.line is not served and passed < BATCH and self._is_single_file():  # pyright: ignore[reportUnnecessaryComparison]
-                served = waiter.line
-                passed += self._serve_line(served, BATCH - passed, now)
-                waiter, _ = served.head(now)
-                if waiter is None or served.node.parent is not None:
-                    continue
-            due, bound_by = self.root.earliest(waiter.amounts, waiter.line.since)
+            if is_ours and passed >= BATCH:
+                return now
+            book = is_ours and place is None
+            due, bound_by = admit(line.node.route, waiter.amounts, line.since, now, book=book)
             if due > now:
-                self.bound_by = waiter.line.bound_by = bound_by
-            if waiter.seat is not seat:
+                self.bound_by = line.bound_by = bound_by
+            if not is_ours:
                 if seats.is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
-            if place is not None or passed < BATCH:
-                passed += self.serve(waiter, waiter.line, (waiter.line,), now)
-                served = None
-            else:
-                return now
+            passed += self.serve(waiter, line, (line,), now)
         return NEVER
 
     def leave_to(self, other: Seat, due: int, now: int) -> int:
@@ -389,90 +382,32 @@ class Pacer:
             other.ring(now)
         return max(min(due, other.looks_at), now) + GRACE
 
-    def _is_single_file(self) -> bool:
-        """Tell whether all who wait stand in one line, on one seat, and nobody else has a say."""
-        if len(self.seats) > 1 or self.place is not None or self.group is not None:
-            return False
-        flow: Flow | None = self.top
-        while isinstance(flow, Branch):
-            flow = flow.only_flow
-        return flow is not None
-
     def serve(self, waiter: AnyWaiter, here: Line, unpaid: Iterable[Line], now: int) -> int:
-        """Let the head of a line go, in this tree; return 1 if it still waited, else 0.
+        """Let the head of a line go, which is booked; return 1 if it still waited, else 0.
 
         It has left its line for ``here``, and the lines ``unpaid`` pay for it.
         """
-        line, asked = waiter.line, waiter.asked
+        line, amounts, asked = waiter.line, waiter.amounts, waiter.asked
         bound_by = line.bound_by or line.node.pacer.bound_by
         line.calls.popleft()
         waiter.line = here
         if self.place is not None:
             self._push(waiter, self.place, now)
         elif self.let_go(waiter, now, bound_by):
-            here.node.book(waiter.amounts, now)
             if bound_by is not None:
                 here.node.count_waits(1, now - asked, bound_by)
             self.count_in(line.node, waiter.seat, -1)
         else:
+            here.node.unbook(here.node.route.meters, amounts, now)
             waiter.line = line
             return 0
         for each in unpaid:
-            each.node.pacer.top.charge(each, waiter.amounts)
-        self._depart(line, now, 1)
+            each.node.pacer.top.charge(each, amounts)
+        self.since = line.since = now
+        line.depart()
+        if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
+            rouse(line.node)
         return 1
-
-    def _serve_line(self, line: Line, most: int, now: int) -> int:
-        """Let calls of the only line go, in order, as long as they fit; return how many did.
-
-        Nobody else waits, so virtual time need not tell how many they were.
-        """
-        node, calls = line.node, line.calls
-        bound_by = line.bound_by or self.bound_by
-        count = waited = 0
-        last: AnyWaiter | None = None
-        while calls and count < most:
-            waiter = calls[0]
-            amounts = waiter.amounts
-            if waiter.done():
-                calls.popleft()
-                continue
-            if line.in_order_of_arrival and len(calls) > 1 and calls[1].amounts == amounts:
-                room = node.room(amounts, now, most - count)
-                if room < 1:
-                    break
-                group = self._let_alike_go(calls, room, now, bound_by)
-                node.book(amounts, now, len(group))
-            elif node.take(amounts, now):
-                group = self._let_alike_go(calls, 1, now, bound_by)
-                if not group:  # it has given up in this very moment
-                    node.unbook(node.meters, amounts, now)
-            else:
-                break
-            count += len(group)
-            waited += sum(group)
-            last = waiter
-        if last is not None:
-            if bound_by is not None:
-                node.count_waits(count, waited, bound_by)
-            self.count_in(node, last.seat, -count)
-            self.top.charge(line, last.amounts)
-            self._depart(line, now, count)
-        return count
-
-    def _let_alike_go(self, calls: Any, most: int, now: int, bound_by: str | None) -> list[int]:
-        """Let the first call go and up to ``most`` that cost the same; return how long each waited."""
-        group: list[int] = []
-        amounts = calls[0].amounts
-        while calls and len(group) < most:
-            waiter = calls[0]
-            if waiter.amounts is not amounts and waiter.amounts != amounts:
-                break
-            calls.popleft()
-            waited = now - waiter.asked
-            if not waiter.done() and self.let_go(waiter, now, bound_by):
-                group.append(waited)
-        return group
 
     def let_go(
         self, waiter: AnyWaiter, now: int, bound_by: str | None, meters: Meters | None = None
@@ -488,17 +423,10 @@ class Pacer:
             waiter.asked = now  # from now on when it passed
         return True
 
-    def _depart(self, line: Line, now: int, calls: int) -> None:
-        """Count out ``calls`` calls that went."""
-        self.since = line.since = now
-        line.depart(calls)
-        if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
-            rouse(line.node)
-
     def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
         """Hand ``waiter`` over to the store, booked below the root."""
         path = waiter.line.node.path
-        below = tuple(pair for each in path[:-1] for pair in each.own)
+        below = tuple(pair for each in path[:-1] for pair in each.own.meters)
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
             if amount:
@@ -530,6 +458,7 @@ class Pacer:
             member = next(each for each in pool.members if each.pacer is self)
             pool.serve(waiter, member, now)
         elif waiter is not None:
+            take(waiter.line.node.route, waiter.amounts, now)
             self.serve(waiter, waiter.line, (waiter.line,), now)
         return due
 

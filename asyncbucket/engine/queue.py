@@ -43,7 +43,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.meters import Amounts, admit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.seats import EMPTY, SWEEP, Seat
 
@@ -292,7 +292,8 @@ class Branch(Flow):
             flow = ready[0][1]
             waiter, due = flow.head(now, back)
             if waiter is not None:
-                return self._own_limits(waiter, now, back)
+                # The root's limits are asked by whoever lets it go.
+                return (waiter, now) if self.node.parent is None else self._ask(waiter, now, back)
             heapq.heappop(ready)
             self.leave(flow)
             if due >= EMPTY:
@@ -301,11 +302,10 @@ class Branch(Flow):
                 self._put_to_sleep(flow, due)
         return None, self._next_waking()
 
-    def _own_limits(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
-        node = self.node
-        if node.parent is None:  # the pacer asks the root's
-            return waiter, now
-        due, bound_by = node.earliest(waiter.amounts, waiter.line.since, back)
+    def _ask(self, waiter: AnyWaiter, now: int, back: int) -> tuple[AnyWaiter | None, int]:
+        """Return the head, or when the limits here let it pass."""
+        own, since = self.node.own, waiter.line.since
+        due, bound_by = admit(own, waiter.amounts, since, now, book=False, back=back)
         if due <= now:
             return waiter, now
         waiter.line.bound_by = bound_by
@@ -327,40 +327,39 @@ class Branch(Flow):
     def charge(self, line: Line, amounts: Amounts) -> None:
         """Charge the flows on the way to ``line``, which is first at each branch."""
         flow: Flow = line
+        node, work = None, 0.0
         while (branch := flow.above) is not None:
-            branch._charge_first(branch.node.work(amounts))  # noqa: SLF001 - its own kind
+            if branch.node is not node:
+                node = branch.node
+                work = node.work(amounts)
+            branch._charge_first(work)  # noqa: SLF001 - its own kind
             flow = branch
 
     def _charge_first(self, work: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
-        if self.above is None:
+        if self.above is None and len(self.flows) > 1:
             self._weigh_priorities()
         self._works += work - flow.work
         flow.work = work
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
-        weights = max(self._weights, flow.weight)  # sums of floats drift
+        weights = max(flow.weight, self._weights)  # sums of floats drift
         self._potential += work / weights
-        self.clock = max(self.clock, self._potential - self._works / weights)
+        clock = self._potential - self._works / weights
+        self.clock = max(self.clock, clock)
         step = work / flow.weight - flow.credit
-        flow.credit = max(0.0, -step)
-        flow.tag += max(0.0, step)
+        flow.credit = -step if step < 0.0 else 0.0
+        if step > 0.0:
+            flow.tag += step
         heapq.heapreplace(self._ready, (flow.tag, flow))
 
     def _weigh_priorities(self) -> None:
         """Give each priority that waits eight times the weight of the next below."""
-        if len(self.flows) == 1:
-            return
         competing = sorted((flow for flow in self.flows if flow.competes), reverse=True)
         for place, flow in enumerate(competing):
             flow.weight = _STEP**place
         self._weights = sum(flow.weight for flow in competing)
-
-    @property
-    def only_flow(self) -> Flow | None:
-        """The one flow in which somebody waits; None if there are several, or it sleeps."""
-        return self._ready[0][1] if len(self._ready) == 1 and not self._asleep else None
 
 
 class PoolLine(Line):

@@ -34,8 +34,8 @@ from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
 from asyncbucket.engine.account import Account
 from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER
-from asyncbucket.engine.node import Meters, shown_name
+from asyncbucket.engine.meters import NEVER, Meters, admit
+from asyncbucket.engine.node import shown_name
 from asyncbucket.engine.statistics import LimitUse
 
 #: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
@@ -358,7 +358,8 @@ def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
     waiter, due = pacer.top.head(now, back)
     if waiter is None or waiter.seat is not seat:
         return None, due
-    due, _ = pacer.root.earliest(waiter.amounts, waiter.line.since, back)
+    route = waiter.line.node.route
+    due, _ = admit(route, waiter.amounts, waiter.line.since, now, book=False, back=back)
     if due > now:
         return None, due
     pacer.overridden += 1
@@ -385,7 +386,7 @@ def wait_for_slots(pacer: Any, now: int) -> int:
     held = {
         f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
         for line in pacer.top.lines()
-        for node in (*line.node.bounded, *pacer.root.bounded)
+        for node in (*line.node.route.bounded, *pacer.root.route.bounded)
         if node.in_flight >= node.slots
     }
     says = (

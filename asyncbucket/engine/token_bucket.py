@@ -7,7 +7,7 @@ from typing import Any, Final, Self
 
 from asyncbucket.engine.context import deadline_of
 from asyncbucket.engine.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
-from asyncbucket.engine.meters import Amounts, Bucket
+from asyncbucket.engine.meters import Amounts, Bucket, admit
 from asyncbucket.engine.pacer import Pacer
 from asyncbucket.engine.queue import Waiter
 from asyncbucket.engine.seats import ATOMIC, OfThisProcess, bury_closed
@@ -77,7 +77,7 @@ class TokenBucket(OfThisProcess):
             CostExceedsLimit: ``amount`` is above ``burst`` and can never pass.
             ValueError: ``amount`` is not a whole number from 1 on, or ``timeout`` not a number from 0 on.
         """
-        # The fast path for one unit that the bucket holds: `Bucket.take`, inlined. Between reading
+        # The fast path for one unit that the bucket holds: `admit`, inlined. Between reading
         # the clock and the last store there is no call and no backward jump, so no other thread can
         # interleave. `_open` equals no amount where that does not hold, and while anyone changes
         # the bucket. This takes a quarter of the time that a lock would.
@@ -199,9 +199,9 @@ class TokenBucket(OfThisProcess):
     def _take_locked(self, amounts: Amounts, now: int) -> bool:
         """Take ``amounts`` now if nobody waits longer; keep out callers without the lock."""
         before, self._open = self._open, None
-        taken = (
-            not self._pacer.waiting or self._pacer.is_free_locked(self._node, now)
-        ) and self._bucket.take(amounts["units"], now)
+        taken = (not self._pacer.waiting or self._pacer.is_free_locked(self._node, now)) and admit(
+            self._node.route, amounts, now, now
+        )[0] <= now
         self._open = before
         return taken
 
@@ -223,5 +223,5 @@ class TokenBucket(OfThisProcess):
         """Return for how long (ns) at least ``amounts`` cannot pass."""
         with self._pacer:
             now = self._clock()
-            due, bound_by = self._node.earliest_of_all(amounts, now)
+            due, bound_by = self._node.earliest(amounts, now)
             return (due if bound_by else self._pacer.next_look_locked(now)) - now

@@ -44,13 +44,6 @@ class Pause(Meter):
         """See `asyncbucket.engine.meters.Meter.earliest`."""
         return max(now, self.until)
 
-    def take(self, amount: int, now: int) -> bool:  # noqa: ARG002 - all calls are alike
-        """See `asyncbucket.engine.meters.Meter.take`; many ask at once when a pause ends."""
-        passes = self.until <= now
-        if passes and self.step:
-            self._advance(1)
-        return passes
-
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.engine.meters.Meter.book`: the next call of a slow start has its own instant."""
         if self.step:

@@ -20,8 +20,7 @@ from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Amounts, Window
-from asyncbucket.engine.node import Meters, latest
+from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
 from asyncbucket.engine.wording import counted, in_seconds, rounded, with_verb
 from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall, PlannedDollars
 from asyncbucket.pools import Pool
@@ -91,7 +90,7 @@ def run_calls(load: Load, members: Sequence[Bounds]) -> Record:
         while True:
             for lane in lanes:
                 lane.end_calls(now, record)
-            dues = [lane.earliest(call.amounts, since) for lane in able]
+            dues = [lane.admit(call.amounts, since, now, book=False) for lane in able]
             due, bound_by = min(dues, key=itemgetter(0))
             if due <= now:
                 break
@@ -100,7 +99,7 @@ def run_calls(load: Load, members: Sequence[Bounds]) -> Record:
             assert bound_by is not None  # as it has to wait
             record.held_up[bound_by] = record.held_up.get(bound_by, 0) + until - now
             now = until
-        able[dues.index((due, bound_by))].admit(call, now)
+        able[dues.index((due, bound_by))].begin(call, since, now)
         record.admitted.append(now)
         record.waited.append(now - arrived)
         record.peak = max(record.peak, sum(len(lane.running) for lane in lanes))
@@ -113,13 +112,13 @@ class Lane:
     """One limiter, or one member of a pool, while the calls run."""
 
     def __init__(self, bounds: Bounds) -> None:
-        self.slots = bounds.slots
-        self.meters: Meters = tuple(
-            (Window(limit, wall=_wall_of(limit)), limit.resource) for limit in bounds.limits
-        )
-        #: How many calls it has admitted, the sum of their lengths (ns), and the units that they used
-        #: of limited resources, and of tokens.
-        self.calls = self.busy = 0
+        self.slots = NEVER if bounds.slots is None else bounds.slots
+        self.in_flight = self.admitted = 0
+        meters = ((Window(limit, wall=_wall_of(limit)), limit.resource) for limit in bounds.limits)
+        self.route = Route((self,), tuple(meters), bounded=(self,))
+        #: The sum of the lengths (ns) of its calls, and the units that they used of limited resources,
+        #: and of tokens.
+        self.busy = 0
         self.used = {limit.resource: 0 for limit in bounds.limits} | {"tokens": 0}
         self.most = [(limit.resource, limit.units) for limit in bounds.limits]
         #: When each call in flight ends, the first one first.
@@ -129,18 +128,16 @@ class Lane:
         """Tell whether such a call can ever pass."""
         return all(amounts.get(resource, 0) <= units for resource, units in self.most)
 
-    def earliest(self, amounts: Amounts, since: int) -> tuple[int, str | None]:
-        """Return when a call can pass that is first in line since then, and what binds."""
-        if self.slots is not None and len(self.running) >= self.slots:
-            return self.running[0], "concurrency"
-        return latest(self.meters, amounts, since)
+    def admit(
+        self, amounts: Amounts, since: int, now: int, *, book: bool
+    ) -> tuple[int, str | None]:
+        """Return when a call can pass that is first in line since then, and what binds; or book it."""
+        due, bound_by = admit(self.route, amounts, since, now, book=book)
+        return (self.running[0] if due == NEVER else due), bound_by
 
-    def admit(self, call: PlannedCall, now: int) -> None:
+    def begin(self, call: PlannedCall, since: int, now: int) -> None:
         """Let a call go."""
-        for meter, resource in self.meters:
-            if call.amounts.get(resource):
-                meter.book(call.amounts[resource], now)
-        self.calls += 1
+        self.admit(call.amounts, since, now, book=True)
         self.busy += call.latency
         for resource in self.used:
             self.used[resource] += call.amounts.get(resource, 0)
@@ -151,6 +148,7 @@ class Lane:
         running = self.running
         while running and running[0] <= now:
             record.end = max(record.end, heapq.heappop(running))
+            self.in_flight -= 1
 
 
 def _wall_of(limit: Limit) -> Callable[[int], int]:
@@ -211,12 +209,12 @@ def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator["PlannedLimi
     of = f"{bounds.name}: " if bounds.name else ""
     for limit in bounds.limits:
         used = lane.used[limit.resource]
-        rate = limit.units / limit.per * lane.calls / used if used else None
+        rate = limit.units / limit.per * lane.admitted / used if used else None
         part = _part_used(limit, used, record)
         yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
     if bounds.slots is not None:
         part = lane.busy / (bounds.slots * record.end) if record.end else 0.0
-        rate = bounds.slots * lane.calls * NANOSECONDS / lane.busy if lane.busy else None
+        rate = bounds.slots * lane.admitted * NANOSECONDS / lane.busy if lane.busy else None
         slots = f"{of}{bounds.slots:,} at once"
         yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
 

@@ -23,8 +23,8 @@ from typing import Any, Final
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
 from asyncbucket.engine.events import Event, LimitChanged, Outcome
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.engine.node import Meters, Node
+from asyncbucket.engine.meters import NEVER, Amounts, Meters
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter
 from asyncbucket.engine.seats import Place, Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse

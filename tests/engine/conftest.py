@@ -10,6 +10,7 @@ from unittest.mock import ANY
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket.engine.meters import Meter, Route, admit
 from asyncbucket.engine.queue import PaidLine
 from asyncbucket.engine.seats import ThreadSeat
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
@@ -33,6 +34,12 @@ def no_callback_fails(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
     told = [each for each in caplog.get_records("call") if each.name == "asyncio" and each.exc_info]
     assert [each.getMessage() for each in told] == []
+
+
+def take(meter: Meter, amount: int, now: int) -> bool:
+    """Have a newcomer pass one meter if it may; return whether it did."""
+    due, _ = admit(Route((), ((meter, "units"),)), {"units": amount}, now, now)
+    return due <= now
 
 
 def used(limiter: Limiter) -> list[int]:

@@ -15,7 +15,7 @@ import pytest
 from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, LimitSyntaxError, Pool, WouldBlock
 from asyncbucket.engine.meters import NEVER, Window
 from asyncbucket.testing import VirtualTime
-from tests.engine.conftest import available, refused, start, used
+from tests.engine.conftest import available, refused, start, take, used
 
 SECOND = 1_000_000_000
 HOUR = 3_600 * SECOND
@@ -114,11 +114,11 @@ def test_meter_promises_each_instant_of_ten_years_exactly(zone: str, period: Any
     window, calendar, now = Window(limit, wall=lambda now: now + base), limit.calendar, 0
     assert calendar is not None
     while now < 3_653 * DAY:
-        assert window.take(10, now)
+        assert take(window, 10, now)
         due = window.earliest(1, now)
         assert due + base == calendar.start(calendar.number(now + base) + 1)
-        assert not window.take(1, random.randrange(now, due))
-        assert not window.take(1, due - 1)
+        assert not take(window, 1, random.randrange(now, due))
+        assert not take(window, 1, due - 1)
         assert window.available(due) == 10
         now = random.choice([due, due + random.randrange(20 * HOUR)])
 
@@ -168,8 +168,8 @@ def test_random_history_agrees_with_a_model_that_keeps_every_booking(seed: int) 
         units, kind = random.randint(1, 40), random.random()
         if kind < 0.4:
             fits, due = model() + units <= 50, window.earliest(units, now)
-            assert copy.deepcopy(window).take(units, due)
-            assert (due <= now) == fits == window.take(units, now)
+            assert take(copy.deepcopy(window), units, due)
+            assert (due <= now) == fits == take(window, units, now)
             booked += [[today, now, units]] if fits else []
         elif kind < 0.6:
             window.owe(units, now)

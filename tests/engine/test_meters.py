@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asyncbucket import Limit
 from asyncbucket.engine.meters import Bucket, Window
+from tests.engine.conftest import take
 
 SECOND = 1_000_000_000
 moderate = settings(deadline=None, max_examples=150)
@@ -82,14 +83,14 @@ def test_bucket_refuses_before_promised_instant_and_passes_at_it(
     for delay, units in calls:
         now += delay
         assert bucket.earliest(amount, now) >= max(answer, now)
-        bucket.take(min(units, burst), now)
+        take(bucket, min(units, burst), now)
         answer = bucket.earliest(amount, now)
     amount = min(amount, burst)
     promised = bucket.earliest(amount, now)
     for instant in {now + int((promised - now) * share) for share in before} | {promised - 1}:
         if now <= instant < promised:
-            assert not copy.deepcopy(bucket).take(amount, instant)
-    assert copy.deepcopy(bucket).take(amount, promised)
+            assert not take(copy.deepcopy(bucket), amount, instant)
+    assert take(copy.deepcopy(bucket), amount, promised)
     assert bucket.earliest(amount, (now + promised) // 2) == promised
 
 
@@ -145,7 +146,7 @@ def test_refunds_to_busy_bucket_err_on_safe_side(seed: int, size: tuple[int, int
     for _ in range(calls):
         now += random.randrange(SECOND)
         amount = random.choice([1, 1, 1, 2])
-        if bucket.take(amount, now):
+        if take(bucket, amount, now):
             history.append(Booking(now, amount))
         if random.random() < 0.2:
             booking = random.choice(history)
@@ -158,8 +159,8 @@ def test_refunds_to_busy_bucket_err_on_safe_side(seed: int, size: tuple[int, int
 def test_memory_of_meters_is_bounded() -> None:
     bucket, window = Bucket(rate=1, burst=100_000), window_of(1_000_000)
     for step in range(50_000):
-        assert bucket.take(1, step * 1_000)
-        assert window.take(1, step * 40_000)
+        assert take(bucket, 1, step * 1_000)
+        assert take(window, 1, step * 40_000)
     for meter in (bucket, window):
         assert len(json.dumps(meter.state()).split()) < 1_100
 
@@ -294,10 +295,10 @@ def test_window_keeps_its_limit_and_counts_exactly_what_it_holds(
             before, now = now, window.earliest(amount, now)
             assert within(history, now, span) + amount <= limit
             if now > before:
-                assert not copy.deepcopy(window).take(amount, now - 1)
+                assert not take(copy.deepcopy(window), amount, now - 1)
                 early = max(before, now - span // 128 - 1)
                 assert early == before or within(history, early, span) + amount > limit
-            assert window.take(amount, now)
+            assert take(window, amount, now)
             history.append(Booking(now, amount))
         elif verb == "owe":
             window.owe(amount, now)
@@ -345,12 +346,14 @@ def test_paced_window_does_as_bucket_and_bare_window(moves: list[tuple[str, int,
         due = max(bare.earliest(amount, now), bucket.earliest(amount, now))
         assert paced.earliest(amount, now) == due
         if verb == "take":
-            may = copy.deepcopy(bare).take(amount, now) and copy.deepcopy(bucket).take(amount, now)
-            assert paced.take(amount, now) == may
+            may = take(copy.deepcopy(bare), amount, now) and take(
+                copy.deepcopy(bucket), amount, now
+            )
+            assert take(paced, amount, now) == may
             if not may:
                 continue
-            bare.take(amount, now)
-            bucket.take(amount, now)
+            take(bare, amount, now)
+            take(bucket, amount, now)
             last.append((amount, now))
         elif verb == "owe":
             for meter in (paced, bare, bucket):

@@ -9,6 +9,7 @@ from asyncbucket import Limit, Limiter
 from asyncbucket.feedback.headroom import Headroom
 from asyncbucket.levels import observe_remaining
 from asyncbucket.testing import assert_never_over, virtual_time
+from tests.engine.conftest import take
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
@@ -49,10 +50,10 @@ def test_all_passes_until_the_provider_says_what_is_left_then_that_and_what_flow
     headroom.book(599, 0)
     assert (headroom.available(0), headroom.earliest(10_000, 0)) == (600, 0)
     headroom = meter(remaining=60, per=3_600)
-    assert headroom.take(60, 0)
+    assert take(headroom, 60, 0)
     assert headroom.earliest(1, 0) == 6 * SECOND
-    assert not headroom.take(1, 6 * SECOND - 1)
-    assert headroom.take(1, 6 * SECOND)
+    assert not take(headroom, 1, 6 * SECOND - 1)
+    assert take(headroom, 1, 6 * SECOND)
     headroom.update(300, 7 * SECOND, amount=300, limit=300)
     assert headroom.earliest(400, 7 * SECOND) < 7_200 * SECOND  # though it is above the limit
 
@@ -62,7 +63,7 @@ def test_headroom_forgets_reports_and_debt_after_two_windows() -> None:
     headroom.owe(10_000, 0)
     assert headroom.earliest(600, 0) == 2 * MINUTE
     assert headroom.available(2 * MINUTE) == 600
-    assert headroom.take(600, 2 * MINUTE)
+    assert take(headroom, 600, 2 * MINUTE)
 
 
 def listen(headroom: Headroom, *, rate: int, seconds: int, ours: int = 0) -> int:
@@ -78,11 +79,11 @@ def test_headroom_measures_what_others_use_and_reserves_it() -> None:
     headroom = meter(remaining=600)
     now = listen(headroom, rate=4, seconds=30, ours=5)
     assert 230 <= headroom.others.estimate <= 270
-    assert not headroom.take(600 - 240 - 150, now)
+    assert not take(headroom, 600 - 240 - 150, now)
     far_above_ours = meter()
     for second in range(60):
         far_above_ours.update(60_000 - 100 * second, second * SECOND, amount=600)
-    assert all(far_above_ours.take(1, MINUTE) for _ in range(600))  # there is enough for all
+    assert all(take(far_above_ours, 1, MINUTE) for _ in range(600))  # there is enough for all
 
 
 def passed(headroom: Headroom, amount: int, *, since: int = 0, until: int) -> list[int]:
@@ -114,21 +115,21 @@ def test_units_that_come_back_all_the_time_rule_slices_out(every: int, passing: 
     for second in range(1, 15):
         headroom.book(5, second * SECOND - SECOND // 2)
         headroom.update(90 - 5 * (second % every), second * SECOND, amount=600)
-    assert sum(headroom.take(1, 14 * SECOND) for _ in range(200)) == passing
+    assert sum(take(headroom, 1, 14 * SECOND) for _ in range(200)) == passing
 
 
 def test_report_above_slice_share_ends_slicing() -> None:
     headroom = meter(remaining=10)
     headroom.update(600, 0, amount=600)
-    assert all(headroom.take(1, 0) for _ in range(60))
+    assert all(take(headroom, 1, 0) for _ in range(60))
 
 
 def test_longer_slices_are_tried_after_shorter_ones() -> None:
     """If more is left than fits into a second, the limit may be counted in ten-second slices."""
     headroom = meter(remaining=90)
-    assert sum(headroom.take(1, SECOND) for _ in range(600)) < 100
+    assert sum(take(headroom, 1, SECOND) for _ in range(600)) < 100
     headroom.update(600, MINUTE + 2 * SECOND, amount=600)
-    assert sum(headroom.take(1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
+    assert sum(take(headroom, 1, MINUTE + 2 * SECOND) for _ in range(600)) == 600
 
 
 def test_call_larger_than_slice_uses_up_following_slices() -> None:
@@ -147,7 +148,7 @@ def test_refund_of_large_call_reopens_slices() -> None:
     assert headroom.earliest(5, 0) > 4 * SECOND
     headroom.unbook(40, 0, left=5)
     headroom.update(10, 2 * SECOND, amount=600)
-    assert headroom.take(5, 2 * SECOND)
+    assert take(headroom, 5, 2 * SECOND)
     for second in (50, 60):
         headroom.book(45, second * SECOND)
     headroom.unbook(1, 50 * SECOND, left=44)  # those of the later call stay closed
