@@ -23,7 +23,7 @@ from asyncbucket.engine.errors import (
 from asyncbucket.engine.events import Reason, Refused
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
-from asyncbucket.engine.node import Node
+from asyncbucket.engine.node import Node, PoolNode
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.seats import bury_closed
 from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
@@ -282,8 +282,9 @@ def explain_locked(
 
 def _routes(node: Node, amounts: Amounts) -> list[Node]:
     """Return what such a call may pass: its own limiter, or one of a pool's members."""
-    routes: list[Node] = [node] if node.pacer.pool is None else node.routes(amounts)
-    return routes
+    if not isinstance(node, PoolNode):
+        return [node]
+    return [*node.routes(amounts)]
 
 
 def _with_slots(routes: list[Node]) -> list[Node]:

@@ -99,8 +99,9 @@ class PoolLease(Lease):
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
         super()._hold_locked(now, waiter, bound_by, meters)
-        self._node = waiter.line.node
-        self._bind_locked(self._node.member)
+        node: Any = waiter.line.node
+        self._node = node
+        self._bind_locked(node.member)
 
     def _hand_back_locked(self) -> None:
         super()._hand_back_locked()

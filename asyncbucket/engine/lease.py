@@ -566,7 +566,7 @@ class Lease(OfThisProcess):
         pacer: Pacer = node.pacer
         for account in self.accounts:
             account.ended(self, outcome)
-        for level in self.levels:
+        for level in node.path if self._levels is None else self._levels:
             level.in_flight -= 1
         if pacer.waiting:
             for bound in node.route.bounded:

@@ -6,12 +6,13 @@ every node counts its calls in flight, whether or not their number is bounded. S
 later counts them, too.
 
 There may be thousands of idle children. What a call passes is therefore worked out when the first
-one comes (`Node.__getattr__`), and forgotten when limits change here or above.
+one comes (`Node.route`), and forgotten when limits change here or above.
 """
 
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -54,11 +55,6 @@ class Node:
     Everything is read and written with the pacer's lock held, unless it says otherwise.
     """
 
-    # Worked out when first asked for:
-    #: What a call passes here alone; and what it passes in all, up to the root.
-    own: Route  # pyright: ignore[reportUninitializedInstanceVariable]
-    route: Route  # pyright: ignore[reportUninitializedInstanceVariable]
-
     # What most limiters never set:
     weight = 1.0
     children: "weakref.WeakSet[Node] | None" = None
@@ -98,22 +94,19 @@ class Node:
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.agents: Any = None
 
-    def __getattr__(self, name: str) -> Any:
-        """Work out what is asked for the first time."""
-        if name not in ("own", "route"):
-            raise AttributeError(name)
-        self._work_out()
-        return getattr(self, name)
-
-    def _work_out(self) -> None:
-        parent = self.parent
+    @cached_property
+    def own(self) -> Route:
+        """What a call passes here alone."""
         windows = ((window, window.limit.resource) for window in self.limits.values())
         is_bound_here = self.slots < NEVER and self.place is None
+        return Route((self,), (*windows, *self.extra), bounded=(self,) if is_bound_here else ())
+
+    @cached_property
+    def route(self) -> Route:
+        """What a call passes in all, from here up to the root."""
+        above, place = None if self.parent is None else self.parent.route, self.place
         sized = () if self.sizer is None else (_Sized(self),)
-        self.own = Route((self,), (*windows, *self.extra), bounded=(self,) if is_bound_here else ())
-        above = parent.route if parent is not None else None
-        place = self.place
-        self.route = Route(
+        return Route(
             self.path,
             (*self.own.meters, *(above.meters if above else ())),
             bounded=(*self.own.bounded, *(above.bounded if above else ())),
@@ -145,7 +138,8 @@ class Node:
         """Work everything out again when next asked, here and below, because meters have changed."""
         if "route" not in vars(self):  # so nothing below either
             return
-        del self.own, self.route
+        del self.route
+        vars(self).pop("own", None)
         for child in self.children or ():
             child.forget()
 
@@ -434,16 +428,20 @@ class NodeAtMember(Node):
     def queue_path(self) -> tuple[Node, ...]:
         return self.parent.path[:-1]
 
-    def _work_out(self) -> None:
-        inner, outer = self.inner.path, self.parent.route
+    @cached_property
+    def own(self) -> Route:
+        inner = self.inner.path
         meters = tuple(pair for node in inner for pair in node.own.meters)
-        bounded = tuple(node for node in inner if node.slots < NEVER)
-        sized = (_Sized(node) for node in inner if node.sizer is not None)
-        self.own = Route(inner, meters, bounded=bounded)
-        self.route = Route(
+        return Route(inner, meters, bounded=tuple(node for node in inner if node.slots < NEVER))
+
+    @cached_property
+    def route(self) -> Route:
+        own, outer = self.own, self.parent.route
+        sized = (_Sized(node) for node in self.inner.path if node.sizer is not None)
+        return Route(
             self.path,
-            (*meters, *outer.meters),
-            bounded=(*bounded, *outer.bounded),
+            (*own.meters, *outer.meters),
+            bounded=(*own.bounded, *outer.bounded),
             accounts=(*sized, *outer.accounts),
             most=self._most(),
             seconds=self.inner.route.seconds,  # by which the pool's agents are measured

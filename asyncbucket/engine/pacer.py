@@ -192,13 +192,11 @@ class Pacer:
 
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
-        seat = waiter.seat
-        for tree in self.trees:
-            tree.since = now
+        seat, self.since = waiter.seat, now
         if self.place is not None or self.group is not None:
             return False
-        due, line.bound_by = line.node.earliest(waiter.amounts, now)
-        self.bound_by = line.bound_by
+        due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
+        self.bound_by = line.bound_by = bound_by
         if due <= now or (due == NEVER and not seat.leases):  # see `override`
             return False
         seat.sleep(min(seats.wait_for_slots(self, now) if due == NEVER else due, end), now)
@@ -354,7 +352,7 @@ class Pacer:
     def dispatch(self, seat: Seat, now: int) -> int:
         """Let all go that may; return when this seat must look again."""
         passed, place = 0, self.place
-        while place is None or place.room(seat):  # which dates what stands there to now
+        while self.waiting and (place is None or place.room(seat)):
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self.override(seat, now)
@@ -374,7 +372,7 @@ class Pacer:
             if due > now:
                 return self.override(seat, now) if due >= NEVER else due
             passed += self.serve(waiter, line, (line,), now)
-        return NEVER
+        return NEVER if self.waiting else EMPTY
 
     def leave_to(self, other: Seat, due: int, now: int) -> int:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""
