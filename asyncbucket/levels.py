@@ -84,8 +84,8 @@ def provider_of(limiter: Limiter) -> Limiter:
 class InForce(NamedTuple):
     """The limits that calls of a limiter meet: its own, and those of the levels above."""
 
-    #: The meters of which they are, by which a change shows.
-    meters: list[Any]
+    #: The routes that calls take, by which a change shows.
+    routes: list[Any]
     #: The units of each limit on each of the `ways` of a call, by resource.
     by_way: list[list[tuple[str, int]]]
     limits: tuple[Limit, ...]
@@ -111,12 +111,12 @@ def in_force(limiter: Limiter) -> InForce:
     """Return the limits that hold for calls of ``limiter``, worked out anew when they change."""
     node, known = limiter._node, vars(limiter).get("_in_force")
     pool = node.pacer.pool
-    # Not `node.meters`, which would work them out, and that needs the lock.
-    meters = [vars(node).get("meters")]
+    # Not `node.route`, which would work it out, and that needs the lock.
+    routes = [vars(node).get("route")]
     if pool is not None:
-        meters += (vars(member.node).get("meters") for member in pool.members)
+        routes += (vars(member.node).get("route") for member in pool.members)
     # By identity: a window may get another limit, and is equal to itself.
-    if known is not None and [*map(id, known.meters)] == [*map(id, meters)]:
+    if known is not None and [*map(id, known.routes)] == [*map(id, routes)]:
         found: InForce = known
         return found
     limits = [
@@ -125,8 +125,8 @@ def in_force(limiter: Limiter) -> InForce:
     ]
     every = tuple(limit for way in limits for limit in way)
     units = [[(limit.resource, limit.units) for limit in way] for way in limits]
-    found = InForce(meters, units, every, frozenset(limit.resource for limit in every))
-    if None not in meters:
+    found = InForce(routes, units, every, frozenset(limit.resource for limit in every))
+    if None not in routes:
         vars(limiter)["_in_force"] = found
     return found
 
