@@ -33,7 +33,8 @@ class Counting:
     Attributes:
         by: A bucket that refills continuously, a log of any minute, or the calendar: the clock's
             minutes, which begin anew.
-        size: What a bucket holds; by default a minute's worth. A call above it never passes.
+        size: What a bucket holds; by default a minute's worth. A call above it never passes,
+        oversize: unless this says that it does once nothing is missing.
         slices: The limit is also checked in so many parts of each of the clock's minutes.
         hidden: Headers say nothing of slices, only what is left of the minute.
         others: Which part of the limit other users of the key ask for, on average.
@@ -44,6 +45,7 @@ class Counting:
 
     by: Literal["bucket", "log", "calendar"] = "bucket"
     size: int | None = None
+    oversize: bool = False
     slices: int = 1
     hidden: bool = False
     others: float = 0.0
@@ -118,8 +120,10 @@ class Policy:
         return max(part.reset(ceil(limit, n), now) for part, n in self._shown)
 
     def _wait(self, amount: int, limit: int, now: int) -> int | None:
-        if amount > limit or amount > (self._counting.size or amount):
+        most = self._counting.size or limit
+        if amount > most and not self._counting.oversize:
             return None
+        amount = min(amount, most)
         return max(part.wait(amount, ceil(limit, n), now) for part, n in self._parts)
 
     def _let_others_in(self, limit: int, now: int) -> None:

@@ -83,6 +83,8 @@ class PromptCache:
             is_warm = self._until.get((machine, prefix), 0.0) > now
             if is_warm:
                 read, written = tokens, 0
+                if not options.renews:
+                    continue
             elif mark is not None or not options.marked:
                 written = tokens - read
             else:
@@ -93,9 +95,7 @@ class PromptCache:
     def begin(self, prompt: Prompt, now: float) -> None:
         """Store what a call writes, and keep what it read."""
         for prefix, lives in prompt.entries.items():
-            entry = prompt.machine, prefix
-            if self._options.renews or self._until.get(entry, 0.0) <= now:
-                self._until[entry] = now + lives
+            self._until[prompt.machine, prefix] = now + lives
 
 
 def _prefixes(model: str, blocks: Sequence[Block]) -> Iterator[tuple[bytes, int, Json | None]]:

@@ -83,9 +83,9 @@ ROWS: Final[dict[str, Row]] = {
     "full bucket of 200k tokens, mixed": Row(world=tokens(200_000), load=MIXED),
     "told nothing, full bucket, at once": Row(world=requests(told=()), load=AT_ONCE, over=3.5),
     "told nothing, full bucket, agents": Row(world=requests(told=()), load=AGENTS, over=1.25),
-    "bucket of 1": Row(world=requests(Counting(size=1)), load=FEWER, over=1.25),
+    "bucket of 1": Row(world=requests(Counting(size=1)), load=FEWER, refused=25, over=1.25),
     **{
-        f"bucket of {size}": Row(world=requests(Counting(size=size)), load=FEWER)
+        f"bucket of {size}": Row(world=requests(Counting(size=size)), load=FEWER, refused=10)
         for size in (3, 10, 20, 60, 120, 200)
     },
     "bucket of 20k of 200k tokens, mixed": Row(
@@ -146,7 +146,7 @@ ROWS: Final[dict[str, Row]] = {
         over=1.3,
     ),
     "accidents at OpenRouter": Row(
-        world=OPENROUTER, load=replace(AT_ONCE, slots=20), refused=60, over=1.2
+        world=OPENROUTER, load=replace(AT_ONCE, slots=20), refused=60, over=1.5
     ),
     "others, bucket": Row(world=shared("bucket"), load=STEADY, refused=20, over=2.0, others=0.1),
     "others, log": Row(world=shared("log"), load=STEADY, refused=40, over=2.0, others=0.1),

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import random
 import time as real_time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
@@ -63,6 +64,7 @@ class Load:
         output: The most that a reply may have.
         reply: What it has.
         shared: The tokens of a prefix that all calls share, marked for the provider's cache.
+        remembers: Whether a call repeats its agent's earlier questions, all marked for the cache.
         stream: Whether replies are streams.
         slots: How many calls may be in flight; no limit by default.
         seconds: When the load ends, whether or not it is done.
@@ -75,6 +77,7 @@ class Load:
     output: int = 100
     reply: int = 60
     shared: int = 0
+    remembers: bool = False
     stream: bool = False
     slots: int | None = None
     seconds: float = 3_600.0
@@ -113,8 +116,8 @@ class Outcome:
     provider: RateLimitedProvider
 
 
-#: Sends a call with so many tokens in its prompt, and returns the status of its reply.
-Send = Callable[[int], Awaitable[int]]
+#: Sends a call of an agent with so many tokens of its own, and returns the status of its reply.
+Send = Callable[[int, int], Awaitable[int]]
 
 
 def play(
@@ -127,9 +130,16 @@ def play(
         wire = Wire(provider.mock_transport(), seed)
         client = httpx.AsyncClient(transport=limiter.transport(wire, **transport), headers=KEY)
         url, body = f"https://{world.host}{world.path}", body_of(load)
+        first = []
+        if "system" in body and "messages" not in world.path:
+            first = [{"role": "system", "content": body.pop("system")}]
+        talks: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
 
-        async def send(tokens: int) -> int:
-            reply = await client.post(url, json={**body, "messages": [question(tokens)]})
+        async def send(agent: int, tokens: int) -> int:
+            past = talks[agent]
+            asked = question(tokens, marked=load.remembers)
+            reply = await client.post(url, json={**body, "messages": [*first, *past, asked]})
+            past.extend([asked] if load.remembers else ())
             return reply.status_code
 
         return send
@@ -154,7 +164,7 @@ def ideal(world: World, load: Load, *, seed: int = 0, latency: float = 0.8) -> O
                 else:
                     return
 
-        async def send(tokens: int) -> int:
+        async def send(_agent: int, tokens: int) -> int:
             answer = Answer("m", "", None, False, load.output, tokens, load.reply)
             costs, corrections = charges(rules, answer)
             async with slots:
@@ -176,16 +186,20 @@ def body_of(load: Load) -> dict[str, Any]:
     """Return what all calls of a load have in common."""
     body: dict[str, Any] = {"model": "m", "max_tokens": load.output}
     if load.stream:
-        body["stream"] = True
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     if load.shared:
         mark = {"cache_control": {"type": "ephemeral"}}
         body["system"] = [{"type": "text", "text": "word" * load.shared, **mark}]
     return body
 
 
-def question(tokens: int) -> dict[str, Any]:
+def question(tokens: int, *, marked: bool = False) -> dict[str, Any]:
     """Return a message of so many tokens; no two are the same."""
-    return {"role": "user", "content": f"{next(_numbers):012}" + "word" * (tokens - 3)}
+    text = f"{next(_numbers):012}" + "word" * (tokens - 3)
+    if not marked:
+        return {"role": "user", "content": text}
+    part = {"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}
+    return {"role": "user", "content": [part]}
 
 
 class Wire:
@@ -253,7 +267,7 @@ async def _drive(
         await asyncio.sleep(number * load.every)
         for tokens in sizes:
             try:
-                ends.append(await send(tokens))
+                ends.append(await send(number, tokens))
             except Exception:  # noqa: BLE001 - whatever a client raises, the call is lost
                 ends.append(0)
 

@@ -123,6 +123,10 @@ def test_bucket_of_a_size_holds_that_and_refills_at_the_limit() -> None:
     assert (policy.remaining(600, 0), policy.reset(600, 0)) == (0, SECOND)
     assert policy.wait(5, 600, 0) == SECOND // 2
     assert policy.wait(11, 600, 0) is None
+    lenient = Policy(Counting(size=10, oversize=True), MINUTE)
+    assert lenient.wait(25, 600, 0) == 0
+    lenient.charge(25, 600, 0)
+    assert lenient.wait(1, 600, 0) == 16 * SECOND // 10
 
 
 def test_hidden_slices_refuse_but_headers_tell_of_the_minute() -> None:
