@@ -1,23 +1,34 @@
 """Order the calls of one limiter by the agents that make them, so that agents finish early.
 
 Whoever runs many agents on one key waits for agents, not for calls. Served by call, every agent
-finishes near the end; with fair shares, too. The fair sojourn protocol (Friedman and Henderson,
-SIGMETRICS 2003) serves agents in the order in which fair sharing *would* finish them. With true
-sizes, each agent then finishes no later than under fair sharing, and most finish far earlier.
+finishes near the end; with fair shares, too. So agents go in the order in which fair sharing
+*would* finish them, after the fair sojourn protocol (Friedman and Henderson, SIGMETRICS 2003), and
+most finish far earlier.
 
-Fair sharing is simulated as a fluid. Each call that passes adds its work (`Node.work`, seconds of
-the limits) to the service that is handed out, and an equal part of it to each agent that the fluid
-has not finished yet: that sum is the virtual time V. An agent that arrives at V and needs ``size``
-would finish at its *tag*, V + size. The lowest tag goes first, and an agent's own calls go in order
-of arrival. Tags stay, and V grows with every call that passes, so newcomers' tags pass those of all
-who wait, and nobody starves. A call outside any agent is an agent of one call.
+Virtual time V is what fair sharing would have given to each agent that waits: each call that passes
+adds its work (`Node.work`, seconds of the limits), divided by the number of agents that have calls
+waiting. An agent that arrives at V and needs ``size`` would finish at its *tag*, V + size. The
+lowest tag goes first, and an agent's own calls go in order of arrival. A call outside any agent is
+an agent of one call.
+
+Nobody starves: if at most n others wait at a time, V reaches the tag of an agent after at most
+(n + 1) x size of the limit's time, and from then on every newcomer's tag is later. In the paper, an
+agent that is done counts until fair sharing would have finished it, too. In a closed loop, where the
+next agent comes as soon as one is done, ever more of those would count, V would grow ever more
+slowly, and newcomers would go first for ever. So only those count that wait. The price is part of
+the gain where agents keep coming: their tags are later than the paper's.
+
+An agent that makes no call for a while keeps its tag, unless V grows meanwhile by more than it has
+used: what is beyond that is added to its tag. So whoever comes back after hours is no earlier than
+its own use allows.
 
 Sizes are learned. The expected size of an agent is the mean of its kind's latest runs; once the
 agent has used more than that, it is the mean of those runs that were larger than what it has used.
 If what it then still needs is at most half of what a new one of its kind needs, it keeps its tag:
 it is nearly done, and to serve others first would let it wait for nothing. A kind without a history
 is sized by all kinds. If no run was larger, the agent pays as it goes: its tag is V at its arrival
-plus what it has used, which is fair sharing.
+plus what it has used, which is fair sharing. As long as nothing is known at all, the first agent
+gets more than its share, so that its size is soon known for the others.
 
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
@@ -44,38 +55,60 @@ _RUNS: Final = 200
 _KINDS: Final = 200
 #: What part of a new agent's size is little enough for one that runs to stay in its place.
 _NEARLY_DONE: Final = 0.5
+#: How many shares the first agent gets while no sizes are known, so that one is known soon.
+_PILOT: Final = 4.0
 
 _Sizes: TypeAlias = deque[float]
 
 
 class AgentRun(Account):
-    """One agent at one limiter, or one call that no agent makes; it pays for what its calls use."""
+    """One agent at one limiter, or one call that no agent makes."""
 
     def __init__(
-        self, agents: "Agents", agent: Agent | None, start: float, size: float | None, number: int
+        self, agents: "Agents", agent: Agent | None, size: float | None, number: int
     ) -> None:
-        self._agents = agents
-        self.agent = agent
+        self._agents, self.agent = agents, agent
         #: When it made its first call here (ns).
         self.began = 0
-        #: V when it came; what it has used; whether the fluid has yet to finish it, and when it will;
-        #: and its place in line.
-        self.start, self.used, self.fluid, self.leaves, self.tag = start, 0.0, False, start, start
+        #: Its calls that wait; V when it came, and when its last call that waited was gone; what it has
+        #: used; and its place in line.
+        self.calls: set[Lease] = set()
+        self.start = self.left = self.tag = agents.clock
+        self.used = 0.0
         self.expect(size)
         #: Who goes first among equals: whoever came first.
         self.number = number
 
-    def expect(self, size: float | None) -> None:
+    def expect(self, size: float | None, shares: float = 1.0) -> None:
         """Set what it is expected to use; None if nobody knows: then it pays as it goes.
 
         Its tag never falls, so that its calls stay in order, also if some got back what they had paid.
         """
         self.is_open = size is None
         self.size = self.used if size is None else size
-        self.tag = max(self.tag, self.start + self.size)
+        self.tag = max(self.tag, self.start + self.size / shares)
+
+    def wait(self, lease: Lease) -> None:
+        """Take in that a call waits; hearing it again changes nothing."""
+        if not self.calls:
+            self._agents.waiting += 1
+            missed = max(0.0, self._agents.clock - self.left - self.used)
+            self.start += missed
+            self.tag += missed
+        self.calls.add(lease)
+
+    def gave_up(self, lease: Lease) -> None:
+        if lease in self.calls:
+            self.calls.remove(lease)
+            self.left = self._agents.clock
+            self._agents.waiting -= not self.calls
 
     def passed(self, lease: Lease, now: int) -> None:
-        self._agents.pay(self, self._agents.node.work(lease._amounts))
+        agents = self._agents
+        work = agents.node.work(lease._amounts)
+        agents.clock += work / max(1, agents.waiting)
+        self.gave_up(lease)
+        agents.correct(self, work)
 
     def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:
         work = self._agents.node.work
@@ -93,17 +126,15 @@ class Agents:
         #: Those that run here.
         self.runs: dict[Agent, AgentRun] = {}
         self._finished = self._numbers = 0
-        #: Virtual time; those that the fluid has not finished, by when it will, stale entries included;
-        #: and how many they are.
-        self._clock = 0.0
-        self._fluid: list[tuple[float, int, AgentRun]] = []
-        self._in_fluid = 0
+        #: Virtual time; and how many runs have calls that wait.
+        self.clock, self.waiting = 0.0, 0
 
-    def run_of(self, agent: Agent) -> AgentRun | None:
-        """Return the run of ``agent`` here, which begins with its first call; None if it is over."""
+    def run_of(self, agent: Agent, work: float) -> AgentRun | None:
+        """Return the run of ``agent`` here, which begins with a first call of ``work``; None if it is over."""
         run = self.runs.get(agent)
         if run is None and not agent.is_over:
             run = self.runs[agent] = self.enter(agent, self._size_of(agent))
+            run.tag += work * run.is_open  # it needs at least its first call
             run.began = self.node.pacer.clock()
             agent.limiters.append(self)
             self.node.pacer.notify_locked(self.node, AgentStarted, kind=agent.kind)
@@ -114,8 +145,9 @@ class Agents:
     ) -> tuple[list[Any], int]:
         """Return which of ``calls`` would go before one of ``agent``, and how many other agents'."""
         run = None if agent is None else self.runs.get(agent)
-        size = self.node.work(amounts) if agent is None else self._size_of(agent)
-        tag = self._clock + (size or 0.0) if run is None else run.tag
+        work = self.node.work(amounts)
+        size = work if agent is None else self._size_of(agent)
+        tag = self.clock + (work if size is None else size) if run is None else run.tag
         runs = [(call, run_of(call.lease)) for call in calls]
         before = [
             (call, theirs)
@@ -133,38 +165,12 @@ class Agents:
     def enter(self, agent: Agent | None, size: float | None) -> AgentRun:
         """Return a new run of an agent, or of a call that no agent makes."""
         self._numbers += 1
-        run = AgentRun(self, agent, self._clock, size, self._numbers)
-        self._join_fluid(run, run.tag)
-        return run
-
-    def _join_fluid(self, run: AgentRun, leaves: float) -> None:
-        run.leaves = leaves
-        if not run.fluid:
-            run.fluid = True
-            self._in_fluid += 1
-        if not run.is_open:
-            heapq.heappush(self._fluid, (leaves, run.number, run))
+        return AgentRun(self, agent, size, self._numbers)
 
     def expected(self, kind: str | None, above: float = -1.0) -> float | None:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
         sizes = [size for size in self._sizes.get(kind) or self._all if size > above]
         return fsum(sizes) / len(sizes) if sizes else None
-
-    def pay(self, run: AgentRun, work: float) -> None:
-        """Take in that a call of ``run`` has passed, as so much ``work``: virtual time moves."""
-        fluid, left = self._fluid, work
-        while fluid:
-            leaves, _, first = fluid[0]
-            if first.fluid and first.leaves == leaves:
-                until = max(0.0, leaves - self._clock) * self._in_fluid
-                if until > left:
-                    break
-                left -= until
-                self._clock, first.fluid = max(leaves, self._clock), False
-                self._in_fluid -= 1
-            heapq.heappop(fluid)
-        self._clock += left / max(1, self._in_fluid)
-        self.correct(run, work)
 
     def correct(self, run: AgentRun, work: float) -> None:
         """Take in what a call has paid or, if negative, got back."""
@@ -182,8 +188,8 @@ class Agents:
         if size and size - run.used <= little:
             run.size = size
         else:
-            run.expect(size)
-            self._join_fluid(run, run.tag)
+            is_pilot = not self._all and run.agent is next(iter(self.runs))
+            run.expect(size, _PILOT if is_pilot else 1.0)
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
@@ -201,12 +207,6 @@ class Agents:
             for other in self.runs.values():
                 if other.is_open and other.used < run.used:  # else it stays so
                     self._resize(other)
-        if run.fluid:  # now its true size is known
-            run.is_open = False
-            self._join_fluid(run, run.start + run.used)
-        if not self.runs:
-            self._fluid.clear()
-            self._in_fluid = 0
         seconds = (now - run.began) * 1e-9
         node.pacer.notify_locked(
             node, AgentFinished, kind=agent.kind, seconds=seconds, ended_well=ended_well
@@ -244,11 +244,14 @@ class CallsByAgent:
             self.append(call)
 
     def append(self, call: Any) -> None:
-        """Add a call."""
+        """Add a call, unless it has given up meanwhile."""
+        if call.done():
+            return
         run = run_of(call.lease)
         if run is None:
             run = self._agents.enter(None, call.line.node.work(call.amounts))
             call.lease.accounts = (*call.lease.accounts, run)
+        run.wait(call.lease)
         heapq.heappush(self._heap, (run.tag, run.number, call.number, call, run))
 
     def popleft(self) -> Any:
@@ -283,7 +286,8 @@ def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
     """Return the run that pays for a call: the agent's, or one of its own if the agent is over."""
     with node.pacer:
         agents = agents_of(node)
-        return agents.run_of(agent) or agents.enter(None, node.work(amounts))
+        work = node.work(amounts)
+        return agents.run_of(agent, work) or agents.enter(None, work)
 
 
 def agents_of(node: Node) -> Agents:

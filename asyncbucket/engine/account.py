@@ -42,6 +42,9 @@ class Account:
         """
         return False
 
+    def gave_up(self, lease: "Lease") -> None:
+        """Take in that the call has left its line without being admitted; with the lock held."""
+
     def passed(self, lease: "Lease", now: int) -> None:
         """Take in that the call was admitted at ``now``; with the limiter's lock held."""
 

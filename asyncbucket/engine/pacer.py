@@ -213,6 +213,8 @@ class Pacer:
         else:
             line.depart()
         self.count_in(line.waited_at, waiter.seat, -1)
+        for account in waiter.lease.accounts if waiter.lease is not None else ():
+            account.gave_up(waiter.lease)
         waiter.seat = NOWHERE
         self.ring_locked(line.node, now)
 

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import contextlib
 import gc
+import statistics
 import sys
 from typing import Any
 
@@ -61,9 +62,9 @@ class Crowd:
     ("agents", "order"),
     [
         ({"a": (5, 5), "b": (2, 2), "c": (3, 3), "d": (2, 2)}, "bbddcccaaaaa"),
-        ({"a": (4, None), "b": (4, None), "c": (4, None)}, "abcabcabcabc"),
+        ({"a": (4, None), "b": (4, None), "c": (4, None)}, "aaaabbbbcccc"),
     ],
-    ids=["shortest first", "without history"],
+    ids=["shortest first", "the first shows how large they are"],
 )
 async def test_agents_finish_as_fair_shares_would_finish_them(
     time: VirtualTime, agents: dict[str, tuple[int, int | None]], order: str
@@ -166,7 +167,126 @@ async def test_call_outside_agents_is_an_agent_of_one_call(time: VirtualTime) ->
 
     crowd.tasks.append(asyncio.ensure_future(stream()))
     await asyncio.sleep(20)
-    assert await crowd.order() == "." * 14 + "aaaa" + "." * 6
+    assert await crowd.order() == "." * 6 + "aaaa" + "." * 14
+
+
+class ClosedLoop:
+    """Callers that never stop, and one research agent, at ten calls a second of 0.2 s each."""
+
+    def __init__(self, time: VirtualTime, limit: str = "600 RPM") -> None:
+        self.limiter = Limiter(limit, clock=time.clock)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def call(self) -> None:
+        async with self.limiter.acquire():
+            await asyncio.sleep(0.2)
+
+    async def caller(self) -> None:
+        while True:
+            await self.call()
+
+    async def chat(self, pause: float = 0.0) -> None:
+        """Make turns of three calls, each turn in a scope."""
+        while True:
+            with agent(kind="chat"):
+                for _ in range(3):
+                    await self.call()
+                await asyncio.sleep(pause)
+
+    async def quitter(self) -> None:
+        """Give up before any call can pass, again and again."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await self.call()
+
+    async def research(self, expects: int | None) -> None:
+        scope: dict[str, Any] = {} if expects is None else {"expects": Cost(requests=expects)}
+        with agent(kind="research", **scope):
+            for _ in range(300):
+                await self.call()
+
+
+@pytest.mark.parametrize("expects", [None, 300, 1], ids=["learned", "told", "told wrong"])
+@pytest.mark.parametrize(
+    ("crowd", "others"),
+    [
+        ({"caller": 20}, 20),
+        ({"caller": 20, "sleeper": 5}, 20),
+        ({"chat": 40}, 40),
+        ({"caller": 20, "quitter": 20}, 40),
+    ],
+    ids=["callers", "idle scopes", "chats", "calls that give up"],
+)
+async def test_no_agent_starves_beside_callers_that_never_stop(
+    time: VirtualTime, crowd: dict[str, int], others: int, expects: int | None
+) -> None:
+    """Beside n others, 30 s of calls take at most (n + 1) x 30 s, and the 60 s that they last."""
+    loop = ClosedLoop(time)
+    makes = {
+        "caller": loop.caller,
+        "sleeper": lambda: loop.chat(pause=1e6),
+        "chat": loop.chat,
+        "quitter": loop.quitter,
+    }
+    if expects is None:
+        await loop.research(None)
+    loop.tasks = [
+        asyncio.ensure_future(makes[kind]()) for kind, n in crowd.items() for _ in range(n)
+    ]
+    await asyncio.sleep(5)
+    began = time.now
+    await loop.research(expects)
+    assert time.now - began <= (others + 1) * 30 + 60
+    for task in loop.tasks:
+        task.cancel()
+    await asyncio.gather(*loop.tasks, return_exceptions=True)
+    assert not loop.limiter._node.agents.waiting
+
+
+async def test_agent_that_comes_back_after_an_hour_keeps_only_what_it_has_used(
+    time: VirtualTime,
+) -> None:
+    """Its hundred calls get no more than a fair share of the first minute: 600 / 21."""
+    loop = ClosedLoop(time)
+    loop.tasks = [asyncio.ensure_future(loop.caller()) for _ in range(20)]
+    passed: list[str] = []
+
+    async def one(name: str) -> None:
+        async with loop.limiter.acquire():
+            passed.append(name)
+
+    with agent(expects=Cost(requests=101)):
+        await one("old")
+        await asyncio.sleep(3_600)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                for _ in range(100):
+                    group.create_task(one("old"))
+    assert passed.count("old") <= 1 + 600 / 21
+    for task in loop.tasks:
+        task.cancel()
+
+
+@pytest.mark.parametrize(("agents", "calls"), [(10, 5), (100, 4)])
+def test_first_agents_of_all_finish_early_too(agents: int, calls: int) -> None:
+    """In three quarters of the time that they take without scopes, on average."""
+    means: dict[bool, float] = {}
+    for scopes in (False, True):
+        with virtual_time() as time:
+            loop = ClosedLoop(time, "600 RPM burst 1")
+
+            async def run(loop: ClosedLoop = loop, *, scopes: bool = scopes) -> float:
+                with agent(kind="k") if scopes else contextlib.nullcontext():
+                    for _ in range(calls):
+                        await loop.call()
+                return asyncio.get_running_loop().time()
+
+            async def main() -> list[float]:
+                return await asyncio.gather(*(run() for _ in range(agents)))
+
+            means[scopes] = statistics.fmean(time.run(main()))
+    assert means[True] <= 0.75 * means[False]
 
 
 async def test_cancelled_agents_leave_no_trace(time: VirtualTime) -> None:
@@ -187,7 +307,7 @@ async def test_cancelled_agents_leave_no_trace(time: VirtualTime) -> None:
     assert (now.agents.running, now.agents.finished) == (0, 2)
     line = crowd.limiter._node.lines[0]
     assert not line.calls
-    assert not crowd.limiter._node.agents._fluid
+    assert not crowd.limiter._node.agents.waiting
 
 
 async def test_10_000_agents_in_a_row_leave_no_memory(time: VirtualTime) -> None:
