@@ -94,8 +94,8 @@ class StoreError(AsyncBucketError):
 def refusal_in(error: BaseException | None) -> AsyncBucketError | None:
     """Return asyncbucket's own error inside ``error``; None if there is none.
 
-    An SDK reports a call that the limiter refused as a lost connection. The limiter's error, with
-    its ``retry_after``, is among the causes. Exception groups are searched, too.
+    Some frameworks turn every error into one of their own. The limiter's error, with its
+    ``retry_after``, is then among the causes. Exception groups are searched, too.
     """
     seen: set[int] = set()
     found = [error]

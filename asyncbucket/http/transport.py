@@ -21,9 +21,10 @@ host was asked in the first place: what the headers of another host say is not l
 import copy
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict
 
 from asyncbucket.attempt import Attempt, paying, retried
+from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.exchange import Exchange, library_of, request_body
@@ -62,6 +63,8 @@ _METHODS: Final = ("handle_async_request", "handle_request")
 #: asked first, which a redirect inherits.
 _PAYER: Final = "asyncbucket.payer"
 _FIRST_HOST: Final = "asyncbucket.first_host"
+#: By which an SDK that Stainless made is known.
+_SDK: Final = "x-stainless-lang"
 _RETRY_COUNT: Final = "x-stainless-retry-count"
 #: Where it says in a reply why no other member of a pool was tried.
 _NOTE_HEADER: Final = "x-asyncbucket-note"
@@ -168,13 +171,25 @@ class PacedTransport(_AnyTransport):
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
-        return await self._handle(request, ASYNC, "handle_async_request")
+        try:
+            return await self.send(request)
+        except AsyncBucketError as error:
+            return _refused(request, error)
 
     def handle_request(self, request: Any) -> Any:
         """Send ``request`` when it is its turn, and return the inner transport's response."""
-        return run(self._handle(request, SYNC, "handle_request"))
+        try:
+            return run(self.send(request, SYNC))
+        except AsyncBucketError as error:
+            return _refused(request, error)
 
-    async def _handle(self, request: Any, io: IO, method: str) -> Any:
+    async def send(self, request: Any, io: IO = ASYNC) -> Any:
+        """Send ``request`` when it is its turn; what the limiter refuses raises, whoever asks.
+
+        Raises:
+            AsyncBucketError: the limiter refuses it.
+        """
+        method = _METHODS[io is SYNC]
         inner = self._make(method, request) if self._given is None else self._given
         send = getattr(inner, method, None)
         if send is None:
@@ -338,6 +353,39 @@ class PacedTransport(_AnyTransport):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class _Refused:
+    """Raise the limiter's error as soon as an SDK asks whether the call succeeded.
+
+    What a transport raises, SDKs made by Stainless (OpenAI's, Anthropic's, Groq's and others) turn
+    into an error of their own, after they have tried it again. What they meet when they look at a
+    reply passes as it is.
+    """
+
+    refusal: AsyncBucketError
+
+    @property
+    def is_success(self) -> bool:
+        raise self.refusal
+
+    def raise_for_status(self) -> NoReturn:
+        raise self.refusal
+
+
+@functools.cache
+def _refused_class(library: Any) -> Any:
+    return type("RefusedResponse", (_Refused, library.Response), {})
+
+
+def _refused(request: Any, error: AsyncBucketError) -> Any:
+    """Return a reply that raises ``error``, if an SDK would wrap what is raised here; else raise it."""
+    if _SDK not in request.headers or _PAYER in request.extensions:
+        raise error
+    headers = {"x-should-retry": "false"}
+    reply = _refused_class(library_of(request))(429, headers=headers, text=str(error))
+    reply.refusal = error
+    return reply
 
 
 def _can_be_resent(request: Any, read: ReadRequest) -> bool:

@@ -124,7 +124,7 @@ def classify(error: BaseException) -> Verdict:
     If there is a status, it decides. An error without one (a lost connection, an error event in a
     stream) is recognized by the names of its classes, or by the code that it carries. Any other
     error, an error of asyncbucket itself, and anything that is not an `Exception` are not to be
-    retried. (SDKs report a refusal by a limiter beneath them as a lost connection.)
+    retried, nor is what was caused by one.
     """
     if isinstance(error, RefusedReply):
         return error.verdict

@@ -10,9 +10,8 @@ from typing import Any, get_args
 import pytest
 from openai import AsyncOpenAI
 
-from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket import Limiter
 from asyncbucket.attempt import Attempt
-from asyncbucket.errors import refusal_in
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from asyncbucket.testing.counting import PolicyName
@@ -182,28 +181,3 @@ async def test_sdk_that_retries_too_makes_single_attempts_and_is_logged_once(
         "the SDK above the transport of limiter 'openai' retries failed calls, too"
     )
     assert message.endswith("pass max_retries=0 to the SDK")
-
-
-async def ask_openai(url: str, limiter: Limiter) -> None:
-    options: dict[str, Any] = {"http_client": limiter.http_client(family=FAMILY)}
-    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0, **options)
-    await client.chat.completions.create(model="m", messages=HELLO, max_tokens=50)
-
-
-async def ask_anthropic(url: str, limiter: Limiter) -> None:
-    anthropic = pytest.importorskip("anthropic")
-    family = anthropic.APIStatusError.__init__.__annotations__["response"].split(".")[0]
-    options: dict[str, Any] = {"http_client": limiter.http_client(family=family)}
-    client = anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0, **options)
-    await client.messages.create(model="m", messages=HELLO, max_tokens=50)
-
-
-@pytest.mark.parametrize("ask", [ask_openai, ask_anthropic])
-async def test_limiters_refusal_is_found_in_sdk_error_and_not_retried(ask: Any) -> None:
-    limiter = Limiter(concurrency=1, timeout=0)
-    with limiter.acquire_sync(), RateLimitedProvider() as provider:
-        with pytest.raises(Exception, match=r"^Connection error|^not admitted") as caught:
-            await ask(provider.url, limiter)
-        assert provider.statistics().requests == 0
-    assert isinstance(refusal_in(caught.value), AcquireTimeout)
-    assert limiter.statistics().refused == 1

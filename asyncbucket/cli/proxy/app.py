@@ -201,7 +201,7 @@ class Proxy:
         try:
             with self._terms.applied(headers, tenants_by_key=options.tenants_by_key):
                 request = await self._request(caller, options)
-                reply = await self._transport.handle_async_request(request)
+                reply = await self._transport.send(request)
                 await _pass_on(reply, caller.send)
         except ClientDisconnect:
             return
