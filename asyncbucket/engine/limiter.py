@@ -143,10 +143,12 @@ class Limiter(Doors, OfThisProcess):
     def _set_up(self, node: Node, parent: "Limiter | None", terms: Terms) -> None:
         """Set up the public object in front of ``node``."""
         self._node, self._parent, self._terms = node, parent, terms
-        self._timeout, self._priority = terms.timeout, terms.priority or 0
+        self._timeout, self._priority = terms.timeout, 0
         if parent is not None:
             self._timeout = parent._timeout if terms.timeout is None else terms.timeout
-            self._priority = parent._priority if terms.priority is None else terms.priority
+            self._priority = parent._priority
+        if isinstance(terms.priority, int):
+            self._priority = terms.priority
         self._has_terms = bool(self._timeout is not None or self._priority)
         #: Whether calls have come this way, and have paid for all that is limited.
         self._is_proven = False
@@ -159,6 +161,8 @@ class Limiter(Doors, OfThisProcess):
         """Put the terms of a new limiter in force."""
         node = self._node
         node.weight, node.max_queue = terms.weight, terms.max_queue
+        if terms.priority == "within":
+            node.within = True
         if terms.limits or terms.concurrency is not None:
             self._put_in_force_locked(terms.limits, terms.concurrency)
 
@@ -409,7 +413,9 @@ class Limiter(Doors, OfThisProcess):
             limits: limits on the child's calls, besides those of this limiter.
             terms: ``weight=``, its share compared with its siblings', 1 by default;
                 ``concurrency=``, ``max_queue=``, ``timeout=`` and limits such as ``rpm=`` as for
-                `Limiter`; ``priority=`` for those of its calls that have none of their own.
+                `Limiter`; ``priority=`` for those of its calls that have none of their own. With
+                ``priority="within"``, priorities count among its own calls alone, and to its
+                siblings all of them are normal.
 
         Raises:
             LimitSyntaxError: a limit cannot be read; a ValueError.

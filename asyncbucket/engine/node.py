@@ -57,6 +57,8 @@ class Node:
 
     # What most limiters never set:
     weight = 1.0
+    #: Whether its calls' priorities count among themselves alone.
+    within = False
     children: "weakref.WeakSet[Node] | None" = None
     observers: Observers | None = None
     #: Limits that the provider announced and nobody gave.

@@ -31,7 +31,7 @@ the node itself. Then only calls entitled to go before it may overtake, and virt
 that.
 
 Above all this stand the priorities, which compete by the same rule, each with eight times the
-weight of the next below. So an urgent call that comes alone is next, up to eight in a row may be,
+weight of the next below. (At a limiter whose priorities count `within`, they stand below it.) So an urgent call that comes alone is next, up to eight in a row may be,
 and a priority that is always outbid still gets its share: beside n more urgent ones, at least
 1 / (1 + 8 + ... + 8^n) of the limit.
 """
@@ -231,6 +231,8 @@ class Branch(Flow):
         #: at once; the sums of those that compete.
         self.clock = self._potential = self._weights = self._works = 0.0
         self._joined = 0
+        #: Whether its flows compete by their priorities.
+        self._by_priority = above is None or node.within
 
     def lines(self) -> Iterator[Line]:
         for flow in self.flows:
@@ -246,7 +248,7 @@ class Branch(Flow):
             self.flows.add(flow)
             if self.living <= 1:  # nobody else waits: what was served before delays no newcomer
                 self._potential = self.clock
-            if self.above is not None:
+            if not self._by_priority:
                 self._joined = flow.rank = self._joined + 1
             self._make_ready(flow, kept=0.0)
 
@@ -338,7 +340,7 @@ class Branch(Flow):
     def _charge_first(self, work: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
-        if self.above is None and len(self.flows) > 1:
+        if self._by_priority and len(self.flows) > 1:
             self._weigh_priorities()
         self._works += work - flow.work
         flow.work = work
@@ -402,12 +404,14 @@ class PaidLine(Line):
 def new_line(node: Node, priority: int) -> Line:
     """Return a line for the calls of a limiter and a priority that had none yet."""
     line = Line(node, branch_of(node, priority), priority)
+    line.rank = -priority
     node.lines = {**node.lines, priority: line}
     return line
 
 
 def branch_of(node: Node, priority: int) -> Branch:
     """Return where the calls of one priority at a limiter and below it meet."""
+    priority = 0 if node.within else priority
     branch: Branch | None = node.branches.get(priority)
     if branch is None:
         above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)

@@ -47,7 +47,7 @@ class Keywords(LimitKeywords, total=False):
     #: The most calls that may wait; the parent's bound applies as well.
     max_queue: int | None
     #: For calls that have none of their own; by default the parent's.
-    priority: Priority | None
+    priority: Priority | Literal["within"] | None
     #: The most seconds to wait, for calls that set none; by default the parent's.
     timeout: float | None
 
@@ -102,7 +102,8 @@ class Terms:
     weight: float = 1.0
     concurrency: Concurrency | None = None
     max_queue: int | None = None
-    priority: int | None = None
+    #: Of calls that have none of their own; or ``"within"``: see `Limiter.child`.
+    priority: int | Literal["within"] | None = None
     timeout: float | None = None
 
     @classmethod
@@ -119,7 +120,7 @@ class Terms:
             weight=read_weight(others.pop("weight", 1.0)),
             concurrency=others.pop("concurrency", None),
             max_queue=None if max_queue is None else read_count(max_queue, "max_queue"),
-            priority=None if priority is None else read_priority(priority),
+            priority=priority if priority in (None, "within") else read_priority(priority),
             timeout=others.pop("timeout", None),
             limits=tuple(read_limits(limits, others)),
         )

@@ -2,17 +2,19 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import sys
 import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
-from asyncbucket import Limit, Limiter, WouldBlock
+from asyncbucket import Limit, Limiter, Pool, WouldBlock, agent
 from asyncbucket.levels import observe_remaining, terms_of
 from asyncbucket.testing import VirtualTime
 from tests.engine.conftest import available, used
@@ -211,3 +213,61 @@ def test_threads_asking_for_one_tenant_get_same_limiter() -> None:
             found = [job.result(20) for job in [pool.submit(ask) for _ in range(4)]]
         assert len({id(tenant) for tenant, _ in found}) == 1
         assert len({id(child) for _, child in found}) == 1
+
+
+async def passes(limiter: Limiter, callers: dict[str, Any], seconds: float) -> dict[str, int]:
+    """Return how many calls of each name passed, if each caller asks again and again."""
+    passed = dict.fromkeys(callers, 0)
+
+    async def caller(name: str, scope: Any, call: dict[str, Any]) -> None:
+        with scope():
+            while True:
+                async with limiter.acquire(**call):
+                    passed[name] += 1
+                    await asyncio.sleep(0.5)
+
+    tasks = [
+        asyncio.ensure_future(caller(name, scope, call))
+        for name, (many, scope, call) in callers.items()
+        for _ in range(many)
+    ]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert limiter.statistics().in_flight == 0
+    return passed
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["per_key", "pool"])
+async def test_tenant_gets_no_more_by_opening_a_hundred_agents(
+    time: VirtualTime, *, pooled: bool
+) -> None:
+    limiter: Any = Limiter("300 RPM burst 1", name="a", clock=time.clock)
+    if pooled:
+        limiter = Pool(limiter, Limiter("300 RPM burst 1", name="b", clock=time.clock))
+    callers = {
+        "many": (100, partial(agent, kind="k"), {"tenant": "many"}),
+        "one": (10, contextlib.nullcontext, {"tenant": "one"}),
+    }
+    passed = await passes(limiter, callers, 300)
+    assert abs(passed["many"] - passed["one"]) <= 2
+
+
+async def test_priorities_within_a_tenant_leave_the_others_their_shares(time: VirtualTime) -> None:
+    """Its own urgent calls go first, eight to one; without ``"within"`` they do beside all."""
+    callers: dict[str, Any] = {
+        "good": (20, contextlib.nullcontext, {"tenant": "good"}),
+        "evil": (20, contextlib.nullcontext, {"tenant": "evil", "priority": 1}),
+        "evil's own": (20, contextlib.nullcontext, {"tenant": "evil"}),
+    }
+    fair, plain = (Limiter("120 RPM burst 1", clock=time.clock) for _ in range(2))
+    fair.per_key(priority="within")
+    passed = await passes(fair, callers, 900)
+    both = passed["evil"] + passed["evil's own"]
+    assert abs(passed["good"] - both) <= 2
+    assert passed["evil"] == pytest.approx(both * 8 / 9, abs=2)
+    passed = await passes(plain, callers, 900)
+    assert passed["evil"] == pytest.approx(sum(passed.values()) * 8 / 9, abs=2)
+    with pytest.raises(ValueError, match="priority must be"):
+        fair.acquire(priority="within")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

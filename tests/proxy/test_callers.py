@@ -24,14 +24,27 @@ async def test_headers_say_what_a_call_inherits() -> None:
     found = inherited_by(
         CallerTerms(),
         asyncbucket_tenant="acme",
-        asyncbucket_priority="interactive",
+        asyncbucket_priority="batch",
         asyncbucket_agent="research/a17",
         asyncbucket_timeout="30",
     )
-    assert (found.tenant, found.priority) == ("acme", 1)
+    assert (found.tenant, found.priority) == ("acme", -1)
     assert (found.agent.name, found.agent.kind) == ("a17", "research")
     assert 29 < found.seconds_left() <= 30
     assert inherited.get() is None
+
+
+def test_priority_is_normal_or_below_and_in_plain_digits() -> None:
+    for urgent in "interactive", "7":
+        with pytest.raises(ProxyError, match="normal and below; start the proxy with --trust-prio"):
+            inherited_by(CallerTerms(), asyncbucket_priority=urgent)
+        trusted = CallerTerms().applied(
+            [(b"asyncbucket-priority", urgent.encode())], tenants_by_key=False, trust_priority=True
+        )
+        with trusted:
+            assert inherited.get() is not None
+    with pytest.raises(ProxyError, match="priority must be"):
+        inherited_by(CallerTerms(), asyncbucket_priority="\u0661")
 
 
 def test_agent_is_over_after_a_minute_without_a_call(virtual_time: VirtualTime) -> None:

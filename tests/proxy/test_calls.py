@@ -180,6 +180,7 @@ async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
         ({"asyncbucket-timeout": "soon"}, 400, "asyncbucket-timeout: could not convert string to"),
         ({"asyncbucket-timeout": "-1"}, 400, "-timeout: a deadline must be at least 0 s"),
         ({"asyncbucket-priority": "1000"}, 400, "-priority: priority must be 'interac"),
+        ({"asyncbucket-priority": "interactive"}, 400, "start the proxy with --trust-priority"),
         ({"asyncbucket-agent": "a/"}, 400, "-agent: the name in NAME or KIND/NAME, such as"),
         ({"asyncbucket-tenant": ""}, 400, "-tenant: a tenant must be a non-empty string"),
         ({"host": "evil.example"}, 403, "only programs on its own machine"),

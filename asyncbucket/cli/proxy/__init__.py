@@ -37,9 +37,15 @@ _LAST_PORT: Final = 65_535
 #: What may be in the file's table ``[proxy]``.
 _ENTRIES: Final = (
     *("upstream", "pool", "listen", "status", "profile", "key_env", "retries", "tenants_by_key"),
+    "trust_priority",
 )
 #: What an entry must be that is not a string.
-_KINDS: Final = {"tenants_by_key": (bool, "true or false"), "retries": (int, "a whole number")}
+_FLAG: Final = (bool, "true or false")
+_KINDS: Final = {
+    "tenants_by_key": _FLAG,
+    "trust_priority": _FLAG,
+    "retries": (int, "a whole number"),
+}
 
 
 @dataclass(kw_only=True)
@@ -83,6 +89,10 @@ class ProxyOptions:
     tenants_by_key: Annotated[
         bool | None,
         options.flag("Share fairly among the callers' keys.", "--tenants-by-key"),
+    ] = None
+    trust_priority: Annotated[
+        bool | None,
+        options.flag("Let callers ask for more than normal priority.", "--trust-priority"),
     ] = None
     status: Annotated[
         str | None,

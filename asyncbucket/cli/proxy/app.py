@@ -199,7 +199,11 @@ class Proxy:
     async def _answer(self, caller: "_Caller") -> None:
         options, headers = self._options, caller.scope["headers"]
         try:
-            with self._terms.applied(headers, tenants_by_key=options.tenants_by_key):
+            whom = {
+                "tenants_by_key": options.tenants_by_key,
+                "trust_priority": options.trust_priority,
+            }
+            with self._terms.applied(headers, **whom):
                 request = await self._request(caller, options)
                 reply = await self._transport.send(request)
                 await _pass_on(reply, caller.send)

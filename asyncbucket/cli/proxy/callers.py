@@ -55,6 +55,7 @@ _TYPES: Final = {
 }
 #: The paths of Google's own protocol, and the type of what says when to come back.
 _GOOGLES_PATH: Final = re.compile(r"/v1(alpha|beta)/(?!openai/)|:\w*(Contents?|[pP]redict|Tokens)$")
+_WHOLE: Final = re.compile(r"-?[0-9]{1,9}")
 _RETRY_INFO: Final = "type.googleapis.com/google.rpc.RetryInfo"
 #: Errors of a call that is not to be tried again: it can never pass, or its caller's time was up.
 _POINTLESS: Final = (errors.CostExceedsLimit, errors.AcquireTimeout, errors.UnknownPrice)
@@ -99,13 +100,22 @@ class CallerTerms:
         self._kinds: set[str] = set()
 
     @contextlib.contextmanager
-    def applied(self, headers: Headers, *, tenants_by_key: bool | None) -> Generator[None]:
+    def applied(
+        self, headers: Headers, *, tenants_by_key: bool | None, trust_priority: bool | None = None
+    ) -> Generator[None]:
         """Put what is called inside on the terms in ``headers``, whose names are in lower case.
+
+        Priorities go before tenants' shares, so urgent ones need ``trust_priority``.
 
         Raises:
             ProxyError: a header cannot be read; the message names it.
         """
         terms = _own(headers)
+        if terms.get("priority", 0) > 0 and not trust_priority:
+            raise ProxyError(
+                "asyncbucket-priority: callers may ask for normal and below; start the proxy with "
+                "--trust-priority to let them go before others"
+            )
         if tenants_by_key:  # whatever a header says
             terms["tenant"] = hashlib.blake2b(key_in(headers), key=self._salt).hexdigest()
         with contextlib.ExitStack() as scopes:
@@ -171,7 +181,7 @@ def _own(headers: Headers) -> dict[str, Any]:
 
 
 def _priority(text: str) -> int:
-    value: Any = int(text) if text.removeprefix("-").isdecimal() else text
+    value: Any = int(text) if _WHOLE.fullmatch(text) else text
     return read_priority(value)
 
 
