@@ -225,8 +225,8 @@ class Doors:
 
         return amap(cast("Limiter", self), fn, items, **options)
 
-    def serve_stats(self, *, port: int | None = None) -> "StatsServer":
-        """Serve the statistics of this limiter and its children, read-only, on this machine only.
+    def serve_stats(self, *, port: int | None = None, control: bool = False) -> "StatsServer":
+        """Serve the statistics of this limiter and its children, on this machine only.
 
         >>> server = limiter.serve_stats()
         >>> server.url  # where `asyncbucket watch` looks
@@ -234,6 +234,8 @@ class Doors:
 
         Args:
             port: where to listen on 127.0.0.1; by default 4294, or any free port if that is taken.
+            control: whether `asyncbucket watch` may change limits, pause and resume; the command with
+                its token is printed on standard error.
 
         Raises:
             OSError: the port is taken.
@@ -241,7 +243,7 @@ class Doors:
         """
         from asyncbucket.telemetry.stats import serve_stats
 
-        return serve_stats(cast("Limiter", self), port=port)
+        return serve_stats(cast("Limiter", self), port=port, control=control)
 
     def trace(self, last: int = 10_000) -> "Trace":
         """Keep the latest events from now on, for a plot or a test; see `asyncbucket.telemetry.Trace`.
@@ -301,6 +303,13 @@ def make_sizer(bounds: tuple[int, int], earlier: Sizer | None) -> Sizer:
 
     start = {} if earlier is None else {"start": earlier.size}
     return Adaptive(least=bounds[0], most=bounds[1], **start)
+
+
+def make_shadow(node: Node) -> Any:
+    """Return what plays the line of a limiter whose calls pass at once."""
+    from asyncbucket.shadow import Shadow
+
+    return Shadow(node)
 
 
 def read_prices(prices: Any) -> Mapping[str, Any]:

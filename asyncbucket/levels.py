@@ -139,6 +139,11 @@ def capped() -> set[str]:
     return {name for each in context.budgets for name in each.cap}
 
 
+def is_in_shadow(limiter: Limiter) -> bool:
+    """Tell whether its calls pass at once, as if there were no limiter."""
+    return limiter._node.path[-1].bystander is not None
+
+
 def prices_of(limiter: Limiter) -> Mapping[str, Any]:
     """Return the prices that the root of ``limiter`` was given."""
     return root_of(limiter)._prices

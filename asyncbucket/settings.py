@@ -1,8 +1,8 @@
 """Limits from outside the code: environment variables and tables in TOML files.
 
 They give the limiter's own arguments, under the same names: ``limits`` (texts), keywords such as
-``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``, and ``prices``, the path of
-a file.
+``rpm`` and ``tpm``, ``concurrency``, ``max_queue``, ``name``, ``store``, ``shadow``, and ``prices``,
+the path of a file.
 """
 
 import os
@@ -20,7 +20,7 @@ L = TypeVar("L")
 T = TypeVar("T")
 
 _NUMBERS: Final = (*KEYWORDS, "max_queue")
-_KNOWN: Final = ("limits", "concurrency", "name", "store", "prices", *_NUMBERS)
+_KNOWN: Final = ("limits", "concurrency", "name", "store", "prices", "shadow", *_NUMBERS)
 
 
 def from_env(
@@ -159,6 +159,8 @@ def _read(name: str, value: Any) -> Any:
             value = [read_amount(bound) for bound in value.split("-")]
             return tuple(value) if len(value) > 1 else value[0]
         return tuple(value) if isinstance(value, list) else value
+    if name == "shadow" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)
     return read_amount(value) if name in _NUMBERS and isinstance(value, str) else value
 
 

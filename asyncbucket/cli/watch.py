@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from asyncbucket.cli import options
+from asyncbucket.cli.keyboard import Keyboard
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.wording import counted, in_seconds, one_line, written
@@ -43,6 +44,9 @@ def watch(
     ] = 1.0,
     once: Annotated[bool, options.flag("Look once, then exit.", "--once")] = False,
     as_json: options.AsJson = False,
+    token: Annotated[
+        str | None, options.text("What serve_stats(control=True) printed; keys then change limits.")
+    ] = None,
 ) -> None:
     """Show what running limiters do, live.
 
@@ -54,7 +58,12 @@ def watch(
         asyncbucket watch
         asyncbucket watch http://127.0.0.1:4294
         asyncbucket watch redis://127.0.0.1:6379/0
+        asyncbucket watch http://127.0.0.1:4294 --token TOKEN
     """
+    if token is not None:
+        with Keyboard(url, token) as keyboard:
+            _show(_readings(partial(_fetch, url), interval, keyboard.wait), keyboard)
+        return
     read = partial(_fetch, url) if url.startswith("http://") else lambda: asyncio.run(_peek(url))
     readings = _readings(read, None if once else interval)
     if not as_json:
@@ -63,11 +72,13 @@ def watch(
         typer.echo(json.dumps(reading))
 
 
-def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
+def _readings(
+    read: Reader, interval: float | None, wait: Callable[[float], object] = time.sleep
+) -> Iterator[dict[str, Any]]:
     """Yield what is read, until nobody answers any more."""
     yield read()
     while interval is not None:
-        time.sleep(interval)
+        wait(interval)
         try:
             yield read()
         except ConnectionError as error:
@@ -77,13 +88,16 @@ def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
             return
 
 
-def _show(readings: Iterator[dict[str, Any]]) -> None:
+def _show(readings: Iterator[dict[str, Any]], keyboard: Keyboard | None = None) -> None:
     before: Limiters = []
     last = time.monotonic()
     with Screen(Console(highlight=False), stays=True) as screen:
         for reading in readings:
             now = time.monotonic()
-            screen.show(compare(reading["limiters"], before, now - last))
+            panels = compare(reading["limiters"], before, now - last)
+            if keyboard is not None:
+                panels.append(keyboard.panel(reading["limiters"]))
+            screen.show(panels)
             before, last = reading["limiters"], now
 
 

@@ -53,3 +53,6 @@ class Account:
 
     def ended(self, lease: "Lease", outcome: Outcome) -> None:
         """Take in that the call is over; with the limiter's lock held."""
+
+    def refused(self, now: int) -> None:
+        """Take in that the provider refused a call for rate; with the limiter's lock held."""

@@ -41,6 +41,7 @@ __all__ = [
     "Released",
     "Retried",
     "Settled",
+    "Shadowed",
     "StoreLost",
     "StoreRecovered",
 ]
@@ -143,6 +144,16 @@ class Paused(Event):
     seconds: float
     #: Why, as given by whoever paused it.
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadowed(Event):
+    """A call of a limiter in shadow, which passed at once, would have been admitted now."""
+
+    cost: Mapping[str, int]
+    #: Seconds that it would have waited, and for what; None if it would not.
+    would_wait: float
+    bound_by: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
 
@@ -97,6 +98,9 @@ class Limiter(Doors, OfThisProcess):
         wall_clock: a callable that returns integer nanoseconds since 1970 (UTC), for limits that
             reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
             clock set to the current time now. With a store, the store's clock counts.
+        shadow: let every call pass at once, and tell what the limits would have done:
+            ``statistics().shadow``. Pauses, learned limits and retries of transports hold back
+            nothing, either. See `leave_shadow`.
         prices: what models cost, for limits and budgets of dollars, if not what is published:
             ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML file;
             see `asyncbucket.prices`.
@@ -112,6 +116,9 @@ class Limiter(Doors, OfThisProcess):
         ImportError: the extra that serves the store is not installed.
     """
 
+    #: What plays the line, if calls pass at once.
+    _shadow: Any = None
+
     def __init__(  # noqa: PLR0913 - each says something else, and all by keyword
         self,
         *limits: str | Limit,
@@ -125,6 +132,7 @@ class Limiter(Doors, OfThisProcess):
         clock: Callable[[], int] = time.monotonic_ns,
         wall_clock: Callable[[], int] | None = None,
         prices: "Prices | str | PathLike[str] | None" = None,
+        shadow: bool = False,
         **limits_by_keyword: Unpack[LimitKeywords],
     ) -> None:
         given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
@@ -134,6 +142,12 @@ class Limiter(Doors, OfThisProcess):
         self._prices = {} if prices is None else doors.read_prices(prices)
         self._set_up(Pacer(clock, read_name(name), wall_clock).root, None, terms)
         self._start(terms)
+        if not isinstance(shadow, bool):
+            raise TypeError(f"shadow must be True or False, not {shadow!r}")
+        if shadow and store is not None:
+            raise ValueError("a limiter in shadow keeps its line to itself: leave out store=")
+        if shadow:
+            self._shadow = self._node.bystander = doors.make_shadow(self._node)
         if store is not None:
             self._node.pacer.place = doors.open_place(
                 self._node, store, on_outage=on_outage, slot_ttl=slot_ttl
@@ -537,15 +551,35 @@ class Limiter(Doors, OfThisProcess):
         node = self._node
         pacer: Pacer = node.pacer
         with pacer:
+            now, bystander = pacer.clock(), node.path[-1].bystander
             if reason in ("429", "daily quota"):
                 node.count("upstream_429")
-            now = pacer.clock()
-            pause = doors.find_pause(node)
-            pause.begin(now + span, now, gradually=gradually, reason=reason)
-            if node.place is not None:
-                node.place.pause(span, gradually=gradually)
-            pacer.ring_locked(node, now)
+                if bystander is not None:
+                    bystander.refused(now)
+            if bystander is None:
+                pause = doors.find_pause(node)
+                pause.begin(now + span, now, gradually=gradually, reason=reason)
+                if node.place is not None:
+                    node.place.pause(span, gradually=gradually)
+                pacer.ring_locked(node, now)
         pacer.notify(node, Paused, seconds=float(seconds), reason=reason)
+
+    def resume(self) -> None:
+        """End a pause now, whatever began it; of a store, other processes go on with theirs."""
+        node = self._node
+        pacer: Pacer = node.pacer
+        with pacer:
+            now = pacer.clock()
+            for pause in node.pauses():
+                pause.end(now)
+            pacer.ring_locked(node, now)
+
+    def leave_shadow(self) -> None:
+        """Pace calls from now on, as limits that were booked in the shadow allow; see `Limiter`."""
+        node = self._node
+        with node.pacer:
+            self._shadow = node.bystander = None
+            node.forget()
 
     def learn(self, limit: Limit) -> None:
         """Adopt a limit that the provider announces, if this limiter was given none.
@@ -686,7 +720,9 @@ class Limiter(Doors, OfThisProcess):
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         with self._node.pacer:
-            return statistics_locked(self._node)
+            now = statistics_locked(self._node)
+            shadow = self._shadow and self._shadow.statistics(self._node.pacer.clock())
+        return replace(now, shadow=shadow) if shadow else now
 
     def __repr__(self) -> str:
         node = self._node

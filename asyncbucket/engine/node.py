@@ -73,6 +73,8 @@ class Node:
     #: How many calls waited, and how long (ns) in total, by what bound them.
     waits: dict[str, list[int]] = EMPTY_MAPPING
     branches: dict[int, Any] = EMPTY_MAPPING
+    #: If a root has it, every call of the tree passes at once, and only this account hears of it.
+    bystander: Account | None = None
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent = name, parent
@@ -106,6 +108,9 @@ class Node:
     @cached_property
     def route(self) -> Route:
         """What a call passes in all, from here up to the root."""
+        bystander = self.path[-1].bystander
+        if bystander is not None:
+            return Route(self.path, (), accounts=(bystander,))
         above, place = None if self.parent is None else self.parent.route, self.place
         sized = () if self.sizer is None else (_Sized(self),)
         return Route(

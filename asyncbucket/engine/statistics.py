@@ -68,6 +68,31 @@ class MemberState:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowStatistics:
+    """Show what a limiter in shadow would have done with its calls so far."""
+
+    calls: int
+    #: Calls that would have waited; and seconds of waiting, as a mean over all calls.
+    would_wait: int
+    mean_wait: float
+    #: Calls that would have failed: a cost above a limit, a full queue, a wait beyond the deadline.
+    would_fail: int
+    #: Refusals (429) that would not have happened, of all that did.
+    prevented: int
+    refusals: int
+    #: How many calls would have waited, and how long, by what held them up.
+    waits: Mapping[str, Waits] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        fails = f"; {self.would_fail:,} would have failed" if self.would_fail else ""
+        return (
+            f"{self.would_wait:,} of {self.calls:,} calls would have waited, {self.mean_wait:,.1f} s on "
+            f"average over all{fails}; {self.prevented:,} of {self.refusals:,} refusals would not have "
+            f"happened"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """Show a limiter at one instant; counts begin when it was made."""
 
@@ -100,6 +125,8 @@ class Statistics:
     bound_by: str | None = None
     #: The agents that call this limiter itself; None if there were none.
     agents: AgentStatistics | None = None
+    #: What it would have done, if it is in shadow.
+    shadow: ShadowStatistics | None = None
 
     def __str__(self) -> str:
         waits = ", ".join(
@@ -118,6 +145,7 @@ class Statistics:
             f"{self.upstream_429:,} upstream 429s",
             f"paused for {in_seconds(self.paused)} more" if self.paused else "",
             f"waited so far: {waits}" if waits else "",
+            f"in shadow: {self.shadow}" if self.shadow else "",
         ]
         used = [
             f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits

@@ -63,6 +63,7 @@ class LimiterKeywords(LimitKeywords, total=False):
     on_outage: OnOutage
     slot_ttl: float
     prices: "Prices | str | PathLike[str] | None"
+    shadow: bool
 
 
 class OtherResources(TypedDict, total=False):

@@ -40,6 +40,10 @@ class Pause(Meter):
             self.step = min((until - now) // _STEPS, _LONGEST_STEP) if gradually else 0
             self._calls = 1
 
+    def end(self, now: int) -> None:
+        """End it at ``now``, with its slow start."""
+        self.until, self.step = min(self.until, now), 0
+
     def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.engine.meters.Meter.earliest`."""
         return max(now, self.until)

@@ -29,7 +29,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.exchange import Exchange, library_of, request_body
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
-from asyncbucket.levels import counts_at, on_one_path
+from asyncbucket.levels import counts_at, is_in_shadow, on_one_path
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
 from asyncbucket.providers.profiles import Profile
@@ -215,6 +215,7 @@ class PacedTransport(_AnyTransport):
             above is not None
             or is_sdk_retry
             or retrier is None
+            or is_in_shadow(read.lane.limiter)
             or not _can_be_resent(request, read)
         ):
             sent = None if above is None else above.sent

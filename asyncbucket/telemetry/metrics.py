@@ -35,6 +35,10 @@ HISTOGRAMS: Final[dict[str, Description]] = {
         "Seconds between asking and admission, by what bound the call.",
         ("limiter", "bound_by"),
     ),
+    "shadow_wait": (
+        "Seconds that a call in shadow would have waited, by what would have bound it.",
+        ("limiter", "bound_by"),
+    ),
     "agent": (
         "Seconds from an agent's first call to its end, by kind of agent.",
         ("limiter", "kind", "outcome"),
@@ -155,6 +159,8 @@ def _measurements(event: Event) -> Iterator[Measurement]:  # noqa: C901 - a tabl
             yield "wait", waited, (bound_by or "none",)
             if cost.get("tokens"):
                 yield "tokens", cost["tokens"], ("reserved",)
+        case events.Shadowed(would_wait=waited, bound_by=bound_by):
+            yield "shadow_wait", waited, (bound_by or "none",)
         case events.Released(outcome=outcome, used=used):
             yield "requests", 1, (outcome,)
             if USD in used:

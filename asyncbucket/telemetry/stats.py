@@ -1,8 +1,9 @@
 """What `asyncbucket watch` and `asyncbucket plot` read: statistics at an endpoint, and traces.
 
-The endpoint is for scripts, too. It is read-only, listens only on loopback,
-and has its own thread, so it answers even while the event loop is busy. A browser that was directed
-to it under a foreign host name gets nothing (DNS rebinding).
+The endpoint is for scripts, too. It listens only on loopback, and has its own thread, so it answers
+even while the event loop is busy. A browser that was directed to it under a foreign host name gets
+nothing (DNS rebinding). It is read-only unless the program asks for control: then a POST with the
+token that the program printed changes a limiter, if no web page sends it.
 
 A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
 numbers of the limiter above, and are not listed.
@@ -15,6 +16,7 @@ import functools
 import http.server
 import ipaddress
 import json
+import secrets
 import socketserver
 import sys
 import threading
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
+from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.seats import reset_after_fork
@@ -36,6 +39,9 @@ from asyncbucket.telemetry.metrics import with_children
 _HOST: Final = "127.0.0.1"
 #: Where `asyncbucket watch` looks.
 DEFAULT_PORT: Final = 4294
+#: The most bytes of a change; and what can be changed.
+_LARGEST: Final = 65_536
+_CHANGES: Final = ("limits", "concurrency", "pause", "resume", "shadow")
 #: What a trace keeps.
 _KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
@@ -47,12 +53,17 @@ def report(limiters: Iterable[Limiter]) -> dict[str, Any]:
     ``{"time": Unix seconds, "limiters": [{"name", "admitted", "waiting", "limits": [...]}]}``.
     Times are seconds, amounts whole units.
     """
-    tops = [each for limiter in limiters for each in (limiter, *members_of(limiter))]
     rows: list[dict[str, Any]] = []
-    for each in dict.fromkeys(below for top in tops for below in with_children(top)):
+    for each in _all(limiters):
         now = each.statistics()
         rows.append(dataclasses.asdict(now) | {"limits": list(map(row_of, now.limits))})
     return {"time": time.time(), "limiters": rows}
+
+
+def _all(limiters: Iterable[Limiter]) -> Iterable[Limiter]:
+    """Return ``limiters``, members of pools, and all below them, each once."""
+    tops = [each for limiter in limiters for each in (limiter, *members_of(limiter))]
+    return dict.fromkeys(below for top in tops for below in with_children(top))
 
 
 def row_of(use: LimitUse) -> dict[str, Any]:
@@ -72,12 +83,16 @@ def row_of(use: LimitUse) -> dict[str, Any]:
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    A GET of any path returns JSON; see `report`. It is a context manager that closes on leaving.
+    A GET of any path returns JSON; see `report`. With control, a POST with the token changes a
+    limiter; see `change`. It is a context manager that closes on leaving.
     """
 
-    def __init__(self, limiters: Sequence[Limiter], port: int) -> None:
+    def __init__(self, limiters: Sequence[Limiter], port: int, *, control: bool = False) -> None:
+        #: What a POST must carry; None if nothing can be changed.
+        self.token = secrets.token_urlsafe(16) if control else None
+        handler = functools.partial(_Handler, limiters, self.token)
         try:
-            self._server = _Server((_HOST, port), functools.partial(_Handler, limiters))
+            self._server = _Server((_HOST, port), handler)
         except OSError as error:  # which says neither host nor port
             raise OSError(error.errno, error.strerror, f"{_HOST}:{port}") from error
         self._is_copy = False
@@ -109,23 +124,63 @@ class StatsServer:
         return f"<StatsServer at {self.url}>"
 
 
-def serve_stats(limiters: Limiter | Sequence[Limiter], *, port: int | None = None) -> StatsServer:
-    """Serve the statistics of ``limiters`` and their children at 127.0.0.1, read-only.
+def serve_stats(
+    limiters: Limiter | Sequence[Limiter], *, port: int | None = None, control: bool = False
+) -> StatsServer:
+    """Serve the statistics of ``limiters`` and their children at 127.0.0.1.
 
     Args:
         limiters: one, or several that are shown together.
         port: 0 for any free one; default: 4294, or any free one if that is taken.
             `StatsServer.url` shows which.
+        control: whether `asyncbucket watch` may change limits, pause and resume. The command with its
+            token is printed on standard error.
 
     Raises:
         OverflowError: a port is from 0 to 65535.
         OSError: the port is taken, or not available; the message says which.
     """
     served = [limiters] if isinstance(limiters, Limiter) else limiters
-    if port is None:
-        with contextlib.suppress(OSError):
-            return StatsServer(served, DEFAULT_PORT)
-    return StatsServer(served, port or 0)
+    try:
+        server = StatsServer(served, DEFAULT_PORT if port is None else port, control=control)
+    except OSError:
+        if port is not None:
+            raise
+        server = StatsServer(served, 0, control=control)
+    if server.token is not None:
+        sys.stderr.write(f"asyncbucket watch {server.url} --token {server.token}\n")
+    return server
+
+
+def change(limiters: Iterable[Limiter], wanted: Any) -> None:
+    """Change one of ``limiters`` or their children as ``wanted`` says.
+
+    Its keys: ``limiter``, the name; ``limits``, strings such as ``"600 RPM"``; ``concurrency``;
+    ``pause``, seconds; ``resume``, true; ``shadow``, false.
+
+    Raises:
+        ValueError, TypeError: it cannot be understood; nothing is changed then.
+    """
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("limiter"), str):
+        raise TypeError('send a JSON object such as {"limiter": "openai", "limits": ["600 RPM"]}')
+    name, given = wanted["limiter"], {**wanted}
+    del given["limiter"]
+    found = [each for each in _all(limiters) if each.name == name]
+    if not found:
+        raise ValueError(f"no limiter is called {name!r}")
+    unknown = sorted(given.keys() - set(_CHANGES))
+    if unknown or not given:
+        known = ", ".join(_CHANGES)
+        raise ValueError(f"{', '.join(unknown) or 'nothing'} cannot be changed; known: {known}")
+    limits, concurrency = given.get("limits", ()), given.get("concurrency")
+    if limits or concurrency is not None:
+        found[0].reconfigure(*limits, concurrency=concurrency)
+    if "pause" in given:
+        found[0].pause(given["pause"], reason="by hand")
+    if given.get("resume"):
+        found[0].resume()
+    if given.get("shadow") is False:
+        found[0].leave_shadow()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -136,8 +191,8 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = 5.0
 
-    def __init__(self, limiters: Sequence[Limiter], *request: Any) -> None:
-        self.limiters = limiters
+    def __init__(self, limiters: Sequence[Limiter], token: str | None, *request: Any) -> None:
+        self.limiters, self.token = limiters, token
         super().__init__(*request)
 
     def handle(self) -> None:
@@ -150,12 +205,39 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not is_loopback(self.headers.get("Host") or "localhost"):
             self.send_error(403, "Only for this machine")
         else:
-            body = json.dumps(report(self.limiters)).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self._answer(200, report(self.limiters))
+
+    def do_POST(self) -> None:
+        """Change a limiter, and answer with how all are now."""
+        origin = self.headers.get("Origin")
+        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        length = self.headers.get("Content-Length", "")
+        if origin is not None or not is_loopback(self.headers.get("Host") or "localhost"):
+            self.send_error(403, "Only for programs on this machine")
+        elif self.token is None:
+            self.send_error(405, "Read-only: the program did not ask for control")
+        elif not secrets.compare_digest(given.encode(), self.token.encode()):
+            self.send_error(401, "The token is not the one that the program printed")
+        elif not (length.isdecimal() and int(length) <= _LARGEST):
+            self.send_error(413, f"Send at most {_LARGEST} bytes, and their number")
+        else:
+            self._change(self.rfile.read(int(length)))
+
+    def _change(self, body: bytes) -> None:
+        try:
+            change(self.limiters, json.loads(body))
+        except (AsyncBucketError, TypeError, ValueError) as error:
+            self._answer(400, {"error": str(error)})
+        else:
+            self._answer(200, report(self.limiters))
+
+    def _answer(self, status: int, told: dict[str, Any]) -> None:
+        body = json.dumps(told).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server calls it so
         """Print nothing: this is somebody else's terminal."""

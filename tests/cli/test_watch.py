@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from asyncbucket import Limiter
 from asyncbucket.cli.app import app
+from asyncbucket.cli.keyboard import Keyboard
 from asyncbucket.cli.ui import Panel
 from asyncbucket.cli.watch import compare
 from asyncbucket.telemetry import report
@@ -164,3 +167,59 @@ def test_watch_ends_well_when_the_program_does() -> None:
     done = run.invoke(app, ["watch", server.url, "--interval", "0.1"])
     assert (done.exit_code, done.stderr) == (0, "the program that was watched has ended\n")
     assert done.stdout.count("openai") >= 1
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[int]:
+    """Make standard input a terminal, and return where its keys are typed."""
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        yield ours
+    os.close(ours)
+
+
+def test_keys_change_the_limiters_of_the_program(terminal: int) -> None:
+    limiter = Limiter("60 RPM", name="openai", concurrency=3)
+    chat = limiter.child("chat")
+    rows = report([limiter])["limiters"]
+    with limiter.serve_stats(port=0, control=True) as server:
+        assert server.token is not None
+        with Keyboard(server.url, server.token) as keyboard:
+            assert keyboard.panel(rows).title == "> openai"
+
+            def typed(keys: str) -> str:
+                os.write(terminal, keys.encode())
+                keyboard.wait(20)
+                return str(keyboard.panel(rows))
+
+            assert "limits changed" in typed("l9 RPX\x7fM\n")
+            assert limiter.limits[0].amount == 9
+            assert "concurrency changed" in typed("c7\n")
+            assert "concurrency changed" in typed("cauto\n")
+            assert typed("l6").startswith("> openai: concurrency changed, limits, such as 600 RPM")
+            assert "6_" not in typed("\x1b")
+            assert "pause changed" in typed("p")
+            assert limiter.statistics().paused > 50
+            assert "resume changed" in typed("r")
+            assert limiter.statistics().paused == 0
+            assert "shadow changed" in typed("s")
+            assert "is not a limit" in typed("lsoon\n")
+            assert typed("nl5 RPM\n").startswith("> openai/chat: limits changed")
+            assert chat.limits[0].amount == 5
+            keyboard.wait(0.01)
+            with pytest.raises(KeyboardInterrupt):
+                typed("xq")
+        with Keyboard(server.url, "wrong") as stranger:
+            stranger.panel(rows)
+            stranger.take("p")
+            assert "The token is not the one that the program printed" in str(stranger.panel(rows))
+    with Keyboard(server.url, "any") as late:
+        late.take("p")
+        assert "the program does not answer (ConnectError)" in str(late.panel(rows))
+
+
+def test_keys_need_a_terminal() -> None:
+    result = run.invoke(app, ["watch", "--token", "x"])
+    assert result.exit_code == 2
+    assert "--token needs a terminal to read keys from" in result.output

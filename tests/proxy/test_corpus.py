@@ -137,7 +137,7 @@ async def test_head_that_does_not_come_in_time_is_408(
                 writer.write(b"x")
 
         dripping = asyncio.ensure_future(drip()) if drips and sent else None
-        told = await asyncio.wait_for(reader.read(), 20)
+        told = await asyncio.wait_for(reader.readline(), 20)
         if dripping is not None:
             dripping.cancel()
         writer.close()

@@ -20,6 +20,7 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     say(limiter, events.Paused, seconds=1.0, reason="429")
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
     say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
+    say(limiter, events.Shadowed, cost=COST, would_wait=3.0, bound_by="tokens")
     metrics = otel.metrics()
     assert sorted(metrics) == sorted([*HISTOGRAMS, *COUNTERS, *GAUGES])
     assert all(metric.description for metric in metrics.values())
@@ -29,6 +30,7 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     assert metrics["wait"].unit == "s"
     counted = {kind: point.value for (kind, _), point in tokens.items()}
     assert counted == {"reserved": 900, "used": 1_650, "refunded": 200}
+    assert otel.points("shadow_wait")["tokens", "openai"].sum == 3.0
     assert otel.points("agent")["chat", "openai", "ok"].sum == 30.0
     for name, count in {"upstream_429": 1, "spent_usd": 0.0125, "retries": 1}.items():
         assert otel.points(name)["openai",].value == count

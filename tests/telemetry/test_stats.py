@@ -10,10 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, WouldBlock
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.conftest import python
 
@@ -94,7 +95,7 @@ def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixtu
 def test_forked_child_leaves_the_server_to_its_parent() -> None:
     script = """
 import os, sys, urllib.request
-from asyncbucket import Limiter
+from asyncbucket import Limiter, WouldBlock
 
 limiter = Limiter("5 RPM", name="openai")
 (read, write), (closed_read, closed_write) = os.pipe(), os.pipe()
@@ -153,3 +154,94 @@ async def test_trace_keeps_and_saves_the_last_events(
     assert first["cost"]["tokens"] == 10
     paused = {"event": "paused", "at": 4.0, "limiter": "openai", "seconds": 1, "reason": ""}
     assert last == paused
+
+
+def post(url: str, wanted: object, **headers: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url, json.dumps(wanted).encode(), headers)  # noqa: S310 - our own
+    try:
+        with urllib.request.urlopen(request) as reply:  # noqa: S310 - our own
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+        return error.code, json.loads(text) if text.startswith("{") else {"error": text}
+
+
+def test_program_with_the_token_changes_limits_while_it_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    limiter = busy()
+    with limiter.serve_stats(port=0, control=True) as server:
+        printed = capsys.readouterr().err
+        assert printed == f"asyncbucket watch {server.url} --token {server.token}\n"
+        own = {"Authorization": f"Bearer {server.token}"}
+        status, told = post(server.url, {"limiter": "openai/chat", "limits": ["7 RPM"]}, **own)
+        assert (status, told["limiters"][1]["limits"][0]["amount"]) == (200, 7)
+        post(server.url, {"limiter": "openai", "concurrency": 9, "resume": True}, **own)
+        now = limiter.statistics()
+        assert (now.concurrency, now.paused) == (9, 0)
+        post(server.url, {"limiter": "openai", "pause": 30}, **own)
+        assert 29 < limiter.statistics().paused <= 30
+
+
+def test_shadow_ends_by_hand() -> None:
+    limiter = Limiter("1 RPM", name="openai", shadow=True)
+    with limiter.serve_stats(port=0, control=True) as server:
+        own = {"Authorization": f"Bearer {server.token}"}
+        assert post(server.url, {"limiter": "openai", "shadow": False}, **own)[0] == 200
+    limiter.acquire_nowait().release()
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Bearer é"}, 401),
+        ({"Authorization": "{token}", "Origin": "http://127.0.0.1:80"}, 403),
+        ({"Authorization": "{token}", "Origin": "https://evil.example"}, 403),
+        ({"Authorization": "{token}", "Host": "evil.example"}, 403),
+        ({"Authorization": "{token}", "Content-Length": "65537"}, 413),
+        ({"Authorization": "{token}", "Content-Length": "x"}, 413),
+    ],
+)
+def test_change_without_the_token_or_from_a_page_is_refused(
+    headers: dict[str, str], status: int
+) -> None:
+    limiter = busy()
+    with limiter.serve_stats(port=0, control=True) as server:
+        given = {
+            name: f"Bearer {server.token}" if value == "{token}" else value
+            for name, value in headers.items()
+        }
+        assert post(server.url, {"limiter": "openai", "concurrency": 9}, **given)[0] == status
+    assert limiter.concurrency == 3
+    assert str(server.token) not in repr(server)
+
+
+def test_nothing_changes_where_the_program_asked_for_no_control() -> None:
+    with busy().serve_stats(port=0) as server:
+        assert server.token is None
+        assert post(server.url, {"limiter": "openai", "concurrency": 9})[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([], "send a JSON object such as"),
+        ({"limits": ["1 RPM"]}, "send a JSON object such as"),
+        ({"limiter": "other", "pause": 1}, "no limiter is called 'other'"),
+        ({"limiter": "openai"}, "nothing cannot be changed; known: limits, concurrency, pause"),
+        ({"limiter": "openai", "rpm": 5}, "rpm cannot be changed; known: limits, concurrency"),
+        ({"limiter": "openai", "limits": ["fast"]}, "fast"),
+        ({"limiter": "openai", "pause": -1}, "a pause must be at least 0 s"),
+    ],
+)
+def test_change_that_cannot_be_understood_changes_nothing(wanted: object, message: str) -> None:
+    limiter = busy()
+    before = limiter.limits
+    with limiter.serve_stats(port=0, control=True) as server:
+        status, told = post(server.url, wanted, Authorization=f"Bearer {server.token}")
+    assert (status, message in told["error"]) == (400, True), told
+    assert limiter.limits == before

@@ -85,6 +85,10 @@ class ProxyOptions:
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")
     ] = None
+    shadow: Annotated[
+        bool | None,
+        options.flag("Let all calls pass, and tell what would have waited.", "--shadow"),
+    ] = None
     # Who shares, and who looks.
     tenants_by_key: Annotated[
         bool | None,
@@ -140,7 +144,7 @@ class ProxyOptions:
     def _read_limiter(self, table: Mapping[str, Any] | None) -> None:
         """Take the limiter's arguments from ``table``, where they were not typed."""
         also = self.also or ()
-        names = ("rpm", "tpm", "concurrency", "max_queue", "store")
+        names = ("rpm", "tpm", "concurrency", "max_queue", "store", "shadow")
         typed = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
         def keep(*limits: Limit, **terms: Any) -> None:

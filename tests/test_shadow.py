@@ -1,0 +1,171 @@
+"""A limiter in shadow holds nobody up, and says what it would have done."""
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from asyncbucket import AsyncBucketError, Limiter
+from asyncbucket.engine.events import Event, Shadowed
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
+from tests.conftest import python
+
+KEY: Final = {"authorization": "Bearer test-key"}
+#: When a call comes, how long it takes, and the tokens that it reserves and uses.
+Arrivals = list[tuple[float, float, int, int]]
+
+
+def arrivals(seed: int, calls: int, seconds: float, most: int) -> Arrivals:
+    rng = random.Random(seed)
+    return [
+        (
+            rng.uniform(0, seconds),
+            rng.uniform(0.5, 3),
+            rng.randrange(1, most),
+            rng.randrange(1, most),
+        )
+        for _ in range(calls)
+    ]
+
+
+async def play(limiter: Limiter, load: Arrivals) -> tuple[list[float], int]:
+    """Return how long calls waited, and how many failed."""
+    waits, failed = [], 0
+
+    async def call(at: float, took: float, tokens: int, used: int) -> None:
+        nonlocal failed
+        await asyncio.sleep(at)
+        try:
+            async with limiter.acquire(tokens=tokens) as lease:
+                waits.append(lease.waited)
+                await asyncio.sleep(took)
+                lease.settle(tokens=used)
+        except AsyncBucketError:
+            failed += 1
+
+    await asyncio.gather(*(call(*each) for each in load))
+    return waits, failed
+
+
+LOADS: Final[dict[str, tuple[dict[str, Any], Arrivals]]] = {
+    "all at once": ({"rpm": 600}, [(0, 1.0, 1, 1)] * 500),
+    "tokens": ({"rpm": 600, "tpm": 60_000}, arrivals(1, 150, 120, 2_000)),
+    "slots": ({"concurrency": 5}, arrivals(2, 120, 30, 9)),
+    "everything": ({"rpm": 100, "tpm": 50_000, "concurrency": 4}, arrivals(3, 150, 60, 1_500)),
+    "failures": ({"tpm": 20_000, "timeout": 20, "max_queue": 30}, arrivals(4, 150, 120, 1_100)),
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_prediction_is_what_the_same_arrivals_wait_under_the_limiter(load: str) -> None:
+    terms, calls = LOADS[load]
+    with VirtualTime() as time:
+        waits, failed = time.run(play(Limiter(**terms, clock=time.clock), calls))
+    with VirtualTime() as time:
+        limiter = Limiter(**terms, clock=time.clock, shadow=True)
+        passed, never = time.run(play(limiter, calls))
+        told = limiter.statistics().shadow
+        assert time.now == pytest.approx(max(at + took for at, took, _, _ in calls))
+    assert told is not None
+    assert (max(passed), never) == (0.0, 0)
+    assert told.calls == len(calls)
+    assert abs(told.would_wait - sum(wait > 0 for wait in waits)) <= bool(failed)
+    assert abs(told.would_fail - failed) <= bool(failed)
+    assert told.mean_wait == pytest.approx(sum(waits) / len(calls), rel=0.05)
+    assert sum(each.count for each in told.waits.values()) == told.would_wait
+
+
+def test_what_waits_is_told_while_it_waits(virtual_time: VirtualTime) -> None:
+    events: list[Event] = []
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, shadow=True, name="openai")
+    off = limiter.observe(events.append)
+
+    async def main() -> None:
+        child = limiter.child("chat", "2 requests/60s burst 2")
+        leases = [child.acquire_nowait() for _ in range(4)]
+        assert (limiter.statistics().in_flight, limiter.statistics().waiting) == (4, 0)
+        told = limiter.statistics().shadow
+        assert told is not None
+        assert str(told) == (
+            "3 of 4 calls would have waited, 30.7 s on average over all; 0 of 0 refusals would not "
+            "have happened"
+        )
+        await asyncio.sleep(2)
+        for lease in leases:
+            lease.release()
+
+    virtual_time.run(main())
+    would = [each.would_wait for each in events if isinstance(each, Shadowed)]
+    assert would == [0.0, 1.0]
+    assert "in shadow: 3 of 4 calls" in str(limiter.statistics())
+    off()
+
+
+def test_refusals_that_pacing_would_prevent_are_counted(virtual_time: VirtualTime) -> None:
+    """The transport retries nothing and pauses nobody: it is as if there were no limiter."""
+
+    async def refused(*, shadow: bool) -> tuple[int, Any]:
+        provider = RateLimitedProvider(rpm=60, latency=0.5, clock=virtual_time.clock)
+        limiter = Limiter("60 RPM burst 60", clock=virtual_time.clock, shadow=shadow)
+        transport = limiter.transport(provider.mock_transport(), retries=0, learn=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x/v1") as client:
+            body = {"model": "m", "messages": [{"role": "user", "content": "salve"}]}
+            replies = await asyncio.gather(
+                *(client.post("/chat/completions", json=body, headers=KEY) for _ in range(100))
+            )
+        return sum(reply.status_code == 429 for reply in replies), limiter.statistics().shadow
+
+    without, told = virtual_time.run(refused(shadow=True))
+    assert virtual_time.now < 2
+    within, _ = virtual_time.run(refused(shadow=False))
+    assert abs(told.prevented - (without - within)) <= 1
+    assert told.refusals == without > 30
+
+
+def test_pacing_begins_when_the_shadow_ends(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("2 requests/60s burst 2", clock=virtual_time.clock, shadow=True)
+
+    async def main() -> None:
+        for _ in range(2):
+            limiter.acquire_nowait().release()
+        limiter.pause(100, reason="429")
+        limiter.leave_shadow()
+        async with limiter.acquire() as lease:
+            assert 60 <= lease.waited < 61
+
+    virtual_time.run(main())
+    assert limiter.statistics().shadow is None
+    assert limiter.statistics().upstream_429 == 1
+
+
+def test_what_cannot_be_in_shadow_is_refused() -> None:
+    with pytest.raises(ValueError, match="a limiter in shadow keeps its line to itself"):
+        Limiter("1 RPM", shadow=True, store="sqlite:///x.db")
+    wrong: Any = "yes"
+    with pytest.raises(TypeError, match="shadow must be True or False, not 'yes'"):
+        Limiter("1 RPM", shadow=wrong)
+
+
+def test_file_and_environment_may_say_it(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text("[asyncbucket]\nrpm = 1\nshadow = true\n")
+    assert Limiter.from_toml(file).statistics().shadow is not None
+    environ = {"ASYNCBUCKET_RPM": "1", "ASYNCBUCKET_SHADOW": "true"}
+    assert Limiter.from_env(environ=environ).statistics().shadow is not None
+
+
+def test_program_says_at_its_end_what_would_have_happened() -> None:
+    script = """
+from asyncbucket import Limiter
+limiter = Limiter("60 RPM burst 1", name="openai", shadow=True)
+unused = Limiter("60 RPM", name="unused", shadow=True)
+for _ in range(3):
+    limiter.acquire_nowait().release()
+"""
+    assert python("-c", script).stderr == (
+        "limiter 'openai' in shadow: 2 of 3 calls would have waited, 1.0 s on average over all; 0 of "
+        "0 refusals would not have happened\n"
+    )
