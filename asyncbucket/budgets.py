@@ -22,12 +22,14 @@ anywhere. Each report goes into a queue, and whoever reads the sums next adds it
 
 import asyncio
 import contextlib
+import functools
 import inspect
+import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Never, TypeAlias
 
 from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import InheritedScope
@@ -60,7 +62,9 @@ class Budget(InheritedScope, OfThisProcess):
     ...     answer = await agent.run("...")
     >>> budget.spent, budget.left
 
-    It holds for async and blocking calls, in every task started inside and in `asyncio.to_thread`,
+    It counts the calls that pass a limiter: those of wrapped models and tools, of paced clients and
+    functions, and what you acquire. What nothing paces, it does not see; a block that ends without a
+    call warns once. It holds for async and blocking calls, in every task started inside and in `asyncio.to_thread`,
     but not in plain threads. If budgets nest, all of them hold. At its admission a call reserves the
     most it may cost, and is refused if less is left. So with ``max_tokens`` set, the cap is never
     exceeded. Without it, a call may use more than expected; then the next ones are refused.
@@ -84,14 +88,21 @@ class Budget(InheritedScope, OfThisProcess):
 
     def __init__(
         self,
-        *,
+        *amounts: Never,
         usd: float | None = None,
         tokens: float | None = None,
         requests: float | None = None,
         input_tokens: float | None = None,
         output_tokens: float | None = None,
         on_exceeded: OnExceeded | None = None,
+        **others: Never,
     ) -> None:
+        if amounts or others:
+            given = [*map(repr, amounts), *(f"{name}=" for name in others)]
+            raise TypeError(
+                f"a budget caps usd=, tokens=, requests=, input_tokens= or output_tokens=, not "
+                f"{', '.join(given)}: write e.g. budget(usd=2.00)"
+            )
         super().__init__(budgets=(self,))
         caps = {"usd": usd, "tokens": tokens, "requests": requests}
         caps |= {"input_tokens": input_tokens, "output_tokens": output_tokens}
@@ -110,11 +121,22 @@ class Budget(InheritedScope, OfThisProcess):
         #: One question at a time, on each event loop.
         self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._lock = Lock()
+        self._calls = 0
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if not self._calls and error[0] is None:
+            _warn_of_no_call()
 
     @property
     def cap(self) -> Mapping[str, float]:
         """The caps as they were given: dollars, or units of each resource."""
         return {name: in_given_unit(cap, name) for name, cap in self._caps.items()}
+
+    @property
+    def calls(self) -> int:
+        """How many calls inside asked a limiter."""
+        return self._calls
 
     @property
     def spent(self) -> Mapping[str, float]:
@@ -157,6 +179,12 @@ class Budget(InheritedScope, OfThisProcess):
             if reserve:
                 self.change("reserved", _NOTHING, amounts)
             return None
+
+    def charge(self) -> "Charge":
+        """Return the account of a new call."""
+        with self._lock:
+            self._calls += 1
+        return Charge(self)
 
     def change(self, side: _Side, before: Amounts, after: Amounts) -> None:
         """Count ``after`` for a call, instead of what was counted ``before``."""
@@ -294,4 +322,15 @@ def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:
 
 def charges(budgets: Iterable[Budget]) -> tuple[Charge, ...]:
     """Return the accounts of a new call at ``budgets``, outermost first."""
-    return tuple(map(Charge, budgets))
+    return tuple(map(Budget.charge, budgets))
+
+
+@functools.cache
+def _warn_of_no_call() -> None:
+    """Warn, once, at the line behind a budget's block."""
+    warnings.warn(
+        "a budget has ended without a call: it counts calls that pass a limiter, so pace what makes "
+        "them, by limiter.wrap(model) or http_client=limiter.http_client()",
+        RuntimeWarning,
+        stacklevel=3,
+    )

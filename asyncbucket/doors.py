@@ -260,11 +260,25 @@ class Doors:
 
 
 def call_amounts(cost: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the amounts of a call: a callable amount is called with the call's own arguments."""
-    return {
-        name: amount(*args, **kwargs) if callable(amount) else amount
-        for name, amount in cost.items()
-    }
+    """Return the amounts of a call: a callable amount is called with the call's own arguments.
+
+    Raises:
+        TypeError: it does not take them.
+    """
+    amounts = dict(cost)
+    for name, amount in cost.items():
+        if callable(amount):
+            try:
+                amounts[name] = amount(*args, **kwargs)
+            except TypeError as error:
+                if error.__traceback__ and error.__traceback__.tb_next:
+                    raise  # it was raised inside
+                raise TypeError(
+                    f"{name}= is called with the arguments of the paced function, and does not take "
+                    f"them ({error}): give it the same parameters, such as "
+                    f"{name}=lambda prompt, *_, **__: len(prompt) // 4"
+                ) from error
+    return amounts
 
 
 def find_pause(node: Node) -> Any:

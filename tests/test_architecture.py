@@ -97,7 +97,7 @@ async def after_a_wait(*, of_child: bool = False) -> AsyncGenerator[None]:
 class Answer(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
     """Answer at once as OpenAI does, with headers about limits."""
 
-    async def handle_async_request(self, _: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:  # noqa: ARG002 - all alike
         told = {f"x-ratelimit-{name}-requests": "90000" for name in ("limit", "remaining")}
         return httpx.Response(200, headers={**told, **JSON}, stream=self)
 

@@ -320,7 +320,10 @@ def _amount(value: float, resource: str, what: str) -> float:
             raise LimitSyntaxError(f"{what} must be from 0.000001 to 1e12 dollars, not {value!r}")
         return plain(value)
     if not is_number(value) or not 1 <= value < float("inf") or value != int(value):
-        raise LimitSyntaxError(f"{what} must be a whole number of at least 1, not {value!r}")
+        remedy = '; a text is a limit by itself, as in Limiter("500 RPM")' * isinstance(value, str)
+        raise LimitSyntaxError(
+            f"{what} must be a whole number of at least 1, not {value!r}{remedy}"
+        )
     if value > _LARGEST:
         raise LimitSyntaxError(f"{what} must be at most {_LARGEST:.0e}; leave it out for no limit")
     return int(value)

@@ -118,5 +118,5 @@ def _wanted_family() -> str:
     installed = (name for name in FAMILIES if importlib.util.find_spec(name) is not None)
     family = next(iter(wanted), None) or next(installed, None)
     if family is None:
-        raise ImportError(f"no HTTP client is installed: pip install {FAMILIES[0]}")
+        raise ImportError('no HTTP client is installed: pip install "asyncbucket[http]"')
     return family

@@ -355,7 +355,9 @@ def library_named(family: str) -> Any:
     try:
         return importlib.import_module(family)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{family} is not installed: pip install {family}") from error
+        raise ImportError(
+            f'{family} is not installed: pip install "asyncbucket[http]" {family}'
+        ) from error
 
 
 def family_of(cls: type[Any]) -> str | None:

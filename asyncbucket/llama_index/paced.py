@@ -29,6 +29,7 @@ store, the processes share the limits.
 """
 
 import functools
+import inspect
 import os
 import sys
 import types
@@ -263,16 +264,17 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
 
     async def method(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         own = getattr(super(paced, model), name)
-        if not args:
-            if how.argument not in kwargs:
-                return await io.call(own, **kwargs)  # its own error says what is missing
-            args = (kwargs.pop(how.argument),)
+        if not _is_call(own, args, kwargs, how.argument, check=is_stream):
+            return await io.call(own, *args, **kwargs)  # its own error says what is wrong
         pacing = pacing_of(model)
         around = call_around(pacing.limiter)
         if around is not None and around.is_part and not is_stream:
             return await io.call(own, *args, **kwargs)
         if is_chat:  # the call may go out later, and the list may grow
-            args = (list(args[0]), *args[1:])
+            if args:
+                args = (list(args[0]), *args[1:])
+            else:
+                kwargs["messages"] = list(kwargs["messages"])
         if unretried:
             kwargs = {**unretried, **kwargs}
         call = ModelCall(io, how, model, own, name, args, kwargs)
@@ -282,6 +284,29 @@ def _model_method(how: Method, paced: type[Any], name: str) -> Callable[..., Any
         return await pacing.stream(call, around)
 
     return io.function(method)
+
+
+def _is_call(
+    own: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    argument: str,
+    *,
+    check: bool,
+) -> bool:
+    """Tell whether ``own`` can be called so; only ``check`` looks further than its first ``argument``.
+
+    A stream is made at its first item, and an error in its call should not wait until then.
+    """
+    if not args and argument not in kwargs:
+        return False
+    try:
+        _ = check and inspect.signature(own).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
 
 
 def _must_ask_for_usage(llm: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -114,7 +114,9 @@ class ModelCall:
 
     def estimate(self, estimator: Estimator) -> Estimate:
         """Estimate what it will cost."""
-        return self.method.estimate(estimator, self.model, *self.args, **self.kwargs)
+        kwargs = dict(self.kwargs)
+        args = self.args or (kwargs.pop(self.method.argument),)
+        return self.method.estimate(estimator, self.model, *args, **kwargs)
 
 
 class Requests:

@@ -150,7 +150,9 @@ def _wrap_one(obj: Any, limiter: Limiter, options: Mapping[str, Any]) -> Any:
 def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
     """Refuse what is neither model nor tool, and options that do not apply to it."""
     if not isinstance(obj, (LLM, BaseEmbedding, BaseTool)):
-        what = f"the class {obj.__name__}" if isinstance(obj, type) else type(obj).__name__
+        what = type(obj).__name__
+        if isinstance(obj, type):
+            what = f"the class {obj.__name__}: wrap an object, {obj.__name__}(...)"
         raise TypeError(
             f"a LlamaIndex LLM, embedding model, tool or agent can be wrapped, not {what}; wrap "
             f"the llm and the tools of an engine, and spec.to_tool_list() of a tool spec; give an SDK's "

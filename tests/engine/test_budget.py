@@ -14,6 +14,7 @@ import pytest
 
 import asyncbucket
 from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlock, budget
+from asyncbucket.budgets import _warn_of_no_call
 from asyncbucket.engine.context import inherited
 from asyncbucket.engine.events import Refused, Released
 from asyncbucket.levels import reserve_more
@@ -251,12 +252,24 @@ def test_threads_and_loops_share_a_budget() -> None:
 
     with shared:
         copies = [contextvars.copy_context() for _ in range(8)]
-    threads = [threading.Thread(target=copy.run, args=(work,)) for copy in copies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(passed), shared.left["usd"]) == (500, 0)
+        threads = [threading.Thread(target=copy.run, args=(work,)) for copy in copies]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (len(passed), shared.left["usd"], shared.calls) == (500, 0, 800)
+
+
+def test_block_without_a_call_warns_once_unless_it_fails() -> None:
+    _warn_of_no_call.cache_clear()
+    with pytest.raises(KeyError), budget(usd=1):
+        raise KeyError
+    unseen = budget(usd=1)
+    with pytest.warns(RuntimeWarning, match="ended without a call: it counts calls that"), unseen:
+        pass
+    with budget(usd=1):
+        pass
+    assert unseen.calls == 0
 
 
 async def asked_later(_: BudgetExceeded) -> float:

@@ -178,6 +178,25 @@ def test_error_does_not_show_text_given_in_place_of_number() -> None:
             refuse()
 
 
+def test_usual_mistakes_are_told_what_to_write() -> None:
+    def ask(prompt: str, more: int = 0) -> str:
+        return prompt * more
+
+    by_prompt = limiter.paced(ask, tokens=lambda prompt: prompt + 1)
+    make: Any = budget
+    text: Any = "500"
+    mistakes: list[tuple[Callable[[], Any], str]] = [
+        (lambda: make(2.0), r"not 2.0: write e.g. budget\(usd=2.00\)"),
+        (lambda: make(dollars=2), r"not dollars=: write e.g. budget\(usd=2.00\)"),
+        (lambda: Limiter(rpm=text), "not '500'; a text is a limit by itself, as in Lim"),
+        (lambda: by_prompt("Why?", 3), "tokens= is called with .* and does not take them .*lambda"),
+        (lambda: by_prompt("Why?"), "can only concatenate str"),  # its own mistake
+    ]
+    for mistake, remedy in mistakes:
+        with pytest.raises((TypeError, ValueError), match=remedy):
+            mistake()
+
+
 def test_settling_what_is_refused_changes_nothing() -> None:
     limiter = Limiter("100 TPM", "5 RPS", concurrency=2)
     lease = limiter.acquire_nowait(tokens=50)

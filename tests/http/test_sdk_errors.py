@@ -1,7 +1,7 @@
 """What the limiter refuses reaches the caller of an SDK as what it is, at once."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import anthropic
@@ -30,14 +30,14 @@ CALL: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def full(**terms: Any) -> Iterator[Limiter]:
+def full(**terms: Any) -> Generator[Limiter]:
     limiter = Limiter(concurrency=1, **terms)
     with limiter.acquire_nowait():
         yield limiter
 
 
 @contextlib.contextmanager
-def broke() -> Iterator[Limiter]:
+def broke() -> Generator[Limiter]:
     with budget(requests=0):
         yield Limiter("10 RPM")
 

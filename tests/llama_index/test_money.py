@@ -152,7 +152,7 @@ def test_error_that_cannot_be_judged_holds_no_slot() -> None:
 def test_model_without_a_price_fails_where_dollars_count() -> None:
     llm = Limiter().wrap(MockLLM(max_tokens=3))
     llm.chat(MESSAGES)
-    with budget(usd=1), pytest.raises(UnknownPrice, match="a model without a name"):
+    with pytest.raises(UnknownPrice, match="a model without a name"), budget(usd=1):
         llm.chat(MESSAGES)
     with budget(usd=1) as capped:
         Limiter(prices={"*": Price(input=0)}).wrap(MockLLM(max_tokens=3)).chat(MESSAGES)

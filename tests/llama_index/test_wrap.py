@@ -150,7 +150,7 @@ def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) ->
     ("thing", "options", "said"),
     [
         (openai.OpenAI(api_key="k"), {}, "wrapped, not OpenAI; .* http_client=limiter.http_client"),
-        (MockLLM, {}, "wrapped, not the class MockLLM; wrap the llm and the tools of"),
+        (MockLLM, {}, r"not the class MockLLM: wrap an object, MockLLM\(...\); wrap the llm"),
         (MockLLM(), {"estimator": 5}, r"estimator= takes an object with chat\(\), .*, not 5"),
         (MockLLM(), {"estimator": DefaultEstimator}, r"estimator= takes an object with chat\(\)"),
         (MockLLM(), {"kind": "k"}, "kind= does not apply to MockLLM: kind= is for agents"),
@@ -332,3 +332,26 @@ def test_copies_in_another_process_share_one_rebuilt_limiter_tree_and_a_store(
     shared.wrap(llm).complete("second")
     with pytest.raises(AcquireTimeout, match="cannot pass"), asyncbucket.deadline(0.2):
         shared.wrap(llm).complete("third")
+
+
+async def test_arguments_reach_an_override_as_they_were_given(limiter: Limiter) -> None:
+    class Keywords(MockLLM):
+        def structured_predict(self, *, output_cls: Any, prompt: Any, **_: Any) -> Any:
+            return predict_ada(self, output_cls, prompt)
+
+        async def achat(self, *, messages: Any, **_: Any) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+            return len(messages)
+
+    llm: Any = limiter.wrap(Keywords(max_tokens=2))
+    assert llm.structured_predict(output_cls=Person, prompt=PromptTemplate("")).name == "Ada"
+    assert await llm.achat(messages=MESSAGES) == len(MESSAGES)
+    assert admitted(limiter) == 2
+
+
+async def test_wrong_arguments_of_a_stream_are_refused_at_the_call(limiter: Limiter) -> None:
+    llm: Any = limiter.wrap(MockLLM(max_tokens=2))
+    with pytest.raises(TypeError, match="positional argument"):
+        llm.stream_chat(MESSAGES, "too many")
+    with pytest.raises(TypeError, match="positional argument"):
+        await llm.astream_chat(MESSAGES, "too many")
+    assert [len(list(llm.stream_complete(prompt="a b c"))), admitted(limiter)] == [2, 1]
