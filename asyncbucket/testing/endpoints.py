@@ -27,31 +27,20 @@ from asyncbucket.testing.enforcer import (
 )
 from asyncbucket.testing.prompt_cache import Prompt
 from asyncbucket.testing.replies import (
-    DIALECTS,
+    FORMS,
+    READERS,
     Answer,
-    Dialect,
     Json,
     answer,
     as_events,
     blocks,
     embeddings,
+    events,
+    filled,
+    whole,
 )
 
 _KEYS: Final = ("authorization", "api-key", "x-api-key", "x-goog-api-key")
-#: Types of errors by their status, or by its first digit.
-_OPENAI: Final = {429: "requests", 4: "invalid_request_error", 5: "server_error"}
-_ANTHROPIC: Final = {
-    401: "authentication_error",
-    429: "rate_limit_error",
-    529: "overloaded_error",
-    4: "invalid_request_error",
-    5: "api_error",
-}
-_GOOGLE: Final = {429: "RESOURCE_EXHAUSTED", 4: "INVALID_ARGUMENT", 5: "INTERNAL"}
-_CODES: Final = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-#: What Google calls a quota.
-_QUOTAS: Final = {"requests": "RequestsPerMinute", "daily_requests": "RequestsPerDay"}
-_GOOGLE_TYPE: Final = "type.googleapis.com/google.rpc"
 
 
 class BrokenOffError(Exception):
@@ -181,24 +170,22 @@ class _Exchange:
         self, method: str, headers: Mapping[str, str], content: bytes
     ) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
         """Return the model, what the call costs, and the reply: whole or in chunks."""
-        dialect = DIALECTS.get(self.endpoint)
+        read = READERS.get(self.endpoint)
         if not any(map(headers.get, _KEYS)):
             raise CallError(401, "You didn't provide an API key.")
-        if method != "POST" or not (dialect or self.endpoint == "embeddings"):
+        if method != "POST" or not (read or self.endpoint == "embeddings"):
             raise CallError(404, f"Invalid URL ({method} {self._path})")
         try:
             body = json.loads(content)
-            if dialect is None:
+            if read is None:
                 tokens, vectors = embeddings(body)
                 return body["model"], {"tokens": tokens, "input_tokens": tokens}, vectors
-            return self._chat(dialect, dialect.read(body, self._path))
+            return self._chat(read(body, self._path))
         except Exception as exc:
             # No JSON, or a part of the wrong type, anywhere: reading takes the types for granted.
             raise CallError(400, f"the request can't be understood: {exc!r}") from exc
 
-    def _chat(
-        self, dialect: Dialect, body: Json
-    ) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
+    def _chat(self, body: Json) -> tuple[str, Mapping[str, int], Json | list[bytes]]:
         reply = answer(body, reply_tokens=self._enforcer.options.reply_tokens)
         cache = self._enforcer.cache
         if cache is not None:
@@ -210,9 +197,10 @@ class _Exchange:
         if self._enforcer.options.charge == "usage":
             rules = replace(rules, reserves="usage")
         costs, self._corrections = charges(rules, reply)
-        if dialect.events is None or not body.get("stream"):
-            return reply.model, costs, dialect.whole(reply, self._number)
-        return reply.model, costs, as_events(dialect.events(reply, self._number, body))
+        stream = body.get("stream") and events(self.endpoint, reply, self._number, body)
+        if stream:
+            return reply.model, costs, as_events(stream)
+        return reply.model, costs, whole(self.endpoint, reply, self._number)
 
     @property
     def _now(self) -> float:
@@ -304,31 +292,15 @@ def charges(rules: Rules, reply: Answer) -> tuple[Mapping[str, int], Mapping[str
 
 def error_body(form: str, error: CallError) -> Json:
     """Return the body of an error in one of the forms that `Rules` name."""
-    status, message = error.status, error.message
-    google: Json = {"code": status, "message": message, "status": _type(_GOOGLE, status)}
-    match form:
-        case "message":
-            return {"message": message}
-        case "anthropic":
-            what = {"type": _type(_ANTHROPIC, status), "message": message}
-            return {"type": "error", "error": what}
-        case "google":
-            return {"error": google}
-        case "google_quota":
-            quota = f"Generate{_QUOTAS.get(error.refused, 'ContentInputTokensPerMinute')}PerProject"
-            failure = {"@type": f"{_GOOGLE_TYPE}.QuotaFailure", "violations": [{"quotaId": quota}]}
-            retry = {"@type": f"{_GOOGLE_TYPE}.RetryInfo", "retryDelay": f"{error.seconds}s"}
-            return {"error": {**google, "details": [failure, retry]}}
-        case "openrouter":
-            metadata = {"error_type": "rate_limit_exceeded"}
-            return {"error": {"code": status, "message": message, "metadata": metadata}}
-        case _:
-            kind, code = error.kind or _type(_OPENAI, status), error.code or _CODES.get(status)
-            return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def _type(types: Mapping[int, str], status: int) -> str:
-    return types.get(status, types[status // 100])
+    forms, status = FORMS["errors"], str(error.status)
+    names = {name: of.get(status, of.get(status[0])) for name, of in forms["types"].items()}
+    names |= {
+        name: value for name, value in (("openai", error.kind), ("code", error.code)) if value
+    }
+    names |= {"message": error.message, "status": error.status, "seconds": error.seconds}
+    names["quota"] = forms["quotas"].get(error.refused, "ContentInputTokensPerMinute")
+    body: Json = filled(forms[form], names)
+    return body
 
 
 def _reset(nanoseconds: int, rules: Rules) -> str:

@@ -1,6 +1,6 @@
 """What the bundled provider's model says, and how each endpoint writes it: whole, or as a stream.
 
-The model is cheap, and answers the same every time. It calls the first tool once for each question,
+How replies are written is a table, `replies.json`. The model is cheap, and answers the same every time. It calls the first tool once for each question,
 and answers in text when it sees a result. With `tool_choice` it does as told. A response format gets
 the smallest valid JSON. Any other question is repeated, so that an answer can be matched with its call.
 
@@ -14,8 +14,9 @@ import random
 import struct
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.resources import files
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.wording import read_count
@@ -25,6 +26,9 @@ Json: TypeAlias = Mapping[str, Any]
 Chunk: TypeAlias = dict[str, Any]
 """What a stream sends; its type, if it has one, is also the name of the server-sent event."""
 
+FORMS: Final[Json] = json.loads(
+    files("asyncbucket.testing").joinpath("replies.json").read_text("utf-8")
+)
 CREATED: Final = 1_735_689_600
 """A constant: replies are the same from run to run."""
 PIECES: Final = 8
@@ -244,165 +248,60 @@ def _pieces(text: str) -> list[str]:
     return [text[start : start + step] for start in range(0, len(text), step)]
 
 
-def _chat(reply: Answer, call_id: str) -> Chunk:
-    message: Chunk = {"role": "assistant", "content": reply.text}
-    if reply.tool is not None:
-        calls = [_tool_call(reply.tool, reply.text, call_id)]
-        message = {"role": "assistant", "content": None, "tool_calls": calls}
-    choice = {"index": 0, "message": message, "finish_reason": _finish(reply)}
-    head = _chat_head("chat.completion", reply, call_id)
-    return {**head, "choices": [choice], "usage": _chat_usage(reply)}
+def whole(endpoint: str, reply: Answer, call_id: str) -> Chunk:
+    """Write a reply as an endpoint does."""
+    chunk: Chunk = filled(FORMS[endpoint]["whole"], _names(reply, call_id))
+    return chunk
 
 
-def _chat_events(reply: Answer, call_id: str, body: Json) -> list[Chunk]:
-    head = _chat_head("chat.completion.chunk", reply, call_id)
-    deltas: list[Chunk] = [{"role": "assistant", "content": None if reply.tool else ""}]
-    if reply.tool is not None:
-        parts = [{"function": {"arguments": piece}} for piece in _pieces(reply.text)]
-        parts = [_tool_call(reply.tool, "", call_id), *parts]
-        deltas += [{"tool_calls": [{"index": 0, **part}]} for part in parts]
-    else:
-        deltas += [{"content": piece} for piece in _pieces(reply.text)]
-    choices: list[Chunk] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": _finish(reply)})
-    chunks = [{**head, "choices": [choice]} for choice in choices]
-    if (body.get("stream_options") or {}).get("include_usage"):
-        chunks.append({**head, "choices": [], "usage": _chat_usage(reply)})
+def events(endpoint: str, reply: Answer, call_id: str, body: Json) -> list[Chunk]:
+    """Write a reply as the events of a stream; none if the endpoint has no streams."""
+    form, names = FORMS[endpoint], _names(reply, call_id)
+    names["whole"] = filled(form["whole"], names)
+    names["begun"] = {**names["whole"], **filled(form.get("begun", {}), names)}
+    planned = list(form.get("tool" if reply.tool else "text", ()))
+    if (body.get("stream_options") or {}).get("include_usage") and "usage" in form:
+        planned.append(form["usage"])
+    chunks: list[Chunk] = []
+    for event in planned:
+        for piece in _pieces(reply.text) if "each" in event else [""]:
+            chunk = {**form.get("head", {}), **event.get("each", event)}
+            if form.get("numbered"):
+                chunk["sequence_number"] = len(chunks)
+            chunks.append(filled(chunk, {**names, "piece": piece}))
     return chunks
 
 
-def _chat_head(kind: str, reply: Answer, call_id: str) -> Chunk:
-    return {"id": f"chatcmpl-{call_id}", "object": kind, "created": CREATED, "model": reply.model}
-
-
-def _tool_call(name: str, arguments: str, call_id: str) -> Chunk:
-    function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{call_id}", "type": "function", "function": function}
-
-
-def _finish(reply: Answer) -> str:
-    return "tool_calls" if reply.tool is not None else "length" if reply.truncated else "stop"
-
-
-def _chat_usage(reply: Answer) -> Json:
-    return {
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
+def _names(reply: Answer, call_id: str) -> dict[str, Any]:
+    """Return what the names in the forms stand for."""
+    ended = "cut" if reply.truncated else "done"
+    called = ended if reply.tool is None else "called"
+    names: dict[str, Any] = {
+        **asdict(reply),
+        "id": call_id,
+        "created": CREATED,
+        "arguments": reply.tool and json.loads(reply.text),
         "total_tokens": reply.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": reply.cached},
+        "uncached_tokens": reply.prompt_tokens - reply.cached - reply.written,
+        **FORMS["ends"][ended],
+        **FORMS["ends"][called],
     }
+    parts = FORMS["parts"]["tool" if reply.tool else "text"]
+    names |= filled({**parts, **FORMS["usage"]}, names)
+    return names
 
 
-def _response(reply: Answer, call_id: str) -> Chunk:
-    """Return one output item, a message or a function call."""
-    status = "incomplete" if reply.truncated else "completed"
-    if reply.tool is None:
-        part = {"type": "output_text", "text": reply.text, "annotations": []}
-        item = {"id": f"msg_{call_id}", "type": "message", "role": "assistant", "content": [part]}
-    else:
-        call = {"call_id": f"call_{call_id}", "name": reply.tool, "arguments": reply.text}
-        item = {"id": f"fc_{call_id}", "type": "function_call", **call}
-    return {
-        "id": f"resp_{call_id}",
-        "object": "response",
-        "created_at": CREATED,
-        "status": status,
-        "incomplete_details": {"reason": "max_output_tokens"} if reply.truncated else None,
-        "model": reply.model,
-        "output": [{**item, "status": status}],
-        "parallel_tool_calls": True,
-        "tool_choice": "auto",
-        "tools": [],
-        "usage": {
-            "input_tokens": reply.prompt_tokens,
-            "input_tokens_details": {
-                "cached_tokens": reply.cached,
-                "cache_write_tokens": reply.written,
-            },
-            "output_tokens": reply.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": reply.total_tokens,
-        },
-    }
-
-
-def _response_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
-    whole = _response(reply, call_id)
-    (item,) = whole["output"]
-    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    where: Chunk = {"item_id": item["id"], "output_index": 0}
-    head: list[Chunk] = []
-    if reply.tool is None:
-        (part,) = item["content"]
-        empty: Chunk = {"content": []}
-        where |= {"content_index": 0, "logprobs": []}
-        kind, said = "response.output_text", "text"
-        head = [{"type": "response.content_part.added", "part": {**part, "text": ""}, **where}]
-    else:
-        empty = {"arguments": ""}
-        where["name"] = reply.tool
-        kind, said = "response.function_call_arguments", "arguments"
-    started = {**item, "status": "in_progress", **empty}
-    events: list[Chunk] = [
-        {"type": "response.created", "response": begun},
-        {"type": "response.output_item.added", "output_index": 0, "item": started},
-        *head,
-        *({"type": f"{kind}.delta", "delta": piece, **where} for piece in _pieces(reply.text)),
-        {"type": f"{kind}.done", said: reply.text, **where},
-        {"type": "response.output_item.done", "output_index": 0, "item": item},
-        {"type": f"response.{whole['status']}", "response": whole},
-    ]
-    return [{**event, "sequence_number": number} for number, event in enumerate(events)]
-
-
-def _message(reply: Answer, call_id: str) -> Chunk:
-    """Return one block of content, a text or the use of a tool."""
-    reason = "max_tokens" if reply.truncated else "end_turn"
-    content: Chunk = {"type": "text", "text": reply.text}
-    if reply.tool is not None:
-        reason, content = "tool_use", _tool_use(reply.tool, json.loads(reply.text), call_id)
-    usage = {
-        "input_tokens": reply.prompt_tokens - reply.cached - reply.written,
-        "cache_creation_input_tokens": reply.written,
-        "cache_read_input_tokens": reply.cached,
-        "output_tokens": reply.completion_tokens,
-    }
-    return {
-        "id": f"msg_{call_id}",
-        "type": "message",
-        "role": "assistant",
-        "model": reply.model,
-        "content": [content],
-        "stop_reason": reason,
-        "stop_sequence": None,
-        "usage": usage,
-    }
-
-
-def _message_events(reply: Answer, call_id: str, _: Json) -> list[Chunk]:
-    whole = _message(reply, call_id)
-    used = {"output_tokens": reply.completion_tokens}
-    usage = {**whole["usage"], "output_tokens": 1}
-    begun = {**whole, "content": [], "stop_reason": None, "usage": usage}
-    pieces = _pieces(reply.text)
-    block: Chunk = {"type": "text", "text": ""}
-    deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
-    if reply.tool is not None:
-        block = _tool_use(reply.tool, {}, call_id)
-        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
-    end = {"stop_reason": whole["stop_reason"], "stop_sequence": None}
-    return [
-        {"type": "message_start", "message": begun},
-        {"type": "content_block_start", "index": 0, "content_block": block},
-        *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": end, "usage": used},
-        {"type": "message_stop"},
-    ]
-
-
-def _tool_use(name: str, given: Json, call_id: str) -> Chunk:
-    return {"type": "tool_use", "id": f"toolu_{call_id}", "name": name, "input": given}
+def filled(form: Any, names: Mapping[str, Any]) -> Any:
+    """Put in what the names stand for: "$name" as it is, "{name}" in a text."""
+    match form:
+        case str():
+            return names[form[1:]] if form.startswith("$") else form.format_map(names)
+        case list():
+            return [filled(part, names) for part in form]
+        case dict():
+            return {name: filled(part, names) for name, part in form.items()}
+        case _:
+            return form
 
 
 def embeddings(body: Json) -> tuple[int, Chunk]:
@@ -450,43 +349,12 @@ def _from_bedrock(body: Json, path: str) -> Json:
     return {**body, "model": path.rsplit("/", 2)[-2]}
 
 
-def _gemini(reply: Answer, _call_id: str) -> Chunk:
-    """Return one candidate, whose thoughts are none."""
-    content = {"role": "model", "parts": [{"text": reply.text}]}
-    reason = "MAX_TOKENS" if reply.truncated else "STOP"
-    return {
-        "candidates": [{"content": content, "finishReason": reason, "index": 0}],
-        "modelVersion": reply.model,
-        "usageMetadata": {
-            "promptTokenCount": reply.prompt_tokens,
-            "candidatesTokenCount": reply.completion_tokens,
-            "totalTokenCount": reply.total_tokens,
-        },
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How an endpoint that generates text is asked, and how it answers.
-
-    Attributes:
-        whole: Writes a reply, given the answer and the call's number.
-        events: Writes the same as a stream's chunks, given the request's body, too.
-        read: Brings a body with its path into the form of OpenAI's chats.
-    """
-
-    whole: Callable[[Answer, str], Chunk]
-    events: Callable[[Answer, str, Json], list[Chunk]] | None = None
-    read: Callable[[Json, str], Json] = lambda body, _path: body
-
-
-DIALECTS: Final = {
-    "chat/completions": Dialect(_chat, _chat_events),
-    "responses": Dialect(
-        _response, _response_events, lambda body, _: {**body, "messages": body["input"]}
-    ),
-    "messages": Dialect(_message, _message_events),
-    "generateContent": Dialect(_gemini, read=_from_gemini),
-    "invoke": Dialect(_message, read=_from_bedrock),
+#: How each endpoint that generates text is asked: brings a body with its path into the form of OpenAI's
+#: chats. Google's and Amazon's stream at other paths.
+READERS: Final[Mapping[str, Callable[[Json, str], Json]]] = {
+    "chat/completions": lambda body, _: body,
+    "responses": lambda body, _: {**body, "messages": body["input"]},
+    "messages": lambda body, _: body,
+    "generateContent": _from_gemini,
+    "invoke": _from_bedrock,
 }
-"""How each endpoint speaks, by the end of its path; Google's and Amazon's stream at other paths."""
