@@ -37,7 +37,7 @@ from typing import Any, Final
 
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.levels import counts_at, give_back, is_under, undo
+from asyncbucket.levels import call_accepted, counts_at, give_back, is_under, undo
 from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import Verdict, classify
 from asyncbucket.waiting import ASYNC, IO
@@ -186,7 +186,11 @@ def is_running(tool: object) -> bool:
 
 
 def answered(lease: Lease) -> None:
-    """Note that a call succeeds, whose reply may take long: the member of a pool works."""
+    """Note that a call succeeds, whose reply may take long: its limits were not used up.
+
+    In a pool, its member works.
+    """
+    call_accepted(lease)
     if isinstance(lease, PoolLease):
         lease.member_works()
 

@@ -292,23 +292,21 @@ def find_pause(node: Node) -> Any:
     return node.extra[0][0]
 
 
-def find_headroom(node: Node, window: Window) -> Any:
-    """Return what is known of what a provider says is left of a limit; with the lock held."""
-    from asyncbucket.feedback.headroom import Headroom
+def find_provider_meter(node: Node, window: Window) -> Any:
+    """Return what is known of how a provider counts a limit; with the lock held."""
+    from asyncbucket.feedback.provider_meter import ProviderMeter
 
     for meter, _ in node.extra:
-        if getattr(meter, "key", None) == window.limit.key:
+        if getattr(meter, "limit", None) is window.limit:
             return meter
-    left = window.used - window.lent(node.in_flight)  # what no open call can give back
-    ours = []
+    found = ProviderMeter(window.limit)
     for date, units in window.entries():
-        if left > 0:
-            ours.append((date, min(units, left)))
-        left -= units
-    headroom = Headroom(window.limit, ours)
-    node.extra = (*node.extra, (headroom, window.limit.resource))
+        if units:
+            found.book(units, date)
+    others = (pair for pair in node.extra if getattr(pair[0], "key", None) != window.limit.key)
+    node.extra = (*others, (found, window.limit.resource))
     node.pacer.limits_changed_locked(node)
-    return headroom
+    return found
 
 
 def make_sizer(bounds: tuple[int, int], earlier: Sizer | None) -> Sizer:

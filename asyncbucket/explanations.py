@@ -8,7 +8,7 @@ import collections
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.engine.context import Agent
 from asyncbucket.engine.cost import Cost
@@ -203,9 +203,11 @@ class Explanation:
     together: float | None = None
     #: Why the limiter is paused, in brackets, if somebody said.
     why_paused: str = ""
+    #: How the provider counts these limits, in sentences, as far as its replies have shown.
+    beliefs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "; ".join([self._now(), *self._in_the_long_run()])
+        return "; ".join([self._now(), *self._in_the_long_run(), *self.beliefs])
 
     def _now(self) -> str:
         behind = f" behind {counted(self.ahead, 'calls')}" if self.ahead else ""
@@ -277,7 +279,16 @@ def explain_locked(
         agents=agents,
         together=None if node.pacer.pool is None else sum(rate.calls for rate in rates),
         why_paused=node.why_paused(),
+        beliefs=tuple(_beliefs(node, amounts)),
     )
+
+
+def _beliefs(node: Node, amounts: Amounts) -> Iterator[str]:
+    """Yield what is known of how the provider counts such a call."""
+    meters: list[Any] = [pair for each in _routes(node, amounts) for pair in each.route.meters]
+    for meter, resource in meters:
+        if meter.learns and meter.belief is not None and amounts.get(resource):
+            yield meter.belief.words(meter.limit)
 
 
 def _routes(node: Node, amounts: Amounts) -> list[Node]:
@@ -425,9 +436,10 @@ def _uses(node: Node, now: int) -> Iterator[LimitUse]:
             yield replace(use, resets_in=use.limit.resets_in(wall))
         return
     for key, window in node.limits.items():
-        beside = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+        beside: list[Any] = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
         left = min(meter.available(now) for meter in (window, *beside))
-        yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall))
+        belief = next((meter.belief for meter in beside if meter.learns), None)
+        yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall), belief)
 
 
 def _bound_by(node: Node) -> str | None:

@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from asyncbucket.budgets import Charge
-from asyncbucket.doors import find_headroom
+from asyncbucket.doors import find_provider_meter
 from asyncbucket.engine.context import inherited, nanoseconds
 from asyncbucket.engine.cost import Cost, rounded_up
-from asyncbucket.engine.events import Event
+from asyncbucket.engine.events import BeliefChanged, Event
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.node import shown_name as _shown_name
+from asyncbucket.engine.wording import USD
 
 # The face of the core's private parts.
 # ruff: noqa: SLF001
@@ -211,6 +212,21 @@ def emit(limiter: Limiter, event: Event) -> None:
     limiter._node.emit(event)
 
 
+def is_learning(limiter: Limiter) -> bool:
+    """Tell whether a limit of ``limiter`` learns how its provider counts."""
+    return any(meter.learns for meter, _ in limiter._node.extra)
+
+
+def meet_provider(limiter: Limiter) -> None:
+    """Have the limits of ``limiter`` learn how its provider counts them, from the first call on."""
+    node = limiter._node
+    with node.pacer:
+        if node.place is None:
+            for window in node.limits.values():
+                if window.limit.resource != USD:
+                    find_provider_meter(node, window)
+
+
 def observe_remaining(
     limiter: Limiter,
     remaining: int,
@@ -220,13 +236,12 @@ def observe_remaining(
     limit: int | None = None,
     since: float | None = None,
     rounding: int = 0,
+    full_in: tuple[int, int] | None = None,
 ) -> None:
-    """Take in what the provider says is left of a limit that others spend from, too.
+    """Take in what the provider says is left of a limit.
 
-    It may lower what is available, but never raise it above the limits here. It is forgotten if
-    nothing more is heard for a whole window. It is ignored if ``limiter`` does not limit that
-    window, or if a store keeps its limits. Transports call this; `asyncbucket.feedback.headroom`
-    explains what happens then.
+    It is ignored if ``limiter`` does not limit that window, or if a store keeps its limits.
+    Transports call this; `asyncbucket.feedback.provider_meter` explains what happens then.
 
     Args:
         limiter: the level whose limits are the provider's.
@@ -237,25 +252,73 @@ def observe_remaining(
         since: when the call with this answer was sent, in seconds of the limiter's clock; calls
             sent later may or may not be counted in ``remaining`` yet.
         rounding: by how many units ``remaining`` may have been rounded down.
+        full_in: in how many nanoseconds all is back, if the provider says, and by how many that may
+            be off.
     """
     node = limiter._node
     pacer = node.pacer
     with pacer:
         now = pacer.clock()
-        sent = now if since is None else nanoseconds(since, "since")
         window = node.limits.get((resource, per))
         if window is None or node.place is not None:
             return
-        find_headroom(node, window).update(
+        meter = find_provider_meter(node, window)
+        is_news = meter.heard(
             remaining,
             now,
-            amount=window.amount if limit is None else max(1, min(limit, window.amount)),
             limit=limit,
-            booked_since=sum(units for date, units in window.entries() if date > sent),
+            since=None if since is None else nanoseconds(since, "since"),
             lent=window.lent(node.in_flight),
             rounding=rounding,
+            full_in=full_in,
         )
+        if is_news:
+            if meter.is_law:
+                window.give_way()
+            else:
+                window.reshape(window.limit, now)
+            _tell_belief(node, meter)
         pacer.ring_locked(node, now)
+
+
+def call_accepted(lease: Lease) -> None:
+    """Tell what learns how a provider counts that it has accepted a call."""
+    when = lease._when
+    learning: list[Any] = [meter for meter, _ in lease._meters if meter.learns]
+    moved = [meter for meter in learning if meter.is_moved_by(when)]
+    if moved:
+        node = lease._node
+        with node.pacer:
+            now = node.pacer.clock()
+            for meter in moved:
+                meter.accepted(when, now)
+            node.pacer.ring_locked(node, now)
+
+
+def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
+    """Tell what learns how the provider of ``limiter`` counts that it has refused a call for rate.
+
+    That is blamed on the limit of ``resource``, if the provider names it, or else on the one that
+    came closest to what is known to pass.
+    """
+    node, when = limiter._node, lease._when
+    with node.pacer:
+        passed: list[Any] = [pair for pair in node.extra if pair in lease._meters]
+        learning = [pair for pair in passed if pair[0].learns]
+        blamed = [pair for pair in learning if pair[1] == resource] or learning
+        if blamed:
+            meter, counts = max(blamed, key=lambda pair: pair[0].pressure(when))
+            if meter.refused(lease._amounts.get(counts, 0), when, node.pacer.clock()):
+                _tell_belief(node, meter)
+
+
+def _tell_belief(node: Node, meter: Any) -> None:
+    """Tell observers what is believed now of how the provider counts a limit."""
+    if node.pacer.observed:
+        belief, words = meter.belief, "it is not known how the provider counts"
+        if belief is not None:
+            words = belief.words(meter.limit)
+        node.pacer.notify_locked(node, BeliefChanged, limit=str(meter.limit), belief=words)
 
 
 def shown_name(limiter: Limiter) -> str:

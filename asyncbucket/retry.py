@@ -238,7 +238,7 @@ class Retrier:
             with self._lock:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
         refusals = self._refusals if sent.member is None else Refusals.of(sent.member)
-        if refusals.waves:
+        if refusals.is_listening:
             refusals.succeeded(sent.at)
 
     def spend(self) -> bool:

@@ -136,7 +136,7 @@ async def through_a_model() -> AsyncGenerator[None]:
         (partial(at_once, used=80), 32, 8),
         (after_a_wait, 100, 8),
         (partial(after_a_wait, of_child=True), 190, 10),
-        (through_http, 130, 14),
+        (through_http, 130, 15),
         (through_a_model, 110, 15),
     ],
     ids=["idle", "settled", "contended", "contended child", "HTTP", "LlamaIndex"],

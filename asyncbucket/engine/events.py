@@ -195,6 +195,16 @@ class LimitLearned(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeliefChanged(Event):
+    """Replies have shown how the provider counts a limit, or that it counts otherwise than believed."""
+
+    #: In words: ``"500 requests per 60 s"``.
+    limit: str
+    #: In words: ``"the provider counts by a bucket of 60 requests, ..."``; see `Belief`.
+    belief: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitChanged(Event):
     """A limit or the number of slots was changed while the limiter runs, here or elsewhere.
 

@@ -69,6 +69,8 @@ class Meter(Protocol):
 
     #: What is reported as binding, if that is not the resource it counts.
     bound_by: ClassVar[str | None] = None
+    #: Whether it learns from replies: see `asyncbucket.feedback.provider_meter`.
+    learns: ClassVar[bool] = False
     #: How many units are sure to pass now or later, so that nobody has to ask; it may always be 0.
     free: int = 0
     #: What a store has to keep of it.
@@ -311,6 +313,11 @@ class Window(Meter):
             self.pace.full_at = now * self.pace.q  # what was booked before gives nothing back
         else:
             self.pace.reshape(rate=rate, burst=burst, now=now)
+
+    def give_way(self) -> None:
+        """Only count from now on: another meter knows how the limit is really counted."""
+        self.amount = NEVER
+        self.pace = None
 
     def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.wording import in_seconds, with_verb, written
+from asyncbucket.engine.wording import counted, in_seconds, with_verb, written, written_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,36 @@ class Waits:
     count: int
     #: Seconds in total.
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """Show how the provider counts a limit, as far as its replies have shown."""
+
+    #: "bucket", "log" (of the last window) or "calendar" (windows of the clock), if that is proven.
+    kind: str | None
+    #: Units that it accepts at once: those that a bucket holds, or that the window admits; if
+    #: nothing is proven, those that were not refused.
+    size: int
+    #: Units that it gives back in a window.
+    rate: int
+    #: Since when that is believed, in seconds of the limiter's clock.
+    since: float
+    #: How many replies had shown it; if nothing is proven, how many waves of refusals.
+    learned_from: int
+
+    def words(self, limit: Limit) -> str:
+        """Return a sentence about ``limit``."""
+        span, rate = f"{written_out(limit.per)} s", written(self.rate, limit.resource)
+        size = counted(self.size, limit.resource)
+        source = "replies" if self.kind else "waves of refusals"
+        how = {
+            "bucket": f"counts by a bucket of {size}, refilled at {rate} per {span}",
+            "log": f"counts by a log of the last {span}, of {size}",
+            "calendar": f"counts {size} in each {span} of the clock",
+            None: f"accepts {size} at once and {rate} per {span}",
+        }[self.kind]
+        return f"the provider {how}; learned from {counted(self.learned_from, source)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +57,8 @@ class LimitUse:
     available: int
     #: Seconds until it resets by the calendar; None if it does not.
     resets_in: float | None = None
+    #: How the provider counts it, if its replies have shown that.
+    belief: Belief | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from typing import Any, Final
 from asyncbucket.attempt import Attempt, answered, end_failed, end_refused
 from asyncbucket.engine.lease import Lease
 from asyncbucket.http.lanes import ReadRequest
-from asyncbucket.levels import sent
+from asyncbucket.levels import call_refused, sent
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
@@ -84,10 +84,10 @@ class Exchange:
         ok = reply.status_code < FIRST_ERROR
         if read.teaches and (not ok or headers.is_due(self._sent_at)):
             since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
-            headers.read(reply.headers, self._profile, since=since, ok=ok)
+            headers.read(reply.headers, self._profile, since=since)
         if not ok:
             return await self._refused(reply, request, io)
-        if self._provider.refusals.waves:
+        if self._provider.refusals.is_listening:
             self._provider.refusals.succeeded(self._sent_at)
         answered(self._lease)
         method = read.call.method
@@ -114,7 +114,9 @@ class Exchange:
         refusals = self._provider.refusals
         body = any_json(await _read_ahead(reply, request, io, refusals.limiter.now))
         verdict = judge_reply(reply.status_code, body, reply.headers)
-        refusals.take_in(verdict, sent_at=self._sent_at)
+        counts = refusals.take_in(verdict, sent_at=self._sent_at)
+        if counts and self._provider.headers.learns:
+            call_refused(self._lease, refusals.limiter, verdict.resource)
         if verdict.pause is not None:
             self._noted.paused = refusals.limiter
         end_refused(self._lease, verdict)

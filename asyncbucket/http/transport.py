@@ -31,7 +31,7 @@ from asyncbucket.http.exchange import Exchange, library_of, request_body
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
 from asyncbucket.levels import counts_at, is_in_shadow, on_one_path
 from asyncbucket.pools import Pool
-from asyncbucket.providers.errors import FIRST_ERROR, RefusedReply
+from asyncbucket.providers.errors import RefusedReply
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.retry import Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, PerLoopTransport, run
@@ -238,8 +238,7 @@ class PacedTransport(_AnyTransport):
         (provider, profile), sent_at = read.at(member), read.lane.limiter.now()
         reply = await io.call(send, self._routed(request, read, member))
         if read.teaches:
-            ok = reply.status_code < FIRST_ERROR
-            provider.headers.read(reply.headers, profile, since=sent_at, ok=ok)
+            provider.headers.read(reply.headers, profile, since=sent_at)
         return reply
 
     async def _send_once(

@@ -37,7 +37,6 @@ from typing import Any, Final, TypeVar
 
 from asyncbucket.attempt import IN_PROGRESS, Attempt
 from asyncbucket.llama_index.pacing import Pacing, Requests
-from asyncbucket.providers.errors import FIRST_ERROR
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import GENERIC, profile_of
 from asyncbucket.providers.usage import usage_of
@@ -82,10 +81,9 @@ def _tracer(attempt: Attempt, host: str) -> Callable[..., Coroutine[Any, Any, No
             requests.sent(attempt)
         elif event.endswith(_HEADERS_RECEIVED) and profile is not GENERIC:
             parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
-            status = next(part for part in parts if isinstance(part, int))
             headers = next((part for part in parts if isinstance(part, list)), [])
             reader = HeaderReader(requests.provider)
-            reader.read(headers, profile, since=requests.sent_at, ok=status < FIRST_ERROR)
+            reader.read(headers, profile, since=requests.sent_at)
 
     return trace
 

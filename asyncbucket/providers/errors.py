@@ -26,7 +26,7 @@ replies in public issues; read in November 2026.
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from time import time as wall_clock
@@ -48,6 +48,8 @@ _PAYMENT_REQUIRED: Final = 402
 #: Request time-out, too many requests, unavailable, gateway time-out; Groq's for flex capacity,
 #: Anthropic's and Google's.
 _OVERLOADED_STATUSES: Final = frozenset({408, _RATE_LIMITED, 498, 503, 504, 529})
+#: OpenAI's types of refusals.
+_RESOURCES: Final = frozenset({"requests", "tokens"})
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, _RATE_LIMITED, 498})
 #: A bad key, an empty balance, a key without the right.
 _NO_ACCESS: Final = frozenset({401, 402, 403})
@@ -95,6 +97,8 @@ class Verdict:
     retry_after: float | None = None
     #: Why all calls of the limiter have to wait, if so: "429", "daily quota" or "overload".
     pause: str | None = None
+    #: The resource whose limit refused the call, if the server names it.
+    resource: str | None = field(default=None, compare=False)
     #: Whether the server was overloaded: fewer calls at once would have helped.
     overloaded: bool = False
     #: Whether the provider, the key or the account failed, not the call: a pool leaves that member
@@ -207,6 +211,7 @@ def judge_reply(status: int, body: object, headers: Mapping[str, Any]) -> Verdic
         reason=reason,
         retry_after=details.until_next_day(now) if pause == DAILY else wait,
         pause=pause,
+        resource=next(iter(codes & _RESOURCES), None) if pause == "429" else None,
         overloaded=status in _OVERLOADED_STATUSES or status == _PAYMENT_REQUIRED,
         member_failed=member_failed,
     )
@@ -283,9 +288,9 @@ class _Details:
         if milliseconds:  # Azure's may be 0 beside a `retry-after` of a second
             return _clamp(milliseconds / 1000)
         seconds = _number(found.get("retry-after"))
-        date = _http_date(found.get("retry-after"))
+        date = http_date(found.get("retry-after"))
         if seconds is None and date is not None:
-            sent_at = _http_date(found.get("date"))
+            sent_at = http_date(found.get("date"))
             seconds = date - (now if sent_at is None else sent_at)
         if seconds is None:
             seconds = _reset_in(found.get("x-ratelimit-reset"), now)
@@ -330,7 +335,8 @@ def _number(value: object) -> float | None:
     return None if found is None else float(found[1])
 
 
-def _http_date(value: object) -> float | None:
+def http_date(value: object) -> float | None:
+    """Return the instant (s since 1970) of a date as headers write it; None if it is none."""
     if isinstance(value, str) and _HTTP_DATE.fullmatch(value):
         with contextlib.suppress(ValueError):  # a 31st of February, a 25th hour
             return parsedate_to_datetime(value).timestamp()

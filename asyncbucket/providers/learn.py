@@ -19,33 +19,51 @@ Several parties may hear of one wave: each transport of a limiter, and each wrap
 What they have heard is kept with the limiter, so it remains one wave.
 """
 
+import contextlib
+import functools
 import logging
 import math
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.wording import in_seconds
-from asyncbucket.feedback.headroom import share_of
-from asyncbucket.levels import can_give_slots_up, in_force, levels, observe_remaining
-from asyncbucket.providers.errors import DAILY, Verdict
+from asyncbucket.levels import (
+    can_give_slots_up,
+    in_force,
+    is_learning,
+    levels,
+    meet_provider,
+    observe_remaining,
+    provider_of,
+)
+from asyncbucket.providers.errors import DAILY, Verdict, http_date
 from asyncbucket.providers.profiles import Profile, Told
 
 #: A limiter, and the resource and the window of one of its limits.
 _LimitId: TypeAlias = tuple[Limiter, str, float]
 
 #: What a header says of a limit, by the fields of `Told`.
-_PARTS: Final = ("remaining", "limit", "period")
-_HeaderIndex: TypeAlias = dict[bytes, tuple[Told, str]]
+_PARTS: Final = ("remaining", "limit", "period", "reset")
+_HeaderIndex: TypeAlias = dict[bytes, tuple[Told | None, str]]
 
 #: How many times in a window replies are read, at most.
 _READS_PER_WINDOW: Final = 6_000
-#: Windows longer than this (s) are not counted in slices.
-_MAX_SLICED_WINDOW: Final = 60
+#: So many replies with numbers are read even if they follow at once: they say how it counts.
+_READ_FIRST: Final = 64
+_SECOND: Final = 1_000_000_000
+#: What is longer is no number, no duration and no date.
+_LONGEST: Final = 64
+_DATE: Final = re.compile(rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,16}(?:Z|[+-][0-9]{2}:[0-9]{2})")
+_DURATION: Final = re.compile(
+    rb"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m(?!s))?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)s)?(?:([0-9]{1,9}(?:\.[0-9]{1,9})?)ms)?"
+)
 #: A count has one to twelve digits, which in bytes are ASCII.
 _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 
@@ -53,6 +71,8 @@ _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 #: full again.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
+#: A refusal that names no time counts if there was another among so many replies (a bit each).
+_RUN: Final = 0b111
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -79,73 +99,43 @@ class HeaderReader:
     def __init__(self, limiter: Limiter, *, learn: bool = True) -> None:
         self._limiter = limiter
         self._levels = tuple(levels(limiter))
-        self._learn = learn
-        #: By their ids, the profiles for which a first reply is awaited or has come, and for each
-        #: header which of the limits it reports, and what of it.
-        self._profiles: dict[int, tuple[Profile, _HeaderIndex]] = {}
-        #: What is assumed until that reply.
-        self._assumed: dict[_LimitId, int] = {}
+        self.learns = learn
+        self._expected = False
+        #: How many replies are still to be read whenever they come, because they may prove something.
+        self._unread = _READ_FIRST
         self._ignore_until = -math.inf
 
-    def expect(self, profile: Profile) -> None:
-        """Assume, before the first reply, that only what any provider would admit is left.
-
-        Until a reply says more, that is a slice of a window; see `asyncbucket.feedback.headroom`. A
-        reply that says nothing ends the assumption.
-        """
-        if not self._learn or id(profile) in self._profiles:
-            return
-        self._profiles[id(profile)] = profile, _headers_of(profile)
-        windows = {told.resource: min(told.per, _MAX_SLICED_WINDOW) for told in profile.tells}
-        for limiter in self._levels:
-            # Windows about which something was heard or assumed, by whichever reader.
-            known: set[Any] = vars(limiter).setdefault("_known_windows", set())
-            for limit in limiter.limits:
-                if limit.per <= windows.get(limit.resource, 0) and limit.key not in known:
-                    known.add(limit.key)
-                    self._assumed[limiter, *limit.key] = limit.units
-                    share = share_of(limit.units)
-                    observe_remaining(limiter, share, resource=limit.resource, per=limit.per)
+    def expect(self) -> None:
+        """Have the provider's limits learn how it counts them, from the first call on."""
+        if self.learns and not self._expected:
+            self._expected = True
+            meet_provider(provider_of(self._limiter))
 
     def is_due(self, now: float) -> bool:
         """Tell whether it is time to read headers again, at an instant of the limiter's clock.
 
         In between little changes, and reading them is a good part of what a call costs.
         """
-        return now >= self._ignore_until or bool(self._assumed)
+        return self._unread > 0 or now >= self._ignore_until
 
-    def read(
-        self, headers: Any, profile: Profile, *, since: float | None = None, ok: bool = True
-    ) -> None:
+    def read(self, headers: Any, profile: Profile, *, since: float | None = None) -> None:
         """Read the headers of a reply to a call that was sent at ``since``.
 
         Args:
             headers: httpx's or httpx2's headers, or pairs of bytes.
             profile: which headers mean what.
             since: in seconds of the limiter's clock.
-            ok: whether the call succeeded; an error without headers about limits tells nothing.
         """
-        if not self._learn or not profile.tells:
+        if not self.learns or not profile.tells:
             return
-        _, index = self._profiles.get(id(profile)) or (profile, _headers_of(profile))
-        reports: dict[tuple[str, float], _Report] = {}
-        # httpx's and httpx2's mappings search all headers again for every name.
-        for name, value in getattr(headers, "raw", headers):
-            known = index.get(name.lower())
-            if known is not None and (number := _COUNT.fullmatch(value)):
-                told, part = known
-                key = told.resource, told.per
-                report = reports.get(key) or reports.setdefault(key, _Report(told, told.per))
-                report.add(part, int(number[1]))
+        reports, wall = _read_reports(headers, profile)
         for report in reports.values():
             self._complete(report)
         self._adopt(reports.values())
         for report in reports.values():
-            self._report(report, since)
-        if self._assumed and ok:
-            assumed, self._assumed = self._assumed, {}  # at once: other threads read headers, too
-            for (limiter, resource, per), amount in assumed.items():
-                observe_remaining(limiter, amount, resource=resource, per=per)
+            self._report(report, since, wall)
+        tells = any(report.reset for report in reports.values())
+        self._unread = max(0, self._unread - 1) if tells else 0
         if since is not None:
             windows = (limit.per for limit in in_force(self._limiter).limits)
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
@@ -154,7 +144,7 @@ class HeaderReader:
         """Find out what an announced limit is for if its window varies.
 
         A slice of one of our limits says as much of the whole limit. What is left may be of a slice
-        or of the window; `asyncbucket.feedback.headroom` finds out.
+        or of the window; `asyncbucket.feedback.provider_meter` finds out.
         """
         told, seconds = report.told, report.seconds
         if told.period is None:
@@ -167,14 +157,12 @@ class HeaderReader:
         else:
             report.per = seconds
 
-    def _report(self, report: "_Report", since: float | None) -> None:
+    def _report(self, report: "_Report", since: float | None, wall: float | None) -> None:
         """Tell the limiter what is left of a window."""
         if report.left == math.inf:
             return
         window = report.told.resource, report.per
-        limiter, resource, per = limit_id = self._find_limit(window, report.amount)
-        if self._assumed:
-            self._assumed.pop(limit_id, None)
+        limiter, resource, per = self._find_limit(window, report.amount)
         observe_remaining(
             limiter,
             int(min(report.left, report.amount)),
@@ -183,6 +171,7 @@ class HeaderReader:
             limit=None if report.amount == math.inf else int(report.amount),
             since=since,
             rounding=report.rounding,
+            full_in=read_reset(report.reset, wall),
         )
 
     def _adopt(self, reports: Iterable["_Report"]) -> None:
@@ -230,6 +219,7 @@ class _Report:
     left: float = math.inf
     amount: float = math.inf
     rounding: int = 0
+    reset: bytes = b""
 
     def add(self, part: str, number: int) -> None:
         """Take in what a header says: what remains, the amount of the limit, or its window."""
@@ -241,10 +231,60 @@ class _Report:
             self.left, self.rounding = number, self.told.rounding
 
 
+def read_reset(value: bytes, wall: float | None = None) -> tuple[int, int] | None:
+    """Return in how many nanoseconds a limit is full again, and by how many that may be off.
+
+    Args:
+        value: seconds, a duration of Go's such as ``6m0s``, or a date; None if it is none of these.
+        wall: when the reply was sent, by the server's clock (s since 1970); by ours, if that is not
+            known.
+    """
+    if _COUNT.fullmatch(value):
+        return int(value) * _SECOND, _SECOND
+    if _DATE.fullmatch(value):
+        with contextlib.suppress(ValueError):  # a 31st of February
+            seconds = datetime.fromisoformat(value.decode()).timestamp()
+            seconds -= time.time() if wall is None else wall
+            return round(max(0.0, seconds) * _SECOND), _SECOND
+    found = _DURATION.fullmatch(value + b"s" if value[-1:].isdigit() else value)
+    if not value or found is None:
+        return None
+    hours, minutes, seconds, milliseconds = (float(part or 0) for part in found.groups())
+    seconds += hours * 3_600 + minutes * 60 + milliseconds / 1_000
+    return round(seconds * _SECOND), _SECOND // 100
+
+
+def _read_reports(
+    headers: Any, profile: Profile
+) -> tuple[dict[tuple[str, float], "_Report"], float | None]:
+    """Return what headers say of each window, and when the server sent them, by its clock."""
+    index, wall = _headers_of(profile), None
+    reports: dict[tuple[str, float], _Report] = {}
+    # httpx's and httpx2's mappings search all headers again for every name.
+    for name, value in getattr(headers, "raw", headers):
+        known = index.get(name.lower())
+        if known is None or len(value) > _LONGEST:
+            continue
+        told, part = known
+        if told is None:
+            wall = http_date(value.decode("latin-1"))
+        elif part == "reset" or _COUNT.fullmatch(value):
+            key = told.resource, told.per
+            report = reports.get(key) or reports.setdefault(key, _Report(told, told.per))
+            if part == "reset":
+                report.reset = value
+            else:
+                report.add(part, int(value))
+    return reports, wall
+
+
+@functools.lru_cache(64)
 def _headers_of(profile: Profile) -> _HeaderIndex:
     """Return which limit each header reports, and what of it."""
     names = [(told, part, getattr(told, part)) for told in profile.tells for part in _PARTS]
-    return {name.lower().encode(): (told, part) for told, part, name in names if name is not None}
+    index: _HeaderIndex = {b"date": (None, "")}
+    index |= {name.lower().encode(): (told, part) for told, part, name in names if name is not None}
+    return index
 
 
 class Refusals:
@@ -257,7 +297,11 @@ class Refusals:
         self.limiter = limiter
         self._lock = Lock()
         #: Waves since a call last succeeded, and when the first of them came.
-        self.waves = 0
+        self._waves = 0
+        #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
+        self._latest = 0
+        #: Whether it has to be told of a success.
+        self.is_listening = False
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
         self._started_at = -math.inf
@@ -278,12 +322,14 @@ class Refusals:
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
-            if self.waves and self._is_over(self.limiter.now(), sent_at):
-                self.waves = 0
+            self._latest = self._latest << 1 & _RUN
+            if self._waves and self._is_over(self.limiter.now(), sent_at):
+                self._waves = 0
+            self.is_listening = bool(self._waves or self._latest)
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        return self.limiter.now() - self._first_at if self.waves > waves else 0.0
+        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
 
     def seconds_left(self) -> float:
         """Return the seconds until the pause of the latest wave ends."""
@@ -293,8 +339,10 @@ class Refusals:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
-    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> None:
-        """Pause the limiter if a refusal concerns all.
+    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> bool:
+        """Pause the limiter if a refusal concerns all; return whether one for rate does.
+
+        One that names no time counts only in runs: a limit refuses in runs, an accident alone.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
@@ -306,31 +354,35 @@ class Refusals:
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
-            return
+            return False
         asked = verdict.retry_after
         with self._lock:
+            is_alone = not self._latest and asked is None and verdict.pause == "429"
+            self._latest, self.is_listening = (self._latest << 1 | 1) & _RUN, True
             now = self.limiter.now()
-            new_wave = self._is_over(now, sent_at)
+            new_wave = self._is_over(now, sent_at) and not is_alone
             if new_wave:
-                self.waves += 1
+                self._waves += 1
                 self._started_at = now
-                self._first_at = now if self.waves == 1 else self._first_at
+                self._first_at = now if self._waves == 1 else self._first_at
             if asked is not None:
                 seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
             elif not new_wave:
                 seconds = max(0.0, self._paused_until - now)
-            elif self.waves == 1 and can_give_slots_up(self.limiter):
+            elif self._waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(_FIRST_PAUSE, self.waves, most=_MAX_PAUSE)
+                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
                 self._quiet_until = now + _WARNING_INTERVAL
-        self.limiter.pause(seconds, reason=verdict.pause, gradually=True)
+        gradually = not is_learning(self.limiter)
+        self.limiter.pause(seconds, reason=verdict.pause, gradually=gradually)
         if is_news:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
+        return verdict.pause == "429" and not is_alone
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:

@@ -63,6 +63,8 @@ class Told:
     per: float
     remaining: str | None = None
     limit: str | None = None
+    #: The header with the time until all is back: seconds, a duration such as ``6m0s``, or a date.
+    reset: str | None = None
     #: By how many units ``remaining`` may be rounded down.
     rounding: int = 0
     #: The header with the window that a reply's ``limit`` is for, in seconds, if that varies. A
@@ -217,7 +219,7 @@ def _read_profile(name: str, known: dict[str, Any]) -> Profile:
 def _read_told(known: dict[str, Any]) -> Told:
     stem = known.pop("headers", None)
     if stem is not None:
-        known |= {part: stem.format(part) for part in ("remaining", "limit")}
+        known |= {part: stem.format(part) for part in ("remaining", "limit", "reset")}
     return Told(per=known.pop("per", _MINUTE), **known)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.feedback.grid import PENDING, ROWS, both, failures
+from tests.feedback.grid import ROWS, both, failures
 
 pytest.importorskip("stamina", reason="transports retry by it")
 
 
-@pytest.mark.parametrize("latency", [0.8, 5.0])
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in PENDING])
+@pytest.mark.parametrize("latency", [0.8, pytest.param(5.0, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("name", ROWS)
 def test_load_is_nearly_as_fast_as_if_the_meter_were_known(name: str, latency: float) -> None:
     assert failures(ROWS[name], *both(ROWS[name], 0, latency)) == []

@@ -7,7 +7,8 @@ import pytest
 
 from asyncbucket import Limit, Limiter, WouldBlock
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
-from asyncbucket.providers.learn import HeaderReader
+from asyncbucket.levels import call_accepted
+from asyncbucket.providers.learn import HeaderReader, read_reset
 from asyncbucket.providers.profiles import profile_named
 from asyncbucket.testing import VirtualClock
 
@@ -34,15 +35,15 @@ def available(*limiters: Limiter) -> list[int]:
     ("limits", "profile", "reply", "left"),
     [
         (
-            ["500 RPM burst 500", "10k TPM"],
+            ["500 RPM burst 500", "10k TPM burst 10k"],
             OPENAI,
             said("requests 40/500", "tokens 900"),
             [40, 900],
         ),
         (["5 RPM burst 5"], OPENAI, said("requests 9000/999999999999999"), [5]),
         # Of the organization's count and the project's, the lower binds.
-        (["10k TPM"], OPENAI, said("tokens 5000", "project-tokens 300"), [300]),
-        (["10k TPM"], OPENAI, said("project-tokens 5000", "tokens 200"), [200]),
+        (["10k TPM burst 10k"], OPENAI, said("tokens 5000", "project-tokens 300"), [300]),
+        (["10k TPM burst 10k"], OPENAI, said("project-tokens 5000", "tokens 200"), [200]),
         (["500 RPM burst 500"], OPENAI, said("requests 499/30"), [30]),
         # The announced limit tells the window; Groq's requests mean the day.
         (["500 RPM burst 500", "10k RPD"], OPENAI, said("requests 70/10000"), [500, 70]),
@@ -61,7 +62,7 @@ def test_headers_lower_what_is_available(
 
 
 def test_rounded_anthropic_header_does_not_override_own_count(clock: VirtualClock) -> None:
-    limiter = Limiter("50k ITPM", clock=clock)
+    limiter = Limiter("50k ITPM burst 50k", clock=clock)
     reader = HeaderReader(limiter)
     for remaining in ("50000", "49000", "49000"):
         limiter.acquire_nowait(input_tokens=300).release()
@@ -136,26 +137,71 @@ def passing(limiter: Limiter) -> int:
     return passed
 
 
-def test_first_calls_are_capped_below_half_a_slice_until_a_reply(clock: VirtualClock) -> None:
-    """How the provider counts is unknown before; a reply without headers says: as the user does."""
-    for reply in (said("requests 595/600"), said()):
-        limiter = Limiter("600 RPM", clock=clock)
-        reader = HeaderReader(limiter)
-        reader.expect(OPENAI)
-        assert passing(limiter) == 3
-        reader.read([], OPENAI, ok=False)  # an error page tells nothing
-        assert passing(limiter) == 0
-        reader.read(reply, OPENAI)
-        HeaderReader(limiter).expect(OPENAI)  # a second transport keeps what the first has learned
-        assert passing(limiter) == 57  # a tenth of the limit, as usual
+def test_a_seconds_worth_passes_at_once_until_replies_show_more(clock: VirtualClock) -> None:
+    limiter, deaf = Limiter("600 RPM", clock=clock), Limiter("600 RPM", clock=clock)
+    for _ in range(2):  # a second transport keeps what the first has learned
+        HeaderReader(limiter).expect()
+        HeaderReader(deaf, learn=False).expect()
+    assert (passing(limiter), passing(deaf)) == (10, 60)
 
 
 @pytest.mark.filterwarnings("ignore:100 calls have passed limiter")
-@pytest.mark.parametrize("learn", [True, False])
-def test_day_limits_and_deaf_readers_cap_no_first_call(clock: VirtualClock, *, learn: bool) -> None:
-    limiter = Limiter("10k RPD", "10k ITPM" if learn else "10k TPM", clock=clock)
-    HeaderReader(limiter, learn=learn).expect(GROQ)
+def test_limits_of_days_and_dollars_are_not_paced(clock: VirtualClock) -> None:
+    limiter = Limiter("10k RPD", "25 USD/minute", clock=clock)
+    HeaderReader(limiter).expect()
     assert passing(limiter) == 1_000
+
+
+WALL = 1_796_083_200.0  # midnight at Greenwich, December 2026
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds", "off"),
+    [
+        (b"12", 12, 1),
+        (b"0.25", 0.25, 0.01),
+        (b"20ms", 0.02, 0.01),
+        (b"8.64s", 8.64, 0.01),
+        (b"6m0s", 360, 0.01),
+        (b"1h0m2.5s", 3_602.5, 0.01),
+        (b"2026-12-01T00:00:30Z", 30, 1),
+        (b"2026-12-01T01:00:00+01:00", 0, 1),
+        *((odd, None, 0) for odd in (b"", b"soon", b"-1", b"nan", b"1e3", b"2026-02-31T00:00:00Z")),
+    ],
+)
+def test_time_until_all_is_back_is_read(value: bytes, seconds: float | None, off: float) -> None:
+    expected = None if seconds is None else (round(seconds * 1e9), round(off * 1e9))
+    assert read_reset(value, WALL) == expected
+    assert (read_reset(b"2126-12-01T00:00:00Z") or (0, 0))[0] > 0  # by this machine's clock
+
+
+def test_what_replies_prove_is_told_and_becomes_the_law(clock: VirtualClock) -> None:
+    """Of a minute's sixty, a bucket of thirty: that many at once, and no window beside it."""
+    limiter, heard = Limiter("60 RPM", clock=clock), list[str]()
+    limiter.observe(lambda event: heard.append(getattr(event, "belief", "")))
+    reader = HeaderReader(limiter)
+    reader.expect()
+    used = 0
+    while used < 30:
+        with limiter.acquire_nowait() as lease:
+            used += 1
+        left = {"remaining_requests": str(30 - used), "reset_requests": f"{used}000ms"}
+        reader.read(said("requests /60", **left), OPENAI, since=clock.seconds)
+        call_accepted(lease)
+    assert passing(limiter) == 0
+    clock.advance(30)
+    assert passing(limiter) == 30
+    sentence = (
+        "the provider counts by a bucket of 30 requests, refilled at 60 per 60 s; learned from"
+    )
+    assert [each[: len(sentence)] for each in heard if each] == [sentence]
+    assert sentence in str(limiter.explain())
+    belief = limiter.statistics().limits[0].belief
+    assert belief is not None
+    assert (belief.kind, belief.size, belief.rate) == ("bucket", 30, 60)
+    for more in range(60, 50, -1):
+        reader.read(said(f"requests {more}/60", reset_requests="1s"), OPENAI)
+    assert heard[-1] == "it is not known how the provider counts"
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,15 @@ def take_in(
 
 @pytest.mark.parametrize("refusal", data("refusals")["refusal"])
 def test_only_rate_and_overload_refusals_pause(limiter: Limiter, refusal: dict[str, Any]) -> None:
+    """A refusal alone that names no time may be an accident, and pauses nobody."""
     status, paused = refusal["status"], refusal["paused"]
+    take_in(Refusals.of(limiter))
+    assert limiter.statistics().paused == 0
     take_in(
         Refusals.of(limiter), status, json.loads(refusal.get("body", "{}")), refusal.get("headers")
     )
     assert limiter.statistics().paused == pytest.approx(paused)
-    assert limiter.statistics().upstream_429 == (status == 429 and paused > 0)
+    assert limiter.statistics().upstream_429 == 1 + (status == 429 and paused > 0)
 
 
 @pytest.mark.parametrize("refusal", data("refusals")["daily"])
@@ -118,8 +121,8 @@ async def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
 
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
-    for _ in range(20):
-        take_in(refusals)
+    assert not refusals.take_in(judge_reply(429, None, {}))  # alone, it may be an accident
+    assert all(refusals.take_in(judge_reply(429, None, {})) for _ in range(20))
     assert limiter.statistics().paused == 1
     clock.advance(0.5)
     take_in(refusals)
@@ -131,6 +134,7 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
 
 def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
+    take_in(refusals)
     pauses = []
     for _ in range(9):
         take_in(refusals)
@@ -141,26 +145,33 @@ def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: Vir
     refusals.succeeded()
     take_in(refusals)
     assert limiter.statistics().paused == 1
+    for _ in range(3):
+        refusals.succeeded()
+    clock.advance(1)
+    take_in(refusals)
+    assert limiter.statistics().paused == 0
 
 
 def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualClock) -> None:
     limiter = Limiter(concurrency="auto", clock=clock)
     refusals = Refusals.of(limiter)
     clock.advance(1)
-    take_in(refusals, sent_at=0.8)
-    take_in(refusals, sent_at=0.9)
+    for sent_at in (0.7, 0.8, 0.9):
+        take_in(refusals, sent_at=sent_at)
     assert limiter.statistics().paused == 0
-    assert limiter.statistics().upstream_429 == 2
+    assert limiter.statistics().upstream_429 == 3
     clock.advance(1)
     take_in(refusals, sent_at=1.9)
     assert limiter.statistics().paused == 2
     least = Limiter(concurrency=(4, 20), clock=clock)
+    take_in(Refusals.of(least))
     take_in(Refusals.of(least))
     assert least.statistics().paused == 1  # it has no slot to give up
 
 
 def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
+    take_in(refusals, sent_at=0)
     take_in(refusals, sent_at=0)
     clock.advance(5)
     take_in(refusals, sent_at=0)

@@ -104,8 +104,8 @@ def test_nothing_is_refused_and_95_percent_of_the_limit_is_used(name: str) -> No
         assert provider.statistics().tokens == CALLS * allows["tpm"] // 60
     first = provider.arrivals[0].time_ns
     seconds = [(arrival.time_ns - first) * 1e-9 for arrival in provider.arrivals]
-    # The first minute may be a bucketful, or less as long as nothing is known.
-    assert sum(60 <= second < 120 for second in seconds) >= 57
+    # A bucket holds a minute's worth more, which passes at once as soon as replies have proven it.
+    assert sum(second < 120 for second in seconds) >= 60 + 57
 
 
 def test_azures_limit_of_ten_seconds_is_taken_for_none_of_a_minute() -> None:
@@ -114,7 +114,7 @@ def test_azures_limit_of_ten_seconds_is_taken_for_none_of_a_minute() -> None:
 
     assert headers["x-ratelimit-limit-requests"] == "20"
     assert provider.arrivals[-1].time_ns - provider.arrivals[0].time_ns < 100_000_000_000
-    assert provider.statistics().refused <= 1  # before it is known when slices begin
+    assert provider.statistics().refused <= 2  # what shows that there are slices
 
 
 def test_capacity_that_nobody_publishes_is_found() -> None:

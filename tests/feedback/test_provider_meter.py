@@ -1,0 +1,204 @@
+"""How the provider counts is learned from what it accepts, what it refuses, and what it says."""
+
+import pytest
+
+from asyncbucket import Limit
+from asyncbucket.feedback.provider_meter import ProviderMeter
+
+SECOND = 1_000_000_000
+MILLISECOND = 1_000_000
+MINUTE = 60 * SECOND
+
+
+def meter(limit: str = "600 RPM") -> ProviderMeter:
+    return ProviderMeter(Limit.parse(limit))
+
+
+def take(meter: ProviderMeter, amount: int, now: int) -> bool:
+    passes = meter.earliest(amount, now) <= now
+    if passes:
+        meter.book(amount, now)
+    return passes
+
+
+def passing(meter: ProviderMeter, now: int, amount: int = 1) -> int:
+    passed = 0
+    while take(meter, amount, now):
+        passed += 1
+    return passed
+
+
+@pytest.mark.parametrize(
+    ("limit", "at_once"),
+    [
+        ("600 RPM", 10),
+        ("30 RPM", 1),
+        ("5/s", 5),
+        ("600 RPM burst 25", 25),
+        ("600 RPM burst 600", 600),
+    ],
+)
+def test_a_seconds_worth_or_the_burst_that_was_given_passes_at_once(
+    limit: str, at_once: int
+) -> None:
+    assert passing(meter(limit), 0) == at_once
+
+
+def test_call_above_the_size_passes_once_the_backlog_is_gone() -> None:
+    tokens = meter("60k TPM")
+    assert take(tokens, 5_000, 0)
+    assert not take(tokens, 5_000, 0)
+    assert tokens.earliest(5_000, 0) == 5 * SECOND
+    assert tokens.earliest(5_000, 0, back=1) == 0  # a reply may bring good news
+
+
+def test_size_grows_by_half_while_calls_are_accepted_up_to_a_tenth_of_the_limit() -> None:
+    requests, sizes = meter(), list[int]()
+    for now in range(6):
+        passing(requests, now)
+        requests.accepted(now, now)
+        sizes.append(requests.size)
+    assert sizes == [16, 25, 38, 48, 60, 60]
+    assert not requests.is_moved_by(5)
+
+
+def test_refusal_halves_the_size_and_begins_slowly() -> None:
+    requests = meter()
+    passing(requests, 0)
+    assert requests.refused(1, 0, 1)  # ten were too many, or nine...
+    assert not requests.refused(1, 0, 1)
+    assert requests.size == 4
+    assert (
+        requests.earliest(1, 1) - 1 >= 600 * MILLISECOND
+    )  # what passed is taken to be all there is
+    requests.accepted(0, 2)  # sent before the refusal: tells nothing of it
+    requests.accepted(5, 2)  # not booked here
+    assert not requests.refused(1, 5, 2)
+    assert requests.size == 4
+
+
+def test_refused_size_is_tried_again_after_quiet_windows() -> None:
+    requests, tried, now = meter(), list[tuple[int, int]](), 1
+    passing(requests, 0)
+    requests.refused(1, 0, 1)
+    while requests._refused_size:
+        now += 10 * SECOND
+        take(requests, 1, now)
+        before = requests.size
+        requests.accepted(now, now)
+        if requests.size > before:
+            tried.append((now // MINUTE, requests.size))
+    assert tried == [(2, 10), (4, 16), (6, 25), (8, 38), (10, 58), (13, 60)]
+
+
+def test_rate_that_is_refused_one_by_one_is_lowered_and_bisected() -> None:
+    """The provider allows 400 a minute of the 600 told."""
+    requests, refused, now, level, at = meter(), 0, 0, 10.0, 0
+    for _ in range(2_000):
+        now = max(now + MILLISECOND, requests.earliest(1, now))
+        requests.book(1, now)
+        level, at = min(10.0, level + (now - at) * 400 / MINUTE), now
+        if level >= 1:
+            level -= 1
+            requests.accepted(now, now)
+        else:
+            refused += 1
+            requests.refused(1, now, now)
+            now += 150 * MILLISECOND
+    assert 330 <= requests.rate <= 420
+    assert refused < 40
+    belief = requests.belief
+    assert belief is not None
+    assert belief.kind is None
+    assert belief.words(requests.limit).startswith("the provider accepts 1 request at once and ")
+
+
+def test_refusal_that_others_cause_does_not_cap_the_rate() -> None:
+    requests = meter()
+    take(requests, 1, 0)
+    requests.heard(0, 1, limit=600)
+    requests.refused(1, 0, 1)
+    assert requests.rate == 570
+    for second in range(1, 60):
+        take(requests, 1, second * SECOND)
+        requests.accepted(second * SECOND, second * SECOND)
+    assert requests.rate == 600
+
+
+def replies(
+    meter: ProviderMeter, *told: tuple[int, float], now: int = 0, apart: int = 0
+) -> list[bool]:
+    """Hear what remains, and in how many seconds all is back."""
+    changed = []
+    for left, seconds in told:
+        now += apart
+        span = round(seconds * SECOND), 10 * MILLISECOND
+        changed.append(meter.heard(left, now, limit=600, since=now, full_in=span))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("told", "apart", "kind", "size"),
+    [
+        ([(60 - n, n / 10) for n in range(1, 9)], 0, "bucket", 60),
+        ([(0, 0.05 + n / 100) for n in range(4)], SECOND, "bucket", 1),
+        ([(59, 0.1)] * 4, 0, None, 600),  # it says too little
+        ([(599 - n, 60) for n in range(8)], SECOND // 10, "log", 600),
+        ([(0, 60)] * 8, SECOND, None, 600),  # a log or a bucket, which is empty
+        ([(599 - 20 * n, 40 - n) for n in range(8)], SECOND, "calendar", 600),
+        ([(500 - 40 * n, n) for n in range(8)], SECOND, None, 600),
+    ],
+)
+def test_four_replies_prove_how_the_provider_counts(
+    told: list[tuple[int, float]], apart: int, kind: str | None, size: int
+) -> None:
+    requests = meter()
+    changed = replies(requests, *told, apart=apart)
+    assert requests.kind == kind
+    assert changed.count(True) == (kind is not None)
+    assert requests.is_law == (kind == "bucket")
+    belief = requests.belief
+    assert belief is None if kind is None else (belief and belief.size == size)
+
+
+def test_proven_bucket_is_used_whole_and_no_more() -> None:
+    requests, passed, now = meter(), 0, 0
+    while passed < 600:
+        passed += passing(requests, now)
+        replies(requests, (600 - passed, passed / 10), now=now)
+        requests.accepted(now, now)
+        assert now < 12
+        now += 1
+    assert (requests.proven, passing(requests, now)) == (600, 0)
+    assert passing(requests, now + 10 * SECOND) == 100
+
+
+def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:
+    requests = meter()
+    replies(requests, *((60 - n, n / 10) for n in range(1, 9)))
+    assert replies(requests, *[(300, 0)] * 4) == [False, False, False, True]
+    assert (requests.proven, requests.is_law) == (None, False)
+    requests.heard(300, 0, limit=300)
+    assert requests.rate == 300
+
+
+def test_reply_without_a_time_proves_nothing_and_lower_own_limits_stay() -> None:
+    requests = meter("300 RPM")
+    assert not requests.heard(599, 0, limit=600)
+    replies(requests, *((60 - n, n / 10) for n in range(1, 9)))
+    assert (requests.proven, requests.is_law, requests.rate) == (60, False, 300)
+
+
+def test_long_window_is_not_paced_and_learns_nothing_from_refusals() -> None:
+    day = meter("10k RPD")
+    assert take(day, 10_000, 0)
+    day.accepted(0, 1)
+    assert not day.refused(1, 0, 1)
+    assert (day.available(0), day.is_moved_by(0), day.pressure(5)) == (10_000, False, 0)
+
+
+def test_memory_is_bounded() -> None:
+    requests = meter()
+    for now in range(5_000):
+        requests.book(1, now)
+    assert len(requests._sent) == 4_096
