@@ -236,7 +236,9 @@ def is_complete(end: bytes) -> bool:
 
 def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
     """Return the usage at the end of a reply's body, merged with that in its ``head``."""
-    counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(end[-_SEARCHED_BYTES:])}
+    counts: dict[str, int] = {}
+    if b'eval_count"' in (last := end[-_SEARCHED_BYTES:]):  # far quicker than to search for it
+        counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(last)}
     objects = deque(_USAGE_KEY.finditer(end), _MAX_OBJECTS)
     late = (_usage_at(end, key.end()) for key in reversed(objects))
     usage = next(filter(None, late), None) or read_usage(counts)
