@@ -359,6 +359,19 @@ class Window(Meter):
         self._book(amount, when)
         self._largest += amount  # a call may have booked so much before
 
+    def fill(self, amount: int, when: int, now: int) -> None:
+        """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
+        if self.pace is not None and (room := self.pace.available(now)) > 0:
+            self.pace.owe(min(amount, room), now)
+        amount = min(amount, self.amount - self.used)
+        if amount <= 0:
+            return
+        if self._calendar is not None or when > self._last:
+            self._book(amount, max(when, self._last))
+        else:
+            self._unbook(-amount, when)
+        self._largest += amount
+
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`; what the window has forgotten needs no giving back."""
         if self.pace is not None:

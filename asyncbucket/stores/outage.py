@@ -9,8 +9,12 @@ taken before, minus what has left the window, grows by at most that and by what 
 never exceeds N. After a window, everything that counts was taken alone, and the shares add up to N
 again.
 
-A worker that finds the store again tells it what it took, as debts. It asks for nothing at once: the
-store learns what the others took alone only when they have found it, too (`RECOVERY_TIME`).
+A worker that finds the store again tells it what it took and when, as debts that fill a limit, but no
+further. It asks for nothing at once: the store learns what the others took alone only when they have
+found it, too (`RECOVERY_TIME`).
+
+In a mass start, workers that come later divide by a larger number. So a share means nothing before the
+number has been steady (`STEADY`): until then nobody is admitted alone.
 
 What remains is what others took since this worker last heard from the store: by that much an outage
 may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
@@ -37,6 +41,11 @@ _RETRY_INTERVAL: Final = 250_000_000
 #: After this long (ns) all workers have found the store again and reported what they took, which
 #: costs one trip that fails and one that does not.
 RECOVERY_TIME: Final = _RETRY_INTERVAL + 250_000_000
+#: For how long (ns) no worker may have come before a share means anything.
+STEADY: Final = 1_000_000_000
+#: What was admitted alone is remembered by instants this far apart (ns), and for this many of them.
+_GRAIN: Final = 100_000_000
+_MOST: Final = 1_024
 
 _log: Final = logging.getLogger("asyncbucket")
 
@@ -73,8 +82,8 @@ class StoreHealth:
         #: When to try a store again that is gone.
         self.retry_at = NEVER
         self._lost_at = 0
-        #: Units admitted alone, by resource; they are reported to the store afterwards.
-        self._admitted: Counter[str] = Counter()
+        #: What was admitted alone, and when by the store's clock; it is reported to the store afterwards.
+        self._admitted: list[tuple[int, Counter[str]]] = []
         #: Until when no call is sent after an outage, as others may still have to report theirs.
         self.resume_at = 0
         #: What the store said last.
@@ -84,13 +93,13 @@ class StoreHealth:
         #: The store's clock minus this one.
         self._offset = 0
 
-    def note_answer(self, receipt: Receipt, config: LimitConfig) -> Correction | None:
+    def note_answer(self, receipt: Receipt, config: LimitConfig) -> list[Correction]:
         """Note what an answer says; ``config`` is in force.
 
-        Return what was admitted while the store was gone, as a debt.
+        Return what was admitted while the store was gone, as debts.
         """
         now = self._clock()
-        debts = self._recover(now) if self.is_gone else None
+        debts = self._recover(now) if self.is_gone else []
         self._offset, self._heard = receipt.now - now, receipt
         self.record.configure(config, receipt.now)
         return debts
@@ -105,7 +114,10 @@ class StoreHealth:
         if place.on_outage == "share":
             take_share(self.record, workers, self._heard.left, now + self._offset)
         how = place.name, place.on_outage, workers
-        _log.warning("%s; limiter %s goes on alone (%s), as 1 of %d", error, *how)
+        says = "%s; limiter %s goes on alone (%s), as 1 of %d"
+        if place.on_outage == "share" and not self._is_steady():
+            says += ", once it is back: they had only just come, so no share is known"
+        _log.warning(says, error, *how)
         place.notify(StoreLost, reason=str(error))
 
     def earliest_alone(self, amounts: Amounts, now: int, *, held: int) -> int:
@@ -115,29 +127,44 @@ class StoreHealth:
         """
         slots, policy = self.record.config.concurrency, self._place.on_outage
         is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self._heard.workers
-        if policy == "closed" or (policy == "share" and is_short):
+        if policy == "closed" or (policy == "share" and (is_short or not self._is_steady())):
             return NEVER
         date = max(now + self._offset, self.record.last_start)
         due, _ = (date, None) if policy == "open" else self.record.earliest(amounts, date)
         if due > date:
             return due - self._offset
         self.record.book(amounts, date)
-        self._admitted.update({n: units for n, units in amounts.items() if units and n != SLOT})
+        self._note_admitted(date, amounts)
         return now
 
-    def _recover(self, now: int) -> Correction | None:
-        """Go on with the store; return what was admitted without it, as a debt."""
+    def _is_steady(self) -> bool:
+        return self._heard.steady >= STEADY
+
+    def _note_admitted(self, date: int, amounts: Amounts) -> None:
+        noted = self._admitted
+        units = Counter({n: units for n, units in amounts.items() if units and n != SLOT})
+        if noted and date < noted[-1][0] + _GRAIN:
+            noted[-1][1].update(units)
+        else:
+            noted.append((date, units))
+        if len(noted) > _MOST:  # neighbors become one, at the later instant
+            pairs = zip(noted[::2], noted[1::2], strict=False)
+            noted[: len(noted) // 2 * 2] = [(when, old + new) for (_, old), (when, new) in pairs]
+
+    def _recover(self, now: int) -> list[Correction]:
+        """Go on with the store; return what was admitted without it, as debts."""
         place = self._place
         self.is_gone, self.retry_at = False, NEVER
         if place.on_outage == "share":
             self.resume_at = now + RECOVERY_TIME
-        admitted, self._admitted = self._admitted, Counter()
+        admitted, self._admitted = self._admitted, []
+        in_all: Counter[str] = sum((units for _, units in admitted), Counter())
         seconds = (now - self._lost_at) * 1e-9
         _log.warning(
             "the store of limiter %s is back after %s; admitted without it: %s",
             place.name,
             in_seconds(seconds),
-            ", ".join(counted(units, name) for name, units in admitted.items()) or "nothing",
+            ", ".join(counted(units, name) for name, units in in_all.items()) or "nothing",
         )
         place.notify(StoreRecovered, seconds=seconds)
-        return Correction(start=0, booked={}, used=dict(admitted)) if admitted else None
+        return [Correction(start=when, booked={}, used=dict(units), alone=True) for when, units in admitted]

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
@@ -35,8 +35,10 @@ from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
 
 #: The bounds of the number of calls that wait to be booked.
-_MIN_ROOM: Final = 8
+_MIN_ROOM: Final = 4
 _MAX_ROOM: Final = 512
+#: A start may be late by this part of the window.
+TOLERANCE: Final = 128
 #: A name is part of keys on a server, in braces.
 _NAME: Final = re.compile(r"[^{}]{1,200}")
 _AUTO_REFUSED: Final = (
@@ -102,7 +104,7 @@ class PendingUpdates:
         #: Until when (ns of the worker's clock), and whether gradually.
         self.pause = 0, False
 
-    def batch(self, calls: Sequence[Amounts] | None, now: int) -> Batch:
+    def batch(self, calls: Sequence[Amounts], now: int, waiting: int) -> Batch:
         """Return the next batch; from now on the ledger keeps what is in it."""
         until, gradually = self.pause
         batch = Batch(
@@ -111,7 +113,8 @@ class PendingUpdates:
             gradually=gradually,
             corrections=tuple(self.corrections),
             held=self.held,
-            calls=None if calls is None else tuple(calls),
+            calls=tuple(calls),
+            waiting=max(1, waiting),
         )
         self.config, self.pause, self.corrections = None, (0, False), []
         return batch
@@ -351,6 +354,11 @@ class StorePlace(Place):
         self._tell_failed()
         return [each for each in self._unbooked() if not self.has_failed(each)][: self._room]
 
+    def unbooked(self) -> int:
+        """Return how many calls wait that have not been booked, here and in the pacer's line."""
+        booked = sum(each.reservation is not None for each in self.calls.values())
+        return self._node.waiting - booked
+
     def _unbooked(self) -> list[AnyWaiter]:
         return [
             waiter
@@ -454,6 +462,7 @@ class StorePlace(Place):
 
     def _admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
+        reservation = self._rebooked(reservation, now)
         # A call may use limited resources that it did not reserve.
         amounts = {**dict.fromkeys(self._node.resources(), 0), **reservation.amounts}
         booked: list[Any] = [
@@ -470,6 +479,17 @@ class StorePlace(Place):
             self._slots.add(id(waiter.lease))
         del self.calls[waiter]
         waiter.seat.ring(now)  # a thread has to look
+
+    def _rebooked(self, reservation: Reservation, now: int) -> Reservation:
+        """Book a call again that starts so late that its window would forget it too early."""
+        late = now - reservation.start
+        windows = [window.window for window in self._node.limits.values()]
+        if not reservation.booked_at or late <= min(windows, default=late) // TOLERANCE:
+            return reservation
+        moved = replace(reservation, booked_at=reservation.booked_at + late, start=now)
+        self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
+        self.correct(Correction(start=moved.booked_at, booked={}, used=reservation.amounts))
+        return moved
 
     def ring_pool(self) -> None:
         """Have a pool look whose calls the store holds up: another member may take them."""

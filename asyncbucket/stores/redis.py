@@ -193,7 +193,7 @@ class RedisLedger(Ledger):
         self._store = store
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
-        self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers")
+        self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers", f"{hash_tag}:line")
         self._channel = f"{hash_tag}:wake:"
         self._codec = Codec(LimitConfig())
         #: The epoch that the worker knows.
@@ -218,8 +218,8 @@ class RedisLedger(Ledger):
                 codec,
                 "commit",
                 number,
-                batch.horizon // GRAIN,
                 batch.held or 0,
+                batch.waiting,
                 codec.corrections(batch.corrections),
                 codec.calls(batch.calls),
                 int(batch.config is not None),
@@ -227,7 +227,7 @@ class RedisLedger(Ledger):
                 local.step // GRAIN,
                 starts,
             )
-            if "bookings" in reply:
+            if "answers" in reply:
                 break
             if "wall" in reply:
                 starts = codec.starts(reply["wall"])

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import astuple
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,12 +29,11 @@ from asyncbucket.stores.store import (
     Receipt,
 )
 
-_PARTS: Final = ("meters", "state", "batch")
+_PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MAX_USED: Final = MAX_AMOUNT << 6
-_OUTCOMES: Final = {-1: Outcome.FULL, -2: Outcome.LATER, -3: Outcome.NEVER}
 
 
 @functools.cache
@@ -58,6 +58,7 @@ class Codec:
             "limits": [astuple(limit) for limit in config.limits],
             "meters": [_meter_config(limit) for limit in config.limits],
             "learned": config.learned,
+            "work": config.work,
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
@@ -89,29 +90,34 @@ class Codec:
         for each in corrections:
             used = {**each.booked, **each.used}
             used = {resource: min(units, _MAX_USED) for resource, units in used.items()}
-            encoded.append((each.start // GRAIN, each.booked, used))
+            encoded.append((each.start // GRAIN, each.booked, used, each.alone))
         return _as_json(encoded)
 
-    def calls(self, calls: Sequence[Amounts] | None) -> str:
-        """Encode the waiting calls."""
-        return "same" if calls is None else _as_json([dict(call) for call in calls])
+    def calls(self, calls: Sequence[Amounts]) -> str:
+        """Encode the waiting calls: those that cost the same as a count and the cost."""
+        return _as_json([(len(list(alike)), cost) for cost, alike in groupby(map(dict, calls))])
 
     def receipt(self, reply: dict[str, Any], batch: Batch) -> Receipt:
         """Decode the answer to ``batch``."""
-        now, flat = reply["now"] * GRAIN, reply["bookings"]
+        now, flat = reply["now"] * GRAIN, reply["answers"]
+        answers = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+        each_call = [(offset, bound) for count, offset, bound in answers for _ in range(count)]
         bookings: list[Booking] = []
-        for call, offset, bound in zip(batch.calls or (), flat[::2], flat[1::2], strict=True):
+        for call, (offset, bound) in zip(batch.calls, each_call, strict=False):
             if offset < 0:
-                bookings.append(Booking(_OUTCOMES[offset], 0, bound or None))
+                bookings.append(Booking(Outcome.NEVER, 0, bound))
             else:
                 start, slot = now + offset * GRAIN, bool(call.get(SLOT))
                 bookings.append(Booking(Outcome.BOOKED, start, bound or None, slot))
+        bound_by = reply["bound"] or None
+        waits = Booking(Outcome.FULL if bound_by == SLOT else Outcome.LATER, 0, bound_by)
         return Receipt(
             now=now,
-            bookings=tuple(bookings),
+            bookings=(*bookings, *[waits] * (len(batch.calls) - len(bookings))),
             ask_at=reply["ask"] * GRAIN,
             left=tuple(reply["left"]),
             workers=reply["workers"],
+            steady=reply["steady"] * GRAIN,
             in_line=reply["inline"],
             soonest=reply["soonest"] * GRAIN,
             crowded=reply["crowded"],

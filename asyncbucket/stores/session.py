@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.engine.seats import NAP
-from asyncbucket.stores.outage import StoreHealth
+from asyncbucket.engine.seats import GRACE, NAP
+from asyncbucket.stores.outage import STEADY, StoreHealth
 from asyncbucket.stores.store import (
-    HORIZON,
     SLOT,
     Correction,
     Ledger,
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
 #: waits: less than a round trip takes, so what comes back in between goes with it.
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
+#: How long (ns) before the last of its starts a worker that does not stand in line books more.
+_AHEAD: Final = 50_000_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
 #: For how long (ns) a call that has given up may ask in another thread what it waited for; and for how
@@ -95,6 +96,8 @@ class Session:
         #: Whether calls wait in the store's line, and whether slots are short.
         self._in_line = self._is_crowded = False
         self._bell = asyncio.Event()
+        #: Loops that have been asked to let calls go, and since when they have not come to do so.
+        self._asked: dict[Any, int] = {}
         #: Whether another thread has rung, which costs a system call.
         self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
@@ -143,12 +146,12 @@ class Session:
         """
         is_awaited = self._is_crowded
         if correction is not None:
-            is_awaited = self._in_line
+            is_awaited = self._in_line and (self.held_up or ("",))[0] in {*correction.used, ""}
             if correction.start:
                 record = self._health.record
                 record.correct(correction, record.last_start)
         now = self._clock()
-        soon = max(now + _GATHER_BRIEFLY, self._last_start - HORIZON) if is_awaited else NEVER
+        soon = max(now + _GATHER_BRIEFLY, self._last_start - _AHEAD) if is_awaited else NEVER
         self._report_at = min(self._report_at, soon, now + _GATHER)
         self.ring()
 
@@ -251,7 +254,8 @@ class Session:
             if helper is not None and helper.done():
                 helper.result()  # if it failed, so has the session
         with self._place.lock():
-            heads: Sequence[Any] = self._place.heads()
+            all_heads = self._place.heads()
+            heads: Sequence[Any] = [each for each in all_heads if not self._is_blocked(each.seat.loop)]
             is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
             if self._in_line and not is_urgent:
                 self._place.fail_late(heads, *self._soonest)
@@ -281,8 +285,8 @@ class Session:
         assert self._ledger is not None
         asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
         with self._place.lock():
-            calls = None if heads is None else [self._place.to_ask(each.amounts) for each in heads]
-            batch = self._pending.batch(calls, asked_at)
+            calls = [self._place.to_ask(each.amounts) for each in heads or ()]
+            batch = self._pending.batch(calls, asked_at, self._place.unbooked())
             self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
         try:
             receipt = await self._ledger.commit(batch)
@@ -296,10 +300,12 @@ class Session:
         with self._place.lock():
             self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
-            if debts is not None:
-                self._place.correct(debts)
+            if debts:
+                self._pending.corrections += debts
                 self._report_at = 0
-        if heads and batch.calls:
+            elif receipt.steady < STEADY:  # to know a share in an outage
+                self._report_at = min(self._report_at, asked_at + STEADY + STEADY // 8)
+        if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
         self._let_go()
         if self._in_line and (self._listener is None or self._listener.done()):
@@ -310,15 +316,15 @@ class Session:
     ) -> None:
         """Answer the calls of a batch, and note what those wait for that were not booked.
 
-        The next are not sent before all but a horizon of the booked starts has passed: others get
-        their turn, and more calls go with one trip. Nor before half of the time up to the last start
-        has passed: others want the same units, and one that is late should not find them gone.
+        In line, the next are sent when the store says. Else they are not before most of the booked
+        starts have passed: more calls go with one trip, and others find units.
         """
         now, record = self._clock(), self._health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
         halfway = receipt.now + (last - receipt.now) // 2
-        self._ask_at = max(now, max(receipt.ask_at, last - HORIZON, halfway) + offset)
+        ask_at = receipt.ask_at if receipt.in_line else max(last - _AHEAD, halfway)
+        self._ask_at = max(now, ask_at + offset)
         self._last_start = max(self._last_start, last + offset)
         held_up = None
         with self._place.lock():
@@ -354,6 +360,9 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
+        if self._is_blocked(here):  # it was; nothing was asked for it meanwhile
+            self.ask_again()
+        self._asked.pop(here, None)
         # Unless nobody has the limiter any more.
         with contextlib.suppress(ReferenceError), self._place.lock():
             now = self._clock()
@@ -362,9 +371,14 @@ class Session:
                 self._place.ring_seats()
             if here is self.loop:
                 self._set_timer(next_start)
-                for loop in elsewhere:
+                for loop in elsewhere - self._asked.keys():
+                    self._asked[loop] = now
                     with contextlib.suppress(RuntimeError):  # it has just been closed
                         loop.call_soon_threadsafe(self._let_go, context=contextvars.Context())
+
+    def _is_blocked(self, loop: Any) -> bool:
+        """Tell whether ``loop`` does not come to let calls go that are due."""
+        return loop in self._asked and self._clock() > self._asked[loop] + GRACE
 
     def _set_timer(self, next_start: int) -> None:
         if self._timer is not None:
@@ -430,7 +444,7 @@ class Session:
         ledger, self._ledger, store, self._store = self._ledger, None, self._store, None
         try:
             if ledger is not None:
-                await ledger.aclose(self._pending.batch((), self._clock()))
+                await ledger.aclose(self._pending.batch((), self._clock(), 0))
         finally:
             if store is not None and self._owns_store:
                 await store.aclose()

@@ -30,7 +30,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.engine.errors import StoreError
-from asyncbucket.engine.meters import NEVER
+
 from asyncbucket.stores import without_password
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import (
@@ -379,9 +379,8 @@ class SQLiteLedger(Ledger):
         if changes != self._seen:
             state = self._store.read(connection, self.name)
             self._seen = changes
-            place = None if state is None else state.place_of(self.worker)
             is_told = state is None or state.config != self.config
-            self._due = 0 if is_told else NEVER if place is None else place.due
+            self._due = 0 if is_told or state is None else state.due(self.worker)
         return self._due
 
     async def _leave(self) -> None:

@@ -5,7 +5,8 @@ script that servers run (``lua/``) follows the same ones, and the same names.
 """
 
 import json
-from dataclasses import asdict, astuple, dataclass, field
+import math
+from dataclasses import asdict, astuple, dataclass
 from typing import Final
 
 from asyncbucket.engine.limits import Limit
@@ -15,6 +16,7 @@ from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.store import (
     FAR,
     GRACE,
+    LATE,
     SLOT,
     Batch,
     Booking,
@@ -26,38 +28,58 @@ from asyncbucket.stores.store import (
 )
 
 #: A worker takes back slots that it gives back, until another has waited this long (ns) for each.
-ROUND: Final = 20_000_000
-#: In line, a worker asks by itself this many ns after the one before it should have come.
+HANDOVER: Final = 10_000_000
+#: Who waits for a slot asks by itself this many ns later than the one before it.
 STEP: Final = 500_000_000
 #: The shortest time (ns) before a worker asks again on account of the clock alone.
 SOON: Final = 5_000_000
+#: How much work (ns) is booked at a time: all workers that wait should have their turn in a `ROUND`.
+TURN: Final = 50_000_000
+SHORT_TURN: Final = 20_000_000
+ROUND: Final = 2_000_000_000
+#: So many late workers are passed over at a time.
+_AHEAD: Final = 8
+#: The work (us) of a call that no limit prices.
+_UNPRICED: Final = 1_000
 #: A state is kept for at least this long (ns); no instant in a file is later.
 _MIN_LIFE: Final = 60_000_000_000
 _FOREVER: Final = (1 << 63) - 1
+_US: Final = 1_000
 
 
 @dataclass(slots=True)
 class Worker:
-    """What is known of a worker: until when it lives, and how many slots it holds."""
+    """What is known of a worker: until when it lives, what it holds, and what it waits for."""
 
     until: int
+    #: How many slots it holds.
     held: int = 0
-
-
-@dataclass(slots=True)
-class Place:
-    """A worker's place in line: since when, and what its first call costs and waits for."""
-
-    worker: str
-    since: int
-    amounts: dict[str, int] = field(default_factory=dict)
-    #: For how many slots it waits.
-    wanted: int = 0
+    #: The virtual time (ns of work for each caller) at which it may be served.
+    tag: int = 0
+    #: How many of its callers wait.
+    weight: int = 0
+    #: What its first call costs, None if none waits; and what that waits for.
+    need: dict[str, int] | None = None
     bound_by: str | None = None
-    #: Since when it has been the first with this call; 0 while others come first.
+    #: Since when it waits, and since when it has been the first; 0 while others come first.
+    since: int = 0
     first_since: int = 0
     #: When it asks again: when its turn comes, or by itself.
     due: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it waits for a slot."""
+        return self.bound_by == SLOT
+
+    def wait(self, need: Amounts | None, weight: int, bound_by: str | None, now: int) -> None:
+        """Note what it waits for; nothing if ``need`` is None."""
+        if self.need is None:
+            self.since = now
+        if need is None:
+            self.first_since = 0
+        self.need = None if need is None else dict(need)
+        self.weight, self.bound_by = weight, bound_by
 
 
 class State:
@@ -67,12 +89,16 @@ class State:
         #: What the wall clock shows minus the store's; set before each use.
         self.ahead = 0
         self.config = LimitConfig()
+        self._per_unit: dict[str, float] = {}
         self.windows: dict[tuple[str, float], Window] = {}
         self.workers: dict[str, Worker] = {}
-        self.line: list[Place] = []
         self.pause = Pause()
         self.last_start = 0
         self.last_bound: str | None = None
+        #: The tag of whom was served last, and the last one that was given to a worker on joining the line.
+        self.virtual = self.joined = 0
+        #: How much work (us) a turn is of late; and when a worker came last that was not known.
+        self.slice = self.grown = 0
         self.configure(config, now)
 
     def configure(self, config: LimitConfig, now: int) -> None:
@@ -85,9 +111,7 @@ class State:
             window = before.get(limit.key) or Window(limit, began=date, wall=self._wall)
             window.reshape(limit, date)
             self.windows[limit.key] = window
-        self.config = config
-        for place in self.line:  # they look anew
-            place.due = now
+        self.config, self._per_unit = config, config.work
 
     def _wall(self, now: int) -> int:
         return now + self.ahead
@@ -101,40 +125,42 @@ class State:
             self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
         for correction in batch.corrections:
             self.correct(correction, max(now, self.last_start))
-        me = self.workers.setdefault(worker, Worker(0))
+        if worker not in self.workers:
+            self.workers[worker], self.grown = Worker(0), now
+        me = self.workers[worker]
         me.until, before = now + life, me.held
         me.held = batch.held or 0
-        bookings: tuple[Booking, ...] = ()
-        ask_at = soonest = 0
-        if batch.calls is not None:
-            admission = Admission(self, worker, now, gave=before - me.held)
-            bookings = admission.run(batch.calls, batch.horizon)
-            ask_at, soonest = admission.ask_at, admission.soonest
+        turn = Turn(self, worker, now, gave=before > me.held)
+        bookings = turn.run(batch.calls, batch.waiting)
+        left = self._left(now)
         self.call(now)
-        is_waited_for = any(each.bound_by == SLOT and each.worker != worker for each in self.line)
+        rivals = self.rivals(me)
         return Receipt(
             now=now,
             bookings=bookings,
-            ask_at=ask_at,
-            left=self._left(now),
+            ask_at=turn.ask_at,
+            left=left,
             workers=len(self.workers),
-            in_line=self.place_of(worker) is not None,
-            soonest=soonest,
-            crowded=is_waited_for or 2 * self.free() < (self.config.concurrency or 0),
+            steady=now - self.grown,
+            in_line=me.need is not None,
+            soonest=turn.soonest,
+            crowded=rivals > 0 or 2 * self.free() < (self.config.concurrency or 0),
         )
 
     def leave(self, worker: str, now: int) -> None:
         """Forget ``worker``, its place and its slots."""
-        self._forget(worker)
+        self.workers.pop(worker, None)
         self.call(now)
 
-    def _forget(self, worker: str) -> None:
-        self.workers.pop(worker, None)
-        self.line = [place for place in self.line if place.worker != worker]
+    def line(self) -> list[str]:
+        """Return the workers that wait, by virtual time."""
+        waiting = [name for name, each in self.workers.items() if each.need is not None]
+        return sorted(waiting, key=lambda name: (self.workers[name].tag, name))
 
-    def place_of(self, worker: str) -> Place | None:
-        """Return the place of ``worker`` in line."""
-        return next((place for place in self.line if place.worker == worker), None)
+    def due(self, worker: str) -> int:
+        """Return when a worker's turn comes; `NEVER` if it does not wait."""
+        me = self.workers.get(worker)
+        return NEVER if me is None or me.need is None else me.due
 
     def _slots(self) -> int:
         return NEVER if self.config.concurrency is None else self.config.concurrency
@@ -143,15 +169,19 @@ class State:
         """Return how many slots are free."""
         return self._slots() - sum(each.held for each in self.workers.values())
 
-    def share(self, *others: str) -> int:
-        """Return how many slots a worker may hold while another with fewer waits."""
-        contenders = {name for name, each in self.workers.items() if each.held}
-        contenders.update(others, (place.worker for place in self.line))
-        return -(-self._slots() // max(1, len(contenders)))
+    def share(self) -> int:
+        """Return how many slots a worker may hold while another waits for one."""
+        claims = sum(each.held > 0 or each.need is not None for each in self.workers.values())
+        return -(-self._slots() // max(1, claims))
 
-    def reserved(self, place: Place, share: int) -> int:
-        """Return how many free slots are kept for a worker in line: up to its share, at least 1."""
-        return min(place.wanted, max(1, share - self.workers[place.worker].held))
+    def rivals(self, me: Worker) -> int:
+        """Return how many workers wait for a slot besides ``me``."""
+        return sum(each.is_full for each in self.workers.values()) - me.is_full
+
+    def work(self, amounts: Amounts) -> float:
+        """Return how much work (us of the limit that binds most) a call is."""
+        works = (amounts.get(name, 0) * each for name, each in self._per_unit.items())
+        return max(works, default=0) or _UNPRICED
 
     def earliest(self, amounts: Amounts, now: int, since: int = 0) -> tuple[int, str | None]:
         """Return when a call may start, after all that is booked, and what it waits for.
@@ -211,9 +241,9 @@ class State:
                 "config": asdict(self.config),
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
-                "line": [astuple(place) for place in self.line],
                 "pause": self.pause.state(),
                 "last": [self.last_start, self.last_bound],
+                "line": [self.virtual, self.joined, self.slice, self.grown],
             },
             separators=(",", ":"),
         )
@@ -227,9 +257,9 @@ class State:
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
-        state.line = [Place(*each) for each in data["line"]]
         state.pause.restore(data["pause"])
         state.last_start, state.last_bound = data["last"]
+        state.virtual, state.joined, state.slice, state.grown = data["line"]
         return state
 
     def _left(self, now: int) -> tuple[int, ...]:
@@ -239,86 +269,97 @@ class State:
 
     def _expire(self, now: int) -> None:
         for name in [name for name, each in self.workers.items() if each.until <= now]:
-            self._forget(name)
+            del self.workers[name]
 
-    def correct(self, correction: Correction, debts_at: int) -> None:
-        """Change what was booked; what was used beyond it is owed from ``debts_at`` on."""
+    def correct(self, correction: Correction, now: int) -> None:
+        """Change what was booked; what was used beyond it is owed from ``now`` on, or from its date."""
         for resource, used in correction.used.items():
             more = used - correction.booked.get(resource, 0)
             for window in self.windows.values():
-                if window.limit.resource == resource:
-                    if more > 0:
-                        window.owe(more, debts_at)
-                    elif more < 0:
-                        window.unbook(-more, correction.start, left=used)
-
-    def in_order(self, line: list[Place], now: int, share: int) -> list[Place]:
-        """Return those in ``line`` in the order of their turns, without those who missed theirs."""
-        there = [place for place in line if place.due >= now - GRACE]
-        there.sort(key=lambda place: self.workers[place.worker].held >= share)
-        return there
+                if window.limit.resource != resource:
+                    continue
+                if more < 0:
+                    window.unbook(-more, correction.start, left=used)
+                elif more > 0 and correction.alone:
+                    window.fill(more, correction.start, now)
+                elif more > 0:
+                    window.owe(more, now)
 
     def call(self, now: int) -> None:
-        """Note whose turn it is: as many as there are free slots, and the first that waits for units."""
-        share, free, first = self.share(), self.free(), True
-        for place in self.in_order(self.line, now, share):
-            come = place.due
-            if place.bound_by == SLOT:
-                if free > 0:
-                    free -= self.reserved(place, share)
-                    come = now
-            elif first:
-                first = False
-                start, _ = self.earliest(place.amounts, now, place.first_since)
-                come = max(now, start - FAR)
-            if come < place.due - SOON:
-                place.due = come
+        """Note whose turn it is: as many as there are free slots, or the first that waits for units."""
+        free, share = self.free(), self.share()
+        short = sum(each.is_full for each in self.workers.values())
+        for name in self.line()[: min(_AHEAD, max(0, free)) + 1]:
+            each = self.workers[name]
+            is_barred = each.is_full and (free <= 0 or (each.held >= share and short > 1))
+            if each.due < now - LATE or is_barred or each.need is None:
+                continue
+            start = now if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
+            come = max(now, start)
+            if come < each.due - SOON:
+                each.due = come
+            if not each.is_full:
+                return
+            free -= 1
 
 
-class Admission:
+class Turn:
     """One batch's calls on their way through the state: booked in order, until one has to wait."""
 
-    def __init__(self, state: State, worker: str, now: int, *, gave: int) -> None:
-        self._state = state
-        self._worker = worker
-        self._me = state.workers[worker]
-        self._now = now
-        #: Slots that the worker has just given back, and may take back.
+    def __init__(self, state: State, worker: str, now: int, *, gave: bool) -> None:
+        self._state, self._worker, self._now = state, worker, now
+        self._me = me = state.workers[worker]
+        if me.need is not None:
+            me.due = now  # whenever it comes, it stands where it stood
+        else:
+            state.joined = max(state.joined + 1, state.virtual)  # in order of arrival
+            me.tag = max(me.tag, state.joined)
+        #: Whether it has just given back slots, and may take them back.
         self._gave = gave
-        self._share = state.share(worker)
-        self._place = state.place_of(worker)
-        #: The line, with this worker at its end if it does not stand there.
-        self._line = state.line
-        if self._place is None:
-            self._line = [*state.line, Place(worker, now, due=now)]
-        else:  # whenever it comes, it stands where it stood
-            self._place.due = now
-        self._booked = 0
-        #: Whether calls passed others that came first, with slots that were given back.
-        self._has_passed = False
-        #: The first of those that wait for units before this worker.
-        self._first: Place | None = None
+        #: Who comes before it; how much it may have at a time, and how much (us of work) it got.
+        self._first: str | None = None
+        self._others = 0
+        self._turn, self._work = TURN, 0.0
         #: Calls that would start later than this have to ask again.
-        self._latest_start = 0
+        self._latest = 0
+        self._rivals = 0
         self.ask_at = self.soonest = 0
 
-    def run(self, calls: tuple[Amounts, ...], horizon: int) -> tuple[Booking, ...]:
+    def run(self, calls: tuple[Amounts, ...], weight: int) -> tuple[Booking, ...]:
         """Return the answers."""
+        state, me = self._state, self._me
+        if calls:
+            self._first = self._before()
+        self._others = len(state.line()) - (me.need is not None)
+        self._turn = min(TURN, max(SHORT_TURN, ROUND // _US // (self._others + 1) * _US))
+        self._rivals = state.rivals(me)
         answers: list[Booking] = []
-        stop: Booking | None = None
-        waiting: list[Amounts] = []
+        stop: tuple[Booking, Amounts] | None = None
         for amounts in calls:
-            exceeded = self._exceeded(amounts)
+            exceeded = None if stop else self._exceeded(amounts)
             if exceeded is not None:
                 answers.append(Booking(Outcome.NEVER, bound_by=exceeded))
                 continue
-            answer = stop or self._answer(amounts, horizon)
+            answer = stop[0] if stop else self._answer(amounts)
             answers.append(answer)
             if answer.outcome is not Outcome.BOOKED:
-                stop = answer
-                waiting.append(amounts)
-        self._settle_place(stop, waiting)
+                stop = stop or (answer, amounts)
+        self._charge(weight)
+        if stop is None:
+            me.wait(None, 0, None, self._now)
+        else:
+            me.wait(stop[1], weight, stop[0].bound_by, self._now)
+            self._stand(stop[1])
         return tuple(answers)
+
+    def _charge(self, weight: int) -> None:
+        state, me = self._state, self._me
+        if self._work:
+            me.since = self._now
+            weights = sum(each.weight for each in state.workers.values()) - me.weight + weight
+            state.virtual = max(state.virtual, me.tag) + math.floor(self._work * 1_000 / weights)
+            me.tag += math.floor(self._work * 1_000 / weight)
+            state.slice = math.floor((state.slice * 7 + self._work) / 8)
 
     def _exceeded(self, amounts: Amounts) -> str | None:
         for window in self._state.windows.values():
@@ -326,84 +367,66 @@ class Admission:
                 return window.limit.resource
         return None
 
-    def _answer(self, amounts: Amounts, horizon: int) -> Booking:
+    def _before(self) -> str | None:
+        """Return who waits before this worker and is not late; who is more than late leaves the line.
+
+        Nobody does who waits for one of the slots that the worker has just given back, and holds as many.
+        """
+        state, me, now, share = self._state, self._me, self._now, self._state.share()
+        for name in state.line()[: _AHEAD + 1]:
+            each = state.workers[name]
+            if each is me or each.tag > me.tag:
+                return None
+            if each.due < now - GRACE:
+                each.wait(None, 0, None, now)
+            elif each.due >= now - LATE and not (each.is_full and each.held >= share):
+                has_waited = now >= each.since + each.held * HANDOVER
+                if not self._gave or not each.is_full or each.held < me.held or has_waited:
+                    return name
+        return None
+
+    def _answer(self, amounts: Amounts) -> Booking:
         """Book a call, or say what it has to wait for."""
-        state, now, place = self._state, self._now, self._place
+        state, now, me = self._state, self._now, self._me
         slot = bool(amounts.get(SLOT))
-        reserved = self._look_ahead()
-        if slot and state.free() <= reserved:
+        if slot and (state.free() <= 0 or (self._rivals and me.held >= state.share())):
             return Booking(Outcome.FULL, bound_by=SLOT)
-        has_waited = place is not None and not self._booked and self._is_same(place, amounts)
-        since = place.first_since if place is not None and has_waited else 0
-        start, bound_by = state.earliest(amounts, now, since)
-        if self._booked and start > self._latest_start:
-            self.ask_at = max(now, state.last_start - horizon)
-            return Booking(Outcome.LATER, bound_by=bound_by)
-        if not self._booked:
-            if self._first is not None:
-                return Booking(Outcome.LATER, bound_by=bound_by or self._first.bound_by)
+        start, bound_by = state.earliest(amounts, now, 0 if self._work else me.first_since)
+        later = Booking(Outcome.LATER, bound_by=bound_by)
+        if self._first is not None:
+            bound_by = bound_by or state.workers[self._first].bound_by
+            return Booking(Outcome.FULL if bound_by == SLOT else Outcome.LATER, bound_by=bound_by)
+        if not self._work:
             if start > now + FAR:
                 self.ask_at = start - FAR
-                return Booking(Outcome.LATER, bound_by=bound_by)
-            self._latest_start = start + horizon
-        state.book(amounts, start, bound_by)
-        self._booked += 1
-        if slot:
-            self._me.held += 1
-            self._gave -= 1
+                return later
+            self._latest = start + self._turn
+        elif start > self._latest or (self._others and self._work * _US >= self._turn):
+            self.ask_at = max(now, state.last_start - (FAR if self._others else TURN))
+            return later
+        state.book(amounts, start, bound_by if start > now else None)
+        self._work += state.work(amounts)
+        me.held += slot
         return Booking(Outcome.BOOKED, start, bound_by, slot)
 
-    def _look_ahead(self) -> int:
-        """Find who comes before this worker's next call; return how many slots are kept for them."""
-        state, share, reserved = self._state, self._share, 0
-        for place in state.in_order(self._line, self._now, share):
-            held = state.workers[place.worker].held
-            if place.worker == self._worker:
-                break
-            if self._gave > 0 and held >= self._me.held and self._now < place.since + held * ROUND:
-                self._has_passed = True
-            elif place.bound_by == SLOT:
-                reserved += state.reserved(place, share)
-            else:
-                self._first = self._first or place
-        return reserved
-
-    def _settle_place(self, stop: Booking | None, waiting: list[Amounts]) -> None:
-        """Leave the line, or stand in it: where it stood, or at the end if it was served."""
-        state, place, now = self._state, self._place, self._now
-        has_others = any(each is not place for each in state.line)
-        is_full = stop is not None and stop.outcome is Outcome.FULL
-        stays = stop is not None and (is_full or not self._booked or has_others)
-        if place is not None and not (stays and (self._has_passed or not self._booked)):
-            state.line.remove(place)
-            place = None
-        if stop is None or not stays:
-            return
-        if place is None:
-            place = Place(self._worker, now)
-            state.line.append(place)
-        is_known = self._is_same(place, waiting[0])
-        place.amounts, place.bound_by, place.due = dict(waiting[0]), stop.bound_by, now
-        place.wanted = sum(1 for each in waiting if each.get(SLOT))
-        if stop.outcome is Outcome.LATER and self._first is None and not self._booked:
-            if not place.first_since or not is_known:
-                place.first_since = max(now, state.last_start)
-        else:
-            place.first_since = 0
-            order = state.in_order(state.line, now, self._share)
-            first, behind = order[0], order.index(place)
-            if behind:  # the first may be dead
-                come = now if first.bound_by == SLOT else max(now, first.due)
-                self.ask_at = come + behind * STEP
-            else:  # a slot may expire
-                others = [each.until for each in state.workers.values() if each is not self._me]
-                self.ask_at = min(others, default=self._me.until)
-        place.due = self.ask_at
+    def _stand(self, amounts: Amounts) -> None:
+        """Stand in line with a first call that could not be booked, and say when to ask again."""
+        state, now, me = self._state, self._now, self._me
+        if me.is_full or self._first is not None or self._work:
+            me.first_since = 0
+        elif not me.first_since:
+            me.first_since = max(now, state.last_start)
+        line = state.line()
+        rank = line.index(self._worker)
+        if me.is_full:
+            self.ask_at = now + max(1, rank) * STEP
+        elif self._first is not None or rank:
+            ahead = state.workers[self._first or line[0]]
+            base = max(now, state.last_start - FAR, now if ahead.is_full else ahead.due)
+            weights = sum(each.weight for each in state.workers.values())
+            shares = (me.tag - state.workers[line[0]].tag) * weights / 1_000
+            self.ask_at = base + math.floor(max(rank * state.slice, shares)) * _US
+        me.due = self.ask_at
         self.soonest = max(now, state.last_start, state.pause.until)
         if not any(each.held for each in state.workers.values()):  # else they may give all back
-            self.soonest, _ = state.earliest(waiting[0], now, place.first_since)
-
-    def _is_same(self, place: Place, amounts: Amounts) -> bool:
-        """Return whether a call costs what ``place`` waits for."""
-        resources = (window.limit.resource for window in self._state.windows.values())
-        return all(place.amounts.get(each, 0) == amounts.get(each, 0) for each in resources)
+            self.soonest, _ = state.earliest(amounts, now, me.first_since)

@@ -55,15 +55,16 @@ from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.wording import in_seconds
 
-#: How many ns after its first start the other calls of a batch may start, unless it says otherwise.
-HORIZON: Final = 50_000_000
 #: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 250_000_000
-#: A worker that has not come this many ns after its turn is passed over.
+#: A worker that has not come this many ns after its turn is passed over, and then leaves the line until it comes.
+LATE: Final = 20_000_000
 GRACE: Final = 100_000_000
 #: The most units of a limit: a double, as a server's script has it, counts exactly to 128 times that;
 #: the rest is for debts.
 MAX_AMOUNT: Final = 1 << 46
+#: Limits whose window is this many times as long as the shortest do not count as work.
+LONG: Final = 100
 #: The resource of which a slot is one unit.
 SLOT: Final = "concurrency"
 #: Within so many seconds a store answers, or counts as gone; and the first time, when it is opened.
@@ -131,6 +132,17 @@ class LimitConfig:
     #: A provider announced the limits, to a limiter that was given none: they refuse no call for good.
     learned: bool = False
 
+    @property
+    def work(self) -> dict[str, float]:
+        """How much work (us) a unit of each resource is; see `asyncbucket.engine.node.Node.work`."""
+        work: dict[str, float] = {}
+        shortest = min((limit.per for limit in self.limits), default=0)
+        for limit in self.limits:
+            if limit.per <= LONG * shortest:
+                each = limit.per * 1e6 / limit.units
+                work[limit.resource] = min(each, work.get(limit.resource, each))
+        return work
+
     def __post_init__(self) -> None:
         for limit in self.limits:
             if limit.units > MAX_AMOUNT:
@@ -163,6 +175,9 @@ class Correction:
     start: int
     booked: Amounts
     used: Amounts
+    #: What was admitted without the store is a debt dated at ``start``. It fills a limit, but no further:
+    #: calls that have been made already hold up others no longer than a full limit does.
+    alone: bool = False
 
     @classmethod
     def undo(cls, booked: Amounts, start: int) -> Self:
@@ -185,11 +200,11 @@ class Batch:
     #: How many slots this worker holds, for calls that were booked earlier and are not over, whether or
     #: not slots are limited; None if unchanged.
     held: int | None = None
-    #: What the waiting calls cost, in the order in which they are to start; ``()`` if none waits:
-    #: then the worker leaves the line. None keeps its place: a sign of life.
-    calls: tuple[Amounts, ...] | None = ()
-    #: How long after the first start (ns) the others may start.
-    horizon: int = HORIZON
+    #: What the waiting calls cost, in the order in which they are to start, as many as may start soon;
+    #: ``()`` if none waits: then the worker leaves the line.
+    calls: tuple[Amounts, ...] = ()
+    #: How many calls wait in all: the worker's weight in the line.
+    waiting: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +236,8 @@ class Receipt:
     left: tuple[int, ...] = ()
     #: Workers that have given a sign of life within their slots' time to live, this one included.
     workers: int = 1
+    #: For how long (ns) no worker has come that was not known.
+    steady: int = 0
     #: The worker stands in line: see `Ledger.changed`.
     in_line: bool = False
     #: The first call that was not booked cannot start before, whatever comes back; 0 if nothing is known.
@@ -327,12 +344,12 @@ class Ledger(abc.ABC):
     async def _exchange(self, batch: Batch) -> Receipt:
         if self._in_doubt is not None:
             receipt = await self._deliver(self._in_doubt)
-            answers = zip(self._in_doubt.calls or (), receipt.bookings, strict=False)
+            answers = zip(self._in_doubt.calls, receipt.bookings, strict=False)
             undone = [Correction.undo(call, each.start) for call, each in answers if each.start]
             self._owe(Batch(corrections=tuple(undone)))
             self._in_doubt = self._flight = None
         owed, self._owed = self._owed, Batch()
-        self._in_doubt = replace(owed, held=self._held, calls=batch.calls, horizon=batch.horizon)
+        self._in_doubt = replace(owed, held=self._held, calls=batch.calls, waiting=batch.waiting)
         self._number += 1
         return await self._deliver(self._in_doubt)
 

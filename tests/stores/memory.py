@@ -1,6 +1,7 @@
 """A store in memory that several limiters share, on virtual time, and that may be gone."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,13 +87,14 @@ class MemoryLedger:
     async def changed(self, *, timeout: float) -> bool:
         until = self.store.now() + timeout * 1e9
         while self.store.now() < until:
-            place = self.state.place_of(self.worker)
-            if self.config != self.state.config or (place and place.due <= self.store.now()):
+            is_due = self.state.due(self.worker) <= self.store.now()
+            if self.config != self.state.config or is_due:
                 return True
             await asyncio.sleep(0.005)
         return False
 
     async def aclose(self, last: Batch) -> None:
-        await self.commit(last)
+        with contextlib.suppress(StoreError):  # as a ledger does
+            await self.commit(last)
         if not last.held:
             self.state.leave(self.worker, self.store.now())

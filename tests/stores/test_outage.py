@@ -66,7 +66,7 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
         each.cancel()
     memory.gone = False
     await asyncio.sleep(3)
-    assert (await memory.peek()).limits[0].used == 1 + passing
+    assert (await memory.peek()).limits[0].used == min(1 + passing, 10), "it is full, no fuller"
     await limiter.aclose()
 
 
@@ -106,7 +106,7 @@ async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
                 await asyncio.sleep(0.01)
 
     agents = [asyncio.ensure_future(agent(limiter)) for limiter in both for _ in range(20)]
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.6)
     memory.gone = True
     await asyncio.sleep(5)
     await stop(*agents)
@@ -114,7 +114,7 @@ async def test_shares_in_a_long_outage_together_keep_and_use_the_limit(
         await limiter.aclose()
     if "burst" not in limit:  # else the other took something since the store was last heard of
         assert_never_over(admitted, limit)
-    assert_never_over([(when, units) for when, units in admitted if when > 0.7], limit)
+    assert_never_over([(when, units) for when, units in admitted if when > 1.7], limit)
     assert len(admitted) >= 5 * 40
 
 

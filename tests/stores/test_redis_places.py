@@ -27,7 +27,7 @@ CALL = {"requests": 1, "concurrency": 1}
 #: What a login must be allowed to do, as docs/shared-stores.md says.
 RULES = (
     "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
-    "+zadd +zrem +zcard +zrangebyscore +publish +subscribe +unsubscribe"
+    "+zadd +zrem +zcard +zcount +zrange +zrank +zrangebyscore +publish +subscribe +unsubscribe"
 )
 
 
@@ -41,9 +41,9 @@ async def use(store: Store, name: str = "place") -> None:
     assert await waiting
     assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["booked"]
     await two.commit(Batch(held=0))
-    assert (await one.commit(Batch(calls=None))).workers == 2
-    await one.commit(Batch(calls=None, pause=SECOND))
-    await one.commit(Batch(calls=None, config=terms("50/s", concurrency=2)))
+    assert (await one.commit(Batch())).workers == 2
+    await one.commit(Batch(pause=SECOND))
+    await one.commit(Batch(config=terms("50/s", concurrency=2)))
     assert (await peek(two)).config == one.config
     for ledger in (one, two):
         await ledger.aclose()

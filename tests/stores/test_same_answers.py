@@ -61,7 +61,7 @@ class OnServer(History):
         self._now += 72 * 3_600 * SECOND
         self._clock(self._now)
         for ledger in self._ledgers.values():
-            await ledger.commit(Batch(calls=None))
+            await ledger.commit(Batch())
         for ledger in self._ledgers.values():
             await ledger.aclose(Batch(held=0))
         kept = set(self._server.hkeys("asyncbucket:{oracle}:state"))
@@ -102,7 +102,7 @@ class OnServer(History):
         self.check(ledger, batch, receipt)
         if self._is_gone:  # a worker that missed two losses would find all used up twice
             for other in self._ledgers.values():
-                alive = Batch(calls=None, held=self.held[other.worker])
+                alive = Batch(held=self.held[other.worker])
                 self.check(other, alive, await other.commit(alive))
             self._is_gone = False
         self._asks.append(receipt.ask_at)

@@ -289,7 +289,7 @@ async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
             with pytest.raises(StoreError, match=r"does not answer: .*patience=5 .waited 0\.25 s"):
                 await ledger.commit(Batch(calls=(CALL,)))
         hang.set()
-        await ledger.commit(Batch(calls=None))
+        await ledger.commit(Batch())
         assert (await used(ledger), (await peek(ledger)).slots) == (0, 0)
 
 
@@ -300,7 +300,7 @@ async def test_deleted_file_is_made_anew_and_calls_in_flight_hold_their_slots(pa
         for each in path.parent.glob("limits.db*"):
             each.unlink()
         await one.commit(Batch(calls=(CALL,)))
-        await two.commit(Batch(calls=None))
+        await two.commit(Batch())
         seen = await peek(two)
         assert (seen.limits[0].used, seen.slots) == (1, 7)
 

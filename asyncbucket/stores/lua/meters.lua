@@ -179,6 +179,17 @@ local function window_unbook(w, amount, when)
   w.used = w.used - back
 end
 
+-- Owe what was taken at `when`: it counts in the entry of that date, unless the window has passed that.
+local function window_fill(w, amount, when)
+  if amount <= 0 then
+    return
+  elseif w.resets ~= '' or when > w.last then
+    window_book(w, amount, math.max(when, w.last))
+  elseif when > w.forgotten then
+    window_unbook(w, -amount, when)
+  end
+end
+
 local function window_available(w, now)
   window_forget(w, now)
   return w.amount - w.used

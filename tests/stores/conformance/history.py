@@ -11,7 +11,7 @@ from asyncbucket.engine.meters import Amounts
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import Batch, Correction, Ledger, LimitConfig, Outcome, Receipt
 
-from .place import MILLISECOND, SECOND, amount_of, config
+from .place import MILLISECOND, amount_of, config
 
 _WINDOW = 0.512
 _REQUESTS = amount_of("requests", 64, _WINDOW, 8)
@@ -56,7 +56,7 @@ class History:
             held = random.randint(0, held)
         self.held[worker] = held
         calls = random.choice(
-            [None, (), *[tuple(map(self._call, range(n))) for n in (1, 1, 2, 4, 8)]]
+            [(), (), *[tuple(map(self._call, range(n))) for n in (1, 1, 2, 4, 8)]]
         )
         return Batch(
             config=new,
@@ -64,14 +64,14 @@ class History:
             corrections=tuple(self._correction() for _ in range(random.choice([0, 0, 1, 4]))),
             held=held,
             calls=calls,
-            horizon=random.choice([0, 20 * MILLISECOND, SECOND]),
+            waiting=random.choice([1, 2, 50]),
         )
 
     def check(self, ledger: Ledger, batch: Batch, receipt: Receipt) -> None:
         """Compare what the store says with what the reference does."""
         expected = self.state.apply(ledger.worker, batch, receipt.now, life=self.life)
         assert receipt == expected, (ledger.worker, batch)
-        for call, booking in zip(batch.calls or (), receipt.bookings, strict=True):
+        for call, booking in zip(batch.calls, receipt.bookings, strict=True):
             if booking.outcome is Outcome.BOOKED and booking.start > self._changed:
                 self._booked.append((booking.start, call))
             self.held[ledger.worker] += booking.slot
@@ -98,4 +98,4 @@ class History:
         factor = self.random.choice([0, 0, 0.5, 1, 1.5])
         used = {name: int(amount * factor) for name, amount in amounts.items()}
         self._booked[index] = (start, used)
-        return Correction(start=start, booked=amounts, used=used)
+        return Correction(start=start, booked=amounts, used=used, alone=self.random.random() < 0.2)

@@ -89,8 +89,8 @@ def outcomes(receipt: Receipt) -> list[str]:
     return [booking.outcome.value for booking in receipt.bookings]
 
 
-def batch(*calls: Amounts, horizon: int = 60 * SECOND) -> Batch:
-    return Batch(calls=calls, horizon=horizon)
+def batch(*calls: Amounts) -> Batch:
+    return Batch(calls=calls)
 
 
 def booked(receipt: Receipt) -> list[Booking]:
