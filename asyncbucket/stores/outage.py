@@ -167,4 +167,7 @@ class StoreHealth:
             ", ".join(counted(units, name) for name, units in in_all.items()) or "nothing",
         )
         place.notify(StoreRecovered, seconds=seconds)
-        return [Correction(start=when, booked={}, used=dict(units), alone=True) for when, units in admitted]
+        return [
+            Correction(start=when, booked={}, used=dict(units), alone=True)
+            for when, units in admitted
+        ]

@@ -255,7 +255,9 @@ class Session:
                 helper.result()  # if it failed, so has the session
         with self._place.lock():
             all_heads = self._place.heads()
-            heads: Sequence[Any] = [each for each in all_heads if not self._is_blocked(each.seat.loop)]
+            heads: Sequence[Any] = [
+                each for each in all_heads if not self._is_blocked(each.seat.loop)
+            ]
             is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
             if self._in_line and not is_urgent:
                 self._place.fail_late(heads, *self._soonest)

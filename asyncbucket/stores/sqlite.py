@@ -30,7 +30,6 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from asyncbucket.engine.errors import StoreError
-
 from asyncbucket.stores import without_password
 from asyncbucket.stores.state import State
 from asyncbucket.stores.store import (
@@ -123,6 +122,8 @@ class SQLiteStore:
             raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
         self.path = Path(path).absolute()
         self.patience = patience
+        #: How long (s) the work in progress waits for the lock.
+        self._waits = patience
         self._more_time = f"or allow more with ?patience={max(5, patience * 4):g}"
         self.silence = (
             f"{self.path}: the disk does not answer: see what keeps it busy, {self._more_time}"
@@ -192,7 +193,7 @@ class SQLiteStore:
     def _explained(self, error: sqlite3.Error) -> str:
         if _code_of(error) == sqlite3.SQLITE_BUSY:
             return (
-                f"another process has held the write lock for over {self.patience:g} s; find it with "
+                f"another process has held the write lock for over {self._waits:g} s; find it with "
                 f"`fuser {self.path}`, {self._more_time}"
             )
         return (
@@ -204,8 +205,14 @@ class SQLiteStore:
     # --- on its thread ---
 
     @contextlib.contextmanager
-    def changing(self, name: str, config: LimitConfig) -> Generator[tuple[State, int]]:
-        """Change the state of a limiter in one step, or a new one with these limits; yield it, and now."""
+    def changing(
+        self, name: str, config: LimitConfig, *, joins: bool = False
+    ) -> Generator[tuple[State, int]]:
+        """Change the state of a limiter in one step, or a new one with these limits; yield it, and now.
+
+        A worker that ``joins`` has more time: its calls have nowhere else to go.
+        """
+        self._waits = max(self.patience, OPEN_PATIENCE - 2 * _GRACE) if joins else self.patience
         with self.transaction() as connection:
             now = self._now(connection)
             state = self.read(connection, name)
@@ -325,7 +332,7 @@ class SQLiteStore:
         SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
         busy, those that have just come are then always faster.
         """
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + self._waits
         while True:
             try:
                 return attempt()
@@ -346,6 +353,8 @@ class SQLiteLedger(Ledger):
         self.patience = store.patience + _GRACE
         self._store = store
         self._life = life
+        #: Whether the worker is still unknown to the limiter.
+        self._joins = True
         #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
         self._due = 0
@@ -356,8 +365,10 @@ class SQLiteLedger(Ledger):
         return receipt
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
-        with self._store.changing(self.name, self.config) as (state, now):
+        joins = self._joins
+        with self._store.changing(self.name, self.config, joins=joins) as (state, now):
             receipt = state.apply(self.worker, batch, now, life=self._life)
+        self._joins = False
         return receipt, state.config
 
     async def changed(self, *, timeout: float) -> bool:

@@ -294,7 +294,9 @@ class State:
             is_barred = each.is_full and (free <= 0 or (each.held >= share and short > 1))
             if each.due < now - LATE or is_barred or each.need is None:
                 continue
-            start = now if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
+            start = (
+                now if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
+            )
             come = max(now, start)
             if come < each.due - SOON:
                 each.due = come

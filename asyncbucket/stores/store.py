@@ -8,20 +8,22 @@ comes up meanwhile goes with the next (group commit), so a round trip serves as 
 
 Reserve ahead. A call that cannot pass now is not sent away to ask again. It is booked at the first
 instant that suits all limits, and the receipt names that `start`. The worker sleeps until then and
-lets the call go. So nobody polls, and calls start in the order in which they were booked, over all
-processes. A batch has a `horizon`: calls that would start more than that after the batch's first
-start are left out (`Outcome.LATER`). A worker asks again when it has used up all but a horizon of
-what it has, so workers that want more than there is take turns with equal slices of time.
+lets the call go. So nobody polls. Nothing is booked farther ahead than `FAR`, because what other
+calls give back should serve those that wait, and slots cannot be booked ahead at all.
 
-The line. Nothing is booked farther ahead than `FAR`, because what other calls give back should
-serve those that wait, and slots cannot be booked ahead at all. A worker whose next call cannot be
-booked yet stands in line: one place for each worker, in order of arrival, for units and slots
-alike. So does one that was served and wants more while others stand there: at the end. Nobody passes
-those who came first, except that nobody holds more than concurrency / workers slots, rounded up,
-while another that holds fewer waits. A worker that gives back slots and has calls waiting takes the
-slots back at once, unless another holds fewer, or holds as few and has waited for 20 ms for each of
-them: a slot that changes hands costs a round trip. `Ledger.changed` returns when a worker's turn has
-come. A worker that does not come within `GRACE` of its turn is passed over until it does.
+The line. A worker whose next call cannot be booked yet stands in line, for units and slots alike.
+The line is ordered by virtual time (start-time fair queueing): a worker that comes gets the tag that
+the line has reached, and each time it is served its tag moves by the work that it got, divided by the
+number of its callers that wait. So workers share in proportion to their callers, a newcomer is next,
+and nobody is overtaken for ever. Of a worker the store keeps one record: its tag, what its first call
+costs, and when it is due. A turn is 20 to 50 ms of the limit, and costs O(log n).
+
+Who is first is told when its call can be booked, the others when their turn should come. `changed`
+returns when a turn comes sooner. A worker that is more than `LATE` behind its turn is passed over, and
+by more than `GRACE` leaves the line until it comes. Nobody holds more than concurrency / workers slots,
+rounded up, while another waits for one. A worker that gives back slots and has calls waiting takes them
+back at once, unless another holds fewer, or holds as few and has waited for 10 ms for each of them: a
+slot that changes hands costs a round trip.
 
 A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
 slots come back; if it comes again, the slots that it holds count again.

@@ -159,6 +159,7 @@ async def test_lost_store_is_an_outage_and_hangs_no_call(
     limiter = limited(fault.url, "100 RPM burst 100")
     lost, back = noted(limiter, StoreLost), noted(limiter, StoreRecovered)
     await take(limiter)
+    await asyncio.sleep(1.3)  # until its share means something
     with caplog.at_level(logging.WARNING, "asyncbucket"):
         fault.begin()
         for _ in range(4):
@@ -219,6 +220,7 @@ async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
     limiter = limited(fault.url, "100 RPM burst 100")
     back = noted(limiter, StoreRecovered)
     await take(limiter)
+    await asyncio.sleep(1.3)
     fault.begin()
     await take(limiter)
     limiter.reconfigure("50 RPM burst 50", concurrency=7)

@@ -111,6 +111,19 @@ async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
         assert outcomes(await ledger.commit(ONE)) == ["booked"]
 
 
+async def test_worker_that_joins_waits_as_long_for_a_lock_as_for_a_server(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        store = SQLiteStore(path)
+        joining = asyncio.create_task(store.open("openai", CONFIG))
+        await asyncio.sleep(0.6)
+        holder.execute("END")
+        ledger = await joining
+    assert outcomes(await ledger.commit(ONE)) == ["booked"]
+    await ledger.aclose()
+    await store.aclose()
+
+
 async def test_disk_that_fills_up_loses_no_booking(path: Path) -> None:
     async with opened(path) as ledger:
         await ledger.commit(ONE)

@@ -58,9 +58,7 @@ class StoreConformance:
             history = History(seed, limits, receipts[0].now, life=30 * SECOND)
             joined = receipts[-1].now - receipts[-1].steady
             for worker, receipt in zip(workers, receipts, strict=True):
-                history.state.apply(
-                    worker.worker, Batch(), receipt.now, life=history.life
-                )
+                history.state.apply(worker.worker, Batch(), receipt.now, life=history.life)
             history.state.grown = joined
             for _ in range(60):
                 worker = history.random.choice(workers)
@@ -187,7 +185,9 @@ class StoreConformance:
         await _take_slots(waiting, 1)
 
     @scenario
-    async def test_worker_takes_back_what_it_gave_until_others_have_waited(self, place: Place) -> None:
+    async def test_worker_takes_back_what_it_gave_until_others_have_waited(
+        self, place: Place
+    ) -> None:
         first, busy, last, other = await _holding(place, 100, 100, 100, 101, concurrency=401)
         await _find_no_slot(first, busy, last)
         await other.commit(Batch(held=100))
