@@ -21,7 +21,7 @@ from typing import Any, Final
 import redis
 
 from asyncbucket import AcquireTimeout, Limiter, StoreError
-from asyncbucket.engine.events import StoreLost
+from asyncbucket.engine.events import Event, StoreLost
 from benchmarks.stores import server
 
 RATE: Final = 100
@@ -31,16 +31,23 @@ RUNS: Final = 3.0
 BLOCKED: Final = 1.0
 
 
-def booked_at(lease: Any) -> int:
+def booked_at(lease: Any) -> Any:
     """Return when the store has booked a call, by its own clock (ns)."""
-    return next(m._reservation.booked_at for m, _ in lease._meters if hasattr(m, "_reservation"))
+    meters = [meter for meter, _ in lease._meters]  # noqa: SLF001 - as tests do
+    booked = (getattr(meter, "_reservation", None) for meter in meters)
+    return next(each.booked_at for each in booked if each is not None)
 
 
 async def work(place: str, seconds: float, blocked: float) -> None:
     """Be one of the processes."""
     limiter = Limiter(f"{RATE}/s", "1M TPM", store=place, name="scale")
     lost: list[str] = []
-    limiter.observe(lambda event: isinstance(event, StoreLost) and lost.append(event.reason))
+
+    def note(event: Event) -> None:
+        if isinstance(event, StoreLost):
+            lost.append(event.reason)
+
+    limiter.observe(note)
     went: list[int] = []
     (await limiter.acquire(tokens=1)).release()
     print("ready", flush=True)
