@@ -5,7 +5,7 @@ the root. Then it hands the call over to the session instead of letting it go. T
 come, first served, until the session has booked it at the store and its start has come. What it has
 booked below the root, a child's limits for instance, is dated anew while it waits.
 
-A process has one session, on a thread of its own, for the calls of all its loops and threads. So a
+A process has one session for each limiter, on one thread for all of them, for the calls of all its loops. So a
 loop that is blocked, or ends without closing the limiter, holds up nothing at the store. A store that
 was made by the user belongs to the user's loop, and so does its session.
 """
@@ -33,6 +33,7 @@ from asyncbucket.explanations import too_late_locked
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
+from asyncbucket.stores.thread import StoreThread
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 4
@@ -292,6 +293,10 @@ class StorePlace(Place):
         """Tell observers; without the lock."""
         with self.lock():
             self._pacer.notify_locked(self._node, event_type, **fields)
+
+    def join_thread(self) -> StoreThread:
+        """Return what serves the stores of this process at the same URL."""
+        return StoreThread.join(self._given)
 
     def make_store(self) -> Store:
         """Return the store, not connected yet."""

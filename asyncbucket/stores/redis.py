@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -113,14 +114,19 @@ class RedisStore:
         self._owned = owned
         #: Connections belong to the loop and the process in which they were made.
         self._used_in: tuple[asyncio.AbstractEventLoop, int] | None = None
+        #: Runs of the script that wait to be sent, each with who waits for its answer.
+        self._unsent: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
+        self._sender: asyncio.Task[None] | None = None
+        #: What listens for all limiters.
+        self.calls = Listener(client)
 
     @classmethod
     def of(cls, client: Any) -> "RedisStore":
         """Return a store on a client of yours, `redis.asyncio.Redis` or ``RedisCluster``.
 
         So limits are kept behind Sentinels (``Sentinel(...).master_for(...)``), in a cluster, or
-        wherever else redis-py gets to. The client stays yours: closing the store leaves it open. If its
-        connections are bounded, it needs two for each limiter.
+        wherever else redis-py gets to. The client stays yours: closing the store leaves it open. It needs
+        two connections.
 
         Raises:
             TypeError: it is no client.
@@ -162,24 +168,119 @@ class RedisStore:
             raise StoreError(
                 f"the store {self.url} was made for another event loop or process: give the limiter a URL"
             )
-        command, given = self.client.execute_command, (len(keys), *keys, *args)
+        answer = asyncio.get_running_loop().create_future()
+        self._unsent.append(((len(keys), *keys, *args), answer))
+        if self._sender is None or self._sender.done():
+            self._sender = asyncio.create_task(self._send_all(), name="asyncbucket store batches")
         try:
-            try:
-                text = await command("EVALSHA", script.digest(), *given)
-            except exceptions.NoScriptError:
-                text = await command("EVAL", script.source(), *given)
+            reply: dict[str, Any] = json.loads(await answer)
         except _FAILURES as error:
             raise _store_error(self.url, self.client, error) from error
-        reply: dict[str, Any] = json.loads(text)
         return reply
+
+    async def _send_all(self) -> None:
+        """Send what all limiters have to say, as one batch at a time on one connection."""
+        while self._unsent:
+            sent, self._unsent = self._unsent, []
+            try:
+                replies = await self._send([given for given, _ in sent])
+            except _FAILURES as error:
+                replies = [error] * len(sent)
+            for (_, answer), reply in zip(sent, replies, strict=True):
+                if answer.done():  # nobody waits any more
+                    continue
+                if isinstance(reply, Exception):
+                    answer.set_exception(reply)
+                else:
+                    answer.set_result(reply)
+
+    async def _send(self, batch: list[tuple[Any, ...]]) -> list[Any]:
+        """Run the script once for each of ``batch``; return replies and errors."""
+        if len(batch) == 1 or isinstance(self.client, RedisCluster):
+            runs = (self._run_once("EVALSHA", script.digest(), each) for each in batch)
+            replies = list(await asyncio.gather(*runs, return_exceptions=True))
+        else:
+            pipeline = self.client.pipeline(transaction=False)
+            for each in batch:
+                pipeline.execute_command("EVALSHA", script.digest(), *each)
+            replies = await pipeline.execute(raise_on_error=False)
+        for number, reply in enumerate(replies):
+            if isinstance(reply, exceptions.NoScriptError):
+                replies[number] = await self._run_once("EVAL", script.source(), batch[number])
+        return replies
+
+    async def _run_once(self, command: str, code: str, given: tuple[Any, ...]) -> Any:
+        return await self.client.execute_command(command, code, *given)
 
     async def aclose(self) -> None:
         """Close the connections that were made here."""
+        await self.calls.aclose()
         if self._owned:
             await self.client.aclose()
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.url}>"
+
+
+class Listener:
+    """Hear on one connection when workers are called, whichever limiters they are of."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        #: What is told of a message on a channel: the number in it, or None if one may have been missed.
+        self._told: dict[str, list[Callable[[int | None], None]]] = {}
+        self._pubsub: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def add(self, channels: Sequence[str], tell: Callable[[int | None], None]) -> None:
+        """Tell ``tell`` what comes on ``channels``; it may have missed what came before."""
+        for channel in channels:
+            self._told.setdefault(channel, []).append(tell)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._listen(), name="asyncbucket store listener")
+        elif self._pubsub is not None:
+            with contextlib.suppress(*_FAILURES):  # it listens anew, to all
+                await self._pubsub.subscribe(*channels)
+
+    async def remove(self, channels: Sequence[str], tell: Callable[[int | None], None]) -> None:
+        """Tell it no more."""
+        for channel in channels:
+            self._told[channel].remove(tell)
+        gone = [channel for channel in channels if not self._told[channel]]
+        for channel in gone:
+            del self._told[channel]
+        if not self._told:
+            await self.aclose()
+        elif gone and self._pubsub is not None:
+            with contextlib.suppress(*_FAILURES):
+                await self._pubsub.unsubscribe(*gone)
+
+    async def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(*_FAILURES):
+                async with self._client.pubsub() as pubsub:
+                    await pubsub.subscribe(*self._told)
+                    self._pubsub = pubsub
+                    while True:
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None and message["type"] in {"subscribe", "message"}:
+                            self._tell(message)
+            self._pubsub = None
+            await asyncio.sleep(_RETRY_INTERVAL)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        channel = message["channel"]
+        name = channel.decode() if isinstance(channel, bytes) else channel
+        number = int(message["data"]) if message["type"] == "message" else None
+        for tell in self._told.get(name, ()):
+            tell(number)
+
+    async def aclose(self) -> None:
+        """End, and give back the connection."""
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # redis-py may swallow it while it connects
+            await asyncio.wait((self._task,), timeout=0.1)
+        self._task = self._pubsub = None
 
 
 class RedisLedger(Ledger):
@@ -201,7 +302,8 @@ class RedisLedger(Ledger):
         #: Whether the worker was called, and when it will be.
         self._called = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._listens = False
+        self._channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
 
     async def _send(self, number: int, batch: Batch) -> Receipt:
         """Send ``batch``; if the limits have changed, under the new ones.
@@ -240,8 +342,9 @@ class RedisLedger(Ledger):
 
     async def changed(self, *, timeout: float) -> bool:
         """See `asyncbucket.stores.store.Ledger.changed`."""
-        if self._listener is None or self._listener.done():
-            self._listener = asyncio.create_task(self._listen(), name="asyncbucket store listener")
+        if not self._listens:
+            self._listens = True
+            await self._store.calls.add(self._channels, self._call)
         try:
             async with asyncio.timeout(timeout):
                 await self._called.wait()
@@ -259,26 +362,14 @@ class RedisLedger(Ledger):
             self._timer.cancel()
             self._timer = None
 
-    def _call(self, delay: int) -> None:
+    def _call(self, delay: int | None) -> None:
         """Note that the worker's turn comes in ``delay`` microseconds; this replaces earlier calls."""
-        if delay >= 0:
+        if delay is None:  # perhaps it came, while nobody listened
+            self._called.set()
+        elif delay >= 0:
             self._reset_call()
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(delay * 1e-6, self._called.set)
-
-    async def _listen(self) -> None:
-        channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
-        while True:
-            with contextlib.suppress(*_FAILURES):
-                async with self._store.client.pubsub() as pubsub:
-                    await pubsub.subscribe(*channels)
-                    while True:
-                        message = await pubsub.get_message(timeout=None)
-                        if message is not None and message["type"] == "subscribe":
-                            self._called.set()  # perhaps it was, while nobody listened
-                        elif message is not None:
-                            self._call(int(message["data"]))
-            await asyncio.sleep(_RETRY_INTERVAL)
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""
@@ -300,9 +391,9 @@ class RedisLedger(Ledger):
     async def aclose(self, last: Batch | None = None) -> None:
         """See `asyncbucket.stores.store.Ledger.aclose`."""
         self._reset_call()
-        while self._listener is not None and not self._listener.done():
-            self._listener.cancel()  # redis-py may swallow it while it connects
-            await asyncio.wait((self._listener,), timeout=0.1)
+        if self._listens:
+            self._listens = False
+            await self._store.calls.remove(self._channels, self._call)
         await super().aclose(last)
 
     async def _leave(self) -> None:

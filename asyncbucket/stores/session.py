@@ -8,8 +8,9 @@ urgent call may still pass them.
 A batch is also the worker's sign of life: if there is nothing to say, an empty one is sent. While
 the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 
-A session serves all loops and threads of a process. It lives on a loop of its own, in a thread that
-ends with it; only a store that was made by the user has it on the user's loop. When the limiter is
+A session serves all loops and threads of a process. It lives on a loop that the sessions of all
+limiters share (`asyncbucket.stores.thread`); only a store that was made by the user has it on the
+user's loop. When the limiter is
 closed it ends as soon as no call waits or holds a slot.
 """
 
@@ -17,7 +18,6 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import threading
 import weakref
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ from asyncbucket.stores.store import (
     LimitConfig,
     Outcome,
     Receipt,
-    Store,
 )
 
 if TYPE_CHECKING:
@@ -107,24 +106,17 @@ class Session:
         self._is_closing = False
         #: Who wants to know when the store has been told everything.
         self._closers: list[concurrent.futures.Future[None]] = []
-        self._store: Store | None = None
         self._ledger: Ledger | None = None
         self._health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
-        self._owns_store = place.owns_store
-        self.loop = asyncio.new_event_loop() if loop is None else loop
-        if loop is None:
-            name = "asyncbucket session"
-            threading.Thread(target=self._run_in_thread, name=name, daemon=True).start()
-        else:  # in an empty context: it serves everyone, not the call that happened to come first
-            loop.call_soon_threadsafe(self._start, context=contextvars.Context())
+        #: What it shares with the sessions of other limiters; a user's store has none.
+        self._thread = place.join_thread() if loop is None else None
+        self.loop = loop if self._thread is None else self._thread.loop
+        # In an empty context: it serves everyone, not the call that happened to come first.
+        self.loop.call_soon_threadsafe(self._start, context=contextvars.Context())
 
     def _start(self) -> None:
         self._task = self.loop.create_task(self._run(), name="asyncbucket store session")
-
-    def _run_in_thread(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-            runner.run(self._run())
 
     # --- what the limiter asks, from any thread ---
 
@@ -191,6 +183,8 @@ class Session:
             if not isinstance(error, Exception):
                 raise
         finally:
+            if self._thread is not None:
+                await self._thread.leave()
             self._answer_closers()
 
     async def _serve(self) -> bool:
@@ -214,9 +208,10 @@ class Session:
             if place.calls and not place.heads():  # they have failed, or given up
                 return False
         try:
-            self._store = place.make_store()
+            make = place.make_store
+            store = make() if self._thread is None else self._thread.store(make)
             self._pending.config = None
-            self._ledger = await self._store.open(
+            self._ledger = await store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
@@ -436,17 +431,13 @@ class Session:
         return task
 
     async def _leave(self) -> None:
-        """Leave the store, and close it."""
+        """Leave the limiter at the store."""
         self._set_timer(NEVER)
         helpers = [each for each in (self._listener, self._probe) if each is not None]
         self._listener = self._probe = None
         for task in helpers:
             task.cancel()
         await asyncio.gather(*helpers, return_exceptions=True)
-        ledger, self._ledger, store, self._store = self._ledger, None, self._store, None
-        try:
-            if ledger is not None:
-                await ledger.aclose(self._pending.batch((), self._clock(), 0))
-        finally:
-            if store is not None and self._owns_store:
-                await store.aclose()
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            await ledger.aclose(self._pending.batch((), self._clock(), 0))

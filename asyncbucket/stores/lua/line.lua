@@ -93,13 +93,16 @@ local function forget(s, worker)
   s.records[worker], s.changed[worker], s.removed[worker] = new_record(), nil, true
 end
 
--- Forget those that gave no sign of life in time.
-local function expire(s)
+-- Forget those that gave no sign of life in time; a worker that gives one now lives for `ttl` more. The first write
+-- of a batch is one that a server short of memory refuses.
+local function expire(s, worker, ttl)
   local dead = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', as_integer(s.now))
+  if worker then
+    redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)
+  end
   for _, worker in ipairs(dead) do
     forget(s, worker)
   end
-  return #dead
 end
 
 local function free_slots(s)

@@ -78,7 +78,7 @@ local function load(known_epoch, new_epoch, config_text, ttl, starts)
     s = {
       schema = SCHEMA, epoch = new_epoch, before = '', seen = 0, offset = 0, last = 0, bound = '', paused = 0,
       ttl = 0, lent = 0, claims = 0, short = 0, weights = 0, virtual = 0, joined = 0, slice = 0, grown = 0,
-      windows = {}, buckets = {}, text = config_text,
+      windows = {}, buckets = {}, text = config_text, is_new = true,
     }
   end
   clock(s)

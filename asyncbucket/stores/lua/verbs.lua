@@ -64,13 +64,13 @@ local function save_workers(s, text, seq)
     more[#more + 1] = 'w:' .. name
     more[#more + 1] = cmsgpack.pack(r)
   end
+  if s.is_new then
+    more[#more + 1], more[#more + 2] = 'config', s.text
+  end
   save(s, more)
   for name in pairs(s.removed) do
     redis.call('ZREM', KEYS[2], name)
     redis.call('HDEL', KEYS[1], 'w:' .. name)
-  end
-  if text then
-    redis.call('ZADD', KEYS[2], as_integer(s.now + ttl), worker)
   end
   local life = as_integer(lifetime(s) + s.ttl * 2 / 1000)
   redis.call('PEXPIRE', KEYS[2], life)
@@ -85,7 +85,7 @@ function verbs.commit(seq, held, weight, corrections, asks, sets_config, pause, 
     redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
   end
   local s = load(known_epoch, new_epoch, config, ttl, starts)
-  local is_new = sets_config == '1' and configure(s, config)
+  s.is_new = sets_config == '1' and configure(s, config) or s.is_new
   if s.text ~= config then
     return reply(s, { config = s.text })
   end
@@ -98,11 +98,10 @@ function verbs.commit(seq, held, weight, corrections, asks, sets_config, pause, 
   if me.seq == seq then
     return me.text
   end
-  redis.call('HSET', KEYS[1], 'config', s.text) -- first, because a server short of memory refuses it
-  local workers = redis.call('ZCARD', KEYS[2]) - expire(s)
+  expire(s, worker, ttl)
   me, s.removed[worker] = record_of(s, worker), nil
   if not me.seq then
-    s.grown, workers = s.now, workers + 1
+    s.grown = s.now
   end
   local till = s.now + tonumber(pause)
   if till > s.now and till > s.paused then
@@ -124,13 +123,13 @@ function verbs.commit(seq, held, weight, corrections, asks, sets_config, pause, 
     soonest = as_integer(a.soonest),
     bound = cjson.encode(a.bound),
     left = units,
-    workers = workers,
+    workers = redis.call('ZCOUNT', KEYS[2], '(' .. as_integer(s.now), '+inf'),
     steady = as_integer(s.now - s.grown),
     crowded = tostring(rivals > 0 or 2 * free_slots(s) < (s.config.concurrency or 0)),
     inline = tostring(me.need ~= nil),
   })
   save_workers(s, text, seq)
-  if is_new then
+  if s.is_new then
     redis.call('PUBLISH', channel .. '*', '0')
   end
   return text
