@@ -11,12 +11,23 @@ from asyncbucket.stores.store import Batch, LimitConfig, Snapshot, Store
 
 __all__ = ["Batch", "LimitConfig", "Snapshot", "Store", "open_store", "without_password"]
 
-_SCHEME: Final = re.compile(r"[a-z]+://")
-#: What may be shown of an address: a host, a port, and a path.
-_ADDRESS: Final = re.compile(r"([\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?(/.*)?")
+_SCHEME: Final = re.compile(r"[a-z+]+://")
+#: What may be shown of an address: hosts, ports, and a path.
+_HOST: Final = r"([\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?"
+_ADDRESS: Final = re.compile(rf"{_HOST}(,{_HOST})*(/.*)?")
+#: Several servers behind one URL.
+_KINDS: Final = ("", "+sentinel", "+cluster")
 #: Which module serves a scheme; each has ``from_url(url) -> Store``.
 _MODULES: Final = {"sqlite": "asyncbucket.stores.sqlite"} | dict.fromkeys(
-    ("redis", "rediss", "valkey", "valkeys", "unix"), "asyncbucket.stores.redis"
+    (
+        "unix",
+        *(
+            f"{scheme}{kind}"
+            for scheme in ("redis", "rediss", "valkey", "valkeys")
+            for kind in _KINDS
+        ),
+    ),
+    "asyncbucket.stores.redis",
 )
 
 

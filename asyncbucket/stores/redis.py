@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -39,7 +40,10 @@ from asyncbucket.stores.store import (
 try:
     from redis import exceptions
     from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.connection import parse_url
     from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
     from redis.backoff import NoBackoff
 except ImportError as missing:
     raise ImportError(
@@ -53,6 +57,12 @@ _RETRY_INTERVAL: Final = 0.5
 #: Seconds after which a connection gives up by itself, if nobody has ended it before.
 _BACKSTOP: Final = 5.0
 _FAILURES: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError, EOFError)
+_TIMEOUTS: Final[dict[str, Any]] = {
+    "socket_timeout": _BACKSTOP,
+    "socket_connect_timeout": _BACKSTOP,
+}
+#: Where they listen unless a URL says otherwise.
+_PORTS: Final = {"sentinel": 26_379, "cluster": 6_379}
 _HOW: Final = (
     "write redis://user:password@host:6379/0, and special characters of a password as %2F for /, "
     "%5B for [, %40 for @ and so on"
@@ -70,10 +80,22 @@ _REMEDIES: Final = (
     (exceptions.ReadOnlyError, "is a replica: {}; give the primary's address"),
     (
         exceptions.MovedError,
-        "is one node of a cluster: give RedisStore.of(RedisCluster(...)) as the store",
+        "is one node of a cluster: write redis+cluster://host:6379",
     ),
     (exceptions.ResponseError, "failed: {}"),
-    (Exception, "cannot be reached: {}; see whether it runs"),
+    (
+        ssl.SSLCertVerificationError,
+        "shows a certificate that is not trusted: {}; name the file of who issued it with ?ssl_ca_certs=",
+    ),
+    (
+        ssl.SSLError,
+        "does not speak TLS as expected: {}; write redis:// if it speaks none on this port",
+    ),
+    (
+        Exception,
+        "cannot be reached: {}; see whether it runs, and whether it speaks TLS on this port, as rediss:// "
+        "does and redis:// does not",
+    ),
 )
 
 
@@ -85,15 +107,13 @@ def from_url(url: str) -> "RedisStore":
     """
     shown, why = without_password(url), _HOW
     try:
+        if "+" in url.partition("://")[0]:
+            return _of_several(url, shown)
         split = urlsplit(url)
         database = split.path.strip("/ ")
         if split.scheme == "unix" or not database or database.isdecimal():
             client: Any = Redis.from_url(
-                re.sub("^valkey", "redis", url),
-                retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
-                socket_timeout=_BACKSTOP,
-                socket_connect_timeout=_BACKSTOP,
-                protocol=2,
+                re.sub("^valkey", "redis", url), retry=_retry(), **_TIMEOUTS, protocol=2
             )
             client.connection_pool.make_connection()  # it refuses unknown settings
             return RedisStore(client, url=shown, owned=True)
@@ -104,11 +124,41 @@ def from_url(url: str) -> "RedisStore":
     raise ValueError(f"{shown!r} cannot be read: {why}")
 
 
+def _of_several(url: str, shown: str) -> "RedisStore":
+    """Return the store of ``redis+sentinel://host:port,host:port/service/0`` or ``redis+cluster://host,host``."""
+    scheme, _, rest = url.partition("://")
+    base, _, kind = scheme.partition("+")
+    login, at, address = rest.rpartition("@")
+    address, _, query = address.partition("?")
+    hosts, _, path = address.partition("/")
+    service, _, database = path.partition("/")
+    split = [urlsplit(f"//{each}") for each in hosts.split(",")]
+    nodes = [(each.hostname or "127.0.0.1", each.port or _PORTS[kind]) for each in split]
+    options = {**_TIMEOUTS, **parse_url(f"redis://{login}{at}host/{database}?{query}")}
+    del options["host"]
+    if base in {"rediss", "valkeys"}:
+        options["ssl"] = True
+    if kind == "cluster":
+        client: Any = RedisCluster(startup_nodes=[ClusterNode(*each) for each in nodes], **options)
+        return RedisStore(client, url=shown, owned=True)
+    if not service:
+        raise TypeError("name the service: redis+sentinel://host:26379,host:26379/service")
+    find: Any = Sentinel(nodes, sentinel_kwargs=_TIMEOUTS, **options)  # type: ignore[no-untyped-call]
+    client = find.master_for(service, retry=_retry(), protocol=2)
+    return RedisStore(client, url=shown, owned=True, others=find.sentinels)
+
+
+def _retry() -> Retry:
+    return Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,))
+
+
 class RedisStore:
     """Keep limiters on a Redis or Valkey server; see `asyncbucket.stores.store.Store`."""
 
-    def __init__(self, client: Any, *, url: str, owned: bool) -> None:
+    def __init__(self, client: Any, *, url: str, owned: bool, others: Sequence[Any] = ()) -> None:
         self.client = client
+        #: Clients that are closed with it: those of Sentinels.
+        self._others = others
         #: Where it is, without a password.
         self.url = url
         self._owned = owned
@@ -216,7 +266,8 @@ class RedisStore:
         """Close the connections that were made here."""
         await self.calls.aclose()
         if self._owned:
-            await self.client.aclose()
+            for each in (self.client, *self._others):
+                await each.aclose()
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.url}>"
@@ -287,8 +338,10 @@ class RedisLedger(Ledger):
     """Keep one limiter on a server, for one worker."""
 
     def __init__(self, store: RedisStore, name: str, worker: str | None, slot_ttl: float) -> None:
+        tls = "does" if store.url.startswith(("rediss", "valkeys")) else "does not"
         silence = (
-            f"the store {store.url} does not answer: see whether it runs, and how far away it is"
+            f"the store {store.url} does not answer: see whether it runs, how far away it is, and whether "
+            f"it speaks TLS on this port (this URL {tls})"
         )
         super().__init__(store, name, worker, silence)
         self._store = store
@@ -418,7 +471,9 @@ def _store_error(name: str, client: Any, error: Exception) -> StoreError:
             f"the store {name} keeps a limiter that has schema {theirs}, and this asyncbucket needs "
             f"{ours}: use one version of asyncbucket for one limiter, or another name"
         )
-    templates = (template for error_types, template in _REMEDIES if isinstance(error, error_types))
+    causes = (error, error.__cause__, error.__context__)
+    cause = next((each for each in causes if isinstance(each, ssl.SSLError)), error)
+    templates = (template for error_types, template in _REMEDIES if isinstance(cause, error_types))
     template = next(templates)
     if message.startswith("ACL failure"):  # in a script, so it is of another kind
         template = _REFUSED

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import concurrent.futures
 
     from asyncbucket.stores.place import StorePlace
+    from asyncbucket.stores.thread import StoreThread
 
 #: For how long (ns) to gather what comes back while nobody is known to wait for it, and while somebody
 #: waits: less than a round trip takes, so what comes back in between goes with it.
@@ -110,8 +111,11 @@ class Session:
         self._health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
         #: What it shares with the sessions of other limiters; a user's store has none.
-        self._thread = place.join_thread() if loop is None else None
-        self.loop = loop if self._thread is None else self._thread.loop
+        self._thread: StoreThread | None = None
+        if loop is None:
+            self._thread = place.join_thread()
+            loop = self._thread.loop
+        self.loop = loop
         # In an empty context: it serves everyone, not the call that happened to come first.
         self.loop.call_soon_threadsafe(self._start, context=contextvars.Context())
 

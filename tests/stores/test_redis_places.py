@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
 
 import pytest
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, ReadOnlyError, ResponseError
 
 from asyncbucket import StoreError
@@ -101,9 +100,9 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
         start_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(3)
     ]
     await join(nodes)
-    client: Any = RedisCluster(host="127.0.0.1", port=nodes[0].port)
-    store = RedisStore.of(client)
-    assert repr(store) == "<RedisStore redis (your client)>"
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes[:2])
+    store = open_store(f"redis+cluster://{hosts}")
+    assert repr(store) == f"<RedisStore redis+cluster://{hosts}>"
     await use(store)
     for number in range(12):
         ledger = await store.open(f"limiter {number}", terms("10/s"))
@@ -117,8 +116,8 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
     found = await asyncio.gather(*peeks, return_exceptions=True)
     errors = [str(each) for each in found if isinstance(each, StoreError)]
     assert len(errors) == 2
-    assert all("is one node of a cluster: give RedisStore.of(Redis" in each for each in errors)
-    for each in (client, *alone):
+    assert all("is one node of a cluster: write redis+cluster://" in each for each in errors)
+    for each in (store, *alone):
         await each.aclose()
 
 
@@ -169,10 +168,9 @@ async def test_failover_to_replica_keeps_replicated_bookings(
         "sentinel down-after-milliseconds main 300\n"
         "sentinel failover-timeout main 2000\n",
     )
-    sentinel_class: Any = Sentinel
-    sentinels = sentinel_class([("127.0.0.1", sentinel.port)], socket_timeout=0.5)
-    client = sentinels.master_for("main", socket_timeout=0.5)
-    store = RedisStore.of(client)
+    store = open_store(
+        f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel.port}/main?socket_timeout=0.5"
+    )
     ledger = await store.open("failover", terms("100 requests/minute burst 100", concurrency=99))
     await ledger.commit(Batch(calls=(CALL,) * 60))
     await until_replicated(primary)
@@ -186,8 +184,7 @@ async def test_failover_to_replica_keeps_replicated_bookings(
         "slots of before the failover are held, and those calls counted"
     )
     await ledger.aclose()
-    for each in (client, *sentinels.sentinels):
-        await each.aclose()
+    await store.aclose()
 
 
 async def wait_for_replica(replica: "RunningServer") -> None:
