@@ -93,8 +93,7 @@ _REMEDIES: Final = (
     ),
     (
         Exception,
-        "cannot be reached: {}; see whether it runs, and whether it speaks TLS on this port, as rediss:// "
-        "does and redis:// does not",
+        "cannot be reached: {}; see whether it runs, and speaks TLS if the URL says rediss://",
     ),
 )
 
