@@ -78,7 +78,7 @@ class Budget(InheritedScope, OfThisProcess):
         output_tokens: LLM tokens received.
         on_exceeded: called with the error before a call is refused, for one call at a time on each
             event loop. It returns a new cap for the error's ``resource``, or None to refuse; it may
-            be async. The call may hold its slot meanwhile, and its ``timeout`` does not count. Not
+            be async. The call holds nothing meanwhile, and its ``timeout`` does not count. Not
             called for ``acquire_nowait``, nor for calls that it makes itself.
 
     Raises:
@@ -306,6 +306,7 @@ class Charge(Account):
     def ended(self, lease: Lease, outcome: Outcome) -> None:
         self.budget.change("reserved", self._held, _NOTHING)
         self.budget.change("spent", _NOTHING, self._held)
+        self._has_passed = False
 
 
 def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:

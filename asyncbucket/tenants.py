@@ -95,15 +95,15 @@ class Tenants(Generic[L]):
         kept = None if may_go else limiter
         del limiter
         if (kept := kept or held()) is None:
-            node.last_words = partial(self._look_after, tenant)
+            node.last_words = partial(self._look_after, tenant, node.admitted)
         else:
             self._recent[tenant] = kept  # to the end: looked at again later
 
-    def _look_after(self, tenant: str, node: Node) -> None:
-        """Keep a node that was used after it was let go; nobody holds it any more."""
+    def _look_after(self, tenant: str, admitted: int, node: Node) -> None:
+        """Keep a node that was used after it was let go; nobody holds it any more.
 
-        def keep_locked() -> None:
-            if not node.is_as_new(node.pacer.clock()):
-                self._used[tenant] = node
-
-        node.pacer.do(keep_locked)  # a finalizer may run anywhere, even inside the lock
+        A finalizer may run anywhere, even inside the lock, or where a user's clock does not.
+        """
+        used = node.admitted > admitted or any(window.used for window in node.limits.values())
+        if used or node.extra:
+            self._used[tenant] = node

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, TypeVar
 
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.meters import NEVER
@@ -52,12 +52,12 @@ class Inherited:
     """Hold what was set around a call; None for what was not."""
 
     priority: int | None = None
-    tenant: str | None = None
+    tenant: str | None = field(default=None, repr=False)
     agent: Agent | None = None
     #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
     #: What the calls have in common, by which a pool chooses a member.
-    sticky: str | None = None
+    sticky: str | None = field(default=None, repr=False)
     #: `asyncbucket.budgets.Budget`, outermost first.
     budgets: tuple[Any, ...] = ()
 
@@ -88,6 +88,14 @@ class InheritedScope(contextlib.AbstractContextManager[Any, None]):
     def __init__(self, **values: Any) -> None:
         self._token: Token[Inherited | None] | None = None
         self._values = values
+
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be pickled: what it sets may be secret.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"a {type(self).__name__} cannot be pickled: make one in each process")
 
     def __enter__(self) -> Self:
         if self._token is not None:

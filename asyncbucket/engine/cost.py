@@ -14,7 +14,7 @@ def rounded_up(value: float, what: str) -> int:
     """Return an amount of ``what`` in whole units, rounded up; refuse what is not an amount."""
     if not is_number(value):
         raise TypeError(f"{what} must be a number, not {shown(value)}")
-    if not 0 <= value < math.inf:
+    if not 0 <= (value * MICRO if what == USD else value) < math.inf:
         raise ValueError(f"{what} must be finite and not negative, not {value!r}")
     # 1.1 dollars are 1,100,000.0000000002 units in floats.
     return math.ceil(round(value * MICRO, 3) if what == USD else value)

@@ -8,7 +8,7 @@ does the work: see `asyncbucket.engine.pacer.Pacer.do`.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
@@ -161,31 +161,29 @@ class Lease(OfThisProcess):
 
     def _raise_refusal(self) -> None:
         """Raise the error of an account that refuses the call, for a caller who will not wait."""
-        for account in self.accounts:
-            error = account.refuses(self._amounts)
-            if error is not None:
-                self._refused(error)
-                raise error
-
-    async def _ask_accounts(self, *, blocking: bool) -> None:
-        """Ask every account, before the call waits and when it has passed."""
-        try:
-            for account in self.accounts:
-                while (error := account.refuses(self._amounts)) is not None:
-                    if not await account.reconsiders(error, blocking=blocking):
-                        raise error  # noqa: TRY301 - counted below
-        except BaseException as error:
-            self._refused(error)
-            raise
+        refusal = self._refusal(self.accounts)
+        if refusal is not None:
+            self._refused(refusal[1])
+            raise refusal[1]
 
     def _refused(self, error: BaseException) -> None:
         """Take the call back if it has passed, because of an account."""
         if self._state == HELD:
-            self._undo()  # perhaps later: another thread may hold the lock
-        else:
-            self._state = OVER
+            self._take_back()
+        self._state = OVER
         if isinstance(error, AsyncBucketError):
             explain.count_refusal(self._node, self._amounts, error)
+
+    def _take_back(self) -> None:
+        """Give everything back that it was just handed, as if it had never passed."""
+        pacer: Pacer = self._node.pacer
+        with pacer:
+            self._hand_back_locked()
+            if self._line is not None:
+                self._line.credit_flows(self._amounts)
+                self._line = None
+            self._notify_released_locked("failed", {})
+            pacer.ring_locked(self._node)
 
     # --- waiting ---
 
@@ -200,11 +198,36 @@ class Lease(OfThisProcess):
         """Pass the limits, if the accounts agree."""
         if self._state != ASKED:
             raise RuntimeError(_USED)
-        self._state, blocking = WAITING, seat is not None
-        await self._ask_accounts(blocking=blocking)
-        if not self._try_now(WAITING):
-            await self._wait(seat)
-        await self._ask_accounts(blocking=blocking)
+        node, accounts, self._state = self._node, self.accounts, WAITING
+        while True:
+            refusal = self._refusal(accounts)
+            if refusal is not None:
+                if self._state == HELD:  # it keeps no slot while the account is asked
+                    self._take_back()
+                    self._node, self.accounts, self._state = node, accounts, WAITING
+                await self._reconsider(*refusal, blocking=seat is not None)
+            elif self._state == HELD:
+                return
+            elif not self._try_now(WAITING):
+                await self._wait(seat)
+
+    def _refusal(self, accounts: Iterable[Account]) -> tuple[Account, AsyncBucketError] | None:
+        """Return the first account that refuses the call, and its error: asked first and last."""
+        for account in accounts:
+            error = account.refuses(self._amounts)
+            if error is not None:
+                return account, error
+        return None
+
+    async def _reconsider(
+        self, account: Account, error: AsyncBucketError, *, blocking: bool
+    ) -> None:
+        try:
+            if not await account.reconsiders(error, blocking=blocking):
+                raise error  # noqa: TRY301 - counted below
+        except BaseException as refusal:
+            self._refused(refusal)
+            raise
 
     async def _wait(self, seat: ThreadSeat | None = None) -> None:
         """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
@@ -573,11 +596,16 @@ class Lease(OfThisProcess):
                 if bound.in_flight + 1 >= bound.slots:  # somebody may wait for this slot
                     pacer.ring_locked(node)
                     break
+        self._notify_released_locked(outcome, self._booked())
+
+    def _notify_released_locked(self, outcome: Outcome, used: Mapping[str, int]) -> None:
+        node = self._node
+        pacer: Pacer = node.pacer
         if pacer.observed:
             held = (pacer.clock() - self._when) * 1e-9
-            used = Cost.of(self._booked())
+            amounts = Cost.of(used)
             pacer.notify_locked(
-                node, Released, cost=self.cost, held=held, outcome=outcome, used=used
+                node, Released, cost=self.cost, held=held, outcome=outcome, used=amounts
             )
 
     @property

@@ -161,7 +161,7 @@ class Limit:
         """
         if not isinstance(text, str):
             raise LimitSyntaxError(f"a limit must be a string or a Limit, not {text!r}; {_SYNTAX}")
-        written, *resets = _RESETS.split(text.strip(), maxsplit=1)
+        written, *resets = _RESETS.split(" ".join(text.split()), maxsplit=1)
         written = written.lower()
         match = _SHORT.fullmatch(written) or _LONG.fullmatch(written)
         if match is None:

@@ -55,6 +55,7 @@ _CACHED_NOW: Final = ("cache_write_tokens",)
 
 #: More than any model's context, and too little to stop a limiter for good.
 _MAX_TOKENS: Final = 10_000_000
+_ABSURD: Final = -1
 
 #: How much of the end, and after a key, is searched.
 _SEARCHED_BYTES: Final = 4_096
@@ -167,6 +168,8 @@ def _read_counts(lookup: _Lookup) -> Usage | None:
     total = _number(lookup, _TOTAL)
     if not (input_tokens or output_tokens or total):
         return None
+    if _ABSURD in (input_tokens, output_tokens, total):  # then what was reserved stays
+        return None
     written = cache_writes = _number(lookup, _CACHE_WRITES)
     cache_reads = _number(lookup, _CACHE_READS)
     if total:
@@ -201,6 +204,8 @@ def _number(lookup: _Lookup, names: tuple[str, ...]) -> int:
             continue
         if 0 <= value <= _MAX_TOKENS:
             return round(value)
+        if value > _MAX_TOKENS:
+            return _ABSURD
     return 0
 
 

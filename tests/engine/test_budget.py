@@ -350,12 +350,33 @@ async def test_on_exceeded_that_fails_or_is_cancelled_leaves_nothing_behind(
         held = await limiter.acquire(usd=0.4)
         asking = [asyncio.ensure_future(limiter.acquire(usd=0.4)) for _ in range(2)]
         await asyncio.sleep(1)
-        assert limiter.statistics().in_flight == 3  # they may hold their slots
+        assert limiter.statistics().in_flight == 1  # they hold no slot while they ask
         cancel(*([] if fails else asking))
         ended = await asyncio.gather(*asking, return_exceptions=True)
         assert {type(each) for each in ended} == {OSError if fails else asyncio.CancelledError}
         held.release()
     assert (limiter.statistics().in_flight, in_micro_dollars(capped.spent)) == (0, 400_000)
+
+
+async def test_on_exceeded_may_ask_under_the_same_limiter(time: VirtualTime) -> None:
+    """The call that asks holds no slot meanwhile, waits again, and counts as admitted once."""
+    limiter = Limiter("60 RPM", concurrency=1, clock=time.clock)
+
+    async def ask(error: BudgetExceeded) -> float:
+        async with limiter.acquire():  # a model decides
+            await asyncio.sleep(3)
+        return error.cap + 1
+
+    with budget(usd=0.5, on_exceeded=ask) as capped:
+        async with limiter.acquire(usd=0.4):
+            asking = await start(limiter.acquire(usd=0.4))
+            await asyncio.sleep(1)
+        async with asyncio.timeout(10):
+            lease = await asking
+        assert limiter.statistics().in_flight == 1
+        assert in_micro_dollars(capped.reserved) == 400_000
+        lease.release()
+    assert (limiter.statistics().admitted, limiter.statistics().in_flight) == (3, 0)
 
 
 def test_dollars_are_given_and_shown_in_dollars_and_counted_in_micro_dollars() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import gc
 import math
+import pickle
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -113,3 +114,12 @@ async def test_calls_inherit_tenant_from_context(time: VirtualTime) -> None:
     tenants = (key.key("acme"), chat.key("acme"), other, other.child("tools"), key.key("third"))
     assert [each.statistics().admitted for each in tenants] == [4, 1, 2, 1, 1]
     assert key.key("another").statistics().admitted == 0
+
+
+def test_what_is_inherited_shows_no_tenant_and_cannot_be_pickled() -> None:
+    with asyncbucket.tenant("jane@example.org"), asyncbucket.sticky("jane's chat"):
+        assert "jane" not in repr(inherited.get())
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(asyncbucket.tenant("jane@example.org"))
+    with pytest.raises(ValueError, match="a tenant must be a non-empty string, not ''"):
+        asyncbucket.tenant("")

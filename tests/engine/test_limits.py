@@ -264,3 +264,12 @@ async def test_numpy_numbers_are_accepted_everywhere(time: VirtualTime) -> None:
 )
 def test_dollars_are_written_out(dollars: float, text: str) -> None:
     assert usd_written(dollars) == text
+
+
+def test_limit_of_100_000_spaces_is_read_at_once_and_dollars_without_end_are_refused() -> None:
+    spaces = " " * 100_000
+    assert Limit.parse(f"500{spaces}RPM{spaces}burst{spaces}20") == Limit("requests", 500, burst=20)
+    with pytest.raises(LimitSyntaxError):
+        Limit.parse(f"500{spaces}of{spaces}what")
+    with pytest.raises(ValueError, match="usd must be finite"):
+        Cost(usd=1e308)

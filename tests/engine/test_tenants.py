@@ -271,3 +271,24 @@ async def test_priorities_within_a_tenant_leave_the_others_their_shares(time: Vi
     assert passed["evil"] == pytest.approx(sum(passed.values()) * 8 / 9, abs=2)
     with pytest.raises(ValueError, match="priority must be"):
         fair.acquire(priority="within")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_finalizer_of_a_tenant_calls_no_clock(time: VirtualTime) -> None:
+    """A clock may need what is gone then; what was used since is remembered all the same."""
+    working = [True]
+
+    def clock() -> int:
+        assert working
+        return time.clock()
+
+    key = Limiter(clock=clock)
+    key.per_key("2 RPM burst 2", alive=1)
+    lease = key.acquire(tenant="acme")
+    crowd_out(key)
+    (await lease).release()
+    working.clear()
+    del lease
+    gc.collect()
+    working.append(True)
+    crowd_out(key)
+    assert available(key.key("acme")) == 1
