@@ -234,7 +234,7 @@ def _run(
     cpu = real_time.process_time()
     with virtual_time(start=1_000 + 17.37 * seed) as time:
         spread = (0.8 * latency, 1.2 * latency)
-        options = {"latency": spread, "reply_tokens": load.reply, **world.provider}
+        options: dict[str, Any] = {"latency": spread, "reply_tokens": load.reply, **world.provider}
         provider = RateLimitedProvider(clock=time.clock, **options)
         began = time.now
         ends = time.run(_drive(world, load, seed, provider, sender))
