@@ -133,7 +133,10 @@ def _of_several(url: str, shown: str) -> "RedisStore":
     service, _, database = path.partition("/")
     split = [urlsplit(f"//{each}") for each in hosts.split(",")]
     nodes = [(each.hostname or "127.0.0.1", each.port or _PORTS[kind]) for each in split]
-    options = {**_TIMEOUTS, **parse_url(f"redis://{login}{at}host/{database}?{query}")}
+    options: dict[str, Any] = {
+        **_TIMEOUTS,
+        **parse_url(f"redis://{login}{at}host/{database}?{query}"),
+    }
     del options["host"]
     if base in {"rediss", "valkeys"}:
         options["ssl"] = True
