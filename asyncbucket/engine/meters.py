@@ -54,6 +54,9 @@ _JITTER: Final = 3
 #: A bucket remembers at most this many lows; one more, and they are merged in pairs.
 _LOWS: Final = 511
 
+#: The most (ns) that a call of a crowd is let go late on purpose; a timer may add as much.
+LATE: Final = 1_000_000
+
 #: What a call takes: resource -> whole units.
 Amounts = Mapping[str, int]
 #: Each meter with the resource that it counts.
@@ -87,6 +90,13 @@ class Meter(Protocol):
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, which ``earliest`` allowed."""
+
+    def leeway(self, amount: int) -> int:  # noqa: ARG002 - for those below
+        """Return how late (ns) a crowd of such calls may be let go without losing anything.
+
+        It is 0 unless several of them come due within a `LATE`: then one timer serves them all.
+        """
+        return 0
 
     def owe(self, amount: int, when: int) -> None:
         """Take ``amount`` whether or not it may pass; later calls wait for it."""
@@ -229,6 +239,12 @@ class Bucket(Meter):
         self._lows[first:] = lows
         self.tat -= back
 
+    def leeway(self, amount: int) -> int:
+        """See `Meter.leeway`: until the bucket is half full again, beyond what the call takes."""
+        if amount * self.p >= LATE * self.q:
+            return 0
+        return min(LATE, (self.burst - amount) * self.p // (2 * self.q))
+
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`; a bucket that has been full for long enough has earned the excess."""
         start = when * self.q
@@ -351,6 +367,10 @@ class Window(Meter):
         self._last = when
         if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
             self._largest = amount
+
+    def leeway(self, amount: int) -> int:
+        """See `Meter.leeway`; without a pace, calls come due by the grain."""
+        return LATE if self.pace is None else self.pace.leeway(amount)
 
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`."""
@@ -586,3 +606,9 @@ def take(route: Route, amounts: Amounts, now: int) -> None:
     for level in route.levels:
         level.in_flight += 1
         level.admitted += 1
+
+
+def leeway(route: Route, amounts: Amounts) -> int:
+    """Return how late (ns) a crowd of such calls may be let go without losing anything."""
+    pairs = ((meter, amounts.get(resource)) for meter, resource in route.meters)
+    return min((meter.leeway(amount) for meter, amount in pairs if amount), default=0)

@@ -37,7 +37,7 @@ from asyncbucket.engine import seats
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
-from asyncbucket.engine.meters import NEVER, Meters, admit, take
+from asyncbucket.engine.meters import NEVER, Meters, admit, leeway, take
 from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Branch, Line, new_line, rouse
 from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
@@ -45,6 +45,8 @@ from asyncbucket.engine.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.
 BATCH: Final = 256
+#: From so many calls that wait on, one timer serves several that come due in a row.
+CROWD: Final = 64
 #: A waiter may be cancelled between any two lines: by a signal handler.
 _DONE: Final = (asyncio.InvalidStateError, InvalidStateError)
 
@@ -372,9 +374,17 @@ class Pacer:
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
-                return self.override(seat, now) if due >= NEVER else due
+                return self._when_to_look(waiter, due, now)
             passed += self.serve(waiter, line, (line,), now)
         return NEVER if self.waiting else EMPTY
+
+    def _when_to_look(self, waiter: AnyWaiter, due: int, now: int) -> int:
+        """Return when to look again for the head, which is due then."""
+        if due >= NEVER:
+            return self.override(waiter.seat, now)
+        if waiter.seat.waiting < CROWD:
+            return due
+        return due + leeway(waiter.line.node.route, waiter.amounts)
 
     def leave_to(self, other: Seat, due: int, now: int) -> int:
         """Let another seat admit the head, due at ``due``; return when to see whether it has."""

@@ -173,3 +173,38 @@ def test_asking_takes_nothing_and_what_is_promised_passes_then_and_not_before(se
                     meter.owe(3, now)
                 else:
                     meter.unbook(units, when)
+
+
+async def test_one_timer_lets_several_calls_of_a_crowd_go_and_loses_nothing(
+    virtual_time: VirtualTime,
+) -> None:
+    """At 5,000 a second a call comes due each 0.2 ms; none goes more than a millisecond late."""
+    bucket = TokenBucket(5_000, burst=50, clock=virtual_time.clock)
+    passed: list[float] = []
+
+    async def call() -> None:
+        await bucket.acquire()
+        passed.append(virtual_time.now)
+
+    await asyncio.gather(*(call() for _ in range(1_050)))
+    late = [when - max(0, number - 49) / 5_000 for number, when in enumerate(passed)]
+    assert min(late) >= -1e-9
+    assert max(late) <= 0.001 + 20e-6
+    assert len(set(passed[50:-64])) == pytest.approx((1_000 - 64) / 6, rel=0.1)
+    assert passed[-1] == pytest.approx(0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("meter", "leeway"),
+    [
+        (Bucket(rate=5_000, burst=50), 1_000_000),
+        (Bucket(rate=5_000, burst=5), 400_000),
+        (Bucket(rate=5_000, burst=1), 0),
+        (Bucket(rate=900, burst=50), 0),
+        (Window(Limit("units", 5_000, per=1, burst=5)), 400_000),
+        (Window(Limit("units", 5_000, per=1, burst=5_000)), 1_000_000),
+        (Pause(), 0),
+    ],
+)
+def test_crowd_may_be_late_only_while_nothing_is_lost(meter: Meter, leeway: int) -> None:
+    assert meter.leeway(1) == leeway
