@@ -369,8 +369,8 @@ class Window(Meter):
             self._largest = amount
 
     def leeway(self, amount: int) -> int:
-        """See `Meter.leeway`; without a pace, calls come due by the grain."""
-        return LATE if self.pace is None else self.pace.leeway(amount)
+        """See `Meter.leeway`; without a pace, nothing is lost by it."""
+        return NEVER if self.pace is None else self.pace.leeway(amount)
 
     def owe(self, amount: int, when: int) -> None:
         """See `Meter.owe`."""
@@ -611,4 +611,5 @@ def take(route: Route, amounts: Amounts, now: int) -> None:
 def leeway(route: Route, amounts: Amounts) -> int:
     """Return how late (ns) a crowd of such calls may be let go without losing anything."""
     pairs = ((meter, amounts.get(resource)) for meter, resource in route.meters)
-    return min((meter.leeway(amount) for meter, amount in pairs if amount), default=0)
+    least = min((meter.leeway(amount) for meter, amount in pairs if amount), default=0)
+    return least if least <= LATE else 0
