@@ -54,7 +54,7 @@ def test_unreachable_store_is_named_without_its_password() -> None:
     assert "\nBAD   store: " in said
     assert said.count(f"redis://***@127.0.0.1:{port}/0") == 1
     assert "secret" not in said
-    assert "; see whether it runs\n\n1 wrong, " in said
+    assert "; see whether it runs" in said
 
 
 def test_store_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
