@@ -15,14 +15,13 @@ from asyncbucket.engine.wording import read_count
 if TYPE_CHECKING:
     from os import PathLike
 
-    from asyncbucket.plan.calls import PlannedDollars, Poisson, Sample, Samples
+    from asyncbucket.plan.calls import Poisson, Sample, Samples
     from asyncbucket.plan.drive import Plan, PlannedLimit, PlannedWaits
     from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Prices
 
 __all__ = [
     "Plan",
-    "PlannedDollars",
     "PlannedLimit",
     "PlannedWaits",
     "Poisson",

@@ -1,15 +1,14 @@
 """The calls of a plan: how many, what they cost, how long they take, and when they come.
 
-In dollars, two things are uncertain. How long is a reply? If ``max_tokens`` limits it, from nothing to
-that; otherwise nobody knows the most. And how are tokens split, if only their total is known? From all
-input to all output.
+In dollars a plan says what is likely: replies of the length that a limiter expects, at most
+``max_tokens``; and if only the total of the tokens is known, half of it output.
 """
 
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -29,7 +28,6 @@ from asyncbucket.engine.wording import (
     plain,
     read_count,
     shown,
-    usd_written,
 )
 from asyncbucket.providers.prices import Prices, price_of
 from asyncbucket.providers.profiles import Call, Profile, profile_named
@@ -74,34 +72,6 @@ class Poisson:
             yield round(now * NANOSECONDS)
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedDollars:
-    """What calls cost, in dollars; ``print`` it.
-
-    Attributes:
-        least: what they cost at least.
-        likely: the most likely sum.
-        most: what they cost at most; None if nothing limits the replies.
-    """
-
-    least: float
-    likely: float
-    most: float | None
-
-    def __str__(self) -> str:
-        likely, least = _dollars(self.likely), _dollars(self.least)
-        if self.most is None:
-            return f"this job costs {likely} USD, at least {least}: nothing limits the replies"
-        if (self.least, self.most) == (self.likely, self.likely):
-            return f"this job costs {likely} USD"
-        return f"this job costs {likely} USD, {least} to {_dollars(self.most)}"
-
-
-def _dollars(amount: float) -> str:
-    """Return an amount in cents or, below ten cents, with two digits that count."""
-    return f"{amount:,.2f}" if amount >= 0.1 else usd_written(float(f"{amount:.2g}"))  # noqa: PLR2004
-
-
 class PlannedCall(NamedTuple):
     """One call: what it costs, and how long it takes (ns)."""
 
@@ -113,7 +83,7 @@ class CallCost(NamedTuple):
     """What one call takes of the limits, and what it costs in dollars, if that is known."""
 
     cost: Cost
-    bill: PlannedDollars | None
+    usd: float | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -160,7 +130,7 @@ class Load:
             ValueError: the message says what is missing.
         """
         known = {"requests"} | (_TOKENS if self.tokens is not None else set())
-        known |= set() if any(each.bill is None for each in self._costs.values) else {USD}
+        known |= set() if any(each.usd is None for each in self._costs.values) else {USD}
         for name in sorted({limit.resource for limit in limits} - known):
             raise ValueError(
                 f"a limit counts {named(name)}, but nothing says how many a call takes: give tokens=, "
@@ -172,11 +142,11 @@ class Load:
                 "latency= in seconds"
             )
 
-    def dollars(self) -> PlannedDollars | None:
-        """Return what all calls cost together; None if that is not known of each."""
-        if self.tokens is None:
-            return None
-        return _add_up([each.bill for each in self._costs.values], self.count)
+    def dollars(self) -> float | None:
+        """Return what all calls likely cost together; None if that is not known of each."""
+        bills = [] if self.tokens is None else [each.usd for each in self._costs.values]
+        known = [usd for usd in bills if usd is not None]
+        return sum(known) * self.count / len(known) if known and known == bills else None
 
     def __iter__(self) -> Iterator[tuple[int, PlannedCall]]:
         instants: Iterable[int] = repeat(0, self.count)
@@ -188,7 +158,7 @@ class Load:
         for instant, values in zip(instants, zip(*drawn, strict=True), strict=True):
             if values[0] is not cost or values[1] != latency:  # most plans have many calls alike
                 cost, latency = values
-                usd = 0 if cost.bill is None else round(cost.bill.likely * MICRO)
+                usd = round((cost.usd or 0) * MICRO)
                 call = PlannedCall({**cost.cost, USD: usd}, latency)
             yield instant, call
 
@@ -308,8 +278,8 @@ def _read_tokens(sample: object, body: Mapping[str, Any], profile: Profile) -> C
 
 def _bill_of(
     cost: Cost, body: Mapping[str, Any], model: str | None, prices: Prices
-) -> PlannedDollars | None:
-    """Return what a call costs; None if no price is known and the user named no model."""
+) -> float | None:
+    """Return what a call likely costs in dollars; None if no price is known and the user named no model."""
     try:
         price = price_of(model or body.get("model"), prices)
     except UnknownPrice:
@@ -317,32 +287,11 @@ def _bill_of(
             return None
         raise
     given, received = cost.get("input_tokens", 0), cost.get("output_tokens", 0)
-    if cost.get("tokens", 0) == given == received:  # only the sum is known
-        ends = sorted((price.at_most(given, 0), price.at_most(0, received)))
-        return PlannedDollars(ends[0], sum(ends) / 2, ends[1])
-    whole, least = price.at_most(given, received), price.at_most(given, 0)
-    if not body.keys() & _ASKED:
-        return PlannedDollars(whole, whole, whole)
-    asked = RequestSize()
-    asked.add_options(body)
-    if received and asked.max_output is None:
-        return PlannedDollars(least, whole, None)
-    expected = min(received, FORESEEN * replies_of(body))
-    return PlannedDollars(least, price.at_most(given, expected), whole)
-
-
-def _add_up(bills: Sequence[PlannedDollars | None], calls: int) -> PlannedDollars | None:
-    """Return what ``calls`` calls cost that are like those of ``bills``; None if one is unknown."""
-    known = [bill for bill in bills if bill is not None]
-    if len(known) < len(bills):
-        return None
-    scale = calls / len(known)
-    bounds = [bill.most for bill in known if bill.most is not None]
-    return PlannedDollars(
-        least=scale * sum(bill.least for bill in known),
-        likely=scale * sum(bill.likely for bill in known),
-        most=scale * sum(bounds) if len(bounds) == len(known) else None,
-    )
+    if cost.get("tokens", 0) == given == received:  # only the sum is known: half of it is output
+        return (price.at_most(given, 0) + price.at_most(0, received)) / 2
+    if body.keys() & _ASKED:
+        received = min(received, FORESEEN * replies_of(body))
+    return price.at_most(given, received)
 
 
 def _read_seconds(sample: object) -> int:

@@ -22,7 +22,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
 from asyncbucket.engine.wording import counted, in_seconds, rounded, with_verb
-from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall, PlannedDollars
+from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
 from asyncbucket.pools import Pool
 
 #: Up to this many calls, other limits are tried.
@@ -304,7 +304,7 @@ class Plan:
         duration: seconds from the start to the end of the last call.
         calls: how many calls pass.
         tokens: what they use together.
-        usd: what they cost together; None if nothing says which model they call.
+        usd: what they likely cost together, in dollars; None if nothing says which model they call.
         waits: how long they wait for admission.
         limits: what each limit does.
         held_up: for each resource, its part in what held calls up.
@@ -318,7 +318,7 @@ class Plan:
     duration: float
     calls: int
     tokens: int
-    usd: PlannedDollars | None = None
+    usd: float | None = None
     waits: PlannedWaits
     limits: tuple[PlannedLimit, ...]
     held_up: Mapping[str, float] = field(default_factory=dict)
@@ -330,7 +330,7 @@ class Plan:
 
     def __str__(self) -> str:
         waits, lines = self.waits, [self.summary]
-        lines += [] if self.usd is None else [str(self.usd)]
+        lines += [] if self.usd is None else [f"this job costs about {self.usd:,.2f} USD"]
         if waits.max:
             lines.append(
                 f"waits: {duration_in_words(waits.p50)} at the median, "
