@@ -238,7 +238,8 @@ class Node:
                 window.reshape(limit, now)
                 window.allowed = allowed  # lowering a limit puts nobody into debt
             window.refuses = not learned
-            self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
+            if learned or self.learned:
+                self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
 
     def exceeded(self, amounts: Amounts) -> Limit | None:
