@@ -40,6 +40,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.levels import call_accepted, counts_at, give_back, is_under, undo
 from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import Verdict, classify
+from asyncbucket.providers.prefixes import Prompt
 from asyncbucket.waiting import ASYNC, IO
 
 
@@ -94,8 +95,13 @@ class Attempt:
         self._lease = None if lease is None else weakref.ref(lease)
         self._token: Token[Attempt | None] | None = None
 
-    async def admit(self, io: IO = ASYNC, **amounts: Any) -> Lease:
+    async def admit(self, io: IO = ASYNC, *, prompt: Prompt | None = None, **amounts: Any) -> Lease:
         """Wait for the admission, for which calls around this one give up slots.
+
+        Args:
+            io: how it waits.
+            prompt: what is sent, if reading it from the provider's cache changes what it costs.
+            amounts: what it costs, as for `Limiter.acquire`.
 
         Raises:
             Exception: as for `Limiter.acquire`.
@@ -104,10 +110,11 @@ class Attempt:
         while outer is not None:
             outer.give_up_slot(limiter)
             outer = outer.outer
-        lease: Lease
-        lease = await (
-            limiter.acquire(**amounts) if io is ASYNC else io.acquire(limiter, **amounts)
-        )
+        lease: Lease = limiter.acquire(**amounts)
+        if prompt is None:
+            await (lease if io is ASYNC else io.admit(lease))
+        else:
+            await prompt.admit(lease, limiter, io)
         self._lease = weakref.ref(lease)
         sent.at = limiter.now()
         if isinstance(lease, PoolLease) and isinstance(limiter, Pool):

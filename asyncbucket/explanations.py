@@ -26,7 +26,7 @@ from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
 from asyncbucket.engine.node import Node, PoolNode
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.seats import bury_closed
-from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
+from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
 from asyncbucket.engine.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
@@ -425,6 +425,7 @@ def statistics_locked(node: Node) -> Statistics:
         limits=tuple(_uses(node, now)),
         bound_by=_bound_by(node),
         agents=None if node.agents is None else node.agents.statistics(),
+        cache=CacheUse(node.cache_reads, node.cache_writes, node.cached_tokens),
     )
 
 

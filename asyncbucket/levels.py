@@ -7,7 +7,7 @@ from asyncbucket.budgets import Charge
 from asyncbucket.doors import find_provider_meter
 from asyncbucket.engine.context import inherited, nanoseconds
 from asyncbucket.engine.cost import Cost, rounded_up
-from asyncbucket.engine.events import BeliefChanged, Event
+from asyncbucket.engine.events import BeliefChanged, Event, PromptCached
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
@@ -194,12 +194,36 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
                 raise error
 
 
-def reprice(lease: Lease, cost: Cost) -> None:
-    """Have a call that waits cost ``cost`` instead, in its place in line; once admitted, it is settled.
+def admit_here(lease: Lease) -> Lease:
+    """Block this thread until ``lease`` is admitted."""
+    if lease.accounts or not lease._try_now():
+        lease._block()
+    return lease
 
-    A store that keeps the limits has been asked already, so nothing changes there.
+
+def reprice(lease: Lease, amounts: Mapping[str, int]) -> None:
+    """Have a call that is not admitted yet cost ``amounts`` instead, in its place in line.
+
+    If a store keeps the limits, it has been asked once the call waits, so nothing changes then.
     """
-    lease._reprice(cost)
+    lease._reprice(amounts)
+
+
+def count_cached(lease: Lease, *, read: bool, written: bool, saved: int) -> None:
+    """Count a call whose prompt was read from its provider's cache, or written to it.
+
+    ``saved`` tokens were read and not counted by the limits.
+    """
+    node = lease._node
+
+    def count() -> None:
+        for each in node.path:
+            each.cache_reads += read
+            each.cache_writes += written
+            each.cached_tokens += saved
+        node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
+
+    node.pacer.do_and_tell(count)
 
 
 def undo(lease: Lease) -> None:

@@ -14,11 +14,12 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future, wait
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.seats import Lock
+from asyncbucket.levels import admit_here
 
 T = TypeVar("T")
 
@@ -35,9 +36,17 @@ class AsyncIO:
         """Return ``fn`` as a function to await: itself."""
         return fn
 
-    def acquire(self, limiter: Limiter, **amounts: Any) -> Awaitable[Lease]:
-        """Wait for an admission."""
-        return limiter.acquire(**amounts)
+    def admit(self, lease: Lease) -> Awaitable[Lease]:
+        """Wait for the admission of ``lease``."""
+        return lease
+
+    async def wait(self, future: Future[Any], timeout: float) -> None:
+        """Wait until ``future`` is done, at most for ``timeout`` seconds."""
+        here = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait([here], timeout=timeout)
+        finally:
+            here.cancel()
 
     def next_item(self, iterator: Any, end: Any) -> Awaitable[Any]:
         """Return the next item of an async iterator, or ``end``."""
@@ -68,9 +77,13 @@ class SyncIO:
         """Return ``fn`` as a function to await."""
         return functools.partial(self.call, fn)
 
-    async def acquire(self, limiter: Limiter, **amounts: Any) -> Lease:
-        """Wait for an admission."""
-        return limiter.acquire_sync(**amounts)
+    async def admit(self, lease: Lease) -> Lease:
+        """Wait for the admission of ``lease``."""
+        return admit_here(lease)
+
+    async def wait(self, future: Future[Any], timeout: float) -> None:
+        """Wait until ``future`` is done, at most for ``timeout`` seconds."""
+        wait([future], timeout)
 
     async def next_item(self, iterator: Any, end: Any) -> Any:
         """Return the next item of an iterator, or ``end``."""

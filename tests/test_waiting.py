@@ -12,7 +12,7 @@ from asyncbucket.waiting import ASYNC, IO, SYNC, run
 
 async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
     """Do everything that may wait through ``io``."""
-    with await io.acquire(limiter, requests=1) as lease:
+    with await io.admit(limiter.acquire()) as lease:
         found = [await io.next_item(numbers, "end") for _ in range(3)]
     return [*found, lease.released]
 

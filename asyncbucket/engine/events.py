@@ -35,6 +35,7 @@ __all__ = [
     "Observers",
     "Outcome",
     "Paused",
+    "PromptCached",
     "Queued",
     "Reason",
     "Refused",
@@ -166,6 +167,16 @@ class Retried(Event):
     error: str
     #: Seconds until the next attempt asks for its admission.
     delay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCached(Event):
+    """A reply says that a prompt was read from the provider's cache, or written to it."""
+
+    read: bool
+    written: bool
+    #: How many tokens were read that no limit counts.
+    saved_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

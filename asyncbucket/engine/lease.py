@@ -299,12 +299,12 @@ class Lease(OfThisProcess):
                 pacer.catch_up()
 
     def _reprice(self, amounts: Mapping[str, int]) -> None:
-        """Ask for ``amounts`` instead, in its place in line; nothing if it does not wait any more."""
+        """Ask for ``amounts`` instead, in its place in line; once admitted, it is settled."""
         self._node.pacer.do_and_tell(self._reprice_locked, amounts)
 
     def _reprice_locked(self, amounts: Mapping[str, int]) -> None:
         pacer: Pacer = self._node.pacer
-        if self._state == WAITING and pacer.place is None:  # a store has been asked already
+        if self._state == ASKED or (self._state == WAITING and pacer.place is None):
             self._amounts.update(amounts)  # the same object as the waiter's
             pacer.ring_locked(self._node)
 

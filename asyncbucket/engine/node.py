@@ -68,6 +68,9 @@ class Node:
     #: Called before it is forgotten, if it was let go.
     last_words: "Callable[[Node], object] | None" = None
     cancelled = refused = upstream_429 = 0
+    #: Calls whose prompts were read from the provider's cache, or written to it; and the tokens that
+    #: the limits did not count because of that.
+    cache_reads = cache_writes = cached_tokens = 0
     #: Units given back by settling, by resource.
     refunded: dict[str, int] = EMPTY_MAPPING
     #: How many calls waited, and how long (ns) in total, by what bound them.

@@ -62,6 +62,17 @@ class LimitUse:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUse:
+    """Sum up what replies say of the provider's prompt cache."""
+
+    #: Calls that read a part of their prompts from it, and calls that wrote one to it.
+    reads: int = 0
+    writes: int = 0
+    #: Tokens that were read, and that no limit counted therefore.
+    saved_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AgentKind:
     """Show what is known of one kind of agents at a limiter."""
 
@@ -159,6 +170,8 @@ class Statistics:
     agents: AgentStatistics | None = None
     #: What it would have done, if it is in shadow.
     shadow: ShadowStatistics | None = None
+    #: How the provider's prompt cache was used.
+    cache: CacheUse = CacheUse()
 
     def __str__(self) -> str:
         waits = ", ".join(
@@ -175,6 +188,9 @@ class Statistics:
             f"{self.refused:,} refused",
             f"{self.cancelled:,} cancelled",
             f"{self.upstream_429:,} upstream 429s",
+            f"{self.cache.saved_tokens:,} tokens read from the prompt cache"
+            if self.cache.saved_tokens
+            else "",
             f"paused for {in_seconds(self.paused)} more" if self.paused else "",
             f"waited so far: {waits}" if waits else "",
             f"in shadow: {self.shadow}" if self.shadow else "",

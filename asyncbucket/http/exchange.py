@@ -27,6 +27,7 @@ from asyncbucket.engine.lease import Lease
 from asyncbucket.http.lanes import ReadRequest
 from asyncbucket.levels import call_refused, sent
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
+from asyncbucket.providers.prefixes import Prompt
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.waiting import ASYNC, IO
@@ -66,9 +67,12 @@ class Exchange:
         assert self._noted.at is not None
         self._sent_at = self._noted.at
         self._tail: _Tail | None = None
+        #: What is sent, until a reply says what of it was in the provider's cache.
+        self._prompt = read.prompt
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
+        self._no_usage()
         end_failed(self._lease, error, unsent=never_sent(error))
 
     def request_sent(self) -> None:
@@ -93,9 +97,11 @@ class Exchange:
         method = read.call.method
         if method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
-        elif (read.price is not None or read.lane.needs_usage(self._profile)) and reports_own_usage(
-            method, read.call.path
-        ):
+        elif (
+            read.prompt is not None
+            or read.price is not None
+            or read.lane.needs_usage(self._profile)
+        ) and reports_own_usage(method, read.call.path):
             self._tail = _Tail(_encoding_of(reply))
         if reply.is_closed:  # it came with its body, or a transport beneath has read it
             self.chunk_received(reply.content)
@@ -108,6 +114,7 @@ class Exchange:
         """Judge a failed reply, pause the limiter if need be, and note that for whoever retries."""
         if self._read.price is not None:
             self._lease.settle(usd=0)  # no provider charges for an error
+        self._no_usage()
         if not self._read.teaches:
             self._lease.failed()
             return None
@@ -125,7 +132,23 @@ class Exchange:
     def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
         if self._tail is not None:
-            self._tail.add(chunk)
+            head = self._tail.add(chunk)
+            if self._prompt is not None and head:
+                self._begin(self._prompt, find_usage(b"", head))
+
+    def _begin(self, prompt: Prompt, usage: Usage | None) -> None:
+        """Settle the input if a stream's first event tells it; from then on its prompt is in the cache."""
+        if usage is not None:
+            self._prompt = None
+            prompt.replied(usage, self._lease, sent_at=self._sent_at)
+            used = self._profile.settled(self._read.call, usage)
+            if "tokens" in used:  # else they would follow
+                self._lease.settle(input_tokens=used["input_tokens"])
+
+    def _no_usage(self) -> None:
+        prompt, self._prompt = self._prompt, None
+        if prompt is not None:
+            prompt.over()
 
     def body_ended(self, *, complete: bool) -> None:
         """End with the body, read to its end or cut off; a second call does nothing."""
@@ -139,6 +162,7 @@ class Exchange:
                     self._settle(find_usage(end, first) or find_usage(head))
         finally:
             self._lease.release()
+            self._no_usage()
 
     def _settle(self, usage: Usage | None) -> None:
         read = self._read
@@ -153,6 +177,9 @@ class Exchange:
             amounts["usd"] = read.price.of(usage)
         if amounts:
             self._lease.settle(**amounts)
+        if self._prompt is not None:
+            self._prompt.replied(usage, self._lease, sent_at=self._sent_at)
+            self._prompt = None
         if usage.output_tokens:
             read.lane.forecast.observe(-(-usage.output_tokens // read.call.asked.replies))
 
@@ -275,12 +302,14 @@ class _Tail:
         self._head, self._end = b"", bytearray()
         self._limit = _TAIL_BYTES if encoding == "identity" else _ENCODED_TAIL_BYTES
 
-    def add(self, chunk: bytes) -> None:
-        """Note the next chunk."""
+    def add(self, chunk: bytes) -> bytes:
+        """Note the next chunk; return the first events of a stream as long as it has only begun."""
+        has_begun = len(self._end) < _HEAD_BYTES and self._encoding == "identity"
         self._end += chunk
         if len(self._end) > 2 * self._limit:  # seldom, so that a byte is moved once at most
             self._head = self._head or bytes(self._end[:_HEAD_BYTES])
             del self._end[: -self._limit]
+        return bytes(self._end[:_HEAD_BYTES]) if has_begun and self._end[:1] != b"{" else b""
 
     def read(self) -> tuple[bytes, bytes]:
         """Return head and end, decoded; empty if that cannot be done."""

@@ -22,6 +22,7 @@ from asyncbucket.levels import (
     provider_of,
 )
 from asyncbucket.providers.learn import HeaderReader, Refusals
+from asyncbucket.providers.prefixes import MARKS, CacheMode, Prefixes, Prompt, prompt_of
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
 from asyncbucket.providers.request import OutputForecast, read_json
@@ -59,6 +60,8 @@ class Lane:
     #: None if failed calls are not retried.
     retrier: Retrier | None
     forecast: OutputForecast
+    #: What its providers have in their prompt caches; None for a pool, whose members have their own.
+    prefixes: Prefixes | None
 
     def needs_usage(self, profile: Profile) -> bool:
         """Tell whether a reply's usage corrects a limit in force, or a budget."""
@@ -74,6 +77,8 @@ class ReadRequest(NamedTuple):
     profile: Profile
     #: None if it needs no admission.
     cost: Cost | None
+    #: What it sends, if reading that from the provider's prompt cache changes what it costs.
+    prompt: Prompt | None
     #: What its model costs; None if nothing counts dollars.
     price: Price | None
     #: Whether the headers of its reply are the provider's.
@@ -109,6 +114,8 @@ class Lanes:
     routes: Routing | None
     #: If the limiter is a pool, the host of each member.
     hosts: Mapping[Limiter, str]
+    #: Whether calls with the same cold prefix wait for one that leads.
+    cache: CacheMode
     _fixed_profile: Profile | None = field(init=False)
     _default: Lane = field(init=False)
     _lane_of: Callable[..., Lane] = field(init=False)
@@ -150,10 +157,13 @@ class Lanes:
             elif theirs is not profile:
                 cost = _higher(cost, charge(call, theirs, limits.by_way)[1])
         assert profile is not None
+        prompt, asks = None, content is not None and (MARKS[0] in content or MARKS[1] in content)
+        if lane.prefixes is not None and (asks or profile.reserves_cached is False):
+            prompt = prompt_of(call, profile, lane.prefixes, self.cache)
         price: Price | None = None
         if limits.counts(USD):
             cost, price = priced(lane.limiter, call, cost)
-        return ReadRequest(lane, call, profile, cost, price, teaches, content is not None)
+        return ReadRequest(lane, call, profile, cost, prompt, price, teaches, content is not None)
 
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""
@@ -164,7 +174,8 @@ class Lanes:
             providers[None] = self._provider(limiter, paused, fixed)
         retries = self.retry.attempts > 1
         retrier = Retrier(self.retry, paused, caller=limiter) if retries else None
-        return Lane(limiter, providers, retrier, OutputForecast())
+        prefixes = None if self.hosts else Prefixes.of(paused)
+        return Lane(limiter, providers, retrier, OutputForecast(), prefixes)
 
     def _provider(self, limiter: Limiter, paused: Limiter, profile: Profile | None) -> Provider:
         return Provider(HeaderReader(limiter, learn=self.learn), Refusals.of(paused), profile)

@@ -32,6 +32,7 @@ from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
 from asyncbucket.levels import counts_at, is_in_shadow, on_one_path
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import RefusedReply
+from asyncbucket.providers.prefixes import CacheMode, read_mode
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.retry import Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, PerLoopTransport, run
@@ -79,6 +80,7 @@ class TransportOptions(TypedDict, total=False):
     learn: bool
     routes: Routing | None
     retries: Retry | int | None
+    cache: CacheMode
 
 
 class PacedTransport(_AnyTransport):
@@ -105,9 +107,13 @@ class PacedTransport(_AnyTransport):
             never. A streamed body is not sent again, and if a layer above retries, this one does
             not.
         endpoints: if the limiter is a pool, where each member is; see `asyncbucket.http.endpoints`.
+        cache: ``"lead"`` has one of the calls with the same prompt prefix go first, as long as the
+            provider does not have it in its cache; the others wait until its reply begins, at most 5 s.
+            By default, ``"count"``, all go, and each is charged as the provider will charge it; see
+            `asyncbucket.providers.prefixes`.
 
     Raises:
-        ValueError: ``profile``, ``retries``, a route or an endpoint cannot be understood.
+        ValueError: ``profile``, ``retries``, ``cache``, a route or an endpoint cannot be understood.
         TypeError: ``inner`` is not a transport, or a route's target is not a child or a name; or
             endpoints are missing, or given for what is no pool.
         ImportError: stamina, which retries, is not installed.
@@ -123,6 +129,7 @@ class PacedTransport(_AnyTransport):
         routes: Routing | None = None,
         retries: Retry | int | None = None,
         endpoints: Endpoints | None = None,
+        cache: CacheMode = "count",
     ) -> None:
         sends = any(callable(getattr(inner, method, None)) for method in _METHODS)
         if inner is not None and (isinstance(inner, type) or not sends):
@@ -139,7 +146,8 @@ class PacedTransport(_AnyTransport):
         if isinstance(limiter, Pool) or endpoints is not None:
             self._sites = Sites(limiter, {} if endpoints is None else endpoints)
         hosts = {} if self._sites is None else self._sites.hosts
-        self._lanes = Lanes(limiter, profile, learn, Retry.times(retries), routes, hosts)
+        retry = Retry.times(retries)
+        self._lanes = Lanes(limiter, profile, learn, retry, routes, hosts, read_mode(cache))
         self._warned: set[str] = set()
 
     @property
@@ -249,7 +257,7 @@ class PacedTransport(_AnyTransport):
         Raises:
             RefusedReply: its status is an error, and whoever retries has to know what it means.
         """
-        lease = await attempt.admit(io, cost=read.cost)
+        lease = await attempt.admit(io, prompt=read.prompt, cost=read.cost)
         exchange = Exchange(read, attempt, lease)
         request.extensions = {_FIRST_HOST: read.call.host, **request.extensions}
         routed = self._routed(request, read, attempt.member)

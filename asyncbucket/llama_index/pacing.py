@@ -317,7 +317,7 @@ class Pacing:
         self, call: ModelCall, estimate: Estimate, attempt: Attempt
     ) -> tuple[Lease, Requests]:
         """Wait for the admission of an attempt that costs ``estimate``."""
-        amounts = self._amounts(call, estimate)
+        amounts: dict[str, Any] = self._amounts(call, estimate)
         lease = await attempt.admit(call.io, **amounts)
         if lease.waited:
             report_wait(self.limiter, lease)

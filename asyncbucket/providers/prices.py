@@ -37,8 +37,6 @@ __all__ = ["Price", "PriceWarning", "Prices", "price_of", "read_prices"]
 
 #: What comes behind the name of a model: the day of a snapshot, or "latest".
 _SNAPSHOT: Final = re.compile(r"[-@](?:\d{4}-\d{2}-\d{2}|\d{8}|latest)$")
-#: Where the name of a model is in a path: Azure's, Google's and Bedrock's.
-_IN_PATH: Final = re.compile(r"/(?:deployments|models?)/([^/:]+)")
 #: What models call themselves in LlamaIndex.
 _FIELDS: Final = ("model", "model_name")
 #: Tokens that a provider adds to each item of a list, to a call, and to one with tools: Anthropic's
@@ -254,11 +252,8 @@ def priced(limiter: Limiter, call: Call, cost: Cost | None) -> tuple[Cost | None
     """
     if cost is None or USD in cost or call.method != "POST":
         return cost, None
-    model = call.body.get("model")
-    if model is None and (found := _IN_PATH.search(call.path)):
-        model = found[1]
-    is_charged = model is not None or cost.get("tokens")
-    price = price_here(limiter, model) if is_charged else None
+    is_charged = call.model is not None or cost.get("tokens")
+    price = price_here(limiter, call.model) if is_charged else None
     if price is None:
         return cost, None
     asked = call.asked

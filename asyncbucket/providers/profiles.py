@@ -20,6 +20,7 @@ the longest reply that is allowed is reserved, which is the safe side.
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -32,6 +33,8 @@ from asyncbucket.providers.request import RequestSize, request_size
 from asyncbucket.providers.usage import Usage
 
 _MINUTE: Final = 60
+#: Where the name of a model is in a path: Azure's, Google's and Bedrock's.
+_IN_PATH: Final = re.compile(r"/(?:deployments|models?)/([^/:]+)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Call:
     def asked(self) -> RequestSize:
         """What the body sends and asks for; nothing unless it is a POST: a GET lists."""
         return request_size(self.path, self.body) if self.method == "POST" else RequestSize()
+
+    @property
+    def model(self) -> object:
+        """The model that it names, in its body or else in its path; None if it names none."""
+        found = None if "model" in self.body else _IN_PATH.search(self.path)
+        return self.body.get("model") if found is None else found[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,10 @@ class Profile:
     settles: frozenset[str] = frozenset({"tokens", "input_tokens", "output_tokens"})
     #: Whether its limits count the part of the input that came from its cache.
     counts_cached: bool = True
+    #: Whether it charges a call, until the reply, for what it will read from its cache. None if nobody
+    #: knows: then it is taken to do so, unless requests ask it to cache as they ask Anthropic, and it
+    #: counts what it reads beside the input.
+    reserves_cached: bool | None = None
     #: The tokens that it reserves for a reply whose length the call does not limit; 0 if nobody
     #: knows, so what is foreseen is reserved.
     unlimited_output: int = 0

@@ -46,10 +46,17 @@ HISTOGRAMS: Final[dict[str, Description]] = {
 }
 COUNTERS: Final[dict[str, Description]] = {
     "requests": ("Calls by how they ended.", ("limiter", "outcome")),
-    "tokens": ("Tokens reserved, used, and refunded by settling.", ("limiter", "kind")),
+    "tokens": (
+        "Tokens reserved, used, refunded by settling, and not counted because they were cached.",
+        ("limiter", "kind"),
+    ),
     "spent_usd": ("US dollars that calls have cost.", ("limiter",)),
     "upstream_429": ("Calls that the provider refused for rate.", ("limiter",)),
     "retries": ("Failed calls that are tried again.", ("limiter",)),
+    "prompt_cache": (
+        "Calls that read from the provider's prompt cache, or wrote to it.",
+        ("limiter", "kind"),
+    ),
 }
 #: What is read when somebody looks, because the use of a limit changes even if nothing happens.
 GAUGES: Final[dict[str, Description]] = {
@@ -178,6 +185,10 @@ def _measurements(event: Event) -> Iterator[Measurement]:  # noqa: C901 - a tabl
             yield "upstream_429", 1, ()
         case events.Retried():
             yield "retries", 1, ()
+        case events.PromptCached(read=read, written=written, saved_tokens=saved):
+            yield "prompt_cache", read, ("read",)
+            yield "prompt_cache", written, ("write",)
+            yield "tokens", saved, ("cached",)
         case events.AgentFinished(kind=kind, seconds=seconds, ended_well=ended_well):
             yield "agent", seconds, (kind or "none", "ok" if ended_well else "failed")
         case _:

@@ -15,7 +15,8 @@ from asyncbucket.telemetry.metrics import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS,
 _ZEROS: Final = (
     *(("requests", (how,)) for how in (*get_args(events.Outcome), *get_args(events.Reason))),
     ("requests", ("cancelled",)),
-    *(("tokens", (kind,)) for kind in ("reserved", "used", "refunded")),
+    *(("tokens", (kind,)) for kind in ("reserved", "used", "refunded", "cached")),
+    *(("prompt_cache", (kind,)) for kind in ("read", "write")),
     *((metric, ()) for metric in ("spent_usd", "upstream_429", "retries")),
 )
 

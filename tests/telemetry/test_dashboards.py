@@ -88,7 +88,7 @@ def test_every_metric_is_on_the_dashboard(exposed: dict[str, set[str]]) -> None:
 
 def test_all_alert_rules_and_dashboard_queries_are_found() -> None:
     assert len(rules()) == ALERTS.read_text("utf-8").count("- alert:") == 8
-    assert len(queries()) == 18
+    assert len(queries()) == 19
 
 
 @needs_promtool

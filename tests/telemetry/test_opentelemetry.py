@@ -21,6 +21,7 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     say(limiter, events.Retried, attempt=1, error="HTTP 429", delay=1.0)
     say(limiter, events.AgentFinished, kind="chat", seconds=30.0, ended_well=True)
     say(limiter, events.Shadowed, cost=COST, would_wait=3.0, bound_by="tokens")
+    say(limiter, events.PromptCached, read=True, written=False, saved_tokens=9_500)
     metrics = otel.metrics()
     assert sorted(metrics) == sorted([*HISTOGRAMS, *COUNTERS, *GAUGES])
     assert all(metric.description for metric in metrics.values())
@@ -29,8 +30,10 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     assert waits["tokens", "openai"].explicit_bounds == BUCKETS
     assert metrics["wait"].unit == "s"
     counted = {kind: point.value for (kind, _), point in tokens.items()}
-    assert counted == {"reserved": 900, "used": 1_650, "refunded": 200}
     assert otel.points("shadow_wait")["tokens", "openai"].sum == 3.0
+    assert counted == {"reserved": 900, "used": 1_650, "refunded": 200, "cached": 9_500}
+    cache = {kind: point.value for (kind, _), point in otel.points("prompt_cache").items()}
+    assert cache == {"read": 1, "write": 0}
     assert otel.points("agent")["chat", "openai", "ok"].sum == 30.0
     for name, count in {"upstream_429": 1, "spent_usd": 0.0125, "retries": 1}.items():
         assert otel.points(name)["openai",].value == count

@@ -1,0 +1,489 @@
+"""Which prompts a provider has in its cache, so that a call is charged as the provider will charge it.
+
+Agents send the same long prefix again and again, and the provider reads it from its prompt cache.
+Some providers don't count what is read from there against their limits. That is known when the
+reply comes; a call that reserves its whole prompt until then keeps others waiting for nothing.
+
+*Knowing a prefix.* A prompt is hashed cumulatively, in the order in which providers cache it: tools,
+system, messages. It has a *cut* where the request asks to cache up to there (``cache_control``,
+``cachePoint``), and after each message. What asks to cache is no part of the hash: clients move it
+from message to message. `Prefixes` remembers for a cut how many tokens a call reads there, when the
+provider last read or wrote it, and for how long it is kept. It has hashes alone, with a secret of
+the process in them, and at most `MOST` of them: about 4 MB.
+
+*Believing the reply, not the request.* Only the usage in a reply makes a prefix warm, in a stream
+that of its first event, and a reply that says that nothing was read makes it cold. A reply says
+nothing of what turned warm after its call had left. A provider that drops a prefix earlier than
+it says teaches for how long it keeps any; the next one that is read later than that corrects it.
+
+Tokens are those of the estimate, which for a prompt of this provider may be off by a constant
+factor: what a reply reports is scaled to it, so what is left of a prompt is off by no more.
+
+*Who waits.* A call in line costs what is left of its prompt. When a prefix turns warm or cold, the
+calls that carry it are repriced in their places. A call whose whole prompt exceeds a limit, but not
+what is left of it once it is cached, is cut to the limit: so it goes out alone, and its reply corrects the limit.
+
+*Leading.* If asked to, one of the calls with the same cold prefix goes first, and the others wait
+until its reply begins, so that the prefix is written once, not by all of them. One that fails, or gives
+up, hands over to the next.
+"""
+
+import asyncio
+import hashlib
+import marshal
+import math
+import os
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.seats import Lock
+from asyncbucket.levels import (
+    count_cached,
+    effective_limiter,
+    excess_of,
+    in_force,
+    provider_of,
+    reprice,
+)
+from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.usage import Usage
+from asyncbucket.waiting import IO
+
+if TYPE_CHECKING:
+    from asyncbucket.engine.lease import Lease
+
+#: What calls with the same cold prefix do: all go, or one leads.
+CacheMode: TypeAlias = Literal["count", "lead"]
+
+#: The most prefixes that are remembered; the ones unused for the longest time go.
+MOST: Final = 16_384
+#: For how long (s) a provider keeps a prefix, unless the request asks for an hour: Anthropic's and
+#: Bedrock's documentation, read in 2026.
+_TTL: Final = 300.0
+_LONG_TTL: Final = 3_600.0
+#: Below so many tokens no provider caches, or not all do. (Anthropic: 1,024 to 4,096, by model.)
+_LEAST: Final = 1_024
+_SURE: Final = 4_096
+#: By how much a provider's count of what was read may be below the size of the prefix: it is rounded
+#: down to blocks of tokens, and messages are not of equal density.
+_BLOCK: Final = 128
+_SLACK: Final = 0.98
+#: How long (s) a call waits for the one that leads.
+PATIENCE: Final = 5.0
+
+#: The members of a body in the order in which they are cached.
+_ORDER: Final = (
+    *("tools", "functions", "toolConfig", "system", "instructions", "systemInstruction"),
+    *("system_instruction", "messages", "contents", "input", "prompt"),
+)
+#: What shows in the bytes of a body that it asks to cache.
+MARKS: Final = (b'"cache_control"', b'"cachePoint"')
+#: What a prompt counts as.
+_COUNTED: Final = ("input_tokens", "tokens")
+#: Makes the hashes useless to whoever reads this process's memory and guesses prompts.
+_SECRET: Final = os.urandom(16)
+
+
+class Cut(NamedTuple):
+    """Where a prompt may be cached up to."""
+
+    digest: bytes
+    #: Bytes up to here.
+    size: int
+    #: For how long (s) the request asks to cache it; 0 if it does not.
+    ttl: float
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What replies have told of a prefix."""
+
+    #: How many tokens of it are read; 0 if the provider has not cached it.
+    tokens: int
+    #: When the latest reply told so, and until when it holds, in seconds of the limiter's clock.
+    at: float
+    until: float
+
+
+@dataclass(slots=True)
+class _Site:
+    """What is known of a provider's cache for one model."""
+
+    #: For how long (s) it was seen to keep what it has cached, if for less than it says.
+    kept: float = math.inf
+    #: Whether the latest call that was to read from it did; if not, one call at a time finds out.
+    is_trusted: bool = False
+    probe: "weakref.ref[Prompt] | None" = None
+
+    def lets_read(self, prompt: "Prompt") -> bool:
+        """Tell whether ``prompt`` may be charged as warm."""
+        if self.is_trusted:
+            return True
+        probe = None if self.probe is None else self.probe()
+        if probe is None:
+            self.probe, probe = weakref.ref(prompt), prompt
+        return probe is prompt
+
+
+class _Hasher:
+    """Hash a body, and note where it may be cut."""
+
+    def __init__(self, site: str) -> None:
+        self._hash = hashlib.sha256(_SECRET + site.encode("utf-8", "replace"))
+        self.size = 0
+        self.cuts: list[Cut] = []
+
+    def read(self, body: Mapping[str, Any]) -> list[Cut]:
+        """Return the cuts of ``body``."""
+        for name in _ORDER:
+            value = body.get(name)
+            if isinstance(value, dict):  # Bedrock's tools, Gemini's system
+                value = value.get("tools") or value.get("parts")
+            if value:
+                for item in value if isinstance(value, list) else [value]:
+                    self._add_item(item)
+                self._cut()
+        self._cut_if_marked(body)
+        return self.cuts
+
+    def _add_item(self, item: Any) -> None:
+        """Add a message, a tool or a block of text."""
+        content = None
+        if isinstance(item, dict):
+            content = item.get("content") or item.get("parts")
+        if not content:
+            self._add_block(item)
+            return
+        rest = {name: value for name, value in item.items() if value is not content}
+        self._add({name: value for name, value in rest.items() if name != "cache_control"})
+        for block in content if isinstance(content, list) else [content]:
+            self._add_block(block)
+        self._cut_if_marked(item)
+        self._cut()
+
+    def _add_block(self, block: Any) -> None:
+        if not isinstance(block, dict):
+            self._add(block)
+            return
+        if "cachePoint" not in block:
+            if "cache_control" in block:
+                plain = {name: part for name, part in block.items() if name != "cache_control"}
+            else:
+                plain = block
+            # A message may have its text as a block, or by itself.
+            is_text = len(plain) == 2 and plain.get("type") == "text" and "text" in plain  # noqa: PLR2004
+            self._add(plain["text"] if is_text else plain)
+        self._cut_if_marked(block)
+
+    def _add(self, piece: Any) -> None:
+        try:
+            data = marshal.dumps(
+                piece, 2
+            )  # as quick as can be; it has no references in this version
+        except ValueError:  # an object, or nested very deeply
+            data = repr(piece).encode("utf-8", "replace")
+        self._hash.update(data)
+        self.size += len(data)
+
+    def _cut_if_marked(self, holder: Mapping[str, Any]) -> None:
+        mark = holder.get("cache_control") or holder.get("cachePoint")
+        if mark:
+            is_long = isinstance(mark, dict) and mark.get("ttl") == "1h"
+            self._cut(_LONG_TTL if is_long else _TTL)
+
+    def _cut(self, ttl: float = 0.0) -> None:
+        if not self.cuts or self.cuts[-1].size != self.size:
+            self.cuts.append(Cut(self._hash.copy().digest()[:16], self.size, ttl))
+        elif ttl:
+            self.cuts[-1] = self.cuts[-1]._replace(ttl=ttl)
+
+
+class Prompt:
+    """Know what one call sends, from its admission to its reply.
+
+    Args:
+        table: the prefixes that are known.
+        profile: how the provider counts.
+        site: whose cache it is, and for which model.
+        cuts: where it may be cached up to, in order.
+        leads: whether one of the calls with the same cold prefix goes first.
+    """
+
+    def __init__(
+        self, table: "Prefixes", profile: Profile, site: str, cuts: list[Cut], *, leads: bool
+    ) -> None:
+        self.profile, self.site, self.cuts = profile, site, cuts
+        #: Where the request asks to cache; or else everywhere, if the provider does so by itself.
+        self.wanted = [cut for cut in cuts if cut.ttl] or cuts
+        self.asks = self.wanted[-1].ttl > 0
+        self._table, self._leads = table, leads
+        #: What it costs if nothing is read, the limits that it meets, and its lease as it waits.
+        self._cold: Mapping[str, int] = {}
+        self._limits: list[list[tuple[str, int]]] = []
+        self._lease: Lease | None = None
+        #: How many tokens it is not charged, and what reprices it when that expires.
+        self._free = 0
+        self._timer: asyncio.TimerHandle | None = None
+        #: The longest prefix that may be warm, and the one that it is charged as reading.
+        self.longest: _Entry | None = None
+        self.believed: _Entry | None = None
+        #: What others wait for if it leads.
+        self.leading: Future[bool] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the whole prompt, as estimated."""
+        return self._cold.get("input_tokens", 0)
+
+    def tokens_at(self, cut: Cut) -> int:
+        """Return the tokens up to ``cut``, by its share of the bytes."""
+        return self.tokens * cut.size // self.cuts[-1].size
+
+    @property
+    def may_be_free(self) -> bool:
+        """Whether what is read is probably never counted."""
+        reserves = self.profile.reserves_cached
+        return self.asks if reserves is None else not reserves
+
+    async def admit(self, lease: Any, limiter: Limiter, io: IO) -> None:
+        """Wait for the admission of ``lease`` by ``limiter``; it costs what is left of the prompt.
+
+        Raises:
+            Exception: as for `Limiter.acquire`.
+        """
+        self._cold = {name: lease.cost.get(name, 0) for name in _COUNTED}
+        self._limits, self._free = in_force(effective_limiter(limiter)).by_way, 0
+        try:
+            if self._leads:
+                await self._follow(io)
+            self._lease = lease
+            self._table.enter(self)
+            self.reprice()
+            await io.admit(lease)
+        except BaseException:
+            self.over()
+            raise
+        finally:
+            self._lease = None
+            self._wake_at(math.inf)
+            self._table.leave(self)
+
+    async def _follow(self, io: IO) -> None:
+        """Wait for the reply to the call that leads to begin; or lead, if none does."""
+        table = self._table
+        until = table.now() + PATIENCE
+        while (leader := table.leader_of(self)) is not None:
+            await io.wait(leader, max(0.0, until - table.now()))
+            if not leader.done() or leader.result():
+                return
+
+    def reprice(self) -> None:
+        """Have the call, which waits, cost what is left of its prompt now."""
+        lease, cold = self._lease, self._cold
+        if lease is None:
+            return
+        free, until = self._table.tokens_read(self)
+        self._wake_at(until)
+        excess = excess_of(cold, self._limits)
+        if excess > free and self.may_be_free and excess <= self.tokens_at(self.wanted[-1]):
+            free = excess  # it goes out alone
+        if free != self._free:
+            self._free = free
+            reprice(lease, {name: max(0, amount - free) for name, amount in cold.items()})
+
+    def _wake_at(self, when: float) -> None:
+        """Look at the price again at ``when``, if it still waits."""
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if loop is not None and when < math.inf:
+            self._timer = loop.call_later(when - self._table.now(), self.reprice)
+
+    def replied(self, usage: Usage, lease: "Lease", *, sent_at: float) -> None:
+        """Learn which prefixes are warm from the reply to the call, which was sent at ``sent_at``."""
+        read, written = usage.cached_tokens + usage.cached_beside, usage.written_tokens
+        self._table.learn(self, usage, sent_at)
+        if read or written:
+            saved = usage.cached_beside + usage.cached_tokens * (not self.profile.counts_cached)
+            count_cached(lease, read=bool(read), written=bool(written), saved=saved)
+        self._hand_over(began=True)
+
+    def over(self) -> None:
+        """End; if others wait for it, one of them leads."""
+        self._hand_over(began=False)
+
+    def _hand_over(self, *, began: bool) -> None:
+        leading, self.leading = self.leading, None
+        if leading is not None:
+            self._table.forget(self, leading)
+            leading.set_result(began)
+
+
+class Prefixes:
+    """Remember which prefixes a provider has in its cache; `of` returns those of a limiter.
+
+    Safe on several threads.
+    """
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.now = limiter.now
+        self._lock = Lock()
+        #: What is known, by the hashes of prefixes; the latest news is last.
+        self._entries: dict[bytes, _Entry] = {}
+        self._sites: dict[str, _Site] = {}
+        #: The calls in line, by the hashes of their prefixes.
+        self._waiting: dict[bytes, dict[Prompt, None]] = {}
+        #: The calls that lead. One that is dropped leads no longer.
+        self._leaders: weakref.WeakValueDictionary[bytes, Future[bool]]
+        self._leaders = weakref.WeakValueDictionary()
+
+    @classmethod
+    def of(cls, limiter: Limiter) -> "Prefixes":
+        """Return what all know who make calls of the provider that limits ``limiter``."""
+        level = provider_of(limiter)
+        found: Prefixes = vars(level).get("_prefixes") or vars(level).setdefault(
+            "_prefixes", cls(level)
+        )
+        return found
+
+    def tokens_read(self, prompt: Prompt) -> tuple[int, float]:
+        """Return how many tokens of ``prompt`` will be read and not be counted, and until when."""
+        now = self.now()
+        prompt.longest = prompt.believed = None
+        for cut in reversed(prompt.cuts):
+            entry = self._entries.get(cut.digest)
+            if entry is None or not entry.tokens or now >= entry.until:
+                continue
+            site, prompt.longest = self._sites[prompt.site], prompt.longest or entry
+            until = min(entry.until, entry.at + site.kept)
+            if now < until:
+                if prompt.may_be_free and site.lets_read(prompt):
+                    prompt.believed = entry
+                    return entry.tokens, until
+                break
+        return 0, math.inf
+
+    def learn(self, prompt: Prompt, usage: Usage, sent_at: float) -> None:
+        """Take in what a reply says was read and written."""
+        read, now = usage.cached_tokens + usage.cached_beside, self.now()
+        scale = prompt.tokens / max(1, usage.input_tokens + usage.cached_beside)
+        changed: list[bytes] = []
+        with self._lock:
+            if self._judge(prompt, read * scale, sent_at):
+                changed = list(self._waiting)
+            cached = self._cached(prompt, read * scale, (read + usage.written_tokens) * scale)
+            for cut in prompt.cuts:
+                before, tokens = self._entries.get(cut.digest), cached.get(cut, 0)
+                if not tokens and (not cut.ttl if before is None else before.at > sent_at):
+                    continue  # the reply says nothing of it
+                was, until = 0, sent_at + (cut.ttl or _TTL)
+                if before is not None and now < before.until:
+                    was, until = before.tokens, max(until, before.until)
+                self._entries.pop(cut.digest, None)
+                self._entries[cut.digest] = _Entry(tokens, now, until)
+                if tokens != was:
+                    changed.append(cut.digest)
+            while len(self._entries) > MOST:
+                del self._entries[next(iter(self._entries))]
+            waiting = {each: None for digest in changed for each in self._waiting.get(digest, ())}
+        for each in waiting:
+            each.reprice()
+
+    def _judge(self, prompt: Prompt, read: float, sent_at: float) -> bool:
+        """Compare what was known of a prompt with what was read; return whether that is trusted anew."""
+        site = self._sites.setdefault(prompt.site, _Site())
+        if site.probe is not None and site.probe() is prompt:
+            site.probe = None
+        believed, longest, was_trusted = prompt.believed, prompt.longest, site.is_trusted
+        if believed is not None:
+            site.is_trusted = read >= believed.tokens * _SLACK - _BLOCK
+            if not site.is_trusted:
+                site.kept = min(site.kept, (sent_at - believed.at) / 2)
+        if longest is not None and read >= longest.tokens * _SLACK - _BLOCK:
+            site.kept += max(0.0, sent_at - longest.at - site.kept) / 8
+        return site.is_trusted is not was_trusted
+
+    def _cached(self, prompt: Prompt, read: float, cached: float) -> dict[Cut, int]:
+        """Return how many tokens a call will read at each cut that a reply shows to be cached."""
+        found: dict[Cut, int] = {}
+        last = prompt.wanted[-1]
+        for cut in prompt.cuts if cached else ():
+            before = self._entries.get(cut.digest)
+            if not prompt.asks:
+                tokens = prompt.tokens_at(cut)
+                if tokens * _SLACK - _BLOCK <= read:
+                    found[cut] = min(tokens, int(read))
+            elif cut == last:
+                found[cut] = int(cached)
+            elif before is not None and before.tokens and before.tokens * _SLACK <= read:
+                found[cut] = before.tokens
+            elif cut.ttl and cached * cut.size / last.size >= _SURE:
+                found[cut] = int(cached * cut.size / last.size)
+        return found
+
+    # --- who waits ---
+
+    def enter(self, prompt: Prompt) -> None:
+        """Reprice ``prompt`` whenever one of its prefixes turns warm or cold."""
+        with self._lock:
+            for cut in prompt.cuts:
+                self._waiting.setdefault(cut.digest, {})[prompt] = None
+
+    def leave(self, prompt: Prompt) -> None:
+        """Reprice it no longer."""
+        with self._lock:
+            for cut in prompt.cuts:
+                calls = self._waiting.get(cut.digest, {})
+                calls.pop(prompt, None)
+                if not calls:
+                    self._waiting.pop(cut.digest, None)
+
+    def leader_of(self, prompt: Prompt) -> "Future[bool] | None":
+        """Return what resolves when the reply to the call that leads begins, or when it has failed.
+
+        None if ``prompt`` leads from now on, or all of it is warm, or not worth caching.
+        """
+        with self._lock:
+            now, cold = self.now(), list[bytes]()
+            for cut in reversed(prompt.wanted):
+                entry = self._entries.get(cut.digest)
+                if (entry and now < entry.until) or prompt.tokens_at(cut) < _LEAST:
+                    break
+                if (leader := self._leaders.get(cut.digest)) is not None:
+                    return leader
+                cold.append(cut.digest)
+            if cold:
+                prompt.leading = leading = Future[bool]()
+                leading.set_running_or_notify_cancel()  # those who wait can't cancel it
+                self._leaders.update(dict.fromkeys(cold, leading))
+        return None
+
+    def forget(self, prompt: Prompt, leading: "Future[bool]") -> None:
+        """Have ``prompt`` lead no longer."""
+        with self._lock:
+            for cut in prompt.wanted:
+                if self._leaders.get(cut.digest) is leading:
+                    del self._leaders[cut.digest]
+
+
+def prompt_of(call: Call, profile: Profile, table: Prefixes, mode: CacheMode) -> Prompt | None:
+    """Return what an HTTP request sends; None if no model reads it."""
+    site = f"{call.host} {call.model}"
+    cuts = _Hasher(site).read(call.body) if call.asked.writes else None
+    return Prompt(table, profile, site, cuts, leads=mode == "lead") if cuts else None
+
+
+def read_mode(mode: object) -> CacheMode:
+    """Return how calls with the same cold prefix go.
+
+    Raises:
+        ValueError: it is no such mode.
+    """
+    if mode not in ("count", "lead"):
+        raise ValueError(f'cache must be "count" or "lead", not {mode!r}')
+    return mode
