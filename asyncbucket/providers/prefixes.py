@@ -72,6 +72,8 @@ _SURE: Final = 4_096
 #: down to blocks of tokens, and messages are not of equal density.
 _BLOCK: Final = 128
 _SLACK: Final = 0.98
+#: If so many calls may rely on a cache at once, all may.
+_TRUSTED: Final = 32
 #: How long (s) a call waits for the one that leads.
 PATIENCE: Final = 5.0
 
@@ -104,29 +106,69 @@ class _Entry:
 
     #: How many tokens of it are read; 0 if the provider has not cached it.
     tokens: int
-    #: When the latest reply told so, and until when it holds, in seconds of the limiter's clock.
+    #: When it was written as far as is known, and when the latest reply told of it, in seconds of the
+    #: limiter's clock; and until when the provider says that it keeps it.
+    since: float
     at: float
     until: float
 
 
-@dataclass(slots=True)
 class _Site:
-    """What is known of a provider's cache for one model."""
+    """What is known of a provider's cache for one model.
 
-    #: For how long (s) it was seen to keep what it has cached, if for less than it says.
-    kept: float = math.inf
-    #: Whether the latest call that was to read from it did; if not, one call at a time finds out.
-    is_trusted: bool = False
-    probe: "weakref.ref[Prompt] | None" = None
+    Calls rely on it gradually: at first one at a time, and each that reads what it was to read adds
+    two, until all may. One that does not begins anew.
+    """
 
-    def lets_read(self, prompt: "Prompt") -> bool:
-        """Tell whether ``prompt`` may be charged as warm."""
-        if self.is_trusted:
-            return True
-        probe = None if self.probe is None else self.probe()
-        if probe is None:
-            self.probe, probe = weakref.ref(prompt), prompt
-        return probe is prompt
+    def __init__(self) -> None:
+        #: For how long (s) entries last after their latest use, and in all; and for how long some did.
+        self.unused = self.old = math.inf
+        self.seen_unused = self.seen_old = 0.0
+        #: How many calls may rely on it at once, those that do, and those in line that would.
+        self.credit = 1
+        self.relying: weakref.WeakSet[Prompt] = weakref.WeakSet()
+        self.doubting: dict[Prompt, None] = {}
+        #: Whether the limits count what is read, as replies show.
+        self.counts = False
+
+    def until(self, entry: _Entry) -> float:
+        """Return until when ``entry`` is probably kept."""
+        return min(entry.until, entry.at + self.unused, entry.since + self.old)
+
+    def lets_rely(self, prompt: "Prompt", unused: float) -> bool:
+        """Tell whether ``prompt`` may be charged as warm, by an entry that nobody used for so long (s)."""
+        if self.counts or not prompt.may_be_free:
+            return False
+        most = self.credit if unused <= self.seen_unused else 1
+        if most < _TRUSTED and prompt not in self.relying:
+            if len(self.relying) >= most:
+                self.doubting[prompt] = None
+                return False
+            self.relying.add(prompt)
+        self.doubting.pop(prompt, None)
+        return True
+
+    def hit(self, entry: _Entry, sent_at: float) -> None:
+        """Note that a call that was sent at ``sent_at`` has read ``entry``."""
+        self.seen_unused = max(self.seen_unused, sent_at - entry.at)
+        self.seen_old = max(self.seen_old, sent_at - entry.since)
+        self.unused = max(self.unused, self.seen_unused)
+        self.old = max(self.old, self.seen_old)
+        self.confirmed()
+
+    def confirmed(self) -> None:
+        """Let more calls rely on it: one has read."""
+        self.credit = min(self.credit + 2, _TRUSTED)
+
+    def missed(self, entry: _Entry, sent_at: float) -> None:
+        """Note that a call was to read ``entry`` and did not: it was unused for too long, or too old."""
+        unused, old = sent_at - entry.at, sent_at - entry.since
+        if unused > self.seen_unused:
+            self.unused = min(self.unused, max(self.seen_unused, unused / 2))
+        elif old > self.seen_old:
+            self.old = min(self.old, max(self.seen_old, old / 2))
+        self.credit = 1
+        self.relying.clear()
 
 
 class _Hasher:
@@ -315,6 +357,7 @@ class Prompt:
 
     def over(self) -> None:
         """End; if others wait for it, one of them leads."""
+        self._table.end(self)
         self._hand_over(began=False)
 
     def _hand_over(self, *, began: bool) -> None:
@@ -360,12 +403,12 @@ class Prefixes:
             if entry is None or not entry.tokens or now >= entry.until:
                 continue
             site, prompt.longest = self._sites[prompt.site], prompt.longest or entry
-            until = min(entry.until, entry.at + site.kept)
+            until = site.until(entry)
             if now < until:
-                if prompt.may_be_free and site.lets_read(prompt):
-                    prompt.believed = entry
-                    return entry.tokens, until
-                break
+                if not site.lets_rely(prompt, now - entry.at):
+                    break
+                prompt.believed = entry
+                return entry.tokens, until
         return 0, math.inf
 
     def learn(self, prompt: Prompt, usage: Usage, sent_at: float) -> None:
@@ -374,18 +417,19 @@ class Prefixes:
         scale = prompt.tokens / max(1, usage.input_tokens + usage.cached_beside)
         changed: list[bytes] = []
         with self._lock:
-            if self._judge(prompt, read * scale, sent_at):
-                changed = list(self._waiting)
+            if not self._judge(prompt, usage, read * scale, sent_at):
+                changed = [cut.digest for cut in prompt.cuts]
             cached = self._cached(prompt, read * scale, (read + usage.written_tokens) * scale)
             for cut in prompt.cuts:
                 before, tokens = self._entries.get(cut.digest), cached.get(cut, 0)
                 if not tokens and (not cut.ttl if before is None else before.at > sent_at):
                     continue  # the reply says nothing of it
-                was, until = 0, sent_at + (cut.ttl or _TTL)
+                was, since, until = 0, now, sent_at + (cut.ttl or _TTL)
                 if before is not None and now < before.until:
                     was, until = before.tokens, max(until, before.until)
+                    since = before.since if was * _SLACK - _BLOCK <= read * scale else now
                 self._entries.pop(cut.digest, None)
-                self._entries[cut.digest] = _Entry(tokens, now, until)
+                self._entries[cut.digest] = _Entry(tokens, since, now, until)
                 if tokens != was:
                     changed.append(cut.digest)
             while len(self._entries) > MOST:
@@ -393,20 +437,32 @@ class Prefixes:
             waiting = {each: None for digest in changed for each in self._waiting.get(digest, ())}
         for each in waiting:
             each.reprice()
+        self.end(prompt)
 
-    def _judge(self, prompt: Prompt, read: float, sent_at: float) -> bool:
-        """Compare what was known of a prompt with what was read; return whether that is trusted anew."""
+    def _judge(self, prompt: Prompt, usage: Usage, read: float, sent_at: float) -> bool:
+        """Compare what was known of a prompt with what was ``read`` of it; return whether it was true."""
         site = self._sites.setdefault(prompt.site, _Site())
-        if site.probe is not None and site.probe() is prompt:
-            site.probe = None
-        believed, longest, was_trusted = prompt.believed, prompt.longest, site.is_trusted
-        if believed is not None:
-            site.is_trusted = read >= believed.tokens * _SLACK - _BLOCK
-            if not site.is_trusted:
-                site.kept = min(site.kept, (sent_at - believed.at) / 2)
-        if longest is not None and read >= longest.tokens * _SLACK - _BLOCK:
-            site.kept += max(0.0, sent_at - longest.at - site.kept) / 8
-        return site.is_trusted is not was_trusted
+        site.counts = prompt.profile.reserves_cached is None and usage.cached_tokens > 0
+        entry = prompt.longest
+        if entry is not None and read >= entry.tokens * _SLACK - _BLOCK:
+            site.hit(entry, sent_at)
+            return True
+        if entry is None and read:  # it left before that was known
+            site.confirmed()
+        if (entry := prompt.believed) is not None and read < entry.tokens * _SLACK - _BLOCK:
+            site.missed(entry, sent_at)
+            return False
+        return True
+
+    def end(self, prompt: Prompt) -> None:
+        """Have ``prompt`` rely on a cache no longer, so that another call may."""
+        site = self._sites.get(prompt.site)
+        if site is not None:
+            site.relying.discard(prompt)
+            for each in list(site.doubting):
+                each.reprice()
+                if each.believed is None:
+                    break
 
     def _cached(self, prompt: Prompt, read: float, cached: float) -> dict[Cut, int]:
         """Return how many tokens a call will read at each cut that a reply shows to be cached."""
@@ -442,6 +498,8 @@ class Prefixes:
                 calls.pop(prompt, None)
                 if not calls:
                     self._waiting.pop(cut.digest, None)
+            if (site := self._sites.get(prompt.site)) is not None:
+                site.doubting.pop(prompt, None)
 
     def leader_of(self, prompt: Prompt) -> "Future[bool] | None":
         """Return what resolves when the reply to the call that leads begins, or when it has failed.
