@@ -143,6 +143,40 @@ class DefaultEstimator:
         return by_size if self._tokenizer is None else max(by_size, len(self._tokenizer(text)))
 
 
+def prompt_to_cache(
+    llm: "LLM", messages: Sequence["ChatMessage"], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Return what of a chat a provider may cache; None if nothing in it asks for that.
+
+    It asks by LlamaIndex's cache points, and by what its Anthropic integration takes.
+    """
+    last = vars(llm).get("cache_idx")
+    asks = last is not None or "cache_control" in kwargs
+    for message in messages:
+        if not hasattr(message, "blocks"):
+            return None
+        asks = asks or "cache_control" in message.additional_kwargs
+        for block in message.blocks:
+            asks = asks or block.block_type == "cache"
+    if not asks:
+        return None
+    body: dict[str, Any] = {
+        name: kwargs[name] for name in ("tools", "cache_control") if kwargs.get(name)
+    }
+    body["messages"] = sent = list[dict[str, Any]]()
+    for number, message in enumerate(messages):
+        content = [
+            {"cachePoint": block.cache_control.model_dump()}
+            if block.block_type == "cache"
+            else _block(block, []) or block  # media as they are
+            for block in message.blocks
+        ]
+        sent.append({"role": message.role, **message.additional_kwargs, "content": content})
+        if last is not None and (last < 0 or number <= last):
+            sent[-1]["cache_control"] = {"type": "ephemeral"}
+    return body
+
+
 def _message(message: "ChatMessage", media: list[int]) -> Any:
     """Return a message as it is sent, with the tool calls that some integrations keep beside.
 

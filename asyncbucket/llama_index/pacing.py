@@ -30,7 +30,7 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -53,10 +53,19 @@ from asyncbucket.levels import (
     reserve_more,
     sent,
 )
-from asyncbucket.llama_index.estimate import BYTES_PER_TOKEN, DefaultEstimator, Estimate, Estimator
+from asyncbucket.llama_index.estimate import (
+    BYTES_PER_TOKEN,
+    DefaultEstimator,
+    Estimate,
+    Estimator,
+    prompt_to_cache,
+)
 from asyncbucket.llama_index.events import report_wait
+from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import never_sent, was_refused
+from asyncbucket.providers.prefixes import CacheMode, Prefixes, Prompt, cuts_of, read_mode
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
+from asyncbucket.providers.profiles import GENERIC
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
@@ -153,6 +162,9 @@ class Requests:
         self.hides_usage = False
         #: The profile of the provider that its requests go to, once one was seen to leave.
         self.profile: Profile | None = None
+        #: What is sent, until a reply says what of it was in the provider's cache.
+        self.prompt: Prompt | None = None
+        self.admitted_at = attempt.limiter.now()
 
     async def call_inside(self, attempt: Attempt, call: ModelCall, usd: float) -> Any:
         """Call a method inside: each but the first adds a request; those in it are part of it.
@@ -216,11 +228,17 @@ class Requests:
         """End the call's lease; a request that found no connection costs nothing."""
         # The SDK's own error says only that there was no connection; its cause says why.
         only = self._requests == 1 and self.sent_at is None
+        self.over()
         try:
             if self.price is not None and self._paid_requests <= 1 and was_refused(error):
                 lease.settle(usd=0)
         finally:  # to look at an error may raise another
             end_failed(lease, error, unsent=only and never_sent(error.__cause__))
+
+    def over(self) -> None:
+        """Let another call lead, if this one did."""
+        if self.prompt is not None:
+            self.prompt.over()
 
     async def close_stream(self, io: IO) -> None:
         """Close the SDK's stream, and with it the request. Idempotent."""
@@ -250,6 +268,8 @@ class Pacing:
         estimator: what estimates the cost of a model's calls.
         models: if the limiter is a pool, the paced models with which its members but the first are
             called.
+        cache: whether calls with a prompt prefix that is not in the provider's cache wait for one
+            that leads.
     """
 
     def __init__(
@@ -259,6 +279,7 @@ class Pacing:
         retry: Retry | int | None = None,
         estimator: Estimator | None = None,
         models: Mapping[Limiter, Any] | None = None,
+        cache: CacheMode = "count",
     ) -> None:
         self.limiter = limiter
         self.models: Mapping[Limiter, Any] = {} if models is None else models
@@ -269,13 +290,16 @@ class Pacing:
             )
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
+        self.cache = read_mode(cache)
+        #: How the provider counts, once a request was seen to leave.
+        self.profile = GENERIC
         #: Whether streams ask the provider for the usage; off for good once it refuses.
         self.asks_for_usage = True
 
     @property
     def options(self) -> dict[str, Any]:
         """What paces a copy alike; the estimator has learned from the replies so far."""
-        return {"retry": self.retrier.policy, "estimator": self.estimator}
+        return {"retry": self.retrier.policy, "estimator": self.estimator, "cache": self.cache}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model or tool spends from the same budget."""
@@ -318,11 +342,17 @@ class Pacing:
     ) -> tuple[Lease, Requests]:
         """Wait for the admission of an attempt that costs ``estimate``."""
         amounts: dict[str, Any] = self._amounts(call, estimate)
-        lease = await attempt.admit(call.io, **amounts)
+        prompt = None
+        if call.method.argument == "messages" and not isinstance(self.limiter, Pool):
+            messages = call.args[0] if call.args else call.kwargs["messages"]
+            body = prompt_to_cache(call.model, messages, call.kwargs)
+            prompt = None if body is None else self._prompt(call, body)
+        lease = await attempt.admit(call.io, prompt=prompt, **amounts)
         if lease.waited:
             report_wait(self.limiter, lease)
         attempt.call, attempt.pays = Requests(attempt, call.own), True
         requests: Requests = attempt.call
+        requests.prompt = prompt
         model = self.models.get(requests.provider, call.model)
         if model is not call.model:
             requests.own = getattr(super(type(model), model), call.name)
@@ -331,6 +361,12 @@ class Pacing:
         if USD in amounts:
             requests.price, requests.usd = self._price(call, model), amounts[USD]
         return lease, requests
+
+    def _prompt(self, call: ModelCall, body: Mapping[str, Any]) -> Prompt:
+        """Return what is sent by a chat that asks the provider to cache some of it."""
+        site = f"{type(call.model).__name__} {model_of(call.model, call.kwargs)}"
+        table, leads = Prefixes.of(self.limiter), self.cache == "lead"
+        return Prompt(table, self.profile, site, cuts_of(body, site), leads=leads)
 
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""
@@ -368,6 +404,8 @@ class Pacing:
         if not usages:
             return
         usage = functools.reduce(operator.add, usages)
+        if requests.prompt is not None:
+            self.begun(lease, requests, usages)
         profile = requests.profile
         counted = usage if profile is None or profile.counts_cached else profile.counted(usage)
         used: dict[str, Any] = {
@@ -381,6 +419,17 @@ class Pacing:
         observe = getattr(self.estimator, "observe", None)
         if usage.output_tokens and observe is not None:  # embeddings teach nothing
             observe(usage.output_tokens)
+
+    def begun(self, lease: Lease, requests: Requests, usages: Sequence[Usage]) -> None:
+        """Learn from the beginning of a reply what of its prompt was in the provider's cache."""
+        self.profile = requests.profile or self.profile
+        prompt, requests.prompt = requests.prompt, None
+        if prompt is not None and len(usages) == 1:
+            prompt.profile = self.profile
+            sent_at = requests.admitted_at if requests.sent_at is None else requests.sent_at
+            prompt.replied(usages[0], lease, sent_at=sent_at)
+        elif prompt is not None:  # of several requests nobody knows which read it
+            prompt.over()
 
     async def stream(self, call: ModelCall, around: Attempt | None) -> Any:
         """Return the stream that the call gives, paced; inside a call that pays, without pacing."""
@@ -443,6 +492,10 @@ class _Reading:
             self.inner = await pacing.start_stream(call, requests.own, requests)
             item = await self._next()
             answered(self.lease)
+            if requests.prompt is not None:
+                usages = [*filter(None, requests.usages or [self.usage])]
+                if usages:
+                    pacing.begun(self.lease, requests, usages)
         except BaseException as error:
             await self._end(error)
             if not (requests.hides_usage and "stream_options" in str(error)):
@@ -473,6 +526,7 @@ class _Reading:
         finally:
             if lease is not None:
                 if error is None:
+                    requests.over()
                     lease.release()
                 else:
                     requests.failed(lease, error)

@@ -61,6 +61,7 @@ from asyncbucket.llama_index.estimate import Estimator
 from asyncbucket.llama_index.paced import Paced, paced_copy, pacing_of, subclass
 from asyncbucket.llama_index.pacing import Pacing
 from asyncbucket.pools import Pool
+from asyncbucket.providers.prefixes import CacheMode, read_mode
 from asyncbucket.retry import Retry
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class WrapOptions(TypedDict, total=False):
     retry: Retry | int | None
     estimator: Estimator | None
     kind: str | None
+    cache: CacheMode
 
 
 def wrap(
@@ -84,6 +86,7 @@ def wrap(
     retry: Retry | int | None = None,
     estimator: Estimator | None = None,
     kind: str | None = None,
+    cache: CacheMode = "count",
 ) -> T:
     """Return ``obj``, a LlamaIndex LLM, embedding model, tool, agent or workflow, paced by ``limiter``.
 
@@ -103,12 +106,15 @@ def wrap(
             Models only: a tool is never retried.
         estimator: what estimates the cost of a model's call in tokens, instead of the default.
         kind: what agents of about the same size have in common; for agents and workflows.
+        cache: ``"lead"`` has one of the calls with the same new prompt prefix go first, if they ask
+            the provider to cache it; see `asyncbucket.providers.prefixes`.
 
     Raises:
         TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
         ValueError: ``obj`` is paced by another limiter.
     """
     given = {"retry": retry, "estimator": estimator, "kind": read_label(kind, "kind")}
+    given["cache"] = None if read_mode(cache) == "count" else cache
     options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(obj, (list, tuple)):
         return cast("T", _wrap_one(obj, limiter, options))
@@ -163,7 +169,7 @@ def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
     if wrong:
         raise TypeError(
             f"{', '.join(wrong)}= does not apply to {type(obj).__name__}: kind= is for agents and "
-            f"workflows, retry= and estimator= are for models"
+            f"workflows, retry=, estimator= and cache= are for models"
         )
 
 

@@ -529,10 +529,15 @@ class Prefixes:
                     del self._leaders[cut.digest]
 
 
+def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
+    """Return where a prompt may be cached up to."""
+    return _Hasher(site).read(body)
+
+
 def prompt_of(call: Call, profile: Profile, table: Prefixes, mode: CacheMode) -> Prompt | None:
     """Return what an HTTP request sends; None if no model reads it."""
     site = f"{call.host} {call.model}"
-    cuts = _Hasher(site).read(call.body) if call.asked.writes else None
+    cuts = cuts_of(call.body, site) if call.asked.writes else None
     return Prompt(table, profile, site, cuts, leads=mode == "lead") if cuts else None
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from asyncbucket import Limit
 from asyncbucket.cli.proxy import ProxyOptions
+from asyncbucket.cli.proxy.app import Proxy
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "proxy"
 FILE = """
@@ -46,6 +47,8 @@ def test_file_says_all_and_typed_options_override_it(tmp_path: Path) -> None:
 
 def test_without_a_file_or_limits_the_options_suffice() -> None:
     found = ProxyOptions(upstream="http://gpu:8000/api")
+    with pytest.raises(ValueError, match=r"cache must be .count. or .lead., not 'both'"):
+        Proxy(ProxyOptions(upstream="http://gpu:8000", cache="both"))
     assert (found.limits, found.terms) == ((), {"name": "gpu"})
     assert found.addresses == (("127.0.0.1", 4295), ("127.0.0.1", 4294))
 

@@ -36,7 +36,8 @@ _HOST: Final = "127.0.0.1"
 _LAST_PORT: Final = 65_535
 #: What may be in the file's table ``[proxy]``.
 _ENTRIES: Final = (
-    *("upstream", "pool", "listen", "status", "profile", "key_env", "retries", "tenants_by_key"),
+    *("upstream", "pool", "listen", "status", "profile", "key_env", "retries", "cache"),
+    "tenants_by_key",
     "trust_priority",
 )
 #: What an entry must be that is not a string.
@@ -81,6 +82,10 @@ class ProxyOptions:
     max_queue: Annotated[int | None, options.count("Calls that may wait; default: all.")] = None
     retries: Annotated[
         int | None, options.count("How often a failed call goes out again; default: 4.", least=0)
+    ] = None
+    cache: Annotated[
+        str | None,
+        options.name("lead: one call writes a new prompt prefix to the cache, others wait for it."),
     ] = None
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")

@@ -42,6 +42,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, read_pool
 from asyncbucket.http.transport import PacedTransport
 from asyncbucket.http_server import configured, listen
+from asyncbucket.providers.prefixes import read_mode
 from asyncbucket.telemetry import prometheus, report
 from asyncbucket.telemetry.stats import is_loopback
 
@@ -98,7 +99,11 @@ class Proxy:
         else:
             self.limiter, endpoints = read_pool(options.pool)
         self._transport = PacedTransport(
-            self.limiter, profile=options.profile, retries=options.retries, endpoints=endpoints
+            self.limiter,
+            profile=options.profile,
+            retries=options.retries,
+            endpoints=endpoints,
+            cache=read_mode(options.cache or "count"),
         )
         #: A pool's calls are made for its first member, and rewritten for whichever takes them.
         self._pooled_at = self._transport.base_url or None
