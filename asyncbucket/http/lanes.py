@@ -22,7 +22,7 @@ from asyncbucket.levels import (
     provider_of,
 )
 from asyncbucket.providers.learn import HeaderReader, Refusals
-from asyncbucket.providers.prefixes import MARKS, CacheMode, Prefixes, Prompt, prompt_of
+from asyncbucket.providers.prefixes import LEAST, MARKS, CacheMode, Prefixes, Prompt, prompt_of
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
 from asyncbucket.providers.request import OutputForecast, read_json
@@ -158,7 +158,8 @@ class Lanes:
                 cost = _higher(cost, charge(call, theirs, limits.by_way)[1])
         assert profile is not None
         prompt, asks = None, content is not None and (MARKS[0] in content or MARKS[1] in content)
-        if lane.prefixes is not None and (asks or profile.reserves_cached is False):
+        is_long = cost is not None and cost.get("input_tokens", 0) >= LEAST
+        if lane.prefixes is not None and is_long and (asks or profile.caches_unasked):
             prompt = prompt_of(call, profile, lane.prefixes, self.cache)
         price: Price | None = None
         if limits.counts(USD):

@@ -66,7 +66,7 @@ MOST: Final = 16_384
 _TTL: Final = 300.0
 _LONG_TTL: Final = 3_600.0
 #: Below so many tokens no provider caches, or not all do. (Anthropic: 1,024 to 4,096, by model.)
-_LEAST: Final = 1_024
+LEAST: Final = 1_024
 _SURE: Final = 4_096
 #: By how much a provider's count of what was read may be below the size of the prefix: it is rounded
 #: down to blocks of tokens, and messages are not of equal density.
@@ -510,7 +510,7 @@ class Prefixes:
             now, cold = self.now(), list[bytes]()
             for cut in reversed(prompt.wanted):
                 entry = self._entries.get(cut.digest)
-                if (entry and now < entry.until) or prompt.tokens_at(cut) < _LEAST:
+                if (entry and now < entry.until) or prompt.tokens_at(cut) < LEAST:
                     break
                 if (leader := self._leaders.get(cut.digest)) is not None:
                     return leader

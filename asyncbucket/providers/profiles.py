@@ -156,6 +156,11 @@ class Profile:
     #: model's name, in the body or in the path; 1 by default.
     output_counts: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def caches_unasked(self) -> bool:
+        """Whether it caches prompts by itself, and never counts what it reads."""
+        return self.reserves_cached is False and not self.counts_cached
+
     def cost(self, call: Call) -> Cost | None:
         """Return what ``call`` is charged at admission; None lets it pass unpaced.
 
