@@ -23,8 +23,8 @@ COLORS: Final = {
     "light": ("#1f2328", "#59636e", "#1a7f37", "#afb8c1"),
     "dark": ("#e6edf3", "#9198a1", "#3fb950", "#484f58"),
 }
-LEFT: Final = 250
-PER_SECOND: Final = 1.4
+LEFT: Final = 264
+PER_SECOND: Final = 1.35
 STEP: Final = 34
 
 
