@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from asyncbucket.budgets import Charge
 from asyncbucket.doors import find_provider_meter
 from asyncbucket.engine.context import inherited, nanoseconds
-from asyncbucket.engine.cost import Cost, rounded_up
+from asyncbucket.engine.cost import rounded_up
 from asyncbucket.engine.events import BeliefChanged, Event, PromptCached
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
