@@ -153,7 +153,8 @@ class _Site:
         self.seen_unused = max(self.seen_unused, sent_at - entry.at)
         self.seen_old = max(self.seen_old, sent_at - entry.since)
         self.unused = max(self.unused, self.seen_unused)
-        self.old = max(self.old, self.seen_old)
+        if self.seen_old > self.old:  # an entry in use grows older all the time
+            self.old = 2 * self.seen_old
         self.confirmed()
 
     def confirmed(self) -> None:
