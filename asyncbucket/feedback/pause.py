@@ -44,9 +44,9 @@ class Pause(Meter):
         """End it at ``now``, with its slow start."""
         self.until, self.step = min(self.until, now), 0
 
-    def earliest(self, amount: int, now: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
+    def earliest(self, amount: int, since: int, *, back: int = 0) -> int:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.engine.meters.Meter.earliest`."""
-        return max(now, self.until)
+        return max(since, self.until)
 
     def book(self, amount: int, when: int) -> None:  # noqa: ARG002 - all calls are alike
         """See `asyncbucket.engine.meters.Meter.book`: the next call of a slow start has its own instant."""

@@ -371,7 +371,7 @@ class _Refused:
     reply passes as it is.
     """
 
-    refusal: AsyncBucketError
+    refusal: AsyncBucketError  # pyright: ignore[reportUninitializedInstanceVariable]
 
     @property
     def is_success(self) -> bool:

@@ -182,7 +182,10 @@ def test_usual_mistakes_are_told_what_to_write() -> None:
     def ask(prompt: str, more: int = 0) -> str:
         return prompt * more
 
-    by_prompt = limiter.paced(ask, tokens=lambda prompt: prompt + 1)
+    def cost(prompt: Any) -> Any:
+        return prompt + 1
+
+    by_prompt = limiter.paced(ask, tokens=cost)
     make: Any = budget
     text: Any = "500"
     mistakes: list[tuple[Callable[[], Any], str]] = [
