@@ -1,6 +1,7 @@
 """The boundaries that readers of the code rely on."""
 
 import asyncio
+import gc
 import inspect
 import json
 import sys
@@ -48,11 +49,14 @@ def frames_of(scenario: Scenario) -> list[str]:
     async def main() -> None:
         steps = scenario()
         await anext(steps)
+        gc.collect()
+        gc.disable()  # what other tests dropped may have finalizers of ours
         sys.setprofile(note)
         try:
             await anext(steps, None)
         finally:
             sys.setprofile(None)
+            gc.enable()
 
     asyncio.run(main())
     return found
