@@ -18,7 +18,7 @@ import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
 from asyncbucket.engine.events import Event, LimitChanged, Outcome
@@ -55,6 +55,9 @@ class BookedMeter:
     """
 
     __slots__ = ("_parts", "_place", "_reservation", "_resource")
+
+    #: Replies teach nothing here: see `Meter.learns`.
+    learns: ClassVar[bool] = False
 
     def __init__(
         self, place: "StorePlace", reservation: Reservation, resource: str, units: int
