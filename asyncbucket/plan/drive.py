@@ -21,7 +21,7 @@ from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
-from asyncbucket.engine.wording import counted, in_seconds, rounded, with_verb
+from asyncbucket.engine.wording import counted, in_seconds, rounded, usd_written, with_verb
 from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
 from asyncbucket.pools import Pool
 
@@ -330,7 +330,7 @@ class Plan:
 
     def __str__(self) -> str:
         waits, lines = self.waits, [self.summary]
-        lines += [] if self.usd is None else [f"this job costs about {self.usd:,.2f} USD"]
+        lines += [] if self.usd is None else [f"this job costs about {_dollars(self.usd)} USD"]
         if waits.max:
             lines.append(
                 f"waits: {duration_in_words(waits.p50)} at the median, "
@@ -410,3 +410,8 @@ def change(seconds: float | None, duration: float) -> str:
     if abs(share) < 0.005:  # noqa: PLR2004 - it would be written as 0 %
         return "the same"
     return f"{duration_in_words(seconds)} ({share:+.0%})".replace("%", " %")
+
+
+def _dollars(amount: float) -> str:
+    """Return an amount in cents or, below ten cents, with two digits that count."""
+    return f"{amount:,.2f}" if amount >= 0.1 else usd_written(float(f"{amount:.2g}"))  # noqa: PLR2004
