@@ -77,6 +77,8 @@ class Lease(OfThisProcess):
     _parts: dict[str, Parts] | None = None
     #: The levels at which it still has its slot, if it gave some up.
     _levels: tuple[Node, ...] | None = None
+    #: The date of its cost.
+    _when = 0
     #: When it was admitted, if `_sent` has moved ``_when``, the date of its cost.
     _admitted: int | None = None
 

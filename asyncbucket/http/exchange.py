@@ -309,7 +309,9 @@ class _Tail:
         if len(self._end) > 2 * self._limit:  # seldom, so that a byte is moved once at most
             self._head = self._head or bytes(self._end[:_HEAD_BYTES])
             del self._end[: -self._limit]
-        return bytes(self._end[:_HEAD_BYTES]) if has_begun and self._end[:1] != b"{" else b""
+        return (
+            bytes(self._end[:_HEAD_BYTES]) if has_begun and not self._end.startswith(b"{") else b""
+        )
 
     def read(self) -> tuple[bytes, bytes]:
         """Return head and end, decoded; empty if that cannot be done."""

@@ -371,5 +371,6 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
 
 
 def test_other_modes_are_refused() -> None:
+    wrong: Any = "follow"
     with pytest.raises(ValueError, match=r"cache must be .count. or .lead., not 'follow'"):
-        Limiter("10 RPM").transport(cache="follow")  # type: ignore[arg-type]
+        Limiter("10 RPM").transport(cache=wrong)
