@@ -187,11 +187,13 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
     amounts = {name: rounded_up(amount, name) for name, amount in more.items()}
     charges = [each for each in lease.accounts if isinstance(each, Charge)]
     for number, charge in enumerate(charges):
-        while (error := charge.reserve(amounts)) is not None:
-            if not await charge.reconsiders(error, blocking=blocking):
-                for paid in charges[:number]:
-                    paid.give_back(amounts)
-                raise error
+        error = charge.reserve(amounts)
+        while error is not None and await charge.reconsiders(error, blocking=blocking):
+            error = charge.reserve(amounts)
+        if error is not None:
+            for paid in charges[:number]:
+                paid.give_back(amounts)
+            raise error
 
 
 def admit_here(lease: Lease) -> Lease:

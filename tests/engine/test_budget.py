@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import pathlib
 import pickle
 import random
 import threading
@@ -17,7 +18,7 @@ from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlo
 from asyncbucket.budgets import _warn_of_no_call
 from asyncbucket.engine.context import inherited
 from asyncbucket.engine.events import Refused, Released
-from asyncbucket.levels import reserve_more
+from asyncbucket.levels import is_learning, meet_provider, reserve_more
 from asyncbucket.testing import VirtualTime
 from tests.engine.conftest import cancel, start, used
 
@@ -426,3 +427,21 @@ async def test_call_refused_while_another_thread_holds_the_lock_gives_its_slot_b
             with pytest.raises(BudgetExceeded):
                 await limiter.acquire(usd=0.6)
             assert limiter.statistics().in_flight == 1
+
+
+async def test_further_requests_of_a_call_are_reserved_at_every_budget() -> None:
+    limiter = Limiter(concurrency=5)
+    with budget(usd=2.00) as outer, budget(usd=1.00) as inner:
+        async with limiter.acquire(usd=0.25) as lease:
+            await reserve_more(lease, {"usd": 0.5}, blocking=False)
+            assert [each.reserved["usd"] for each in (outer, inner)] == [0.75, 0.75]
+            with pytest.raises(BudgetExceeded):
+                await reserve_more(lease, {"usd": 0.5}, blocking=False)
+            assert [each.reserved["usd"] for each in (outer, inner)] == [0.75, 0.75]
+
+
+async def test_limits_in_a_store_learn_nothing_of_their_provider(tmp_path: pathlib.Path) -> None:
+    limiter = Limiter("10 RPM", store=f"sqlite:///{tmp_path}/limits.db", name="openai")
+    meet_provider(limiter)
+    assert not is_learning(limiter)
+    await limiter.aclose()

@@ -368,3 +368,17 @@ def test_paced_window_does_as_bucket_and_bare_window(moves: list[tuple[str, int,
                     meter.unbook(units - units // 2, when, left=units // 2)
             last.append((units, now) if verb == "redate" else (units // 2, when))
         assert paced.available(now) == min(bare.available(now), bucket.available(now))
+
+
+def test_window_is_filled_no_further_than_it_holds() -> None:
+    """By what was taken elsewhere, at its own date."""
+    window = Window(Limit("requests", 10, per=60, burst=10))
+    window.book(4, 20 * SECOND)
+    window.fill(3, 10 * SECOND, 20 * SECOND)
+    window.fill(2, 30 * SECOND, 30 * SECOND)
+    assert window.used == 9
+    window.fill(50, 30 * SECOND, 30 * SECOND)
+    assert window.used == 10
+    window.fill(50, 30 * SECOND, 30 * SECOND)
+    assert (window.used, window.available(30 * SECOND)) == (10, 0)
+    assert window.earliest(3, 30 * SECOND) < 81 * SECOND

@@ -202,3 +202,20 @@ def test_memory_is_bounded() -> None:
     for now in range(5_000):
         requests.book(1, now)
     assert len(requests._sent) == 4_096
+
+
+def test_what_comes_back_of_a_forgotten_booking_lowers_the_backlog() -> None:
+    requests = meter("600 RPM burst 600")
+    requests.book(500, 0)
+    requests.unbook(300, 1)
+    assert take(requests, 400, 0)
+
+
+def test_refused_rate_is_forgotten_after_a_quiet_window() -> None:
+    requests = meter()
+    requests.book(1, 0)
+    requests.refused(1, 0, SECOND)
+    lowered = requests.rate
+    requests.book(1, 90 * SECOND)
+    requests.accepted(90 * SECOND, 91 * SECOND)
+    assert requests.rate == lowered + (600 - lowered) // 2
