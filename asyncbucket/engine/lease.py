@@ -471,7 +471,7 @@ class Lease(OfThisProcess):
                 parts[:2] = [(reserved_units + debt, first, passed)]
             for meter, counts in meters:
                 if counts == resource:
-                    meter.owe(delta, now)
+                    meter.exceed(delta, now, self._when)
             return
         node.count_refund(resource, -delta)
         while delta < 0:  # the latest first

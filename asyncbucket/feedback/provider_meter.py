@@ -151,6 +151,21 @@ class ProviderMeter(Meter):
 
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
+        self._send(amount, when)
+        self._remaining.book(amount, when)
+
+    owe = book
+
+    def exceed(self, amount: int, when: int, sent: int) -> None:
+        """See `Meter.exceed`; input is counted before the reply, so a later report includes it."""
+        self._send(amount, when)
+        if self.limit.resource == "input_tokens" and self._remaining.has_counted(sent):
+            self._remaining.explain(amount, when)
+        else:
+            self._remaining.book(amount, when)
+
+    def _send(self, amount: int, when: int) -> None:
+        """Add to the backlog."""
         self._leak(when)
         sent = self._sent.get(when)
         if sent is None:
@@ -159,9 +174,6 @@ class ProviderMeter(Meter):
                 del self._sent[next(iter(self._sent))]
         sent.units += amount
         self._backlog += amount * self.window
-        self._remaining.book(amount, when)
-
-    owe = book
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`."""

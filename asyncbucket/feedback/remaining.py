@@ -144,10 +144,14 @@ class Remaining:
             self._missing = min(self.amount, max(0, self._missing + shortfall))
         if self._most_left * _SMALL < self.amount:
             self._missing = 0
+        self._level_at = self._last_report = now
+        self._expect()
+
+    def _expect(self) -> None:
+        """Expect as much to come back, and leave as much untouched, as what is missing demands."""
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
         is_missing = self._missing * _NOISE >= self.amount
         self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
-        self._level_at = self._last_report = now
 
     def earliest(self, amount: int, now: int) -> int:
         """Return when ``amount`` may pass, if nothing else is booked or heard."""
@@ -177,9 +181,27 @@ class Remaining:
         if level is not None:
             self._level = level - amount * self.window
             self._level_at = max(self._level_at, when)
+        self._add(amount, when)
+
+    def has_counted(self, sent: int) -> bool:
+        """Tell whether the latest report counts what a call that was booked at ``sent`` took."""
+        return self._level is not None and sent < self._last_report
+
+    def explain(self, amount: int, when: int) -> None:
+        """Learn that calls which the latest report counts took ``amount`` beyond their bookings.
+
+        So the report lowered the level by it already, and nobody else took it.
+        """
+        self._missing = max(0, self._missing - amount * _SMOOTHING)
+        self._expect()
+        self._add(amount, when)
+
+    def _add(self, amount: int, when: int) -> None:
+        """Count a booking; what is spread evenly reaches no further than a window."""
         self._booked += amount
         self._ours.book(amount, when)
-        self._spread_until = max(self._spread_until, when) + self._spacing(amount)
+        until = max(self._spread_until, when) + self._spacing(amount)
+        self._spread_until = min(until, when + self.window)
         self._last_booking = when
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:

@@ -309,5 +309,6 @@ def _reset(nanoseconds: int, rules: Rules) -> str:
         return go_duration(nanoseconds)
     if rules.reset == "seconds":
         return str(ceil(nanoseconds, NANOSECONDS))
-    until = datetime.now(UTC) + timedelta(seconds=nanoseconds / NANOSECONDS)
+    now = datetime.fromtimestamp(time.time(), UTC)
+    until = now + timedelta(seconds=nanoseconds / NANOSECONDS)
     return until.isoformat(timespec="seconds").replace("+00:00", "Z")
