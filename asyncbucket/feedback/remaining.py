@@ -51,7 +51,7 @@ _MARGIN_CALLS: Final = 2
 #: ...but at most this fraction (1/4) of the most that was ever left.
 _MAX_MARGIN: Final = 4
 #: If no more than this fraction (1/5) of the limit was ever left, the level says all: what does not
-#: come back may never have been there.
+#: come back may never have been there. A bucket that is proven may be as small as the noise.
 _SMALL: Final = 5
 #: A report counts for this many windows, and what others take is a mean over as many.
 _MEMORY: Final = 2
@@ -123,7 +123,7 @@ class Remaining:
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, left + rounding + back
         self._most_left = min(amount, max(self._most_left, high, most))
-        self._correct(low, high, now)
+        self._correct(low, high, now, most)
         if self.others is not None:
             ours = amount - self._ours.available(now)
             taken = max(amount - ours, left) - high  # its limit may be far above ours
@@ -131,7 +131,7 @@ class Remaining:
             used = -high - self._booked
             self.others.update(used, now, before, taken, uncertainty, at_most=self._missing)
 
-    def _correct(self, low: int, high: int, now: int) -> None:
+    def _correct(self, low: int, high: int, now: int, most: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
         self._reported_left = low
         expected = self._expected_level(now)
@@ -142,7 +142,7 @@ class Remaining:
             since_report = now - self._last_report + self.window // _SMOOTHING
             shortfall = (expected - self._level) // since_report
             self._missing = min(self.amount, max(0, self._missing + shortfall))
-        if self._most_left * _SMALL < self.amount:
+        if self._most_left * (_NOISE if most else _SMALL) < self.amount:
             self._missing = 0
         self._level_at = self._last_report = now
         self._expect()
