@@ -219,3 +219,20 @@ def test_refused_rate_is_forgotten_after_a_quiet_window() -> None:
     requests.book(1, 90 * SECOND)
     requests.accepted(90 * SECOND, 91 * SECOND)
     assert requests.rate == lowered + (600 - lowered) // 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("60k ITPM burst 60k", 40_000),  # counted when the request arrives
+        ("60k OTPM burst 60k", 30_000),  # counted as it is written, after what is left was said
+    ],
+)
+def test_input_beyond_a_booking_is_counted_in_the_reply_that_tells_of_it(
+    limit: str, left: int
+) -> None:
+    tokens = meter(limit)
+    tokens.book(1_000, 0)
+    tokens.heard(40_000, MILLISECOND, since=0)
+    tokens.exceed(10_000, 2 * MILLISECOND, 0)
+    assert tokens.available(2 * MILLISECOND) == pytest.approx(left, abs=3_000)

@@ -39,6 +39,10 @@ DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
         [("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)],
         30,
     ),
+    "a debt that a report counted": (
+        [("book", 30, 1), ("hear", 10, 2), ("explain", 20, 3)],
+        10,
+    ),
     "a call that left after a report": (
         [("book", 30, 1), ("hear", 60, 2), ("unbook", 30, 1), ("book", 30, 3)],
         30,
@@ -75,6 +79,23 @@ def test_reports_and_debts_are_forgotten_after_two_windows() -> None:
     assert remaining.earliest(600, 0) == 2 * MINUTE
     assert remaining.available(2 * MINUTE) == 600
     assert take(remaining, 600, 2 * MINUTE)
+
+
+def test_what_a_call_used_beyond_its_cost_is_not_taken_for_others() -> None:
+    remaining = told(400)
+    remaining.book(10, 1)
+    hear(remaining, 300, 2)  # it took 100, which nobody knows yet
+    assert remaining.earliest(400, 2) > 20 * SECOND
+    remaining.explain(90, 3)
+    assert remaining.earliest(400, 3) == pytest.approx(10 * SECOND, abs=10)
+
+
+def test_calls_are_spread_over_a_window_at_most() -> None:
+    remaining = told(600)
+    for now in (1, 2, 3):
+        remaining.book(600, now)
+    hear(remaining, 10, 2 * MINUTE)
+    assert remaining.earliest(1, 2 * MINUTE) == 2 * MINUTE
 
 
 def test_what_others_use_is_measured_and_reserved() -> None:
