@@ -438,6 +438,10 @@ async def test_further_requests_of_a_call_are_reserved_at_every_budget() -> None
             with pytest.raises(BudgetExceeded):
                 await reserve_more(lease, {"usd": 0.5}, blocking=False)
             assert [each.reserved["usd"] for each in (outer, inner)] == [0.75, 0.75]
+    with budget(usd=1.00, on_exceeded=lambda _: 2.0) as raised:
+        async with limiter.acquire(usd=0.75) as lease:
+            await reserve_more(lease, {"usd": 0.5}, blocking=False)
+            assert (raised.reserved["usd"], raised.cap["usd"]) == (1.25, 2.0)
 
 
 async def test_limits_in_a_store_learn_nothing_of_their_provider(tmp_path: pathlib.Path) -> None:
