@@ -28,7 +28,7 @@ async def test_tool_calls_count_at_the_child_of_the_tools_name() -> None:
     assert (limiter.statistics().admitted, search.statistics().admitted) == (2, 1)
     assert isinstance(session, Session)
     assert limiter.wrap(session) is session
-    with pytest.raises(ValueError, match="is paced by .* already: wrap what it was made of"):
+    with pytest.raises(ValueError, match=r"is paced by .* already: wrap what it was made of"):
         Limiter("5 RPM").wrap(session)
     with pytest.raises(TypeError, match="retry= is for LlamaIndex's models and agents, not for"):
         limiter.wrap(Session(), retry=3)
