@@ -27,7 +27,7 @@ def test_tests_named_in_failure_table_exist() -> None:
 
 
 def test_acl_in_docs_is_the_tested_one() -> None:
-    page = (DOCS / "shared-stores.md").read_text("utf-8")
+    page = (DOCS / "stores.md").read_text("utf-8")
     test = (HERE / "test_redis_places.py").read_text("utf-8")
     shown = re.search(r"ACL SETUSER limits on >password (.*?)\n\n", page, re.DOTALL)
     used = re.search(r"RULES = \((.*?)\)", test, re.DOTALL)

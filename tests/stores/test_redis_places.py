@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}
-#: What a login must be allowed to do, as docs/shared-stores.md says.
+#: What a login must be allowed to do, as docs/stores.md says.
 RULES = (
     "~asyncbucket:* &asyncbucket:* +eval +evalsha +time +exists +pexpire +hget +hmget +hset +hdel "
     "+zadd +zrem +zcard +zcount +zrange +zrank +zrangebyscore +publish +subscribe +unsubscribe"
