@@ -21,7 +21,7 @@ def test_cookbook_has_ten_recipes_of_at_most_fifteen_lines() -> None:
 
 
 def test_page_of_examples_lists_exactly_the_examples() -> None:
-    page = (DOCS / "examples.md").read_text("utf-8")
+    page = (DOCS / "cookbook.md").read_text("utf-8")
     files = {
         file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
     }
