@@ -25,7 +25,7 @@ def test_page_of_examples_lists_exactly_the_examples() -> None:
     files = {
         file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
     }
-    assert set(re.findall(r"^\| \[([\w.]+)\]", page, re.MULTILINE)) == files
+    assert set(re.findall(r"^\| \{download\}`([\w.]+) ", page, re.MULTILINE)) == files
     assert set(re.findall(r"\.\./examples/([\w.]+)", page)) == files
 
 
