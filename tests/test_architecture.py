@@ -7,14 +7,13 @@ import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any, Final, TypeAlias
 
 import httpx
 import pytest
-from llama_index.core.llms import ChatMessage
-from llama_index.llms.openai import OpenAI
 
 import asyncbucket
 from asyncbucket import Limiter
@@ -33,6 +32,12 @@ REPLY: Final = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "So."}}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
 }
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skip what needs a package without which the core is tested, too."""
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
+
 
 #: It prepares a call, yields, and makes it.
 Scenario: TypeAlias = Callable[[], AsyncGenerator[None]]
@@ -124,6 +129,9 @@ async def through_http() -> AsyncGenerator[None]:
 
 
 async def through_a_model() -> AsyncGenerator[None]:
+    from llama_index.core.llms import ChatMessage
+    from llama_index.llms.openai import OpenAI
+
     client = httpx.AsyncClient(transport=Answer())
     llm = ample_limiter().wrap(OpenAI(model="gpt-4o", api_key="k", async_http_client=client))
     messages = [ChatMessage("Why?")]
@@ -140,8 +148,8 @@ async def through_a_model() -> AsyncGenerator[None]:
         (partial(at_once, used=80), 32, 8),
         (after_a_wait, 100, 8),
         (partial(after_a_wait, of_child=True), 190, 10),
-        (through_http, 130, 15),
-        (through_a_model, 110, 15),
+        pytest.param(through_http, 130, 15, marks=needs("stamina")),
+        pytest.param(through_a_model, 110, 15, marks=needs("llama_index")),
     ],
     ids=["idle", "settled", "contended", "contended child", "HTTP", "LlamaIndex"],
 )
