@@ -22,7 +22,6 @@ import redis
 
 from asyncbucket import AcquireTimeout, Limiter, StoreError
 from asyncbucket.engine.events import Event, StoreLost
-from benchmarks.stores import server
 
 RATE: Final = 100
 CALLERS: Final = 5
@@ -99,7 +98,10 @@ def measure(number: int, place: str, seconds: float, blocked: float) -> dict[str
     reports = [json.loads(each.stdout.readline() or "[[],[]]") for each in workers if each.stdout]
     scripts = client.info("commandstats")["cmdstat_evalsha"] if client is not None else {}
     for each in workers:
-        each.communicate("bye\n")
+        assert each.stdin is not None
+        each.stdin.close()
+    for each in workers:
+        each.wait()
     shares = [len(went) for went, _ in reports]
     starts = sorted(start for went, _ in reports for start in went)
     fullest = max(bisect.bisect_left(starts, each + 10**9) - i for i, each in enumerate(starts))
@@ -129,6 +131,8 @@ def main() -> None:
     if options.worker:
         asyncio.run(work(options.worker, options.seconds, options.blocked))
         return
+    from benchmarks.stores import server  # here: a process would take seconds to import it
+
     for number in options.processes:
         with contextlib.ExitStack() as stack:
             if options.file:
