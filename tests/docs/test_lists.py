@@ -1,4 +1,4 @@
-"""Lists leave nothing out: the page of examples, and llms.txt, the docs on one page for language models."""
+"""Lists leave nothing out: the first page's programs, and llms.txt, the docs on one page for language models."""
 
 import re
 from pathlib import Path
@@ -9,19 +9,19 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 TEXT = (DOCS / "llms.txt").read_text("utf-8")
 #: What type checkers say of them is asked in tests/packaging/test_types.py.
-RECIPES = re.findall(
-    r"^```python\n(.*?)^```", (DOCS / "cookbook.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+PROGRAMS = re.findall(
+    r"^```python\n(.*?)^```", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
 )
 
 
-def test_cookbook_has_ten_recipes_of_at_most_fifteen_lines() -> None:
-    lengths = [len(list(filter(None, recipe.splitlines()))) for recipe in RECIPES]
+def test_first_page_has_ten_programs_of_at_most_fifteen_lines() -> None:
+    lengths = [len(list(filter(None, program.splitlines()))) for program in PROGRAMS]
     assert len(lengths) >= 10
     assert max(lengths) <= 15
 
 
-def test_page_of_examples_lists_exactly_the_examples() -> None:
-    page = (DOCS / "cookbook.md").read_text("utf-8")
+def test_first_page_lists_exactly_the_examples() -> None:
+    page = (DOCS / "index.md").read_text("utf-8")
     files = {
         file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import python
-from tests.docs.test_lists import RECIPES
+from tests.docs.test_lists import PROGRAMS
 
 CONSUMER = Path(__file__).with_name("consumer.py").read_text("utf-8")
 #: Checkers read httpx, httpx2 and the libraries beneath, on a machine that may be busy.
@@ -36,11 +36,11 @@ def interpreter(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     ],
     ids=["mypy", "basedpyright"],
 )
-def test_users_programs_and_recipes_of_the_cookbook_are_checked_against_the_wheel(
+def test_users_programs_and_those_of_the_first_page_are_checked_against_the_wheel(
     interpreter: Path, tmp_path: Path, pytestconfig: Any, command: str, says: str
 ) -> None:
     """Each `assert_type` holds, and wrong calls are found; without the marker all would be Any."""
-    for number, program in enumerate([CONSUMER, *RECIPES]):
+    for number, program in enumerate([CONSUMER, *PROGRAMS]):
         (tmp_path / f"program_{number}.py").write_text(program, "utf-8")
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', "utf-8")
     cache = pytestconfig.cache.mkdir("mypy")  # the libraries are read once, not in every run
