@@ -104,9 +104,10 @@ peers: $(PEERS_STAMP) ## Measure against the peers that make LLM calls; token-th
 	$(VENV)-peers/bin/python -m benchmarks.four29
 
 # Apart from `make test`, for the packages take 1.7 GB.
-frameworks: $(FRAMEWORKS_STAMP) $(CREWAI_STAMP) ## Run each example of docs/frameworks.md with the real package
+frameworks: $(FRAMEWORKS_STAMP) $(CREWAI_STAMP) $(STAMP) ## Run each example of docs/frameworks.md with the real package, and audit
 	$(VENV)-frameworks/bin/python -m pytest -n 2 $(SPREAD) tests/frameworks $(PYTEST_ARGS)
 	$(VENV)-crewai/bin/python -m pytest tests/frameworks -k 'CrewAI or mcp' $(PYTEST_ARGS)
+	$(PY) -m pytest tests/frameworks -k llama_index $(PYTEST_ARGS)
 
 docs: $(STAMP) ## Build the documentation; warnings and pages that are hard to read are errors
 	@$(PY) tests/docs/reading.py

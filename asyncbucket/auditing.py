@@ -18,7 +18,6 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import contextvars
 import functools
 import importlib
 import inspect
@@ -43,11 +42,12 @@ from asyncbucket.providers.profiles import GENERIC, profile_of
 if TYPE_CHECKING:
     from types import FrameType
 
-#: The leases of this context; and the line of the user's code that started this task, or the job
-#: that an executor's thread runs, whose context may be another's.
-_LEASES: ContextVar[tuple["weakref.ref[Lease]", ...]] = ContextVar("asyncbucket_leases", default=())
+_Leases = tuple["weakref.ref[Lease]", ...]
+#: The leases of this context, whether a watched call is on its way, and the line that started this task.
+_LEASES: ContextVar[_Leases] = ContextVar("asyncbucket_leases", default=())
+_WATCHED: ContextVar[bool] = ContextVar("asyncbucket_watched", default=False)
 _ORIGIN: ContextVar[str] = ContextVar("asyncbucket_origin", default="")
-_JOB: Final = threading.local()
+_CALLBACK: Final = asyncio.Handle._run.__code__  # noqa: SLF001
 #: Where code is that isn't the user's.
 _PATHS: Final = sysconfig.get_paths()
 _INSTALLED: Final = tuple(
@@ -84,7 +84,7 @@ class Unpaced:
 class Audit:
     """Report calls to model providers that no limiter of this process admitted; made by `audit`.
 
-    It is a context manager. It changes no call, and costs each a few microseconds while it is on.
+    It is a context manager. It changes no call, and costs each some 10 microseconds while it is on.
     """
 
     def __init__(self, hosts: Iterable[str] = ()) -> None:
@@ -93,8 +93,6 @@ class Audit:
         self._hosts = tuple(host.lower() for host in hosts)
         self._lock = threading.Lock()
         self._found: Counter[tuple[str, str, str]] = Counter()
-        #: Watched calls on their way, by host: they explain name look-ups.
-        self._on_the_way: Counter[str] = Counter()
         self._patched = contextlib.ExitStack()
         #: How many calls to model providers a limiter admitted.
         self.paced = 0
@@ -134,42 +132,34 @@ class Audit:
     def _watched(self, address: Callable[..., tuple[str, str]], original: Any) -> Any:
         """Return what sends a call, watched."""
 
-        @contextlib.contextmanager
-        def watch(*args: Any, **kwargs: Any) -> Any:
-            host, path = address(*args, **kwargs)
-            if not self._is_provider(host):
-                yield
-                return
-            paced = any(map(_is_open, _LEASES.get()))
-            where = "" if paced else _where()
-            with self._lock:
-                self._on_the_way[host] += 1
-                self.paced += paced
-                if not paced:
-                    self._found[host, path, where] += 1
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._on_the_way[host] -= 1
-
         def call(*args: Any, **kwargs: Any) -> Any:
-            with watch(*args, **kwargs):
+            self.note(*address(*args, **kwargs))
+            _WATCHED.set(True)
+            try:
                 return original(*args, **kwargs)
+            finally:
+                _WATCHED.set(False)
 
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            with watch(*args, **kwargs):
+            self.note(*address(*args, **kwargs))
+            _WATCHED.set(True)
+            try:
                 return await original(*args, **kwargs)
+            finally:
+                _WATCHED.set(False)
 
         return call_async if inspect.iscoroutinefunction(original) else call
 
-    def looked_up(self, host: object) -> None:
-        """Note that ``host`` was looked up; unless a watched call is on its way there, report it."""
-        name = host.decode("ascii", "replace") if isinstance(host, bytes) else str(host or "")
-        if self._is_provider(name.lower()):
+    def note(self, host: str, path: str) -> None:
+        """Count a call if it goes to a provider; a name look-up has no path."""
+        if self._is_provider(host):
+            paced = any(map(_is_open, (*_LEASES.get(), *_JOB.leases)))
+            where = "" if paced else _where()
             with self._lock:
-                if not self._on_the_way[name.lower()]:
-                    self._found[name.lower(), "", _where()] += 1
+                if paced:
+                    self.paced += 1
+                else:
+                    self._found[host, path, where] += 1
 
     def _is_provider(self, host: str) -> bool:
         return profile_of(host) is not GENERIC or any(
@@ -240,8 +230,20 @@ class _State:
 
 
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
-    if event == "socket.getaddrinfo" and _State.audit is not None:
-        _State.audit.looked_up(args[0])
+    if event == "socket.getaddrinfo" and _State.audit and not (_WATCHED.get() or _JOB.watched):
+        host = args[0].decode("ascii", "replace") if isinstance(args[0], bytes) else str(args[0])
+        _State.audit.note(host.lower(), "")
+
+
+class _Job(threading.local):
+    """What the job of an executor's thread took along; its context may be another's."""
+
+    leases: _Leases = ()
+    watched = False
+    where = ""
+
+
+_JOB: Final = _Job()
 
 
 def _is_open(lease: "weakref.ref[Lease]") -> bool:
@@ -254,7 +256,7 @@ def _noted(original: Any) -> Any:
 
     def __init__(self: Lease, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
-        others = (each for each in _LEASES.get() if (held := each()) and not held.released)
+        others = [each for each in _LEASES.get() if (held := each()) and not held.released]
         _LEASES.set((*others, weakref.ref(self)))
 
     return __init__
@@ -264,8 +266,11 @@ def _with_origin(original: Any) -> Any:
     """Return ``create_task`` whose task remembers the line that started it."""
 
     def create_task(*args: Any, **kwargs: Any) -> Any:
-        context = kwargs["context"] = kwargs.get("context") or contextvars.copy_context()
-        context.run(_ORIGIN.set, _where())
+        # Without a context of its own, a task copies this one.
+        if kwargs.get("context") is None:
+            _ORIGIN.set(_where())
+        else:
+            kwargs["context"].run(_ORIGIN.set, _where())
         return original(*args, **kwargs)
 
     return create_task
@@ -275,15 +280,15 @@ def _with_context(original: Any) -> Any:
     """Return ``submit`` whose job, on another thread, knows its leases and the line that led to it."""
 
     def submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-        leases, where = _LEASES.get(), _where()
+        leases = (*_LEASES.get(), *_JOB.leases)
+        watched, where = _WATCHED.get() or _JOB.watched, _where()
 
         def job() -> Any:
-            _JOB.where, token = where, _LEASES.set(leases)
+            vars(_JOB).update(leases=leases, watched=watched, where=where)
             try:
                 return fn(*args, **kwargs)
             finally:
-                _LEASES.reset(token)
-                _JOB.where = ""
+                vars(_JOB).clear()
 
         return original(self, job)
 
@@ -293,15 +298,16 @@ def _with_context(original: Any) -> Any:
 def _where() -> str:
     """Return file and line of the user's code that led here, or that started this task."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
-    while frame is not None:
+    # Beyond a loop's callback is what runs the loop, not what started this task.
+    while frame is not None and frame.f_code is not _CALLBACK:
         file = _shown_file(frame.f_code.co_filename)
         if file is not None:
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
-    return getattr(_JOB, "where", "") or _ORIGIN.get()
+    return _JOB.where or _ORIGIN.get()
 
 
-@functools.lru_cache(maxsize=4_096)
+@functools.cache
 def _shown_file(file: str) -> str | None:
     """Return how to show a file of the user's, relative if it lies below; None if it is installed."""
     if file.startswith(_INSTALLED):

@@ -96,7 +96,7 @@ async def made(calls: Calls, url: str) -> None:
         await coroutine
 
 
-def line_of(calls: Calls) -> str:
+def line_of(calls: Callable[..., object]) -> str:
     """Return where the last line of ``calls`` is, as an audit shows it."""
     lines, first = inspect.getsourcelines(calls)
     file = Path(inspect.getfile(calls))
@@ -165,6 +165,16 @@ async def test_tasks_and_threads_know_the_lease_and_the_line_they_come_from(url:
     ]
 
 
+def test_line_that_started_a_task_is_told_not_the_one_that_runs_the_loop(url: str) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient() as client:
+            await asyncio.create_task(client.post(url))
+
+    with audit(hosts=[HERE]) as seen:
+        asyncio.run(main())
+    assert [each.where for each in seen.unpaced] == [line_of(main)]
+
+
 async def test_lease_that_is_over_or_was_never_awaited_paces_nothing(url: str) -> None:
     limiter, bucket = Limiter(concurrency=1), TokenBucket(rate=1, burst=1)
     lease = await limiter.acquire()
@@ -183,6 +193,8 @@ async def test_lease_that_is_over_or_was_never_awaited_paces_nothing(url: str) -
 
 def test_name_look_ups_that_no_watched_call_explains_are_reported() -> None:
     with audit(hosts=["localhost"]) as seen:
+        with Limiter("500 RPM").acquire_sync():
+            socket.getaddrinfo("localhost", 80)
         socket.getaddrinfo("localhost", 80)
         socket.getaddrinfo(b"localhost", 80)
         socket.getaddrinfo(None, 80)
