@@ -37,9 +37,18 @@ from typing import Any, Final
 
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.levels import call_accepted, counts_at, give_back, is_under, undo
+from asyncbucket.levels import (
+    call_accepted,
+    call_refused,
+    counts_at,
+    give_back,
+    is_under,
+    provider_of,
+    undo,
+)
 from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import Verdict, classify
+from asyncbucket.providers.learn import Refusals
 from asyncbucket.providers.prefixes import Prompt
 from asyncbucket.waiting import ASYNC, IO
 
@@ -55,6 +64,8 @@ class Sent:
     member: Limiter | None = None
     #: The limiter that was paused already, if the attempt was refused for rate.
     paused: Limiter | None = None
+    #: Whether it was refused in a wave that another call had met before.
+    is_one_of_many: bool = False
 
 
 class Attempt:
@@ -212,11 +223,51 @@ def end_refused(lease: Lease, verdict: Verdict) -> None:
         lease.failed()
 
 
-def end_failed(lease: Lease, error: BaseException, *, unsent: bool) -> None:
-    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``."""
+def take_refusal(
+    lease: Lease,
+    verdict: Verdict,
+    sent: Sent,
+    limiter: Limiter,
+    *,
+    learns: bool = True,
+    in_flight: int | None = None,
+) -> None:
+    """Pause whoever a refusal concerns, and have the limits learn from it.
+
+    Args:
+        lease: the call's.
+        verdict: what its refusal means.
+        sent: where it is noted.
+        limiter: what is paused.
+        learns: whether the limits do.
+        in_flight: see `Refusals.take_in`.
+    """
+    refusals = Refusals.of(limiter)
+    effect = refusals.take_in(verdict, sent_at=sent.at, in_flight=in_flight)
+    if effect != "none" and learns:
+        call_refused(lease, limiter, verdict.resource)
+    if verdict.pause is not None:
+        sent.paused, sent.is_one_of_many = limiter, effect == "later"
+
+
+def end_failed(
+    lease: Lease,
+    error: BaseException,
+    *,
+    unsent: bool,
+    sent: Sent | None = None,
+    limiter: Limiter | None = None,
+) -> None:
+    """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``.
+
+    A refusal by the provider of ``limiter`` is taken in, unless it was by a transport beneath.
+    """
     if unsent:
         undo(lease)
     try:
-        end_refused(lease, classify(error))
+        verdict = classify(error)
+        if sent is not None and limiter is not None and sent.paused is None:
+            take_refusal(lease, verdict, sent, provider_of(limiter))
+        end_refused(lease, verdict)
     finally:  # to look at an error may raise another
         lease.release()

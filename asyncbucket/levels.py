@@ -321,13 +321,26 @@ def call_accepted(lease: Lease) -> None:
             node.pacer.ring_locked(node, now)
 
 
+def calls_with_room(lease: Lease, limiter: Limiter) -> int | None:
+    """Return how many calls are in flight, if the provider's reply to this one shows room for it."""
+    node = limiter._node
+    with node.pacer:
+        now = node.pacer.clock()
+        learning: list[Any] = [pair for pair in node.extra if pair[0].learns]
+        room = {meter.has_room(lease._amounts.get(name, 0), now) for meter, name in learning}
+    return node.in_flight if True in room and False not in room else None
+
+
 def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
     """Tell what learns how the provider of ``limiter`` counts that it has refused a call for rate.
 
     That is blamed on the limit of ``resource``, if the provider names it, or else on the one that
-    came closest to what is known to pass.
+    came closest to what is known to pass. If nothing limits the calls, the number of slots is found.
     """
     node, when = limiter._node, lease._when
+    if not (node.limits or limiter.concurrency or node.place or is_in_shadow(limiter)):
+        limiter.reconfigure(concurrency="auto")
+    meet_provider(limiter)
     with node.pacer:
         passed: list[Any] = [pair for pair in node.extra if pair in lease._meters]
         learning = [pair for pair in passed if pair[0].learns]

@@ -83,7 +83,8 @@ class Retry:
     rates the load is 1 / (1 - e) up to e = 1/3, at worst 1.5 times, and falls again beyond.
 
     *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and the pause
-    and the limits bound the load already; each call is still bound by its attempts.
+    and the limits bound the load already. Nor does it count as an attempt of a call if another call
+    met the same wave first: so however many calls are refused, none is lost by the others.
 
     Args:
         attempts: the most attempts for one call, the first included; 1 switches retries off.
@@ -221,6 +222,7 @@ class Retrier:
     async def attempt(self, make: Callable[[Attempt], Awaitable[T]], sent: Sent) -> T:
         """Make one attempt, and count it if it succeeds."""
         sent.paused = sent.member = None
+        sent.is_one_of_many = False
         attempt = Attempt(self._caller, sent=sent)
         attempt.is_retried = True
         try:
@@ -280,6 +282,8 @@ class _Trial:
     started: float
     sent: Sent
     attempts: int = 0
+    #: How many of them do not count, because another call met the refusal first.
+    free: int = 0
     #: The provider's last error.
     error: Exception | None = None
 
@@ -319,12 +323,14 @@ class _Trial:
             return 0.0, (
                 f"the provider asks to wait {asked}, and Retry(max_wait={policy.max_wait:g}) allows no more"
             )
-        if verdict.rate_limited and known is None:
+        if verdict.rate_limited:
             refused_for = self.retrier.refusals_of(self.sent).lasted(waves=policy.attempts)
-            known = paused
-        wait, left = self.retrier.jittered(known, self.attempts), _seconds_left()
+            known = known or paused
+            self.free += self.sent.is_one_of_many and policy.attempts > 1
+        attempts = self.attempts - self.free
+        wait, left = self.retrier.jittered(known, max(1, attempts)), _seconds_left()
         reason = None
-        if self.attempts >= policy.attempts:
+        if attempts >= policy.attempts:
             reason = f"Retry(attempts={policy.attempts}) allows no more"
         elif refused_for > policy.max_wait:
             reason = f"the provider has refused every call for {in_seconds(refused_for)}"
@@ -340,7 +346,8 @@ class _Trial:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""
         refusals = self.retrier.refusals_of(self.sent)
         if self.sent.paused is not refusals.limiter:  # else by the transport that got the reply
-            refusals.take_in(verdict, sent_at=self.sent.at)
+            effect = refusals.take_in(verdict, sent_at=self.sent.at)
+            self.sent.is_one_of_many = effect == "later"
         return refusals.seconds_left()
 
     def _goes_elsewhere(self, verdict: Verdict) -> bool:

@@ -279,6 +279,29 @@ def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(stage: 
     assert "59" in note
 
 
+@pytest.mark.parametrize(("attempts", "times"), [(3, [0, 1, 2, 3, 4]), (1, [0])])
+def test_429_that_another_call_met_first_is_no_attempt(
+    stage: Stage, attempts: int, times: list[float]
+) -> None:
+    """The other call meets the first two waves first."""
+
+    async def attempt(tried: Attempt) -> None:
+        tried.sent.at = stage.time.now
+        raise status_error(429, retry_after="1")
+
+    async def counted(tried: Attempt) -> None:
+        stage.times.append(stage.time.now)
+        await attempt(tried)
+
+    async def main() -> None:
+        other = stage.retrier(Retry(attempts=2)).call(attempt)
+        ours = stage.retrier(Retry(attempts=attempts)).call(counted)
+        await asyncio.gather(other, ours, return_exceptions=True)
+
+    stage.run(main())
+    assert stage.times == times
+
+
 @pytest.mark.parametrize(("share", "calls", "attempts"), [(1.0, 300, 400), (0.2, 1_500, 1_875)])
 def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
     stage: Stage, share: float, calls: int, attempts: int

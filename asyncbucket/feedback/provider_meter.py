@@ -61,6 +61,8 @@ _REMEMBERED: Final = 4_096
 _FEW: Final = 2
 #: The most windows that must be quiet before a larger size is tried.
 _PATIENCE: Final = 64
+#: What a reply said no longer ago than this (ns) is what the refusal says that is looked at.
+_JUST_NOW: Final = 100_000_000
 #: A rate that was lowered must hold for this long (ns), and for so many units, before it is raised.
 _HOLD: Final = 5_000_000_000
 _HOLD_UNITS: Final = 10
@@ -126,7 +128,7 @@ class ProviderMeter(Meter):
         self.proven: int | None = None
         self._proof = 0, 0
         #: When the latest report came, and what it said was left.
-        self._heard_at = self._left = -1
+        self._heard_at, self._left = -_JUST_NOW, 0
         self._reports: deque[_Report] = deque(maxlen=_PROOF)
         #: Between what instants all is back, by all replies that agree, and since when they do.
         self._full_from, self._full_to, self._agree_since, self._is_sure = 0, -1, 0, False
@@ -251,6 +253,10 @@ class ProviderMeter(Meter):
             self.rate += step or not self._refused_rate
             self._rate_at = now
 
+    def has_room(self, amount: int, now: int) -> bool | None:
+        """Tell whether a reply says now that ``amount`` fits; None if none says anything."""
+        return self._left >= amount if now - self._heard_at <= _JUST_NOW else None
+
     def refused(self, amount: int, when: int, now: int) -> bool:
         """Take in that a call of ``amount``, booked at ``when``, was refused for this limit.
 
@@ -269,7 +275,7 @@ class ProviderMeter(Meter):
                 self.size = max(1, min(self.size, backlog // 2))
         elif is_new_wave:
             # If less than it costs was left, others took it, and the rate may be right again soon.
-            is_others = self._heard_at == now and self._left < amount
+            is_others = self.has_room(amount, now) is False
             self._refused_rate = 0 if is_others else self.rate
             is_near = self.rate * 4 > self._limit * 3 and self._lowered < _PROOF
             self.rate = max(1, self.rate * (95 if is_near else 70) // 100)

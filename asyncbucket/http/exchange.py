@@ -22,10 +22,10 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final
 
-from asyncbucket.attempt import Attempt, answered, end_failed, end_refused
+from asyncbucket.attempt import Attempt, answered, end_failed, end_refused, take_refusal
 from asyncbucket.engine.lease import Lease
 from asyncbucket.http.lanes import ReadRequest
-from asyncbucket.levels import call_refused, sent
+from asyncbucket.levels import calls_with_room, sent
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
 from asyncbucket.providers.prefixes import Prompt
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
@@ -118,14 +118,11 @@ class Exchange:
         if not self._read.teaches:
             self._lease.failed()
             return None
-        refusals = self._provider.refusals
-        body = any_json(await _read_ahead(reply, request, io, refusals.limiter.now))
+        limiter, learns = self._provider.refusals.limiter, self._provider.headers.learns
+        calls = calls_with_room(self._lease, limiter) if learns else None
+        body = any_json(await _read_ahead(reply, request, io, limiter.now))
         verdict = judge_reply(reply.status_code, body, reply.headers)
-        counts = refusals.take_in(verdict, sent_at=self._sent_at)
-        if counts and self._provider.headers.learns:
-            call_refused(self._lease, refusals.limiter, verdict.resource)
-        if verdict.pause is not None:
-            self._noted.paused = refusals.limiter
+        take_refusal(self._lease, verdict, self._noted, limiter, learns=learns, in_flight=calls)
         end_refused(self._lease, verdict)
         return verdict
 

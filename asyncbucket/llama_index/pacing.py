@@ -141,6 +141,7 @@ class Requests:
         self.own = own
         #: The limiter that has the provider's limits: in a pool, the member.
         self.provider = attempt.member or attempt.limiter
+        self._noted = attempt.sent
         #: What the model costs, and what was reserved for the first request, if dollars count.
         self.price: Price | None = None
         self.usd = 0.0
@@ -233,7 +234,8 @@ class Requests:
             if self.price is not None and self._paid_requests <= 1 and was_refused(error):
                 lease.settle(usd=0)
         finally:  # to look at an error may raise another
-            end_failed(lease, error, unsent=only and never_sent(error.__cause__))
+            unsent = only and never_sent(error.__cause__)
+            end_failed(lease, error, unsent=unsent, sent=self._noted, limiter=self.provider)
 
     def over(self) -> None:
         """Let another call lead, if this one did."""

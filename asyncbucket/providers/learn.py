@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
@@ -73,6 +73,10 @@ _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 #: A refusal that names no time counts if there was another among so many replies (a bit each).
 _RUN: Final = 0b111
+#: If headers show room, that refusals are a limit's is believed of no less than this part (1/3).
+_MANY: Final = 3
+#: What a refusal is: of no rate or an accident, the first of a wave, or a later one of it.
+Effect: TypeAlias = Literal["none", "first", "later"]
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -300,11 +304,13 @@ class Refusals:
         self._waves = 0
         #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
         self._latest = 0
+        #: Refusals since a call last succeeded.
+        self._in_row = 0
         #: Whether it has to be told of a success.
         self.is_listening = False
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
-        self._started_at = -math.inf
+        self._started_at = self._before_at = -math.inf
         self._paused_until = -math.inf
         #: Until when pauses are not logged.
         self._quiet_until = -math.inf
@@ -322,9 +328,11 @@ class Refusals:
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
-            self._latest = self._latest << 1 & _RUN
+            self._latest, self._in_row = self._latest << 1 & _RUN, 0
             if self._waves and self._is_over(self.limiter.now(), sent_at):
                 self._waves = 0
+            elif self._waves > 1 and sent_at is not None and sent_at > self._before_at:
+                self._waves, self._first_at = 1, self._started_at
             self.is_listening = bool(self._waves or self._latest)
 
     def lasted(self, *, waves: int) -> float:
@@ -339,10 +347,13 @@ class Refusals:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
-    def take_in(self, verdict: Verdict, *, sent_at: float | None = None) -> bool:
-        """Pause the limiter if a refusal concerns all; return whether one for rate does.
+    def take_in(
+        self, verdict: Verdict, *, sent_at: float | None = None, in_flight: int | None = None
+    ) -> Effect:
+        """Pause the limiter if a refusal concerns all; return what one for rate is to the others.
 
-        One that names no time counts only in runs: a limit refuses in runs, an accident alone.
+        One that names no time counts only in runs: a limit refuses in runs, an accident alone. If
+        its own headers show that there was room, a run is a good part of all that is in flight.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
@@ -351,19 +362,21 @@ class Refusals:
         Args:
             verdict: what the refusal means.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
+            in_flight: how many calls are in flight, if headers show room.
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
-            return False
+            return "none"
         asked = verdict.retry_after
         with self._lock:
-            is_alone = not self._latest and asked is None and verdict.pause == "429"
+            is_alone = asked is None and verdict.pause == "429" and not self._is_run(in_flight)
             self._latest, self.is_listening = (self._latest << 1 | 1) & _RUN, True
+            self._in_row += 1
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at) and not is_alone
             if new_wave:
                 self._waves += 1
-                self._started_at = now
+                self._before_at, self._started_at = self._started_at, now
                 self._first_at = now if self._waves == 1 else self._first_at
             if asked is not None:
                 seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
@@ -382,7 +395,15 @@ class Refusals:
         if is_news:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
-        return verdict.pause == "429" and not is_alone
+        if verdict.pause != "429" or is_alone:
+            return "none"
+        return "first" if new_wave else "later"
+
+    def _is_run(self, in_flight: int | None) -> bool:
+        """Tell whether a refusal is one of many."""
+        if in_flight is None:
+            return bool(self._latest)
+        return self._in_row > 0 and _MANY * self._in_row >= in_flight
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:

@@ -149,6 +149,19 @@ ROWS: Final[dict[str, Row]] = {
     "accidents at OpenRouter": Row(
         world=OPENROUTER, load=replace(AT_ONCE, slots=20), refused=60, over=1.5
     ),
+    "accidents, headers show room": Row(
+        world=requests(accidents=0.05), load=Load(agents=400), refused=40, over=11.0
+    ),
+    # What is sent before the first refusal is refused, too: 300 and 190.
+    "told nothing, no headers": Row(
+        world=World(provider={"rpm": 300, "profile": NO_HEADERS}),
+        load=Load(agents=600),
+        refused=320,
+        over=1.2,
+    ),
+    "told nothing, 10 slots": Row(
+        world=World(provider={"concurrency": 10}), load=Load(agents=200), refused=210, over=1.4
+    ),
     "others, bucket": Row(world=shared("bucket"), load=STEADY, refused=20, over=2.0, others=0.1),
     "others, log": Row(world=shared("log"), load=STEADY, refused=40, over=2.0, others=0.1),
     "others, shown slices": Row(world=shared("log", slices=6), load=STEADY, refused=40, over=2.0),

@@ -121,8 +121,8 @@ async def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
 
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
-    assert not refusals.take_in(judge_reply(429, None, {}))  # alone, it may be an accident
-    assert all(refusals.take_in(judge_reply(429, None, {})) for _ in range(20))
+    effects = [refusals.take_in(judge_reply(429, None, {})) for _ in range(20)]
+    assert effects == ["none", "first", *["later"] * 18]  # alone, it may be an accident
     assert limiter.statistics().paused == 1
     clock.advance(0.5)
     take_in(refusals)
@@ -130,6 +130,32 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
     take_in(refusals, headers={"retry-after": "4"})
     assert limiter.statistics().paused == 4
     assert Refusals.of(limiter) is refusals  # whoever hears of it
+
+
+def test_accidents_though_headers_show_room_pause_nobody_unless_they_are_a_good_part(
+    limiter: Limiter,
+) -> None:
+    refusals, refusal = Refusals.of(limiter), judge_reply(429, None, {})
+    in_flight = [12, 11, 10, 9, 8]
+    effects = [refusals.take_in(refusal, in_flight=each) for each in in_flight]
+    assert effects == ["none", "none", "none", "first", "later"]
+    assert limiter.statistics().paused == 1
+
+
+def test_series_of_waves_ends_if_a_call_between_two_succeeds(
+    limiter: Limiter, clock: VirtualClock
+) -> None:
+    refusals = Refusals.of(limiter)
+    for _ in range(2):
+        take_in(refusals, sent_at=0)
+    clock.advance(1)
+    for paused in (2, 2, 2):  # the reply to a call that was sent before it comes in each pause
+        sent_at = clock() * 1e-9
+        clock.advance(0.5)
+        take_in(refusals, sent_at=sent_at)
+        assert limiter.statistics().paused == paused
+        refusals.succeeded(sent_at)
+        clock.advance(paused)
 
 
 def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:

@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import httpx
@@ -259,6 +259,25 @@ async def test_429_at_a_child_pauses_highest_level_with_limits_and_its_retry_nam
         "Paused all/openai",
         "Retried all/openai/chat/*",
     ]
+
+
+async def test_refusals_that_no_transport_sees_teach_how_the_provider_counts(
+    limiter: Limiter,
+) -> None:
+    class RefusedError(Exception):
+        status_code = 429
+        headers: ClassVar = {"retry-after-ms": "1"}
+
+    class Model(MockLLM):
+        def complete(self, *args: Any, **kwargs: Any) -> Any:
+            if replies.pop():
+                raise RefusedError
+            return super().complete(*args, **kwargs)
+
+    replies = [False, True, True]
+    await limiter.wrap(Model(max_tokens=None)).acomplete("hi")
+    assert replies == []
+    assert "the provider accepts 8 requests at once" in str(limiter.explain())
 
 
 # --- pickles ---
