@@ -30,7 +30,7 @@ import redis.asyncio
 
 import asyncbucket
 from benchmarks.harness import Acquire, progress
-from benchmarks.plot import OURS, THEIRS, pages
+from benchmarks.plot import labelled_bars, pages
 from benchmarks.report import machine_line, versions_line, write_files
 
 #: The limit: calls a second, and how many of them at once.
@@ -224,21 +224,17 @@ def page(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Draw how equal the processes' parts are, and what a call costs, on a light and a dark page."""
+    """Draw how unequal the processes' parts are, and what a call costs, on a light and a dark page."""
+    fair = RATE * SECONDS / PROCESSES
     rows = outcomes[::-1]
-    names = [each.way for each in rows]
-    colours = [OURS if name.startswith("asyncbucket") else THEIRS for name in names]
-    for canvas, ink in pages(folder / "stores", 8, 2.4):
-        parts, cpu = canvas.subplots(1, 2, sharey=True)
-        spans = [each.most - each.least for each in rows]
-        parts.barh(names, spans, left=[each.least for each in rows], color=colours)
-        parts.axvline(RATE * SECONDS / PROCESSES, color=ink, lw=0.8)
-        parts.set_xlim(left=0)
-        parts.set_title("calls of each process, fewest to most", loc="left", fontsize=9)
-        cpu.barh(names, [each.cpu for each in rows], color=colours)
-        cpu.set_title("CPU for each call (µs)", loc="left", fontsize=9)
-        for axes in (parts, cpu):
-            axes.tick_params(labelsize=8)
+    for canvas, ink in pages(folder / "stores", 8, 1.9):
+        apart, cpu = canvas.subplots(1, 2, sharey=True)
+        spread = {each.way: (each.most - each.least) / fair for each in rows}
+        labelled_bars(apart, spread, ink, "{:.0%}")
+        apart.set_title("how far the processes' shares are apart", loc="left", fontsize=9)
+        labelled_bars(cpu, {each.way: each.cpu for each in rows}, ink, "{:.0f} µs")
+        cpu.set_title("CPU for each call", loc="left", fontsize=9)
+        canvas.suptitle("One limit for four processes: the shorter, the better", fontsize=10)
 
 
 def write(outcomes: Sequence[Outcome], folder: Path) -> None:

@@ -1,74 +1,24 @@
-"""Make the pictures of `run`, `watch` and `plot`: what a real terminal shows of real runs, by tmux.
+"""Make the picture of a trace, as `asyncbucket plot` draws it.
 
     python docs/pictures/make.py
 
-The provider is the bundled one. Once it answers 429, with a Retry-After of 1.5 s: that is the pause in
-the picture of the trace.
+The provider is the bundled one. Once it answers 429, with a Retry-After of 1.5 s: that is the pause
+in the picture.
 """
 
 import asyncio
 import contextlib
-import io
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from openai import AsyncOpenAI, RateLimitError
-from rich.console import Console
-from rich.text import Text
 
 from asyncbucket import Limiter
 from asyncbucket.cli.plan import draw_trace
 from asyncbucket.testing import RateLimitedProvider
 
 HERE = Path(__file__).parent
-WIDTH: Final = 92
-HEIGHT: Final = 18
-PROMPTS: Final = "".join(f"What is {number} times {number}?\n" for number in range(800))
-
-
-class Terminal:
-    """A terminal of a fixed size, on which a command is typed."""
-
-    def __init__(self, folder: Path, command: str, **environment: str) -> None:
-        """Start ``command`` in ``folder``."""
-        self._server = f"pictures-{os.getpid()}"
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        given = os.environ | environment | {"PATH": path, "PS1": "$ "}
-        (folder / "shell").write_text("PS1='$ '\n")
-        shell = f"bash --rcfile {folder / 'shell'}"
-        size = ["-x", str(WIDTH), "-y", str(HEIGHT)]
-        self._tmux("new-session", "-d", *size, "-c", str(folder), shell, env=given)
-        time.sleep(0.5)
-        self._tmux("send-keys", command, "Enter")
-
-    def _tmux(self, *arguments: str, env: dict[str, str] | None = None) -> str:
-        command = ["tmux", "-f", os.devnull, "-L", self._server, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-
-    def draw(self, path: Path, title: str) -> None:
-        """Draw what the terminal shows now, and close it."""
-        seen = self._tmux("capture-pane", "-e", "-p").rstrip()
-        self._tmux("kill-server")
-        console = Console(record=True, width=WIDTH, file=io.StringIO())
-        console.print(Text.from_ansi(seen))
-        console.save_svg(str(path), title=title, unique_id="asyncbucket")
-
-
-def draw_run(folder: Path) -> None:
-    """Draw a run of prompts after half a minute."""
-    (folder / "prompts.jsonl").write_text(PROMPTS)
-    limits = "--rpm 500 --tpm 200000"
-    with RateLimitedProvider(rpm=500, latency=(0.3, 1.2)) as provider:
-        command = f"asyncbucket run prompts.jsonl -o answers.jsonl --model gpt-4o-mini {limits}"
-        environment = {"OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
-        terminal = Terminal(folder, command, **environment)
-        time.sleep(30)
-        terminal.draw(HERE / "run.svg", "asyncbucket run")
 
 
 async def paced_program(provider: RateLimitedProvider, limiter: Limiter, *, calls: int) -> None:
@@ -96,27 +46,16 @@ async def ask(client: AsyncOpenAI, text: str) -> None:
             return
 
 
-async def draw_watch_and_trace(folder: Path) -> None:
-    """Draw a program while it runs; and the trace of one that gets a 429."""
-    options: Any = {
-        "rpm": 60,
-        "tpm": 12_000,
-        "minute": 6.0,
-        "latency": (0.8, 1.6),
-    }
-    for is_refused in (False, True):
-        limiter = Limiter("60 requests/6s", "12k tokens/6s", concurrency=16, name="openai")
-        trace = limiter.trace()
-        with RateLimitedProvider(**options) as provider, limiter.serve_stats() as server:
-            program = asyncio.create_task(paced_program(provider, limiter, calls=40))
-            await asyncio.sleep(4)
-            if is_refused:
-                provider.fail_next(1, status=429, retry_after=1.5)
-            else:
-                terminal = Terminal(folder, f"asyncbucket watch {server.url}")
-                await asyncio.sleep(3)
-                terminal.draw(HERE / "watch.svg", "asyncbucket watch")
-            await program
+async def draw(folder: Path) -> None:
+    """Draw the trace of a program that gets a 429."""
+    options: Any = {"rpm": 60, "tpm": 12_000, "minute": 6.0, "latency": (0.8, 1.6)}
+    limiter = Limiter("60 requests/6s", "12k tokens/6s", concurrency=16, name="openai")
+    trace = limiter.trace()
+    with RateLimitedProvider(**options) as provider:
+        program = asyncio.create_task(paced_program(provider, limiter, calls=40))
+        await asyncio.sleep(4)
+        provider.fail_next(1, status=429, retry_after=1.5)
+        await program
     trace.save(str(folder / "trace.jsonl"))
     for name in ("light", "dark"):
         draw_trace(folder / "trace.jsonl", HERE / f"trace-{name}.png", dark=name == "dark")
@@ -124,5 +63,4 @@ async def draw_watch_and_trace(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        draw_run(Path(folder))
-        asyncio.run(draw_watch_and_trace(Path(folder)))
+        asyncio.run(draw(Path(folder)))
