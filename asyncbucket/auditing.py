@@ -29,7 +29,7 @@ import sysconfig
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
@@ -104,12 +104,10 @@ class Audit:
             return sorted(Unpaced(*key, count) for key, count in self._found.items())
 
     def __enter__(self) -> Self:
-        if _State.audit is not None:
+        if _ON:
             raise RuntimeError("another audit is on in this process: end that one first")
-        _State.audit = self
-        if not _State.is_hooked:
-            sys.addaudithook(_on_event)
-            _State.is_hooked = True
+        _ON.append(self)
+        _add_hook()
         self._patch(Lease, "__init__", _noted)
         self._patch(asyncio.BaseEventLoop, "create_task", _with_origin)
         self._patch(concurrent.futures.ThreadPoolExecutor, "submit", _with_context)
@@ -122,7 +120,7 @@ class Audit:
 
     def __exit__(self, *_: object) -> None:
         self._patched.close()
-        _State.audit = None
+        _ON.clear()
 
     def _patch(self, cls: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         original = vars(cls)[name]
@@ -194,19 +192,16 @@ def audit(*, hosts: Iterable[str] = ()) -> Audit:
     return Audit(hosts)
 
 
-def table(unpaced: Iterable[Unpaced], paced: int) -> str:
+def table(unpaced: Sequence[Unpaced], paced: int) -> str:
     """Return the report of an audit, as text."""
     rows = [(f"{each.count:,}", each.host, each.path, each.where) for each in unpaced]
-    if not rows:
-        return f"Calls to model providers: none unpaced, {paced:,} paced.\n{_NOT_SEEN}"
-    total = sum(int(row[0].replace(",", "")) for row in rows)
-    rows.insert(0, ("calls", "host", "path", "where"))
-    wide = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = (
-        f"{n:>{wide[0]}}  {host:<{wide[1]}}  {path:<{wide[2]}}  {at}" for n, host, path, at in rows
-    )
-    title = f"Calls to model providers: {total:,} unpaced, {paced:,} paced."
-    return "\n".join([title, *(line.rstrip() for line in lines), _NOT_SEEN])
+    total = f"{sum(each.count for each in unpaced):,}" if rows else "none"
+    told = [f"Calls to model providers: {total} unpaced, {paced:,} paced."]
+    if rows:
+        rows.insert(0, ("calls", "host", "path", "where"))
+        n, host, path = (max(len(row[i]) for row in rows) for i in range(3))
+        told += [f"{a:>{n}}  {b:<{host}}  {c:<{path}}  {d}".rstrip() for a, b, c, d in rows]
+    return "\n".join([*told, _NOT_SEEN])
 
 
 def audit_process(folder: str, hosts: Iterable[str]) -> None:
@@ -222,17 +217,20 @@ def audit_process(folder: str, hosts: Iterable[str]) -> None:
     atexit.register(write)
 
 
-class _State:
-    """Module state, because an audit hook cannot be removed: so one is installed, at the first audit."""
+#: The audit that is on, if any.
+_ON: Final[list[Audit]] = []
 
-    audit: Audit | None = None
-    is_hooked = False
+
+@functools.cache
+def _add_hook() -> None:
+    """Install the hook, once: Python cannot remove it."""
+    sys.addaudithook(_on_event)
 
 
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
-    if event == "socket.getaddrinfo" and _State.audit and not (_WATCHED.get() or _JOB.watched):
+    if event == "socket.getaddrinfo" and _ON and not (_WATCHED.get() or _JOB.watched):
         host = args[0].decode("ascii", "replace") if isinstance(args[0], bytes) else str(args[0])
-        _State.audit.note(host.lower(), "")
+        _ON[0].note(host.lower(), "")
 
 
 class _Job(threading.local):

@@ -14,6 +14,7 @@ and priorities, which change who waits rather than how long all wait.
 import atexit
 import copy
 import heapq
+import itertools
 import logging
 import weakref
 from collections import Counter, deque
@@ -24,7 +25,7 @@ from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Shadowed
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
+from asyncbucket.engine.meters import NEVER, Amounts, Route, admit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.statistics import ShadowStatistics, Waits
 
@@ -45,6 +46,9 @@ class _Call:
     used: Amounts
     took: int | None = None
     started: int | None = None
+    #: Since when it is the first in line, and what it waits for.
+    since: int | None = None
+    bound_by: str = ""
 
 
 class _Line:
@@ -52,18 +56,15 @@ class _Line:
 
     def __init__(self) -> None:
         self.now = 0
-        #: The calls that wait at each limiter; and since when the first of them is first.
         self.waiting: dict[Node, deque[_Call]] = {}
-        self.since: dict[Node, int] = {}
-        self.bound_by: dict[Node, str | None] = {}
         self.open: set[_Call] = set()
         #: When those end that are over in reality: instant, number, call.
         self.ends: list[tuple[int, int, _Call]] = []
         self.in_flight = Counter[Node]()
         self.calls = self.failed = 0
         self.waits: dict[str, list[int]] = {}
-        #: Copies of the windows, if this is a forecast.
-        self.windows: dict[Window, Window] | None = None
+        #: Copies of the limits, if this is a forecast.
+        self.copies: dict[Node, Route] = {}
 
     def ask(self, call: _Call) -> None:
         """Let ``call`` join, unless it would be refused at once."""
@@ -71,18 +72,15 @@ class _Line:
         self.calls += 1
         line = self.waiting.get(call.node, ())
         bounds = [node.max_queue for node in call.node.path if node.max_queue is not None]
-        meters = self._route(call.node).meters
         can_pass = all(
             call.amounts.get(resource, 0) <= meter.limit.units or not meter.refuses
-            for meter, resource in meters
+            for meter, resource in _limits_of(call.node).meters
         )
-        if not can_pass or (line and len(line) >= min(bounds, default=NEVER)):
+        if can_pass and not (line and len(line) >= min(bounds, default=NEVER)):
+            self.waiting.setdefault(call.node, deque()).append(call)
+            self.play(call.asked)
+        else:
             self.failed += 1
-            return
-        self.waiting.setdefault(call.node, deque()).append(call)
-        if not line:
-            self.since[call.node], self.bound_by[call.node] = call.asked, None
-        self.play(call.asked)
 
     def play(self, until: int) -> None:
         """Let happen what would happen by then."""
@@ -103,30 +101,20 @@ class _Line:
             self.open.discard(call)
             heapq.heappush(self.ends, (call.started + took, id(call), call))
 
-    def forecast(self) -> "_Line":
-        """Return how all this ends if nobody else calls, and open calls take as long as others did."""
+    def forecast(self, took: int) -> "_Line":
+        """Return how all this ends if nobody else calls, and calls that go on take ``took`` (ns)."""
+        nodes = {*self.waiting, *self.in_flight}
+        nodes.update(level for node in self.waiting for level in node.path)
         line = copy.copy(self)
-        line.windows = {}
-        copies: dict[_Call, _Call] = {}
-
-        def copied(call: _Call) -> _Call:
-            return copies.setdefault(call, copy.copy(call))
-
-        line.waiting = {node: deque(map(copied, calls)) for node, calls in self.waiting.items()}
-        line.ends = [(when, number, copied(call)) for when, number, call in self.ends]
-        line.open, line.in_flight = set(map(copied, self.open)), Counter(self.in_flight)
-        line.since, line.bound_by = dict(self.since), dict(self.bound_by)
-        line.waits = {name: list(sums) for name, sums in self.waits.items()}
-        return line
-
-    def play_to_the_end(self, took: int) -> None:
-        """Play until nobody waits; calls that go on take ``took``."""
-        for call in list(self.open):
+        line.copies = {node: _limits_of(node) for node in nodes}
+        line = copy.deepcopy(line, {id(node): node for node in nodes})
+        for call in list(line.open):
             assert call.started is not None
-            self.over(call, max(took, self.now - call.started))
-        for call in (each for calls in self.waiting.values() for each in calls):
+            line.over(call, max(took, line.now - call.started))
+        for call in itertools.chain(*line.waiting.values()):
             call.took = took if call.took is None else call.took
-        self.play(NEVER - 1)
+        line.play(NEVER - 1)
+        return line
 
     # --- the machine ---
 
@@ -140,39 +128,37 @@ class _Line:
 
     def _start(self, calls: deque[_Call]) -> int:
         """Start the first of ``calls`` and return 0, or when to try again."""
-        call, node, binds = calls[0], calls[0].node, "concurrency"
+        call, binds = calls[0], "concurrency"
+        call.since = self.now if call.since is None else call.since
         latest = NEVER if call.deadline is None else call.deadline
         due: int = NEVER
-        if all(self.in_flight[level] < level.slots for level in node.path):
-            due, bound_by = admit(self._route(node), call.amounts, self.since[node], self.now)
+        if all(self.in_flight[level] < level.slots for level in call.node.path):
+            due, bound_by = admit(self._limits(call.node), call.amounts, call.since, self.now)
             binds = bound_by or binds
+        if self.now < due and self.now <= latest:
+            call.bound_by = binds
+            return min(due, latest + 1)
         if due <= self.now:
             self._started(call)
-        elif self.now > latest:
+        else:
             self.failed += 1
-        else:
-            self.bound_by[node] = binds
-            return min(due, latest + 1)
         calls.popleft()
-        if calls:
-            self.since[node] = self.now
-        else:
-            del self.waiting[node]
+        if not calls:
+            del self.waiting[call.node]
         return 0
 
     def _started(self, call: _Call) -> None:
         call.started, waited = self.now, self.now - call.asked
-        bound_by = self.bound_by[call.node] if waited else None
-        if bound_by is not None:
-            sums = self.waits.setdefault(bound_by, [0, 0])
+        if waited:
+            sums = self.waits.setdefault(call.bound_by, [0, 0])
             sums[0] += 1
             sums[1] += waited
         self.in_flight.update(call.node.path)
         self.open.add(call)
         if call.took is not None:
             self.over(call, call.took)
-        if self.windows is None:
-            cost, seconds = Cost.of(call.amounts), waited * 1e-9
+        if not self.copies:
+            cost, bound_by, seconds = Cost.of(call.amounts), call.bound_by or None, waited * 1e-9
             call.node.pacer.notify_locked(
                 call.node, Shadowed, cost=cost, would_wait=seconds, bound_by=bound_by
             )
@@ -181,21 +167,20 @@ class _Line:
         """Give a call's slots back, and correct its cost to what it used."""
         self.in_flight.subtract(call.node.path)
         assert call.started is not None
-        for meter, resource in self._route(call.node).meters:
+        for meter, resource in self._limits(call.node).meters:
             reserved, used = call.amounts.get(resource, 0), call.used.get(resource, 0)
             if used > reserved:
                 meter.owe(used - reserved, self.now)
             elif used < reserved:
                 meter.unbook(reserved - used, call.started, left=used)
 
-    def _route(self, node: Node) -> Any:
-        windows = [window for each in node.path for window in each.limits.values()]
-        if self.windows is not None:
-            for window in windows:
-                if window not in self.windows:
-                    self.windows[window] = copy.deepcopy(window)
-            windows = [self.windows[window] for window in windows]
-        return Route((), tuple((window, window.limit.resource) for window in windows))
+    def _limits(self, node: Node) -> Any:
+        return self.copies.get(node) or _limits_of(node)
+
+
+def _limits_of(node: Node) -> Any:
+    windows = (window for each in node.path for window in each.limits.values())
+    return Route((), tuple((window, window.limit.resource) for window in windows))
 
 
 class Shadow(Account):
@@ -237,8 +222,8 @@ class Shadow(Account):
     def statistics(self, now: int) -> ShadowStatistics:
         """Return what would have happened; with the lock held."""
         self._line.play(now)
-        line, (over, took) = self._line.forecast(), self._took
-        line.play_to_the_end(took // max(1, over))
+        over, took = self._took
+        line = self._line.forecast(took // max(1, over))
         waited = sum(count for count, _ in line.waits.values())
         seconds = sum(sums for _, sums in line.waits.values()) * 1e-9
         return ShadowStatistics(

@@ -2,8 +2,8 @@
 
 import json
 import os
+import signal
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -53,9 +53,8 @@ def audit(
         status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         reports = [json.loads(path.read_text("utf-8")) for path in Path(folder).glob("*.json")]
     found = Counter[tuple[str, str, str]]()
-    for report in reports:
-        for host_called, path, where, count in report["unpaced"]:
-            found[host_called, path, where] += count
+    for called, path, where, count in (row for report in reports for row in report["unpaced"]):
+        found[called, path, where] += count
     unpaced = sorted(Unpaced(*key, count) for key, count in found.items())
     if not reports:
         raise ValueError(f"{command[0]} ran no Python that ended by itself, so nothing was seen")
@@ -63,16 +62,15 @@ def audit(
     raise typer.Exit(UNPACED if unpaced else status)
 
 
+def _leave(*_: object) -> None:
+    """Leave Ctrl-C to the program, which gets it, too."""
+
+
 def _run(command: list[str], environ: dict[str, str]) -> int:
     """Run ``command`` to its end, which Ctrl-C asks it for, and return its exit status."""
+    signal.signal(signal.SIGINT, _leave)
     try:
-        process = subprocess.Popen(command, env=environ)  # noqa: S603 - the user's own command
+        status = subprocess.run(command, env=environ, check=False).returncode  # noqa: S603
     except OSError as error:
         raise ValueError(f"{command[0]} can't be run ({error.strerror}): give a program") from error
-    while True:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            sys.stderr.flush()
-        else:
-            return status if status >= 0 else 128 - status
+    return status if status >= 0 else 128 - status

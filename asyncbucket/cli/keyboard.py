@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
@@ -14,12 +13,9 @@ from asyncbucket.cli.ui import Panel
 
 _PATIENCE: Final = 5.0
 _BAD_REQUEST: Final = 400
-#: Seconds that the pause of a key lasts.
-_PAUSE: Final = 60
-_KEYS: Final = (
-    "n next limiter, l limit, c concurrency, p pause 60 s, r resume, s shadow off, q quit"
-)
-_PROMPTS: Final = {"l": "limits, such as 600 RPM, 200k TPM", "c": "calls at once, or auto"}
+_KEYS: Final = "keys: n next limiter, l limits, p pause 60 s, r resume, s shadow off, q quit"
+_CHANGES: Final = {"p": ("pause", 60), "r": ("resume", True), "s": ("shadow", False)}
+_PROMPT: Final = "limits such as 600 RPM, 200k TPM, or how many calls at once: "
 _ENTER, _ESCAPE, _BACKSPACES = "\r\n", "\x1b", "\x7f\b"
 
 
@@ -31,13 +27,12 @@ class Keyboard:
     """
 
     def __init__(self, url: str, token: str) -> None:
-        self._url, self._token = url, token
+        self._url, self._headers = url, {"authorization": f"Bearer {token}"}
         self._names: list[str] = []
-        self._chosen = 0
-        #: What is being typed, after which key; and what the last change came to.
-        self._typing: str | None = None
-        self._typed = self._told = ""
-        self._restore = contextlib.ExitStack()
+        self._restored = contextlib.ExitStack()
+        #: The limits that are being typed; and what the last change came to.
+        self._typed: str | None = None
+        self._told = ""
 
     def __enter__(self) -> Self:
         if not sys.stdin.isatty():
@@ -48,12 +43,12 @@ class Keyboard:
         import tty
 
         before = termios.tcgetattr(sys.stdin)
-        self._restore.callback(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, before)
+        self._restored.callback(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, before)
         tty.setcbreak(sys.stdin)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore.close()
+        self._restored.close()
 
     def wait(self, seconds: float) -> None:
         """Take keys for so long, or until one was typed.
@@ -61,64 +56,46 @@ class Keyboard:
         Raises:
             KeyboardInterrupt: it was the one that quits.
         """
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if select.select([sys.stdin], [], [], left)[0]:
-                for key in os.read(sys.stdin.fileno(), 1_024).decode("utf-8", "ignore"):
-                    self.take(key)
-                return
+        if select.select([sys.stdin], [], [], seconds)[0]:
+            for key in os.read(sys.stdin.fileno(), 1_024).decode("utf-8", "ignore"):
+                self.take(key)
 
     def panel(self, limiters: Sequence[Mapping[str, Any]]) -> Panel:
         """Return what is shown below ``limiters``."""
-        self._names = [limiter["name"] for limiter in limiters]
-        doing = _KEYS
-        if self._typing is not None:
-            doing = f"{_PROMPTS[self._typing]}: {self._typed}_"
-        return Panel(f"> {self._name()}", facts=tuple(filter(None, (self._told, doing))))
+        # The chosen one comes first.
+        self._names = self._names or [limiter["name"] for limiter in limiters]
+        doing = _KEYS if self._typed is None else f"{_PROMPT}{self._typed}_"
+        return Panel(f"> {self._names[0]}  {self._told}", facts=(doing,))
 
     def take(self, key: str) -> None:
         """Do what ``key`` means."""
-        if self._typing is not None:
-            self._type(key)
+        if self._typed is not None:
+            self._type(key, self._typed)
         elif key == "q":
             raise KeyboardInterrupt
         elif key == "n":
-            self._chosen += 1
-        elif key in _PROMPTS:
-            self._typing, self._typed = key, ""
-        else:
-            wanted = {"p": ("pause", _PAUSE), "r": ("resume", True), "s": ("shadow", False)}.get(
-                key
-            )
-            if wanted is not None:
-                self._send(*wanted)
+            self._names.append(self._names.pop(0))
+        elif key == "l":
+            self._typed = ""
+        elif key in _CHANGES:
+            self._send(*_CHANGES[key])
 
-    def _type(self, key: str) -> None:
+    def _type(self, key: str, typed: str) -> None:
         if key in _ENTER:
-            typing, self._typing = self._typing, None
-            if self._typed and typing == "l":
-                self._send("limits", [each.strip() for each in self._typed.split(",")])
-            elif self._typed:
-                self._send(
-                    "concurrency", int(self._typed) if self._typed.isdecimal() else self._typed
-                )
+            self._typed = None
+            slots = int(typed) if typed.isdecimal() else 0
+            self._send(*(("concurrency", slots) if slots else ("limits", typed.split(","))))
         elif key == _ESCAPE:
-            self._typing = None
-        elif key in _BACKSPACES:
-            self._typed = self._typed[:-1]
-        elif key.isprintable():
-            self._typed += key
-
-    def _name(self) -> str:
-        return self._names[self._chosen % len(self._names)] if self._names else ""
+            self._typed = None
+        elif key.isprintable() or key in _BACKSPACES:
+            self._typed = typed[:-1] if key in _BACKSPACES else typed + key
 
     def _send(self, what: str, value: Any) -> None:
         """Ask the program for a change, and remember what came of it."""
-        headers = {"authorization": f"Bearer {self._token}"}
         try:
-            with httpx.Client(trust_env=False, timeout=_PATIENCE, headers=headers) as client:
-                reply = client.post(self._url, json={"limiter": self._name(), what: value})
-            told = reply.json()["error"] if reply.status_code == _BAD_REQUEST else ""
-            self._told = told or (f"{what} changed" if reply.is_success else reply.reason_phrase)
+            with httpx.Client(trust_env=False, timeout=_PATIENCE, headers=self._headers) as client:
+                reply = client.post(self._url, json={"limiter": self._names[0], what: value})
+            bad = reply.status_code == _BAD_REQUEST
+            self._told = f"{what}: {reply.json()['error'] if bad else reply.reason_phrase}"
         except httpx.HTTPError as error:
             self._told = f"the program does not answer ({type(error).__name__})"

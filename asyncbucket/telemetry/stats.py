@@ -21,10 +21,10 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
 
 from asyncbucket.engine.errors import AsyncBucketError
@@ -41,7 +41,13 @@ _HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 4294
 #: The most bytes of a change; and what can be changed.
 _LARGEST: Final = 65_536
-_CHANGES: Final = ("limits", "concurrency", "pause", "resume", "shadow")
+_CHANGES: Final[Mapping[str, Callable[[Limiter, Any], object]]] = {
+    "limits": lambda limiter, limits: limiter.reconfigure(*limits),
+    "concurrency": lambda limiter, slots: limiter.reconfigure(concurrency=slots),
+    "pause": lambda limiter, seconds: limiter.pause(seconds, reason="by hand"),
+    "resume": lambda limiter, _: limiter.resume(),
+    "shadow": lambda limiter, stays: None if stays else limiter.leave_shadow(),
+}
 #: What a trace keeps.
 _KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
@@ -155,32 +161,24 @@ def serve_stats(
 def change(limiters: Iterable[Limiter], wanted: Any) -> None:
     """Change one of ``limiters`` or their children as ``wanted`` says.
 
-    Its keys: ``limiter``, the name; ``limits``, strings such as ``"600 RPM"``; ``concurrency``;
-    ``pause``, seconds; ``resume``, true; ``shadow``, false.
+    It has ``limiter``, the name, and one of these: ``limits``, strings such as ``"600 RPM"``;
+    ``concurrency``; ``pause``, seconds; ``resume``, true; ``shadow``, false.
 
     Raises:
         ValueError, TypeError: it cannot be understood; nothing is changed then.
     """
-    if not isinstance(wanted, dict) or not isinstance(wanted.get("limiter"), str):
-        raise TypeError('send a JSON object such as {"limiter": "openai", "limits": ["600 RPM"]}')
-    name, given = wanted["limiter"], {**wanted}
-    del given["limiter"]
+    match wanted:
+        case {"limiter": str(name), **what} if len(what) == 1 and what.keys() <= _CHANGES.keys():
+            key, value = cast("tuple[str, Any]", what.popitem())
+        case _:
+            raise TypeError(
+                f'send a JSON object such as {{"limiter": "openai", "limits": ["600 RPM"]}}, with one '
+                f"of {', '.join(_CHANGES)}"
+            )
     found = [each for each in _all(limiters) if each.name == name]
     if not found:
         raise ValueError(f"no limiter is called {name!r}")
-    unknown = sorted(given.keys() - set(_CHANGES))
-    if unknown or not given:
-        known = ", ".join(_CHANGES)
-        raise ValueError(f"{', '.join(unknown) or 'nothing'} cannot be changed; known: {known}")
-    limits, concurrency = given.get("limits", ()), given.get("concurrency")
-    if limits or concurrency is not None:
-        found[0].reconfigure(*limits, concurrency=concurrency)
-    if "pause" in given:
-        found[0].pause(given["pause"], reason="by hand")
-    if given.get("resume"):
-        found[0].resume()
-    if given.get("shadow") is False:
-        found[0].leave_shadow()
+    _CHANGES[key](found[0], value)
 
 
 class _Server(socketserver.ThreadingTCPServer):

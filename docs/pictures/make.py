@@ -1,24 +1,65 @@
-"""Make the picture of a trace, as `asyncbucket plot` draws it.
+"""Make the pictures of `watch` and `plot`: what a real terminal shows of a real program, by tmux.
 
     python docs/pictures/make.py
 
-The provider is the bundled one. Once it answers 429, with a Retry-After of 1.5 s: that is the pause
-in the picture.
+The provider is the bundled one. Once it answers 429, with a Retry-After of 1.5 s: that is the pause in
+the picture of the trace.
 """
 
 import asyncio
 import contextlib
+import io
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from openai import AsyncOpenAI, RateLimitError
+from rich.console import Console
+from rich.text import Text
 
 from asyncbucket import Limiter
 from asyncbucket.cli.plan import draw_trace
 from asyncbucket.testing import RateLimitedProvider
 
 HERE = Path(__file__).parent
+WIDTH: Final = 92
+HEIGHT: Final = 21
+
+
+class Terminal:
+    """A terminal of a fixed size, on which a command is typed."""
+
+    def __init__(self, folder: Path, command: str) -> None:
+        """Start ``command`` in ``folder``."""
+        self._server = f"pictures-{os.getpid()}"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        given = os.environ | {"PATH": path, "PS1": "$ "}
+        (folder / "shell").write_text("PS1='$ '\n")
+        shell = f"bash --rcfile {folder / 'shell'}"
+        size = ["-x", str(WIDTH), "-y", str(HEIGHT)]
+        self._tmux("new-session", "-d", *size, "-c", str(folder), shell, env=given)
+        time.sleep(0.5)
+        self.type(command, "Enter")
+
+    def type(self, *keys: str) -> None:
+        """Type text, or keys by their names."""
+        self._tmux("send-keys", *keys)
+
+    def _tmux(self, *arguments: str, env: dict[str, str] | None = None) -> str:
+        command = ["tmux", "-f", os.devnull, "-L", self._server, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+    def draw(self, path: Path, title: str) -> None:
+        """Draw what the terminal shows now, and close it."""
+        seen = self._tmux("capture-pane", "-e", "-p").rstrip()
+        self._tmux("kill-server")
+        console = Console(record=True, width=WIDTH, file=io.StringIO())
+        console.print(Text.from_ansi(seen))
+        console.save_svg(str(path), title=title, unique_id="asyncbucket")
 
 
 async def paced_program(provider: RateLimitedProvider, limiter: Limiter, *, calls: int) -> None:
@@ -46,16 +87,33 @@ async def ask(client: AsyncOpenAI, text: str) -> None:
             return
 
 
-async def draw(folder: Path) -> None:
-    """Draw the trace of a program that gets a 429."""
-    options: Any = {"rpm": 60, "tpm": 12_000, "minute": 6.0, "latency": (0.8, 1.6)}
-    limiter = Limiter("60 requests/6s", "12k tokens/6s", concurrency=16, name="openai")
-    trace = limiter.trace()
-    with RateLimitedProvider(**options) as provider:
-        program = asyncio.create_task(paced_program(provider, limiter, calls=40))
-        await asyncio.sleep(4)
-        provider.fail_next(1, status=429, retry_after=1.5)
-        await program
+async def draw_watch_and_trace(folder: Path) -> None:
+    """Draw a program while it runs; and the trace of one that gets a 429."""
+    options: Any = {
+        "rpm": 60,
+        "tpm": 12_000,
+        "minute": 6.0,
+        "latency": (0.8, 1.6),
+    }
+    for is_refused in (False, True):
+        limiter = Limiter("60 requests/6s", "12k tokens/6s", concurrency=16, name="openai")
+        trace = limiter.trace()
+        with (
+            RateLimitedProvider(**options) as provider,
+            limiter.serve_stats(control=True) as server,
+        ):
+            program = asyncio.create_task(paced_program(provider, limiter, calls=50))
+            await asyncio.sleep(4)
+            if is_refused:
+                provider.fail_next(1, status=429, retry_after=1.5)
+            else:
+                command = f"asyncbucket watch {server.url} --token {server.token}"
+                terminal = Terminal(folder, command)
+                await asyncio.sleep(3)
+                terminal.type("n", "n", "l", "60 requests/6s", "Enter")
+                await asyncio.sleep(1.5)
+                terminal.draw(HERE / "watch.svg", "asyncbucket watch")
+            await program
     trace.save(str(folder / "trace.jsonl"))
     for name in ("light", "dark"):
         draw_trace(folder / "trace.jsonl", HERE / f"trace-{name}.png", dark=name == "dark")
@@ -63,4 +121,4 @@ async def draw(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(draw(Path(folder)))
+        asyncio.run(draw_watch_and_trace(Path(folder)))

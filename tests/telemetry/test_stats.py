@@ -176,7 +176,8 @@ def test_program_with_the_token_changes_limits_while_it_runs(
         own = {"Authorization": f"Bearer {server.token}"}
         status, told = post(server.url, {"limiter": "openai/chat", "limits": ["7 RPM"]}, **own)
         assert (status, told["limiters"][1]["limits"][0]["amount"]) == (200, 7)
-        post(server.url, {"limiter": "openai", "concurrency": 9, "resume": True}, **own)
+        for what, value in (("concurrency", 9), ("resume", True)):
+            assert post(server.url, {"limiter": "openai", what: value}, **own)[0] == 200
         now = limiter.statistics()
         assert (now.concurrency, now.paused) == (9, 0)
         post(server.url, {"limiter": "openai", "pause": 30}, **own)
@@ -232,8 +233,9 @@ def test_nothing_changes_where_the_program_asked_for_no_control() -> None:
         ([], "send a JSON object such as"),
         ({"limits": ["1 RPM"]}, "send a JSON object such as"),
         ({"limiter": "other", "pause": 1}, "no limiter is called 'other'"),
-        ({"limiter": "openai"}, "nothing cannot be changed; known: limits, concurrency, pause"),
-        ({"limiter": "openai", "rpm": 5}, "rpm cannot be changed; known: limits, concurrency"),
+        ({"limiter": "openai"}, "with one of limits, concurrency, pause, resume, shadow"),
+        ({"limiter": "openai", "rpm": 5}, "with one of limits, concurrency, pause"),
+        ({"limiter": "openai", "pause": 1, "resume": True}, "with one of limits, concurrency"),
         ({"limiter": "openai", "limits": ["fast"]}, "fast"),
         ({"limiter": "openai", "pause": -1}, "a pause must be at least 0 s"),
     ],
