@@ -152,7 +152,7 @@ class Agents:
         before = [
             (call, theirs)
             for call, theirs in runs
-            if theirs is None or call.line.node is not self.node or theirs.tag <= tag
+            if theirs is None or call.line.node.agents is not self or theirs.tag <= tag
         ]
         agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
         return [call for call, _ in before], len(agents)
@@ -249,7 +249,7 @@ class CallsByAgent:
             return
         run = run_of(call.lease)
         if run is None:
-            run = self._agents.enter(None, call.line.node.work(call.amounts))
+            run = self._agents.enter(None, self._agents.node.work(call.amounts))
             call.lease.accounts = (*call.lease.accounts, run)
         run.wait(call.lease)
         heapq.heappush(self._heap, (run.tag, run.number, call.number, call, run))
@@ -292,8 +292,11 @@ def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
 
 def agents_of(node: Node) -> Agents:
     """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
+    node = node.common or node
     agents: Agents | None = node.agents
     if agents is None:
         above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
         agents = node.agents = Agents(node, above)
+        for way in node.ways:
+            way.agents = agents
     return agents

@@ -23,7 +23,7 @@ from asyncbucket.engine.errors import (
 from asyncbucket.engine.events import Reason, Refused
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
-from asyncbucket.engine.node import Node, PoolNode
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.seats import bury_closed
 from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
@@ -113,6 +113,9 @@ def _refusal_locked(
     """Return the error of a refusal, with what binds and for how long."""
     pacer: Pacer = node.pacer
     now = pacer.clock()
+    if node.ways:
+        ways = _ways(node, amounts)
+        node = min(ways, key=lambda way: way.earliest(amounts, now)[0])
     due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
     if bound_by == "paused":
         remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
@@ -260,11 +263,11 @@ def explain_locked(
     if node.agents is not None:
         before, agents = node.agents.ahead(before, agent, amounts)
     copies, ahead, when, waits = _simulate_line(node, now, before)
-    due, binds, _ = _soonest_route(node, amounts, when, when, copies)
+    due, binds, _ = _soonest_way(_ways(node, amounts), amounts, when, when, copies)
     waits[binds] += due - when
     when = due
     ((bound_by, _),) = waits.most_common(1)
-    if not _with_slots(_routes(node, amounts)):
+    if not _with_slots(_ways(node, amounts)):
         when, bound_by = NEVER, "concurrency"
     rates = _rates(node, amounts)
     due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
@@ -277,7 +280,7 @@ def explain_locked(
         ahead=ahead + ahead_in_store,
         rates=tuple(sorted(rates, key=lambda rate: rate.calls)),
         agents=agents,
-        together=None if node.pacer.pool is None else sum(rate.calls for rate in rates),
+        together=sum(rate.calls for rate in rates) if node.ways else None,
         why_paused=node.why_paused(),
         beliefs=tuple(_beliefs(node, amounts)),
     )
@@ -285,34 +288,29 @@ def explain_locked(
 
 def _beliefs(node: Node, amounts: Amounts) -> Iterator[str]:
     """Yield what is known of how the provider counts such a call."""
-    meters: list[Any] = [pair for each in _routes(node, amounts) for pair in each.route.meters]
+    meters: list[Any] = [pair for each in _ways(node, amounts) for pair in each.route.meters]
     for meter, resource in meters:
         if meter.learns and meter.belief is not None and amounts.get(resource):
             yield meter.belief.words(meter.limit)
 
 
-def _routes(node: Node, amounts: Amounts) -> list[Node]:
-    """Return what such a call may pass: its own limiter, or one of a pool's members."""
-    if not isinstance(node, PoolNode):
-        return [node]
-    return [*node.routes(amounts)]
+def _ways(node: Node, amounts: Amounts) -> list[Node]:
+    """Return where such a call may pass: at its own limiter, or in which of several trees."""
+    return [*(node.able(amounts) or node.ways or (node,))]
 
 
-def _with_slots(routes: list[Node]) -> list[Node]:
+def _with_slots(ways: list[Node]) -> list[Node]:
     """Return those on which a slot is free."""
     return [
-        each
-        for each in routes
-        if all(level.in_flight < level.slots for level in each.route.bounded)
+        each for each in ways if all(level.in_flight < level.slots for level in each.route.bounded)
     ]
 
 
-def _soonest_route(
-    node: Node, amounts: Amounts, since: int, now: int, copies: dict[int, object]
+def _soonest_way(
+    ways: list[Node], amounts: Amounts, since: int, now: int, copies: dict[int, object]
 ) -> tuple[int, str | None, Route]:
     """Return when such a call could pass by copies of the meters, what binds, and which way."""
-    nodes = _routes(node, amounts)
-    routes = [_copied(each, copies) for each in _with_slots(nodes) or nodes[:1]]
+    routes = [_copied(each, copies) for each in _with_slots(ways) or ways[:1]]
     dues = [(*admit(each, amounts, since, now, book=False), each) for each in routes]
     return min(dues, key=lambda due: due[0])
 
@@ -325,10 +323,10 @@ def _copied(node: Node, copies: dict[int, object]) -> Route:
 def _in_order(pacer: "Pacer") -> list[AnyWaiter]:
     """Return all who wait: in order of arrival, but for lines that go by agent."""
     places: list[tuple[int, AnyWaiter]] = []
-    for line in pacer.top.lines():
-        calls = [waiter for waiter in line.calls if not waiter.done()]
+    for line in (line for tree in pacer.trees for line in tree.top.lines()):
+        calls = [each for each in line.calls if line in each.lines and not each.done()]
         places += zip(sorted(waiter.number for waiter in calls), calls, strict=True)
-    return [waiter for _, waiter in sorted(places, key=lambda place: place[0])]
+    return list(dict.fromkeys(waiter for _, waiter in sorted(places, key=lambda place: place[0])))
 
 
 def _simulate_line(
@@ -344,16 +342,20 @@ def _simulate_line(
     held_lines: set[Line] = set()
     waits: collections.Counter[str | None] = collections.Counter()
     ahead, when = 0, now
+    passed = {level for way in node.ways or (node,) for level in way.path}
     for waiter in before:
-        line, amounts = waiter.line, waiter.amounts
-        others = [level for level in line.node.path if level not in node.path]
-        own = [admit(level.own, amounts, line.since, now, book=False) for level in others]
-        if any(due > now for due, _ in own):
-            held_lines.add(line)
-        if line in held_lines:
+        amounts = waiter.amounts
+        for line in waiter.lines:
+            others = [level for level in line.node.chain if level not in passed]
+            own = [admit(level.own, amounts, line.since, now, book=False) for level in others]
+            if any(due > now for due, _ in own):
+                held_lines.add(line)
+        lines = [line for line in waiter.lines if line not in held_lines]
+        if not lines:
             continue
         ahead += 1
-        due, binds, route = _soonest_route(line.node, amounts, line.since, when, copies)
+        since, ways = lines[0].since, [line.node for line in lines]
+        due, binds, route = _soonest_way(ways, amounts, since, when, copies)
         if due > when:
             waits[binds] += due - when
             when = due
@@ -382,8 +384,8 @@ def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, 
 
 
 def _rates(node: Node, amounts: Amounts) -> list[Rate]:
-    if node.pacer.pool is not None:
-        each = (_rates(route, amounts) for route in _routes(node, amounts))
+    if node.ways:
+        each = (_rates(way, amounts) for way in _ways(node, amounts))
         return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [
         Rate(level.name, limit, limit.units / limit.per / amounts[limit.resource])
@@ -450,8 +452,11 @@ def _bound_by(node: Node) -> str | None:
         return None
     known = None if pacer.place is None else pacer.place.held_up()
     of_all = (None if known is None else known[0], pacer.bound_by)
-    lines = [line for line in pacer.top.lines() if line.living and node in line.node.path]
-    lines.sort(key=lambda line: (line.node is not node, -line.priority))  # its own calls first
+    lines = [line for tree in pacer.trees for line in tree.top.lines()]
+    lines = [line for line in lines if line.living and node in line.node.path]
+    lines.sort(
+        key=lambda line: (line.node.path[0] is not node, -line.priority)
+    )  # its own calls first
     here = [line.bound_by for line in lines]
     # At the root the store's answer comes first, as it keeps these limits; below, the child's.
     answers = (*of_all, *here) if node.parent is None else (*here, *of_all)

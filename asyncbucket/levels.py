@@ -34,9 +34,8 @@ def root_of(limiter: Limiter) -> Limiter:
 
 def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
     """Return the nodes that a call here passes: on the only way, or on one through each pool member."""
-    path: tuple[Node, ...] = limiter._node.path
-    pool = path[0].pacer.pool
-    return [path] if pool is None else [(*path, *member.node.path) for member in pool.members]
+    node: Node = limiter._node
+    return [way.path for way in node.ways] or [node.path]
 
 
 def members_of(limiter: Limiter) -> tuple[Limiter, ...]:
@@ -111,11 +110,8 @@ def excess_of(cost: Mapping[str, int], by_way: Iterable[Iterable[tuple[str, int]
 def in_force(limiter: Limiter) -> InForce:
     """Return the limits that hold for calls of ``limiter``, worked out anew when they change."""
     node, known = limiter._node, vars(limiter).get("_in_force")
-    pool = node.pacer.pool
     # Not `node.route`, which would work it out, and that needs the lock.
-    routes = [vars(node).get("route")]
-    if pool is not None:
-        routes += (vars(member.node).get("route") for member in pool.members)
+    routes = [vars(each).get("route") for each in node.ways or (node,)]
     # By identity: a window may get another limit, and is equal to itself.
     if known is not None and [*map(id, known.routes)] == [*map(id, routes)]:
         found: InForce = known

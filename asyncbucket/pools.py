@@ -1,22 +1,27 @@
 """Several limiters, one line: each call goes to whichever can start it first."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Unpack, cast, overload
 
+from asyncbucket import doors
+from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import inherited, read_text, span_of
 from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import AcquireTimeout
+from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.lease import ASKED, Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import Meters
-from asyncbucket.engine.node import PoolNode
+from asyncbucket.engine.meters import NEVER, Meters
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.pacer import Pacer
-from asyncbucket.engine.queue import AnyWaiter
+from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.statistics import MemberState, Statistics
 from asyncbucket.engine.terms import CallAmounts, CallKeywords, Concurrency, Terms, read_name
-from asyncbucket.members import Member, Members, Prefer
 
 if TYPE_CHECKING:
     from asyncbucket.http.clients import ClientOptions
@@ -29,18 +34,140 @@ T = TypeVar("T")
 # A pool touches the private parts of its members and of its leases.
 # ruff: noqa: SLF001
 
+_log: Final = logging.getLogger("asyncbucket")
+
+#: How a pool chooses among the members that can start a call now.
+Prefer: TypeAlias = Literal["least_used", "first"]
+
 _PATIENCE: Final = ("patience", "0 never waits for one member")
+#: For how long (ns) a member is left out at its first failure, and at most.
+_FIRST_REST: Final = 1_000_000_000
+_LONGEST_REST: Final = 60_000_000_000
+#: After so many failures in a row of each member, nobody waits for any: 1 + 2 + 4 s have passed.
+_HOPELESS: Final = 4
+#: How many conversations are remembered.
+_HOMES: Final = 10_000
+
+
+class Member(Account):
+    """A limiter in a pool; after a failure, it is told of calls until one ends well."""
+
+    def __init__(self, limiter: Limiter, way: Node) -> None:
+        #: The limiter itself; and the pool as its child, where its calls pass.
+        self.limiter, self.way = limiter, way
+        #: How often it has failed in a row, why, and until when it is left out.
+        self.failures, self.reason, self.out_until = 0, "", 0
+
+    def use(self, now: int) -> float:
+        """Return the largest part of any of its limits, or of its slots, that is used."""
+        root = self.way.path[-1]
+        parts = [root.in_flight / root.slots]
+        for window in root.limits.values():
+            window.available(now)  # which forgets what is over
+            parts.append(window.used / window.limit.units)
+        return max(parts)
+
+    def state(self, now: int) -> MemberState:
+        """Return whether it is given calls."""
+        left = max(0, self.out_until - now) * 1e-9
+        return MemberState(self.limiter.name, self.reason if left else None, left)
+
+    def works(self, lease: "PoolLease") -> None:
+        """Take in that a call went well; one that came after the latest failure proves that it works."""
+        if self.failures and lease._when >= self.out_until:
+            self.failures, self.way.told = 0, ()
+            pause = doors.find_pause(self.way)
+            if pause.step:  # else another pause has begun
+                pause.end(self.way.pacer.clock())
+            self.way.pacer.limits_changed_locked(self.way)
+
+    def ended(self, lease: Any, outcome: Outcome) -> None:
+        if outcome == "ok":
+            self.works(lease)
+
+    def fail(self, reason: str, now: int) -> bool:
+        """Leave it out: once, if several calls that were in flight fail together; return whether that is new."""
+        self.reason = reason
+        if self.out_until > now:
+            return False
+        self.out_until = now + min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
+        self.failures += 1
+        self.way.told = (self,)
+        self.way.forget()
+        pause = doors.find_pause(self.way)
+        pause.begin(self.out_until, now, gradually=True, reason=reason)
+        return True
+
+
+class Members:
+    """What a pool, and all below it, know of its members; with the lock held."""
+
+    def __init__(
+        self, root: Node, prefer: Prefer, patience: int, limiters: Iterable[Limiter]
+    ) -> None:
+        self.root, self.prefer, self.patience = root, prefer, patience
+        each = zip(limiters, root.ways, strict=True)
+        self.by_tree = {way.pacer: Member(limiter, way) for limiter, way in each}
+        #: Which member served a conversation last.
+        self._homes: OrderedDict[str, Member] = OrderedDict()
+
+    def home_of(self, key: str | None) -> Member | None:
+        """Return the member that served a conversation last, if it is known and not left out."""
+        home = None if key is None else self._homes.get(key)
+        return None if home is None or home.out_until > self.root.pacer.clock() else home
+
+    def rank(self, home: Member | None, now: int, line: Line) -> tuple[bool, float]:
+        """Return how much a member is preferred of those that could start a call: the least goes first."""
+        member = self.by_tree[line.node.pacer]
+        return member is not home, 0.0 if self.prefer == "first" else member.use(now)
+
+    def settle_down(self, key: str, member: Member) -> None:
+        """Remember that ``member`` serves a conversation."""
+        self._homes[key] = member
+        self._homes.move_to_end(key)
+        if len(self._homes) > _HOMES:
+            self._homes.popitem(last=False)
+
+    def fail(self, member: Member, reason: str) -> None:
+        """Leave a member out, and have others take the calls that prefer it."""
+        pacer, now = self.root.pacer, self.root.pacer.clock()
+        if not member.failures:
+            says, pool = "pool %r leaves out %r: %s", self.root.name
+            pacer.news.append(partial(_log.warning, says, pool, member.limiter.name, reason))
+        if not member.fail(reason, now):
+            return
+        error = self.hopeless(now)
+        for waiter in [*member.way.pacer.top.waiters()]:
+            if not isinstance(waiter.lease, PoolLease):
+                continue
+            if error is not None:
+                pacer.fail_locked(waiter, error())
+            else:
+                waiter.lease._seek_locked(waiter, now)
+        pacer.ring_locked(member.way, now)
+
+    def hopeless(self, now: int) -> Callable[[], AcquireTimeout] | None:
+        """Return what makes the error of calls that wait while each member has failed again and again."""
+        members = self.by_tree.values()
+        if any(each.out_until <= now or each.failures < _HOPELESS for each in members):
+            return None
+        states = [each.state(now) for each in members]
+        says = (
+            f"no member of pool {self.root.name!r} works: {'; '.join(map(str, states))}; mend one, or "
+            f"try again later"
+        )
+        return partial(AcquireTimeout, says, retry_after=min(state.left_out for state in states))
 
 
 class PoolLease(Lease):
     """Ask for an admission at any member of a pool; hold what one of them gave."""
 
-    #: What the call has in common with earlier ones, whose member it prefers; and for how long (ns).
+    _pool: Members  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What the call has in common with earlier ones, whose member it prefers; for how long (ns); and
+    #: until when.
     sticky: str | None = None
     patience = 0
-    #: Whether the pool waits for its end, because the member has failed before.
-    is_probe = False
-    _member: Member | None = None
+    _until = 0
 
     @property
     def limiter(self) -> Limiter:
@@ -51,29 +178,44 @@ class PoolLease(Lease):
         """
         if self._member is None:
             raise RuntimeError("no member has taken this call yet: await the lease, or enter it")
-        return cast("Limiter", self._member.limiter)
+        return self._member.limiter
+
+    @property
+    def _member(self) -> Member | None:
+        return self._pool.by_tree.get(self._node.pacer)
 
     def member_failed(self, reason: str) -> None:
         """Release, and report that the member itself failed, not this call.
 
         The pool leaves the member out for 1 s, at the next failure for twice as long, up to 60 s.
-        Then one call goes as a probe.
+        Then calls go there again: one at first, and more until one has ended well.
 
         Args:
             reason: why, for people: ``"HTTP 401"``. It is logged.
         """
-        member = self._member
-        if member is not None:
-            member.pacer.do_and_tell(member.fail, self, reason)
+        if self._member is not None:
+            self._node.pacer.do_and_tell(self._pool.fail, self._member, reason)
         self.failed()
 
     def member_works(self) -> None:
-        """Report that the member answers, though the call goes on: so a probe's stream keeps nobody."""
-        member = self._member
-        if member is not None and member.failures:
-            member.pacer.do(partial(member.ended, self, is_proof=True))
+        """Report that the member answers, though the call goes on: a stream keeps nobody."""
+        if self._member is not None and self._member.failures:
+            self._node.pacer.do(self._member.works, self)
 
     # --- the machine ---
+
+    def _ways(self, *, is_patient: bool) -> Sequence[Node]:
+        """Return where the call may pass: where its conversation is known, or wherever it fits."""
+        common, home = self._node.common or self._node, self._pool.home_of(self.sticky)
+        able = common.able(self._amounts)
+        if home is None:
+            return able
+        at_home = [way for way in able if way.pacer is home.way.pacer]
+        return (
+            at_home
+            if at_home and is_patient
+            else [*at_home, *(way for way in able if way not in at_home)]
+        )
 
     def _take_now(self) -> bool:
         self.patience = 0
@@ -82,41 +224,75 @@ class PoolLease(Lease):
     def _try_now(self, state: int = ASKED) -> bool:
         if self._state != state:
             return super()._try_now(state)  # which refuses
-        inner = self._node
-        members: Members = inner.pacer.pool
-        with members.pacer:
-            member = members.for_newcomer(self, inner, self._amounts)
-        if member is None:
-            return False
-        self._node = member.at(inner)
-        if super()._try_now(state):
-            members.pacer.do(self._bind_locked, member)
-            return True
-        self._node = inner  # others were faster
+        common, pool = self._node, self._pool
+        ways = [*self._ways(is_patient=self.patience > 0)]
+        if common.waiting:
+            ways = [way for way in ways if not _has_line(way)]
+        if len(ways) > 1 and pool.prefer == "least_used" and pool.home_of(self.sticky) is None:
+            now = common.pacer.clock()
+            ways.sort(key=lambda way: pool.by_tree[way.pacer].use(now))
+        for self._node in ways:
+            if super()._try_now(state):
+                self._settle_down()
+                return True
+        self._node = common
         return False
+
+    def _settle_down(self) -> None:
+        if self.sticky is not None:
+            self._pool.settle_down(self.sticky, self._pool.by_tree[self._node.pacer])
+
+    def _stand_locked(self, waiter: AnyWaiter, now: int) -> None:
+        error = self._pool.hopeless(now)
+        if error is not None:
+            raise error()
+        ways = self._node.able(self._amounts)
+        ways[0].pacer.join_all_locked(waiter, ways, now, self._priority)
+
+    def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:
+        pool, here = self._pool, waiter.line
+        home = pool.home_of(self.sticky)
+        if home is None and pool.prefer == "first":
+            return False
+        lines = waiter.lines
+        able = [each for each in lines if each is here or each.node.pacer.is_next(waiter, now)]
+        best = waiter.line = min(able, key=partial(pool.rank, home, now), default=here)
+        if home is not None and home.way.pacer is not best.node.pacer and not self._until:
+            waiter.line = here
+            return self._waits_at(home, waiter, now)
+        if best is here:
+            return False
+        best.node.pacer.serve_next(waiter, now)
+        return True
+
+    def _waits_at(self, home: Member, waiter: AnyWaiter, now: int) -> bool:
+        """Have the call wait for its member alone for a while, if it may pass there."""
+        end = NEVER if waiter.deadline is None else waiter.deadline
+        self._until = min(now + self.patience, end - 1)  # then it may still pass elsewhere
+        others = [line for line in waiter.lines if line.node.pacer is not home.way.pacer]
+        if self._until <= now or len(others) == len(waiter.lines):
+            return False
+        for line in others:
+            line.node.pacer.leave_line(waiter, line)
+        if self._until < NEVER:
+            waiter.seat.watch(waiter, self._until)
+        return True
+
+    def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:
+        if not waiter.done():
+            for way in self._ways(is_patient=now < self._until):
+                way.pacer.join_too_locked(waiter, way, now)
 
     def _hold_locked(
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
         super()._hold_locked(now, waiter, bound_by, meters)
-        node: Any = waiter.line.node
-        self._node = node
-        self._bind_locked(node.member)
+        self._settle_down()
 
-    def _hand_back_locked(self) -> None:
-        super()._hand_back_locked()
-        assert self._member is not None
-        self._member.ended(self, is_proof=False)
 
-    def _bind_locked(self, member: Member) -> None:
-        self._member = member
-        member.began(self, self._when)
-        member.pool.settle_down(self, member)
-
-    def _end_locked(self, outcome: Any) -> None:
-        super()._end_locked(outcome)
-        assert self._member is not None
-        self._member.ended(self, is_proof=outcome == "ok")
+def _has_line(way: Node) -> bool:
+    """Tell whether calls of the same limiter wait there."""
+    return any(line.living for line in way.lines.values())
 
 
 class Pool(Limiter):
@@ -138,10 +314,8 @@ class Pool(Limiter):
         members: limiters without parents, at least one, with different names. Make the pool before
             calls are in flight at them.
         name: the name in statistics, events, logs and metrics.
-        prefer: who takes a call that several members could start now: the ``"least_used"``; the
-            ``"first"`` in the order given, so that calls spill over to the next; or what a function
-            of the list of these limiters returns. It may look at their `statistics`, but must be
-            quick.
+        prefer: who takes a call that several members could start now: the ``"least_used"``, or the
+            ``"first"`` in the order given, so that calls spill over to the next.
         patience: the most seconds that a ``sticky`` call waits for its member when others could
             start it.
         max_queue: the most calls that may wait; more are refused with `QueueFull`.
@@ -151,7 +325,7 @@ class Pool(Limiter):
         TypeError: a member is not a `Limiter`.
         ValueError: there is no member, a name comes twice, members have different clocks, or a
             number is out of range.
-        RuntimeError: calls are in flight or wait at a member, or wait in a pool that has it already.
+        RuntimeError: calls are in flight or wait at a member, or another pool has it.
     """
 
     def __init__(
@@ -166,26 +340,33 @@ class Pool(Limiter):
         _check(members, prefer)
         terms = Terms.read((), {"max_queue": max_queue, "timeout": timeout})
         span = span_of(patience, *_PATIENCE)
-        pacer = Pacer(members[0]._node.pacer.clock, read_name(name), root_type=PoolNode)
-        pacer.wall = members[0]._node.pacer.wall
+        first, *others = (member._node.pacer for member in members)
+        pacer = Pacer(first.clock, read_name(name))
+        pacer.wall = first.wall
         self._prices = {
             model: price for each in reversed(members) for model, price in each._prices.items()
         }
-        pool = pacer.pool = Members(pacer.root, prefer, span)
+        pacer.root.add_ways(member.child(name)._node for member in members)
+        first.share(*others, pacer)
+        self._members = Members(pacer.root, prefer, span, members)
         self._set_up(pacer.root, None, terms)
         self._start(terms)
-        nodes = [member.child(name)._node for member in members]
-        pool.tie([Member(pool, *each) for each in zip(members, nodes, strict=True)])
 
-    def _set_up(self, node: Any, parent: Limiter | None, terms: Terms) -> None:
+    def _set_up(self, node: Node, parent: Limiter | None, terms: Terms) -> None:
         super()._set_up(node, parent, terms)
         self._has_terms = True  # so each call asks `_lease`
+        if isinstance(parent, Pool):
+            self._members = parent._members
+
+    def _make_node(self, name: str) -> Node:
+        node = super()._make_node(name)
+        node.add_ways(Node(f"{way.name}/{name}", way) for way in self._node.ways)
+        return node
 
     @property
     def members(self) -> tuple[Limiter, ...]:
         """The limiters to which calls go."""
-        pool: Members = self._node.pacer.pool
-        return tuple(member.limiter for member in pool.members)
+        return tuple(member.limiter for member in self._members.by_tree.values())
 
     def acquire(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -231,7 +412,7 @@ class Pool(Limiter):
     def _make_lease(self, amounts: dict[str, int]) -> PoolLease:
         node, context = self._node, inherited.get()
         lease = PoolLease(node, amounts)
-        lease.patience = node.pacer.pool.patience
+        lease._pool, lease.patience = self._members, self._members.patience
         lease.sticky = None if context is None else context.sticky
         return lease
 
@@ -244,6 +425,14 @@ class Pool(Limiter):
             return super().limits
         return tuple(limit for member in self.members for limit in member.limits)
 
+    @property
+    def concurrency(self) -> int | None:
+        """The most calls in flight at all members together; of a child, its own; None if unbounded."""
+        if self._parent is not None:
+            return super().concurrency
+        slots = [member.concurrency for member in self.members]
+        return None if None in slots else sum(filter(None, slots))
+
     def statistics(self) -> Statistics:
         """Return a frozen snapshot of the pool's calls, and of all members' limits."""
         now = super().statistics()
@@ -252,6 +441,7 @@ class Pool(Limiter):
         each = [member.statistics() for member in self.members]
         return replace(
             now,
+            concurrency=self.concurrency,
             limits=tuple(use for member in each for use in member.limits),
             paused=min(member.paused for member in each),
             upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),
@@ -264,10 +454,10 @@ class Pool(Limiter):
         >>> print(*pool.states(), sep="; ")
         'openai': left out for 4 s more (HTTP 401); 'azure': in use
         """
-        pool: Members = self._node.pacer.pool
-        with pool.pacer:
-            now = pool.pacer.clock()
-            return tuple(member.state(now) for member in pool.members)
+        pacer: Pacer = self._node.pacer
+        with pacer:
+            now = pacer.clock()
+            return tuple(member.state(now) for member in self._members.by_tree.values())
 
     # --- doors ---
 
@@ -373,17 +563,20 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
             raise TypeError(f"a pool's members are limiters, not {member!r}")
         if member.parent is not None:
             raise ValueError(f"a pool's members have no parents: {member.name!r} is a child")
-        if member._node.in_flight or any(tree.waiting for tree in member._node.pacer.trees):
+        pacer: Pacer = member._node.pacer
+        if len(pacer.trees) > 1:
             raise RuntimeError(
-                f"calls of {member.name!r}, or of what it shares a pool with, wait or are in flight: "
-                f"make the pool before the first call"
+                f"{member.name!r} is a member of pool {pacer.trees[-1].root.name!r} already, and a "
+                f"limiter can be a member of one: give that pool children instead, pool.child(...)"
+            )
+        if member._node.in_flight or pacer.waiting:
+            raise RuntimeError(
+                f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
             )
     names = [member.name for member in members]
     if len(set(names)) < len(names):
         raise ValueError(f"a pool's members need different names, not {', '.join(names)}")
     if any(member._node.pacer.clock != members[0]._node.pacer.clock for member in members):
         raise ValueError("a pool's members need the same clock")
-    if not callable(prefer) and prefer not in ("least_used", "first"):
-        raise ValueError(
-            f"prefer must be 'least_used', 'first' or a function of limiters, not {prefer!r}"
-        )
+    if prefer not in ("least_used", "first"):
+        raise ValueError(f"prefer must be 'least_used' or 'first', not {prefer!r}")

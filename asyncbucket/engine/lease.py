@@ -134,7 +134,7 @@ class Lease(OfThisProcess):
         """Note that it passed at ``now``, after it had waited as ``waiter``."""
         seat, line = waiter.seat.home, waiter.line
         seat.leases += 1
-        self._seat = seat
+        self._seat, self._node = seat, line.node
         self._when = now
         self._state = HELD
         self._line = line
@@ -293,12 +293,23 @@ class Lease(OfThisProcess):
                 waiter = SyncWaiter()
             waiter.lease, waiter.seat = self, seat
             waiter.amounts, waiter.deadline = amounts, deadline
-            pacer.join_locked(waiter, node, now, self._priority)
+            self._stand_locked(waiter, now)
             return waiter
         finally:
             pacer.lock.release()
             if pacer.jobs:
                 pacer.catch_up()
+
+    def _stand_locked(self, waiter: AnyWaiter, now: int) -> None:
+        """Have ``waiter`` stand in line."""
+        self._node.pacer.join_locked(waiter, self._node, now, self._priority)
+
+    def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:  # noqa: ARG002
+        """Tell whether ``waiter`` may pass now, but leaves the line where it is next for another one."""
+        return False
+
+    def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:
+        """Have ``waiter`` stand wherever else it may pass by now: nowhere, if there is one way only."""
 
     def _reprice(self, amounts: Mapping[str, int]) -> None:
         """Ask for ``amounts`` instead, in its place in line; once admitted, it is settled."""
@@ -306,7 +317,8 @@ class Lease(OfThisProcess):
 
     def _reprice_locked(self, amounts: Mapping[str, int]) -> None:
         pacer: Pacer = self._node.pacer
-        if self._state == ASKED or (self._state == WAITING and pacer.place is None):
+        has_asked = any(tree.place is not None for tree in pacer.trees)
+        if self._state == ASKED or (self._state == WAITING and not has_asked):
             self._amounts.update(amounts)  # the same object as the waiter's
             pacer.ring_locked(self._node)
 

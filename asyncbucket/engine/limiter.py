@@ -174,9 +174,11 @@ class Limiter(Doors, OfThisProcess):
     def _start(self, terms: Terms) -> None:
         """Put the terms of a new limiter in force."""
         node = self._node
-        node.weight, node.max_queue = terms.weight, terms.max_queue
-        if terms.priority == "within":
-            node.within = True
+        node.max_queue = terms.max_queue
+        for each in (node, *node.ways):
+            each.weight = terms.weight
+            if terms.priority == "within":
+                each.within = True
         if terms.limits or terms.concurrency is not None:
             self._put_in_force_locked(terms.limits, terms.concurrency)
 
@@ -500,9 +502,12 @@ class Limiter(Doors, OfThisProcess):
     def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
         with self._node.pacer:
-            child = self._of(type(self._node)(f"{self._node.name}/{name}", self._node), terms)
+            child = self._of(self._make_node(name), terms)
             child._start(terms)
         return child
+
+    def _make_node(self, name: str) -> Node:
+        return Node(f"{self._node.name}/{name}", self._node)
 
     def _of(self, node: Node, terms: Terms) -> Self:
         """Return the public object in front of ``node``, which is below this limiter's."""
@@ -629,7 +634,8 @@ class Limiter(Doors, OfThisProcess):
         self._check_place(given, concurrency)
         with pacer:
             if new_weight is not None:
-                reweigh(node, new_weight)
+                for each in (node, *node.ways):
+                    reweigh(each, new_weight)
             self._put_in_force_locked(given, concurrency)
             for limit in given:
                 pacer.notify_locked(node, LimitChanged, limit=str(limit))

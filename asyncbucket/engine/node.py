@@ -78,11 +78,21 @@ class Node:
     branches: dict[int, Any] = EMPTY_MAPPING
     #: If a root has it, every call of the tree passes at once, and only this account hears of it.
     bystander: Account | None = None
+    #: If its calls may pass in any of several trees: its nodes there. Each counts for itself, and
+    #: what it has in common with the others counts once, here: see `add_ways`.
+    ways: "tuple[Node, ...]" = ()
+    common: "Node | None" = None
+    #: What is told of its calls, besides what finds its slots.
+    told: tuple[Account, ...] = ()
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent = name, parent
-        #: This node and those above it, up to the root.
-        self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
+        #: This node and those above it in its tree, up to the root.
+        self.chain: tuple[Node, ...] = (self,) if parent is None else (self, *parent.chain)
+        #: All nodes at which its calls count: these, and what they have in common with others.
+        self.path: tuple[Node, ...] = self.chain
+        if parent is not None and parent.path is not parent.chain:
+            self.path = (self, *parent.path)
         #: The `asyncbucket.engine.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
         if parent is not None:
@@ -101,12 +111,39 @@ class Node:
         self.lines: dict[int, Any] = EMPTY_MAPPING
         self.agents: Any = None
 
+    def add_ways(self, ways: "Iterable[Node]") -> None:
+        """Have the calls of ``ways``, nodes of other trees, pass the limits here and above, too."""
+        self.ways = tuple(ways)
+        for way in self.ways:
+            way.common, way.path = self, (self, *way.path)
+
+    def able(self, amounts: Amounts) -> "tuple[Node, ...]":
+        """Return the ways where such a call can ever pass."""
+        for resource, most in self.least.items():
+            if amounts.get(resource, 0) > most:
+                return tuple(way for way in self.ways if way.exceeded(amounts) is None)
+        return self.ways
+
+    @cached_property
+    def least(self) -> dict[str, int]:
+        """The most that one call may cost of each resource wherever it passes."""
+        least: dict[str, int] = {}
+        for way in self.ways:
+            for resource, most in way.route.most.items():
+                least[resource] = min(most, least.get(resource, most))
+        return least
+
     @cached_property
     def own(self) -> Route:
-        """What a call passes here alone."""
+        """What a call passes here alone; of several ways, also what they have in common."""
         windows = ((window, window.limit.resource) for window in self.limits.values())
+        common = Route((), ()) if self.common is None else self.common.own
         is_bound_here = self.slots < NEVER and self.place is None
-        return Route((self,), (*windows, *self.extra), bounded=(self,) if is_bound_here else ())
+        return Route(
+            (self, *common.levels),
+            (*windows, *self.extra, *common.meters),
+            bounded=(*((self,) if is_bound_here else ()), *common.bounded),
+        )
 
     @cached_property
     def route(self) -> Route:
@@ -115,14 +152,16 @@ class Node:
         if bystander is not None:
             return Route(self.path, (), accounts=(bystander,))
         above, place = None if self.parent is None else self.parent.route, self.place
-        sized = () if self.sizer is None else (_Sized(self),)
+        here: Any = self.own.levels
+        told = (*(_Sized(node) for node in here if node.sizer is not None), *self.told)
+        is_limited = any(node.limits for node in here)
         return Route(
             self.path,
             (*self.own.meters, *(above.meters if above else ())),
             bounded=(*self.own.bounded, *(above.bounded if above else ())),
-            accounts=(*sized, *(above.accounts if above else () if place is None else (place,))),
-            most=above.most if above and not self.limits else self._most(),
-            seconds=above.seconds if above and not self.limits else self._seconds(),
+            accounts=(*told, *(above.accounts if above else () if place is None else (place,))),
+            most=above.most if above and not is_limited else self._most(),
+            seconds=above.seconds if above and not is_limited else self._seconds(),
         )
 
     def _most(self) -> dict[str, int]:
@@ -135,7 +174,11 @@ class Node:
         return most
 
     def _seconds(self) -> dict[str, float]:
-        seconds: dict[str, float] = {}
+        rates: dict[str, float] = {}  # of all ways together
+        for way in self.path[-1].ways:
+            for resource, each in way.route.seconds.items():
+                rates[resource] = rates.get(resource, 0.0) + 1 / each
+        seconds = {resource: 1 / rate for resource, rate in rates.items()}
         limits = [window.limit for node in self.path for window in node.limits.values()]
         shortest = min((limit.per for limit in limits), default=0)
         for limit in limits:
@@ -146,10 +189,13 @@ class Node:
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
+        for name in ("own", "least"):
+            vars(self).pop(name, None)
+        for way in self.ways:
+            way.forget()
         if "route" not in vars(self):  # so nothing below either
             return
         del self.route
-        vars(self).pop("own", None)
         for child in self.children or ():
             child.forget()
 
@@ -162,11 +208,6 @@ class Node:
     def place(self) -> Any:
         """What keeps its limits and slots (`asyncbucket.engine.seats.Place`), if a store does."""
         return None if self.parent is not None else self.pacer.place
-
-    @property
-    def queue_path(self) -> tuple["Node", ...]:
-        """The levels where others may wait that a newcomer must not pass, but for the root."""
-        return self.path[:-1]
 
     # --- what its calls pass ---
 
@@ -198,6 +239,8 @@ class Node:
 
         Unless it ``is_first``, it may inherit what the head of the line has earned.
         """
+        if self.ways:
+            return min((way.soonest(amounts, now) for way in self.able(amounts)), default=NEVER)
         soonest = now
         since = now if is_first and not self.waiting else 0
         for node in self.path:
@@ -263,6 +306,7 @@ class Node:
         """
         limit = self.exceeded(amounts)
         if limit is None:
+            self._check_ways(amounts)
             return
         amount = amounts[limit.resource]
         raise CostExceedsLimit(
@@ -270,9 +314,22 @@ class Node:
             f"pass; raise {limit.keyword or 'the limit'} or split the request"
         )
 
+    def _check_ways(self, amounts: Amounts) -> None:
+        if not self.ways or self.able(amounts):
+            return
+        exceeded = {way.path[-1].name: way.exceeded(amounts) for way in self.ways}
+        resources = dict.fromkeys(limit.resource for limit in exceeded.values() if limit)
+        cost = ", ".join(counted(amounts[each], each) for each in resources)
+        limits = ", ".join(f"{limit} at {name!r}" for name, limit in exceeded.items())
+        raise CostExceedsLimit(
+            f"cost of {cost} exceeds a limit everywhere ({limits}) and can never pass; raise one of "
+            f"them or split the request"
+        )
+
     def resources(self) -> set[str]:
-        """Return the resources that are limited, here or above."""
-        return {resource for node in self.path for resource, _ in node.limits}
+        """Return the resources that are limited, here or above, on any way."""
+        paths = [self.path, *(way.path for way in self.ways)]
+        return {resource for path in paths for node in path for resource, _ in node.limits}
 
     def check_known(self, names: Iterable[str]) -> None:
         """Refuse resources that nothing counts, here or above.
@@ -361,102 +418,6 @@ class _Sized(Account):
         before, node.slots = node.slots, node.sizer.size
         if node.slots > before:
             node.pacer.ring_locked(node)
-
-
-class PoolNode(Node):
-    """A limiter of a pool: the pool itself, or one below it. Its calls also pass one of the members."""
-
-    def __init__(self, name: str, parent: Node | None = None, *, pacer: Any = None) -> None:
-        super().__init__(name, parent, pacer=pacer)
-        #: What a call from here passes at each member that has taken one.
-        self.at_members: dict[Any, NodeAtMember] = {}
-
-    @property
-    def _member_nodes(self) -> Iterable[Node]:
-        """What limits the pool at its members: it is a child of each."""
-        return (member.node for member in self.pacer.pool.members)
-
-    @property
-    def concurrency(self) -> int | None:
-        """The most calls in flight at all members together; None if unbounded."""
-        if self.parent is not None:
-            return super().concurrency
-        slots = sum(node.path[-1].slots for node in self._member_nodes)
-        return None if slots >= NEVER else slots
-
-    def routes(self, amounts: Amounts) -> "list[NodeAtMember]":
-        """Return what such a call would pass at each member that can take it."""
-        return [each.at(self) for each in self.pacer.pool.members if each.takes(amounts)]
-
-    def forget(self) -> None:
-        super().forget()
-        for node in self.at_members.values():
-            node.forget()
-
-    def _seconds(self) -> dict[str, float]:
-        if self.parent is not None:
-            return super()._seconds()
-        rates: dict[str, float] = {}  # of all members' limits together
-        for node in self._member_nodes:
-            for resource, seconds in node.route.seconds.items():
-                rates[resource] = rates.get(resource, 0.0) + 1 / seconds
-        return {resource: 1 / rate for resource, rate in rates.items()}
-
-    def earliest(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
-        dues = [
-            route.earliest(amounts, max(now, route.member.out_until))
-            for route in self.routes(amounts)
-        ]
-        return min(dues, key=lambda due: due[0], default=(NEVER, None))
-
-    def soonest(self, amounts: Amounts, now: int, *, is_first: bool = True) -> int:
-        own, is_alone = super().soonest(amounts, now, is_first=is_first), not self.path[-1].waiting
-        anywhere = (
-            route.parent.soonest(amounts, now, is_first=is_alone) for route in self.routes(amounts)
-        )
-        return max(own, min(anywhere, default=NEVER))
-
-    def check(self, amounts: Amounts) -> None:
-        super().check(amounts)
-        self.pacer.pool.check(amounts)
-
-    def resources(self) -> set[str]:
-        return super().resources().union(*(node.resources() for node in self._member_nodes))
-
-
-class NodeAtMember(Node):
-    """What a call of a pool's limiter passes if a member takes it: the pool's levels, then its own."""
-
-    parent: Node
-
-    def __init__(self, inner: PoolNode, member: Any) -> None:
-        super().__init__(inner.name, pacer=member.pacer)
-        self.inner, self.member = inner, member
-        self.path = (*inner.path, *member.node.path)
-        self.parent = member.node
-
-    @property
-    def queue_path(self) -> tuple[Node, ...]:
-        return self.parent.path[:-1]
-
-    @cached_property
-    def own(self) -> Route:
-        inner = self.inner.path
-        meters = tuple(pair for node in inner for pair in node.own.meters)
-        return Route(inner, meters, bounded=tuple(node for node in inner if node.slots < NEVER))
-
-    @cached_property
-    def route(self) -> Route:
-        own, outer = self.own, self.parent.route
-        sized = (_Sized(node) for node in self.inner.path if node.sizer is not None)
-        return Route(
-            self.path,
-            (*own.meters, *outer.meters),
-            bounded=(*own.bounded, *outer.bounded),
-            accounts=(*sized, *outer.accounts),
-            most=self._most(),
-            seconds=self.inner.route.seconds,  # by which the pool's agents are measured
-        )
 
 
 def shown_name(name: str) -> str:

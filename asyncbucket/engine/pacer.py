@@ -28,7 +28,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
@@ -37,9 +37,9 @@ from asyncbucket.engine import seats
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
-from asyncbucket.engine.meters import NEVER, Meters, admit, leeway, take
+from asyncbucket.engine.meters import NEVER, Amounts, Meters, admit, leeway, take
 from asyncbucket.engine.node import Node, shown_name
-from asyncbucket.engine.queue import AnyWaiter, Branch, Line, new_line, rouse
+from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, rouse
 from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
 from asyncbucket.engine.terms import read_clocks
 
@@ -64,12 +64,11 @@ class Pacer:
         clock: Callable[[], int],
         name: str,
         wall_clock: Callable[[], int] | None = None,
-        root_type: type[Node] = Node,
     ) -> None:
         self.clock = clock
         #: What the wall clock shows at an instant of the clock.
         self.wall = read_clocks(clock, wall_clock)
-        self.root = root_type(name, pacer=self)
+        self.root = Node(name, pacer=self)
         self.lock = threading.Lock()
         #: Work for whoever releases the lock; and what to tell observers and the log once it is
         #: released, unless by a finalizer.
@@ -79,7 +78,7 @@ class Pacer:
         self.observed = 0
         #: Where all who wait compete: the priorities, above the root's own branches.
         self.top = Branch(self.root, None, 1.0)
-        #: How many calls wait.
+        #: How many calls wait, in any of the trees that share its lock.
         self.waiting = 0
         #: What last held up the head.
         self.bound_by: str | None = None
@@ -95,12 +94,33 @@ class Pacer:
         #: store keeps them, and all open calls were made in this process.
         self.is_plain = True
         self.seats = Seats(self.look)
-        #: The members of a pool, if this is its tree: `asyncbucket.members.Members`.
-        self.pool: Any = None
-        #: The trees that look together, because pools have calls wait at several of them: an
-        #: `asyncbucket.members.Group`.
-        self.group: Any = None
+        #: The trees that look together, because calls may wait in several of them: see `share`.
+        self.trees: tuple[Pacer, ...] = (self,)
+        #: Where the first that it refused stands, and what that costs; None once anything else counts;
+        #: and when to ask again.
+        self.refused: tuple[Line, Amounts] | None = None
+        self.due = EMPTY
         reset_after_fork(self)
+
+    def share(self, *others: "Pacer") -> None:
+        """Look together with ``others`` from now on, in this order: a call may wait in several trees.
+
+        All use this one's lock, and its seats.
+        """
+        self.trees = (self, *others)
+        self.observed = sum(tree.observed for tree in self.trees)
+        for tree in others:
+            tree.trees, tree.observed = self.trees, self.observed
+        self._share_lock()
+
+    def _share_lock(self) -> None:
+        for tree in self.trees:
+            tree.lock, tree.jobs, tree.news, tree.seats = (
+                self.lock,
+                self.jobs,
+                self.news,
+                self.seats,
+            )
 
     # --- the lock ---
 
@@ -153,18 +173,13 @@ class Pacer:
         for pacer in self.trees:
             pacer.observed += number
 
-    @property
-    def trees(self) -> "tuple[Pacer, ...]":
-        """The trees that look together: this one alone, but for pools and their members."""
-        return (self,) if self.group is None else tuple(self.group.pacers)
-
     def notify_locked(
         self, node: Node, event_type: type[Event], at: int | None = None, **fields: Any
     ) -> None:
         """Tell the observers of ``node`` and of those above when the lock is released."""
         if self.observed:
             when = (self.clock() if at is None else at) * 1e-9
-            event = event_type(limiter=shown_name(node.name), at=when, **fields)
+            event = event_type(limiter=shown_name(node.path[0].name), at=when, **fields)
             self.news.append(partial(node.emit, event))
 
     def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
@@ -179,11 +194,12 @@ class Pacer:
         seat, deadline = waiter.seat, waiter.deadline
         waiter.asked = now
         waiter.number = self.seats.arrivals = self.seats.arrivals + 1
-        self.count_in(node, seat, 1)
-        line: Line | None = node.lines.get(priority)
-        if line is None:
-            line = new_line(node, priority)
+        line = line_of(node, priority)
+        waiter.lines = line.only
         line.join(waiter, now)
+        self.count_in(waiter, 1)
+        for each in node.chain:
+            each.waiting += 1
         if deadline is not None:
             seat.watch(waiter, deadline)
         end = EMPTY if deadline is None else deadline
@@ -194,8 +210,10 @@ class Pacer:
 
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
-        seat, self.since = waiter.seat, now
-        if self.place is not None or self.group is not None:
+        seat = waiter.seat
+        for tree in self.trees:
+            tree.since = now
+        if self.place is not None or len(self.trees) > 1:
             return False
         due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
         self.bound_by = line.bound_by = bound_by
@@ -204,31 +222,71 @@ class Pacer:
         seat.sleep(min(seats.wait_for_slots(self, now) if due == NEVER else due, end), now)
         return True
 
+    def join_all_locked(
+        self, waiter: AnyWaiter, nodes: Sequence[Node], now: int, priority: int = 0
+    ) -> None:
+        """Let ``waiter`` stand in line at all ``nodes``, of several trees."""
+        self.join_locked(waiter, nodes[0], now, priority)
+        waiter.lines = lines = tuple(line_of(node, priority) for node in nodes)
+        for line in lines[1:]:
+            line.join(waiter, now)
+            for each in line.node.chain:
+                each.waiting += 1
+            if line.living == 1:
+                waiter.seat.ring(now)
+
+    def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
+        """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""
+        line = line_of(node, waiter.line.priority)
+        if line in waiter.lines or (self.place is not None and self.place.holds(waiter)):
+            return
+        waiter.lines = (*waiter.lines, line)
+        line.join(waiter, now)
+        for each in node.chain:
+            each.waiting += 1
+        if line.living == 1:
+            waiter.seat.ring(now)
+
+    def leave_lines(self, waiter: AnyWaiter, served: Line | None = None) -> None:
+        """Have a call stand in line nowhere; ``served`` counts it out by itself."""
+        self.seats.departures += 1
+        for line in waiter.lines:
+            if line is not served:
+                line.depart()
+            for each in line.node.chain:
+                each.waiting -= 1
+        waiter.lines = ()
+
+    def leave_stores(self, waiter: AnyWaiter) -> None:
+        """Take a call back from the stores that have not let it go."""
+        for tree in self.trees:
+            line: Line | None = None if tree.place is None else tree.place.leave(waiter)
+            if line is not None:
+                for each in line.node.path:
+                    each.in_flight -= 1
+                for each in line.node.chain:
+                    each.waiting -= 1
+                line.credit_flows(waiter.amounts)
+
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
         """Count out ``waiter``, which is done but did not pass, and ring: another may be next now."""
-        line = waiter.line
-        place = line.node.pacer.place
-        if place is not None and place.leave(waiter):
-            for each in line.node.path:
-                each.in_flight -= 1
-            line.credit_flows(waiter.amounts)
-        else:
-            line.depart()
-        self.count_in(line.waited_at, waiter.seat, -1)
+        lines = waiter.lines
+        self.leave_stores(waiter)
+        self.leave_lines(waiter)
+        self.count_in(waiter, -1)
         for account in waiter.lease.accounts if waiter.lease is not None else ():
             account.gave_up(waiter.lease)
         waiter.seat = NOWHERE
-        self.ring_locked(line.node, now)
+        for line in lines or (waiter.line,):
+            self.ring_locked(line.node, now)
 
-    def count_in(self, node: Node, seat: Seat, calls: int) -> None:
-        """Count ``calls`` calls that wait at ``node`` from now on; fewer than none, no longer."""
-        pacer = node.pacer
-        if pacer.pool is None:
-            pacer.waiting += calls
-        else:
-            pacer.pool.count_in(calls)
-        seat.waiting += calls
-        for each in node.path:
+    def count_in(self, waiter: AnyWaiter, calls: int) -> None:
+        """Count a call that waits from now on, wherever it stands: 1; or no longer: -1."""
+        for tree in self.trees:
+            tree.waiting += calls
+        waiter.seat.waiting += calls
+        common = waiter.line.node.common
+        for each in () if common is None else common.path:
             each.waiting += calls
 
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
@@ -236,11 +294,11 @@ class Pacer:
         seat, node, now = waiter.seat, waiter.line.node, self.clock()
         if seat.look is None and seat is not NOWHERE:  # it waited in the parent process
             return
-        for each in node.path:
+        for each in (node.common or node).path:
             each.cancelled += 1
         if self.observed:
             cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
-            self.notify_locked(node, Cancelled, cost=cost, waited=waited)
+            self.notify_locked(node.common or node, Cancelled, cost=cost, waited=waited)
         if seat is NOWHERE:  # its time was up, it failed, or its loop was closed
             return
         if waiter.done() and not waiter.cancelled():
@@ -283,11 +341,9 @@ class Pacer:
         for line in node.lines.values():  # `any` of a generator takes three times as long
             if line.living:
                 return False
-        for each in node.queue_path:
-            if each.waiting:
+        for each in node.chain[:-1]:
+            if each.waiting and (each.own.meters or each.own.bounded):  # else the head is as good
                 return False
-        if self.group is not None:
-            self.group.rouse(self)
         while True:
             head, _ = self.top.head(now)
             if head is None:
@@ -304,7 +360,7 @@ class Pacer:
 
     def ring_locked(self, node: Node, now: int | None = None) -> None:
         """Have all look again, because something has changed at ``node`` or above."""
-        if not self.waiting and self.group is None:  # of a pool, others may wait at its members
+        if not self.waiting:
             return
         rouse(node)
         now = self.clock() if now is None else now
@@ -315,16 +371,44 @@ class Pacer:
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
         node.forget()
-        for pool in self.group.pools if self.group is not None else ():
-            pool.root.forget()  # a member of theirs has changed
+        for tree in self.trees if len(self.trees) > 1 else ():
+            tree.root.forget()  # what they have in common may have changed
         if self.waiting:
-            aside = (waiter for seat in self.seats.values() for waiter in seat.set_aside)
-            for waiter in [*self.top.waiters(), *aside]:
-                try:
-                    waiter.line.node.check(waiter.amounts)
-                except CostExceedsLimit as error:
-                    self.fail_locked(waiter, error)
+            aside = [entry for seat in self.seats.values() for entry in seat.set_aside]
+            standing = [
+                (line, each)
+                for tree in self.trees
+                for line in tree.top.lines()
+                for each in line.calls
+            ]
+            for line, waiter in [*standing, *aside]:
+                if line in waiter.lines and not waiter.done():
+                    self._check_locked(waiter, line)
             self.ring_locked(node)
+
+    def _check_locked(self, waiter: AnyWaiter, line: Line) -> None:
+        """Have a call leave a line where it can never pass; it fails if it stands in no other."""
+        now = self.clock()
+        if waiter.lease is not None:
+            waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - no user is to see it
+        try:
+            line.node.check(waiter.amounts)
+        except CostExceedsLimit as error:
+            if waiter.lines == line.only and not self._is_at_store(waiter):
+                self.fail_locked(waiter, error)
+            else:
+                self.leave_line(waiter, line)
+
+    def _is_at_store(self, waiter: AnyWaiter) -> bool:
+        return any(tree.place is not None and tree.place.holds(waiter) for tree in self.trees)
+
+    def leave_line(self, waiter: AnyWaiter, line: Line) -> None:
+        """Have a call leave one of the lines in which it stands."""
+        self.seats.departures += 1
+        waiter.lines = tuple(each for each in waiter.lines if each is not line)
+        line.depart()
+        for each in line.node.chain:
+            each.waiting -= 1
 
     # --- looking ---
 
@@ -334,48 +418,86 @@ class Pacer:
             now = self.clock()
             if seat.is_late or seat.set_aside:
                 seats.return_set_aside(seat)
-            if self.group is not None:
-                due = self.group.admit(seat, now)
-            else:
-                due = self.dispatch(seat, now) if self.waiting else EMPTY
+            due = self._dispatch_all(seat, now) if self.waiting else EMPTY
             end, _ = seat.first_deadline()
             if end <= now < due:  # else the head may still pass
                 end = self._end_waits(seat, now)
             seat.sleep(max(now, min(due, end)) if seat.waiting else EMPTY, now)
 
+    def _dispatch_all(self, seat: Seat, now: int) -> int:
+        """Admit all that may go, of all trees; return when this seat must look again."""
+        if len(self.trees) == 1:
+            return self.dispatch(seat, now)
+        for _ in range(BATCH):
+            due = EMPTY
+            for tree in self.trees:
+                if tree.root.waiting and not tree.refuses_still(seat, now):
+                    before, tree.refused = self.seats.departures, None
+                    tree.due = tree.dispatch(seat, now, 1)
+                    if self.seats.departures != before:
+                        break  # a call that has left a line may have made way for another there
+                if tree.root.waiting and tree.due < due:
+                    due = tree.due
+            else:
+                return due
+        return now
+
+    def refuses_still(self, seat: Seat, now: int) -> bool:
+        """Tell whether the first costs the same as the one that was refused until later than ``now``."""
+        if self.refused is None or now >= self.due:
+            return False
+        line, amounts = self.refused
+        first, _ = line.head(now)
+        return first is not None and first.seat is seat and first.amounts == amounts
+
     def _end_waits(self, seat: Seat, now: int) -> int:
         """Resolve the waiters whose deadline has come; return when the next one does."""
         end, waiter = seat.first_deadline()
         while end <= now:
+            if waiter.deadline is None or end < waiter.deadline:
+                seat.seeks()
+                waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
+                return now  # it may pass before its time is up
             with contextlib.suppress(*_DONE):
                 waiter.set_result(False)
                 self.gone_locked(waiter, now)
             end, waiter = seat.first_deadline()
         return end
 
-    def dispatch(self, seat: Seat, now: int) -> int:
-        """Let all go that may; return when this seat must look again."""
+    def dispatch(self, seat: Seat, now: int, most: int = BATCH) -> int:  # noqa: C901, PLR0912 - one look, read in one piece
+        """Let up to ``most`` go that may; return when this seat must look again."""
         passed, place = 0, self.place
         while self.waiting and (place is None or place.room(seat)):
             waiter, due = self.top.head(now)
             if waiter is None:
                 return due if due != NEVER else self.override(seat, now)
             line, is_ours = waiter.line, waiter.seat is seat
-            if self.group is not None and line.node.path[-1] is not self.root:
-                return EMPTY  # a pool's, which chooses among its members
-            if is_ours and passed >= BATCH:
+            if is_ours and passed >= most:
                 return now
-            book = is_ours and place is None
+            if place is not None and line.node.common is not None and place.holds_up():
+                if place.held_back():
+                    return NEVER  # it may pass elsewhere before
+                if self._is_at_store(waiter):
+                    self.leave_line(waiter, line)  # else it would go to and fro
+                    continue
+            has_ways = waiter.lines is not line.only
+            book = is_ours and place is None and not has_ways
             due, bound_by = admit(line.node.route, waiter.amounts, line.since, now, book=book)
             if due > now:
                 self.bound_by = line.bound_by = bound_by
+                self.refused = (line, waiter.amounts) if has_ways else None
             if not is_ours:
                 if seats.is_late(self, waiter.seat, now):
                     continue
                 return self.leave_to(waiter.seat, due, now)
             if due > now:
                 return self._when_to_look(waiter, due, now)
-            passed += self.serve(waiter, line, (line,), now)
+            if has_ways and waiter.lease._declines_locked(waiter, now):  # noqa: SLF001 - as above
+                passed += waiter.done()
+            elif has_ways:
+                passed += self.serve_next(waiter, now)
+            else:
+                passed += self.serve(waiter, now)
         return NEVER if self.waiting else EMPTY
 
     def _when_to_look(self, waiter: AnyWaiter, due: int, now: int) -> int:
@@ -392,30 +514,41 @@ class Pacer:
             other.ring(now)
         return max(min(due, other.looks_at), now) + GRACE
 
-    def serve(self, waiter: AnyWaiter, here: Line, unpaid: Iterable[Line], now: int) -> int:
-        """Let the head of a line go, which is booked; return 1 if it still waited, else 0.
+    def is_next(self, waiter: AnyWaiter, now: int) -> bool:
+        """Tell whether a call that stands in several lines may pass now in this tree."""
+        if self.place is not None or (self.refused is not None and now < self.due):
+            return False
+        if self.top.head(now)[0] is not waiter:
+            return False
+        line = waiter.line
+        return admit(line.node.route, waiter.amounts, line.since, now, book=False)[0] <= now
 
-        It has left its line for ``here``, and the lines ``unpaid`` pay for it.
-        """
+    def serve_next(self, waiter: AnyWaiter, now: int) -> int:
+        """Let the head of a line go, which is due; return 1 if it still waited, else 0."""
+        if self.place is None:
+            take(waiter.line.node.route, waiter.amounts, now)
+        return self.serve(waiter, now)
+
+    def serve(self, waiter: AnyWaiter, now: int) -> int:
+        """Let the head of a line go, which is booked; return 1 if it still waited, else 0."""
         line, amounts, asked = waiter.line, waiter.amounts, waiter.asked
-        bound_by = line.bound_by or line.node.pacer.bound_by
+        bound_by = line.bound_by or self.bound_by
         line.calls.popleft()
-        waiter.line = here
+        self.leave_stores(waiter)
         if self.place is not None:
             self._push(waiter, self.place, now)
         elif self.let_go(waiter, now, bound_by):
             if bound_by is not None:
-                here.node.count_waits(1, now - asked, bound_by)
-            self.count_in(line.node, waiter.seat, -1)
+                line.node.count_waits(1, now - asked, bound_by)
+            self.leave_lines(waiter, line)
+            self.count_in(waiter, -1)
         else:
-            here.node.unbook(here.node.route.meters, amounts, now)
-            waiter.line = line
+            line.node.unbook(line.node.route.meters, amounts, now)
             return 0
-        for each in unpaid:
-            each.node.pacer.top.charge(each, amounts)
+        self.top.charge(line, amounts)
         self.since = line.since = now
         line.depart()
-        if len(line.node.path) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
+        if len(line.node.chain) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             rouse(line.node)
         return 1
 
@@ -435,15 +568,20 @@ class Pacer:
 
     def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
         """Hand ``waiter`` over to the store, booked below the root."""
-        path = waiter.line.node.path
-        below = tuple(pair for each in path[:-1] for pair in each.own.meters)
+        line = waiter.line
+        below = tuple(pair for each in line.node.chain[:-1] for pair in each.own.meters)
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
             if amount:
                 meter.book(amount, now)
-        for each in path:
+        for each in line.node.path:
             each.in_flight += 1
         place.push(waiter, below, now)
+        self.leave_lines(waiter, line)
+        for each in line.node.chain:
+            each.waiting += 1  # it stands at the store
+        if place.holds_up():
+            waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
 
     def pass_on_locked(
         self, waiter: AnyWaiter, meters: Meters, now: int, bound_by: str | None
@@ -456,20 +594,20 @@ class Pacer:
             each.admitted += 1
         if bound_by is not None:
             node.count_waits(1, now - waiter.asked, bound_by)
-        self.count_in(waiter.line.waited_at, waiter.seat, -1)
+        self.leave_stores(waiter)
+        self.leave_lines(waiter)
+        for each in node.chain:
+            each.waiting -= 1
+        self.count_in(waiter, -1)
         self.ring_locked(node, now)
         return True
 
     def override(self, seat: Seat, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
         waiter, due = seats.beyond_slots(self, seat, now)
-        pool = None if waiter is None else waiter.line.waited_at.pacer.pool
-        if pool is not None:
-            member = next(each for each in pool.members if each.pacer is self)
-            pool.serve(waiter, member, now)
-        elif waiter is not None:
+        if waiter is not None:
             take(waiter.line.node.route, waiter.amounts, now)
-            self.serve(waiter, waiter.line, (waiter.line,), now)
+            self.serve(waiter, now)
         return due
 
     def after_fork(self) -> None:
@@ -482,7 +620,4 @@ class Pacer:
         self.waiting = 0
         self.top = Branch(self.root, None, 1.0)
         self.root.after_fork()
-        if self.pool is not None:
-            self.pool.after_fork()
-        if self.group is not None:
-            self.group.share(self)
+        self._share_lock()

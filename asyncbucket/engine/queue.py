@@ -37,6 +37,7 @@ and a priority that is always outbid still gets its share: beside n more urgent 
 """
 
 import asyncio
+import bisect
 import concurrent.futures
 import heapq
 from collections import deque
@@ -63,6 +64,9 @@ class _Waiting:
     lease: Any  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The place in the order of arrival.
     number: int  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: Where it stands now: usually in one line. If in several, the first where it is next lets it go.
+    lines: "tuple[Line, ...]"  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: The one that has asked for it last, or that let it go.
     line: "Line"  # pyright: ignore[reportUninitializedInstanceVariable]
     #: Until when it waits, if not for ever.
     deadline: int | None  # pyright: ignore[reportUninitializedInstanceVariable]
@@ -80,7 +84,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "deadline", "lease", "line", "number", "seat")
+    __slots__ = ("amounts", "asked", "deadline", "lease", "line", "lines", "number", "seat")
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):
@@ -124,7 +128,7 @@ class Flow:
     def waiters(self) -> Iterator[AnyWaiter]:
         """Yield all who wait here and below."""
         for line in self.lines():
-            yield from (waiter for waiter in line.calls if not waiter.done())
+            yield from (each for each in line.calls if line in each.lines and not each.done())
 
 
 class Line(Flow):
@@ -133,8 +137,8 @@ class Line(Flow):
     def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
-        #: Where its calls count while they wait.
-        self.waited_at = node
+        #: What a call notes that stands in no other line.
+        self.only = (self,)
         #: In order of arrival, or in that of the agents that make them.
         self.calls: Any = deque()
         #: Since when somebody has been first here without anyone being served.
@@ -146,12 +150,15 @@ class Line(Flow):
         yield self
 
     def join(self, waiter: AnyWaiter, now: int) -> None:
-        """Append ``waiter``."""
+        """Let ``waiter`` stand in its place: last, unless it has waited elsewhere."""
         waiter.line = self
         agents = self.node.agents
         if agents is not None and bool(agents.runs) is self.in_order_of_arrival:
             self.refill(self.calls)
-        self.calls.append(waiter)
+        if waiter.asked != now and self.in_order_of_arrival:
+            bisect.insort(self.calls, waiter)
+        else:
+            self.calls.append(waiter)
         if not self.living:
             self.since = now
         if not self.competes:  # also if all who stood here have given up
@@ -161,6 +168,7 @@ class Line(Flow):
     def arrive(self) -> None:
         """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
         flow: Flow = self
+        self.node.pacer.refused = None
         is_new = not self.living
         while (branch := flow.above) is not None:
             was_empty = not branch.living
@@ -169,8 +177,6 @@ class Line(Flow):
             if not flow.competes:
                 branch.add(flow)
             flow = branch
-        if (pool := flow.node.pacer.pool) is not None:
-            pool.compete()
 
     def depart(self, calls: int = 1) -> None:
         """Count out ``calls`` calls that are done, wherever they stand."""
@@ -180,8 +186,6 @@ class Line(Flow):
             branch.leave(flow)
             branch.living -= 1
             flow = branch
-        if not self.living and (pool := self.node.pacer.pool) is not None:
-            pool.compete()
         if len(self.calls) > 2 * self.living + SWEEP:
             self.refill(self.waiters())
 
@@ -200,11 +204,12 @@ class Line(Flow):
         calls = self.calls
         while calls:
             first = calls[0]
-            if first.done():
+            if first.done() or (first.lines is not self.only and self not in first.lines):
                 calls.popleft()
             elif first.seat.is_late:
-                first.seat.set_aside.append(calls.popleft())
+                first.seat.set_aside.append((self, calls.popleft()))
             else:
+                first.line = self
                 return first, now
         return None, EMPTY
 
@@ -364,48 +369,13 @@ class Branch(Flow):
         self._weights = sum(flow.weight for flow in competing)
 
 
-class PoolLine(Line):
-    """Stand in the queue of a member for a pool: see `asyncbucket.members`."""
-
-    def __init__(self, member: Any, priority: int) -> None:
-        super().__init__(member.node, branch_of(member.node, priority), priority)
-        self.member = member
-
-    def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:
-        """Return the pool's call that this member is to take next; else when to ask again."""
-        if not self.living:
-            return None, EMPTY
-        pool = self.member.pool
-        found: tuple[AnyWaiter | None, int]
-        found = pool.next_at(self.member, pool.pacer.top.head(now, back), now)
-        return found
-
-    def lines(self) -> Iterator[Line]:
-        yield from self.member.pool.pacer.top.lines()
-
-
-class PaidLine(Line):
-    """Where a pool's call stands that has left its line, which has paid for it: alone, or at a member."""
-
-    def __init__(self, node: Node, paid: tuple[Line, ...]) -> None:
-        super().__init__(node, None, paid[0].priority)
-        self.paid, self.waited_at = paid, paid[0].node
-        self.rank = -self.priority
-
-    def depart(self, calls: int = 1) -> None:
-        self.node.pacer.top.flows.discard(self)
-        super().depart(calls)
-
-    def credit_flows(self, reserved: Amounts, used: Amounts | None = None) -> None:
-        for line in self.paid:
-            line.credit_flows(reserved, used)
-
-
-def new_line(node: Node, priority: int) -> Line:
-    """Return a line for the calls of a limiter and a priority that had none yet."""
-    line = Line(node, branch_of(node, priority), priority)
-    line.rank = -priority
-    node.lines = {**node.lines, priority: line}
+def line_of(node: Node, priority: int) -> Line:
+    """Return the line for the calls of a limiter and a priority."""
+    line: Line | None = node.lines.get(priority)
+    if line is None:
+        line = Line(node, branch_of(node, priority), priority)
+        line.rank = -priority
+        node.lines = {**node.lines, priority: line}
     return line
 
 
@@ -422,8 +392,20 @@ def branch_of(node: Node, priority: int) -> Branch:
 
 def rouse(node: Node) -> None:
     """Ask the flows of a limiter and of those above anew, because something has changed there."""
+    node.pacer.refused = None
+    _rouse(node.path)
     for each in node.path:
-        for branch in each.branches.values():
+        if each.ways and (
+            each is node or each.own.meters or each.own.bounded
+        ):  # else nothing binds all
+            for way in each.ways:
+                way.pacer.refused = None
+                _rouse(way.chain)
+
+
+def _rouse(nodes: Iterable[Node]) -> None:
+    for node in nodes:
+        for branch in node.branches.values():
             if branch.asleep:
                 branch.above.rouse(branch)
 

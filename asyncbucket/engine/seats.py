@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import contextvars
 import heapq
-import itertools
 import logging
 import os
 import sys
@@ -82,7 +81,7 @@ class Seat:
         self.looks_at = EMPTY
         #: Whether it missed its turn; then its calls stand aside until it looks.
         self.is_late = False
-        self.set_aside: list[Any] = []
+        self.set_aside: list[tuple[Any, Any]] = []
         self._deadlines: list[tuple[int, Any]] = []
 
     def ring(self, now: int) -> bool:
@@ -102,6 +101,10 @@ class Seat:
         if len(self._deadlines) > 2 * self.waiting + SWEEP:
             self._deadlines = [each for each in self._deadlines if not each[1].done()]
             heapq.heapify(self._deadlines)
+
+    def seeks(self) -> None:
+        """Forget the first deadline: who has it seeks another way, and waits on."""
+        heapq.heappop(self._deadlines)
 
     def first_deadline(self) -> tuple[int, Any]:
         """Return the first deadline of those that still wait, and who has it."""
@@ -256,8 +259,8 @@ class Seats(dict[object, Seat]):
     def __init__(self, look: Look) -> None:
         super().__init__()
         self._look = look
-        #: How many calls have ever waited here.
-        self.arrivals = 0
+        #: How many calls have ever waited here, and how often one has left where it stood.
+        self.arrivals = self.departures = 0
         #: Where plain threads hold their leases; and the loop that ran last in a thread.
         self.threads = Seat(look)
         self.by_thread: dict[int, LoopSeat] = {}
@@ -311,9 +314,9 @@ def is_late(pacer: Any, seat: Seat, now: int) -> bool:
 def return_set_aside(seat: Seat) -> None:
     """Put calls that stood aside back in their places."""
     seat.is_late = False
-    waiters, seat.set_aside = seat.set_aside, []
-    for line, group in itertools.groupby(waiters, lambda waiter: waiter.line):
-        line.refill((*group, *line.calls))
+    aside, seat.set_aside = seat.set_aside, []
+    for line in dict.fromkeys(line for line, _ in aside):
+        line.refill([*(waiter for each, waiter in aside if each is line), *line.calls])
         if line.living:  # else all have given up
             line.arrive()
 
@@ -329,11 +332,12 @@ def bury_closed(pacer: Any) -> bool:
 def bury(pacer: Any, seat: Seat) -> None:
     """Count out all who wait on ``seat``, whose loop was closed."""
     lines = {line for tree in pacer.trees for line in tree.top.lines()}
-    lines |= {waiter.line for waiter in seat.set_aside}
-    for waiter in [*(each for line in lines for each in line.calls), *seat.set_aside]:
-        if waiter.seat is seat:
-            waiter.line.depart()
-            pacer.count_in(waiter.line.waited_at, seat, -1)
+    lines |= {line for line, _ in seat.set_aside}
+    aside = (waiter for _, waiter in seat.set_aside)
+    for waiter in [*(each for line in lines for each in line.calls), *aside]:
+        if waiter.seat is seat and waiter.lines:
+            pacer.leave_lines(waiter)
+            pacer.count_in(waiter, -1)
             waiter.seat = NOWHERE
     for line in lines:
         line.refill(each for each in line.calls if each.seat is not NOWHERE)
@@ -419,12 +423,16 @@ class Place(Account):
         Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
         """
 
-    def leave(self, waiter: Any) -> bool:
-        """Give back what a call that has given up took here; return whether it stood here."""
+    def leave(self, waiter: Any) -> Any:
+        """Give back what a call took here that goes; return its line if it stood here, else None."""
         raise NotImplementedError
 
     def ended(self, lease: Any, outcome: Outcome) -> None:
         """Give back the slot of ``lease``, once."""
+
+    def holds(self, waiter: Any) -> bool:
+        """Tell whether a call stands here."""
+        raise NotImplementedError
 
     def waiting(self) -> int:
         """Return how many calls stand here: until the store books them, or until they start."""

@@ -25,7 +25,7 @@ from asyncbucket.engine.events import Event, LimitChanged, Outcome
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.queue import AnyWaiter
+from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.seats import Place, Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
@@ -130,8 +130,9 @@ class PendingUpdates:
 
 @dataclass(slots=True)
 class _Standing:
-    """Keep what a call that stands here has booked below the root, when, and what the store gave it."""
+    """Keep where a call came from, what it has booked below the root, when, and what the store gave it."""
 
+    line: Line
     below: Meters
     when: int
     reservation: Reservation | None = None
@@ -209,13 +210,13 @@ class StorePlace(Place):
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
         session = self._open_session(waiter.seat.loop)
-        self.calls[waiter] = _Standing(below, now)
+        self.calls[waiter] = _Standing(waiter.line, below, now)
         session.wake_for(waiter)
 
-    def leave(self, waiter: AnyWaiter) -> bool:
+    def leave(self, waiter: AnyWaiter) -> Line | None:
         standing = self.calls.pop(waiter, None)
         if standing is None:
-            return False
+            return None
         for meter, resource in standing.below:
             if amount := waiter.amounts.get(resource):
                 meter.unbook(amount, standing.when)
@@ -223,12 +224,15 @@ class StorePlace(Place):
             self._cancel(standing.reservation)
         if self._session is not None:
             self._session.ask_again()
-        return True
+        return standing.line
 
     def ended(self, lease: Any, outcome: Outcome) -> None:  # noqa: ARG002 - it is free either way
         if id(lease) in self._slots:
             self._slots.remove(id(lease))
             self._release()
+
+    def holds(self, waiter: AnyWaiter) -> bool:
+        return waiter in self.calls
 
     def waiting(self) -> int:
         return sum(not waiter.done() for waiter in self.calls)
@@ -409,9 +413,9 @@ class StorePlace(Place):
     def fail_late(self, heads: Iterable[AnyWaiter], amounts: Amounts, soonest: int) -> None:
         """Make those calls fail whose deadline comes before ``soonest``, when a call of ``amounts`` can start.
 
-        Of a pool's calls none: another member may take them.
+        None of those that may wait in other trees: one of them may take them.
         """
-        for waiter in heads if self._pacer.group is None else ():
+        for waiter in heads if len(self._pacer.trees) == 1 else ():
             is_less = any(waiter.amounts.get(each, 0) < units for each, units in amounts.items())
             if waiter.deadline is not None and waiter.deadline < soonest and not is_less:
                 node, deadline = waiter.line.node, waiter.deadline
@@ -482,14 +486,16 @@ class StorePlace(Place):
             for resource, units in amounts.items()
             if resource != SLOT
         ]
+        standing = self.calls.pop(waiter)
+        waiter.line = standing.line
         if not self._pacer.pass_on_locked(waiter, (*below, *booked), now, reservation.bound_by):
+            self.calls[waiter] = standing
             return
         for meter, resource in booked:
             if debt := waiter.amounts.get(resource, 0) - amounts[resource]:
                 meter.owe(debt, now)
         if reservation.slot:
             self._slots.add(id(waiter.lease))
-        del self.calls[waiter]
         waiter.seat.ring(now)  # a thread has to look
 
     def _rebooked(self, reservation: Reservation, now: int) -> Reservation:
@@ -503,10 +509,13 @@ class StorePlace(Place):
         self.correct(Correction(start=moved.booked_at, booked={}, used=reservation.amounts))
         return moved
 
-    def ring_pool(self) -> None:
-        """Have a pool look whose calls the store holds up: another member may take them."""
-        if self._pacer.group is not None:
+    def let_others_take(self) -> None:
+        """Have the calls that the store holds up seek another way, if they have any."""
+        if len(self._pacer.trees) > 1:
             with self.lock():
+                places = [tree.place for tree in self._pacer.trees if tree.place is not None]
+                for waiter in [waiter for place in places for waiter in place.held_back()]:
+                    waiter.lease._seek_locked(waiter, self.clock())  # noqa: SLF001 - no user is to see it
                 self.ring_seats()
 
     def ring_seats(self) -> None:

@@ -350,10 +350,10 @@ class Session:
         self._note_held_up(held_up)
 
     def _note_held_up(self, held_up: tuple[str, int] | None) -> None:
-        """Note what the first unbooked call waits for; a pool may have another member take it."""
+        """Note what the first unbooked call waits for; another tree may take it."""
         before, self.held_up, self._forget_at = self.held_up, held_up, NEVER
         if held_up != before:
-            self._place.ring_pool()
+            self._place.let_others_take()
 
     def _let_go(self) -> None:
         """Admit the calls of this loop whose start has come.

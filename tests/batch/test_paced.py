@@ -186,7 +186,7 @@ async def test_batches_and_decorated_functions_take_a_pool() -> None:
     for asked, fn in (
         (pool, pool.members[0].paced(plain)),
         (pool.members[0].child("other"), pool.paced(plain)),
-        (Pool(*pool.members, name="second"), pool.paced(plain)),
+        (pool.child("other"), pool.paced(plain)),
     ):
         with pytest.raises(ValueError, match=r"is paced by '.*' already, and would be paced by"):
             asked.amap(fn, ["a"])

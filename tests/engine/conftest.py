@@ -11,7 +11,6 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
 from asyncbucket.engine.meters import Meter, Route, admit
-from asyncbucket.engine.queue import PaidLine
 from asyncbucket.engine.seats import ThreadSeat
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 
@@ -62,7 +61,6 @@ def nothing_is_left(*limiters: Limiter) -> None:
         for seat in (seats.threads, *seats.values()):
             assert (seat.waiting, seat.leases) == (0, 0)
             assert not isinstance(seat, ThreadSeat)
-        assert not any(isinstance(flow, PaidLine) for flow in limiter._node.pacer.top.flows)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ async def test_file_has_limits_and_endpoints_and_names_the_variables_of_keys(fil
 
     members = [(each.name, each.concurrency) for each in pool.members]
     assert members == [("openai", None), ("azure", 4), ("vllm", 8)]
-    assert (pool.name, pool._node.pacer.pool.prefer) == ("gpt", "first")
+    assert (pool.name, pool._members.prefer) == ("gpt", "first")
     assert [str(limit) for limit in pool.members[1].limits] == ["300 requests per 60 s"]
     wanted: list[Endpoint] = [
         {"base_url": "https://api.openai.com/v1", "headers": {"Authorization": f"Bearer {KEY}"}},

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,16 +63,6 @@ def client_of(
     )
 
 
-def one_after_the_other(servers: Server, *names: str) -> Callable[[Any], Limiter]:
-    """Return what prefers the first of these members for the first request, and so on."""
-
-    def prefer(members: list[Limiter]) -> Limiter:
-        wanted = names[min(len(servers.requests), len(names) - 1)]
-        return next((each for each in members if each.name == wanted), members[0])
-
-    return prefer
-
-
 def seen_in(request: Any) -> set[str]:
     """Return the canaries that a request carries."""
     text = f"{request.url} {request.headers.raw!r}"
@@ -89,7 +78,7 @@ async def test_request_is_rewritten_for_its_member_and_no_credential_leaves_for_
 ) -> None:
     caplog.set_level(logging.DEBUG, "asyncbucket")
     servers = Server(answering(library, b"{}"))
-    pool, endpoints = pool_of(prefer=one_after_the_other(servers, *ENDPOINTS))
+    pool, endpoints = pool_of(prefer="least_used")  # which goes round
     client = client_of(library, pool, endpoints, servers, io)
 
     replies = [
@@ -119,7 +108,7 @@ async def test_request_or_redirect_is_for_a_member_or_refused(library: Any) -> N
         for place in ("azure.test:8443/openai/deployments/gpt/other", "evil.test/v1")
     )
     servers = Server(answering(library, b"{}"), openai=[to_azure, away])
-    pool, endpoints = pool_of(prefer=one_after_the_other(servers, "openai", "azure", "openai"))
+    pool, endpoints = pool_of("openai", "azure", prefer="least_used")
     client = client_of(library, pool, endpoints, servers)
 
     assert (await client.post("/chat/completions", json=BODY)).status_code == 200

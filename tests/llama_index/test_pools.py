@@ -200,7 +200,7 @@ async def test_model_inside_pays_only_where_the_call_around_it_has_not(
     member: str, paid: list[int]
 ) -> None:
     one, two = (Limiter("1000 RPM", name=name, concurrency=1) for name in ("one", "two"))
-    pool = Pool(one, two, prefer=lambda able: next(each for each in able if each.name == member))
+    pool = Pool(*(one, two) if member == "one" else (two, one), prefer="first")
     inner = one.wrap(MockLLM())
 
     class Forwarding(MockLLM):
