@@ -1,6 +1,6 @@
 """Random histories of a tree of limiters, and an oracle that knows nothing of how the core counts.
 
-A history has limiters at any depth, tenants, limits with bursts and without, slots, priorities,
+A history has limiters at any depth, perhaps a pool with members that are also used directly, tenants, limits with bursts and without, slots, priorities,
 deadlines, cancellations, settlements, pauses, changed limits, days that begin anew, and a clock that
 jumps. Everything runs on virtual time. The oracle writes down what each call took at each level, and
 checks:
@@ -31,7 +31,17 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limit, Limiter, WouldBlock, agent
+from asyncbucket import (
+    AcquireTimeout,
+    CostExceedsLimit,
+    Lease,
+    Limit,
+    Limiter,
+    Pool,
+    WouldBlock,
+    agent,
+)
+from asyncbucket.pools import PoolLease
 from asyncbucket.testing import DeadlockError, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
@@ -141,6 +151,8 @@ class Oracle:
     def __init__(self) -> None:
         self.levels: dict[str, Level] = {}
         self.calls: list[Call] = []
+        #: If the root is a pool, the names of its members.
+        self.members: tuple[str, ...] = ()
         #: From when to when the loop was blocked.
         self.jumps: list[tuple[int, int]] = []
 
@@ -155,13 +167,14 @@ class Oracle:
     def note_terms(self, limiter: Limiter, now: int) -> None:
         level = self.levels[limiter.name]
         is_new = not (level.limits or level.calls)
-        for limit in limiter.limits:
+        is_pool = isinstance(limiter, Pool) and limiter.parent is None
+        for limit in () if is_pool else limiter.limits:
             history = level.limits.setdefault(limit.key, [])
             if not history:  # what was booked before a limit was set does not count
                 history.append((now if is_new else now + 1, limit))
             elif history[-1][1] != limit:
                 history.append((now, limit))
-        slots = limiter.concurrency
+        slots = None if is_pool else limiter.concurrency
         if slots is not None and (not level.slots or level.slots[-1][1] != slots):
             level.slots.append((now, slots))
 
@@ -175,8 +188,11 @@ class Oracle:
         for level in self.above(call):
             level.calls.append(call)
 
-    def admitted(self, call: Call, when: int) -> None:
+    def admitted(self, call: Call, when: int, lease: Lease) -> None:
         call.when = when
+        if isinstance(lease, PoolLease):
+            call.path = (*call.path, lease.limiter.name)
+            self.levels[lease.limiter.name].calls.append(call)
         for resource, units in call.costs.items():
             entry = Entry(when, units)
             call.entries[resource] = [entry]
@@ -308,9 +324,15 @@ class Oracle:
             if call.waits:
                 heads.setdefault(call.line, call)
         root = next(iter(self.levels.values()))
-        may, must = self._below(root, list(heads.values()), now)
-        stuck = must and all(self.has_room(root, call, now) for call in may)
-        assert not stuck, f"stuck at {now}: {may}"
+        direct = {name: [c for c in heads.values() if c.path[0] == name] for name in self.members}
+        others = [call for call in heads.values() if call.path[0] not in self.members]
+        may, must = self._below(root, others, now)
+        free = all(self.has_room(root, call, now) for call in may)
+        for name in self.members or (root.name,):
+            all_may = [*may, *direct.get(name, ())]
+            stuck = free and (must or direct.get(name))
+            stuck = stuck and all(self.has_room(self.levels[name], call, now) for call in all_may)
+            assert not stuck, f"stuck at {now}, {name}: {all_may}"
 
     def _below(self, level: Level, heads: list[Call], now: int) -> tuple[list[Call], bool]:
         """Return the calls that may be next at ``level``, and whether there must be one."""
@@ -374,9 +396,14 @@ class History:
         self.chance = random.Random(seed)
         self.oracle = Oracle()
         self.number = 0
-        self.root = Limiter(
-            *self._some_limits(), concurrency=self._slots(), clock=time.clock, wall_clock=time.clock
-        )
+        self.root = self._new_limiter("default")
+        #: If the root is a pool, its members.
+        self.members: list[Limiter] = []
+        if self.chance.random() < 0.3:
+            self.members = [self.root, *map(self._new_limiter, "ab"[: self.chance.randint(1, 2)])]
+            prefer: Any = self.chance.choice(["first", "least_used"])
+            self.root = Pool(*self.members, name="pool", prefer=prefer)
+            self.oracle.members = tuple(member.name for member in self.members)
         self.limiters = [self.root]
         self.tasks: list[asyncio.Task[None]] = []
         #: Agents that run: their scopes, and the contexts inside; None if the history has none.
@@ -388,10 +415,16 @@ class History:
             limits, slots = self._some_limits(), self._slots()
             weight = self.chance.choice([1.0, 1.0, 0.5, 4.0])
             self.limiters.append(node.child(str(number), *limits, concurrency=slots, weight=weight))
+        self.limiters += self.members
         for limiter in self.limiters:
-            if self.chance.random() < 0.3:
+            if limiter not in self.members and self.chance.random() < 0.3:
                 limiter.per_key(*self._some_limits(), alive=self.chance.choice([0, 1, 1_000]))
             self.oracle.know(limiter, 0)
+
+    def _new_limiter(self, name: str) -> Limiter:
+        limits, clock = self._some_limits(), self.time.clock
+        slots = self._slots()
+        return Limiter(*limits, concurrency=slots, name=name, clock=clock, wall_clock=clock)
 
     def _some_limits(self) -> tuple[Limit, ...]:
         return self.chance.choice(LIMITS)
@@ -440,7 +473,7 @@ class History:
     def _call(self) -> tuple[Limiter, Call, dict[str, Any]]:
         chance = self.chance
         limiter = chance.choice(self.limiters)
-        if chance.random() < 0.2:
+        if chance.random() < 0.2 and limiter not in self.members:
             limiter = limiter.key(f"tenant {chance.randint(0, 2)}")
         levels: list[Limiter] = []
         level: Limiter | None = limiter
@@ -508,7 +541,7 @@ class History:
         except asyncio.CancelledError:
             call.gone = self.now if call.gone is None else call.gone
             return
-        self.oracle.admitted(call, lease._when)
+        self.oracle.admitted(call, lease._when, lease)
         await self.use(lease, call)
 
     async def use(self, lease: Lease, call: Call) -> None:
@@ -543,6 +576,9 @@ class History:
         free = not any(each.waits for each in self.oracle.calls) and all(
             self.oracle.has_room(level, call, self.now) for level in self.oracle.above(call)
         )
+        if self.members and call.path[-1] == self.root.name:
+            levels = [self.oracle.levels[name] for name in self.oracle.members]
+            free = free and any(self.oracle.has_room(each, call, self.now) for each in levels)
         unstarted = any(not task.done() for task in self.tasks)
         try:
             lease = limiter.acquire_nowait(**amounts)
@@ -550,7 +586,7 @@ class History:
             assert not free or unstarted, f"refused without reason: {call}"
             return
         self.oracle.asked(call)
-        self.oracle.admitted(call, self.now)
+        self.oracle.admitted(call, self.now, lease)
         call.priority = 0
         self.start(self.use(lease, call))  # not to be cancelled before it has begun
 
@@ -564,18 +600,24 @@ class History:
                 call.gone = self.now
 
     def pause(self) -> None:
-        limiter = self.chance.choice(self.limiters)
+        limiter = self.chance.choice(self._with_limits())
         seconds = self.chance.choice([0.0, 0.5, 4.0])
         limiter.pause(seconds)
         pauses = self.oracle.levels[limiter.name].pauses
         pauses.append((self.now, self.now + int(seconds * SECOND)))
 
+    def _with_limits(self) -> list[Limiter]:
+        """Return the limiters that have limits of their own: all but a pool."""
+        return self.limiters[bool(self.members) :]
+
     def change(self) -> None:
-        limiter = self.chance.choice(self.limiters)
+        limiter = self.chance.choice(self._with_limits())
         limits: list[Limit] = []
         for limit in limiter.limits:
             factor = self.chance.choice([0.5, 1, 2])
             amount = max(1, round(limit.amount * self.chance.choice([0.8, 1, 1.5])))
+            if limiter in self.members:  # where each call fits, so that all go in order
+                amount = max(amount, 45 if limit.resource == "tokens" else 2)
             burst = limit.burst and max(1, min(amount, round(factor * limit.burst)))
             limits.append(replace(limit, amount=amount, burst=burst))
         known = {limit.key for limit in limits}

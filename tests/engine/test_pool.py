@@ -267,6 +267,67 @@ async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_direc
     assert "ppp" not in order  # afterwards they share as before
 
 
+# --- limits of those who share a pool ---
+
+#: What binds a child, and how many of sixty calls of 500 tokens and 0.25 USD may go at once.
+SHARED: dict[str, tuple[dict[str, Any], int]] = {
+    "slots": ({"concurrency": 1}, 1),
+    "requests": ({"limits": ("2 RPM burst 2",)}, 2),
+    "dollars": ({"limits": ("1 USD/day",)}, 4),
+}
+
+
+@pytest.mark.parametrize("sticky", [None, "talk"])
+@pytest.mark.parametrize("kind", ["child", "tenant", "key"])
+@pytest.mark.parametrize("limited", SHARED)
+async def test_limits_below_a_pool_hold_at_all_members_together(
+    time: VirtualTime, limited: str, kind: str, sticky: str | None
+) -> None:
+    """Also for calls that fit only some members, and for those that prefer one."""
+    sizes = {"small": 100, "large": 100_000, "larger": 200_000}
+    members = [Limiter(f"{tpm} TPM", name=name, clock=time.clock) for name, tpm in sizes.items()]
+    pool = Pool(*members)
+    terms, most = SHARED[limited]
+    limits, given = terms.get("limits", ()), {k: v for k, v in terms.items() if k != "limits"}
+    if kind == "tenant":
+        pool.per_key(*limits, **given)
+    place = pool.child("x", *limits, **given) if kind == "child" else pool
+    place = pool.key("acme", *limits, **given) if kind == "key" else place
+    tenant = "acme" if kind == "tenant" else None
+
+    async def call() -> None:
+        async with place.acquire(tokens=500, usd=0.25, tenant=tenant, sticky=sticky):
+            admitted.append(time.now)
+            await asyncio.sleep(0.5)
+
+    admitted: list[float] = []
+    calls = await start_all(call() for _ in range(60))
+    assert len(admitted) == most
+    await asyncio.sleep(0.25)
+    assert len(admitted) == most
+    cancel(*calls)
+
+
+async def test_cheap_call_behind_many_that_fit_one_member_goes_to_another_at_once(
+    time: VirtualTime,
+) -> None:
+    small = Limiter("1k TPM", name="small", clock=time.clock)
+    large = Limiter("10k TPM", name="large", clock=time.clock)
+    pool = Pool(small, large)
+    costly = await start_all(name_of_taker(pool, tokens=9_000) for _ in range(101))
+    assert await name_of_taker(pool, tokens=100) == "small"
+    assert time.now == 0
+    cancel(*costly)
+
+
+@pytest.mark.parametrize("prefer", ["first", "least_used"])
+async def test_preference_decides_for_calls_that_waited_too(time: VirtualTime, prefer: Any) -> None:
+    pool = Pool(*members_of(time, 6_000, 6_000), prefer=prefer)
+    child = pool.child("x", "60 RPM burst 1")
+    takers = await asyncio.gather(*(name_of_taker(child) for _ in range(6)))
+    assert takers == [*("aaaaaa" if prefer == "first" else "ababab")]
+
+
 # --- who is preferred ---
 
 
