@@ -57,6 +57,9 @@ class Node:
 
     # What most limiters never set:
     weight = 1.0
+    max_queue: int | None = None
+    #: What orders its calls by agent: see `asyncbucket.agents`.
+    agents: Any = None
     #: Whether its calls' priorities count among themselves alone.
     within = False
     children: "weakref.WeakSet[Node] | None" = None
@@ -87,12 +90,8 @@ class Node:
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent = name, parent
-        #: This node and those above it in its tree, up to the root.
-        self.chain: tuple[Node, ...] = (self,) if parent is None else (self, *parent.chain)
-        #: All nodes at which its calls count: these, and what they have in common with others.
-        self.path: tuple[Node, ...] = self.chain
-        if parent is not None and parent.path is not parent.chain:
-            self.path = (self, *parent.path)
+        #: All nodes at which its calls count: those above it, and what they have in common with others.
+        self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
         #: The `asyncbucket.engine.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
         if parent is not None:
@@ -105,17 +104,19 @@ class Node:
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
         self.in_flight = self.admitted = self.waiting = 0
-        self.max_queue: int | None = None
-        #: Where its calls wait, by priority: see `asyncbucket.engine.queue`; and what orders them by
-        #: agent: see `asyncbucket.agents`.
+        #: Where its calls wait, by priority: see `asyncbucket.engine.queue`.
         self.lines: dict[int, Any] = EMPTY_MAPPING
-        self.agents: Any = None
 
     def add_ways(self, ways: "Iterable[Node]") -> None:
         """Have the calls of ``ways``, nodes of other trees, pass the limits here and above, too."""
         self.ways = tuple(ways)
         for way in self.ways:
             way.common, way.path = self, (self, *way.path)
+
+    @cached_property
+    def chain(self) -> "tuple[Node, ...]":
+        """This node and those above it in its tree, up to the root."""
+        return (self,) if self.parent is None else (self, *self.parent.chain)
 
     def able(self, amounts: Amounts) -> "tuple[Node, ...]":
         """Return the ways where such a call can ever pass."""
