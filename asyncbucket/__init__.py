@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from asyncbucket import errors, events
+from asyncbucket.agents import agent
 from asyncbucket.budgets import Budget, budget
-from asyncbucket.engine.context import agent, deadline, priority, sticky, tenant
+from asyncbucket.engine.context import deadline, priority, sticky, tenant
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import (
     AcquireTimeout,
@@ -19,25 +20,25 @@ from asyncbucket.engine.errors import (
     WouldBlock,
 )
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.limiter import Limiter, pace
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.statistics import LimitUse, Statistics, Waits
 from asyncbucket.engine.token_bucket import BucketStatistics, TokenBucket
 from asyncbucket.explanations import Explanation
+from asyncbucket.limiter import Limiter, pace
 from asyncbucket.plan import plan
 
 if TYPE_CHECKING:
     from asyncbucket import prices, settings
     from asyncbucket.auditing import Audit, audit
+    from asyncbucket.limiter import Pool
     from asyncbucket.plan import Plan
-    from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Price
 
 #: What few programs need, and which module has it.
 _LAZY = {
     "Audit": "asyncbucket.auditing",
     "Plan": "asyncbucket.plan",
-    "Pool": "asyncbucket.pools",
+    "Pool": "asyncbucket.limiter",
     "Price": "asyncbucket.providers.prices",
     "audit": "asyncbucket.auditing",
     "batch": "asyncbucket.batch",

@@ -33,16 +33,18 @@ gets more than its share, so that its size is soon known for the others.
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
 
+import contextlib
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import fsum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
-from asyncbucket.engine.account import Account
-from asyncbucket.engine.context import Agent
+from asyncbucket.engine.account import Account, Admission
+from asyncbucket.engine.context import Inherited, InheritedScope, inherited, read_text
+from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import AgentFinished, AgentStarted
-from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.statistics import AgentKind, AgentStatistics
@@ -61,6 +63,28 @@ _PILOT: Final = 4.0
 _Sizes: TypeAlias = deque[float]
 
 
+@dataclass(eq=False, repr=False, slots=True)
+class Agent:
+    """One run of an agent: what its calls have in common."""
+
+    name: str | None
+    kind: str | None
+    expects: Mapping[str, int] | None
+    is_over: bool = False
+    #: What orders its calls, at each limiter that it used.
+    limiters: list["Agents"] = field(default_factory=list)
+
+    def end(self, *, ended_well: bool) -> None:
+        """Tell the limiters that it is over."""
+        self.is_over = True
+        for agents in self.limiters:
+            agents.end(self, ended_well=ended_well)
+
+    def account(self, node: Node, amounts: Amounts) -> "AgentRun | None":
+        """Return the run that pays for a call; None once it is over."""
+        return None if self.is_over else account_of(self, node, amounts)
+
+
 class AgentRun(Account):
     """One agent at one limiter, or one call that no agent makes."""
 
@@ -72,7 +96,7 @@ class AgentRun(Account):
         self.began = 0
         #: Its calls that wait; V when it came, and when its last call that waited was gone; what it has
         #: used; and its place in line.
-        self.calls: set[Lease] = set()
+        self.calls: set[Admission] = set()
         self.start = self.left = self.tag = agents.clock
         self.used = 0.0
         self.expect(size)
@@ -88,7 +112,7 @@ class AgentRun(Account):
         self.size = self.used if size is None else size
         self.tag = max(self.tag, self.start + self.size / shares)
 
-    def wait(self, lease: Lease) -> None:
+    def wait(self, lease: Admission) -> None:
         """Take in that a call waits; hearing it again changes nothing."""
         if not self.calls:
             self._agents.waiting += 1
@@ -97,20 +121,20 @@ class AgentRun(Account):
             self.tag += missed
         self.calls.add(lease)
 
-    def gave_up(self, lease: Lease) -> None:
+    def gave_up(self, lease: Admission) -> None:
         if lease in self.calls:
             self.calls.remove(lease)
             self.left = self._agents.clock
             self._agents.waiting -= not self.calls
 
-    def passed(self, lease: Lease, now: int) -> None:
+    def passed(self, lease: Admission, now: int) -> None:
         agents = self._agents
-        work = agents.node.work(lease._amounts)
+        work = agents.node.work(lease.amounts)
         agents.clock += work / max(1, agents.waiting)
         self.gave_up(lease)
         agents.correct(self, work)
 
-    def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:
+    def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:
         work = self._agents.node.work
         self._agents.correct(self, work(after) - work(before))
 
@@ -212,7 +236,12 @@ class Agents:
             node, AgentFinished, kind=agent.kind, seconds=seconds, ended_well=ended_well
         )
 
-    def order(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
+    @property
+    def applies(self) -> bool:
+        """Whether calls go by agent now, because any runs."""
+        return bool(self.runs)
+
+    def arrange(self, calls: Iterable[Any]) -> "deque[Any] | CallsByAgent":
         """Return a line of ``calls``: by agent while any runs, else in order of arrival."""
         return CallsByAgent(self, calls) if self.runs else deque(sorted(calls))
 
@@ -277,7 +306,7 @@ class CallsByAgent:
         return (call for *_, call, _ in sorted(self._heap))
 
 
-def run_of(lease: Lease) -> AgentRun | None:
+def run_of(lease: Admission) -> AgentRun | None:
     """Return the run that a call is part of; None if it waits where no agent runs."""
     return next((each for each in lease.accounts if isinstance(each, AgentRun)), None)
 
@@ -293,10 +322,67 @@ def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
 def agents_of(node: Node) -> Agents:
     """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
     node = node.common or node
-    agents: Agents | None = node.agents
-    if agents is None:
+    agents = node.order
+    if not isinstance(agents, Agents):
         above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
-        agents = node.agents = Agents(node, above)
+        agents = node.order = Agents(node, above)
         for way in node.ways:
-            way.agents = agents
+            way.order = agents
     return agents
+
+
+def running_agent(context: Inherited | None) -> Agent | None:
+    """Return the agent whose run code in ``context`` is part of, until it is over."""
+    payers = () if context is None else context.payers
+    return next((each for each in payers if isinstance(each, Agent) and not each.is_over), None)
+
+
+class _AgentScope(InheritedScope):
+    """Make the calls inside those of one agent, unless they are another's already."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        if running_agent(inherited.get()) is not None:
+            self._values = {}
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for agent in self._values.get("payers", ()):
+            agent.end(ended_well=error[0] is None)
+
+
+def agent(
+    name: str | None = None, kind: str | None = None, expects: Cost | int | None = None
+) -> contextlib.AbstractContextManager[None, None]:
+    """Make all calls inside those of one agent, from which limiters see when agents will finish.
+
+    A limiter under which several agents' calls wait serves them in the order in which fair sharing
+    would finish the agents: see `asyncbucket.agents`. Agents finish far earlier on average
+    than with calls in order of arrival, in the same total time. Scopes inside this one belong to
+    it: a sub-agent is part of its agent.
+
+    >>> with asyncbucket.agent("a17", kind="research"):
+    ...     await workflow.run(...)
+
+    Args:
+        name: what you call this run; it is shown to nobody else.
+        kind: what agents of about the same size have in common; their sizes are learned by kind.
+            Telemetry shows it.
+        expects: what all calls together will cost, if you know: a `Cost`, or a number of tokens.
+
+    Raises:
+        ValueError: ``name`` or ``kind`` is not a string, or is empty; ``expects`` is negative.
+        TypeError: ``expects`` is not a `Cost` or a number.
+    """
+    read_label(name, "name")
+    read_label(kind, "kind")
+    if expects is not None and not isinstance(expects, Cost):
+        expects = Cost(tokens=expects)
+    return _AgentScope(payers=(Agent(name, kind, expects),))
+
+
+def read_label(text: str | None, what: str) -> str | None:
+    """Return the name or the kind of an agent, if there is one; see `read_text`."""
+    return None if text is None else read_text(text, f"an agent's {what}")

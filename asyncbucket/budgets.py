@@ -27,17 +27,18 @@ import inspect
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, Never, TypeAlias
 
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.context import InheritedScope
 from asyncbucket.engine.cost import rounded_up
 from asyncbucket.engine.errors import AsyncBucketError, BudgetExceeded
 from asyncbucket.engine.events import Outcome
-from asyncbucket.engine.lease import PARTS_OF_TOKENS, Lease
+from asyncbucket.engine.lease import PARTS_OF_TOKENS
 from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.seats import Lock, OfThisProcess
 from asyncbucket.engine.wording import counted, in_given_unit, is_number
 
@@ -103,7 +104,7 @@ class Budget(InheritedScope, OfThisProcess):
                 f"a budget caps usd=, tokens=, requests=, input_tokens= or output_tokens=, not "
                 f"{', '.join(given)}: write e.g. budget(usd=2.00)"
             )
-        super().__init__(budgets=(self,))
+        super().__init__(payers=(self,))
         caps = {"usd": usd, "tokens": tokens, "requests": requests}
         caps |= {"input_tokens": input_tokens, "output_tokens": output_tokens}
         self._caps = {name: rounded_up(cap, name) for name, cap in caps.items() if cap is not None}
@@ -163,7 +164,13 @@ class Budget(InheritedScope, OfThisProcess):
         caps = (f"{counted(cap, name)} ({spent[name]:,} spent)" for name, cap in self._caps.items())
         return f"<Budget of {', '.join(caps)}>"
 
-    # --- what leases ask ---
+    def account(self, node: Node, amounts: Amounts) -> "Charge":
+        """Return what counts a new call."""
+        with self._lock:
+            self._calls += 1
+        return Charge(self)
+
+    # --- what accounts ask ---
 
     def look(self, amounts: Amounts, *, reserve: bool) -> BudgetExceeded | None:
         """Return why a call can't pass; if it can, ``reserve`` what it may cost.
@@ -179,12 +186,6 @@ class Budget(InheritedScope, OfThisProcess):
             if reserve:
                 self.change("reserved", _NOTHING, amounts)
             return None
-
-    def charge(self) -> "Charge":
-        """Return the account of a new call."""
-        with self._lock:
-            self._calls += 1
-        return Charge(self)
 
     def change(self, side: _Side, before: Amounts, after: Amounts) -> None:
         """Count ``after`` for a call, instead of what was counted ``before``."""
@@ -295,15 +296,15 @@ class Charge(Account):
         assert isinstance(error, BudgetExceeded)
         return await self.budget.is_raised(error, blocking=blocking)
 
-    def passed(self, lease: Lease, now: int) -> None:
+    def passed(self, lease: Admission, now: int) -> None:
         self._has_passed = True
 
-    def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:
+    def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:
         if self._held:
-            held, self._held = self._held, _used_tokens(after, lease._parts or {})  # noqa: SLF001
+            held, self._held = self._held, _used_tokens(after, lease.reported)
             self.budget.change("spent" if lease.released else "reserved", held, self._held)
 
-    def ended(self, lease: Lease, outcome: Outcome) -> None:
+    def ended(self, lease: Admission, outcome: Outcome) -> None:
         self.budget.change("reserved", self._held, _NOTHING)
         self.budget.change("spent", _NOTHING, self._held)
         self._has_passed = False
@@ -319,11 +320,6 @@ def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:
     if not (is_split or "tokens" in settled):
         is_split = parts != [tokens, tokens]  # else only their sum is known
     return {**booked, "tokens": sum(parts)} if is_split else booked
-
-
-def charges(budgets: Iterable[Budget]) -> tuple[Charge, ...]:
-    """Return the accounts of a new call at ``budgets``, outermost first."""
-    return tuple(map(Budget.charge, budgets))
 
 
 @functools.cache

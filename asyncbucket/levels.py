@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from asyncbucket.budgets import Charge
-from asyncbucket.doors import find_provider_meter
+from asyncbucket.budgets import Budget, Charge
 from asyncbucket.engine.context import inherited, nanoseconds
 from asyncbucket.engine.cost import rounded_up
 from asyncbucket.engine.events import BeliefChanged, Event, PromptCached
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.node import Node
+from asyncbucket.engine.meters import Window
+from asyncbucket.engine.node import Node, PauseMeter
 from asyncbucket.engine.node import shown_name as _shown_name
 from asyncbucket.engine.wording import USD
 
@@ -131,9 +131,9 @@ def in_force(limiter: Limiter) -> InForce:
 def capped() -> set[str]:
     """Return the resources of which budgets around this code cap the use."""
     context = inherited.get()
-    if context is None or not context.budgets:
+    if context is None or not context.payers:
         return set()
-    return {name for each in context.budgets for name in each.cap}
+    return {name for each in context.payers if isinstance(each, Budget) for name in each.cap}
 
 
 def is_in_shadow(limiter: Limiter) -> bool:
@@ -143,7 +143,8 @@ def is_in_shadow(limiter: Limiter) -> bool:
 
 def prices_of(limiter: Limiter) -> Mapping[str, Any]:
     """Return the prices that the root of ``limiter`` was given."""
-    return root_of(limiter)._prices
+    prices: Mapping[str, Any] = getattr(root_of(limiter), "_prices", {})
+    return prices
 
 
 def can_give_slots_up(limiter: Limiter) -> bool:
@@ -372,6 +373,35 @@ def terms_of(limiter: Limiter) -> dict[str, Any]:
     if limiter.parent is not None:
         return terms | {"weight": node.weight, "priority": limiter._priority}
     place = node.pacer.place
-    if limiter._prices:
-        terms["prices"] = limiter._prices
+    if prices := prices_of(limiter):
+        terms["prices"] = prices
     return terms if place is None else terms | place.options()
+
+
+def find_provider_meter(node: Node, window: Window) -> Any:
+    """Return what is known of how a provider counts a limit; with the lock held."""
+    from asyncbucket.feedback.provider_meter import ProviderMeter
+
+    for meter, _ in node.extra:
+        if getattr(meter, "limit", None) is window.limit:
+            return meter
+    found = ProviderMeter(window.limit)
+    for date, units in window.entries():
+        if units:
+            found.book(units, date)
+    others = (pair for pair in node.extra if getattr(pair[0], "key", None) != window.limit.key)
+    node.extra = (*others, (found, window.limit.resource))
+    node.pacer.limits_changed_locked(node)
+    return found
+
+
+def find_pause(node: Node) -> PauseMeter:
+    """Return the pause of a limiter, made at the first one; with the lock held."""
+    from asyncbucket.feedback.pause import Pause
+
+    for found in node.pauses():
+        return found
+    pause = Pause()
+    node.extra = ((pause, "concurrency"), *node.extra)  # each call takes one of it
+    node.pacer.limits_changed_locked(node)
+    return pause

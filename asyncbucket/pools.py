@@ -2,12 +2,11 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, Unpack, cast, overload
+from typing import Any, Final, Literal, TypeAlias, TypeVar, Unpack, cast
 
-from asyncbucket import doors
 from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import inherited, read_text, span_of
 from asyncbucket.engine.cost import Cost
@@ -22,12 +21,7 @@ from asyncbucket.engine.pacer import Pacer
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.statistics import MemberState, Statistics
 from asyncbucket.engine.terms import CallAmounts, CallKeywords, Concurrency, Terms, read_name
-
-if TYPE_CHECKING:
-    from asyncbucket.http.clients import ClientOptions
-    from asyncbucket.http.endpoints import Endpoints
-    from asyncbucket.http.transport import PacedTransport, TransportOptions
-    from asyncbucket.llama_index.wrap import WrapOptions
+from asyncbucket.levels import find_pause, prices_of
 
 T = TypeVar("T")
 
@@ -76,7 +70,7 @@ class Member(Account):
         """Take in that a call went well; one that came after the latest failure proves that it works."""
         if self.failures and lease._when >= self.out_until:
             self.failures, self.way.told = 0, ()
-            pause = doors.find_pause(self.way)
+            pause = find_pause(self.way)
             if pause.step:  # else another pause has begun
                 pause.end(self.way.pacer.clock())
             self.way.pacer.limits_changed_locked(self.way)
@@ -94,7 +88,7 @@ class Member(Account):
         self.failures += 1
         self.way.told = (self,)
         self.way.forget()
-        pause = doors.find_pause(self.way)
+        pause = find_pause(self.way)
         pause.begin(self.out_until, now, gradually=True, reason=reason)
         return True
 
@@ -170,8 +164,8 @@ class PoolLease(Lease):
     _until = 0
 
     @property
-    def limiter(self) -> Limiter:
-        """The member that took the call.
+    def limiter(self) -> Any:
+        """The member that took the call, a limiter as it was given to the pool.
 
         Raises:
             RuntimeError: none has yet.
@@ -343,8 +337,8 @@ class Pool(Limiter):
         first, *others = (member._node.pacer for member in members)
         pacer = Pacer(first.clock, read_name(name))
         pacer.wall = first.wall
-        self._prices = {
-            model: price for each in reversed(members) for model, price in each._prices.items()
+        self._prices: Mapping[str, Any] = {
+            model: price for each in reversed(members) for model, price in prices_of(each).items()
         }
         pacer.root.add_ways(member.child(name)._node for member in members)
         first.share(*others, pacer)
@@ -458,78 +452,6 @@ class Pool(Limiter):
         with pacer:
             now = pacer.clock()
             return tuple(member.state(now) for member in self._members.by_tree.values())
-
-    # --- doors ---
-
-    @overload
-    def wrap(self, obj: Sequence[T], **options: Unpack["WrapOptions"]) -> T: ...
-    @overload
-    def wrap(self, obj: T, **options: Unpack["WrapOptions"]) -> T: ...
-    def wrap(self, obj: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a LlamaIndex model that calls the model of whichever member takes the call.
-
-        It is like the first: of its class, with its fields, tools, streams and structured output. A
-        field that is set later changes the first alone, so set those of the others, too.
-
-        >>> llm = pool.wrap([OpenAI(...), AzureOpenAI(...)])
-
-        Args:
-            obj: one LLM for each member, in the order of `members`, of one family; or embedding
-                models of the same name. Or an agent whose model is the pool's already: each of its
-                runs is one agent.
-            options: as for `Limiter.wrap`.
-
-        Raises:
-            TypeError: it is a single model or a tool, or models that cannot serve as one.
-            ValueError: there is not one model for each member, or embedding models differ.
-        """
-        return super().wrap(obj, **options)
-
-    def transport(  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, endpoints: "Endpoints", inner: Any = None, **options: Unpack["TransportOptions"]
-    ) -> "PacedTransport":
-        """Return a transport that sends each request to the member that takes it.
-
-        See `http_client`; for clients that need a transport of their own, such as ``inner=``.
-
-        Args:
-            endpoints: where each member is, and its credentials.
-            inner: as for `Limiter.transport`.
-            options: as for `Limiter.transport`.
-
-        Raises:
-            ValueError, TypeError: endpoints or an option cannot be understood.
-            ImportError: the extra ``asyncbucket[http]`` is not installed.
-        """
-        make: Any = super().transport
-        return cast("PacedTransport", make(inner, endpoints=endpoints, **options))
-
-    transport_sync = transport  # type: ignore[assignment]
-
-    def http_client(self, endpoints: "Endpoints", **options: Unpack["ClientOptions"]) -> Any:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return an ``AsyncClient`` that sends each request to the member that takes it.
-
-        Address and credentials are the member's, for each attempt; see `asyncbucket.http.endpoints`.
-        Make the client above it with the ``base_url`` of any member.
-
-        >>> http = pool.http_client(
-        ...     {
-        ...         openai: {"base_url": OPENAI, "headers": {"Authorization": f"Bearer {key}"}},
-        ...         azure: {"base_url": AZURE, "headers": {"api-key": azure_key}},
-        ...     }
-        ... )
-        >>> client = AsyncOpenAI(base_url=OPENAI, api_key="-", http_client=http, max_retries=0)
-
-        Args:
-            endpoints: where each member is, and its credentials.
-            options: as for `Limiter.http_client`.
-
-        Raises:
-            ImportError: neither httpx nor httpx2 is installed, or stamina is not.
-            ValueError, TypeError: endpoints or an option cannot be understood.
-        """
-        make: Any = super().http_client
-        return make(endpoints=endpoints, **options)
 
     # --- steering ---
 

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Shadowed
 from asyncbucket.engine.lease import Lease
@@ -195,19 +195,20 @@ class Shadow(Account):
         self._prevented = 0
         _AT_EXIT.add(self)
 
-    def passed(self, lease: Lease, now: int) -> None:
+    def passed(self, lease: Admission, now: int) -> None:
         """See `Account.passed`: the call asks."""
+        assert isinstance(lease, Lease)
         node, amounts, deadline = lease._node, lease._amounts, lease._deadline
         until = None if deadline is None else deadline()
         call = _Call(node, amounts, now, until, amounts)
         self._calls[id(lease)] = call
         self._line.ask(call)
 
-    def settled(self, lease: Lease, before: Amounts, after: Amounts) -> None:  # noqa: ARG002
+    def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:  # noqa: ARG002
         """See `Account.settled`."""
         self._calls[id(lease)].used = dict(after)
 
-    def ended(self, lease: Lease, outcome: str) -> None:  # noqa: ARG002 - whatever came of it
+    def ended(self, lease: Admission, outcome: str) -> None:  # noqa: ARG002 - whatever came of it
         """See `Account.ended`."""
         call, now = self._calls.pop(id(lease)), self._node.pacer.clock()
         self._line.play(now)

@@ -14,8 +14,8 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+from asyncbucket.agents import agent
 from asyncbucket.attempt import Attempt, in_progress
-from asyncbucket.engine.context import agent
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Admitted, Event, Queued, Refused
 from asyncbucket.engine.limiter import Limiter

@@ -19,13 +19,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from asyncbucket.agents import agent
 from asyncbucket.cli import DONE, FAILED, interrupts_blocked, options
 from asyncbucket.cli.ui import Bar, Panel, Screen, silenced
-from asyncbucket.engine.context import agent
 from asyncbucket.engine.cost import Cost
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.wording import named, one_line
+from asyncbucket.limiter import Limiter
 from asyncbucket.plan.drive import percent
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from urllib.parse import urlsplit, urlunsplit
 import typer
 
 from asyncbucket.engine.errors import LimitSyntaxError
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import read_amount
-from asyncbucket.pools import Pool
+from asyncbucket.limiter import Limiter, Pool
 from asyncbucket.stores import without_password
 
 #: Where a provider is unless something else is said.

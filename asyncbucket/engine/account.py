@@ -9,14 +9,43 @@ store) is added when the call passes: ``Node.accounts``.
 # What they are told is for those who implement them.
 # ruff: noqa: ARG002
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import Protocol
 
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Outcome
-from asyncbucket.engine.meters import Amounts
+from asyncbucket.engine.meters import Amounts, Slots
 
-if TYPE_CHECKING:
-    from asyncbucket.engine.lease import Lease
+
+class Admission(Protocol):
+    """What an account may ask of a lease."""
+
+    accounts: "tuple[Account, ...]"
+    bound_by: str | None
+
+    @property
+    def amounts(self) -> Amounts:
+        """What was reserved."""
+        ...
+
+    @property
+    def reported(self) -> Collection[str]:
+        """The resources whose use was settled."""
+        ...
+
+    @property
+    def levels(self) -> tuple[Slots, ...]:
+        """Where it has its slots."""
+        ...
+
+    @property
+    def released(self) -> bool:
+        """Whether the call is over."""
+        ...
+
+    def began(self, outcome: Outcome) -> int:
+        """Return when the call began (ns), if it ended so."""
+        ...
 
 
 class Account:
@@ -42,16 +71,16 @@ class Account:
         """
         return False
 
-    def gave_up(self, lease: "Lease") -> None:
+    def gave_up(self, lease: Admission) -> None:
         """Take in that the call has left its line without being admitted; with the lock held."""
 
-    def passed(self, lease: "Lease", now: int) -> None:
+    def passed(self, lease: Admission, now: int) -> None:
         """Take in that the call was admitted at ``now``; with the limiter's lock held."""
 
-    def settled(self, lease: "Lease", before: Amounts, after: Amounts) -> None:
+    def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:
         """Take in that the call costs ``after``, no longer ``before``; with the limiter's lock held."""
 
-    def ended(self, lease: "Lease", outcome: Outcome) -> None:
+    def ended(self, lease: Admission, outcome: Outcome) -> None:
         """Take in that the call is over; with the limiter's lock held."""
 
     def refused(self, now: int) -> None:

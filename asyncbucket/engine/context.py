@@ -1,4 +1,4 @@
-"""What code inherits from its caller: a priority, a tenant, a deadline, budgets.
+"""What code inherits from its caller: a priority, a tenant, a deadline, and who pays.
 
 An agent makes its calls deep inside a framework that knows nothing of limits. Context variables
 reach them there, in every task that is started inside:
@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeAlias, TypeVar
 
-from asyncbucket.engine.cost import Cost
-from asyncbucket.engine.meters import NEVER
+from asyncbucket.engine.account import Account
+from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.wording import is_integer, is_number, plain
 
 T = TypeVar("T")
@@ -29,22 +29,12 @@ _HIGHEST: Final = 100
 _FOR_EVER: Final = NEVER * 1e-9
 
 
-@dataclass(eq=False, repr=False, slots=True)
-class Agent:
-    """One run of an agent: what its calls have in common."""
+class Payer(Protocol):
+    """Open an account for each call that inherits it: a budget, an agent."""
 
-    name: str | None
-    kind: str | None
-    expects: Mapping[str, int] | None
-    is_over: bool = False
-    #: What orders its calls, at each limiter that it used: `asyncbucket.agents.Agents`.
-    limiters: list[Any] = field(default_factory=list)
-
-    def end(self, *, ended_well: bool) -> None:
-        """Tell the limiters that it is over."""
-        self.is_over = True
-        for agents in self.limiters:
-            agents.end(self, ended_well=ended_well)
+    def account(self, node: Node, amounts: Amounts) -> Account | None:
+        """Return what is to be told of a new call, or None."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +43,12 @@ class Inherited:
 
     priority: int | None = None
     tenant: str | None = field(default=None, repr=False)
-    agent: Agent | None = None
     #: In seconds of the event loop's clock, on which tasks and threads of one program agree.
     deadline: float | None = None
     #: What the calls have in common, by which a pool chooses a member.
     sticky: str | None = field(default=None, repr=False)
-    #: `asyncbucket.budgets.Budget`, outermost first.
-    budgets: tuple[Any, ...] = ()
+    #: What opens accounts, outermost first.
+    payers: tuple[Payer, ...] = ()
 
     def seconds_left(self) -> float | None:
         """Return the seconds until the deadline; 0 once it is over."""
@@ -68,12 +57,6 @@ class Inherited:
 
 #: One variable for all of it, so that a call does one look-up. For most it is None.
 inherited: Final[ContextVar[Inherited | None]] = ContextVar("asyncbucket", default=None)
-
-
-def running_agent(context: Inherited | None) -> Agent | None:
-    """Return the agent whose run code in ``context`` is part of, until it is over."""
-    found = None if context is None else context.agent
-    return None if found is None or found.is_over else found
 
 
 class InheritedScope(contextlib.AbstractContextManager[Any, None]):
@@ -106,31 +89,14 @@ class InheritedScope(contextlib.AbstractContextManager[Any, None]):
         inner = replace(outer, **self._values)
         if outer.deadline is not None and inner.deadline is not None:
             inner = replace(inner, deadline=min(outer.deadline, inner.deadline))
-        if "budgets" in self._values:
-            inner = replace(inner, budgets=outer.budgets + inner.budgets)
+        if "payers" in self._values:
+            inner = replace(inner, payers=outer.payers + inner.payers)
         self._token = inherited.set(inner)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
         put_back(inherited, self._token)
-
-
-class _AgentScope(InheritedScope):
-    """Make the calls inside those of one agent, unless they are another's already."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> Self:
-        if running_agent(inherited.get()) is not None:
-            self._values = {}
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        agent: Agent | None = self._values.get("agent")
-        if agent is not None:
-            agent.end(ended_well=error[0] is None)
 
 
 def priority(value: Priority) -> contextlib.AbstractContextManager[None, None]:
@@ -171,36 +137,6 @@ def sticky(key: str) -> contextlib.AbstractContextManager[None, None]:
     return InheritedScope(sticky=read_text(key, "sticky"))
 
 
-def agent(
-    name: str | None = None, kind: str | None = None, expects: Cost | int | None = None
-) -> contextlib.AbstractContextManager[None, None]:
-    """Make all calls inside those of one agent, from which limiters see when agents will finish.
-
-    A limiter under which several agents' calls wait serves them in the order in which fair sharing
-    would finish the agents: see `asyncbucket.agents`. Agents finish far earlier on average
-    than with calls in order of arrival, in the same total time. Scopes inside this one belong to
-    it: a sub-agent is part of its agent.
-
-    >>> with asyncbucket.agent("a17", kind="research"):
-    ...     await workflow.run(...)
-
-    Args:
-        name: what you call this run; it is shown to nobody else.
-        kind: what agents of about the same size have in common; their sizes are learned by kind.
-            Telemetry shows it.
-        expects: what all calls together will cost, if you know: a `Cost`, or a number of tokens.
-
-    Raises:
-        ValueError: ``name`` or ``kind`` is not a string, or is empty; ``expects`` is negative.
-        TypeError: ``expects`` is not a `Cost` or a number.
-    """
-    read_label(name, "name")
-    read_label(kind, "kind")
-    if expects is not None and not isinstance(expects, Cost):
-        expects = Cost(tokens=expects)
-    return _AgentScope(agent=Agent(name, kind, expects))
-
-
 def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
     """Have all calls inside admitted within ``seconds`` from now; an earlier deadline stays.
 
@@ -215,11 +151,6 @@ def deadline(seconds: float) -> contextlib.AbstractContextManager[None, None]:
     """
     for_ever = span_of(seconds, "a deadline", "math.inf sets none") >= NEVER
     return InheritedScope(deadline=math.inf if for_ever else _now() + seconds)
-
-
-def read_label(text: str | None, what: str) -> str | None:
-    """Return the name or the kind of an agent, if there is one; see `read_text`."""
-    return None if text is None else read_text(text, f"an agent's {what}")
 
 
 def read_text(text: str, what: str) -> str:

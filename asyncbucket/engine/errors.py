@@ -17,10 +17,14 @@ Every message says what happened, the numbers, and the remedy.
 
 from dataclasses import dataclass as _dataclass
 from typing import Any as _Any
+from typing import ClassVar as _ClassVar
 
 
 class AsyncBucketError(Exception):
     """The base of every error that asyncbucket raises on purpose."""
+
+    #: What observers hear of a refused call.
+    _reason: _ClassVar[str] = ""
 
 
 class LimitSyntaxError(AsyncBucketError, ValueError):
@@ -29,6 +33,8 @@ class LimitSyntaxError(AsyncBucketError, ValueError):
 
 class CostExceedsLimit(AsyncBucketError, ValueError):  # noqa: N818 - a name of the public interface
     """Say that a call costs more than a limit ever allows, so waiting would never end."""
+
+    _reason = "too_costly"
 
 
 class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the public interface
@@ -48,13 +54,19 @@ class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the pub
 class WouldBlock(_NotNow):
     """Say that a call could not be admitted without waiting."""
 
+    _reason = "would_block"
+
 
 class AcquireTimeout(_NotNow, TimeoutError):  # noqa: N818 - a name of the public interface
     """Say that a call was not admitted before its deadline, or could not be."""
 
+    _reason = "timeout"
+
 
 class QueueFull(_NotNow):
     """Say that ``max_queue`` calls wait already."""
+
+    _reason = "queue_full"
 
 
 @_dataclass(eq=False, repr=False)
@@ -65,6 +77,7 @@ class BudgetExceeded(AsyncBucketError):  # noqa: N818 - a name of the public int
     Amounts are dollars, or units, as they were given.
     """
 
+    _reason: _ClassVar[str] = "budget"
     message: str
     #: The budget, or None in another process; and which of its caps it is: ``"usd"``, ``"tokens"``...
     budget: _Any = None

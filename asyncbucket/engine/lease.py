@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
-from asyncbucket import explanations as explain
+from asyncbucket.engine import report
 from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
-from asyncbucket.engine.meters import Meters, admit
+from asyncbucket.engine.meters import Amounts, Meters, admit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
@@ -174,7 +174,7 @@ class Lease(OfThisProcess):
             self._take_back()
         self._state = OVER
         if isinstance(error, AsyncBucketError):
-            explain.count_refusal(self._node, self._amounts, error)
+            report.count_refusal(self._node, self._amounts, error)
 
     def _take_back(self) -> None:
         """Give everything back that it was just handed, as if it had never passed."""
@@ -258,12 +258,12 @@ class Lease(OfThisProcess):
                     pacer.catch_up()
                 raise
             if not in_time:
-                raise explain.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+                raise report.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
             waiter.lease = None  # the seat may remember a deadline for long
         except BaseException as error:
             self._state = OVER
-            if isinstance(error, explain.REFUSALS):
-                explain.count_refusal(node, amounts, error)
+            if isinstance(error, report.REFUSALS):
+                report.count_refusal(node, amounts, error)
             raise
         finally:
             del waiter  # else an error's traceback would keep it alive
@@ -280,9 +280,9 @@ class Lease(OfThisProcess):
             node.check(amounts)
             for level in node.path:
                 if level.max_queue is not None and level.waiting >= level.max_queue:
-                    raise explain.too_many_wait_locked(level, node, amounts)
+                    raise report.too_many_wait_locked(level, node, amounts)
             if deadline is not None and node.soonest(amounts, now) > deadline:
-                raise explain.too_late_locked(node, amounts, now, deadline)
+                raise report.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if seat is None:
                 seat = pacer.seats.here()
@@ -334,7 +334,7 @@ class Lease(OfThisProcess):
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
-        explain.refuse(self._node, self._amounts)
+        report.refuse(self._node, self._amounts)
 
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]
@@ -621,6 +621,16 @@ class Lease(OfThisProcess):
             pacer.notify_locked(
                 node, Released, cost=self.cost, held=held, outcome=outcome, used=amounts
             )
+
+    @property
+    def amounts(self) -> Amounts:
+        """What was reserved, the slot included."""
+        return self._amounts
+
+    @property
+    def reported(self) -> Collection[str]:
+        """The resources whose use was settled."""
+        return self._parts or ()
 
     @property
     def levels(self) -> tuple[Node, ...]:

@@ -1,35 +1,26 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, Unpack
 
-from asyncbucket import doors
-from asyncbucket.agents import account_of
-from asyncbucket.budgets import charges
-from asyncbucket.doors import Doors
 from asyncbucket.engine.context import (
     Inherited,
     Priority,
     deadline_of,
     inherited,
     read_priority,
-    read_text,
-    running_agent,
     span_of,
 )
 from asyncbucket.engine.cost import COMMON, Cost, amounts_of
-from asyncbucket.engine.errors import LimitSyntaxError
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limits import Limit, read_limits
 from asyncbucket.engine.meters import NEVER
-from asyncbucket.engine.node import EMPTY_MAPPING, Node
-from asyncbucket.engine.pacer import Pacer
+from asyncbucket.engine.node import EMPTY_MAPPING, Node, PauseMeter, Sizer
 from asyncbucket.engine.queue import reweigh
+from asyncbucket.engine.report import statistics_locked
 from asyncbucket.engine.seats import OfThisProcess, bury_closed
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.terms import (
@@ -37,29 +28,18 @@ from asyncbucket.engine.terms import (
     CallKeywords,
     Concurrency,
     Keywords,
-    LimiterKeywords,
     LimitKeywords,
-    OnOutage,
     OtherResources,
     Terms,
     read_concurrency,
     read_name,
-    read_on_outage,
-    read_slot_ttl,
     read_weight,
 )
-from asyncbucket.engine.wording import is_integer, read_count, shown
-from asyncbucket.explanations import Explanation, explain_locked, statistics_locked
-from asyncbucket.tenants import ALIVE, Tenants
+from asyncbucket.engine.wording import is_integer, shown
 
 if TYPE_CHECKING:
-    from os import PathLike
+    from asyncbucket.engine.pacer import Pacer
 
-    from asyncbucket.llama_index.estimate import Estimator
-    from asyncbucket.providers.prices import Prices
-    from asyncbucket.retry import Retry
-
-T = TypeVar("T")
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
 # ruff: noqa: SLF001
 
@@ -67,92 +47,17 @@ T = TypeVar("T")
 _MANY: Final = 100
 
 
-class Limiter(Doors, OfThisProcess):
-    """Pace calls under any number of limits, on any number of event loops and threads.
+class Limiter(OfThisProcess):
+    """Pace calls under limits: ask, divide among children, steer, watch.
 
-    For every limit of N per window W, the cost admitted in every window of length W is at most N.
-    Calls pass in order of arrival, each with its whole cost at once; a call that waits holds
-    nothing. A call that is cancelled, at whichever await, gives back what it took.
-
-    >>> limiter = Limiter("500 RPM", "200k TPM", "10k RPD", concurrency=20, name="openai")
-    >>> async with limiter.acquire(input_tokens=900, output_tokens=300, timeout=30) as lease:
-    ...     reply = await anything()
-    ...     lease.settle(tokens=reply.usage.total_tokens)
-
-    Args:
-        limits: texts such as ``"500 RPM"`` or `Limit` objects.
-        concurrency: the most calls in flight (leases not yet released) at once. ``"auto"`` finds
-            the number from how the calls go, between 1 and 1,000; a pair ``(least, most)`` sets
-            other bounds. This is for servers that publish no limits: see
-            `asyncbucket.feedback.adaptive`.
-        name: the name in statistics, events, logs and metrics.
-        max_queue: the most calls that may wait; more are refused with `QueueFull`.
-        timeout: the most seconds to wait, for calls that set no timeout of their own.
-        store: where limits are kept that several processes share, e.g.
-            ``"redis://127.0.0.1:6379/0"`` or ``"sqlite:///limits.db"``. Limiters of the same
-            ``name`` share their limits. See `asyncbucket.stores`.
-        on_outage: what to do while the store is gone: go on with this process's ``"share"`` of the
-            limits, admit nobody (``"closed"``) or everybody (``"open"``).
-        slot_ttl: seconds after which the slots of a process that died come back.
-        clock: a callable that returns monotonic integer nanoseconds.
-        wall_clock: a callable that returns integer nanoseconds since 1970 (UTC), for limits that
-            reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
-            clock set to the current time now. With a store, the store's clock counts.
-        shadow: let every call pass at once, and tell what the limits would have done:
-            ``statistics().shadow``. Pauses, learned limits and retries of transports hold back
-            nothing, either. See `leave_shadow`.
-        prices: what models cost, for limits and budgets of dollars, if not what is published:
-            ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML file;
-            see `asyncbucket.prices`.
-        limits_by_keyword: ``rpm=500`` for ``"500 RPM"``; also rps, rph, rpd, tpm, tpd, itpm, otpm.
-
-    Raises:
-        LimitSyntaxError: a limit cannot be read; a ValueError.
-        ValueError: ``concurrency``, ``max_queue``, ``timeout`` or ``slot_ttl`` is out of range,
-            ``on_outage`` is none of these words, the store's URL is not understood, or ``prices``
-            cannot be read.
-        TypeError: ``name`` is not a string, ``store`` is not a store, or a clock returns no
-            integer.
-        ImportError: the extra that serves the store is not installed.
+    It is what admits calls, without the doors to whatever makes them: the public
+    `asyncbucket.Limiter` adds those, tenants, stores, and whatever pays for calls.
     """
 
-    #: What plays the line, if calls pass at once.
-    _shadow: Any = None
-
-    def __init__(  # noqa: PLR0913 - each says something else, and all by keyword
-        self,
-        *limits: str | Limit,
-        concurrency: Concurrency | None = None,
-        name: str = "default",
-        max_queue: int | None = None,
-        timeout: float | None = None,
-        store: Any = None,
-        on_outage: OnOutage = "share",
-        slot_ttl: float = 30.0,
-        clock: Callable[[], int] = time.monotonic_ns,
-        wall_clock: Callable[[], int] | None = None,
-        prices: "Prices | str | PathLike[str] | None" = None,
-        shadow: bool = False,
-        **limits_by_keyword: Unpack[LimitKeywords],
-    ) -> None:
-        given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
-        terms = Terms.read(limits, {**given, **limits_by_keyword})
-        read_on_outage(on_outage)
-        slot_ttl = read_slot_ttl(slot_ttl)
-        self._prices = {} if prices is None else doors.read_prices(prices)
-        self._set_up(Pacer(clock, read_name(name), wall_clock).root, None, terms)
+    def __init__(self, node: Node, terms: Terms) -> None:
+        """Put ``terms`` in force at the root ``node``."""
+        self._set_up(node, None, terms)
         self._start(terms)
-        if not isinstance(shadow, bool):
-            raise TypeError(f"shadow must be True or False, not {shadow!r}")
-        if shadow and store is not None:
-            raise ValueError("a limiter in shadow keeps its line to itself: leave out store=")
-        if shadow:
-            self._shadow = self._node.bystander = doors.make_shadow(self._node)
-        if store is not None:
-            self._node.pacer.place = doors.open_place(
-                self._node, store, on_outage=on_outage, slot_ttl=slot_ttl
-            )
-            self._node.pacer.is_plain = False
 
     def _set_up(self, node: Node, parent: "Limiter | None", terms: Terms) -> None:
         """Set up the public object in front of ``node``."""
@@ -167,7 +72,6 @@ class Limiter(Doors, OfThisProcess):
         #: Whether calls have come this way, and have paid for all that is limited.
         self._is_proven = False
         self._children: dict[str, Self] = EMPTY_MAPPING
-        self._tenants: Tenants[Self] | None = None
         #: Whether it is no longer on these terms.
         self._was_changed = False
 
@@ -295,28 +199,6 @@ class Limiter(Doors, OfThisProcess):
             lease._block()
         return lease
 
-    def explain(self, cost: Cost | None = None, **amounts: Unpack[CallAmounts]) -> Explanation:
-        """Say which limit binds such a call now, how long it would wait, and what would help.
-
-        >>> print(limiter.explain(tokens=1_000))
-        a call would wait 12 s behind 40 calls: tokens bind; tokens allow 200 such calls a minute
-        (200,000 tokens per 60 s); without that limit, requests would allow 500 a minute (500 requests
-        per 60 s, burst 50)
-
-        It takes nothing. It uses the tenant, the priority and the agent that a call from here would
-        inherit. If many calls wait, it takes about 10 µs for each.
-
-        Raises:
-            CostExceedsLimit, TypeError, ValueError: as for `acquire`.
-        """
-        context = inherited.get()
-        limiter = self._limiter_for(None, context)
-        whole, node = limiter._amounts(cost, **amounts), limiter._node
-        with node.pacer:
-            node.check(whole)
-            urgency = limiter._urgency(None, context)
-            return explain_locked(node, whole, urgency, running_agent(context))
-
     def _amounts(
         self,
         cost: Cost | None,
@@ -370,10 +252,9 @@ class Limiter(Doors, OfThisProcess):
         end()  # report mistakes at once
         urgency = self._urgency(priority, context)
         lease = self._make_lease(amounts)
-        if context is not None:
-            agent = running_agent(context)
-            run = () if agent is None else (account_of(agent, self._node, amounts),)
-            lease.accounts = (*charges(context.budgets), *run)
+        if context is not None and context.payers:
+            opened = [payer.account(self._node, amounts) for payer in context.payers]
+            lease.accounts = tuple(account for account in opened if account is not None)
         lease._deadline, lease._priority = end, urgency
         return lease
 
@@ -456,49 +337,6 @@ class Limiter(Doors, OfThisProcess):
             )
         return child
 
-    def key(self, tenant: str, *limits: str | Limit, **terms: Unpack[Keywords]) -> Self:
-        """Return the limiter of a tenant under this one, made on demand.
-
-        There may be any number of tenants. Limiters that have not been used for a while, and whose
-        limits are unused again, are let go (see `per_key`). The returned object stays valid
-        forever. Its name shows a hash, never the tenant.
-
-        Args:
-            tenant: any text that identifies the user who shares this limiter.
-            limits: limits of this tenant. Without limits and terms, those of `per_key` apply.
-            terms: as for `child`.
-
-        Raises:
-            LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
-        """
-        given = Terms.read(limits, terms) if limits or terms else None
-        return self._all_tenants().get(read_text(tenant, "a tenant"), given)
-
-    def per_key(self, *limits: str | Limit, alive: int = ALIVE, **terms: Unpack[Keywords]) -> None:
-        """Set the terms for tenants that have none of their own; see `key`.
-
-        They apply to tenants that come from now on, in calls that ask this limiter. Tenants of a
-        child are the child's own.
-
-        Args:
-            limits: as for `child`.
-            alive: how many tenants' limiters are kept in any case. Beyond that, those unused for
-                the longest time go once they are unused again: no calls in flight, windows empty.
-            terms: as for `child`.
-
-        Raises:
-            LimitSyntaxError, ValueError: as for `child`.
-        """
-        alive, tenants = read_count(alive, "alive"), self._all_tenants()
-        tenants.default_terms, tenants.alive = Terms.read(limits, terms), alive
-
-    def _all_tenants(self) -> Tenants[Self]:
-        if self._tenants is None:
-            made = Tenants(self._make_child, self._of)
-            with self._node.pacer:  # another thread may ask, too
-                self._tenants = self._tenants or made
-        return self._tenants
-
     def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
         with self._node.pacer:
@@ -515,11 +353,9 @@ class Limiter(Doors, OfThisProcess):
         limiter._set_up(node, self, terms)
         return limiter
 
-    def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":
-        """Return the limiter of ``tenant`` or, unless this is a tenant's, of an inherited one."""
-        if tenant is None and context is not None and "/*" not in self._node.name:
-            tenant = context.tenant
-        return self if tenant is None else self.key(tenant)
+    def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":  # noqa: ARG002
+        """Return the limiter of ``tenant`` or of an inherited one, if there are tenants here."""
+        return self
 
     @property
     def parent(self) -> "Limiter | None":
@@ -562,7 +398,7 @@ class Limiter(Doors, OfThisProcess):
                 if bystander is not None:
                     bystander.refused(now)
             if bystander is None:
-                pause = doors.find_pause(node)
+                pause = self._find_pause_locked()
                 pause.begin(now + span, now, gradually=gradually, reason=reason)
                 if node.place is not None:
                     node.place.pause(span, gradually=gradually)
@@ -583,7 +419,7 @@ class Limiter(Doors, OfThisProcess):
         """Pace calls from now on, as limits that were booked in the shadow allow; see `Limiter`."""
         node = self._node
         with node.pacer:
-            self._shadow = node.bystander = None
+            node.bystander = None
             node.forget()
 
     def learn(self, limit: Limit) -> None:
@@ -657,9 +493,8 @@ class Limiter(Doors, OfThisProcess):
         node.set_limits(limits, pacer.clock(), learned=learned)
         if bounds is not None:
             fixed = is_integer(concurrency)
-            node.sizer = None if fixed else doors.make_sizer(bounds, node.sizer)
+            node.sizer = None if fixed else self._make_sizer(bounds)
             node.slots = bounds[0] if node.sizer is None else node.sizer.size
-            pacer.is_plain = pacer.is_plain and node.sizer is None
         pacer.limits_changed_locked(node)
         if node.place is not None:
             node.place.configure()
@@ -696,6 +531,14 @@ class Limiter(Doors, OfThisProcess):
         if self._node.place is not None:
             await self._node.place.aclose()
 
+    def _make_sizer(self, bounds: tuple[int, int]) -> Sizer:
+        """Return what finds the number of slots, on from where an earlier search is."""
+        raise NotImplementedError
+
+    def _find_pause_locked(self) -> PauseMeter:
+        """Return the pause of this limiter, made at the first one."""
+        raise NotImplementedError
+
     # --- watching ---
 
     def now(self) -> float:
@@ -726,9 +569,7 @@ class Limiter(Doors, OfThisProcess):
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         with self._node.pacer:
-            now = statistics_locked(self._node)
-            shadow = self._shadow and self._shadow.statistics(self._node.pacer.clock())
-        return replace(now, shadow=shadow) if shadow else now
+            return statistics_locked(self._node)
 
     def __repr__(self) -> str:
         node = self._node
@@ -738,32 +579,3 @@ class Limiter(Doors, OfThisProcess):
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
             parts.append(f"concurrency {node.in_flight}/{self.concurrency}{found}")
         return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
-
-
-def pace(
-    obj: T,
-    *limits: str | Limit,
-    retry: "Retry | int | None" = None,
-    estimator: "Estimator | None" = None,
-    **terms: Unpack[LimiterKeywords],
-) -> T:
-    """Return ``obj``, a LlamaIndex LLM, embedding model or tool, paced by a limiter of its own.
-
-    >>> llm = pace(OpenAI(model="gpt-4o-mini"), rpm=500, tpm=200_000, concurrency=20)
-
-    Args:
-        obj: see `Limiter.wrap`.
-        limits: see `Limiter`.
-        retry: see `asyncbucket.llama_index.wrap`.
-        estimator: see `asyncbucket.llama_index.wrap`.
-        terms: the arguments of the `Limiter`, limits such as ``rpm=500`` included.
-
-    Raises:
-        LimitSyntaxError: a limit cannot be read, or there is none.
-        TypeError: ``obj`` cannot be wrapped.
-        ValueError: as for `Limiter`.
-    """
-    limiter = Limiter(*limits, **terms)
-    if not limiter.limits and limiter.concurrency is None:
-        raise LimitSyntaxError("pace() without a limit would pace nothing: give e.g. rpm=500")
-    return limiter.wrap(obj, retry=retry, estimator=estimator)

@@ -16,7 +16,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.cost import COMMON
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
@@ -28,6 +28,35 @@ from asyncbucket.engine.wording import counted
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
+
+
+class Order(Protocol):
+    """Order the calls of a limiter that wait, if not by their arrival."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether it orders them now."""
+        ...
+
+    def arrange(self, calls: Iterable[Any]) -> Any:
+        """Return ``calls`` in a line: something to be used like a deque."""
+        ...
+
+
+class PauseMeter(Protocol):
+    """Let nobody pass for a while: a meter that people set."""
+
+    #: Until when (ns), and why.
+    until: int
+    reason: str
+    #: The length of a step (ns) of its slow start, if it is to start slowly.
+    step: int
+
+    def begin(self, until: int, now: int, *, gradually: bool, reason: str = "") -> None:
+        """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
+
+    def end(self, now: int) -> None:
+        """End it at ``now``, with its slow start."""
 
 
 class Sizer(Protocol):
@@ -58,8 +87,8 @@ class Node:
     # What most limiters never set:
     weight = 1.0
     max_queue: int | None = None
-    #: What orders its calls by agent: see `asyncbucket.agents`.
-    agents: Any = None
+    #: What orders its calls, if not their arrival.
+    order: "Order | None" = None
     #: Whether its calls' priorities count among themselves alone.
     within = False
     children: "weakref.WeakSet[Node] | None" = None
@@ -226,9 +255,10 @@ class Node:
         """Return from when on a newcomer could pass, here and above, and what binds."""
         return admit(self.route, amounts, now, now, book=False)
 
-    def pauses(self) -> Iterator[Any]:
+    def pauses(self) -> "Iterator[PauseMeter]":
         """Yield the pause of this limiter itself, if there has been one."""
-        return (meter for meter, _ in self.extra if meter.bound_by == "paused")
+        extra: Iterable[Any] = (meter for meter, _ in self.extra)
+        return (meter for meter in extra if meter.bound_by == "paused")
 
     def why_paused(self) -> str:
         """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
@@ -373,7 +403,7 @@ class Node:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
             not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
-            and not (self.agents and self.agents.runs)
+            and not (self.order and self.order.applies)
             and all(window.is_as_new(now) for window in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
@@ -392,7 +422,7 @@ class Node:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
         self.in_flight = self.waiting = 0
         self.lines = self.branches = EMPTY_MAPPING
-        self.agents = None
+        self.order = None
         for child in self.children or ():
             child.after_fork()
 
@@ -405,7 +435,7 @@ class _Sized(Account):
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def ended(self, lease: Any, outcome: Outcome) -> None:
+    def ended(self, lease: Admission, outcome: Outcome) -> None:
         node = self._node
         if node.sizer is None or node not in lease.levels:
             return  # it has a fixed number now, or the call has given its slot up

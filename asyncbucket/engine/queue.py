@@ -139,7 +139,7 @@ class Line(Flow):
         self.priority = priority
         #: What a call notes that stands in no other line.
         self.only = (self,)
-        #: In order of arrival, or in that of the agents that make them.
+        #: In order of arrival, or in another: see `asyncbucket.engine.node.Order`.
         self.calls: Any = deque()
         #: Since when somebody has been first here without anyone being served.
         self.since = 0
@@ -152,10 +152,10 @@ class Line(Flow):
     def join(self, waiter: AnyWaiter, now: int) -> None:
         """Let ``waiter`` stand in its place: last, unless it has waited elsewhere."""
         waiter.line = self
-        agents = self.node.agents
-        if agents is not None and bool(agents.runs) is self.in_order_of_arrival:
+        order = self.node.order
+        if order is not None and order.applies is (type(self.calls) is deque):
             self.refill(self.calls)
-        if waiter.asked != now and self.in_order_of_arrival:
+        if waiter.asked != now and type(self.calls) is deque:
             bisect.insort(self.calls, waiter)
         else:
             self.calls.append(waiter)
@@ -191,13 +191,8 @@ class Line(Flow):
 
     def refill(self, calls: Iterable[AnyWaiter]) -> None:
         """Hold ``calls`` instead, each in its place."""
-        agents = self.node.agents
-        self.calls = deque(sorted(calls)) if agents is None else agents.order(calls)
-
-    @property
-    def in_order_of_arrival(self) -> bool:
-        """Whether calls go in order of arrival; else in that of the agents that make them."""
-        return type(self.calls) is deque
+        order = self.node.order
+        self.calls = deque(sorted(calls)) if order is None else order.arrange(calls)
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
         """Return the first that waits on a seat that keeps up; `EMPTY` if there is none."""

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
 
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Meters, admit
@@ -427,7 +427,7 @@ class Place(Account):
         """Give back what a call took here that goes; return its line if it stood here, else None."""
         raise NotImplementedError
 
-    def ended(self, lease: Any, outcome: Outcome) -> None:
+    def ended(self, lease: Admission, outcome: Outcome) -> None:
         """Give back the slot of ``lease``, once."""
 
     def holds(self, waiter: Any) -> bool:

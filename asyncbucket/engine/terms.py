@@ -3,16 +3,11 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, get_args
 
 from asyncbucket.engine.context import Priority, deadline_of, read_priority
 from asyncbucket.engine.limits import Limit, read_limits
 from asyncbucket.engine.wording import is_integer, is_number, plain, read_count
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from asyncbucket.providers.prices import Prices
 
 #: What people pass as ``concurrency=``: a fixed size, or bounds within which to find it.
 Concurrency: TypeAlias = int | Literal["auto"] | tuple[int, int]
@@ -50,20 +45,6 @@ class Keywords(LimitKeywords, total=False):
     priority: Priority | Literal["within"] | None
     #: The most seconds to wait, for calls that set none; by default the parent's.
     timeout: float | None
-
-
-class LimiterKeywords(LimitKeywords, total=False):
-    """What `pace` takes for its limiter; see `Limiter`."""
-
-    concurrency: Concurrency | None
-    name: str
-    max_queue: int | None
-    timeout: float | None
-    store: Any
-    on_outage: OnOutage
-    slot_ttl: float
-    prices: "Prices | str | PathLike[str] | None"
-    shadow: bool
 
 
 class OtherResources(TypedDict, total=False):

@@ -38,13 +38,17 @@ from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, NotRequired, Required, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NotRequired, Required, TypeAlias, TypedDict
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import KEYWORDS
 from asyncbucket.pools import Pool
 from asyncbucket.settings import from_table, key_in_env, read_toml, with_error_source
+
+if TYPE_CHECKING:
+    from asyncbucket.limiter import Limiter as PublicLimiter
+    from asyncbucket.limiter import Pool as PublicPool
 
 #: Headers that identify an account.
 _CREDENTIALS: Final = (
@@ -82,7 +86,7 @@ class Endpoint(TypedDict):
     models: NotRequired[Mapping[str, str]]
 
 
-Endpoints: TypeAlias = Mapping[Limiter, Endpoint]
+Endpoints: TypeAlias = Mapping[Any, Endpoint]
 
 
 class _Site:
@@ -209,7 +213,9 @@ def _texts(name: str, what: str, given: Mapping[str, str]) -> dict[str, str]:
     return dict(given)
 
 
-def read_pool(path: str | PathLike[str], *, store: str | None = None) -> tuple[Pool, Endpoints]:
+def read_pool(
+    path: str | PathLike[str], *, store: str | None = None
+) -> "tuple[PublicPool, Endpoints]":
     """Return the pool that a TOML file describes, and where its members are.
 
     >>> pool, endpoints = read_pool("pool.toml")
@@ -225,11 +231,13 @@ def read_pool(path: str | PathLike[str], *, store: str | None = None) -> tuple[P
             environment; a ValueError. The message names the table, and shows no key.
         OSError: the file cannot be read.
     """
+    from asyncbucket.limiter import Pool  # what is read from a file has all its doors
+
     file = Path(path)
     document = read_toml(file)
     tables = document.pop("member", None)
 
-    def make() -> tuple[Pool, Endpoints]:
+    def make() -> "tuple[PublicPool, Endpoints]":
         for name in document:
             if name not in _POOL:
                 known = ", ".join(_POOL)
@@ -249,7 +257,7 @@ def keys_of(endpoint: Endpoint) -> list[str]:
     return [text.removeprefix(_BEARER) for text in endpoint.get("headers", {}).values()]
 
 
-def _read_member(name: str, table: Any, store: str | None) -> tuple[Limiter, Endpoint]:
+def _read_member(name: str, table: Any, store: str | None) -> "tuple[PublicLimiter, Endpoint]":
     where = f"[member.{name}]"
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} is not a table")  # noqa: TRY004 - of the file, as the others
@@ -259,11 +267,13 @@ def _read_member(name: str, table: Any, store: str | None) -> tuple[Limiter, End
     return limiter, endpoint
 
 
-def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> Limiter:
+def _limiter(default_store: str | None, *limits: Any, **terms: Any) -> "PublicLimiter":
     """Make a member; the default store is for limits, and keeps no slots that are found by itself."""
     is_limited = bool(limits or terms.keys() & {*KEYWORDS})
     if is_limited and isinstance(terms.get("concurrency"), int | None):
         terms.setdefault("store", default_store)
+    from asyncbucket.limiter import Limiter
+
     return Limiter(*limits, **terms)
 
 

@@ -327,7 +327,7 @@ _KEYS: Final[dict[Limiter, str]] = {}
 _LIMITERS: Final[dict[tuple[int, str], Limiter]] = {}
 #: What stands for a limiter in a pickle: its key, its own name, its limits as they are now, and all
 #: other terms that it was made with.
-_Level: TypeAlias = tuple[str, str, tuple[Limit, ...], dict[str, Any]]
+_Level: TypeAlias = tuple[str, str, tuple[Limit, ...], dict[str, Any], type[Any]]
 
 
 def _passport(limiter: Limiter) -> list[_Level]:
@@ -338,29 +338,32 @@ def _passport(limiter: Limiter) -> list[_Level]:
             key = _KEYS.setdefault(level, uuid.uuid4().hex)
             _LIMITERS[os.getpid(), key] = level
         name = level.name if level.parent is None else level.name.rpartition("/")[2]
-        passport.append((key, name, level.limits, terms_of(level)))
+        passport.append((key, name, level.limits, terms_of(level), type(level)))
     return passport[::-1]
 
 
-def _limiter_at(passport: list[_Level]) -> Limiter:
-    """Return the limiter that a passport stands for here."""
+def _limiter_at(passport: list[_Level]) -> Any:
+    """Return the limiter that a passport stands for here, with all its doors."""
     limiter: Limiter | None = None
     with _LOCK:
-        for key, name, limits, terms in passport:
+        for key, name, limits, terms, cls in passport:
             parent, limiter = limiter, _LIMITERS.get((os.getpid(), key))
             if limiter is None:
-                limiter = _made(parent, name, limits, terms)
+                limiter = _made(parent, name, limits, terms, cls)
                 _KEYS[limiter], _LIMITERS[os.getpid(), key] = key, limiter
     assert limiter is not None  # there is a root
     return limiter
 
 
-def _made(parent: Limiter | None, name: str, limits: tuple[Limit, ...], terms: Any) -> Limiter:
+def _made(
+    parent: Any, name: str, limits: tuple[Limit, ...], terms: dict[str, Any], cls: type[Any]
+) -> Limiter:
     """Return a new limiter; if it has no parent, warn at the line that unpickles."""
     if parent is not None:
         make = parent.key if name.startswith("*") else parent.child
-        return make(name, *limits, **terms)
-    limiter = Limiter(*limits, name=name, **terms)
+        child: Limiter = make(name, *limits, **terms)
+        return child
+    limiter: Limiter = cls(*limits, name=name, **terms)
     if "store" not in terms:
         warnings.warn(
             f"{limiter!r} came from another process with a copy of a model; together the "

@@ -53,7 +53,8 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.tools import BaseTool, FunctionTool
 from llama_index.core.workflow import Workflow
 
-from asyncbucket.engine.context import Agent, InheritedScope, inherited, read_label, running_agent
+from asyncbucket.agents import Agent, read_label, running_agent
+from asyncbucket.engine.context import InheritedScope, inherited
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.levels import is_under
 from asyncbucket.llama_index.clients import warn_of_misuse
@@ -259,7 +260,7 @@ def _workflow_class(cls: Any, kind: str | None) -> Any:
         if running_agent(inherited.get()) is not None:
             return cls.run(workflow, *args, **kwargs)
         agent = Agent(None, kind, None)
-        with InheritedScope(agent=agent):
+        with InheritedScope(payers=(agent,)):
             handler = cls.run(workflow, *args, **kwargs)
             result = asyncio.ensure_future(handler)
 

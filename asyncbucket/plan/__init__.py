@@ -15,9 +15,9 @@ from asyncbucket.engine.wording import read_count
 if TYPE_CHECKING:
     from os import PathLike
 
+    from asyncbucket.limiter import Pool
     from asyncbucket.plan.calls import Poisson, Sample, Samples
     from asyncbucket.plan.drive import Plan, PlannedLimit, PlannedWaits
-    from asyncbucket.pools import Pool
     from asyncbucket.providers.prices import Prices
 
 __all__ = [

@@ -18,12 +18,11 @@ from typing import Any, Final, NamedTuple
 
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import CostExceedsLimit
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
 from asyncbucket.engine.wording import counted, in_seconds, rounded, usd_written, with_verb
+from asyncbucket.limiter import Limiter, Pool
 from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
-from asyncbucket.pools import Pool
 
 #: Up to this many calls, other limits are tried.
 _MAX_WHAT_IF_CALLS: Final = 100_000

@@ -26,10 +26,10 @@ from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
+from asyncbucket.engine.report import too_late_locked
 from asyncbucket.engine.seats import Place, Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
-from asyncbucket.explanations import too_late_locked
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store

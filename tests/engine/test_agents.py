@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import Cost, Limiter, agent, priority, tenant
+from asyncbucket.agents import Agents
 from asyncbucket.engine.statistics import AgentStatistics
 from asyncbucket.events import AgentFinished, AgentStarted, Event
 from asyncbucket.testing import VirtualTime, virtual_time
@@ -241,7 +242,9 @@ async def test_no_agent_starves_beside_callers_that_never_stop(
     for task in loop.tasks:
         task.cancel()
     await asyncio.gather(*loop.tasks, return_exceptions=True)
-    assert not loop.limiter._node.agents.waiting
+    order = loop.limiter._node.order
+    assert isinstance(order, Agents)
+    assert not order.waiting
 
 
 async def test_agent_that_comes_back_after_an_hour_keeps_only_what_it_has_used(
@@ -307,7 +310,9 @@ async def test_cancelled_agents_leave_no_trace(time: VirtualTime) -> None:
     assert (now.agents.running, now.agents.finished) == (0, 2)
     line = crowd.limiter._node.lines[0]
     assert not line.calls
-    assert not crowd.limiter._node.agents.waiting
+    order = crowd.limiter._node.order
+    assert isinstance(order, Agents)
+    assert not order.waiting
 
 
 async def test_10_000_agents_in_a_row_leave_no_memory(time: VirtualTime) -> None:

@@ -44,7 +44,7 @@ def members_of(time: VirtualTime, *rpm: int, **options: Any) -> list[Limiter]:
 async def name_of_taker(pool: Pool, **call: Any) -> str:
     """Make one call, and return who took it."""
     async with pool.acquire(**call) as lease:
-        return lease.limiter.name
+        return str(lease.limiter.name)
 
 
 # --- late binding ---

@@ -307,7 +307,7 @@ def test_copies_of_models_of_a_tenant_share_its_limits_in_its_process() -> None:
             assert limiter_of(copied) is limiter
 
 
-def terms(limiter: Limiter | None) -> list[Any]:
+def terms(limiter: Any) -> list[Any]:
     if limiter is None:
         return []
     return [(limiter.name, limiter.limits, terms_of(limiter)), *terms(limiter.parent)]
@@ -323,7 +323,7 @@ def use(pickled: list[bytes]) -> tuple[list[list[Any]], list[int], list[str]]:
     limiters = list(map(limiter_of, models))
     roots = [list(levels(limiter))[-1].statistics().admitted for limiter in limiters]
     said = [str(each.message) for each in caught if each.category is RuntimeWarning]
-    return list(map(terms, limiters)), roots, said
+    return [terms(limiter) for limiter in limiters], roots, said
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])

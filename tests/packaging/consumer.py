@@ -69,7 +69,7 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
     httpx.Client(transport=transport, mounts={"all://": transport})
     httpx2.AsyncClient(transport=transport, mounts={"all://": transport})
     httpx2.Client(transport=transport, mounts={"all://": limiter.transport_sync()})
-    assert_type(transport.limiter, Limiter)
+    assert transport.limiter is limiter
     limiter.transport(famly="httpx")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     client: httpx2.Client = limiter.http_client(family="httpx2", sync=True)
     client.close()
@@ -79,7 +79,8 @@ def any_client_takes_a_transport(limiter: Limiter) -> None:
 async def pools_are_limiters_of_several_keys(one: Limiter, other: Limiter, model: Model) -> None:
     pool = Pool(one, other, prefer="first")
     async with pool.acquire(tokens=5, sticky="c17", timeout=30) as lease:
-        assert_type(lease.limiter, Limiter)
+        limiter: Limiter = lease.limiter
+        assert limiter in pool.members
         lease.member_failed("HTTP 401")
     assert_type(pool.wrap([model, model]), Model)
     pool.http_client({one: {"base_url": "https://x", "headers": {"api-key": "k"}}}, sync=True)

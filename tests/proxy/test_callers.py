@@ -29,7 +29,7 @@ async def test_headers_say_what_a_call_inherits() -> None:
         asyncbucket_timeout="30",
     )
     assert (found.tenant, found.priority) == ("acme", -1)
-    assert (found.agent.name, found.agent.kind) == ("a17", "research")
+    assert (found.payers[0].name, found.payers[0].kind) == ("a17", "research")
     assert 29 < found.seconds_left() <= 30
     assert inherited.get() is None
 
@@ -49,7 +49,7 @@ def test_priority_is_normal_or_below_and_in_plain_digits() -> None:
 
 def test_agent_is_over_after_a_minute_without_a_call(virtual_time: VirtualTime) -> None:
     def agent_of(terms: CallerTerms, tenant: str = "acme") -> Any:
-        return inherited_by(terms, asyncbucket_agent="a17", asyncbucket_tenant=tenant).agent
+        return inherited_by(terms, asyncbucket_agent="a17", asyncbucket_tenant=tenant).payers[0]
 
     async def main() -> None:
         terms = CallerTerms()
@@ -64,9 +64,9 @@ def test_agent_is_over_after_a_minute_without_a_call(virtual_time: VirtualTime) 
 
         with terms.applied([(b"asyncbucket-agent", b"a17")], tenants_by_key=False):
             found: Any = inherited.get()
-            assert found.agent is not first
+            assert found.payers[0] is not first
             await asyncio.sleep(3_600)  # an agent with an open call is not over
-            assert not found.agent.is_over
+            assert not found.payers[0].is_over
 
     virtual_time.run(main())
 
@@ -74,9 +74,9 @@ def test_agent_is_over_after_a_minute_without_a_call(virtual_time: VirtualTime) 
 async def test_callers_cannot_make_up_any_number_of_kinds() -> None:
     """Each is a label of metrics, for good."""
     terms = CallerTerms()
-    kinds = [inherited_by(terms, asyncbucket_agent=f"k{n}/a").agent.kind for n in range(150)]
+    kinds = [inherited_by(terms, asyncbucket_agent=f"k{n}/a").payers[0].kind for n in range(150)]
     assert kinds == [f"k{number}" for number in range(100)] + [None] * 50
-    assert inherited_by(terms, asyncbucket_agent="k99/b").agent.kind == "k99"
+    assert inherited_by(terms, asyncbucket_agent="k99/b").payers[0].kind == "k99"
 
 
 def test_tenant_of_a_key_is_the_same_for_each_of_its_calls_and_is_not_the_key() -> None:

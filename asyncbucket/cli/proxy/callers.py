@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import httpx
 from starlette.responses import JSONResponse
 
+from asyncbucket.agents import Agent
 from asyncbucket.engine import errors
-from asyncbucket.engine.context import Agent, InheritedScope, deadline, read_priority, read_text
+from asyncbucket.engine.context import InheritedScope, deadline, read_priority, read_text
 
 if TYPE_CHECKING:
     from starlette.types import Scope
@@ -122,8 +123,8 @@ class CallerTerms:
             if "timeout" in terms:
                 scopes.enter_context(terms.pop("timeout"))
             if "agent" in terms:
-                call = self._agent_calling(terms.get("tenant"), *terms["agent"])
-                terms["agent"] = scopes.enter_context(call)
+                call = self._agent_calling(terms.get("tenant"), *terms.pop("agent"))
+                terms["payers"] = (scopes.enter_context(call),)
             scopes.enter_context(InheritedScope(**terms))
             yield
 

@@ -10,10 +10,9 @@ from asyncbucket.batch.progress import Outlook
 from asyncbucket.cli.options import allowed
 from asyncbucket.cli.run import CONCURRENCY, Job
 from asyncbucket.cli.ui import Bar, Panel, Screen
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import counted, one_line, rounded, usd_written, with_verb
+from asyncbucket.limiter import Limiter, Pool
 from asyncbucket.plan.drive import duration_in_words
-from asyncbucket.pools import Pool
 from asyncbucket.providers.usage import Usage
 
 #: Seconds between two plain lines of progress.

@@ -25,10 +25,10 @@ from asyncbucket.cli.run.lines import Answers, Errors, Request, read_request
 from asyncbucket.cli.run.screen import Tally, errors_of, headline, show_progress, summary
 from asyncbucket.cli.ui import Screen, silenced
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, StoreError, UnknownPrice
-from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.wording import USD, counted, in_given_unit, one_line
 from asyncbucket.http.endpoints import keys_of, read_pool
+from asyncbucket.limiter import Limiter
 from asyncbucket.plan import plan
 from asyncbucket.plan.calls import read_call
 from asyncbucket.providers.errors import EXHAUSTED

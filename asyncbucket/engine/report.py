@@ -1,0 +1,214 @@
+"""What a limiter tells: why it refuses a call, and what it has done so far.
+
+An error says what binds, for how long, and the remedy. It asks the same function and the same store
+as whoever admits calls.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.errors import (
+    AcquireTimeout,
+    AsyncBucketError,
+    CostExceedsLimit,
+    QueueFull,
+    WouldBlock,
+)
+from asyncbucket.engine.events import Refused
+from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.node import Node
+from asyncbucket.engine.seats import bury_closed
+from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
+from asyncbucket.engine.wording import counted, in_seconds, with_verb
+
+if TYPE_CHECKING:
+    from asyncbucket.engine.pacer import Pacer
+
+Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
+_AT_ONCE: Final = "without waiting"
+#: A deadline further back (ns) than this was probably meant as seconds from now.
+_LONG_PAST: Final = 1_000_000_000
+REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
+
+
+# --- refusals ---
+
+
+def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
+    """Return the error of a call for which the line of ``level`` is too long."""
+    how = f"behind {counted(level.waiting, 'calls')} waiting already" if level.waiting else _AT_ONCE
+    remedy = f"try again later or raise max_queue={level.max_queue:,}"
+    return _refusal_locked(QueueFull, node, amounts, how, remedy)
+
+
+def refuse(node: Node, amounts: Amounts) -> None:
+    """Refuse a call that cannot pass now.
+
+    Raises:
+        WouldBlock: it cannot pass now, or others wait.
+        CostExceedsLimit: it can never pass.
+    """
+    try:
+        with node.pacer:
+            node.check(amounts)
+            raise _refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
+    except REFUSALS as error:
+        count_refusal(node, amounts, error)
+        raise
+
+
+def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+    """Return the error of a call whose time is up."""
+    assert deadline is not None
+    with node.pacer:
+        return too_late_locked(node, amounts, asked, deadline)
+
+
+def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+    """Return the error of a call that cannot pass by its deadline."""
+    how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
+    remedy = "raise the timeout or the limit"
+    if asked - deadline > _LONG_PAST:
+        how = "by a deadline that has passed"
+        remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
+    return _refusal_locked(AcquireTimeout, node, amounts, how, remedy)
+
+
+def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
+    """Count a refused call, and tell observers."""
+    pacer: Pacer = node.pacer
+    with pacer:
+        node.count("refused")
+    if pacer.observed:
+        pacer.notify(
+            node,
+            Refused,
+            cost=Cost.of(amounts),
+            reason=error._reason,  # noqa: SLF001 - for this
+            bound_by=getattr(error, "bound_by", None),
+            retry_after=getattr(error, "retry_after", None),
+        )
+
+
+def _refusal_locked(
+    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+) -> Refusal:
+    """Return the error of a refusal, with what binds and for how long."""
+    pacer: Pacer = node.pacer
+    now = pacer.clock()
+    if node.ways:
+        ways = ways_of(node, amounts)
+        node = min(ways, key=lambda way: way.earliest(amounts, now)[0])
+    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    if bound_by == "paused":
+        remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
+    limited = node.resources()
+    named = [name for name, amount in amounts.items() if amount and name in limited]
+    what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
+    return error_type(
+        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        retry_after=None if due >= NEVER else (due - now) * 1e-9,
+        bound_by=bound_by,
+    )
+
+
+def ways_of(node: Node, amounts: Amounts) -> list[Node]:
+    """Return where such a call may pass: at its own limiter, or in which of several trees."""
+    return [*(node.able(amounts) or node.ways or (node,))]
+
+
+def _reason_locked(
+    node: Node, amounts: Amounts, now: int, *, at_once: bool
+) -> tuple[int, str | None, str]:
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    pacer: Pacer = node.pacer
+    due, bound_by = node.earliest(amounts, now)
+    windows = [window for level in node.path for window in level.limits.values()]
+    for limit in (window.limit for window in windows if at_once and pacer.place is None):
+        burst = limit.burst_units
+        if burst is not None and amounts.get(limit.resource, 0) > burst:
+            most = counted(burst, limit.resource)
+            why = f"above a burst of {most} it earns the rest while it is first in line"
+            return NEVER, limit.resource, why
+    if bound_by is None and pacer.place is not None:
+        known = pacer.place.held_up()
+        if known is None:
+            return NEVER, None, "the store that keeps its limits has to be asked"
+        bound_by, due = known[0], max(now, known[1])
+    if bound_by is None:
+        return pacer.next_look_locked(now), None, "others came first"
+    left = in_seconds((due - now) * 1e-9)
+    if bound_by == "paused":
+        return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
+    if due < NEVER:
+        binding = (each for each in windows if each.limit.resource == bound_by)
+        full = (each.limit for each in binding if each.available(now) < amounts[bound_by])
+        resets = next((limit.resets for limit in full if limit.resets), None)
+        until = "" if resets is None else f", until the limit resets at {resets}"
+        return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
+    taken = [level.slots for level in node.route.bounded if level.in_flight >= level.slots]
+    slots = min(taken, default=0)  # 0: they are in a store
+    words = {0: "all slots are", 1: "the one slot is"}.get(slots, f"all {slots:,} slots are")
+    return due, bound_by, f"{words} taken"
+
+
+# --- statistics ---
+
+
+def statistics_locked(node: Node) -> Statistics:
+    """Return what passed at ``node`` and below, what waits, and what for."""
+    pacer: Pacer = node.pacer
+    pacer.run_jobs_locked()
+    bury_closed(pacer)
+    now = pacer.clock()
+    return Statistics(
+        name=node.name,
+        admitted=node.admitted,
+        refused=node.refused,
+        cancelled=node.cancelled,
+        waiting=node.waiting,
+        in_flight=node.in_flight,
+        concurrency=node.concurrency,
+        paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
+        upstream_429=node.upstream_429,
+        overridden=pacer.overridden,
+        waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
+        refunded=dict(node.refunded),
+        limits=tuple(_uses(node, now)),
+        bound_by=_bound_by(node),
+        cache=CacheUse(node.cache_reads, node.cache_writes, node.cached_tokens),
+    )
+
+
+def _uses(node: Node, now: int) -> Iterator[LimitUse]:
+    """Yield how much of each limit is used."""
+    wall, place = node.pacer.wall(now), node.place
+    if place is not None:
+        for use in place.use():
+            yield replace(use, resets_in=use.limit.resets_in(wall))
+        return
+    for key, window in node.limits.items():
+        beside: list[Any] = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+        left = min(meter.available(now) for meter in (window, *beside))
+        belief = next((meter.belief for meter in beside if meter.learns), None)
+        yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall), belief)
+
+
+def _bound_by(node: Node) -> str | None:
+    """Return what holds up the next call, if anybody waits at ``node`` or below."""
+    pacer: Pacer = node.pacer
+    if not node.waiting:
+        return None
+    known = None if pacer.place is None else pacer.place.held_up()
+    of_all = (None if known is None else known[0], pacer.bound_by)
+    lines = [line for tree in pacer.trees for line in tree.top.lines()]
+    lines = [line for line in lines if line.living and node in line.node.path]
+    lines.sort(
+        key=lambda line: (line.node.path[0] is not node, -line.priority)
+    )  # its own calls first
+    here = [line.bound_by for line in lines]
+    # At the root the store's answer comes first, as it keeps these limits; below, the child's.
+    answers = (*of_all, *here) if node.parent is None else (*here, *of_all)
+    return next(filter(None, answers), None)
