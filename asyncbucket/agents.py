@@ -176,7 +176,7 @@ class Agents:
         before = [
             (call, theirs)
             for call, theirs in runs
-            if theirs is None or call.line.node.agents is not self or theirs.tag <= tag
+            if theirs is None or call.line.node.order is not self or theirs.tag <= tag
         ]
         agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
         return [call for call, _ in before], len(agents)
