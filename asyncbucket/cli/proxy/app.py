@@ -41,8 +41,8 @@ from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.http.endpoints import Endpoints, read_pool
 from asyncbucket.http.transport import PacedTransport
 from asyncbucket.http_server import configured, listen
-from asyncbucket.providers.prefixes import read_mode
 from asyncbucket.limiter import Limiter
+from asyncbucket.providers.prefixes import read_mode
 from asyncbucket.telemetry import prometheus, report
 from asyncbucket.telemetry.stats import is_loopback
 
