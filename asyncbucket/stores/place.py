@@ -445,6 +445,7 @@ class StorePlace(Place):
         self.pending.held += reservation.slot
         if waiter in self.calls:
             self.calls[waiter].reservation = reservation
+            self._pacer.leave_lines(waiter)  # it is bound to this store now
         else:
             self._cancel(reservation)
 
