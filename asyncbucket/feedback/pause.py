@@ -9,7 +9,7 @@ from asyncbucket.engine.meters import NEVER, Meter
 _STEPS: Final = 16
 _LONGEST_STEP: Final = 250_000_000
 #: and is over after this many calls.
-_CALLS: Final = 256
+SLOW_CALLS: Final = 256
 
 
 class Pause(Meter):
@@ -69,7 +69,7 @@ class Pause(Meter):
         return 0 if self.until > now else NEVER
 
     def _advance(self, calls: int) -> None:
-        if self._calls >= _CALLS:
+        if self._calls >= SLOW_CALLS:
             self.step = 0
             return
         self._calls = max(1, self._calls + calls)

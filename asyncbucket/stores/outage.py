@@ -168,6 +168,6 @@ class StoreHealth:
         )
         place.notify(StoreRecovered, seconds=seconds)
         return [
-            Correction(start=when, booked={}, used=dict(units), alone=True)
+            Correction(start=when, booked={}, used=dict(units), dated=True)
             for when, units in admitted
         ]

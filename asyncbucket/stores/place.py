@@ -38,7 +38,7 @@ from asyncbucket.stores.thread import StoreThread
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 4
 _MAX_ROOM: Final = 512
-#: A start may be late by this part of the window.
+#: A start may be late by this part of the window; if it is later, the booking is moved.
 TOLERANCE: Final = 128
 #: A name is part of keys on a server, in braces.
 _NAME: Final = re.compile(r"[^{}]{1,200}")
@@ -463,23 +463,28 @@ class StorePlace(Place):
         Those of plain threads are due at ``home``.
         """
         self._bury()
-        elsewhere: set[asyncio.AbstractEventLoop] = set()
+        next_start, elsewhere = NEVER, set[asyncio.AbstractEventLoop]()
         for waiter, standing in list(self.calls.items()):
             loop, reservation = waiter.seat.loop or home, standing.reservation
             if reservation is None or waiter.done():  # it gave up, and will leave
                 continue
             if reservation.start > now:
-                return reservation.start, elsewhere
-            if loop is not here:
+                next_start = min(next_start, reservation.start)
+            elif loop is not here:
                 elsewhere.add(loop)
             else:
                 standing.redate(waiter, now)
                 self._admit(waiter, reservation, standing.below, now)
-        return NEVER, elsewhere
+        return next_start, elsewhere
 
     def _admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
-        reservation = self._rebooked(reservation, now)
+        moved = self._moved(reservation, now)
+        if moved is None:
+            self._cancel(reservation)
+            self.calls[waiter].reservation = None
+            return
+        reservation = moved
         # A call may use limited resources that it did not reserve.
         amounts = {**dict.fromkeys(self._node.resources(), 0), **reservation.amounts}
         booked: list[Any] = [
@@ -499,15 +504,21 @@ class StorePlace(Place):
             self._slots.add(id(waiter.lease))
         waiter.seat.ring(now)  # a thread has to look
 
-    def _rebooked(self, reservation: Reservation, now: int) -> Reservation:
-        """Book a call again that starts so late that its window would forget it too early."""
+    def _moved(self, reservation: Reservation, now: int) -> Reservation | None:
+        """Return the booking of a call that starts now, moved to now if its window would forget it too early.
+
+        None if it is so late that others may have its units by now: then it is asked for again.
+        """
         late = now - reservation.start
-        windows = [window.window for window in self._node.limits.values()]
-        if not reservation.booked_at or late <= min(windows, default=late) // TOLERANCE:
+        shortest = min((window.window for window in self._node.limits.values()), default=NEVER)
+        if not reservation.booked_at or late <= shortest // TOLERANCE:
             return reservation
+        if late > shortest // 2:
+            return None
         moved = replace(reservation, booked_at=reservation.booked_at + late, start=now)
         self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
-        self.correct(Correction(start=moved.booked_at, booked={}, used=reservation.amounts))
+        again = Correction(start=moved.booked_at, booked={}, used=reservation.amounts, dated=True)
+        self.correct(again)
         return moved
 
     def let_others_take(self) -> None:

@@ -18,7 +18,12 @@ from typing import Any, Final
 
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Amounts, Window
+from asyncbucket.feedback.pause import SLOW_CALLS
+from asyncbucket.stores import state
 from asyncbucket.stores.store import (
+    FAR,
+    GRACE,
+    LATE,
     MAX_AMOUNT,
     SLOT,
     Batch,
@@ -32,15 +37,36 @@ from asyncbucket.stores.store import (
 _PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
+#: The version of what the script keeps; others are refused.
+_SCHEMA: Final = 5
+#: What the script knows by name: times in microseconds.
+_CONSTANTS: Final = {
+    "SCHEMA": _SCHEMA,
+    "SLOT": SLOT,
+    "NEVER": 1e18,
+    "SLOW_CALLS": SLOW_CALLS,
+    "UNPRICED": state.UNPRICED,
+    "AHEAD": state.AHEAD,
+    "SPARE": state.SPARE,
+    "FAR": FAR // GRAIN,
+    "LATE": LATE // GRAIN,
+    "GRACE": GRACE // GRAIN,
+} | {
+    name: getattr(state, name) // GRAIN
+    for name in ("SOON", "HANDOVER", "STEP", "TURN", "SHORT_TURN", "ROUND")
+}
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MAX_USED: Final = MAX_AMOUNT << 6
 
 
 @functools.cache
 def source() -> str:
-    """Return the text of the script."""
+    """Return the text of the script, which begins with the constants that `asyncbucket.stores.state` has, too."""
     folder = Path(__file__).with_name("lua")
-    return "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS)
+    head = f"local {', '.join(_CONSTANTS)} = {', '.join(map(json.dumps, _CONSTANTS.values()))}"
+    return "\n".join(
+        (head, *((folder / f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS))
+    )
 
 
 @functools.cache
@@ -90,7 +116,7 @@ class Codec:
         for each in corrections:
             used = {**each.booked, **each.used}
             used = {resource: min(units, _MAX_USED) for resource, units in used.items()}
-            encoded.append((each.start // GRAIN, each.booked, used, each.alone))
+            encoded.append((each.start // GRAIN, each.booked, used, each.dated))
         return _as_json(encoded)
 
     def calls(self, calls: Sequence[Amounts]) -> str:

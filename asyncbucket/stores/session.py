@@ -42,10 +42,14 @@ if TYPE_CHECKING:
     from asyncbucket.stores.place import StorePlace
     from asyncbucket.stores.thread import StoreThread
 
-#: For how long (ns) to gather what comes back while nobody is known to wait for it, and while somebody
-#: waits: less than a round trip takes, so what comes back in between goes with it.
+#: For how long (ns) to gather what comes back: while this worker's line waits for something else, for all
+#: that is known while nobody waits for it, and while somebody waits: less than a round trip takes, so what
+#: comes back in between goes with it.
+_GATHER_LONG: Final = 3_000_000_000
 _GATHER: Final = 50_000_000
 _GATHER_BRIEFLY: Final = 500_000
+#: A loop that was seen within this time (ns) is taken to run.
+_FRESH: Final = 10_000_000
 #: How long (ns) before the last of its starts a worker that does not stand in line books more.
 _AHEAD: Final = 50_000_000
 #: The most ns between signs of life.
@@ -98,6 +102,8 @@ class Session:
         self._bell = asyncio.Event()
         #: Loops that have been asked to let calls go, and since when they have not come to do so.
         self._asked: dict[Any, int] = {}
+        #: When each loop was seen last.
+        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         #: Whether another thread has rung, which costs a system call.
         self._is_rung = False
         self._timer: asyncio.TimerHandle | None = None
@@ -127,6 +133,8 @@ class Session:
     def wake_for(self, waiter: Any) -> None:
         """Serve ``waiter``, which stands at the store now."""
         self._is_closing = self._is_closing and self._place.has_failed(waiter)
+        if waiter.seat.loop is not None:
+            self._seen[waiter.seat.loop] = self._clock()
         self.ring()
 
     def ask_again(self) -> None:
@@ -148,7 +156,9 @@ class Session:
                 record.correct(correction, record.last_start)
         now = self._clock()
         soon = max(now + _GATHER_BRIEFLY, self._last_start - _AHEAD) if is_awaited else NEVER
-        self._report_at = min(self._report_at, soon, now + _GATHER)
+        later = self._ask_at if self._in_line and not is_awaited else 0
+        gathered = max(now + _GATHER, min(later, now + _GATHER_LONG))
+        self._report_at = min(self._report_at, soon, gathered)
         self.ring()
 
     def ring(self) -> None:
@@ -249,9 +259,7 @@ class Session:
 
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
-        for helper in (self._listener, self._probe):
-            if helper is not None and helper.done():
-                helper.result()  # if it failed, so has the session
+        self._check_helpers()
         with self._place.lock():
             all_heads = self._place.heads()
             heads: Sequence[Any] = [
@@ -276,10 +284,17 @@ class Session:
             self._ask_at = 0
         ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
         is_due = now >= ask_at if heads else self._in_line
-        if is_due or is_urgent or now >= self._report_at:
+        if is_due and not is_urgent and (until := self._await_loops(heads)):
+            await self._sleep(min(until, self._report_at))
+        elif is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._in_line else None)
-            return
-        await self._sleep(min(ask_at, self._report_at))
+        else:
+            await self._sleep(min(ask_at, self._report_at))
+
+    def _check_helpers(self) -> None:
+        for helper in (self._listener, self._probe):
+            if helper is not None and helper.done():
+                helper.result()  # if it failed, so has the session
 
     async def _send(self, heads: Sequence[Any] | None) -> None:
         """Send a batch, and do what the answer says."""
@@ -361,9 +376,12 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
-        if self._is_blocked(here):  # it was; nothing was asked for it meanwhile
-            self.ask_again()
-        self._asked.pop(here, None)
+        if here is not self.loop:
+            self._seen[here] = self._clock()
+            if self._is_blocked(here):  # it was; nothing was asked for it meanwhile
+                self._ask_at = 0
+            self._asked.pop(here, None)
+            self.ring()
         # Unless nobody has the limiter any more.
         with contextlib.suppress(ReferenceError), self._place.lock():
             now = self._clock()
@@ -372,14 +390,31 @@ class Session:
                 self._place.ring_seats()
             if here is self.loop:
                 self._set_timer(next_start)
-                for loop in elsewhere - self._asked.keys():
-                    self._asked[loop] = now
-                    with contextlib.suppress(RuntimeError):  # it has just been closed
-                        loop.call_soon_threadsafe(self._let_go, context=contextvars.Context())
+                for loop in elsewhere:
+                    self._ask_loop(loop, now)
+
+    def _ask_loop(self, loop: Any, now: int) -> int:
+        """Have ``loop`` let calls go that are due, and so show that it runs; return when it was asked."""
+        asked = self._asked.setdefault(loop, now)
+        if asked == now:
+            with contextlib.suppress(RuntimeError):  # it has just been closed
+                loop.call_soon_threadsafe(self._let_go, context=contextvars.Context())
+        return asked
+
+    def _await_loops(self, heads: Sequence[Any]) -> int:
+        """Ask the loops of ``heads`` that were not seen of late; return until when to wait for them.
+
+        Nothing is booked for a loop that is blocked: it would start too late.
+        """
+        now = self._clock()
+        loops = {each.seat.loop for each in heads} - {None, self.loop}
+        stale = [loop for loop in loops if self._seen.get(loop, 0) < now - _FRESH]
+        return max((self._ask_loop(loop, now) + GRACE + 1 for loop in stale), default=0)
 
     def _is_blocked(self, loop: Any) -> bool:
-        """Tell whether ``loop`` does not come to let calls go that are due."""
-        return loop in self._asked and self._clock() > self._asked[loop] + GRACE
+        """Tell whether ``loop`` was asked to let calls go, and does not come."""
+        now: int = self._clock()
+        return now > self._asked.get(loop, NEVER) + GRACE
 
     def _set_timer(self, next_start: int) -> None:
         if self._timer is not None:

@@ -37,10 +37,13 @@ SOON: Final = 5_000_000
 TURN: Final = 50_000_000
 SHORT_TURN: Final = 20_000_000
 ROUND: Final = 2_000_000_000
+#: Who is not first asks by itself this many times later than its turn should come: it is called when that
+#: comes, and who asks before asks in vain.
+SPARE: Final = 1.5
 #: So many late workers are passed over at a time.
-_AHEAD: Final = 8
+AHEAD: Final = 8
 #: The work (us) of a call that no limit prices.
-_UNPRICED: Final = 1_000
+UNPRICED: Final = 1_000
 #: A state is kept for at least this long (ns); no instant in a file is later.
 _MIN_LIFE: Final = 60_000_000_000
 _FOREVER: Final = (1 << 63) - 1
@@ -133,7 +136,6 @@ class State:
         turn = Turn(self, worker, now, gave=before > me.held)
         bookings = turn.run(batch.calls, batch.waiting)
         left = self._left(now)
-        self.call(now)
         rivals = self.rivals(me)
         return Receipt(
             now=now,
@@ -181,7 +183,7 @@ class State:
     def work(self, amounts: Amounts) -> float:
         """Return how much work (us of the limit that binds most) a call is."""
         works = (amounts.get(name, 0) * each for name, each in self._per_unit.items())
-        return max(works, default=0) or _UNPRICED
+        return max(works, default=0) or UNPRICED
 
     def earliest(self, amounts: Amounts, now: int, since: int = 0) -> tuple[int, str | None]:
         """Return when a call may start, after all that is booked, and what it waits for.
@@ -280,7 +282,7 @@ class State:
                     continue
                 if more < 0:
                     window.unbook(-more, correction.start, left=used)
-                elif more > 0 and correction.alone:
+                elif more > 0 and correction.dated:
                     window.fill(more, correction.start, now)
                 elif more > 0:
                     window.owe(more, now)
@@ -289,7 +291,7 @@ class State:
         """Note whose turn it is: as many as there are free slots, or the first that waits for units."""
         free, share = self.free(), self.share()
         short = sum(each.is_full for each in self.workers.values())
-        for name in self.line()[: min(_AHEAD, max(0, free)) + 1]:
+        for name in self.line()[: min(AHEAD, max(0, free)) + 1]:
             each = self.workers[name]
             is_barred = each.is_full and (free <= 0 or (each.held >= share and short > 1))
             if each.due < now - LATE or is_barred or each.need is None:
@@ -351,7 +353,10 @@ class Turn:
             me.wait(None, 0, None, self._now)
         else:
             me.wait(stop[1], weight, stop[0].bound_by, self._now)
-            self._stand(stop[1])
+        me.due = self._now
+        state.call(self._now)
+        if stop is not None:
+            self._wait(stop[1])
         return tuple(answers)
 
     def _charge(self, weight: int) -> None:
@@ -375,7 +380,7 @@ class Turn:
         Nobody does who waits for one of the slots that the worker has just given back, and holds as many.
         """
         state, me, now, share = self._state, self._me, self._now, self._state.share()
-        for name in state.line()[: _AHEAD + 1]:
+        for name in state.line()[: AHEAD + 1]:
             each = state.workers[name]
             if each is me or each.tag > me.tag:
                 return None
@@ -411,8 +416,8 @@ class Turn:
         me.held += slot
         return Booking(Outcome.BOOKED, start, bound_by, slot)
 
-    def _stand(self, amounts: Amounts) -> None:
-        """Stand in line with a first call that could not be booked, and say when to ask again."""
+    def _wait(self, amounts: Amounts) -> None:
+        """Say when to ask again for a first call that could not be booked; those before it have been called."""
         state, now, me = self._state, self._now, self._me
         if me.is_full or self._first is not None or self._work:
             me.first_since = 0
@@ -427,7 +432,7 @@ class Turn:
             base = max(now, state.last_start - FAR, now if ahead.is_full else ahead.due)
             weights = sum(each.weight for each in state.workers.values())
             shares = (me.tag - state.workers[line[0]].tag) * weights / 1_000
-            self.ask_at = base + math.floor(max(rank * state.slice, shares)) * _US
+            self.ask_at = base + math.floor(SPARE * max(rank * state.slice, shares)) * _US
         me.due = self.ask_at
         self.soonest = max(now, state.last_start, state.pause.until)
         if not any(each.held for each in state.workers.values()):  # else they may give all back

@@ -58,7 +58,7 @@ from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.wording import in_seconds
 
 #: Nothing is booked that would start later than this many ns from now.
-FAR: Final = 250_000_000
+FAR: Final = 100_000_000
 #: A worker that has not come this many ns after its turn is passed over, and then leaves the line until it comes.
 LATE: Final = 20_000_000
 GRACE: Final = 100_000_000
@@ -177,9 +177,9 @@ class Correction:
     start: int
     booked: Amounts
     used: Amounts
-    #: What was admitted without the store is a debt dated at ``start``. It fills a limit, but no further:
-    #: calls that have been made already hold up others no longer than a full limit does.
-    alone: bool = False
+    #: What was used beyond the booking is dated at ``start``, for calls that started late or without the store.
+    #: It fills a limit, but no further: such calls hold up others no longer than a full limit does.
+    dated: bool = False
 
     @classmethod
     def undo(cls, booked: Amounts, start: int) -> Self:

@@ -120,6 +120,28 @@ def test_session_ends_with_its_limiter_though_nobody_closed_it(where: str) -> No
     assert asyncio.run(peek_at(open_store(where))).workers == 0
 
 
+def test_nothing_is_booked_for_a_loop_that_is_blocked(where: str) -> None:
+    limiter = Limiter("1 request/0.4s burst 1", store=where, name="openai")
+    limiter.acquire_sync(timeout=5).release()
+    is_over = threading.Event()
+
+    async def block() -> None:
+        call = asyncio.ensure_future(take(limiter))
+        await asyncio.sleep(0.1)
+        is_over.wait(20)
+        await call
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        blocked = threads.submit(asyncio.run, block())
+        time.sleep(0.2)
+        began = time.monotonic()
+        limiter.acquire_sync(timeout=5).release()
+        assert time.monotonic() - began < 0.5, "in the next window, not in the one after it"
+        is_over.set()
+        blocked.result()
+    asyncio.run(limiter.aclose())
+
+
 def test_blocked_loop_keeps_its_slots_and_gives_other_loops_no_cause_to_wait(where: str) -> None:
     limiter = Limiter(
         "1000 RPM burst 1000", concurrency=2, store=where, slot_ttl=0.5, name="openai"

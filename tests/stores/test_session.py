@@ -47,7 +47,7 @@ async def test_urgent_call_overtakes_calls_waiting_for_store(memory: MemoryStore
 @pytest.mark.parametrize(
     ("limits", "agents", "hold", "rate", "trips"),
     [
-        (("200 requests/2s burst 20", "100k TPM"), 15, (0.05, 0.05), 100, 1),
+        (("200 requests/2s burst 20", "1M TPM"), 15, (0.05, 0.05), 100, 0.75),
         (("1000/s burst 1000",), 25, (0.15, 0.45), 50 / 0.3, 1.5),
     ],
     ids=["units", "slots"],
@@ -81,6 +81,24 @@ async def test_processes_use_the_limit_in_equal_parts_with_few_trips(
     shares = [len(each) for each in went]
     assert max(shares) - min(shares) <= 0.1 * max(shares), shares
     assert memory.trips <= trips * len(every)
+
+
+@pytest.mark.parametrize("late", [0.25, 0.75])
+async def test_call_that_starts_late_counts_from_then_on_and_once(
+    memory: MemoryStore, late: float
+) -> None:
+    """By less than half the window its booking is moved; by more it is booked again."""
+    one, two = memory.limiters(2, "2 requests/s burst 2")
+    await asyncio.gather(take(one), take(one))
+    call = asyncio.ensure_future(take(one))
+    await asyncio.sleep(0.95)
+    memory.clock.advance(0.05 + late)
+    await call
+    assert memory.seconds == pytest.approx(1 + late, abs=0.05)
+    await take(two)
+    assert memory.seconds == pytest.approx(1 + late, abs=0.05)
+    await take(two)
+    assert memory.seconds == pytest.approx(2 + late, abs=0.05)
 
 
 async def test_units_freed_at_once_are_shared_by_waiting_limiters(memory: MemoryStore) -> None:

@@ -6,15 +6,7 @@
 -- what that waits for (`bound`), `since` when the worker waits and since when it has been first (`first`,
 -- 0: others come first), and when it is `due` to ask again. The rules are those of asyncbucket/stores/store.py; state.py follows them, too.
 
-local SLOT, PAUSED = 'concurrency', 'paused'
-local SOON = 5000 -- before it no worker is asked to come again
-local LATE = 20000 -- who does not come within it is passed over
-local GRACE = 100000 -- who does not come within it leaves the line until it does
-local TURN, SHORT_TURN, ROUND = 50000, 20000, 2000000 -- how much is booked at a time: see `turn_of`
 local EXCEEDS = -1 -- instead of a start: such a call can never pass
-local HANDOVER = 10000 -- for each slot held, how long another waits until slots given back are not taken back
-local STEP = 500000 -- how much later than the one before it a worker asks for a slot though nobody called it
-local AHEAD = 8 -- so many late workers are passed over at a time
 
 -- How much work (us of the limit that binds most) a call is.
 local function work_of(s, call)
@@ -22,7 +14,7 @@ local function work_of(s, call)
   for resource, each in pairs(s.config.work) do
     work = math.max(work, (call[resource] or 0) * each)
   end
-  return work > 0 and work or 1000
+  return work > 0 and work or UNPRICED
 end
 
 -- The first instant from now and the last start on that suits all limits, and the resource that binds.
@@ -46,7 +38,7 @@ local function earliest(s, call, since)
     end
   end
   if s.paused > when then
-    return s.paused, PAUSED
+    return s.paused, 'paused'
   end
   return when, bound
 end
@@ -136,11 +128,6 @@ local function first_before(s, me, tag, gave)
   return nil
 end
 
--- How much (us of work) a worker gets while others wait: less if many do, so that turns come round soon.
-local function turn_of(waiting)
-  return math.min(TURN, math.max(SHORT_TURN, ROUND / math.max(1, waiting)))
-end
-
 -- The resource of which the call wants more than ever passes, or nil.
 local function exceeded(s, call)
   for _, m in ipairs(s.meters) do
@@ -166,7 +153,7 @@ local function book(s, call, when, bound)
   if ramp then -- a slow start: the n-th call may pass log2(n) steps after the pause
     ramp.calls = ramp.calls + 1
     s.paused = ramp.start + math.ceil(ramp.step * math.log(ramp.calls) / math.log(2))
-    if ramp.calls >= 256 then
+    if ramp.calls >= SLOW_CALLS then
       s.ramp = nil
     end
   end
@@ -197,10 +184,9 @@ local function answer(s, a, call)
   return when - s.now, bound
 end
 
--- Stand in line with a first call that could not be booked, and say when to ask again.
-local function stand(s, a, call)
+-- Say when a worker asks again whose first call could not be booked; those before it have been called.
+local function wait(s, a, call)
   local me = a.me
-  redis.call('ZADD', KEYS[3], as_integer(me.tag), a.worker)
   if is_full(me) or a.first or a.work > 0 then
     me.first = 0
   elseif me.first == 0 then
@@ -213,12 +199,35 @@ local function stand(s, a, call)
     local head = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
     local ahead = record_of(s, a.first or head[1])
     local base = math.max(s.now, s.last - FAR, is_full(ahead) and s.now or ahead.due)
-    a.ask = base + math.floor(math.max(rank * s.slice, (me.tag - head[2]) * s.weights / 1000))
+    a.ask = base + math.floor(SPARE * math.max(rank * s.slice, (me.tag - head[2]) * s.weights / 1000))
   end
   me.due = a.ask
   a.soonest = math.max(s.now, s.last, s.paused)
   if s.lent == 0 then -- else those who hold a slot may give all back
     a.soonest = earliest(s, call, me.first)
+  end
+end
+
+-- Tell those whose turn has come, and do not know it yet: as many as there are free slots, or the first.
+local function tell(s)
+  if redis.call('ZCARD', KEYS[3]) == 0 then
+    return
+  end
+  local free, share = free_slots(s), share_of(s)
+  local found = redis.call('ZRANGE', KEYS[3], 0, math.min(AHEAD, math.max(0, free)))
+  for _, worker in ipairs(found) do
+    local r = record_of(s, worker)
+    if r.due >= s.now - LATE and not (is_full(r) and (free <= 0 or (r.held >= share and s.short > 1))) then
+      local come = is_full(r) and s.now or math.max(s.now, earliest(s, r.need, r.first) - FAR)
+      if come < r.due - SOON then
+        r.due, s.changed[worker] = come, true
+        redis.call('PUBLISH', channel .. worker, as_integer(come - s.now))
+      end
+      if not is_full(r) then
+        return
+      end
+      free = free - 1
+    end
   end
 end
 
@@ -266,30 +275,12 @@ local function admit(s, worker, asks, weight, gave)
   end
   change(s, worker, me.held, stop, stop and weight or 0, stop and a.bound or nil)
   if stop then
-    stand(s, a, stop)
+    redis.call('ZADD', KEYS[3], as_integer(me.tag), worker)
+  end
+  me.due = s.now
+  tell(s)
+  if stop then
+    wait(s, a, stop)
   end
   return a
-end
-
--- Tell those whose turn has come, and do not know it yet: as many as there are free slots, or the first.
-local function call(s, channel)
-  if redis.call('ZCARD', KEYS[3]) == 0 then
-    return
-  end
-  local free, share = free_slots(s), share_of(s)
-  local found = redis.call('ZRANGE', KEYS[3], 0, math.min(AHEAD, math.max(0, free)))
-  for _, worker in ipairs(found) do
-    local r = record_of(s, worker)
-    if r.due >= s.now - LATE and not (is_full(r) and (free <= 0 or (r.held >= share and s.short > 1))) then
-      local come = is_full(r) and s.now or math.max(s.now, earliest(s, r.need, r.first) - FAR)
-      if come < r.due - SOON then
-        r.due, s.changed[worker] = come, true
-        redis.call('PUBLISH', channel .. worker, as_integer(come - s.now))
-      end
-      if not is_full(r) then
-        return
-      end
-      free = free - 1
-    end
-  end
 end

@@ -7,7 +7,7 @@
 -- last told them: it keeps no fields, and `closes` is when its period ends. `opened` is that period's start.
 
 local ENTRY = '<dd'
-local NEVER = 1e18
+local LOWS = 511 -- a bucket remembers so many
 
 local function window_new(began)
   return {
@@ -200,8 +200,6 @@ end
 -- Time is counted in ticks, the q-th part of a microsecond: a unit takes p ticks, exactly. An
 -- absolute instant in ticks would not fit into a double, so the bucket keeps the `backlog` (ticks
 -- until it is full) as it was `at` the microsecond of its last booking.
-
-local LOWS = 511
 
 local function bucket_new(began)
   return { at = began, backlog = 0, full_at = began + 1, dates = {}, lows = {} }

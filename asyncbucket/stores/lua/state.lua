@@ -5,10 +5,12 @@
 -- virtual time. Instants are microseconds of the server's clock plus an offset that grows when that clock goes
 -- back: they never decrease.
 
-local SCHEMA = 5 -- of this state; others are refused
 local HOUR = 3600000000 -- a state is kept for longer, for workers that come back late
-local FAR = 250000 -- nothing is lent that would start later than this
 local FOREVER = 1e15 -- ms: a server takes no time to live that is much longer
+
+-- What a worker says about itself comes first in ARGV, behind the verb.
+local worker, known_epoch, new_epoch, config, channel, ttl = unpack(ARGV, 2, 7)
+ttl = tonumber(ttl)
 
 local function as_integer(number)
   return string.format('%.0f', number)
@@ -65,7 +67,7 @@ end
 
 -- Load what is kept, or begin: with all available, unless a worker knows of an epoch that is gone. `starts` says
 -- when windows begin that reset by the calendar, where a worker was asked to say so.
-local function load(known_epoch, new_epoch, config_text, ttl, starts)
+local function load(known_epoch, starts)
   local kept = redis.call('HMGET', KEYS[1], 'state', 'config')
   local s
   if kept[1] then
@@ -78,7 +80,7 @@ local function load(known_epoch, new_epoch, config_text, ttl, starts)
     s = {
       schema = SCHEMA, epoch = new_epoch, before = '', seen = 0, offset = 0, last = 0, bound = '', paused = 0,
       ttl = 0, lent = 0, claims = 0, short = 0, weights = 0, virtual = 0, joined = 0, slice = 0, grown = 0,
-      windows = {}, buckets = {}, text = config_text, is_new = true,
+      windows = {}, buckets = {}, text = config, is_new = true,
     }
   end
   clock(s)

@@ -8,12 +8,12 @@ local function reply(s, fields)
   return '{' .. table.concat(parts, ',') .. '}'
 end
 
--- Each correction says when what was booked and used of each resource; and whether that was admitted without the
--- store: then it is dated as it was, and fills a limit, but no further.
+-- Each correction says when what was booked and used of each resource; and whether that keeps
+-- its date: then it fills a limit, but no further.
 local function correct(s, corrections)
   local now = math.max(s.now, s.last)
   for _, correction in ipairs(corrections) do
-    local start, was_booked, was_used, is_alone = unpack(correction)
+    local start, was_booked, was_used, is_dated = unpack(correction)
     for _, m in ipairs(s.meters) do
       local w, b, used = m.window, m.bucket, was_used[m.resource] or 0
       local more = used - (was_booked[m.resource] or 0)
@@ -22,7 +22,7 @@ local function correct(s, corrections)
         if b then
           bucket_unbook(b, -more, start, used)
         end
-      elseif more > 0 and is_alone then
+      elseif more > 0 and is_dated then
         if b then
           local room = bucket_available(b, now)
           if room > 0 then
@@ -49,10 +49,6 @@ local function left(s)
   end
   return '[' .. table.concat(units, ',') .. ']'
 end
-
--- What a worker says about itself comes first in ARGV, behind the verb.
-local worker, known_epoch, new_epoch, config, channel, ttl = unpack(ARGV, 2, 7)
-ttl = tonumber(ttl)
 
 local function save_workers(s, text, seq)
   local more = {}
@@ -84,7 +80,7 @@ function verbs.commit(seq, held, weight, corrections, asks, sets_config, pause, 
   if sets_config == '1' then
     redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
   end
-  local s = load(known_epoch, new_epoch, config, ttl, starts)
+  local s = load(known_epoch, starts)
   s.is_new = sets_config == '1' and configure(s, config) or s.is_new
   if s.text ~= config then
     return reply(s, { config = s.text })
@@ -115,7 +111,6 @@ function verbs.commit(seq, held, weight, corrections, asks, sets_config, pause, 
   change(s, worker, held, me.need, me.weight, me.bound)
   local a = admit(s, worker, cjson.decode(asks), weight, before - held)
   local units = left(s)
-  call(s, channel)
   local rivals = s.short - (is_full(me) and 1 or 0)
   local text = reply(s, {
     answers = '[' .. table.concat(a.answers, ',') .. ']',
@@ -140,7 +135,7 @@ function verbs.peek()
   if redis.call('EXISTS', KEYS[1]) == 0 then
     return '{}'
   end
-  local s = load('', new_epoch, config, ttl)
+  local s = load('')
   local uses, date = {}, math.max(s.now, s.last) -- nothing more starts before
   for i, m in ipairs(s.meters) do
     local available = window_available(m.window, date)
@@ -170,10 +165,10 @@ function verbs.leave()
   if redis.call('EXISTS', KEYS[1]) == 0 then
     return '{}'
   end
-  local s = load('', new_epoch, config, ttl)
+  local s = load('')
   expire(s)
   forget(s, worker)
-  call(s, channel)
+  tell(s)
   save_workers(s)
   return '{}'
 end

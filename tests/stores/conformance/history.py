@@ -98,4 +98,4 @@ class History:
         factor = self.random.choice([0, 0, 0.5, 1, 1.5])
         used = {name: int(amount * factor) for name, amount in amounts.items()}
         self._booked[index] = (start, used)
-        return Correction(start=start, booked=amounts, used=used, alone=self.random.random() < 0.2)
+        return Correction(start=start, booked=amounts, used=used, dated=self.random.random() < 0.2)
