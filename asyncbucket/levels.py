@@ -200,6 +200,11 @@ def admit_here(lease: Lease) -> Lease:
     return lease
 
 
+def amounts_of(lease: Lease) -> Mapping[str, int]:
+    """Return what a call is charged, without a copy."""
+    return lease._amounts
+
+
 def reprice(lease: Lease, amounts: Mapping[str, int]) -> None:
     """Have a call that is not admitted yet cost ``amounts`` instead, in its place in line.
 

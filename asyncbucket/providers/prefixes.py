@@ -29,7 +29,6 @@ up, hands over to the next.
 """
 
 import asyncio
-import hashlib
 import marshal
 import math
 import os
@@ -42,6 +41,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import (
+    amounts_of,
     count_cached,
     effective_limiter,
     excess_of,
@@ -93,7 +93,7 @@ _SECRET: Final = os.urandom(16)
 class Cut(NamedTuple):
     """Where a prompt may be cached up to."""
 
-    digest: bytes
+    digest: int
     #: Bytes up to here.
     size: int
     #: For how long (s) the request asks to cache it; 0 if it does not.
@@ -173,76 +173,97 @@ class _Site:
 
 
 class _Hasher:
-    """Hash a body, and note where it may be cut."""
+    """Hash a body, and note where it may be cut.
+
+    Python's own hash is keyed, takes a fifth of what SHA-256 does, and has 64 bits: enough, since
+    nobody gains by a collision, whose price is one wrong estimate.
+    """
 
     def __init__(self, site: str) -> None:
-        self._hash = hashlib.sha256(_SECRET + site.encode("utf-8", "replace"))
-        self.size = 0
+        self._digest = hash((_SECRET, site))
+        self._size = 0
         self.cuts: list[Cut] = []
 
     def read(self, body: Mapping[str, Any]) -> list[Cut]:
         """Return the cuts of ``body``."""
         for name in _ORDER:
-            value = body.get(name)
+            if name not in body:
+                continue
+            value = body[name]
             if isinstance(value, dict):  # Bedrock's tools, Gemini's system
                 value = value.get("tools") or value.get("parts")
             if value:
                 for item in value if isinstance(value, list) else [value]:
-                    self._add_item(item)
-                self._cut()
-        self._cut_if_marked(body)
+                    self._add(item)
+                self._cut(0.0)
+        self._cut(_ttl_of(body))
         return self.cuts
 
-    def _add_item(self, item: Any) -> None:
+    def _add(self, item: Any) -> None:
         """Add a message, a tool or a block of text."""
-        content = None
-        if isinstance(item, dict):
-            content = item.get("content") or item.get("parts")
-        if not content:
-            self._add_block(item)
+        content = (item.get("content") or item.get("parts")) if isinstance(item, dict) else None
+        if content:
+            self._add_message(item, content if isinstance(content, list) else [content], content)
             return
-        rest = {name: value for name, value in item.items() if value is not content}
-        self._add({name: value for name, value in rest.items() if name != "cache_control"})
-        for block in content if isinstance(content, list) else [content]:
-            self._add_block(block)
-        self._cut_if_marked(item)
-        self._cut()
+        ttl = _ttl_of(item)
+        if not ttl or "cachePoint" not in item:
+            self._update(_dumps(_plain(item)))
+        if ttl:
+            self._cut(ttl)
 
-    def _add_block(self, block: Any) -> None:
-        if not isinstance(block, dict):
-            self._add(block)
-            return
-        if "cachePoint" not in block:
-            if "cache_control" in block:
-                plain = {name: part for name, part in block.items() if name != "cache_control"}
-            else:
-                plain = block
-            # A message may have its text as a block, or by itself.
-            is_text = len(plain) == 2 and plain.get("type") == "text" and "text" in plain  # noqa: PLR2004
-            self._add(plain["text"] if is_text else plain)
-        self._cut_if_marked(block)
+    def _add_message(self, item: Mapping[str, Any], blocks: list[Any], content: Any) -> None:
+        """Add a message; what is marked within it is a cut as if the message ended there."""
+        rest = [
+            part for part in item.items() if part[1] is not content and part[0] != "cache_control"
+        ]
+        before: list[Any] = []
+        ttl = 0.0
+        for block in blocks:
+            if ttl:
+                self._cut_within(_dumps((rest, before)), ttl)
+            ttl = _ttl_of(block)
+            if not ttl or "cachePoint" not in block:
+                before.append(_plain(block))
+        self._update(_dumps((rest, before)))
+        self._cut(ttl or _ttl_of(item))
 
-    def _add(self, piece: Any) -> None:
-        try:
-            data = marshal.dumps(
-                piece, 2
-            )  # as quick as can be; it has no references in this version
-        except ValueError:  # an object, or nested very deeply
-            data = repr(piece).encode("utf-8", "replace")
-        self._hash.update(data)
-        self.size += len(data)
+    def _update(self, data: bytes) -> None:
+        self._digest = hash((self._digest, data))
+        self._size += len(data)
 
-    def _cut_if_marked(self, holder: Mapping[str, Any]) -> None:
-        mark = holder.get("cache_control") or holder.get("cachePoint")
-        if mark:
-            is_long = isinstance(mark, dict) and mark.get("ttl") == "1h"
-            self._cut(_LONG_TTL if is_long else _TTL)
-
-    def _cut(self, ttl: float = 0.0) -> None:
-        if not self.cuts or self.cuts[-1].size != self.size:
-            self.cuts.append(Cut(self._hash.copy().digest()[:16], self.size, ttl))
+    def _cut(self, ttl: float) -> None:
+        if not self.cuts or self.cuts[-1].size != self._size:
+            self.cuts.append(Cut(self._digest, self._size, ttl))
         elif ttl:
             self.cuts[-1] = self.cuts[-1]._replace(ttl=ttl)
+
+    def _cut_within(self, data: bytes, ttl: float) -> None:
+        self.cuts.append(Cut(hash((self._digest, data)), self._size + len(data), ttl))
+
+
+def _plain(block: Any) -> Any:
+    """Return a block without what asks to cache it; a text, which may also stand by itself, as such."""
+    if not isinstance(block, dict):
+        return block
+    if "cache_control" in block:
+        block = {name: part for name, part in block.items() if name != "cache_control"}
+    is_text = len(block) == 2 and block.get("type") == "text" and "text" in block  # noqa: PLR2004
+    return block["text"] if is_text else block
+
+
+def _ttl_of(holder: Any) -> float:
+    """Return for how long (s) ``holder`` asks to cache what ends with it; 0 if it does not."""
+    mark = isinstance(holder, dict) and (holder.get("cache_control") or holder.get("cachePoint"))
+    if not mark:
+        return 0.0
+    return _LONG_TTL if isinstance(mark, dict) and mark.get("ttl") == "1h" else _TTL
+
+
+def _dumps(piece: Any) -> bytes:
+    try:
+        return marshal.dumps(piece, 2)  # as quick as can be; it has no references in this version
+    except ValueError:  # an object, or nested very deeply
+        return repr(piece).encode("utf-8", "replace")
 
 
 class Prompt:
@@ -263,7 +284,7 @@ class Prompt:
         #: Where the request asks to cache; or else everywhere, if the provider does so by itself.
         self.wanted = [cut for cut in cuts if cut.ttl] or cuts
         self.asks = self.wanted[-1].ttl > 0
-        self._table, self._leads = table, leads
+        self.leads, self._table = leads, table
         #: What it costs if nothing is read, the limits that it meets, and its lease as it waits.
         self._cold: Mapping[str, int] = {}
         self._limits: list[list[tuple[str, int]]] = []
@@ -298,10 +319,11 @@ class Prompt:
         Raises:
             Exception: as for `Limiter.acquire`.
         """
-        self._cold = {name: lease.cost.get(name, 0) for name in _COUNTED}
+        cost = amounts_of(lease)
+        self._cold = {name: cost.get(name, 0) for name in _COUNTED}
         self._limits, self._free = in_force(effective_limiter(limiter)).by_way, 0
         try:
-            if self._leads:
+            if self.leads:
                 await self._follow(io)
             self._lease = lease
             self._table.enter(self)
@@ -312,7 +334,8 @@ class Prompt:
             raise
         finally:
             self._lease = None
-            self._wake_at(math.inf)
+            if self._timer is not None:
+                self._wake_at(math.inf)
             self._table.leave(self)
 
     async def _follow(self, io: IO) -> None:
@@ -330,7 +353,8 @@ class Prompt:
         if lease is None:
             return
         free, until = self._table.tokens_read(self)
-        self._wake_at(until)
+        if until < math.inf or self._timer is not None:
+            self._wake_at(until)
         excess = excess_of(cold, self._limits)
         if excess > free and self.may_be_free and excess <= self.tokens_at(self.wanted[-1]):
             free = excess  # it goes out alone
@@ -340,11 +364,13 @@ class Prompt:
 
     def _wake_at(self, when: float) -> None:
         """Look at the price again at ``when``, if it still waits."""
-        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None
-        if loop is not None and when < math.inf:
+            self._timer = None
+        if when == math.inf:
+            return
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
+        if loop is not None:
             self._timer = loop.call_later(when - self._table.now(), self.reprice)
 
     def replied(self, usage: Usage, lease: "Lease", *, sent_at: float) -> None:
@@ -378,12 +404,14 @@ class Prefixes:
         self.now = limiter.now
         self._lock = Lock()
         #: What is known, by the hashes of prefixes; the latest news is last.
-        self._entries: dict[bytes, _Entry] = {}
+        self._entries: dict[int, _Entry] = {}
         self._sites: dict[str, _Site] = {}
-        #: The calls in line, by the hashes of their prefixes.
-        self._waiting: dict[bytes, dict[Prompt, None]] = {}
+        #: The calls in line, by the hashes of their prefixes; and those that no news has met yet, so
+        #: that most calls, which hardly wait, are never sorted in.
+        self._waiting: dict[int, dict[Prompt, None]] = {}
+        self._entered: dict[Prompt, None] = {}
         #: The calls that lead. One that is dropped leads no longer.
-        self._leaders: weakref.WeakValueDictionary[bytes, Future[bool]]
+        self._leaders: weakref.WeakValueDictionary[int, Future[bool]]
         self._leaders = weakref.WeakValueDictionary()
 
     @classmethod
@@ -415,8 +443,10 @@ class Prefixes:
     def learn(self, prompt: Prompt, usage: Usage, sent_at: float) -> None:
         """Take in what a reply says was read and written."""
         read, now = usage.cached_tokens + usage.cached_beside, self.now()
+        if not (read or usage.written_tokens or prompt.longest or prompt.leads):
+            return  # as known
         scale = prompt.tokens / max(1, usage.input_tokens + usage.cached_beside)
-        changed: list[bytes] = []
+        changed: list[int] = []
         with self._lock:
             if not self._judge(prompt, usage, read * scale, sent_at):
                 changed = [cut.digest for cut in prompt.cuts]
@@ -435,14 +465,14 @@ class Prefixes:
                     changed.append(cut.digest)
             while len(self._entries) > MOST:
                 del self._entries[next(iter(self._entries))]
-            waiting = {each: None for digest in changed for each in self._waiting.get(digest, ())}
+            waiting = self._waiting_for(changed)
         for each in waiting:
             each.reprice()
         self.end(prompt)
 
     def _judge(self, prompt: Prompt, usage: Usage, read: float, sent_at: float) -> bool:
         """Compare what was known of a prompt with what was ``read`` of it; return whether it was true."""
-        site = self._sites.setdefault(prompt.site, _Site())
+        site = self._sites.get(prompt.site) or self._sites.setdefault(prompt.site, _Site())
         site.counts = prompt.profile.reserves_cached is None and usage.cached_tokens > 0
         entry = prompt.longest
         if entry is not None and read >= entry.tokens * _SLACK - _BLOCK:
@@ -487,20 +517,28 @@ class Prefixes:
 
     def enter(self, prompt: Prompt) -> None:
         """Reprice ``prompt`` whenever one of its prefixes turns warm or cold."""
-        with self._lock:
-            for cut in prompt.cuts:
-                self._waiting.setdefault(cut.digest, {})[prompt] = None
+        self._entered[prompt] = None
+
+    def _waiting_for(self, changed: list[int]) -> list[Prompt]:
+        """Return the calls in line with a prefix that has ``changed``."""
+        for prompt in tuple(self._entered) if changed else ():
+            if self._entered.pop(prompt, prompt) is None:
+                for cut in prompt.cuts:
+                    self._waiting.setdefault(cut.digest, {})[prompt] = None
+        calls = (each for digest in changed for each in self._waiting.get(digest, ()))
+        return list(dict.fromkeys(calls))
 
     def leave(self, prompt: Prompt) -> None:
         """Reprice it no longer."""
-        with self._lock:
-            for cut in prompt.cuts:
-                calls = self._waiting.get(cut.digest, {})
-                calls.pop(prompt, None)
-                if not calls:
-                    self._waiting.pop(cut.digest, None)
-            if (site := self._sites.get(prompt.site)) is not None:
-                site.doubting.pop(prompt, None)
+        if self._entered.pop(prompt, prompt) is not None:
+            with self._lock:
+                for cut in prompt.cuts:
+                    calls = self._waiting.get(cut.digest, {})
+                    calls.pop(prompt, None)
+                    if not calls:
+                        self._waiting.pop(cut.digest, None)
+        if (site := self._sites.get(prompt.site)) is not None:
+            site.doubting.pop(prompt, None)
 
     def leader_of(self, prompt: Prompt) -> "Future[bool] | None":
         """Return what resolves when the reply to the call that leads begins, or when it has failed.
@@ -508,7 +546,7 @@ class Prefixes:
         None if ``prompt`` leads from now on, or all of it is warm, or not worth caching.
         """
         with self._lock:
-            now, cold = self.now(), list[bytes]()
+            now, cold = self.now(), list[int]()
             for cut in reversed(prompt.wanted):
                 entry = self._entries.get(cut.digest)
                 if (entry and now < entry.until) or prompt.tokens_at(cut) < LEAST:

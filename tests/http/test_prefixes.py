@@ -235,7 +235,7 @@ async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
         await client.post(URL, json=prompt("a"))
         limiter.pause(400)
         await start(client.post(URL, json=prompt("b")))
-        (waiting,) = {each for calls in Prefixes.of(limiter)._waiting.values() for each in calls}
+        (waiting,) = Prefixes.of(limiter)._entered
         lease = waiting._lease
         assert lease is not None
         assert lease.cost["input_tokens"] == OWN
@@ -366,7 +366,14 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     tracemalloc.stop()
     assert len(table._entries) == MOST
     assert size < 4_500_000
-    kept = [table._entries, table._sites, table._waiting, *told, str(limiter.statistics())]
+    kept = [
+        table._entries,
+        table._sites,
+        table._waiting,
+        table._entered,
+        *told,
+        str(limiter.statistics()),
+    ]
     assert "secret" not in " ".join([*map(repr, kept), caplog.text])
 
 
