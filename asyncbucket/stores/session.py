@@ -101,7 +101,7 @@ class Session:
         self._in_line = self._is_crowded = False
         self._bell = asyncio.Event()
         #: Loops that have been asked to let calls go, and since when they have not come to do so.
-        self._asked: dict[Any, int] = {}
+        self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         #: When each loop was seen last.
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         #: Whether another thread has rung, which costs a system call.

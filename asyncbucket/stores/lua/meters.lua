@@ -8,6 +8,7 @@
 
 local ENTRY = '<dd'
 local LOWS = 511 -- a bucket remembers so many
+local JITTER = 3 -- entries fewer grains apart count as one
 
 local function window_new(began)
   return {
@@ -179,14 +180,24 @@ local function window_unbook(w, amount, when)
   w.used = w.used - back
 end
 
--- Owe what was taken at `when`: it counts in the entry of that date, unless the window has passed that.
+-- Owe what was taken at `when`: it counts in an entry of about that date, unless the window has passed that.
 local function window_fill(w, amount, when)
   if amount <= 0 then
     return
   elseif w.resets ~= '' or when > w.last then
     window_book(w, amount, math.max(when, w.last))
   elseif when > w.forgotten then
-    window_unbook(w, -amount, when)
+    local i = window_find(w, when)
+    local following = i < w.tail and window_entry(w, i)[1] or w.last
+    if following - when <= JITTER * w.grain then
+      window_unbook(w, -amount, when)
+      return
+    end
+    for n = w.tail - 1, i, -1 do
+      w.cache[n + 1], w.dirty[n + 1] = window_entry(w, n), true
+    end
+    w.cache[i], w.dirty[i] = { when, amount }, true
+    w.tail, w.used = w.tail + 1, w.used + amount
   end
 end
 

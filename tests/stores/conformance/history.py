@@ -98,4 +98,7 @@ class History:
         factor = self.random.choice([0, 0, 0.5, 1, 1.5])
         used = {name: int(amount * factor) for name, amount in amounts.items()}
         self._booked[index] = (start, used)
-        return Correction(start=start, booked=amounts, used=used, dated=self.random.random() < 0.2)
+        dated = self.random.random() < 0.2
+        if dated and factor > 1:  # it was taken elsewhere before
+            start -= self.random.choice([0, 10, 1_000]) * MILLISECOND
+        return Correction(start=start, booked=amounts, used=used, dated=dated)
