@@ -413,8 +413,9 @@ class Session:
 
     def _is_blocked(self, loop: Any) -> bool:
         """Tell whether ``loop`` was asked to let calls go, and does not come."""
+        asked = NEVER if loop is None else self._asked.get(loop, NEVER)
         now: int = self._clock()
-        return now > self._asked.get(loop, NEVER) + GRACE
+        return now > asked + GRACE
 
     def _set_timer(self, next_start: int) -> None:
         if self._timer is not None:
