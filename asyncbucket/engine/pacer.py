@@ -66,6 +66,8 @@ class Pacer:
         wall_clock: Callable[[], int] | None = None,
     ) -> None:
         self.clock = clock
+        #: A virtual clock's: raises if calls wait on a loop that runs on another clock.
+        self.check_loop: Callable[[object], None] | None = getattr(clock, "check_loop", None)
         #: What the wall clock shows at an instant of the clock.
         self.wall = read_clocks(clock, wall_clock)
         self.root = Node(name, pacer=self)
@@ -192,6 +194,8 @@ class Pacer:
     def join_locked(self, waiter: AnyWaiter, node: Node, now: int, priority: int = 0) -> None:
         """Let ``waiter`` stand in line at ``node``; it knows its seat, its amounts and its deadline."""
         seat, deadline = waiter.seat, waiter.deadline
+        if self.check_loop is not None and seat.loop is not None:
+            self.check_loop(seat.loop)
         waiter.asked = now
         waiter.number = self.seats.arrivals = self.seats.arrivals + 1
         line = line_of(node, priority)

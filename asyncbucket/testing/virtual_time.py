@@ -93,6 +93,19 @@ class VirtualClock:
         """The time as float seconds, the same value as `loop.time()`."""
         return self._now / NANOSECONDS
 
+    def check_loop(self, loop: object) -> None:
+        """Raise unless `loop` runs on this clock; a limiter asks when a call has to wait there.
+
+        Raises:
+            RuntimeError: `loop` would never wake the call, because nothing on it moves this clock.
+        """
+        if getattr(loop, "clock", None) is not self:
+            raise RuntimeError(
+                f"a call would wait for ever: its limiter's clock ({self.seconds} s) does not move on this "
+                f"{type(loop).__name__}; take the fixture virtual_time in the async test itself, run the "
+                "test by virtual_time.run(main()), or make the limiter without clock="
+            )
+
     def advance(self, seconds: float) -> None:
         """Move forward by `seconds`.
 

@@ -142,7 +142,7 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     two_loops: tuple[asyncio.AbstractEventLoop, ...],
 ) -> None:
     clock = VirtualClock()
-    limiter = Limiter("10 TPM", clock=clock)
+    limiter = Limiter("10 TPM", clock=clock.__call__)  # moved by hand, on real loops
     held = limiter.acquire_nowait(tokens=8)
     here, there = two_loops
     costly = asyncio.ensure_future(limiter.acquire(tokens=9, timeout=30), loop=here)
@@ -200,7 +200,7 @@ def test_lowered_limit_fails_calls_that_stand_aside(
 ) -> None:
     """They learn it once their loop runs again; what gave up meanwhile competes no more."""
     clock = VirtualClock()
-    limiter = Limiter("100 TPM", clock=clock)
+    limiter = Limiter("100 TPM", clock=clock.__call__)  # moved by hand, on real loops
     held = limiter.acquire_nowait(tokens=100)
     blocked, running = two_loops
     costly, cancelled = (

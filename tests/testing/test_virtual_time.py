@@ -1,6 +1,7 @@
 import asyncio
 import re
 import time as real
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -8,8 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncbucket import TokenBucket
-from asyncbucket.testing.virtual_time import DeadlockError, VirtualClock, VirtualTime, virtual_time
+from asyncbucket import Limiter, TokenBucket
+from asyncbucket.testing.virtual_time import (
+    DeadlockError,
+    VirtualClock,
+    VirtualTime,
+    VirtualTimeLoop,
+    virtual_time,
+)
 
 SECOND = 1_000_000_000
 
@@ -151,3 +158,22 @@ def test_executor_work_takes_no_virtual_time() -> None:
     with virtual_time() as time:
         time.run(main())
     assert order == ["thread", "timer"]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, VirtualTimeLoop])
+def test_call_that_would_wait_on_a_loop_of_another_clock_raises_at_once(new_loop: Any) -> None:
+    """It would hang, because nothing on that loop moves the limiter's clock."""
+    limiter = Limiter("60 RPM burst 1", clock=VirtualClock(5.0))
+    bucket = TokenBucket(rate=1, burst=1, clock=VirtualClock(5.0))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        for acquire in limiter.acquire, bucket.acquire:
+            runner.run(just(acquire))
+            with pytest.raises(
+                RuntimeError, match=r"clock \(5\.0 s\) .* take the fixture virtual_time"
+            ):
+                runner.run(just(acquire))
+    assert limiter.statistics().waiting == 0
+
+
+async def just(acquire: Callable[[], Awaitable[object]]) -> None:
+    _ = await acquire()
