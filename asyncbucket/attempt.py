@@ -106,12 +106,20 @@ class Attempt:
         self._lease = None if lease is None else weakref.ref(lease)
         self._token: Token[Attempt | None] | None = None
 
-    async def admit(self, io: IO = ASYNC, *, prompt: Prompt | None = None, **amounts: Any) -> Lease:
+    async def admit(
+        self,
+        io: IO = ASYNC,
+        *,
+        prompt: Prompt | None = None,
+        conversation: str | None = None,
+        **amounts: Any,
+    ) -> Lease:
         """Wait for the admission, for which calls around this one give up slots.
 
         Args:
             io: how it waits.
             prompt: what is sent, if reading it from the provider's cache changes what it costs.
+            conversation: what a pool takes for ``sticky`` if the caller gave none.
             amounts: what it costs, as for `Limiter.acquire`.
 
         Raises:
@@ -122,6 +130,8 @@ class Attempt:
             outer.give_up_slot(limiter)
             outer = outer.outer
         lease: Lease = limiter.acquire(**amounts)
+        if isinstance(lease, PoolLease):
+            lease.sticky = lease.sticky or conversation
         if prompt is None:
             await (lease if io is ASYNC else io.admit(lease))
         else:

@@ -22,7 +22,15 @@ from asyncbucket.levels import (
     provider_of,
 )
 from asyncbucket.providers.learn import HeaderReader, Refusals
-from asyncbucket.providers.prefixes import LEAST, MARKS, CacheMode, Prefixes, Prompt, prompt_of
+from asyncbucket.providers.prefixes import (
+    LEAST,
+    MARKS,
+    CacheMode,
+    Prefixes,
+    Prompt,
+    conversation_of,
+    prompt_of,
+)
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
 from asyncbucket.providers.request import OutputForecast, read_json
@@ -79,6 +87,8 @@ class ReadRequest(NamedTuple):
     cost: Cost | None
     #: What it sends, if reading that from the provider's prompt cache changes what it costs.
     prompt: Prompt | None
+    #: What it has in common with earlier calls of a pool; None if it is short, or for no pool.
+    conversation: str | None
     #: What its model costs; None if nothing counts dollars.
     price: Price | None
     #: Whether the headers of its reply are the provider's.
@@ -157,14 +167,20 @@ class Lanes:
             elif theirs is not profile:
                 cost = _higher(cost, charge(call, theirs, limits.by_way)[1])
         assert profile is not None
-        prompt, asks = None, content is not None and (MARKS[0] in content or MARKS[1] in content)
+        prompt, conversation = None, None
+        asks = content is not None and (MARKS[0] in content or MARKS[1] in content)
         is_long = cost is not None and cost.get("input_tokens", 0) >= LEAST
         if lane.prefixes is not None and is_long and (asks or profile.caches_unasked):
             prompt = prompt_of(call, profile, lane.prefixes, self.cache)
+        elif lane.prefixes is None and is_long:
+            conversation = conversation_of(call)
         price: Price | None = None
         if limits.counts(USD):
             cost, price = priced(lane.limiter, call, cost)
-        return ReadRequest(lane, call, profile, cost, prompt, price, teaches, content is not None)
+        in_memory = content is not None
+        return ReadRequest(
+            lane, call, profile, cost, prompt, conversation, price, teaches, in_memory
+        )
 
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""

@@ -257,7 +257,9 @@ class PacedTransport(_AnyTransport):
         Raises:
             RefusedReply: its status is an error, and whoever retries has to know what it means.
         """
-        lease = await attempt.admit(io, prompt=read.prompt, cost=read.cost)
+        lease = await attempt.admit(
+            io, prompt=read.prompt, conversation=read.conversation, cost=read.cost
+        )
         exchange = Exchange(read, attempt, lease)
         request.extensions = {_FIRST_HOST: read.call.host, **request.extensions}
         routed = self._routed(request, read, attempt.member)

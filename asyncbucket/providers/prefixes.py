@@ -82,6 +82,7 @@ _ORDER: Final = (
     *("tools", "functions", "toolConfig", "system", "instructions", "systemInstruction"),
     *("system_instruction", "messages", "contents", "input", "prompt"),
 )
+_TURNS: Final = ("messages", "contents", "input")
 #: What shows in the bytes of a body that it asks to cache.
 MARKS: Final = (b'"cache_control"', b'"cachePoint"')
 #: What a prompt counts as.
@@ -571,6 +572,21 @@ class Prefixes:
 def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
     """Return where a prompt may be cached up to."""
     return _Hasher(site).read(body)
+
+
+def conversation_of(call: Call) -> str | None:
+    """Return what the calls of one conversation share: the hash of what is sent up to the user's first turn.
+
+    None if no turn is the user's. What many conversations share, such as a system prompt, is soon warm
+    at each member of a pool; the rest of a conversation only where its last call was.
+    """
+    for name in _TURNS:
+        turns: Any = call.body.get(name)
+        for number, turn in enumerate(turns if isinstance(turns, list) else (), 1):
+            if isinstance(turn, dict) and turn.get("role") == "user":
+                cuts = cuts_of({**call.body, name: turns[:number]}, f"{call.host} {call.model}")
+                return f"{cuts[-1].digest:x}"
+    return None
 
 
 def prompt_of(call: Call, profile: Profile, table: Prefixes, mode: CacheMode) -> Prompt | None:

@@ -14,7 +14,7 @@ HERE: Final = Path(__file__).parent
 #: What is drawn: a label, and seconds.
 ROWS: Final = (
     ("Whole prompts reserved", 284),
-    ("Charged as counted, whole replies", 86),
+    ("Charged as counted, whole replies", 87),
     ("Charged as counted, streams", 60),
     ("No limit at all", 50),
 )

@@ -8,12 +8,14 @@ import re
 import time
 from typing import Any
 
+import httpx
 import pytest
 
+import asyncbucket
 from asyncbucket import Limiter, Pool
 from asyncbucket.attempt import Attempt
 from asyncbucket.http.endpoints import Endpoint
-from asyncbucket.testing import RateLimitedProvider, VirtualClock
+from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import Server, answering, either_io
 
@@ -120,6 +122,48 @@ async def test_request_or_redirect_is_for_a_member_or_refused(library: Any) -> N
     assert servers.hosts == ["openai", "azure", "openai"]
     assert seen_in(servers.requests[1]) == CANARIES["azure.test"]
     assert pool.statistics().in_flight == 0
+
+
+async def test_conversation_goes_where_its_prompt_is_warm_while_that_costs_little(
+    virtual_time: VirtualTime,
+) -> None:
+    a, b = (
+        Limiter("600 RPM", concurrency=1, name=name, clock=virtual_time.clock)
+        for name in ("openai", "azure")
+    )
+    pool, system = Pool(a, b, patience=2), {"role": "system", "content": "x" * 8_000}
+    taken: list[tuple[str, float]] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        taken.append((request.url.host.removesuffix(".test"), virtual_time.now))
+        await asyncio.sleep(1)
+        return httpx.Response(200, json={})
+
+    client = pool.http_client(
+        {member: ENDPOINTS[member.name] for member in (a, b)},
+        family="httpx",
+        transport=httpx.MockTransport(answer),
+    )
+
+    async def taker(*words: str, **options: Any) -> str:
+        """Return who takes the next call of a conversation, whose turns are ``words``."""
+        roles = ("user", "assistant") * 2
+        turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=False)]
+        body = {"model": "m", "messages": [options.get("system", system), *turns]}
+        await client.post("/chat/completions", json=body)
+        return taken[-1][0]
+
+    assert [await taker("hi"), await taker("salve")] == ["openai", "azure"]
+    assert [await taker("hi", "yes?", each) for each in "abc"] == ["openai"] * 3
+    assert [await taker("salve", "quid?", each) for each in "abc"] == ["azure"] * 3
+    with asyncbucket.sticky("mine"):  # the caller knows better
+        assert await taker("salve", "quid?", "d") == "openai"
+    short = {"role": "system", "content": "x"}
+    assert {await taker("hi", system=short) for _ in range(2)} == {"openai", "azure"}
+    held, asked = await a.acquire(), virtual_time.now
+    assert await taker("hi", "yes?", "d") == "azure"
+    assert taken[-1][1] - asked == pytest.approx(2)  # its patience
+    held.release()
 
 
 async def test_model_has_the_name_that_a_member_gives_it(library: Any) -> None:
